@@ -1,0 +1,54 @@
+# Every target works on a fresh machine with Python 3.11 or newer, make and git; none needs root, a GPU or Docker.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test slow check format lint types quality clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) --version`; run make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[cpu]"
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[cpu,dev]"
+	@touch $@ $(VENV)/.run
+
+demo: $(VENV)/.run ## Install, start the service, draw out/demo_x2.png and out/demo_x4.png, stop
+	$(BIN)/python -m service.demo --out out
+
+serve: $(VENV)/.run ## Install and run the service on http://127.0.0.1:8000 until Ctrl-C
+	$(BIN)/giantleap serve
+
+test: $(VENV)/.dev ## Install and run every test (starts its own Redis)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+slow: $(VENV)/.dev ## Run the tests that take minutes
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+format: $(VENV)/.dev ## Rewrite the code in the project's format
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+lint: $(VENV)/.dev ## Check format and lint rules
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: $(VENV)/.dev ## Check the types
+	$(BIN)/mypy
+
+check: lint types test ## Everything that the continuous integration runs
+
+quality: $(VENV)/.dev ## Measure the pocket bundle (minutes) and store the table
+	$(BIN)/python -m benchmarks.pocket_quality
+
+clean: ## Remove the virtual environment and everything generated
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""What a model is and how it runs. Imports nothing from the rest of the project; start at `models.route.Route`."""
