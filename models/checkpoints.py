@@ -1,0 +1,165 @@
+"""Reads and writes the weights of a LUA.
+
+Our own file is safetensors with the spec as JSON in its header. The authors' multi-head release and single-head
+SwinIR files are read as well; `models/foreign_weights.py` knows their layouts. A file that does not fit is refused
+with the key, what was found and what was expected.
+"""
+
+import os
+import pickle
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from models.foreign_weights import CheckpointError, to_own_layout
+from models.lua import Lua
+from models.lua_spec import SPEC_KEY, LuaSpec
+
+__all__ = ["CheckpointError", "read_lua", "write_lua"]
+
+_PICKLE_SUFFIXES = (".pth", ".pt")
+# What torch.load was seen to raise on 12,000 files with bytes changed or cut off; it has no error of its own.
+_DAMAGE = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+)
+
+
+def write_lua(path: Path, net: Lua, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes our own format. A reader of `path` sees the old file or the new one, never a part.
+
+    Args:
+        path: Where to; its directory must exist.
+        net: The network, on any device and in any dtype.
+        metadata: Further words for the header, such as provenance and licence.
+
+    Raises:
+        CheckpointError: A weight is NaN or infinite, or `metadata` uses the key that holds the spec.
+    """
+    extra = dict(metadata or {})
+    if SPEC_KEY in extra:
+        raise CheckpointError(f"{path}: the metadata key {SPEC_KEY!r} is taken by the spec")
+    weights = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+    _refuse_not_finite(path, weights)
+    _replace_file(path, save(weights, {**extra, SPEC_KEY: net.spec.to_json()}))
+
+
+def read_lua(path: Path, device: torch.device | str = "cpu") -> Lua:
+    """Reads a LUA in our format, in the authors' released layout or in SwinIR's.
+
+    Args:
+        path: A `.safetensors`, `.pth` or `.pt` file.
+        device: Where the network goes.
+
+    Returns:
+        The network in eval mode and float32, whatever the dtype of the file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is damaged, its layout is not known, or it does not fit its spec.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no LUA weights at {path}")
+    if path.suffix == ".safetensors":
+        spec, weights = _read_safetensors(path)
+    elif path.suffix in _PICKLE_SUFFIXES:
+        spec, weights = None, _read_pickle(path)
+    else:
+        raise CheckpointError(f"{path}: found suffix {path.suffix!r}, expected .safetensors, .pth or .pt")
+    try:
+        if spec is None:
+            spec, weights = to_own_layout(weights)
+        net = _build(spec, weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _refuse_not_finite(path, weights)
+    return net.to(device).eval()
+
+
+def _read_safetensors(path: Path) -> tuple[LuaSpec | None, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: damaged or no safetensors file: {error}") from error
+    if SPEC_KEY not in header:
+        return None, weights
+    try:
+        return LuaSpec.from_json(header[SPEC_KEY]), weights
+    except ValueError as error:
+        raise CheckpointError(f"{path}: header {SPEC_KEY}: {error}") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        try:
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+        except _DAMAGE as error:
+            reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+            raise CheckpointError(f"{path}: damaged, or holds more than tensors: {reason}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: found a {type(content).__name__}, expected a dict of tensors")
+    for outer in ("params_ema", "params"):
+        if outer in content:
+            content = content[outer]
+            break
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{path}: expected tensors at the top or under params_ema or params")
+    return {str(key): value for key, value in content.items()}
+
+
+def _build(spec: LuaSpec, weights: Mapping[str, Tensor]) -> Lua:
+    """A network of this spec that holds exactly these weights."""
+    with torch.device("meta"):  # neither time nor random numbers for weights that are replaced at once
+        net = Lua(spec)
+    expected = net.state_dict()
+    for word, keys in (("missing", expected.keys() - weights.keys()), ("unknown", weights.keys() - expected.keys())):
+        if keys:
+            first = ", ".join(sorted(keys)[:3])
+            raise CheckpointError(f"{len(keys)} {word} keys, first {first}; expected the keys of {spec.to_json()}")
+    for key, value in weights.items():
+        if value.shape != expected[key].shape or not value.is_floating_point():
+            raise CheckpointError(
+                f"key {key}: found {value.dtype} {list(value.shape)}, expected floats {list(expected[key].shape)}"
+            )
+    # Copies, because safetensors hands out views of the file, which somebody may overwrite.
+    own = {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
+    net.load_state_dict(own, assign=True)
+    return net
+
+
+def _refuse_not_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
+    for key, value in weights.items():
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{path}: key {key}: found NaN or infinite values, expected finite numbers")
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp gives 0600
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

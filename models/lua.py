@@ -1,0 +1,221 @@
+"""The Latent Upscaler Adapter: a Swin backbone that runs once and one pixel-shuffle head per scale.
+
+`Lua.forward` takes any size and pads and crops around `Lua.core`, which is the part that gets exported: it sees
+exact multiples of the window, keeps every shape symbolic and holds no buffer that depends on the size. Its blocks
+are in `models/swin.py`, its configurations in `models/lua_spec.py`, its files in `models/checkpoints.py`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.lua_spec import PRESETS, LuaSpec, preset
+from models.swin import BiasCache, ResidualGroup, SwinBlock, WindowAttention, build_biases, to_maps, to_tokens
+
+__all__ = ["PRESETS", "Lua", "LuaSpec", "pad_to_window", "preset"]
+
+MASK_CACHE_BYTES = 64 * 2**20  # at window 8, the masks of four latents of 256x256
+
+
+class PatchEmbed(nn.Module):
+    """Only the LayerNorm after the first convolution; patches are single pixels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x)
+        return y
+
+
+class ScaleHead(nn.Module):
+    """Features to the latent at `scale` times their size: conv, LeakyReLU, a pixel shuffle per doubling, conv."""
+
+    def __init__(self, spec: LuaSpec, scale: int) -> None:
+        super().__init__()
+        f = spec.num_feat
+        self.conv_before = nn.Sequential(nn.Conv2d(spec.embed_dim, f, 3, padding=1), nn.LeakyReLU(0.01))
+        doublings: list[nn.Module] = []
+        for _ in range(scale.bit_length() - 1):
+            doublings += [nn.Conv2d(f, 4 * f, 3, padding=1), nn.PixelShuffle(2)]
+        self.upsample = nn.Sequential(*doublings)
+        self.conv_last = nn.Conv2d(f, spec.channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """**Shape** [batch, embed_dim, height, width] -> [batch, channels, scale * height, scale * width]."""
+        y: Tensor = self.conv_last(self.upsample(self.conv_before(x)))
+        return y
+
+
+class Lua(nn.Module):
+    """The Latent Upscaler Adapter.
+
+    **Ref** arXiv 2511.10629, figure 4 and section 3; backbone as SwinIR (arXiv 2108.10257) with one head per scale.
+
+    Args:
+        spec: The shape of the network.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+    image_mean: Tensor
+
+    def __init__(self, spec: LuaSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.conv_first = nn.Conv2d(
+            spec.channels, spec.embed_dim, spec.conv_first_kernel, padding=spec.conv_first_kernel // 2
+        )
+        self.patch_embed = PatchEmbed(spec.embed_dim)
+        self.layers = nn.ModuleList(
+            ResidualGroup(spec, depth, heads) for depth, heads in zip(spec.depths, spec.layer_heads, strict=True)
+        )
+        self.norm = nn.LayerNorm(spec.embed_dim)
+        self.conv_after_body = nn.Conv2d(spec.embed_dim, spec.embed_dim, 3, padding=1)
+        self.heads = nn.ModuleDict({f"x{scale}": ScaleHead(spec, scale) for scale in spec.scales})
+        if spec.latent_norm:
+            self.register_buffer("latent_mean", torch.zeros(spec.channels))
+            self.register_buffer("latent_std", torch.ones(spec.channels))
+        if spec.image_mean is not None:
+            # On the CPU even where the weights are built on "meta", because no file holds it.
+            image_mean = torch.tensor(spec.image_mean, device="cpu")
+            self.register_buffer("image_mean", image_mean, persistent=False)
+        self.bias_cache = BiasCache(MASK_CACHE_BYTES)
+        self._start_weights()
+
+    def _start_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, WindowAttention):
+                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+            elif isinstance(module, ScaleHead) and self.spec.bicubic_skip:
+                nn.init.zeros_(module.conv_last.weight)
+                nn.init.zeros_(module.conv_last.bias)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Stores the per-channel statistics that the network normalises by.
+
+        **Shape** both [channels].
+
+        **Raises** ValueError: The spec has no `latent_norm`, a shape is wrong, or a deviation is not positive.
+        """
+        shape = (self.spec.channels,)
+        if not self.spec.latent_norm:
+            raise ValueError("this LUA was built with latent_norm=False and stores no latent statistics")
+        if mean.shape != shape or std.shape != shape or not bool((std > 0).all()):
+            raise ValueError(
+                f"latent statistics must be two vectors of shape {shape} with positive deviations; "
+                f"found shapes {tuple(mean.shape)} and {tuple(std.shape)}, least deviation {std.min().item()}"
+            )
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+
+    def forward(self, latent: Tensor, scale: int) -> Tensor:
+        """Enlarges a latent of any size.
+
+        **Shape** [batch, channels, height, width] -> [batch, channels, scale * height, scale * width].
+
+        **Raises** ValueError: The latent is not a 4-D tensor of `channels` channels, or there is no such head.
+        """
+        return self.forward_scales(latent, (scale,))[scale]
+
+    def forward_scales(self, latent: Tensor, scales: Sequence[int]) -> dict[int, Tensor]:
+        """Enlarges by several scales with one pass of the backbone; as `forward` otherwise."""
+        self._check(latent, scales)
+        height, width = latent.shape[-2:]
+        padded = pad_to_window(latent, self.spec.window)
+        grown = self._core(padded, scales)
+        return {s: y[..., : s * height, : s * width] for s, y in grown.items()}
+
+    def core(self, latent: Tensor, scale: int) -> Tensor:
+        """The exportable part: height and width must be multiples of the window, and nothing is checked.
+
+        **Shape** [batch, channels, height, width] -> [batch, channels, scale * height, scale * width].
+        """
+        return self._core(latent, (scale,))[scale]
+
+    def _core(self, latent: Tensor, scales: Sequence[int]) -> dict[int, Tensor]:
+        x = self._normalise(latent)
+        features = self.forward_features(x)
+        grown: dict[int, Tensor] = {}
+        for scale in scales:
+            y = self.heads[f"x{scale}"](features)
+            if self.spec.bicubic_skip:
+                y = y + F.interpolate(x, scale_factor=scale, mode="bicubic")
+            grown[scale] = self._restore(y)
+        return grown
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The backbone, on a normalised latent whose sides are multiples of the window.
+
+        **Shape** [batch, channels, height, width] -> [batch, embed_dim, height, width].
+        """
+        height, width = x.shape[-2:]
+        biases = self._block_biases(height // self.spec.window, width // self.spec.window)
+        shallow = self.conv_first(x)
+        tokens = self.patch_embed(to_tokens(shallow))
+        for layer in self.layers:
+            tokens = layer(tokens, biases)
+        features: Tensor = self.conv_after_body(to_maps(self.norm(tokens))) + shallow
+        return features
+
+    def _block_biases(self, nh: int, nw: int) -> Iterator[Tensor]:
+        blocks = [
+            cast(SwinBlock, block)
+            for layer in self.layers
+            for block in cast(ResidualGroup, layer).residual_group.blocks
+        ]
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if self.training or torch.is_grad_enabled() or tracing:
+            return build_biases(blocks, nh, nw)
+        return self.bias_cache.get(blocks, nh, nw)
+
+    def _normalise(self, latent: Tensor) -> Tensor:
+        if self.spec.latent_norm:
+            return (latent - self.latent_mean.view(-1, 1, 1)) / self.latent_std.view(-1, 1, 1)
+        return latent if self.spec.image_mean is None else latent - self.image_mean.view(-1, 1, 1)
+
+    def _restore(self, y: Tensor) -> Tensor:
+        if self.spec.latent_norm:
+            return y * self.latent_std.view(-1, 1, 1) + self.latent_mean.view(-1, 1, 1)
+        return y if self.spec.image_mean is None else y + self.image_mean.view(-1, 1, 1)
+
+    def _check(self, latent: Tensor, scales: Sequence[int]) -> None:
+        if latent.dim() != 4 or latent.shape[1] != self.spec.channels or min(latent.shape[2:]) < 1:
+            raise ValueError(
+                f"LUA takes latents of shape [batch, {self.spec.channels}, height, width]; found {list(latent.shape)}"
+            )
+        for scale in scales:
+            if scale not in self.spec.scales:
+                raise ValueError(f"this LUA has heads for scales {self.spec.scales}; asked for {scale}")
+
+    def train(self, mode: bool = True) -> Self:
+        self.bias_cache.clear()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.bias_cache.clear()
+        super()._apply(fn, recurse)
+        return self
+
+
+def pad_to_window(latent: Tensor, window: int) -> Tensor:
+    """Pads right and bottom to multiples of `window`: by reflection, or by the last value where a side is too small.
+
+    **Shape** [batch, channels, height, width] -> [batch, channels, height', width'], both multiples of `window`.
+    """
+    height, width = latent.shape[-2:]
+    bottom, right = -height % window, -width % window
+    if right:
+        latent = F.pad(latent, (0, right, 0, 0), mode="reflect" if right < width else "replicate")
+    if bottom:
+        latent = F.pad(latent, (0, 0, 0, bottom), mode="reflect" if bottom < height else "replicate")
+    return latent
