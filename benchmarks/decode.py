@@ -1,0 +1,274 @@
+"""Compares the ways to decode: time, memory and difference to the plain decode, with full-size random-weight decoders.
+
+`python -m benchmarks.decode --px 512 1024` prints a table and writes `benchmarks/results/decode.json`. Each method runs
+in a process of its own, so that its resident memory is its own. Live bytes are counted on shapes alone
+(`benchmarks/live_storage.py`), which costs no arithmetic and reaches sizes that do not fit here. Timing does not depend
+on the weights' values; the difference of the tiled decode does, and is that of random weights. On a GPU:
+`benchmarks/gpu_check.py`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_args
+
+import psutil
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.live_storage import LiveStorage
+from models.decode import decode_exact, decode_plain, decode_tiled, decode_tiny
+from models.decode_plan import DecodeMethod, estimate_peak_bytes
+from models.latent_space import LATENT_SPACES
+
+METHODS: tuple[DecodeMethod, ...] = get_args(DecodeMethod)
+STRIDE_PX = 8
+SEED = 0
+
+_KL: Mapping[str, Any] = MappingProxyType(
+    {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "sample_size": 1024,
+    }
+)
+VAE_CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "sdxl": {**_KL, "latent_channels": 4},
+        "flux1": {**_KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
+    }
+)
+
+
+@dataclass(frozen=True)
+class DecodeFigures:
+    """One method at one size. Differences are to the plain decode; None where there is nothing to compare.
+
+    `wall_s` and `cpu_s` are medians over the runs after a small warm-up; `rss_bytes` is what the process's resident
+    memory grew by; `live_bytes` and `largest_elements` are counted on shapes.
+    """
+
+    method: DecodeMethod
+    image_px: int
+    wall_s: float | None
+    cpu_s: float | None
+    rss_bytes: int | None
+    live_bytes: int
+    estimated_bytes: int
+    largest_elements: int
+    max_difference: float | None
+    mean_difference: float | None
+
+
+def build_decoder(family: str, method: DecodeMethod) -> Any:
+    """A full-size AutoencoderKL of a family, AutoencoderTiny for "tiny", with random weights, always the same ones."""
+    torch.manual_seed(SEED)
+    if method == "tiny":
+        return AutoencoderTiny(latent_channels=VAE_CONFIGS[family]["latent_channels"]).eval()
+    return AutoencoderKL(**VAE_CONFIGS[family]).eval()
+
+
+def random_latents(family: str, image_px: int, device: str | torch.device = "cpu") -> Tensor:
+    """Random raw latents of one square image."""
+    side = image_px // STRIDE_PX
+    generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(SEED)
+    shape = (1, VAE_CONFIGS[family]["latent_channels"], side, side)
+    return torch.randn(shape, generator=generator, device=device)
+
+
+def run_decode(vae: Any, family: str, method: DecodeMethod, latents: Tensor) -> Tensor:
+    """Decode by one of the methods."""
+    if method == "exact":
+        return decode_exact(vae, latents)
+    if method == "tiled":
+        return decode_tiled(vae, latents)
+    if method == "tiny":
+        return decode_tiny(vae, latents, LATENT_SPACES[family])
+    return decode_plain(vae, latents)
+
+
+def count_live(family: str, method: DecodeMethod, image_px: int, dtype: torch.dtype) -> LiveStorage:
+    """Peak of live tensors, on shapes alone."""
+    with torch.device("meta"):
+        vae = build_decoder(family, method).to(dtype)
+    live = LiveStorage()
+    with live:
+        run_decode(vae, family, method, random_latents(family, image_px, "meta").to(dtype))
+    return live
+
+
+def run_child(family: str, method: DecodeMethod, image_px: int, runs: int, image_path: Path) -> dict[str, float]:
+    """Time and resident memory of one method in this process; the image goes to a file.
+
+    **Effects** writes `image_path`.
+    """
+    vae = build_decoder(family, method)
+    latents = random_latents(family, image_px)
+    run_decode(vae, family, method, random_latents(family, 64))
+    before_bytes = psutil.Process().memory_info().rss
+    walls_s, cpus_s = [], []
+    for _ in range(runs):
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        image = run_decode(vae, family, method, latents)
+        walls_s.append(time.perf_counter() - wall_s)
+        cpus_s.append(time.process_time() - cpu_s)
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
+    save_file({"image": image}, image_path)
+    return {
+        "wall_s": statistics.median(walls_s),
+        "cpu_s": statistics.median(cpus_s),
+        "rss_bytes": peak_bytes - before_bytes,
+    }
+
+
+def run_in_process(
+    family: str, method: DecodeMethod, image_px: int, threads: int, runs: int, image_path: Path
+) -> dict[str, Any]:
+    """`run_child` in a process of its own.
+
+    Raises:
+        RuntimeError: the process ended badly, with the end of what it said.
+    """
+    command = [sys.executable, "-m", "benchmarks.decode", "--family", family, "--methods", method, "--px"]
+    command += [str(image_px), "--threads", str(threads), "--runs", str(runs), "--child", str(image_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"{method} at {image_px} px ended with {ended.returncode}: {ended.stderr[-2000:]}")
+    figures: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return figures
+
+
+def measure_size(
+    family: str, methods: Sequence[DecodeMethod], image_px: int, threads: int, runs: int, largest_run_px: int
+) -> list[DecodeFigures]:
+    """All methods at one size; above `largest_run_px` only what shapes tell."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "plain.safetensors"
+        for method in methods:
+            measured: dict[str, Any] = {"wall_s": None, "cpu_s": None, "rss_bytes": None}
+            difference: tuple[float | None, float | None] = (None, None)
+            if image_px <= largest_run_px:
+                path = Path(folder) / f"{method}.safetensors"
+                measured = run_in_process(family, method, image_px, threads, runs, path)
+                if method in ("exact", "tiled") and plain.exists():
+                    difference = compare(path, plain)
+            live = count_live(family, method, image_px, torch.float32)
+            side = image_px // STRIDE_PX
+            config = full_config(family, method)
+            estimate = estimate_peak_bytes(config, side, side, "float32", method)
+            row = DecodeFigures(
+                method,
+                image_px,
+                **measured,
+                live_bytes=live.peak_bytes,
+                estimated_bytes=estimate,
+                largest_elements=live.largest_elements,
+                max_difference=difference[0],
+                mean_difference=difference[1],
+            )
+            print(line(row), flush=True)
+            rows.append(row)
+    return rows
+
+
+def full_config(family: str, method: DecodeMethod) -> Mapping[str, Any]:
+    """The complete configuration of a family's decoder, without its weights."""
+    with torch.device("meta"):
+        config: Mapping[str, Any] = build_decoder(family, method).config
+    return config
+
+
+def compare(path: Path, plain: Path) -> tuple[float, float]:
+    """Largest and mean absolute difference of two stored images, of values in about [-1, 1]."""
+    difference = (load_file(path)["image"] - load_file(plain)["image"]).abs()
+    return float(difference.max()), float(difference.mean())
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load_1min": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "diffusers")},
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+HEADER = (
+    f"{'px':>5} {'method':<7}{'wall s':>9}{'cpu s':>9}{'rss MiB':>9}{'live MiB':>10}{'estimate':>10}"
+    f"{'largest':>10}{'max diff':>10}{'mean diff':>10}"
+)
+
+
+def line(row: DecodeFigures) -> str:
+    """One row of the table; "largest" is the largest tensor in units of 2^31 elements."""
+
+    def show(value: float | None, digits: int, unit: float = 1.0) -> str:
+        return "-" if value is None else f"{value / unit:.{digits}f}"
+
+    mib = 2.0**20
+    differences = [f"{'-' if d is None else f'{d:.1e}':>10}" for d in (row.max_difference, row.mean_difference)]
+    return (
+        f"{row.image_px:>5} {row.method:<7}{show(row.wall_s, 2):>9}{show(row.cpu_s, 2):>9}"
+        f"{show(row.rss_bytes, 0, mib):>9}{show(row.live_bytes, 0, mib):>10}{show(row.estimated_bytes, 0, mib):>10}"
+        f"{row.largest_elements / 2**31:>10.4f}" + "".join(differences)
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints, stores."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--px", type=int, nargs="+", default=[512, 1024], help="Sides of the square images.")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--family", choices=sorted(VAE_CONFIGS), default="sdxl")
+    parser.add_argument("--runs", type=int, default=1, help="Decodes per method and size; medians are printed.")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
+    parser.add_argument("--largest-run-px", type=int, default=1024, help="Above this size memory only, from shapes.")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.json"))
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    diffusers_logging.set_verbosity_error()
+    if options.child:
+        figures = run_child(options.family, options.methods[0], options.px[0], options.runs, options.child)
+        print(json.dumps(figures))
+        return
+    print(HEADER)
+    rows = []
+    for image_px in options.px:
+        rows += measure_size(
+            options.family, options.methods, image_px, options.threads, options.runs, options.largest_run_px
+        )
+    record = {"family": options.family, "dtype": "float32", "runs": options.runs, "threads": options.threads}
+    record |= {"machine": machine(), "rows": [asdict(row) for row in rows]}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

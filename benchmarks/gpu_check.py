@@ -1,0 +1,213 @@
+"""What only a GPU can tell, one subcommand each, as JSON in `benchmarks/results/` with the card, driver and versions.
+
+`python -m benchmarks.gpu_check decode` times full-size SDXL and FLUX.1 decoders with random weights by the paper's
+protocol (batch 1, 20 warm-ups, median) and measures the peak of allocated memory. Without CUDA it refuses. The same
+figures of a CPU: `benchmarks/decode.py`.
+"""
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.decode import METHODS, STRIDE_PX, build_decoder, machine, random_latents, run_decode
+from models.decode import decode_exact
+from models.decode_plan import DecodeMethod, DecoderShape, estimate_peak_bytes, plan_decode
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+WARMUPS = 20
+RUNS = 20
+SLOW_S = 2.0  # a decode that takes longer is repeated less; every row says how often
+SLOW_WARMUPS = 2
+SLOW_RUNS = 5
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class GpuFigures:
+    """One decoder, method, size and dtype. `error` says why there are no figures, such as too little memory.
+
+    `peak_bytes` is of allocated memory beyond weights and latents, `reserved_bytes` what the allocator took from the
+    card in all. Differences are to the plain decode of the same dtype.
+    """
+
+    family: str
+    method: DecodeMethod
+    strip_mib: int | None
+    image_px: int
+    dtype: str
+    warmups: int
+    runs: int
+    median_s: float | None = None
+    p95_s: float | None = None
+    peak_bytes: int | None = None
+    reserved_bytes: int | None = None
+    estimated_bytes: int | None = None
+    max_difference: float | None = None
+    error: str | None = None
+
+
+def require_cuda() -> torch.device:
+    """The first GPU.
+
+    Raises:
+        typer.Exit: with status 2, when there is none.
+    """
+    if not torch.cuda.is_available():
+        typer.echo(
+            f"gpu_check needs a CUDA device; torch {torch.__version__} finds none here. Nothing was measured.", err=True
+        )
+        raise typer.Exit(2)
+    return torch.device("cuda:0")
+
+
+def card(device: torch.device) -> dict[str, Any]:
+    """The card, its driver and its libraries."""
+    properties = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return {
+        "card": properties.name,
+        "memory_bytes": properties.total_memory,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "tf32": torch.backends.cudnn.allow_tf32,
+    }
+
+
+def time_runs(run: Callable[[], Tensor], device: torch.device) -> tuple[list[float], int]:
+    """Seconds of each counted run, device at rest at both ends, and the number of warm-ups before them."""
+
+    def once() -> float:
+        torch.cuda.synchronize(device)
+        started_s = time.perf_counter()
+        run()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - started_s
+
+    once()  # chooses convolution kernels
+    slow = once() > SLOW_S
+    warmups, runs = (SLOW_WARMUPS, SLOW_RUNS) if slow else (WARMUPS, RUNS)
+    for _ in range(warmups - 2):
+        once()
+    return [once() for _ in range(runs)], warmups
+
+
+def measure_case(case: GpuFigures, vae: Any, device: torch.device, plain: Tensor | None) -> tuple[GpuFigures, Tensor]:
+    """Fill in one row; also the image.
+
+    Raises:
+        RuntimeError: of the decode, such as torch.OutOfMemoryError.
+    """
+    dtype = DTYPES[case.dtype]
+    latents = random_latents(case.family, case.image_px).to(device, dtype)
+    side = case.image_px // STRIDE_PX
+    plan = None
+    estimate = estimate_peak_bytes(vae.config, side, side, case.dtype, case.method)
+    if case.strip_mib is not None:
+        shape = DecoderShape.from_config(vae.config)
+        plan = plan_decode(shape, side, side, case.dtype, strip_bytes=case.strip_mib * 2**20)
+        estimate = plan.peak_bytes
+
+    def run() -> Tensor:
+        return decode_exact(vae, latents, plan=plan) if plan else run_decode(vae, case.family, case.method, latents)
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before_bytes = torch.cuda.memory_allocated(device)
+    image = run().cpu()
+    torch.cuda.synchronize(device)
+    peak_bytes = torch.cuda.max_memory_allocated(device) - before_bytes
+    reserved_bytes = torch.cuda.max_memory_reserved(device)
+    seconds, warmups = time_runs(run, device)
+    ordered = sorted(seconds)
+    figures = {
+        "warmups": warmups,
+        "runs": len(seconds),
+        "median_s": statistics.median(seconds),
+        "p95_s": ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))],
+        "peak_bytes": peak_bytes,
+        "reserved_bytes": reserved_bytes,
+        "estimated_bytes": estimate,
+        "max_difference": None if plain is None else float((image.float() - plain.float()).abs().max()),
+    }
+    return GpuFigures(**{**asdict(case), **figures}), image
+
+
+def cases_of(family: str, image_px: int, dtype: str, strips_mib: list[int]) -> list[GpuFigures]:
+    """The rows of one size: every method, and the exact one also with other strips."""
+    rows = [GpuFigures(family, method, None, image_px, dtype, 0, 0) for method in METHODS]
+    return rows + [GpuFigures(family, "exact", strip_mib, image_px, dtype, 0, 0) for strip_mib in strips_mib]
+
+
+@torch.inference_mode()
+def measure_size(
+    family: str, image_px: int, dtype: str, strips_mib: list[int], device: torch.device
+) -> list[GpuFigures]:
+    """All rows of one decoder, size and dtype; what cannot run is a row that says why."""
+    done: list[GpuFigures] = []
+    plain: Tensor | None = None
+    for case in cases_of(family, image_px, dtype, strips_mib):
+        vae = build_decoder(family, case.method).to(device, DTYPES[dtype])
+        try:
+            row, image = measure_case(case, vae, device, None if case.method == "tiny" else plain)
+        except RuntimeError as error:  # out of memory, or a kernel that cannot index so large a tensor: a finding
+            row = GpuFigures(**{**asdict(case), "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
+        else:
+            plain = image if case.method == "plain" else plain
+        done.append(row)
+        typer.echo(line(row))
+        del vae
+        torch.cuda.empty_cache()
+    return done
+
+
+def line(row: GpuFigures) -> str:
+    """One row of the table."""
+    strips = "" if row.strip_mib is None else f" strips of {row.strip_mib} MiB"
+    name = f"{row.family:<6}{row.image_px:>5} {row.dtype:<9}{row.method + strips:<24}"
+    if row.error or row.median_s is None or row.peak_bytes is None:
+        return f"{name} {row.error}"
+    difference = "-" if row.max_difference is None else f"{row.max_difference:.1e}"
+    return f"{name}{row.median_s * 1e3:>9.1f} ms{row.peak_bytes / 2**20:>9.0f} MiB  difference {difference}"
+
+
+@app.callback()
+def describe() -> None:
+    """Measurements for a machine with a GPU."""
+
+
+@app.command()
+def decode(
+    px: Annotated[list[int] | None, typer.Option(help="Side of the square images; may be repeated.")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="sdxl or flux1; may be repeated.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or float32; may be repeated.")] = None,
+    strip_mib: Annotated[list[int] | None, typer.Option(help="More strip sizes of the exact decode.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/gpu_decode.json"),
+) -> None:
+    """Time and peak memory of plain, exact, tiled and tiny decodes; status 1 when an exact one could not run."""
+    device = require_cuda()
+    rows: list[GpuFigures] = []
+    for name in family or ["sdxl", "flux1"]:
+        for type_name in dtype or list(DTYPES):
+            for image_px in px or [1024, 2048, 4096]:
+                rows += measure_size(name, image_px, type_name, strip_mib or [4, 64, 256], device)
+    record = {"machine": {**machine(), **card(device)}, "rows": [asdict(row) for row in rows]}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=2) + "\n")
+    if any(row.error for row in rows if row.method == "exact"):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,71 @@
+"""Measures the most bytes that tensors hold at one time, on any device and also on shapes alone (device "meta").
+
+A process's resident memory knows nothing of which tensors are alive, and is not to be had for sizes that do not fit;
+this counts the storage of each operator's result until it dies. What an operator uses inside and gives back is not
+seen. Used by `benchmarks/decode.py` and by the tests that hold the estimates of `models/decode_plan.py` to it.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveStorage(TorchDispatchMode):
+    """Within the `with` block: `peak_bytes` of the storages that operators of the block made.
+
+    What exists before (weights, inputs) does not count. `largest_elements` is of the largest tensor that was returned.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self.largest_elements = 0
+        self._live_bytes = 0
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        shaped = _shape_alone(func, args, kwargs or {})
+        result = func(*args, **(kwargs or {})) if shaped is None else shaped
+        for tensor in _tensors(result):
+            self.largest_elements = max(self.largest_elements, tensor.numel())
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self._watched:
+                self._watch(storage)
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size_bytes = storage._cdata, storage.nbytes()
+
+        def forget(_: weakref.ref[torch.UntypedStorage]) -> None:
+            self._live_bytes -= size_bytes
+            del self._watched[key]
+
+        self._watched[key] = weakref.ref(storage, forget)
+        self._live_bytes += size_bytes
+        self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _shape_alone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result on "meta" where torch has no shape rule, or takes milliseconds for an obvious one; else None."""
+    if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
+        return None
+    if func is torch.ops.aten.batch_norm_update_stats.default:
+        statistics = [args[0].new_empty(args[0].shape[1], dtype=torch.float32) for _ in range(2)]
+        return statistics[0], statistics[1]
+    if func is torch.ops.aten.batch_norm.default:
+        return torch.empty_like(args[0])
+    if "out" in kwargs:
+        return kwargs["out"]
+    changes_in_place = func.overloadpacket.__name__.endswith("_")
+    return args[0] if changes_in_place else None

@@ -1,0 +1,219 @@
+"""From raw latents to images: plainly, exactly in bounded memory, in diffusers' tiles, or with a tiny preview decoder.
+
+`decode_exact` gives what `vae.decode(latents).sample` gives, but holds no feature map of more than one stage at a time
+and none in one piece: it walks along strips (`models/strips.py`) that a plan has cut (`models/decode_plan.py`), through
+a decoder whose every part is known (`models/decoder_check.py`).
+The tiled and the tiny decode change the image; whoever offers them says so.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from models.decode_plan import DecodePlan, DecoderShape, plan_decode
+from models.decoder_check import check_autoencoder, check_decoder
+from models.latent_space import LatentSpace
+from models.strips import Normalization, StripMap, convolve, convolve_activated, convolve_upsampled
+
+
+@torch.inference_mode()
+def decode_plain(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """`vae.decode`, whole and untiled, whatever the VAE's switches say.
+
+    **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w].
+    """
+    return _decode_with_tiling(vae, latents, enabled=False)
+
+
+@torch.inference_mode()
+def decode_tiled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """diffusers' tiled decode. It changes the image: a tile sees only its own attention and statistics.
+
+    **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w].
+    """
+    return _decode_with_tiling(vae, latents, enabled=True)
+
+
+def _decode_with_tiling(vae: AutoencoderKL, latents: Tensor, enabled: bool) -> Tensor:
+    check_autoencoder(vae, AutoencoderKL)
+    before = vae.use_tiling
+    vae.use_tiling = enabled
+    try:
+        image: Tensor = vae.decode(latents, return_dict=False)[0]
+    finally:
+        vae.use_tiling = before
+    return image
+
+
+@torch.inference_mode()
+def decode_tiny(tiny: AutoencoderTiny, latents: Tensor, space: LatentSpace) -> Tensor:
+    """A fast preview by a decoder of the TAESD family, which was trained on scaled latents. It changes the image.
+
+    Args:
+        tiny: Trained for the latents of `space`.
+        latents: Raw ones, as for the other methods.
+        space: Says how raw latents become scaled ones.
+
+    **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], in [-1, 1] like the others.
+    """
+    check_autoencoder(tiny, AutoencoderTiny)
+    scaled = replace(space, packing="none").from_raw(latents)
+    image: Tensor = tiny.decode(scaled, return_dict=False)[0]
+    return image
+
+
+@torch.inference_mode()
+def decode_exact(
+    vae: AutoencoderKL, latents: Tensor, budget_bytes: int | None = None, plan: DecodePlan | None = None
+) -> Tensor:
+    """The image of `decode_plain` in a third of its memory.
+
+    Images are decoded one after the other. Differences are those of float arithmetic in another order.
+
+    Args:
+        vae: In the dtype and on the device of the latents; its switches for tiling and slicing play no part.
+        latents: Raw ones.
+        budget_bytes: What the decode may use at most beyond weights and latents; None for the default strips.
+        plan: Made elsewhere, instead of a budget.
+
+    **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w].
+
+    **Raises** UnknownDecoderError: the VAE is not made of the blocks that this decode knows. DecodeBudgetError: the
+    budget is too small for this size. ValueError: latents of another shape, dtype or device than the VAE's.
+    """
+    check_decoder(vae)
+    _check_latents(vae, latents)
+    batch, _, height, width = latents.shape
+    shape = DecoderShape.from_config(vae.config)
+    if plan is None:
+        dtype = str(latents.dtype).removeprefix("torch.")
+        plan = plan_decode(shape, height, width, dtype, batch=batch, budget_bytes=budget_bytes)
+    images = latents.new_empty((batch, shape.image_channels, height * shape.stride_px, width * shape.stride_px))
+    for latent, image in zip(latents.split(1), images.split(1), strict=True):
+        _decode_one(vae, latent, image, plan)
+    return images
+
+
+def _decode_one(vae: AutoencoderKL, latent: Tensor, image: Tensor, plan: DecodePlan) -> None:
+    if vae.post_quant_conv is not None:
+        latent = vae.post_quant_conv(latent)
+    decoder: Any = vae.decoder  # `check_decoder` has looked at every part
+    current = _first_map(decoder.conv_in, latent, plan.strip_rows[0])
+    first, *rest = decoder.mid_block.resnets
+    current = _residual_block(first, current)
+    for attention, resnet in zip(decoder.mid_block.attentions, rest, strict=True):
+        if attention is not None:
+            current = _attend(attention, current, plan.attention_queries)
+        current = _residual_block(resnet, current)
+    for stage, block in enumerate(decoder.up_blocks):
+        for resnet in block.resnets:
+            current = _residual_block(resnet, current)
+        if block.upsamplers is not None:
+            current = _upsample(block.upsamplers[0].conv, current, plan.strip_rows[stage + 1])
+    top = 0
+    for index, strip in enumerate(convolve_activated(current, decoder.conv_norm_out, decoder.conv_out)):
+        image[:, :, top : top + strip.shape[2]] = strip
+        top += strip.shape[2]
+        current.take(index)
+
+
+def _first_map(conv: nn.Conv2d, latent: Tensor, strip_rows: int) -> StripMap:
+    height = latent.shape[2]
+    padded = F.pad(latent, (0, 0, 1, 1)).contiguous(memory_format=choose_memory_format(latent))
+    made = StripMap(height, strip_rows)
+    for top in range(0, height, strip_rows):
+        made.append(convolve(conv, padded[:, :, top : min(top + strip_rows, height) + 2]))
+    return made
+
+
+def _residual_block(block: ResnetBlock2D, source: StripMap) -> StripMap:
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x through a 1x1 convolution where the channels change.
+
+    Both convolutions run once: the hidden map is kept, since the second norm needs all of it before the first strip.
+    With fewer channels than the input it and the shortcut take the room that the input leaves.
+    """
+    hidden = StripMap(source.height, source.strip_rows)
+    for index, strip in enumerate(convolve_activated(source, block.norm1, block.conv1)):
+        hidden.append(strip)
+        if block.conv_shortcut is not None:
+            source.strips[index] = block.conv_shortcut(source.take(index))
+    made = StripMap(source.height, source.strip_rows)
+    for index, strip in enumerate(convolve_activated(hidden, block.norm2, block.conv2)):
+        hidden.take(index)
+        made.append(source.take(index).add_(strip))
+    return made
+
+
+def _upsample(conv: nn.Conv2d, source: StripMap, strip_rows: int) -> StripMap:
+    made = StripMap(2 * source.height, strip_rows)
+    for strip in convolve_upsampled(source, conv, strip_rows):
+        made.append(strip)
+    return made
+
+
+def _attend(attention: Attention, source: StripMap, chunk_queries: int) -> StripMap:
+    """x + project(softmax(q k^T / sqrt(d)) v): keys and values of the whole map, queries a chunk at a time."""
+    normalization = Normalization.of(source, attention.group_norm)
+    keys, values = _keys_and_values(attention, source, normalization)
+    made = StripMap(source.height, source.strip_rows)
+    for index in range(len(source.strips)):
+        strip = source.take(index)
+        tokens = _to_tokens(normalization.apply(strip))
+        answers = [_answer(attention, chunk, keys, values) for chunk in tokens.split(chunk_queries, dim=1)]
+        made.append(strip.add_(torch.cat(answers, dim=1).mT.unflatten(2, strip.shape[2:])))
+    return made
+
+
+def _keys_and_values(attention: Attention, source: StripMap, normalization: Normalization) -> tuple[Tensor, Tensor]:
+    """**Shape** -> two of [1, heads, pixels, head width]."""
+    shape = (1, sum(source.pixels), attention.inner_dim)
+    keys, values = source.strip(0).new_empty(shape), source.strip(0).new_empty(shape)
+    first = 0
+    for index, pixels in enumerate(source.pixels):
+        tokens = _to_tokens(normalization.apply(source.strip(index)))
+        keys[:, first : first + pixels] = attention.to_k(tokens)
+        values[:, first : first + pixels] = attention.to_v(tokens)
+        first += pixels
+    return _split_heads(attention, keys), _split_heads(attention, values)
+
+
+def _answer(attention: Attention, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    queries = _split_heads(attention, attention.to_q(tokens))
+    joined = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+    projected: Tensor = attention.to_out[0](joined)
+    return projected
+
+
+def _split_heads(attention: Attention, tokens: Tensor) -> Tensor:
+    split: Tensor = tokens.unflatten(2, (attention.heads, -1))
+    return split.transpose(1, 2)
+
+
+def _to_tokens(rows: Tensor) -> Tensor:
+    """**Shape** [1, channels, rows, width] -> [1, rows * width, channels]."""
+    return rows.flatten(2).mT
+
+
+def choose_memory_format(latents: Tensor) -> torch.memory_format:
+    """Channels last, where convolutions of strips need no reordering; on a GPU only for the types of tensor cores."""
+    if latents.is_cuda and latents.dtype == torch.float32:
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _check_latents(vae: AutoencoderKL, latents: Tensor) -> None:
+    weight = vae.decoder.conv_in.weight
+    channels = weight.shape[1]
+    if latents.ndim != 4 or latents.shape[1] != channels or min(latents.shape) < 1:
+        raise ValueError(f"latents must be [batch, {channels}, h, w]; found {list(latents.shape)}")
+    if latents.dtype != weight.dtype or latents.device != weight.device:
+        raise ValueError(
+            f"latents are {latents.dtype} on {latents.device}, the VAE is {weight.dtype} on {weight.device}: move one"
+        )

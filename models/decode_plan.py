@@ -1,0 +1,300 @@
+"""Arithmetic of a decode: strip heights from a byte budget, and the peak memory of each method before anything runs.
+
+Imports no torch, because the API process has none and must refuse what cannot fit. All figures are bytes of live
+tensors beyond the weights and the latent itself. The decode that follows a plan is in `models/decode.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, Self
+
+DecodeMethod = Literal["plain", "exact", "tiled", "tiny"]
+
+ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
+MAX_STRIP_BYTES = 16 * 2**20  # the caches of a large CPU or GPU hold it; larger strips were not faster
+MIN_STRIP_BYTES = 2**20
+STRIPS_PER_MAP = 32  # a strip costs its own size about four times over: an eighth of the largest map in all
+MAX_QUERIES = 1024  # attention scores of one chunk then stay below the full-resolution maps at any image size
+MAX_ELEMENTS = 2**31 - 1  # of one tensor; several GPU kernels index with 32 bits
+TILE_OVERLAP = 0.25  # diffusers' tiled decode of AutoencoderKL
+
+
+class DecodeBudgetError(ValueError):
+    """A budget that not even strips of one row fit into."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """What of a decoder decides its memory.
+
+    Args:
+        latent_channels: Of its input.
+        image_channels: Of its output.
+        channels: Of each up block, in the order in which they run; each but the last doubles the resolution.
+        tile_px: Side of a tile of diffusers' tiled decode.
+    """
+
+    latent_channels: int
+    image_channels: int
+    channels: tuple[int, ...]
+    tile_px: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """From the `config.json` of a diffusers AutoencoderKL.
+
+        Raises:
+            ValueError: it describes blocks other than UpDecoderBlock2D.
+        """
+        blocks = tuple(config["up_block_types"])
+        if set(blocks) != {"UpDecoderBlock2D"} or len(blocks) != len(config["block_out_channels"]):
+            raise ValueError(f"a decoder of UpDecoderBlock2D, one per channel count, is understood; found {blocks}")
+        side = config["sample_size"]
+        return cls(
+            config["latent_channels"],
+            config["out_channels"],
+            tuple(reversed(config["block_out_channels"])),
+            side if isinstance(side, int) else side[0],
+        )
+
+    @property
+    def stride_px(self) -> int:
+        """Image pixels per latent pixel."""
+        return int(2 ** (len(self.channels) - 1))
+
+    def stage_input(self, stage: int) -> int:
+        """Channels that come into a stage."""
+        return self.channels[max(stage - 1, 0)]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """How an exact decode is cut.
+
+    Args:
+        strip_rows: Rows of a strip at each stage; even after the first, so that an upsampled strip has whole rows.
+        attention_queries: Latent pixels that the middle attention asks for at a time.
+        peak_bytes: Estimate of the most memory in use, beyond weights and latents.
+    """
+
+    strip_rows: tuple[int, ...]
+    attention_queries: int
+    peak_bytes: int
+
+
+def plan_decode(
+    shape: DecoderShape,
+    latent_height: int,
+    latent_width: int,
+    dtype: str,
+    *,
+    batch: int = 1,
+    budget_bytes: int | None = None,
+    strip_bytes: int | None = None,
+) -> DecodePlan:
+    """Cut an exact decode of this size.
+
+    Args:
+        shape: Of the decoder.
+        latent_height: Of the raw latent.
+        latent_width: Of the raw latent.
+        dtype: That the decoder computes in.
+        batch: Images; they are decoded one after the other.
+        budget_bytes: What may be in use at most; the strips shrink to fit.
+        strip_bytes: Largest strip, to override the default.
+
+    Raises:
+        DecodeBudgetError: the budget is below what one-row strips need.
+        ValueError: a size is not positive or the dtype is unknown.
+    """
+    element_bytes = _check(latent_height, latent_width, batch, dtype)
+    largest_bytes = max(_stage_elements(shape, latent_height, latent_width)) * element_bytes
+    if strip_bytes is None:
+        strip_bytes = min(MAX_STRIP_BYTES, max(MIN_STRIP_BYTES, largest_bytes // STRIPS_PER_MAP))
+    while True:
+        rows = _strip_rows(shape, latent_height, latent_width, strip_bytes // element_bytes)
+        peak, middle = _exact_elements(shape, latent_height, latent_width, rows, batch, dtype)
+        if budget_bytes is None or peak * element_bytes <= budget_bytes:
+            break
+        if strip_bytes == 0:
+            raise DecodeBudgetError(
+                f"an exact decode of a {latent_height}x{latent_width} latent in {dtype} needs {peak * element_bytes} "
+                f"bytes with the thinnest strips; {budget_bytes} are allowed: decode a smaller image"
+            )
+        strip_bytes //= 2
+    tokens = latent_height * latent_width
+    spare_queries = (peak - middle) * element_bytes // (2 * 4 * tokens)  # float32 scores, before and after softmax
+    queries = max(1, min(MAX_QUERIES, tokens, MAX_ELEMENTS // tokens, max(spare_queries, 16)))
+    return DecodePlan(rows, queries, peak * element_bytes)
+
+
+def estimate_peak_bytes(
+    vae_config: Mapping[str, Any],
+    latent_height: int,
+    latent_width: int,
+    dtype: str,
+    method: DecodeMethod,
+    *,
+    batch: int = 1,
+) -> int:
+    """Peak memory of a decode beyond weights and latents, with an attention that keeps no score matrix.
+
+    Args:
+        vae_config: Configuration of an AutoencoderKL; of an AutoencoderTiny for the method "tiny".
+        latent_height: Of the raw latent.
+        latent_width: Of the raw latent.
+        dtype: That the decoder computes in.
+        method: How it decodes.
+        batch: Images decoded in one call.
+
+    Raises:
+        ValueError: a size is not positive, the dtype is unknown, or the configuration is not of the method's decoder.
+    """
+    element_bytes = _check(latent_height, latent_width, batch, dtype)
+    if method == "tiny":
+        return batch * _tiny_elements(vae_config, latent_height, latent_width) * element_bytes
+    shape = DecoderShape.from_config(vae_config)
+    if method == "exact":
+        return plan_decode(shape, latent_height, latent_width, dtype, batch=batch).peak_bytes
+    if method == "tiled":
+        return batch * _tiled_elements(shape, latent_height, latent_width) * element_bytes
+    return batch * _plain_elements(shape, latent_height, latent_width) * element_bytes
+
+
+def largest_fit(
+    vae_config: Mapping[str, Any],
+    latent_height: int,
+    latent_width: int,
+    dtype: str,
+    method: DecodeMethod,
+    budget_bytes: int,
+    *,
+    batch: int = 1,
+) -> tuple[int, int] | None:
+    """The latent that fits into a budget: the one asked for, else the largest of about its shape; None if none fits.
+
+    Args:
+        vae_config: As for `estimate_peak_bytes`.
+        latent_height: Asked for.
+        latent_width: Asked for.
+        dtype: That the decoder computes in.
+        method: How it decodes; the strips of "exact" shrink as far as needed.
+        budget_bytes: What the decode may use beyond weights and latents.
+        batch: Images decoded in one call.
+
+    Returns:
+        Latent height and width.
+
+    Raises:
+        ValueError: As `estimate_peak_bytes`.
+    """
+    longest = max(latent_height, latent_width)
+    estimate_peak_bytes(vae_config, 1, 1, dtype, method, batch=batch)  # refuses what is wrong at any size
+
+    def scaled(side: int) -> tuple[int, int]:
+        return max(latent_height * side // longest, 1), max(latent_width * side // longest, 1)
+
+    def fits(side: int) -> bool:
+        height, width = scaled(side)
+        if method != "exact":
+            return estimate_peak_bytes(vae_config, height, width, dtype, method, batch=batch) <= budget_bytes
+        try:
+            shape = DecoderShape.from_config(vae_config)
+            plan_decode(shape, height, width, dtype, batch=batch, budget_bytes=budget_bytes)
+        except DecodeBudgetError:
+            return False
+        return True
+
+    if fits(longest):
+        return latent_height, latent_width
+    small, large = 0, longest  # small fits, large does not
+    while large - small > 1:
+        middle = (small + large) // 2
+        small, large = (middle, large) if fits(middle) else (small, middle)
+    return scaled(small) if small else None
+
+
+def _check(latent_height: int, latent_width: int, batch: int, dtype: str) -> int:
+    if min(latent_height, latent_width, batch) < 1:
+        raise ValueError(f"a decode needs positive sizes; found batch {batch} of {latent_height}x{latent_width}")
+    if dtype not in ELEMENT_BYTES:
+        raise ValueError(f"dtype {dtype}: decoders compute in {', '.join(ELEMENT_BYTES)}")
+    return ELEMENT_BYTES[dtype]
+
+
+def _stage_elements(shape: DecoderShape, height: int, width: int) -> list[int]:
+    """Elements of the widest map at each stage."""
+    return [
+        max(shape.stage_input(stage), channels) * (height << stage) * (width << stage)
+        for stage, channels in enumerate(shape.channels)
+    ]
+
+
+def _strip_rows(shape: DecoderShape, height: int, width: int, strip_elements: int) -> tuple[int, ...]:
+    rows = []
+    for stage, channels in enumerate(shape.channels):
+        row_elements = max(shape.stage_input(stage), channels) * (width << stage)
+        wanted = min(strip_elements // row_elements, height << stage)
+        rows.append(max(wanted, 1) if stage == 0 else max(wanted // 2 * 2, 2))
+    return tuple(rows)
+
+
+def _exact_elements(
+    shape: DecoderShape, height: int, width: int, strip_rows: tuple[int, ...], batch: int, dtype: str
+) -> tuple[int, int]:
+    """Peak elements over all steps, and those of the middle attention alone. See `models/strips.py` for the steps."""
+    image = batch * shape.image_channels * (height * width) * shape.stride_px**2
+    peaks = []
+    for stage, channels in enumerate(shape.channels):
+        incoming, stage_width = shape.stage_input(stage), width << stage
+        pixels = (height << stage) * stage_width
+        strip = strip_rows[stage] * stage_width
+        # Two maps while a block runs: its input or shortcut, and the hidden one. Working strips: one normalised and
+        # one padded copy, or the padded copy and the convolution's output.
+        kept = 2 * channels if stage and incoming == channels else max(incoming, 2 * channels)
+        halo = 2 * stage_width
+        peaks.append(kept * pixels + max(incoming, channels) * (2 * strip + halo))
+        if stage:  # the upsampled map, filled while its source is given back
+            source = strip_rows[stage - 1] * (stage_width // 2)
+            kernels = 16 * incoming if dtype == "float32" else 0  # four 2x2 kernels per channel
+            peaks.append(incoming * (pixels + source + strip + strip // 4 + halo + kernels))
+    tokens = height * width
+    middle = shape.channels[0] * (3 * tokens + 4 * strip_rows[0] * width)
+    return image + max(*peaks, middle), image + middle
+
+
+def _plain_elements(shape: DecoderShape, height: int, width: int) -> int:
+    """Steps of diffusers' Decoder.forward: each block's input stays alive until the block ends."""
+    first = shape.channels[0]
+    peaks = [8 * first * height * width]  # the middle attention: input, residual, norm, q, k, v, result, projection
+    for stage, channels in enumerate(shape.channels):
+        incoming, pixels = shape.stage_input(stage), (height << stage) * (width << stage)
+        shortcut = incoming != channels
+        # norm and SiLU beside the input; then the sum and its division by the output scale beside both branches
+        peaks.append(max(3 * incoming, incoming + (4 if shortcut else 3) * channels) * pixels)
+        peaks.append((incoming + 4 * channels) * pixels)
+        if stage + 1 < len(shape.channels):
+            peaks.append((incoming + channels + 8 * channels) * pixels)
+    return max(peaks)
+
+
+def _tiled_elements(shape: DecoderShape, height: int, width: int) -> int:
+    tile = shape.tile_px // shape.stride_px
+    if max(height, width) <= tile:
+        return _plain_elements(shape, height, width)
+    step = int(tile * (1 - TILE_OVERLAP))
+    area = sum(min(tile, height - top) for top in range(0, height, step))
+    area *= sum(min(tile, width - left) for left in range(0, width, step))
+    image = shape.image_channels * shape.stride_px**2
+    one_tile = _plain_elements(shape, min(tile, height), min(tile, width))
+    return max(area * image + one_tile, (area + 2 * height * width) * image)
+
+
+def _tiny_elements(config: Mapping[str, Any], height: int, width: int) -> int:
+    """A block of AutoencoderTiny holds its input and two maps; an upsampling its input, its output, a convolution."""
+    channels = tuple(config["decoder_block_out_channels"])
+    if config["upsampling_scaling_factor"] != 2:
+        raise ValueError(f"an AutoencoderTiny that doubles is understood; found {config['upsampling_scaling_factor']}")
+    maps = [3 * int(count) * (height << stage) * (width << stage) for stage, count in enumerate(channels)]
+    return max(maps)

@@ -1,0 +1,129 @@
+"""Strip heights from budgets and the estimates of peak memory, as arithmetic; held to real decodes in test_decode."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.decode_plan import (
+    MAX_ELEMENTS,
+    DecodeBudgetError,
+    DecodeMethod,
+    DecoderShape,
+    estimate_peak_bytes,
+    largest_fit,
+    plan_decode,
+)
+
+SDXL = DecoderShape(latent_channels=4, image_channels=3, channels=(512, 512, 256, 128), tile_px=1024)
+SDXL_CONFIG: dict[str, Any] = {
+    "latent_channels": 4,
+    "out_channels": 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "sample_size": 1024,
+}
+GIB = 2**30
+
+
+def estimate(image_px: int, dtype: str, method: DecodeMethod, batch: int = 1) -> int:
+    return estimate_peak_bytes(SDXL_CONFIG, image_px // 8, image_px // 8, dtype, method, batch=batch)
+
+
+def test_the_shape_is_read_from_a_configuration() -> None:
+    assert DecoderShape.from_config(SDXL_CONFIG) == SDXL
+    assert SDXL.stride_px == 8
+
+
+def test_a_configuration_with_other_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="AttnUpDecoderBlock2D"):
+        DecoderShape.from_config({**SDXL_CONFIG, "up_block_types": ["AttnUpDecoderBlock2D"] * 4})
+
+
+def test_exact_needs_less_than_half_of_plain_from_512_px_on() -> None:
+    for image_px in (512, 1024, 2048, 4096):
+        for dtype in ("float32", "bfloat16"):
+            assert estimate(image_px, dtype, "exact") < 0.5 * estimate(image_px, dtype, "plain")
+
+
+def test_a_4096_px_image_fits_a_24_gb_card_only_with_the_exact_decode_or_tiles() -> None:
+    card_bytes = 23 * GIB
+    assert estimate(4096, "float32", "plain") > card_bytes
+    assert estimate(4096, "float32", "exact") < card_bytes
+    assert estimate(4096, "bfloat16", "exact") < card_bytes / 2
+    assert estimate(4096, "float32", "tiled") < card_bytes
+
+
+def test_no_strip_and_no_chunk_of_scores_reaches_two_to_the_31_elements() -> None:
+    for image_px in (1024, 4096, 8192):
+        side = image_px // 8
+        plan = plan_decode(SDXL, side, side, "bfloat16")
+        for stage, rows in enumerate(plan.strip_rows):
+            assert (rows + 2) * (side << stage) * 512 < MAX_ELEMENTS
+        assert plan.attention_queries * side * side <= MAX_ELEMENTS
+        assert 512 * side * side <= MAX_ELEMENTS  # keys and values are whole
+
+
+def test_a_batch_costs_only_its_images_when_it_is_decoded_one_by_one() -> None:
+    images_bytes = 7 * 3 * 1024**2 * 4
+    assert estimate(1024, "float32", "exact", batch=8) == estimate(1024, "float32", "exact") + images_bytes
+    assert estimate(1024, "float32", "plain", batch=8) == 8 * estimate(1024, "float32", "plain")
+
+
+def test_a_smaller_budget_gives_thinner_strips_and_is_kept() -> None:
+    free = plan_decode(SDXL, 128, 128, "float32")
+    tight_bytes = free.peak_bytes - 20 * 2**20
+    tight = plan_decode(SDXL, 128, 128, "float32", budget_bytes=tight_bytes)
+    assert tight.peak_bytes <= tight_bytes
+    assert tight.strip_rows < free.strip_rows
+
+
+def test_a_budget_below_the_thinnest_strips_is_refused_with_both_figures() -> None:
+    with pytest.raises(DecodeBudgetError, match=rf"needs \d+ bytes.*{GIB // 2} are allowed"):
+        plan_decode(SDXL, 128, 128, "float32", budget_bytes=GIB // 2)
+
+
+@pytest.mark.parametrize("method", ["plain", "exact", "tiled"])
+def test_the_largest_size_that_fits_fits_and_the_next_one_does_not(method: DecodeMethod) -> None:
+    budget_bytes = 4 * GIB
+    found = largest_fit(SDXL_CONFIG, 2048, 1024, "float32", method, budget_bytes)
+    assert found is not None
+    height, width = found
+    assert abs(height - 2 * width) <= 1
+    assert largest_fit(SDXL_CONFIG, height, width, "float32", method, budget_bytes) == (height, width)
+    larger = largest_fit(SDXL_CONFIG, height + 2, width + 1, "float32", method, budget_bytes)
+    assert larger is not None and larger[0] < height + 2
+
+
+def test_a_size_that_fits_is_given_back_and_nothing_where_nothing_fits() -> None:
+    assert largest_fit(SDXL_CONFIG, 37, 64, "bfloat16", "exact", 4 * GIB) == (37, 64)
+    assert largest_fit(SDXL_CONFIG, 64, 64, "bfloat16", "exact", 1000) is None
+    with pytest.raises(ValueError, match="float64"):
+        largest_fit(SDXL_CONFIG, 64, 64, "float64", "exact", GIB)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [((0, 8), "float32"), ((8, -1), "float32"), ((8, 8), "float64")])
+def test_sizes_and_dtypes_that_do_not_exist_are_refused(size: tuple[int, int], dtype: str) -> None:
+    with pytest.raises(ValueError):
+        plan_decode(SDXL, *size, dtype)
+    with pytest.raises(ValueError):
+        estimate_peak_bytes(SDXL_CONFIG, *size, dtype, "plain")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(["float32", "bfloat16"]), st.integers(0, 2**26))
+def test_strips_are_even_after_the_first_stage_and_never_empty(
+    height: int, width: int, dtype: str, strip_bytes: int
+) -> None:
+    plan = plan_decode(SDXL, height, width, dtype, strip_bytes=strip_bytes)
+    assert 1 <= plan.strip_rows[0] <= height
+    assert all(rows >= 2 and rows % 2 == 0 for rows in plan.strip_rows[1:])
+    assert 1 <= plan.attention_queries <= height * width
+
+
+def test_the_estimate_needs_no_torch() -> None:
+    code = "import sys, models.decode_plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
