@@ -1,0 +1,37 @@
+"""Decoded pixels as the bytes of an image file: PNG, JPEG or WebP, without any metadata.
+
+The pixels come from `models.route`; the bytes go to the blobs of `service.worker` or to a file.
+"""
+
+import io
+from typing import Literal
+
+from PIL import Image
+from torch import Tensor
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+CONTENT_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+# A low PNG level: here the time of encoding counts for more than the size of the file.
+_OPTIONS: dict[str, dict[str, int]] = {
+    "png": {"compress_level": 3},
+    "jpeg": {"quality": 95, "subsampling": 0},
+    "webp": {"quality": 95, "method": 2},
+}
+
+
+def to_image_bytes(pixels: Tensor, output_format: ImageFormat) -> bytes:
+    """Encode one image. Nothing but the pixels and their size goes into the file.
+
+    **Shape** [height_px, width_px, 3], uint8, on the CPU.
+
+    **Raises** ValueError: the tensor has another shape or type, or the format is unknown.
+    """
+    if output_format not in _OPTIONS:
+        raise ValueError(f"image format {output_format!r} is not known; there are {sorted(_OPTIONS)}")
+    if pixels.dim() != 3 or pixels.shape[-1] != 3 or str(pixels.dtype) != "torch.uint8":
+        raise ValueError(f"an image is uint8 [height, width, 3]; found {pixels.dtype} {list(pixels.shape)}")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, format=output_format.upper(), **_OPTIONS[output_format])
+    return buffer.getvalue()

@@ -1,0 +1,25 @@
+"""What every test shares: one thread for torch, and a bundle of random weights for the session."""
+
+import os
+
+# Before torch and the tokenizers are imported: two cores are shared with whatever else runs there.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle called `tiny` of random weights: base size 64 px, 16 latent channels, scales 1, 2 and 4.
+
+    Read-only: a test that changes it copies it first.
+    """
+    from tests.tiny_bundle import write_tiny_bundle  # diffusers takes seconds to import
+
+    directory = tmp_path_factory.mktemp("bundles") / "tiny"
+    write_tiny_bundle(directory)
+    return directory

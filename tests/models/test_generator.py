@@ -1,0 +1,131 @@
+"""Drawing with a real, tiny pipeline: seeds, batches, steps, cancel, and what the latents mean."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.bundle import read_bundle
+from models.generator import DrawItem, Generator
+from tests.tiny_bundle import SCALING_FACTOR
+
+ITEM = DrawItem("a red sphere", "", seed=1, width_px=64, height_px=48, steps=4, guidance_scale=3.0)
+OTHERS = [replace(ITEM, prompt="a blue cube on the left", seed=2), replace(ITEM, negative_prompt="green", seed=3)]
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_bundle_dir: Path) -> Generator:
+    return Generator.open(read_bundle(tiny_bundle_dir), torch.device("cpu"), torch.float32)
+
+
+def draw(generator: Generator, *items: DrawItem) -> list[Tensor]:
+    latents = generator.draw(items, lambda step, steps: None, set)
+    assert all(latent is not None for latent in latents)
+    return [latent for latent in latents if latent is not None]
+
+
+def test_a_seed_draws_the_same_latent_alone_and_in_a_batch(generator: Generator) -> None:
+    (alone,) = draw(generator, ITEM)
+    batched = draw(generator, OTHERS[0], ITEM, OTHERS[1])
+    assert alone.shape == (16, 6, 8) and alone.dtype == torch.float32
+    torch.testing.assert_close(batched[1], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"prompt": "a blue cube"}, {"negative_prompt": "red"}, {"steps": 5}])
+def test_what_is_asked_for_changes_the_latent(generator: Generator, change: dict[str, object]) -> None:
+    (plain,), (changed,) = draw(generator, ITEM), draw(generator, replace(ITEM, **change))
+    assert (plain - changed).abs().max() > 1e-3
+
+
+def test_latents_are_raw(generator: Generator) -> None:
+    scaled = generator.pipeline(
+        prompt=[ITEM.prompt],
+        negative_prompt=[""],
+        width=64,
+        height=48,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(1),
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(draw(generator, ITEM)[0], scaled[0] / SCALING_FACTOR)
+
+
+def test_every_step_is_told_with_the_number_of_steps(generator: Generator) -> None:
+    told: list[tuple[int, int]] = []
+    generator.draw([ITEM, OTHERS[0]], lambda step, steps: told.append((step, steps)), set)
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_drawing_stops_once_every_item_is_canceled(generator: Generator) -> None:
+    told: list[int] = []
+    latents = generator.draw(
+        [ITEM, OTHERS[0]], lambda step, steps: told.append(step), lambda: {0} if len(told) < 2 else {1}
+    )
+    assert told == [1, 2] and latents == [None, None]
+
+
+def test_a_canceled_batch_leaves_nothing_behind(generator: Generator) -> None:
+    (before,) = draw(generator, ITEM)
+    generator.draw([ITEM], lambda step, steps: None, lambda: {0})
+    torch.testing.assert_close(draw(generator, ITEM)[0], before, rtol=0, atol=0)
+
+
+def test_a_batch_that_raised_leaves_nothing_behind(generator: Generator) -> None:
+    def fail(step: int, steps: int) -> None:
+        raise RuntimeError("on purpose")
+
+    (before,) = draw(generator, ITEM)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        generator.draw([ITEM], fail, set)
+    torch.testing.assert_close(draw(generator, ITEM)[0], before, rtol=0, atol=0)
+
+
+def test_a_canceled_item_leaves_its_neighbour_unchanged(generator: Generator) -> None:
+    both = draw(generator, ITEM, OTHERS[0])
+    gone, stays = generator.draw([ITEM, OTHERS[0]], lambda step, steps: None, lambda: {0})
+    assert gone is None and stays is not None
+    torch.testing.assert_close(stays, both[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", [{"width_px": 32}, {"height_px": 32}, {"steps": 2}, {"guidance_scale": 1.0}])
+def test_items_that_cannot_share_a_batch_are_refused(generator: Generator, change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="share"):
+        draw(generator, ITEM, replace(ITEM, **change))
+
+
+def test_drawing_does_not_touch_the_global_generator(generator: Generator) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    draw(generator, ITEM)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tokens_beyond_the_text_encoder_are_counted(generator: Generator) -> None:
+    assert generator.lost_tokens("a red sphere") == 0
+    assert generator.lost_tokens("red " * 30) == 0, "32 tokens with start and end"
+    assert generator.lost_tokens("red " * 35) == 5
+
+
+def test_a_prompt_that_is_cut_off_is_drawn_and_not_printed(
+    generator: Generator, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    draw(generator, replace(ITEM, prompt="purple " * 40 + "zeppelin"))
+    printed = capfd.readouterr()
+    assert printed.out + printed.err + caplog.text == ""
+
+
+def test_a_pipeline_whose_weights_are_not_safetensors_is_refused(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "pickled"
+    shutil.copytree(tiny_bundle_dir, directory)
+    unet = directory / "pipeline" / "unet"
+    weights = unet / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), unet / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    bundle = replace(read_bundle(tiny_bundle_dir), directory=directory)
+    with pytest.raises(OSError, match="safetensors"):
+        Generator.open(bundle, torch.device("cpu"), torch.float32)

@@ -1,0 +1,59 @@
+"""Image files: right pixels, right format, nothing else inside."""
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.images import CONTENT_TYPES, to_image_bytes
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    rows, columns = torch.meshgrid(torch.arange(24), torch.arange(40), indexing="ij")
+    return torch.stack([rows * 10, columns * 6, (rows + columns) * 4], dim=-1).to(torch.uint8)
+
+
+def test_png_keeps_every_pixel(pixels: Tensor) -> None:
+    image = Image.open(io.BytesIO(to_image_bytes(pixels, "png")))
+    assert image.size == (40, 24), "width before height"
+    assert torch.equal(torch.tensor(list(image.tobytes()), dtype=torch.uint8), pixels.flatten())
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_lossy_formats_stay_close(pixels: Tensor, output_format: str) -> None:
+    image = Image.open(io.BytesIO(to_image_bytes(pixels, output_format)))
+    found = torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    assert image.format == output_format.upper() and image.size == (40, 24)
+    assert (found.int() - pixels.flatten().int()).abs().float().mean() < 6
+
+
+@pytest.mark.parametrize("output_format", list(CONTENT_TYPES))
+def test_nothing_but_pixels_is_written(pixels: Tensor, output_format: str) -> None:
+    content = to_image_bytes(pixels, output_format)
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    known = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "loop", "background", "timestamp", "duration"}
+    assert set(image.info) <= known
+    assert not image.getexif() and b"tEXt" not in content and b"tIME" not in content and b"Exif" not in content
+
+
+def test_equal_pixels_give_equal_bytes(pixels: Tensor) -> None:
+    assert all(to_image_bytes(pixels, f) == to_image_bytes(pixels.clone(), f) for f in CONTENT_TYPES)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [torch.zeros(4, 4, 3), torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8)],
+    ids=["float", "grey", "channels first"],
+)
+def test_what_is_no_image_is_refused(bad: Tensor) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        to_image_bytes(bad, "png")
+
+
+def test_an_unknown_format_is_refused(pixels: Tensor) -> None:
+    with pytest.raises(ValueError, match="gif"):
+        to_image_bytes(pixels, "gif")
