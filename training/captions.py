@@ -1,0 +1,176 @@
+"""The language of the pocket model: what can be asked for, and the many ways to say it.
+
+A prompt fills up to six slots: shape, colour, size and position of one object, colour of the floor, colour of the sky.
+This module owns the words, writes captions with free order and missing parts, and draws seeded random prompts. What a
+slot looks like is in `training/scenes.py`; how the words become tokens is in `training/pocket_tokenizer.py`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "black")
+SHAPES = ("sphere", "cube", "cone", "cylinder")
+POSITIONS = ("left", "centre", "right")
+SIZES = ("small", "medium", "large")
+
+SYNONYMS = {
+    "sphere": ("sphere", "sphere", "ball"),
+    "cube": ("cube", "cube", "box"),
+    "small": ("small", "small", "little"),
+    "large": ("large", "large", "big"),
+    "centre": ("centre", "centre", "center", "middle"),
+}
+FILLERS = (
+    "a",
+    "an",
+    "the",
+    "on",
+    "at",
+    "in",
+    "to",
+    "of",
+    "under",
+    "with",
+    "and",
+    "side",
+    "floor",
+    "ground",
+    "sky",
+    ",",
+)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What one picture shows. `None` means that the caption leaves it open."""
+
+    shape: str | None
+    colour: str | None
+    floor: str | None
+    sky: str | None
+    position: str | None
+    size: str | None
+
+
+def known_words() -> tuple[str, ...]:
+    """Every word that the vocabulary holds as one token, in a fixed order."""
+    synonyms = tuple(word for words in SYNONYMS.values() for word in words)
+    return tuple(dict.fromkeys((*COLOURS, *SHAPES, *POSITIONS, *SIZES, *synonyms, *FILLERS)))
+
+
+def draw_slots(rng: np.random.Generator) -> Slots:
+    """Fill all six slots at random; the object never has the colour of the floor or of the sky."""
+    floor, sky = str(rng.choice(COLOURS)), str(rng.choice(COLOURS))
+    free = [colour for colour in COLOURS if colour not in (floor, sky)]
+    return Slots(
+        shape=str(rng.choice(SHAPES)),
+        colour=str(rng.choice(free)),
+        floor=floor,
+        sky=sky,
+        position=str(rng.choice(POSITIONS)),
+        size=str(rng.choice(SIZES)),
+    )
+
+
+def to_caption(slots: Slots) -> str:
+    """The plain form: `a large red sphere on a green floor under a blue sky, on the left`."""
+    parts = [_article(_object_words(slots))]
+    if slots.floor:
+        parts.append(f"on {_article(slots.floor)} floor")
+    if slots.sky:
+        parts.append(f"under {_article(slots.sky)} sky")
+    where = {"left": "on the left", "right": "on the right", "centre": "in the centre"}
+    caption = " ".join(part for part in parts if part)
+    return f"{caption}, {where[slots.position]}" if slots.position else caption
+
+
+def vary_caption(slots: Slots, rng: np.random.Generator) -> str:
+    """Say the same in one of many ways: synonyms, other orders, left-out slots, now and then a word nobody knows.
+
+    Half of the captions keep the plain order with every slot, because the order is what makes learning quick.
+    """
+    slots = _say_synonyms(_drop_slots(slots, rng) if rng.random() < 0.35 else slots, rng)
+    ground = "floor" if rng.random() < 0.8 else "ground"
+    trailing_size = slots.size is not None and rng.random() < 0.2
+    object_words = _object_words(slots, with_size=not trailing_size)
+    place = _place_words(slots.position, rng) if slots.position else ""
+    floor = f"on {_determiner(slots.floor, rng)} {ground}" if slots.floor else ""
+    sky = f"under {_determiner(slots.sky, rng)} sky" if slots.sky else ""
+    tail = str(slots.size) if trailing_size else ""
+    parts = [_article(object_words), floor, sky]
+    extras = [part for part in (place, tail) if part]
+    if rng.random() < 0.25:
+        parts = [parts[index] for index in rng.permutation(3)]
+    filled = [part for part in parts if part]
+    caption = " ".join(filled) if rng.random() < 0.7 else ", ".join(filled)
+    if extras and rng.random() < 0.15:
+        caption = ", ".join([*extras, caption])
+    elif extras:
+        caption = ", ".join([caption, *extras])
+    return _insert_noise(caption, rng) if rng.random() < 0.06 else caption
+
+
+def draw_prompts(count: int, seed: int) -> list[tuple[str, Slots]]:
+    """Seeded random prompts in the plain form with all six slots, for measuring."""
+    rng = np.random.default_rng(seed)
+    drawn = [draw_slots(rng) for _ in range(count)]
+    return [(to_caption(slots), slots) for slots in drawn]
+
+
+def mirror(slots: Slots) -> Slots:
+    """The slots of the picture flipped left to right."""
+    swapped = {"left": "right", "right": "left"}
+    position = swapped.get(slots.position, slots.position) if slots.position else None
+    return Slots(slots.shape, slots.colour, slots.floor, slots.sky, position, slots.size)
+
+
+def _object_words(slots: Slots, with_size: bool = True) -> str:
+    words = (slots.size if with_size else None, slots.colour, slots.shape)
+    return " ".join(word for word in words if word)
+
+
+def _article(words: str) -> str:
+    if not words:
+        return ""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _determiner(words: str, rng: np.random.Generator) -> str:
+    return _article(words) if rng.random() < 0.85 else f"the {words}"
+
+
+def _place_words(position: str, rng: np.random.Generator) -> str:
+    prepositions = (
+        ("in the {}",) if position in ("centre", "center", "middle") else ("on the {}", "at the {}", "to the {}")
+    )
+    forms = (*prepositions, "{}", f"{prepositions[0]} side" if len(prepositions) > 1 else "{}")
+    return str(rng.choice(forms)).format(position)
+
+
+def _drop_slots(slots: Slots, rng: np.random.Generator) -> Slots:
+    """Leave each slot out with probability 0.35; the shape goes only when the object's other words stay sensible."""
+    keep = rng.random(6) >= 0.35
+    kept = [value if kept else None for value, kept in zip(_values(slots), keep, strict=True)]
+    if kept[0] is None and (kept[1] or kept[5]):
+        kept[0] = slots.shape
+    return Slots(*kept)
+
+
+def _say_synonyms(slots: Slots, rng: np.random.Generator) -> Slots:
+    def say(word: str | None) -> str | None:
+        return str(rng.choice(SYNONYMS[word])) if word in SYNONYMS else word
+
+    return Slots(say(slots.shape), slots.colour, slots.floor, slots.sky, say(slots.position), say(slots.size))
+
+
+def _insert_noise(caption: str, rng: np.random.Generator) -> str:
+    """Put one made-up word in, so that an unknown word changes little."""
+    letters = rng.integers(0, 26, size=int(rng.integers(3, 8)))
+    words = caption.split(" ")
+    words.insert(int(rng.integers(0, len(words) + 1)), "".join(chr(97 + letter) for letter in letters))
+    return " ".join(words)
+
+
+def _values(slots: Slots) -> tuple[str | None, ...]:
+    return (slots.shape, slots.colour, slots.floor, slots.sky, slots.position, slots.size)

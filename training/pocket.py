@@ -1,0 +1,145 @@
+"""The commands that make the pocket bundle: `python -m training.pocket vae|freeze|decoder|pairs|lua|text|pack`.
+
+Run them in that order; each one is seeded, shows its progress and goes on with `--resume` where it was stopped.
+Nothing is trained here: the commands hand their options to the modules of the same name. `docs/lab.md` tells how
+long each took and what it reached.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+from models.checkpoints import read_lua, write_lua
+from training.optim import Budget
+from training.parallel import run_peers
+from training.pocket_bundle import LUA_FILE, write_descriptor
+from training.pocket_decoder import freeze_encoder, train_decoder
+from training.pocket_lua import CROP_PX, train_lua, write_pairs
+from training.pocket_text import train_text
+from training.pocket_vae import Pool, train_vae
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+Minutes = Annotated[float | None, typer.Option(help="Training time; what comes out depends on the machine's speed.")]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps instead of minutes: the same result anywhere.")]
+Seed = Annotated[int, typer.Option(help="Fixes pictures, crops and weights.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from out/state.pt.")]
+PoolFolder = Annotated[Path, typer.Option(help="Folder of the drawn pictures; filled when empty.")]
+
+RUNS = Path("runs")
+
+
+def _budget(minutes: float | None, steps: int | None, default_minutes: float) -> Budget:
+    return Budget(steps, minutes if minutes or steps else default_minutes)
+
+
+@app.command()
+def vae(
+    out: Path = RUNS / "vae",
+    pool: PoolFolder = RUNS / "pool",
+    minutes: Minutes = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    peers: Annotated[int, typer.Option(help="Processes that share each batch; more than 1 only on idle cores.")] = 1,
+    resume: Resume = False,
+) -> None:
+    """Train encoder and decoder."""
+    run_peers(peers, train_vae, out, Pool(pool), _budget(minutes, steps, 30.0), seed, resume)
+
+
+@app.command()
+def freeze(
+    vae_dir: Path = RUNS / "vae/vae", out: Path = RUNS / "vae_frozen", pool: PoolFolder = RUNS / "pool", seed: Seed = 0
+) -> None:
+    """Scale the codes and freeze the encoder."""
+    torch.set_num_threads(1)
+    typer.echo(freeze_encoder(vae_dir, out, Pool(pool), seed))
+
+
+@app.command()
+def decoder(
+    out: Path = RUNS / "decoder",
+    frozen: Path = RUNS / "vae_frozen",
+    pool: PoolFolder = RUNS / "pool",
+    minutes: Minutes = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+) -> None:
+    """Train the decoder on, encoder frozen."""
+    torch.set_num_threads(1)
+    train_decoder(out, frozen, Pool(pool), _budget(minutes, steps, 20.0), seed, resume)
+
+
+@app.command()
+def pairs(
+    frozen: Path = RUNS / "vae_frozen", out: Path = RUNS / "pairs", pool: PoolFolder = RUNS / "pool", count: int = 5000
+) -> None:
+    """Encode the pictures that LUA trains on, and the held-out ones."""
+    torch.set_num_threads(1)
+    encoder = AutoencoderKL.from_pretrained(frozen).eval()
+    encoder.to(memory_format=torch.channels_last)
+    pictures = Pool(pool, scene_count=160, scene_px=CROP_PX)
+    write_pairs(encoder, pictures.read_held_out(0), out / "held_out", 12, 1)
+    write_pairs(encoder, pictures.read(0), out / "train", count, 0)
+
+
+@app.command()
+def lua(
+    stage: Annotated[str, typer.Option(help="1, 2, 3 or square.")],
+    out: Annotated[Path, typer.Option(help="Folder of this stage.")],
+    start: Annotated[Path | None, typer.Option(help="Weights of the stage before.")] = None,
+    vae_dir: Path = RUNS / "decoder/vae",
+    pairs_dir: Path = RUNS / "pairs",
+    minutes: Minutes = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+) -> None:
+    """Train one stage of the adapter."""
+    budget = _budget(minutes, steps, 20.0)
+    train_lua(out, vae_dir, pairs_dir / "train", pairs_dir / "held_out", stage, start, budget, seed, resume)
+
+
+@app.command()
+def text(
+    out: Path = RUNS / "text",
+    scenes: Path = RUNS / "scenes",
+    frozen: Path = RUNS / "vae_frozen",
+    minutes: Minutes = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    threads: int = 1,
+) -> None:
+    """Train text to latent on captioned scenes."""
+    train_text(out, scenes, frozen, _budget(minutes, steps, 60.0), seed, resume, threads)
+
+
+@app.command()
+def pack(
+    bundle: Path = Path("bundles/pocket"),
+    vae_dir: Annotated[Path | None, typer.Option(help="VAE to put in, for example runs/decoder/vae.")] = None,
+    lua_file: Annotated[Path | None, typer.Option(help="Adapter, for example runs/lua3/lua.safetensors.")] = None,
+    text_dir: Annotated[Path | None, typer.Option(help="Pipeline, for example runs/text/pipeline.")] = None,
+) -> None:
+    """Put what is given into the bundle, as float16 safetensors, and describe it; the rest stays as it is."""
+    if text_dir is not None:
+        shutil.copytree(text_dir, bundle, ignore=shutil.ignore_patterns("vae"), dirs_exist_ok=True)
+    if vae_dir is not None:
+        shutil.rmtree(bundle / "vae", ignore_errors=True)
+        autoencoder = AutoencoderKL.from_pretrained(vae_dir).half()
+        autoencoder.register_to_config(_name_or_path="giantleap/pocket")  # no path of this machine in the bundle
+        autoencoder.save_pretrained(bundle / "vae")
+    if lua_file is not None:
+        provenance = {"trained_by": "python -m training.pocket lua", "licence": "Apache-2.0"}
+        write_lua(bundle / LUA_FILE, read_lua(lua_file).half(), provenance)
+    write_descriptor(bundle)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,131 @@
+"""Freezes the pocket VAE's encoder with well-scaled codes, then trains the decoder alone for as long as it pays.
+
+Freezing folds the codes' statistics into the last convolution of the encoder and the first of the decoder, so that
+a stock pipeline with `scaling_factor` 1 and no shift sees zero mean and unit deviation. From then on the latent
+space stands still, while a better decoder helps everything that is decoded. Comes after `training/pocket_vae.py`.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
+from tqdm import tqdm
+
+from training.losses import reconstruction
+from training.optim import Budget, Ema, MuonAdamW, cosine_rate
+from training.pocket_vae import LATENT_CHANNELS, SAVE_EVERY_S, Pool, keep_better, train_steps, validate, write_log
+from training.state import TrainState
+
+CODE_NOISE = 0.015  # stands for what a diffusion model leaves in its latents
+EMA_DECAY = 0.997
+PEAK_SHARE = 0.35  # of the rates of the end-to-end run: a full restart would undo it
+
+
+@torch.no_grad()
+def measure_codes(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel of the posterior means.
+
+    Shape:
+        images [n, 3, height, width] in [-1, 1]; returns two [16].
+    """
+    codes = torch.cat([vae.encode(part).latent_dist.mode() for part in tqdm(images.split(8), desc="codes")])
+    return codes.mean(dim=(0, 2, 3)), codes.std(dim=(0, 2, 3))
+
+
+@torch.no_grad()
+def fold_statistics(vae: AutoencoderKL, mean: Tensor, deviation: Tensor) -> None:
+    """Rescales the codes to (code - mean) / deviation, in place, without changing what is decoded.
+
+    Exact but for the outermost ring of latents: the decoder pads with zeros, which stood for zero and now stand
+    for `mean`.
+
+    Shape:
+        mean and deviation [16].
+    """
+    out, first = vae.encoder.conv_out, vae.decoder.conv_in
+    assert out.bias is not None and first.bias is not None
+    out.bias[:LATENT_CHANNELS].sub_(mean).div_(deviation)
+    out.weight[:LATENT_CHANNELS].div_(deviation.view(-1, 1, 1, 1))
+    out.bias[LATENT_CHANNELS:].sub_(2.0 * deviation.log())
+    first.bias.add_((first.weight * mean.view(1, -1, 1, 1)).sum(dim=(1, 2, 3)))
+    first.weight.mul_(deviation.view(1, -1, 1, 1))
+
+
+def freeze_encoder(vae_dir: Path, out: Path, pool: Pool, seed: int, count: int = 256) -> dict[str, object]:
+    """Writes the folded VAE to `out` and, last, its figures to `out/READY` as JSON.
+
+    Weights are rounded to float16 first, because that is what the bundle ships: a latent encoded today equals one
+    encoded by the shipped file.
+    """
+    vae = AutoencoderKL.from_pretrained(vae_dir).eval()
+    pictures, held_out = pool.read(seed), pool.read_held_out(seed)
+    images = pictures.crops(np.random.default_rng((seed, 2)), count, 128)
+    before = validate(vae, held_out)
+    fold_statistics(vae, *measure_codes(vae, images))
+    vae.half().float()
+    vae.register_to_config(scaling_factor=1.0)
+    vae.save_pretrained(out)
+    scenes = torch.from_numpy(np.array(pictures.scenes[:count])).permute(0, 3, 1, 2) / 127.5 - 1.0
+    figures: dict[str, object] = {"psnr_db_before_fold": before, "psnr_db": validate(vae, held_out)}
+    for name, sample in (("mixed", images), ("scenes", scenes)):
+        mean, deviation = measure_codes(vae, sample)
+        figures[f"{name}_mean"] = [round(float(v), 4) for v in mean]
+        figures[f"{name}_std"] = [round(float(v), 4) for v in deviation]
+    (out / "READY").write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def batch_shape(progress: float, draw: float) -> tuple[int, int]:
+    """Batch and crop size in pixels; `draw` in 0..1 decides between small crops, which include scenes, and large.
+
+    The last large crops are nearly whole pictures, for the group norms' sake.
+    """
+    if progress < 0.3 or draw < 0.3:
+        return 4, 128
+    return (1, 256) if progress < 0.8 else (1, 384)
+
+
+def train_decoder(
+    out: Path, frozen: Path, pool: Pool, budget: Budget, seed: int, resume: bool, muon_lr: float = 0.012 * PEAK_SHARE
+) -> None:
+    """Trains the decoder on codes of the frozen encoder; writes `state.pt`, `log.jsonl` and the EMA as `vae/`.
+
+    Effects:
+        Overwrites the three in `out`; safe to stop at any time and to repeat with `resume`.
+    """
+    torch.manual_seed(seed)
+    pictures, held_out = pool.read(seed), pool.read_held_out(seed)
+    vae = AutoencoderKL.from_pretrained(frozen).to(memory_format=torch.channels_last)
+    vae.encoder.requires_grad_(False)
+    averaged = AutoencoderKL.from_pretrained(frozen).to(memory_format=torch.channels_last)
+    optimiser = MuonAdamW(vae.decoder.named_parameters(), muon_lr, muon_lr / 12.0)
+    state = TrainState(vae, optimiser, Ema(vae, EMA_DECAY), np.random.default_rng((seed, 3)))
+    if resume:
+        state.read(out / "state.pt")
+    saved_s, smooth = state.spent_s, math.nan
+    for progress in train_steps(state, budget, "decoder"):
+        images = pictures.crops(state.rng, *batch_shape(progress, state.rng.random()))
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                codes = vae.encoder(images).float()[:, :LATENT_CHANNELS]
+                codes = codes + CODE_NOISE * torch.randn_like(codes)
+            decoded = vae.decoder(codes.contiguous(memory_format=torch.channels_last))
+        loss = reconstruction(decoded.float(), images)
+        torch.autograd.backward(loss)
+        optimiser.step(cosine_rate(progress, state.step))
+        state.ema.update(vae, state.step)
+        state.tick()
+        value = float(loss.detach())
+        smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
+        if state.spent_s - saved_s > SAVE_EVERY_S or state.progress(budget) >= 1.0:
+            saved_s = state.spent_s
+            state.write(out / "state.pt")
+            state.ema.copy_to(averaged)
+            is_done = state.progress(budget) >= 1.0
+            scores = keep_better(vae, averaged, held_out) if is_done else validate(averaged, held_out)
+            write_log(out, state, {"picture_loss": smooth, **scores})
+            averaged.save_pretrained(out / "vae")

@@ -1,0 +1,74 @@
+"""Saves and restores a training run: weights, EMA, optimiser, step, time spent and random states.
+
+One file, written atomically, read with `torch.load(weights_only=True)`: a run that was stopped goes on where it
+stood. `training/pocket_vae.py` shows the use.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from training.optim import Budget, Ema, MuonAdamW
+
+
+@dataclass
+class TrainState:
+    """What changes while a run goes on."""
+
+    network: nn.Module
+    optimiser: MuonAdamW
+    ema: Ema
+    rng: np.random.Generator
+    step: int = 0
+    spent_s: float = 0.0
+    clock_s: float = 0.0
+    _last_tick_s: float = field(default_factory=time.monotonic)
+
+    def tick(self, clock_s: float | None = None) -> None:
+        """Counts one finished step and its time; `clock_s` is the first peer's, where there are peers."""
+        now_s = time.monotonic()
+        self.spent_s += now_s - self._last_tick_s
+        self._last_tick_s = now_s
+        self.step += 1
+        self.clock_s = self.spent_s if clock_s is None else clock_s
+
+    def progress(self, budget: Budget) -> float:
+        """Share of the budget that is spent, equal for all peers (their clock is one step late)."""
+        return budget.progress(self.step, self.clock_s)
+
+    def write(self, path: Path) -> None:
+        """Writes the state; a crash half-way leaves the previous file whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        content = {
+            "network": self.network.state_dict(),
+            "ema": self.ema.weights,
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "spent_s": self.spent_s,
+            "numpy_rng": json.dumps(self.rng.bit_generator.state),
+            "torch_rng": torch.get_rng_state(),
+        }
+        torch.save(content, partial)
+        partial.rename(path)
+
+    def read(self, path: Path) -> None:
+        """Restores the state in place.
+
+        Raises:
+            FileNotFoundError: there is nothing to resume from.
+        """
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        self.network.load_state_dict(content["network"])
+        self.ema.weights = content["ema"]
+        self.optimiser.load_state_dict(content["optimiser"])
+        self.step, self.spent_s = content["step"], content["spent_s"]
+        self.clock_s = self.spent_s
+        self.rng.bit_generator.state = json.loads(content["numpy_rng"])
+        torch.set_rng_state(content["torch_rng"])
+        self._last_tick_s = time.monotonic()
