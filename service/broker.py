@@ -1,0 +1,325 @@
+"""The producer's side of the queue, used by the API processes: put a job in, watch it, cancel it, read its results.
+
+All writes are scripts of `service.scripts`; the worker's side is `service.claims`. `wait` is woken by one pub/sub
+connection for the whole process, `events` reads the job's own stream.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import re
+import statistics
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff
+
+from service import scripts
+from service.errors import InvalidRequest, MalformedRequest, NotFound, NotReady, QueueFull, StorageFull
+from service.jobs import (
+    Job,
+    JobError,
+    JobEvent,
+    JobRecord,
+    JobState,
+    Priority,
+    QueueStats,
+    ResultFile,
+)
+from service.keys import Keys
+from service.settings import Settings
+
+_POLL_S = 1.0
+_SMALL_BODY_BYTES = 1 << 20
+_EVENT_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Enqueued:
+    """What became of an enqueue. `created` is False where the job was there already: the same key, or the same id."""
+
+    job_id: str
+    created: bool
+    queue_position: int
+
+
+def open_redis(url: str) -> redis.asyncio.Redis:
+    """A client as the broker wants it: explicit timeouts, retries, and room for a connection per event reader."""
+    return redis.asyncio.Redis.from_url(
+        url,
+        socket_timeout=10.0,
+        socket_connect_timeout=5.0,
+        max_connections=10_000,
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), 4),
+        retry_on_error=[redis.ConnectionError, redis.TimeoutError],
+    )
+
+
+def retry_after_s(stats: QueueStats) -> int:
+    """Whole seconds after which a refused caller may try again: depth x median / workers, 1 to 600.
+
+    Where no job has ended yet its time is unknown and taken as one second.
+    """
+    depth = sum(stats.queued.values()) + stats.processing + stats.delayed
+    median_s = 1.0 if stats.recent_job_median_s is None else stats.recent_job_median_s
+    return min(600, max(1, math.ceil(depth * median_s / max(1, stats.live_workers))))
+
+
+class Broker:
+    """Everything the API does with the queue. Safe to share between all tasks of one event loop."""
+
+    def __init__(self, redis: redis.asyncio.Redis, settings: Settings) -> None:
+        if redis.connection_pool.connection_kwargs.get("decode_responses"):
+            raise ValueError("decode_responses is set; blobs are bytes: open the client without it")
+        self._redis = redis
+        self._settings = settings
+        self._keys = Keys(settings.key_prefix)
+        self._limits = scripts.limits(settings)
+        self._enqueue = redis.register_script(scripts.PRELUDE + scripts.ENQUEUE)
+        self._read = redis.register_script(scripts.PRELUDE + scripts.READ)
+        self._cancel = redis.register_script(scripts.PRELUDE + scripts.CANCEL)
+        self._stats = redis.register_script(scripts.PRELUDE + scripts.STATS)
+        self._waiters: dict[str, set[asyncio.Event]] = {}
+        self._listener: asyncio.Task[None] | None = None
+        timeout_s = redis.connection_pool.connection_kwargs.get("socket_timeout")
+        self._block_ms = int(1000 * min(_POLL_S, (timeout_s or 10.0) / 2))
+
+    async def open(self) -> None:
+        """Checks that Redis answers and starts the listener that wakes `wait`.
+
+        Effects: loads the scripts. The groups are made by the scripts themselves, with each stream.
+
+        Raises:
+            NotReady: Redis does not answer.
+        """
+        await self.ping()
+        for script in (self._enqueue, self._read, self._cancel, self._stats):
+            await self._answer(self._redis.script_load(script.script))
+        self._listener = asyncio.create_task(self._listen(), name="job-done-listener")
+
+    async def close(self) -> None:
+        """Stops the listener. The client stays open: whoever opened it closes it."""
+        if self._listener is not None:
+            # redis-py 8.1 swallows a cancel that meets it while it sets up a connection, so one may not be enough.
+            while not self._listener.done():
+                self._listener.cancel()
+                await asyncio.wait([self._listener], timeout=0.1)
+            self._listener = None
+
+    async def ping(self) -> None:
+        """Raises:
+        NotReady: Redis does not answer or is still loading its data.
+        """
+        await self._answer(self._redis.ping())
+
+    async def enqueue(self, job: Job, body: bytes | None = None, idempotency_key: str | None = None) -> Enqueued:
+        """Puts a job in the queue, or finds the one that is there already under the same key or the same id.
+
+        Effects: one atomic script that writes the record, the input blob, the message and the `queued` event, or
+        nothing. Safe to repeat with the same job: a retry after a lost reply adds nothing. A job under a known
+        idempotency key is returned even where its record has expired.
+
+        Raises:
+            InvalidRequest: the key or the id belongs to a job that asks for something else.
+            QueueFull: `queue_limit` jobs are queued, running or waiting for a retry.
+            StorageFull: the input does not fit beside the inputs of live jobs, whatever result is evicted.
+            NotReady: Redis does not answer.
+        """
+        digest = job.payload_sha256() + await _sha256(body)
+        keys = [self._keys.tag]
+        if idempotency_key is not None:
+            keys.append(self._keys.idempotency(idempotency_key))
+        args: list[str | bytes] = [self._limits, job.id, job.bundle, job.priority.value, job.to_json(), digest]
+        if body is not None:
+            args.append(body)
+        verdict, job_id, number = await self._answer(self._enqueue(keys=keys, args=args))
+        if verdict == b"full":
+            limit = self._settings.queue_limit
+            raise QueueFull(
+                f"{number} jobs are in the queue, {limit} are allowed; try again after the time in Retry-After.",
+                retry_after_s=retry_after_s(await self.stats()),
+            )
+        if verdict == b"storage":
+            raise StorageFull(
+                f"The input has {len(body or b'')} bytes, {number} of {self._settings.blob_budget_bytes} are in "
+                "use; try again when running jobs have ended.",
+                retry_after_s=retry_after_s(await self.stats()),
+            )
+        if verdict == b"mismatch":
+            raise InvalidRequest(
+                "The idempotency key or job id was used before for another request; a repeat must be the same "
+                "request: send it unchanged or choose a new key."
+            )
+        return Enqueued(job_id.decode(), verdict == b"created", max(0, number))
+
+    async def get(self, job_id: str) -> JobRecord | None:
+        """The record, or None where the job is unknown or its record has expired.
+
+        `queue_position` is 0 for the next job to be taken, None for one that runs, ended or waits for a retry.
+        """
+        reply = await self._answer(self._read(keys=[self._keys.tag], args=[self._limits, job_id]))
+        return None if reply is None else _to_record(reply)
+
+    async def cancel(self, job_id: str) -> JobRecord | None:
+        """Asks that a job stops; None where it is unknown.
+
+        Effects: sets the flag. A queued job is canceled at once, though it counts against the queue limit until a
+        worker meets its message; a running one ends at its next step; a final one stays as it is. Safe to repeat.
+        """
+        reply = await self._answer(self._cancel(keys=[self._keys.tag], args=[self._limits, job_id]))
+        return None if reply is None else _to_record(reply)
+
+    async def read_result(self, job_id: str, index: int) -> bytes | None:
+        """One result blob, or None where there is none, it has expired, or it was evicted for newer ones."""
+        blob: bytes | None = await self._answer(self._redis.hget(self._keys.result(job_id), str(index)))
+        return blob
+
+    async def wait(self, job_id: str, timeout_s: float) -> JobRecord:
+        """The final record as soon as there is one, or the latest record after `timeout_s`.
+
+        Raises:
+            NotFound: the job is unknown, or its record expired meanwhile.
+            NotReady: Redis does not answer at the end of the time; before that it is waited for.
+        """
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        wake = asyncio.Event()
+        self._waiters.setdefault(job_id, set()).add(wake)
+        try:
+            while True:
+                wake.clear()
+                left_s = deadline_s - asyncio.get_running_loop().time()
+                record = await self._look(job_id, patient=left_s > 0)
+                if record is not None and (record.state.final or left_s <= 0):
+                    return record
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(wake.wait(), max(0.0, min(_POLL_S, left_s)))
+        finally:
+            self._waiters[job_id].discard(wake)
+            if not self._waiters[job_id]:
+                del self._waiters[job_id]
+
+    async def events(self, job_id: str, last_event_id: str = "0-0") -> AsyncIterator[JobEvent]:
+        """The job's events after `last_event_id`, as they come; ends after `done`.
+
+        Raises:
+            MalformedRequest: the id is not one that a stream gives.
+            NotFound: the job is unknown or its record has expired.
+        """
+        if not _EVENT_ID.fullmatch(last_event_id):
+            raise MalformedRequest("Last-Event-ID is not an event's id; allowed is `<ms>-<n>` as it was sent.")
+        while True:
+            # The state is read first: what was written together with a final state is seen by the read after it.
+            state = await self._answer(self._redis.hget(self._keys.job(job_id), "state"))
+            if state is None:
+                raise NotFound(f"No job {job_id} is known; it never was or its record has expired.")
+            final = JobState(state.decode()).final
+            reply = await self._answer(
+                self._redis.xread({self._keys.events(job_id): last_event_id}, block=None if final else self._block_ms)
+            )
+            for entry_id, fields in reply[0][1] if reply else ():
+                last_event_id = entry_id.decode()
+                name = fields[b"name"].decode()
+                yield JobEvent(last_event_id, name, json.loads(fields[b"data"]))
+                if name == "done":
+                    return
+            if final and not reply:
+                return
+
+    async def stats(self) -> QueueStats:
+        """The queue at this moment. Effects: releases the bytes of results that have expired."""
+        queued, processing, delayed, dead, oldest_us, workers, durations, blob_bytes = await self._answer(
+            self._stats(keys=[self._keys.tag], args=[self._limits])
+        )
+        counts: dict[tuple[str, Priority], int] = {}
+        for name, count in zip(queued[::2], queued[1::2], strict=True):
+            bundle, _, priority = name.decode().rpartition(":")
+            counts[(bundle, Priority(priority))] = count
+        return QueueStats(
+            queued=counts,
+            processing=processing,
+            delayed=delayed,
+            dead_lettered=dead,
+            oldest_age_s=oldest_us / 1e6,
+            limit=self._settings.queue_limit,
+            live_workers=workers,
+            recent_job_median_s=statistics.median(map(float, durations)) if durations else None,
+            blob_bytes=blob_bytes,
+            blob_budget_bytes=self._settings.blob_budget_bytes,
+        )
+
+    async def _look(self, job_id: str, patient: bool) -> JobRecord | None:
+        """The record; None, if `patient`, where Redis is away for now: the job itself is none the worse for that."""
+        try:
+            record = await self.get(job_id)
+        except NotReady:
+            if not patient:
+                raise
+            return None
+        if record is None:
+            raise NotFound(f"No job {job_id} is known; it never was or its record has expired.")
+        return record
+
+    async def _answer(self, command: Awaitable[Any]) -> Any:
+        try:
+            return await command
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            raise NotReady(
+                f"Redis does not answer ({type(error).__name__}); it must be reachable and loaded: try again soon.",
+                retry_after_s=1,
+            ) from error
+
+    async def _listen(self) -> None:
+        """Wakes the waiters of each job that ends; after a lost connection it connects again, and `wait` polls."""
+        delay_s = 0.1
+        while True:
+            try:
+                async with self._redis.pubsub() as channel:
+                    await channel.subscribe(self._keys.done_channel)
+                    delay_s = 0.1
+                    while True:
+                        message = await channel.get_message(ignore_subscribe_messages=True, timeout=_POLL_S)
+                        if message is not None:
+                            for wake in self._waiters.get(message["data"].decode(), ()):
+                                wake.set()
+            except (redis.ConnectionError, redis.TimeoutError) as error:
+                _LOG.warning("listener lost Redis (%s); again in %.1f s", type(error).__name__, delay_s)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2.0, 2 * delay_s)
+
+
+async def _sha256(body: bytes | None) -> str:
+    """Digest of a body, computed beside the event loop where it is large."""
+    if body is None:
+        return ""
+    if len(body) <= _SMALL_BODY_BYTES:
+        return hashlib.sha256(body).hexdigest()
+    return (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
+
+
+def _to_record(reply: tuple[list[bytes], int]) -> JobRecord:
+    """A job's record from the reply of the scripts READ and CANCEL."""
+    flat, position = reply
+    fields = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
+    job = Job.from_json(fields["job"])
+    added = [text for text in json.loads(fields.get("warnings", "[]")) if text not in job.warnings]
+    return JobRecord(
+        job=job,
+        state=JobState(fields["state"]),
+        deliveries=int(fields["deliveries"]),
+        started_at_s=float(fields["started_at_s"]) if "started_at_s" in fields else None,
+        finished_at_s=float(fields["finished_at_s"]) if "finished_at_s" in fields else None,
+        queue_position=position if position >= 0 else None,
+        cancel_requested="cancel" in fields,
+        stages=json.loads(fields.get("stages", "{}")),
+        results=tuple(ResultFile(**file) for file in json.loads(fields.get("results", "[]"))),
+        warnings=(*job.warnings, *added),
+        error=JobError(**json.loads(fields["error"])) if "error" in fields else None,
+    )

@@ -1,0 +1,380 @@
+"""The worker's side of the queue, synchronous: claim jobs, keep their leases, end each exactly once.
+
+A lease thread renews what is held while the worker computes. Every write is a script of `service.scripts` that first
+checks that this consumer still owns the message; the producer's side is `service.broker`.
+"""
+
+import dataclasses
+import json
+import logging
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.commands.core import Script
+from redis.retry import Retry
+from redis.typing import KeyT, StreamIdT
+
+from service import scripts
+from service.errors import NotReady, StorageFull
+from service.jobs import Job, JobError, Priority, ResultFile
+from service.keys import Keys, lane
+from service.settings import Settings
+
+_LOW_FIRST_EVERY = 8
+_POLL_S = 1.0
+_BACKOFF_CAP_S = 2.0
+_PATIENCE_S = 120.0
+_LOST = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)
+LastIds = dict[KeyT, StreamIdT]
+_NO_STAGES: Mapping[str, float] = MappingProxyType({})
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job that this worker holds. `delivery` counts its starts, this one included, and fences late writes."""
+
+    job: Job
+    body: bytes | None
+    stream: str
+    message_id: str
+    delivery: int
+
+
+def open_redis(url: str) -> redis.Redis:
+    """A client as `Claims` wants it: explicit timeouts and a few quick retries; longer outages are waited for."""
+    return redis.Redis.from_url(
+        url,
+        socket_timeout=10.0,
+        socket_connect_timeout=5.0,
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2),
+        retry_on_error=[redis.ConnectionError, redis.TimeoutError],
+    )
+
+
+class Claims:
+    """The claims of one worker process. Its methods may be called from several threads."""
+
+    def __init__(self, redis: redis.Redis, settings: Settings, bundles: Sequence[str], consumer: str) -> None:
+        if not bundles:
+            raise ValueError("no bundle was given; a worker serves at least one")
+        if redis.connection_pool.connection_kwargs.get("decode_responses"):
+            raise ValueError("decode_responses is set; blobs are bytes: open the client without it")
+        self._redis = redis
+        self._settings = settings
+        self._bundles = tuple(bundles)
+        # A name of its own for each start: a new process must never pass the fence of the one it replaces.
+        self._consumer = f"{consumer}-{uuid.uuid4().hex[:8]}"
+        self._keys = Keys(settings.key_prefix)
+        self._limits = scripts.limits(settings)
+        self._open = self._register(scripts.OPEN)
+        self._close = self._register(scripts.CLOSE)
+        self._claim = self._register(scripts.CLAIM)
+        self._renew = self._register(scripts.RENEW)
+        self._emit = self._register(scripts.EMIT)
+        self._finish = self._register(scripts.FINISH)
+        self._fail = self._register(scripts.FAIL)
+        self._finish_canceled = self._register(scripts.FINISH_CANCELED)
+        self._release = self._register(scripts.RELEASE)
+        self._held: dict[tuple[str, str], Claim] = {}
+        self._ending: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._lease: threading.Thread | None = None
+        self._turn = 0
+        self._failures = 0
+        timeout_s = redis.connection_pool.connection_kwargs.get("socket_timeout")
+        self._block_cap_s = min(_POLL_S, (timeout_s or 10.0) / 2)
+
+    def open(self) -> None:
+        """Makes the groups and starts the lease thread, which also says that this worker lives.
+
+        Effects: creates streams and groups that are missing; deletes consumers that were idle for an hour and hold
+        nothing. Waits while Redis is loading. Safe to repeat after `close`.
+
+        Raises:
+            NotReady: Redis did not answer for two minutes.
+        """
+        self._patiently(lambda: self._open(self._tag(), [self._limits, self._consumer, *self._lanes()]))
+        self._stop.clear()
+        self._lease = threading.Thread(target=self._keep_leases, name="lease", daemon=True)
+        self._lease.start()
+
+    def close(self) -> None:
+        """Stops the lease thread and signs the worker off. What is still held goes to another worker when stale."""
+        self._stop.set()
+        if self._lease is not None:
+            self._lease.join()
+            self._lease = None
+        try:
+            self._close(self._tag(), [self._limits, self._consumer, *self._lanes()])
+        except _LOST as error:
+            _LOG.warning("could not sign off (%s); the heartbeat will run out", type(error).__name__)
+
+    def claim(self, max_jobs: int, block_s: float) -> list[Claim]:
+        """At most `max_jobs` jobs, at once if there are any, else the first that come within `block_s`.
+
+        Due retries go back to their streams, then stale messages are taken, then high priority, then low; each
+        eighth claim takes low first, so that a steady flow of high priority does not starve it.
+
+        Effects: one atomic script per attempt; each job returned is in state processing, counted as started, and
+        its lease is kept until it is ended or released. Canceled jobs and jobs started too often are closed on the
+        way. Where Redis is away it waits and tries again, and returns nothing after `block_s`. A reply lost on the
+        way costs the job one delivery: another claim takes it when it is stale. Every job returned must be ended by
+        finish, fail, finish_canceled or release: until then it is renewed.
+
+        Raises:
+            NotReady: jobs were claimed, but Redis did not give their inputs for two minutes.
+        """
+        if max_jobs < 1:
+            raise ValueError(f"max_jobs is {max_jobs}; claim at least one job")
+        deadline_s = time.monotonic() + block_s
+        while True:
+            try:
+                claims, last_ids, due_s = self._take(max_jobs)
+                self._failures = 0
+                left_s = deadline_s - time.monotonic()
+                if claims or left_s <= 0:
+                    return claims
+                self._await_message(last_ids, min(left_s, due_s, self._block_cap_s))
+            except _LOST as error:
+                self._failures += 1
+                pause_s = _backoff_s(self._failures)
+                _LOG.warning("claim lost Redis (%s); again in %.1f s", type(error).__name__, pause_s)
+                time.sleep(pause_s)
+                if time.monotonic() >= deadline_s:
+                    return []
+
+    def emit(self, claim: Claim, name: str, data: Mapping[str, object]) -> None:
+        """Adds a progress event. Effects: none where the claim is lost; dropped with a warning where Redis is away."""
+        try:
+            self._emit(self._tag(), [*self._owner(claim), name, json.dumps(data)])
+        except _LOST as error:
+            _LOG.warning("event %s of job %s dropped (%s)", name, claim.job.id, type(error).__name__)
+
+    def canceled(self, claims: Sequence[Claim]) -> set[str]:
+        """Ids of those jobs whose cancel flag is set, in one round trip; none, with a warning, where Redis is away."""
+        try:
+            with self._redis.pipeline(transaction=False) as pipe:
+                for claim in claims:
+                    pipe.hexists(self._keys.job(claim.job.id), "cancel")
+                flags = pipe.execute()
+        except _LOST as error:
+            _LOG.warning("cancel flags not read (%s)", type(error).__name__)
+            return set()
+        return {claim.job.id for claim, flag in zip(claims, flags, strict=True) if flag}
+
+    def finish(
+        self,
+        claim: Claim,
+        results: Sequence[tuple[ResultFile, bytes]],
+        stages: Mapping[str, float],
+        warnings: Sequence[str],
+    ) -> bool:
+        """Ends a job with its results; False where the claim was lost: then nothing is written.
+
+        Effects: one atomic script: results and their bytes, record, `done` event, message dropped. Evicts the oldest
+        results of other jobs where the budget needs it. Waits where Redis is away; safe to repeat.
+
+        Raises:
+            StorageFull: the results do not fit even then; nothing is written and the claim is still held.
+            NotReady: Redis did not answer for two minutes.
+        """
+        files = json.dumps([dataclasses.asdict(file) for file, _ in results])
+        rest: list[str | bytes] = [
+            files,
+            json.dumps(dict(stages)),
+            json.dumps(list(warnings)),
+            *(blob for _, blob in results),
+        ]
+        code = self._end(claim, self._finish, rest)
+        if code < 0:
+            size_bytes = sum(len(blob) for _, blob in results)
+            raise StorageFull(
+                f"The results have {size_bytes} bytes and do not fit beside the inputs of live jobs; "
+                f"{self._settings.blob_budget_bytes} bytes are allowed in all: raise blob_budget_bytes."
+            )
+        return code == 1
+
+    def fail(self, claim: Claim, error: JobError, stages: Mapping[str, float] = _NO_STAGES) -> bool:
+        """Ends an attempt with an error; False where the claim was lost: then nothing is written.
+
+        Effects: one atomic script. A retryable error with starts left puts the job into the delayed set, the delay
+        doubling up to 300 s; any other closes it as failed and adds it to the dead-letter stream. A job whose cancel
+        flag is set is closed as canceled instead. Waits where Redis is away; safe to repeat.
+
+        Raises:
+            NotReady: Redis did not answer for two minutes.
+        """
+        rest = [json.dumps(dataclasses.asdict(error)), "1" if error.retryable else "0", json.dumps(dict(stages))]
+        return self._end(claim, self._fail, rest) == 1
+
+    def finish_canceled(self, claim: Claim, stages: Mapping[str, float] = _NO_STAGES) -> bool:
+        """Ends a job that stopped because its cancel flag is set; False where the claim was lost.
+
+        Raises:
+            NotReady: Redis did not answer for two minutes.
+        """
+        return self._end(claim, self._finish_canceled, [json.dumps(dict(stages))]) == 1
+
+    def release(self, claims: Sequence[Claim]) -> None:
+        """Hands work back at a drain: it is first in line for the next worker and this start is not counted.
+
+        Effects: one atomic script per claim. Where Redis is away the claim is left to become stale.
+        """
+        for claim in claims:
+            self._drop(claim)
+            try:
+                self._release(self._tag(), self._owner(claim))
+            except _LOST as error:
+                _LOG.warning("job %s not handed back (%s); it goes stale", claim.job.id, type(error).__name__)
+
+    def _register(self, text: str) -> Script:
+        return self._redis.register_script(scripts.PRELUDE + text)
+
+    def _tag(self) -> list[str]:
+        return [self._keys.tag]
+
+    def _owner(self, claim: Claim) -> list[str]:
+        """ARGV of every script that speaks for one claim."""
+        return [
+            self._limits,
+            self._consumer,
+            _lane(claim),
+            claim.message_id,
+            claim.job.id,
+            str(claim.delivery),
+        ]
+
+    def _lanes(self) -> list[str]:
+        """Every lane of this worker in the order of the next claim; the bundle that comes first rotates."""
+        shift = self._turn % len(self._bundles)
+        bundles = self._bundles[shift:] + self._bundles[:shift]
+        priorities = [Priority.HIGH, Priority.LOW]
+        if self._turn % _LOW_FIRST_EVERY == _LOW_FIRST_EVERY - 1:
+            priorities.reverse()
+        return [lane(bundle, priority) for priority in priorities for bundle in bundles]
+
+    def _take(self, max_jobs: int) -> tuple[list[Claim], LastIds, float]:
+        """One run of the claim script: the claims; else each stream's last id and the seconds to the next retry."""
+        lanes = self._lanes()
+        with self._lock:
+            held = json.dumps([f"{_lane(claim)} {claim.message_id}" for claim in self._held.values()])
+        args = [self._limits, self._consumer, str(max_jobs), held, *lanes]
+        taken, last_ids, due_ms = self._claim(self._tag(), args)
+        if not taken:
+            due_s = due_ms / 1000 if due_ms >= 0 else _POLL_S
+            streams: LastIds = {
+                self._keys.stream(name): last.decode() for name, last in zip(lanes, last_ids, strict=True)
+            }
+            return [], streams, due_s
+        self._turn += 1
+        claims = [
+            Claim(Job.from_json(job), None, self._keys.stream(name.decode()), message.decode(), delivery)
+            for job, name, message, delivery, _ in taken
+        ]
+        with self._lock:
+            self._held.update({(claim.stream, claim.message_id): claim for claim in claims})
+        try:
+            sized = zip(claims, (row[4] for row in taken), strict=True)
+            whole = [self._with_body(claim) if size_bytes else claim for claim, size_bytes in sized]
+        except NotReady:
+            for claim in claims:  # what the caller never sees must not be renewed for ever
+                self._drop(claim)
+            raise
+        return [claim for claim in whole if claim is not None], {}, 0.0
+
+    def _with_body(self, claim: Claim) -> Claim | None:
+        """The claim with its input; None where the input is gone, for then another worker has ended the job."""
+        body = self._patiently(lambda: self._redis.get(self._keys.input(claim.job.id)))
+        if body is None:
+            self._drop(claim)
+            return None
+        return dataclasses.replace(claim, body=body)
+
+    def _await_message(self, last_ids: LastIds, block_s: float) -> None:
+        """Returns when a stream has a newer message than the claim script saw. It only looks: nothing is claimed."""
+        self._redis.xread(last_ids, count=1, block=max(1, int(block_s * 1000)))
+
+    def _end(self, claim: Claim, script: Script, rest: Sequence[str | bytes]) -> int:
+        key = (claim.stream, claim.message_id)
+        with self._lock:
+            self._ending.add(key)
+        try:
+            code: int = self._patiently(lambda: script(self._tag(), [*self._owner(claim), *rest]))
+            if code >= 0:
+                self._drop(claim)
+        except NotReady:
+            self._drop(claim)  # left to become stale, so that another worker runs the job again
+            raise
+        finally:
+            with self._lock:
+                self._ending.discard(key)
+        if code == 0:
+            _LOG.warning("job %s was ended too late: delivery %d is not ours", claim.job.id, claim.delivery)
+        return code
+
+    def _drop(self, claim: Claim) -> bool:
+        with self._lock:
+            return self._held.pop((claim.stream, claim.message_id), None) is not None
+
+    def _forget(self, claim: Claim) -> None:
+        """After a lost lease; a claim that is just being ended looks lost too, and its own call says how it went."""
+        key = (claim.stream, claim.message_id)
+        with self._lock:
+            lost = key not in self._ending and self._held.pop(key, None) is not None
+        if lost:
+            _LOG.warning("the lease of job %s was lost", claim.job.id)
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        """Runs `call` until Redis answers, with growing pauses, for two minutes at most."""
+        deadline_s = time.monotonic() + _PATIENCE_S
+        failures = 0
+        while True:
+            try:
+                return call()
+            except _LOST as error:
+                if time.monotonic() >= deadline_s:
+                    raise NotReady(f"Redis did not answer for {_PATIENCE_S:.0f} s; it must be reachable.") from error
+                failures += 1
+                pause_s = _backoff_s(failures)
+                _LOG.warning("lost Redis (%s); again in %.1f s", type(error).__name__, pause_s)
+                time.sleep(pause_s)
+
+    def _keep_leases(self) -> None:
+        """Until `close`: renews every claim held, each quarter of the visibility timeout, sooner after a failure."""
+        period_s = self._settings.visibility_timeout_s / 4
+        pause_s = period_s
+        while not self._stop.wait(pause_s):
+            with self._lock:
+                held = list(self._held.values())
+            args = [self._limits, self._consumer]
+            for claim in held:
+                args += [_lane(claim), claim.message_id, claim.job.id, str(claim.delivery)]
+            try:
+                lost = {job_id.decode() for job_id in self._renew(self._tag(), args)}
+                pause_s = period_s
+            except _LOST as error:
+                _LOG.warning("leases not renewed (%s)", type(error).__name__)
+                pause_s = min(period_s, 0.5)
+                continue
+            for claim in held:
+                if claim.job.id in lost:
+                    self._forget(claim)
+
+
+def _lane(claim: Claim) -> str:
+    return lane(claim.job.bundle, claim.job.priority)
+
+
+def _backoff_s(failures: int) -> float:
+    """Pause after so many failures in a row: doubles to a cap; jitter keeps many workers apart."""
+    return float(min(_BACKOFF_CAP_S, 0.05 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0))

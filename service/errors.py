@@ -1,0 +1,84 @@
+"""The one error tree of the service: each class carries its stable code, its HTTP status and whether a retry may help.
+
+Raised where a request or a job goes wrong, turned into RFC 9457 problem documents at the API boundary
+(`service.api`) and into job failures in the worker loop (`service.worker`).
+"""
+
+
+class GiantleapError(Exception):
+    """Base of every error that a caller of the service may see.
+
+    `detail` states three facts: what came, what is allowed, what to do. It never holds a prompt or a secret.
+    """
+
+    code: str = "internal_error"
+    status: int = 500
+    title: str = "Internal error"
+    retryable: bool = False
+
+    def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+
+
+class MalformedRequest(GiantleapError):
+    code, status, title = "malformed_request", 400, "The request could not be read"
+
+
+class NotFound(GiantleapError):
+    code, status, title = "not_found", 404, "No such resource"
+
+
+class NotAcceptable(GiantleapError):
+    code, status, title = "not_acceptable", 406, "No representation that the client accepts"
+
+
+class Conflict(GiantleapError):
+    code, status, title = "conflict", 409, "The job is in another state"
+
+
+class PayloadTooLarge(GiantleapError):
+    code, status, title = "payload_too_large", 413, "The body is too large"
+
+
+class UnsupportedMediaType(GiantleapError):
+    code, status, title = "unsupported_media_type", 415, "The body's type is not supported"
+
+
+class InvalidRequest(GiantleapError):
+    code, status, title = "invalid_request", 422, "The request's values are not valid"
+
+
+class QueueFull(GiantleapError):
+    code, status, title, retryable = "queue_full", 429, "The queue is full", True
+
+
+class StorageFull(GiantleapError):
+    code, status, title, retryable = "storage_full", 503, "The blob budget is used up", True
+
+
+class NotReady(GiantleapError):
+    code, status, title, retryable = "not_ready", 503, "The service is not ready", True
+
+
+class DeadlinePassed(GiantleapError):
+    code, status, title = "deadline_passed", 504, "The job did not finish in time"
+
+
+class JobFailed(GiantleapError):
+    """A job that ran and failed for good; `code` of the cause is kept in the job record."""
+
+    code, status, title = "job_failed", 500, "The job failed"
+
+
+class EngineFault(GiantleapError):
+    """A fault of the device or the engine that another attempt may survive (out of memory, a lost device)."""
+
+    code, status, title, retryable = "engine_fault", 500, "The engine failed", True
+
+
+class BadConfiguration(GiantleapError):
+    """What the settings name cannot be run: a process that meets this ends, and starting it again cannot help."""
+
+    code, title = "bad_configuration", "The configuration cannot be run"

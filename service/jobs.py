@@ -1,0 +1,171 @@
+"""What a job is, as values: its parameters, its states, its record and its events, and their JSON form.
+
+Everything here is pure; `service.broker` (API side) and `service.claims` (worker side) store and move these values.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, Self
+
+
+class JobState(StrEnum):
+    """A job's life: queued -> processing -> one of the three final states; a retry goes back to queued."""
+
+    QUEUED = "queued"
+    PROCESSING = "processing"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+    @property
+    def final(self) -> bool:
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELED)
+
+
+class Priority(StrEnum):
+    HIGH = "high"
+    LOW = "low"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateParams:
+    """A prompt to draw. Sizes are of the final image: the base model draws (width_px, height_px) / scale."""
+
+    prompt: str
+    negative_prompt: str
+    scale: int
+    width_px: int
+    height_px: int
+    steps: int
+    guidance_scale: float
+    seed: int
+    num_images: int
+    output_format: Literal["png", "jpeg", "webp"]
+
+    kind: Literal["generate"] = "generate"
+
+
+@dataclass(frozen=True, slots=True)
+class UpscaleParams:
+    """A raw or pipeline-scaled latent [channels, latent_height, latent_width] to enlarge; the tensor is the input blob.
+
+    The input blob is a safetensors file with one tensor `latent` of shape [B, C, h, w], already validated
+    and converted to the raw latent space by the API.
+    """
+
+    scale: int
+    latent_space: str
+    batch_items: int
+    channels: int
+    latent_height: int
+    latent_width: int
+    output: Literal["image", "latent"]
+    output_format: Literal["png", "jpeg", "webp"]
+
+    kind: Literal["upscale"] = "upscale"
+
+
+JobParams = GenerateParams | UpscaleParams
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request that was accepted: what the queue stores and the worker runs."""
+
+    id: str
+    bundle: str
+    priority: Priority
+    created_at_s: float
+    params: JobParams
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        raw: dict[str, Any] = json.loads(text)
+        params = raw.pop("params")
+        kinds: dict[str, type[JobParams]] = {"generate": GenerateParams, "upscale": UpscaleParams}
+        return cls(
+            id=raw["id"],
+            bundle=raw["bundle"],
+            priority=Priority(raw["priority"]),
+            created_at_s=raw["created_at_s"],
+            params=kinds[params["kind"]](**params),
+            warnings=tuple(raw["warnings"]),
+        )
+
+    def payload_sha256(self) -> str:
+        """Digest of what was asked for, without id and time: equal for two posts of the same request."""
+        asked = {"bundle": self.bundle, "priority": self.priority, **dataclasses.asdict(self.params)}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFile:
+    """One result of a job (an image or a latent) as stored in the blobs."""
+
+    content_type: str
+    size_bytes: int
+    seed: int | None = None
+    width_px: int | None = None
+    height_px: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """Why a job failed: the fields of `service.errors.GiantleapError`, stored."""
+
+    code: str
+    detail: str
+    retryable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job as read back from the store. Times are Unix seconds; `stages` maps stage name to seconds."""
+
+    job: Job
+    state: JobState
+    deliveries: int = 0
+    started_at_s: float | None = None
+    finished_at_s: float | None = None
+    queue_position: int | None = None
+    cancel_requested: bool = False
+    stages: dict[str, float] = field(default_factory=dict)
+    results: tuple[ResultFile, ...] = ()
+    warnings: tuple[str, ...] = ()
+    error: JobError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """One entry of a job's progress stream. `id` is the stream id, used as the SSE event id.
+
+    `name` is one of: queued, started, step (data: step, steps), stage (data: stage, seconds), retrying, done
+    (data: state); `done` is always the last.
+    """
+
+    id: str
+    name: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """The queue at one moment, read from Redis in one round trip."""
+
+    queued: dict[tuple[str, Priority], int]
+    processing: int
+    delayed: int
+    dead_lettered: int
+    oldest_age_s: float
+    limit: int
+    live_workers: int
+    recent_job_median_s: float | None
+    blob_bytes: int
+    blob_budget_bytes: int

@@ -1,0 +1,72 @@
+"""The names of every Redis key of the queue, all under one hash tag so that one script may touch them together.
+
+The Lua scripts in `service.scripts` build the same names from the tag; what each key holds:
+
+| key                             | type   | holds                                             | bounded by            |
+|---------------------------------|--------|---------------------------------------------------|-----------------------|
+| {tag}:lanes                     | set    | `<bundle>:<priority>` of every stream             | two per bundle        |
+| {tag}:stream:<lane>             | stream | one message per job, the job id                   | queue limit           |
+| {tag}:queued:<lane>             | zset   | jobs that wait, by time of entry                  | queue limit           |
+| {tag}:running                   | set    | jobs that a worker has begun                      | queue limit           |
+| {tag}:delayed                   | zset   | jobs that wait for a retry, by due time           | queue limit           |
+| {tag}:job:<id>                  | hash   | the record                                        | live, then TTL        |
+| {tag}:events:<id>               | stream | progress                                          | event limit, then TTL |
+| {tag}:input:<id>                | string | input blob                                        | live, byte budget     |
+| {tag}:result:<id>               | hash   | result blobs by index                             | TTL, byte budget      |
+| {tag}:blob_bytes                | string | bytes of all blobs                                | one number            |
+| {tag}:blob_results, :blob_sizes | zset, hash | expiry and bytes of each job's results        | results that live     |
+| {tag}:idempotency:<sha256>      | string | payload digest and job id                         | TTL                   |
+| {tag}:workers                   | zset   | live workers, by last heartbeat                   | swept by each beat    |
+| {tag}:durations                 | list   | seconds of the last jobs that succeeded           | 100 entries           |
+| {tag}:dead                      | stream | jobs that failed for good, with their last error  | about 1,000 entries   |
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+from service.jobs import Priority
+
+GROUP = "workers"
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Key names under `prefix`, which becomes the hash tag."""
+
+    prefix: str
+
+    @property
+    def tag(self) -> str:
+        return f"{{{self.prefix}}}"
+
+    @property
+    def done_channel(self) -> str:
+        """Pub/sub channel on which the id of each job that reached a final state is published."""
+        return f"{self.tag}:done"
+
+    @property
+    def dead(self) -> str:
+        return f"{self.tag}:dead"
+
+    def stream(self, lane: str) -> str:
+        return f"{self.tag}:stream:{lane}"
+
+    def job(self, job_id: str) -> str:
+        return f"{self.tag}:job:{job_id}"
+
+    def events(self, job_id: str) -> str:
+        return f"{self.tag}:events:{job_id}"
+
+    def input(self, job_id: str) -> str:
+        return f"{self.tag}:input:{job_id}"
+
+    def result(self, job_id: str) -> str:
+        return f"{self.tag}:result:{job_id}"
+
+    def idempotency(self, caller_key: str) -> str:
+        return f"{self.tag}:idempotency:{hashlib.sha256(caller_key.encode()).hexdigest()}"
+
+
+def lane(bundle: str, priority: Priority) -> str:
+    """The part of a stream's name that says whose jobs it carries."""
+    return f"{bundle}:{priority.value}"

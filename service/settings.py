@@ -1,0 +1,129 @@
+"""Every setting of the service in one frozen tree, read once from `GIANTLEAP_*` variables and passed down."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+POCKET_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "pocket"
+_PREFIX = "GIANTLEAP_"
+_PAGE_DEFAULTS = {"bundle": "`bundles/pocket` of the installation", "data_dir": "`~/.giantleap`"}
+
+
+class Settings(BaseSettings):
+    """Settings of one process. A misspelt `GIANTLEAP_*` variable is an error, never ignored."""
+
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
+
+    redis_url: str | None = Field(None, description="Redis to use; none: `serve` starts an embedded one.")
+    key_prefix: str = Field("giantleap", description="First part of every Redis key.", pattern=r"^[a-z0-9-]{1,32}$")
+    data_dir: Path = Field(
+        Path.home() / ".giantleap", description="Where the embedded Redis keeps its append-only file."
+    )
+    host: str = Field("127.0.0.1", description="Address the API listens on.")
+    port: int = Field(8000, description="Port the API listens on.", ge=0, le=65535)
+    api_processes: int = Field(1, description="API processes that `serve` and `api` start.", ge=1, le=64)
+    worker_processes: int = Field(1, description="Worker processes that `serve` starts.", ge=1, le=64)
+
+    bundle: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (POCKET_BUNDLE,),
+        description="Bundle directories to serve, comma-separated; the first is the default.",
+    )
+    engine: Literal["torch"] = Field("torch", description="What runs the LUA network.")
+    device: str = Field(
+        "auto",
+        description="cpu, cuda or cuda:N; auto takes cuda:0 where there is one and says so in the log.",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Compute type of the pipeline; auto: float32 on a CPU, bfloat16 on a GPU."
+    )
+    torch_threads: int = Field(0, description="CPU threads of a worker; 0 keeps torch's own choice.", ge=0)
+
+    queue_limit: int = Field(256, description="Most jobs queued and running at once; over it: 429.", ge=1)
+    job_ttl_s: int = Field(3600, description="How long a finished job and its results stay readable.", ge=1)
+    blob_budget_bytes: int = Field(1 << 30, description="Most bytes of inputs and results in Redis.", ge=1)
+    visibility_timeout_s: float = Field(
+        30.0, description="A claimed job without a heartbeat for so long goes to another worker.", ge=0.5
+    )
+    max_deliveries: int = Field(3, description="Starts of a job before it is dead-lettered.", ge=1)
+    retry_backoff_s: float = Field(2.0, description="First delay of a retry; doubles with each one.", ge=0)
+    idempotency_ttl_s: int = Field(86400, description="How long an Idempotency-Key is remembered.", ge=1)
+    event_limit: int = Field(512, description="Entries kept in a job's event stream.", ge=16)
+
+    batch_items: int = Field(8, description="Most images in one batch.", ge=1)
+    batch_budget_latent_px: int = Field(
+        131_072,
+        description="Most latent pixels (after upscaling) in one batch; one item may exceed it alone.",
+        ge=1,
+    )
+    max_image_px: int = Field(16_777_216, description="Most pixels of one final image.", ge=1)
+    max_num_images: int = Field(4, description="Most images of one job.", ge=1)
+    max_body_bytes: int = Field(64 << 20, description="Largest request body.", ge=1)
+    max_prompt_chars: int = Field(2000, description="Longest prompt.", ge=1)
+    wait_timeout_s: float = Field(300.0, description="Longest wait of a synchronous request; then 504.", gt=0)
+
+    metrics_port: int = Field(0, description="Port of a worker's own /metrics; 0: none.", ge=0, le=65535)
+    measure_protocol: bool = Field(
+        False, description="Measure the paper's timing protocol in the worker before it is ready."
+    )
+    drain_grace_s: float = Field(30.0, description="On SIGTERM, how long running work may take to end.", ge=0)
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
+
+    @field_validator("bundle", mode="before")
+    @classmethod
+    def _split_bundles(cls, value: object) -> object:
+        return (
+            tuple(Path(part.strip()) for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        )
+
+    @model_validator(mode="after")
+    def _bundles_given(self) -> Self:
+        if not self.bundle:
+            raise ValueError("bundle: none was given; name at least one bundle directory")
+        return self
+
+
+def to_environment(settings: Settings) -> dict[str, str]:
+    """The `GIANTLEAP_*` variables that make `read_settings` in a child process return the same settings."""
+    values = settings.model_dump(mode="json", exclude_none=True)
+    return {
+        _PREFIX + name.upper(): ",".join(value) if isinstance(value, list) else str(value)
+        for name, value in values.items()
+    }
+
+
+def read_settings(**overrides: object) -> Settings:
+    """Settings from the environment, `overrides` first.
+
+    Raises:
+        ValueError: a variable is unknown or has a bad value; the message names it.
+    """
+    known = {_PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in os.environ if name.upper().startswith(_PREFIX) and name.upper() not in known)
+    if unknown:
+        raise ValueError(f"unknown setting {', '.join(unknown)}; `giantleap settings` prints those that exist")
+    return Settings(**overrides)  # type: ignore[arg-type]
+
+
+def to_page() -> str:
+    """Every setting as a Markdown page: variable, default, meaning. `docs/settings.md` is this text."""
+    rows = []
+    for name, info in Settings.model_fields.items():
+        default = _PAGE_DEFAULTS.get(name, "none" if info.default is None else str(info.default))
+        rows.append(f"| `{_PREFIX}{name.upper()}` | {default} | {info.description} |")
+    return "\n".join(
+        [
+            "# Settings",
+            "",
+            "Every setting is an environment variable; `giantleap settings` prints this page. A variable with this",
+            "prefix and another name stops the process at start.",
+            "",
+            "| variable | default | meaning |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )

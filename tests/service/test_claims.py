@@ -1,0 +1,378 @@
+"""The worker's side against a real Redis, both the system's and the bundled one."""
+
+import dataclasses
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from service import claims, scripts
+from service.claims import Claim, Claims
+from service.embedded_redis import find_bundled_server
+from service.jobs import Job, JobError, JobState, Priority, ResultFile
+from service.keys import Keys
+from service.settings import Settings
+
+SERVERS = ["system", "bundled"] if find_bundled_server() else ["system"]
+PNG = ResultFile("image/png", 3, seed=7)
+FLAKY = JobError("engine_fault", "lost device", retryable=True)
+
+Put = Callable[..., Job]
+
+
+@pytest.fixture(params=SERVERS)
+def redis_url(request: pytest.FixtureRequest, start_server: Any) -> str:
+    url: str = start_server(request.param)
+    return url
+
+
+@pytest.fixture
+def put(settings: Settings, redis_client: redis.Redis, make_job: Any) -> Iterator[Put]:
+    """Enqueues a job through the script that the broker uses, without an event loop."""
+    script = redis_client.register_script(scripts.PRELUDE + scripts.ENQUEUE)
+
+    def enqueue(priority: Priority = Priority.HIGH, body: bytes | None = None, **rest: Any) -> Job:
+        job: Job = make_job(priority, **rest)
+        args: list[Any] = [scripts.limits(settings), job.id, job.bundle, priority.value, job.to_json(), "digest"]
+        reply = script([Keys(settings.key_prefix).tag], args + ([] if body is None else [body]))
+        assert reply[0] == b"created"
+        return job
+
+    yield enqueue
+
+
+@pytest.fixture
+def state_of(settings: Settings, redis_client: redis.Redis) -> Callable[[Job], str]:
+    return lambda job: (redis_client.hget(Keys(settings.key_prefix).job(job.id), "state") or b"").decode()
+
+
+@pytest.fixture
+def make_stale(redis_client: redis.Redis) -> Callable[[Claim], None]:
+    """Ages a claim past any visibility timeout, as if its worker had been silent for a minute."""
+
+    def age(claim: Claim) -> None:
+        [pending] = redis_client.xpending_range(claim.stream, "workers", claim.message_id, claim.message_id, 1)
+        owner, message = pending["consumer"], claim.message_id
+        redis_client.xclaim(claim.stream, "workers", owner, 0, [message], idle=60_000, justid=True)
+
+    return age
+
+
+def take_one(worker: Claims, within_s: float = 5.0) -> Claim:
+    [claim] = worker.claim(1, within_s)
+    return claim
+
+
+def test_claim_is_exclusive_between_workers(put: Put, open_claims: Any, settings: Settings) -> None:
+    jobs = [put((Priority.HIGH, Priority.LOW)[n % 2]) for n in range(120)]
+    seen: list[str] = []
+
+    def work(worker: Claims) -> None:
+        while batch := worker.claim(3, 0.2):
+            for claim in batch:
+                seen.append(claim.job.id)
+                assert worker.finish(claim, [(PNG, b"png")], {}, [])
+
+    threads = [threading.Thread(target=work, args=(open_claims(),)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Counter(seen) == Counter(job.id for job in jobs)
+
+
+def test_claim_takes_no_more_than_it_was_asked_for(
+    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    for priority in Priority:
+        for _ in range(3):
+            put(priority)
+    worker = open_claims()
+    assert len(worker.claim(4, 0.0)) == 4
+    streams = [Keys(settings.key_prefix).stream(f"pocket:{priority.value}") for priority in Priority]
+    assert sum(redis_client.xpending(stream, "workers")["pending"] for stream in streams) == 4
+    assert len(worker.claim(4, 0.0)) == 2
+    assert worker.claim(4, 0.0) == []
+
+
+def test_high_priority_goes_first_in_order_of_arrival(put: Put, open_claims: Any) -> None:
+    lows = [put(Priority.LOW) for _ in range(2)]
+    highs = [put(Priority.HIGH) for _ in range(3)]
+    worker = open_claims()
+    assert [take_one(worker).job for _ in range(5)] == highs + lows
+
+
+def test_low_priority_is_not_starved_by_a_steady_flow_of_high(put: Put, open_claims: Any) -> None:
+    lows = [put(Priority.LOW) for _ in range(2)]
+    for _ in range(16):
+        put(Priority.HIGH)
+    worker = open_claims()
+    order = [take_one(worker).job for _ in range(16)]
+    assert [n for n, job in enumerate(order) if job in lows] == [7, 15]
+
+
+def test_bundles_take_turns_and_strange_ones_are_left_alone(put: Put, open_claims: Any) -> None:
+    for _ in range(3):
+        put(bundle="a")
+        put(bundle="b")
+        put(bundle="elsewhere")
+    worker = open_claims(bundles=("a", "b"))
+    order = [take_one(worker).job.bundle for _ in range(6)]
+    assert order == ["a", "b", "a", "b", "a", "b"]
+    assert worker.claim(8, 0.0) == []
+
+
+def test_idle_claim_wakes_as_soon_as_a_job_comes(put: Put, open_claims: Any) -> None:
+    worker = open_claims()
+    delays_s = []
+    for _ in range(3):
+        timer = threading.Timer(0.15, put)
+        started_s = time.perf_counter()
+        timer.start()
+        claim = take_one(worker)
+        delays_s.append(time.perf_counter() - started_s - 0.15)
+        timer.join()
+        worker.finish(claim, [], {}, [])
+    assert sorted(delays_s)[1] < 0.5, "woken by the message, not by the poll each second"
+
+
+def test_idle_claim_returns_nothing_after_its_time(open_claims: Any) -> None:
+    worker = open_claims()
+    started_s = time.perf_counter()
+    assert worker.claim(1, 0.4) == []
+    assert 0.35 < time.perf_counter() - started_s < 3.0
+
+
+def test_claim_carries_the_input_and_the_job_unchanged(put: Put, open_claims: Any) -> None:
+    latent = bytes(range(256)) * 4096
+    job = put(body=latent, prompt="snow \u2603 over \U0001f3d4")
+    claim = take_one(open_claims())
+    assert claim.job == job
+    assert claim.body == latent
+    assert claim.delivery == 1
+
+
+def test_stale_claim_goes_first_to_another_worker(put: Put, open_claims: Any, make_stale: Any) -> None:
+    stuck = put(Priority.LOW, body=b"latent")
+    dead = take_one(open_claims(lease=False))
+    assert dead.job == stuck
+    make_stale(dead)
+    put(Priority.HIGH)
+    again = take_one(open_claims())
+    assert (again.job, again.body, again.delivery) == (stuck, b"latent", 2)
+
+
+def test_late_write_after_a_lost_lease_changes_nothing(
+    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings, state_of: Any, make_stale: Any
+) -> None:
+    job = put()
+    slow, quick = open_claims(lease=False), open_claims()
+    late = take_one(slow)
+    make_stale(late)
+    owned = take_one(quick)
+    keys = Keys(settings.key_prefix)
+    before = [redis_client.dump(key) for key in (keys.job(job.id), keys.events(job.id))]
+    slow.emit(late, "step", {"step": 1, "steps": 4})
+    assert not slow.finish(late, [(PNG, b"old")], {"decode": 1.0}, ["old"])
+    assert not slow.fail(late, FLAKY)
+    assert not slow.finish_canceled(late)
+    slow.release([late])
+    assert [redis_client.dump(key) for key in (keys.job(job.id), keys.events(job.id))] == before
+    assert redis_client.exists(keys.result(job.id)) == 0
+    assert quick.finish(owned, [(PNG, b"new")], {}, [])
+    assert not slow.finish(late, [(PNG, b"old")], {}, [])
+    assert redis_client.hgetall(keys.result(job.id)) == {b"0": b"new"}
+    assert state_of(job) == "succeeded"
+
+
+def test_lease_is_kept_past_the_visibility_timeout(put: Put, open_claims: Any) -> None:
+    put()
+    worker, rival = open_claims(), open_claims()
+    claim = take_one(worker)
+    assert rival.claim(1, 1.8) == []
+    assert worker.finish(claim, [], {}, [])
+
+
+def test_heartbeat_does_not_take_a_lost_job_back(put: Put, open_claims: Any, make_stale: Any) -> None:
+    put()
+    worker, rival = open_claims(lease=False), open_claims()
+    late = take_one(worker)
+    make_stale(late)
+    owned = take_one(rival)
+    worker.open()
+    time.sleep(0.8)
+    assert not worker.finish(late, [], {}, [])
+    assert rival.finish(owned, [], {}, [])
+    worker.close()
+
+
+def test_worker_does_not_claim_anew_what_it_still_holds(put: Put, open_claims: Any, make_stale: Any) -> None:
+    put()
+    worker = open_claims(lease=False)
+    claim = take_one(worker)
+    make_stale(claim)
+    assert worker.claim(1, 0.0) == []
+    assert worker.finish(claim, [], {}, [])
+
+
+def test_restarted_worker_of_the_same_name_cannot_end_the_old_claim(
+    put: Put, open_claims: Any, make_stale: Any
+) -> None:
+    put()
+    old = take_one(open_claims(lease=False, consumer="host-1"))
+    make_stale(old)
+    reborn = open_claims(consumer="host-1")
+    assert not reborn.finish(old, [], {}, [])
+    assert take_one(reborn).delivery == 2
+
+
+def test_finish_repeated_after_a_lost_reply_says_what_it_did(put: Put, open_claims: Any) -> None:
+    put()
+    put()
+    worker = open_claims()
+    one, two = worker.claim(2, 1.0)
+    assert worker.finish(one, [(PNG, b"png")], {}, [])
+    assert worker.finish(one, [(PNG, b"png")], {}, [])
+    assert worker.fail(two, FLAKY)
+    assert worker.fail(two, FLAKY)
+    assert take_one(worker).delivery == 2
+
+
+def test_retry_waits_twice_as_long_each_time_and_ends_in_the_dead_letters(
+    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings, state_of: Any
+) -> None:
+    job = put(body=b"latent")
+    worker = open_claims(retry_backoff_s=0.2)
+    waits_s = []
+    for delivery in (1, 2, 3):
+        started_s = time.perf_counter()
+        claim = take_one(worker)
+        waits_s.append(time.perf_counter() - started_s)
+        assert (claim.delivery, claim.body) == (delivery, b"latent")
+        assert worker.fail(claim, dataclasses.replace(FLAKY, detail=f"lost device {delivery}"))
+    assert 0.15 < waits_s[1] < 2.0 and 0.35 < waits_s[2] < 2.0
+    assert state_of(job) == "failed"
+    assert worker.claim(1, 0.3) == []
+    [(_, letter)] = redis_client.xrange(Keys(settings.key_prefix).dead)
+    assert letter[b"job"].decode() == job.id
+    assert b"lost device 3" in letter[b"error"]
+    names = [fields[b"name"] for _, fields in redis_client.xrange(Keys(settings.key_prefix).events(job.id))]
+    assert names.count(b"retrying") == 2 and names[-1] == b"done"
+
+
+def test_error_that_is_not_retryable_fails_at_once(
+    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings, state_of: Any
+) -> None:
+    job = put()
+    worker = open_claims()
+    assert worker.fail(take_one(worker), JobError("invalid_request", "NaN in the latent"), {"generate": 0.1})
+    assert state_of(job) == "failed"
+    assert redis_client.xlen(Keys(settings.key_prefix).dead) == 1
+    assert worker.claim(1, 0.2) == []
+
+
+def test_job_started_too_often_is_dead_lettered_and_the_next_one_runs(
+    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings, state_of: Any, make_stale: Any
+) -> None:
+    poison, healthy = put(), put()
+    for delivery in (1, 2):
+        claim = take_one(open_claims(lease=False, max_deliveries=2))
+        assert (claim.job, claim.delivery) == (poison, delivery)
+        make_stale(claim)
+    claim = take_one(open_claims(max_deliveries=2))
+    assert claim.job == healthy
+    assert state_of(poison) == "failed"
+    assert b"2 times" in redis_client.hget(Keys(settings.key_prefix).job(poison.id), "error")
+    assert redis_client.xlen(Keys(settings.key_prefix).dead) == 1
+
+
+def test_cancel_flag_of_running_work_is_seen_and_ends_it(
+    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings, state_of: Any
+) -> None:
+    jobs = [put() for _ in range(3)]
+    worker = open_claims()
+    batch = worker.claim(3, 1.0)
+    assert worker.canceled(batch) == set()
+    cancel = redis_client.register_script(scripts.PRELUDE + scripts.CANCEL)
+    cancel([Keys(settings.key_prefix).tag], [scripts.limits(settings), jobs[1].id])
+    assert worker.canceled(batch) == {jobs[1].id}
+    assert state_of(jobs[1]) == "processing"
+    assert worker.finish_canceled(batch[1], {"generate": 0.1})
+    assert state_of(jobs[1]) == "canceled"
+    assert worker.finish(batch[0], [], {}, [])
+    assert worker.finish(batch[2], [], {}, [])
+
+
+def test_canceled_job_is_neither_retried_nor_redelivered(
+    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings, state_of: Any, make_stale: Any
+) -> None:
+    jobs = [put() for _ in range(3)]
+    worker = open_claims()
+    stuck = take_one(open_claims(lease=False))
+    failing, handed_back = worker.claim(2, 1.0)
+    cancel = redis_client.register_script(scripts.PRELUDE + scripts.CANCEL)
+    for job in jobs:
+        cancel([Keys(settings.key_prefix).tag], [scripts.limits(settings), job.id])
+    assert worker.fail(failing, FLAKY)
+    worker.release([handed_back])
+    assert [state_of(job) for job in jobs[1:]] == [JobState.CANCELED.value] * 2, "at once, not at the next claim"
+    make_stale(stuck)
+    assert worker.claim(3, 0.3) == []
+    assert [state_of(job) for job in jobs] == [JobState.CANCELED.value] * 3
+
+
+def test_released_work_is_first_for_the_next_worker_and_not_counted(put: Put, open_claims: Any, state_of: Any) -> None:
+    job = put(Priority.LOW)
+    leaving, staying = open_claims(), open_claims()
+    claim = take_one(leaving)
+    put(Priority.HIGH)
+    leaving.release([claim])
+    assert state_of(job) == "queued"
+    assert not leaving.finish(claim, [], {}, [])
+    again = take_one(staying)
+    assert (again.job, again.delivery) == (job, 1)
+    assert staying.finish(again, [], {}, [])
+
+
+def test_closed_worker_is_no_longer_counted_as_alive(
+    open_claims: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    worker = open_claims()
+    key = f"{Keys(settings.key_prefix).tag}:workers"
+    assert redis_client.zcard(key) == 1
+    worker.close()
+    assert redis_client.zcard(key) == 0
+
+
+def test_claim_without_redis_returns_nothing_in_its_time(settings: Settings) -> None:
+    worker = Claims(claims.open_redis("redis://127.0.0.1:1/0"), settings, ["pocket"], "w")
+    started_s = time.perf_counter()
+    assert worker.claim(1, 0.5) == []
+    assert 0.4 < time.perf_counter() - started_s < 8.0
+
+
+def test_claim_goes_on_after_redis_forgot_scripts_and_streams(
+    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    worker = open_claims()
+    redis_client.script_flush()
+    redis_client.delete(*redis_client.scan_iter(match=f"{Keys(settings.key_prefix).tag}*"))
+    assert worker.claim(1, 0.1) == []
+    job = put()
+    assert take_one(worker).job == job
+
+
+def test_impossible_claims_are_refused(open_claims: Any, settings: Settings, redis_url: str) -> None:
+    with pytest.raises(ValueError, match="max_jobs"):
+        open_claims(lease=False).claim(0, 0.0)
+    with pytest.raises(ValueError, match="bundle"):
+        open_claims(bundles=(), lease=False)
+    with (
+        redis.Redis.from_url(redis_url, decode_responses=True) as text_client,
+        pytest.raises(ValueError, match="decode"),
+    ):
+        Claims(text_client, settings, ["pocket"], "w")

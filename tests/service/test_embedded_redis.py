@@ -1,0 +1,215 @@
+"""The embedded server: both binaries, its data, its lock, and that it never outlives whoever started it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from service.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
+from service.errors import NotReady
+
+ROOT = Path(__file__).resolve().parents[2]
+BINARIES = [binary for binary in dict.fromkeys([find_server(), find_bundled_server()]) if binary is not None]
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from service.embedded_redis import EmbeddedRedis
+server = EmbeddedRedis()
+server.start(Path(sys.argv[1]))
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(params=BINARIES, ids=lambda binary: binary.parts[-3])
+def binary(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+@pytest.fixture
+def make_server() -> Iterator[Callable[..., EmbeddedRedis]]:
+    made: list[EmbeddedRedis] = []
+
+    def make(binary: Path | None = None) -> EmbeddedRedis:
+        made.append(EmbeddedRedis(binary))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.stop()
+
+
+def await_end(pid: int, within_s: float = 8.0) -> bool:
+    deadline_s = time.monotonic() + within_s
+    while time.monotonic() < deadline_s:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_data_and_url_survive_a_restart(
+    binary: Path, make_server: Callable[..., EmbeddedRedis], tmp_path: Path
+) -> None:
+    server = make_server(binary)
+    data_dir = tmp_path / 'with space and "quote"'
+    url = server.start(data_dir)
+    port = int(url.rpartition(":")[2].removesuffix("/0"))
+    with redis.Redis.from_url(url) as client:
+        client.set("kept", "yes")
+        assert client.config_get("appendfsync") == {"appendfsync": "always"}
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        assert await_end(server.pid)
+        deadline_s = time.monotonic() + 5.0
+        while server.is_alive() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert not server.is_alive()
+        assert server.start(data_dir, port) == url
+        assert client.get("kept") == b"yes"
+    server.stop()
+    server.stop()
+    assert not server.is_alive()
+
+
+def test_only_loopback_and_only_with_the_password(make_server: Callable[..., EmbeddedRedis], tmp_path: Path) -> None:
+    server = make_server()
+    url = server.start(tmp_path / "data")
+    assert server.pid is not None
+    listening = [c for c in psutil.Process(server.pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert {c.laddr.ip for c in listening} == {"127.0.0.1"}
+    once = Retry(NoBackoff(), 0)
+    with (
+        redis.Redis("127.0.0.1", listening[0].laddr.port, retry=once) as stranger,
+        pytest.raises(redis.AuthenticationError),
+    ):
+        stranger.ping()
+    password = url.removeprefix("redis://:").partition("@")[0]
+    guard = psutil.Process(server.pid).parent()
+    assert guard is not None
+    for process in (guard, psutil.Process(server.pid)):
+        assert password not in " ".join([*process.cmdline(), *process.environ().values()])
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "data" / "redis.conf").stat().st_mode & 0o777 == 0o600
+
+
+def test_two_servers_never_share_a_directory(make_server: Callable[..., EmbeddedRedis], tmp_path: Path) -> None:
+    first, second = make_server(), make_server()
+    first.start(tmp_path)
+    with pytest.raises(NotReady, match="in use by another"):
+        second.start(tmp_path)
+    first.stop()
+    second.start(tmp_path)
+
+
+def test_lock_holds_as_long_as_the_server_even_without_its_guard(
+    make_server: Callable[..., EmbeddedRedis], tmp_path: Path
+) -> None:
+    first, second = make_server(), make_server()
+    first.start(tmp_path)
+    server = psutil.Process(first.pid)
+    guard = server.parent()
+    assert guard is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    guard.kill()
+    guard.wait(5.0)
+    with pytest.raises(NotReady, match="in use by another"):
+        second.start(tmp_path)
+    os.kill(server.pid, signal.SIGCONT)
+    assert await_end(server.pid), "told by the kernel that its guard died"
+    second.start(tmp_path)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_server_dies_with_the_process_that_started_it(how: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PARENT, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert psutil.pid_exists(pid)
+        guard = psutil.Process(pid).parent()
+        assert guard is not None
+        parent.send_signal(how)
+        parent.wait(5.0)
+        assert await_end(pid)
+        assert await_end(guard.pid)
+
+
+def test_server_outlives_the_thread_that_started_it(make_server: Callable[..., EmbeddedRedis], tmp_path: Path) -> None:
+    server = make_server()
+    thread = threading.Thread(target=server.start, args=(tmp_path,))
+    thread.start()
+    thread.join()
+    time.sleep(0.7)
+    assert server.is_alive()
+    assert server.url is not None
+    with redis.Redis.from_url(server.url) as client:
+        assert client.ping()
+
+
+def test_interrupt_of_the_foreground_group_does_not_reach_the_server(
+    make_server: Callable[..., EmbeddedRedis], tmp_path: Path
+) -> None:
+    server = make_server()
+    server.start(tmp_path)
+    assert server.pid is not None
+    assert os.getpgid(server.pid) != os.getpgid(0)
+    assert os.getsid(server.pid) != os.getsid(0)
+
+
+def test_taken_port_is_named_in_the_error(make_server: Callable[..., EmbeddedRedis], tmp_path: Path) -> None:
+    port = int(make_server().start(tmp_path / "one").rpartition(":")[2].removesuffix("/0"))
+    with pytest.raises(NotReady, match="in use"):
+        make_server().start(tmp_path / "two", port)
+
+
+def test_second_start_of_a_running_server_is_refused(make_server: Callable[..., EmbeddedRedis], tmp_path: Path) -> None:
+    server = make_server()
+    server.start(tmp_path / "one")
+    with pytest.raises(NotReady, match="runs already"):
+        server.start(tmp_path / "two")
+
+
+def test_directory_of_redis_7_is_refused_by_an_older_server(
+    make_server: Callable[..., EmbeddedRedis], tmp_path: Path
+) -> None:
+    old = tmp_path / "redis-server"
+    old.write_text("#!/bin/sh\necho 'Redis server v=6.2.14 sha=0:0 malloc=libc bits=64 build=0'\n")
+    old.chmod(0o755)
+    (tmp_path / "data" / "appendonlydir").mkdir(parents=True)
+    with pytest.raises(NotReady, match="Redis 7 or newer"):
+        make_server(old).start(tmp_path / "data")
+
+
+def test_bundled_server_is_used_where_the_path_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    bundled = find_bundled_server()
+    if bundled is None:
+        with pytest.raises(NotReady, match="install one of them"):
+            find_server()
+    else:
+        assert find_server() == bundled
+
+
+def test_missing_server_is_a_clear_error(tmp_path: Path) -> None:
+    code = (
+        "import importlib.util as u; u.find_spec = lambda name: None\n"
+        "from service.embedded_redis import find_server\n"
+        "from service.errors import NotReady\n"
+        "try:\n    find_server()\nexcept NotReady as error:\n    print(error.detail)\n"
+    )
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert "GIANTLEAP_REDIS_URL" in done.stdout, done.stderr
