@@ -1,0 +1,108 @@
+"""The HTTP API of one process: builds what it needs from the settings, opens it for the app's life, mounts the routes.
+
+A request passes `service.middleware`, then a route (`routes_create`, `routes_jobs`, `routes_health`), then
+`service.broker`; what goes wrong on the way becomes a problem document in `service.problems`.
+"""
+
+import asyncio
+import signal
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from importlib.metadata import version
+from types import FrameType
+from typing import Any
+
+from fastapi import FastAPI
+
+from service import routes_create, routes_health, routes_jobs
+from service.broker import Broker, open_redis
+from service.metrics import Metrics
+from service.middleware import Edge
+from service.openapi import describe
+from service.planning import read_served
+from service.problems import handle_errors
+from service.serving import Serving
+from service.settings import Settings
+
+
+def create_app(settings: Settings, broker: Broker | None = None) -> FastAPI:
+    """The application. Bundles are read here, so that a wrong one stops the start; Redis is opened with the app.
+
+    Args:
+        settings: All of them; `redis_url` must be set unless a broker is given.
+        broker: The queue; none: one on `settings.redis_url`, opened and closed with the app.
+
+    Raises:
+        BundleError: a bundle cannot be served.
+        ValueError: no Redis is named.
+    """
+    metrics = Metrics()
+    client = None
+    if broker is None:
+        if settings.redis_url is None:
+            raise ValueError("redis_url is not set; the API needs the Redis that its workers use")
+        client = open_redis(settings.redis_url)
+        broker = Broker(client, settings)
+    serving = Serving(settings, read_served(settings), broker, metrics, asyncio.Event())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        await serving.broker.open()
+        try:
+            with stop_on_signals(serving.stopping):
+                yield
+        finally:
+            await serving.broker.close()
+            if client is not None:
+                await client.aclose()
+
+    app = FastAPI(
+        title="Giantleap",
+        summary="Draws a small latent, enlarges it, decodes it once.",
+        version=version("giantleap"),
+        lifespan=lifespan,
+    )
+    app.state.serving = serving
+    app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=metrics)
+    handle_errors(app)
+    for routes in (routes_create, routes_jobs, routes_health):
+        app.include_router(routes.router)
+    document: dict[str, Any] = {}
+
+    def openapi() -> dict[str, Any]:
+        if not document:
+            document.update(describe(app))
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend the document
+    return app
+
+
+@contextmanager
+def stop_on_signals(stopping: asyncio.Event) -> Iterator[None]:
+    """Set `stopping` on SIGTERM and SIGINT before the server's own handler runs.
+
+    The server then waits until open requests have ended; event streams and waiting requests would hold it up to
+    its limit if they did not know. Only the main thread gets signals: elsewhere this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(stopping.set)
+        handler = previous[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+
+    for number in previous:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            if handler is not None:  # None: it was not set by Python and cannot be set back
+                signal.signal(number, handler)

@@ -1,0 +1,236 @@
+"""Runs the items of one batch through a route and says for each what became of it; one item never fails another.
+
+`service.worker` claims and plans, hands the claims of a batch in here and ends each job with what comes out.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from models.generator import DrawItem, image_seed
+from models.images import CONTENT_TYPES, to_image_bytes
+from models.route import Route, StageClock, finite_items, is_out_of_memory
+from service.batching import count_items
+from service.claims import Claim, Claims
+from service.errors import EngineFault, GiantleapError, JobFailed
+from service.jobs import GenerateParams, JobError, ResultFile, UpscaleParams
+from service.latents_in import LATENT_TENSOR, SAFETENSORS_TYPE
+
+log = logging.getLogger(__name__)
+
+
+class Drain:
+    """Whether the worker shall stop, and whether the time that running work was given for that is over.
+
+    Args:
+        stop: Set by a signal.
+        grace_s: How long running work may go on once the stop is seen.
+    """
+
+    def __init__(self, stop: threading.Event, grace_s: float) -> None:
+        self._stop = stop
+        self._grace_s = grace_s
+        self._seen_at_s: float | None = None
+
+    def is_asked(self) -> bool:
+        """Whether to start nothing new."""
+        if self._stop.is_set() and self._seen_at_s is None:
+            self._seen_at_s = time.monotonic()
+        return self._stop.is_set()
+
+    def is_over(self) -> bool:
+        """Whether to give up what runs."""
+        return self.is_asked() and time.monotonic() >= (self._seen_at_s or 0.0) + self._grace_s
+
+
+class Stop(Enum):
+    """Why an item was not run to its end though nothing was wrong with it."""
+
+    CANCELED = "canceled"
+    RELEASED = "released"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of a job in a batch."""
+
+    claim: Claim
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one item gave: a file, and what is known of it."""
+
+    file: ResultFile
+    content: bytes
+
+
+Outcome = Output | JobError | Stop
+
+
+def to_items(claims: Sequence[Claim]) -> list[Item]:
+    """The images that the jobs of a batch ask for."""
+    return [Item(claim, index) for claim in claims for index in range(count_items(claim.job.params))]
+
+
+def to_job_error(error: Exception) -> JobError:
+    """What the caller of a job may know of an exception; an unforeseen one only by its type, for its text may quote."""
+    if is_out_of_memory(error):
+        error = EngineFault("the device ran out of memory for this job alone; ask for fewer or smaller images")
+    if isinstance(error, GiantleapError):
+        return JobError(error.code, error.detail, error.retryable)
+    return JobError("engine_error", f"the engine raised {type(error).__name__}; the worker's log has the traceback")
+
+
+class BatchRun:
+    """One batch on one route; `clock` holds its stage times afterwards.
+
+    Args:
+        route: The loaded bundle.
+        claims: Where progress goes and cancel flags come from.
+        drain: When to give up.
+    """
+
+    def __init__(self, route: Route, claims: Claims, drain: Drain) -> None:
+        self.clock: StageClock = route.clock()
+        self._route = route
+        self._claims = claims
+        self._drain = drain
+        self._canceled_ids: set[str] = set()
+
+    def run(self, items: Sequence[Item], slice_size: int) -> list[Outcome]:
+        """What became of each item, in order; at most `slice_size` of them are on the device at once."""
+        slices = [items[start : start + slice_size] for start in range(0, len(items), slice_size)]
+        return [outcome for part in slices for outcome in self._run_isolated(part)]
+
+    def _run_isolated(self, items: Sequence[Item]) -> list[Outcome]:
+        """Run items together; if that fails, apart: in halves where memory ran out, else one by one."""
+        try:
+            return self._run_together(items)
+        except torch.AcceleratorError:
+            raise  # the device context is lost for this process: end it, the leases bring the jobs to another
+        except Exception as error:
+            log.warning("a batch of %d items failed", len(items), exc_info=error, extra=_batch_fields(items))
+            failure, halve = to_job_error(error), is_out_of_memory(error)
+        self._route.free_cache()  # after the handler: the exception's frames kept the batch's tensors alive
+        if len(items) == 1:
+            return [failure]
+        size = (len(items) + 1) // 2 if halve else 1
+        return self.run(items, size)
+
+    def _run_together(self, items: Sequence[Item]) -> list[Outcome]:
+        self._poll_canceled(items)
+        outcomes: dict[int, Outcome] = {}
+        latents: dict[int, Tensor] = {}
+        live = [index for index, item in enumerate(items) if not self._is_stopped(item)]
+        if live:
+            drawn = self._latents([items[index] for index in live])
+            latents = {index: latent for index, latent in zip(live, drawn, strict=True) if latent is not None}
+        if latents:
+            ended = self._enlarge([items[index] for index in latents], list(latents.values()))
+            outcomes = dict(zip(latents, ended, strict=True))
+        return [outcomes.get(index) or self._stop_of(item) for index, item in enumerate(items)]
+
+    def _latents(self, items: Sequence[Item]) -> list[Tensor | None]:
+        """The raw latent of each item: drawn, or read from the job's input."""
+        if isinstance(items[0].claim.job.params, UpscaleParams):
+            return [_read_latent(item) for item in items]
+
+        def on_step(step: int, steps: int) -> None:
+            self._emit(items, "step", {"step": step, "steps": steps})
+
+        def canceled() -> set[int]:
+            self._poll_canceled(items)
+            return {index for index, item in enumerate(items) if self._is_stopped(item)}
+
+        with self._stage("generate", items):
+            return self._route.generate([_draw_item(item) for item in items], on_step, canceled)
+
+    def _enlarge(self, items: Sequence[Item], latents: Sequence[Tensor]) -> list[Outcome]:
+        """From raw latents to files."""
+        scale = items[0].claim.job.params.scale
+        if scale > 1:
+            with self._stage("upscale", items):
+                latents = self._route.upscale_items(latents, scale)
+        wanted = [index for index, item in enumerate(items) if _wants_image(item)]
+        images: dict[int, Tensor | None] = {}
+        if wanted:
+            with self._stage("decode", items):
+                images = dict(zip(wanted, self._route.decode_items([latents[i] for i in wanted]), strict=True))
+        with self._stage("encode", items):
+            return [
+                _image_output(item, images[index]) if index in images else _latent_output(latents[index])
+                for index, item in enumerate(items)
+            ]
+
+    @contextmanager
+    def _stage(self, name: str, items: Sequence[Item]) -> Iterator[None]:
+        with self.clock.measure(name):
+            yield
+        self._emit(items, "stage", {"stage": name, "seconds": round(self.clock.stages_s[name], 6)})
+
+    def _emit(self, items: Sequence[Item], name: str, data: dict[str, object]) -> None:
+        for claim in {item.claim.job.id: item.claim for item in items}.values():
+            self._claims.emit(claim, name, data)
+
+    def _poll_canceled(self, items: Sequence[Item]) -> None:
+        self._canceled_ids |= self._claims.canceled(list({item.claim.job.id: item.claim for item in items}.values()))
+
+    def _is_stopped(self, item: Item) -> bool:
+        return item.claim.job.id in self._canceled_ids or self._drain.is_over()
+
+    def _stop_of(self, item: Item) -> Stop:
+        return Stop.CANCELED if item.claim.job.id in self._canceled_ids else Stop.RELEASED
+
+
+def _draw_item(item: Item) -> DrawItem:
+    params = item.claim.job.params
+    assert isinstance(params, GenerateParams)
+    return DrawItem(
+        prompt=params.prompt,
+        negative_prompt=params.negative_prompt,
+        seed=image_seed(params.seed, item.index),
+        width_px=params.width_px // params.scale,
+        height_px=params.height_px // params.scale,
+        steps=params.steps,
+        guidance_scale=params.guidance_scale,
+    )
+
+
+def _read_latent(item: Item) -> Tensor:
+    return safetensors.torch.load(item.claim.body or b"")[LATENT_TENSOR][item.index]
+
+
+def _wants_image(item: Item) -> bool:
+    params = item.claim.job.params
+    return isinstance(params, GenerateParams) or params.output == "image"
+
+
+def _image_output(item: Item, pixels: Tensor | None) -> Output | JobError:
+    if pixels is None:
+        return to_job_error(JobFailed("the decoded image has values that are not finite; try another seed or input"))
+    params = item.claim.job.params
+    content = to_image_bytes(pixels, params.output_format)
+    height_px, width_px = pixels.shape[:2]
+    seed = image_seed(params.seed, item.index) if isinstance(params, GenerateParams) else None
+    return Output(ResultFile(CONTENT_TYPES[params.output_format], len(content), seed, width_px, height_px), content)
+
+
+def _latent_output(latent: Tensor) -> Output | JobError:
+    if not finite_items(latent[None])[0]:
+        return to_job_error(JobFailed("the enlarged latent has values that are not finite; check the input"))
+    content = safetensors.torch.save({LATENT_TENSOR: latent.float().cpu().contiguous()})
+    return Output(ResultFile(SAFETENSORS_TYPE, len(content)), content)
+
+
+def _batch_fields(items: Sequence[Item]) -> dict[str, object]:
+    return {"fields": {"job_ids": sorted({item.claim.job.id for item in items})}}

@@ -1,0 +1,99 @@
+"""Which claimed jobs run together: a pure function from claims to batches, each one pass through one route.
+
+A batch shares everything that fixes the shape of the work, and its output fits the budget in latent pixels. What runs
+a batch is `service.worker`; why batches look so is in `docs/decisions/0005-one-batch-one-route.md`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from service.claims import Claim
+from service.jobs import GenerateParams, JobParams
+
+BatchKey = tuple[str, str, int, int, int, int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class LatentGrid:
+    """What turns image sizes of a bundle into latent sizes: pixels per latent pixel, and the upscaler's window."""
+
+    stride_px: int
+    window: int
+
+
+@dataclass(slots=True)
+class _OpenBatch:
+    key: BatchKey
+    claims: list[Claim] = field(default_factory=list)
+    items: int = 0
+    latent_px: int = 0
+
+
+def count_items(params: JobParams) -> int:
+    """How many images a job asks for."""
+    return params.num_images if isinstance(params, GenerateParams) else params.batch_items
+
+
+def output_latent_px(params: JobParams, grid: LatentGrid) -> int:
+    """Latent pixels of one item after upscaling, as the device sees them: an upscale job's are padded."""
+    if isinstance(params, GenerateParams):
+        return (params.width_px // grid.stride_px) * (params.height_px // grid.stride_px)
+    return _padded(params.latent_height, grid) * _padded(params.latent_width, grid) * params.scale**2
+
+
+def batch_key(bundle: str, params: JobParams, grid: LatentGrid) -> BatchKey:
+    """What jobs of one batch have in common.
+
+    Drawing: the final size, which with the scale gives the base size, the steps and the guidance. Upscaling: the size
+    of the latent padded to the window, so that sizes which differ by less than a window still run together.
+    """
+    if isinstance(params, GenerateParams):
+        size = (params.width_px, params.height_px)
+        return (params.kind, bundle, params.scale, *size, params.steps, params.guidance_scale)
+    size = (_padded(params.latent_width, grid), _padded(params.latent_height, grid))
+    return (params.kind, bundle, params.scale, *size, 0, 0.0)
+
+
+def plan_batch(
+    claims: Sequence[Claim], grids: Mapping[str, LatentGrid], budget_items: int, budget_latent_px: int
+) -> list[list[Claim]]:
+    """Group claims into batches.
+
+    First come, first served: a claim joins the earliest batch of its key that has room, else it opens a batch; batches
+    run in the order of their first claims. A job larger than the budget gets a batch of its own, which the worker runs
+    in slices.
+
+    Args:
+        claims: In the order in which they were claimed.
+        grids: Per bundle.
+        budget_items: Most images in one batch.
+        budget_latent_px: Most latent pixels after upscaling in one batch.
+
+    Returns:
+        Batches that hold each claim exactly once.
+    """
+    batches: list[_OpenBatch] = []
+    for claim in claims:
+        params, grid = claim.job.params, grids[claim.job.bundle]
+        key, items = batch_key(claim.job.bundle, params, grid), count_items(params)
+        latent_px = items * output_latent_px(params, grid)
+        for batch in batches:
+            fits = batch.items + items <= budget_items and batch.latent_px + latent_px <= budget_latent_px
+            if batch.key == key and fits:
+                break
+        else:
+            batch = _OpenBatch(key)
+            batches.append(batch)
+        batch.claims.append(claim)
+        batch.items += items
+        batch.latent_px += latent_px
+    return [batch.claims for batch in batches]
+
+
+def slice_items(item_latent_px: int, budget_items: int, budget_latent_px: int) -> int:
+    """How many items of this size may run at once; at least one."""
+    return max(1, min(budget_items, budget_latent_px // max(1, item_latent_px)))
+
+
+def _padded(side: int, grid: LatentGrid) -> int:
+    return -(-side // grid.window) * grid.window

@@ -1,0 +1,140 @@
+"""The `giantleap` command: the processes of the service, and beside them the commands of `service.cli_local`.
+
+Heavy modules (torch, uvicorn) are imported inside the commands that need them, so that `--help` and `serve` start fast.
+"""
+
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from models.bundle import BundleError
+from service.cli_local import generate, models, protocol, upscale
+from service.cli_options import (
+    BundleOption,
+    DeviceOption,
+    HostOption,
+    LifelineOption,
+    PortOption,
+    RedisOption,
+    settings_from,
+    stop,
+)
+from service.errors import BadConfiguration, NotReady
+from service.settings import Settings, to_page
+from service.supervisor import serve as serve_all
+from service.supervisor import serve_api, stop_with_parent
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Enlarge a diffusion latent, decode it once.")
+bench = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
+bench.command()(protocol)
+for command in (generate, upscale, models):
+    app.command()(command)
+app.add_typer(bench, name="bench")
+
+
+@app.command()
+def serve(
+    host: HostOption = None,
+    port: PortOption = None,
+    redis_url: RedisOption = None,
+    bundle: BundleOption = None,
+    device: DeviceOption = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where the embedded Redis keeps its file.")] = None,
+) -> None:
+    """Run everything on this machine: Redis unless a URL is given, the API and the workers. Ctrl-C stops all."""
+    settings = settings_from(host=host, port=port, redis_url=redis_url, bundle=bundle, device=device, data_dir=data_dir)
+    try:
+        raise typer.Exit(serve_all(settings))
+    except OSError as error:
+        stop(f"cannot listen on {settings.host}:{settings.port}: {error}")
+    except NotReady as error:
+        stop(error.detail)
+
+
+@app.command()
+def api(
+    host: HostOption = None,
+    port: PortOption = None,
+    redis_url: RedisOption = None,
+    bundle: BundleOption = None,
+    listen_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+    lifeline_fd: LifelineOption = None,
+) -> None:
+    """Run the API processes of this machine against an existing Redis."""
+    settings = settings_from(host=host, port=port, redis_url=redis_url, bundle=bundle)
+    if settings.redis_url is None:
+        stop("no Redis given: set GIANTLEAP_REDIS_URL, or use `giantleap serve`, which brings its own")
+    if listen_fd is None:
+        try:
+            raise typer.Exit(serve_api(settings))
+        except OSError as error:
+            stop(f"cannot listen on {settings.host}:{settings.port}: {error}")
+    if lifeline_fd is not None:
+        stop_with_parent(lifeline_fd, settings.drain_grace_s)
+    _run_api_process(settings, listen_fd)
+
+
+def _run_api_process(settings: Settings, listen_fd: int) -> None:
+    import uvicorn
+
+    from service.api import create_app
+
+    try:
+        application = create_app(settings)
+    except BundleError as error:
+        stop(str(error))
+    config = uvicorn.Config(
+        application,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # Longer than clients keep idle connections, so that no request meets one that is closing.
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(settings.drain_grace_s),
+    )
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=listen_fd)])
+
+
+@app.command()
+def worker(
+    redis_url: RedisOption = None,
+    bundle: BundleOption = None,
+    device: DeviceOption = None,
+    lifeline_fd: LifelineOption = None,
+) -> None:
+    """Run one worker (one process per device) against an existing Redis."""
+    settings = settings_from(redis_url=redis_url, bundle=bundle, device=device)
+    if settings.redis_url is None:
+        stop("no Redis given: set GIANTLEAP_REDIS_URL, or use `giantleap serve`, which brings its own")
+    if lifeline_fd is not None:
+        stop_with_parent(lifeline_fd, settings.drain_grace_s)
+
+    from service.worker import run_worker
+
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.set())
+    try:
+        run_worker(settings, stopping)
+    except BadConfiguration as error:
+        stop(error.detail)
+
+
+@app.command("settings")
+def print_settings() -> None:
+    """Print every setting with its default and meaning, as Markdown."""
+    typer.echo(to_page(), nl=False)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,38 @@
+"""The options that several commands share, how they become settings, and how a command ends on a wrong one."""
+
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+
+from service.logs import configure_logging
+from service.settings import Settings, read_settings
+
+BAD_CONFIGURATION = 2
+"""Exit code of a process whose settings, bundle or engine are wrong: a restart cannot help."""
+
+HostOption = Annotated[str | None, typer.Option(help="Address to listen on [GIANTLEAP_HOST].")]
+PortOption = Annotated[int | None, typer.Option(help="Port to listen on [GIANTLEAP_PORT].")]
+RedisOption = Annotated[str | None, typer.Option(help="Redis to use [GIANTLEAP_REDIS_URL].")]
+BundleOption = Annotated[str | None, typer.Option(help="Bundle directory [GIANTLEAP_BUNDLE].")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto [GIANTLEAP_DEVICE].")]
+LifelineOption = Annotated[int | None, typer.Option(hidden=True)]
+
+
+def settings_from(**given: Any) -> Settings:
+    """Settings with the options that were given; a wrong one ends the command with one clear line each."""
+    try:
+        settings = read_settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in error.errors()]
+        stop(*lines)
+    except ValueError as error:
+        stop(str(error))
+    configure_logging(settings.log_level)
+    return settings
+
+
+def stop(*lines: str) -> NoReturn:
+    for line in lines:
+        typer.echo(f"giantleap: {line}", err=True)
+    raise typer.Exit(BAD_CONFIGURATION)

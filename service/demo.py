@@ -1,0 +1,96 @@
+"""What `make demo` runs: starts the whole service, posts one prompt at x2 and at x4, writes the images, stops it.
+
+It uses the service as any client does, over HTTP only, so it is also the shortest example of one.
+"""
+
+import argparse
+import contextlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+PROMPT = "a red sphere on a green floor under a blue sky"
+_START_TIMEOUT_S = 180.0
+_STOP_TIMEOUT_S = 60.0
+
+
+def free_port() -> int:
+    """A loopback port that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def running_service(*options: str) -> Iterator[str]:
+    """Run `giantleap serve` with an embedded Redis in a directory of its own; yields the base URL once it is ready.
+
+    Raises:
+        RuntimeError: the service ended, or was not ready in time.
+    """
+    with tempfile.TemporaryDirectory(prefix="giantleap-demo-") as data_dir:
+        url = f"http://127.0.0.1:{free_port()}"
+        argv = [sys.executable, "-m", "service.cli", "serve", "--port", url.rsplit(":", 1)[1], "--data-dir", data_dir]
+        process = subprocess.Popen([*argv, *options])
+        try:
+            wait_until_ready(url, process)
+            yield url
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(_STOP_TIMEOUT_S)
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Poll `/readyz` until it answers 200."""
+    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        if process.poll() is not None:
+            raise RuntimeError(f"the service ended with code {process.returncode}; its log above says why")
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+                return
+        time.sleep(0.25)
+    raise RuntimeError(f"the service was not ready within {_START_TIMEOUT_S:.0f} s")
+
+
+def draw(url: str, prompt: str, scale: int, seed: int) -> tuple[bytes, dict[str, float]]:
+    """One PNG from a running service, and its stage times in seconds (header `Server-Timing`, in milliseconds)."""
+    answer = httpx.post(
+        f"{url}/generate",
+        json={"prompt": prompt, "scale": scale, "seed": seed},
+        headers={"Accept": "image/png"},
+        timeout=300,
+    )
+    answer.raise_for_status()
+    stages = re.findall(r"([\w-]+);dur=([\d.]+)", answer.headers["Server-Timing"])
+    return answer.content, {name: float(duration_ms) / 1000 for name, duration_ms in stages}
+
+
+def main() -> None:
+    """Draw `out/demo_x2.png` and `out/demo_x4.png` and print the stage times."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="directory of the images")
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--seed", type=int, default=7)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with running_service() as url:
+        for scale in (2, 4):
+            image, stages = draw(url, options.prompt, scale, options.seed)
+            path = options.out / f"demo_x{scale}.png"
+            path.write_bytes(image)
+            times = "  ".join(f"{name} {duration_s:.3f} s" for name, duration_s in stages.items())
+            print(f"{path}  x{scale}  {times}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""What the service counts and times, as Prometheus metrics: one `Metrics` per process, built once and passed down.
+
+All processes of a host may share `PROMETHEUS_MULTIPROC_DIR` (set by whoever starts them, before Python starts); then
+`Metrics.render` of any of them answers for all. The state of the queue is not counted by any process: it is read from
+Redis at scrape time and handed to `render`. Label values are bounded: never a prompt, a job id or a caller.
+"""
+
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from service.jobs import QueueStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """Every metric of one process.
+
+    Args:
+        registry: Where the metrics live; tests pass their own.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        disable_created_metrics()  # a timestamp beside every series, which several processes cannot have anyway
+        self.registry = registry if registry is not None else CollectorRegistry()
+        self._rejections = self._counter("rejections", "Requests refused, by reason.", "reason")
+        self._http_requests = self._counter("http_requests", "HTTP requests answered.", "route", "method", "code")
+        self._http_seconds = self._histogram("http_request_duration_seconds", "Time to answer.", "route", "method")
+
+        self._jobs = self._counter("jobs", "Jobs that reached a final state.", "kind", "bundle", "status")
+        self._job_seconds = self._histogram(
+            "job_duration_seconds", "From acceptance to the final state: waiting and running.",
+            "kind", "bundle", "scale", "status",
+        )  # fmt: skip
+        self._wait_seconds = self._histogram("queue_wait_seconds", "From acceptance to the claim.", "priority")
+        self._stage_seconds = self._histogram(
+            "stage_duration_seconds", "Time of one stage of one batch, device synchronised at both ends.",
+            "stage", "bundle", "scale", "engine", "warmup",
+        )  # fmt: skip
+        self._images = self._counter("images", "Images made.", "bundle", "scale")
+        self._pixels = self._counter("pixels", "Pixels of the images made.", "bundle", "scale")
+        self._batch_items = self._histogram("batch_items", "Images in one batch.", "kind", buckets=BATCH_BUCKETS)
+        self._fenced = self._counter("fenced", "Finished jobs that were dropped because another worker owns them.")
+        self._retries = self._counter("retries", "Jobs handed back for another attempt.", "bundle")
+
+        self._peak_bytes = self._gauge(
+            "peak_memory_bytes",
+            "Peak memory of the last batch; source says what was measured.",
+            "livemax",
+            "device",
+            "source",
+        )
+        self._protocol = self._gauge(
+            "protocol_seconds", "The paper's timing protocol: batch 1 after warm-ups; never traffic.",
+            "livemostrecent", "bundle", "scale", "image_px", "stage", "statistic",
+        )  # fmt: skip
+        self._build = self._gauge("build_info", "Versions of the running code.", "livemax", "version", "python")
+        self._engine = self._gauge(
+            "engine_info", "What runs the networks.", "livemax", "bundle", "engine", "device", "dtype", "torch"
+        )
+        self._build.labels(version("giantleap"), platform.python_version()).set(1)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"giantleap_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = SECONDS_BUCKETS) -> Histogram:
+        return Histogram(f"giantleap_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, mode: str, *labels: str) -> Gauge:
+        return Gauge(f"giantleap_{name}", text, labels, multiprocess_mode=mode, registry=self.registry)  # type: ignore[arg-type]
+
+    def count_rejection(self, reason: str) -> None:
+        """A request was refused; `reason` is the code of a `GiantleapError`."""
+        self._rejections.labels(reason).inc()
+
+    def observe_http(self, route: str, method: str, code: int, duration_s: float) -> None:
+        """A request was answered; `route` is the path template, never the path."""
+        self._http_requests.labels(route, method, str(code)).inc()
+        self._http_seconds.labels(route, method).observe(duration_s)
+
+    def observe_wait(self, priority: str, wait_s: float) -> None:
+        """A job was claimed for the first time."""
+        self._wait_seconds.labels(priority).observe(wait_s)
+
+    def observe_job(self, kind: str, bundle: str, scale: int, status: str, duration_s: float) -> None:
+        """A job reached a final state, `duration_s` after it was accepted."""
+        self._jobs.labels(kind, bundle, status).inc()
+        self._job_seconds.labels(kind, bundle, str(scale), status).observe(duration_s)
+
+    def observe_stages(
+        self, bundle: str, scale: int, engine: str, stages_s: Mapping[str, float], *, warmup: bool = False
+    ) -> None:
+        """A batch ran; `stages_s` maps each stage that ran to its seconds."""
+        for stage, duration_s in stages_s.items():
+            labels = (stage, bundle, str(scale), engine, str(warmup).lower())
+            self._stage_seconds.labels(*labels).observe(duration_s)
+
+    def observe_batch(self, kind: str, items: int) -> None:
+        """A batch of `items` images is about to run."""
+        self._batch_items.labels(kind).observe(items)
+
+    def count_images(self, bundle: str, scale: int, images: int, pixels: int) -> None:
+        """Images were stored; `pixels` is their sum."""
+        self._images.labels(bundle, str(scale)).inc(images)
+        self._pixels.labels(bundle, str(scale)).inc(pixels)
+
+    def count_fenced(self) -> None:
+        """A finished job was dropped: its lease had gone to another worker."""
+        self._fenced.inc()
+
+    def count_retry(self, bundle: str) -> None:
+        """A job failed with a retryable error."""
+        self._retries.labels(bundle).inc()
+
+    def set_peak_memory(self, device: str, source: str, peak_bytes: int) -> None:
+        """Peak memory of the last batch; `source` is `cuda_allocated` or `process_rss`."""
+        self._peak_bytes.labels(device, source).set(peak_bytes)
+
+    def set_protocol(self, bundle: str, scale: int, image_px: str, stage: str, statistic: str, value_s: float) -> None:
+        """One figure of the paper's protocol; `image_px` is the final size, `1024x1024`."""
+        self._protocol.labels(bundle, str(scale), image_px, stage, statistic).set(value_s)
+
+    def set_engine(self, bundle: str, engine: str, device: str, dtype: str) -> None:
+        """What runs a bundle in this process."""
+        self._engine.labels(bundle, engine, device, dtype, version("torch")).set(1)
+
+    def render(self, stats: QueueStats | None) -> bytes:
+        """All metrics of this host in the text exposition format (`CONTENT_TYPE`).
+
+        Args:
+            stats: The queue now; None when Redis cannot be reached, which the metrics then say.
+
+        Effects: with `PROMETHEUS_MULTIPROC_DIR`, removes the live gauges of processes that have ended.
+        """
+        shared_dir = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        if shared_dir is None:
+            own = generate_latest(self.registry)
+        else:
+            remove_dead_gauges(Path(shared_dir))
+            shared = CollectorRegistry()
+            MultiProcessCollector(shared, path=shared_dir)
+            own = generate_latest(shared)
+        queue = CollectorRegistry()
+        queue.register(QueueCollector(stats))
+        return own + generate_latest(queue)
+
+
+class QueueCollector(Collector):
+    """The state of the queue, as read from Redis for one scrape."""
+
+    def __init__(self, stats: QueueStats | None) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats
+        yield _family("queue_reachable", "1 when Redis answered this scrape.", 0 if stats is None else 1)
+        if stats is None:
+            return
+        depth = GaugeMetricFamily(
+            "giantleap_queue_depth", "Jobs that wait to be claimed.", labels=("bundle", "priority")
+        )
+        for (bundle, priority), jobs in sorted(stats.queued.items()):
+            depth.add_metric((bundle, str(priority)), jobs)
+        yield depth
+        yield _family("queue_oldest_age_seconds", "Age of the oldest waiting job.", stats.oldest_age_s)
+        yield _family("queue_limit", "Most jobs queued and running at once.", stats.limit)
+        yield _family("queue_processing", "Jobs that a worker has claimed.", stats.processing)
+        yield _family("queue_delayed", "Jobs that wait for their next attempt.", stats.delayed)
+        yield _family("queue_dead_lettered", "Jobs in the dead-letter stream.", stats.dead_lettered)
+        yield _family("workers_live", "Workers that are ready and alive.", stats.live_workers)
+        yield _family("blob_bytes", "Bytes of inputs and results in Redis.", stats.blob_bytes)
+        yield _family("blob_budget_bytes", "Most bytes of inputs and results in Redis.", stats.blob_budget_bytes)
+
+
+def _family(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"giantleap_{name}", text, value=value)
+
+
+def remove_dead_gauges(shared_dir: Path) -> None:
+    """Remove the live gauges of processes that no longer run; counters and histograms stay, so that sums stay right.
+
+    Effects: unlinks `gauge_live*_<pid>.db`; safe to repeat and to run in several processes at once.
+    """
+    for path in shared_dir.glob("gauge_live*_*.db"):
+        if not _is_running(int(path.stem.rpartition("_")[2])):
+            with suppress(FileNotFoundError):  # another process was quicker
+                path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,89 @@
+"""What holds for every HTTP request: its id, the limit of its body, a last catch of errors, and its metrics.
+
+Pure ASGI in one layer: it neither buffers nor spawns a task, so streams and disconnects pass through untouched.
+"""
+
+import re
+import time
+import uuid
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import PayloadTooLarge
+from service.metrics import Metrics
+from service.problems import CLIENT_GONE, problem_response, unexpected
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
+
+
+class Edge:
+    """The outermost layer of the app: each request passes it once, on its way in and out."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: Metrics) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started_s = time.perf_counter()
+        request = Request(scope)
+        request.state.request_id = read_request_id(request.headers.get("x-request-id"))
+        id_header = (b"x-request-id", request.state.request_id.encode())
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), id_header]}
+            await send(message)
+
+        try:
+            declared = request.headers.get("content-length", "")
+            if declared.isascii() and declared.isdigit() and int(declared[:20]) > self.max_body_bytes:
+                await problem_response(self._too_large(), request)(scope, receive, send_with_id)
+            else:
+                await self.app(scope, self._counted(receive), send_with_id)
+        except Exception as error:  # the API boundary: whatever no handler knew
+            response = unexpected(error, request)
+            if status:
+                raise
+            await response(scope, receive, send_with_id)
+        finally:
+            self._observe(request, status or CLIENT_GONE, time.perf_counter() - started_s)
+
+    def _observe(self, request: Request, status: int, duration_s: float) -> None:
+        # The route's template, never the path: labels stay few whatever is asked for.
+        route = getattr(request.scope.get("route"), "path", "none")
+        method = request.method if request.method in _METHODS else "other"
+        self.metrics.observe_http(route, method, status, duration_s)
+        problem_code: str | None = getattr(request.state, "problem_code", None)
+        if problem_code is not None:
+            self.metrics.count_rejection(problem_code)
+
+    def _counted(self, receive: Receive) -> Receive:
+        """`receive` that stops a body without a length, or with a false one, at the limit."""
+        received_bytes = 0
+
+        async def receive_counted() -> Message:
+            nonlocal received_bytes
+            message = await receive()
+            received_bytes += len(message.get("body", b""))
+            if received_bytes > self.max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return receive_counted
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"the body is larger than the {self.max_body_bytes} bytes that are allowed")
+
+
+def read_request_id(sent: str | None) -> str:
+    """The client's X-Request-Id where it is short and plain, else a new one."""
+    return sent if sent is not None and _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex

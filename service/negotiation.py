@@ -1,0 +1,96 @@
+"""What a client asks of the answer, read from its Accept and Prefer headers: bytes or a job, waiting or not.
+
+Pure functions of header values; `service.routes_create` acts on them.
+"""
+
+from dataclasses import dataclass
+
+from service.errors import MalformedRequest, NotAcceptable
+
+JSON_TYPE = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """How long the client will wait (RFC 7240). `wait_s` is None where it did not say; 0: answer at once."""
+
+    wait_s: float | None = None
+
+    @property
+    def applied(self) -> str | None:
+        """The value of Preference-Applied."""
+        if self.wait_s is None:
+            return None
+        return "respond-async" if self.wait_s == 0 else f"wait={self.wait_s:.0f}"
+
+
+def read_preference(prefer: str | None, longest_s: float) -> Preference:
+    """The preferences respond-async and wait=N; others are ignored, as RFC 7240 asks.
+
+    With both, `wait=N` says how long to wait before the asynchronous answer. `longest_s` caps the wait.
+
+    Raises:
+        MalformedRequest: wait has no whole number of seconds.
+    """
+    wait_s: float | None = None
+    respond_async = False
+    for part in (prefer or "").split(","):
+        name, _, value = part.partition(";")[0].partition("=")
+        if name.strip().lower() == "respond-async":
+            respond_async = True
+        elif name.strip().lower() == "wait":
+            digits = value.strip().strip('"')
+            if not (digits.isascii() and digits.isdigit() and len(digits) <= 9):
+                raise MalformedRequest("Prefer: wait needs a whole number of seconds, for example wait=10")
+            wait_s = min(float(digits), longest_s)
+    if wait_s is None and respond_async:
+        wait_s = 0.0
+    return Preference(wait_s)
+
+
+def choose_answer(accept: str | None, file_types: tuple[str, ...]) -> str:
+    """The media type to answer with: the JSON job body, or one of the types the result could be a file in.
+
+    The highest quality wins; on a tie JSON does, then the order of `file_types`.
+
+    Raises:
+        NotAcceptable: the client accepts none of them.
+    """
+    ranges = _read_ranges(accept or "*/*")
+    offers = (JSON_TYPE, *file_types)
+    best = max(offers, key=lambda offer: _quality(ranges, offer))
+    if _quality(ranges, best) <= 0.0:
+        raise NotAcceptable(f"Accept allows none of what can be answered here: {', '.join(offers)}")
+    return best
+
+
+def _read_ranges(accept: str) -> list[tuple[str, float]]:
+    """Media ranges with their quality; one that cannot be read counts as not acceptable."""
+    ranges = []
+    for part in accept.split(","):
+        name, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        quality = 1.0
+        for parameter in parameters:
+            key, _, value = parameter.partition("=")
+            if key.strip() == "q":
+                quality = _read_quality(value)
+        ranges.append((name, quality))
+    return ranges
+
+
+def _read_quality(value: str) -> float:
+    try:
+        quality = float(value)
+    except ValueError:
+        return 0.0
+    return quality if 0.0 <= quality <= 1.0 else 0.0
+
+
+def _quality(ranges: list[tuple[str, float]], offer: str) -> float:
+    """Quality of the most specific range that covers the offer; 0 where none does."""
+    family = offer.partition("/")[0] + "/*"
+    for wanted in (offer, family, "*/*"):
+        matches = [quality for name, quality in ranges if name == wanted]
+        if matches:
+            return max(matches)
+    return 0.0

@@ -1,0 +1,58 @@
+"""The OpenAPI document's parts that FastAPI does not know by itself: problem documents, files and raw bodies."""
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from service.latents_in import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
+from service.problems import PROBLEM_TYPE
+from service.schemas import OutputFormat, Problem
+
+Responses = dict[int | str, dict[str, Any]]
+
+IMAGE_FORMATS: dict[str, OutputFormat] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+IMAGE_TYPES = tuple(IMAGE_FORMATS)
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_WHOLE_NUMBER = {"schema": {"type": "integer"}, "description": "Seconds after which to try again."}
+
+
+def describe_answers(good: Responses, *statuses: int) -> Responses:
+    """The responses of a route: its good ones, and a problem for each other status that it may answer."""
+    content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    described = dict(good)
+    for status in (*statuses, 500):
+        described[status] = {"description": HTTPStatus(status).phrase, "content": content}
+        if status in (429, 503):
+            described[status]["headers"] = {"Retry-After": _WHOLE_NUMBER}
+    return described
+
+
+def file_content(*media_types: str) -> dict[str, Any]:
+    """The `content` of an answer that may be one of these files."""
+    return dict.fromkeys(media_types, _BINARY)
+
+
+def latent_request_body() -> dict[str, Any]:
+    """The body of /upscale, which FastAPI does not parse."""
+    return {"requestBody": {"required": True, "content": file_content(SAFETENSORS_TYPE, NPY_TYPE, OCTETS_TYPE)}}
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document of the app, with the schema that the problem responses refer to."""
+    document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas.update(problem.pop("$defs", {}))
+    schemas["Problem"] = problem
+    # FastAPI announces its own error form wherever there is a parameter; that form is never sent.
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for operation in (operation for path in document["paths"].values() for operation in path.values()):
+        operation["responses"] = {
+            status: answer
+            for status, answer in operation["responses"].items()
+            if "HTTPValidationError" not in str(answer)
+        }
+    return document

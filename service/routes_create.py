@@ -1,0 +1,258 @@
+"""Routes that make a job: POST /generate and POST /upscale. Read, plan, enqueue, wait, answer.
+
+Nothing is enqueued before everything about the request was checked. The checks are in `service.planning` and
+`service.latents_in`, the queue is `service.broker`.
+"""
+
+import asyncio
+import hashlib
+import re
+import secrets
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from starlette.requests import ClientDisconnect
+
+from service.answers import failed_answer, file_answer, job_answer, job_problem, job_url
+from service.errors import DeadlinePassed, MalformedRequest, NotFound, NotReady, UnsupportedMediaType
+from service.jobs import Job, JobParams, JobRecord, JobState, Priority, UpscaleParams
+from service.latents_in import SAFETENSORS_TYPE, read_latent, to_blob
+from service.negotiation import JSON_TYPE, Preference, choose_answer, read_preference
+from service.openapi import IMAGE_FORMATS, IMAGE_TYPES, describe_answers, file_content, latent_request_body
+from service.planning import Served, choose_served, plan_generate, plan_upscale, warn_of_words
+from service.problems import InvalidFields
+from service.schemas import GenerateRequest, JobBody, OutputFormat, UpscaleQuery
+from service.serving import Serving, ServingDep
+from service.settings import Settings
+
+router = APIRouter(tags=["create"])
+
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+# Drawn seeds stay exact in clients whose numbers are doubles.
+_DRAWN_SEED_LIMIT = 2**53
+_SMALL_BODY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How a client wants its answer: the headers that both routes share, and whether it cancels by leaving."""
+
+    accept: str | None
+    preference: Preference
+    idempotency_key: str | None
+    cancel_on_disconnect: bool
+
+
+async def read_asked(
+    serving: ServingDep,
+    accept: Annotated[str | None, Header(description="An image type for the file itself, else JSON.")] = None,
+    prefer: Annotated[str | None, Header(description="respond-async, or wait=N seconds.")] = None,
+    idempotency_key: Annotated[
+        str | None, Header(description="Posting again with the same key finds the first job.")
+    ] = None,
+    cancel_on_disconnect: Annotated[
+        bool, Query(description="Cancel the job when the client goes away while it waits.")
+    ] = False,
+) -> Asked:
+    """Read the shared headers.
+
+    Raises:
+        MalformedRequest: one of them cannot be read.
+        NotReady: this process is stopping.
+    """
+    if serving.stopping.is_set():
+        raise NotReady("this process is stopping; try again", retry_after_s=1)
+    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
+        raise MalformedRequest("Idempotency-Key must be 1 to 255 printable ASCII characters without spaces")
+    preference = read_preference(prefer, serving.settings.wait_timeout_s)
+    return Asked(accept, preference, idempotency_key, cancel_on_disconnect)
+
+
+AskedDep = Annotated[Asked, Depends(read_asked)]
+
+
+async def require_json(content_type: Annotated[str | None, Header(include_in_schema=False)] = None) -> None:
+    """Raises:
+    UnsupportedMediaType: the body is declared as something else than JSON.
+    """
+    declared = (content_type or "").partition(";")[0].strip().lower()
+    if declared != JSON_TYPE:
+        raise UnsupportedMediaType(f"content type {declared[:80]!r}; send {JSON_TYPE}")
+
+
+_PROBLEMS = (400, 406, 409, 413, 415, 422, 429, 503, 504)
+_ACCEPTED = {"model": JobBody, "description": "Queued; Location is where to follow it."}
+
+
+@router.post(
+    "/generate",
+    response_model=JobBody,
+    responses=describe_answers({200: {"content": file_content(*IMAGE_TYPES)}, 202: _ACCEPTED}, *_PROBLEMS),
+    dependencies=[Depends(require_json)],
+)
+async def post_generate(request: Request, body: GenerateRequest, asked: AskedDep, serving: ServingDep) -> Response:
+    """Draw a prompt: generate a small latent, enlarge it, decode it once."""
+    served = choose_served(serving.bundles, body.bundle)
+    answer_type, output_format = _choose_format(asked.accept, body.output_format)
+    if answer_type != JSON_TYPE and body.num_images != 1:
+        raise InvalidFields((("num_images", f"is {body.num_images}; an answer that is a file holds one image"),))
+    seed = body.seed if body.seed is not None else draw_seed(asked.idempotency_key)
+    params = plan_generate(body, served.bundle, serving.settings, seed, output_format)
+    job = _new_job(served.bundle.name, body.priority, params, warn_of_words(served, params))
+    return await _run(request, serving, job, None, asked, answer_type)
+
+
+@router.post(
+    "/upscale",
+    response_model=JobBody,
+    responses=describe_answers(
+        {200: {"content": file_content(*IMAGE_TYPES, SAFETENSORS_TYPE)}, 202: _ACCEPTED}, *_PROBLEMS
+    ),
+    openapi_extra=latent_request_body(),
+)
+async def post_upscale(
+    request: Request, query: Annotated[UpscaleQuery, Query()], asked: AskedDep, serving: ServingDep
+) -> Response:
+    """Enlarge a latent, given as safetensors or .npy, and decode it once or answer the larger latent."""
+    served = choose_served(serving.bundles, query.bundle)
+    answer_type, output_format = _choose_format(asked.accept, query.output_format, query.output)
+    body = await request.body()
+    given = (query, body, request.headers.get("content-type"), served, serving.settings, output_format)
+    # A large latent is prepared beside the event loop, which it would hold up for about 2 ms per MiB.
+    params, blob = _prepare(*given) if len(body) <= _SMALL_BODY_BYTES else await asyncio.to_thread(_prepare, *given)
+    if answer_type != JSON_TYPE and params.batch_items != 1:
+        raise InvalidFields((("body", f"holds {params.batch_items} latents; an answer that is a file holds one"),))
+    job = _new_job(served.bundle.name, query.priority, params, ())
+    return await _run(request, serving, job, blob, asked, answer_type)
+
+
+def _prepare(
+    query: UpscaleQuery,
+    body: bytes,
+    content_type: str | None,
+    served: Served,
+    settings: Settings,
+    output_format: OutputFormat,
+) -> tuple[UpscaleParams, bytes]:
+    """What to enlarge, and the job's input blob."""
+    tensor = read_latent(body, content_type)
+    params, latent = plan_upscale(query, tensor, served.bundle, settings, output_format)
+    return params, to_blob(latent)
+
+
+def draw_seed(idempotency_key: str | None) -> int:
+    """A random seed; under an idempotency key one that a repeat of the request draws again."""
+    if idempotency_key is None:
+        return secrets.randbelow(_DRAWN_SEED_LIMIT)
+    return int.from_bytes(hashlib.sha256(idempotency_key.encode()).digest()[:8]) % _DRAWN_SEED_LIMIT
+
+
+def _choose_format(
+    accept: str | None, output_format: OutputFormat | None, output: str = "image"
+) -> tuple[str, OutputFormat]:
+    """The type of the answer, and the format of the image file where there is one."""
+    if output == "latent":
+        if output_format is not None:
+            raise InvalidFields((("output_format", "is of images; leave it out with output=latent"),))
+        return choose_answer(accept, (SAFETENSORS_TYPE,)), "png"
+    offers = IMAGE_TYPES if output_format is None else (f"image/{output_format}",)
+    answer_type = choose_answer(accept, offers)
+    return answer_type, IMAGE_FORMATS.get(answer_type) or output_format or "png"
+
+
+def _new_job(bundle: str, priority: str, params: JobParams, warnings: tuple[str, ...]) -> Job:
+    return Job(str(uuid.uuid4()), bundle, Priority(priority), time.time(), params, warnings)
+
+
+async def _run(
+    request: Request, serving: Serving, job: Job, blob: bytes | None, asked: Asked, answer_type: str
+) -> Response:
+    """Enqueue, wait as long as was asked for, and answer with what there is then."""
+    enqueued = await serving.broker.enqueue(job, blob, asked.idempotency_key)
+    if asked.preference.wait_s == 0:
+        queued = JobRecord(job, JobState.QUEUED, queue_position=enqueued.queue_position)
+        record = queued if enqueued.created else await _get(serving, enqueued.job_id)
+        return _accepted(request, record, asked)
+    timeout_s = serving.settings.wait_timeout_s if asked.preference.wait_s is None else asked.preference.wait_s
+    try:
+        record = await wait_for_job(request, serving, enqueued.job_id, timeout_s)
+    except ClientDisconnect:
+        if asked.cancel_on_disconnect:
+            await serving.broker.cancel(enqueued.job_id)
+        raise
+    if not record.state.final:
+        return _unfinished(request, serving, record, asked, timeout_s)
+    if record.state is not JobState.SUCCEEDED:
+        return failed_answer(request, record)
+    headers = _applied(asked) | {"Vary": "Accept, Prefer"}
+    if answer_type == JSON_TYPE:
+        return job_answer(request, record, headers=headers)
+    content = await serving.broker.read_result(record.job.id, 0)
+    if content is None:
+        raise NotFound("the result was dropped to make room before it was read; post the job again")
+    return file_answer(record, content, 0, headers)
+
+
+async def _get(serving: Serving, job_id: str) -> JobRecord:
+    record = await serving.broker.get(job_id)
+    if record is None:
+        raise NotFound("the job of this Idempotency-Key has expired; use a new key")
+    return record
+
+
+async def wait_for_job(request: Request, serving: Serving, job_id: str, timeout_s: float) -> JobRecord:
+    """The job's record once it is final, the time is up, or this process stops.
+
+    Effects: leaves no task behind, however it ends.
+
+    Raises:
+        ClientDisconnect: the client went away; the job goes on.
+    """
+    waiting = asyncio.create_task(serving.broker.wait(job_id, timeout_s))
+    # The body has been read: all that can still come from the client is that it goes away.
+    leaving = asyncio.create_task(_wait_for_disconnect(request))
+    stopping = asyncio.create_task(serving.stopping.wait())
+    tasks = (waiting, leaving, stopping)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if waiting.done():
+            return waiting.result()
+        if leaving.done():
+            raise ClientDisconnect
+        return await _get(serving, job_id)
+    finally:
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+async def _wait_for_disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _accepted(request: Request, record: JobRecord, asked: Asked) -> Response:
+    headers = {"Location": job_url(request, record.job.id), "Vary": "Accept, Prefer"} | _applied(asked)
+    return job_answer(request, record, 202, headers)
+
+
+def _applied(asked: Asked) -> dict[str, str]:
+    applied = asked.preference.applied
+    return {} if applied is None else {"Preference-Applied": applied}
+
+
+def _unfinished(request: Request, serving: Serving, record: JobRecord, asked: Asked, waited_s: float) -> Response:
+    """The answer when the wait ended before the job did; the job goes on."""
+    if serving.stopping.is_set():
+        return job_problem(request, record, NotReady("this process is stopping; the job goes on", retry_after_s=1))
+    if asked.preference.wait_s is not None:
+        return _accepted(request, record, asked)
+    return job_problem(
+        request, record, DeadlinePassed(f"the job did not finish within {waited_s:.0f} s; it goes on at status_url")
+    )

@@ -1,0 +1,97 @@
+"""Routes of a job that exists: its state, its results, its progress, its cancellation."""
+
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from starlette.responses import StreamingResponse
+
+from service.answers import failed_answer, file_answer, job_answer, job_problem
+from service.errors import Conflict, NotFound
+from service.jobs import JobRecord, JobState
+from service.latents_in import SAFETENSORS_TYPE
+from service.openapi import IMAGE_TYPES, describe_answers, file_content
+from service.schemas import JobBody
+from service.serving import ServingDep
+from service.sse import EVENT_STREAM_TYPE, read_last_event_id, stream_events
+
+router = APIRouter(tags=["jobs"])
+
+_JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_UNKNOWN = "no such job: it never was, or its time to live has passed"
+
+
+async def get_record(job_id: str, serving: ServingDep) -> JobRecord:
+    """The job that the path names.
+
+    Raises:
+        NotFound: there is none, or the id is no UUID.
+    """
+    record = await serving.broker.get(job_id) if _JOB_ID.fullmatch(job_id) else None
+    if record is None:
+        raise NotFound(_UNKNOWN)
+    return record
+
+
+RecordDep = Annotated[JobRecord, Depends(get_record)]
+
+
+@router.get("/jobs/{job_id}", response_model=JobBody, responses=describe_answers({}, 404, 503))
+async def get_job(request: Request, record: RecordDep) -> Response:
+    """The job's state."""
+    return job_answer(request, record)
+
+
+@router.get(
+    "/jobs/{job_id}/result",
+    response_class=Response,
+    responses=describe_answers({200: {"content": file_content(*IMAGE_TYPES, SAFETENSORS_TYPE)}}, 404, 409, 422, 503),
+)
+async def get_result(
+    request: Request,
+    record: RecordDep,
+    serving: ServingDep,
+    index: Annotated[int, Query(ge=0, le=9999, description="Which result, from 0.")] = 0,
+) -> Response:
+    """The bytes of one result. 409 before the job has succeeded; the job's own problem where it failed."""
+    if record.state in (JobState.FAILED, JobState.CANCELED):
+        return failed_answer(request, record)
+    if not record.state.final:
+        return job_problem(request, record, Conflict(f"the job is {record.state}; wait until it has succeeded"))
+    if index >= len(record.results):
+        raise NotFound(f"the job has {len(record.results)} results, counted from 0; there is no {index}")
+    content = await serving.broker.read_result(record.job.id, index)
+    if content is None:
+        raise NotFound("the result was dropped to make room, or its time to live has passed; post the job again")
+    return file_answer(record, content, index)
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    response_class=StreamingResponse,
+    responses=describe_answers({200: {"content": {EVENT_STREAM_TYPE: {"schema": {"type": "string"}}}}}, 400, 404, 503),
+)
+async def get_events(
+    record: RecordDep,
+    serving: ServingDep,
+    last_event_id: Annotated[str | None, Header(description="Resume after this event.")] = None,
+) -> Response:
+    """Progress as server-sent events: queued, started, step, stage, retrying, done; the stream ends after done."""
+    events = serving.broker.events(record.job.id, read_last_event_id(last_event_id))
+    return StreamingResponse(
+        stream_events(events, serving.stopping),
+        media_type=EVENT_STREAM_TYPE,
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Job-Id": record.job.id},
+    )
+
+
+@router.delete("/jobs/{job_id}", response_model=JobBody, responses=describe_answers({}, 404, 409, 503))
+@router.post("/jobs/{job_id}/cancel", response_model=JobBody, responses=describe_answers({}, 404, 409, 503))
+async def cancel_job(request: Request, record: RecordDep, serving: ServingDep) -> Response:
+    """Cancel the job: at once where it waits, after the current step where it runs. Safe to repeat."""
+    canceled = await serving.broker.cancel(record.job.id)
+    if canceled is None:
+        raise NotFound(_UNKNOWN)
+    if canceled.state in (JobState.SUCCEEDED, JobState.FAILED):
+        return job_problem(request, canceled, Conflict(f"the job has already {canceled.state}; nothing to cancel"))
+    return job_answer(request, canceled)

@@ -1,0 +1,263 @@
+"""The JSON forms of the HTTP interface, as pydantic models: requests, the job body, bundles, health, problems.
+
+Values are checked here for form (types, ranges that never change); `service.planning` checks them against the bundle
+and the settings. Times are RFC 3339 in UTC, durations seconds, sizes of images pixels of the final image.
+"""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from models.bundle import Bundle
+from service.jobs import GenerateParams, JobRecord, JobState, Priority
+from service.problems import from_job_error, problem_body
+from service.settings import Settings
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+PriorityName = Literal["high", "low"]
+LARGEST_SEED = 2**63 - 1
+
+SideField = Annotated[int | None, Field(ge=1, le=65_536, examples=[256])]
+
+
+class GenerateRequest(BaseModel):
+    """A prompt to draw. What is left out takes the bundle's default (`GET /models` lists them)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    prompt: Annotated[
+        str, StringConstraints(min_length=1, pattern=r"\S"), Field(examples=["a red sphere on a green floor"])
+    ] = Field(description="What to draw.")
+    negative_prompt: str | None = Field(None, description="What to keep away from.")
+    scale: int | None = Field(
+        None, ge=1, le=64, examples=[2], description="Enlargement of the base latent; 1: none. The bundle lists them."
+    )
+    width: SideField = Field(None, description="Width of the final image, pixels.")
+    height: SideField = Field(None, description="Height of the final image, pixels.")
+    steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps.")
+    guidance_scale: float | None = Field(
+        None, ge=0.0, le=100.0, allow_inf_nan=False, description="Weight of the prompt; 1 or less: no guidance."
+    )
+    seed: int | None = Field(
+        None, ge=0, le=LARGEST_SEED, description="Seed of the first image, the next ones follow; drawn if left out."
+    )
+    num_images: int = Field(1, ge=1, description="Images of this job.")
+    bundle: str | None = Field(None, max_length=128, description="Name of a bundle; the first one if left out.")
+    output_format: OutputFormat | None = Field(
+        None, description="File format; if left out, the one that Accept names, else png."
+    )
+    priority: PriorityName = Field("high", description="high is claimed before low.")
+
+
+class UpscaleQuery(BaseModel):
+    """How to read and enlarge the latent in the body."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scale: int | None = Field(None, ge=1, le=64, description="Enlargement; the bundle's default if left out.")
+    latent_space: str | None = Field(
+        None, max_length=64, description="Latent space of the tensor; it must be the bundle's."
+    )
+    scaled: bool = Field(
+        False,
+        description="true: as a diffusion pipeline hands it out, (raw - shift) x scale; false: raw VAE latent.",
+    )
+    bundle: str | None = Field(None, max_length=128, description="Name of a bundle; the first one if left out.")
+    output: Literal["image", "latent"] = Field("image", description="Decode the result, or answer the raw latent.")
+    output_format: OutputFormat | None = Field(
+        None, description="File format of an image; if left out, the one that Accept names, else png."
+    )
+    priority: PriorityName = Field("high", description="high is claimed before low.")
+    width: SideField = Field(None, description="Only for a packed tensor: width of its own image, pixels.")
+    height: SideField = Field(None, description="Only for a packed tensor: height of its own image, pixels.")
+
+
+class FieldProblem(BaseModel):
+    """One field that is not valid; its value is never repeated."""
+
+    field: str
+    reason: str
+
+
+class Problem(BaseModel):
+    """An error (RFC 9457). `code` is stable; `instance` is the X-Request-Id to look for in the log."""
+
+    type: str = Field(examples=["urn:giantleap:problem:queue_full"])
+    title: str
+    status: int
+    detail: str
+    code: str = Field(examples=["queue_full"])
+    instance: str
+    retryable: bool = Field(description="Whether the same request may succeed later.")
+    errors: list[FieldProblem] | None = Field(None, description="Only with code invalid_request.")
+    job_id: str | None = Field(None, description="The job that the error is about, where there is one.")
+    status_url: str | None = None
+
+
+class ResultBody(BaseModel):
+    """One file that a job made."""
+
+    url: str
+    content_type: str
+    size_bytes: int
+    seed: int | None
+    width: int | None = Field(description="Pixels.")
+    height: int | None = Field(description="Pixels.")
+
+
+class JobBody(BaseModel):
+    """A job. It never holds the prompt."""
+
+    id: str
+    status: JobState
+    kind: Literal["generate", "upscale"]
+    bundle: str
+    scale: int
+    priority: Priority
+    seed: int | None = Field(description="Seed of the first image; null for an upscale.")
+    created_at: str = Field(examples=["2026-11-20T13:45:00.123Z"])
+    started_at: str | None
+    finished_at: str | None
+    queue_position: int | None = Field(description="Jobs that are claimed before this one; null once claimed.")
+    cancel_requested: bool
+    stages: dict[str, float] = Field(description="Seconds spent in each stage, the queue included.")
+    warnings: list[str] = Field(description="For example words of the prompt that the bundle does not know.")
+    results: list[ResultBody]
+    result_url: str | None = Field(description="The first result; null until the job has succeeded.")
+    status_url: str
+    events_url: str
+    cancel_url: str
+    error: dict[str, Any] | None = Field(description="A problem, where status is failed.")
+
+
+class LatentSpaceBody(BaseModel):
+    """The latents that /upscale takes for a bundle: scaled = (raw - shift) * scale, or by mean and std."""
+
+    name: str
+    channels: int
+    stride: int = Field(description="Image pixels per latent pixel.")
+    scale: float
+    shift: float
+    packing: Literal["none", "flux"]
+    mean: list[float] | None
+    std: list[float] | None
+
+
+class ModelBody(BaseModel):
+    """A bundle that jobs may name, with what a request gets that does not say, and what it may ask for."""
+
+    name: str
+    title: str
+    licence: str
+    provenance: str
+    scales: list[int] = Field(description="Enlargements of the base latent.")
+    steps: int = Field(description="Denoising steps by default.")
+    max_steps: int
+    guidance_scale: float
+    scale: int = Field(description="Enlargement by default.")
+    base_width: int = Field(description="Pixels of the base image by default; the final one is `scale` times as wide.")
+    base_height: int
+    min_base: int = Field(description="Smallest side of the base image, pixels.")
+    max_base: int
+    multiple: int = Field(description="Sides of the base image are multiples of this, pixels.")
+    max_image_pixels: int
+    max_images: int = Field(description="Most images of one job.")
+    max_prompt_chars: int
+    closed_vocabulary: bool = Field(description="Words that are not in the vocabulary have no meaning; they are named.")
+    latent_space: LatentSpaceBody
+    engine: str
+
+
+class Ready(BaseModel):
+    """Whether requests should be sent here, and if not, why."""
+
+    ready: bool
+    reasons: list[str]
+
+
+def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
+    """What GET /models says of a bundle."""
+    defaults, limits, space = bundle.defaults, bundle.limits, bundle.latent_space
+    return ModelBody(
+        name=bundle.name,
+        title=bundle.about.title,
+        licence=bundle.about.licence,
+        provenance=bundle.about.provenance,
+        scales=list(bundle.scales),
+        steps=defaults.steps,
+        max_steps=limits.max_steps,
+        guidance_scale=defaults.guidance_scale,
+        scale=defaults.scale,
+        base_width=defaults.base_width_px,
+        base_height=defaults.base_height_px,
+        min_base=limits.min_base_px,
+        max_base=limits.max_base_px,
+        multiple=limits.multiple_px,
+        max_image_pixels=settings.max_image_px,
+        max_images=settings.max_num_images,
+        max_prompt_chars=settings.max_prompt_chars,
+        closed_vocabulary=bundle.closed_vocabulary,
+        latent_space=LatentSpaceBody(
+            name=space.name,
+            channels=space.channels,
+            stride=space.stride_px,
+            scale=space.scale,
+            shift=space.shift,
+            packing=space.packing,
+            mean=None if space.mean is None else list(space.mean),
+            std=None if space.std is None else list(space.std),
+        ),
+        engine=settings.engine,
+    )
+
+
+def to_job_body(record: JobRecord, root_path: str = "") -> JobBody:
+    """The job body of a record; URLs are paths on this host."""
+    job = record.job
+    url = f"{root_path}/jobs/{job.id}"
+    results = [
+        ResultBody(
+            url=f"{url}/result?index={index}",
+            content_type=result.content_type,
+            size_bytes=result.size_bytes,
+            seed=result.seed,
+            width=result.width_px,
+            height=result.height_px,
+        )
+        for index, result in enumerate(record.results)
+    ]
+    return JobBody(
+        id=job.id,
+        status=record.state,
+        kind=job.params.kind,
+        bundle=job.bundle,
+        scale=job.params.scale,
+        priority=job.priority,
+        seed=job.params.seed if isinstance(job.params, GenerateParams) else None,
+        created_at=to_rfc3339(job.created_at_s),
+        started_at=None if record.started_at_s is None else to_rfc3339(record.started_at_s),
+        finished_at=None if record.finished_at_s is None else to_rfc3339(record.finished_at_s),
+        queue_position=record.queue_position,
+        cancel_requested=record.cancel_requested,
+        stages=stages_s(record),
+        warnings=list(dict.fromkeys((*job.warnings, *record.warnings))),
+        results=results,
+        result_url=results[0].url if results else None,
+        status_url=url,
+        events_url=f"{url}/events",
+        cancel_url=f"{url}/cancel",
+        error=problem_body(from_job_error(record.error), job.id) if record.error is not None else None,
+    )
+
+
+def to_rfc3339(time_s: float) -> str:
+    """A Unix time as RFC 3339 in UTC with milliseconds."""
+    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def stages_s(record: JobRecord) -> dict[str, float]:
+    """Seconds of each stage in order, the wait in the queue first."""
+    if record.started_at_s is None or "queue" in record.stages:
+        return dict(record.stages)
+    return {"queue": max(0.0, record.started_at_s - record.job.created_at_s), **record.stages}

@@ -1,0 +1,32 @@
+"""What every route of an API process works with, built once by `service.api` and handed to the routes by FastAPI."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from service.broker import Broker
+from service.metrics import Metrics
+from service.planning import Served
+from service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """One API process: its settings, the bundles it accepts jobs for, the queue, and whether it is stopping."""
+
+    settings: Settings
+    bundles: dict[str, Served]
+    broker: Broker
+    metrics: Metrics
+    stopping: asyncio.Event
+
+
+async def get_serving(request: Request) -> Serving:
+    """The `Serving` of the app that the request came to. A coroutine: a plain function would cost a thread."""
+    serving: Serving = request.app.state.serving
+    return serving
+
+
+ServingDep = Annotated[Serving, Depends(get_serving)]

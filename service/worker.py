@@ -1,0 +1,267 @@
+"""The process that has the device: it loads the bundles, then claims jobs, runs them in batches and ends each.
+
+Pure planning is in `service.batching`, one batch's run in `service.batch_run`, leases and fencing in `service.claims`.
+A worker is seen by others as ready only after every scale ran at real shapes. A fault that the loop does not know
+ends the process: the leases bring its jobs to another worker, which gives up after a capped number of starts.
+"""
+
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from prometheus_client import start_http_server
+
+from models.bundle import Bundle, read_bundle
+from models.route import Route, choose_device, choose_dtype
+from service.batch_run import BatchRun, Drain, Outcome, Output, Stop, to_items, to_job_error
+from service.batching import LatentGrid, count_items, output_latent_px, plan_batch, slice_items
+from service.claims import Claim, Claims, open_redis
+from service.errors import BadConfiguration, StorageFull
+from service.jobs import GenerateParams, JobError, JobState
+from service.metrics import Metrics
+from service.protocol import WARMUPS, measure_protocol
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_BLOCK_S = 1.0
+_PROTOCOL_RUNS = 20
+
+
+class _StopAsked(Exception):
+    """A stop came while the protocol was measured, which takes minutes on a large model."""
+
+
+def run_worker(settings: Settings, stop: threading.Event) -> None:
+    """Load, warm, measure if asked, then work until `stop` is set; what runs then may end within the grace period.
+
+    Effects: loads the bundles onto the device; signs on at Redis when ready and off at the end; serves /metrics if a
+    port is set. Returns normally after a stop, having finished or handed back every claim.
+
+    Raises:
+        BadConfiguration: a bundle, a checkpoint, the device or the dtype does not fit.
+        NotReady: Redis did not answer for two minutes.
+    """
+    redis_url = _require_url(settings)
+    if settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
+    metrics = Metrics()
+    if settings.metrics_port and "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        log.info("metrics_port is not opened: the API processes of this host answer for the worker too")
+    elif settings.metrics_port:
+        start_http_server(settings.metrics_port, settings.host, metrics.registry)
+    try:
+        bundles = {bundle.name: bundle for bundle in map(read_bundle, settings.bundle)}
+        routes = {name: _open_route(bundle, settings, metrics) for name, bundle in bundles.items()}
+    except ValueError as error:
+        raise BadConfiguration(str(error)) from error
+    if settings.measure_protocol:
+        for name, route in routes.items():
+            _publish_protocol(route, bundles[name], metrics, stop)
+    if stop.is_set():
+        return
+    client = open_redis(redis_url)
+    claims = Claims(client, settings, tuple(routes), f"{platform.node()}-{os.getpid()}")
+    claims.open()
+    log.info("worker ready", extra={"fields": {"bundles": sorted(routes)}})
+    try:
+        grids = {name: to_grid(bundle, routes[name]) for name, bundle in bundles.items()}
+        Worker(routes, grids, claims, metrics, settings, Drain(stop, settings.drain_grace_s)).run()
+    finally:
+        claims.close()
+        client.close()
+    log.info("worker stopped")
+
+
+class Worker:
+    """The loop of a loaded worker.
+
+    Args:
+        routes: The loaded bundles by name.
+        grids: Their latent grids by name.
+        claims: An open queue.
+        metrics: Where work is counted.
+        settings: Budgets and retry caps.
+        drain: When to stop.
+    """
+
+    def __init__(
+        self,
+        routes: Mapping[str, Route],
+        grids: Mapping[str, LatentGrid],
+        claims: Claims,
+        metrics: Metrics,
+        settings: Settings,
+        drain: Drain,
+    ) -> None:
+        self._routes = routes
+        self._grids = grids
+        self._claims = claims
+        self._metrics = metrics
+        self._settings = settings
+        self._drain = drain
+
+    def run(self) -> None:
+        """Claim, plan and run until the drain is asked for; hands back what was claimed and not begun."""
+        while not self._drain.is_asked():
+            claims = self._claims.claim(self._settings.batch_items, _BLOCK_S)
+            for claim in claims:
+                if claim.delivery == 1:
+                    self._metrics.observe_wait(claim.job.priority, max(0.0, time.time() - claim.job.created_at_s))
+            batches = plan_batch(claims, self._grids, self._settings.batch_items, self._settings.batch_budget_latent_px)
+            for batch in batches:
+                if self._drain.is_asked():
+                    self._claims.release(batch)
+                else:
+                    self.run_batch(batch)
+
+    def run_batch(self, batch: Sequence[Claim]) -> None:
+        """Run one batch and end each of its jobs."""
+        job = batch[0].job
+        route, items = self._routes[job.bundle], to_items(batch)
+        self._metrics.observe_batch(job.params.kind, len(items))
+        route.reset_peak_memory()
+        run = BatchRun(route, self._claims, self._drain)
+        item_latent_px = output_latent_px(job.params, self._grids[job.bundle])
+        outcomes = run.run(
+            items,
+            slice_items(item_latent_px, self._settings.batch_items, self._settings.batch_budget_latent_px),
+        )
+        stages_s = run.clock.stages_s
+        self._metrics.observe_stages(job.bundle, job.params.scale, route.engine, stages_s)
+        peak = route.peak_memory()
+        self._metrics.set_peak_memory(str(route.device), peak.source, peak.size_bytes)
+        for claim, ended in _by_claim(batch, outcomes):
+            self._end(claim, ended, stages_s, len(items))
+
+    def _end(self, claim: Claim, outcomes: Sequence[Outcome], stages_s: Mapping[str, float], batch_items: int) -> None:
+        """Write what became of one job: the first error of an image fails it, a stop ends or hands it back."""
+        errors = [outcome for outcome in outcomes if isinstance(outcome, JobError)]
+        outputs = [outcome for outcome in outcomes if isinstance(outcome, Output)]
+        if errors:
+            status, owned = self._fail(claim, errors[0], stages_s)
+        elif Stop.CANCELED in outcomes:
+            status, owned = JobState.CANCELED, self._claims.finish_canceled(claim, stages_s)
+        elif Stop.RELEASED in outcomes:
+            self._claims.release([claim])
+            return
+        else:
+            status, owned = self._finish(claim, outputs, stages_s)
+        if not owned:
+            self._metrics.count_fenced()
+        self._record(claim, status if owned else None, stages_s, batch_items)
+
+    def _finish(self, claim: Claim, outputs: Sequence[Output], stages_s: Mapping[str, float]) -> tuple[JobState, bool]:
+        files = [(output.file, output.content) for output in outputs]
+        try:
+            owned = self._claims.finish(claim, files, stages_s, self._warnings(claim))
+        except StorageFull as error:
+            return self._fail(claim, to_job_error(error), stages_s)
+        if owned:
+            pixels = sum((file.width_px or 0) * (file.height_px or 0) for file, _ in files)
+            images = sum(file.width_px is not None for file, _ in files)
+            self._metrics.count_images(claim.job.bundle, claim.job.params.scale, images, pixels)
+        return JobState.SUCCEEDED, owned
+
+    def _fail(self, claim: Claim, error: JobError, stages_s: Mapping[str, float]) -> tuple[JobState, bool]:
+        owned = self._claims.fail(claim, error, stages_s)
+        if owned and error.retryable and claim.delivery < self._settings.max_deliveries:
+            self._metrics.count_retry(claim.job.bundle)
+            return JobState.QUEUED, owned
+        return JobState.FAILED, owned
+
+    def _warnings(self, claim: Claim) -> list[str]:
+        """What the tokenizer of the pipeline knows and the API process does not."""
+        params, route = claim.job.params, self._routes[claim.job.bundle]
+        if not isinstance(params, GenerateParams):
+            return []
+        return [
+            f"the {name} is {lost} tokens longer than the text encoder takes; its end was ignored"
+            for name, text in (("prompt", params.prompt), ("negative prompt", params.negative_prompt))
+            if (lost := route.generator.lost_tokens(text)) > 0
+        ]
+
+    def _record(self, claim: Claim, status: JobState | None, stages_s: Mapping[str, float], batch_items: int) -> None:
+        """One log line per job that ended here, and its metrics; `status` is None where the lease was lost."""
+        job = claim.job
+        duration_s = max(0.0, time.time() - job.created_at_s)
+        if status is not None and status.final:
+            self._metrics.observe_job(job.params.kind, job.bundle, job.params.scale, status, duration_s)
+        fields = {
+            "job_id": job.id,
+            "status": "fenced" if status is None else "retrying" if status is JobState.QUEUED else str(status),
+            "kind": job.params.kind,
+            "bundle": job.bundle,
+            "scale": job.params.scale,
+            "images": count_items(job.params),
+            "batch_items": batch_items,
+            "delivery": claim.delivery,
+            "duration_s": round(duration_s, 4),
+            "stages_s": {stage: round(seconds, 4) for stage, seconds in stages_s.items()},
+        }
+        log.info("job ended", extra={"fields": fields})
+
+
+def to_grid(bundle: Bundle, route: Route) -> LatentGrid:
+    """The latent grid of a loaded bundle."""
+    return LatentGrid(bundle.latent_space.stride_px, route.lua.spec.window)
+
+
+def _open_route(bundle: Bundle, settings: Settings, metrics: Metrics) -> Route:
+    """Load a bundle and run each of its scales once at the shapes of its default request."""
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    fields: dict[str, object] = {"bundle": bundle.name, "device": str(device), "dtype": str(dtype)}
+    log.info("worker loading", extra={"fields": fields})
+    route = Route.open(bundle, device, dtype)
+    for scale, stages_s in route.warm(bundle.defaults.base_width_px, bundle.defaults.base_height_px, steps=2).items():
+        metrics.observe_stages(bundle.name, scale, route.engine, stages_s, warmup=True)
+    metrics.set_engine(bundle.name, route.engine, str(device), str(dtype).removeprefix("torch."))
+    return route
+
+
+def _publish_protocol(route: Route, bundle: Bundle, metrics: Metrics, stop: threading.Event) -> None:
+    """Measure the paper's protocol at the bundle's base size for each scale, unless a stop comes first."""
+    defaults = bundle.defaults
+
+    def watch(done: int, total: int) -> None:
+        if stop.is_set():
+            raise _StopAsked
+
+    for scale in route.scales:
+        log.info("worker measuring protocol", extra={"fields": {"bundle": bundle.name, "scale": scale}})
+        try:
+            result = measure_protocol(
+                route,
+                scale,
+                defaults.base_width_px,
+                defaults.base_height_px,
+                defaults.steps,
+                warmups=WARMUPS,
+                runs=_PROTOCOL_RUNS,
+                on_progress=watch,
+            )
+        except _StopAsked:
+            return
+        for stage, statistics in result.stages.items():
+            for statistic, value_s in statistics.to_labels().items():
+                metrics.set_protocol(bundle.name, scale, result.image_px, stage, statistic, value_s)
+
+
+def _by_claim(batch: Sequence[Claim], outcomes: Sequence[Outcome]) -> Iterator[tuple[Claim, Sequence[Outcome]]]:
+    """Give each job the outcomes of its own images, which lie in the order of `to_items`."""
+    start = 0
+    for claim in batch:
+        end = start + count_items(claim.job.params)
+        yield claim, outcomes[start:end]
+        start = end
+
+
+def _require_url(settings: Settings) -> str:
+    if settings.redis_url is None:
+        raise ValueError("redis_url: none was given; a worker needs the Redis that the API uses")
+    return settings.redis_url

@@ -1,0 +1,170 @@
+"""Fakes of our own for the worker's tests: jobs, a queue in memory and a route without a network."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from models.generator import DrawItem
+from models.route import PeakMemory, StageClock
+from service.claims import Claim
+from service.errors import StorageFull
+from service.jobs import GenerateParams, Job, JobError, JobParams, Priority, ResultFile, UpscaleParams
+
+STRIDE_PX = 8
+GENERATE = GenerateParams(
+    prompt="a red sphere",
+    negative_prompt="",
+    scale=2,
+    width_px=64,
+    height_px=64,
+    steps=3,
+    guidance_scale=3.0,
+    seed=1,
+    num_images=1,
+    output_format="png",
+)
+UPSCALE = UpscaleParams(
+    scale=2,
+    latent_space="tiny",
+    batch_items=1,
+    channels=4,
+    latent_height=4,
+    latent_width=4,
+    output="image",
+    output_format="png",
+)
+
+
+def make_claim(name: str, params: JobParams = GENERATE, body: bytes | None = None, **changes: object) -> Claim:
+    """A claim of a job called `name`; `changes` are fields of the job."""
+    job = replace(Job(name, "tiny", Priority.HIGH, 0.0, params), **changes)
+    return Claim(job=job, body=body, stream="stream", message_id=f"{name}-0", delivery=1)
+
+
+@dataclass
+class FakeClaims:
+    """Hands out the given claims once and remembers what became of each, in the order of the calls."""
+
+    waiting: list[Claim] = field(default_factory=list)
+    cancel_after_polls: dict[str, int] = field(default_factory=dict)
+    lost_ids: set[str] = field(default_factory=set)
+    full_ids: set[str] = field(default_factory=set)
+    on_empty: Callable[[], None] = lambda: None
+
+    finished: dict[str, list[tuple[ResultFile, bytes]]] = field(default_factory=dict)
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    failed: dict[str, JobError] = field(default_factory=dict)
+    canceled_ids: list[str] = field(default_factory=list)
+    released_ids: list[str] = field(default_factory=list)
+    events: list[tuple[str, str, dict[str, object]]] = field(default_factory=list)
+    warnings: dict[str, list[str]] = field(default_factory=dict)
+    polls: int = 0
+
+    def claim(self, max_jobs: int, block_s: float) -> list[Claim]:
+        taken, self.waiting = self.waiting[:max_jobs], self.waiting[max_jobs:]
+        if not taken:
+            self.on_empty()
+        return taken
+
+    def emit(self, claim: Claim, name: str, data: Mapping[str, object]) -> None:
+        self.events.append((claim.job.id, name, dict(data)))
+
+    def canceled(self, claims: Sequence[Claim]) -> set[str]:
+        self.polls += 1
+        return {c.job.id for c in claims if self.polls > self.cancel_after_polls.get(c.job.id, 10**9)}
+
+    def finish(
+        self,
+        claim: Claim,
+        results: Sequence[tuple[ResultFile, bytes]],
+        stages: Mapping[str, float],
+        warnings: Sequence[str],
+    ) -> bool:
+        if claim.job.id in self.full_ids:
+            raise StorageFull("no room")
+        if claim.job.id in self.lost_ids:
+            return False
+        assert claim.job.id not in self.finished, "a job is finished once"
+        self.finished[claim.job.id] = list(results)
+        self.stages[claim.job.id] = dict(stages)
+        self.warnings[claim.job.id] = list(warnings)
+        return True
+
+    def fail(self, claim: Claim, error: JobError, stages: Mapping[str, float]) -> bool:
+        self.failed[claim.job.id] = error
+        return claim.job.id not in self.lost_ids
+
+    def finish_canceled(self, claim: Claim, stages: Mapping[str, float]) -> bool:
+        self.canceled_ids.append(claim.job.id)
+        return claim.job.id not in self.lost_ids
+
+    def release(self, claims: Sequence[Claim]) -> None:
+        self.released_ids += [claim.job.id for claim in claims]
+
+
+@dataclass
+class FakeRoute:
+    """A route whose latents carry the seed of their item, so that a result shows which item it came from.
+
+    A prompt makes it misbehave: `crash` raises whenever it is in a batch, `nan` decodes to nothing, `huge` never fits
+    into memory. `fits` is how many items fit at once.
+    """
+
+    fits: int = 10**9
+    on_step: Callable[[int], None] = lambda step: None
+    batches: list[int] = field(default_factory=list)
+    steps_run: int = 0
+    freed: int = 0
+    name: str = "tiny"
+    engine: str = "fake"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    generator: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(lost_tokens=lambda text: max(0, len(text.split()) - 30))
+    )
+
+    def clock(self) -> StageClock:
+        return StageClock(self.device)
+
+    def generate(
+        self, items: Sequence[DrawItem], on_step: Callable[[int, int], None], canceled: Callable[[], set[int]]
+    ) -> list[Tensor | None]:
+        self.batches.append(len(items))
+        prompts = [item.prompt for item in items]
+        if len(items) > self.fits or "huge" in prompts:
+            raise torch.OutOfMemoryError("no memory left")
+        if "crash" in prompts:
+            raise RuntimeError("a bad prompt")
+        gone: set[int] = set()
+        for step in range(1, items[0].steps + 1):
+            self.steps_run += 1
+            self.on_step(step)
+            on_step(step, items[0].steps)
+            gone |= canceled()
+            if len(gone) == len(items):
+                break
+        side = items[0].width_px // STRIDE_PX
+        latents = [torch.full((4, side, side), float(i.seed if i.prompt != "nan" else "nan")) for i in items]
+        return [None if index in gone else latent for index, latent in enumerate(latents)]
+
+    def upscale_items(self, latents: Sequence[Tensor], scale: int) -> list[Tensor]:
+        return [latent.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for latent in latents]
+
+    def decode_items(self, latents: Sequence[Tensor]) -> list[Tensor | None]:
+        return [self._decode(latent) for latent in latents]
+
+    def _decode(self, latent: Tensor) -> Tensor | None:
+        if not latent.isfinite().all():
+            return None
+        pixels = latent[:3].clamp(0, 255).to(torch.uint8)
+        return pixels.repeat_interleave(STRIDE_PX, 1).repeat_interleave(STRIDE_PX, 2).permute(1, 2, 0).contiguous()
+
+    def reset_peak_memory(self) -> None: ...
+
+    def peak_memory(self) -> PeakMemory:
+        return PeakMemory(1000, "process_rss")
+
+    def free_cache(self) -> None:
+        self.freed += 1

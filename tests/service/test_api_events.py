@@ -1,0 +1,220 @@
+"""Progress as server-sent events: complete, resumable, kept alive, and gone without a trace when the client is."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.api import create_app
+from service.errors import MalformedRequest, NotReady
+from service.jobs import GenerateParams, Job, JobEvent, Priority
+from service.settings import Settings, read_settings
+from service.sse import read_last_event_id, stream_events, to_block
+from tests.service.fake_broker import FakeBroker, stay_queued
+from tests.service.live_server import live_server
+from tests.service.paper_bundle import write_paper_bundle
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
+
+EVENTS = [
+    JobEvent("10-0", "queued", {"position": 2}),
+    JobEvent("11-0", "started", {"delivery": 1}),
+    JobEvent("12-0", "step", {"step": 1, "steps": 2}),
+    JobEvent("12-1", "step", {"step": 2, "steps": 2}),
+    JobEvent("13-0", "stage", {"stage": "generate", "seconds": 0.5}),
+    JobEvent("14-0", "done", {"state": "succeeded"}),
+]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def bundle_dir(tmp_path: Path) -> Path:
+    return write_paper_bundle(tmp_path / "paper")
+
+
+def stored_job() -> Job:
+    params = GenerateParams("a red sphere", "", 2, 128, 128, 8, 3.0, 1, 1, "png")
+    return Job(str(uuid.uuid4()), "paper", Priority.HIGH, time.time(), params)
+
+
+def parse(text: str) -> list[JobEvent]:
+    """Events of a stream, by the rules of the format; comments and retry lines left out."""
+    events = []
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if line and not line.startswith(":"))
+        if "event" in fields:
+            events.append(JobEvent(fields["id"], fields["event"], json.loads(fields["data"])))
+    return events
+
+
+async def collect(broker: FakeBroker, bundle_dir: Path, headers: dict[str, str] | None = None) -> httpx.Response:
+    job = stored_job()
+    broker.records[job.id] = stay_queued(job)
+    app = create_app(read_settings(bundle=(bundle_dir,)), broker)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        return await client.get(f"/jobs/{job.id}/events", headers=headers)
+
+
+async def test_every_event_is_told_in_order(bundle_dir: Path) -> None:
+    broker = FakeBroker(event_list=EVENTS)
+    answer = await collect(broker, bundle_dir)
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-cache"
+    assert parse(answer.text) == EVENTS and "retry: " in answer.text
+    assert broker.open_events == 0
+
+
+async def test_a_client_resumes_after_the_last_event_that_it_got(bundle_dir: Path) -> None:
+    answer = await collect(FakeBroker(event_list=EVENTS), bundle_dir, {"Last-Event-ID": "12-0"})
+    assert parse(answer.text) == EVENTS[3:]
+
+
+async def test_an_id_of_another_stream_is_malformed(bundle_dir: Path) -> None:
+    answer = await collect(FakeBroker(event_list=EVENTS), bundle_dir, {"Last-Event-ID": "nonsense"})
+    assert answer.status_code == 400 and answer.headers["content-type"] == "application/problem+json"
+    assert read_last_event_id(None) == read_last_event_id("") == "0-0"
+    for bad in ("1", "1-", "$", "1-2\n", "9" * 30 + "-0"):
+        with pytest.raises(MalformedRequest):
+            read_last_event_id(bad)
+
+
+def test_a_block_holds_one_line_of_data() -> None:
+    assert to_block(JobEvent("1-0", "stage", {"text": "two\nlines"})) == (
+        'id: 1-0\nevent: stage\ndata: {"text":"two\\nlines"}\n\n'
+    )
+
+
+async def test_a_quiet_stream_is_kept_alive() -> None:
+    broker = FakeBroker(event_list=EVENTS[:1], endless_events=True)
+    stream = stream_events(broker.events("job"), asyncio.Event(), heartbeat_s=0.02)
+    blocks = [await anext(stream) for _ in range(5)]
+    assert parse("".join(blocks)) == EVENTS[:1]
+    assert blocks[-2:] == [": heartbeat\n\n"] * 2
+    await stream.aclose()
+    assert broker.open_events == 0, "the source was closed with the stream"
+
+
+async def test_a_stream_ends_when_the_process_stops() -> None:
+    broker, stopping = FakeBroker(endless_events=True), asyncio.Event()
+    stream = stream_events(broker.events("job"), stopping)
+    await anext(stream)
+    pending = asyncio.ensure_future(anext(stream, "end"))
+    await asyncio.sleep(0.02)
+    stopping.set()
+    assert await asyncio.wait_for(pending, 1) == "end"
+    assert broker.open_events == 0
+
+
+async def test_a_stream_whose_store_is_lost_ends_for_the_client_to_come_back() -> None:
+    broker = FakeBroker(event_list=EVENTS[:2], endless_events=True)
+    stream = stream_events(broker.events("job"), asyncio.Event())
+    blocks = [await anext(stream) for _ in range(3)]
+    broker.outage = NotReady("Redis does not answer")
+    blocks += [block async for block in stream]
+    assert parse("".join(blocks)) == EVENTS[:2] and blocks[-1].startswith(": not_ready")
+
+
+async def test_a_client_that_leaves_closes_its_stream(bundle_dir: Path) -> None:
+    job = stored_job()
+    broker = FakeBroker(event_list=EVENTS[:1], endless_events=True, records={job.id: stay_queued(job)})
+    app = create_app(read_settings(bundle=(bundle_dir,)), broker)  # type: ignore[arg-type]
+    with live_server(app) as url:
+        async with httpx.AsyncClient() as client:
+            async with client.stream("GET", f"{url}/jobs/{job.id}/events", timeout=5) as answer:
+                lines = answer.aiter_lines()
+                while await anext(lines) != "event: queued":
+                    pass
+                assert broker.open_events == 1
+            deadline_s = time.monotonic() + 3
+            while broker.open_events and time.monotonic() < deadline_s:
+                await asyncio.sleep(0.01)
+    assert broker.open_events == 0
+
+
+async def test_events_come_through_redis_as_they_happen(settings: Settings, bundle_dir: Path) -> None:
+    settings = settings.model_copy(update={"bundle": (bundle_dir,)})
+    app = create_app(settings)
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://giantleap") as client,
+    ):
+        posted = await client.post("/generate", json={"prompt": "a"}, headers={"Prefer": "respond-async"})
+        url = posted.json()["status_url"]
+        assert posted.status_code == 202
+        told = asyncio.create_task(client.get(f"{url}/events"))
+        await asyncio.sleep(0.1)
+        canceled = await client.delete(url)
+        assert canceled.json()["status"] == "canceled"
+        events = parse((await asyncio.wait_for(told, 10)).text)
+    assert [event.name for event in events] == ["queued", "done"]
+    assert events[0].data == {"position": 0} and events[1].data == {"state": "canceled"}
+
+
+SERVE = """
+import sys, uvicorn
+from pathlib import Path
+from service.api import create_app
+from service.settings import read_settings
+settings = read_settings(bundle=(Path(sys.argv[1]),), redis_url=sys.argv[2], key_prefix=sys.argv[3])
+uvicorn.run(create_app(settings), port=int(sys.argv[4]), log_config=None, timeout_graceful_shutdown=20)
+"""
+
+
+async def _lines(url: str) -> AsyncIterator[str]:
+    async with httpx.AsyncClient(timeout=10) as client, client.stream("GET", url) as answer:
+        async for line in answer.aiter_lines():
+            yield line
+
+
+async def test_sigterm_ends_streams_and_waits_at_once(settings: Settings, bundle_dir: Path, free_port: int) -> None:
+    argv = [sys.executable, "-c", SERVE, str(bundle_dir), str(settings.redis_url), settings.key_prefix, str(free_port)]
+    process = subprocess.Popen(argv)
+    url = f"http://127.0.0.1:{free_port}"
+    try:
+        async with httpx.AsyncClient(base_url=url, timeout=10) as caller:
+            deadline_s = time.monotonic() + 20
+            while time.monotonic() < deadline_s:
+                try:
+                    assert (await caller.get("/livez")).status_code == 200
+                    break
+                except httpx.TransportError:
+                    await asyncio.sleep(0.1)
+            job = (await caller.post("/generate", json={"prompt": "a"}, headers={"Prefer": "respond-async"})).json()
+            lines = _lines(url + job["events_url"])
+            assert (await anext(lines)).startswith("retry")
+            waiting = asyncio.create_task(caller.post("/generate", json={"prompt": "a"}))
+            while 'queue_depth{bundle="paper",priority="high"} 2.0' not in (await caller.get("/metrics")).text:
+                await asyncio.sleep(0.02)
+            stopped_s = time.monotonic()
+            os.kill(process.pid, signal.SIGTERM)
+            answer = await waiting
+            assert answer.status_code == 503 and answer.json()["job_id"]
+            assert [line async for line in lines if line.startswith("event")] == ["event: queued"]
+            process.wait(10)
+            assert time.monotonic() - stopped_s < 5
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

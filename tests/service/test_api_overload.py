@@ -1,0 +1,203 @@
+"""A crowd against a small queue, and a Redis that goes away: every client gets a clear answer in time, none hangs."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from safetensors.numpy import load, save
+
+from service.api import create_app
+from service.claims import Claim, Claims, open_redis
+from service.embedded_redis import EmbeddedRedis
+from service.jobs import GenerateParams, ResultFile
+from service.settings import Settings
+from tests.service.live_server import live_server
+from tests.service.paper_bundle import CHANNELS, write_paper_bundle
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
+
+CLIENTS = 64
+QUEUE_LIMIT = 32
+JOB_S = 0.02
+STAGES = {"generate": JOB_S / 2, "decode": JOB_S / 2}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def overload_settings(settings: Settings, tmp_path: Path) -> Settings:
+    bundle_dir = write_paper_bundle(tmp_path / "paper")
+    return settings.model_copy(
+        update={"bundle": (bundle_dir,), "queue_limit": QUEUE_LIMIT, "visibility_timeout_s": 10.0}
+    )
+
+
+def work(claim: Claim) -> tuple[ResultFile, bytes]:
+    """A result that only this job can have: its seed, or its own latent."""
+    params = claim.job.params
+    if isinstance(params, GenerateParams):
+        content = f"image {params.seed}".encode()
+        return ResultFile("image/png", len(content), params.seed), content
+    content = save({"latent": load(claim.body or b"")["latent"] * 2})
+    return ResultFile("application/x-safetensors", len(content)), content
+
+
+@contextlib.contextmanager
+def paper_worker(settings: Settings) -> Iterator[None]:
+    """A worker in a thread that takes `JOB_S` for each job, one after the other."""
+    assert settings.redis_url is not None
+    redis = open_redis(settings.redis_url)
+    claims = Claims(redis, settings, ("paper",), "paper-worker")
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            for claim in claims.claim(1, 0.1):
+                claims.emit(claim, "step", {"step": 1, "steps": 1})
+                time.sleep(JOB_S)
+                claims.finish(claim, [work(claim)], STAGES, ())
+
+    claims.open()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(10)
+        claims.close()
+        redis.close()
+
+
+async def call(client: httpx.AsyncClient, index: int) -> httpx.Response:
+    """One of four kinds of client, each with a seed or a latent of its own."""
+    if index % 4 == 3:
+        latent = np.full((CHANNELS, 4, 4), index, np.float32)
+        headers = {"Content-Type": "application/x-safetensors", "Accept": "application/x-safetensors"}
+        return await client.post("/upscale?output=latent", content=save({"latent": latent}), headers=headers)
+    headers = ({"Accept": "image/png"}, {}, {"Prefer": "respond-async"})[index % 4]
+    return await client.post("/generate", json={"prompt": "a", "seed": index}, headers=headers)
+
+
+def assert_own_result(answer: httpx.Response, index: int) -> None:
+    kind = index % 4
+    if kind == 0:
+        assert answer.content == f"image {index}".encode()
+    elif kind == 3:
+        assert (load(answer.content)["latent"] == 2 * index).all()
+    else:
+        assert answer.json()["seed"] == index
+
+
+async def wait_for_depth(client: httpx.AsyncClient, jobs: int) -> None:
+    while f'queue_depth{{bundle="paper",priority="high"}} {jobs}.0' not in (await client.get("/metrics")).text:
+        await asyncio.sleep(0.02)
+
+
+async def test_a_crowd_gets_200_202_or_429_and_nobody_hangs(overload_settings: Settings) -> None:
+    with live_server(create_app(overload_settings)) as url, paper_worker(overload_settings):
+        limits = httpx.Limits(max_connections=CLIENTS)
+        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=30) as client:
+            started_s = time.monotonic()
+            answers = await asyncio.gather(*(call(client, index) for index in range(CLIENTS)))
+            assert time.monotonic() - started_s < 30
+            statuses = [answer.status_code for answer in answers]
+            assert set(statuses) == {200, 202, 429}
+            assert CLIENTS - statuses.count(429) >= QUEUE_LIMIT, "the queue was filled before anyone was sent away"
+            for index, answer in enumerate(answers):
+                if answer.status_code == 429:
+                    assert 1 <= int(answer.headers["retry-after"]) <= 600
+                    assert answer.json()["code"] == "queue_full"
+                else:
+                    assert_own_result(answer, index)
+            for answer in (answer for answer in answers if answer.status_code == 202):
+                body = answer.json()
+                while body["status"] in ("queued", "processing"):
+                    await asyncio.sleep(0.05)
+                    body = (await client.get(body["status_url"])).json()
+                result = await client.get(body["result_url"])
+                assert result.content == f"image {body['seed']}".encode()
+            metrics = (await client.get("/metrics")).text
+            assert f'giantleap_rejections_total{{reason="queue_full"}} {statuses.count(429)}.0' in metrics
+            assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_those_who_come_back_as_told_are_all_served(overload_settings: Settings) -> None:
+    with live_server(create_app(overload_settings)) as url, paper_worker(overload_settings):
+        # A connection for each attempt: one that idles as long as the server keeps it may close under a request.
+        limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=0)
+        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=30) as client:
+
+            async def call_until_served(index: int) -> None:
+                key = {"Accept": "image/png", "Idempotency-Key": f"client-{index}"}
+                for _ in range(10):
+                    answer = await client.post("/generate", json={"prompt": "a", "seed": index}, headers=key)
+                    if answer.status_code != 429:
+                        break
+                    assert int(answer.headers["retry-after"]) <= 10, "32 jobs of some hundredths of a second"
+                    await asyncio.sleep(int(answer.headers["retry-after"]))
+                assert answer.status_code == 200 and answer.content == f"image {index}".encode()
+
+            await call_until_served(0)  # from here on the queue knows how long a job takes
+            await asyncio.wait_for(asyncio.gather(*map(call_until_served, range(1, CLIENTS))), 100)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_over_the_limit_gets_its_answer_over_a_real_socket(
+    overload_settings: Settings, chunked: bool
+) -> None:
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(64):
+            yield bytes(1 << 16)
+
+    app = create_app(overload_settings.model_copy(update={"max_body_bytes": 1 << 20}))
+    with live_server(app) as url:
+        async with httpx.AsyncClient(base_url=url, timeout=10) as client:
+            content = parts() if chunked else bytes(1 << 22)
+            headers = {"Content-Type": "application/octet-stream"}
+            answer = await client.post("/upscale", content=content, headers=headers)
+            assert answer.status_code == 413 and answer.json()["code"] == "payload_too_large"
+            assert (await client.get("/livez")).status_code == 200
+
+
+async def test_a_lost_redis_is_a_quick_503_and_the_waiting_are_served_when_it_is_back(
+    overload_settings: Settings, tmp_path: Path
+) -> None:
+    server = EmbeddedRedis()
+    redis_url = server.start(tmp_path / "redis")
+    settings = overload_settings.model_copy(update={"redis_url": redis_url})
+    try:
+        with live_server(create_app(settings)) as url:
+            async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+                waiting = asyncio.create_task(
+                    client.post("/generate", json={"prompt": "a", "seed": 7}, headers={"Accept": "image/png"})
+                )
+                posted = await client.post("/generate", json={"prompt": "a"}, headers={"Prefer": "respond-async"})
+                job = posted.json()
+                await asyncio.wait_for(wait_for_depth(client, 2), 10)
+                server.stop()
+                started_s = time.monotonic()
+                calls = (
+                    client.post("/generate", json={"prompt": "a"}),
+                    client.get(job["status_url"]),
+                    client.get("/readyz"),
+                )
+                for answer in await asyncio.gather(*calls):
+                    assert answer.status_code == 503 and answer.json()["code"] == "not_ready"
+                    assert int(answer.headers["retry-after"]) >= 1
+                assert time.monotonic() - started_s < 6
+                assert (await client.get("/livez")).status_code == 200
+                server.start(tmp_path / "redis", int(redis_url.rpartition(":")[2].partition("/")[0]))
+                with paper_worker(settings):
+                    assert (await waiting).content == b"image 7"
+    finally:
+        server.stop()

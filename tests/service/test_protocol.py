@@ -1,0 +1,103 @@
+"""The paper's protocol on a fake route: what is warm-up, what counts, and that the figures are those of the runs."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.generator import DrawItem
+from models.route import StageClock
+from service.protocol import measure_protocol, to_statistics, to_table
+
+
+class TickingClock(StageClock):
+    """Each stage takes the next of the given times."""
+
+    def __init__(self, times_s: Iterator[float]) -> None:
+        super().__init__(torch.device("cpu"))
+        self._times_s = times_s
+
+    def measure(self, stage: str) -> AbstractContextManager[None]:
+        self.stages_s[stage] = next(self._times_s)
+        return nullcontext()
+
+
+@dataclass
+class TimedRoute:
+    times_s: Iterator[float]
+    drawn: list[tuple[int, DrawItem]] = field(default_factory=list)
+    scaled: list[int] = field(default_factory=list)
+    name: str = "tiny"
+    engine: str = "fake"
+    scales: tuple[int, ...] = (1, 2, 4)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+
+    def clock(self) -> StageClock:
+        return TickingClock(self.times_s)
+
+    def generate(self, items: Sequence[DrawItem], on_step: object, canceled: object) -> list[Tensor | None]:
+        self.drawn += [(len(items), item) for item in items]
+        return [torch.zeros(4, 2, 2) for _ in items]
+
+    def upscale_items(self, latents: Sequence[Tensor], scale: int) -> list[Tensor]:
+        self.scaled.append(scale)
+        return list(latents)
+
+    def decode_items(self, latents: Sequence[Tensor]) -> list[Tensor | None]:
+        return list(latents)
+
+
+def test_warm_ups_are_thrown_away_and_the_median_is_that_of_the_runs() -> None:
+    warmups = [9.0, 9.0, 9.0] * 2
+    runs = [1.0, 0.1, 0.5, 3.0, 0.2, 0.5, 2.0, 0.3, 0.5]
+    route = TimedRoute(iter(warmups + runs))
+    ticks: list[tuple[int, int]] = []
+    result = measure_protocol(route, 2, 64, 32, 4, warmups=2, runs=3, on_progress=lambda n, of: ticks.append((n, of)))
+    assert result.stages["generate"].median_s == 2.0
+    assert result.stages["upscale"].median_s == 0.2
+    assert result.stages["decode"].median_s == 0.5
+    assert result.stages["total"].median_s == pytest.approx(2.8)
+    assert result.stages["total"].p95_s == pytest.approx(3.7)
+    assert result.stages["total"].mean_s == pytest.approx((1.6 + 3.7 + 2.8) / 3)
+    assert ticks == [(n, 5) for n in range(1, 6)]
+
+
+def test_every_run_is_batch_one_at_the_size_that_was_asked_for() -> None:
+    route = TimedRoute(iter([1.0] * 15))
+    result = measure_protocol(route, 4, 64, 32, 7, warmups=2, runs=3)
+    assert [count for count, _ in route.drawn] == [1] * 5 and route.scaled == [4] * 5
+    assert {(item.width_px, item.height_px, item.steps) for _, item in route.drawn} == {(64, 32, 7)}
+    assert result.image_px == "256x128"
+
+
+def test_twenty_warm_ups_are_the_default() -> None:
+    route = TimedRoute(iter([1.0] * 3 * 21))
+    assert measure_protocol(route, 2, 64, 64, 4, runs=1).warmups == 20
+    assert len(route.drawn) == 21
+
+
+def test_json_and_table_hold_the_figures_and_the_conditions() -> None:
+    result = measure_protocol(TimedRoute(iter([0.25] * 6)), 2, 64, 64, 4, warmups=1, runs=1)
+    stored = json.loads(result.to_json())
+    assert stored["stages"]["total"]["median_s"] == 0.75
+    assert stored["warmups"] == 1 and stored["dtype"] == "float32" and stored["torch_version"]
+    table = to_table([result])
+    assert "0.7500" in table and "1 warm-ups" in table and "128x128" in table
+
+
+@pytest.mark.parametrize(("count", "rank"), [(1, 1), (19, 19), (20, 19), (21, 20), (100, 95)])
+def test_p95_is_the_nearest_rank(count: int, rank: int) -> None:
+    assert to_statistics([float(n) for n in range(count, 0, -1)]).p95_s == rank
+
+
+def test_an_unknown_scale_and_an_empty_measurement_are_refused() -> None:
+    route = TimedRoute(iter([]))
+    with pytest.raises(ValueError, match="scale 3"):
+        measure_protocol(route, 3, 64, 64, 4)
+    with pytest.raises(ValueError, match="runs is 0"):
+        measure_protocol(route, 2, 64, 64, 4, runs=0)
