@@ -1,0 +1,116 @@
+"""Measures what the pocket bundle reaches against the floors that were asked for, and stores it with the machine.
+
+`python -m benchmarks.pocket_quality` prints photographs (VAE and LUA, `benchmarks/photos.py`) and prompt following
+(`benchmarks/prompt_following.py`), writes `benchmarks/results/pocket_quality.json` and `docs/pocket_photos.png`,
+and ends with 1 when a floor is missed.
+"""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+from benchmarks.photos import SCALES, PhotoScores, measure_photos
+from benchmarks.prompt_following import Following, measure
+from models.checkpoints import read_lua
+
+
+@dataclass(frozen=True)
+class Floor:
+    """One figure beside the least that was asked for."""
+
+    name: str
+    value: float
+    floor: float
+    unit: str
+
+    @property
+    def is_met(self) -> bool:
+        return self.value >= self.floor
+
+    def line(self) -> str:
+        verdict = "pass" if self.is_met else "FAIL"
+        return f"{self.name:<34}{self.value:>8.2f} {self.unit:<3}{self.floor:>8.2f}   {verdict}"
+
+
+def judge_photos(mean: PhotoScores) -> list[Floor]:
+    """The floors of the VAE and of the LUA."""
+    floors = [Floor("VAE round trip", mean.round_trip, 28.0, "dB")]
+    for scale, pixel_floor, latent_floor in ((2, 0.5, 3.5), (4, 0.1, 3.0)):
+        lua = mean.lua[scale]
+        floors += [
+            Floor(f"LUA x{scale} over pixel bicubic", lua - mean.pixel_bicubic[scale], pixel_floor, "dB"),
+            Floor(f"LUA x{scale} over latent bicubic", lua - mean.latent_bicubic[scale], latent_floor, "dB"),
+        ]
+    return floors
+
+
+def judge_prompts(following: Following) -> list[Floor]:
+    """The floors of prompt following, in per cent."""
+    asked = (("floor", 85.0), ("sky", 85.0), ("colour", 60.0))
+    return [Floor(f"prompt: {slot}", 100.0 * following.generated[slot], floor, "%") for slot, floor in asked]
+
+
+def photo_table(scores: dict[str, PhotoScores]) -> str:
+    """One line per photograph, dB."""
+    titles = [f"x{scale} {name}" for scale in SCALES for name in ("LUA", "pixel", "latent")]
+    lines = [f"{'photo':<12}{'VAE':>8}" + "".join(f"{title:>11}" for title in titles)]
+    for name, score in scores.items():
+        values = [table[scale] for scale in SCALES for table in (score.lua, score.pixel_bicubic, score.latent_bicubic)]
+        lines.append(f"{name:<12}{score.round_trip:>8.2f}" + "".join(f"{value:>11.2f}" for value in values))
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "scikit-image", "scikit-learn")},
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def main(
+    bundle: Annotated[Path, typer.Option(help="Bundle directory with vae/ and lua.safetensors.")] = Path(
+        "bundles/pocket"
+    ),
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/pocket_quality.json"),
+    sheet: Annotated[Path, typer.Option(help="Contact sheet of photo crops.")] = Path("docs/pocket_photos.png"),
+    prompts: Annotated[bool, typer.Option(help="Also measure prompt following (minutes).")] = True,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+) -> None:
+    """Measures, prints, stores; exit status 1 when a floor is missed."""
+    torch.set_num_threads(threads)
+    vae = AutoencoderKL.from_pretrained(bundle / "vae").float().eval()
+    photos = measure_photos(vae, read_lua(bundle / "lua.safetensors"), sheet)
+    typer.echo(photo_table(photos))
+    floors = judge_photos(photos["mean"])
+    record: dict[str, Any] = {"photos": {name: asdict(score) for name, score in photos.items()}}
+    if prompts:
+        following = measure(bundle)
+        typer.echo(following.table())
+        floors += judge_prompts(following)
+        record["prompts"] = asdict(following)
+    typer.echo(f"{'figure':<34}{'reached':>8} {'':<3}{'floor':>8}")
+    for floor in floors:
+        typer.echo(floor.line())
+    record = {"machine": machine(), "floors": [{**asdict(f), "is_met": f.is_met} for f in floors], **record}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=2) + "\n")
+    if not all(floor.is_met for floor in floors):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

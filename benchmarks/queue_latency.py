@@ -1,0 +1,151 @@
+"""How long the queue itself takes: enqueue to result with an idle worker, and jobs per second as a backlog drains.
+
+`python -m benchmarks.queue_latency` starts an embedded server for each `appendfsync` policy and one worker process that
+does no work, prints the figures with machine and versions and writes them to `benchmarks/results/queue_latency.json`.
+On a busy machine run it under `chrt -f 10`, else it measures the neighbours.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+
+import redis
+from tqdm import tqdm
+
+from service import broker, claims
+from service.broker import Broker
+from service.claims import Claims
+from service.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
+from service.jobs import GenerateParams, Job, Priority, ResultFile
+from service.settings import Settings, read_settings
+
+RESULTS = Path(__file__).parent / "results" / "queue_latency.json"
+RESULT_BYTES = 64 * 1024
+WARM_UP = 20
+
+
+def make_job() -> Job:
+    params = GenerateParams("a red ball", "", 2, 256, 256, 4, 1.0, 7, 1, "png")
+    return Job(str(uuid.uuid4()), "pocket", Priority.HIGH, time.time(), params)
+
+
+def settings_for(url: str) -> Settings:
+    return read_settings(redis_url=url, key_prefix="bench", queue_limit=1_000_000, job_ttl_s=600)
+
+
+def serve(url: str) -> None:
+    """The worker process: ends each job at once with a result of `RESULT_BYTES`; runs until it is killed."""
+    blob = os.urandom(RESULT_BYTES)
+    worker = Claims(claims.open_redis(url), settings_for(url), ["pocket"], "bench")
+    worker.open()
+    while True:
+        for claim in worker.claim(8, 1.0):
+            worker.finish(claim, [(ResultFile("image/png", len(blob)), blob)], {}, [])
+
+
+async def measure_latency(producer: Broker, number: int, name: str) -> list[float]:
+    """Milliseconds from the call of enqueue to the result in hand, one job at a time."""
+    times_ms = []
+    for n in tqdm(range(number + WARM_UP), desc=f"{name}: latency", leave=False):
+        job = make_job()
+        started_s = time.perf_counter()
+        await producer.enqueue(job)
+        record = await producer.wait(job.id, 30.0)
+        blob = await producer.read_result(job.id, 0)
+        if not record.state.final or blob is None:
+            raise RuntimeError(f"job {job.id} gave no result")
+        if n >= WARM_UP:
+            times_ms.append(1000 * (time.perf_counter() - started_s))
+    return sorted(times_ms)
+
+
+async def measure_enqueue(producer: Broker, number: int) -> tuple[list[Job], float]:
+    """The backlog, and acknowledged jobs per second with 32 producers in one process."""
+    jobs = [make_job() for _ in range(number)]
+    started_s = time.perf_counter()
+
+    async def enqueue(part: list[Job]) -> None:
+        for job in part:
+            await producer.enqueue(job)
+
+    await asyncio.gather(*(enqueue(jobs[n::32]) for n in range(32)))
+    return jobs, number / (time.perf_counter() - started_s)
+
+
+async def measure_policy(url: str, name: str, number: int, backlog: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.queue_latency", "--serve", url]
+    async with broker.open_redis(url) as client:
+        producer = Broker(client, settings_for(url))
+        await producer.open()
+        jobs, enqueued_per_s = await measure_enqueue(producer, backlog)
+        worker = subprocess.Popen(command)
+        try:
+            while (await producer.stats()).recent_job_median_s is None:
+                await asyncio.sleep(0.005)
+            before = sum((await producer.stats()).queued.values())
+            started_s = time.perf_counter()
+            await producer.wait(jobs[-1].id, 300.0)
+            while (left := await producer.stats()).processing or sum(left.queued.values()):
+                await asyncio.sleep(0.005)
+            drained_per_s = before / (time.perf_counter() - started_s)
+            times_ms = await measure_latency(producer, number, name)
+        finally:
+            worker.kill()
+            worker.wait()
+        await producer.close()
+    return {
+        "enqueue_to_result_p50_ms": statistics.median(times_ms),
+        "enqueue_to_result_p99_ms": times_ms[int(0.99 * (len(times_ms) - 1))],
+        "enqueue_jobs_per_s": enqueued_per_s,
+        "drain_jobs_per_s": drained_per_s,
+    }
+
+
+def main(number: int, backlog: int) -> None:
+    report: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "real_time_scheduling": os.sched_getscheduler(0) == os.SCHED_FIFO,
+        "load_average_before": os.getloadavg(),
+        "python": platform.python_version(),
+        "redis_py": redis.__version__,
+        "jobs": {"latency": number, "warm_up": WARM_UP, "backlog": backlog, "result_bytes": RESULT_BYTES},
+        "measured": {},
+    }
+    policies: tuple[Literal["always", "everysec"], ...] = ("always", "everysec")
+    for server in dict.fromkeys([find_server(), find_bundled_server()]):
+        if server is None:
+            continue
+        for policy in policies:
+            with tempfile.TemporaryDirectory() as data_dir:
+                embedded = EmbeddedRedis(server, policy)
+                url = embedded.start(Path(data_dir))
+                with redis.Redis.from_url(url) as client:
+                    name = f"redis {client.info('server')['redis_version']}, appendfsync {policy}"
+                report["measured"][name] = asyncio.run(measure_policy(url, name, number, backlog))
+                embedded.stop()
+    report["load_average_after"] = os.getloadavg()
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--number", type=int, default=300, help="jobs timed one at a time")
+    parser.add_argument("--backlog", type=int, default=2000, help="jobs enqueued before the worker starts")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve)
+    else:
+        main(options.number, options.backlog)

@@ -1,0 +1,61 @@
+"""The measure reads true renders rightly and notices every wrong slot."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.prompt_following import CHOICES, SLOTS, Judge, object_core, read_colour, score, train_judge
+from training.captions import COLOURS, Slots, draw_prompts
+from training.scenes import PALETTE, draw_scene, render
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[Slots]:
+    return [slots for _, slots in draw_prompts(24, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def images(asked: list[Slots]) -> torch.Tensor:
+    return render([draw_scene(np.random.default_rng([3, i]), slots) for i, slots in enumerate(asked)], 128)[0]
+
+
+def test_colours_of_true_renders_are_read_without_error(images: torch.Tensor, asked: list[Slots]) -> None:
+    shares = score(images, asked, Judge().eval())
+    assert shares["floor"] == shares["sky"] == shares["colour"] == 1.0
+
+
+def test_colours_of_other_pictures_score_at_chance(images: torch.Tensor, asked: list[Slots]) -> None:
+    shares = score(images.roll(1, 0), asked, Judge().eval())
+    assert max(shares["floor"], shares["sky"], shares["colour"]) < 0.5
+
+
+def test_an_object_at_the_wrong_place_loses_its_colour(asked: list[Slots]) -> None:
+    moved = [
+        Slots(s.shape, s.colour, s.floor, s.sky, "right" if s.position == "left" else "left", s.size) for s in asked
+    ]
+    pictures, _ = render([draw_scene(np.random.default_rng([4, i]), slots) for i, slots in enumerate(moved)], 128)
+    assert score(pictures, asked, Judge().eval())["colour"] < 0.2
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_shaded_palette_colour_is_read_as_itself(colour: str) -> None:
+    pixels = torch.tensor([PALETTE[colour]]) * torch.linspace(0.55, 1.0, 20).unsqueeze(1)
+    assert read_colour(pixels, (0.5, 0.65, 0.8, 1.0)) == colour
+
+
+def test_core_of_an_object_lies_inside_every_jittered_mask(asked: list[Slots]) -> None:
+    for index, slots in enumerate(asked[:8]):
+        _, mask = render([draw_scene(np.random.default_rng([5, index]), slots)], 128)
+        core = object_core(slots, 128)
+        assert core.sum() >= 16
+        assert (mask[0, 0][core] > 0.5).float().mean() > 0.9
+
+
+@pytest.mark.slow
+def test_judge_names_shape_position_and_size_of_unseen_renders(images: torch.Tensor, asked: list[Slots]) -> None:
+    shares = score(images, asked, train_judge())
+    assert min(shares["shape"], shares["position"], shares["size"]) >= 0.9
+
+
+def test_every_slot_has_its_choices() -> None:
+    assert set(CHOICES) == set(SLOTS)
