@@ -1,0 +1,114 @@
+"""The repository keeps its own promises: import arrows, the settings page, the README's commands, no pickle."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from service.settings import to_page
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("benchmarks", "export", "models", "service", "training")
+MAY_IMPORT = {
+    "models": {"models"},
+    "service": {"models", "service"},
+    "export": {"export", "models"},
+    "training": {"models", "training"},
+    "benchmarks": set(PACKAGES),
+}
+
+
+def _modules() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def _imported_modules(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    imported = {name.split(".")[0] for name in _imported_modules(path)} & set(PACKAGES)
+    assert imported <= MAY_IMPORT[package]
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_unpickles(path: Path) -> None:
+    assert not _imported_modules(path) & {"cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+            assert node.attr == "UnpicklingError", "the error of torch.load may be caught, nothing else be used"
+        if isinstance(node, ast.ImportFrom):
+            assert node.module != "pickle"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            assert {kw.arg: ast.unparse(kw.value) for kw in node.keywords}.get("weights_only") == "True"
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            assert ast.unparse(node.value) == "False"
+
+
+def test_settings_page_is_what_the_code_says() -> None:
+    assert (ROOT / "docs" / "settings.md").read_text() == to_page()
+
+
+def test_make_targets_named_in_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"make ([a-z]+)", (ROOT / "README.md").read_text()))
+    assert {"demo", "test", "serve"} <= named <= targets
+
+
+def test_files_named_in_the_guides_exist() -> None:
+    for page in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
+        text = (ROOT / page).read_text()
+        for name in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|md|toml|json|png|yml))`", text):
+            assert (ROOT / name).exists() or name.startswith(("out/", "runs/")), f"{page} names {name}"
+
+
+def test_ci_runs_what_the_readme_calls() -> None:
+    assert "make check" in (ROOT / ".ci" / "run").read_text()
+    check = re.search(r"^check: ([a-z ]+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert check is not None and "test" in check[1].split()
+
+
+def test_torch_bounds_and_the_extras_that_exclude_each_other() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "torch>=2.11,<2.14" in project["dependencies"]
+    extras = {name: " ".join(needs) for name, needs in project["optional-dependencies"].items()}
+    assert "onnxruntime-gpu" not in extras["cpu"] and "onnxruntime-gpu" in extras["gpu"]
+    for requirement in (*project["dependencies"], *project["optional-dependencies"]["dev"]):
+        assert "<" in requirement or requirement.startswith("giantleap["), f"{requirement} has no upper bound"
+
+
+def test_compose_runs_the_same_commands_as_the_command_line() -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    services = compose["services"]
+    assert set(services) == {"redis", "api", "worker", "prometheus"}
+    assert "--appendonly" in services["redis"]["command"]
+    answer = subprocess.run(
+        [sys.executable, "-m", "service.cli", "--help"], capture_output=True, text=True, check=True, timeout=60
+    )
+    for name in ("api", "worker"):
+        assert services[name]["command"] == [name] and re.search(rf"\b{name}\b", answer.stdout)
+        assert services[name]["environment"]["GIANTLEAP_REDIS_URL"].startswith("redis://redis:")
+
+
+def test_dockerfile_has_both_targets_and_drops_root() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    stages = re.split(r"^FROM ", text, flags=re.MULTILINE)[1:]
+    finals = {match[1]: stage for stage in stages if (match := re.match(r"base AS (\w+)", stage))}
+    assert set(finals) == {"cpu", "gpu"}
+    for name, stage in finals.items():
+        assert "USER giantleap" in stage and "HEALTHCHECK" in stage, name
+        assert f'pip install ".[{name}]"' in stage
+        assert stage.index("USER giantleap") > stage.index("pip install")
