@@ -1,0 +1,130 @@
+"""Reads an image from a request, PNG, JPEG or WebP, and refuses what is damaged or would not fit before decoding it.
+
+Works on bytes and numpy only, so that the API process needs no torch. The API checks an image with `check_image` and
+keeps the file as the job's input; the worker reads the same bytes with `read_image`.
+"""
+
+import binascii
+import io
+import struct
+import warnings
+from base64 import b64decode
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from service.errors import InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
+
+Pixels = npt.NDArray[np.uint8]
+
+_STARTS = {"image/png": (b"\x89PNG\r\n\x1a\n",), "image/jpeg": (b"\xff\xd8\xff",), "image/webp": (b"RIFF",)}
+INPUT_IMAGE_TYPES = tuple(_STARTS)
+_FORMATS = ("PNG", "JPEG", "WEBP")
+# What Pillow raises on a damaged file, by format and by place in it.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSize:
+    """Pixels of an image as it is shown: a rotation in its EXIF data is applied."""
+
+    width_px: int
+    height_px: int
+
+
+def is_image(body: bytes, content_type: str | None) -> bool:
+    """Whether a body is meant as an image: by its declared type, or by its first bytes where that says nothing."""
+    declared = (content_type or "").partition(";")[0].strip().lower()
+    return declared.startswith("image/") or (declared in ("", "application/octet-stream") and _type_of(body) != "")
+
+
+def check_image(body: bytes, content_type: str | None, most_px: int) -> ImageSize:
+    """The size of an image that `read_image` will read; its header is checked before a pixel is decoded.
+
+    Args:
+        body: The file.
+        content_type: As declared; None or application/octet-stream leaves it to the first bytes.
+        most_px: Most pixels it may have.
+
+    Raises:
+        UnsupportedMediaType: another format than PNG, JPEG or WebP, or an animation.
+        MalformedRequest: the bytes are damaged, cut off, or not of the declared type.
+        PayloadTooLarge: more pixels than `most_px`.
+    """
+    declared = (content_type or "application/octet-stream").partition(";")[0].strip().lower()
+    found = _type_of(body)
+    if not body:
+        raise MalformedRequest("the image is empty; send a PNG, JPEG or WebP file")
+    if not found or declared not in (*INPUT_IMAGE_TYPES, "application/octet-stream"):
+        raise UnsupportedMediaType(f"content type {declared[:80]!r}; images are sent as {', '.join(INPUT_IMAGE_TYPES)}")
+    if declared not in (found, "application/octet-stream"):
+        raise MalformedRequest(f"the image is declared as {declared} but starts like {found}")
+    pixels = _read(body, most_px)
+    return ImageSize(pixels.shape[1], pixels.shape[0])
+
+
+def read_image(body: bytes, most_px: int) -> Pixels:
+    """The pixels of an image in RGB, upright; what is transparent is laid on white.
+
+    Returns:
+        [height_px, width_px, 3], uint8.
+
+    Raises:
+        MalformedRequest, UnsupportedMediaType, PayloadTooLarge: as `check_image`.
+    """
+    return _read(body, most_px)
+
+
+def read_base64(text: str) -> bytes:
+    """The bytes of base64 text, with or without a `data:` URL's head.
+
+    Raises:
+        InvalidRequest: it is not base64.
+    """
+    if text.startswith("data:"):
+        head, _, text = text.partition(",")
+        if not head.endswith(";base64"):
+            raise InvalidRequest("a data: URL of an image must be base64")
+    try:
+        return b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest("the image is not valid base64") from error
+
+
+def _type_of(body: bytes) -> str:
+    for media_type, starts in _STARTS.items():
+        if body.startswith(starts) and (media_type != "image/webp" or body[8:12] == b"WEBP"):
+            return media_type
+    return ""
+
+
+def _read(body: bytes, most_px: int) -> Pixels:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the stricter one
+            opened = Image.open(io.BytesIO(body), formats=_FORMATS)
+        with opened as image:
+            if image.width * image.height > most_px:
+                raise PayloadTooLarge(
+                    f"the image has {image.width}x{image.height} pixels; at most {most_px} in all are allowed"
+                )
+            if getattr(image, "n_frames", 1) > 1:
+                raise UnsupportedMediaType("the image is animated; send a single frame")
+            image.load()
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except Image.DecompressionBombError as error:
+        raise PayloadTooLarge(f"the image has far more pixels than the {most_px} that are allowed") from error
+    except _DAMAGED as error:
+        raise MalformedRequest("the image is damaged or cut off; send a complete PNG, JPEG or WebP file") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        grey = np.asarray(image).astype(np.uint32) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        shown = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,114 @@
+"""Images from clients: what is read, and that nothing damaged, huge or of another kind is."""
+
+import io
+import struct
+import zlib
+from base64 import b64encode
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from service.errors import GiantleapError, InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
+from service.images_in import check_image, is_image, read_base64, read_image
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+
+
+def to_file(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=image_format, **options)
+    return buffer.getvalue()
+
+
+PNG = to_file(Image.fromarray(PIXELS))
+
+
+@pytest.mark.parametrize(
+    ("image_format", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"quality": 100})]
+)
+def test_each_format_is_read_by_its_type_or_its_first_bytes(image_format: str, options: dict[str, Any]) -> None:
+    body = to_file(Image.fromarray(PIXELS), image_format, **options)
+    for content_type in (f"image/{image_format.lower()}; q=1", None, "application/octet-stream"):
+        assert is_image(body, content_type)
+        size = check_image(body, content_type, 54)
+        assert (size.width_px, size.height_px) == (9, 6)
+    found = read_image(body, 54)
+    assert found.shape == (6, 9, 3) and found.dtype == np.uint8
+    if image_format != "JPEG":
+        np.testing.assert_array_equal(found, PIXELS)
+
+
+def test_size_is_refused_from_the_header_alone() -> None:
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    body = PNG[:8] + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + PNG[33:]
+    with pytest.raises(PayloadTooLarge, match="pixels"):
+        check_image(body, "image/png", 10**6)
+    with pytest.raises(PayloadTooLarge, match="9x6 pixels; at most 53"):
+        check_image(PNG, "image/png", 53)
+
+
+def test_deep_and_transparent_and_rotated_images_become_upright_rgb() -> None:
+    deep = Image.fromarray(np.full((2, 2), 0x80FF, dtype=np.uint16))
+    assert read_image(to_file(deep), 100).tolist() == [[[128] * 3] * 2] * 2
+    clear = Image.new("RGBA", (1, 1), (255, 0, 0, 0))
+    assert read_image(to_file(clear), 100).tolist() == [[[255, 255, 255]]]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter
+    turned = to_file(Image.fromarray(PIXELS), exif=exif)
+    assert (check_image(turned, None, 100).width_px, read_image(turned, 100).shape) == (6, (9, 6, 3))
+    np.testing.assert_array_equal(read_image(turned, 100), np.rot90(PIXELS, -1))
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "error"),
+    [
+        (b"", "image/png", MalformedRequest),
+        (PNG[:60], "image/png", MalformedRequest),
+        (PNG, "image/jpeg", MalformedRequest),
+        (PNG, "image/gif", UnsupportedMediaType),
+        (PNG, "text/plain", UnsupportedMediaType),
+        (to_file(Image.fromarray(PIXELS), "BMP"), "application/octet-stream", UnsupportedMediaType),
+        (to_file(Image.fromarray(PIXELS), "GIF"), "image/gif", UnsupportedMediaType),
+        (b"RIFF\x00\x00\x00\x00WEBPnothing", "image/webp", MalformedRequest),
+    ],
+)
+def test_other_bodies_are_refused(body: bytes, content_type: str, error: type[GiantleapError]) -> None:
+    with pytest.raises(error):
+        check_image(body, content_type, 10**6)
+
+
+def test_animation_is_refused() -> None:
+    frames = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
+    body = to_file(frames[0], "WEBP", save_all=True, append_images=frames[1:])
+    with pytest.raises(UnsupportedMediaType, match="animated"):
+        check_image(body, "image/webp", 10**6)
+
+
+def test_latents_are_not_taken_for_images() -> None:
+    assert not is_image(b"\x93NUMPY\x01\x00", None)
+    assert not is_image(b"\x10\x00\x00\x00\x00\x00\x00\x00{", "application/octet-stream")
+    assert not is_image(PNG, "application/x-safetensors")
+
+
+@given(st.integers(0, len(PNG) - 1), st.binary(min_size=1, max_size=8))
+@settings(max_examples=150, deadline=None)
+def test_damage_never_raises_another_error(at: int, damage: bytes) -> None:
+    body = PNG[:at] + damage + PNG[at + len(damage) :]
+    try:
+        check_image(body, None, 10**6)
+    except GiantleapError as error:
+        assert error.status in (400, 413, 415)
+
+
+def test_base64_with_and_without_a_data_url() -> None:
+    text = b64encode(PNG).decode()
+    assert read_base64(text) == PNG == read_base64(f"data:image/png;base64,{text}")
+    for bad in ("no base64!", "data:image/png,abc", text[:-3]):
+        with pytest.raises(InvalidRequest):
+            read_base64(bad)
