@@ -7,15 +7,30 @@ imports no torch. `check_files` compares the weights with their digests. The for
 
 import hashlib
 import json
+import sys
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from models.bundle_descriptor import About, Defaults, Descriptor, Limits, nearest_sides, to_toml
+from models.bundle_descriptor import (
+    METHODS,
+    About,
+    DecodeName,
+    Defaults,
+    Descriptor,
+    DtypeName,
+    Limits,
+    Method,
+    VaeSource,
+    nearest_sides,
+    to_toml,
+)
 from models.latent_space import LatentSpace
 from models.lua_spec import SPEC_KEY, LuaSpec
 
@@ -23,6 +38,9 @@ __all__ = [
     "Bundle",
     "BundleError",
     "Descriptor",
+    "Method",
+    "MethodError",
+    "ModelSource",
     "SizeError",
     "check_files",
     "file_hashes",
@@ -40,6 +58,18 @@ class BundleError(ValueError):
 
 class SizeError(BundleError):
     """A size or scale that a bundle does not reach; the message names what it does."""
+
+
+class MethodError(BundleError):
+    """A method that a bundle does not have; the message says why, and which it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What `from_pretrained` takes: a directory, or a hub id with its revision."""
+
+    place: Path | str
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +105,70 @@ class Bundle:
         return self.descriptor.pipeline.revision
 
     @property
+    def dtype(self) -> DtypeName | None:
+        """The dtype of the base model; None leaves it to the settings."""
+        return self.descriptor.pipeline.dtype
+
+    @property
+    def scheduler(self) -> str | None:
+        """The scheduler class of diffusers to use in place of the pipeline's own."""
+        return self.descriptor.pipeline.scheduler
+
+    @property
+    def variant(self) -> str | None:
+        """Which weight files of the pipeline to load, as `from_pretrained` names them."""
+        return self.descriptor.pipeline.variant
+
+    @property
+    def vae(self) -> ModelSource | None:
+        """The VAE that replaces the pipeline's own."""
+        return self._source(self.descriptor.vae)
+
+    @property
+    def tiny_vae(self) -> ModelSource | None:
+        """The AutoencoderTiny for previews."""
+        return self._source(self.descriptor.tiny_vae)
+
+    @property
     def latent_space(self) -> LatentSpace:
         return self.descriptor.latent_space.to_latent_space()
 
     @property
-    def lua(self) -> Path:
-        """The LUA weights, for `read_lua`."""
-        return self.directory / self.descriptor.lua.file
+    def lua(self) -> Path | None:
+        """The LUA weights, for `read_lua`; None where there are none (`why_not`)."""
+        return None if self.descriptor.lua is None else self.directory / self.descriptor.lua.file
+
+    @property
+    def swinir(self) -> Mapping[int, Path]:
+        """The SwinIR weights by scale; empty where there are none."""
+        files = {} if self.descriptor.swinir is None else self.descriptor.swinir.by_scale()
+        return MappingProxyType({scale: self.directory / name for scale, name in files.items()})
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The ways to a large image that this bundle has; one is never used in place of another."""
+        return self.descriptor.methods
+
+    @property
+    def decodes(self) -> tuple[DecodeName, ...]:
+        """The ways to decode; "tiled" and "tiny" change the image. "tiny" needs `[tiny_vae]`."""
+        return ("exact", "tiled") if self.descriptor.tiny_vae is None else ("exact", "tiled", "tiny")
+
+    def why_not(self, method: Method) -> str:
+        """Why a method is not there, and what to do; empty where it is there."""
+        return self.descriptor.why_not(method)
+
+    def scales_of(self, method: Method) -> tuple[int, ...]:
+        """The enlargements that a method offers, 1 among them; none where the method is not there.
+
+        For "direct", which enlarges nothing, a scale only says how large the image is when no size is given.
+        """
+        return self.descriptor.scales_of(method)
 
     @property
     def scales(self) -> tuple[int, ...]:
-        """Every enlargement on offer: 1, which leaves LUA out, and the scale heads."""
-        return (1, *sorted(self.descriptor.lua.scales))
+        """Every enlargement on offer, by whatever method."""
+        return tuple(sorted({scale for method in METHODS for scale in self.scales_of(method)}))
 
     @property
     def defaults(self) -> Defaults:
@@ -101,28 +183,42 @@ class Bundle:
         """Whether words beyond the tokenizer's own mean nothing to the model."""
         return self.descriptor.vocabulary.closed
 
-    def base_size(self, width_px: int, height_px: int, scale: int) -> tuple[int, int]:
-        """Width and height of the base image whose enlargement has exactly the given size.
+    def base_size(self, width_px: int, height_px: int, scale: int, method: Method = "lua") -> tuple[int, int]:
+        """Width and height that the base model draws for a final image of exactly the given size.
+
+        With "direct" that is the final size itself; else its enlargement by `scale` is.
 
         Raises:
-            SizeError: No base image gives this size; the message names the nearest that can be reached.
+            MethodError: The bundle does not have this method.
+            SizeError: The method does not reach the scale or the size; the message names the nearest that it does.
         """
-        if scale not in self.scales:
-            raise SizeError(f"scale {scale}: bundle {self.name} has {', '.join(map(str, self.scales))}")
-        limits = self.limits
+        if reason := self.why_not(method):
+            raise MethodError(f"method {method}: {reason}; it has {', '.join(self.methods)}")
+        if scale not in self.scales_of(method):
+            known = ", ".join(map(str, self.scales_of(method)))
+            raise SizeError(f"scale {scale}: bundle {self.name} has {known} by method {method}")
+        factor, limits = 1 if method == "direct" else scale, self.limits
         (less_width, more_width), (less_height, more_height) = (
-            nearest_sides(side / scale, limits) for side in (width_px, height_px)
+            nearest_sides(side / factor, limits, method) for side in (width_px, height_px)
         )
-        if (less_width * scale, less_height * scale) == (width_px, height_px):
+        if (less_width * factor, less_height * factor) == (width_px, height_px):
             return less_width, less_height
-        less = f"{less_width * scale}x{less_height * scale}"
-        more = f"{more_width * scale}x{more_height * scale}"
+        less = f"{less_width * factor}x{less_height * factor}"
+        more = f"{more_width * factor}x{more_height * factor}"
         nearest = less if less == more else f"{less} and {more}"
-        least, most = nearest_sides(0, limits)[0] * scale, nearest_sides(limits.max_base_px, limits)[0] * scale
+        least, most = (nearest_sides(side, limits, method)[0] * factor for side in (0, sys.maxsize))
+        way = "drawn directly" if method == "direct" else f"at scale {scale}"
         raise SizeError(
-            f"{width_px}x{height_px} px at scale {scale}: bundle {self.name} reaches sides from {least} to {most} px "
-            f"in steps of {limits.multiple_px * scale}; nearest: {nearest}"
+            f"{width_px}x{height_px} px {way}: bundle {self.name} reaches sides from {least} to {most} px "
+            f"in steps of {limits.multiple_px * factor}; nearest: {nearest}"
         )
+
+    def _source(self, section: VaeSource | None) -> ModelSource | None:
+        if section is None:
+            return None
+        if section.path is not None:
+            return ModelSource(self.directory / section.path)
+        return ModelSource(str(section.hub_id), section.revision)
 
     def check_lua(self, spec: LuaSpec) -> None:
         """Refuses weights of other channels or heads than the descriptor says.
@@ -130,7 +226,7 @@ class Bundle:
         Raises:
             BundleError: They differ.
         """
-        space, scales = self.latent_space, self.scales[1:]
+        space, scales = self.latent_space, self.scales_of("lua")[1:]
         if spec.scales != scales:
             raise BundleError(f"{self.lua}: found heads for scales {spec.scales}; {DESCRIPTOR} says {scales}")
         if spec.channels != space.channels:
@@ -181,7 +277,8 @@ def check_files(bundle: Bundle) -> None:
     Raises:
         BundleError: A file is missing, differs, or is not listed.
     """
-    listed = {bundle.descriptor.lua.file: bundle.descriptor.lua.sha256, **bundle.descriptor.files}
+    lua = bundle.descriptor.lua
+    listed = ({} if lua is None else {lua.file: lua.sha256}) | bundle.descriptor.files
     present = {path.relative_to(bundle.directory).as_posix() for path in _weight_files(bundle.directory)}
     if present - set(listed):
         raise BundleError(
@@ -194,12 +291,23 @@ def check_files(bundle: Bundle) -> None:
 
 
 def _check_paths(bundle: Bundle) -> None:
-    source = bundle.descriptor.pipeline.path
-    if source is not None and not (_inside(bundle.directory, source, "pipeline.path") / "model_index.json").is_file():
-        raise BundleError(f"{bundle.pipeline} is no pipeline directory: model_index.json is missing")
-    for name, key in ((bundle.descriptor.lua.file, "lua.file"), *((name, "files") for name in bundle.descriptor.files)):
-        if not _inside(bundle.directory, name, key).is_file():
-            raise BundleError(f"bundle {bundle.name}: {key}: {name} is missing in {bundle.directory}")
+    said, directory = bundle.descriptor, bundle.directory
+    if said.pipeline.path is not None:
+        _need_file(_inside(directory, said.pipeline.path, "pipeline.path") / "model_index.json", "pipeline")
+    for key, source in (("vae", said.vae), ("tiny_vae", said.tiny_vae)):
+        if source is not None and source.path is not None:
+            _need_file(_inside(directory, source.path, f"{key}.path") / "config.json", "VAE")
+    names = [(name, "files") for name in said.files]
+    if said.lua is not None:
+        names.insert(0, (said.lua.file, "lua.file"))
+    for name, key in names:
+        if not _inside(directory, name, key).is_file():
+            raise BundleError(f"bundle {bundle.name}: {key}: {name} is missing in {directory}")
+
+
+def _need_file(path: Path, what: str) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path.parent} is no {what} directory: {path.name} is missing")
 
 
 def _inside(directory: Path, name: str, key: str) -> Path:
@@ -211,7 +319,7 @@ def _inside(directory: Path, name: str, key: str) -> Path:
 
 def _check_lua_header(bundle: Bundle) -> None:
     """For files in our own format; the others tell only when they are read (`Bundle.check_lua`)."""
-    if bundle.lua.suffix != ".safetensors":
+    if bundle.lua is None or bundle.lua.suffix != ".safetensors":
         return
     try:
         with safe_open(bundle.lua, framework="numpy") as file:
@@ -227,22 +335,33 @@ def _check_lua_header(bundle: Bundle) -> None:
 
 
 def _check_vae(bundle: Bundle) -> None:
-    """A pipeline directory states its factors itself; other ones in the descriptor would spoil every image."""
-    if isinstance(bundle.pipeline, str):
+    """A VAE's directory states its factors itself; other ones in the descriptor would spoil every image.
+
+    The VAE of a hub id is not there yet: the decoder checks it when it is loaded.
+    """
+    place = bundle.pipeline if bundle.vae is None else bundle.vae.place
+    if isinstance(place, str):
         return
-    path = bundle.pipeline / "vae" / "config.json"
+    path = place / "vae" / "config.json" if bundle.vae is None else place / "config.json"
     if not path.is_file():
-        raise BundleError(f"{path} is missing; a bundle decodes with the VAE of its pipeline")
+        raise BundleError(f"{path} is missing; a bundle decodes with the VAE of its pipeline, or with that of [vae]")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BundleError(f"{path}: not valid JSON: {error}") from error
     space = bundle.latent_space
-    said = {"latent_channels": space.channels, "scaling_factor": space.scale, "shift_factor": space.shift}
+    said: dict[str, Any] = {
+        "latent_channels": space.channels,
+        "scaling_factor": space.scale,
+        "shift_factor": space.shift,
+    }
+    if not space.statistics_in_vae:
+        said |= {"latents_mean": space.mean, "latents_std": space.std}
     for key, value in said.items():
-        found = config.get(key, value) or 0  # a VAE without a shift stores null
-        if found != value:
-            raise BundleError(f"{path}: {key} is {found}; latent space {space.name} of {DESCRIPTOR} has {value}")
+        found = config.get(key, value)
+        found = tuple(found) if isinstance(found, list) else found
+        if (found or 0) != (value or 0):  # a VAE without a shift stores null
+            raise BundleError(f"{path}: {key} is {found or 0}; latent space {space.name} of {DESCRIPTOR} has {value}")
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -5,11 +5,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from models.latent_space import LATENT_SPACES, LatentSpace
+from models.latent_space import LATENT_SPACES, LatentSpace, Packing
+
+Method = Literal["lua", "direct", "bicubic", "swinir"]
+METHODS: tuple[Method, ...] = get_args(Method)
+BICUBIC_SCALES = (2, 4)
+DecodeName = Literal["exact", "tiled", "tiny"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
 
 Side = Annotated[int, Field(ge=1)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -22,16 +28,20 @@ class _Section(BaseModel):
 
 
 class About(_Section):
-    """`[bundle]`: `provenance` tells where the weights come from and what they were trained on."""
+    """`[bundle]`: `provenance` tells where the weights come from and what they were trained on.
+
+    `licence_notes` says what the licences ask of whoever serves the bundle, where their names alone do not.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     title: Text
     licence: Text
     provenance: Text
+    licence_notes: Text | None = None
 
 
-class PipelineSource(_Section):
-    """`[pipeline]`: a directory inside the bundle, or a hub id at a fixed revision."""
+class Source(_Section):
+    """A directory inside the bundle, or a hub id with a revision: a commit, or a branch that `bundle pull` resolves."""
 
     path: Text | None = None
     hub_id: Text | None = None
@@ -46,6 +56,23 @@ class PipelineSource(_Section):
         return self
 
 
+class PipelineSource(Source):
+    """`[pipeline]`: the diffusers pipeline.
+
+    `dtype` is that of the base model; without it the settings decide. `scheduler` is the name of a scheduler class of
+    diffusers to use in place of the pipeline's own, with the configuration of that one. `variant` chooses among weight
+    files of one model, as in `from_pretrained`.
+    """
+
+    dtype: DtypeName | None = None
+    scheduler: str | None = Field(default=None, pattern=r"^[A-Z][A-Za-z0-9]*Scheduler$")
+    variant: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_]+$")
+
+
+class VaeSource(Source):
+    """`[vae]`, used in place of the pipeline's own VAE, and `[tiny_vae]`, an AutoencoderTiny for previews."""
+
+
 class LatentSpaceSource(_Section):
     """`[latent_space]`: the name of a known family alone, or a name of its own with all numbers."""
 
@@ -54,9 +81,11 @@ class LatentSpaceSource(_Section):
     stride_px: int | None = None
     scale: float | None = None
     shift: float = 0.0
-    packing: Literal["none", "flux"] = "none"
+    packing: Packing = "none"
     mean: Floats | None = None
     std: Floats | None = None
+    side_multiple: int = 1
+    statistics_in_vae: bool = False
 
     @model_validator(mode="after")
     def _known_or_complete(self) -> Self:
@@ -88,26 +117,67 @@ class LuaFile(_Section):
     sha256: Digest
 
 
+class LuaSource(_Section):
+    """`[lua_source]`: where LUA weights come from that do not lie in the bundle: a file on the hub, or own training.
+
+    `train` names the commands that make them.
+    """
+
+    hub_id: Text | None = None
+    revision: Text | None = None
+    file: Text | None = None
+    scales: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None
+    train: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        given = [value is not None for value in (self.hub_id, self.revision, self.file, self.scales)]
+        if any(given) if self.train is not None else not all(given):
+            raise ValueError("give either train, or all of hub_id, revision, file and scales")
+        return self
+
+
+class SwinirFiles(_Section):
+    """`[swinir]`: pixel-space upscalers inside the bundle, one file per scale, in SwinIR's single-head layout."""
+
+    x2: Text | None = None
+    x4: Text | None = None
+
+    @model_validator(mode="after")
+    def _some_file(self) -> Self:
+        if not self.by_scale():
+            raise ValueError("give x2, x4 or both")
+        return self
+
+    def by_scale(self) -> dict[int, str]:
+        """Path in the bundle by scale."""
+        return {scale: name for scale, name in ((2, self.x2), (4, self.x4)) if name is not None}
+
+
 class Defaults(_Section):
-    """`[defaults]`: what a request gets that does not say."""
+    """`[defaults]`: what a request gets that does not say. A bundle without `[lua]` must name its method."""
 
     steps: int = Field(ge=1)
     guidance_scale: float = Field(ge=0)
     base_width_px: Side
     base_height_px: Side
     scale: int = 2
+    method: Method = "lua"
 
 
 class Limits(_Section):
-    """`[limits]`: of the base image, before upscaling."""
+    """`[limits]`: of the base image, before upscaling; `max_direct_px` of one that it draws at full size."""
 
     min_base_px: Side
     max_base_px: Side
     multiple_px: Side
     max_steps: int = Field(ge=1)
+    max_direct_px: Side | None = None
 
     @model_validator(mode="after")
     def _some_size(self) -> Self:
+        if self.max_direct_px is not None and self.max_direct_px < self.max_base_px:
+            raise ValueError(f"max_direct_px {self.max_direct_px} is less than max_base_px {self.max_base_px}")
         if -(-self.min_base_px // self.multiple_px) > self.max_base_px // self.multiple_px:
             raise ValueError(f"no multiple of {self.multiple_px} from {self.min_base_px} to {self.max_base_px}")
         return self
@@ -120,41 +190,103 @@ class Vocabulary(_Section):
 
 
 class Descriptor(_Section):
-    """The whole of `bundle.toml`. `[files]` holds the SHA-256 of each weight file by its path in the bundle."""
+    """The whole of `bundle.toml`.
+
+    `[files]` holds the SHA-256 of each weight file by its path in the bundle; `[origin]`, written by `bundle pull`, the
+    hub repositories and commits that they came from.
+    """
 
     bundle: About
     pipeline: PipelineSource
+    vae: VaeSource | None = None
+    tiny_vae: VaeSource | None = None
     latent_space: LatentSpaceSource
-    lua: LuaFile
+    lua: LuaFile | None = None
+    lua_source: LuaSource | None = None
+    swinir: SwinirFiles | None = None
     defaults: Defaults
     limits: Limits
     vocabulary: Vocabulary
-    files: dict[str, Digest]
+    origin: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, Digest] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         space, limits, defaults = self.latent_space.to_latent_space(), self.limits, self.defaults
-        unit = space.stride_px * (2 if space.packing == "flux" else 1)
-        if limits.multiple_px % unit:
+        if limits.multiple_px % space.multiple_px:
             raise ValueError(
-                f"limits.multiple_px {limits.multiple_px} is no multiple of {unit}, which {space.name} needs"
+                f"limits.multiple_px {limits.multiple_px} is no multiple of {space.multiple_px}, "
+                f"which {space.name} needs"
             )
         for side in (defaults.base_width_px, defaults.base_height_px):
             if nearest_sides(side, limits) != (side, side):
                 raise ValueError(f"defaults: a base side of {side} px does not keep to the limits")
         if defaults.steps > limits.max_steps:
             raise ValueError(f"defaults.steps {defaults.steps} exceeds limits.max_steps {limits.max_steps}")
-        if defaults.scale not in (1, *self.lua.scales):
-            raise ValueError(f"defaults.scale {defaults.scale} is not among 1 and lua.scales {self.lua.scales}")
-        if self.files.get(self.lua.file, self.lua.sha256) != self.lua.sha256:
+        if self.lua is not None and self.files.get(self.lua.file, self.lua.sha256) != self.lua.sha256:
             raise ValueError(f"lua.sha256 and the entry of {self.lua.file} in files differ")
+        for scale, name in ({} if self.swinir is None else self.swinir.by_scale()).items():
+            if name not in self.files:
+                raise ValueError(f"swinir.x{scale}: {name} has no digest in files")
+        self._check_default_method()
         return self
 
+    def _check_default_method(self) -> None:
+        method, scale = self.defaults.method, self.defaults.scale
+        if reason := self.why_not(method):
+            raise ValueError(f"defaults.method is {method}, but {reason}; name another of {', '.join(self.methods)}")
+        scales = self.scales_of(method)
+        if scale not in scales:
+            raise ValueError(f"defaults.scale {scale} is not among the scales {scales} of method {method}")
+        for side_px in (self.defaults.base_width_px * scale, self.defaults.base_height_px * scale):
+            if method == "direct" and side_px > (self.limits.max_direct_px or 0):
+                raise ValueError(f"defaults: {side_px} px exceed limits.max_direct_px {self.limits.max_direct_px}")
 
-def nearest_sides(side_px: float, limits: Limits) -> tuple[int, int]:
-    """The two allowed base sides around a wished one; equal where it is allowed itself or beyond the limits."""
-    step = limits.multiple_px
-    first, last = -(-limits.min_base_px // step), limits.max_base_px // step
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The ways to a large image that this bundle has."""
+        return tuple(method for method in METHODS if not self.why_not(method))
+
+    def why_not(self, method: Method) -> str:
+        """Why a method is not there, and what to do; empty where it is there."""
+        name = self.bundle.name
+        if method == "lua" and self.lua is None:
+            return f"bundle {name} has no LUA weights: {self._lua_advice()}"
+        if method == "swinir" and self.swinir is None:
+            return f"bundle {name} has no SwinIR weights: name files in [swinir] of its bundle.toml"
+        if method == "direct" and self.limits.max_direct_px is None:
+            return f"the base model of bundle {name} draws no large images: limits.max_direct_px is not set"
+        return ""
+
+    def _lua_advice(self) -> str:
+        source = self.lua_source
+        if source is None:
+            return "its bundle.toml has no [lua]"
+        if source.train is not None:
+            return f"none are published for this latent space; train your own: {source.train}"
+        return f"`giantleap bundle pull {self.bundle.name}` fetches {source.file} of {source.hub_id}"
+
+    def scales_of(self, method: Method) -> tuple[int, ...]:
+        """The enlargements that a method offers, with 1, which leaves upscaling out; none where it is not there."""
+        if self.why_not(method):
+            return ()
+        lua = set() if self.lua is None else set(self.lua.scales)
+        if method == "lua":
+            return (1, *sorted(lua))
+        if method == "swinir" and self.swinir is not None:
+            return (1, *sorted(self.swinir.by_scale()))
+        return (1, *sorted(lua | set(BICUBIC_SCALES)))
+
+
+def nearest_sides(side_px: float, limits: Limits, method: Method = "lua") -> tuple[int, int]:
+    """The two sides around a wished one that the base model draws; equal where it is one itself or beyond the limits.
+
+    With method "direct" the base model draws the final image, up to `limits.max_direct_px`.
+    """
+    step, most_px = limits.multiple_px, limits.max_base_px
+    if method == "direct" and limits.max_direct_px is not None:
+        most_px = limits.max_direct_px
+    first, last = -(-limits.min_base_px // step), most_px // step
     less = min(max(int(side_px // step), first), last)
     more = min(max(int(-(-side_px // step)), first), last)
     return less * step, more * step

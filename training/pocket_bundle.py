@@ -45,7 +45,8 @@ def write_descriptor(directory: Path) -> None:
             lua=LuaFile(file=LUA_FILE, scales=(2, 4), sha256=hashes.pop(LUA_FILE)),
             # The network has only seen 128 px: at 64 px its pictures break, at 256 px it repeats the object.
             defaults=Defaults(steps=12, guidance_scale=3.0, base_width_px=128, base_height_px=128),
-            limits=Limits(min_base_px=96, max_base_px=192, multiple_px=32, max_steps=100),
+            # Larger ones repeat it as well; they are allowed directly so that the methods can be compared.
+            limits=Limits(min_base_px=96, max_base_px=192, multiple_px=32, max_steps=100, max_direct_px=512),
             vocabulary=Vocabulary(closed=True),
             files=hashes,
         ),
