@@ -1,4 +1,4 @@
-"""The commands that make the pocket bundle: `python -m training.pocket vae|freeze|decoder|pairs|lua|text|pack`.
+"""The commands that make the pocket bundle: `python -m training.pocket vae|freeze|decoder|pairs|lua|text|swinir|pack`.
 
 Run them in that order; each one is seeded, shows its progress and goes on with `--resume` where it was stopped.
 Nothing is trained here: the commands hand their options to the modules of the same name. `docs/lab.md` tells how
@@ -19,6 +19,7 @@ from training.parallel import run_peers
 from training.pocket_bundle import LUA_FILE, write_descriptor
 from training.pocket_decoder import freeze_encoder, train_decoder
 from training.pocket_lua import CROP_PX, train_lua, write_pairs
+from training.pocket_swinir import PICTURE_PX, train_swinir
 from training.pocket_text import train_text
 from training.pocket_vae import Pool, train_vae
 
@@ -118,6 +119,23 @@ def text(
 ) -> None:
     """Train text to latent on captioned scenes."""
     train_text(out, scenes, frozen, _budget(minutes, steps, 60.0), seed, resume, threads)
+
+
+@app.command()
+def swinir(
+    scale: Annotated[int, typer.Option(help="2 or 4.")],
+    out: Annotated[Path, typer.Option(help="Folder of this scale.")],
+    start: Annotated[Path | None, typer.Option(help="File of the other scale, to take its trunk.")] = None,
+    vae_dir: Path = Path("bundles/pocket/vae"),
+    pool: PoolFolder = RUNS / "pool",
+    minutes: Minutes = None,
+    steps: Steps = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+) -> None:
+    """Train the pixel-space upscaler of one scale, the rival of LUA."""
+    pictures = Pool(pool, scene_count=64, scene_px=PICTURE_PX, leaf_px=PICTURE_PX)
+    train_swinir(out, vae_dir, pictures, scale, start, _budget(minutes, steps, 12.0), seed, resume)
 
 
 @app.command()

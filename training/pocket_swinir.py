@@ -1,0 +1,221 @@
+"""Trains the pocket bundle's two pixel-space SwinIRs: one network per scale, on procedural pictures only.
+
+In use they enlarge what the pocket VAE decoded, so half of the inputs went through that VAE and half are clean; the
+target is the drawn picture at full size, the loss L1. The network is the `Lua` of an RGB SwinIR, which starts as a
+bicubic enlargement; its file has the published single-head layout, which `models/pixel_upscale.py` opens.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.checkpoints import read_lua
+from models.foreign_weights import RGB_MEAN
+from models.lua import Lua, LuaSpec, ScaleHead
+from training.optim import Budget, Ema, MuonAdamW, cosine_rate
+from training.pocket_lua import shrink
+from training.pocket_vae import Pictures, Pool, psnr_db, train_steps, write_log
+from training.state import TrainState
+
+Pixels = NDArray[np.uint8]
+
+PICTURE_PX = 512  # side of a drawn picture
+SMALL_PX = 128  # side of a small picture: the base image of the pocket bundle
+CROP_PX = 32  # side of a small crop: four windows
+BATCH = 8
+DECODED_SHARE = 0.5  # of the inputs
+PAIR_COUNT = {2: 1200, 4: 480}
+HELD_OUT_COUNT = 8
+ENCODE_BATCH = 4
+MUON_LR = 0.01
+EMA_DECAY = 0.998
+SAVE_EVERY_S = 90.0
+# Catmull-Rom at 0.75, 0.25 and 1.25 px, and mirrored; its fourth tap, -0.023, does not fit a 3x3 convolution.
+DOUBLING = ((0.2266, 0.8672, -0.0703), (-0.0703, 0.8672, 0.2266))
+
+
+def swinir_spec(scale: int) -> LuaSpec:
+    """One RGB network of 273 or 310 thousand weights; attention heads 16 wide train 1.4 times as fast as 8 wide."""
+    return LuaSpec(3, 48, (4, 4), 3, window=8, num_feat=32, scales=(scale,), image_mean=RGB_MEAN)
+
+
+@torch.no_grad()
+def start_as_bicubic(net: Lua) -> None:
+    """Sets weights so that an untrained network enlarges nearly bicubically, as SwinIR has no skip around itself.
+
+    Three features carry red, green and blue past the blocks; six channels carry them and their negatives through the
+    LeakyReLU, since leaky(v) - leaky(-v) = 1.01 v; the convolutions before the pixel shuffles hold the taps.
+    """
+    rgb = torch.arange(3)
+    head = cast(ScaleHead, net.heads[f"x{net.spec.scales[0]}"])
+    before = cast(nn.Conv2d, head.conv_before[0])
+    doublings = [module for module in head.upsample if isinstance(module, nn.Conv2d)]
+    for conv, rows in ((net.conv_first, 3), (net.conv_after_body, 3), (before, 6), *((c, 12) for c in doublings)):
+        conv.weight[:rows] = 0.0
+        cast(Tensor, conv.bias)[:rows] = 0.0
+    nn.init.zeros_(head.conv_last.weight)
+    nn.init.zeros_(cast(Tensor, head.conv_last.bias))
+    for conv in (net.conv_first, before, head.conv_last):
+        conv.weight[rgb, rgb, 1, 1] = 1.0
+    before.weight[rgb + 3, rgb, 1, 1] = -1.0
+    taps = torch.tensor(DOUBLING) / sum(DOUBLING[0])
+    for place, conv in enumerate(doublings):
+        for phase in range(4):
+            kernel = torch.outer(taps[phase // 2], taps[phase % 2])
+            conv.weight[4 * rgb + phase, rgb] = kernel if place else kernel / 1.01
+            if place == 0:
+                conv.weight[4 * rgb + phase, rgb + 3] = -kernel / 1.01
+
+
+@dataclass(frozen=True)
+class PicturePairs:
+    """Large pictures [n, side, side, 3] and the same, shrunk: as drawn and as the VAE decodes them."""
+
+    large: Pixels
+    clean: Pixels
+    decoded: Pixels
+
+    @property
+    def scale(self) -> int:
+        return int(self.large.shape[1] // self.clean.shape[1])
+
+    def draw(self, rng: np.random.Generator, count: int, crop_px: int) -> tuple[Tensor, Tensor]:
+        """Cuts aligned crops, mirrored and turned at random.
+
+        Shape:
+            small [count, 3, crop_px, crop_px], large [count, 3, scale * crop_px, scale * crop_px]; in [0, 1].
+        """
+        scale, last = self.scale, self.clean.shape[1] - crop_px
+        small: list[Pixels] = []
+        large: list[Pixels] = []
+        for index in rng.integers(0, len(self.clean), count):
+            source = self.decoded if rng.random() < DECODED_SHARE else self.clean
+            top, left = (int(v) for v in rng.integers(0, last + 1, 2))
+            turns, mirrored = int(rng.integers(4)), rng.random() < 0.5
+            for pictures, factor, crops in ((source, 1, small), (self.large, scale, large)):
+                rows = slice(factor * top, factor * (top + crop_px))
+                columns = slice(factor * left, factor * (left + crop_px))
+                crop = np.rot90(pictures[index, rows, columns], turns)
+                crops.append(crop[:, ::-1] if mirrored else crop)
+        return to_images(np.stack(small)), to_images(np.stack(large))
+
+
+def to_images(pixels: Pixels) -> Tensor:
+    """**Shape** [n, height, width, 3], 0 to 255 -> [n, 3, height, width] in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2) / 255.0
+
+
+def _to_pixels(images: Tensor) -> Pixels:
+    """From [-1, 1]."""
+    levels: Pixels = ((images.clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return levels
+
+
+@torch.no_grad()
+def make_pairs(vae: AutoencoderKL, source: Pictures, scale: int, small_px: int, count: int, seed: int) -> PicturePairs:
+    """Cuts `count` pictures, shrinks them antialiased bicubic to `small_px`, and decodes their encodings."""
+    rng = np.random.default_rng((seed, scale))
+    large, clean, decoded = [], [], []
+    for start in tqdm(range(0, count, ENCODE_BATCH), desc=f"pairs x{scale}", unit=f"{ENCODE_BATCH} img"):
+        images = source.crops(rng, min(ENCODE_BATCH, count - start), scale * small_px)
+        small = shrink(images, scale)
+        latents = vae.encode(small).latent_dist.mode()
+        large.append(_to_pixels(images))
+        clean.append(_to_pixels(small))
+        decoded.append(_to_pixels(vae.decode(latents).sample))
+    return PicturePairs(np.concatenate(large), np.concatenate(clean), np.concatenate(decoded))
+
+
+def write_swinir(path: Path, net: Lua) -> None:
+    """Writes the published single-head layout as float16, less the buffers that a reader computes (masks, indices).
+
+    Effects:
+        Replaces the file whole.
+    """
+    (scale,) = net.spec.scales
+    moves = {"conv_before.": "conv_before_upsample.", "upsample.": "upsample.", "conv_last.": "conv_last."}
+    weights = {}
+    for key, value in net.state_dict().items():
+        own = key.removeprefix(f"heads.x{scale}.")
+        name = (
+            own
+            if own == key
+            else next(new + own.removeprefix(old) for old, new in moves.items() if own.startswith(old))
+        )
+        weights[name] = value.half().contiguous()
+    partial = path.with_suffix(".partial")
+    provenance = {"trained_by": "python -m training.pocket swinir", "licence": "Apache-2.0"}
+    save_file(weights, partial, provenance)
+    partial.rename(path)
+
+
+@torch.no_grad()
+def validate(net: Lua, pairs: PicturePairs) -> dict[str, float]:
+    """PSNR on held-out pairs of both kinds, and its gain over bicubic on the same input."""
+    scores = {}
+    target = to_images(pairs.large) * 2.0 - 1.0
+    for name, pixels in (("clean", pairs.clean), ("decoded", pairs.decoded)):
+        small = to_images(pixels)
+        grown = torch.cat([net(part, pairs.scale) for part in small.split(4)])
+        bicubic = F.interpolate(small, scale_factor=float(pairs.scale), mode="bicubic")
+        scores[name] = psnr_db(grown * 2.0 - 1.0, target)
+        scores[f"{name}_gain"] = scores[name] - psnr_db(bicubic * 2.0 - 1.0, target)
+    return scores
+
+
+def train_swinir(
+    out: Path, vae_dir: Path, pool: Pool, scale: int, start: Path | None, budget: Budget, seed: int, resume: bool
+) -> None:
+    """Trains the network of one scale; writes `state.pt`, `log.jsonl` and the average weights as `swinir_x<scale>`.
+
+    Args:
+        start: the file of another scale, whose weights are taken over up to the head.
+
+    Effects:
+        Overwrites the three in `out`; safe to stop at any time and to repeat with `resume`.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    vae = AutoencoderKL.from_pretrained(vae_dir).float().requires_grad_(False).eval()
+    small_px = min(SMALL_PX, pool.leaf_px // scale)
+    pairs = make_pairs(vae, pool.read(seed), scale, small_px, min(PAIR_COUNT[scale], 4 * pool.leaf_count), seed)
+    held_out = make_pairs(vae, pool.read_held_out(seed), scale, small_px, HELD_OUT_COUNT, seed)
+    net, averaged = Lua(swinir_spec(scale)), Lua(swinir_spec(scale)).eval()
+    start_as_bicubic(net)
+    if start is not None:
+        trunk = {k: v for k, v in read_lua(start).state_dict().items() if not k.startswith("heads.")}
+        net.load_state_dict(trunk, strict=False)
+    net.train()
+    optimiser = MuonAdamW(net.named_parameters(), MUON_LR, MUON_LR * 0.1, ("conv_last", "bias_table", "conv_first"))
+    state = TrainState(net, optimiser, Ema(net, EMA_DECAY), np.random.default_rng((seed, scale, 1)))
+    if resume:
+        state.read(out / "state.pt")
+    saved_s, smooth = state.spent_s, math.nan
+    for progress in train_steps(state, budget, f"swinir x{scale}"):
+        small, large = pairs.draw(state.rng, BATCH, CROP_PX)
+        with torch.autocast("cpu", torch.bfloat16):
+            grown = net(small, scale)
+        loss = (grown.float() - large).abs().mean()
+        torch.autograd.backward(loss)
+        optimiser.step(cosine_rate(progress, state.step))
+        state.ema.update(net, state.step)
+        state.tick()
+        value = float(loss.detach())
+        smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
+        if state.spent_s - saved_s > SAVE_EVERY_S or state.progress(budget) >= 1.0:
+            saved_s = state.spent_s
+            state.write(out / "state.pt")
+            state.ema.copy_to(averaged)
+            write_log(out, state, {"loss": smooth, **validate(averaged, held_out)})
+            write_swinir(out / f"swinir_x{scale}.safetensors", averaged)
