@@ -5,10 +5,12 @@ without scaling or packing. Works on torch tensors and numpy arrays alike and im
 has none. A bundle names its space in `models/bundle.py`.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Latent = TypeVar("Latent", Tensor, NDArray[np.floating[Any]])
+
+Packing = Literal["none", "flux", "rows", "frame"]
+
+# A scaled latent has values of root mean square about 1; noise has exactly 1. Four times that is no latent any more.
+MAX_SCALED_RMS = 4.0
 
 
 class LatentSpaceError(ValueError):
@@ -27,8 +34,15 @@ class LatentSpaceError(ValueError):
 class LatentSpace:
     """One family of latents.
 
-    A pipeline hands out `scaled = (raw - shift) * scale`; with per-channel statistics `scaled = (raw - mean) / std *
-    scale`. The packing "flux" then folds each 2x2 patch into one token: [batch, h * w / 4, 4 * channels].
+    A pipeline hands out `scaled = (raw - shift) * scale`; with statistics `scaled = (raw - mean) / std * scale`. What
+    a packing then does to [batch, channels, h, w]:
+
+    - "none": nothing.
+    - "flux": folds each 2x2 patch into one token, [batch, h * w / 4, 4 * channels].
+    - "rows": makes each pixel a token, row by row, [batch, h * w, channels].
+    - "frame": makes it a video of one frame, [batch, channels, 1, h, w].
+
+    Statistics are one value per raw channel or, in the packing "flux", one per channel of a token.
 
     Args:
         name: The family.
@@ -36,9 +50,12 @@ class LatentSpace:
         stride_px: Image pixels per latent pixel.
         scale: As above; `scaling_factor` of a diffusers VAE.
         shift: As above; `shift_factor` of a diffusers VAE.
-        packing: "none" or "flux".
+        packing: As above.
         mean: Per channel; only together with `std` and with no shift.
         std: Per channel; only together with `mean`.
+        side_multiple: The pipeline makes latents whose sides are multiples of this.
+        statistics_in_vae: Mean and standard deviation are weights of the VAE (`read_statistics`); until
+            `with_statistics` has set them only shapes are known.
 
     Raises:
         LatentSpaceError: The numbers contradict each other.
@@ -49,33 +66,61 @@ class LatentSpace:
     stride_px: int
     scale: float
     shift: float = 0.0
-    packing: Literal["none", "flux"] = "none"
+    packing: Packing = "none"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    side_multiple: int = 1
+    statistics_in_vae: bool = False
 
     def __post_init__(self) -> None:
-        if self.channels < 1 or self.stride_px < 1 or not self.scale > 0:
+        if min(self.channels, self.stride_px, self.side_multiple) < 1 or not self.scale > 0:
             raise LatentSpaceError(
-                f"latent space {self.name}: channels, stride_px and scale must be positive; found {self.channels}, "
-                f"{self.stride_px}, {self.scale}"
+                f"latent space {self.name}: channels, stride_px, side_multiple and scale must be positive; found "
+                f"{self.channels}, {self.stride_px}, {self.side_multiple}, {self.scale}"
             )
-        if self.packing not in ("none", "flux"):
-            raise LatentSpaceError(f"latent space {self.name}: packing is none or flux; found {self.packing!r}")
+        if self.packing not in get_args(Packing):
+            raise LatentSpaceError(
+                f"latent space {self.name}: packing is one of {', '.join(get_args(Packing))}; found {self.packing!r}"
+            )
         if (self.mean is None) != (self.std is None):
             raise LatentSpaceError(f"latent space {self.name}: mean and std come together; found only one of them")
         if self.mean is not None and self.std is not None:
-            if not len(self.mean) == len(self.std) == self.channels or min(self.std) <= 0:
+            counts = (self.channels, 4 * self.channels) if self.packing == "flux" else (self.channels,)
+            if len(self.mean) != len(self.std) or len(self.mean) not in counts or min(self.std) <= 0:
                 raise LatentSpaceError(
-                    f"latent space {self.name}: mean and std need {self.channels} values each, std positive ones; "
-                    f"found {len(self.mean)} and {len(self.std)}"
+                    f"latent space {self.name}: mean and std need {' or '.join(map(str, counts))} values each, std "
+                    f"positive ones; found {len(self.mean)} and {len(self.std)}"
                 )
             if self.shift != 0.0:
                 raise LatentSpaceError(f"latent space {self.name}: a shift of {self.shift} beside a mean per channel")
 
+    @property
+    def multiple_px(self) -> int:
+        """The pipeline makes images whose sides are multiples of this."""
+        return self.stride_px * self._side_multiple
+
+    @property
+    def scaled_dims(self) -> int:
+        """Dimensions of a scaled latent, the batch included."""
+        return {"none": 4, "flux": 3, "rows": 3, "frame": 5}[self.packing]
+
+    @property
+    def needs_size(self) -> bool:
+        """Whether a scaled latent does not tell its own height and width: its pixels are one row of tokens."""
+        return self.scaled_dims == 3
+
     def latent_size(self, height_px: int, width_px: int) -> tuple[int, int]:
         """Height and width of the raw latent that a pipeline makes for an image of this size."""
-        patch = 2 if self.packing == "flux" else 1
-        return patch * (height_px // (patch * self.stride_px)), patch * (width_px // (patch * self.stride_px))
+        multiple, multiple_px = self._side_multiple, self.multiple_px
+        return multiple * (height_px // multiple_px), multiple * (width_px // multiple_px)
+
+    def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> "LatentSpace":
+        """The same space with the statistics of one VAE, which `read_statistics` finds in its weights.
+
+        Raises:
+            LatentSpaceError: They are not as many as the space has channels.
+        """
+        return replace(self, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
 
     def check_raw(self, shape: Sequence[int]) -> None:
         """Refuses what is no raw latent of this space.
@@ -83,7 +128,7 @@ class LatentSpace:
         Raises:
             LatentSpaceError: The shape is not [batch, channels, latent_height, latent_width] with no empty side.
         """
-        if len(shape) != 4 or shape[1] != self.channels or min(shape) < 1:
+        if not _is_raw(self, shape):
             form = f"[batch, {self.channels}, latent_height, latent_width]"
             raise LatentSpaceError(self._refusal("raw", form, shape))
 
@@ -91,50 +136,94 @@ class LatentSpace:
         """Refuses what is no latent as the pipeline hands it out.
 
         Raises:
-            LatentSpaceError: The shape is not that of `check_raw` or, in a packed space, [batch, tokens, 4 * channels].
+            LatentSpaceError: The shape is not the one of the packing.
         """
-        if self.packing == "none":
-            self.check_raw(shape)
-        elif len(shape) != 3 or shape[2] != 4 * self.channels or min(shape) < 1:
-            form = f"[batch, latent_height * latent_width / 4, {4 * self.channels}]"
-            raise LatentSpaceError(self._refusal("scaled and packed", form, shape))
+        if not _is_scaled(self, shape):
+            packed = "scaled" if self.packing == "none" else "scaled and packed"
+            raise LatentSpaceError(self._refusal(packed, self._scaled_form(), shape))
+
+    def check_scaled_values(self, latent: "Latent") -> None:
+        """Refuses a raw latent that is passed off as a scaled one, where the values leave no doubt.
+
+        Only spaces whose raw latents are far larger than scaled ones can tell, such as sdxl (1 / 0.13025 = 7.7 times).
+        The other mistake, a scaled latent passed off as a raw one, looks like a raw latent of a dull image.
+
+        Raises:
+            LatentSpaceError: The values are too large for a scaled latent and not for a raw one.
+        """
+        rms = float((latent * latent).mean()) ** 0.5
+        if rms > MAX_SCALED_RMS and self.mean is None and 1 / self.scale > MAX_SCALED_RMS:
+            raise LatentSpaceError(
+                f"latent space {self.name}: a scaled latent has values of root mean square about 1; found {rms:.1f}, "
+                f"which looks like a raw latent (about {1 / self.scale:.1f}): send it as a raw one"
+            )
 
     def to_raw(self, latent: "Latent", height_px: int | None = None, width_px: int | None = None) -> "Latent":
         """From the pipeline's form to the raw one.
 
         Args:
             latent: As the pipeline hands it out, packed if the space is.
-            height_px: Height of the image that the pipeline was asked for; a packed latent does not tell.
+            height_px: Height of the image that the pipeline was asked for; a row of tokens does not tell.
             width_px: Its width.
 
-        **Shape** [batch, channels, h, w] or packed [batch, h * w / 4, 4 * channels] -> [batch, channels, h, w].
+        **Shape** as in the class's packings -> [batch, channels, h, w].
 
         **Raises** LatentSpaceError: The shape is not of this space, or does not fit the size.
         """
         self.check_scaled(tuple(latent.shape))
-        if self.packing == "flux":
-            latent = self._unpack(latent, height_px, width_px)
-        if self.mean is not None and self.std is not None:
-            normal = latent / self.scale
-            raw: Latent = normal * _per_channel(self.std, latent) + _per_channel(self.mean, latent)
-            return raw
-        return latent / self.scale + self.shift
+        self._check_statistics()
+        if self._has_token_statistics:
+            return self._unpack(self._denormalize(latent, ()), height_px, width_px)
+        return self._denormalize(self._unpack(latent, height_px, width_px), (1, 1))
 
     def from_raw(self, raw: "Latent") -> "Latent":
         """The inverse of `to_raw`.
 
-        **Shape** [batch, channels, h, w] -> the same, or packed [batch, h * w / 4, 4 * channels].
+        **Shape** [batch, channels, h, w] -> as in the class's packings.
 
         **Raises** LatentSpaceError: The shape is not of this space, or has an odd side that cannot be packed.
         """
         self.check_raw(tuple(raw.shape))
-        if self.mean is not None and self.std is not None:
-            scaled = (raw - _per_channel(self.mean, raw)) / _per_channel(self.std, raw) * self.scale
-        else:
-            scaled = (raw - self.shift) * self.scale
-        return scaled if self.packing == "none" else self._pack(scaled)
+        self._check_statistics()
+        if self._has_token_statistics:
+            return self._normalize(self._pack(raw), ())
+        return self._pack(self._normalize(raw, (1, 1)))
+
+    @property
+    def _side_multiple(self) -> int:
+        return max(self.side_multiple, 2) if self.packing == "flux" else self.side_multiple
+
+    @property
+    def _has_token_statistics(self) -> bool:
+        return self.mean is not None and len(self.mean) != self.channels
+
+    def _check_statistics(self) -> None:
+        if self.statistics_in_vae and self.mean is None:
+            raise LatentSpaceError(
+                f"latent space {self.name}: mean and std are weights of its VAE and were not read (read_statistics, "
+                "with_statistics)"
+            )
+
+    def _denormalize(self, latent: "Latent", trailing: tuple[int, ...]) -> "Latent":
+        if self.mean is None or self.std is None:
+            return latent / self.scale + self.shift
+        raw: Latent = latent / self.scale * _channels(self.std, latent, trailing) + _channels(
+            self.mean, latent, trailing
+        )
+        return raw
+
+    def _normalize(self, raw: "Latent", trailing: tuple[int, ...]) -> "Latent":
+        if self.mean is None or self.std is None:
+            return (raw - self.shift) * self.scale
+        centered = raw - _channels(self.mean, raw, trailing)
+        scaled: Latent = centered / _channels(self.std, raw, trailing) * self.scale
+        return scaled
 
     def _unpack(self, latent: "Latent", height_px: int | None, width_px: int | None) -> "Latent":
+        if self.packing == "frame":
+            return latent[:, :, 0]
+        if self.packing == "none":
+            return latent
         batch, tokens, folded = latent.shape
         if height_px is None or width_px is None:
             raise LatentSpaceError(
@@ -142,52 +231,157 @@ class LatentSpace:
                 "the image in pixels"
             )
         height, width = self.latent_size(height_px, width_px)
-        if height * width != 4 * tokens:
+        side = 2 if self.packing == "flux" else 1
+        if height * width != side**2 * tokens:
             raise LatentSpaceError(
-                f"latent space {self.name}: {width_px}x{height_px} px is {height * width // 4} tokens; found {tokens}"
+                f"latent space {self.name}: {width_px}x{height_px} px is {height * width // side**2} tokens; found "
+                f"{tokens}"
             )
-        patches = latent.reshape(batch, height // 2, width // 2, folded // 4, 2, 2)  # b i j c p q
+        patches = latent.reshape(batch, height // side, width // side, folded // side**2, side, side)  # b i j c p q
         spread = patches.swapaxes(1, 3).swapaxes(2, 3).swapaxes(3, 4)  # b c i p j q
         raw: Latent = spread.reshape(batch, self.channels, height, width)
         return raw
 
     def _pack(self, latent: "Latent") -> "Latent":
+        if self.packing == "frame":
+            return latent[:, :, None]
+        if self.packing == "none":
+            return latent
         batch, channels, height, width = latent.shape
-        if height % 2 or width % 2:
+        side = 2 if self.packing == "flux" else 1
+        if height % side or width % side:
             raise LatentSpaceError(
                 f"latent space {self.name} packs 2x2 patches and needs even sides; found {height}x{width} latent pixels"
             )
-        spread = latent.reshape(batch, channels, height // 2, 2, width // 2, 2)  # b c i p j q
+        spread = latent.reshape(batch, channels, height // side, side, width // side, side)  # b c i p j q
         patches = spread.swapaxes(3, 4).swapaxes(2, 3).swapaxes(1, 3)  # b i j c p q
-        return patches.reshape(batch, height * width // 4, 4 * channels)
+        return patches.reshape(batch, height * width // side**2, channels * side**2)
+
+    def _scaled_form(self) -> str:
+        return {
+            "none": f"[batch, {self.channels}, latent_height, latent_width]",
+            "flux": f"[batch, latent_height * latent_width / 4, {4 * self.channels}]",
+            "rows": f"[batch, latent_height * latent_width, {self.channels}]",
+            "frame": f"[batch, {self.channels}, 1, latent_height, latent_width]",
+        }[self.packing]
 
     def _refusal(self, form_name: str, form: str, shape: Sequence[int]) -> str:
-        likely = [space for space in LATENT_SPACES.values() if space.name != self.name and _resembles(space, shape)]
-        hint = f", which looks like {' or '.join(space.name for space in likely)}" if likely else ""
+        likely = [label for space in LATENT_SPACES.values() if (label := _label(space, shape))]
+        hint = f", which looks like {' or '.join(likely)}" if likely else ""
         return f"latent space {self.name} takes {form_name} latents {form}; found {list(shape)}{hint}"
 
 
-def _resembles(space: LatentSpace, shape: Sequence[int]) -> bool:
-    if len(shape) == 3:
-        return space.packing == "flux" and shape[2] == 4 * space.channels
-    return len(shape) == 4 and shape[1] == space.channels
+def read_statistics(vae_directory: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that a VAE of FLUX.2 keeps as the running statistics of its batch normalisation.
+
+    Reads two small tensors of the safetensors file, not the rest of it.
+
+    Args:
+        vae_directory: With `config.json` and the weights, as diffusers saves them.
+
+    Returns:
+        Mean and standard deviation, for `LatentSpace.with_statistics`.
+
+    Raises:
+        LatentSpaceError: The weights hold no such statistics.
+        OSError: A file is missing.
+
+    **Ref** diffusers 0.42, Flux2Pipeline: std = sqrt(running_var + batch_norm_eps).
+    """
+    config = json.loads((vae_directory / "config.json").read_text(encoding="utf-8"))
+    found: dict[str, NDArray[np.float64]] = {}
+    for path in sorted(vae_directory.glob("*.safetensors")):
+        found |= _read_tensors(path, ("bn.running_mean", "bn.running_var"))
+    if len(found) != 2 or "batch_norm_eps" not in config:
+        raise LatentSpaceError(f"{vae_directory}: no safetensors file here holds the statistics of a FLUX.2 VAE")
+    std = np.sqrt(found["bn.running_var"] + config["batch_norm_eps"])
+    return tuple(found["bn.running_mean"].tolist()), tuple(std.tolist())
 
 
-def _per_channel(values: Sequence[float], like: "Latent") -> "Latent":
+def _read_tensors(path: Path, names: Sequence[str]) -> "dict[str, NDArray[np.float64]]":
+    """By hand, since the numpy side of safetensors refuses bfloat16, which is the upper half of a float32."""
+    found = {}
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        data_at = file.tell()
+        for name in names:
+            if name not in header:
+                continue
+            first, last = header[name]["data_offsets"]
+            file.seek(data_at + first)
+            stored = file.read(last - first)
+            kind = header[name]["dtype"]
+            if kind == "BF16":
+                values = (np.frombuffer(stored, "<u2").astype("<u4") << 16).view("<f4")
+            elif kind in ("F16", "F32"):
+                values = np.frombuffer(stored, "<f2" if kind == "F16" else "<f4")
+            else:
+                raise LatentSpaceError(f"{path}: {name} is stored as {kind}; F32, F16 and BF16 are read")
+            found[name] = values.astype(np.float64)
+    return found
+
+
+def _is_raw(space: LatentSpace, shape: Sequence[int]) -> bool:
+    return len(shape) == 4 and shape[1] == space.channels and min(shape) >= 1
+
+
+def _is_scaled(space: LatentSpace, shape: Sequence[int]) -> bool:
+    if len(shape) != space.scaled_dims or min(shape) < 1:
+        return False
+    if space.scaled_dims == 3:
+        return shape[2] == space.channels * (4 if space.packing == "flux" else 1)
+    return shape[1] == space.channels and (space.packing != "frame" or shape[2] == 1)
+
+
+def _label(space: LatentSpace, shape: Sequence[int]) -> str | None:
+    """How a latent of this shape is called in a space; None where it is none."""
+    if _is_scaled(space, shape):
+        return space.name if space.packing == "none" else f"packed {space.name}"
+    return f"raw {space.name}" if _is_raw(space, shape) else None
+
+
+def _channels(values: Sequence[float], like: "Latent", trailing: tuple[int, ...]) -> "Latent":
     if isinstance(like, np.ndarray):
-        return np.asarray(values, dtype=like.dtype).reshape(-1, 1, 1)
-    return like.new_tensor(list(values)).view(-1, 1, 1)
+        return np.asarray(values, dtype=like.dtype).reshape(-1, *trailing)
+    return like.new_tensor(list(values)).view(-1, *trailing)
 
 
-# Factors as in the configurations of the families' VAEs (diffusers 0.42).
+_WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
+_WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+_QWEN21_MEAN = (
+    0.5126, 0.7721, -0.0631, 1.3506, -0.7855, -2.1025, -0.3458, 1.3722, 1.8873, -1.7177, -0.651, 0.2732, 0.7562,
+    -0.6163, -1.0277, 3.8363, 2.021, 0.0472, 0.932, 2.0087, 2.4954, -0.1391, -1.4249, 1.8464, -0.5236, 1.2826, 3.7046,
+    -1.3035, 2.7286, -1.4518, -1.9036, -1.9955, -0.0342, -1.0265, -0.7636, 3.0555, 0.0746, -3.0751, -0.1076, 1.7376,
+    -1.0914, -1.9435, -0.2784, -1.368, 0.4809, -0.4433, 0.3764, 0.5729, -2.0595, 1.096, -1.326, -2.0211, -5.0179,
+    0.5275, 4.0162, 1.8505, 0.3026, 1.9373, 1.4937, 0.2632, 0.5547, -1.7121, -0.1562, 0.0304,
+)  # fmt: skip
+_QWEN21_STD = (
+    3.2001, 3.2936, 3.4321, 3.0091, 3.1061, 4.0379, 4.0705, 3.791, 3.0785, 3.65, 3.9308, 3.0904, 2.8778, 3.7675, 3.732,
+    5.0756, 3.2864, 4.0397, 3.1317, 4.0443, 2.9249, 3.9454, 3.0988, 4.2489, 3.4896, 3.8513, 3.9323, 3.4719, 3.7498,
+    4.283, 3.5694, 4.2467, 3.9037, 3.2947, 5.077, 3.5075, 3.27, 3.4767, 2.8063, 5.1125, 3.5327, 4.7833, 3.1286, 4.1819,
+    3.8527, 3.8312, 3.5605, 4.3875, 3.9624, 4.0168, 3.5643, 4.055, 5.5614, 4.2963, 4.408, 3.4959, 3.8747, 3.7608,
+    3.5735, 3.149, 3.7662, 3.6746, 3.4563, 3.8161,
+)  # fmt: skip
+
+# Factors, statistics and packings as in the VAEs and pipelines of diffusers 0.42. One trap: Flux2KleinPipeline hands
+# out raw latents for output_type="latent", other than Flux2Pipeline; they need no `to_raw`.
 LATENT_SPACES: Mapping[str, LatentSpace] = MappingProxyType(
     {
         space.name: space
         for space in (
             LatentSpace("sd15", 4, 8, scale=0.18215),
             LatentSpace("sdxl", 4, 8, scale=0.13025),
-            LatentSpace("sd3", 16, 8, scale=1.5305, shift=0.0609),
+            LatentSpace("sd3", 16, 8, scale=1.5305, shift=0.0609, side_multiple=2),
             LatentSpace("flux1", 16, 8, scale=0.3611, shift=0.1159, packing="flux"),
+            LatentSpace("z-image", 16, 8, scale=0.3611, shift=0.1159, side_multiple=2),
+            LatentSpace("flux2", 32, 8, scale=1.0, packing="flux", statistics_in_vae=True),
+            LatentSpace("qwen-image", 16, 8, scale=1.0, packing="flux", mean=_WAN_MEAN, std=_WAN_STD),
+            LatentSpace("wan21", 16, 8, scale=1.0, packing="frame", mean=_WAN_MEAN, std=_WAN_STD, side_multiple=2),
+            LatentSpace(
+                "qwen-image-21", 64, 16, scale=1.0, packing="rows", mean=_QWEN21_MEAN, std=_QWEN21_STD, side_multiple=2
+            ),
             LatentSpace("pocket16", 16, 8, scale=1.0),
         )
     }
