@@ -263,7 +263,7 @@ class Descriptor(_Section):
         if source is None:
             return "its bundle.toml has no [lua]"
         if source.train is not None:
-            return f"none are published for this latent space; train your own: {source.train}"
+            return f"none are published for it; train your own: {source.train}"
         return f"`giantleap bundle pull {self.bundle.name}` fetches {source.file} of {source.hub_id}"
 
     def scales_of(self, method: Method) -> tuple[int, ...]:
