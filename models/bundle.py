@@ -43,12 +43,24 @@ __all__ = [
     "ModelSource",
     "SizeError",
     "check_files",
+    "file_hash",
     "file_hashes",
     "read_bundle",
     "write_bundle",
 ]
 
 DESCRIPTOR = "bundle.toml"
+# Pipelines of diffusers that have a sister of the same parts which starts from an image.
+IMAGE_TO_IMAGE = frozenset(
+    {
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxPipeline",
+        "QwenImagePipeline",
+        "ZImagePipeline",
+    }
+)
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx")
 
 
@@ -153,6 +165,14 @@ class Bundle:
     def decodes(self) -> tuple[DecodeName, ...]:
         """The ways to decode; "tiled" and "tiny" change the image. "tiny" needs `[tiny_vae]`."""
         return ("exact", "tiled") if self.descriptor.tiny_vae is None else ("exact", "tiled", "tiny")
+
+    @property
+    def from_image(self) -> bool:
+        """Whether the pipeline also starts from an image; one on the hub tells only when it is loaded."""
+        if isinstance(self.pipeline, str):
+            return True
+        index = json.loads((self.pipeline / "model_index.json").read_text(encoding="utf-8"))
+        return index.get("_class_name") in IMAGE_TO_IMAGE
 
     def why_not(self, method: Method) -> str:
         """Why a method is not there, and what to do; empty where it is there."""
@@ -266,9 +286,15 @@ def write_bundle(directory: Path, descriptor: Descriptor) -> None:
     (directory / DESCRIPTOR).write_text(to_toml(descriptor), encoding="utf-8")
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of one file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_hashes(directory: Path) -> dict[str, str]:
     """SHA-256 of every weight file below a directory, by its path there: the content of `[files]`."""
-    return {path.relative_to(directory).as_posix(): _sha256(path) for path in _weight_files(directory)}
+    return {path.relative_to(directory).as_posix(): file_hash(path) for path in _weight_files(directory)}
 
 
 def check_files(bundle: Bundle) -> None:
@@ -285,7 +311,7 @@ def check_files(bundle: Bundle) -> None:
             f"bundle {bundle.name}: {min(present - set(listed))} is not listed in [files] of {DESCRIPTOR}"
         )
     for name, expected in listed.items():
-        found = _sha256(_inside(bundle.directory, name, "files"))
+        found = file_hash(_inside(bundle.directory, name, "files"))
         if found != expected:
             raise BundleError(f"bundle {bundle.name}: {name} has sha256 {found}; {DESCRIPTOR} says {expected}")
 
@@ -368,11 +394,6 @@ def _weight_files(directory: Path) -> list[Path]:
     """Files with the suffix of weights, without hidden ones, which are not finished yet."""
     found = (path for path in directory.rglob("*") if path.suffix in WEIGHT_SUFFIXES and path.is_file())
     return sorted(path for path in found if not path.name.startswith("."))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _explain(error: ValidationError) -> str:

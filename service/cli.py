@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from models.bundle import BundleError
+from service.cli_bundle import app as bundle_commands
 from service.cli_local import generate, models, protocol, upscale
 from service.cli_options import (
     BundleOption,
@@ -35,6 +36,7 @@ bench.command()(protocol)
 for command in (generate, upscale, models):
     app.command()(command)
 app.add_typer(bench, name="bench")
+app.add_typer(bundle_commands, name="bundle")
 
 
 @app.command()

@@ -14,10 +14,12 @@ from models.bundle_descriptor import (
     Limits,
     LuaFile,
     PipelineSource,
+    SwinirFiles,
     Vocabulary,
 )
 
 LUA_FILE = "lua.safetensors"
+SWINIR_FILES = {"x2": "swinir_x2.safetensors", "x4": "swinir_x4.safetensors"}
 
 PROVENANCE = (
     "Trained from random weights by `python -m training.pocket` on pictures that its own code draws: dead leaves for "
@@ -31,6 +33,7 @@ def write_descriptor(directory: Path) -> None:
     Effects: replaces the file that was there.
     """
     hashes = file_hashes(directory)
+    swinir = {key: name for key, name in SWINIR_FILES.items() if name in hashes}
     write_bundle(
         directory,
         Descriptor(
@@ -43,6 +46,7 @@ def write_descriptor(directory: Path) -> None:
             pipeline=PipelineSource(path="."),
             latent_space=LatentSpaceSource(name="pocket16"),
             lua=LuaFile(file=LUA_FILE, scales=(2, 4), sha256=hashes.pop(LUA_FILE)),
+            swinir=SwinirFiles(**swinir) if swinir else None,
             # The network has only seen 128 px: at 64 px its pictures break, at 256 px it repeats the object.
             defaults=Defaults(steps=12, guidance_scale=3.0, base_width_px=128, base_height_px=128),
             # Larger ones repeat it as well; they are allowed directly so that the methods can be compared.

@@ -1,0 +1,242 @@
+"""Makes a self-contained bundle of one whose parts lie on the hub: pipeline, VAE, tiny VAE and LUA in one directory.
+
+What was asked and which commit it became is in `pull.json` there before the first file comes, so that an interrupted
+pull goes on with the same files. Weights come as safetensors only; a released LUA in torch's own format is read
+without unpickling code (`models/checkpoints.py`) and written anew. `bundle.toml` is written last: a directory with it
+is complete and needs no network.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.bundle import (
+    DESCRIPTOR,
+    WEIGHT_SUFFIXES,
+    Bundle,
+    BundleError,
+    check_files,
+    file_hash,
+    read_bundle,
+    write_bundle,
+)
+from models.bundle_descriptor import Descriptor
+from models.hub import Hub, HubSnapshot
+
+LOCK = "pull.json"
+LUA_FILE = "lua.safetensors"
+_DOWNLOADS = ".downloads"  # hidden from the bundle's own list of weights
+
+_CONFIG_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+# diffusion_pytorch_model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json and the like
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d{5}-of-\d{5})?"
+    r"\.safetensors(?P<index>\.index(?:\.(?P<index_variant>[A-Za-z0-9_]+))?\.json)?"
+)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+Part = dict[str, str]
+
+
+@dataclass
+class _Lock:
+    """`pull.json`: each part's hub id, revision and commit, and the SHA-256 of each file that is here whole."""
+
+    path: Path
+    name: str
+    parts: dict[str, Part] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def write(self) -> None:
+        content = {"name": self.name, "parts": self.parts, "files": dict(sorted(self.files.items()))}
+        draft = self.path.with_name(f".{self.path.name}")
+        draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        draft.replace(self.path)
+
+
+def choose_pipeline_files(names: Sequence[str], model_index: Mapping[str, Any], variant: str | None) -> list[str]:
+    """The files of a diffusers pipeline that `from_pretrained` needs, out of all in its repository.
+
+    Args:
+        names: All files.
+        model_index: Content of `model_index.json`, which names the parts.
+        variant: Weights of this variant where a part has them, else those without one.
+
+    Raises:
+        BundleError: A part has weights in a pickle format only.
+    """
+    parts = [key for key, value in model_index.items() if isinstance(value, list) and value[0] is not None]
+    chosen = ["model_index.json", *(name for name in names if re.fullmatch(r"(?i)licen[cs]e[^/]*", name))]
+    for part in parts:
+        own = [name for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
+        chosen += choose_model_files(own, variant)
+    return chosen
+
+
+def choose_model_files(names: Sequence[str], variant: str | None = None) -> list[str]:
+    """The files of one model directory: its configuration, and its weights as safetensors; see above."""
+    weights = {name: match for name in names if (match := _WEIGHTS.fullmatch(name.rpartition("/")[2]))}
+    variants = {name: match["variant"] or match["index_variant"] for name, match in weights.items()}
+    wanted = variant if variant in variants.values() else None
+    picked = [name for name in names if name in weights and variants[name] == wanted]
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles and not picked:
+        raise BundleError(f"{pickles[0]}: these weights come as pickles only, which are not loaded")
+    configs = [name for name in names if name.endswith(_CONFIG_SUFFIXES) and ".index." not in name]
+    return configs + picked
+
+
+def pull_bundle(
+    bundle: Bundle, directory: Path, hub: Hub, progress: Callable[[int, int], object], say: Callable[[str], object]
+) -> Bundle:
+    """Fetch all parts of a bundle into a directory that then is a bundle itself; goes on with what is there already.
+
+    Args:
+        bundle: One whose pipeline is a hub id.
+        directory: New, empty, or of an earlier pull of the same bundle.
+        hub: Where from.
+        progress: Called with (bytes that came, bytes of the part).
+        say: Called with a line for each part.
+
+    Returns:
+        The bundle in `directory`, checked.
+
+    Raises:
+        BundleError: The bundle has no hub id, the directory holds something else, there is too little space, or what
+            came does not fit the descriptor.
+        HubError: The hub does not give a file; the same call goes on later.
+    """
+    if not isinstance(bundle.pipeline, str):
+        raise BundleError(f"bundle {bundle.name} is a local one: its pipeline lies in {bundle.pipeline}")
+    if (directory / DESCRIPTOR).exists():
+        say(f"{directory} is complete; its files are compared with their digests")
+        done = read_bundle(directory)
+        if done.name != bundle.name:
+            raise BundleError(f"{directory} holds bundle {done.name}; give another directory")
+        check_files(done)
+        return done
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = _open_lock(directory / LOCK, bundle.name)
+    _Pull(bundle, directory, hub, lock, progress, say).run()
+    return read_bundle(directory)
+
+
+def _open_lock(path: Path, name: str) -> _Lock:
+    if not path.exists():
+        if any(path.parent.iterdir()):
+            raise BundleError(f"{path.parent} is not empty and not from an earlier pull; give another directory")
+        return _Lock(path, name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lock = _Lock(path, content["name"], content["parts"], content["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} is damaged; delete {path.parent} and pull again") from error
+    if lock.name != name:
+        raise BundleError(f"{path.parent} holds a pull of bundle {lock.name}; give another directory")
+    return lock
+
+
+@dataclass
+class _Pull:
+    bundle: Bundle
+    directory: Path
+    hub: Hub
+    lock: _Lock
+    progress: Callable[[int, int], object]
+    say: Callable[[str], object]
+
+    def run(self) -> None:
+        said = self.bundle.descriptor
+        values: dict[str, Any] = said.model_dump(exclude_unset=True, exclude_none=True)
+        for part, source in (("pipeline", said.pipeline), ("vae", said.vae), ("tiny_vae", said.tiny_vae)):
+            if source is None:
+                continue
+            self._fetch_part(part, str(source.hub_id), str(source.revision))
+            values[part] = {key: value for key, value in values[part].items() if key not in ("hub_id", "revision")}
+            values[part]["path"] = part
+        if said.lua_source is not None and said.lua_source.hub_id is not None:
+            values["lua"] = self._fetch_lua()
+            values["defaults"]["method"] = "lua"
+            del values["lua_source"]
+        values["origin"] = {part: f"{kept['hub_id']}@{kept['commit']}" for part, kept in self.lock.parts.items()}
+        values["files"] = {name: sha for name, sha in self.lock.files.items() if name.endswith(WEIGHT_SUFFIXES)}
+        shutil.rmtree(self.directory / _DOWNLOADS, ignore_errors=True)
+        write_bundle(self.directory, Descriptor.model_validate(values))
+
+    def _fetch_part(self, part: str, hub_id: str, revision: str) -> None:
+        snapshot = self._snapshot(part, hub_id, revision)
+        if part != "pipeline":
+            names = choose_model_files([name for name in snapshot.files if "/" not in name])
+        elif "model_index.json" not in snapshot.files:
+            raise BundleError(f"{hub_id} is no diffusers pipeline: model_index.json is missing")
+        else:
+            self._fetch_files(part, snapshot, ["model_index.json"])
+            index = json.loads((self.directory / part / "model_index.json").read_text(encoding="utf-8"))
+            names = choose_pipeline_files(list(snapshot.files), index, self.bundle.variant)
+        self._fetch_files(part, snapshot, names)
+
+    def _snapshot(self, part: str, hub_id: str, revision: str) -> HubSnapshot:
+        """The snapshot that an earlier run chose, so that files of two commits never mix."""
+        kept = self.lock.parts.get(part)
+        if kept is not None and (kept["hub_id"], kept["revision"]) != (hub_id, revision):
+            raise BundleError(
+                f"{self.directory} was pulled from {kept['hub_id']} at {kept['revision']}; delete it first"
+            )
+        snapshot = self.hub.snapshot(hub_id, revision if kept is None else kept["commit"])
+        self.lock.parts[part] = {"hub_id": hub_id, "revision": revision, "commit": snapshot.commit}
+        self.lock.write()
+        return snapshot
+
+    def _fetch_files(self, part: str, snapshot: HubSnapshot, names: Sequence[str]) -> None:
+        """Those that are not here yet; each is written down once it is whole."""
+        missing = [name for name in names if not self._is_here(f"{part}/{name}", snapshot.files[name].size_bytes)]
+        total = sum(snapshot.files[name].size_bytes for name in missing)
+        if not missing:
+            return
+        free = shutil.disk_usage(self.directory).free
+        if total > free:
+            raise BundleError(f"{part} needs {total} bytes in {self.directory}; {free} are free")
+        if missing != ["model_index.json"]:
+            self.say(f"{part}: {len(missing)} files, {total / 1e9:.2f} GB, {snapshot.hub_id} at {snapshot.commit}")
+        for name in missing:
+            path = self.directory / part / name
+            if not path.resolve().is_relative_to((self.directory / part).resolve()):
+                raise BundleError(f"{snapshot.hub_id}: the file name {name!r} leaves the directory")
+            digest = self.hub.fetch(snapshot, name, path, lambda count: self.progress(count, total))
+            self.lock.files[f"{part}/{name}"] = digest
+            self.lock.write()
+
+    def _is_here(self, name: str, size_bytes: int) -> bool:
+        path = self.directory / name
+        return name in self.lock.files and path.is_file() and path.stat().st_size == size_bytes
+
+    def _fetch_lua(self) -> dict[str, Any]:
+        """Fetch the released weights and write them in our own format; the `[lua]` section for them."""
+        from models.checkpoints import read_lua, write_lua
+
+        source = self.bundle.descriptor.lua_source
+        assert source is not None and source.file is not None and source.scales is not None
+        snapshot = self._snapshot("lua", str(source.hub_id), str(source.revision))
+        path = self.directory / LUA_FILE
+        if LUA_FILE not in self.lock.files or not path.is_file():
+            if source.file not in snapshot.files:
+                raise BundleError(f"{snapshot.hub_id} has no file {source.file}")
+            self._fetch_files(_DOWNLOADS, snapshot, [source.file])
+            released = self.directory / _DOWNLOADS / source.file
+            net = read_lua(released)
+            space = self.bundle.latent_space
+            if (net.spec.scales, net.spec.channels) != (tuple(sorted(source.scales)), space.channels):
+                raise BundleError(
+                    f"{source.file} of {source.hub_id}: found heads {net.spec.scales} for {net.spec.channels} "
+                    f"channels; expected {source.scales} for {space.channels}"
+                )
+            digest = self.lock.files.pop(f"{_DOWNLOADS}/{source.file}")
+            origin = f"{source.file} of {source.hub_id} at {snapshot.commit}, sha256 {digest}"
+            write_lua(path, net, {"origin": origin})
+            self.lock.files[LUA_FILE] = file_hash(path)
+            self.lock.write()
+        return {"file": LUA_FILE, "scales": tuple(source.scales), "sha256": self.lock.files[LUA_FILE]}

@@ -1,0 +1,200 @@
+"""`giantleap bundle list | show | pull | check`: the bundles that can be had, and whether one runs here.
+
+A bundle is named by its directory, or by its name: then it is the one that was pulled, else the shipped descriptor.
+`service.cli` mounts these commands. Heavy modules (torch, diffusers, huggingface_hub) are imported inside them.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from models.bundle import DESCRIPTOR, Bundle, BundleError, ModelSource, read_bundle
+from models.bundle_descriptor import METHODS, Method
+from service.cli_options import DeviceOption, settings_from, stop
+from service.settings import POCKET_BUNDLE
+
+if TYPE_CHECKING:
+    from models.route import Route
+
+SHIPPED = POCKET_BUNDLE.parent
+PULLED = "bundles"  # below the data directory of the settings
+
+app = typer.Typer(no_args_is_help=True, help="Bundles: what can be served, and what it takes.")
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundle, or its directory.")]
+
+
+@app.command("list")
+def list_bundles() -> None:
+    """List the bundles that are shipped or pulled, with their methods."""
+    for directory in _all_bundles():
+        bundle = _read(directory)
+        place = "on the hub" if isinstance(bundle.pipeline, str) else str(directory)
+        typer.echo(f"{bundle.name:<15} {', '.join(bundle.methods):<30} {bundle.about.licence:<38} {place}")
+
+
+@app.command()
+def show(name: NameArgument) -> None:
+    """Say everything about one bundle: parts, methods, sizes, defaults, licence."""
+    bundle = _read(_find(name))
+    about, defaults, limits, space = bundle.about, bundle.defaults, bundle.limits, bundle.latent_space
+    typer.echo(f"{bundle.name}  {about.title}")
+    typer.echo(f"  licence     {about.licence}")
+    if about.licence_notes is not None:
+        typer.echo(f"              {about.licence_notes}")
+    typer.echo(f"  provenance  {about.provenance}")
+    typer.echo(f"  pipeline    {_place(ModelSource(bundle.pipeline, bundle.revision))}")
+    typer.echo(f"  dtype       {bundle.dtype or 'as the settings say'}; scheduler {bundle.scheduler or 'its own'}")
+    typer.echo(f"  vae         {'that of the pipeline' if bundle.vae is None else _place(bundle.vae)}")
+    typer.echo(f"  tiny vae    {'none' if bundle.tiny_vae is None else _place(bundle.tiny_vae)}")
+    typer.echo(f"  latents     {space.name}: {space.channels} channels, stride {space.stride_px} px")
+    sides = f"sides from {limits.min_base_px} to {limits.max_base_px} px in steps of {limits.multiple_px}"
+    typer.echo(f"  base image  {defaults.base_width_px} x {defaults.base_height_px} px; {sides}")
+    how = f"method {defaults.method}, x{defaults.scale}, {defaults.steps} steps, guidance {defaults.guidance_scale}"
+    typer.echo(f"  defaults    {how}")
+    for method in METHODS:
+        typer.echo(f"  {method:<11} {_offer(bundle, method)}")
+    for part, origin in bundle.descriptor.origin.items():
+        typer.echo(f"  {part:<11} from {origin}")
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped bundle, or a directory with one.")],
+    to: Annotated[Path | None, typer.Option(help="Directory; else bundles/NAME below GIANTLEAP_DATA_DIR.")] = None,
+) -> None:
+    """Fetch everything that a bundle names from the Hugging Face hub; run again after a break, it goes on."""
+    from tqdm import tqdm
+
+    from models.bundle_pull import pull_bundle
+    from models.checkpoints import CheckpointError
+    from models.hub import Hub, HubError
+
+    bundle = _read(_find(name, among_pulled=False))
+    target = _pulled_dir() / bundle.name if to is None else to
+    bar: tqdm[None] = tqdm(unit="B", unit_scale=True, desc=bundle.name)
+
+    def progress(count: int, total: int) -> None:
+        if total != bar.total:
+            bar.reset(total)
+        bar.update(count)
+
+    try:
+        with bar:
+            done = pull_bundle(bundle, target, Hub(os.environ.get("HF_ENDPOINT")), progress, bar.write)
+    except (BundleError, CheckpointError, HubError, OSError) as error:
+        stop(str(error))
+    typer.echo(f"bundle {done.name} is in {target}; serve it with: giantleap serve --bundle {target}")
+    _tell_missing(done)
+
+
+@app.command()
+def check(
+    name: NameArgument,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}; else the bundle's default.")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Compare a bundle's files with their digests, load it and draw one image with one denoising step."""
+    settings = settings_from(device=device)
+    bundle = _read(_find(name))
+    if isinstance(bundle.pipeline, str):
+        stop(f"bundle {bundle.name} is on the hub: fetch it with `giantleap bundle pull {bundle.name}` first")
+    chosen = _choose_method(bundle, method)
+
+    from models.checkpoints import CheckpointError
+    from models.route import Route, choose_device, choose_dtype
+
+    try:
+        where = choose_device(settings.device)
+        route = Route.open(bundle, where, choose_dtype(settings.dtype, where))
+        _draw_once(route, bundle, chosen, typer.echo)
+    except (ValueError, OSError, CheckpointError) as error:
+        stop(f"bundle {bundle.name}: {error}")
+    _tell_missing(bundle)
+
+
+def _draw_once(route: "Route", bundle: Bundle, method: Method, say: Callable[[str], object]) -> None:
+    from models.generator import DrawItem
+
+    defaults = bundle.defaults
+    scale = defaults.scale if defaults.scale in bundle.scales_of(method) else max(bundle.scales_of(method))
+    width_px, height_px = defaults.base_width_px, defaults.base_height_px
+    if method == "direct":
+        scale = 1
+    route.reset_peak_memory()
+    item = DrawItem("", "", 0, width_px, height_px, 1, defaults.guidance_scale)
+    clock = route.clock()
+    with clock.measure("generate"):
+        drawn = route.generate([item], lambda step, steps: None, set)
+    latents = [latent for latent in drawn if latent is not None]
+    _, images = route.finish(latents, scale, method, "exact", clock.measure)
+    if not images or images[0] is None:
+        raise ValueError("the decoded image holds values that are not finite")
+    height, width = images[0].shape[:2]
+    stages = "  ".join(f"{stage} {duration_s:.2f} s" for stage, duration_s in clock.stages_s.items())
+    peak = route.peak_memory()
+    dtype = str(route.dtype).removeprefix("torch.")
+    say(f"bundle {bundle.name} runs: base {width_px} x {height_px} px, method {method} x{scale}, {width} x {height} px")
+    say(f"  {stages}")
+    say(f"  {route.device}, {dtype}, peak {peak.size_bytes / 1e9:.2f} GB ({peak.source})")
+
+
+def _choose_method(bundle: Bundle, name: str | None) -> Method:
+    chosen: Method | None = bundle.defaults.method if name is None else next((m for m in METHODS if m == name), None)
+    if chosen is None:
+        stop(f"method {name}: there are {', '.join(METHODS)}")
+    if reason := bundle.why_not(chosen):
+        stop(reason)
+    return chosen
+
+
+def _offer(bundle: Bundle, method: Method) -> str:
+    if reason := bundle.why_not(method):
+        return f"not there: {reason}"
+    if method == "direct":
+        return f"sides up to {bundle.limits.max_direct_px} px"
+    return ", ".join(f"x{scale}" for scale in bundle.scales_of(method))
+
+
+def _tell_missing(bundle: Bundle) -> None:
+    for method in METHODS:
+        if reason := bundle.why_not(method):
+            typer.echo(f"  without {method}: {reason}")
+
+
+def _place(source: ModelSource) -> str:
+    return str(source.place) if source.revision is None else f"{source.place} at {source.revision}, on the hub"
+
+
+def _is_bundle(directory: Path) -> bool:
+    return (directory / DESCRIPTOR).is_file()
+
+
+def _pulled_dir() -> Path:
+    return settings_from().data_dir / PULLED
+
+
+def _all_bundles() -> list[Path]:
+    """The pulled ones, and the shipped ones that were not."""
+    found = {path.parent.name: path.parent for path in sorted(SHIPPED.glob(f"*/{DESCRIPTOR}"))}
+    found |= {path.parent.name: path.parent for path in sorted(_pulled_dir().glob(f"*/{DESCRIPTOR}"))}
+    return [found[name] for name in sorted(found)]
+
+
+def _find(name: str, among_pulled: bool = True) -> Path:
+    places = [Path(name), *([_pulled_dir() / name] if among_pulled else []), SHIPPED / name]
+    found = next(filter(_is_bundle, places), None)
+    if found is None:
+        known = ", ".join(path.name for path in _all_bundles())
+        stop(f"{name} is no directory with {DESCRIPTOR} and no bundle; there are {known}")
+    return found
+
+
+def _read(directory: Path) -> Bundle:
+    try:
+        return read_bundle(directory)
+    except BundleError as error:
+        stop(str(error))
