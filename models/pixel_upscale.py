@@ -1,0 +1,165 @@
+"""Enlarges decoded images in pixels with SwinIR networks, one single-head file per scale: the `swinir` method.
+
+A picture up to a budget of pixels goes through the network whole; a larger one in tiles that overlap. Tiles start at
+multiples of the attention window, so that a tile and the whole picture cut the same windows: what is left of the
+difference comes from what a tile cannot see. `models/checkpoints.py` reads the files, `models/lua.py` is the network.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from models.checkpoints import CheckpointError, read_lua
+from models.lua import Lua
+
+RGB_CHANNELS = 3
+TILE_PX = 512  # side of the largest tile, of the input; its square is the budget of a picture that goes whole
+HALO_PX = 32  # what a tile sees beyond the part that it owns, on each side
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One tile along one side, in input pixels: it reads `start` to `stop`, and owns `first` to `last` of them."""
+
+    start: int
+    first: int
+    last: int
+    stop: int
+
+
+def plan_spans(side_px: int, tile_px: int, halo_px: int, window: int) -> list[Span]:
+    """Cuts a side into tiles of about equal length that read at most `tile_px`.
+
+    The halo is rounded up and the tile down to multiples of the window, so that every start is one, and every stop
+    but the end of the side.
+
+    Raises:
+        ValueError: The tile is shorter than four halos: its blends would meet.
+    """
+    halo, tile = -(-halo_px // window) * window, tile_px // window * window
+    if tile < max(4 * halo, window):
+        raise ValueError(f"tiles of {tile_px} px are too short for a halo of {halo_px} px; the least are four halos")
+    if side_px <= tile_px:
+        return [Span(0, 0, side_px, side_px)]
+    count = -(-side_px // (tile - 2 * halo))
+    owned = -(-side_px // (count * window)) * window
+    return [
+        Span(max(0, first - halo), first, min(side_px, first + owned), min(side_px, first + owned + halo))
+        for first in range(0, side_px, owned)
+    ]
+
+
+def blend_weights(span: Span, side_px: int, scale: int, halo_px: int) -> Tensor:
+    """The weight of each output pixel of a tile along one side; those of neighbors sum to one.
+
+    It falls linearly over a halo's length around the line where two tiles meet. The outer half of a halo, which sees
+    the least beyond itself, weighs nothing.
+
+    **Shape** [scale * (stop - start)].
+    """
+    place_px = span.start + (torch.arange(scale * (span.stop - span.start)) + 0.5) / scale
+    weights = torch.ones_like(place_px)
+    if span.first > 0:
+        weights = ((place_px - span.first) / halo_px + 0.5).clamp(0.0, 1.0)
+    if span.last < side_px:
+        weights = weights * ((span.last - place_px) / halo_px + 0.5).clamp(0.0, 1.0)
+    return weights
+
+
+class PixelUpscaler:
+    """SwinIR networks by scale on one device.
+
+    Args:
+        nets: RGB networks in float32, each with the one head of its scale; they compute in `dtype` under autocast.
+        device: Where they are.
+        dtype: The compute type.
+        tile_px: Side of the largest tile, in input pixels; a picture of at most its square is not tiled.
+        halo_px: Overlap of a tile with each neighbor's part, in input pixels.
+    """
+
+    def __init__(
+        self,
+        nets: Mapping[int, Lua],
+        device: torch.device,
+        dtype: torch.dtype,
+        tile_px: int = TILE_PX,
+        halo_px: int = HALO_PX,
+    ) -> None:
+        self.nets = dict(nets)
+        self.device = device
+        self.dtype = dtype
+        self.tile_px = tile_px
+        self.halo_px = halo_px
+
+    @classmethod
+    def open(cls, files: Mapping[int, Path], device: torch.device, dtype: torch.dtype) -> Self:
+        """Read one file per scale: `.safetensors`, or `.pth` and `.pt` with nothing but tensors in them.
+
+        Raises:
+            FileNotFoundError: A file is not there.
+            CheckpointError: A file is damaged, of another layout, of another scale, or not for RGB.
+        """
+        nets = {}
+        for scale, path in sorted(files.items()):
+            net = read_lua(path, device)
+            if net.spec.channels != RGB_CHANNELS or net.spec.scales != (scale,):
+                raise CheckpointError(
+                    f"{path}: found {net.spec.channels} channels and heads for scales {net.spec.scales}; "
+                    f"expected a SwinIR of {RGB_CHANNELS} channels and the one scale {scale}"
+                )
+            nets[scale] = net
+        return cls(nets, device, dtype)
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """The scales that `upscale` takes."""
+        return tuple(self.nets)
+
+    @torch.inference_mode()
+    def upscale(self, images: Tensor, scale: int) -> Tensor:
+        """Enlarge images of any size.
+
+        **Shape** [batch, 3, height, width] in [0, 1] -> [batch, 3, scale * height, scale * width] in [0, 1],
+        float32, on the device of the networks. An image with a value that is not finite comes back with NaN in it.
+
+        **Raises** ValueError: There is no network for the scale, or the images have another shape.
+        """
+        if scale not in self.nets:
+            raise ValueError(f"scale {scale}: there are SwinIR networks for scales {self.scales}")
+        if images.dim() != 4 or images.shape[1] != RGB_CHANNELS or 0 in images.shape or not images.is_floating_point():
+            raise ValueError(
+                f"SwinIR takes floats of shape [batch, 3, height, width]; found {images.dtype} {list(images.shape)}"
+            )
+        net, (height, width) = self.nets[scale], images.shape[-2:]
+        grown = torch.empty(len(images), RGB_CHANNELS, scale * height, scale * width, device=self.device)
+        is_large = height * width > self.tile_px**2
+        # On a CPU one at a time: activations of several leave the cache (see `Route.decode_items`).
+        at_once = 1 if is_large or self.device.type == "cpu" else self.tile_px**2 // (height * width)
+        run = self._run_tiles if is_large else self._run
+        for start in range(0, len(images), at_once):
+            grown[start : start + at_once] = run(net, images[start : start + at_once], scale)
+        return grown.clamp_(0.0, 1.0)
+
+    def _run(self, net: Lua, images: Tensor, scale: int) -> Tensor:
+        images = images.to(self.device, torch.float32)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            grown: Tensor = net(images, scale)
+        return grown.float()
+
+    def _run_tiles(self, net: Lua, image: Tensor, scale: int) -> Tensor:
+        """Adds up the tiles, each weighted by how far inside of it a pixel lies."""
+        height, width = image.shape[-2:]
+        rows, columns = (plan_spans(side, self.tile_px, self.halo_px, net.spec.window) for side in (height, width))
+        grown = torch.zeros(1, RGB_CHANNELS, scale * height, scale * width, device=self.device)
+        for row in rows:
+            down = blend_weights(row, height, scale, self.halo_px).to(self.device)
+            for column in columns:
+                across = blend_weights(column, width, scale, self.halo_px).to(self.device)
+                tile = self._run(net, image[..., row.start : row.stop, column.start : column.stop], scale)
+                area = grown[..., scale * row.start : scale * row.stop, scale * column.start : scale * column.stop]
+                area += tile * down[:, None] * across
+        return grown
