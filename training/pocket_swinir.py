@@ -156,6 +156,7 @@ def write_swinir(path: Path, net: Lua) -> None:
     partial = path.with_suffix(".partial")
     provenance = {"trained_by": "python -m training.pocket swinir", "licence": "Apache-2.0"}
     save_file(weights, partial, provenance)
+    partial.chmod(0o644)  # safetensors gives 0600
     partial.rename(path)
 
 
