@@ -1,20 +1,44 @@
 """Draws raw latents from prompts with a stock diffusers pipeline: seeded per item, watched and stopped between steps.
 
-The latents go to the upscaler in `models.route`. Which words a prompt may use is in `models.prompt_words`.
+What differs between the pipeline classes is in `FAMILIES`, one line each. The latents go to the upscaler in
+`models.route`. Which words a prompt may use is in `models.prompt_words`.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Self
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    AutoModel,
+    DiffusionPipeline,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+    QwenImage21Pipeline,
+    QwenImageImg2ImgPipeline,
+    QwenImagePipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    ZImageImg2ImgPipeline,
+    ZImagePipeline,
+)
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from models.bundle import Bundle
+from models.bundle import Bundle, ModelSource
 from models.latent_space import LatentSpace
 
 StepWatcher = Callable[[int, int], None]
@@ -25,7 +49,19 @@ SEED_LIMIT = 2**63
 
 @dataclass(frozen=True, slots=True)
 class DrawItem:
-    """One image to draw. The size is that of the base image, before upscaling."""
+    """One image to draw. The size is that of the base image, before upscaling.
+
+    Args:
+        prompt: What to draw.
+        negative_prompt: What not to draw; empty for none. Only with guidance (`Generator.takes_negative_prompt`).
+        seed: Of the noise.
+        width_px: A multiple of the latent space's `multiple_px`, as the height.
+        height_px: See width.
+        steps: Denoising steps, of which those are left out that `strength` skips.
+        guidance_scale: As the pipeline itself counts it: 1 is none, for Z-Image 0.
+        init_image: What to start from in place of noise, [3, height_px, width_px], in [-1, 1].
+        strength: How much of the start to give up, above 0 and up to 1; with an `init_image` only.
+    """
 
     prompt: str
     negative_prompt: str
@@ -34,11 +70,14 @@ class DrawItem:
     height_px: int
     steps: int
     guidance_scale: float
+    init_image: Tensor | None = None
+    strength: float = 1.0
 
     @property
-    def shared(self) -> tuple[int, int, int, float]:
+    def shared(self) -> tuple[int, int, int, float, float | None]:
         """What the items of one batch must have in common."""
-        return self.width_px, self.height_px, self.steps, self.guidance_scale
+        strength = None if self.init_image is None else self.strength
+        return self.width_px, self.height_px, self.steps, self.guidance_scale, strength
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -46,17 +85,49 @@ def image_seed(seed: int, index: int) -> int:
     return (seed + index) % SEED_LIMIT
 
 
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What sets one pipeline class apart from the others.
+
+    Args:
+        lost_tokens: How many tokens of a prompt are cut off; negative where there is room left.
+        image_pipeline: Its class that starts from an image; None where diffusers has none.
+        guidance: The argument that takes `DrawItem.guidance_scale`.
+        negative_prompt: Whether guidance has a negative prompt to guide away from.
+        hands_out_raw: Whether `output_type="latent"` gives raw latents already.
+        batches: Whether an item's result is the same in a batch of prompts of different lengths.
+    """
+
+    lost_tokens: Callable[[Any, str], int]
+    image_pipeline: type | None = None
+    guidance: str = "guidance_scale"
+    negative_prompt: bool = True
+    hands_out_raw: bool = False
+    batches: bool = True
+
+
 class Generator:
     """A diffusers text-to-image pipeline that stops at latents.
 
     Args:
-        pipeline: Any pipeline that takes `output_type="latent"` and `callback_on_step_end`.
+        pipeline: Of one of the classes in `FAMILIES`.
         latent_space: Says how the pipeline's latents become raw ones.
+
+    Raises:
+        ValueError: The pipeline is of another class.
     """
 
     def __init__(self, pipeline: Any, latent_space: LatentSpace) -> None:
+        if type(pipeline) not in FAMILIES:
+            known = ", ".join(cls.__name__ for cls in FAMILIES)
+            raise ValueError(f"pipeline class {type(pipeline).__name__}: only {known} are known")
         self.pipeline = pipeline
+        self.family = FAMILIES[type(pipeline)]
         self.latent_space = latent_space
+        if latent_space.statistics_in_vae and latent_space.mean is None:
+            norm, eps = pipeline.vae.bn, pipeline.vae.config.batch_norm_eps
+            std = (norm.running_var.double() + eps).sqrt()
+            self.latent_space = latent_space.with_statistics(norm.running_mean.tolist(), std.tolist())
 
     @classmethod
     def open(cls, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Self:
@@ -64,6 +135,7 @@ class Generator:
 
         Raises:
             OSError: the directory or a file in it is missing.
+            ValueError: the pipeline is of a class that is not known here.
 
         Effects: quietens the libraries' own logs and progress bars, which would print prompts.
         """
@@ -71,24 +143,33 @@ class Generator:
         transformers_logging.disable_progress_bar()
         diffusers_logging.set_verbosity_error()  # a prompt that is cut off would be logged
         diffusers_logging.disable_progress_bar()
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(bundle.pipeline),
-            revision=bundle.revision,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=isinstance(bundle.pipeline, Path),
-        )
+        parts = {} if bundle.vae is None else {"vae": _load(AutoModel, bundle.vae, dtype)}
+        source = ModelSource(bundle.pipeline, bundle.revision)
+        pipeline = _load(DiffusionPipeline, source, dtype, variant=bundle.variant, **parts)
+        if bundle.scheduler is not None:
+            scheduler = getattr(diffusers, bundle.scheduler)
+            pipeline.register_modules(scheduler=scheduler.from_config(pipeline.scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline.to(device), bundle.latent_space)
+
+    @property
+    def can_start_from_image(self) -> bool:
+        """Whether items may have an `init_image`."""
+        return self.family.image_pipeline is not None
+
+    @property
+    def takes_negative_prompt(self) -> bool:
+        """Whether items may have a negative prompt."""
+        return self.family.negative_prompt
 
     def draw(self, items: Sequence[DrawItem], on_step: StepWatcher, canceled: CancelCheck) -> list[Tensor | None]:
         """Draw a batch.
 
         A seed gives the same latent on every device and in every batch, up to rounding: each item has a generator of
-        its own on the CPU.
+        its own on the CPU. A pipeline that cannot keep to that with prompts of different lengths draws one by one.
 
         Args:
-            items: At least one; all of one size, number of steps and guidance.
+            items: At least one; all of one size, number of steps, guidance and strength.
             on_step: Called after each denoising step with (steps done, steps).
             canceled: Asked after each step for the indices of items that nobody wants any more. When that is all of
                 them the rest of the steps is left out.
@@ -98,35 +179,191 @@ class Generator:
 
         **Shape** each [channels, latent_height, latent_width].
 
-        **Raises** ValueError: the items differ in what a batch shares.
+        **Raises** ValueError: the items differ in what a batch shares, or one asks for what the pipeline does not do.
         """
-        first = items[0]
-        if any(item.shared != first.shared for item in items):
-            raise ValueError("items of one batch must share size, steps and guidance; draw them in several batches")
+        for item in items:
+            self._check(item, items[0])
+        runs = [list(range(len(items)))] if self.family.batches else [[index] for index in range(len(items))]
+        latents: list[Tensor | None] = [None] * len(items)
         gone: set[int] = set()
 
-        def end_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step(step + 1, pipeline.num_timesteps)
+        def end_step(
+            pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any], *, run: Sequence[int]
+        ) -> dict[str, Any]:
+            steps = pipeline.num_timesteps
+            on_step(runs.index(list(run)) * steps + step + 1, len(runs) * steps)
             gone.update(canceled())
-            if len(gone) == len(items):
+            if gone.issuperset(run):
                 pipeline._interrupt = True  # diffusers' own way to stop; the next call sets it back
             return {}
 
-        latents = self.pipeline(
-            prompt=[item.prompt for item in items],
-            negative_prompt=[item.negative_prompt for item in items],
-            width=first.width_px,
-            height=first.height_px,
-            num_inference_steps=first.steps,
-            guidance_scale=first.guidance_scale,
-            generator=[torch.Generator("cpu").manual_seed(item.seed) for item in items],
-            output_type="latent",
-            callback_on_step_end=end_step,
-        ).images
-        raw = self.latent_space.to_raw(latents.float(), first.height_px, first.width_px)
-        return [None if index in gone else latent for index, latent in enumerate(raw)]
+        for run in runs:
+            if gone.issuperset(run):
+                continue
+            drawn = self._run([items[index] for index in run], partial(end_step, run=run))
+            for index, latent in zip(run, drawn, strict=True):
+                latents[index] = latent
+        return [None if index in gone else latent for index, latent in enumerate(latents)]
 
     def lost_tokens(self, prompt: str) -> int:
-        """How many tokens of the prompt lie beyond what the text encoder takes and are cut off."""
-        tokenizer = self.pipeline.tokenizer
-        return max(0, len(tokenizer(prompt).input_ids) - int(tokenizer.model_max_length))
+        """How many tokens are cut off, beyond what the text encoder takes.
+
+        Of several encoders that with the most room counts. Words that the family puts around a prompt count too.
+        """
+        return max(0, self.family.lost_tokens(self.pipeline, prompt))
+
+    def _check(self, item: DrawItem, first: DrawItem) -> None:
+        name, multiple_px = type(self.pipeline).__name__, self.latent_space.multiple_px
+        if item.shared != first.shared:
+            raise ValueError("items of one batch must share size, steps, guidance and strength; draw them in several")
+        if item.width_px % multiple_px or item.height_px % multiple_px:
+            raise ValueError(
+                f"{item.width_px}x{item.height_px} px: {name} draws images whose sides are multiples of {multiple_px}"
+            )
+        if item.negative_prompt and not self.family.negative_prompt:
+            raise ValueError(f"{name} takes no negative prompt")
+        if item.init_image is None:
+            return
+        if not self.can_start_from_image:
+            raise ValueError(f"{name} cannot start from an image: diffusers has no image-to-image pipeline for it")
+        if tuple(item.init_image.shape) != (3, item.height_px, item.width_px):
+            raise ValueError(
+                f"init_image must be [3, {item.height_px}, {item.width_px}]; found {list(item.init_image.shape)}"
+            )
+        if not 0 < item.strength <= 1 or int(item.steps * item.strength) < 1:
+            raise ValueError(
+                f"strength {item.strength} of {item.steps} steps: must be above 0, at most 1, and leave a step to do"
+            )
+
+    def _run(self, items: Sequence[DrawItem], end_step: Callable[..., dict[str, Any]]) -> Tensor:
+        """One call of the pipeline; raw latents, [items, channels, latent_height, latent_width], float32."""
+        first = items[0]
+        arguments = self._prompts(items) | {
+            self.family.guidance: first.guidance_scale,
+            "width": first.width_px,
+            "height": first.height_px,
+            "num_inference_steps": first.steps,
+            "generator": [torch.Generator("cpu").manual_seed(item.seed) for item in items],
+            "output_type": "latent",
+            "callback_on_step_end": end_step,
+        }
+        pipeline = self.pipeline
+        images = [item.init_image for item in items if item.init_image is not None]
+        if images and self.family.image_pipeline is not None:
+            parts = self.pipeline.components | {"vae": _ImageEncoder(self.pipeline.vae)}
+            pipeline = self.family.image_pipeline(**parts)
+            pipeline.set_progress_bar_config(disable=True)
+            # Pipelines take tensors in [0, 1] and would take one in [-1, 1] that has no negative value for such a one.
+            arguments |= {"image": torch.stack(images).clamp(-1, 1) / 2 + 0.5, "strength": first.strength}
+        latents = pipeline(**arguments).images.float()
+        if self.family.hands_out_raw:
+            self.latent_space.check_raw(tuple(latents.shape))
+            return latents
+        return self.latent_space.to_raw(latents, first.height_px, first.width_px)
+
+    @torch.no_grad()
+    def _prompts(self, items: Sequence[DrawItem]) -> dict[str, Any]:
+        prompts = [item.prompt for item in items]
+        if not self.family.negative_prompt:
+            return {"prompt": prompts}
+        negative = [item.negative_prompt for item in items]
+        if not getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False):
+            return {"prompt": prompts, "negative_prompt": negative}
+        # SDXL embeds no negative prompt as zeros, but does so for a whole batch or not at all.
+        positive, away, pooled, pooled_away = self.pipeline.encode_prompt(prompts, negative_prompt=negative)
+        named = torch.tensor([bool(text) for text in negative], device=away.device, dtype=away.dtype)
+        return {
+            "prompt_embeds": positive,
+            "negative_prompt_embeds": away * named[:, None, None],
+            "pooled_prompt_embeds": pooled,
+            "negative_pooled_prompt_embeds": pooled_away * named[:, None],
+        }
+
+
+class _ImageEncoder:
+    """Stands in for the VAE of an image-to-image pipeline: the posterior's mean, and weights that stay what they are.
+
+    On their own the pipelines draw from the posterior, give the VAE images of a type that its weights do not have, or
+    (SDXL) leave the weights in another type than they were.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
+
+    def to(self, *args: Any, **options: Any) -> Self:
+        return self
+
+    def encode(self, image: Tensor) -> Any:
+        mean = self._vae.encode(image.to(self._vae.dtype)).latent_dist.mode()
+        return SimpleNamespace(latents=mean.to(image.dtype))
+
+
+def _load(cls: Any, source: ModelSource, dtype: torch.dtype, **options: Any) -> Any:
+    return cls.from_pretrained(
+        str(source.place),
+        revision=source.revision,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=isinstance(source.place, Path),
+        **options,
+    )
+
+
+def _lost_by_clip(pipeline: Any, prompt: str) -> int:
+    return len(pipeline.tokenizer(prompt).input_ids) - int(pipeline.tokenizer.model_max_length)
+
+
+def _lost_by_t5(pipeline: Any, prompt: str) -> int:
+    tokenizer = pipeline.tokenizer_3 if hasattr(pipeline, "tokenizer_3") else pipeline.tokenizer_2
+    if tokenizer is None:  # Stable Diffusion 3 does without
+        return _lost_by_clip(pipeline, prompt)
+    return len(tokenizer(prompt).input_ids) - _max_tokens(pipeline)
+
+
+def _lost_by_mistral(pipeline: Any, prompt: str) -> int:
+    messages = format_input([prompt], system_message=pipeline.system_message)
+    inputs = pipeline.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+    return len(inputs["input_ids"][0]) - _max_tokens(pipeline)
+
+
+def _lost_by_qwen3(pipeline: Any, prompt: str) -> int:
+    # FLUX.2 Klein turns thinking off, which costs it four tokens that Z-Image does not spend.
+    thinking = not isinstance(pipeline, Flux2KleinPipeline)
+    text = pipeline.tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+    )
+    return len(pipeline.tokenizer(text).input_ids) - _max_tokens(pipeline)
+
+
+def _lost_by_qwen25(pipeline: Any, prompt: str) -> int:
+    text = pipeline.prompt_template_encode.format(prompt)
+    before = int(pipeline.prompt_template_encode_start_idx)  # dropped before the rest is cut to length
+    return len(pipeline.tokenizer(text).input_ids) - before - _max_tokens(pipeline)
+
+
+def _lost_by_none(pipeline: Any, prompt: str) -> int:
+    return 0
+
+
+def _max_tokens(pipeline: Any) -> int:
+    return int(inspect.signature(type(pipeline).__call__).parameters["max_sequence_length"].default)
+
+
+# As the classes behave in diffusers 0.42. In the last one the place of the image among the tokens, and with it the
+# image, moves with the longest prompt of the batch.
+FAMILIES: Mapping[type, Family] = MappingProxyType(
+    {
+        StableDiffusionPipeline: Family(_lost_by_clip, StableDiffusionImg2ImgPipeline),
+        StableDiffusionXLPipeline: Family(_lost_by_clip, StableDiffusionXLImg2ImgPipeline),
+        StableDiffusion3Pipeline: Family(_lost_by_t5, StableDiffusion3Img2ImgPipeline),
+        FluxPipeline: Family(_lost_by_t5, FluxImg2ImgPipeline, negative_prompt=False),
+        Flux2Pipeline: Family(_lost_by_mistral, negative_prompt=False),
+        Flux2KleinPipeline: Family(_lost_by_qwen3, negative_prompt=False, hands_out_raw=True),
+        QwenImagePipeline: Family(_lost_by_qwen25, QwenImageImg2ImgPipeline, guidance="true_cfg_scale"),
+        ZImagePipeline: Family(_lost_by_qwen3, ZImageImg2ImgPipeline),
+        QwenImage21Pipeline: Family(_lost_by_none, guidance="true_cfg_scale", batches=False),
+    }
+)

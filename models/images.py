@@ -21,6 +21,14 @@ _OPTIONS: dict[str, dict[str, int]] = {
 }
 
 
+def to_signed(pixels: Tensor) -> Tensor:
+    """Pixels as a diffusion pipeline takes them.
+
+    **Shape** [height_px, width_px, 3], uint8 -> [3, height_px, width_px], float32 in [-1, 1].
+    """
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
+
+
 def to_image_bytes(pixels: Tensor, output_format: ImageFormat) -> bytes:
     """Encode one image. Nothing but the pixels and their size goes into the file.
 

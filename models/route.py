@@ -1,27 +1,41 @@
 """One bundle on one device: generate -> upscale -> decode, each stage on raw latents, timed with the device at rest.
 
 `Route` is what a worker holds (`service.worker`) and what the command line uses without a service. The stages are
-methods of their own, because an upscale job starts at the second one and a latent result ends there.
+methods of their own, because an upscale job starts at the second one and a latent result ends there; in which order
+a method runs them is in `stages_of`.
 """
 
 import gc
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.bundle import Bundle, check_files
+from models.bundle_descriptor import DecodeName, Method
 from models.checkpoints import read_lua
 from models.generator import CancelCheck, DrawItem, Generator, StepWatcher
+from models.images import to_signed
 from models.lua import Lua, pad_to_window
+from models.pixel_upscale import PixelUpscaler
 
 STAGES = ("generate", "upscale", "decode", "encode")
+
+
+def stages_of(method: Method, scale: int) -> tuple[Literal["upscale", "decode"], ...]:
+    """What follows the base latent, in order: `swinir` enlarges pixels, `lua` and `bicubic` the latent."""
+    if scale == 1 or method == "direct":
+        return ("decode",)
+    return ("decode", "upscale") if method == "swinir" else ("upscale", "decode")
 
 
 @dataclass(slots=True)
@@ -98,20 +112,29 @@ class Route:
     Args:
         name: The bundle's name.
         generator: Prompt to raw latent.
-        lua: The upscaler, in float32; it computes in `dtype` under autocast.
+        lua: The upscaler, in float32; it computes in `dtype` under autocast. None where the bundle has none.
+        pixel: The upscaler of pixels, for the method `swinir`; None where the bundle has none.
         vae: The decoder.
-        device: Where all three are.
+        device: Where all of them are.
         dtype: The compute type.
     """
 
     engine = "torch"
 
     def __init__(
-        self, name: str, generator: Generator, lua: Lua, vae: Any, device: torch.device, dtype: torch.dtype
+        self,
+        name: str,
+        generator: Generator,
+        lua: Lua | None,
+        pixel: PixelUpscaler | None,
+        vae: Any,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.name = name
         self.generator = generator
         self.lua = lua
+        self.pixel = pixel
         self.vae = vae
         self.device = device
         self.dtype = dtype
@@ -126,18 +149,28 @@ class Route:
             OSError: the pipeline lacks a file.
         """
         check_files(bundle)
-        lua = read_lua(bundle.lua, device)
-        bundle.check_lua(lua.spec)
+        lua = None if bundle.lua is None else read_lua(bundle.lua, device)
+        if lua is not None:
+            bundle.check_lua(lua.spec)
+        pixel = PixelUpscaler.open(bundle.swinir, device, dtype) if bundle.swinir else None
         generator = Generator.open(bundle, device, dtype)
         vae = generator.pipeline.vae
         if dtype == torch.float16 and vae.config.force_upcast:
             vae.to(torch.float32)  # this decoder overflows in float16 and says so in its configuration
-        return cls(bundle.name, generator, lua, vae, device, dtype)
+        return cls(bundle.name, generator, lua, pixel, vae, device, dtype)
 
     @property
-    def scales(self) -> tuple[int, ...]:
-        """The scales that `upscale` takes."""
-        return (1, *self.lua.spec.scales)
+    def window(self) -> int:
+        """Side of the upscaler's window in latent pixels; latents that are equal once padded to it run together."""
+        return 1 if self.lua is None else self.lua.spec.window
+
+    def scales_of(self, method: Method) -> tuple[int, ...]:
+        """The scales that a method has weights for, 1 among them; `bicubic` and `direct` need none and take any."""
+        if method == "lua":
+            return (1,) if self.lua is None else (1, *self.lua.spec.scales)
+        if method == "swinir":
+            return (1,) if self.pixel is None else (1, *self.pixel.scales)
+        return (1, 2, 4)
 
     def clock(self) -> StageClock:
         """A clock for the stages of one batch."""
@@ -148,47 +181,83 @@ class Route:
         return self.generator.draw(items, on_step, canceled)
 
     @torch.inference_mode()
-    def upscale(self, latents: Tensor, scale: int) -> Tensor:
-        """Enlarge raw latents; scale 1 gives them back.
+    def embed(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """The raw latent of an image, its posterior mean; sides that fill no whole latent repeat their last pixels.
+
+        **Shape** [height_px, width_px, 3] -> [channels, h, w], float32.
+        """
+        height_px, width_px = pixels.shape[:2]
+        unit_px = self.generator.latent_space.multiple_px
+        filling = ((0, -height_px % unit_px), (0, -width_px % unit_px), (0, 0))
+        image = to_signed(torch.from_numpy(np.pad(pixels, filling, mode="edge")))
+        latent: Tensor = self.vae.encode(image[None].to(self.device))[0]
+        return latent
+
+    @torch.inference_mode()
+    def upscale(self, latents: Tensor, scale: int, method: Method = "lua") -> Tensor:
+        """Enlarge raw latents by LUA or by bicubic interpolation; scale 1 gives them back.
 
         **Shape** [batch, channels, h, w] -> [batch, channels, scale * h, scale * w], float32.
 
-        **Raises** ValueError: there is no head for the scale.
+        **Raises** ValueError: there is no head for the scale, or the method does not enlarge latents.
         """
         latents = latents.to(self.device, torch.float32)
         if scale == 1:
             return latents
+        if method == "bicubic":
+            return F.interpolate(latents, scale_factor=float(scale), mode="bicubic")
+        if method != "lua" or self.lua is None:
+            raise ValueError(f"bundle {self.name} does not enlarge latents by {method}")
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             enlarged: Tensor = self.lua(latents, scale)
         return enlarged.float()
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> list[Tensor | None]:
+    def upscale_pixels(self, images: Sequence[Tensor | None], scale: int) -> list[Tensor | None]:
+        """Enlarge decoded images one by one with the upscaler of pixels; None stays None.
+
+        **Shape** each [height_px, width_px, 3], uint8 -> [scale * height_px, scale * width_px, 3], on the CPU.
+
+        **Raises** ValueError: the bundle has no such upscaler, or none of that scale.
+        """
+        if self.pixel is None:
+            raise ValueError(f"bundle {self.name} has no upscaler of pixels")
+        return [None if image is None else self._upscale_image(self.pixel, image, scale) for image in images]
+
+    def _upscale_image(self, pixel: PixelUpscaler, image: Tensor, scale: int) -> Tensor:
+        values = image.to(self.device).permute(2, 0, 1)[None].float() / 255
+        return to_pixels(pixel.upscale(values, scale))[0]
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, how: DecodeName = "exact") -> list[Tensor | None]:
         """Decode raw latents, once; None where an image has a value that is not finite.
 
         **Shape** [batch, channels, h, w] -> per item [stride * h, stride * w, 3], uint8, on the CPU.
         """
         decoded = self.vae.decode(latents.to(self.device, self.vae.dtype), return_dict=False)[0].float()
         finite = finite_items(decoded)
-        pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        pixels = to_pixels(decoded / 2 + 0.5)
         return [image if good else None for image, good in zip(pixels, finite, strict=True)]
 
-    def upscale_items(self, latents: Sequence[Tensor], scale: int) -> list[Tensor]:
-        """Enlarge latents of different sizes in one batch: each is padded to the window as `Lua.forward` would do it.
+    def upscale_items(self, latents: Sequence[Tensor], scale: int, method: Method = "lua") -> list[Tensor]:
+        """Enlarge latents; by LUA those of different sizes in one batch, each padded as `Lua.forward` would do it.
 
         **Shape** each [channels, h, w] -> [channels, scale * h, scale * w]; all equal once padded to the window.
 
-        **Raises** ValueError: the padded sizes differ.
+        **Raises** ValueError: the padded sizes differ, or as `upscale`.
         """
-        window = self.lua.spec.window
-        padded = [pad_to_window(latent[None].to(self.device), window) for latent in latents]
+        if method != "lua":
+            return [self.upscale(latent[None], scale, method)[0] for latent in latents]
+        padded = [pad_to_window(latent[None].to(self.device), self.window) for latent in latents]
         if len({latent.shape for latent in padded}) > 1:
-            raise ValueError(f"latents of one batch must be equal once padded to {window}; upscale them in several")
+            raise ValueError(
+                f"latents of one batch must be equal once padded to {self.window}; upscale them in several"
+            )
         enlarged = self.upscale(torch.cat(padded), scale)
         sizes = [latent.shape[-2:] for latent in latents]
         return [grown[:, : scale * h, : scale * w] for grown, (h, w) in zip(enlarged, sizes, strict=True)]
 
-    def decode_items(self, latents: Sequence[Tensor]) -> list[Tensor | None]:
+    def decode_items(self, latents: Sequence[Tensor], how: DecodeName = "exact") -> list[Tensor | None]:
         """Decode latents of any sizes, on a GPU those of one size together; see `decode`."""
         images: list[Tensor | None] = [None] * len(latents)
         # On a CPU a batch of 8 took 1.27 times as long per image as one at a time: activations leave the cache.
@@ -196,15 +265,83 @@ class Route:
         for size in dict.fromkeys(latent.shape for latent in latents):
             alike = [index for index, latent in enumerate(latents) if latent.shape == size]
             for chosen in (alike[start : start + most] for start in range(0, len(alike), most)):
-                decoded = self.decode(torch.stack([latents[index] for index in chosen]))
+                decoded = self.decode(torch.stack([latents[index] for index in chosen]), how)
                 for index, image in zip(chosen, decoded, strict=True):
                     images[index] = image
         return images
 
-    def warm(self, width_px: int, height_px: int, steps: int) -> dict[int, dict[str, float]]:
-        """Run every scale once at the shapes of a real request of this base size; seconds per stage and scale."""
+    def warm(self, width_px: int, height_px: int, steps: int) -> dict[tuple[Method, int], dict[str, float]]:
+        """Run every scale of every network once at the shapes of a real request of this base size.
+
+        Returns:
+            Seconds per stage, by method and scale.
+        """
         item = DrawItem("", "", 0, width_px, height_px, steps, 2.0)
-        return {scale: run_once(self, item, scale).stages_s for scale in self.scales}
+        methods: list[Method] = ["lua" if self.lua is not None else "bicubic"]
+        if self.pixel is not None:
+            methods.append("swinir")
+        runs = [(method, scale) for method in methods for scale in self.scales_of(method)]
+        runs = [run for run in runs if run != ("swinir", 1)]  # the same as the first method's
+        return {(method, scale): run_once(self, item, scale, method).stages_s for method, scale in runs}
+
+    def finish(
+        self,
+        latents: list[Tensor],
+        scale: int,
+        method: Method,
+        decode: DecodeName | None,
+        measure: Callable[[str], AbstractContextManager[None]],
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """From base latents to images, by the stages of a method.
+
+        Args:
+            latents: Raw, each [channels, h, w].
+            scale: One of `scales_of(method)`.
+            method: How they become large.
+            decode: How they become images; None leaves them latents.
+            measure: Each stage runs inside `measure(stage)`; `StageClock.measure` is one.
+
+        Returns:
+            The enlarged latents, and the images as `decode` gives them, none without it.
+        """
+        images: list[Tensor | None] = []
+        for stage in stages_of(method, scale):
+            if decode is None and stage == "decode":
+                continue
+            with measure(stage):
+                if stage == "decode" and decode is not None:
+                    images = self.decode_items(latents, decode)
+                elif method == "swinir":
+                    images = self.upscale_pixels(images, scale)
+                else:
+                    latents = self.upscale_items(latents, scale, method)
+        return latents, images
+
+    def finish_images(
+        self,
+        given: Sequence[NDArray[np.uint8]],
+        scale: int,
+        method: Method,
+        decode: DecodeName | None,
+        measure: Callable[[str], AbstractContextManager[None]],
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """From images to larger ones: encoded and then as `finish`; by `swinir` their pixels, with no latent between.
+
+        **Shape** each [height_px, width_px, 3] -> [scale * height_px, scale * width_px, 3], uint8, on the CPU; a latent
+        is that of the image filled up to whole latents.
+        """
+        if method == "swinir" and scale > 1:
+            with measure("upscale"):
+                return [], self.upscale_pixels([torch.from_numpy(pixels) for pixels in given], scale)
+        with measure("vae_encode"):
+            embedded = [self.embed(pixels) for pixels in given]
+        latents, images = self.finish(embedded, scale, method, decode, measure)
+        sides = [(scale * pixels.shape[0], scale * pixels.shape[1]) for pixels in given]
+        cut = [
+            None if image is None else image[:height, :width].contiguous()
+            for image, (height, width) in zip(images, sides, strict=False)  # none where no image was asked for
+        ]
+        return latents, cut
 
     def reset_peak_memory(self) -> None:
         """Start measuring anew, where the device can."""
@@ -231,15 +368,24 @@ def finite_items(batch: Tensor) -> list[bool]:
     return finite
 
 
-def run_once(route: Route, item: DrawItem, scale: int) -> StageClock:
-    """One image through the three stages, its pixels thrown away; the clock that timed them."""
+def to_pixels(values: Tensor) -> Tensor:
+    """Bytes of an image.
+
+    **Shape** [batch, 3, height_px, width_px] in [0, 1], clamped -> [batch, height_px, width_px, 3], uint8, on the CPU.
+    """
+    return (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+def run_once(route: Route, item: DrawItem, scale: int, method: Method = "lua") -> StageClock:
+    """One image through all stages, its pixels thrown away; the clock that timed them.
+
+    Args:
+        item: Its size is that of the base image; `direct` draws `scale` times as large.
+    """
     clock = route.clock()
+    if method == "direct":
+        item = replace(item, width_px=scale * item.width_px, height_px=scale * item.height_px)
     with clock.measure("generate"):
-        latents = route.generate([item], lambda step, steps: None, set)
-    drawn = [latent for latent in latents if latent is not None]
-    if scale > 1:
-        with clock.measure("upscale"):
-            drawn = route.upscale_items(drawn, scale)
-    with clock.measure("decode"):
-        route.decode_items(drawn)
+        latents = [latent for latent in route.generate([item], lambda step, steps: None, set) if latent is not None]
+    route.finish(latents, scale, method, "exact", clock.measure)
     return clock

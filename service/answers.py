@@ -56,9 +56,10 @@ def job_problem(request: Request, record: JobRecord, error: GiantleapError) -> R
 
 def job_headers(record: JobRecord) -> dict[str, str]:
     """The headers that every answer about a job carries."""
-    headers = {"X-Job-Id": record.job.id}
-    if isinstance(record.job.params, GenerateParams):
-        headers["X-Seed"] = str(record.job.params.seed)
+    params = record.job.params
+    headers = {"X-Job-Id": record.job.id, "X-Method": params.method, "X-Decode": params.decode}
+    if isinstance(params, GenerateParams):
+        headers["X-Seed"] = str(params.seed)
     timing = ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in stages_s(record).items())
     if timing:
         headers["Server-Timing"] = timing

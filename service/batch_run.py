@@ -8,20 +8,22 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from models.generator import DrawItem, image_seed
-from models.images import CONTENT_TYPES, to_image_bytes
+from models.images import CONTENT_TYPES, to_image_bytes, to_signed
 from models.route import Route, StageClock, finite_items, is_out_of_memory
 from service.batching import count_items
 from service.claims import Claim, Claims
 from service.errors import EngineFault, GiantleapError, JobFailed
-from service.jobs import GenerateParams, JobError, ResultFile, UpscaleParams
+from service.images_in import Pixels, read_image
+from service.jobs import GenerateParams, JobError, JobParams, ResultFile, UpscaleParams
 from service.latents_in import LATENT_TENSOR, SAFETENSORS_TYPE
 
 log = logging.getLogger(__name__)
@@ -132,7 +134,10 @@ class BatchRun:
         outcomes: dict[int, Outcome] = {}
         latents: dict[int, Tensor] = {}
         live = [index for index, item in enumerate(items) if not self._is_stopped(item)]
-        if live:
+        if live and _holds_images(items[0].claim.job.params):
+            ended = self._enlarge_images([items[index] for index in live])
+            outcomes = dict(zip(live, ended, strict=True))
+        elif live:
             drawn = self._latents([items[index] for index in live])
             latents = {index: latent for index, latent in zip(live, drawn, strict=True) if latent is not None}
         if latents:
@@ -156,21 +161,27 @@ class BatchRun:
             return self._route.generate([_draw_item(item) for item in items], on_step, canceled)
 
     def _enlarge(self, items: Sequence[Item], latents: Sequence[Tensor]) -> list[Outcome]:
-        """From raw latents to files."""
-        scale = items[0].claim.job.params.scale
-        if scale > 1:
-            with self._stage("upscale", items):
-                latents = self._route.upscale_items(latents, scale)
-        wanted = [index for index, item in enumerate(items) if _wants_image(item)]
-        images: dict[int, Tensor | None] = {}
-        if wanted:
-            with self._stage("decode", items):
-                images = dict(zip(wanted, self._route.decode_items([latents[i] for i in wanted]), strict=True))
+        """From raw latents to files, by the stages of the batch's method."""
+        params = items[0].claim.job.params
+        decode = params.decode if _wants_images(params) else None
+        stage = partial(self._stage, items=items)
+        return self._encode(items, *self._route.finish(list(latents), params.scale, params.method, decode, stage))
+
+    def _enlarge_images(self, items: Sequence[Item]) -> list[Outcome]:
+        """From images of clients to files."""
+        params = items[0].claim.job.params
+        decode = params.decode if _wants_images(params) else None
+        stage = partial(self._stage, items=items)
+        given = [_read_pixels(item) for item in items]
+        return self._encode(items, *self._route.finish_images(given, params.scale, params.method, decode, stage))
+
+    def _encode(
+        self, items: Sequence[Item], latents: Sequence[Tensor], images: Sequence[Tensor | None]
+    ) -> list[Outcome]:
         with self._stage("encode", items):
-            return [
-                _image_output(item, images[index]) if index in images else _latent_output(latents[index])
-                for index, item in enumerate(items)
-            ]
+            if _wants_images(items[0].claim.job.params):
+                return [_image_output(item, image) for item, image in zip(items, images, strict=True)]
+            return [_latent_output(latent) for latent in latents]
 
     @contextmanager
     def _stage(self, name: str, items: Sequence[Item]) -> Iterator[None]:
@@ -195,23 +206,37 @@ class BatchRun:
 def _draw_item(item: Item) -> DrawItem:
     params = item.claim.job.params
     assert isinstance(params, GenerateParams)
-    return DrawItem(
+    width_px, height_px = params.base_size_px
+    drawn = DrawItem(
         prompt=params.prompt,
         negative_prompt=params.negative_prompt,
         seed=image_seed(params.seed, item.index),
-        width_px=params.width_px // params.scale,
-        height_px=params.height_px // params.scale,
+        width_px=width_px,
+        height_px=height_px,
         steps=params.steps,
         guidance_scale=params.guidance_scale,
     )
+    if params.strength is None:
+        return drawn
+    start = to_signed(torch.from_numpy(read_image(item.claim.body or b"", width_px * height_px)))
+    return replace(drawn, init_image=start, strength=params.strength)
 
 
 def _read_latent(item: Item) -> Tensor:
     return safetensors.torch.load(item.claim.body or b"")[LATENT_TENSOR][item.index]
 
 
-def _wants_image(item: Item) -> bool:
+def _read_pixels(item: Item) -> Pixels:
     params = item.claim.job.params
+    assert isinstance(params, UpscaleParams) and params.image_width_px and params.image_height_px
+    return read_image(item.claim.body or b"", params.image_width_px * params.image_height_px)
+
+
+def _holds_images(params: JobParams) -> bool:
+    return isinstance(params, UpscaleParams) and params.image_width_px is not None
+
+
+def _wants_images(params: JobParams) -> bool:
     return isinstance(params, GenerateParams) or params.output == "image"
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from service.claims import Claim
 from service.jobs import GenerateParams, JobParams
 
-BatchKey = tuple[str, str, int, int, int, int, float]
+BatchKey = tuple[str | int | float | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,15 @@ def output_latent_px(params: JobParams, grid: LatentGrid) -> int:
 def batch_key(bundle: str, params: JobParams, grid: LatentGrid) -> BatchKey:
     """What jobs of one batch have in common.
 
-    Drawing: the final size, which with the scale gives the base size, the steps and the guidance. Upscaling: the size
-    of the latent padded to the window, so that sizes which differ by less than a window still run together.
+    Always bundle, scale, method and decode. Drawing: the final size, which with the scale gives the base size, the
+    steps, the guidance and how far it keeps to a given image. Upscaling: the size of the latent padded to the window,
+    so that sizes which differ by less than a window still run together, what comes out, and whether images go in.
     """
+    shared = (params.kind, bundle, params.scale, params.method, params.decode)
     if isinstance(params, GenerateParams):
-        size = (params.width_px, params.height_px)
-        return (params.kind, bundle, params.scale, *size, params.steps, params.guidance_scale)
+        return (*shared, params.width_px, params.height_px, params.steps, params.guidance_scale, params.strength)
     size = (_padded(params.latent_width, grid), _padded(params.latent_height, grid))
-    return (params.kind, bundle, params.scale, *size, 0, 0.0)
+    return (*shared, *size, params.output, params.image_width_px is not None)
 
 
 def plan_batch(

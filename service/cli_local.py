@@ -4,23 +4,31 @@
 `giantleap --help` and the API processes start fast.
 """
 
+from base64 import b64encode
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from pydantic import ValidationError
 
 from models.bundle import Bundle, BundleError, read_bundle
-from service.cli_options import BundleOption, DeviceOption, settings_from, stop
+from service.cli_options import BundleOption, DecodeOption, DeviceOption, MethodOption, settings_from, stop
 from service.errors import GiantleapError
+from service.images_in import fit_image, read_image
+from service.latents_in import LATENT_TENSOR
+from service.planning import choose_method, choose_scale, plan_generate, prepare_upscale
+from service.schemas import GenerateRequest, UpscaleQuery
 from service.settings import Settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from tqdm import tqdm
 
     from models.images import ImageFormat
-    from models.route import Route
+    from models.route import Route, StageClock
 
 
 def models(bundle: BundleOption = None) -> None:
@@ -28,7 +36,8 @@ def models(bundle: BundleOption = None) -> None:
     for each in _bundles(settings_from(bundle=bundle)):
         space, defaults = each.latent_space, each.defaults
         typer.echo(f"{each.name}  {each.about.title}  ({each.about.licence})")
-        typer.echo(f"  scales     {', '.join(f'x{scale}' for scale in each.scales)}")
+        for method in each.methods:
+            typer.echo(f"  {method:<10} {', '.join(f'x{scale}' for scale in each.scales_of(method))}")
         typer.echo(f"  latents    {space.name}: {space.channels} channels, stride {space.stride_px} px")
         typer.echo(f"  base size  {defaults.base_width_px} x {defaults.base_height_px} px")
         typer.echo(f"  defaults   {defaults.steps} steps, guidance {defaults.guidance_scale}")
@@ -38,13 +47,17 @@ def models(bundle: BundleOption = None) -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Image to write: .png, .jpg or .webp.")],
-    scale: Annotated[int, typer.Option(help="Enlargement of the base image: 1, 2 or 4.")] = 2,
+    scale: Annotated[int | None, typer.Option(help="Enlargement of the base image: 1, 2 or 4.")] = None,
+    method: MethodOption = None,
     seed: Annotated[int, typer.Option(help="Same seed, same image.", min=0)] = 0,
-    negative_prompt: Annotated[str, typer.Option(help="What not to draw.")] = "",
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     width: Annotated[int | None, typer.Option(help="Width of the final image, px.")] = None,
     height: Annotated[int | None, typer.Option(help="Height of the final image, px.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.", min=0)] = None,
+    init_image: Annotated[Path | None, typer.Option(help="Image to start from: .png, .jpg or .webp.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How far to leave that image, 0 to 1.")] = None,
+    decode: DecodeOption = "exact",
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
@@ -52,95 +65,108 @@ def generate(
     settings = settings_from(bundle=bundle, device=device)
     served = _bundles(settings)[0]
     output_format = _image_format(out)
-    defaults = served.defaults
     try:
-        base_width_px, base_height_px = served.base_size(
-            width or defaults.base_width_px * scale, height or defaults.base_height_px * scale, scale
+        start = None if init_image is None else init_image.read_bytes()
+        asked = GenerateRequest.model_validate(
+            {
+                "prompt": prompt,
+                "negative_prompt": negative_prompt,
+                "scale": scale,
+                "width": width,
+                "height": height,
+                "steps": steps,
+                "guidance_scale": guidance_scale,
+                "method": method,
+                "decode": decode,
+                "init_image": None if start is None else b64encode(start).decode(),
+                "strength": strength,
+            }
         )
-    except ValueError as error:
-        stop(str(error))
+        params = plan_generate(asked, served, settings, seed, output_format)
+        fitted = None if start is None else fit_image(start, settings.max_image_px, *params.base_size_px)
+    except (OSError, ValueError, GiantleapError) as error:
+        stop(_reason(error))
     if served.closed_vocabulary:
         _warn_of_unknown_words(served, prompt)
 
+    import torch
     from tqdm import tqdm
 
     from models.generator import DrawItem
-    from models.images import to_image_bytes
+    from models.images import to_signed
 
     route = _route(settings, served)
-    item = DrawItem(
-        prompt,
-        negative_prompt,
-        seed,
-        base_width_px,
-        base_height_px,
-        steps or defaults.steps,
-        defaults.guidance_scale if guidance_scale is None else guidance_scale,
-    )
+    width_px, height_px = params.base_size_px
+    item = DrawItem(prompt, params.negative_prompt, seed, width_px, height_px, params.steps, params.guidance_scale)
+    if fitted is not None and params.strength is not None:
+        pixels = torch.from_numpy(read_image(fitted, width_px * height_px))
+        item = replace(item, init_image=to_signed(pixels), strength=params.strength)
     clock = route.clock()
     with tqdm(total=item.steps, desc="generate", unit="step") as bar, clock.measure("generate"):
         (latent,) = route.generate([item], lambda step, steps: _advance(bar, step), set)
     if latent is None:
         stop("the drawing was canceled")
-    with clock.measure("upscale"):
-        enlarged = route.upscale(latent[None], scale)
-    with clock.measure("decode"):
-        (pixels,) = route.decode(enlarged)
-    if pixels is None:
-        stop("the decoded image holds values that are not finite; nothing was written")
-    with clock.measure("encode"):
-        out.write_bytes(to_image_bytes(pixels, output_format))
-    _report(out, clock.stages_s)
+    _, images = route.finish([latent], params.scale, params.method, params.decode, clock.measure)
+    _write_image(out, output_format, images[0], clock)
 
 
 def upscale(
-    latent: Annotated[Path, typer.Argument(help="A .safetensors or .npy file with one latent [channels, h, w].")],
+    file: Annotated[
+        Path, typer.Argument(help="A .safetensors or .npy file with one latent, or an image: .png, .jpg, .webp.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Image to write: .png, .jpg or .webp; or .safetensors.")],
-    scale: Annotated[int, typer.Option(help="Enlargement: 2 or 4.")] = 2,
+    scale: Annotated[int | None, typer.Option(help="Enlargement: 2 or 4.")] = None,
+    method: MethodOption = None,
     scaled: Annotated[bool, typer.Option(help="The latent is as a pipeline returns it, not raw.")] = False,
+    width: Annotated[int | None, typer.Option(help="Of a packed latent: width of its own image, px.")] = None,
+    height: Annotated[int | None, typer.Option(help="Of a packed latent: height of its own image, px.")] = None,
+    decode: DecodeOption = "exact",
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Enlarge a latent of the bundle's latent space without a service, and decode it unless the output is a latent."""
-    import torch
-    from safetensors.torch import save_file
-
-    from models.images import to_image_bytes
-    from service.latents_in import LATENT_TENSOR, read_latent
-
+    """Enlarge a latent or an image without a service, and decode it unless the output is a latent."""
     settings = settings_from(bundle=bundle, device=device)
     served = _bundles(settings)[0]
-    try:
-        raw = torch.from_numpy(read_latent(latent.read_bytes(), None))
-    except (OSError, GiantleapError) as error:
-        stop(f"{latent}: {error}")
-    space = served.latent_space
-    raw = raw[None] if raw.dim() == 3 else raw
-    if raw.shape[:2] != (1, space.channels):
-        stop(f"{latent}: latents of {space.name} are [{space.channels}, h, w]; found {list(raw.shape)}")
-    if scaled:
-        raw = space.to_raw(raw)
-    if scale not in served.scales:
-        stop(f"scale {scale}: bundle {served.name} has {', '.join(map(str, served.scales))}")
     as_latent = out.suffix == ".safetensors"
     output_format = "png" if as_latent else _image_format(out)
+    try:
+        asked = UpscaleQuery.model_validate(
+            {
+                "scale": scale,
+                "scaled": scaled,
+                "method": method,
+                "decode": decode,
+                "width": width,
+                "height": height,
+                "output": "latent" if as_latent else "image",
+            }
+        )
+        body = file.read_bytes()
+        params, blob = prepare_upscale(asked, body, None, served, settings, output_format)
+        if params.batch_items != 1:
+            stop(f"{file}: holds {params.batch_items} latents; one is written at a time")
+    except (OSError, ValueError, GiantleapError) as error:
+        stop(f"{file}: {_reason(error)}")
+
+    from safetensors.torch import load, save_file
+
     route = _route(settings, served)
     clock = route.clock()
-    with clock.measure("upscale"):
-        enlarged = route.upscale(raw, scale)
-    if as_latent:
-        save_file({LATENT_TENSOR: enlarged[0].contiguous()}, out)
+    how = (params.scale, params.method, None if as_latent else params.decode, clock.measure)
+    if params.image_width_px is None:
+        latents, images = route.finish(list(load(blob)[LATENT_TENSOR]), *how)
     else:
-        with clock.measure("decode"):
-            (pixels,) = route.decode(enlarged)
-        if pixels is None:
-            stop("the decoded image holds values that are not finite; nothing was written")
-        out.write_bytes(to_image_bytes(pixels, output_format))
-    _report(out, clock.stages_s)
+        latents, images = route.finish_images([read_image(blob, settings.max_image_px)], *how)
+    if as_latent:
+        save_file({LATENT_TENSOR: latents[0].contiguous()}, out)
+        _report(out, clock.stages_s)
+    else:
+        _write_image(out, output_format, images[0], clock)
 
 
 def protocol(
-    scale: Annotated[list[int] | None, typer.Option(help="Scales to time; none: all of the bundle.")] = None,
+    scale: Annotated[list[int] | None, typer.Option(help="Scales to time; none: all of the method.")] = None,
+    method: MethodOption = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     warmups: Annotated[int, typer.Option(help="Runs thrown away first.", min=0)] = 20,
     runs: Annotated[int, typer.Option(help="Runs that count.", min=1)] = 20,
@@ -155,12 +181,14 @@ def protocol(
 
     settings = settings_from(bundle=bundle, device=device)
     served = _bundles(settings)[0]
-    unknown = sorted(set(scale or ()) - set(served.scales))
-    if unknown:
-        stop(f"scale {unknown[0]}: bundle {served.name} has {', '.join(map(str, served.scales))}")
+    try:
+        chosen = choose_method(served, method)
+        scales = [choose_scale(served, chosen, each) for each in scale or served.scales_of(chosen)]
+    except (ValueError, GiantleapError) as error:
+        stop(_reason(error))
     route = _route(settings, served)
     defaults, results = served.defaults, []
-    for each in scale or served.scales:
+    for each in scales:
         with tqdm(total=warmups + runs, desc=f"x{each}", unit="run") as bar:
             result = measure_protocol(
                 route,
@@ -168,6 +196,7 @@ def protocol(
                 defaults.base_width_px,
                 defaults.base_height_px,
                 steps or defaults.steps,
+                chosen,
                 warmups,
                 runs,
                 on_progress=partial(_advance, bar),
@@ -197,6 +226,23 @@ def _route(settings: Settings, bundle: Bundle) -> "Route":
         return Route.open(bundle, device, choose_dtype(settings.dtype, device))
     except ValueError as error:
         stop(str(error))
+
+
+def _reason(error: Exception) -> str:
+    """What a user needs of an error: of pydantic's, the fields and their faults without the values."""
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors())
+    return str(error)
+
+
+def _write_image(out: Path, output_format: "ImageFormat", pixels: "Tensor | None", clock: "StageClock") -> None:
+    from models.images import to_image_bytes
+
+    if pixels is None:
+        stop("the decoded image holds values that are not finite; nothing was written")
+    with clock.measure("encode"):
+        out.write_bytes(to_image_bytes(pixels, output_format))
+    _report(out, clock.stages_s)
 
 
 def _warn_of_unknown_words(bundle: Bundle, prompt: str) -> None:

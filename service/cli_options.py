@@ -5,6 +5,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from pydantic import ValidationError
 
+from models.bundle_descriptor import DecodeName, Method
 from service.logs import configure_logging
 from service.settings import Settings, read_settings
 
@@ -16,6 +17,8 @@ PortOption = Annotated[int | None, typer.Option(help="Port to listen on [GIANTLE
 RedisOption = Annotated[str | None, typer.Option(help="Redis to use [GIANTLEAP_REDIS_URL].")]
 BundleOption = Annotated[str | None, typer.Option(help="Bundle directory [GIANTLEAP_BUNDLE].")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto [GIANTLEAP_DEVICE].")]
+MethodOption = Annotated[Method | None, typer.Option(help="How images become large; none: the bundle's default.")]
+DecodeOption = Annotated[DecodeName, typer.Option(help="exact, or a decode that changes the image: tiled, tiny.")]
 LifelineOption = Annotated[int | None, typer.Option(hidden=True)]
 
 

@@ -37,7 +37,8 @@ class ImageSize:
 def is_image(body: bytes, content_type: str | None) -> bool:
     """Whether a body is meant as an image: by its declared type, or by its first bytes where that says nothing."""
     declared = (content_type or "").partition(";")[0].strip().lower()
-    return declared.startswith("image/") or (declared in ("", "application/octet-stream") and _type_of(body) != "")
+    unsaid = declared in ("", "application/octet-stream")
+    return declared.startswith("image/") or (unsaid and _type_of(body) != "")
 
 
 def check_image(body: bytes, content_type: str | None, most_px: int) -> ImageSize:
@@ -53,15 +54,8 @@ def check_image(body: bytes, content_type: str | None, most_px: int) -> ImageSiz
         MalformedRequest: the bytes are damaged, cut off, or not of the declared type.
         PayloadTooLarge: more pixels than `most_px`.
     """
-    declared = (content_type or "application/octet-stream").partition(";")[0].strip().lower()
-    found = _type_of(body)
-    if not body:
-        raise MalformedRequest("the image is empty; send a PNG, JPEG or WebP file")
-    if not found or declared not in (*INPUT_IMAGE_TYPES, "application/octet-stream"):
-        raise UnsupportedMediaType(f"content type {declared[:80]!r}; images are sent as {', '.join(INPUT_IMAGE_TYPES)}")
-    if declared not in (found, "application/octet-stream"):
-        raise MalformedRequest(f"the image is declared as {declared} but starts like {found}")
-    pixels = _read(body, most_px)
+    _check_type(body, content_type)
+    pixels = read_image(body, most_px)
     return ImageSize(pixels.shape[1], pixels.shape[0])
 
 
@@ -72,9 +66,40 @@ def read_image(body: bytes, most_px: int) -> Pixels:
         [height_px, width_px, 3], uint8.
 
     Raises:
+        UnsupportedMediaType: an animation.
+        MalformedRequest: the bytes are damaged or cut off.
+        PayloadTooLarge: more pixels than `most_px`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the stricter one
+            opened = Image.open(io.BytesIO(body), formats=_FORMATS)
+        with opened as image:
+            if image.width * image.height > most_px:
+                raise PayloadTooLarge(
+                    f"the image has {image.width}x{image.height} pixels; at most {most_px} in all are allowed"
+                )
+            if getattr(image, "n_frames", 1) > 1:
+                raise UnsupportedMediaType("the image is animated; send a single frame")
+            image.load()
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except Image.DecompressionBombError as error:
+        raise PayloadTooLarge(f"the image has far more pixels than the {most_px} that are allowed") from error
+    except _DAMAGED as error:
+        raise MalformedRequest("the image is damaged or cut off; send a complete PNG, JPEG or WebP file") from error
+
+
+def fit_image(body: bytes, most_px: int, width_px: int, height_px: int) -> bytes:
+    """A PNG file of the image at another size, its sides stretched where the shapes differ.
+
+    Raises:
         MalformedRequest, UnsupportedMediaType, PayloadTooLarge: as `check_image`.
     """
-    return _read(body, most_px)
+    _check_type(body, None)
+    image = Image.fromarray(read_image(body, most_px)).resize((width_px, height_px), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def read_base64(text: str) -> bytes:
@@ -100,24 +125,15 @@ def _type_of(body: bytes) -> str:
     return ""
 
 
-def _read(body: bytes, most_px: int) -> Pixels:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the stricter one
-            opened = Image.open(io.BytesIO(body), formats=_FORMATS)
-        with opened as image:
-            if image.width * image.height > most_px:
-                raise PayloadTooLarge(
-                    f"the image has {image.width}x{image.height} pixels; at most {most_px} in all are allowed"
-                )
-            if getattr(image, "n_frames", 1) > 1:
-                raise UnsupportedMediaType("the image is animated; send a single frame")
-            image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
-    except Image.DecompressionBombError as error:
-        raise PayloadTooLarge(f"the image has far more pixels than the {most_px} that are allowed") from error
-    except _DAMAGED as error:
-        raise MalformedRequest("the image is damaged or cut off; send a complete PNG, JPEG or WebP file") from error
+def _check_type(body: bytes, content_type: str | None) -> None:
+    declared = (content_type or "application/octet-stream").partition(";")[0].strip().lower()
+    found = _type_of(body)
+    if not body:
+        raise MalformedRequest("the image is empty; send a PNG, JPEG or WebP file")
+    if not found or declared not in (*INPUT_IMAGE_TYPES, "application/octet-stream"):
+        raise UnsupportedMediaType(f"content type {declared[:80]!r}; images are sent as {', '.join(INPUT_IMAGE_TYPES)}")
+    if declared not in (found, "application/octet-stream"):
+        raise MalformedRequest(f"the image is declared as {declared} but starts like {found}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Self
 
+from models.bundle_descriptor import DecodeName, Method
+
 
 class JobState(StrEnum):
     """A job's life: queued -> processing -> one of the three final states; a retry goes back to queued."""
@@ -32,7 +34,10 @@ class Priority(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GenerateParams:
-    """A prompt to draw. Sizes are of the final image: the base model draws (width_px, height_px) / scale."""
+    """A prompt to draw. Sizes are of the final image; `base_size_px` is what the base model draws.
+
+    With a `strength` the drawing starts from an image, the input blob: a PNG file of the base size.
+    """
 
     prompt: str
     negative_prompt: str
@@ -44,16 +49,26 @@ class GenerateParams:
     seed: int
     num_images: int
     output_format: Literal["png", "jpeg", "webp"]
+    method: Method = "lua"
+    decode: DecodeName = "exact"
+    strength: float | None = None
 
     kind: Literal["generate"] = "generate"
+
+    @property
+    def base_size_px(self) -> tuple[int, int]:
+        """Width and height of the image that the base model draws."""
+        factor = 1 if self.method == "direct" else self.scale
+        return self.width_px // factor, self.height_px // factor
 
 
 @dataclass(frozen=True, slots=True)
 class UpscaleParams:
-    """A raw or pipeline-scaled latent [channels, latent_height, latent_width] to enlarge; the tensor is the input blob.
+    """A latent [channels, latent_height, latent_width] or an image to enlarge.
 
-    The input blob is a safetensors file with one tensor `latent` of shape [B, C, h, w], already validated
-    and converted to the raw latent space by the API.
+    The input blob of a latent is a safetensors file with one tensor `latent` of shape [B, C, h, w], already validated
+    and converted to the raw latent space by the API. That of an image, which has `image_width_px` and
+    `image_height_px`, is the checked file; the latent's size is then that of the image filled up to whole latents.
     """
 
     scale: int
@@ -64,6 +79,10 @@ class UpscaleParams:
     latent_width: int
     output: Literal["image", "latent"]
     output_format: Literal["png", "jpeg", "webp"]
+    method: Method = "lua"
+    decode: DecodeName = "exact"
+    image_width_px: int | None = None
+    image_height_px: int | None = None
 
     kind: Literal["upscale"] = "upscale"
 

@@ -41,12 +41,12 @@ class Metrics:
         self._jobs = self._counter("jobs", "Jobs that reached a final state.", "kind", "bundle", "status")
         self._job_seconds = self._histogram(
             "job_duration_seconds", "From acceptance to the final state: waiting and running.",
-            "kind", "bundle", "scale", "status",
+            "kind", "bundle", "method", "scale", "status",
         )  # fmt: skip
         self._wait_seconds = self._histogram("queue_wait_seconds", "From acceptance to the claim.", "priority")
         self._stage_seconds = self._histogram(
             "stage_duration_seconds", "Time of one stage of one batch, device synchronised at both ends.",
-            "stage", "bundle", "scale", "engine", "warmup",
+            "stage", "bundle", "method", "scale", "engine", "warmup",
         )  # fmt: skip
         self._images = self._counter("images", "Images made.", "bundle", "scale")
         self._pixels = self._counter("pixels", "Pixels of the images made.", "bundle", "scale")
@@ -63,7 +63,7 @@ class Metrics:
         )
         self._protocol = self._gauge(
             "protocol_seconds", "The paper's timing protocol: batch 1 after warm-ups; never traffic.",
-            "livemostrecent", "bundle", "scale", "image_px", "stage", "statistic",
+            "livemostrecent", "bundle", "method", "scale", "image_px", "stage", "statistic",
         )  # fmt: skip
         self._build = self._gauge("build_info", "Versions of the running code.", "livemax", "version", "python")
         self._engine = self._gauge(
@@ -93,17 +93,17 @@ class Metrics:
         """A job was claimed for the first time."""
         self._wait_seconds.labels(priority).observe(wait_s)
 
-    def observe_job(self, kind: str, bundle: str, scale: int, status: str, duration_s: float) -> None:
+    def observe_job(self, kind: str, bundle: str, method: str, scale: int, status: str, duration_s: float) -> None:
         """A job reached a final state, `duration_s` after it was accepted."""
         self._jobs.labels(kind, bundle, status).inc()
-        self._job_seconds.labels(kind, bundle, str(scale), status).observe(duration_s)
+        self._job_seconds.labels(kind, bundle, method, str(scale), status).observe(duration_s)
 
     def observe_stages(
-        self, bundle: str, scale: int, engine: str, stages_s: Mapping[str, float], *, warmup: bool = False
+        self, bundle: str, method: str, scale: int, engine: str, stages_s: Mapping[str, float], *, warmup: bool = False
     ) -> None:
         """A batch ran; `stages_s` maps each stage that ran to its seconds."""
         for stage, duration_s in stages_s.items():
-            labels = (stage, bundle, str(scale), engine, str(warmup).lower())
+            labels = (stage, bundle, method, str(scale), engine, str(warmup).lower())
             self._stage_seconds.labels(*labels).observe(duration_s)
 
     def observe_batch(self, kind: str, items: int) -> None:
@@ -127,9 +127,11 @@ class Metrics:
         """Peak memory of the last batch; `source` is `cuda_allocated` or `process_rss`."""
         self._peak_bytes.labels(device, source).set(peak_bytes)
 
-    def set_protocol(self, bundle: str, scale: int, image_px: str, stage: str, statistic: str, value_s: float) -> None:
+    def set_protocol(
+        self, bundle: str, method: str, scale: int, image_px: str, stage: str, statistic: str, value_s: float
+    ) -> None:
         """One figure of the paper's protocol; `image_px` is the final size, `1024x1024`."""
-        self._protocol.labels(bundle, str(scale), image_px, stage, statistic).set(value_s)
+        self._protocol.labels(bundle, method, str(scale), image_px, stage, statistic).set(value_s)
 
     def set_engine(self, bundle: str, engine: str, device: str, dtype: str) -> None:
         """What runs a bundle in this process."""

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from service.images_in import INPUT_IMAGE_TYPES
 from service.latents_in import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
 from service.problems import PROBLEM_TYPE
 from service.schemas import OutputFormat, Problem
@@ -34,9 +35,11 @@ def file_content(*media_types: str) -> dict[str, Any]:
     return dict.fromkeys(media_types, _BINARY)
 
 
-def latent_request_body() -> dict[str, Any]:
-    """The body of /upscale, which FastAPI does not parse."""
-    return {"requestBody": {"required": True, "content": file_content(SAFETENSORS_TYPE, NPY_TYPE, OCTETS_TYPE)}}
+def upload_request_body() -> dict[str, Any]:
+    """The body of /upscale, which FastAPI does not parse: a latent or an image, also as the one file of a form."""
+    content = file_content(SAFETENSORS_TYPE, NPY_TYPE, *INPUT_IMAGE_TYPES, OCTETS_TYPE)
+    form = {"type": "object", "properties": {"image": _BINARY["schema"]}, "required": ["image"]}
+    return {"requestBody": {"required": True, "content": content | {"multipart/form-data": {"schema": form}}}}
 
 
 def describe(app: FastAPI) -> dict[str, Any]:

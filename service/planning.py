@@ -10,15 +10,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.bundle import Bundle, BundleError, SizeError, read_bundle
-from models.bundle_descriptor import nearest_sides
+from models.bundle_descriptor import DecodeName, Method, nearest_sides
 from models.latent_space import LatentSpaceError
 from models.prompt_words import PromptWords, read_prompt_words
+from service.images_in import ImageSize, check_image, is_image
 from service.jobs import GenerateParams, UpscaleParams
-from service.latents_in import Floats, require_finite
+from service.latents_in import Floats, read_latent, require_finite, to_blob
 from service.problems import InvalidFields
 from service.schemas import GenerateRequest, OutputFormat, UpscaleQuery
 from service.settings import Settings
 
+DEFAULT_STRENGTH = 0.6
 _MOST_WORD_WARNINGS = 32
 
 
@@ -73,10 +75,12 @@ def plan_generate(
     """What to draw: the bundle's defaults where the request is silent, everything within the limits.
 
     Raises:
-        InvalidFields: a value is beyond a limit; all of them are named.
+        InvalidFields: the method is not there, or a value is beyond a limit; all of them are named.
     """
     defaults, limits = bundle.defaults, bundle.limits
-    scale = defaults.scale if asked.scale is None else asked.scale
+    method = choose_method(bundle, asked.method)
+    scale = choose_scale(bundle, method, asked.scale)
+    strength = None if asked.init_image is None else asked.strength or DEFAULT_STRENGTH
     width_px = asked.width or defaults.base_width_px * scale
     height_px = asked.height or defaults.base_height_px * scale
     steps = asked.steps or defaults.steps
@@ -85,11 +89,23 @@ def plan_generate(
         (len(asked.prompt) > longest, "prompt", f"has {len(asked.prompt)} characters; at most {longest}"),
         (len(asked.negative_prompt or "") > longest, "negative_prompt", f"has more than {longest} characters"),
         (steps > limits.max_steps, "steps", f"is {steps}; bundle {bundle.name} takes at most {limits.max_steps}"),
+        (asked.strength is not None and strength is None, "strength", "is of init_image, which is not there"),
+        (
+            strength is not None and not bundle.from_image,
+            "init_image",
+            f"is not taken: the pipeline of bundle {bundle.name} starts from noise only",
+        ),
+        (
+            strength is not None and int(steps * strength) < 1,
+            "strength",
+            f"of {strength} leaves no step of {steps}; raise one of them",
+        ),
+        _no_decode(asked.decode, bundle),
         _too_many("num_images", asked.num_images, settings),
         _too_large("width", width_px * height_px, settings),
     ]
     faults = [(name, reason) for is_fault, name, reason in found if is_fault]
-    faults += _size_faults(bundle, width_px, height_px, scale)
+    faults += _size_faults(bundle, width_px, height_px, scale, method)
     if faults:
         raise InvalidFields(tuple(faults))
     return GenerateParams(
@@ -103,19 +119,52 @@ def plan_generate(
         seed=seed,
         num_images=asked.num_images,
         output_format=output_format,
+        method=method,
+        decode=asked.decode,
+        strength=strength,
     )
 
 
-def _size_faults(bundle: Bundle, width_px: int, height_px: int, scale: int) -> list[tuple[str, str]]:
+def choose_method(bundle: Bundle, asked: Method | None) -> Method:
+    """The method that was asked for, or the bundle's default; never another one.
+
+    Raises:
+        InvalidFields: the bundle does not have it.
+    """
+    method = bundle.defaults.method if asked is None else asked
+    if reason := bundle.why_not(method):
+        raise InvalidFields((("method", f"{method}: {reason}; there are {', '.join(bundle.methods)}"),))
+    return method
+
+
+def choose_scale(bundle: Bundle, method: Method, asked: int | None) -> int:
+    """The scale that was asked for; else the bundle's default where the method has it, or the method's smallest.
+
+    Raises:
+        InvalidFields: the method does not have it.
+    """
+    scales = bundle.scales_of(method)
+    if asked is None:
+        return bundle.defaults.scale if bundle.defaults.scale in scales else scales[1]
+    if asked not in scales:
+        known = ", ".join(map(str, scales))
+        raise InvalidFields((("scale", f"is {asked}; bundle {bundle.name} has {known} by method {method}"),))
+    return asked
+
+
+def _size_faults(bundle: Bundle, width_px: int, height_px: int, scale: int, method: Method) -> list[tuple[str, str]]:
     """The field to blame for a size that no base image gives, with the bundle's reason."""
     try:
-        bundle.base_size(width_px, height_px, scale)
+        bundle.base_size(width_px, height_px, scale, method)
     except SizeError as error:
-        if scale not in bundle.scales:
-            return [("scale", str(error))]
-        base_px, limits = width_px / scale, bundle.limits
-        return [("height" if nearest_sides(base_px, limits) == (base_px, base_px) else "width", str(error))]
+        drawn_px = width_px / (1 if method == "direct" else scale)
+        right = nearest_sides(drawn_px, bundle.limits, method) == (drawn_px, drawn_px)
+        return [("height" if right else "width", str(error))]
     return []
+
+
+def _no_decode(decode: DecodeName, bundle: Bundle) -> tuple[bool, str, str]:
+    return decode not in bundle.decodes, "decode", f"is {decode}; bundle {bundle.name} has {', '.join(bundle.decodes)}"
 
 
 def warn_of_words(served: Served, params: GenerateParams) -> tuple[str, ...]:
@@ -131,6 +180,68 @@ def warn_of_words(served: Served, params: GenerateParams) -> tuple[str, ...]:
     if len(unknown) > _MOST_WORD_WARNINGS:
         warnings.append(f"bundle {served.bundle.name} does not know {len(unknown) - _MOST_WORD_WARNINGS} more words")
     return tuple(warnings)
+
+
+def prepare_upscale(
+    asked: UpscaleQuery,
+    body: bytes,
+    content_type: str | None,
+    bundle: Bundle,
+    settings: Settings,
+    output_format: OutputFormat,
+) -> tuple[UpscaleParams, bytes]:
+    """What to enlarge, and the job's input blob, from a body that holds a latent or an image.
+
+    Raises:
+        GiantleapError: the body cannot be read (`read_latent`, `check_image`), or a value is beyond a limit.
+    """
+    if is_image(body, content_type):
+        size = check_image(body, content_type, settings.max_image_px)
+        return plan_upscale_image(asked, size, bundle, settings, output_format), body
+    params, latent = plan_upscale(asked, read_latent(body, content_type), bundle, settings, output_format)
+    return params, to_blob(latent)
+
+
+def plan_upscale_image(
+    asked: UpscaleQuery, image: ImageSize, bundle: Bundle, settings: Settings, output_format: OutputFormat
+) -> UpscaleParams:
+    """How to enlarge an image: encode it to the posterior mean, enlarge the latent, decode; `swinir` takes it as it is.
+
+    Raises:
+        InvalidFields: a value is of latents only, or beyond a limit.
+    """
+    space = bundle.latent_space
+    method = choose_method(bundle, asked.method)
+    scale = choose_scale(bundle, method, asked.scale)
+    found = [
+        (asked.scaled, "scaled", "is of latents; the body is an image"),
+        (asked.latent_space is not None, "latent_space", "is of latents; the body is an image"),
+        (asked.width is not None or asked.height is not None, "width", "and height belong to packed latents"),
+        _no_decode(asked.decode, bundle),
+        _no_latent(asked.output, method, scale),
+        _too_large("body", image.width_px * image.height_px * scale**2, settings),
+    ]
+    if faults := tuple((name, reason) for is_fault, name, reason in found if is_fault):
+        raise InvalidFields(faults)
+    unit_px = space.multiple_px
+    return UpscaleParams(
+        scale=scale,
+        latent_space=space.name,
+        batch_items=1,
+        channels=space.channels,
+        latent_height=-(-image.height_px // unit_px) * unit_px // space.stride_px,
+        latent_width=-(-image.width_px // unit_px) * unit_px // space.stride_px,
+        output=asked.output,
+        output_format=output_format,
+        method=method,
+        decode=asked.decode,
+        image_width_px=image.width_px,
+        image_height_px=image.height_px,
+    )
+
+
+def _no_latent(output: str, method: Method, scale: int) -> tuple[bool, str, str]:
+    return output == "latent" and method == "swinir" and scale > 1, "output", "is a latent; swinir enlarges pixels"
 
 
 def plan_upscale(
@@ -149,16 +260,16 @@ def plan_upscale(
     space = bundle.latent_space
     if asked.latent_space not in (None, space.name):
         raise InvalidFields((("latent_space", f"is not that of bundle {bundle.name}, which takes {space.name}"),))
-    scale = bundle.defaults.scale if asked.scale is None else asked.scale
-    if scale not in bundle.scales:
-        raise InvalidFields((("scale", f"is {scale}; bundle {bundle.name} has {bundle.scales}"),))
-    packed = asked.scaled and space.packing != "none"
+    method = choose_method(bundle, asked.method)
+    scale = choose_scale(bundle, method, asked.scale)
+    packed = asked.scaled and space.needs_size
     if (asked.width is not None or asked.height is not None) and not packed:
         raise InvalidFields((("width", "and height belong to packed latents; this one tells its size itself"),))
-    latent = tensor[None] if tensor.ndim == (2 if packed else 3) else tensor
+    latent = tensor[None] if tensor.ndim == (space.scaled_dims - 1 if asked.scaled else 3) else tensor
     try:
         if asked.scaled:
             with np.errstate(over="ignore"):  # what overflows is refused just below
+                space.check_scaled_values(latent)
                 latent = space.to_raw(latent, asked.height, asked.width)
         space.check_raw(latent.shape)
     except LatentSpaceError as error:
@@ -166,7 +277,12 @@ def plan_upscale(
     require_finite(latent)
     batch_items, channels, latent_height, latent_width = latent.shape
     image_px = latent_height * latent_width * (space.stride_px * scale) ** 2
-    found = (_too_many("body", batch_items, settings), _too_large("body", image_px, settings))
+    found = (
+        _no_decode(asked.decode, bundle),
+        _no_latent(asked.output, method, scale),
+        _too_many("body", batch_items, settings),
+        _too_large("body", image_px, settings),
+    )
     faults = tuple((name, reason) for is_fault, name, reason in found if is_fault)
     if faults:
         raise InvalidFields(faults)
@@ -179,6 +295,8 @@ def plan_upscale(
         latent_width=latent_width,
         output=asked.output,
         output_format=output_format,
+        method=method,
+        decode=asked.decode,
     )
     return params, latent
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from models.bundle_descriptor import Method
 from models.generator import DrawItem
 from models.route import Route, run_once
 
@@ -38,6 +39,7 @@ class ProtocolResult:
     """One measurement, with all that is needed to read it. `stages` includes `total`, the sum per run."""
 
     bundle: str
+    method: Method
     scale: int
     image_px: str
     steps: int
@@ -61,6 +63,7 @@ def measure_protocol(
     width_px: int,
     height_px: int,
     steps: int,
+    method: Method = "lua",
     warmups: int = WARMUPS,
     runs: int = 20,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -69,10 +72,11 @@ def measure_protocol(
 
     Args:
         route: A loaded bundle.
-        scale: One of the route's scales.
+        scale: One of the method's scales.
         width_px: Of the base image; the final one is `scale` times that.
         height_px: As `width_px`.
         steps: Denoising steps.
+        method: How the image becomes large.
         warmups: Runs that are thrown away first.
         runs: Runs that count.
         on_progress: Called after each run with (runs done, runs in all), warm-ups included.
@@ -82,20 +86,21 @@ def measure_protocol(
     Raises:
         ValueError: there is no such scale, or no run to count.
     """
-    if scale not in route.scales:
-        raise ValueError(f"scale {scale}: this bundle has {route.scales}")
+    if scale not in route.scales_of(method):
+        raise ValueError(f"scale {scale}: this bundle has {route.scales_of(method)} by method {method}")
     if runs < 1 or warmups < 0:
         raise ValueError(f"runs is {runs} and warmups {warmups}; at least one run counts")
     item = DrawItem("", "", _SEED, width_px, height_px, steps, _GUIDANCE_SCALE)
     times_s: dict[str, list[float]] = {}
     for run in range(warmups + runs):
-        stages_s = run_once(route, item, scale).stages_s
+        stages_s = run_once(route, item, scale, method).stages_s
         if run >= warmups:
             for stage, duration_s in {**stages_s, "total": sum(stages_s.values())}.items():
                 times_s.setdefault(stage, []).append(duration_s)
         on_progress(run + 1, warmups + runs)
     return ProtocolResult(
         bundle=route.name,
+        method=method,
         scale=scale,
         image_px=f"{width_px * scale}x{height_px * scale}",
         steps=steps,
@@ -120,12 +125,13 @@ def to_statistics(values_s: Sequence[float]) -> Statistics:
 def to_table(results: Sequence[ProtocolResult]) -> str:
     """The results as lines of text: one row per result and stage, seconds."""
     lines = [
-        f"{'bundle':<12} {'scale':>5} {'image px':>11} {'stage':<10} {'median s':>10} {'p95 s':>10} {'mean s':>10}"
+        f"{'bundle':<12} {'method':<7} {'scale':>5} {'image px':>11} {'stage':<10} "
+        f"{'median s':>10} {'p95 s':>10} {'mean s':>10}"
     ]
     for result in results:
         for stage, figures in result.stages.items():
             lines.append(
-                f"{result.bundle:<12} {result.scale:>5} {result.image_px:>11} {stage:<10} "
+                f"{result.bundle:<12} {result.method:<7} {result.scale:>5} {result.image_px:>11} {stage:<10} "
                 f"{figures.median_s:>10.4f} {figures.p95_s:>10.4f} {figures.mean_s:>10.4f}"
             )
     if results:

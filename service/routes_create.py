@@ -15,15 +15,25 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service.answers import failed_answer, file_answer, job_answer, job_problem, job_url
-from service.errors import DeadlinePassed, MalformedRequest, NotFound, NotReady, UnsupportedMediaType
-from service.jobs import Job, JobParams, JobRecord, JobState, Priority, UpscaleParams
-from service.latents_in import SAFETENSORS_TYPE, read_latent, to_blob
+from service.errors import (
+    DeadlinePassed,
+    GiantleapError,
+    MalformedRequest,
+    NotFound,
+    NotReady,
+    UnsupportedMediaType,
+)
+from service.images_in import fit_image, is_image, read_base64
+from service.jobs import GenerateParams, Job, JobParams, JobRecord, JobState, Priority
+from service.latents_in import SAFETENSORS_TYPE
 from service.negotiation import JSON_TYPE, Preference, choose_answer, read_preference
-from service.openapi import IMAGE_FORMATS, IMAGE_TYPES, describe_answers, file_content, latent_request_body
-from service.planning import Served, choose_served, plan_generate, plan_upscale, warn_of_words
+from service.openapi import IMAGE_FORMATS, IMAGE_TYPES, describe_answers, file_content, upload_request_body
+from service.planning import choose_served, plan_generate, prepare_upscale, warn_of_words
 from service.problems import InvalidFields
 from service.schemas import GenerateRequest, JobBody, OutputFormat, UpscaleQuery
 from service.serving import Serving, ServingDep
@@ -102,8 +112,19 @@ async def post_generate(request: Request, body: GenerateRequest, asked: AskedDep
         raise InvalidFields((("num_images", f"is {body.num_images}; an answer that is a file holds one image"),))
     seed = body.seed if body.seed is not None else draw_seed(asked.idempotency_key)
     params = plan_generate(body, served.bundle, serving.settings, seed, output_format)
+    start = None
+    if body.init_image is not None:
+        start = await asyncio.to_thread(_prepare_start, body.init_image, params, serving.settings)
     job = _new_job(served.bundle.name, body.priority, params, warn_of_words(served, params))
-    return await _run(request, serving, job, None, asked, answer_type)
+    return await _run(request, serving, job, start, asked, answer_type)
+
+
+def _prepare_start(text: str, params: GenerateParams, settings: Settings) -> bytes:
+    """The job's input blob: the image to start from, at the base size."""
+    try:
+        return fit_image(read_base64(text), settings.max_image_px, *params.base_size_px)
+    except GiantleapError as error:
+        raise InvalidFields((("init_image", error.detail),)) from error
 
 
 @router.post(
@@ -112,36 +133,42 @@ async def post_generate(request: Request, body: GenerateRequest, asked: AskedDep
     responses=describe_answers(
         {200: {"content": file_content(*IMAGE_TYPES, SAFETENSORS_TYPE)}, 202: _ACCEPTED}, *_PROBLEMS
     ),
-    openapi_extra=latent_request_body(),
+    openapi_extra=upload_request_body(),
 )
 async def post_upscale(
     request: Request, query: Annotated[UpscaleQuery, Query()], asked: AskedDep, serving: ServingDep
 ) -> Response:
-    """Enlarge a latent, given as safetensors or .npy, and decode it once or answer the larger latent."""
+    """Enlarge a latent (safetensors or .npy) or an image; decode it once, or answer the larger latent."""
     served = choose_served(serving.bundles, query.bundle)
     answer_type, output_format = _choose_format(asked.accept, query.output_format, query.output)
-    body = await request.body()
-    given = (query, body, request.headers.get("content-type"), served, serving.settings, output_format)
+    body, content_type = await _read_upload(request)
+    given = (query, body, content_type, served.bundle, serving.settings, output_format)
     # A large latent is prepared beside the event loop, which it would hold up for about 2 ms per MiB.
-    params, blob = _prepare(*given) if len(body) <= _SMALL_BODY_BYTES else await asyncio.to_thread(_prepare, *given)
+    small = len(body) <= _SMALL_BODY_BYTES and not is_image(body, content_type)
+    params, blob = prepare_upscale(*given) if small else await asyncio.to_thread(prepare_upscale, *given)
     if answer_type != JSON_TYPE and params.batch_items != 1:
         raise InvalidFields((("body", f"holds {params.batch_items} latents; an answer that is a file holds one"),))
     job = _new_job(served.bundle.name, query.priority, params, ())
     return await _run(request, serving, job, blob, asked, answer_type)
 
 
-def _prepare(
-    query: UpscaleQuery,
-    body: bytes,
-    content_type: str | None,
-    served: Served,
-    settings: Settings,
-    output_format: OutputFormat,
-) -> tuple[UpscaleParams, bytes]:
-    """What to enlarge, and the job's input blob."""
-    tensor = read_latent(body, content_type)
-    params, latent = plan_upscale(query, tensor, served.bundle, settings, output_format)
-    return params, to_blob(latent)
+async def _read_upload(request: Request) -> tuple[bytes, str | None]:
+    """The body and its type; of a multipart form, those of its one file, whatever its field is called.
+
+    Raises:
+        MalformedRequest: the form is broken, or does not hold exactly one file and nothing else.
+    """
+    content_type = request.headers.get("content-type")
+    if (content_type or "").partition(";")[0].strip().lower() != "multipart/form-data":
+        return await request.body(), content_type
+    try:
+        async with request.form(max_files=1, max_fields=0) as form:
+            files = [value for value in form.values() if isinstance(value, UploadFile)]
+            if len(files) != 1:
+                raise MalformedRequest(f"the form holds {len(files)} files; send one, and options in the query")
+            return await files[0].read(), files[0].content_type
+    except HTTPException as error:
+        raise MalformedRequest("the form cannot be read; send one file, and options in the query") from error
 
 
 def draw_seed(idempotency_key: str | None) -> int:

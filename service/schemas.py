@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from models.bundle import Bundle
+from models.bundle_descriptor import METHODS, DecodeName, Method
+from models.latent_space import Packing
 from service.jobs import GenerateParams, JobRecord, JobState, Priority
 from service.problems import from_job_error, problem_body
 from service.settings import Settings
@@ -19,6 +21,13 @@ PriorityName = Literal["high", "low"]
 LARGEST_SEED = 2**63 - 1
 
 SideField = Annotated[int | None, Field(ge=1, le=65_536, examples=[256])]
+
+
+DecodeField: Any = Field(
+    "exact",
+    description="exact: the whole image at once, in strips where memory asks for it, to the same result; tiled: "
+    "overlapping tiles, which changes the image; tiny: a fast preview by a small decoder, where the bundle has one.",
+)
 
 
 class GenerateRequest(BaseModel):
@@ -48,10 +57,28 @@ class GenerateRequest(BaseModel):
         None, description="File format; if left out, the one that Accept names, else png."
     )
     priority: PriorityName = Field("high", description="high is claimed before low.")
+    method: Method | None = Field(
+        None,
+        description="lua: enlarge the latent, decode once; bicubic: the same by interpolation; swinir: decode, then "
+        "enlarge pixels; direct: draw at the final size. The bundle's default if left out; never replaced by another.",
+    )
+    decode: DecodeName = DecodeField
+    init_image: str | None = Field(
+        None,
+        min_length=1,
+        description="Image to start from, PNG, JPEG or WebP as base64, also as a data: URL; resized to the base size.",
+    )
+    strength: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        allow_inf_nan=False,
+        description="How far to leave init_image: its share of the steps is run. 0.6 if left out.",
+    )
 
 
 class UpscaleQuery(BaseModel):
-    """How to read and enlarge the latent in the body."""
+    """How to read and enlarge the latent or the image in the body."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,6 +96,10 @@ class UpscaleQuery(BaseModel):
         None, description="File format of an image; if left out, the one that Accept names, else png."
     )
     priority: PriorityName = Field("high", description="high is claimed before low.")
+    method: Literal["lua", "bicubic", "swinir"] | None = Field(
+        None, description="As of /generate; swinir enlarges the pixels of an image as they are."
+    )
+    decode: DecodeName = DecodeField
     width: SideField = Field(None, description="Only for a packed tensor: width of its own image, pixels.")
     height: SideField = Field(None, description="Only for a packed tensor: height of its own image, pixels.")
 
@@ -113,6 +144,8 @@ class JobBody(BaseModel):
     status: JobState
     kind: Literal["generate", "upscale"]
     bundle: str
+    method: Method
+    decode: DecodeName = Field(description="exact, or how the image differs from that.")
     scale: int
     priority: Priority
     seed: int | None = Field(description="Seed of the first image; null for an upscale.")
@@ -139,7 +172,7 @@ class LatentSpaceBody(BaseModel):
     stride: int = Field(description="Image pixels per latent pixel.")
     scale: float
     shift: float
-    packing: Literal["none", "flux"]
+    packing: Packing
     mean: list[float] | None
     std: list[float] | None
 
@@ -151,7 +184,12 @@ class ModelBody(BaseModel):
     title: str
     licence: str
     provenance: str
-    scales: list[int] = Field(description="Enlargements of the base latent.")
+    method: Method = Field(description="The method by default.")
+    methods: dict[Method, list[int]] = Field(description="The methods that the bundle has, with their enlargements.")
+    unavailable: dict[Method, str] = Field(description="The other methods, with the reason.")
+    decodes: list[DecodeName]
+    from_image: bool = Field(description="Whether init_image is taken.")
+    scales: list[int] = Field(description="Every enlargement, by whatever method.")
     steps: int = Field(description="Denoising steps by default.")
     max_steps: int
     guidance_scale: float
@@ -160,6 +198,7 @@ class ModelBody(BaseModel):
     base_height: int
     min_base: int = Field(description="Smallest side of the base image, pixels.")
     max_base: int
+    max_direct: int | None = Field(description="Largest side of an image that method direct draws, pixels.")
     multiple: int = Field(description="Sides of the base image are multiples of this, pixels.")
     max_image_pixels: int
     max_images: int = Field(description="Most images of one job.")
@@ -184,6 +223,11 @@ def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
         title=bundle.about.title,
         licence=bundle.about.licence,
         provenance=bundle.about.provenance,
+        method=defaults.method,
+        methods={method: list(bundle.scales_of(method)) for method in bundle.methods},
+        unavailable={method: reason for method in METHODS if (reason := bundle.why_not(method))},
+        decodes=list(bundle.decodes),
+        from_image=bundle.from_image,
         scales=list(bundle.scales),
         steps=defaults.steps,
         max_steps=limits.max_steps,
@@ -193,6 +237,7 @@ def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
         base_height=defaults.base_height_px,
         min_base=limits.min_base_px,
         max_base=limits.max_base_px,
+        max_direct=limits.max_direct_px,
         multiple=limits.multiple_px,
         max_image_pixels=settings.max_image_px,
         max_images=settings.max_num_images,
@@ -232,6 +277,8 @@ def to_job_body(record: JobRecord, root_path: str = "") -> JobBody:
         status=record.state,
         kind=job.params.kind,
         bundle=job.bundle,
+        method=job.params.method,
+        decode=job.params.decode,
         scale=job.params.scale,
         priority=job.priority,
         seed=job.params.seed if isinstance(job.params, GenerateParams) else None,

@@ -132,7 +132,7 @@ class Worker:
             slice_items(item_latent_px, self._settings.batch_items, self._settings.batch_budget_latent_px),
         )
         stages_s = run.clock.stages_s
-        self._metrics.observe_stages(job.bundle, job.params.scale, route.engine, stages_s)
+        self._metrics.observe_stages(job.bundle, job.params.method, job.params.scale, route.engine, stages_s)
         peak = route.peak_memory()
         self._metrics.set_peak_memory(str(route.device), peak.source, peak.size_bytes)
         for claim, ended in _by_claim(batch, outcomes):
@@ -190,12 +190,14 @@ class Worker:
         job = claim.job
         duration_s = max(0.0, time.time() - job.created_at_s)
         if status is not None and status.final:
-            self._metrics.observe_job(job.params.kind, job.bundle, job.params.scale, status, duration_s)
+            params = job.params
+            self._metrics.observe_job(params.kind, job.bundle, params.method, params.scale, status, duration_s)
         fields = {
             "job_id": job.id,
             "status": "fenced" if status is None else "retrying" if status is JobState.QUEUED else str(status),
             "kind": job.params.kind,
             "bundle": job.bundle,
+            "method": job.params.method,
             "scale": job.params.scale,
             "images": count_items(job.params),
             "batch_items": batch_items,
@@ -208,18 +210,19 @@ class Worker:
 
 def to_grid(bundle: Bundle, route: Route) -> LatentGrid:
     """The latent grid of a loaded bundle."""
-    return LatentGrid(bundle.latent_space.stride_px, route.lua.spec.window)
+    return LatentGrid(bundle.latent_space.stride_px, route.window)
 
 
 def _open_route(bundle: Bundle, settings: Settings, metrics: Metrics) -> Route:
-    """Load a bundle and run each of its scales once at the shapes of its default request."""
+    """Load a bundle and run each scale of its upscalers once at the shapes of its default request."""
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     fields: dict[str, object] = {"bundle": bundle.name, "device": str(device), "dtype": str(dtype)}
     log.info("worker loading", extra={"fields": fields})
     route = Route.open(bundle, device, dtype)
-    for scale, stages_s in route.warm(bundle.defaults.base_width_px, bundle.defaults.base_height_px, steps=2).items():
-        metrics.observe_stages(bundle.name, scale, route.engine, stages_s, warmup=True)
+    warmed = route.warm(bundle.defaults.base_width_px, bundle.defaults.base_height_px, steps=2)
+    for (method, scale), stages_s in warmed.items():
+        metrics.observe_stages(bundle.name, method, scale, route.engine, stages_s, warmup=True)
     metrics.set_engine(bundle.name, route.engine, str(device), str(dtype).removeprefix("torch."))
     return route
 
@@ -232,7 +235,8 @@ def _publish_protocol(route: Route, bundle: Bundle, metrics: Metrics, stop: thre
         if stop.is_set():
             raise _StopAsked
 
-    for scale in route.scales:
+    method = defaults.method
+    for scale in route.scales_of(method):
         log.info("worker measuring protocol", extra={"fields": {"bundle": bundle.name, "scale": scale}})
         try:
             result = measure_protocol(
@@ -241,6 +245,7 @@ def _publish_protocol(route: Route, bundle: Bundle, metrics: Metrics, stop: thre
                 defaults.base_width_px,
                 defaults.base_height_px,
                 defaults.steps,
+                method,
                 warmups=WARMUPS,
                 runs=_PROTOCOL_RUNS,
                 on_progress=watch,
@@ -249,7 +254,7 @@ def _publish_protocol(route: Route, bundle: Bundle, metrics: Metrics, stop: thre
             return
         for stage, statistics in result.stages.items():
             for statistic, value_s in statistics.to_labels().items():
-                metrics.set_protocol(bundle.name, scale, result.image_px, stage, statistic, value_s)
+                metrics.set_protocol(bundle.name, method, scale, result.image_px, stage, statistic, value_s)
 
 
 def _by_claim(batch: Sequence[Claim], outcomes: Sequence[Outcome]) -> Iterator[tuple[Claim, Sequence[Outcome]]]:

@@ -1,12 +1,14 @@
 """Fakes of our own for the worker's tests: jobs, a queue in memory and a route without a network."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from models.bundle_descriptor import DecodeName, Method
 from models.generator import DrawItem
 from models.route import PeakMemory, StageClock
 from service.claims import Claim
@@ -116,6 +118,7 @@ class FakeRoute:
     fits: int = 10**9
     on_step: Callable[[int], None] = lambda step: None
     batches: list[int] = field(default_factory=list)
+    finished: list[tuple[Method, int, DecodeName | None]] = field(default_factory=list)
     steps_run: int = 0
     freed: int = 0
     name: str = "tiny"
@@ -149,11 +152,23 @@ class FakeRoute:
         latents = [torch.full((4, side, side), float(i.seed if i.prompt != "nan" else "nan")) for i in items]
         return [None if index in gone else latent for index, latent in enumerate(latents)]
 
-    def upscale_items(self, latents: Sequence[Tensor], scale: int) -> list[Tensor]:
-        return [latent.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for latent in latents]
-
-    def decode_items(self, latents: Sequence[Tensor]) -> list[Tensor | None]:
-        return [self._decode(latent) for latent in latents]
+    def finish(
+        self,
+        latents: list[Tensor],
+        scale: int,
+        method: Method,
+        decode: DecodeName | None,
+        measure: Callable[[str], AbstractContextManager[None]],
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        self.finished.append((method, scale, decode))
+        images: list[Tensor | None] = []
+        if scale > 1:
+            with measure("upscale"):
+                latents = [latent.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for latent in latents]
+        if decode is not None:
+            with measure("decode"):
+                images = [self._decode(latent) for latent in latents]
+        return latents, images
 
     def _decode(self, latent: Tensor) -> Tensor | None:
         if not latent.isfinite().all():

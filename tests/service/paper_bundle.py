@@ -36,6 +36,7 @@ min_base_px = 32
 max_base_px = 128
 multiple_px = 16
 max_steps = 50
+max_direct_px = 256
 [vocabulary]
 closed = true
 [files]
@@ -48,7 +49,8 @@ def write_paper_bundle(directory: Path, name: str = "paper", latent_space: str =
     pipeline = directory / "pipeline"
     for part in ("vae", "tokenizer"):
         (pipeline / part).mkdir(parents=True)
-    (pipeline / "model_index.json").write_text("{}")
+    index = {"_class_name": "StableDiffusionPipeline" if name == "paper" else "SomePipeline"}
+    (pipeline / "model_index.json").write_text(json.dumps(index))
     (pipeline / "vae" / "config.json").write_text(json.dumps({"latent_channels": CHANNELS}))
     vocabulary = {word: index for index, word in enumerate(("[unknown]", *KNOWN_WORDS))}
     Tokenizer(WordLevel(vocabulary, unk_token="[unknown]")).save(str(pipeline / "tokenizer" / "tokenizer.json"))

@@ -109,6 +109,9 @@ async def test_what_is_left_out_takes_the_bundles_defaults(client: httpx.AsyncCl
         "guidance_scale": 3.0,
         "num_images": 1,
         "output_format": "png",
+        "method": "lua",
+        "decode": "exact",
+        "strength": None,
         "kind": "generate",
     }
 
@@ -457,6 +460,10 @@ async def test_a_raw_latent_becomes_a_job(client: httpx.AsyncClient, broker: Fak
         "latent_width": 6,
         "output": "image",
         "output_format": "webp",
+        "method": "lua",
+        "decode": "exact",
+        "image_width_px": None,
+        "image_height_px": None,
         "kind": "upscale",
     }
     np.testing.assert_array_equal(load(broker.blobs[job.id])["latent"], LATENT[None])

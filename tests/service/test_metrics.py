@@ -34,7 +34,7 @@ import sys
 from service.metrics import Metrics
 metrics = Metrics()
 metrics.count_images("pocket", 2, int(sys.argv[1]), 100)
-metrics.observe_job("generate", "pocket", 2, "succeeded", 0.3)
+metrics.observe_job("generate", "pocket", "lua", 2, "succeeded", 0.3)
 metrics.set_peak_memory("cpu", "process_rss", int(sys.argv[2]))
 print("counted", flush=True)
 sys.stdin.read()
@@ -46,15 +46,17 @@ def fill(metrics: Metrics) -> None:
     metrics.count_rejection("queue_full")
     metrics.observe_http("/generate", "POST", 200, 0.3)
     metrics.observe_wait("high", 0.1)
-    metrics.observe_job("generate", "pocket", 2, "succeeded", 1.5)
-    metrics.observe_stages("pocket", 2, "torch", {"generate": 0.4, "upscale": 0.1, "decode": 0.2, "encode": 0.01})
-    metrics.observe_stages("pocket", 2, "torch", {"generate": 3.0}, warmup=True)
+    metrics.observe_job("generate", "pocket", "lua", 2, "succeeded", 1.5)
+    metrics.observe_stages(
+        "pocket", "lua", 2, "torch", {"generate": 0.4, "upscale": 0.1, "decode": 0.2, "encode": 0.01}
+    )
+    metrics.observe_stages("pocket", "lua", 2, "torch", {"generate": 3.0}, warmup=True)
     metrics.observe_batch("generate", 3)
     metrics.count_images("pocket", 2, 3, 300)
     metrics.count_fenced()
     metrics.count_retry("pocket")
     metrics.set_peak_memory("cpu", "process_rss", 12345)
-    metrics.set_protocol("pocket", 2, "256x256", "total", "median", 0.5)
+    metrics.set_protocol("pocket", "lua", 2, "256x256", "total", "median", 0.5)
     metrics.set_engine("pocket", "torch", "cpu", "float32")
 
 
@@ -162,10 +164,17 @@ def test_buckets_reach_from_5_ms_to_600_s() -> None:
 
 
 def test_warm_up_and_protocol_are_never_mixed_with_traffic(full: str) -> None:
-    stage = {"stage": "generate", "bundle": "pocket", "scale": "2", "engine": "torch"}
+    stage = {"stage": "generate", "bundle": "pocket", "method": "lua", "scale": "2", "engine": "torch"}
     assert value(full, "giantleap_stage_duration_seconds_sum", **stage, warmup="false") == 0.4
     assert value(full, "giantleap_stage_duration_seconds_sum", **stage, warmup="true") == 3.0
-    protocol = {"bundle": "pocket", "scale": "2", "image_px": "256x256", "stage": "total", "statistic": "median"}
+    protocol = {
+        "bundle": "pocket",
+        "method": "lua",
+        "scale": "2",
+        "image_px": "256x256",
+        "stage": "total",
+        "statistic": "median",
+    }
     assert value(full, "giantleap_protocol_seconds", **protocol) == 0.5
 
 
@@ -203,7 +212,7 @@ def scrape(shared_dir: Path) -> str:
 def test_processes_of_one_host_add_up_and_dead_ones_leave_no_gauge(start_child: object, tmp_path: Path) -> None:
     large, _ = start_child(3, 9000), start_child(4, 5000)
     peak = {"device": "cpu", "source": "process_rss"}
-    job = {"kind": "generate", "bundle": "pocket", "scale": "2", "status": "succeeded"}
+    job = {"kind": "generate", "bundle": "pocket", "method": "lua", "scale": "2", "status": "succeeded"}
 
     text = scrape(tmp_path)
     check_exposition(text)

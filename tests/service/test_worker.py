@@ -76,7 +76,7 @@ def test_every_stage_is_timed_and_told() -> None:
     assert [e[2]["step"] for e in claims.events if e[1] == "step"] == [1, 2, 3]
     assert [e[2]["stage"] for e in claims.events if e[1] == "stage"] == ["generate", "upscale", "decode", "encode"]
     for stage in claims.stages["job"]:
-        labels = {"stage": stage, "bundle": "tiny", "scale": "2", "engine": "fake", "warmup": "false"}
+        labels = {"stage": stage, "bundle": "tiny", "method": "lua", "scale": "2", "engine": "fake", "warmup": "false"}
         assert sample(metrics, "giantleap_stage_duration_seconds_count", **labels) == 1
     assert sample(metrics, "giantleap_peak_memory_bytes", device="cpu", source="process_rss") == 1000
 
