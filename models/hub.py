@@ -1,7 +1,8 @@
 """Files of a repository on the Hugging Face hub: which there are at a commit, and how one comes here whole.
 
-An interrupted file goes on at the byte where it stopped; huggingface_hub 2.4 itself would start it anew, and a file of
-these models has up to ten gigabytes. `models/bundle_pull.py` says which files a bundle needs.
+An interrupted file goes on at the byte where it stopped. That is why the two requests it takes are made here:
+huggingface_hub 2.4 starts a file anew, and one of these models has up to ten gigabytes. `models/bundle_pull.py` says
+which files a bundle needs.
 """
 
 import hashlib
@@ -9,12 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
-from huggingface_hub import HfApi, get_token, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import get_token
 
-CHUNK_BYTES = 1 << 20
+PUBLIC_HUB = "https://huggingface.co"
 TRIES = 6
 PART = ".part"
 
@@ -45,12 +46,12 @@ class Hub:
     """The hub, with the access token of this machine where there is one (`HF_TOKEN`, or `hf auth login`).
 
     Args:
-        endpoint: Its address; None is the public one, or `HF_ENDPOINT`.
+        endpoint: Its address; the setting of the hub's own tools is `HF_ENDPOINT`.
         first_delay_s: Before the second try of a broken transfer; doubles with each further one.
     """
 
-    def __init__(self, endpoint: str | None = None, first_delay_s: float = 1.0) -> None:
-        self._api = HfApi(endpoint=endpoint)
+    def __init__(self, endpoint: str = PUBLIC_HUB, first_delay_s: float = 1.0) -> None:
+        self._endpoint = endpoint.rstrip("/")
         self._first_delay_s = first_delay_s
 
     def snapshot(self, hub_id: str, revision: str) -> HubSnapshot:
@@ -59,20 +60,22 @@ class Hub:
         Raises:
             HubError: There is no such repository or revision, or the hub cannot be reached.
         """
+        url = f"{self._endpoint}/api/models/{hub_id}/revision/{quote(revision, safe='')}"
         try:
-            info = self._api.model_info(hub_id, revision=revision, files_metadata=True)
-        except HfHubHTTPError as error:
-            status = None if error.response is None else error.response.status_code
-            raise HubError(_refusal(hub_id, revision, status)) from error
-        except (OSError, RuntimeError) as error:  # no connection, or the hub library is told to stay offline
-            raise HubError(f"{hub_id}: the hub cannot be reached: {type(error).__name__}") from error
-        if info.sha is None:
-            raise HubError(f"{hub_id}: the hub names no commit for revision {revision}")
-        found = [
-            HubFile(each.rfilename, each.size or 0, None if each.lfs is None else each.lfs.sha256)
-            for each in info.siblings or ()
-        ]
-        return HubSnapshot(hub_id, info.sha, {file.name: file for file in found})
+            answer = httpx.get(url, params={"blobs": "true"}, headers=_headers(), follow_redirects=True, timeout=60)
+        except httpx.TransportError as error:
+            raise HubError(f"{hub_id}: {self._endpoint} cannot be reached ({type(error).__name__})") from error
+        if answer.status_code != 200:
+            raise HubError(_refusal(hub_id, revision, answer.status_code))
+        try:
+            content = answer.json()
+            files = [
+                HubFile(each["rfilename"], int(each["size"]), (each.get("lfs") or {}).get("sha256"))
+                for each in content["siblings"]
+            ]
+            return HubSnapshot(hub_id, str(content["sha"]), {file.name: file for file in files})
+        except (ValueError, KeyError, TypeError) as error:
+            raise HubError(f"{hub_id}: {self._endpoint} does not answer as a Hugging Face hub does") from error
 
     def fetch(self, snapshot: HubSnapshot, name: str, path: Path, on_bytes: Callable[[int], object]) -> str:
         """Bring one file here and check it.
@@ -87,7 +90,8 @@ class Hub:
             Its SHA-256.
 
         Raises:
-            HubError: The transfer breaks off again and again, is refused, or the content is not what the hub names.
+            HubError: The transfer breaks off again and again without getting further, is refused, or the content is
+                not what the hub names.
 
         Effects: makes the directory of `path`; `path` is there whole or not at all.
         """
@@ -95,17 +99,7 @@ class Hub:
         part = path.with_name(path.name + PART)
         part.parent.mkdir(parents=True, exist_ok=True)
         on_bytes(_size_bytes(part))
-        for attempt in range(TRIES):
-            try:
-                self._fetch_rest(snapshot, file, part, on_bytes)
-                break
-            except httpx.TransportError as error:
-                if attempt == TRIES - 1:
-                    raise HubError(
-                        f"{snapshot.hub_id}: {name}: the transfer broke off {TRIES} times ({type(error).__name__}); "
-                        "run the same command again to go on"
-                    ) from error
-                time.sleep(self._first_delay_s * 2**attempt)
+        self._fetch_all(snapshot, file, part, on_bytes)
         with part.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         if file.sha256 not in (None, digest):
@@ -113,6 +107,23 @@ class Hub:
             raise HubError(f"{snapshot.hub_id}: {name} has sha256 {digest}; the hub names {file.sha256}")
         part.replace(path)
         return digest
+
+    def _fetch_all(self, snapshot: HubSnapshot, file: HubFile, part: Path, on_bytes: Callable[[int], object]) -> None:
+        """Tries again after a break, up to `TRIES` times without getting further."""
+        failures, furthest = 0, _size_bytes(part)
+        while True:
+            try:
+                self._fetch_rest(snapshot, file, part, on_bytes)
+                return
+            except httpx.TransportError as error:
+                failures = failures + 1 if _size_bytes(part) <= furthest else 1
+                furthest = max(furthest, _size_bytes(part))
+                if failures == TRIES:
+                    raise HubError(
+                        f"{snapshot.hub_id}: {file.name}: the transfer broke off {TRIES} times "
+                        f"({type(error).__name__}); run the same command again to go on"
+                    ) from error
+            time.sleep(self._first_delay_s * 2 ** (failures - 1))
 
     def _fetch_rest(self, snapshot: HubSnapshot, file: HubFile, part: Path, on_bytes: Callable[[int], object]) -> None:
         start = _size_bytes(part)
@@ -122,10 +133,8 @@ class Hub:
             part.unlink()
             on_bytes(-start)
             start = 0
-        url = hf_hub_url(snapshot.hub_id, file.name, revision=snapshot.commit, endpoint=self._api.endpoint)
-        headers = {"Accept-Encoding": "identity"}
-        if token := get_token():
-            headers["Authorization"] = f"Bearer {token}"  # httpx drops it where the hub redirects to another host
+        url = f"{self._endpoint}/{snapshot.hub_id}/resolve/{snapshot.commit}/{quote(file.name)}"
+        headers = _headers()
         if start:
             headers["Range"] = f"bytes={start}-"
         with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=60) as answer:
@@ -137,11 +146,18 @@ class Hub:
             if start and not goes_on:
                 on_bytes(-start)
             with part.open("ab" if goes_on else "wb") as content:
-                for chunk in answer.iter_bytes(CHUNK_BYTES):
+                for chunk in answer.iter_bytes():
                     content.write(chunk)
                     on_bytes(len(chunk))
         if _size_bytes(part) != file.size_bytes:
             raise httpx.RemoteProtocolError(f"{file.name}: {_size_bytes(part)} of {file.size_bytes} bytes came")
+
+
+def _headers() -> dict[str, str]:
+    headers = {"Accept-Encoding": "identity", "User-Agent": "giantleap"}
+    if token := get_token():
+        headers["Authorization"] = f"Bearer {token}"  # httpx drops it where the hub redirects to another host
+    return headers
 
 
 def _size_bytes(path: Path) -> int:
@@ -152,8 +168,8 @@ def _refusal(hub_id: str, revision: str, status: int | None, name: str = "") -> 
     what = f"{hub_id}: {name}" if name else hub_id
     if status in (401, 403):
         return (
-            f"{what}: the hub refuses access: agree to the licence on the page of {hub_id} there, then set HF_TOKEN or "
-            "run `hf auth login`"
+            f"{what}: the hub refuses access: agree to the licence on its page of {hub_id}, then set HF_TOKEN or run "
+            "`hf auth login`; where that was done, there is no such model"
         )
     if status == 404:
         return f"{what}: the hub has no such model, file or revision {revision}"

@@ -71,7 +71,7 @@ def pull(
 
     from models.bundle_pull import pull_bundle
     from models.checkpoints import CheckpointError
-    from models.hub import Hub, HubError
+    from models.hub import PUBLIC_HUB, Hub, HubError
 
     bundle = _read(_find(name, among_pulled=False))
     target = _pulled_dir() / bundle.name if to is None else to
@@ -84,7 +84,7 @@ def pull(
 
     try:
         with bar:
-            done = pull_bundle(bundle, target, Hub(os.environ.get("HF_ENDPOINT")), progress, bar.write)
+            done = pull_bundle(bundle, target, Hub(os.environ.get("HF_ENDPOINT", PUBLIC_HUB)), progress, bar.write)
     except (BundleError, CheckpointError, HubError, OSError) as error:
         stop(str(error))
     typer.echo(f"bundle {done.name} is in {target}; serve it with: giantleap serve --bundle {target}")
