@@ -39,6 +39,7 @@ from models.decode_plan import DecodeMethod, estimate_peak_bytes
 from models.latent_space import LATENT_SPACES
 
 METHODS: tuple[DecodeMethod, ...] = get_args(DecodeMethod)
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
 STRIDE_PX = 8
 SEED = 0
 
@@ -56,6 +57,16 @@ VAE_CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "sdxl": {**_KL, "latent_channels": 4},
         "flux1": {**_KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
+        "pocket16": {
+            **_KL,
+            "latent_channels": 16,
+            "block_out_channels": (16, 32, 64, 128),
+            "layers_per_block": 1,
+            "mid_block_add_attention": False,
+            "norm_num_groups": 1,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        },
     }
 )
 
@@ -117,24 +128,44 @@ def count_live(family: str, method: DecodeMethod, image_px: int, dtype: torch.dt
     return live
 
 
-def run_child(family: str, method: DecodeMethod, image_px: int, runs: int, image_path: Path) -> dict[str, float]:
+@dataclass(frozen=True)
+class Case:
+    """What all rows of a table share. Channels last is the memory format of the weights; strips choose their own."""
+
+    family: str
+    dtype: str
+    channels_last: bool
+    threads: int
+    runs: int
+
+    @property
+    def options(self) -> list[str]:
+        """As options of the command line."""
+        options = ["--family", self.family, "--dtype", self.dtype, "--threads", str(self.threads)]
+        return [*options, "--runs", str(self.runs), *(["--channels-last"] if self.channels_last else [])]
+
+
+def run_child(case: Case, method: DecodeMethod, image_px: int, image_path: Path) -> dict[str, float]:
     """Time and resident memory of one method in this process; the image goes to a file.
 
     **Effects** writes `image_path`.
     """
-    vae = build_decoder(family, method)
-    latents = random_latents(family, image_px)
-    run_decode(vae, family, method, random_latents(family, 64))
+    family, dtype = case.family, DTYPES[case.dtype]
+    vae = build_decoder(family, method).to(dtype)
+    if case.channels_last:
+        vae.to(memory_format=torch.channels_last)
+    latents = random_latents(family, image_px).to(dtype)
+    run_decode(vae, family, method, random_latents(family, 64).to(dtype))
     before_bytes = psutil.Process().memory_info().rss
     walls_s, cpus_s = [], []
-    for _ in range(runs):
+    for _ in range(case.runs):
         wall_s, cpu_s = time.perf_counter(), time.process_time()
         image = run_decode(vae, family, method, latents)
         walls_s.append(time.perf_counter() - wall_s)
         cpus_s.append(time.process_time() - cpu_s)
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
-    save_file({"image": image}, image_path)
+    save_file({"image": image.float().contiguous()}, image_path)
     return {
         "wall_s": statistics.median(walls_s),
         "cpu_s": statistics.median(cpus_s),
@@ -142,16 +173,14 @@ def run_child(family: str, method: DecodeMethod, image_px: int, runs: int, image
     }
 
 
-def run_in_process(
-    family: str, method: DecodeMethod, image_px: int, threads: int, runs: int, image_path: Path
-) -> dict[str, Any]:
+def run_in_process(case: Case, method: DecodeMethod, image_px: int, image_path: Path) -> dict[str, Any]:
     """`run_child` in a process of its own.
 
     Raises:
         RuntimeError: the process ended badly, with the end of what it said.
     """
-    command = [sys.executable, "-m", "benchmarks.decode", "--family", family, "--methods", method, "--px"]
-    command += [str(image_px), "--threads", str(threads), "--runs", str(runs), "--child", str(image_path)]
+    command = [sys.executable, "-m", "benchmarks.decode", *case.options, "--methods", method]
+    command += ["--px", str(image_px), "--child", str(image_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise RuntimeError(f"{method} at {image_px} px ended with {ended.returncode}: {ended.stderr[-2000:]}")
@@ -160,7 +189,7 @@ def run_in_process(
 
 
 def measure_size(
-    family: str, methods: Sequence[DecodeMethod], image_px: int, threads: int, runs: int, largest_run_px: int
+    case: Case, methods: Sequence[DecodeMethod], image_px: int, largest_run_px: int
 ) -> list[DecodeFigures]:
     """All methods at one size; above `largest_run_px` only what shapes tell."""
     rows = []
@@ -171,13 +200,13 @@ def measure_size(
             difference: tuple[float | None, float | None] = (None, None)
             if image_px <= largest_run_px:
                 path = Path(folder) / f"{method}.safetensors"
-                measured = run_in_process(family, method, image_px, threads, runs, path)
+                measured = run_in_process(case, method, image_px, path)
                 if method in ("exact", "tiled") and plain.exists():
                     difference = compare(path, plain)
-            live = count_live(family, method, image_px, torch.float32)
+            live = count_live(case.family, method, image_px, DTYPES[case.dtype])
             side = image_px // STRIDE_PX
-            config = full_config(family, method)
-            estimate = estimate_peak_bytes(config, side, side, "float32", method)
+            config = full_config(case.family, method)
+            estimate = estimate_peak_bytes(config, side, side, case.dtype, method)
             row = DecodeFigures(
                 method,
                 image_px,
@@ -246,6 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--px", type=int, nargs="+", default=[512, 1024], help="Sides of the square images.")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--family", choices=sorted(VAE_CONFIGS), default="sdxl")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--channels-last", action="store_true", help="Memory format of the weights.")
     parser.add_argument("--runs", type=int, default=1, help="Decodes per method and size; medians are printed.")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
     parser.add_argument("--largest-run-px", type=int, default=1024, help="Above this size memory only, from shapes.")
@@ -254,18 +285,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     diffusers_logging.set_verbosity_error()
+    case = Case(options.family, options.dtype, options.channels_last, options.threads, options.runs)
     if options.child:
-        figures = run_child(options.family, options.methods[0], options.px[0], options.runs, options.child)
+        figures = run_child(case, options.methods[0], options.px[0], options.child)
         print(json.dumps(figures))
         return
     print(HEADER)
     rows = []
     for image_px in options.px:
-        rows += measure_size(
-            options.family, options.methods, image_px, options.threads, options.runs, options.largest_run_px
-        )
-    record = {"family": options.family, "dtype": "float32", "runs": options.runs, "threads": options.threads}
-    record |= {"machine": machine(), "rows": [asdict(row) for row in rows]}
+        rows += measure_size(case, options.methods, image_px, options.largest_run_px)
+    record = {**asdict(case), "machine": machine(), "rows": [asdict(row) for row in rows]}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=2) + "\n")
 

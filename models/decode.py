@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import AutoencoderKLQwenImage21
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -22,34 +26,72 @@ from models.decoder_check import check_autoencoder, check_decoder
 from models.latent_space import LatentSpace
 from models.strips import Normalization, StripMap, convolve, convolve_activated, convolve_upsampled
 
+STRIP_CLASSES = (AutoencoderKL, AutoencoderKLFlux2)
+FRAME_CLASSES = (AutoencoderKLQwenImage, AutoencoderKLQwenImage21, AutoencoderKLWan)
+
 
 @torch.inference_mode()
-def decode_plain(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode_plain(vae: Any, latents: Tensor) -> Tensor:
     """`vae.decode`, whole and untiled, whatever the VAE's switches say.
 
+    Args:
+        vae: One of STRIP_CLASSES or FRAME_CLASSES. The latter decode videos: they get one frame. Where there is a
+            fourth image channel, transparency, it is dropped.
+        latents: Raw ones.
+
     **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w].
+
+    **Raises** UnknownDecoderError: the VAE is of another class.
     """
     return _decode_with_tiling(vae, latents, enabled=False)
 
 
 @torch.inference_mode()
-def decode_tiled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode_tiled(vae: Any, latents: Tensor) -> Tensor:
     """diffusers' tiled decode. It changes the image: a tile sees only its own attention and statistics.
 
     **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w].
+
+    **Raises** UnknownDecoderError: as `decode_plain`.
     """
     return _decode_with_tiling(vae, latents, enabled=True)
 
 
-def _decode_with_tiling(vae: AutoencoderKL, latents: Tensor, enabled: bool) -> Tensor:
-    check_autoencoder(vae, AutoencoderKL)
+def _decode_with_tiling(vae: Any, latents: Tensor, enabled: bool) -> Tensor:
+    check_autoencoder(vae, *STRIP_CLASSES, *FRAME_CLASSES)
+    frames = isinstance(vae, FRAME_CLASSES)
     before = vae.use_tiling
     vae.use_tiling = enabled
     try:
-        image: Tensor = vae.decode(latents, return_dict=False)[0]
+        image: Tensor = vae.decode(latents[:, :, None] if frames else latents, return_dict=False)[0]
     finally:
         vae.use_tiling = before
-    return image
+    return (image[:, :, 0] if frames else image)[:, :3]
+
+
+@torch.inference_mode()
+def encode_mean(vae: Any, images: Tensor) -> Tensor:
+    """Mean of the posterior, whole and untiled; the inverse of `decode_plain` as far as the VAE is one.
+
+    Args:
+        vae: As for `decode_plain`. One that knows transparency gets opaque images.
+        images: In [-1, 1].
+
+    **Shape** [batch, 3, stride * h, stride * w] -> [batch, channels, h, w].
+
+    **Raises** UnknownDecoderError: as `decode_plain`.
+    """
+    check_autoencoder(vae, *STRIP_CLASSES, *FRAME_CLASSES)
+    if isinstance(vae, AutoencoderKLQwenImage21):
+        images = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
+    frames = isinstance(vae, FRAME_CLASSES)
+    before = vae.use_tiling
+    vae.use_tiling = False
+    try:
+        mean: Tensor = vae.encode(images[:, :, None] if frames else images, return_dict=False)[0].mode()
+    finally:
+        vae.use_tiling = before
+    return mean[:, :, 0] if frames else mean
 
 
 @torch.inference_mode()
@@ -70,15 +112,14 @@ def decode_tiny(tiny: AutoencoderTiny, latents: Tensor, space: LatentSpace) -> T
 
 
 @torch.inference_mode()
-def decode_exact(
-    vae: AutoencoderKL, latents: Tensor, budget_bytes: int | None = None, plan: DecodePlan | None = None
-) -> Tensor:
+def decode_exact(vae: Any, latents: Tensor, budget_bytes: int | None = None, plan: DecodePlan | None = None) -> Tensor:
     """The image of `decode_plain` in a third of its memory.
 
     Images are decoded one after the other. Differences are those of float arithmetic in another order.
 
     Args:
-        vae: In the dtype and on the device of the latents; its switches for tiling and slicing play no part.
+        vae: One of STRIP_CLASSES, in the dtype and on the device of the latents; its switches for tiling and slicing
+            play no part.
         latents: Raw ones.
         budget_bytes: What the decode may use at most beyond weights and latents; None for the default strips.
         plan: Made elsewhere, instead of a budget.
@@ -101,7 +142,7 @@ def decode_exact(
     return images
 
 
-def _decode_one(vae: AutoencoderKL, latent: Tensor, image: Tensor, plan: DecodePlan) -> None:
+def _decode_one(vae: Any, latent: Tensor, image: Tensor, plan: DecodePlan) -> None:
     if vae.post_quant_conv is not None:
         latent = vae.post_quant_conv(latent)
     decoder: Any = vae.decoder  # `check_decoder` has looked at every part
@@ -208,7 +249,7 @@ def choose_memory_format(latents: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-def _check_latents(vae: AutoencoderKL, latents: Tensor) -> None:
+def _check_latents(vae: Any, latents: Tensor) -> None:
     weight = vae.decoder.conv_in.weight
     channels = weight.shape[1]
     if latents.ndim != 4 or latents.shape[1] != channels or min(latents.shape) < 1:

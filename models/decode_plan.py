@@ -18,6 +18,7 @@ STRIPS_PER_MAP = 32  # a strip costs its own size about four times over: an eigh
 MAX_QUERIES = 1024  # attention scores of one chunk then stay below the full-resolution maps at any image size
 MAX_ELEMENTS = 2**31 - 1  # of one tensor; several GPU kernels index with 32 bits
 TILE_OVERLAP = 0.25  # diffusers' tiled decode of AutoencoderKL
+STRIPS_FASTER_PX = 256 * 256  # of an image: where strips became faster than the whole decode on a CPU in float32
 
 
 class DecodeBudgetError(ValueError):
@@ -42,19 +43,20 @@ class DecoderShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """From the `config.json` of a diffusers AutoencoderKL.
+        """From the `config.json` of a diffusers AutoencoderKL or AutoencoderKLFlux2.
 
         Raises:
             ValueError: it describes blocks other than UpDecoderBlock2D.
         """
         blocks = tuple(config["up_block_types"])
-        if set(blocks) != {"UpDecoderBlock2D"} or len(blocks) != len(config["block_out_channels"]):
+        channels = config.get("decoder_block_out_channels") or config["block_out_channels"]
+        if set(blocks) != {"UpDecoderBlock2D"} or len(blocks) != len(channels):
             raise ValueError(f"a decoder of UpDecoderBlock2D, one per channel count, is understood; found {blocks}")
         side = config["sample_size"]
         return cls(
             config["latent_channels"],
             config["out_channels"],
-            tuple(reversed(config["block_out_channels"])),
+            tuple(reversed(channels)),
             side if isinstance(side, int) else side[0],
         )
 
@@ -160,6 +162,43 @@ def estimate_peak_bytes(
     if method == "tiled":
         return batch * _tiled_elements(shape, latent_height, latent_width) * element_bytes
     return batch * _plain_elements(shape, latent_height, latent_width) * element_bytes
+
+
+def prefers_strips(
+    shape: DecoderShape,
+    latent_height: int,
+    latent_width: int,
+    dtype: str,
+    *,
+    batch: int = 1,
+    device: str = "cpu",
+    budget_bytes: int | None = None,
+) -> bool:
+    """Whether an exact decode of this size is better done in strips than whole: the image is the same.
+
+    In strips where the whole decode exceeds the budget or makes a tensor that a kernel cannot index, and where strips
+    were measured to be faster (docs/lab.md): on a CPU in float32 from `STRIPS_FASTER_PX` on.
+
+    Args:
+        shape: Of the decoder.
+        latent_height: Of the raw latent.
+        latent_width: Of the raw latent.
+        dtype: That the decoder computes in.
+        batch: Images decoded in one call.
+        device: Its type, "cpu" or "cuda".
+        budget_bytes: What the decode may use beyond weights and latents; None for no limit.
+
+    Raises:
+        ValueError: a size is not positive or the dtype is unknown.
+    """
+    element_bytes = _check(latent_height, latent_width, batch, dtype)
+    whole_bytes = batch * _plain_elements(shape, latent_height, latent_width) * element_bytes
+    if budget_bytes is not None and whole_bytes > budget_bytes:
+        return True
+    if batch * max(_stage_elements(shape, latent_height, latent_width)) > MAX_ELEMENTS:
+        return True
+    image_px = latent_height * latent_width * shape.stride_px**2
+    return device == "cpu" and dtype == "float32" and image_px >= STRIPS_FASTER_PX
 
 
 def largest_fit(

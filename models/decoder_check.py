@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, UpDecoderBlock2D
@@ -30,7 +31,7 @@ def check_decoder(vae: Any) -> None:
     Raises:
         UnknownDecoderError: it names the part that is not understood.
     """
-    check_autoencoder(vae, AutoencoderKL)
+    check_autoencoder(vae, AutoencoderKL, AutoencoderKLFlux2)
     decoder = vae.decoder
     _check_roles(decoder)
     parts = list(decoder.named_modules(prefix="decoder"))
@@ -47,14 +48,15 @@ def check_decoder(vae: Any) -> None:
             raise UnknownDecoderError(f"{name} {problem}, which an exact decode does not compute")
 
 
-def check_autoencoder(vae: Any, expected: type[nn.Module]) -> None:
-    """Refuses an autoencoder of another class.
+def check_autoencoder(vae: Any, *expected: type[nn.Module]) -> None:
+    """Refuses an autoencoder of none of the expected classes.
 
     Raises:
-        UnknownDecoderError: with both classes.
+        UnknownDecoderError: with all classes.
     """
     if not isinstance(vae, expected):
-        raise UnknownDecoderError(f"this decode is for {expected.__name__}; found {type(vae).__name__}")
+        names = " or ".join(each.__name__ for each in expected)
+        raise UnknownDecoderError(f"this decode is for {names}; found {type(vae).__name__}")
 
 
 def _check_roles(decoder: Any) -> None:

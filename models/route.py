@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from models.generator import CancelCheck, DrawItem, Generator, StepWatcher
 from models.images import to_signed
 from models.lua import Lua, pad_to_window
 from models.pixel_upscale import PixelUpscaler
+from models.vae import Vae, read_tiny
 
 STAGES = ("generate", "upscale", "decode", "encode")
 
@@ -114,7 +115,7 @@ class Route:
         generator: Prompt to raw latent.
         lua: The upscaler, in float32; it computes in `dtype` under autocast. None where the bundle has none.
         pixel: The upscaler of pixels, for the method `swinir`; None where the bundle has none.
-        vae: The decoder.
+        vae: Images from latents, and latents from images.
         device: Where all of them are.
         dtype: The compute type.
     """
@@ -127,7 +128,7 @@ class Route:
         generator: Generator,
         lua: Lua | None,
         pixel: PixelUpscaler | None,
-        vae: Any,
+        vae: Vae,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -145,6 +146,7 @@ class Route:
 
         Raises:
             BundleError: a weight file is not the one that the bundle was made with, or LUA does not fit it.
+            VaeError: the VAE is of an unknown class or not of the bundle's latent space.
             CheckpointError: the LUA weights cannot be read.
             OSError: the pipeline lacks a file.
         """
@@ -154,9 +156,8 @@ class Route:
             bundle.check_lua(lua.spec)
         pixel = PixelUpscaler.open(bundle.swinir, device, dtype) if bundle.swinir else None
         generator = Generator.open(bundle, device, dtype)
-        vae = generator.pipeline.vae
-        if dtype == torch.float16 and vae.config.force_upcast:
-            vae.to(torch.float32)  # this decoder overflows in float16 and says so in its configuration
+        tiny = None if bundle.tiny_vae is None else read_tiny(bundle.tiny_vae, device, dtype)
+        vae = Vae(generator.pipeline.vae, generator.latent_space, dtype=dtype, tiny=tiny)
         return cls(bundle.name, generator, lua, pixel, vae, device, dtype)
 
     @property
@@ -234,7 +235,7 @@ class Route:
 
         **Shape** [batch, channels, h, w] -> per item [stride * h, stride * w, 3], uint8, on the CPU.
         """
-        decoded = self.vae.decode(latents.to(self.device, self.vae.dtype), return_dict=False)[0].float()
+        decoded = self.vae.decode(latents, how=how)
         finite = finite_items(decoded)
         pixels = to_pixels(decoded / 2 + 0.5)
         return [image if good else None for image, good in zip(pixels, finite, strict=True)]

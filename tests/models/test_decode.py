@@ -286,7 +286,7 @@ def test_a_decoder_with_another_part_is_refused_by_name(change: Callable[[Autoen
 
 
 def test_another_autoencoder_is_refused() -> None:
-    with pytest.raises(UnknownDecoderError, match="AutoencoderKL; found AutoencoderTiny"):
+    with pytest.raises(UnknownDecoderError, match="AutoencoderKLFlux2; found AutoencoderTiny"):
         decode_exact(AutoencoderTiny(), torch.zeros(1, 4, 4, 4))
 
 

@@ -1,0 +1,227 @@
+"""One autoencoder of any of the known families: raw latents to images and back, in the precision that it stands.
+
+`Vae` chooses the class's own way, the number type and, for "exact", between the whole decode and strips. The ways
+themselves are in `models/decode.py`; what they cost is in `models/decode_plan.py`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from torch import Tensor
+
+from models.bundle import ModelSource
+from models.bundle_descriptor import DecodeName
+from models.decode import (
+    FRAME_CLASSES,
+    STRIP_CLASSES,
+    decode_exact,
+    decode_plain,
+    decode_tiled,
+    decode_tiny,
+    encode_mean,
+)
+from models.decode_plan import DecoderShape, prefers_strips
+from models.decoder_check import UnknownDecoderError, check_decoder
+from models.latent_space import LatentSpace
+
+FREE_SHARE = 0.8  # of a GPU's free memory that a decode may be planned with: the estimates hold within a quarter
+
+
+class VaeError(ValueError):
+    """An autoencoder that is not one of the latent space, or a use of it that it has no way for."""
+
+
+def choose_vae_dtype(force_upcast: bool | None, latent_channels: int, dtype: torch.dtype) -> torch.dtype:
+    """The type that a VAE computes in where the rest of the pipeline computes in `dtype`.
+
+    float16 only for a VAE that says that it does not overflow there (force_upcast false, as the fp16-fix of SDXL).
+    Else the 4-channel VAEs of SD and SDXL get float32; those with more channels get bfloat16, which has the range of
+    float32 and in which their pipelines run. They say force_upcast as well, but only because it is the default.
+
+    Args:
+        force_upcast: Of the VAE's configuration; None where it has no such key.
+        latent_channels: Of a raw latent.
+        dtype: Of the pipeline.
+    """
+    if dtype != torch.float16 or force_upcast is False:
+        return dtype
+    return torch.float32 if latent_channels == 4 else torch.bfloat16
+
+
+class Vae:
+    """An autoencoder and the ways to decode with it.
+
+    Args:
+        model: An AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLQwenImage21 or
+            AutoencoderKLWan, on its device. It is moved to the type of `choose_vae_dtype`.
+        latent_space: Of its latents.
+        dtype: Of the pipeline; None for the model's own.
+        tiny: A decoder of the TAESD family for the same latents, on the same device, for previews.
+        budget_bytes: What a decode may use beyond weights and latents; above it "exact" works in strips, where it can.
+            None for what a GPU has free, and for no limit on a CPU.
+
+    Raises:
+        VaeError: The model's class is none of these, its latents are not those of the space, or `tiny` does not fit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        latent_space: LatentSpace,
+        *,
+        dtype: torch.dtype | None = None,
+        tiny: AutoencoderTiny | None = None,
+        budget_bytes: int | None = None,
+    ) -> None:
+        _check_model(model, latent_space)
+        _check_tiny(tiny, latent_space)
+        self.model = model
+        self.latent_space = latent_space
+        self.tiny = tiny
+        self.budget_bytes = budget_bytes
+        self.dtype = choose_vae_dtype(
+            model.config.get("force_upcast"), latent_space.channels, model.dtype if dtype is None else dtype
+        )
+        self._shape = _strip_shape(model)
+        # Channels last: measured to be faster on a CPU (docs/lab.md); tensor cores read it as it is.
+        model.to(self.dtype).to(memory_format=torch.channels_last)
+
+    @property
+    def decodes(self) -> tuple[DecodeName, ...]:
+        """The ways to decode that there are."""
+        return ("exact", "tiled") if self.tiny is None else ("exact", "tiled", "tiny")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self.model.device
+        return device
+
+    def decode(self, raw: Tensor, how: DecodeName = "exact") -> Tensor:
+        """Raw latents to images.
+
+        Args:
+            raw: On any device, of any floating type.
+            how: "exact" is the image of the model's own decode, whole or in strips. "tiled" and "tiny" change it.
+
+        Returns:
+            Images whose visible range is [-1, 1]; not clamped, so that a value that is not finite can be seen.
+
+        **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], float32, on the model's device.
+
+        **Raises** LatentSpaceError: these are no raw latents of the space. VaeError: there is no such way.
+        """
+        self.latent_space.check_raw(tuple(raw.shape))
+        if how not in self.decodes:
+            raise VaeError(f"decode {how!r}: this VAE has {', '.join(self.decodes)}{_why_not(how)}")
+        if how == "tiny" and self.tiny is not None:
+            return decode_tiny(self.tiny, raw.to(self.tiny.device, self.tiny.dtype), self.latent_space).float()
+        raw = self._prepare(raw)
+        if how == "tiled":
+            return decode_tiled(self.model, raw).float()
+        budget_bytes = self._budget_bytes()
+        if self.works_in_strips(tuple(raw.shape), budget_bytes):
+            return decode_exact(self.model, raw, budget_bytes).float()
+        return decode_plain(self.model, raw).float()
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images to the mean of the posterior, which is what a raw latent is.
+
+        Args:
+            images: In [-1, 1], on any device; sides are multiples of the latent space's stride.
+
+        **Shape** [batch, 3, height_px, width_px] -> [batch, channels, h, w], float32, on the model's device.
+
+        **Raises** VaeError: the shape or a side does not fit.
+        """
+        stride_px = self.latent_space.stride_px
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape) < 1:
+            raise VaeError(f"images to encode are [batch, 3, height, width]; found {list(images.shape)}")
+        if images.shape[2] % stride_px or images.shape[3] % stride_px:
+            raise VaeError(
+                f"sides of images to encode are multiples of {stride_px} px in latent space {self.latent_space.name}; "
+                f"found {images.shape[3]}x{images.shape[2]}"
+            )
+        return encode_mean(self.model, self._prepare(images)).float()
+
+    def works_in_strips(self, shape: tuple[int, ...], budget_bytes: int | None = None) -> bool:
+        """Whether "exact" cuts latents of this shape into strips rather than decode them whole."""
+        if self._shape is None:
+            return False
+        batch, _, height, width = shape
+        dtype = str(self.dtype).removeprefix("torch.")
+        device = self.device.type
+        return prefers_strips(self._shape, height, width, dtype, batch=batch, device=device, budget_bytes=budget_bytes)
+
+    def _budget_bytes(self) -> int | None:
+        if self.budget_bytes is not None or self.device.type != "cuda":
+            return self.budget_bytes
+        kept_bytes = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(FREE_SHARE * (torch.cuda.mem_get_info(self.device)[0] + kept_bytes))
+
+    def _prepare(self, values: Tensor) -> Tensor:
+        # A stock img2img pipeline of SDXL leaves its VAE in the type of the prompt embeddings, which may be float16.
+        if self.model.dtype != self.dtype:
+            self.model.to(self.dtype)
+        return values.to(self.model.device, self.dtype)
+
+
+def read_tiny(source: ModelSource, device: torch.device, dtype: torch.dtype) -> AutoencoderTiny:
+    """The tiny VAE that a bundle names: from disk alone where that is a directory, and from safetensors only.
+
+    Raises:
+        OSError: the directory or a file in it is missing.
+    """
+    tiny: Any = AutoencoderTiny.from_pretrained(
+        str(source.place),
+        revision=source.revision,
+        torch_dtype=dtype,
+        use_safetensors=True,
+        local_files_only=isinstance(source.place, Path),
+    )
+    moved: AutoencoderTiny = tiny.to(device)
+    return moved
+
+
+def _strip_shape(model: Any) -> DecoderShape | None:
+    """Of a decoder that can work in strips; None for the others."""
+    try:
+        check_decoder(model)
+    except UnknownDecoderError:
+        return None
+    return DecoderShape.from_config(model.config)
+
+
+def _check_model(model: Any, space: LatentSpace) -> None:
+    if isinstance(model, STRIP_CLASSES):
+        channels, stride_px = model.config["latent_channels"], 2 ** (len(model.config["block_out_channels"]) - 1)
+    elif isinstance(model, FRAME_CLASSES):
+        channels, stride_px = model.config["z_dim"], model.spatial_compression_ratio
+    else:
+        known = ", ".join(each.__name__ for each in (*STRIP_CLASSES, *FRAME_CLASSES))
+        raise VaeError(f"a VAE is one of {known}; found {type(model).__name__}")
+    if (channels, stride_px) != (space.channels, space.stride_px):
+        raise VaeError(
+            f"this {type(model).__name__} has {channels} latent channels and a stride of {stride_px} px; latent space "
+            f"{space.name} has {space.channels} and {space.stride_px}"
+        )
+
+
+def _check_tiny(tiny: Any, space: LatentSpace) -> None:
+    if tiny is None:
+        return
+    if not isinstance(tiny, AutoencoderTiny):
+        raise VaeError(f"a tiny VAE is an AutoencoderTiny; found {type(tiny).__name__}")
+    channels = tiny.config["latent_channels"]
+    if channels != space.channels:
+        raise VaeError(
+            f"this AutoencoderTiny has {channels} latent channels; latent space {space.name} has {space.channels}"
+        )
+    if space.statistics_in_vae:
+        raise VaeError(f"latent space {space.name}: no AutoencoderTiny is known that takes its scaled latents")
+
+
+def _why_not(how: str) -> str:
+    return "; tiny needs a tiny VAE of the bundle" if how == "tiny" else ""
