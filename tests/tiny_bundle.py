@@ -20,6 +20,7 @@ from models.bundle_descriptor import (
     Limits,
     LuaFile,
     PipelineSource,
+    SwinirFiles,
     Vocabulary,
 )
 from models.checkpoints import write_lua
@@ -37,18 +38,21 @@ WINDOW = 4
 
 
 def write_tiny_bundle(directory: Path) -> None:
-    """Write a bundle: pipeline, LUA with heads x2 and x4, `bundle.toml`. The same weights each time."""
+    """Write a bundle: pipeline, LUA with heads x2 and x4, SwinIRs, `bundle.toml`. The same weights each time."""
     directory.mkdir(parents=True)
     write_tiny_pipeline(directory / "pipeline")
     write_tiny_lua(directory / "lua.safetensors")
+    for scale in (2, 4):
+        write_tiny_swinir(directory / f"swinir_x{scale}.safetensors", scale)
     files = file_hashes(directory)
     descriptor = Descriptor(
         bundle=About(name=NAME, title="Tiny", licence="Apache-2.0", provenance="Random weights, for tests only."),
         pipeline=PipelineSource(path="pipeline"),
         latent_space=LatentSpaceSource(name=NAME, channels=LATENT_CHANNELS, stride_px=STRIDE_PX, scale=SCALING_FACTOR),
         lua=LuaFile(file="lua.safetensors", scales=(2, 4), sha256=files["lua.safetensors"]),
+        swinir=SwinirFiles(x2="swinir_x2.safetensors", x4="swinir_x4.safetensors"),
         defaults=Defaults(steps=STEPS, guidance_scale=3.0, base_width_px=BASE_PX, base_height_px=BASE_PX, scale=2),
-        limits=Limits(min_base_px=32, max_base_px=256, multiple_px=STRIDE_PX, max_steps=50),
+        limits=Limits(min_base_px=32, max_base_px=256, multiple_px=STRIDE_PX, max_steps=50, max_direct_px=256),
         vocabulary=Vocabulary(closed=True),
         files=files,
     )
@@ -64,6 +68,14 @@ def write_tiny_lua(path: Path, seed: int = 0) -> None:
         for head in net.heads.values():
             torch.nn.init.normal_(head.conv_last.weight, std=0.1)
     write_lua(path, net)
+
+
+def write_tiny_swinir(path: Path, scale: int) -> None:
+    """Write a network that enlarges pixels by one scale."""
+    spec = LuaSpec(3, 12, (2,), 2, window=WINDOW, num_feat=8, scales=(scale,))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(scale)
+        write_lua(path, Lua(spec))
 
 
 def write_tiny_pipeline(directory: Path, seed: int = 0) -> None:

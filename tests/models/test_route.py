@@ -137,7 +137,7 @@ def test_bfloat16_stays_close_to_float32(tiny_bundle_dir: Path, route: Route) ->
 
 def test_warming_runs_every_scale_at_the_size_that_was_asked_for(route: Route) -> None:
     stages_s = route.warm(64, 64, steps=1)
-    assert set(stages_s) == {("lua", 1), ("lua", 2), ("lua", 4)}
+    assert set(stages_s) == {("lua", 1), ("lua", 2), ("lua", 4), ("swinir", 2), ("swinir", 4)}
     assert set(stages_s["lua", 1]) == {"generate", "decode"}
     assert all(set(stages_s["lua", scale]) == {"generate", "upscale", "decode"} for scale in (2, 4))
     assert all(duration_s > 0 for stages in stages_s.values() for duration_s in stages.values())

@@ -1,0 +1,139 @@
+"""The four ways to a large image, from the same base latent, and images that come in: real, tiny networks."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.bundle import read_bundle
+from models.bundle_descriptor import METHODS, Method
+from models.generator import DrawItem
+from models.route import Route, run_once, stages_of
+
+CPU = torch.device("cpu")
+ITEM = DrawItem("a red sphere on a green floor", "", seed=1, width_px=64, height_px=48, steps=2, guidance_scale=3.0)
+PIXELS = np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def route(tiny_bundle_dir: Path) -> Route:
+    return Route.open(read_bundle(tiny_bundle_dir), CPU, torch.float32)
+
+
+def unmeasured(stage: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def draw(route: Route, item: DrawItem = ITEM) -> Tensor:
+    (latent,) = route.generate([item], lambda step, steps: None, set)
+    assert latent is not None
+    return latent
+
+
+def recorder(stages: list[str]) -> Callable[[str], AbstractContextManager[None]]:
+    def measure(stage: str) -> AbstractContextManager[None]:
+        stages.append(stage)
+        return nullcontext()
+
+    return measure
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_every_method_gives_the_final_size_by_its_own_stages(route: Route, method: Method, scale: int) -> None:
+    item = replace(ITEM, width_px=64 * scale, height_px=48 * scale) if method == "direct" else ITEM
+    stages: list[str] = []
+    _, (image,) = route.finish([draw(route, item)], scale, method, "exact", recorder(stages))
+    assert image is not None and image.dtype == torch.uint8 and tuple(image.shape) == (48 * scale, 64 * scale, 3)
+    expected = {
+        "lua": ["upscale", "decode"],
+        "bicubic": ["upscale", "decode"],
+        "swinir": ["decode", "upscale"],
+        "direct": ["decode"],
+    }
+    assert stages == (expected[method] if scale > 1 else ["decode"]) == list(stages_of(method, scale))
+
+
+def test_the_methods_start_from_one_latent_and_end_in_four_images(route: Route) -> None:
+    latent = draw(route)
+    images = [route.finish([latent], 2, method, "exact", unmeasured)[1][0] for method in ("lua", "bicubic", "swinir")]
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        a, b = images[first], images[second]
+        assert a is not None and b is not None and (a.int() - b.int()).abs().float().mean() > 0.5
+    assert torch.equal(draw(route), latent), "nothing wrote into it"
+
+
+def test_bicubic_is_the_interpolation_of_the_latent(route: Route) -> None:
+    latent = draw(route)
+    (grown,), _ = route.finish([latent], 4, "bicubic", None, unmeasured)
+    assert torch.equal(grown, F.interpolate(latent[None], scale_factor=4.0, mode="bicubic")[0])
+
+
+def test_swinir_sees_the_decoded_base_image(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert route.pixel is not None
+    seen: list[Tensor] = []
+    upscale = route.pixel.upscale
+    monkeypatch.setattr(route.pixel, "upscale", lambda images, scale: seen.append(images) or upscale(images, scale))
+    latent = draw(route)
+    route.finish([latent], 2, "swinir", "exact", unmeasured)
+    (base,) = route.decode(latent[None])
+    assert base is not None
+    torch.testing.assert_close(seen[0], base.permute(2, 0, 1)[None] / 255)
+
+
+@pytest.mark.parametrize("method", ["swinir", "direct"])
+def test_latents_are_not_enlarged_by_a_method_of_pixels(route: Route, method: Method) -> None:
+    with pytest.raises(ValueError, match=method):
+        route.upscale(torch.zeros(1, 16, 8, 8), 2, method)
+
+
+def test_a_route_without_weights_refuses_their_methods(route: Route) -> None:
+    bare = Route(route.name, route.generator, None, None, route.vae, CPU, torch.float32)
+    assert [bare.scales_of(method) for method in METHODS] == [(1,), (1, 2, 4), (1, 2, 4), (1,)]
+    with pytest.raises(ValueError, match="lua"):
+        bare.upscale(torch.zeros(1, 16, 8, 8), 2)
+    with pytest.raises(ValueError, match="pixels"):
+        bare.upscale_pixels([torch.zeros(8, 8, 3, dtype=torch.uint8)], 2)
+    assert set(bare.warm(32, 32, 1)) == {("bicubic", 1), ("bicubic", 2), ("bicubic", 4)}
+
+
+def test_one_run_of_direct_draws_at_the_final_size(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[DrawItem] = []
+    generate = route.generate
+    monkeypatch.setattr(
+        route, "generate", lambda items, on_step, canceled: drawn.extend(items) or generate(items, on_step, canceled)
+    )
+    assert set(run_once(route, ITEM, 2, "direct").stages_s) == {"generate", "decode"}
+    assert (drawn[0].width_px, drawn[0].height_px) == (128, 96)
+
+
+@pytest.mark.parametrize("method", ["lua", "bicubic", "swinir"])
+def test_an_image_comes_back_enlarged_at_exactly_its_size(route: Route, method: Method) -> None:
+    stages: list[str] = []
+    latents, (image, other) = route.finish_images([PIXELS, 255 - PIXELS], 2, method, "exact", recorder(stages))
+    assert image is not None and other is not None and tuple(image.shape) == (90, 140, 3)
+    assert (image.int() - other.int()).abs().float().mean() > 1
+    if method == "swinir":
+        assert stages == ["upscale"] and latents == []
+    else:
+        assert stages == ["vae_encode", "upscale", "decode"] and tuple(latents[0].shape) == (16, 12, 18)
+
+
+def test_an_image_is_encoded_to_the_posterior_mean_of_whole_latents(route: Route) -> None:
+    latent = route.embed(PIXELS)
+    padded = np.pad(PIXELS, ((0, 3), (0, 2), (0, 0)), mode="edge")
+    image = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        mean = route.generator.pipeline.vae.encode(image).latent_dist.mean[0]
+    torch.testing.assert_close(latent, mean)
+
+
+def test_an_image_may_stay_a_latent(route: Route) -> None:
+    (latent,), images = route.finish_images([PIXELS], 2, "lua", None, unmeasured)
+    assert images == [] and tuple(latent.shape) == (16, 12, 18)
