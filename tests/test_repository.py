@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("benchmarks", "export", "models", "service", "training")
 MAY_IMPORT = {
     "models": {"models"},
-    "service": {"models", "service"},
+    "service": {"export", "models", "service"},
     "export": {"export", "models"},
     "training": {"models", "training"},
     "benchmarks": set(PACKAGES),

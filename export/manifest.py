@@ -1,0 +1,337 @@
+"""`manifest.json` beside exported artefacts: what they were made from, for which machine, and how close they are.
+
+`check_manifest` is what a worker calls before it loads anything; nothing here imports torch. `export/build.py` writes
+the file. Layout of an export directory, of which only what was asked for is there:
+
+    manifest.json
+    lua_x2.onnx, lua_x4.onnx, decoder.onnx    engine onnx; weights above 64 MiB in NAME.onnx.data beside it
+    lua_x2.plan, lua_x4.plan                  engine tensorrt
+    lua_x2.pt2, lua_x4.pt2                    engine aoti
+"""
+
+import json
+import platform
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.bundle import Bundle, file_hash
+
+Engine = Literal["onnx", "tensorrt", "aoti"]
+Precision = Literal["fp32", "fp16", "bf16"]
+Part = Literal["lua", "decoder"]
+Compatibility = Literal["none", "same_compute_capability", "ampere_plus"]
+
+FILE = "manifest.json"
+FORMAT = 1
+SUFFIXES: dict[Engine, str] = {"onnx": ".onnx", "tensorrt": ".plan", "aoti": ".pt2"}
+INPUT = "latent"
+OUTPUTS: dict[Part, str] = {"lua": "enlarged", "decoder": "image"}
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[tuple[int, int, int], Field(strict=False)]
+Side = Annotated[int, Field(ge=1)]
+
+
+class ArtefactError(ValueError):
+    """Artefacts that must not be used here; the message says why, and the command that builds the right ones."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Profile(_Section):
+    """A range of input shapes that an engine was tuned for, each [batch, height, width] in latent pixels."""
+
+    name: str
+    least: Size
+    best: Size
+    most: Size
+
+    def holds(self, batch: int, height: int, width: int) -> bool:
+        """Whether an input of this shape is in the range."""
+        shape = (batch, height, width)
+        return all(low <= side <= high for low, side, high in zip(self.least, shape, self.most, strict=True))
+
+
+class Case(_Section):
+    """One comparison with PyTorch: errors are absolute, of raw latents (of pixel values in [-1, 1] for a decoder)."""
+
+    batch: int
+    latent_height: int
+    latent_width: int
+    max_error: float
+    mean_error: float
+    reference_rms: float
+
+
+class Parity(_Section):
+    """All comparisons of one artefact; `psnr_db` is of the image decoded from its output in one of them."""
+
+    max_error: float
+    mean_error: float
+    allowed_error: float
+    psnr_db: float | None
+    allowed_psnr_db: float | None
+    device: str
+    cases: Annotated[tuple[Case, ...], Field(strict=False)]
+
+
+class Artefact(_Section):
+    """One graph: `file` is what an engine opens, `files` has every file that belongs to it.
+
+    Input and output are float32 whatever the precision. Sides of the input are multiples of `side_multiple`: who runs
+    it pads before (`models.lua.pad_to_window`) and crops after.
+    """
+
+    part: Part
+    scale: int | None
+    file: str
+    files: dict[str, Digest]
+    input: str
+    output: str
+    channels: Side
+    side_multiple: Side
+    output_stride: Side
+    opset: int | None
+    profiles: Annotated[tuple[Profile, ...], Field(strict=False)]
+    parity: Parity
+    trtexec: str | None
+
+
+class Machine(_Section):
+    """What a compiled artefact depends on; `export/machine.py` reads it."""
+
+    platform: str
+    device: Literal["cpu", "cuda"]
+    cpu_capability: str | None = None
+    gpu: str | None = None
+    compute_capability: str | None = None
+    torch: str | None = None
+    tensorrt: str | None = None
+
+
+class Manifest(_Section):
+    """Everything that is known about one export directory."""
+
+    format: Literal[1]
+    bundle: str
+    engine: Engine
+    precision: Precision
+    latent_space: str
+    spec: dict[str, Any]
+    weights: dict[str, Digest]
+    compatibility: Compatibility
+    machine: Machine
+    versions: dict[str, str]
+    command: str
+    artefacts: Annotated[tuple[Artefact, ...], Field(strict=False, min_length=1)]
+
+    def get(self, part: Part, scale: int | None = None) -> Artefact | None:
+        """The artefact of a part, for LUA of a scale; None where it was not exported."""
+        return next((each for each in self.artefacts if (each.part, each.scale) == (part, scale)), None)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(dict.fromkeys(each.part for each in self.artefacts))
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """The scales that LUA was exported for."""
+        return tuple(each.scale for each in self.artefacts if each.scale is not None)
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: It is no JSON, or not of this form.
+        """
+        return cls.model_validate_json(text, strict=True)
+
+
+def artefact_name(engine: Engine, part: Part, scale: int | None = None) -> str:
+    """The file that an engine opens: `lua_x2.onnx`, `decoder.onnx`."""
+    return ("decoder" if part == "decoder" else f"lua_x{scale}") + SUFFIXES[engine]
+
+
+def export_command(
+    directory: Path,
+    bundle: Bundle,
+    engine: Engine,
+    precision: Precision,
+    scales: Sequence[int] = (),
+    parts: Sequence[Part] = (),
+) -> str:
+    """The shell command that builds artefacts; without scales or parts, all of them by its defaults."""
+    words = ["giantleap", "export", "--bundle", str(bundle.directory), "--engine", engine, "--precision", precision]
+    words += [word for scale in scales for word in ("--scale", str(scale))]
+    words += [word for part in parts for word in ("--part", part)]
+    return shlex.join([*words, "--out", str(directory)])
+
+
+def bundle_weights(bundle: Bundle, parts: Sequence[Part]) -> dict[str, str]:
+    """SHA-256 of what the parts are made from, by path in the bundle: as `bundle.toml` lists them, and VAE settings.
+
+    Raises:
+        ArtefactError: The bundle has no LUA, or its VAE is on the hub and not in the bundle.
+    """
+    weights: dict[str, str] = {}
+    lua = bundle.descriptor.lua
+    if "lua" in parts:
+        if lua is None:
+            raise ArtefactError(f"bundle {bundle.name} has no LUA to run: {bundle.why_not('lua')}")
+        weights[lua.file] = lua.sha256
+    if "decoder" in parts:
+        folder = vae_directory(bundle).relative_to(bundle.directory).as_posix()
+        listed = {name: digest for name, digest in bundle.descriptor.files.items() if name.startswith(f"{folder}/")}
+        weights |= listed | {f"{folder}/config.json": file_hash(bundle.directory / folder / "config.json")}
+    return weights
+
+
+def vae_directory(bundle: Bundle) -> Path:
+    """Where the VAE that the bundle decodes with lies.
+
+    Raises:
+        ArtefactError: It is on the hub.
+    """
+    place = bundle.pipeline if bundle.vae is None else bundle.vae.place
+    if isinstance(place, str):
+        raise ArtefactError(
+            f"bundle {bundle.name}: the VAE is on the hub; fetch it with: giantleap bundle pull {bundle.name}"
+        )
+    return place / "vae" if bundle.vae is None else place
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads the manifest of an export directory and compares nothing.
+
+    Raises:
+        ArtefactError: There is none, or it is damaged or of another format.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        raise ArtefactError(f"{directory} holds no exported artefacts: {FILE} is missing")
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "file"
+        raise ArtefactError(f"{path}: damaged or of another version: {place}: {first['msg']}") from error
+    except UnicodeDecodeError as error:
+        raise ArtefactError(f"{path}: damaged: {error}") from error
+
+
+def check_manifest(
+    directory: Path,
+    bundle: Bundle,
+    *,
+    engine: Engine,
+    precision: Precision | None = None,
+    scales: Sequence[int] = (),
+    decoder: bool = False,
+    machine: Machine | None = None,
+) -> Manifest:
+    """Refuses artefacts that are damaged or were made for something else. Reads every file of them once.
+
+    Args:
+        directory: Holds `manifest.json`.
+        bundle: What is to be served.
+        engine: What is to run the artefacts.
+        precision: Of the artefacts; None takes whichever they have.
+        scales: Those that must be there.
+        decoder: Whether the decoder must be there.
+        machine: The present one (`export.machine.read_machine`); None leaves out the comparison with it.
+
+    Raises:
+        ArtefactError: One line with the first thing that does not fit and the command that builds artefacts that do.
+    """
+    parts: tuple[Part, ...] = ("lua", "decoder") if decoder else ("lua",)
+    command = export_command(directory, bundle, engine, precision or "fp32", scales, parts)
+    try:
+        manifest = read_manifest(directory)
+        if precision is None:
+            command = export_command(directory, bundle, engine, manifest.precision, scales, parts)
+        _check_origin(manifest, bundle, engine, precision)
+        _check_parts(manifest, scales, decoder)
+        if machine is not None:
+            check_machine(manifest, machine)
+        _check_files(manifest, directory)
+    except ArtefactError as error:
+        raise ArtefactError(f"{error}; build it with: {command}") from error
+    return manifest
+
+
+def check_machine(manifest: Manifest, machine: Machine) -> None:
+    """Refuses compiled artefacts of another machine; an ONNX graph runs on any.
+
+    Raises:
+        ArtefactError: They differ in what the engine depends on.
+    """
+    if manifest.engine == "onnx":
+        return
+    built = manifest.machine
+    names = ["platform", "device"]
+    if manifest.engine == "aoti":
+        names += ["torch", "compute_capability"] if built.device == "cuda" else ["torch", "cpu_capability"]
+    else:
+        names += ["tensorrt"]
+        names += {"none": ["gpu", "compute_capability"], "same_compute_capability": ["compute_capability"]}.get(
+            manifest.compatibility, []
+        )
+        if manifest.compatibility == "ampere_plus" and _capability(machine) < (8, 0):
+            raise ArtefactError(
+                f"built for compute capability 8.0 and above; this machine has {machine.compute_capability}"
+            )
+    for name in names:
+        was, present = getattr(built, name), getattr(machine, name)
+        if was != present:
+            raise ArtefactError(f"{manifest.engine} artefact built for {name} {was}; this machine has {present}")
+
+
+def this_platform() -> str:
+    """Operating system and processor family, such as `linux-x86_64`."""
+    return f"{platform.system().lower()}-{platform.machine().lower()}"
+
+
+def _capability(machine: Machine) -> tuple[int, ...]:
+    return tuple(int(digit) for digit in (machine.compute_capability or "0.0").split("."))
+
+
+def _check_origin(manifest: Manifest, bundle: Bundle, engine: Engine, precision: Precision | None) -> None:
+    if manifest.engine != engine:
+        raise ArtefactError(f"artefacts of engine {manifest.engine}; asked for {engine}")
+    if manifest.bundle != bundle.name:
+        raise ArtefactError(f"artefacts of bundle {manifest.bundle}; this is bundle {bundle.name}")
+    if precision not in (None, manifest.precision):
+        raise ArtefactError(f"artefacts of precision {manifest.precision}; asked for {precision}")
+    present = bundle_weights(bundle, manifest.parts)
+    for name in sorted(present.keys() | manifest.weights.keys()):
+        was, now = manifest.weights.get(name, "none"), present.get(name, "none")
+        if was != now:
+            raise ArtefactError(f"artefacts were made from {name} with sha256 {was[:12]}; the bundle's is {now[:12]}")
+
+
+def _check_parts(manifest: Manifest, scales: Sequence[int], decoder: bool) -> None:
+    missing = [artefact_name(manifest.engine, "lua", s) for s in scales if manifest.get("lua", s) is None]
+    if decoder and manifest.get("decoder") is None:
+        missing.append(artefact_name(manifest.engine, "decoder"))
+    if missing:
+        raise ArtefactError(f"{', '.join(missing)} was not exported")
+
+
+def _check_files(manifest: Manifest, directory: Path) -> None:
+    for artefact in manifest.artefacts:
+        for name, expected in artefact.files.items():
+            path = directory / name
+            if path.parent != directory or not path.is_file():
+                raise ArtefactError(f"{path} is missing")
+            if (found := file_hash(path)) != expected:
+                raise ArtefactError(f"{path} is damaged: sha256 {found[:12]}, expected {expected[:12]}")
