@@ -43,7 +43,7 @@ class HubSnapshot:
 
 
 class Hub:
-    """The hub, with the access token of this machine where there is one (`HF_TOKEN`, or `hf auth login`).
+    """The hub, with the access token of this machine where there is one (`HF_TOKEN`, or `hf auth login`); close it.
 
     Args:
         endpoint: Its address; the setting of the hub's own tools is `HF_ENDPOINT`.
@@ -53,6 +53,11 @@ class Hub:
     def __init__(self, endpoint: str = PUBLIC_HUB, first_delay_s: float = 1.0) -> None:
         self._endpoint = endpoint.rstrip("/")
         self._first_delay_s = first_delay_s
+        self._client = httpx.Client(follow_redirects=True, timeout=60)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
 
     def snapshot(self, hub_id: str, revision: str) -> HubSnapshot:
         """What a repository holds at a revision, which becomes a commit.
@@ -62,7 +67,7 @@ class Hub:
         """
         url = f"{self._endpoint}/api/models/{hub_id}/revision/{quote(revision, safe='')}"
         try:
-            answer = httpx.get(url, params={"blobs": "true"}, headers=_headers(), follow_redirects=True, timeout=60)
+            answer = self._client.get(url, params={"blobs": "true"}, headers=_headers())
         except httpx.TransportError as error:
             raise HubError(f"{hub_id}: {self._endpoint} cannot be reached ({type(error).__name__})") from error
         if answer.status_code != 200:
@@ -137,7 +142,7 @@ class Hub:
         headers = _headers()
         if start:
             headers["Range"] = f"bytes={start}-"
-        with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=60) as answer:
+        with self._client.stream("GET", url, headers=headers) as answer:
             if answer.status_code == 429 or answer.status_code >= 500:
                 raise httpx.RemoteProtocolError(f"status {answer.status_code}")
             if answer.status_code not in (200, 206):

@@ -6,6 +6,7 @@ A bundle is named by its directory, or by its name: then it is the one that was 
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,8 +84,8 @@ def pull(
         bar.update(count)
 
     try:
-        with bar:
-            done = pull_bundle(bundle, target, Hub(os.environ.get("HF_ENDPOINT", PUBLIC_HUB)), progress, bar.write)
+        with bar, closing(Hub(os.environ.get("HF_ENDPOINT", PUBLIC_HUB))) as hub:
+            done = pull_bundle(bundle, target, hub, progress, bar.write)
     except (BundleError, CheckpointError, HubError, OSError) as error:
         stop(str(error))
     typer.echo(f"bundle {done.name} is in {target}; serve it with: giantleap serve --bundle {target}")

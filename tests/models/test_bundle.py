@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.bundle import (
@@ -247,6 +247,7 @@ def tiny_bundle() -> Bundle:
     return Bundle(Path("nowhere"), Descriptor.model_validate(values))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 800), st.integers(1, 800), st.sampled_from([1, 2, 4]))
 def test_a_size_is_reached_exactly_or_the_nearest_ones_are_named(width: int, height: int, scale: int) -> None:
     bundle = tiny_bundle()

@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from models.hub import TRIES, Hub, HubError
+from models.hub import TRIES, Hub, HubError, HubSnapshot
 from tests.models.fake_hub import FakeHub, serve_hub
 
 CONTENT = hashlib.sha512(b"weights").digest() * 64
@@ -23,9 +24,14 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 def fetch(server: FakeHub, path: Path, name: str = "unet/model.safetensors") -> tuple[str, int]:
     """The digest, and how many bytes the progress adds up to."""
-    hub = Hub(server.endpoint, first_delay_s=0.0)
     counts: list[int] = []
-    return hub.fetch(hub.snapshot("some/model", "main"), name, path, counts.append), sum(counts)
+    with closing(Hub(server.endpoint, first_delay_s=0.0)) as hub:
+        return hub.fetch(hub.snapshot("some/model", "main"), name, path, counts.append), sum(counts)
+
+
+def snapshot(endpoint: str, hub_id: str = "some/model", revision: str = "main") -> HubSnapshot:
+    with closing(Hub(endpoint)) as hub:
+        return hub.snapshot(hub_id, revision)
 
 
 def test_a_file_comes_whole_with_its_digest_and_the_token_of_this_machine(server: FakeHub, tmp_path: Path) -> None:
@@ -104,17 +110,17 @@ def test_a_refused_file_says_what_to_do(server: FakeHub, tmp_path: Path, status:
 def test_a_refused_repository_or_an_unreachable_hub_says_what_to_do(server: FakeHub) -> None:
     server.statuses["some/model"] = 401
     with pytest.raises(HubError, match="HF_TOKEN"):
-        Hub(server.endpoint).snapshot("some/model", "main")
+        snapshot(server.endpoint)
     with pytest.raises(HubError, match="no such model, file or revision v9"):
-        Hub(server.endpoint).snapshot("no/model", "v9")
+        snapshot(server.endpoint, "no/model", "v9")
     with pytest.raises(HubError, match="cannot be reached"):
-        Hub("http://127.0.0.1:1").snapshot("some/model", "main")
+        snapshot("http://127.0.0.1:1")
     server.statuses.clear()
     server.repositories["some/model"].pop("empty.txt")
-    assert list(Hub(server.endpoint).snapshot("some/model", "main").files) == ["unet/model.safetensors"]
+    assert list(snapshot(server.endpoint).files) == ["unet/model.safetensors"]
 
 
 def test_a_server_that_is_no_hub_is_recognized(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "listing", lambda hub_id: ["hello"])
     with pytest.raises(HubError, match="does not answer as a Hugging Face hub"):
-        Hub(server.endpoint).snapshot("some/model", "main")
+        snapshot(server.endpoint)
