@@ -1,0 +1,123 @@
+"""Draws the same prompts by every method of a bundle, side by side, and times the stages of each.
+
+`python -m benchmarks.methods` writes `docs/methods.png` and `benchmarks/results/methods.json`. `lua`, `bicubic` and
+`swinir` start from the same base latent; `direct` is another drawing, at the final size. The times are those of
+`service.protocol`, with fewer runs, the methods one after another.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from benchmarks.pocket_quality import machine
+from models.bundle import Bundle, read_bundle
+from models.bundle_descriptor import Method
+from models.generator import DrawItem
+from models.route import Route, choose_device, choose_dtype
+from service.protocol import ProtocolResult, measure_protocol, to_table
+
+PROMPTS = (
+    "a red sphere on a green floor under a blue sky",
+    "a large yellow cube on a gray floor under a white sky",
+    "a small blue cone on a brown floor under an orange sky",
+)
+HEAD_PX = 20
+CELL_PX = 256
+
+
+def draw_row(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int) -> dict[str, Tensor]:
+    """One prompt by every method that has the scale, after the base image.
+
+    Returns:
+        Pixels [height_px, width_px, 3], uint8, by the name of the method; "base" is the image at scale 1.
+    """
+    images = {"base": _draw(route, bundle, prompt, seed, 1, "bicubic")}
+    for method in bundle.methods:
+        if scale in bundle.scales_of(method):
+            images[method] = _draw(route, bundle, prompt, seed, scale, method)
+    return images
+
+
+def _draw(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int, method: Method) -> Tensor:
+    defaults = bundle.defaults
+    factor = scale if method == "direct" else 1
+    width_px, height_px = factor * defaults.base_width_px, factor * defaults.base_height_px
+    item = DrawItem(prompt, "", seed, width_px, height_px, defaults.steps, defaults.guidance_scale)
+    latents = [latent for latent in route.generate([item], lambda step, steps: None, set) if latent is not None]
+    _, (image,) = route.finish(latents, scale, method, "exact", route.clock().measure)
+    if image is None:
+        raise RuntimeError(f"{method} x{scale} of {prompt!r} has values that are not finite")
+    return image
+
+
+def write_sheet(rows: Sequence[tuple[str, dict[str, Tensor]]], path: Path) -> None:
+    """One row per drawing, one column per method; larger images show their centre, smaller ones are enlarged."""
+    columns = list(dict.fromkeys(name for _, images in rows for name in images))
+    sheet = Image.new("RGB", (len(columns) * CELL_PX, len(rows) * (HEAD_PX + CELL_PX)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (title, images) in enumerate(rows):
+        top = row * (HEAD_PX + CELL_PX)
+        for name, image in images.items():
+            left = columns.index(name) * CELL_PX
+            label = (
+                f"{title}: base, pixels repeated" if name == "base" else f"{name} {image.shape[1]}x{image.shape[0]} px"
+            )
+            pen.text((left + 4, top + 4), label, fill="black")
+            sheet.paste(to_cell(Image.fromarray(image.numpy())), (left, top + HEAD_PX))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
+
+
+def to_cell(image: Image.Image) -> Image.Image:
+    """The image at `CELL_PX`: cut from its centre, or its pixels repeated."""
+    if image.width < CELL_PX:
+        return image.resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST)
+    left, top = (image.width - CELL_PX) // 2, (image.height - CELL_PX) // 2
+    return image.crop((left, top, left + CELL_PX, top + CELL_PX))
+
+
+def time_methods(route: Route, bundle: Bundle, warmups: int, runs: int) -> list[ProtocolResult]:
+    """Every method at every scale above 1."""
+    defaults = bundle.defaults
+    size = (defaults.base_width_px, defaults.base_height_px)
+    return [
+        measure_protocol(route, scale, *size, defaults.steps, method, warmups, runs)
+        for method in bundle.methods
+        for scale in bundle.scales_of(method)[1:]
+    ]
+
+
+def main(
+    directory: Annotated[Path, typer.Option("--bundle", help="Bundle directory.")] = Path("bundles/pocket"),
+    out: Annotated[Path, typer.Option(help="Where the times go.")] = Path("benchmarks/results/methods.json"),
+    sheet: Annotated[Path, typer.Option(help="Where the drawings go.")] = Path("docs/methods.png"),
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    warmups: Annotated[int, typer.Option(help="Runs thrown away first.")] = 2,
+    runs: Annotated[int, typer.Option(help="Runs that count.")] = 7,
+) -> None:
+    """Draws, times, prints, stores."""
+    torch.set_num_threads(threads)
+    bundle = read_bundle(directory)
+    device = choose_device("auto")
+    route = Route.open(bundle, device, choose_dtype("auto", device))
+    rows = [
+        (f"x{scale}", draw_row(route, bundle, prompt, seed, scale))
+        for scale in (2, 4)
+        for seed, prompt in enumerate(PROMPTS)
+    ]
+    write_sheet(rows, sheet)
+    results = time_methods(route, bundle, warmups, runs)
+    typer.echo(to_table(results))
+    record = {"machine": machine(), "results": [asdict(result) for result in results]}
+    out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
