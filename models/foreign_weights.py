@@ -1,15 +1,25 @@
 """Reads the spec of a LUA off the weights of files that others wrote, and brings their keys to ours.
 
 Known are the authors' release (SwinIR trunk, heads under `heads.x2`, `heads.x4`) and single-head SwinIR files with
-the `pixelshuffle` upsampler, which become a LUA of one head. `models/checkpoints.py` opens the files.
+the `pixelshuffle` upsampler, which become a LUA of one head. `models/checkpoints.py` opens the files. Only names and
+shapes are looked at, so `models/memory_plan.py` can ask with those of a file's header; no torch is imported.
 """
 
 import math
-from collections.abc import Mapping
-
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from models.lua_spec import LuaSpec
+
+
+class Shaped(Protocol):
+    """A tensor, or what a file's header says of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+Weight = TypeVar("Weight", bound=Shaped)
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # SwinIR subtracts it from 3-channel images and stores it in no file
 _RECOMPUTED = (".attn_mask", ".relative_position_index")
@@ -19,7 +29,7 @@ class CheckpointError(ValueError):
     """A weight file that is damaged, of an unknown layout, or does not fit its network."""
 
 
-def to_own_layout(weights: Mapping[str, Tensor]) -> tuple[LuaSpec, dict[str, Tensor]]:
+def to_own_layout(weights: Mapping[str, Weight]) -> tuple[LuaSpec, dict[str, Weight]]:
     """The spec and the weights under our own keys, without the buffers that depend on a size.
 
     Raises:
@@ -32,7 +42,7 @@ def to_own_layout(weights: Mapping[str, Tensor]) -> tuple[LuaSpec, dict[str, Ten
     return _infer_spec(own), own
 
 
-def _refuse_variants(weights: Mapping[str, Tensor]) -> None:
+def _refuse_variants(weights: Mapping[str, Shaped]) -> None:
     """Names the SwinIR variants apart from `pixelshuffle` with one convolution per residual group."""
     for key in ("conv_first.weight", "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"):
         _need(weights, key)
@@ -56,7 +66,7 @@ def _refuse_variants(weights: Mapping[str, Tensor]) -> None:
         )
 
 
-def _single_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _single_head(weights: Mapping[str, Weight]) -> dict[str, Weight]:
     """Moves the one head of a SwinIR file to where LUA keeps the head of that scale."""
     doublings = sorted(
         int(key.split(".")[1]) for key in weights if key.startswith("upsample.") and key.endswith(".weight")
@@ -78,7 +88,7 @@ def _single_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {moved(key): value for key, value in weights.items()}
 
 
-def _infer_spec(weights: Mapping[str, Tensor]) -> LuaSpec:
+def _infer_spec(weights: Mapping[str, Shaped]) -> LuaSpec:
     embed_dim, channels, kernel, _ = _shape(weights, "conv_first.weight", 4)
     block = "layers.{}.residual_group.blocks.{}"
     table, fc1 = f"{block}.attn.relative_position_bias_table", f"{block}.mlp.fc1.weight"
@@ -120,14 +130,14 @@ def _window(key: str, rows: int) -> int:
     return (side + 1) // 2
 
 
-def _shape(weights: Mapping[str, Tensor], key: str, dims: int) -> tuple[int, ...]:
+def _shape(weights: Mapping[str, Shaped], key: str, dims: int) -> tuple[int, ...]:
     shape = tuple(_need(weights, key).shape)
     if len(shape) != dims:
         raise CheckpointError(f"key {key}: found shape {list(shape)}, expected {dims} dimensions")
     return shape
 
 
-def _need(weights: Mapping[str, Tensor], key: str) -> Tensor:
+def _need(weights: Mapping[str, Weight], key: str) -> Weight:
     if key not in weights:
         starts = sorted({name.split(".")[0] for name in weights})[:8]
         raise CheckpointError(
