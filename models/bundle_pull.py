@@ -96,7 +96,7 @@ def pull_bundle(
     """Fetch all parts of a bundle into a directory that then is a bundle itself; goes on with what is there already.
 
     Args:
-        bundle: One whose pipeline is a hub id.
+        bundle: One whose pipeline is a hub id; weights that lie beside its descriptor are copied.
         directory: New, empty, or of an earlier pull of the same bundle.
         hub: Where from.
         progress: Called with (bytes that came, bytes of the part).
@@ -152,13 +152,14 @@ class _Pull:
     def run(self) -> None:
         said = self.bundle.descriptor
         values: dict[str, Any] = said.model_dump(exclude_unset=True, exclude_none=True)
+        self._copy_own_files()
         for part, source in (("pipeline", said.pipeline), ("vae", said.vae), ("tiny_vae", said.tiny_vae)):
-            if source is None:
+            if source is None or source.hub_id is None:
                 continue
             self._fetch_part(part, str(source.hub_id), str(source.revision))
             values[part] = {key: value for key, value in values[part].items() if key not in ("hub_id", "revision")}
             values[part]["path"] = part
-        if said.lua_source is not None and said.lua_source.hub_id is not None:
+        if said.lua is None and said.lua_source is not None and said.lua_source.hub_id is not None:
             values["lua"] = self._fetch_lua()
             values["defaults"]["method"] = "lua"
             del values["lua_source"]
@@ -166,6 +167,22 @@ class _Pull:
         values["files"] = {name: sha for name, sha in self.lock.files.items() if name.endswith(WEIGHT_SUFFIXES)}
         shutil.rmtree(self.directory / _DOWNLOADS, ignore_errors=True)
         write_bundle(self.directory, Descriptor.model_validate(values))
+
+    def _copy_own_files(self) -> None:
+        """What lies beside the descriptor already: one's own LUA, SwinIR weights, a VAE; read back and compared."""
+        said = self.bundle.descriptor
+        own = said.files | ({} if said.lua is None else {said.lua.file: said.lua.sha256})
+        for source in (said.vae, said.tiny_vae):
+            if source is not None and source.path is not None:
+                shutil.copytree(self.bundle.directory / source.path, self.directory / source.path, dirs_exist_ok=True)
+        for name, digest in own.items():
+            path = self.directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.bundle.directory / name, path)
+            if file_hash(path) != digest:
+                raise BundleError(f"{self.bundle.directory / name} is not the file with sha256 {digest}")
+            self.lock.files[name] = digest
+        self.lock.write()
 
     def _fetch_part(self, part: str, hub_id: str, revision: str) -> None:
         snapshot = self._snapshot(part, hub_id, revision)

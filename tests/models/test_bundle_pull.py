@@ -1,5 +1,6 @@
 """Pulling a bundle: only what is needed comes, at one commit, and the result serves without a network."""
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from tests.models.fake_hub import FakeHub, Repository, serve_hub
 
 PIPELINE, VAE, TINY, LUA = "maker/pipeline", "maker/vae", "maker/tiny", "maker/lua"
 WEIGHTS = save({})
+OWN = b"weights of one's own"
 VAE_CONFIG = json.dumps({"latent_channels": 16, "scaling_factor": 1.0}).encode()
 INDEX = {"_class_name": "Some", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "safety_checker": [None, None]}
 
@@ -73,6 +75,9 @@ def descriptor(**change: Any) -> Descriptor:
 
 def bundle_of(directory: Path, **change: Any) -> Bundle:
     directory.mkdir()
+    for name in change.get("files", {}):
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(OWN)
     write_bundle(directory, descriptor(**change))
     return read_bundle(directory)
 
@@ -146,6 +151,16 @@ def test_without_published_lua_weights_the_bundle_says_so_and_keeps_its_method(p
     done = pull(lua_source={"train": "`giantleap train`"})
     assert done.methods == ("direct", "bicubic") and done.defaults.method == "bicubic"
     assert "train your own: `giantleap train`" in done.why_not("lua")
+
+
+def test_weights_beside_the_descriptor_come_along(pull: Pull, tmp_path: Path) -> None:
+    name, digest = "up/x2.safetensors", hashlib.sha256(OWN).hexdigest()
+    done = pull(swinir={"x2": name}, files={name: digest})
+    assert done.swinir == {2: tmp_path / "to" / name} and "swinir" in done.methods
+    assert (tmp_path / "to" / name).read_bytes() == OWN
+    check_files(done)
+    with pytest.raises(BundleError, match="is not the file with sha256"):
+        pull(tmp_path / "other", swinir={"x2": name}, files={name: "0" * 64})
 
 
 def test_an_interrupted_pull_goes_on_at_the_same_commit(pull: Pull, server: FakeHub, tmp_path: Path) -> None:

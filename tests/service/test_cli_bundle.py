@@ -1,0 +1,156 @@
+"""`giantleap bundle`: what there is, fetched from a hub on loopback, and checked without a network."""
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+from models.bundle import check_files, read_bundle, write_bundle
+from models.bundle_descriptor import Descriptor
+from models.lua import Lua
+from models.lua_spec import LuaSpec
+from service.cli import app
+from tests.models.fake_hub import FakeHub, Repository, serve_hub
+
+PIPELINE, LUA = "maker/tiny-pipeline", "maker/lua"
+Run = Callable[..., Result]
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("GIANTLEAP_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("GIANTLEAP_DEVICE", "cpu")
+    monkeypatch.setenv("GIANTLEAP_LOG_LEVEL", "error")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")  # nobody listens there
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return lambda *arguments: CliRunner().invoke(app, ["bundle", *map(str, arguments)])
+
+
+@pytest.fixture
+def hub(run: Run, tiny_bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub with the tiny bundle's pipeline and a LUA as the authors release theirs."""
+    pipeline = tiny_bundle_dir / "pipeline"
+    files: Repository = {
+        path.relative_to(pipeline).as_posix(): path.read_bytes() for path in pipeline.rglob("*") if path.is_file()
+    }
+    torch.manual_seed(0)
+    released = io.BytesIO()
+    torch.save({"params_ema": Lua(LuaSpec(16, 12, (2,), 2, window=4, num_feat=8)).state_dict()}, released)
+    with serve_hub({PIPELINE: files, LUA: {"lua.pth": released.getvalue()}}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        yield server
+
+
+def _hub_descriptor(tiny_bundle_dir: Path, to: Path, with_lua: bool) -> Path:
+    tiny = read_bundle(tiny_bundle_dir).descriptor.model_dump(exclude_unset=True)
+    source = {"hub_id": LUA, "revision": "main", "file": "lua.pth", "scales": (2, 4)}
+    tiny |= {
+        "pipeline": {"hub_id": PIPELINE, "revision": "main"},
+        "lua_source": source if with_lua else {"train": "`make it`"},
+        "files": {},
+    }
+    tiny["defaults"] |= {"method": "bicubic"}
+    del tiny["lua"]
+    tiny.pop("swinir", None)
+    to.mkdir()
+    write_bundle(to, Descriptor.model_validate(tiny))
+    return to
+
+
+def test_list_names_every_shipped_bundle_with_its_methods(run: Run) -> None:
+    ended = run("list")
+    assert ended.exit_code == 0
+    for name in ("pocket", "sdxl", "sd3.5-medium", "flux1-dev", "flux1-krea", "flux1-schnell", "flux2-klein"):
+        assert re.search(rf"^{re.escape(name)} .*bicubic", ended.output, re.MULTILINE), name
+    assert re.search(r"^pocket +lua, direct, bicubic", ended.output, re.MULTILINE)
+
+
+def test_show_says_where_the_parts_are_and_why_a_method_is_not_there(run: Run) -> None:
+    ended = run("show", "sdxl")
+    said = _plain(ended.output)
+    assert ended.exit_code == 0
+    assert "stabilityai/stable-diffusion-xl-base-1.0 at main, on the hub" in said
+    assert "vae madebyollin/sdxl-vae-fp16-fix" in said and "Open RAIL++-M" in said
+    assert "lua not there" in said and "train your own" in said
+    assert "direct sides up to 4096 px" in said and "bicubic x1, x2, x4" in said
+
+
+def test_an_unknown_bundle_is_refused_with_the_known_ones(run: Run) -> None:
+    for command in ("show", "pull", "check"):
+        ended = run(command, "sdxxl")
+        assert ended.exit_code == 2 and "there are" in ended.output and "flux1-dev" in ended.output
+
+
+def test_a_bundle_on_the_hub_must_be_pulled_before_it_is_checked(run: Run) -> None:
+    ended = run("check", "flux1-dev")
+    assert ended.exit_code == 2 and "giantleap bundle pull flux1-dev" in _plain(ended.output)
+
+
+def test_pull_without_a_network_says_so_and_leaves_no_bundle(run: Run, tmp_path: Path) -> None:
+    ended = run("pull", "sdxl")
+    assert ended.exit_code == 2 and "cannot be reached" in _plain(ended.output)
+    assert not list((tmp_path / "data").rglob("bundle.toml"))
+
+
+def test_a_pulled_bundle_is_found_by_name_and_runs_with_the_network_off(
+    run: Run, hub: FakeHub, tiny_bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _hub_descriptor(tiny_bundle_dir, tmp_path / "source", with_lua=True)
+    ended = run("pull", source)
+    assert ended.exit_code == 0, ended.output
+    target = tmp_path / "data" / "bundles" / "tiny"
+    assert f"giantleap serve --bundle {target}" in _plain(ended.output)
+    check_files(read_bundle(target))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    asked = len(hub.fetched)
+    assert "tiny" in run("list").output
+    assert f"pipeline from {PIPELINE}@{hub.commit_of(PIPELINE)}" in _plain(run("show", "tiny").output)
+    ended = run("check", "tiny")
+    assert ended.exit_code == 0, ended.output
+    said = _plain(ended.output)
+    assert "method lua x2, 128 x 128 px" in said and "peak" in said and "generate" in said
+    assert "without swinir" in said and "without lua" not in said
+    assert len(hub.fetched) == asked
+
+
+def test_a_bundle_without_lua_weights_runs_by_the_other_methods_only(
+    run: Run, hub: FakeHub, tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    source, target = _hub_descriptor(tiny_bundle_dir, tmp_path / "source", with_lua=False), tmp_path / "to"
+    ended = run("pull", source, "--to", target)
+    assert ended.exit_code == 0, ended.output
+    assert "without lua: bundle tiny has no LUA weights" in _plain(ended.output)
+    ended = run("check", target)
+    assert ended.exit_code == 0 and "method bicubic x2, 128 x 128 px" in ended.output, ended.output
+    ended = run("check", target, "--method", "lua")
+    assert ended.exit_code == 2 and "train your own: `make it`" in _plain(ended.output)
+    assert "runs" not in ended.output
+
+
+def test_check_finds_a_changed_byte_and_refuses_an_unknown_method(
+    run: Run, hub: FakeHub, tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "to"
+    run("pull", _hub_descriptor(tiny_bundle_dir, tmp_path / "source", with_lua=True), "--to", target)
+    ended = run("check", target, "--method", "nearest")
+    assert ended.exit_code == 2 and "lua, direct, bicubic, swinir" in ended.output
+    (weights,) = (target / "pipeline" / "unet").glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    ended = run("check", target)
+    assert ended.exit_code == 2 and "has sha256" in _plain(ended.output)
+
+
+def test_check_runs_the_pocket_bundle_directly(run: Run) -> None:
+    ended = run("check", "pocket", "--method", "direct")
+    assert ended.exit_code == 0 and "method direct x1, 128 x 128 px" in ended.output, ended.output
