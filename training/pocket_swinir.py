@@ -191,7 +191,9 @@ def train_swinir(
     vae = AutoencoderKL.from_pretrained(vae_dir).float().requires_grad_(False).eval()
     small_px = min(SMALL_PX, pool.leaf_px // scale)
     pairs = make_pairs(vae, pool.read(seed), scale, small_px, min(PAIR_COUNT[scale], 4 * pool.leaf_count), seed)
-    held_out = make_pairs(vae, pool.read_held_out(seed), scale, small_px, HELD_OUT_COUNT, seed)
+    held_out = make_pairs(
+        vae, pool.read_held_out(seed), scale, small_px, min(HELD_OUT_COUNT, pool.held_out_count), seed
+    )
     net, averaged = Lua(swinir_spec(scale)), Lua(swinir_spec(scale)).eval()
     start_as_bicubic(net)
     if start is not None:

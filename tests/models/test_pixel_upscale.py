@@ -158,6 +158,9 @@ def test_small_pictures_go_whole_and_large_ones_in_tiles() -> None:
     model.upscale(torch.rand(1, 3, 33, 100), 2)
     assert len(net.seen) > 1
     assert max(max(shape[2:]) for shape in net.seen) <= 32
+    net.seen.clear()
+    model.upscale(torch.rand(1, 3, 20, 100), 2)
+    assert {shape[2] for shape in net.seen} == {20}  # a side that fits is not cut
 
 
 @pytest.mark.parametrize(("scale", "height", "width"), [(2, 130, 75), (2, 75, 150), (4, 97, 96)])
