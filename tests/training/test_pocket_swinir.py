@@ -141,6 +141,8 @@ def test_a_run_writes_its_files_and_resumes(vae: AutoencoderKL, pictures: Pictur
     out, small = tmp_path / "x2", tmp_path / "x2" / "swinir_x2.safetensors"
     train_swinir(out, tmp_path / "vae", pool, 2, None, Budget(steps=2), 0, False)
     first = read_lua(small)
+    train_swinir(out, tmp_path / "vae", pool, 2, None, Budget(steps=2), 0, True)  # its budget is spent already
+    assert len((out / "log.jsonl").read_text().splitlines()) == 1
     train_swinir(out, tmp_path / "vae", pool, 2, None, Budget(steps=3), 0, True)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [2, 3]
