@@ -93,7 +93,7 @@ class Family:
         lost_tokens: How many tokens of a prompt are cut off; negative where there is room left.
         image_pipeline: Its class that starts from an image; None where diffusers has none.
         guidance: The argument that takes `DrawItem.guidance_scale`.
-        negative_prompt: Whether guidance has a negative prompt to guide away from.
+        no_negative: What guidance goes away from where an item has no negative prompt; None where it takes none.
         hands_out_raw: Whether `output_type="latent"` gives raw latents already.
         batches: Whether an item's result is the same in a batch of prompts of different lengths.
     """
@@ -101,7 +101,7 @@ class Family:
     lost_tokens: Callable[[Any, str], int]
     image_pipeline: type | None = None
     guidance: str = "guidance_scale"
-    negative_prompt: bool = True
+    no_negative: str | None = ""
     hands_out_raw: bool = False
     batches: bool = True
 
@@ -160,7 +160,7 @@ class Generator:
     @property
     def takes_negative_prompt(self) -> bool:
         """Whether items may have a negative prompt."""
-        return self.family.negative_prompt
+        return self.family.no_negative is not None
 
     def draw(self, items: Sequence[DrawItem], on_step: StepWatcher, canceled: CancelCheck) -> list[Tensor | None]:
         """Draw a batch.
@@ -220,7 +220,7 @@ class Generator:
             raise ValueError(
                 f"{item.width_px}x{item.height_px} px: {name} draws images whose sides are multiples of {multiple_px}"
             )
-        if item.negative_prompt and not self.family.negative_prompt:
+        if item.negative_prompt and not self.takes_negative_prompt:
             raise ValueError(f"{name} takes no negative prompt")
         if item.init_image is None:
             return
@@ -255,7 +255,7 @@ class Generator:
             pipeline.set_progress_bar_config(disable=True)
             # Pipelines take tensors in [0, 1] and would take one in [-1, 1] that has no negative value for such a one.
             arguments |= {"image": torch.stack(images).clamp(-1, 1) / 2 + 0.5, "strength": first.strength}
-        latents = pipeline(**arguments).images.float()
+        latents: Tensor = pipeline(**arguments).images.float()
         if self.family.hands_out_raw:
             self.latent_space.check_raw(tuple(latents.shape))
             return latents
@@ -264,14 +264,14 @@ class Generator:
     @torch.no_grad()
     def _prompts(self, items: Sequence[DrawItem]) -> dict[str, Any]:
         prompts = [item.prompt for item in items]
-        if not self.family.negative_prompt:
+        if self.family.no_negative is None:
             return {"prompt": prompts}
-        negative = [item.negative_prompt for item in items]
+        negative = [item.negative_prompt or self.family.no_negative for item in items]
         if not getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False):
             return {"prompt": prompts, "negative_prompt": negative}
         # SDXL embeds no negative prompt as zeros, but does so for a whole batch or not at all.
         positive, away, pooled, pooled_away = self.pipeline.encode_prompt(prompts, negative_prompt=negative)
-        named = torch.tensor([bool(text) for text in negative], device=away.device, dtype=away.dtype)
+        named = torch.tensor([bool(item.negative_prompt) for item in items], device=away.device, dtype=away.dtype)
         return {
             "prompt_embeds": positive,
             "negative_prompt_embeds": away * named[:, None, None],
@@ -352,17 +352,20 @@ def _max_tokens(pipeline: Any) -> int:
     return int(inspect.signature(type(pipeline).__call__).parameters["max_sequence_length"].default)
 
 
-# As the classes behave in diffusers 0.42. In the last one the place of the image among the tokens, and with it the
-# image, moves with the longest prompt of the batch.
+# As the classes behave in diffusers 0.42. Qwen-Image takes no guidance at all without a negative prompt, and a space is
+# what its model card gives for none. In Qwen-Image 2.1 the place of the image among the tokens, and with it the image,
+# moves with the longest prompt of the batch.
 FAMILIES: Mapping[type, Family] = MappingProxyType(
     {
         StableDiffusionPipeline: Family(_lost_by_clip, StableDiffusionImg2ImgPipeline),
         StableDiffusionXLPipeline: Family(_lost_by_clip, StableDiffusionXLImg2ImgPipeline),
         StableDiffusion3Pipeline: Family(_lost_by_t5, StableDiffusion3Img2ImgPipeline),
-        FluxPipeline: Family(_lost_by_t5, FluxImg2ImgPipeline, negative_prompt=False),
-        Flux2Pipeline: Family(_lost_by_mistral, negative_prompt=False),
-        Flux2KleinPipeline: Family(_lost_by_qwen3, negative_prompt=False, hands_out_raw=True),
-        QwenImagePipeline: Family(_lost_by_qwen25, QwenImageImg2ImgPipeline, guidance="true_cfg_scale"),
+        FluxPipeline: Family(_lost_by_t5, FluxImg2ImgPipeline, no_negative=None),
+        Flux2Pipeline: Family(_lost_by_mistral, no_negative=None),
+        Flux2KleinPipeline: Family(_lost_by_qwen3, no_negative=None, hands_out_raw=True),
+        QwenImagePipeline: Family(
+            _lost_by_qwen25, QwenImageImg2ImgPipeline, guidance="true_cfg_scale", no_negative=" "
+        ),
         ZImagePipeline: Family(_lost_by_qwen3, ZImageImg2ImgPipeline),
         QwenImage21Pipeline: Family(_lost_by_none, guidance="true_cfg_scale", batches=False),
     }
