@@ -118,7 +118,7 @@ class Bundle:
 
     @property
     def dtype(self) -> DtypeName | None:
-        """The dtype of the base model; None leaves it to the settings."""
+        """The dtype of the base model on a GPU where the settings name none (`choose_dtype`)."""
         return self.descriptor.pipeline.dtype
 
     @property

@@ -59,9 +59,9 @@ class Source(_Section):
 class PipelineSource(Source):
     """`[pipeline]`: the diffusers pipeline.
 
-    `dtype` is that of the base model; without it the settings decide. `scheduler` is the name of a scheduler class of
-    diffusers to use in place of the pipeline's own, with the configuration of that one. `variant` chooses among weight
-    files of one model, as in `from_pretrained`.
+    `dtype` is that of the base model on a GPU, unless the settings name one. `scheduler` is the name of a scheduler
+    class of diffusers to use in place of the pipeline's own, with the configuration of that one. `variant` chooses
+    among weight files of one model, as in `from_pretrained`.
     """
 
     dtype: DtypeName | None = None

@@ -86,14 +86,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute type that a setting names; `auto` is float32 on a CPU and bfloat16 on a GPU.
+def choose_dtype(name: str, device: torch.device, preferred: str | None = None) -> torch.dtype:
+    """The compute type that a setting names; `auto` is float32 on a CPU, on a GPU that of the bundle, else bfloat16.
+
+    Args:
+        name: The setting.
+        device: Where it runs.
+        preferred: What the bundle names (`Bundle.dtype`); it counts for `auto` on a GPU only.
 
     Raises:
         ValueError: the device does not compute in that type.
     """
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        name = "float32" if device.type == "cpu" else preferred or "bfloat16"
     if name == "float16" and device.type == "cpu":
         raise ValueError("dtype float16 on a CPU: many of its operators are missing there; use float32 or bfloat16")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -110,7 +110,7 @@ def check(
 
     try:
         where = choose_device(settings.device)
-        route = Route.open(bundle, where, choose_dtype(settings.dtype, where))
+        route = Route.open(bundle, where, choose_dtype(settings.dtype, where, bundle.dtype))
         _draw_once(route, bundle, chosen, typer.echo)
     except (ValueError, OSError, CheckpointError) as error:
         stop(f"bundle {bundle.name}: {error}")

@@ -223,7 +223,7 @@ def _route(settings: Settings, bundle: Bundle) -> "Route":
 
     try:
         device = choose_device(settings.device)
-        return Route.open(bundle, device, choose_dtype(settings.dtype, device))
+        return Route.open(bundle, device, choose_dtype(settings.dtype, device, bundle.dtype))
     except ValueError as error:
         stop(str(error))
 

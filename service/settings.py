@@ -38,7 +38,7 @@ class Settings(BaseSettings):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute type of the pipeline; auto: float32 on a CPU, bfloat16 on a GPU."
+        "auto", description="Compute type of the pipeline; auto: float32 on a CPU, on a GPU the bundle's or bfloat16."
     )
     torch_threads: int = Field(0, description="CPU threads of a worker; 0 keeps torch's own choice.", ge=0)
 

@@ -216,7 +216,7 @@ def to_grid(bundle: Bundle, route: Route) -> LatentGrid:
 def _open_route(bundle: Bundle, settings: Settings, metrics: Metrics) -> Route:
     """Load a bundle and run each scale of its upscalers once at the shapes of its default request."""
     device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
+    dtype = choose_dtype(settings.dtype, device, bundle.dtype)
     fields: dict[str, object] = {"bundle": bundle.name, "device": str(device), "dtype": str(dtype)}
     log.info("worker loading", extra={"fields": fields})
     route = Route.open(bundle, device, dtype)

@@ -198,5 +198,8 @@ def test_dtypes_follow_the_device() -> None:
     assert choose_dtype("auto", CPU) == torch.float32
     assert choose_dtype("auto", torch.device("cuda:0")) == torch.bfloat16
     assert choose_dtype("float16", torch.device("cuda:0")) == torch.float16
+    assert choose_dtype("auto", torch.device("cuda:0"), "float16") == torch.float16, "the bundle's, on a GPU"
+    assert choose_dtype("auto", CPU, "float16") == torch.float32
+    assert choose_dtype("bfloat16", torch.device("cuda:0"), "float16") == torch.bfloat16, "a setting comes first"
     with pytest.raises(ValueError, match="float16 on a CPU"):
         choose_dtype("float16", CPU)
