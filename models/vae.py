@@ -85,8 +85,7 @@ class Vae:
             model.config.get("force_upcast"), latent_space.channels, model.dtype if dtype is None else dtype
         )
         self._shape = _strip_shape(model)
-        # Channels last: measured to be faster on a CPU (docs/lab.md); tensor cores read it as it is.
-        model.to(self.dtype).to(memory_format=torch.channels_last)
+        self._restore_dtype()
 
     @property
     def decodes(self) -> tuple[DecodeName, ...]:
@@ -162,10 +161,13 @@ class Vae:
         return int(FREE_SHARE * (torch.cuda.mem_get_info(self.device)[0] + kept_bytes))
 
     def _prepare(self, values: Tensor) -> Tensor:
+        self._restore_dtype()
+        return values.to(self.model.device, self.dtype)
+
+    def _restore_dtype(self) -> None:
         # A stock img2img pipeline of SDXL leaves its VAE in the type of the prompt embeddings, which may be float16.
         if self.model.dtype != self.dtype:
             self.model.to(self.dtype)
-        return values.to(self.model.device, self.dtype)
 
 
 def read_tiny(source: ModelSource, device: torch.device, dtype: torch.dtype) -> AutoencoderTiny:
