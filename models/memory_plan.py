@@ -1,0 +1,439 @@
+"""How much memory a job needs at its peak, before anything is loaded or enqueued, and the largest size that fits.
+
+`MemoryPlan.read` looks at a bundle's configurations and at the headers of its weight files; no torch, since the API
+process refuses with it (`service/planning.py`). Weights stay on the device, so their bytes add up; the stages run one
+after the other, so of theirs the largest counts. Feature maps are estimated by the formulas of
+`models/activation_bytes.py` and `models/decode_plan.py`, within a quarter of what was measured
+(`benchmarks/memory.py`). Where something cannot be read there is no estimate, and the reason is said.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Self
+
+from models.activation_bytes import (
+    denoiser_elements,
+    encoder_elements,
+    guided_batch,
+    lua_bytes,
+    lua_kept_bytes,
+    prompt_tokens,
+    text_encoder_elements,
+    video_decoder_elements,
+    video_tiled_elements,
+)
+from models.bundle import Bundle, ModelSource
+from models.bundle_descriptor import DecodeName, Method
+from models.decode_plan import (
+    ELEMENT_BYTES,
+    DecodeBudgetError,
+    DecoderShape,
+    estimate_peak_bytes,
+    plan_decode,
+    prefers_strips,
+)
+from models.foreign_weights import CheckpointError, to_own_layout
+from models.lua_spec import SPEC_KEY, LuaSpec
+
+DeviceKind = Literal["cpu", "cuda"]
+Stage = Literal["encode", "generate", "upscale", "decode"]
+
+TILE_PX = (
+    512  # of models.pixel_upscale, which imports torch: a picture up to its square goes whole, larger ones in tiles
+)
+IMAGE_COPIES = 4  # float32 images alive while a decoded one becomes bytes (`models.route.to_pixels`)
+_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+_TYPE_BYTES = MappingProxyType(
+    {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+)
+_MAX_HEADER_BYTES = 100 * 2**20  # the limit of the format
+_DENOISERS = ("transformer", "unet")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_PLAIN_NAME = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
+
+
+class UnknownMemoryError(ValueError):
+    """A bundle, or a way through it, whose memory cannot be told; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What runs on the device at one time: the items of one batch.
+
+    Args:
+        width_px: Of the final image.
+        height_px: Of the final image.
+        scale: Of the final image over the base image; "direct" draws the final one.
+        method: How the image becomes large.
+        decode: How a latent becomes an image; None leaves it a latent.
+        items: Images in the batch.
+        source: What it starts from: a prompt, a prompt and an image, a latent, or an image.
+        guidance_scale: Of a prompt.
+    """
+
+    width_px: int
+    height_px: int
+    scale: int
+    method: Method = "lua"
+    decode: DecodeName | None = "exact"
+    items: int = 1
+    source: Literal["prompt", "prompt and image", "latent", "image"] = "prompt"
+    guidance_scale: float = 7.5
+
+    @property
+    def base_px(self) -> tuple[int, int]:
+        """Width and height of the base image; of an image that is enlarged, with its sides rounded up."""
+        factor = 1 if self.method == "direct" else self.scale
+        return -(-self.width_px // factor), -(-self.height_px // factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes on the device: weights of the bundle, and each stage's peak beyond them."""
+
+    weights_bytes: int
+    stages: Mapping[Stage, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the whole: weights stay, stages follow one another."""
+        return self.weights_bytes + max(self.stages.values(), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightHeader:
+    """One tensor of a safetensors file: its shape and its type there."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def size_bytes(self, dtype: str) -> int:
+        """Once loaded: floats become `dtype`, the rest stays."""
+        element_bytes = ELEMENT_BYTES[dtype] if self.dtype in _FLOAT_TYPES else _TYPE_BYTES.get(self.dtype, 1)
+        return math.prod(self.shape) * element_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What of a bundle decides the memory of its jobs.
+
+    Args:
+        name: Of the bundle.
+        device: Where it runs.
+        dtype: That the base model and the upscalers compute in.
+        vae_dtype: That the VAE computes in.
+        weights_bytes: Of everything loaded, with what upscalers keep between calls.
+        stride_px: Image pixels per latent pixel.
+        side_multiple: Latent sides are multiples of this.
+        channels: Of a raw latent.
+        denoiser: Configuration of the UNet or transformer.
+        text_encoders: Configurations.
+        vae: Configuration of the VAE that decodes.
+        tiny: Configuration of the tiny decoder; None where there is none.
+        lua: Spec of the LUA; None where there is none, or where its file does not tell.
+        swinir: Specs of the pixel upscalers by scale.
+    """
+
+    name: str
+    device: DeviceKind
+    dtype: str
+    vae_dtype: str
+    weights_bytes: int
+    stride_px: int
+    side_multiple: int
+    channels: int
+    denoiser: Mapping[str, Any]
+    text_encoders: tuple[Mapping[str, Any], ...]
+    vae: Mapping[str, Any]
+    tiny: Mapping[str, Any] | None = None
+    lua: LuaSpec | None = None
+    swinir: Mapping[int, LuaSpec] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, bundle: Bundle, device: DeviceKind, dtype: str, lua: LuaSpec | None = None) -> Self:
+        """Read a bundle that lies in a directory.
+
+        Args:
+            bundle: As read by `read_bundle`.
+            device: Where it will run.
+            dtype: That the base model computes in there.
+            lua: The spec of its LUA, where the caller knows it: a `.pth` file does not tell without torch.
+
+        Raises:
+            UnknownMemoryError: the pipeline or a VAE is a hub id, or a file is missing or not understood.
+        """
+        pipeline = _directory(bundle, ModelSource(bundle.pipeline, bundle.revision), "pipeline")
+        index = _read_json(pipeline / "model_index.json")
+        parts = {
+            name: pipeline / name
+            for name, value in index.items()
+            if isinstance(value, list) and None not in value and (pipeline / name / "config.json").is_file()
+        }
+        if bundle.vae is not None:
+            parts["vae"] = _directory(bundle, bundle.vae, "vae")
+        denoiser = next((name for name in _DENOISERS if name in parts), None)
+        if denoiser is None or "vae" not in parts:
+            raise UnknownMemoryError(f"bundle {bundle.name}: {pipeline} has no UNet or transformer, or no VAE")
+        configs = {name: _read_json(path / "config.json") for name, path in parts.items()}
+        vae_dtype = choose_vae_dtype(configs["vae"].get("force_upcast"), bundle.latent_space.channels, dtype)
+        weights_bytes = sum(
+            _part_bytes(path, configs[name], vae_dtype if name == "vae" else dtype, bundle.variant)
+            for name, path in parts.items()
+        )
+        tiny = None
+        if bundle.tiny_vae is not None:
+            place = _directory(bundle, bundle.tiny_vae, "tiny_vae")
+            tiny = _read_json(place / "config.json")
+            weights_bytes += _part_bytes(place, tiny, dtype, None)
+        swinir: dict[int, LuaSpec] = {}
+        for scale, path in bundle.swinir.items():
+            spec, size_bytes = _read_upscaler(path)
+            weights_bytes += size_bytes + (0 if spec is None else lua_kept_bytes(spec))
+            if spec is not None:
+                swinir[scale] = spec
+        if bundle.lua is not None:
+            found, size_bytes = _read_upscaler(bundle.lua)
+            lua = lua or found
+            weights_bytes += size_bytes + (0 if lua is None else lua_kept_bytes(lua))
+        space = bundle.latent_space
+        return cls(
+            bundle.name,
+            device,
+            dtype,
+            vae_dtype,
+            weights_bytes,
+            space.stride_px,
+            space.side_multiple,
+            space.channels,
+            configs[denoiser],
+            tuple(configs[name] for name in _TEXT_ENCODERS if name in configs),
+            configs["vae"],
+            tiny,
+            lua,
+            swinir,
+        )
+
+    def estimate(self, work: Work, memory_bytes: int | None = None) -> Estimate:
+        """What a batch needs.
+
+        Args:
+            work: The batch.
+            memory_bytes: Of the device for this bundle: an exact decode that would exceed it works in strips. None is
+                for no limit.
+
+        Raises:
+            UnknownMemoryError: no formula is known for a network on this way.
+        """
+        try:
+            return Estimate(self.weights_bytes, MappingProxyType(self._stages(work, memory_bytes)))
+        except UnknownMemoryError:
+            raise
+        except (ValueError, KeyError) as error:
+            raise UnknownMemoryError(f"bundle {self.name}: {error}") from error
+
+    def fits(self, work: Work, memory_bytes: int) -> bool:
+        """Whether the device is large enough. Raises: as `estimate`."""
+        return self.estimate(work, memory_bytes).peak_bytes <= memory_bytes
+
+    def most_items(self, work: Work, memory_bytes: int) -> int:
+        """How many items of this kind fit at once, up to the given number; at least one.
+
+        Raises:
+            UnknownMemoryError: as `estimate`.
+        """
+        fitting = (items for items in range(work.items, 1, -1) if self.fits(replace(work, items=items), memory_bytes))
+        return next(fitting, 1)
+
+    def _stages(self, work: Work, memory_bytes: int | None) -> dict[Stage, int]:
+        stages: dict[Stage, int] = {}
+        unit_px = self.stride_px * self.side_multiple
+        latent_height, latent_width = (-(-side // unit_px) * self.side_multiple for side in reversed(work.base_px))
+        pixels_alone = work.source == "image" and work.method == "swinir" and work.scale > 1
+        if work.source in ("image", "prompt and image") and not pixels_alone:
+            stages["encode"] = self._encode_bytes(work, latent_height, latent_width)
+        if work.source in ("prompt", "prompt and image"):
+            stages["generate"] = self._generate_bytes(work, latent_height, latent_width)
+        enlarges = work.scale > 1 and work.method != "direct"
+        if enlarges:
+            stages["upscale"] = self._upscale_bytes(work, latent_height, latent_width)
+        if work.decode is not None and not pixels_alone:
+            factor = work.scale if enlarges and work.method != "swinir" else 1
+            budget_bytes = None if memory_bytes is None else max(0, memory_bytes - self.weights_bytes)
+            sides = (factor * latent_height, factor * latent_width)
+            stages["decode"] = self._decode_bytes(work.decode, work.items, *sides, budget_bytes)
+        return stages
+
+    def _encode_bytes(self, work: Work, latent_height: int, latent_width: int) -> int:
+        batch = work.items if work.source == "prompt and image" else 1  # `models.route.Route.embed` takes one at a time
+        height_px, width_px = latent_height * self.stride_px, latent_width * self.stride_px
+        elements = encoder_elements(self.vae, height_px, width_px) + 3 * height_px * width_px
+        return batch * elements * ELEMENT_BYTES[self.vae_dtype]
+
+    def _generate_bytes(self, work: Work, latent_height: int, latent_width: int) -> int:
+        batch = guided_batch(self.denoiser, work.items, work.guidance_scale)
+        elements = denoiser_elements(self.denoiser, batch, latent_height, latent_width, self.dtype)
+        tokens = prompt_tokens(self.denoiser)
+        texts = [text_encoder_elements(config, work.items, tokens) for config in self.text_encoders]
+        latents = (batch + 2 * work.items) * self.channels * latent_height * latent_width
+        return (max(elements, *texts) + latents if texts else elements + latents) * ELEMENT_BYTES[self.dtype]
+
+    def _upscale_bytes(self, work: Work, latent_height: int, latent_width: int) -> int:
+        if work.method == "bicubic":
+            return 4 * work.items * self.channels * latent_height * latent_width * (work.scale**2 + 1)
+        if work.method == "swinir":
+            return self._pixel_upscale_bytes(work)
+        if self.lua is None:
+            raise UnknownMemoryError(f"bundle {self.name}: the LUA's file does not tell its shape without torch")
+        return lua_bytes(self.lua, work.items, latent_height, latent_width, work.scale, self.dtype, self.device)
+
+    def _pixel_upscale_bytes(self, work: Work) -> int:
+        """One image after the other, in tiles where it is large; the enlarged image is whole."""
+        spec = self.swinir.get(work.scale)
+        if spec is None:
+            raise UnknownMemoryError(
+                f"bundle {self.name}: the SwinIR file of scale {work.scale} does not tell its shape"
+            )
+        width_px, height_px = work.base_px
+        if width_px * height_px > TILE_PX**2:
+            width_px, height_px = min(width_px, TILE_PX), min(height_px, TILE_PX)
+        image_bytes = 3 * work.width_px * work.height_px * 4
+        tile_bytes = lua_bytes(spec, 1, height_px, width_px, work.scale, self.dtype, self.device)
+        return max(image_bytes + tile_bytes, IMAGE_COPIES * image_bytes)
+
+    def _decode_bytes(
+        self, decode: DecodeName, items: int, latent_height: int, latent_width: int, budget_bytes: int | None
+    ) -> int:
+        batch = 1 if self.device == "cpu" else items  # `models.route.Route.decode_items`
+        image_bytes = 3 * latent_height * latent_width * self.stride_px**2 * 4
+        if decode == "tiny" and self.tiny is not None:
+            peak_bytes = estimate_peak_bytes(self.tiny, latent_height, latent_width, self.dtype, "tiny", batch=batch)
+        elif "up_block_types" not in self.vae:
+            count = video_tiled_elements if decode == "tiled" else video_decoder_elements
+            elements = count(self.vae, latent_height, latent_width, self.stride_px)
+            peak_bytes = batch * elements * ELEMENT_BYTES[self.vae_dtype]
+        elif decode == "tiled":
+            peak_bytes = estimate_peak_bytes(
+                self.vae, latent_height, latent_width, self.vae_dtype, "tiled", batch=batch
+            )
+        else:
+            peak_bytes = self._exact_bytes(batch, latent_height, latent_width, budget_bytes)
+        return max(peak_bytes, batch * IMAGE_COPIES * image_bytes)
+
+    def _exact_bytes(self, batch: int, latent_height: int, latent_width: int, budget_bytes: int | None) -> int:
+        """Whole or in strips, as `models.vae.Vae` chooses; with strips as thin as they get where nothing fits."""
+        shape, dtype = DecoderShape.from_config(self.vae), self.vae_dtype
+        size = (latent_height, latent_width, dtype)
+        if not prefers_strips(shape, *size, batch=batch, device=self.device, budget_bytes=budget_bytes):
+            return estimate_peak_bytes(self.vae, *size, "plain", batch=batch)
+        try:
+            return plan_decode(shape, *size, batch=batch, budget_bytes=budget_bytes).peak_bytes
+        except DecodeBudgetError:
+            return plan_decode(shape, *size, batch=batch, strip_bytes=0).peak_bytes
+
+
+def largest_fit(
+    work: Work, on_grid: Callable[[int, int], tuple[int, int]], fits: Callable[[Work], bool]
+) -> tuple[int, int] | None:
+    """The largest final size of about the same aspect that fits, up to the one asked for; None if none does.
+
+    Args:
+        work: What was asked for.
+        on_grid: Brings a wished final width and height down to one that there is, or up to the least.
+        fits: Whether a size fits; with a size, all smaller ones do.
+
+    Returns:
+        Final width and height.
+    """
+    longest = max(work.width_px, work.height_px)
+
+    def at(side_px: int) -> tuple[int, int]:
+        return on_grid(work.width_px * side_px // longest, work.height_px * side_px // longest)
+
+    def is_possible(side_px: int) -> bool:
+        width_px, height_px = at(side_px)
+        return fits(replace(work, width_px=width_px, height_px=height_px))
+
+    small, large = 0, longest + 1  # small fits, large does not
+    while large - small > 1:
+        middle = (small + large) // 2
+        small, large = (middle, large) if is_possible(middle) else (small, middle)
+    return at(small) if small else None
+
+
+def choose_vae_dtype(force_upcast: bool | None, latent_channels: int, dtype: str) -> str:
+    """As `models.vae.choose_vae_dtype`, by name."""
+    if dtype != "float16" or force_upcast is False:
+        return dtype
+    return "float32" if latent_channels == 4 else "bfloat16"
+
+
+def read_header(path: Path) -> tuple[dict[str, WeightHeader], dict[str, str]]:
+    """Names, shapes and types of a safetensors file's tensors, and its metadata; no weight is read.
+
+    Raises:
+        UnknownMemoryError: the file is missing or no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _MAX_HEADER_BYTES:
+                raise UnknownMemoryError(f"{path}: no safetensors file: its header would have {length} bytes")
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        return {name: WeightHeader(tuple(said["shape"]), said["dtype"]) for name, said in header.items()}, metadata
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UnknownMemoryError):
+            raise
+        raise UnknownMemoryError(f"{path}: cannot be read as a safetensors file ({type(error).__name__})") from error
+
+
+def _directory(bundle: Bundle, source: ModelSource, key: str) -> Path:
+    if isinstance(source.place, Path):
+        return source.place
+    raise UnknownMemoryError(
+        f"bundle {bundle.name}: {key} is {source.place} on the hub; `giantleap bundle pull` brings it here"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnknownMemoryError(f"{path}: cannot be read ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise UnknownMemoryError(f"{path}: no JSON object")
+    return content
+
+
+def _part_bytes(directory: Path, config: Mapping[str, Any], dtype: str, variant: str | None) -> int:
+    """Bytes of one model once loaded in `dtype`."""
+    files = [path for path in directory.glob("*.safetensors") if not path.name.startswith(".")]
+    marked = [path for path in files if variant and re.search(rf"\.{re.escape(variant)}[.-]", path.name)]
+    chosen = marked or [path for path in files if _PLAIN_NAME.fullmatch(path.name)]
+    if not chosen:
+        raise UnknownMemoryError(f"{directory} holds no weights")
+    keeps_full = dtype == "float16" and "d_model" in config  # transformers keeps these of T5 in float32 then
+    return sum(
+        weight.size_bytes("float32" if keeps_full and ".wo." in name else dtype)
+        for path in chosen
+        for name, weight in read_header(path)[0].items()
+    )
+
+
+def _read_upscaler(path: Path) -> tuple[LuaSpec | None, int]:
+    """The spec of a LUA or SwinIR and its bytes in float32; only safetensors files tell their spec."""
+    if path.suffix != ".safetensors":
+        return None, path.stat().st_size
+    weights, metadata = read_header(path)
+    try:
+        spec = LuaSpec.from_json(metadata[SPEC_KEY]) if SPEC_KEY in metadata else None
+        if spec is None:
+            spec, weights = to_own_layout(weights)
+    except (CheckpointError, ValueError) as error:
+        raise UnknownMemoryError(f"{path}: {error}") from error
+    return spec, sum(weight.size_bytes("float32") for weight in weights.values())

@@ -1,0 +1,637 @@
+"""The memory plan against live tensors: every stage and method, and every kind of network at its real width.
+
+Networks of real width run on shapes alone (device "meta"), which costs no arithmetic; that shapes alone give the same
+figure as numbers is shown below.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
+
+from benchmarks.live_storage import LiveStorage
+from models import pixel_upscale, vae
+from models.activation_bytes import (
+    UnknownNetworkError,
+    denoiser_elements,
+    encoder_elements,
+    guided_batch,
+    lua_bytes,
+    lua_kept_bytes,
+    text_encoder_elements,
+    video_decoder_elements,
+    video_tiled_elements,
+)
+from models.bundle import Bundle, read_bundle
+from models.bundle_descriptor import LuaFile, Method, PipelineSource, VaeSource
+from models.checkpoints import write_lua
+from models.foreign_weights import RGB_MEAN
+from models.generator import DrawItem
+from models.lua import Lua
+from models.lua_spec import PRESETS, LuaSpec
+from models.memory_plan import (
+    TILE_PX,
+    MemoryPlan,
+    UnknownMemoryError,
+    Work,
+    choose_vae_dtype,
+    largest_fit,
+    read_header,
+)
+from models.pixel_upscale import PixelUpscaler
+from models.route import Route
+from service.settings import POCKET_BUNDLE
+
+QUARTER = 0.25  # what is promised of every estimate
+CLOSE = 0.06  # what the formulas reach on the networks that they were read off
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+def live_bytes(run: Callable[[], object]) -> int:
+    with torch.inference_mode(), LiveStorage() as live:
+        run()
+    peak_bytes: int = live.peak_bytes
+    return peak_bytes
+
+
+def on_meta(build: Callable[[], Any]) -> Any:
+    with torch.device("meta"):
+        return build().eval()
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    return {**model.config, "_class_name": type(model).__name__}
+
+
+# Generators
+
+
+def unet_of(channels: tuple[int, ...], attends: tuple[bool, ...], **changes: Any) -> Callable[[], Any]:
+    down = tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends)
+    up = tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends))
+    shape = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "cross_attention_dim": 64, **changes}
+    return lambda: diffusers.UNet2DConditionModel(
+        block_out_channels=channels, down_block_types=down, up_block_types=up, **shape
+    )
+
+
+UNETS: Mapping[str, Callable[[], Any]] = {
+    "sd15": unet_of((320, 640, 1280, 1280), (True, True, True, False), attention_head_dim=8),
+    "sdxl": unet_of(
+        (320, 640, 1280),
+        (False, True, True),
+        attention_head_dim=(5, 10, 20),
+        transformer_layers_per_block=(1, 1, 2),
+        use_linear_projection=True,
+    ),
+    "narrow": unet_of((16, 48), (True, False), attention_head_dim=8, norm_num_groups=8, layers_per_block=1),
+}
+
+
+def run_unet(model: Any, batch: int, height: int, width: int) -> Callable[[], object]:
+    like = {"device": model.device, "dtype": model.dtype}
+    latent, text = torch.zeros(batch, 4, height, width, **like), torch.zeros(batch, 77, 64, **like)
+    step = torch.zeros((), device=model.device)
+    return lambda: model(latent, step, encoder_hidden_states=text, return_dict=False)
+
+
+@pytest.mark.parametrize("size", [(2, 96, 128), (1, 33, 50)])
+@pytest.mark.parametrize("name", UNETS)
+def test_a_unet_needs_what_the_plan_says(name: str, size: tuple[int, int, int]) -> None:
+    model = on_meta(UNETS[name])
+    expected_bytes = live_bytes(run_unet(model, *size))
+    assert 4 * denoiser_elements(config_of(model), *size, "float32") == pytest.approx(expected_bytes, rel=CLOSE)
+
+
+def test_shapes_alone_give_the_figure_of_numbers() -> None:
+    size = (2, 16, 24)
+    on_shapes = live_bytes(run_unet(on_meta(UNETS["narrow"]), *size))
+    assert live_bytes(run_unet(UNETS["narrow"]().eval(), *size)) == pytest.approx(on_shapes, rel=0.02)
+
+
+def run_sd3(like: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.zeros(1, 16, height, width, **like),
+        "timestep": torch.zeros(1, device="meta"),
+        "encoder_hidden_states": torch.zeros(1, 333, 4096, **like),
+        "pooled_projections": torch.zeros(1, 2048, **like),
+    }
+
+
+def run_flux1(like: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    tokens = height * width // 4
+    return {
+        "hidden_states": torch.zeros(1, tokens, 64, **like),
+        "timestep": torch.zeros(1, **like),
+        "guidance": torch.zeros(1, **like),
+        "encoder_hidden_states": torch.zeros(1, 512, 4096, **like),
+        "pooled_projections": torch.zeros(1, 768, **like),
+        "img_ids": torch.zeros(tokens, 3, **like),
+        "txt_ids": torch.zeros(512, 3, **like),
+    }
+
+
+def run_flux2(like: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    tokens = height * width // 4
+    return {
+        "hidden_states": torch.zeros(1, tokens, 128, **like),
+        "timestep": torch.zeros(1, **like),
+        "encoder_hidden_states": torch.zeros(1, 512, 7680, **like),
+        "img_ids": torch.zeros(tokens, 4, device="meta"),
+        "txt_ids": torch.zeros(512, 4, device="meta"),
+    }
+
+
+def run_qwen(like: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.zeros(1, height * width // 4, 64, **like),
+        "timestep": torch.zeros(1, **like),
+        "encoder_hidden_states": torch.zeros(1, 200, 3584, **like),
+        "encoder_hidden_states_mask": None,
+        "img_shapes": [[(1, height // 2, width // 2)]],
+    }
+
+
+def run_z_image(like: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    return {
+        "x": [torch.zeros(16, 1, height, width, **like)],
+        "t": torch.zeros(1, device="meta"),
+        "cap_feats": [torch.zeros(200, 2560, **like)],
+    }
+
+
+Arguments = Callable[[dict[str, Any], int, int], dict[str, Any]]
+# Real widths, few layers: more of them need no more at a time.
+TRANSFORMERS: Mapping[str, tuple[Callable[[], Any], Arguments]] = {
+    "sd3.5-medium": (
+        lambda: diffusers.SD3Transformer2DModel(
+            num_layers=2,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=384,
+            qk_norm="rms_norm",
+            dual_attention_layers=(0,),
+        ),
+        run_sd3,
+    ),
+    "sd3.5-large": (
+        lambda: diffusers.SD3Transformer2DModel(
+            num_layers=2,
+            num_attention_heads=38,
+            caption_projection_dim=2432,
+            pos_embed_max_size=192,
+            qk_norm="rms_norm",
+        ),
+        run_sd3,
+    ),
+    "flux1": (
+        lambda: diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True),
+        run_flux1,
+    ),
+    "flux2-klein": (
+        lambda: diffusers.Flux2Transformer2DModel(
+            num_layers=1, num_single_layers=1, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
+        ),
+        run_flux2,
+    ),
+    "qwen-image": (lambda: diffusers.QwenImageTransformer2DModel(num_layers=2), run_qwen),
+    "z-image": (
+        lambda: diffusers.ZImageTransformer2DModel(n_layers=2, n_refiner_layers=1, axes_lens=[2048, 512, 512]),
+        run_z_image,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_transformer_needs_what_the_plan_says(name: str, dtype: str) -> None:
+    build, arguments = TRANSFORMERS[name]
+    kind = getattr(torch, dtype)
+    model = on_meta(lambda: build().to(kind))
+    for height, width in ((64, 64), (128, 160)):
+        given = arguments({"device": "meta", "dtype": kind}, height, width)
+        expected_bytes = live_bytes(lambda given=given: model(**given, return_dict=False))  # type: ignore[misc]
+        found_bytes = denoiser_elements(config_of(model), 1, height, width, dtype) * kind.itemsize
+        # The plan takes the longest prompt; at 512 px that is a third of the tokens.
+        assert found_bytes == pytest.approx(expected_bytes, rel=QUARTER if height == 64 else 0.15)
+        assert found_bytes > 0.95 * expected_bytes
+
+
+def test_guidance_doubles_the_batch_where_it_runs_in_the_same_call() -> None:
+    unet, flux, z_image = ({"_class_name": f"{name}Transformer2DModel"} for name in ("SD3", "Flux", "ZImage"))
+    assert guided_batch({"_class_name": "UNet2DConditionModel"}, 3, 7.5) == 6
+    assert guided_batch({"_class_name": "UNet2DConditionModel"}, 3, 1.0) == 3
+    assert [guided_batch(config, 2, 3.5) for config in (unet, flux, z_image)] == [4, 2, 4]
+    assert [guided_batch(config, 2, 0.5) for config in (unet, flux, z_image)] == [2, 2, 4]
+
+
+def test_what_has_no_formula_is_refused_by_name() -> None:
+    with pytest.raises(UnknownNetworkError, match="PixArtTransformer2DModel"):
+        denoiser_elements({"_class_name": "PixArtTransformer2DModel"}, 1, 64, 64, "float32")
+    config = config_of(on_meta(UNETS["narrow"]))
+    with pytest.raises(UnknownNetworkError, match="AttnDownBlock2D"):
+        denoiser_elements({**config, "down_block_types": ["AttnDownBlock2D"] * 2}, 1, 8, 8, "float32")
+    with pytest.raises(UnknownNetworkError, match="AutoencoderOobleck"):
+        video_decoder_elements({"_class_name": "AutoencoderOobleck"}, 8, 8, 8)
+    with pytest.raises(UnknownNetworkError, match="gru"):
+        text_encoder_elements({"model_type": "gru"}, 1, 77)
+
+
+def test_text_encoders_need_what_the_plan_says() -> None:
+    clip = on_meta(
+        lambda: CLIPTextModel(
+            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=3, num_attention_heads=12)
+        )
+    )
+    t5 = on_meta(
+        lambda: T5EncoderModel(
+            T5Config(
+                d_model=4096,
+                d_ff=10240,
+                num_heads=64,
+                num_layers=2,
+                feed_forward_proj="gated-gelu",
+                is_encoder_decoder=False,
+            )
+        )
+    )
+    for model, prompts, tokens in ((clip, 2, 77), (t5, 1, 512), (t5, 2, 256)):
+        ids = torch.zeros(prompts, tokens, dtype=torch.int64, device="meta")
+        expected_bytes = live_bytes(lambda ids=ids, model=model: model(ids, output_hidden_states=model is clip))  # type: ignore[misc]
+        found_bytes = 4 * text_encoder_elements(model.config.to_dict(), prompts, tokens)
+        assert found_bytes == pytest.approx(expected_bytes, rel=QUARTER)
+
+
+@pytest.mark.parametrize(("layers", "words"), [(2, 500), (6, 500), (2, 8000)])
+def test_a_language_model_keeps_every_layer_and_scores_every_word(layers: int, words: int) -> None:
+    config = Qwen3Config(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=words,
+    )
+    model = Qwen3ForCausalLM(config).eval()
+    ids = torch.zeros(1, 200, dtype=torch.int64)
+    expected_bytes = live_bytes(lambda: model(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True))
+    said = {**config.to_dict(), "architectures": ["Qwen3ForCausalLM"]}
+    assert 4 * text_encoder_elements(said, 1, 200) == pytest.approx(expected_bytes, rel=QUARTER)
+
+
+# Upscalers
+
+SMALL_LUA = LuaSpec(16, 12, (2,), 2, window=4, num_feat=8, bicubic_skip=True)
+LUAS: Mapping[str, LuaSpec] = {
+    "small": SMALL_LUA,
+    "pocket": replace(PRESETS["pocket"], depths=(2,), num_heads=6),
+    "medium": replace(PRESETS["medium"], depths=(2,), num_heads=6),
+    "release": replace(PRESETS["release"], depths=(2,), num_heads=12),
+}
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("name", LUAS)
+def test_a_lua_needs_what_the_plan_says(name: str, scale: int) -> None:
+    spec = LUAS[name]
+    net = on_meta(lambda: Lua(spec))
+    for batch, height, width in ((1, 64, 48), (2, 124, 128)):
+        latent = torch.zeros(batch, 16, height, width, device="meta")
+        expected_bytes = live_bytes(lambda latent=latent: net(latent, scale))  # type: ignore[misc]
+        found_bytes = lua_bytes(spec, batch, height, width, scale, "float32", "cpu")
+        assert found_bytes == pytest.approx(expected_bytes, rel=QUARTER)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_a_lua_that_computes_in_bfloat16_needs_what_the_plan_says(scale: int) -> None:
+    net = Lua(PRESETS["pocket"]).eval()
+    latent = torch.zeros(2, 16, 16, 24)
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            net(latent, scale)
+
+    live_bytes(run)  # the biases stay
+    assert lua_bytes(net.spec, 2, 16, 24, scale, "bfloat16", "cpu") == pytest.approx(live_bytes(run), rel=QUARTER)
+
+
+def test_a_lua_keeps_the_bias_of_every_block() -> None:
+    net = Lua(PRESETS["pocket"]).eval()
+    with torch.inference_mode():
+        net(torch.zeros(1, 16, 8, 8), 2)
+    assert lua_kept_bytes(net.spec) == sum(bias.nbytes for bias in net.bias_cache._biases)
+
+
+# VAEs
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "stride_px"),
+    [("AutoencoderKLQwenImage", 16, 8), ("AutoencoderKLWan", 16, 8), ("AutoencoderKLQwenImage21", 64, 16)],
+)
+def test_a_video_vae_needs_what_the_plan_says(name: str, channels: int, stride_px: int) -> None:
+    model = on_meta(getattr(diffusers, name))
+    config = config_of(model)
+    height_px, width_px = 320, 384
+    height, width = height_px // stride_px, width_px // stride_px
+    latent = torch.zeros(1, channels, 1, height, width, device="meta")
+    for tiled, count in ((False, video_decoder_elements), (True, video_tiled_elements)):
+        model.use_tiling = tiled
+        expected_bytes = live_bytes(lambda: model.decode(latent))
+        assert 4 * count(config, height, width, stride_px) == pytest.approx(expected_bytes, rel=CLOSE)
+    model.use_tiling = False
+    image = torch.zeros(1, 4 if channels == 64 else 3, 1, height_px, width_px, device="meta")
+    expected_bytes = live_bytes(lambda: model.encode(image))
+    assert 4 * encoder_elements(config, height_px, width_px) == pytest.approx(expected_bytes, rel=CLOSE)
+
+
+@pytest.mark.parametrize(("channels", "layers"), [((128, 256, 512, 512), 2), ((32, 64, 96), 1)])
+def test_an_encoder_needs_what_the_plan_says(channels: tuple[int, ...], layers: int) -> None:
+    model = on_meta(
+        lambda: diffusers.AutoencoderKL(
+            block_out_channels=channels,
+            layers_per_block=layers,
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            up_block_types=("UpDecoderBlock2D",) * len(channels),
+        )
+    )
+    image = torch.zeros(1, 3, 512, 256, device="meta")
+    expected_bytes = live_bytes(lambda: model.encode(image))
+    assert 4 * encoder_elements(config_of(model), 512, 256) == pytest.approx(expected_bytes, rel=CLOSE)
+
+
+# A whole bundle
+
+
+def swinir_file(directory: Path) -> Path:
+    """A SwinIR of random weights in the published layout."""
+    net = Lua(LuaSpec(3, 12, (2,), 2, window=4, num_feat=8, scales=(2,), image_mean=RGB_MEAN))
+    names = {"heads.x2.conv_before.": "conv_before_upsample.", "heads.x2.": ""}
+    weights = {}
+    for key, value in net.state_dict().items():
+        start = next((old for old in names if key.startswith(old)), "")
+        weights[names.get(start, "") + key.removeprefix(start)] = value.contiguous()
+    save_file(weights, directory / "swinir_x2.safetensors")
+    return directory / "swinir_x2.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pocket() -> Bundle:
+    return read_bundle(POCKET_BUNDLE)
+
+
+@pytest.fixture(scope="module")
+def route(pocket: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Route:
+    route = Route.open(pocket, CPU, torch.float32)
+    route.pixel = PixelUpscaler.open({2: swinir_file(tmp_path_factory.mktemp("swinir"))}, CPU, torch.float32)
+    return route
+
+
+@pytest.fixture(scope="module")
+def plan(pocket: Bundle, route: Route) -> MemoryPlan:
+    assert route.pixel is not None
+    return replace(MemoryPlan.read(pocket, "cpu", "float32"), swinir={2: route.pixel.nets[2].spec})
+
+
+def measured(route: Route, work: Work) -> dict[str, int]:
+    """Live bytes of each stage, run one after the other."""
+    width_px, height_px = work.base_px
+    item = DrawItem("a red sphere", "", 1, width_px, height_px, 2, work.guidance_scale)
+    stages: dict[str, int] = {}
+    latents: list[Tensor] = []
+
+    def generate() -> None:
+        drawn = route.generate([item] * work.items, lambda step, steps: None, set)
+        latents.extend(latent for latent in drawn if latent is not None)
+
+    stages["generate"] = live_bytes(generate)
+    images: list[Tensor | None] = []
+    if work.method in ("lua", "bicubic") and work.scale > 1:
+        route.upscale_items(latents, work.scale, work.method)  # a LUA keeps its biases from the first call on
+        stages["upscale"] = live_bytes(lambda: route.upscale_items(latents, work.scale, work.method))
+        latents = route.upscale_items(latents, work.scale, work.method)
+    stages["decode"] = live_bytes(lambda: images.extend(route.decode_items(latents, work.decode or "exact")))
+    if work.method == "swinir":
+        route.upscale_pixels(images, work.scale)
+        stages["upscale"] = live_bytes(lambda: route.upscale_pixels(images, work.scale))
+    return stages
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        Work(192, 192, 2),
+        Work(384, 256, 4, items=2),
+        Work(256, 192, 2, method="bicubic", items=2),
+        Work(256, 192, 2, method="direct", decode="tiled"),
+        Work(320, 256, 2, method="swinir"),
+        Work(128, 96, 1, guidance_scale=1.0),
+    ],
+    ids=lambda work: f"{work.method}-{work.width_px}x{work.height_px}-x{work.scale}",
+)
+def test_every_stage_of_a_job_is_within_a_quarter_of_what_was_measured(
+    route: Route, plan: MemoryPlan, work: Work
+) -> None:
+    estimate = plan.estimate(work)
+    found, expected = dict(estimate.stages), measured(route, work)
+    assert set(found) == set(expected)
+    for stage, expected_bytes in expected.items():
+        assert found[stage] == pytest.approx(expected_bytes, rel=QUARTER), stage  # type: ignore[index]
+    assert estimate.peak_bytes == plan.weights_bytes + max(found.values())
+
+
+def test_an_image_is_encoded_and_pixels_that_swinir_enlarges_are_not(route: Route, plan: MemoryPlan) -> None:
+    image = torch.zeros(150, 200, 3, dtype=torch.uint8).numpy()
+    found = plan.estimate(Work(400, 300, 2, source="image")).stages
+    assert found["encode"] == pytest.approx(live_bytes(lambda: route.embed(image)), rel=QUARTER)
+    assert list(found) == ["encode", "upscale", "decode"]
+    assert list(plan.estimate(Work(400, 300, 2, source="image", method="swinir")).stages) == ["upscale"]
+    assert list(plan.estimate(Work(400, 300, 2, source="latent", decode=None)).stages) == ["upscale"]
+    assert list(plan.estimate(Work(256, 256, 2, source="prompt and image")).stages)[:2] == ["encode", "generate"]
+
+
+def loaded_bytes(*models: Any) -> int:
+    return sum(t.nbytes for model in models for t in (*model.parameters(), *model.buffers()))
+
+
+def test_the_weights_are_those_that_are_loaded(pocket: Bundle, route: Route, plan: MemoryPlan) -> None:
+    pipeline = route.generator.pipeline
+    loaded = loaded_bytes(pipeline.unet, pipeline.vae, pipeline.text_encoder, route.lua)
+    assert route.lua is not None
+    swinir_bytes = sum(spec_bytes(pocket, scale) for scale in pocket.swinir)
+    expected_bytes = loaded + lua_kept_bytes(route.lua.spec) + swinir_bytes
+    assert plan.weights_bytes == pytest.approx(expected_bytes, rel=0.01)
+    half = MemoryPlan.read(pocket, "cpu", "bfloat16")
+    halved = loaded_bytes(pipeline.unet, pipeline.vae, pipeline.text_encoder) / 2
+    assert half.weights_bytes == pytest.approx(plan.weights_bytes - halved, rel=0.01)  # upscalers stay float32
+
+
+def spec_bytes(bundle: Bundle, scale: int) -> int:
+    net = PixelUpscaler.open({scale: bundle.swinir[scale]}, CPU, torch.float32).nets[scale]
+    return loaded_bytes(net) + lua_kept_bytes(net.spec)
+
+
+def test_a_pipeline_on_the_hub_has_no_estimate_and_says_what_to_do(pocket: Bundle) -> None:
+    source = PipelineSource(hub_id="some/model", revision="main")
+    away = Bundle(pocket.directory, pocket.descriptor.model_copy(update={"pipeline": source}))
+    with pytest.raises(UnknownMemoryError, match=r"pipeline is some/model on the hub; `giantleap bundle pull`"):
+        MemoryPlan.read(away, "cpu", "float32")
+    vae_away = pocket.descriptor.model_copy(update={"vae": VaeSource(hub_id="some/vae", revision="main")})
+    with pytest.raises(UnknownMemoryError, match="vae is some/vae on the hub"):
+        MemoryPlan.read(Bundle(pocket.directory, vae_away), "cpu", "float32")
+
+
+def test_a_damaged_or_missing_weight_file_has_no_estimate(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(UnknownMemoryError, match=r"model\.safetensors"):
+        read_header(path)
+    for content in (b"", b"\xff" * 64, (12).to_bytes(8, "little") + b'{"a": [1, 2]}', b"\x02" + b"\0" * 7 + b"[]"):
+        path.write_bytes(content)
+        with pytest.raises(UnknownMemoryError, match=r"model\.safetensors"):
+            read_header(path)
+
+
+def test_a_lua_file_that_does_not_tell_its_shape_leaves_the_other_methods(pocket: Bundle, tmp_path: Path) -> None:
+    for name in ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        (tmp_path / name).symlink_to(POCKET_BUNDLE / name)
+    (tmp_path / "lua.pth").write_bytes(b"\0" * 1000)
+    lua = LuaFile(file="lua.pth", scales=(2, 4), sha256="0" * 64)
+    bundle = Bundle(tmp_path, pocket.descriptor.model_copy(update={"lua": lua, "swinir": None}))
+    plan = MemoryPlan.read(bundle, "cpu", "float32")
+    assert plan.estimate(Work(256, 256, 2, method="bicubic")).peak_bytes > plan.weights_bytes
+    with pytest.raises(UnknownMemoryError, match="does not tell its shape"):
+        plan.estimate(Work(256, 256, 2))
+    told = MemoryPlan.read(bundle, "cpu", "float32", PRESETS["pocket"])
+    assert told.estimate(Work(256, 256, 2)).stages["upscale"] > 0
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_of_several_weight_files_those_that_are_loaded_count(
+    pocket: Bundle, tmp_path: Path, variant: str | None
+) -> None:
+    for name in ("model_index.json", "vae", "text_encoder", "tokenizer", "scheduler", "lua.safetensors"):
+        (tmp_path / name).symlink_to(POCKET_BUNDLE / name)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").symlink_to(POCKET_BUNDLE / "unet" / "config.json")
+    stem, tensor = "unet/diffusion_pytorch_model", torch.zeros(MIB // 4)
+    for number in (1, 2, 3):
+        save_file({f"w{number}": tensor}, tmp_path / f"{stem}-{number:05d}-of-00003.safetensors")
+    save_file({"w": tensor}, tmp_path / f"{stem}.fp16.safetensors")
+    save_file({"w": tensor}, tmp_path / f"{stem}.non_ema.safetensors")
+    pipeline = pocket.descriptor.pipeline.model_copy(update={"variant": variant})
+    bundle = Bundle(tmp_path, pocket.descriptor.model_copy(update={"pipeline": pipeline, "swinir": None}))
+    whole = Bundle(POCKET_BUNDLE, pocket.descriptor.model_copy(update={"swinir": None}))
+    header, _ = read_header(POCKET_BUNDLE / f"{stem}.safetensors")
+    unet_bytes = sum(weight.size_bytes("float32") for weight in header.values())
+    others = MemoryPlan.read(whole, "cpu", "float32").weights_bytes - unet_bytes
+    assert MemoryPlan.read(bundle, "cpu", "float32").weights_bytes == others + (3 if variant is None else 1) * MIB
+
+
+def test_a_spec_is_read_off_our_own_file_and_off_a_published_layout(tmp_path: Path, pocket: Bundle) -> None:
+    own = tmp_path / "own.safetensors"
+    write_lua(own, Lua(SMALL_LUA))
+    files = {"x2": swinir_file(tmp_path).name}
+    swinir = type("Files", (), {"by_scale": lambda self: {2: str(tmp_path / files["x2"])}})()
+    lua = LuaFile(file=str(own), scales=(2, 4), sha256="0" * 64)
+    bundle = Bundle(POCKET_BUNDLE, pocket.descriptor.model_copy(update={"lua": lua, "swinir": swinir}))
+    plan = MemoryPlan.read(bundle, "cpu", "float32")
+    assert plan.lua == SMALL_LUA
+    assert plan.swinir[2] == LuaSpec(3, 12, (2,), (2,), window=4, num_feat=8, scales=(2,), image_mean=RGB_MEAN)
+
+
+# What fits
+
+
+def to_grid(multiple_px: int, least_px: int) -> Callable[[int, int], tuple[int, int]]:
+    def on_grid(width_px: int, height_px: int) -> tuple[int, int]:
+        width_px, height_px = (max(side // multiple_px * multiple_px, least_px) for side in (width_px, height_px))
+        return width_px, height_px
+
+    return on_grid
+
+
+METHODS: tuple[Method, ...] = ("lua", "direct", "bicubic", "swinir")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_largest_size_fits_and_the_next_on_the_grid_does_not(plan: MemoryPlan, method: Method) -> None:
+    asked = Work(8192, 4096, 2, method=method)
+    memory_bytes = plan.weights_bytes + 600 * MIB
+
+    def fits(work: Work) -> bool:
+        return plan.fits(work, memory_bytes)
+
+    found = largest_fit(asked, to_grid(64, 128), fits)
+    assert found is not None
+    width_px, height_px = found
+    assert width_px % 64 == 0 and height_px % 64 == 0 and abs(width_px - 2 * height_px) <= 64
+    assert fits(replace(asked, width_px=width_px, height_px=height_px))
+    assert not fits(replace(asked, width_px=width_px + 128, height_px=height_px + 64))
+    assert largest_fit(replace(asked, width_px=width_px, height_px=height_px), to_grid(64, 128), fits) == found
+
+
+def test_a_size_that_fits_is_given_back_and_nothing_where_the_weights_alone_do_not() -> None:
+    asked = Work(1024, 512, 2)
+    assert largest_fit(asked, to_grid(64, 128), lambda work: True) == (1024, 512)
+    assert largest_fit(asked, to_grid(64, 128), lambda work: False) is None
+    assert largest_fit(replace(asked, height_px=128), to_grid(64, 128), lambda work: work.width_px <= 256) == (256, 128)
+
+
+def test_a_smaller_device_decodes_in_strips_before_it_refuses(plan: MemoryPlan) -> None:
+    plan, work = replace(plan, device="cuda"), Work(512, 512, 2, method="bicubic")
+    whole_bytes = plan.estimate(work).stages["decode"]
+    assert plan.estimate(work, plan.weights_bytes + whole_bytes).stages["decode"] == whole_bytes
+    memory_bytes = plan.weights_bytes + 3 * whole_bytes // 4
+    assert plan.estimate(work, memory_bytes).stages["decode"] <= 3 * whole_bytes // 4
+    assert plan.fits(work, memory_bytes)
+    assert not plan.fits(work, plan.weights_bytes + whole_bytes // 4)
+
+
+def test_so_many_items_run_at_once_as_fit(plan: MemoryPlan) -> None:
+    work = Work(512, 512, 1, decode=None, items=8)
+    three_bytes = plan.estimate(replace(work, items=3)).peak_bytes
+    assert plan.most_items(work, three_bytes) == 3
+    assert plan.most_items(work, three_bytes - 1) == 2
+    assert plan.most_items(work, 10**12) == 8
+    assert plan.most_items(work, 1) == 1  # never none: whether one fits is asked before
+
+
+def test_more_items_pixels_or_scale_never_need_less(plan: MemoryPlan) -> None:
+    small = plan.estimate(Work(256, 256, 2))
+    for change in ({"items": 2}, {"width_px": 512}, {"guidance_scale": 9.0}):
+        larger = plan.estimate(replace(Work(256, 256, 2), **change))
+        assert all(larger.stages[stage] >= small.stages[stage] for stage in small.stages)
+
+
+def test_what_is_said_twice_is_the_same() -> None:
+    assert TILE_PX == pixel_upscale.TILE_PX
+    for force in (None, False, True):
+        for channels in (4, 16):
+            for name in ("float32", "bfloat16", "float16"):
+                kind = vae.choose_vae_dtype(force, channels, getattr(torch, name))
+                assert choose_vae_dtype(force, channels, name) == str(kind).removeprefix("torch.")
+
+
+def test_the_plan_needs_no_torch() -> None:
+    code = "import sys, models.memory_plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert json.loads((POCKET_BUNDLE / "unet" / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
