@@ -144,6 +144,7 @@ def pack(
     vae_dir: Annotated[Path | None, typer.Option(help="VAE to put in, for example runs/decoder/vae.")] = None,
     lua_file: Annotated[Path | None, typer.Option(help="Adapter, for example runs/lua3/lua.safetensors.")] = None,
     text_dir: Annotated[Path | None, typer.Option(help="Pipeline, for example runs/text/pipeline.")] = None,
+    swinir: Annotated[list[Path] | None, typer.Option(help="Files such as runs/swinir2/swinir_x2.safetensors.")] = None,
 ) -> None:
     """Put what is given into the bundle, as float16 safetensors, and describe it; the rest stays as it is."""
     if text_dir is not None:
@@ -156,6 +157,8 @@ def pack(
     if lua_file is not None:
         provenance = {"trained_by": "python -m training.pocket lua", "licence": "Apache-2.0"}
         write_lua(bundle / LUA_FILE, read_lua(lua_file).half(), provenance)
+    for file in swinir or ():
+        shutil.copyfile(file, bundle / file.name)
     write_descriptor(bundle)
 
 
