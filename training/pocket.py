@@ -18,7 +18,8 @@ from training.optim import Budget
 from training.parallel import run_peers
 from training.pocket_bundle import LUA_FILE, write_descriptor
 from training.pocket_decoder import freeze_encoder, train_decoder
-from training.pocket_lua import CROP_PX, train_lua, write_pairs
+from training.pocket_lua import train_lua
+from training.pocket_pairs import write_pairs
 from training.pocket_swinir import PICTURE_PX, train_swinir
 from training.pocket_text import train_text
 from training.pocket_vae import Pool, train_vae
@@ -78,20 +79,23 @@ def decoder(
 
 @app.command()
 def pairs(
-    frozen: Path = RUNS / "vae_frozen", out: Path = RUNS / "pairs", pool: PoolFolder = RUNS / "pool", count: int = 5000
+    frozen: Path = RUNS / "vae_frozen",
+    out: Path = RUNS / "pairs",
+    pool: PoolFolder = RUNS / "pool",
+    units: Annotated[int, typer.Option(help="How much, in squares of 256 px; the pictures have many sizes.")] = 8000,
 ) -> None:
     """Encode the pictures that LUA trains on, and the held-out ones."""
     torch.set_num_threads(1)
     encoder = AutoencoderKL.from_pretrained(frozen).eval()
     encoder.to(memory_format=torch.channels_last)
-    pictures = Pool(pool, scene_count=160, scene_px=CROP_PX)
-    write_pairs(encoder, pictures.read_held_out(0), out / "held_out", 12, 1)
-    write_pairs(encoder, pictures.read(0), out / "train", count, 0)
+    pictures = Pool(pool, scene_count=160, scene_px=512)
+    write_pairs(encoder, pictures.read_held_out(0), out / "held_out", 30, 1)
+    write_pairs(encoder, pictures.read(0), out / "train", units, 0)
 
 
 @app.command()
 def lua(
-    stage: Annotated[str, typer.Option(help="1, 2, 3 or square.")],
+    stage: Annotated[str, typer.Option(help="linear, square, or 1, 2, 3 of the paper.")],
     out: Annotated[Path, typer.Option(help="Folder of this stage.")],
     start: Annotated[Path | None, typer.Option(help="Weights of the stage before.")] = None,
     vae_dir: Path = RUNS / "decoder/vae",
@@ -103,7 +107,7 @@ def lua(
 ) -> None:
     """Train one stage of the adapter."""
     budget = _budget(minutes, steps, 20.0)
-    train_lua(out, vae_dir, pairs_dir / "train", pairs_dir / "held_out", stage, start, budget, seed, resume)
+    train_lua(out, vae_dir, pairs_dir, stage, start, budget, seed, resume)
 
 
 @app.command()

@@ -1,8 +1,10 @@
-"""Trains the pocket LUA in the latent space of the frozen pocket VAE, by the three stages of arXiv 2511.10629.
+"""Trains the pocket LUA in the latent space of the frozen pocket VAE.
 
-Stage I matches latents, stage II adds decoded pictures at low weight, stage III matches decoded pictures alone; each
-stage starts from the average weights of the one before. Pairs are encoded once (`write_pairs`); the gradient of the
-picture losses flows through the frozen decoder. The network is `models/lua.py`, the losses `training/losses.py`.
+Stages 1 to 3 are those of arXiv 2511.10629: latents, then decoded pictures at low weight, then decoded pictures
+alone. Stages "linear" and "square" are ours and what the bundle was trained with: the square error of the picture,
+first through a linear stand-in for the decoder (`picture_map`), then through the decoder itself. A stage starts from
+the average weights of the one before. Pairs come from `training/pocket_pairs.py`, the network is `models/lua.py`, the
+losses are in `training/losses.py`.
 """
 
 import json
@@ -14,188 +16,161 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from models.checkpoints import read_lua, write_lua
 from models.lua import PRESETS, Lua
 from training.losses import downsampled_l1, eagle, fourier_l1, high_frequency_l1
 from training.optim import Budget, Ema, MuonAdamW, cosine_rate
-from training.pocket_vae import Pictures, psnr_db, train_steps, write_log
+from training.pocket_pairs import SCALES, Pairs, read_pairs, shrink
+from training.pocket_vae import psnr_db, train_steps, write_log
 from training.state import TrainState
 
-SCALES = (2, 4)
-CROP_PX = 256
-ENCODE_BATCH = 8
+__all__ = ["STAGES", "shrink", "train_lua"]
+
 EMA_DECAY = 0.998
-SAVE_EVERY_S = 150.0
+SAVE_EVERY_S = 420.0
+X4_UNITS = 2.5  # an x4 step takes so many times the pictures of an x2 step: its small latents are a quarter
+FLOOR = 1e-2  # square error at 26 dB, about that of the photographs: better pictures count less
 
 
 @dataclass(frozen=True)
 class Stage:
     """Loss weights and rates of one stage.
 
-    Ref: arXiv 2511.10629, A.1 for the weights; rates, batch and crop are ours, for one CPU core.
+    Ref: arXiv 2511.10629, A.1 for the weights of 1 to 3; rates and batches are ours, for one CPU core.
     """
 
-    latent_square: float
-    latent_l1: float
-    latent_fourier: float
-    picture_shrunk: float
-    picture_high: float
-    picture_l1: float
-    picture_fourier: float
-    picture_eagle: float
     muon_lr: float
-    batch: int
-    crop_latent: int  # side of the enlarged latent at x2
-    x4_every: int = 3  # one step in so many trains x4
-
-    def batch_shape(self, scale: int) -> tuple[int, int]:
-        """Batch and crop: at x4 a small crop is doubled, so that the small latent still fills a window."""
-        if scale == 2 or self.crop_latent == CROP_PX // 8:
-            return self.batch, self.crop_latent
-        return max(1, self.batch // 4), 2 * self.crop_latent
+    units: float  # squares of 256 px in an x2 batch
+    latent_l1: float = 0.0
+    latent_fourier: float = 0.0
+    picture_shrunk: float = 0.0
+    picture_high: float = 0.0
+    picture_l1: float = 0.0
+    picture_fourier: float = 0.0
+    picture_eagle: float = 0.0
+    picture_square: float = 0.0
+    is_linear: bool = False  # the square of the latent error as `picture_map` shows it
 
     @property
     def decodes(self) -> bool:
-        return max(self.picture_shrunk, self.picture_high, self.picture_l1) > 0.0
+        return max(self.picture_shrunk, self.picture_high, self.picture_l1, self.picture_square) > 0.0
+
+    def batch(self, pairs: Pairs, scale: int) -> int:
+        """Pictures of this size in a batch; where pictures are decoded, both scales cost the same."""
+        units = self.units * (X4_UNITS if scale == 4 and not self.decodes else 1.0)
+        return max(1, round(units / pairs.units))
 
 
 STAGES = {
-    "1": Stage(0.0, 1.0, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0, muon_lr=0.02, batch=16, crop_latent=32),
-    "2": Stage(0.0, 1.0, 0.1, 0.1, 0.05, 0.0, 0.0, 0.0, muon_lr=0.004, batch=4, crop_latent=16),
-    "3": Stage(0.0, 0.0, 0.0, 0.0, 0.0, 10.0, 1.0, 5e-5, muon_lr=0.008, batch=4, crop_latent=16),
-    # Ours, not the paper's: the weighted latent square stands for the pixel square without a decode.
-    "square": Stage(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, muon_lr=0.01, batch=16, crop_latent=32, x4_every=2),
+    "1": Stage(0.02, 16.0, latent_l1=1.0, latent_fourier=0.1),
+    "2": Stage(0.004, 2.0, latent_l1=1.0, latent_fourier=0.1, picture_shrunk=0.1, picture_high=0.05),
+    "3": Stage(0.008, 2.0, picture_l1=10.0, picture_fourier=1.0, picture_eagle=5e-5),
+    "linear": Stage(0.01, 8.0, is_linear=True),
+    "square": Stage(0.004, 2.0, picture_square=1.0),
 }
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Encoded pairs: `latents[1]` of the large pictures, `latents[2]` and `latents[4]` of the shrunk ones."""
-
-    latents: dict[int, Tensor]
-    pictures: NDArray[np.uint8]
-
-    def draw(self, rng: np.random.Generator, scale: int, count: int, crop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Cuts aligned crops.
-
-        Shape:
-            small [count, 16, crop / scale, crop / scale], large [count, 16, crop, crop], pictures
-            [count, 3, 8 * crop, 8 * crop] in [-1, 1].
-        """
-        side = self.latents[1].shape[-1]
-        small, large, pictures = [], [], []
-        for index in rng.integers(0, len(self.pictures), count):
-            top, left = (int(v) * scale for v in rng.integers(0, (side - crop) // scale + 1, 2))
-            rows, columns = slice(top // scale, (top + crop) // scale), slice(left // scale, (left + crop) // scale)
-            small.append(self.latents[scale][index, :, rows, columns])
-            large.append(self.latents[1][index, :, top : top + crop, left : left + crop])
-            area = self.pictures[index, 8 * top : 8 * (top + crop), 8 * left : 8 * (left + crop)]
-            pictures.append(torch.from_numpy(np.array(area)))
-        images = torch.stack(pictures).permute(0, 3, 1, 2) / 127.5 - 1.0
-        return torch.stack(small).float(), torch.stack(large).float(), images
+def mean_log_square(error: Tensor) -> Tensor:
+    """Mean over the batch of the logarithm of each picture's mean square: what a mean of decibels weighs."""
+    return (error.square().flatten(1).mean(dim=1) + FLOOR).log().mean()
 
 
-def shrink(images: Tensor, scale: int) -> Tensor:
-    """Antialiased bicubic, to 8-bit levels, as a camera or a browser would hand it over; [-1, 1]."""
-    small = F.interpolate(images, scale_factor=1.0 / scale, mode="bicubic", antialias=True)
-    return ((small.clamp(-1.0, 1.0) + 1.0) * 127.5).round() / 127.5 - 1.0
-
-
-@torch.no_grad()
-def write_pairs(vae: AutoencoderKL, source: Pictures, path: Path, count: int, seed: int) -> None:
-    """Cuts `count` pictures and encodes each at full, half and quarter size.
-
-    Effects:
-        Writes the pictures as `<path>.npy` and the latents, float16, as `<path>.pt`.
-    """
-    rng = np.random.default_rng((seed, 1))
-    pictures = np.empty((count, CROP_PX, CROP_PX, 3), dtype=np.uint8)
-    parts: dict[int, list[Tensor]] = {scale: [] for scale in (1, *SCALES)}
-    for start in tqdm(range(0, count, ENCODE_BATCH), desc="encode pairs", unit=f"{ENCODE_BATCH} img"):
-        images = source.crops(rng, min(ENCODE_BATCH, count - start), CROP_PX)
-        images = ((images + 1.0) * 127.5).round() / 127.5 - 1.0
-        rows = ((images + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1)
-        pictures[start : start + len(rows)] = rows.numpy()
-        for scale, latents in parts.items():
-            small = images if scale == 1 else shrink(images, scale)
-            # bfloat16 is 10 times faster here and moves a code by 0.2 to 0.9 % of its deviation.
-            with torch.autocast("cpu", torch.bfloat16):
-                latents.append(vae.encode(small).latent_dist.mode().half().contiguous())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path.with_suffix(".npy"), pictures, allow_pickle=False)
-    torch.save({str(scale): torch.cat(latents) for scale, latents in parts.items()}, path.with_suffix(".pt"))
-
-
-def read_pairs(path: Path) -> Pairs:
-    """Opens what `write_pairs` wrote."""
-    latents = torch.load(path.with_suffix(".pt"), weights_only=True)
-    pictures = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-    return Pairs({int(scale): value for scale, value in latents.items()}, pictures)
-
-
-def stage_loss(stage: Stage, grown: Tensor, large: Tensor, decoded: Tensor | None, pictures: Tensor) -> Tensor:
-    """The weighted sum of one stage; terms of weight zero are not computed.
+def stage_loss(stage: Stage, grown: Tensor, large: Tensor, decoded: Tensor | None, pictures: Tensor | None) -> Tensor:
+    """The weighted sum of one stage's terms; terms of weight zero are not computed.
 
     Shape:
-        grown and large [batch, 16, h, w]; decoded and pictures [batch, 3, 8 h, 8 w].
+        grown and large [batch, 16, h, w]; decoded and pictures [batch, 3, 8 h, 8 w], for stages that decode.
     """
     terms = []
-    if stage.latent_square:
-        terms.append(stage.latent_square * (grown - large).square().mean())
     if stage.latent_l1:
         terms += [stage.latent_l1 * (grown - large).abs().mean(), stage.latent_fourier * fourier_l1(grown, large)]
-    if decoded is not None and stage.picture_shrunk:
+    if decoded is not None and pictures is not None:
+        terms += picture_terms(stage, decoded, pictures)
+    return torch.stack(terms).sum()
+
+
+def picture_terms(stage: Stage, decoded: Tensor, pictures: Tensor) -> list[Tensor]:
+    """The terms of `stage_loss` that need the decoded picture."""
+    terms = []
+    if stage.picture_shrunk:
         terms += [
             stage.picture_shrunk * downsampled_l1(decoded, pictures),
             stage.picture_high * high_frequency_l1(decoded, pictures),
         ]
-    if decoded is not None and stage.picture_l1:
+    if stage.picture_l1:
         terms += [
             stage.picture_l1 * (decoded - pictures).abs().mean(),
             stage.picture_fourier * fourier_l1(decoded, pictures),
             stage.picture_eagle * eagle(decoded, pictures),
         ]
-    return torch.stack(terms).sum()
+    if stage.picture_square:
+        terms.append(stage.picture_square * mean_log_square(decoded - pictures))
+    return terms
 
 
 @torch.no_grad()
-def channel_weights(vae: AutoencoderKL, latents: Tensor, noise: float = 0.1) -> Tensor:
-    """How much an error in each latent channel costs in the decoded picture; mean 1.
+def picture_map(vae: AutoencoderKL, groups: list[Pairs], seed: int, count: int = 2) -> Tensor:
+    """Fits the linear map from latent errors to the errors of the decoded picture, by least squares.
 
-    A latent L1 over channels of equal deviation spends the network on fine texture that hardly shows. With these
-    weights a latent error counts about what it costs in pixels, at a fraction of the price of decoding.
+    Each 8 x 8 block of pixels is explained by the 3 x 3 codes round it. The codes are disturbed as an upscaler would:
+    a part of the way to the bicubic enlargement, and by white noise. The square of the mapped error costs one
+    convolution, while the decoder costs ten times as much as the adapter.
+
+    Args:
+        count: pictures of each size to fit on.
 
     Shape:
-        latents [n, 16, h, w]; returns [1, 16, 1, 1].
+        returns [192, 16, 3, 3], a convolution's weight.
     """
-    clean = vae.decode(latents).sample
-    costs = []
-    for channel in range(latents.shape[1]):
-        disturbed = latents.clone()
-        disturbed[:, channel] += noise * torch.randn_like(disturbed[:, channel])
-        costs.append((vae.decode(disturbed).sample - clean).square().mean().sqrt())
-    weights = torch.stack(costs)
-    return (weights / weights.mean()).view(1, -1, 1, 1)
+    rng = np.random.default_rng((seed, 2))
+    gram, cross = torch.zeros(144, 144, dtype=torch.double), torch.zeros(144, 192, dtype=torch.double)
+    for pairs in groups:
+        for scale in SCALES:
+            small, large = pairs.latents_at(rng.integers(0, len(pairs.pictures), count), scale)
+            way = torch.from_numpy(rng.uniform(0.0, 0.6, (len(small), 1, 1, 1))).float()
+            noise = torch.from_numpy(rng.normal(0.0, 0.1, large.shape)).float()
+            error = way * (F.interpolate(small, scale_factor=scale, mode="bicubic") - large) + noise
+            shown = vae.decode(large + error).sample - vae.decode(large).sample
+            codes = F.unfold(error, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
+            blocks = F.unfold(shown, 8, stride=8).transpose(1, 2).flatten(0, 1).double()
+            gram += codes.T @ codes
+            cross += codes.T @ blocks
+    ridge = 1e-6 * gram.diagonal().mean() * torch.eye(144, dtype=torch.double)
+    weight: Tensor = torch.linalg.solve(gram + ridge, cross)
+    return weight.T.reshape(192, 16, 3, 3).float()
+
+
+def channel_weights(weight: Tensor) -> Tensor:
+    """How much an error in each latent channel costs in the picture, by `picture_map`; mean 1.
+
+    A latent L1 over channels of equal deviation spends the network on fine texture that hardly shows.
+
+    Shape:
+        weight [192, 16, 3, 3]; returns [1, 16, 1, 1].
+    """
+    costs = weight.square().sum(dim=(0, 2, 3)).sqrt()
+    return (costs / costs.mean()).view(1, -1, 1, 1)
 
 
 @torch.no_grad()
-def validate(net: Lua, vae: AutoencoderKL, pairs: Pairs, count: int = 8) -> dict[str, float]:
-    """Decoded PSNR on held-out pairs, per scale, beside decode-then-bicubic."""
+def validate(net: Lua, vae: AutoencoderKL, groups: list[Pairs]) -> dict[str, float]:
+    """Mean PSNR of the decoded pictures of all pairs, per scale, and what it gains over decode-then-bicubic."""
     net.eval()
-    images = torch.from_numpy(np.array(pairs.pictures[:count])).permute(0, 3, 1, 2) / 127.5 - 1.0
     scores: dict[str, float] = {}
     for scale in SCALES:
-        gains, values = [], []
-        for start in range(0, count, 4):
-            small, target = pairs.latents[scale][start : start + 4].float(), images[start : start + 4]
-            value = psnr_db(vae.decode(net(small, scale)).sample, target)
-            bicubic = F.interpolate(vae.decode(small).sample, scale_factor=float(scale), mode="bicubic")
-            values.append(value)
-            gains.append(value - psnr_db(bicubic, target))
+        values, gains = [], []
+        for pairs in groups:
+            for index in range(len(pairs.pictures)):
+                place = np.array([index])
+                (small, _), target = pairs.latents_at(place, scale), pairs.pictures_at(place)
+                with torch.autocast("cpu", torch.bfloat16):
+                    decoded, base = (vae.decode(latent).sample.float() for latent in (net(small, scale), small))
+                value = psnr_db(decoded, target)
+                bicubic = F.interpolate(base, scale_factor=float(scale), mode="bicubic")
+                values.append(value)
+                gains.append(value - psnr_db(bicubic, target))
         scores[f"x{scale}"] = float(np.mean(values))
         scores[f"x{scale}_gain"] = float(np.mean(gains))
     net.train()
@@ -203,12 +178,12 @@ def validate(net: Lua, vae: AutoencoderKL, pairs: Pairs, count: int = 8) -> dict
 
 
 def train_lua(
-    out: Path, vae_dir: Path, pairs_path: Path, held_out_path: Path, name: str, start: Path | None, budget: Budget,
-    seed: int, resume: bool,
-) -> None:  # fmt: skip
+    out: Path, vae_dir: Path, pairs_dir: Path, name: str, start: Path | None, budget: Budget, seed: int, resume: bool
+) -> None:
     """Runs one stage; writes `state.pt`, `log.jsonl` and the average weights as `lua.safetensors` into `out`.
 
     Args:
+        pairs_dir: what `python -m training.pocket pairs` wrote: `train/` and `held_out/`.
         name: a key of `STAGES`.
         start: weights to start from; none builds the pocket preset.
 
@@ -217,14 +192,15 @@ def train_lua(
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    stage, pairs, held_out = STAGES[name], read_pairs(pairs_path), read_pairs(held_out_path)
+    stage, groups, held_out = STAGES[name], read_pairs(pairs_dir / "train"), read_pairs(pairs_dir / "held_out")
     vae = AutoencoderKL.from_pretrained(vae_dir).float().requires_grad_(False).eval()
+    vae.to(memory_format=torch.channels_last)
     net = Lua(PRESETS["pocket"]) if start is None else read_lua(start)
     if start is None:
-        large = pairs.latents[1].float()
+        large = groups[0].latents[1].float()
         net.set_latent_statistics(large.mean(dim=(0, 2, 3)), large.std(dim=(0, 2, 3)))
-    weights = channel_weights(vae, pairs.latents[1][:2].float())
-    tqdm.write(f"channel weights {[round(float(w), 2) for w in weights.flatten()]}")
+    to_picture = picture_map(vae, groups, seed)
+    weights = channel_weights(to_picture)
     averaged = Lua(net.spec)
     net.train()
     optimiser = MuonAdamW(
@@ -233,23 +209,30 @@ def train_lua(
     state = TrainState(net, optimiser, Ema(net, EMA_DECAY), np.random.default_rng((seed, list(STAGES).index(name))))
     if resume:
         state.read(out / "state.pt")
-    saved_s, smooth = state.spent_s, math.nan
+    saved_s, smooth = state.spent_s, {scale: math.nan for scale in SCALES}
     for progress in train_steps(state, budget, f"lua stage {name}"):
-        scale = 4 if state.step % stage.x4_every == 0 else 2
-        small, large, pictures = pairs.draw(state.rng, scale, *stage.batch_shape(scale))
+        scale = SCALES[state.step % 2]
+        pairs = groups[int(state.rng.integers(len(groups)))]
+        places = state.rng.integers(0, len(pairs.pictures), stage.batch(pairs, scale))
+        small, large = pairs.latents_at(places, scale)
         with torch.autocast("cpu", torch.bfloat16):
             grown = net(small, scale).float()
             decoded = vae.decode(grown).sample.float() if stage.decodes else None
-        loss = stage_loss(stage, grown * weights, large * weights, decoded, pictures)
+        if stage.is_linear:
+            loss = mean_log_square(F.conv2d(grown - large, to_picture, padding=1))
+        else:
+            pictures = pairs.pictures_at(places) if stage.decodes else None
+            loss = stage_loss(stage, grown * weights, large * weights, decoded, pictures)
         torch.autograd.backward(loss)
         optimiser.step(cosine_rate(progress, state.step))
         state.ema.update(net, state.step)
         state.tick()
         value = float(loss.detach())
-        smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
+        smooth[scale] = value if math.isnan(smooth[scale]) else 0.98 * smooth[scale] + 0.02 * value
         if state.spent_s - saved_s > SAVE_EVERY_S or state.progress(budget) >= 1.0:
             saved_s = state.spent_s
             state.write(out / "state.pt")
             state.ema.copy_to(averaged)
-            write_log(out, state, {"loss": smooth, **validate(averaged, vae, held_out)})
+            losses = {f"loss_x{scale}": value for scale, value in smooth.items()}
+            write_log(out, state, {**losses, **validate(averaged, vae, held_out)})
             write_lua(out / "lua.safetensors", averaged, {"training": json.dumps({"stage": name, "step": state.step})})
