@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import safe_open
 from torch import Tensor
 
+from models.bundle import read_bundle
 from models.checkpoints import read_lua
 from models.lua import Lua
 from models.pixel_upscale import PixelUpscaler
@@ -26,7 +27,7 @@ from training.pocket_swinir import (
     train_swinir,
     write_swinir,
 )
-from training.pocket_vae import Pictures, Pool, make_vae
+from training.pocket_vae import Pictures, Pool, make_vae, psnr_db
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +155,19 @@ def test_a_run_writes_its_files_and_resumes(vae: AutoencoderKL, pictures: Pictur
     key = "layers.1.residual_group.blocks.3.mlp.fc2.weight"
     taken, own = trained.state_dict()[key], larger.state_dict()[key]
     assert float((own - taken).abs().mean()) < 0.2 * float(taken.abs().mean())
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_the_shipped_network_beats_bicubic_on_a_new_picture_and_its_tiles_show_no_seam(scale: int) -> None:
+    bundle = read_bundle(Path(__file__).parents[2] / "bundles" / "pocket")
+    assert bundle.scales_of("swinir") == (1, 2, 4)
+    large = torch.from_numpy(draw_leaves(np.random.default_rng((99, 0)), 384)).permute(2, 0, 1)[None] / 127.5 - 1.0
+    small = (shrink(large, scale) + 1.0) / 2.0
+    upscaler = PixelUpscaler.open(bundle.swinir, torch.device("cpu"), torch.float32)
+    grown = upscaler.upscale(small, scale)
+    bicubic = F.interpolate(small, scale_factor=float(scale), mode="bicubic")
+    assert psnr_db(grown * 2.0 - 1.0, large) > psnr_db(bicubic * 2.0 - 1.0, large) + 0.5
+    tiled = PixelUpscaler(upscaler.nets, torch.device("cpu"), torch.float32, tile_px=80, halo_px=16).upscale(
+        small, scale
+    )
+    assert 0.0 < float((tiled - grown).abs().max()) < 1.0 / 255.0
