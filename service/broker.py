@@ -22,6 +22,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 
 from service import scripts
+from service.device_memory import Device
 from service.errors import InvalidRequest, MalformedRequest, NotFound, NotReady, QueueFull, StorageFull
 from service.jobs import (
     Job,
@@ -37,6 +38,7 @@ from service.keys import Keys
 from service.settings import Settings
 
 _POLL_S = 1.0
+_DEVICES_EVERY_S = 3.0
 _SMALL_BODY_BYTES = 1 << 20
 _EVENT_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
 _LOG = logging.getLogger(__name__)
@@ -87,13 +89,15 @@ class Broker:
         self._read = redis.register_script(scripts.PRELUDE + scripts.READ)
         self._cancel = redis.register_script(scripts.PRELUDE + scripts.CANCEL)
         self._stats = redis.register_script(scripts.PRELUDE + scripts.STATS)
+        self._list_devices = redis.register_script(scripts.PRELUDE + scripts.DEVICES)
+        self._devices: tuple[Device, ...] = ()
         self._waiters: dict[str, set[asyncio.Event]] = {}
-        self._listener: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         timeout_s = redis.connection_pool.connection_kwargs.get("socket_timeout")
         self._block_ms = int(1000 * min(_POLL_S, (timeout_s or 10.0) / 2))
 
     async def open(self) -> None:
-        """Checks that Redis answers and starts the listener that wakes `wait`.
+        """Checks that Redis answers and starts the listener that wakes `wait`, and what keeps `devices` fresh.
 
         Effects: loads the scripts. The groups are made by the scripts themselves, with each stream.
 
@@ -101,18 +105,41 @@ class Broker:
             NotReady: Redis does not answer.
         """
         await self.ping()
-        for script in (self._enqueue, self._read, self._cancel, self._stats):
+        for script in (self._enqueue, self._read, self._cancel, self._stats, self._list_devices):
             await self._answer(self._redis.script_load(script.script))
-        self._listener = asyncio.create_task(self._listen(), name="job-done-listener")
+        await self.read_devices()
+        self._tasks = [
+            asyncio.create_task(self._listen(), name="job-done-listener"),
+            asyncio.create_task(self._watch_devices(), name="device-watcher"),
+        ]
 
     async def close(self) -> None:
-        """Stops the listener. The client stays open: whoever opened it closes it."""
-        if self._listener is not None:
+        """Stops the tasks that `open` started. The client stays open: whoever opened it closes it."""
+        for task in self._tasks:
             # redis-py 8.1 swallows a cancel that meets it while it sets up a connection, so one may not be enough.
-            while not self._listener.done():
-                self._listener.cancel()
-                await asyncio.wait([self._listener], timeout=0.1)
-            self._listener = None
+            while not task.done():
+                task.cancel()
+                await asyncio.wait([task], timeout=0.1)
+        self._tasks = []
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Of the live workers, as they were seconds ago: a request asks without a round trip."""
+        return self._devices
+
+    async def read_devices(self) -> None:
+        """Brings `devices` up to date. What a worker of another version wrote is left out.
+
+        Raises:
+            NotReady: Redis does not answer.
+        """
+        devices = []
+        for text in await self._answer(self._list_devices(keys=[self._keys.tag], args=[self._limits])):
+            try:
+                devices.append(Device.from_json(text.decode()))
+            except ValueError as error:
+                _LOG.warning("a worker's device is not understood: %s", error)
+        self._devices = tuple(devices)
 
     async def ping(self) -> None:
         """Raises:
@@ -275,6 +302,15 @@ class Broker:
                 f"Redis does not answer ({type(error).__name__}); it must be reachable and loaded: try again soon.",
                 retry_after_s=1,
             ) from error
+
+    async def _watch_devices(self) -> None:
+        """Keeps `devices` fresh; where Redis is away the last ones stay."""
+        while True:
+            await asyncio.sleep(_DEVICES_EVERY_S)
+            try:
+                await self.read_devices()
+            except (NotReady, redis.RedisError) as error:
+                _LOG.warning("devices not read (%s)", type(error).__name__)
 
     async def _listen(self) -> None:
         """Wakes the waiters of each job that ends; after a lost connection it connects again, and `wait` polls."""

@@ -23,6 +23,7 @@ from redis.retry import Retry
 from redis.typing import KeyT, StreamIdT
 
 from service import scripts
+from service.device_memory import Device
 from service.errors import NotReady, StorageFull
 from service.jobs import Job, JobError, Priority, ResultFile
 from service.keys import Keys, lane
@@ -63,7 +64,14 @@ def open_redis(url: str) -> redis.Redis:
 class Claims:
     """The claims of one worker process. Its methods may be called from several threads."""
 
-    def __init__(self, redis: redis.Redis, settings: Settings, bundles: Sequence[str], consumer: str) -> None:
+    def __init__(
+        self,
+        redis: redis.Redis,
+        settings: Settings,
+        bundles: Sequence[str],
+        consumer: str,
+        device: Device | None = None,
+    ) -> None:
         if not bundles:
             raise ValueError("no bundle was given; a worker serves at least one")
         if redis.connection_pool.connection_kwargs.get("decode_responses"):
@@ -73,6 +81,7 @@ class Claims:
         self._bundles = tuple(bundles)
         # A name of its own for each start: a new process must never pass the fence of the one it replaces.
         self._consumer = f"{consumer}-{uuid.uuid4().hex[:8]}"
+        self._device = "" if device is None else device.to_json()
         self._keys = Keys(settings.key_prefix)
         self._limits = scripts.limits(settings)
         self._open = self._register(scripts.OPEN)
@@ -95,7 +104,7 @@ class Claims:
         self._block_cap_s = min(_POLL_S, (timeout_s or 10.0) / 2)
 
     def open(self) -> None:
-        """Makes the groups and starts the lease thread, which also says that this worker lives.
+        """Makes the groups and starts the lease thread, which also says that this worker lives, on which device.
 
         Effects: creates streams and groups that are missing; deletes consumers that were idle for an hour and hold
         nothing. Waits while Redis is loading. Safe to repeat after `close`.
@@ -103,7 +112,7 @@ class Claims:
         Raises:
             NotReady: Redis did not answer for two minutes.
         """
-        self._patiently(lambda: self._open(self._tag(), [self._limits, self._consumer, *self._lanes()]))
+        self._patiently(lambda: self._open(self._tag(), [self._limits, self._consumer, self._device, *self._lanes()]))
         self._stop.clear()
         self._lease = threading.Thread(target=self._keep_leases, name="lease", daemon=True)
         self._lease.start()
@@ -356,7 +365,7 @@ class Claims:
         while not self._stop.wait(pause_s):
             with self._lock:
                 held = list(self._held.values())
-            args = [self._limits, self._consumer]
+            args = [self._limits, self._consumer, self._device]
             for claim in held:
                 args += [_lane(claim), claim.message_id, claim.job.id, str(claim.delivery)]
             try:

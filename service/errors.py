@@ -50,6 +50,25 @@ class InvalidRequest(GiantleapError):
     code, status, title = "invalid_request", 422, "The request's values are not valid"
 
 
+class DoesNotFit(GiantleapError):
+    """A job that no device can hold, in bytes and with the largest final size that fits, where there is one."""
+
+    code, status, title = "does_not_fit", 422, "The job does not fit the device"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        needed_bytes: int | None = None,
+        device_bytes: int | None = None,
+        largest_px: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.needed_bytes = needed_bytes
+        self.device_bytes = device_bytes
+        self.largest_px = largest_px
+
+
 class QueueFull(GiantleapError):
     code, status, title, retryable = "queue_full", 429, "The queue is full", True
 

@@ -17,6 +17,7 @@ The Lua scripts in `service.scripts` build the same names from the tag; what eac
 | {tag}:blob_results, :blob_sizes | zset, hash | expiry and bytes of each job's results        | results that live     |
 | {tag}:idempotency:<sha256>      | string | payload digest and job id                         | TTL                   |
 | {tag}:workers                   | zset   | live workers, by last heartbeat                   | swept by each beat    |
+| {tag}:devices                   | hash   | what each live worker's device holds, JSON        | swept by each beat    |
 | {tag}:durations                 | list   | seconds of the last jobs that succeeded           | 100 entries           |
 | {tag}:dead                      | stream | jobs that failed for good, with their last error  | about 1,000 entries   |
 """

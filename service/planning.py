@@ -4,7 +4,7 @@ Pure functions of values, apart from `read_served`; `service.routes_create` enqu
 imports torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,9 @@ import numpy as np
 from models.bundle import Bundle, BundleError, SizeError, read_bundle
 from models.bundle_descriptor import DecodeName, Method, nearest_sides
 from models.latent_space import LatentSpaceError
+from models.memory_plan import Work
 from models.prompt_words import PromptWords, read_prompt_words
+from service.fitting import BundleMemory, Place, largest_note, read_memory, require_fit
 from service.images_in import ImageSize, check_image, is_image
 from service.jobs import GenerateParams, UpscaleParams
 from service.latents_in import Floats, read_latent, require_finite, to_blob
@@ -30,6 +32,7 @@ class Served:
 
     bundle: Bundle
     words: PromptWords | None
+    memory: BundleMemory
 
 
 def read_served(settings: Settings) -> dict[str, Served]:
@@ -43,7 +46,7 @@ def read_served(settings: Settings) -> dict[str, Served]:
         bundle = read_bundle(directory)
         if bundle.name in served:
             raise BundleError(f"{directory}: a bundle named {bundle.name} is served already; names must differ")
-        served[bundle.name] = Served(bundle, _read_words(bundle))
+        served[bundle.name] = Served(bundle, _read_words(bundle), read_memory(bundle))
     return served
 
 
@@ -70,12 +73,21 @@ def choose_served(bundles: Mapping[str, Served], name: str | None) -> Served:
 
 
 def plan_generate(
-    asked: GenerateRequest, bundle: Bundle, settings: Settings, seed: int, output_format: OutputFormat
+    asked: GenerateRequest,
+    bundle: Bundle,
+    settings: Settings,
+    seed: int,
+    output_format: OutputFormat,
+    places: Sequence[Place] = (),
 ) -> GenerateParams:
     """What to draw: the bundle's defaults where the request is silent, everything within the limits.
 
+    Args:
+        places: Devices that the job may run on; none where they are not known, which refuses nothing.
+
     Raises:
         InvalidFields: the method is not there, or a value is beyond a limit; all of them are named.
+        DoesNotFit: no device can hold one image.
     """
     defaults, limits = bundle.defaults, bundle.limits
     method = choose_method(bundle, asked.method)
@@ -102,13 +114,13 @@ def plan_generate(
         ),
         _no_decode(asked.decode, bundle),
         _too_many("num_images", asked.num_images, settings),
-        _too_large("width", width_px * height_px, settings),
+        _too_large("width", Work(width_px, height_px, scale, method, asked.decode), bundle, settings, places),
     ]
     faults = [(name, reason) for is_fault, name, reason in found if is_fault]
     faults += _size_faults(bundle, width_px, height_px, scale, method)
     if faults:
         raise InvalidFields(tuple(faults))
-    return GenerateParams(
+    params = GenerateParams(
         prompt=asked.prompt,
         negative_prompt=asked.negative_prompt or "",
         scale=scale,
@@ -123,6 +135,8 @@ def plan_generate(
         decode=asked.decode,
         strength=strength,
     )
+    require_fit(params, bundle, places, settings.max_image_px)
+    return params
 
 
 def choose_method(bundle: Bundle, asked: Method | None) -> Method:
@@ -189,21 +203,34 @@ def prepare_upscale(
     bundle: Bundle,
     settings: Settings,
     output_format: OutputFormat,
+    places: Sequence[Place] = (),
 ) -> tuple[UpscaleParams, bytes]:
     """What to enlarge, and the job's input blob, from a body that holds a latent or an image.
 
+    Args:
+        places: As for `plan_generate`.
+
     Raises:
         GiantleapError: the body cannot be read (`read_latent`, `check_image`), or a value is beyond a limit.
+        DoesNotFit: no device can hold one image.
     """
     if is_image(body, content_type):
         size = check_image(body, content_type, settings.max_image_px)
-        return plan_upscale_image(asked, size, bundle, settings, output_format), body
-    params, latent = plan_upscale(asked, read_latent(body, content_type), bundle, settings, output_format)
+        params = plan_upscale_image(asked, size, bundle, settings, output_format, places)
+        require_fit(params, bundle, places, settings.max_image_px)
+        return params, body
+    params, latent = plan_upscale(asked, read_latent(body, content_type), bundle, settings, output_format, places)
+    require_fit(params, bundle, places, settings.max_image_px)
     return params, to_blob(latent)
 
 
 def plan_upscale_image(
-    asked: UpscaleQuery, image: ImageSize, bundle: Bundle, settings: Settings, output_format: OutputFormat
+    asked: UpscaleQuery,
+    image: ImageSize,
+    bundle: Bundle,
+    settings: Settings,
+    output_format: OutputFormat,
+    places: Sequence[Place] = (),
 ) -> UpscaleParams:
     """How to enlarge an image: encode it to the posterior mean, enlarge the latent, decode; `swinir` takes it as it is.
 
@@ -219,7 +246,13 @@ def plan_upscale_image(
         (asked.width is not None or asked.height is not None, "width", "and height belong to packed latents"),
         _no_decode(asked.decode, bundle),
         _no_latent(asked.output, method, scale),
-        _too_large("body", image.width_px * image.height_px * scale**2, settings),
+        _too_large(
+            "body",
+            Work(scale * image.width_px, scale * image.height_px, scale, method, asked.decode, source="image"),
+            bundle,
+            settings,
+            places,
+        ),
     ]
     if faults := tuple((name, reason) for is_fault, name, reason in found if is_fault):
         raise InvalidFields(faults)
@@ -245,7 +278,12 @@ def _no_latent(output: str, method: Method, scale: int) -> tuple[bool, str, str]
 
 
 def plan_upscale(
-    asked: UpscaleQuery, tensor: Floats, bundle: Bundle, settings: Settings, output_format: OutputFormat
+    asked: UpscaleQuery,
+    tensor: Floats,
+    bundle: Bundle,
+    settings: Settings,
+    output_format: OutputFormat,
+    places: Sequence[Place] = (),
 ) -> tuple[UpscaleParams, Floats]:
     """What to enlarge, and the raw latent that is enlarged.
 
@@ -276,12 +314,13 @@ def plan_upscale(
         raise InvalidFields((("body", str(error)),)) from error
     require_finite(latent)
     batch_items, channels, latent_height, latent_width = latent.shape
-    image_px = latent_height * latent_width * (space.stride_px * scale) ** 2
+    factor = space.stride_px * scale
+    work = Work(factor * latent_width, factor * latent_height, scale, method, asked.decode, source="latent")
     found = (
         _no_decode(asked.decode, bundle),
         _no_latent(asked.output, method, scale),
         _too_many("body", batch_items, settings),
-        _too_large("body", image_px, settings),
+        _too_large("body", work, bundle, settings, places),
     )
     faults = tuple((name, reason) for is_fault, name, reason in found if is_fault)
     if faults:
@@ -306,6 +345,11 @@ def _too_many(field: str, images: int, settings: Settings) -> tuple[bool, str, s
     return images > most, field, f"asks for {images} images; at most {most} are made by one job"
 
 
-def _too_large(field: str, image_px: int, settings: Settings) -> tuple[bool, str, str]:
-    most = settings.max_image_px
-    return image_px > most, field, f"makes an image of {image_px} pixels; at most {most} are allowed"
+def _too_large(
+    field: str, work: Work, bundle: Bundle, settings: Settings, places: Sequence[Place]
+) -> tuple[bool, str, str]:
+    image_px, most = work.width_px * work.height_px, settings.max_image_px
+    if image_px <= most:
+        return False, field, ""
+    note = largest_note(work, bundle, places, most)
+    return True, field, f"makes an image of {image_px} pixels; at most {most} are allowed{note}"

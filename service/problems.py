@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect
 from service.errors import (
     Conflict,
     DeadlinePassed,
+    DoesNotFit,
     EngineFault,
     GiantleapError,
     InvalidRequest,
@@ -51,6 +52,7 @@ _BY_CODE: dict[str, type[GiantleapError]] = {
         PayloadTooLarge,
         UnsupportedMediaType,
         InvalidRequest,
+        DoesNotFit,
         QueueFull,
         StorageFull,
         NotReady,
@@ -75,6 +77,10 @@ def problem_body(error: GiantleapError, request_id: str, **members: Any) -> dict
     """The problem document of an error; `members` are extensions, left out where None."""
     if isinstance(error, InvalidFields):
         members["errors"] = [{"field": name, "reason": reason} for name, reason in error.fields]
+    if isinstance(error, DoesNotFit):
+        size = error.largest_px
+        largest = None if size is None else {"width": size[0], "height": size[1]}
+        members |= {"needed_bytes": error.needed_bytes, "device_bytes": error.device_bytes, "largest": largest}
     return {
         "type": f"urn:giantleap:problem:{error.code}",
         "title": error.title,

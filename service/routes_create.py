@@ -111,7 +111,9 @@ async def post_generate(request: Request, body: GenerateRequest, asked: AskedDep
     if answer_type != JSON_TYPE and body.num_images != 1:
         raise InvalidFields((("num_images", f"is {body.num_images}; an answer that is a file holds one image"),))
     seed = body.seed if body.seed is not None else draw_seed(asked.idempotency_key)
-    params = plan_generate(body, served.bundle, serving.settings, seed, output_format)
+    params = plan_generate(
+        body, served.bundle, serving.settings, seed, output_format, serving.places(served.bundle.name)
+    )
     start = None
     if body.init_image is not None:
         start = await asyncio.to_thread(_prepare_start, body.init_image, params, serving.settings)
@@ -142,7 +144,8 @@ async def post_upscale(
     served = choose_served(serving.bundles, query.bundle)
     answer_type, output_format = _choose_format(asked.accept, query.output_format, query.output)
     body, content_type = await _read_upload(request)
-    given = (query, body, content_type, served.bundle, serving.settings, output_format)
+    places = serving.places(served.bundle.name)
+    given = (query, body, content_type, served.bundle, serving.settings, output_format, places)
     # A large latent is prepared beside the event loop, which it would hold up for about 2 ms per MiB.
     small = len(body) <= _SMALL_BODY_BYTES and not is_image(body, content_type)
     params, blob = prepare_upscale(*given) if small else await asyncio.to_thread(prepare_upscale, *given)

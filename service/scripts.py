@@ -129,10 +129,15 @@ local function close_job(id, state, stages)
   redis.call('PUBLISH', P .. ':done', id)
 end
 
-local function beat(consumer)
+local function beat(consumer, device)
   redis.call('ZREMRANGEBYSCORE', P .. ':workers', '-inf', now_ms - 10 * C.visibility_ms)
   redis.call('ZADD', P .. ':workers', now_ms, consumer)
   redis.call('PEXPIRE', P .. ':workers', 10 * C.visibility_ms)
+  if device ~= '' then redis.call('HSET', P .. ':devices', consumer, device) end
+  for _, known in ipairs(redis.call('HKEYS', P .. ':devices')) do
+    if not redis.call('ZSCORE', P .. ':workers', known) then redis.call('HDEL', P .. ':devices', known) end
+  end
+  redis.call('PEXPIRE', P .. ':devices', 10 * C.visibility_ms)
 end
 
 local function close_failed(id, error, stages)
@@ -237,9 +242,10 @@ return {queued, redis.call('SCARD', P .. ':running'), redis.call('ZCARD', P .. '
   redis.call('LRANGE', P .. ':durations', 0, -1), blob_bytes()}
 """
 
-# ARGV: limits, consumer, lanes ... Makes the groups and forgets consumers of dead workers that hold nothing.
+# ARGV: limits, consumer, device JSON or '', lanes ... Makes the groups and forgets consumers of dead workers that hold
+# nothing.
 OPEN = """
-for i = 3, #ARGV do
+for i = 4, #ARGV do
   ensure_group(ARGV[i])
   local stream = P .. ':stream:' .. ARGV[i]
   for _, info in ipairs(redis.call('XINFO', 'CONSUMERS', stream, GROUP)) do
@@ -250,12 +256,23 @@ for i = 3, #ARGV do
     end
   end
 end
-beat(ARGV[2])
+beat(ARGV[2], ARGV[3])
+"""
+
+# ARGV: limits. Replies the device JSON of each live worker.
+DEVICES = """
+local devices = {}
+for _, consumer in ipairs(redis.call('ZRANGEBYSCORE', P .. ':workers', now_ms - C.visibility_ms, '+inf')) do
+  local device = redis.call('HGET', P .. ':devices', consumer)
+  if device then devices[#devices + 1] = device end
+end
+return devices
 """
 
 # ARGV: limits, consumer, lanes ... A consumer that still holds messages is kept: deleting it would lose them.
 CLOSE = """
 redis.call('ZREM', P .. ':workers', ARGV[2])
+redis.call('HDEL', P .. ':devices', ARGV[2])
 for i = 3, #ARGV do
   local stream = P .. ':stream:' .. ARGV[i]
   if #redis.call('XPENDING', stream, GROUP, '-', '+', 1, ARGV[2]) == 0 then
@@ -333,12 +350,13 @@ end
 return {taken, last_ids, wait_ms}
 """
 
-# ARGV: limits, consumer, then lane, message, job id, delivery of each claim held. Replies the ids of the jobs lost.
-# The owner is checked before XCLAIM: an unconditional one would take a message back from its new owner.
+# ARGV: limits, consumer, device as for OPEN, then lane, message, job id, delivery of each claim held. Replies the ids
+# of the jobs lost. The owner is checked before XCLAIM: an unconditional one would take a message back from its new
+# owner.
 RENEW = """
-beat(ARGV[2])
+beat(ARGV[2], ARGV[3])
 local lost = {}
-for i = 3, #ARGV, 4 do
+for i = 4, #ARGV, 4 do
   local stream, message, id = P .. ':stream:' .. ARGV[i], ARGV[i + 1], ARGV[i + 2]
   local pending = redis.call('XPENDING', stream, GROUP, message, message, 1)
   if #pending == 1 and pending[1][2] == ARGV[2] and get(id, 'deliveries') == ARGV[i + 3] then

@@ -40,6 +40,11 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute type of the pipeline; auto: float32 on a CPU, on a GPU the bundle's or bfloat16."
     )
+    device_memory_bytes: int | None = Field(
+        None,
+        description="Memory of the device that jobs may take; none: 95 % of a GPU's, 75 % of the machine's.",
+        ge=1,
+    )
     torch_threads: int = Field(0, description="CPU threads of a worker; 0 keeps torch's own choice.", ge=0)
 
     queue_limit: int = Field(256, description="Most jobs queued and running at once; over it: 429.", ge=1)

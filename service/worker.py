@@ -11,17 +11,21 @@ import platform
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from prometheus_client import start_http_server
 
 from models.bundle import Bundle, read_bundle
+from models.memory_plan import DeviceKind
 from models.route import Route, choose_device, choose_dtype
 from service.batch_run import BatchRun, Drain, Outcome, Output, Stop, to_items, to_job_error
 from service.batching import LatentGrid, count_items, output_latent_px, plan_batch, slice_items
 from service.claims import Claim, Claims, open_redis
-from service.errors import BadConfiguration, StorageFull
-from service.jobs import GenerateParams, JobError, JobState
+from service.device_memory import Device, machine_memory_bytes, usable_bytes
+from service.errors import BadConfiguration, DoesNotFit, StorageFull
+from service.fitting import Place, find_places, most_items, read_memory, require_fit, share_device
+from service.jobs import GenerateParams, Job, JobError, JobState
 from service.metrics import Metrics
 from service.protocol import WARMUPS, measure_protocol
 from service.settings import Settings
@@ -29,6 +33,8 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 _BLOCK_S = 1.0
+_NO_BUNDLES: Mapping[str, Bundle] = MappingProxyType({})
+_NO_PLACES: Mapping[str, Place] = MappingProxyType({})
 _PROTOCOL_RUNS = 20
 
 
@@ -64,13 +70,16 @@ def run_worker(settings: Settings, stop: threading.Event) -> None:
             _publish_protocol(route, bundles[name], metrics, stop)
     if stop.is_set():
         return
+    device, places = _find_places(bundles, routes, settings)
+    for name, place in places.items():
+        routes[name].vae.budget_bytes = max(0, place.own_bytes - place.plan.weights_bytes)
     client = open_redis(redis_url)
-    claims = Claims(client, settings, tuple(routes), f"{platform.node()}-{os.getpid()}")
+    claims = Claims(client, settings, tuple(routes), f"{platform.node()}-{os.getpid()}", device)
     claims.open()
     log.info("worker ready", extra={"fields": {"bundles": sorted(routes)}})
     try:
         grids = {name: to_grid(bundle, routes[name]) for name, bundle in bundles.items()}
-        Worker(routes, grids, claims, metrics, settings, Drain(stop, settings.drain_grace_s)).run()
+        Worker(routes, grids, claims, metrics, settings, Drain(stop, settings.drain_grace_s), bundles, places).run()
     finally:
         claims.close()
         client.close()
@@ -87,6 +96,8 @@ class Worker:
         metrics: Where work is counted.
         settings: Budgets and retry caps.
         drain: When to stop.
+        bundles: The loaded bundles as read, by name.
+        places: Their share of the device's memory, by name; without one nothing is refused and no batch cut for it.
     """
 
     def __init__(
@@ -97,7 +108,11 @@ class Worker:
         metrics: Metrics,
         settings: Settings,
         drain: Drain,
+        bundles: Mapping[str, Bundle] = _NO_BUNDLES,
+        places: Mapping[str, Place] = _NO_PLACES,
     ) -> None:
+        self._bundles = bundles
+        self._places = places
         self._routes = routes
         self._grids = grids
         self._claims = claims
@@ -123,20 +138,37 @@ class Worker:
         """Run one batch and end each of its jobs."""
         job = batch[0].job
         route, items = self._routes[job.bundle], to_items(batch)
+        try:
+            most_items = self._most_items(job)
+        except DoesNotFit as error:  # the API did not know this device, or it has more bundles than thought
+            for claim in batch:
+                self._end(claim, [to_job_error(error)], {}, len(items))
+            return
         self._metrics.observe_batch(job.params.kind, len(items))
         route.reset_peak_memory()
         run = BatchRun(route, self._claims, self._drain)
-        item_latent_px = output_latent_px(job.params, self._grids[job.bundle])
-        outcomes = run.run(
-            items,
-            slice_items(item_latent_px, self._settings.batch_items, self._settings.batch_budget_latent_px),
-        )
+        outcomes = run.run(items, most_items)
         stages_s = run.clock.stages_s
         self._metrics.observe_stages(job.bundle, job.params.method, job.params.scale, route.engine, stages_s)
         peak = route.peak_memory()
         self._metrics.set_peak_memory(str(route.device), peak.source, peak.size_bytes)
         for claim, ended in _by_claim(batch, outcomes):
             self._end(claim, ended, stages_s, len(items))
+
+    def _most_items(self, job: Job) -> int:
+        """How many images of a job may be on the device at once.
+
+        Raises:
+            DoesNotFit: not even one.
+        """
+        item_latent_px = output_latent_px(job.params, self._grids[job.bundle])
+        most = slice_items(item_latent_px, self._settings.batch_items, self._settings.batch_budget_latent_px)
+        place = self._places.get(job.bundle)
+        if place is None:
+            return most
+        bundle = self._bundles[job.bundle]
+        require_fit(job.params, bundle, [place], self._settings.max_image_px)
+        return most_items(job.params, bundle, place, most)
 
     def _end(self, claim: Claim, outcomes: Sequence[Outcome], stages_s: Mapping[str, float], batch_items: int) -> None:
         """Write what became of one job: the first error of an image fails it, a stop ends or hands it back."""
@@ -225,6 +257,31 @@ def _open_route(bundle: Bundle, settings: Settings, metrics: Metrics) -> Route:
         metrics.observe_stages(bundle.name, method, scale, route.engine, stages_s, warmup=True)
     metrics.set_engine(bundle.name, route.engine, str(device), str(dtype).removeprefix("torch."))
     return route
+
+
+def _find_places(
+    bundles: Mapping[str, Bundle], routes: Mapping[str, Route], settings: Settings
+) -> tuple[Device, dict[str, Place]]:
+    """This worker's device, and the share of it that each bundle has whose memory can be told."""
+    memory = {name: read_memory(bundle) for name, bundle in bundles.items()}
+    dtypes = {name: str(route.dtype).removeprefix("torch.") for name, route in routes.items()}
+    luas = {name: None if route.lua is None else route.lua.spec for name, route in routes.items()}
+    loaded = share_device(dtypes, {name: each.plans for name, each in memory.items()}, luas)
+    device = Device(*_find_memory(next(iter(routes.values())).device, settings), loaded)
+    fields = {"device": device.kind, "memory_bytes": device.memory_bytes}
+    log.info("worker plans memory", extra={"fields": fields})
+    found = {name: find_places(name, memory, [device], settings) for name in bundles}
+    return device, {name: places[0] for name, places in found.items() if places}
+
+
+def _find_memory(device: torch.device, settings: Settings) -> tuple[DeviceKind, int]:
+    """Kind and bytes of a device, as far as jobs may take them."""
+    kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
+    if settings.device_memory_bytes is not None:
+        return kind, settings.device_memory_bytes
+    if kind == "cuda":
+        return kind, usable_bytes(kind, torch.cuda.get_device_properties(device).total_memory)
+    return kind, usable_bytes(kind, machine_memory_bytes())
 
 
 def _publish_protocol(route: Route, bundle: Bundle, metrics: Metrics, stop: threading.Event) -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
 from service.broker import Enqueued
+from service.device_memory import Device
 from service.errors import GiantleapError, InvalidRequest
 from service.jobs import GenerateParams, Job, JobError, JobEvent, JobRecord, JobState, QueueStats, ResultFile
 
@@ -54,6 +55,7 @@ class FakeBroker:
     refusal: GiantleapError | None = None
     outage: GiantleapError | None = None
     live_workers: int = 1
+    devices: tuple[Device, ...] = ()
     records: dict[str, JobRecord] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     keys: dict[str, tuple[str, str]] = field(default_factory=dict)

@@ -1,0 +1,105 @@
+"""What a worker's device holds: how much memory, of what kind, and which bundles in which dtype.
+
+A worker writes it as JSON beside its heartbeat (`service.claims`); an API process reads those of the live workers every
+few seconds (`service.broker`), so that `service.fitting` can refuse a job that fits none of them without asking Redis.
+Nothing here imports torch.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self, get_args
+
+from models.lua_spec import LuaSpec
+from models.memory_plan import DeviceKind
+
+# Of the whole: on a GPU the driver and the libraries keep about half a gigabyte and the allocator some gaps; a
+# machine's memory also holds the process itself, Redis with its blobs and the API.
+USABLE_SHARE: Mapping[DeviceKind, float] = MappingProxyType({"cuda": 0.95, "cpu": 0.75})
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A bundle on a device.
+
+    Args:
+        dtype: That its base model computes in.
+        others_bytes: What the other bundles of the device take of its memory.
+        lua: The spec of its LUA; None where it has none.
+    """
+
+    dtype: str
+    others_bytes: int
+    lua: LuaSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A worker's device.
+
+    Args:
+        kind: A CPU or a GPU.
+        memory_bytes: That weights and feature maps may take.
+        bundles: What is loaded, by name.
+    """
+
+    kind: DeviceKind
+    memory_bytes: int
+    bundles: Mapping[str, Loaded] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """As one line."""
+        bundles = {
+            name: {
+                "dtype": loaded.dtype,
+                "others_bytes": loaded.others_bytes,
+                "lua": None if loaded.lua is None else loaded.lua.to_json(),
+            }
+            for name, loaded in self.bundles.items()
+        }
+        return json.dumps({"kind": self.kind, "memory_bytes": self.memory_bytes, "bundles": bundles})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: it is something else, as a worker of another version may have written.
+        """
+        try:
+            values = json.loads(text)
+            bundles = {
+                str(name): Loaded(
+                    str(said["dtype"]),
+                    int(said["others_bytes"]),
+                    None if said["lua"] is None else LuaSpec.from_json(said["lua"]),
+                )
+                for name, said in values["bundles"].items()
+            }
+            if values["kind"] not in get_args(DeviceKind):
+                raise ValueError(f"kind {values['kind']!r}")
+            return cls(values["kind"], int(values["memory_bytes"]), bundles)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no device: {text!r:.200}") from error
+
+
+def usable_bytes(kind: DeviceKind, total_bytes: int) -> int:
+    """What jobs may take of a device."""
+    return int(total_bytes * USABLE_SHARE[kind])
+
+
+def machine_memory_bytes() -> int:
+    """Memory of this machine, or of the control group (a container) that the process is in where that is less."""
+    total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _CGROUP_LIMITS:
+        try:
+            limit = path.read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():  # else "max"
+            total_bytes = min(total_bytes, int(limit))
+    return total_bytes
