@@ -26,7 +26,6 @@ Part = Literal["lua", "decoder"]
 Compatibility = Literal["none", "same_compute_capability", "ampere_plus"]
 
 FILE = "manifest.json"
-FORMAT = 1
 SUFFIXES: dict[Engine, str] = {"onnx": ".onnx", "tensorrt": ".plan", "aoti": ".pt2"}
 INPUT = "latent"
 OUTPUTS: dict[Part, str] = {"lua": "enlarged", "decoder": "image"}
@@ -85,13 +84,15 @@ class Artefact(_Section):
     """One graph: `file` is what an engine opens, `files` has every file that belongs to it.
 
     Input and output are float32 whatever the precision. Sides of the input are multiples of `side_multiple`: who runs
-    it pads before (`models.lua.pad_to_window`) and crops after.
+    it pads before (`models.lua.pad_to_window`) and crops after. `precision` is that of the manifest, but for a decoder
+    whose VAE would overflow in it.
     """
 
     part: Part
     scale: int | None
     file: str
     files: dict[str, Digest]
+    precision: Precision
     input: str
     output: str
     channels: Side

@@ -1,0 +1,360 @@
+"""From a bundle to a directory of artefacts that were compared with PyTorch, or to nothing at all.
+
+`export_bundle` writes into a hidden directory beside the target and puts it there only when every comparison has
+passed. `check_directory` compares again, on the present machine. The pieces: `export/graphs.py` traces,
+`export/onnx_files.py`, `export/aoti.py` and `export/tensorrt_plans.py` write and run, `export/parity.py` compares.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoModel
+from torch import Tensor
+
+from export.aoti import open_aoti, write_aoti
+from export.graphs import DTYPES, DecoderGraph, LuaGraph, trace
+from export.machine import read_machine, read_versions
+from export.manifest import (
+    FILE,
+    INPUT,
+    OUTPUTS,
+    Artefact,
+    ArtefactError,
+    Engine,
+    Manifest,
+    Part,
+    Precision,
+    Profile,
+    artefact_name,
+    bundle_weights,
+    check_manifest,
+    export_command,
+    read_manifest,
+    vae_directory,
+)
+from export.onnx_files import OPSET, open_onnx, write_onnx
+from export.parity import Runner, choose_cases, compare
+from export.tensorrt_plans import PlanOptions, build_plan, load_tensorrt, open_plan, plan_profiles, trtexec_line
+from models.bundle import Bundle, check_files, file_hash
+from models.checkpoints import read_lua
+from models.decode import decode_plain
+from models.lua import Lua
+from models.vae import choose_vae_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to export.
+
+    Args:
+        bundle: From which bundle.
+        engine: What is to run the artefacts.
+        precision: What the networks compute in; input and output stay float32.
+        directory: Where to; it must not hold anything but an earlier export.
+        scales: Of LUA; empty for all.
+        parts: LUA, the decoder (ONNX only), or both.
+        device: What runs the comparison, and for AOTI and TensorRT what the artefacts are for.
+        plan: For TensorRT.
+    """
+
+    bundle: Bundle
+    engine: Engine
+    precision: Precision
+    directory: Path
+    scales: Sequence[int] = ()
+    parts: Sequence[Part] = ("lua",)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    plan: PlanOptions = field(default_factory=PlanOptions)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The networks that artefacts are compared with, in float32 on one device.
+
+    Args:
+        lua: None where it plays no part.
+        vae: None where the bundle's is not at hand.
+        statistics: Mean and standard deviation of raw latents, each [channels].
+        device: Where they are.
+    """
+
+    lua: Lua | None
+    vae: Any
+    statistics: tuple[Tensor, Tensor]
+    device: torch.device
+
+    def runner(self, part: Part, scale: int | None) -> Runner:
+        """What an artefact must answer.
+
+        Raises:
+            ArtefactError: The network is not there.
+        """
+        if part == "decoder" and self.vae is not None:
+            return self.decode
+        lua = self.lua
+        if part == "lua" and lua is not None and scale is not None:
+            return lambda latent: lua.core(latent, scale)
+        raise ArtefactError(f"there is no network to compare {part} with")
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """**Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w]."""
+        return decode_plain(self.vae, latent)
+
+
+def export_bundle(request: Request, say: Callable[[str], object] = lambda line: None) -> Manifest:
+    """Exports, compares and writes the manifest.
+
+    Args:
+        request: What to export.
+        say: Gets a line for each artefact.
+
+    Raises:
+        ArtefactError: Something is missing, the request contradicts itself, or an artefact differs from PyTorch.
+        BundleError: The bundle's files are not those that it lists.
+        CheckpointError: The LUA weights cannot be read.
+
+    **Effects** replaces an earlier export in the directory when all is well; else leaves everything as it was.
+    """
+    scales = _check_request(request)
+    reference = open_reference(request.bundle, request.parts, request.device)
+    wanted: list[tuple[Part, int | None]] = [("lua", scale) for scale in scales]
+    wanted += [("decoder", None)] if "decoder" in request.parts else []
+    with new_directory(request.directory) as folder:
+        artefacts = []
+        for part, scale in wanted:
+            artefacts.append(_export_part(request, reference, folder, part, scale))
+            say(describe(artefacts[-1]))
+        manifest = Manifest(
+            format=1,
+            bundle=request.bundle.name,
+            engine=request.engine,
+            precision=request.precision,
+            latent_space=request.bundle.latent_space.name,
+            spec={} if reference.lua is None else json.loads(reference.lua.spec.to_json()),
+            weights=bundle_weights(request.bundle, request.parts),
+            compatibility=request.plan.compatibility,
+            machine=read_machine(request.device),
+            versions=read_versions(),
+            command=export_command(
+                request.directory, request.bundle, request.engine, request.precision, scales, request.parts
+            ),
+            artefacts=tuple(artefacts),
+        )
+        (folder / FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def check_directory(
+    directory: Path, bundle: Bundle, device: torch.device, say: Callable[[str], object] = lambda line: None
+) -> Manifest:
+    """Checks the manifest against bundle and machine, and compares every artefact with PyTorch again.
+
+    Raises:
+        ArtefactError: The first thing that does not fit, with the command that builds anew.
+        BundleError, CheckpointError: As `export_bundle`.
+    """
+    check_files(bundle)
+    found = check_manifest(directory, bundle, engine=read_manifest(directory).engine, machine=read_machine(device))
+    reference = open_reference(bundle, found.parts, device)
+    for artefact in found.artefacts:
+        run = _open(found.engine, directory / artefact.file, artefact.part, artefact.profiles, device)
+        cases = choose_cases(artefact.side_multiple, artefact.profiles)
+        try:
+            parity = _compare(reference, artefact.part, artefact.scale, artefact.precision, run, cases)
+        except ArtefactError as error:
+            raise ArtefactError(f"{artefact.file}: {error}; build it with: {found.command}") from error
+        say(describe(artefact.model_copy(update={"parity": parity})))
+    return found
+
+
+def open_reference(bundle: Bundle, parts: Sequence[Part], device: torch.device) -> Reference:
+    """Loads what a comparison needs: LUA, and the VAE for the decoded image.
+
+    Raises:
+        ArtefactError: The bundle lacks a part.
+        BundleError, CheckpointError: As `export_bundle`.
+    """
+    lua = None
+    if "lua" in parts and bundle.lua is not None:
+        lua = read_lua(bundle.lua, device)
+        bundle.check_lua(lua.spec)
+    place = vae_directory(bundle)
+    vae: Any = AutoModel.from_pretrained(
+        str(place),
+        torch_dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        variant=bundle.variant if bundle.vae is None else None,
+    )
+    return Reference(lua, vae.to(device).eval(), _statistics(bundle, lua), device)
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """An empty directory that takes the place of `directory` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        ArtefactError: `directory` holds something that is not an export.
+    """
+    if directory.exists() and not (
+        directory.is_dir() and (not any(directory.iterdir()) or (directory / FILE).is_file())
+    ):
+        raise ArtefactError(f"{directory} holds something that is no export; choose another directory")
+    directory.absolute().parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=directory.absolute().parent, prefix=f".{directory.name}."))
+    try:
+        yield fresh
+        fresh.chmod(0o755)  # mkdtemp gives 0700
+        if directory.exists():
+            old = fresh.with_name(fresh.name + ".old")
+            directory.rename(old)
+            fresh.rename(directory)
+            shutil.rmtree(old)
+        else:
+            fresh.rename(directory)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def describe(artefact: Artefact) -> str:
+    """One line with an artefact's size and how close it is to PyTorch."""
+    parity = artefact.parity
+    image = "" if parity.psnr_db is None else f", decoded image {parity.psnr_db:.1f} dB"
+    errors = f"max error {parity.max_error:.1e}, mean {parity.mean_error:.1e}"
+    return f"{artefact.file}: {errors}{image}, {len(parity.cases)} shapes on {parity.device}"
+
+
+def _check_request(request: Request) -> tuple[int, ...]:
+    """The scales to export."""
+    bundle, parts = request.bundle, request.parts
+    if not parts:
+        raise ArtefactError("nothing to export: name a part, lua or decoder")
+    if "decoder" in parts and request.engine != "onnx":
+        raise ArtefactError(f"the decoder exports to onnx only; asked for {request.engine}")
+    bundle_weights(bundle, parts)  # says what the bundle lacks
+    check_files(bundle)
+    if "lua" not in parts:
+        if request.scales:
+            raise ArtefactError("scales belong to the part lua, which was not asked for")
+        return ()
+    known = bundle.scales_of("lua")[1:]
+    unknown = [scale for scale in request.scales if scale not in known]
+    if unknown:
+        raise ArtefactError(f"bundle {bundle.name} has heads for scales {known}; asked for {unknown[0]}")
+    if request.engine == "tensorrt":
+        load_tensorrt()
+        if request.device.type != "cuda":
+            raise ArtefactError(f"TensorRT runs on a GPU; asked for device {request.device}")
+    return tuple(sorted(set(request.scales))) or known
+
+
+def _export_part(request: Request, reference: Reference, folder: Path, part: Part, scale: int | None) -> Artefact:
+    engine, space = request.engine, request.bundle.latent_space
+    precision = _part_precision(part, request.precision, reference)
+    unit = 1
+    graph: torch.nn.Module
+    if reference.lua is not None and scale is not None:
+        unit = reference.lua.spec.window
+        graph = LuaGraph(reference.lua, scale, precision)
+    else:
+        graph = DecoderGraph(reference.vae, DTYPES[precision])
+    # An ONNX graph is traced where its example lies, on the CPU; compiled code is for the device.
+    traced_on = request.device if engine == "aoti" else torch.device("cpu")
+    program = trace(graph.to(traced_on), space.channels, unit, fused_attention=engine == "aoti")
+    path = folder / artefact_name(engine, part, scale)
+    profiles: tuple[Profile, ...] = ()
+    line = None
+    if engine == "onnx":
+        written = write_onnx(program, path, OUTPUTS[part])
+    elif engine == "aoti":
+        written = write_aoti(program, path)
+    else:
+        profiles = plan_profiles(unit, request.plan.max_batch)
+        written = (_write_plan(request, program, path, profiles),)
+    if part == "lua" and engine != "aoti":
+        line = trtexec_line(
+            artefact_name("onnx", part, scale),
+            artefact_name("tensorrt", part, scale),
+            space.channels,
+            profiles or plan_profiles(unit, request.plan.max_batch),
+            precision,
+            request.plan,
+        )
+    run = _open(engine, path, part, profiles, request.device)
+    try:
+        parity = _compare(reference, part, scale, precision, run, choose_cases(unit, profiles))
+    except ArtefactError as error:
+        raise ArtefactError(f"{path.name}: {error}") from error
+    return Artefact(
+        part=part,
+        scale=scale,
+        file=path.name,
+        files={each.name: file_hash(each) for each in written},
+        precision=precision,
+        input=INPUT,
+        output=OUTPUTS[part],
+        channels=space.channels,
+        side_multiple=unit,
+        output_stride=space.stride_px if scale is None else scale,
+        opset=None if engine == "aoti" else OPSET,
+        profiles=profiles,
+        parity=parity,
+        trtexec=line,
+    )
+
+
+def _write_plan(request: Request, program: Any, path: Path, profiles: Sequence[Profile]) -> Path:
+    trt = load_tensorrt()
+    with tempfile.TemporaryDirectory() as scratch:
+        graph = write_onnx(program, Path(scratch) / path.with_suffix(".onnx").name, OUTPUTS["lua"])[0]
+        channels = request.bundle.latent_space.channels
+        path.write_bytes(build_plan(trt, graph, channels, profiles, request.precision, request.plan))
+    return path
+
+
+def _open(engine: Engine, path: Path, part: Part, profiles: Sequence[Profile], device: torch.device) -> Runner:
+    if engine == "onnx":
+        return open_onnx(path, device)
+    if engine == "aoti":
+        return open_aoti(path)
+    return open_plan(load_tensorrt(), path, profiles, OUTPUTS[part])
+
+
+def _compare(
+    reference: Reference,
+    part: Part,
+    scale: int | None,
+    precision: Precision,
+    run: Runner,
+    cases: Sequence[tuple[int, int, int]],
+) -> Any:
+    to_image: Runner = reference.decode if part == "lua" else lambda image: image
+    expected = reference.runner(part, scale)
+    return compare(part, precision, run, expected, to_image, cases, reference.statistics, reference.device)
+
+
+def _part_precision(part: Part, asked: Precision, reference: Reference) -> Precision:
+    """Of a decoder, one that its VAE does not overflow in (`models.vae.choose_vae_dtype`)."""
+    if part == "lua":
+        return asked
+    config = reference.vae.config
+    channels = config.get("latent_channels") or config["z_dim"]
+    chosen = choose_vae_dtype(config.get("force_upcast"), channels, DTYPES[asked])
+    return next(name for name, dtype in DTYPES.items() if dtype == chosen)
+
+
+def _statistics(bundle: Bundle, lua: Lua | None) -> tuple[Tensor, Tensor]:
+    """Mean and deviation per raw channel, as far as they are known: LUA's own, else those of the latent space."""
+    space = bundle.latent_space
+    if lua is not None and lua.spec.latent_norm:
+        return lua.latent_mean.detach().cpu(), lua.latent_std.detach().cpu()
+    if space.mean is not None and space.std is not None and len(space.mean) == space.channels:
+        return torch.tensor(space.mean), torch.tensor(space.std)
+    return torch.full((space.channels,), space.shift), torch.full((space.channels,), 1 / space.scale)

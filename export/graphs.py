@@ -1,0 +1,117 @@
+"""What is exported: the LUA backbone with one scale head, and the VAE decoder, each with every size left open.
+
+Input and output are float32 raw latents (or images) in every precision; only the network between them computes in a
+half type, so that neither the latent's statistics nor a bicubic skip are rounded. `trace` makes the one program that
+`export/onnx_files.py`, `export/aoti.py` and `export/tensorrt_plans.py` start from.
+"""
+
+import contextlib
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from export.manifest import INPUT, Precision
+from models.decode import FRAME_CLASSES, STRIP_CLASSES
+from models.decoder_check import check_autoencoder
+from models.lua import Lua, ScaleHead
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MAX_BATCH, MAX_SIDE = 64, 1024  # what the traced program promises to hold; latent pixels
+
+
+class LuaGraph(nn.Module):
+    """`Lua.core` for one scale, on a copy of its weights.
+
+    Args:
+        net: The network; it stays as it is.
+        scale: One of its scales.
+        precision: What the backbone and the head compute in.
+    """
+
+    latent_mean: Tensor | None
+    latent_std: Tensor | None
+
+    def __init__(self, net: Lua, scale: int, precision: Precision) -> None:
+        super().__init__()
+        mean, std = None, None
+        if net.spec.latent_norm:
+            mean, std = net.latent_mean, net.latent_std
+        elif net.spec.image_mean is not None:
+            mean = net.image_mean
+        self.register_buffer("latent_mean", None if mean is None else mean.detach().clone().view(-1, 1, 1))
+        self.register_buffer("latent_std", None if std is None else std.detach().clone().view(-1, 1, 1))
+        self.scale = scale
+        self.bicubic_skip = net.spec.bicubic_skip
+        self.dtype = DTYPES[precision]
+        self.head: ScaleHead = copy.deepcopy(net.heads[f"x{scale}"]).to(self.dtype)  # type: ignore[assignment]
+        self.backbone = copy.deepcopy(net).to(self.dtype)
+        self.backbone.heads = nn.ModuleDict()
+        self.eval()
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """**Shape** [batch, channels, h, w], multiples of the window -> [batch, channels, scale * h, scale * w]."""
+        x = latent if self.latent_mean is None else latent - self.latent_mean
+        x = x if self.latent_std is None else x / self.latent_std
+        y: Tensor = self.head(self.backbone.forward_features(x.to(self.dtype))).float()
+        if self.bicubic_skip:
+            y = y + F.interpolate(x, scale_factor=float(self.scale), mode="bicubic")
+        y = y if self.latent_std is None else y * self.latent_std
+        return y if self.latent_mean is None else y + self.latent_mean
+
+
+class DecoderGraph(nn.Module):
+    """`vae.decode`, whole and untiled, on a copy of the VAE; one frame of those that decode videos.
+
+    Args:
+        vae: An autoencoder of one of the classes that `models/decode.py` knows; it stays as it is.
+        dtype: What it computes in.
+
+    Raises:
+        UnknownDecoderError: The VAE is of another class.
+    """
+
+    def __init__(self, vae: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        check_autoencoder(vae, *STRIP_CLASSES, *FRAME_CLASSES)
+        self.frames = isinstance(vae, FRAME_CLASSES)
+        self.dtype = dtype
+        self.vae = copy.deepcopy(vae).to(dtype)
+        self.vae.use_tiling = self.vae.use_slicing = False
+        self.eval()
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """**Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], not clamped."""
+        raw = latent.to(self.dtype)
+        image: Tensor = self.vae.decode(raw[:, :, None] if self.frames else raw, return_dict=False)[0]
+        return (image[:, :, 0] if self.frames else image)[:, :3].float()
+
+
+def trace(graph: nn.Module, channels: int, side_multiple: int, fused_attention: bool = False) -> ExportedProgram:
+    """The program of a graph for any batch and any sides that are multiples of `side_multiple`.
+
+    The example has a batch of 2 and unequal sides: torch takes a 1, or two sizes that are equal, for constants. That
+    nothing else became one is what `export/parity.py` finds out at other batches and sizes.
+
+    Args:
+        graph: One of the above, on its device.
+        channels: Of its input.
+        side_multiple: As said.
+        fused_attention: Leaves attention one operator, for a compiler that has it. Without it, it becomes products and
+            a softmax; the fused kernel's memory layout, once traced, makes views that the products do not allow.
+    """
+    rows, columns = Dim("rows", min=1, max=MAX_SIDE), Dim("columns", min=1, max=MAX_SIDE)
+    sizes: dict[int, Any] = {0: Dim("batch", min=1, max=MAX_BATCH), 2: side_multiple * rows, 3: side_multiple * columns}
+    if side_multiple == 1:
+        # diffusers compares sizes with limits on the way; with a range of our own torch refuses to leave those open.
+        sizes = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
+    device = next(graph.parameters()).device
+    least = 2 if side_multiple > 1 else 6
+    example = torch.zeros(2, channels, least * side_multiple, (least + 1) * side_multiple, device=device)
+    kernels = contextlib.nullcontext() if fused_attention else sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), kernels:
+        return export(graph, (example,), dynamic_shapes={INPUT: sizes}, strict=False)

@@ -1,0 +1,118 @@
+"""ONNX: writes a traced program as a file that other engines can take, and runs it with onnxruntime."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from export.manifest import INPUT, ArtefactError
+
+OPSET = 20  # the first with Gelu; every later operator that the graphs need is older
+INLINE_LIMIT_BYTES = 64 * 2**20  # weights above it go to a file beside the graph; one ONNX file ends at 2 GiB
+# Control flow and scattered writes are slow or missing in engines, and a sign that something was traced wrongly.
+REFUSED_OPERATORS = frozenset(
+    {"If", "Loop", "Scan", "NonZero", "ScatterND", "ScatterElements", "Scatter", "SequenceConstruct", "Unique"}
+)
+
+
+def write_onnx(program: ExportedProgram, path: Path, output: str) -> tuple[Path, ...]:
+    """Writes a program of one input and one output, and checks what it wrote.
+
+    Args:
+        program: From `export.graphs.trace`.
+        path: Where to; large weights go to `path` + ".data".
+        output: The name that the output gets.
+
+    Returns:
+        The files written, the graph first.
+
+    Raises:
+        ArtefactError: The package is missing, an operator has no translation, or the graph breaks a rule of this file.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ArtefactError(f"{error.name} is missing; install it with: pip install 'giantleap[cpu]'") from error
+    size_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
+    # The exporter prints its progress, and warns about packages that nothing here needs.
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    # The program is traced anew on the way, and must meet the attention kernel that `trace` met.
+    with warnings.catch_warnings(), quiet, sdpa_kernel(SDPBackend.MATH):
+        warnings.simplefilter("ignore")
+        try:
+            converted = torch.onnx.export(
+                program, (), dynamo=True, input_names=[INPUT], output_names=[output], opset_version=OPSET, verbose=False
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ArtefactError(f"no ONNX graph could be made: {str(error).splitlines()[0]}") from error
+        if converted is None:
+            raise ArtefactError("no ONNX graph could be made: the exporter gave nothing back")
+        converted.save(str(path), external_data=size_bytes > INLINE_LIMIT_BYTES)
+    onnx.checker.check_model(str(path), full_check=True)
+    check_graph(onnx.load(str(path), load_external_data=False).graph, path.name)
+    data = path.with_name(path.name + ".data")
+    return (path, data) if data.exists() else (path,)
+
+
+def check_graph(graph: Any, name: str) -> None:
+    """Refuses a graph with an operator of `REFUSED_OPERATORS`, or whose batch or sides became constants.
+
+    Raises:
+        ArtefactError: It names the operator or the shape.
+    """
+    found = {node.op_type for node in graph.node} & REFUSED_OPERATORS
+    if found:
+        raise ArtefactError(f"{name} holds the operators {', '.join(sorted(found))}, which engines do badly")
+    for value in (*graph.input, *graph.output):
+        sizes = [each.dim_param or each.dim_value for each in value.type.tensor_type.shape.dim]
+        if len(sizes) != 4 or any(isinstance(sizes[axis], int) for axis in (0, 2, 3)):
+            raise ArtefactError(f"{name}: {value.name} has the shape {sizes}; batch, height and width must be open")
+
+
+def open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function that runs the graph on exactly this device.
+
+    Raises:
+        ArtefactError: onnxruntime is missing, has no provider for the device or no kernel for an operator.
+    """
+    try:
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as binding
+    except ImportError as error:
+        raise ArtefactError("onnxruntime is missing; install it with: pip install 'giantleap[cpu]'") from error
+    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
+        raise ArtefactError(f"this onnxruntime has no {provider}; for a GPU: pip install 'giantleap[gpu]'")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    # They share no base of their own.
+    errors = tuple(each for each in vars(binding).values() if isinstance(each, type) and issubclass(each, Exception))
+    chosen: list[Any] = [(provider, {"device_id": device.index or 0})] if device.type == "cuda" else [provider]
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
+    except errors as error:
+        raise ArtefactError(f"onnxruntime cannot run {path.name} on {device}: {_first_line(error)}") from error
+    if session.get_providers()[0] != provider:
+        raise ArtefactError(f"onnxruntime runs {path.name} on {session.get_providers()[0]}, not on {provider}")
+
+    def run(latent: Tensor) -> Tensor:
+        try:
+            (output,) = session.run(None, {INPUT: latent.cpu().numpy()})
+        except errors as error:
+            raise ArtefactError(f"onnxruntime failed in {path.name}: {_first_line(error)}") from error
+        return torch.from_numpy(output).to(latent.device)
+
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

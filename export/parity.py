@@ -1,0 +1,152 @@
+"""Compares an artefact with PyTorch, at batches and sizes other than those that it was traced with.
+
+A graph that took the example's batch for a constant runs without complaint and is wrong everywhere else, so no
+artefact counts before this. The reference is PyTorch in float32, whatever the artefact's precision.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from export.manifest import ArtefactError, Case, Parity, Part, Precision, Profile
+
+Runner = Callable[[Tensor], Tensor]
+"""float32 [batch, channels, h, w] -> float32, on the same device."""
+
+# Beside float32 results of these sizes. In float32 the largest difference; in half types a share of the reference's
+# root mean square, because rounding is relative. A step of an 8-bit pixel is 7.8e-3 in [-1, 1].
+ALLOWED_ERROR: dict[tuple[Part, Precision], float] = {
+    ("lua", "fp32"): 1e-4,
+    ("decoder", "fp32"): 1e-3,
+}
+ALLOWED_RELATIVE: dict[Precision, float] = {"fp16": 0.05, "bf16": 0.3}
+ALLOWED_PSNR_DB: dict[Precision, float] = {"fp32": 60.0, "fp16": 50.0, "bf16": 40.0}
+MOST_PSNR_DB = 150.0  # of images that are equal: JSON has no infinity
+# Batch, rows and columns in units of the window. The example of `export.graphs.trace` has (2, 2, 3).
+CASES = ((1, 1, 1), (3, 2, 3), (8, 3, 1), (1, 5, 8))
+PSNR_CASE = 1  # of CASES: large enough to have inner and outer windows, small enough to decode
+
+
+def choose_cases(unit: int, profiles: Sequence[Profile] = ()) -> tuple[tuple[int, int, int], ...]:
+    """Batch, height and width of the comparisons, in latent pixels.
+
+    Args:
+        unit: Sides are multiples of this.
+        profiles: Where an engine has them, each gets its best shape and its largest batch at one not square.
+    """
+    if not profiles:
+        return tuple((batch, rows * unit, columns * unit) for batch, rows, columns in CASES)
+    cases: list[tuple[int, int, int]] = [(1, unit, unit)]
+    for profile in profiles:
+        batch, height, width = profile.most
+        cases += [profile.best, (batch, unit * max(1, height // (2 * unit)), width)]
+    return tuple(dict.fromkeys(cases))
+
+
+def sample_latents(shape: tuple[int, int, int, int], mean: Tensor, std: Tensor, seed: int) -> Tensor:
+    """Latents with the statistics of real ones: half of their variance smooth, as in images, half fine.
+
+    **Shape** [batch, channels, h, w]; mean and std [channels].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch, channels, height, width = shape
+    coarse = torch.randn(batch, channels, -(-height // 4), -(-width // 4), generator=generator)
+    fine = torch.randn(shape, generator=generator)
+    mixed = math.sqrt(0.5) * (F.interpolate(coarse, size=(height, width), mode="nearest") + fine)
+    return mixed * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+
+
+def compare(
+    part: Part,
+    precision: Precision,
+    run: Runner,
+    reference: Runner,
+    to_image: Runner | None,
+    cases: Sequence[tuple[int, int, int]],
+    statistics: tuple[Tensor, Tensor],
+    device: torch.device,
+) -> Parity:
+    """Runs both on the same latents.
+
+    Args:
+        part: Of which the artefact is.
+        precision: Of the artefact.
+        run: The artefact.
+        reference: PyTorch in float32.
+        to_image: Decodes what both answer, for the PSNR; None where there is no decoder.
+        cases: From `choose_cases`.
+        statistics: Mean and standard deviation of real latents, each [channels].
+        device: Where both run.
+
+    Raises:
+        ArtefactError: Shapes or values differ by more than the precision allows; the message names the worst case.
+    """
+    mean, std = statistics
+    done: list[Case] = []
+    psnr_db: float | None = None
+    for index, (batch, height, width) in enumerate(cases):
+        latents = sample_latents((batch, len(mean), height, width), mean, std, seed=index).to(device)
+        with torch.inference_mode():
+            expected, found = reference(latents).float(), run(latents).float()
+        where = f"batch {batch}, latents of {height}x{width}"
+        if found.shape != expected.shape:
+            raise ArtefactError(f"at {where} the artefact answers {list(found.shape)}, not {list(expected.shape)}")
+        if not bool(found.isfinite().all()):
+            raise ArtefactError(f"at {where} the artefact answers values that are not finite in {precision}")
+        error = (found - expected).abs()
+        rms = expected.square().mean().sqrt().item()
+        done.append(
+            Case(
+                batch=batch,
+                latent_height=height,
+                latent_width=width,
+                max_error=error.max().item(),
+                mean_error=error.mean().item(),
+                reference_rms=rms,
+            )
+        )
+        if to_image is not None and index == min(PSNR_CASE, len(cases) - 1):
+            psnr_db = image_psnr(to_image(found[:1]), to_image(expected[:1]))
+    worst = max(done, key=lambda case: case.max_error)
+    allowed = _allowed_error(part, precision, worst.reference_rms)
+    parity = Parity(
+        max_error=worst.max_error,
+        mean_error=max(case.mean_error for case in done),
+        allowed_error=allowed,
+        psnr_db=psnr_db,
+        allowed_psnr_db=None if psnr_db is None else ALLOWED_PSNR_DB[precision],
+        device=device.type,
+        cases=tuple(done),
+    )
+    _refuse(parity, worst)
+    return parity
+
+
+def image_psnr(image: Tensor, expected: Tensor) -> float:
+    """PSNR in dB of images in [-1, 1], both clamped to it; `MOST_PSNR_DB` at most.
+
+    **Shape** both [batch, 3, height_px, width_px].
+    """
+    error = (image.float().clamp(-1, 1) - expected.float().clamp(-1, 1)).square().mean().item()
+    return MOST_PSNR_DB if error == 0 else min(MOST_PSNR_DB, 10 * math.log10(4 / error))
+
+
+def _allowed_error(part: Part, precision: Precision, reference_rms: float) -> float:
+    relative = ALLOWED_RELATIVE.get(precision)
+    return ALLOWED_ERROR[part, "fp32"] if relative is None else relative * reference_rms
+
+
+def _refuse(parity: Parity, worst: Case) -> None:
+    if not parity.max_error <= parity.allowed_error:
+        raise ArtefactError(
+            f"differs from PyTorch by {parity.max_error:.2e} at batch {worst.batch}, latents of "
+            f"{worst.latent_height}x{worst.latent_width}; allowed are {parity.allowed_error:.2e}"
+        )
+    if parity.psnr_db is not None and parity.allowed_psnr_db is not None and parity.psnr_db < parity.allowed_psnr_db:
+        raise ArtefactError(
+            f"the decoded image is {parity.psnr_db:.1f} dB from PyTorch's; at least {parity.allowed_psnr_db:.0f} dB is "
+            "asked for"
+        )
