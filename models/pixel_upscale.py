@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoints import CheckpointError, read_lua
-from models.lua import Lua
+from models.engine_cpu import LatentUpscaler, prepare_lua
 
 RGB_CHANNELS = 3
 TILE_PX = 512  # side of the largest tile, of the input; its square is the budget of a picture that goes whole
@@ -74,7 +74,7 @@ class PixelUpscaler:
     """SwinIR networks by scale on one device.
 
     Args:
-        nets: RGB networks in float32, each with the one head of its scale; they compute in `dtype` under autocast.
+        nets: RGB networks, each with the one head of its scale; one in float32 computes in `dtype` under autocast.
         device: Where they are.
         dtype: The compute type.
         tile_px: Side of the largest tile, in input pixels; a picture of at most its square is not tiled.
@@ -83,7 +83,7 @@ class PixelUpscaler:
 
     def __init__(
         self,
-        nets: Mapping[int, Lua],
+        nets: Mapping[int, LatentUpscaler],
         device: torch.device,
         dtype: torch.dtype,
         tile_px: int = TILE_PX,
@@ -103,7 +103,7 @@ class PixelUpscaler:
             FileNotFoundError: A file is not there.
             CheckpointError: A file is damaged, of another layout, of another scale, or not for RGB.
         """
-        nets = {}
+        nets: dict[int, LatentUpscaler] = {}
         for scale, path in sorted(files.items()):
             net = read_lua(path, device)
             if net.spec.channels != RGB_CHANNELS or net.spec.scales != (scale,):
@@ -111,7 +111,7 @@ class PixelUpscaler:
                     f"{path}: found {net.spec.channels} channels and heads for scales {net.spec.scales}; "
                     f"expected a SwinIR of {RGB_CHANNELS} channels and the one scale {scale}"
                 )
-            nets[scale] = net
+            nets[scale] = prepare_lua(net, device, dtype)
         return cls(nets, device, dtype)
 
     @property
@@ -144,13 +144,13 @@ class PixelUpscaler:
             grown[start : start + at_once] = run(net, images[start : start + at_once], scale)
         return grown.clamp_(0.0, 1.0)
 
-    def _run(self, net: Lua, images: Tensor, scale: int) -> Tensor:
+    def _run(self, net: LatentUpscaler, images: Tensor, scale: int) -> Tensor:
         images = images.to(self.device, torch.float32)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             grown: Tensor = net(images, scale)
         return grown.float()
 
-    def _run_tiles(self, net: Lua, image: Tensor, scale: int) -> Tensor:
+    def _run_tiles(self, net: LatentUpscaler, image: Tensor, scale: int) -> Tensor:
         """Adds up the tiles, each weighted by how far inside of it a pixel lies."""
         height, width = image.shape[-2:]
         rows, columns = (plan_spans(side, self.tile_px, self.halo_px, net.spec.window) for side in (height, width))

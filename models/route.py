@@ -23,9 +23,10 @@ from torch import Tensor
 from models.bundle import Bundle, check_files
 from models.bundle_descriptor import DecodeName, Method
 from models.checkpoints import read_lua
+from models.engines import Engine, TorchEngine
 from models.generator import CancelCheck, DrawItem, Generator, StepWatcher
 from models.images import to_signed
-from models.lua import Lua, pad_to_window
+from models.lua import pad_to_window
 from models.pixel_upscale import PixelUpscaler
 from models.vae import Vae, read_tiny
 
@@ -118,20 +119,18 @@ class Route:
     Args:
         name: The bundle's name.
         generator: Prompt to raw latent.
-        lua: The upscaler, in float32; it computes in `dtype` under autocast. None where the bundle has none.
+        lua: The upscaler of latents; None where the bundle has none.
         pixel: The upscaler of pixels, for the method `swinir`; None where the bundle has none.
         vae: Images from latents, and latents from images.
         device: Where all of them are.
         dtype: The compute type.
     """
 
-    engine = "torch"
-
     def __init__(
         self,
         name: str,
         generator: Generator,
-        lua: Lua | None,
+        lua: Engine | None,
         pixel: PixelUpscaler | None,
         vae: Vae,
         device: torch.device,
@@ -156,14 +155,21 @@ class Route:
             OSError: the pipeline lacks a file.
         """
         check_files(bundle)
-        lua = None if bundle.lua is None else read_lua(bundle.lua, device)
-        if lua is not None:
-            bundle.check_lua(lua.spec)
+        lua = None
+        if bundle.lua is not None:
+            net = read_lua(bundle.lua)
+            bundle.check_lua(net.spec)
+            lua = TorchEngine.open(net, device, dtype)
         pixel = PixelUpscaler.open(bundle.swinir, device, dtype) if bundle.swinir else None
         generator = Generator.open(bundle, device, dtype)
         tiny = None if bundle.tiny_vae is None else read_tiny(bundle.tiny_vae, device, dtype)
         vae = Vae(generator.pipeline.vae, generator.latent_space, dtype=dtype, tiny=tiny)
         return cls(bundle.name, generator, lua, pixel, vae, device, dtype)
+
+    @property
+    def engine(self) -> str:
+        """The name of what runs LUA; `torch` where there is none, as for all the rest."""
+        return "torch" if self.lua is None else self.lua.name
 
     @property
     def window(self) -> int:
@@ -214,9 +220,7 @@ class Route:
             return F.interpolate(latents, scale_factor=float(scale), mode="bicubic")
         if method != "lua" or self.lua is None:
             raise ValueError(f"bundle {self.name} does not enlarge latents by {method}")
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            enlarged: Tensor = self.lua(latents, scale)
-        return enlarged.float()
+        return self.lua.run(latents, scale)
 
     @torch.inference_mode()
     def upscale_pixels(self, images: Sequence[Tensor | None], scale: int) -> list[Tensor | None]:

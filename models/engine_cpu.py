@@ -1,0 +1,363 @@
+"""LUA prepared for inference on a CPU: the same weights and the same sums, laid out for oneDNN.
+
+`prepare_lua` takes a loaded `models.lua.Lua` and gives back what to run. Linear layers and convolutions are packed
+once, with GELU, LeakyReLU and residuals fused into them; the affine part of each LayerNorm and the scale of the
+queries are folded into the weights behind them, which is exact; one gather takes the place of roll and window cut, and
+puts the windows that the shift mask touches last, so that the others share one bias. `benchmarks/engines.py` measures.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.lua import Lua, ScaleHead, pad_to_window
+from models.lua_spec import LuaSpec
+from models.swin import ResidualGroup, SwinBlock, shift_mask
+
+HEAD_DIM_MULTIPLE = 8  # 30 -> 32: zeros that cost 3 % in the linear layers and save 8 to 14 % of the attention
+GRIDS_KEPT = 8  # sizes whose indices and masks are kept; one of 256 x 256 at window 8 takes 2 MiB
+LOGITS_BYTES = 4 * 2**20  # of the windows that the plain attention takes at a time: more leave the cache
+_TRIAL_TOKENS = 1024
+_TRIAL_RUNS = 7
+_FLOAT32_BOUND = 1e-4  # of the output's largest value; what was seen is 1e-5 of it
+_BFLOAT16_BOUND = 0.1
+
+
+class LatentUpscaler(Protocol):
+    """What enlarges latents: a `Lua`, or one that was prepared."""
+
+    @property
+    def spec(self) -> LuaSpec: ...
+
+    def __call__(self, latent: Tensor, scale: int) -> Tensor:
+        """As `Lua.forward`."""
+        ...
+
+
+class PreparationError(RuntimeError):
+    """The prepared form does not compute what the network does."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A linear layer whose weight lies as oneDNN wants it, with what follows it fused in."""
+
+    weight: Tensor
+    bias: Tensor
+    gelu: bool = False
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, gelu: bool = False) -> "PackedLinear":
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), None)
+        return cls(packed, bias.to(dtype).contiguous(), gelu)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """**Shape** [..., in] -> [..., out]."""
+        after, form = ("gelu", "none") if self.gelu else ("none", "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], form)
+        return y
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        """The layer's answer plus `other`, which has its shape."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class PackedConv:
+    """A convolution of stride 1 whose weight lies as oneDNN wants it."""
+
+    weight: Tensor
+    bias: Tensor
+    padding: list[int]
+    slope: float | None = None
+
+    @classmethod
+    def pack(cls, conv: nn.Module, dtype: torch.dtype, slope: float | None = None) -> "PackedConv":
+        if not isinstance(conv, nn.Conv2d) or conv.bias is None or isinstance(conv.padding, str):
+            raise TypeError(f"found {conv}, expected a convolution with a bias and a padding in pixels")
+        padding = list(conv.padding)
+        # Packed through a dense copy in oneDNN's own type: the only one that the reorder takes.
+        dense = conv.weight.detach().to(dtype).contiguous().to_mkldnn()
+        packed: Tensor = torch.ops.aten.mkldnn_reorder_conv2d_weight(dense, padding, [1, 1], [1, 1], 1)
+        return cls(packed, conv.bias.detach().to(dtype).contiguous(), padding, slope)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """**Shape** [batch, in, height, width] -> [batch, out, height, width], channels last."""
+        after = ("none", [], "") if self.slope is None else ("leaky_relu", [self.slope], "")
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, self.padding, [1, 1], [1, 1], 1, *after
+        )
+        return y
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        """The layer's answer plus `other`, which has its shape."""
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, other, self.weight, self.bias, self.padding, [1, 1], [1, 1], 1, "add", 1.0, None, [], None
+        )
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How the tokens of one size are cut into windows of one shift, those that the mask touches last.
+
+    Args:
+        gather: Token of each place in window order, [tokens].
+        scatter: Its inverse.
+        masked: Windows at the end that the mask touches.
+        mask: Of those, [masked, 1, window^2, window^2], 0 or -100.
+    """
+
+    gather: Tensor
+    scatter: Tensor
+    masked: int
+    mask: Tensor
+
+    @classmethod
+    def build(cls, batch: int, height: int, width: int, window: int, shift: int, dtype: torch.dtype) -> "Grid":
+        nh, nw = height // window, width // window
+        tokens = torch.arange(batch * height * width).view(batch, height, width)
+        cut = torch.roll(tokens, (-shift, -shift), (1, 2)).view(batch, nh, window, nw, window)
+        windows = cut.transpose(2, 3).reshape(batch, nh * nw, window**2)
+        mask = shift_mask(nh, nw, window, torch.empty(0, dtype=dtype))
+        touched = mask.flatten(1).any(1) if shift else torch.zeros(nh * nw, dtype=torch.bool)
+        gather = torch.cat([windows[:, ~touched].flatten(), windows[:, touched].flatten()])
+        touched_mask = mask[touched][:, None].repeat(batch, 1, 1, 1)
+        return cls(gather, torch.argsort(gather), len(touched_mask), touched_mask)
+
+
+class PreparedBlock:
+    """A `SwinBlock` on tokens; see the module's text for what is folded into what."""
+
+    def __init__(self, block: SwinBlock, dtype: torch.dtype) -> None:
+        attn, mlp = block.attn, block.mlp
+        dim, heads = attn.qkv.in_features, attn.heads
+        head_dim = dim // heads
+        padding = -head_dim % HEAD_DIM_MULTIPLE
+        weight, bias = fold_norm(block.norm1, attn.qkv)
+        weight, bias = weight.view(3, heads, head_dim, dim).clone(), bias.view(3, heads, head_dim).clone()
+        weight[0] *= head_dim**-0.5
+        bias[0] *= head_dim**-0.5
+        weight, bias = F.pad(weight, (0, 0, 0, padding)), F.pad(bias, (0, padding))
+        back = F.pad(attn.proj.weight.detach().view(dim, heads, head_dim), (0, padding))
+        self.qkv = PackedLinear.pack(weight.reshape(-1, dim), bias.flatten(), dtype)
+        self.proj = PackedLinear.pack(back.reshape(dim, -1), attn.proj.bias.detach(), dtype)
+        self.fc1 = PackedLinear.pack(*fold_norm(block.norm2, mlp.fc1), dtype, gelu=True)
+        self.fc2 = PackedLinear.pack(mlp.fc2.weight.detach(), mlp.fc2.bias.detach(), dtype)
+        self.bias = attn.position_bias().detach().to(dtype).contiguous()[None]
+        self.norms = (block.norm1.eps, block.norm2.eps)
+        self.dim, self.heads, self.head_dim = dim, heads, head_dim + padding
+        self.window, self.shift = block.window, block.shift
+        # On the CPU at hand (Zen 5) bfloat16 matrix products outrun the fused kernel 1.6 times; in float32 they lose.
+        self.attend = self._attend_plainly if dtype == torch.bfloat16 else self._attend_fused
+
+    def __call__(self, x: Tensor, grid: Grid) -> Tensor:
+        """**Shape** [tokens, dim] -> [tokens, dim]."""
+        normal = F.layer_norm(x, (self.dim,), eps=self.norms[0])
+        qkv = self.qkv(normal.index_select(0, grid.gather))
+        parts = qkv.view(-1, self.window**2, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = self.proj(self.attend(parts, grid).transpose(1, 2).reshape(len(x), -1))
+        x = x + y.index_select(0, grid.scatter)
+        return self.fc2.add(self.fc1(F.layer_norm(x, (self.dim,), eps=self.norms[1])), x)
+
+    def _attend_fused(self, parts: Tensor, grid: Grid) -> Tensor:
+        """**Shape** [3, windows, heads, window^2, head_dim] -> [windows, heads, window^2, head_dim]."""
+        if not grid.masked:
+            return _fused(parts, self.bias)
+        masked = _fused(parts[:, -grid.masked :], self.bias + grid.mask)
+        if grid.masked == parts.shape[1]:
+            return masked
+        free = _fused(parts[:, : -grid.masked], self.bias)
+        return torch.cat([free.transpose(1, 2), masked.transpose(1, 2)]).transpose(1, 2)  # as the kernel lays it out
+
+    def _attend_plainly(self, parts: Tensor, grid: Grid) -> Tensor:
+        """As `_attend_fused`, some windows at a time."""
+        windows, n = parts.shape[1], self.window**2
+        first_masked = windows - grid.masked
+        y = parts.new_empty(windows, n, self.heads, self.head_dim).transpose(1, 2)
+        at_once = max(1, LOGITS_BYTES // (self.heads * n * n * parts.element_size()))
+        for start in range(0, windows, at_once):
+            q, k, v = parts[:, start : start + at_once].contiguous().unbind(0)
+            logits = (q @ k.transpose(-2, -1)).add_(self.bias)
+            if start + len(logits) > first_masked:
+                begin = max(0, first_masked - start)
+                logits[begin:] += grid.mask[start + begin - first_masked :][: len(logits) - begin]
+            y[start : start + at_once] = logits.softmax(-1) @ v
+        return y
+
+
+def _fused(parts: Tensor, bias: Tensor) -> Tensor:
+    q, k, v = parts.unbind(0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+
+
+class PreparedLua:
+    """A `Lua` ready to run on a CPU; later changes of its weights are not seen.
+
+    Args:
+        net: The network, on the CPU, in float32.
+        dtype: float32 or bfloat16; what goes in and comes out is float32 in both.
+    """
+
+    def __init__(self, net: Lua, dtype: torch.dtype) -> None:
+        self.spec = net.spec
+        self.dtype = dtype
+        self._restore, self._normalise, self._check = net._restore, net._normalise, net._check
+        groups = [cast(ResidualGroup, layer) for layer in net.layers]
+        self._groups = [
+            (
+                [PreparedBlock(cast(SwinBlock, block), dtype) for block in group.residual_group.blocks],
+                PackedConv.pack(group.conv, dtype),
+            )
+            for group in groups
+        ]
+        self._first = PackedConv.pack(net.conv_first, dtype)
+        self._after_body = PackedConv.pack(net.conv_after_body, dtype)
+        self._norms = [_norm_of(norm, dtype) for norm in (net.patch_embed.norm, net.norm)]
+        self._heads = {scale: _pack_head(cast(ScaleHead, net.heads[f"x{scale}"]), dtype) for scale in net.spec.scales}
+        self._grids: OrderedDict[tuple[int, int, int], tuple[Grid, Grid]] = OrderedDict()
+
+    @torch.inference_mode()
+    def __call__(self, latent: Tensor, scale: int) -> Tensor:
+        """As `Lua.forward`."""
+        self._check(latent, (scale,))
+        height, width = latent.shape[-2:]
+        x = self._normalise(pad_to_window(latent.float(), self.spec.window))
+        with torch.autocast("cpu", enabled=False):  # it would take the norms back to float32
+            features = self._features(x.to(self.dtype))
+            for layer in self._heads[scale]:
+                features = layer(features)
+        y = features.float()
+        if self.spec.bicubic_skip:
+            y = y + F.interpolate(x, scale_factor=scale, mode="bicubic")
+        return self._restore(y)[..., : scale * height, : scale * width]
+
+    def _features(self, x: Tensor) -> Tensor:
+        """**Shape** [batch, channels, height, width] -> [batch, embed_dim, height, width]."""
+        batch, _, height, width = x.shape
+        grids = self._grids_of(batch, height, width)
+        shape = (batch, height, width, self.spec.embed_dim)
+        first_norm, last_norm = self._norms
+        shallow = self._first(x.contiguous(memory_format=torch.channels_last))
+        tokens = first_norm(shallow.permute(0, 2, 3, 1).reshape(-1, self.spec.embed_dim))
+        for blocks, conv in self._groups:
+            y = tokens
+            for block in blocks:
+                y = block(y, grids[block.shift > 0])
+            maps = conv.add(y.view(shape).permute(0, 3, 1, 2), tokens.view(shape).permute(0, 3, 1, 2))
+            tokens = maps.permute(0, 2, 3, 1).reshape(-1, self.spec.embed_dim)
+        return self._after_body.add(last_norm(tokens).view(shape).permute(0, 3, 1, 2), shallow)
+
+    def _grids_of(self, batch: int, height: int, width: int) -> tuple[Grid, Grid]:
+        """Of windows in place, and shifted."""
+        key = (batch, height, width)
+        grids = self._grids.pop(key, None)
+        if grids is None:
+            window = self.spec.window
+            plain, shifted = (Grid.build(batch, height, width, window, shift, self.dtype) for shift in (0, window // 2))
+            grids = plain, shifted
+        self._grids[key] = grids
+        while len(self._grids) > GRIDS_KEPT:
+            self._grids.popitem(last=False)
+        return grids
+
+
+def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer that takes the normalised tokens before the norm's own affine part.
+
+    W (g * n + b) + c = (W diag(g)) n + (W b + c).
+    """
+    weight = linear.weight.detach()
+    return weight * norm.weight.detach(), linear.bias.detach() + weight @ norm.bias.detach()
+
+
+def _norm_of(norm: nn.LayerNorm, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    shape, eps = tuple(norm.normalized_shape), norm.eps
+    weight, bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
+    return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+
+
+def _pack_head(head: ScaleHead, dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]]:
+    before, leaky = head.conv_before
+    doublings = [m if isinstance(m, nn.PixelShuffle) else PackedConv.pack(m, dtype) for m in head.upsample]
+    slope = cast(nn.LeakyReLU, leaky).negative_slope
+    return [PackedConv.pack(before, dtype, slope), *doublings, PackedConv.pack(head.conv_last, dtype)]
+
+
+def why_not_prepared(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this machine cannot run the prepared form; None where it can."""
+    if device.type != "cpu":
+        return f"it is for a CPU, and the device is {device}"
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return "this torch has no oneDNN, or it is switched off"
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN has no bfloat16 for this CPU"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in float32 or bfloat16, and {dtype} was asked for"
+    return None
+
+
+def prepare_lua(net: Lua, device: torch.device, dtype: torch.dtype) -> LatentUpscaler:
+    """The fastest form of a network that gives its answer: prepared where this machine can and is faster with it.
+
+    Without it the network itself comes back; it computes in `dtype` under autocast.
+
+    Raises:
+        PreparationError: The prepared form answered something else: this build of torch must not be used.
+    """
+    if why_not_prepared(device, dtype) is not None or not packed_is_faster(net.spec, dtype):
+        return net
+    prepared = PreparedLua(net, dtype)
+    check_prepared(prepared, net)
+    return prepared
+
+
+def packed_is_faster(spec: LuaSpec, dtype: torch.dtype) -> bool:
+    """Times the widest linear layer of the network both ways, in the time of this thread alone."""
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        x = torch.randn(_TRIAL_TOKENS, spec.embed_dim, dtype=dtype)
+        weight, bias = torch.randn(3 * spec.embed_dim, spec.embed_dim, dtype=dtype), x.new_zeros(3 * spec.embed_dim)
+        packed = PackedLinear.pack(weight, bias, dtype)
+        runs: Sequence[Callable[[], Tensor]] = (lambda: packed(x), lambda: F.linear(x, weight, bias))
+        packed_s, plain_s = _least_seconds(runs)
+    return packed_s <= 1.1 * plain_s  # a tie goes to the packed form, which saves more than this layer shows
+
+
+def _least_seconds(runs: Sequence[Callable[[], Tensor]]) -> list[float]:
+    """The least time of each, interleaved; the first of each is thrown away."""
+    least = [float("inf")] * len(runs)
+    for number in range(_TRIAL_RUNS + 1):
+        for index, run in enumerate(runs):
+            started_s = time.perf_counter()
+            run()
+            if number:
+                least[index] = min(least[index], time.perf_counter() - started_s)
+    return least
+
+
+@torch.inference_mode()
+def check_prepared(prepared: PreparedLua, net: Lua) -> None:
+    """Compares the two on noise of two by three windows, at every scale.
+
+    Raises:
+        PreparationError: They differ by more than the dtype explains.
+    """
+    generator = torch.Generator().manual_seed(0)
+    window = net.spec.window
+    latent = torch.randn(2, net.spec.channels, 2 * window, 3 * window, generator=generator)
+    bound = _FLOAT32_BOUND if prepared.dtype == torch.float32 else _BFLOAT16_BOUND
+    for scale in net.spec.scales:
+        expected, found = net(latent, scale), prepared(latent, scale)
+        error = float((found - expected).abs().max() / expected.abs().max())
+        if not error <= bound:
+            raise PreparationError(
+                f"LUA prepared for this CPU in {prepared.dtype} differs from the network by {error:.2g} of the "
+                f"largest value at x{scale}; at most {bound:.2g} is expected. torch {torch.__version__} is at fault"
+            )

@@ -1,0 +1,186 @@
+"""The form prepared for a CPU computes what the network computes, at any size, and is only taken where it can run."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import engine_cpu
+from models.engine_cpu import (
+    GRIDS_KEPT,
+    Grid,
+    PreparationError,
+    PreparedLua,
+    check_prepared,
+    packed_is_faster,
+    prepare_lua,
+    why_not_prepared,
+)
+from models.lua import Lua
+from models.lua_spec import LuaSpec
+
+CPU = torch.device("cpu")
+SPECS = {
+    "tiny": LuaSpec(4, 12, (2, 3), (2, 3), window=4, mlp_ratio=1.5, num_feat=8),
+    "window 8, skip": LuaSpec(16, 24, (2, 2), 6, window=8, num_feat=16, bicubic_skip=True, latent_norm=True),
+    "rgb, odd window": LuaSpec(
+        3, 20, (3,), 2, window=5, num_feat=6, scales=(4,), conv_first_kernel=1, image_mean=(0.4, 0.5, 0.6)
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(spec: LuaSpec) -> Lua:
+    """A net whose every weight is random, norms included, and large enough that a mistake shows."""
+    torch.manual_seed(0)
+    net = Lua(spec).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(0.0, 0.2)
+    if spec.latent_norm:
+        net.set_latent_statistics(torch.randn(spec.channels), torch.rand(spec.channels) + 0.5)
+    return net
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("size", [(1, 8, 8), (2, 13, 21), (3, 16, 3)], ids=str)
+def test_prepared_form_equals_the_network(name: str, size: tuple[int, int, int]) -> None:
+    net = build(SPECS[name])
+    prepared = PreparedLua(net, torch.float32)
+    batch, height, width = size
+    latent = torch.randn(batch, net.spec.channels, height, width)
+    for scale in net.spec.scales:
+        with torch.no_grad():
+            expected = net(latent, scale)
+        found = prepared(latent, scale)
+        assert found.dtype == torch.float32 and found.shape == expected.shape
+        assert relative_error(found, expected) < 2e-5
+
+
+@pytest.mark.parametrize("logits_bytes", [1, 5000, 1 << 30])
+def test_bfloat16_is_close_however_its_windows_are_portioned(
+    monkeypatch: pytest.MonkeyPatch, logits_bytes: int
+) -> None:
+    monkeypatch.setattr(engine_cpu, "LOGITS_BYTES", logits_bytes)
+    net = build(SPECS["tiny"])
+    if why_not_prepared(CPU, torch.bfloat16) is not None:  # a CPU without it runs the network
+        assert prepare_lua(net, CPU, torch.bfloat16) is net
+        return
+    latent = torch.randn(2, 4, 12, 16)
+    with torch.no_grad():
+        expected = net(latent, 2)
+    found = PreparedLua(net, torch.bfloat16)(latent, 2)
+    assert found.dtype == torch.float32
+    assert 0 < relative_error(found, expected) < 0.05
+
+
+def test_plain_attention_is_exact_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_cpu, "LOGITS_BYTES", 5000)
+    net = build(SPECS["tiny"])
+    prepared = PreparedLua(net, torch.float32)
+    for blocks, _ in prepared._groups:
+        for block in blocks:
+            block.attend = block._attend_plainly
+    latent = torch.randn(2, 4, 12, 16)
+    with torch.no_grad():
+        assert relative_error(prepared(latent, 4), net(latent, 4)) < 2e-5
+
+
+def test_autocast_around_it_changes_nothing() -> None:
+    prepared = PreparedLua(build(SPECS["tiny"]), torch.float32)
+    latent = torch.randn(1, 4, 8, 8)
+    expected = prepared(latent, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prepared(latent, 2), expected)
+
+
+def test_grid_sorts_the_windows_that_the_mask_touches_to_the_end() -> None:
+    grid = Grid.build(2, 12, 16, 4, 2, torch.float32)
+    assert grid.masked == 2 * (3 + 4 - 1) and grid.mask.shape == (grid.masked, 1, 16, 16)
+    assert grid.mask.flatten(1).any(1).all()
+    assert torch.equal(grid.gather[grid.scatter], torch.arange(2 * 12 * 16))
+    assert Grid.build(2, 12, 16, 4, 0, torch.float32).masked == 0
+
+
+def test_no_more_than_a_few_sizes_are_remembered() -> None:
+    prepared = PreparedLua(build(SPECS["tiny"]), torch.float32)
+    for width in range(1, GRIDS_KEPT + 3):
+        prepared(torch.zeros(1, 4, 4, 4 * width), 2)
+    assert len(prepared._grids) == GRIDS_KEPT
+    assert (1, 4, 4) not in prepared._grids and (1, 4, 4 * (GRIDS_KEPT + 2)) in prepared._grids
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "complaint"), [((1, 3, 8, 8), 2, "shape"), ((1, 4, 8, 8), 3, "scales"), ((4, 8, 8), 2, "shape")]
+)
+def test_what_the_network_refuses_is_refused(shape: tuple[int, ...], scale: int, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        PreparedLua(build(SPECS["tiny"]), torch.float32)(torch.zeros(shape), scale)
+
+
+def test_the_network_itself_runs_where_it_cannot_be_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = build(SPECS["tiny"])
+    assert "CPU" in str(why_not_prepared(torch.device("cuda:0"), torch.float32))
+    assert "float16" in str(why_not_prepared(CPU, torch.float16))
+    assert why_not_prepared(CPU, torch.float32) is None
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert "oneDNN" in str(why_not_prepared(CPU, torch.float32))
+    assert prepare_lua(net, CPU, torch.float32) is net
+
+
+def test_the_network_itself_runs_where_packing_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = build(SPECS["tiny"])
+    seconds = [2.0, 1.0]
+    monkeypatch.setattr(engine_cpu, "_least_seconds", lambda runs: seconds)
+    assert not packed_is_faster(net.spec, torch.float32)
+    assert prepare_lua(net, CPU, torch.float32) is net
+    seconds[0] = 1.0
+    assert isinstance(prepare_lua(net, CPU, torch.float32), PreparedLua)
+
+
+def test_the_trial_leaves_the_random_numbers_of_others_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    packed_is_faster(SPECS["tiny"], torch.float32)
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_a_form_that_computes_something_else_is_refused() -> None:
+    net = build(SPECS["window 8, skip"])
+    prepared = PreparedLua(net, torch.float32)
+    check_prepared(prepared, net)
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.heads["x4"].conv_last.weight.mul_(1.5)
+    with pytest.raises(PreparationError, match="x4"):
+        check_prepared(prepared, other)
+
+
+def test_the_check_sees_a_wrong_shift_mask() -> None:
+    net = build(SPECS["tiny"])
+    prepared = PreparedLua(net, torch.float32)
+    build_grid = Grid.build
+
+    def without_mask(*size: int, dtype: torch.dtype = torch.float32) -> Grid:
+        grid = build_grid(*size[:5], dtype)
+        return Grid(grid.gather, grid.scatter, grid.masked, torch.zeros_like(grid.mask))
+
+    window = net.spec.window
+    key = (2, 2 * window, 3 * window)
+    prepared._grids[key] = without_mask(*key, window, 0), without_mask(*key, window, window // 2)
+    with pytest.raises(PreparationError):
+        check_prepared(prepared, net)
