@@ -186,8 +186,8 @@ async def test_sigterm_ends_streams_and_waits_at_once(settings: Settings, bundle
     process = subprocess.Popen(argv)
     url = f"http://127.0.0.1:{free_port}"
     try:
-        async with httpx.AsyncClient(base_url=url, timeout=10) as caller:
-            deadline_s = time.monotonic() + 20
+        async with httpx.AsyncClient(base_url=url, timeout=60) as caller:
+            deadline_s = time.monotonic() + 90
             while time.monotonic() < deadline_s:
                 try:
                     assert (await caller.get("/livez")).status_code == 200
@@ -205,8 +205,8 @@ async def test_sigterm_ends_streams_and_waits_at_once(settings: Settings, bundle
             answer = await waiting
             assert answer.status_code == 503 and answer.json()["job_id"]
             assert [line async for line in lines if line.startswith("event")] == ["event: queued"]
-            process.wait(10)
-            assert time.monotonic() - stopped_s < 5
+            process.wait(30)
+            assert time.monotonic() - stopped_s < 20, "a job waits 300 s, a stream as long as it likes"
     finally:
         process.kill()
         process.wait()

@@ -203,7 +203,7 @@ def test_large_blobs_pass_unchanged(open_broker: Any, open_claims: Any, make_job
             [claim] = worker.claim(1, 1.0)
             assert claim.body == large
             assert worker.finish(claim, [file_of(large)], {}, [])
-            assert time.perf_counter() - started_s < 10.0
+            assert time.perf_counter() - started_s < 60.0
             assert await producer.read_result(job.id, 0) == large
 
     asyncio.run(scenario())

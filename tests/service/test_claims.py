@@ -144,7 +144,7 @@ def test_idle_claim_returns_nothing_after_its_time(open_claims: Any) -> None:
     worker = open_claims()
     started_s = time.perf_counter()
     assert worker.claim(1, 0.4) == []
-    assert 0.35 < time.perf_counter() - started_s < 3.0
+    assert 0.35 < time.perf_counter() - started_s < 20.0
 
 
 def test_claim_carries_the_input_and_the_job_unchanged(put: Put, open_claims: Any) -> None:
@@ -191,9 +191,9 @@ def test_late_write_after_a_lost_lease_changes_nothing(
 
 def test_lease_is_kept_past_the_visibility_timeout(put: Put, open_claims: Any) -> None:
     put()
-    worker, rival = open_claims(), open_claims()
+    worker, rival = open_claims(visibility_timeout_s=2.0), open_claims(visibility_timeout_s=2.0)
     claim = take_one(worker)
-    assert rival.claim(1, 1.8) == []
+    assert rival.claim(1, 3.6) == []
     assert worker.finish(claim, [], {}, [])
 
 
@@ -352,7 +352,7 @@ def test_claim_without_redis_returns_nothing_in_its_time(settings: Settings) -> 
     worker = Claims(claims.open_redis("redis://127.0.0.1:1/0"), settings, ["pocket"], "w")
     started_s = time.perf_counter()
     assert worker.claim(1, 0.5) == []
-    assert 0.4 < time.perf_counter() - started_s < 8.0
+    assert 0.4 < time.perf_counter() - started_s < 30.0
 
 
 def test_claim_goes_on_after_redis_forgot_scripts_and_streams(
