@@ -146,6 +146,7 @@ def test_a_decoder_of_flux2_with_widths_of_its_own_works_in_strips() -> None:
     family = Family("flux2", lambda: AutoencoderKLFlux2(**config))
     raw = latents_of(family, 32, 35)
     vae = vae_of(family)
+    assert DecoderShape.from_config(vae.model.config).channels == (32, 8, 8, 4)
     assert vae.works_in_strips(tuple(raw.shape))
     assert largest_difference(vae.decode(raw), own_decode(family, build(family), raw)) <= TOLERANCE
 
