@@ -188,10 +188,10 @@ class Generator:
         gone: set[int] = set()
 
         def end_step(
-            pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any], *, run: Sequence[int]
+            pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any], *, run: list[int]
         ) -> dict[str, Any]:
             steps = pipeline.num_timesteps
-            on_step(runs.index(list(run)) * steps + step + 1, len(runs) * steps)
+            on_step(runs.index(run) * steps + step + 1, len(runs) * steps)
             gone.update(canceled())
             if gone.issuperset(run):
                 pipeline._interrupt = True  # diffusers' own way to stop; the next call sets it back

@@ -396,12 +396,14 @@ def test_a_batch_that_starts_from_images_stops_when_canceled(image_family: Famil
 
 def test_the_vae_keeps_its_type_when_an_image_is_encoded(image_family: Family) -> None:
     """A decoder that overflows in float16 is in another type than the rest, and must be so afterwards."""
-    lower: Any = image_family.case.build().to(torch.bfloat16)
-    lower.set_progress_bar_config(disable=True)
-    lower.vae.to(torch.float32)
+    lower: Any = image_family.case.build()
     weights = {name: weight.clone() for name, weight in lower.vae.state_dict().items()}
+    lower.to(torch.bfloat16)
+    lower.vae.to(torch.float32).load_state_dict(weights)
+    lower.set_progress_bar_config(disable=True)
     latent = draw(Generator(lower, image_family.case.space), image_family.item)[0]
     assert latent.dtype == torch.float32 and latent.isfinite().all()
+    assert {weight.dtype for weight in lower.vae.state_dict().values()} == {torch.float32}
     assert all(torch.equal(weight, weights[name]) for name, weight in lower.vae.state_dict().items())
     full = draw(image_family.generator, image_family.item)[0]
     assert float((latent - full).abs().mean() / full.abs().mean()) < 0.2
