@@ -10,7 +10,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,7 +31,7 @@ from models.bundle_descriptor import (
     nearest_sides,
     to_toml,
 )
-from models.latent_space import LatentSpace
+from models.latent_space import LatentSpace, read_statistics
 from models.lua_spec import SPEC_KEY, LuaSpec
 
 __all__ = [
@@ -91,10 +91,12 @@ class Bundle:
     Args:
         directory: Where `bundle.toml` lies.
         descriptor: Its content, checked.
+        statistics: Mean and deviation of the latents, where they are weights of a VAE that is at hand (FLUX.2).
     """
 
     directory: Path
     descriptor: Descriptor
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @property
     def name(self) -> str:
@@ -143,7 +145,8 @@ class Bundle:
 
     @property
     def latent_space(self) -> LatentSpace:
-        return self.descriptor.latent_space.to_latent_space()
+        space = self.descriptor.latent_space.to_latent_space()
+        return space if self.statistics is None else space.with_statistics(*self.statistics)
 
     @property
     def lua(self) -> Path | None:
@@ -275,7 +278,7 @@ def read_bundle(directory: Path) -> Bundle:
     _check_paths(bundle)
     _check_lua_header(bundle)
     _check_vae(bundle)
-    return bundle
+    return _with_statistics(bundle)
 
 
 def write_bundle(directory: Path, descriptor: Descriptor) -> None:
@@ -365,10 +368,10 @@ def _check_vae(bundle: Bundle) -> None:
 
     The VAE of a hub id is not there yet: the decoder checks it when it is loaded.
     """
-    place = bundle.pipeline if bundle.vae is None else bundle.vae.place
-    if isinstance(place, str):
+    directory = _vae_directory(bundle)
+    if directory is None:
         return
-    path = place / "vae" / "config.json" if bundle.vae is None else place / "config.json"
+    path = directory / "config.json"
     if not path.is_file():
         raise BundleError(f"{path} is missing; a bundle decodes with the VAE of its pipeline, or with that of [vae]")
     try:
@@ -388,6 +391,24 @@ def _check_vae(bundle: Bundle) -> None:
         found = tuple(found) if isinstance(found, list) else found
         if (found or 0) != (value or 0):  # a VAE without a shift stores null
             raise BundleError(f"{path}: {key} is {found or 0}; latent space {space.name} of {DESCRIPTOR} has {value}")
+
+
+def _vae_directory(bundle: Bundle) -> Path | None:
+    """Where the VAE lies that decodes; None while it is on the hub."""
+    place = bundle.pipeline if bundle.vae is None else bundle.vae.place
+    if isinstance(place, str):
+        return None
+    return place / "vae" if bundle.vae is None else place
+
+
+def _with_statistics(bundle: Bundle) -> Bundle:
+    directory = _vae_directory(bundle)
+    if directory is None or not bundle.latent_space.statistics_in_vae:
+        return bundle
+    try:
+        return replace(bundle, statistics=read_statistics(directory))
+    except ValueError as error:
+        raise BundleError(str(error)) from error
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from models.bundle import (
     Bundle,
@@ -275,3 +277,23 @@ def test_the_refusal_of_a_size_says_what_is_reached() -> None:
 def test_an_unknown_scale_is_refused_with_the_known_ones() -> None:
     with pytest.raises(SizeError, match="scale 3: bundle tiny has 1, 2, 4"):
         tiny_bundle().base_size(96, 96, 3)
+
+
+def test_statistics_that_are_weights_of_the_vae_become_part_of_the_space(directory: Path) -> None:
+    """The API can take scaled FLUX.2 latents only if it knows them, and it has no torch to load a VAE with."""
+    config = {"latent_channels": 32, "batch_norm_eps": 1e-4}
+    (directory / "vae" / "config.json").write_text(json.dumps(config))
+    weights = directory / "vae" / "diffusion_pytorch_model.safetensors"
+    mean, variance = np.linspace(-1, 1, 128, dtype=np.float32), np.linspace(0.5, 2, 128, dtype=np.float32)
+    save_file({"bn.running_mean": mean, "bn.running_var": variance}, weights)
+    write_lua(directory / "lua.safetensors", Lua(LuaSpec(32, 4, (1,), 1, window=2, num_feat=1)))
+    write(directory, lambda values: values.update(latent_space={"name": "flux2"}))
+    space = read_bundle(directory).latent_space
+    packed = np.random.default_rng(0).standard_normal((1, 6, 128)).astype(np.float32)
+    raw = space.to_raw(packed, 32, 48)
+    assert raw.shape == (1, 32, 4, 6)
+    tokens = packed * np.sqrt(variance + 1e-4) + mean
+    assert raw[0, :, 0, 0] == pytest.approx(tokens[0, 0].reshape(32, 2, 2)[:, 0, 0], rel=1e-5)
+    save_file({"other": mean}, weights)
+    with pytest.raises(BundleError, match="statistics"):
+        read_bundle(directory)
