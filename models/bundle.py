@@ -50,7 +50,8 @@ __all__ = [
 ]
 
 DESCRIPTOR = "bundle.toml"
-# Pipelines of diffusers that have a sister of the same parts which starts from an image.
+# What the API must know of a pipeline class without loading it; `models.generator.FAMILIES` holds the rest.
+NO_NEGATIVE_PROMPT = frozenset({"FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline"})
 IMAGE_TO_IMAGE = frozenset(
     {
         "StableDiffusionPipeline",
@@ -172,10 +173,20 @@ class Bundle:
     @property
     def from_image(self) -> bool:
         """Whether the pipeline also starts from an image; one on the hub tells only when it is loaded."""
+        return self._pipeline_class is None or self._pipeline_class in IMAGE_TO_IMAGE
+
+    @property
+    def takes_negative_prompt(self) -> bool:
+        """Whether the pipeline can be led away from words; one on the hub tells only when it is loaded."""
+        return self._pipeline_class not in NO_NEGATIVE_PROMPT
+
+    @property
+    def _pipeline_class(self) -> str | None:
+        """The diffusers class; None where the pipeline is still on the hub."""
         if isinstance(self.pipeline, str):
-            return True
+            return None
         index = json.loads((self.pipeline / "model_index.json").read_text(encoding="utf-8"))
-        return index.get("_class_name") in IMAGE_TO_IMAGE
+        return str(index.get("_class_name", ""))
 
     def why_not(self, method: Method) -> str:
         """Why a method is not there, and what to do; empty where it is there."""

@@ -100,6 +100,11 @@ def plan_generate(
     found = [
         (len(asked.prompt) > longest, "prompt", f"has {len(asked.prompt)} characters; at most {longest}"),
         (len(asked.negative_prompt or "") > longest, "negative_prompt", f"has more than {longest} characters"),
+        (
+            bool(asked.negative_prompt) and not bundle.takes_negative_prompt,
+            "negative_prompt",
+            f"is not taken by the pipeline of bundle {bundle.name}; leave it out",
+        ),
         (steps > limits.max_steps, "steps", f"is {steps}; bundle {bundle.name} takes at most {limits.max_steps}"),
         (asked.strength is not None and strength is None, "strength", "is of init_image, which is not there"),
         (

@@ -189,6 +189,7 @@ class ModelBody(BaseModel):
     unavailable: dict[Method, str] = Field(description="The other methods, with the reason.")
     decodes: list[DecodeName]
     from_image: bool = Field(description="Whether init_image is taken.")
+    negative_prompt: bool = Field(description="Whether a negative prompt is taken.")
     scales: list[int] = Field(description="Every enlargement, by whatever method.")
     steps: int = Field(description="Denoising steps by default.")
     max_steps: int
@@ -228,6 +229,7 @@ def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
         unavailable={method: reason for method in METHODS if (reason := bundle.why_not(method))},
         decodes=list(bundle.decodes),
         from_image=bundle.from_image,
+        negative_prompt=bundle.takes_negative_prompt,
         scales=list(bundle.scales),
         steps=defaults.steps,
         max_steps=limits.max_steps,

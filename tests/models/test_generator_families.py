@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
-from models.bundle import Bundle
+from models.bundle import IMAGE_TO_IMAGE, NO_NEGATIVE_PROMPT, Bundle
 from models.bundle_descriptor import (
     About,
     Defaults,
@@ -555,3 +555,9 @@ def test_a_pipeline_in_bfloat16_gives_float32_latents(name: str) -> None:
     latent = draw(made.generator, made.item)[0]
     assert latent.dtype == torch.float32 and latent.shape == full.shape
     assert float((latent - full).abs().mean() / full.abs().mean()) < 0.2
+
+
+def test_what_the_api_knows_of_a_class_without_loading_it_is_what_the_generator_does() -> None:
+    by_name = {cls.__name__: family for cls, family in FAMILIES.items()}
+    assert {name for name, family in by_name.items() if family.image_pipeline is not None} == IMAGE_TO_IMAGE
+    assert {name for name, family in by_name.items() if family.no_negative is None} == NO_NEGATIVE_PROMPT

@@ -44,13 +44,17 @@ closed = true
 PAPER_SPACE = 'name = "paper"\nchannels = 16\nstride_px = 8\nscale = 0.5\nshift = 0.25'
 
 
-def write_paper_bundle(directory: Path, name: str = "paper", latent_space: str = PAPER_SPACE) -> Path:
+def write_paper_bundle(
+    directory: Path,
+    name: str = "paper",
+    latent_space: str = PAPER_SPACE,
+    pipeline_class: str = "StableDiffusionPipeline",
+) -> Path:
     """Write the bundle; `latent_space` is that section of its descriptor."""
     pipeline = directory / "pipeline"
     for part in ("vae", "tokenizer"):
         (pipeline / part).mkdir(parents=True)
-    index = {"_class_name": "StableDiffusionPipeline" if name == "paper" else "SomePipeline"}
-    (pipeline / "model_index.json").write_text(json.dumps(index))
+    (pipeline / "model_index.json").write_text(json.dumps({"_class_name": pipeline_class}))
     (pipeline / "vae" / "config.json").write_text(json.dumps({"latent_channels": CHANNELS}))
     vocabulary = {word: index for index, word in enumerate(("[unknown]", *KNOWN_WORDS))}
     Tokenizer(WordLevel(vocabulary, unk_token="[unknown]")).save(str(pipeline / "tokenizer" / "tokenizer.json"))

@@ -40,7 +40,7 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="module")
 def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     root = tmp_path_factory.mktemp("bundles")
-    plain = write_paper_bundle(root / "plain", "plain")
+    plain = write_paper_bundle(root / "plain", "plain", pipeline_class="Flux2KleinPipeline")
     toml = (plain / "bundle.toml").read_text()
     start, end = toml.index("[lua]"), toml.index("[defaults]")
     (plain / "bundle.toml").write_text(
@@ -122,6 +122,15 @@ async def test_the_bundles_say_what_they_have(client: httpx.AsyncClient) -> None
     assert list(paper["unavailable"]) == ["swinir"] and (paper["method"], plain["method"]) == ("lua", "bicubic")
     assert set(plain["unavailable"]) == {"lua", "direct", "swinir"} and plain["methods"] == {"bicubic": [1, 2, 4]}
     assert paper["decodes"] == ["exact", "tiled"] and (paper["from_image"], plain["from_image"]) == (True, False)
+
+
+async def test_a_negative_prompt_is_refused_where_the_pipeline_takes_none(
+    client: httpx.AsyncClient, broker: FakeBroker
+) -> None:
+    assert_refused(await generate(client, bundle="plain", negative_prompt="red"), "negative_prompt", "leave it out")
+    assert broker.jobs == []
+    for asked in ({"negative_prompt": "red"}, {"bundle": "plain", "negative_prompt": ""}):
+        assert (await generate(client, **asked)).status_code == 200
 
 
 async def test_sizes_of_a_method_are_its_own(client: httpx.AsyncClient) -> None:
