@@ -1,22 +1,23 @@
-"""LUA prepared for inference on a CPU: the same weights and the same sums, laid out for oneDNN.
+"""LUA prepared for inference: the same weights and the same sums, laid out for what runs them.
 
-`prepare_lua` takes a loaded `models.lua.Lua` and gives back what to run. Linear layers and convolutions are packed
-once, with GELU, LeakyReLU and residuals fused into them; the affine part of each LayerNorm and the scale of the
-queries are folded into the weights behind them, which is exact; one gather takes the place of roll and window cut, and
-puts the windows that the shift mask touches last, so that the others share one bias. `benchmarks/engines.py` measures.
+The affine part of each LayerNorm and the scale of the queries are folded into the weights behind them, which is exact;
+one gather takes the place of roll and window cut, and puts the windows that the shift mask touches last, so that the
+others share one bias. On a CPU linear layers and convolutions are packed for oneDNN once, with GELU, LeakyReLU and
+residuals fused into them: `prepare_lua` takes a loaded `models.lua.Lua` and gives back what to run. The form with plain
+layers is what `models/engine_compile.py` compiles. `benchmarks/engines.py` measures.
 """
 
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.lua import Lua, ScaleHead, pad_to_window
+from models.lua import Lua, ScaleHead, check_latent, pad_to_window
 from models.lua_spec import LuaSpec
 from models.swin import ResidualGroup, SwinBlock, shift_mask
 
@@ -45,33 +46,50 @@ class PreparationError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """A linear layer whose weight lies as oneDNN wants it, with what follows it fused in."""
+class PlainLinear:
+    """A linear layer with what follows it, by the operators of torch."""
 
     weight: Tensor
     bias: Tensor
     gelu: bool = False
 
     @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, gelu: bool = False) -> "PackedLinear":
+    def pack(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, gelu: bool = False) -> Self:
+        return cls(weight.to(dtype).contiguous(), bias.to(dtype).contiguous(), gelu)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """**Shape** [..., in] -> [..., out]."""
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y) if self.gelu else y
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        """The layer's answer plus `other`, which has its shape."""
+        return other + self(x)
+
+
+class PackedLinear(PlainLinear):
+    """A linear layer whose weight lies as oneDNN wants it, with what follows it fused in."""
+
+    __slots__ = ()
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, gelu: bool = False) -> Self:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), None)
         return cls(packed, bias.to(dtype).contiguous(), gelu)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """**Shape** [..., in] -> [..., out]."""
         after, form = ("gelu", "none") if self.gelu else ("none", "")
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], form)
         return y
 
     def add(self, x: Tensor, other: Tensor) -> Tensor:
-        """The layer's answer plus `other`, which has its shape."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
         return y
 
 
 @dataclass(frozen=True, slots=True)
-class PackedConv:
-    """A convolution of stride 1 whose weight lies as oneDNN wants it."""
+class PlainConv:
+    """A convolution of stride 1, channels last, and a LeakyReLU of this slope, by the operators of torch."""
 
     weight: Tensor
     bias: Tensor
@@ -79,29 +97,93 @@ class PackedConv:
     slope: float | None = None
 
     @classmethod
-    def pack(cls, conv: nn.Module, dtype: torch.dtype, slope: float | None = None) -> "PackedConv":
-        if not isinstance(conv, nn.Conv2d) or conv.bias is None or isinstance(conv.padding, str):
-            raise TypeError(f"found {conv}, expected a convolution with a bias and a padding in pixels")
-        padding = list(conv.padding)
-        # Packed through a dense copy in oneDNN's own type: the only one that the reorder takes.
-        dense = conv.weight.detach().to(dtype).contiguous().to_mkldnn()
-        packed: Tensor = torch.ops.aten.mkldnn_reorder_conv2d_weight(dense, padding, [1, 1], [1, 1], 1)
-        return cls(packed, conv.bias.detach().to(dtype).contiguous(), padding, slope)
+    def pack(
+        cls, weight: Tensor, bias: Tensor, padding: list[int], dtype: torch.dtype, slope: float | None = None
+    ) -> Self:
+        last = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+        return cls(last, bias.to(dtype).contiguous(), padding, slope)
 
     def __call__(self, x: Tensor) -> Tensor:
         """**Shape** [batch, in, height, width] -> [batch, out, height, width], channels last."""
-        after = ("none", [], "") if self.slope is None else ("leaky_relu", [self.slope], "")
+        y = F.conv2d(x, self.weight, self.bias, padding=self.padding)
+        return y if self.slope is None else F.leaky_relu(y, self.slope)
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        """The layer's answer plus `other`, which has its shape."""
+        return other + self(x)
+
+
+class PackedConv(PlainConv):
+    """A convolution whose weight lies as oneDNN wants it."""
+
+    __slots__ = ()
+
+    @classmethod
+    def pack(
+        cls, weight: Tensor, bias: Tensor, padding: list[int], dtype: torch.dtype, slope: float | None = None
+    ) -> Self:
+        dense = weight.to(dtype).contiguous().to_mkldnn()  # the only type that the reorder takes
+        packed: Tensor = torch.ops.aten.mkldnn_reorder_conv2d_weight(dense, padding, [1, 1], [1, 1], 1)
+        return cls(packed, bias.to(dtype).contiguous(), padding, slope)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        after, scalars = ("none", []) if self.slope is None else ("leaky_relu", [self.slope])
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, self.padding, [1, 1], [1, 1], 1, *after
+            x, self.weight, self.bias, self.padding, [1, 1], [1, 1], 1, after, scalars, ""
         )
         return y
 
     def add(self, x: Tensor, other: Tensor) -> Tensor:
-        """The layer's answer plus `other`, which has its shape."""
         y: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
             x, other, self.weight, self.bias, self.padding, [1, 1], [1, 1], 1, "add", 1.0, None, [], None
         )
         return y
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How weights are laid out.
+
+    Args:
+        dtype: The compute type.
+        packed: For oneDNN; else for the operators of torch.
+        width: Channels of the backbone, at least `embed_dim`; the rest are zeros.
+    """
+
+    dtype: torch.dtype
+    packed: bool
+    width: int
+
+    def linear(self, weight: Tensor, bias: Tensor, rows: int = 0, columns: int = 0, gelu: bool = False) -> PlainLinear:
+        """A layer padded by so many zero rows (outputs) and columns (inputs)."""
+        kind = PackedLinear if self.packed else PlainLinear
+        weight, bias = weight.detach(), bias.detach()
+        return kind.pack(F.pad(weight, (0, columns, 0, rows)), F.pad(bias, (0, rows)), self.dtype, gelu)
+
+    def conv(self, conv: nn.Module, rows: int = 0, columns: int = 0, slope: float | None = None) -> PlainConv:
+        """As `linear`."""
+        if not isinstance(conv, nn.Conv2d) or conv.bias is None or isinstance(conv.padding, str):
+            raise TypeError(f"found {conv}, expected a convolution with a bias and a padding in pixels")
+        kind = PackedConv if self.packed else PlainConv
+        weight = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, columns, 0, rows))
+        return kind.pack(weight, F.pad(conv.bias.detach(), (0, rows)), list(conv.padding), self.dtype, slope)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A LayerNorm over the true channels, of which there may be fewer than the backbone is wide."""
+
+    dim: int
+    eps: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """**Shape** [tokens, width] -> the same."""
+        if x.shape[-1] == self.dim:
+            return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
+        y = F.layer_norm(x[..., : self.dim], (self.dim,), self.weight, self.bias, self.eps)
+        return F.pad(y, (0, x.shape[-1] - self.dim))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,61 +193,64 @@ class Grid:
     Args:
         gather: Token of each place in window order, [tokens].
         scatter: Its inverse.
-        masked: Windows at the end that the mask touches.
-        mask: Of those, [masked, 1, window^2, window^2], 0 or -100.
+        mask: Of the windows at the end, [masked, 1, window^2, window^2], 0 or -100.
     """
 
     gather: Tensor
     scatter: Tensor
-    masked: int
     mask: Tensor
 
+    @property
+    def masked(self) -> int:
+        """How many windows at the end the mask touches."""
+        return self.mask.shape[0]
+
     @classmethod
-    def build(cls, batch: int, height: int, width: int, window: int, shift: int, dtype: torch.dtype) -> "Grid":
+    def build(cls, batch: int, height: int, width: int, window: int, shift: int, like: Tensor) -> Self:
+        """For so many latents of this size; the mask in the dtype of `like`, all on its device."""
         nh, nw = height // window, width // window
-        tokens = torch.arange(batch * height * width).view(batch, height, width)
+        tokens = torch.arange(batch * height * width, device=like.device).view(batch, height, width)
         cut = torch.roll(tokens, (-shift, -shift), (1, 2)).view(batch, nh, window, nw, window)
         windows = cut.transpose(2, 3).reshape(batch, nh * nw, window**2)
-        mask = shift_mask(nh, nw, window, torch.empty(0, dtype=dtype))
-        touched = mask.flatten(1).any(1) if shift else torch.zeros(nh * nw, dtype=torch.bool)
+        mask = shift_mask(nh, nw, window, like)
+        touched = mask.flatten(1).any(1) & (shift > 0)
         gather = torch.cat([windows[:, ~touched].flatten(), windows[:, touched].flatten()])
-        touched_mask = mask[touched][:, None].repeat(batch, 1, 1, 1)
-        return cls(gather, torch.argsort(gather), len(touched_mask), touched_mask)
+        return cls(gather, torch.argsort(gather), mask[touched][:, None].repeat(batch, 1, 1, 1))
 
 
 class PreparedBlock:
     """A `SwinBlock` on tokens; see the module's text for what is folded into what."""
 
-    def __init__(self, block: SwinBlock, dtype: torch.dtype) -> None:
+    def __init__(self, block: SwinBlock, layout: Layout) -> None:
         attn, mlp = block.attn, block.mlp
         dim, heads = attn.qkv.in_features, attn.heads
         head_dim = dim // heads
-        padding = -head_dim % HEAD_DIM_MULTIPLE
+        padding, extra = -head_dim % HEAD_DIM_MULTIPLE, layout.width - dim
         weight, bias = fold_norm(block.norm1, attn.qkv)
         weight, bias = weight.view(3, heads, head_dim, dim).clone(), bias.view(3, heads, head_dim).clone()
         weight[0] *= head_dim**-0.5
         bias[0] *= head_dim**-0.5
         weight, bias = F.pad(weight, (0, 0, 0, padding)), F.pad(bias, (0, padding))
         back = F.pad(attn.proj.weight.detach().view(dim, heads, head_dim), (0, padding))
-        self.qkv = PackedLinear.pack(weight.reshape(-1, dim), bias.flatten(), dtype)
-        self.proj = PackedLinear.pack(back.reshape(dim, -1), attn.proj.bias.detach(), dtype)
-        self.fc1 = PackedLinear.pack(*fold_norm(block.norm2, mlp.fc1), dtype, gelu=True)
-        self.fc2 = PackedLinear.pack(mlp.fc2.weight.detach(), mlp.fc2.bias.detach(), dtype)
-        self.bias = attn.position_bias().detach().to(dtype).contiguous()[None]
-        self.norms = (block.norm1.eps, block.norm2.eps)
-        self.dim, self.heads, self.head_dim = dim, heads, head_dim + padding
-        self.window, self.shift = block.window, block.shift
+        self.qkv = layout.linear(weight.reshape(-1, dim), bias.flatten(), columns=extra)
+        self.proj = layout.linear(back.reshape(dim, -1), attn.proj.bias, rows=extra)
+        self.fc1 = layout.linear(*fold_norm(block.norm2, mlp.fc1), columns=extra, gelu=True)
+        self.fc2 = layout.linear(mlp.fc2.weight, mlp.fc2.bias, rows=extra)
+        self.bias = attn.position_bias().detach().to(layout.dtype).contiguous()[None]
+        self.norm1, self.norm2 = Norm(dim, block.norm1.eps), Norm(dim, block.norm2.eps)
+        self.heads, self.head_dim = heads, head_dim + padding
+        self.window, self.shifted = block.window, block.shift > 0
         # On the CPU at hand (Zen 5) bfloat16 matrix products outrun the fused kernel 1.6 times; in float32 they lose.
-        self.attend = self._attend_plainly if dtype == torch.bfloat16 else self._attend_fused
+        self.attends_plainly = layout.packed and layout.dtype == torch.bfloat16
 
     def __call__(self, x: Tensor, grid: Grid) -> Tensor:
-        """**Shape** [tokens, dim] -> [tokens, dim]."""
-        normal = F.layer_norm(x, (self.dim,), eps=self.norms[0])
-        qkv = self.qkv(normal.index_select(0, grid.gather))
+        """**Shape** [tokens, width] -> [tokens, width]."""
+        qkv = self.qkv(self.norm1(x).index_select(0, grid.gather))
         parts = qkv.view(-1, self.window**2, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        y = self.proj(self.attend(parts, grid).transpose(1, 2).reshape(len(x), -1))
+        attended = self._attend_plainly(parts, grid) if self.attends_plainly else self._attend_fused(parts, grid)
+        y = self.proj(attended.transpose(1, 2).reshape(len(x), -1))
         x = x + y.index_select(0, grid.scatter)
-        return self.fc2.add(self.fc1(F.layer_norm(x, (self.dim,), eps=self.norms[1])), x)
+        return self.fc2.add(self.fc1(self.norm2(x)), x)
 
     def _attend_fused(self, parts: Tensor, grid: Grid) -> Tensor:
         """**Shape** [3, windows, heads, window^2, head_dim] -> [windows, heads, window^2, head_dim]."""
@@ -199,70 +284,84 @@ def _fused(parts: Tensor, bias: Tensor) -> Tensor:
 
 
 class PreparedLua:
-    """A `Lua` ready to run on a CPU; later changes of its weights are not seen.
+    """A `Lua` ready to run; later changes of its weights are not seen, and it may be thrown away.
 
     Args:
-        net: The network, on the CPU, in float32.
-        dtype: float32 or bfloat16; what goes in and comes out is float32 in both.
+        net: The network, in float32.
+        dtype: float32 or bfloat16 (plain also float16); what goes in and comes out is float32.
+        packed: For oneDNN, on a CPU; else for the operators of torch on the device of the network.
+        width_multiple: Widens the backbone with zeros to a multiple of this, for kernels that want aligned rows.
     """
 
-    def __init__(self, net: Lua, dtype: torch.dtype) -> None:
-        self.spec = net.spec
-        self.dtype = dtype
-        self._restore, self._normalise, self._check = net._restore, net._normalise, net._check
+    def __init__(self, net: Lua, dtype: torch.dtype, packed: bool = True, width_multiple: int = 1) -> None:
+        self.spec, self.dtype = net.spec, dtype
+        dim = net.spec.embed_dim
+        extra = -dim % width_multiple
+        layout = Layout(dtype, packed, dim + extra)
+        self._layout = layout
         groups = [cast(ResidualGroup, layer) for layer in net.layers]
-        self._groups = [
+        self.groups = [
             (
-                [PreparedBlock(cast(SwinBlock, block), dtype) for block in group.residual_group.blocks],
-                PackedConv.pack(group.conv, dtype),
+                [PreparedBlock(cast(SwinBlock, block), layout) for block in group.residual_group.blocks],
+                layout.conv(group.conv, rows=extra, columns=extra),
             )
             for group in groups
         ]
-        self._first = PackedConv.pack(net.conv_first, dtype)
-        self._after_body = PackedConv.pack(net.conv_after_body, dtype)
-        self._norms = [_norm_of(norm, dtype) for norm in (net.patch_embed.norm, net.norm)]
-        self._heads = {scale: _pack_head(cast(ScaleHead, net.heads[f"x{scale}"]), dtype) for scale in net.spec.scales}
+        self._first = layout.conv(net.conv_first, rows=extra)
+        self._after_body = layout.conv(net.conv_after_body, rows=extra, columns=extra)
+        self._first_norm, self._last_norm = _norm_of(net.patch_embed.norm, dtype), _norm_of(net.norm, dtype)
+        self._heads = {
+            scale: _pack_head(cast(ScaleHead, net.heads[f"x{scale}"]), layout, extra) for scale in net.spec.scales
+        }
+        mean = net.latent_mean if net.spec.latent_norm else net.image_mean if net.spec.image_mean is not None else None
+        self._mean = None if mean is None else mean.detach().clone().view(-1, 1, 1)
+        self._std = net.latent_std.detach().clone().view(-1, 1, 1) if net.spec.latent_norm else None
         self._grids: OrderedDict[tuple[int, int, int], tuple[Grid, Grid]] = OrderedDict()
 
     @torch.inference_mode()
     def __call__(self, latent: Tensor, scale: int) -> Tensor:
         """As `Lua.forward`."""
-        self._check(latent, (scale,))
+        check_latent(self.spec, latent, (scale,))
         height, width = latent.shape[-2:]
-        x = self._normalise(pad_to_window(latent.float(), self.spec.window))
-        with torch.autocast("cpu", enabled=False):  # it would take the norms back to float32
-            features = self._features(x.to(self.dtype))
+        padded = pad_to_window(latent.float(), self.spec.window)
+        grown = self.core(padded, self.grids_of(padded), scale)
+        return grown[..., : scale * height, : scale * width]
+
+    def core(self, latent: Tensor, grids: tuple[Grid, Grid], scale: int) -> Tensor:
+        """As `Lua.core`; `grids` are those of `grids_of`."""
+        x = latent if self._mean is None else latent - self._mean
+        x = x if self._std is None else x / self._std
+        with torch.autocast(latent.device.type, enabled=False):  # it would take the norms back to float32
+            features = self._features(x.to(self.dtype), grids)
             for layer in self._heads[scale]:
                 features = layer(features)
         y = features.float()
         if self.spec.bicubic_skip:
-            y = y + F.interpolate(x, scale_factor=scale, mode="bicubic")
-        return self._restore(y)[..., : scale * height, : scale * width]
+            y = y + F.interpolate(x, scale_factor=float(scale), mode="bicubic")
+        y = y if self._std is None else y * self._std
+        return y if self._mean is None else y + self._mean
 
-    def _features(self, x: Tensor) -> Tensor:
-        """**Shape** [batch, channels, height, width] -> [batch, embed_dim, height, width]."""
-        batch, _, height, width = x.shape
-        grids = self._grids_of(batch, height, width)
-        shape = (batch, height, width, self.spec.embed_dim)
-        first_norm, last_norm = self._norms
+    def _features(self, x: Tensor, grids: tuple[Grid, Grid]) -> Tensor:
+        """**Shape** [batch, channels, height, width] -> [batch, width of the backbone, height, width]."""
+        dim = self._layout.width
+        shape = (x.shape[0], x.shape[2], x.shape[3], dim)
         shallow = self._first(x.contiguous(memory_format=torch.channels_last))
-        tokens = first_norm(shallow.permute(0, 2, 3, 1).reshape(-1, self.spec.embed_dim))
-        for blocks, conv in self._groups:
+        tokens = self._first_norm(shallow.permute(0, 2, 3, 1).reshape(-1, dim))
+        for blocks, conv in self.groups:
             y = tokens
             for block in blocks:
-                y = block(y, grids[block.shift > 0])
+                y = block(y, grids[1] if block.shifted else grids[0])
             maps = conv.add(y.view(shape).permute(0, 3, 1, 2), tokens.view(shape).permute(0, 3, 1, 2))
-            tokens = maps.permute(0, 2, 3, 1).reshape(-1, self.spec.embed_dim)
-        return self._after_body.add(last_norm(tokens).view(shape).permute(0, 3, 1, 2), shallow)
+            tokens = maps.permute(0, 2, 3, 1).reshape(-1, dim)
+        return self._after_body.add(self._last_norm(tokens).view(shape).permute(0, 3, 1, 2), shallow)
 
-    def _grids_of(self, batch: int, height: int, width: int) -> tuple[Grid, Grid]:
-        """Of windows in place, and shifted."""
-        key = (batch, height, width)
+    def grids_of(self, padded: Tensor) -> tuple[Grid, Grid]:
+        """Of windows in place, and shifted; those of recent sizes are kept."""
+        key = (padded.shape[0], padded.shape[2], padded.shape[3])
         grids = self._grids.pop(key, None)
         if grids is None:
-            window = self.spec.window
-            plain, shifted = (Grid.build(batch, height, width, window, shift, self.dtype) for shift in (0, window // 2))
-            grids = plain, shifted
+            window, like = self.spec.window, padded.new_empty(0, dtype=self.dtype)
+            grids = Grid.build(*key, window, 0, like), Grid.build(*key, window, window // 2, like)
         self._grids[key] = grids
         while len(self._grids) > GRIDS_KEPT:
             self._grids.popitem(last=False)
@@ -278,17 +377,15 @@ def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
     return weight * norm.weight.detach(), linear.bias.detach() + weight @ norm.bias.detach()
 
 
-def _norm_of(norm: nn.LayerNorm, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    shape, eps = tuple(norm.normalized_shape), norm.eps
-    weight, bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
-    return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+def _norm_of(norm: nn.LayerNorm, dtype: torch.dtype) -> Norm:
+    return Norm(norm.normalized_shape[0], norm.eps, norm.weight.detach().to(dtype), norm.bias.detach().to(dtype))
 
 
-def _pack_head(head: ScaleHead, dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]]:
+def _pack_head(head: ScaleHead, layout: Layout, extra: int) -> list[Callable[[Tensor], Tensor]]:
     before, leaky = head.conv_before
-    doublings = [m if isinstance(m, nn.PixelShuffle) else PackedConv.pack(m, dtype) for m in head.upsample]
+    doublings = [m if isinstance(m, nn.PixelShuffle) else layout.conv(m) for m in head.upsample]
     slope = cast(nn.LeakyReLU, leaky).negative_slope
-    return [PackedConv.pack(before, dtype, slope), *doublings, PackedConv.pack(head.conv_last, dtype)]
+    return [layout.conv(before, columns=extra, slope=slope), *doublings, layout.conv(head.conv_last)]
 
 
 def why_not_prepared(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,32 +1,74 @@
 """What runs LUA: one small protocol, and `open_engine` which builds the engine that a setting names.
 
 `torch` runs the network as PyTorch has it, on a CPU in the prepared form of `models/engine_cpu.py`. The others are in
-modules of their own, whose libraries are imported only when they are asked for. An engine that cannot run here as
-asked is an error and never another engine.
+modules of their own, whose libraries are imported only when they are asked for; those that run exported artefacts get
+them as `Artefact`, checked by whoever calls. An engine that cannot run here as asked is an error and never another
+engine.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from models.engine_cpu import LatentUpscaler, PreparedLua, prepare_lua
-from models.lua import Lua
+from models.lua import Lua, check_latent, pad_to_window
 from models.lua_spec import LuaSpec
 
 EngineName = Literal["torch", "torch-compile", "onnx", "tensorrt", "aoti"]
+ArtefactEngineName = Literal["onnx", "tensorrt", "aoti"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+ARTEFACT_ENGINES: tuple[ArtefactEngineName, ...] = get_args(ArtefactEngineName)
+
+Runner = Callable[[Tensor], Tensor]
+"""float32 [batch, channels, h, w], multiples of the window -> float32 [batch, channels, scale * h, scale * w]."""
 
 
 class EngineError(ValueError):
     """An engine that cannot run here as asked; one line that says why and what to do."""
 
 
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A range of input shapes that an artefact was tuned for, each [batch, height, width] in latent pixels."""
+
+    name: str
+    least: tuple[int, int, int]
+    most: tuple[int, int, int]
+
+    def holds(self, shape: tuple[int, int, int]) -> bool:
+        """Whether an input of this shape is in the range."""
+        return all(low <= side <= high for low, side, high in zip(self.least, shape, self.most, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """An exported LUA of one scale.
+
+    Args:
+        path: What the engine opens.
+        input: Name of its input.
+        output: Name of its output.
+        profiles: The shapes that it takes, smallest first; none: any.
+    """
+
+    path: Path
+    input: str
+    output: str
+    profiles: tuple[Profile, ...] = ()
+
+
 class Engine(Protocol):
     """A LUA that is loaded on a device."""
 
-    name: EngineName
-    spec: LuaSpec
+    @property
+    def name(self) -> EngineName: ...
+
+    @property
+    def spec(self) -> LuaSpec: ...
 
     def run(self, latent: Tensor, scale: int) -> Tensor:
         """Enlarges a raw latent of any size.
@@ -40,6 +82,39 @@ class Engine(Protocol):
     def close(self) -> None:
         """Frees what the device holds; the engine runs no more."""
         ...
+
+
+def open_engine(
+    name: EngineName,
+    net: Lua,
+    device: torch.device,
+    dtype: torch.dtype,
+    artefacts: Mapping[int, Artefact] | None = None,
+) -> Engine:
+    """Loads an engine.
+
+    Args:
+        name: Which.
+        net: The network; engines that run artefacts take only its spec.
+        device: Where it is to run.
+        dtype: The compute type; an artefact has its own.
+        artefacts: By scale, for the engines that run them; one for each scale of the network.
+
+    Raises:
+        EngineError: it cannot run here.
+        PreparationError: as `prepare_lua`.
+    """
+    if name == "torch":
+        return TorchEngine.open(net, device, dtype)
+    if name == "torch-compile":
+        from models.engine_compile import CompileEngine
+
+        return CompileEngine.open(net, device, dtype)
+    given = artefacts or {}
+    missing = [scale for scale in net.spec.scales if scale not in given]
+    if missing:
+        raise EngineError(f"engine {name} has no artefact for x{missing[0]}")
+    return ArtefactEngine.open(name, net.spec, given, device)
 
 
 class TorchEngine:
@@ -73,6 +148,7 @@ class TorchEngine:
         """Whether the network runs in the form for a CPU."""
         return isinstance(self._net, PreparedLua)
 
+    @torch.inference_mode()
     def run(self, latent: Tensor, scale: int) -> Tensor:
         """As `Engine.run`."""
         if self._net is None:
@@ -83,3 +159,90 @@ class TorchEngine:
     def close(self) -> None:
         """As `Engine.close`."""
         self._net = None
+
+
+class ArtefactEngine:
+    """Exported graphs, one per scale; padding and cropping are done here.
+
+    Args:
+        name: Of the engine that runs them.
+        spec: Of the network that they were exported from.
+        runners: By scale.
+        device: Where they run.
+    """
+
+    def __init__(self, name: EngineName, spec: LuaSpec, runners: Mapping[int, Runner], device: torch.device) -> None:
+        self.name = name
+        self.spec = spec
+        self._runners = dict(runners)
+        self._device = device
+
+    @classmethod
+    def open(
+        cls, name: ArtefactEngineName, spec: LuaSpec, artefacts: Mapping[int, Artefact], device: torch.device
+    ) -> "ArtefactEngine":
+        """Loads one artefact per scale of the spec.
+
+        Raises:
+            EngineError: a library, a provider or a GPU is missing, or a file cannot be loaded.
+        """
+        scales = spec.scales
+        if name == "onnx":
+            from models.engine_onnx import open_graph
+
+            return cls(name, spec, {scale: open_graph(artefacts[scale], device) for scale in scales}, device)
+        if name == "tensorrt":
+            from models.engine_tensorrt import PlanRunner, load_tensorrt
+
+            trt = load_tensorrt(device)
+            return cls(name, spec, {scale: PlanRunner(trt, artefacts[scale], device) for scale in scales}, device)
+        return cls(name, spec, {scale: open_package(artefacts[scale]) for scale in scales}, device)
+
+    @torch.inference_mode()
+    def run(self, latent: Tensor, scale: int) -> Tensor:
+        """As `Engine.run`."""
+        check_latent(self.spec, latent, (scale,))
+        if scale not in self._runners:
+            raise EngineError(f"engine {self.name} is closed")
+        height, width = latent.shape[-2:]
+        padded = pad_to_window(latent.to(self._device, torch.float32), self.spec.window).contiguous()
+        return self._runners[scale](padded)[..., : scale * height, : scale * width]
+
+    def close(self) -> None:
+        """As `Engine.close`."""
+        self._runners.clear()
+
+
+def open_package(artefact: Artefact) -> Runner:
+    """A package of AOTInductor, which runs on the device that it was compiled for.
+
+    It holds machine code: only a file whose digest is known may get here.
+
+    Raises:
+        EngineError: the file is damaged or of another version of torch.
+    """
+    try:
+        compiled = torch._inductor.aoti_load_package(str(artefact.path))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise EngineError(f"{artefact.path} cannot be loaded: {first_line(error)}") from error
+    return lambda latent: compiled(latent)
+
+
+def choose_profile(profiles: Sequence[Profile], shape: tuple[int, int, int]) -> int:
+    """Index of the first profile that holds a shape, [batch, height, width].
+
+    Raises:
+        ValueError: None does; the message names the largest.
+    """
+    for index, profile in enumerate(profiles):
+        if profile.holds(shape):
+            return index
+    batch, height, width = shape
+    raise ValueError(
+        f"no profile of the artefact holds {batch} latents of {height}x{width}; most are {profiles[-1].most}"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What a log line needs of a library's error."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

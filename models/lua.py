@@ -128,7 +128,7 @@ class Lua(nn.Module):
 
     def forward_scales(self, latent: Tensor, scales: Sequence[int]) -> dict[int, Tensor]:
         """Enlarges by several scales with one pass of the backbone; as `forward` otherwise."""
-        self._check(latent, scales)
+        check_latent(self.spec, latent, scales)
         height, width = latent.shape[-2:]
         padded = pad_to_window(latent, self.spec.window)
         grown = self._core(padded, scales)
@@ -187,15 +187,6 @@ class Lua(nn.Module):
             return y * self.latent_std.view(-1, 1, 1) + self.latent_mean.view(-1, 1, 1)
         return y if self.spec.image_mean is None else y + self.image_mean.view(-1, 1, 1)
 
-    def _check(self, latent: Tensor, scales: Sequence[int]) -> None:
-        if latent.dim() != 4 or latent.shape[1] != self.spec.channels or min(latent.shape[2:]) < 1:
-            raise ValueError(
-                f"LUA takes latents of shape [batch, {self.spec.channels}, height, width]; found {list(latent.shape)}"
-            )
-        for scale in scales:
-            if scale not in self.spec.scales:
-                raise ValueError(f"this LUA has heads for scales {self.spec.scales}; asked for {scale}")
-
     def train(self, mode: bool = True) -> Self:
         self.bias_cache.clear()
         super().train(mode)
@@ -205,6 +196,20 @@ class Lua(nn.Module):
         self.bias_cache.clear()
         super()._apply(fn, recurse)
         return self
+
+
+def check_latent(spec: LuaSpec, latent: Tensor, scales: Sequence[int]) -> None:
+    """Refuses what a network of this spec does not take.
+
+    **Raises** ValueError: The latent is not a 4-D tensor of `channels` channels, or there is no head for a scale.
+    """
+    if latent.dim() != 4 or latent.shape[1] != spec.channels or min(latent.shape[2:]) < 1:
+        raise ValueError(
+            f"LUA takes latents of shape [batch, {spec.channels}, height, width]; found {list(latent.shape)}"
+        )
+    for scale in scales:
+        if scale not in spec.scales:
+            raise ValueError(f"this LUA has heads for scales {spec.scales}; asked for {scale}")
 
 
 def pad_to_window(latent: Tensor, window: int) -> Tensor:

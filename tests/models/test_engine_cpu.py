@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,10 +92,19 @@ def test_plain_attention_is_exact_in_float32(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(engine_cpu, "LOGITS_BYTES", 5000)
     net = build(SPECS["tiny"])
     prepared = PreparedLua(net, torch.float32)
-    for blocks, _ in prepared._groups:
+    for blocks, _ in prepared.groups:
         for block in blocks:
-            block.attend = block._attend_plainly
+            block.attends_plainly = True
     latent = torch.randn(2, 4, 12, 16)
+    with torch.no_grad():
+        assert relative_error(prepared(latent, 4), net(latent, 4)) < 2e-5
+
+
+@pytest.mark.parametrize("width_multiple", [1, 16])
+def test_plain_layers_of_any_width_compute_the_same(width_multiple: int) -> None:
+    net = build(SPECS["window 8, skip"])
+    latent = torch.randn(2, 16, 20, 9)
+    prepared = PreparedLua(net, torch.float32, packed=False, width_multiple=width_multiple)
     with torch.no_grad():
         assert relative_error(prepared(latent, 4), net(latent, 4)) < 2e-5
 
@@ -108,11 +118,11 @@ def test_autocast_around_it_changes_nothing() -> None:
 
 
 def test_grid_sorts_the_windows_that_the_mask_touches_to_the_end() -> None:
-    grid = Grid.build(2, 12, 16, 4, 2, torch.float32)
+    grid = Grid.build(2, 12, 16, 4, 2, torch.empty(0))
     assert grid.masked == 2 * (3 + 4 - 1) and grid.mask.shape == (grid.masked, 1, 16, 16)
     assert grid.mask.flatten(1).any(1).all()
     assert torch.equal(grid.gather[grid.scatter], torch.arange(2 * 12 * 16))
-    assert Grid.build(2, 12, 16, 4, 0, torch.float32).masked == 0
+    assert Grid.build(2, 12, 16, 4, 0, torch.empty(0)).masked == 0
 
 
 def test_no_more_than_a_few_sizes_are_remembered() -> None:
@@ -165,7 +175,7 @@ def test_a_form_that_computes_something_else_is_refused() -> None:
     check_prepared(prepared, net)
     other = copy.deepcopy(net)
     with torch.no_grad():
-        other.heads["x4"].conv_last.weight.mul_(1.5)
+        other.get_parameter("heads.x4.conv_last.weight").mul_(1.5)
     with pytest.raises(PreparationError, match="x4"):
         check_prepared(prepared, other)
 
@@ -173,14 +183,8 @@ def test_a_form_that_computes_something_else_is_refused() -> None:
 def test_the_check_sees_a_wrong_shift_mask() -> None:
     net = build(SPECS["tiny"])
     prepared = PreparedLua(net, torch.float32)
-    build_grid = Grid.build
-
-    def without_mask(*size: int, dtype: torch.dtype = torch.float32) -> Grid:
-        grid = build_grid(*size[:5], dtype)
-        return Grid(grid.gather, grid.scatter, grid.masked, torch.zeros_like(grid.mask))
-
     window = net.spec.window
-    key = (2, 2 * window, 3 * window)
-    prepared._grids[key] = without_mask(*key, window, 0), without_mask(*key, window, window // 2)
+    plain, shifted = prepared.grids_of(torch.zeros(2, 4, 2 * window, 3 * window))
+    prepared._grids[2, 2 * window, 3 * window] = plain, replace(shifted, mask=torch.zeros_like(shifted.mask))
     with pytest.raises(PreparationError):
         check_prepared(prepared, net)

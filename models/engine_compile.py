@@ -1,0 +1,142 @@
+"""The engine `torch-compile`: the prepared network through `torch.compile`, on a GPU replayed as CUDA graphs.
+
+A graph is captured per scale and size at the first latent of that size, for batches of 1, 2, 4, 8 ...; a batch between
+them is filled up, which changes no image. The compiler runs at the first latent of a scale, and at the first batch of
+several; its kernels are for any size. On a GPU this has not run.
+"""
+
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from models.engine_cpu import Grid, PreparedLua
+from models.engines import EngineError, EngineName, first_line
+from models.lua import Lua, check_latent, pad_to_window
+
+GRAPHS_KEPT = 16
+_CAPTURE_WARMUPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A CUDA graph with the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    given: Tensor
+    grids: tuple[Grid, Grid]
+    answer: Tensor
+
+
+class CompileEngine:
+    """A compiled LUA.
+
+    Args:
+        net: The prepared network, with plain layers.
+        device: Where it is.
+    """
+
+    name: EngineName = "torch-compile"
+
+    def __init__(self, net: PreparedLua, device: torch.device) -> None:
+        self.spec = net.spec
+        self._net = net
+        self._device = device
+        self._compiled: dict[int, Callable[[Tensor, tuple[Grid, Grid]], Tensor]] = {
+            scale: torch.compile(partial(net.core, scale=scale)) for scale in net.spec.scales
+        }
+        self._graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
+
+    @classmethod
+    def open(cls, net: Lua, device: torch.device, dtype: torch.dtype) -> "CompileEngine":
+        """Nothing is compiled yet.
+
+        Raises:
+            EngineError: there is no compiler for the device.
+        """
+        require_compiler(device)
+        return cls(PreparedLua(net.to(device), dtype, packed=False), device)
+
+    @torch.inference_mode()
+    def run(self, latent: Tensor, scale: int) -> Tensor:
+        """As `models.engines.Engine.run`."""
+        check_latent(self.spec, latent, (scale,))
+        if scale not in self._compiled:
+            raise EngineError("engine torch-compile is closed")
+        height, width = latent.shape[-2:]
+        padded = pad_to_window(latent.to(self._device, torch.float32), self.spec.window).contiguous()
+        if self._device.type == "cuda":
+            grown = self._replay(padded, scale)
+        else:
+            grown = self._compiled[scale](*self._open_sizes(padded))
+        return grown[..., : scale * height, : scale * width]
+
+    def _open_sizes(self, padded: Tensor) -> tuple[Tensor, tuple[Grid, Grid]]:
+        """What the network takes, told to the compiler as of any size; it keeps a batch of 1 for a case of its own."""
+        plain, shifted = self._net.grids_of(padded)
+        torch._dynamo.maybe_mark_dynamic(padded, [0, 2, 3])
+        for tensor in (plain.gather, plain.scatter, shifted.gather, shifted.scatter, shifted.mask):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return padded, (plain, shifted)
+
+    def _replay(self, padded: Tensor, scale: int) -> Tensor:
+        batch = len(padded)
+        filled = fill_batch(padded)
+        key = (scale, *filled.shape)
+        captured = self._graphs.pop(key, None) or self._capture(filled, scale)
+        self._graphs[key] = captured
+        while len(self._graphs) > GRAPHS_KEPT:
+            self._graphs.popitem(last=False)
+        captured.given.copy_(filled)
+        captured.graph.replay()
+        return captured.answer[:batch].clone()
+
+    def _capture(self, filled: Tensor, scale: int) -> Captured:
+        run = self._compiled[scale]
+        given, grids = self._open_sizes(filled.clone())
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            for _ in range(_CAPTURE_WARMUPS):
+                run(given, grids)
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            answer = run(given, grids)
+        return Captured(graph, given, grids, answer)
+
+    def close(self) -> None:
+        """As `models.engines.Engine.close`."""
+        self._graphs.clear()
+        self._compiled.clear()
+
+
+def fill_batch(latents: Tensor) -> Tensor:
+    """The batch filled up to a power of two with copies of its last latent."""
+    size = 1 << (len(latents) - 1).bit_length()
+    return (
+        latents if size == len(latents) else torch.cat([latents, latents[-1:].expand(size - len(latents), -1, -1, -1)])
+    )
+
+
+def require_compiler(device: torch.device) -> None:
+    """Refuses a machine on which nothing can be compiled.
+
+    Raises:
+        EngineError: no C++ compiler for a CPU, or no Triton for a GPU.
+    """
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise EngineError("engine torch-compile on a GPU needs the package triton, which comes with torch for CUDA")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        raise EngineError(f"engine torch-compile on a CPU needs a C++ compiler: {first_line(error)}") from error

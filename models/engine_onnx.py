@@ -1,0 +1,77 @@
+"""The engine `onnx`: an exported graph in onnxruntime, on the provider of the device and on no other."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.engines import Artefact, EngineError, Runner, first_line
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def load_onnxruntime(device: torch.device) -> Any:
+    """The module, which must have the provider of the device.
+
+    Raises:
+        EngineError: it is not installed, or was built without that provider.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        extra = "gpu" if device.type == "cuda" else "cpu"
+        raise EngineError(
+            f"engine onnx needs the package onnxruntime; install it with: pip install 'giantleap[{extra}]'"
+        ) from error
+    wanted, present = PROVIDERS[device.type], onnxruntime.get_available_providers()
+    if wanted not in present:
+        raise EngineError(
+            f"engine onnx on {device} needs {wanted}; this onnxruntime has {', '.join(present)} "
+            "(onnxruntime-gpu and onnxruntime exclude each other)"
+        )
+    return onnxruntime
+
+
+def open_graph(artefact: Artefact, device: torch.device) -> Runner:
+    """Loads a graph.
+
+    Raises:
+        EngineError: the library or its provider is missing, the file is damaged, or the provider did not start.
+    """
+    ort = load_onnxruntime(device)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    wanted = PROVIDERS[device.type]
+    chosen: list[Any] = [(wanted, {"device_id": device.index or 0})] if device.type == "cuda" else [wanted]
+    try:
+        session = ort.InferenceSession(str(artefact.path), options, providers=chosen)
+    except Exception as error:  # its errors have no base of their own
+        raise EngineError(f"onnxruntime cannot load {artefact.path}: {first_line(error)}") from error
+    session.disable_fallback()
+    started = session.get_providers()
+    if started[0] != wanted:
+        raise EngineError(f"onnxruntime started {artefact.path.name} on {started[0]}; {wanted} was asked for")
+    names = ([each.name for each in session.get_inputs()], [each.name for each in session.get_outputs()])
+    if names != ([artefact.input], [artefact.output]):
+        raise EngineError(
+            f"{artefact.path}: found inputs {names[0]} and outputs {names[1]}; "
+            f"expected {artefact.input} and {artefact.output}"
+        )
+
+    def run_on_cpu(latent: Tensor) -> Tensor:
+        (answer,) = session.run([artefact.output], {artefact.input: latent.numpy()})
+        return torch.from_numpy(answer)
+
+    def run_on_gpu(latent: Tensor) -> Tensor:
+        binding = session.io_binding()
+        index = device.index or 0
+        torch.cuda.current_stream(device).synchronize()  # onnxruntime works on a stream of its own
+        binding.bind_input(artefact.input, "cuda", index, "float32", list(latent.shape), latent.data_ptr())
+        binding.bind_output(artefact.output, "cuda", index)
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        (answer,) = binding.get_outputs()
+        return torch.utils.dlpack.from_dlpack(answer).clone()
+
+    return run_on_gpu if device.type == "cuda" else run_on_cpu

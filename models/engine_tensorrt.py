@@ -1,0 +1,111 @@
+"""The engine `tensorrt`: a plan in NVIDIA's native runtime; `tensorrt` is imported when the engine is opened.
+
+One stream, and per optimisation profile one execution context whose buffers are bound once, at the first latent that
+falls into the profile. Written against the API of TensorRT 10.13; it has not run on hardware.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.engines import Artefact, EngineError, choose_profile
+
+
+def load_tensorrt(device: torch.device) -> Any:
+    """The module.
+
+    Raises:
+        EngineError: the device is no GPU, or the package is not installed.
+    """
+    if device.type != "cuda":
+        raise EngineError(f"engine tensorrt runs on a GPU; the device is {device}")
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise EngineError(
+            "engine tensorrt needs the package tensorrt; install it with: pip install 'giantleap[gpu]'"
+        ) from error
+    return tensorrt
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A context with its bound buffers, flat and as large as the profile's largest shape."""
+
+    context: Any
+    given: Tensor
+    answer: Tensor
+
+
+class PlanRunner:
+    """Runs one plan.
+
+    Args:
+        trt: The module `tensorrt`.
+        artefact: The plan, with its profiles.
+        device: A GPU, of the model that the plan was built for.
+
+    Raises:
+        EngineError: the plan is for another GPU or version, or has other profiles than its manifest.
+    """
+
+    def __init__(self, trt: Any, artefact: Artefact, device: torch.device) -> None:
+        self._artefact, self._device = artefact, device
+        self._stream = torch.cuda.Stream(device)
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))  # must outlive the engine
+        with torch.cuda.device(device):
+            engine = self._runtime.deserialize_cuda_engine(artefact.path.read_bytes())
+        if engine is None:
+            raise EngineError(f"TensorRT cannot load {artefact.path}: it was built for another GPU or version")
+        if engine.num_optimization_profiles != len(artefact.profiles):
+            raise EngineError(
+                f"{artefact.path} has {engine.num_optimization_profiles} profiles; "
+                f"its manifest names {len(artefact.profiles)}"
+            )
+        self._engine = engine
+        self._allocation = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE  # not for the largest profile
+        self._slots: dict[int, Slot] = {}
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        """As `models.engines.Runner`; a batch above the profiles' runs in parts.
+
+        **Raises** ValueError: no profile holds the size.
+        """
+        most = max(profile.most[0] for profile in self._artefact.profiles)
+        return torch.cat([self._run(part) for part in latent.split(most)]) if len(latent) > most else self._run(latent)
+
+    def _run(self, latent: Tensor) -> Tensor:
+        batch, _, height, width = latent.shape
+        index = choose_profile(self._artefact.profiles, (batch, height, width))
+        slot = self._slots.get(index) or self._open_slot(index, latent.shape[1])
+        caller = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(caller)
+        with torch.cuda.stream(self._stream):
+            slot.given[: latent.numel()].view(latent.shape).copy_(latent)
+            latent.record_stream(self._stream)
+            if not slot.context.set_input_shape(self._artefact.input, tuple(latent.shape)):
+                raise EngineError(f"{self._artefact.path.name} does not take the shape {list(latent.shape)}")
+            shape = tuple(slot.context.get_tensor_shape(self._artefact.output))
+            if not slot.context.execute_async_v3(self._stream.cuda_stream):
+                raise RuntimeError(f"TensorRT failed in {self._artefact.path.name}")
+            answer = slot.answer[: torch.Size(shape).numel()].view(shape).clone()
+        caller.wait_stream(self._stream)
+        answer.record_stream(caller)
+        return answer
+
+    def _open_slot(self, index: int, channels: int) -> Slot:
+        batch, height, width = self._artefact.profiles[index].most
+        context = self._engine.create_execution_context(self._allocation)
+        if not context.set_optimization_profile_async(index, self._stream.cuda_stream):
+            raise EngineError(f"TensorRT refuses profile {self._artefact.profiles[index].name}")
+        context.set_input_shape(self._artefact.input, (batch, channels, height, width))
+        elements = torch.Size(tuple(context.get_tensor_shape(self._artefact.output))).numel()
+        given = torch.empty(batch * channels * height * width, device=self._device)
+        answer = torch.empty(elements, device=self._device)
+        context.set_tensor_address(self._artefact.input, given.data_ptr())
+        context.set_tensor_address(self._artefact.output, answer.data_ptr())
+        self._stream.synchronize()
+        slot = self._slots[index] = Slot(context, given, answer)
+        return slot
