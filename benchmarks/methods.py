@@ -25,8 +25,8 @@ from service.protocol import ProtocolResult, measure_protocol, to_table
 
 PROMPTS = (
     "a red sphere on a green floor under a blue sky",
-    "a large yellow cube on a gray floor under a white sky",
-    "a small blue cone on a brown floor under an orange sky",
+    "a large yellow cube on a purple floor under a white sky",
+    "a small blue cone on a cyan floor under an orange sky",
 )
 HEAD_PX = 20
 CELL_PX = 256
