@@ -53,7 +53,8 @@ class LiveStorage(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """Without those packed for oneDNN, whose bytes are no storage: weights that were made before."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
 
 
 def _shape_alone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

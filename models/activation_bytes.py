@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from models.decode_plan import ELEMENT_BYTES
 from models.lua_spec import LuaSpec
 
 Config = Mapping[str, Any]
@@ -57,6 +58,7 @@ VIDEO_DECODER_MAPS: Mapping[str, float] = MappingProxyType(
     {"AutoencoderKLQwenImage": 18.0, "AutoencoderKLWan": 18.0, "AutoencoderKLQwenImage21": 21.5}
 )
 VIDEO_ENCODER_MAPS = 10.0
+LOGITS_BYTES = 4 * 2**20  # of models.engine_cpu, which imports torch
 VIDEO_TILE_PX, VIDEO_TILE_STEP_PX = 256, 192  # of diffusers' tiled decode of these
 
 
@@ -235,6 +237,23 @@ def lua_bytes(spec: LuaSpec, batch: int, height: int, width: int, scale: int, dt
     added = 2 if spec.bicubic_skip else 1
     finished = spec.channels * scale**2 * (element_bytes + 4 * added) + spec.embed_dim * 4
     return int(max(attention, batch * pixels * (max(shuffle, finished) + spec.channels * 4)))
+
+
+def prepared_lua_bytes(spec: LuaSpec, batch: int, height: int, width: int, scale: int, dtype: str) -> int:
+    """As `lua_bytes` for the form that runs on a CPU (`models.engine_cpu.PreparedLua`).
+
+    It keeps no bias per window; below float32 it keeps the scores of some windows at a time, before and after softmax.
+    """
+    element_bytes = ELEMENT_BYTES[dtype]
+    window, heads = spec.window, max(spec.layer_heads)
+    pixels = batch * (-(-height // window) * window) * (-(-width // window) * window)
+    attention = pixels * spec.embed_dim * 12 * element_bytes
+    if dtype != "float32":
+        window_bytes = heads * window**4 * element_bytes
+        attention += 2 * min(pixels // window**2 * window_bytes, max(LOGITS_BYTES, window_bytes))
+    shuffle = 2 * spec.num_feat * scale**2 * element_bytes + 2 * spec.embed_dim * element_bytes
+    finished = spec.channels * scale**2 * (element_bytes * (dtype != "float32") + (12 if spec.bicubic_skip else 8))
+    return int(max(attention, pixels * (max(shuffle, finished) + spec.channels * 4)))
 
 
 def keeps_scores(spec: LuaSpec, dtype: str, device: str) -> bool:

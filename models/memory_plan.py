@@ -22,6 +22,7 @@ from models.activation_bytes import (
     guided_batch,
     lua_bytes,
     lua_kept_bytes,
+    prepared_lua_bytes,
     prompt_tokens,
     text_encoder_elements,
     video_decoder_elements,
@@ -137,6 +138,7 @@ class MemoryPlan:
         tiny: Configuration of the tiny decoder; None where there is none.
         lua: Spec of the LUA; None where there is none, or where its file does not tell.
         swinir: Specs of the pixel upscalers by scale.
+        prepared: Whether the upscalers run in the form for a CPU, which needs less; a worker finds out which is faster.
     """
 
     name: str
@@ -153,6 +155,7 @@ class MemoryPlan:
     tiny: Mapping[str, Any] | None = None
     lua: LuaSpec | None = None
     swinir: Mapping[int, LuaSpec] = field(default_factory=dict)
+    prepared: bool = False
 
     @classmethod
     def read(cls, bundle: Bundle, device: DeviceKind, dtype: str, lua: LuaSpec | None = None) -> Self:
@@ -289,7 +292,12 @@ class MemoryPlan:
             return self._pixel_upscale_bytes(work)
         if self.lua is None:
             raise UnknownMemoryError(f"bundle {self.name}: the LUA's file does not tell its shape without torch")
-        return lua_bytes(self.lua, work.items, latent_height, latent_width, work.scale, self.dtype, self.device)
+        return self._network_bytes(self.lua, work.items, latent_height, latent_width, work.scale)
+
+    def _network_bytes(self, spec: LuaSpec, batch: int, height: int, width: int, scale: int) -> int:
+        if self.prepared:
+            return prepared_lua_bytes(spec, batch, height, width, scale, self.dtype)
+        return lua_bytes(spec, batch, height, width, scale, self.dtype, self.device)
 
     def _pixel_upscale_bytes(self, work: Work) -> int:
         """One image after the other, in tiles where it is large; the enlarged image is whole."""
@@ -302,7 +310,7 @@ class MemoryPlan:
         if width_px * height_px > TILE_PX**2:
             width_px, height_px = min(width_px, TILE_PX), min(height_px, TILE_PX)
         image_bytes = 3 * work.width_px * work.height_px * 4
-        tile_bytes = lua_bytes(spec, 1, height_px, width_px, work.scale, self.dtype, self.device)
+        tile_bytes = self._network_bytes(spec, 1, height_px, width_px, work.scale)
         return max(image_bytes + tile_bytes, IMAGE_COPIES * image_bytes)
 
     def _decode_bytes(

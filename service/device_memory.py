@@ -30,11 +30,13 @@ class Loaded:
         dtype: That its base model computes in.
         others_bytes: What the other bundles of the device take of its memory.
         lua: The spec of its LUA; None where it has none.
+        prepared: Whether its upscalers run in the form for a CPU (`models/engine_cpu.py`).
     """
 
     dtype: str
     others_bytes: int
     lua: LuaSpec | None = None
+    prepared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Device:
                 "dtype": loaded.dtype,
                 "others_bytes": loaded.others_bytes,
                 "lua": None if loaded.lua is None else loaded.lua.to_json(),
+                "prepared": loaded.prepared,
             }
             for name, loaded in self.bundles.items()
         }
@@ -77,6 +80,7 @@ class Device:
                     str(said["dtype"]),
                     int(said["others_bytes"]),
                     None if said["lua"] is None else LuaSpec.from_json(said["lua"]),
+                    bool(said["prepared"]),
                 )
                 for name, said in values["bundles"].items()
             }

@@ -101,7 +101,8 @@ def find_places(
     for device in devices:
         loaded = device.bundles.get(name)
         if loaded is not None and loaded.dtype in bundles[name].plans:
-            plan = replace(with_lua(bundles[name].plans[loaded.dtype], loaded.lua), device=device.kind)
+            plan = with_lua(bundles[name].plans[loaded.dtype], loaded.lua)
+            plan = replace(plan, device=device.kind, prepared=loaded.prepared)
             places.append(Place(plan, given_bytes or device.memory_bytes, loaded.others_bytes))
     return tuple(places)
 

@@ -11,12 +11,14 @@ import platform
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 from prometheus_client import start_http_server
 
 from models.bundle import Bundle, read_bundle
+from models.engines import TorchEngine
 from models.memory_plan import DeviceKind
 from models.route import Route, choose_device, choose_dtype
 from service.batch_run import BatchRun, Drain, Outcome, Output, Stop, to_items, to_job_error
@@ -266,12 +268,19 @@ def _find_places(
     memory = {name: read_memory(bundle) for name, bundle in bundles.items()}
     dtypes = {name: str(route.dtype).removeprefix("torch.") for name, route in routes.items()}
     luas = {name: None if route.lua is None else route.lua.spec for name, route in routes.items()}
-    loaded = share_device(dtypes, {name: each.plans for name, each in memory.items()}, luas)
+    loaded = {
+        name: replace(each, prepared=_is_prepared(routes[name]))
+        for name, each in share_device(dtypes, {name: each.plans for name, each in memory.items()}, luas).items()
+    }
     device = Device(*_find_memory(next(iter(routes.values())).device, settings), loaded)
     fields = {"device": device.kind, "memory_bytes": device.memory_bytes}
     log.info("worker plans memory", extra={"fields": fields})
     found = {name: find_places(name, memory, [device], settings) for name in bundles}
     return device, {name: places[0] for name, places in found.items() if places}
+
+
+def _is_prepared(route: Route) -> bool:
+    return isinstance(route.lua, TorchEngine) and route.lua.prepared
 
 
 def _find_memory(device: torch.device, settings: Settings) -> tuple[DeviceKind, int]:

@@ -16,7 +16,6 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -26,8 +25,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from benchmarks.live_storage import LiveStorage
-from models import pixel_upscale, vae
+from benchmarks.memory import TRANSFORMERS, UNETS, build, config_of, measure_peak, measure_stages, run_unet
+from models import activation_bytes, pixel_upscale, vae
 from models.activation_bytes import (
     UnknownNetworkError,
     denoiser_elements,
@@ -35,15 +34,17 @@ from models.activation_bytes import (
     guided_batch,
     lua_bytes,
     lua_kept_bytes,
+    prepared_lua_bytes,
     text_encoder_elements,
     video_decoder_elements,
     video_tiled_elements,
 )
 from models.bundle import Bundle, read_bundle
 from models.bundle_descriptor import LuaFile, Method, PipelineSource, VaeSource
-from models.checkpoints import write_lua
+from models.checkpoints import read_lua, write_lua
+from models.engine_cpu import LOGITS_BYTES, PreparedLua
+from models.engines import TorchEngine
 from models.foreign_weights import RGB_MEAN
-from models.generator import DrawItem
 from models.lua import Lua
 from models.lua_spec import PRESETS, LuaSpec
 from models.memory_plan import (
@@ -66,51 +67,14 @@ MIB = 2**20
 
 
 def live_bytes(run: Callable[[], object]) -> int:
-    with torch.inference_mode(), LiveStorage() as live:
-        run()
-    peak_bytes: int = live.peak_bytes
-    return peak_bytes
+    return measure_peak(run, "cpu")
 
 
-def on_meta(build: Callable[[], Any]) -> Any:
-    with torch.device("meta"):
-        return build().eval()
-
-
-def config_of(model: Any) -> dict[str, Any]:
-    return {**model.config, "_class_name": type(model).__name__}
+def on_meta(make: Callable[[], Any]) -> Any:
+    return build(make, "meta", torch.float32)
 
 
 # Generators
-
-
-def unet_of(channels: tuple[int, ...], attends: tuple[bool, ...], **changes: Any) -> Callable[[], Any]:
-    down = tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends)
-    up = tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends))
-    shape = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "cross_attention_dim": 64, **changes}
-    return lambda: diffusers.UNet2DConditionModel(
-        block_out_channels=channels, down_block_types=down, up_block_types=up, **shape
-    )
-
-
-UNETS: Mapping[str, Callable[[], Any]] = {
-    "sd15": unet_of((320, 640, 1280, 1280), (True, True, True, False), attention_head_dim=8),
-    "sdxl": unet_of(
-        (320, 640, 1280),
-        (False, True, True),
-        attention_head_dim=(5, 10, 20),
-        transformer_layers_per_block=(1, 1, 2),
-        use_linear_projection=True,
-    ),
-    "narrow": unet_of((16, 48), (True, False), attention_head_dim=8, norm_num_groups=8, layers_per_block=1),
-}
-
-
-def run_unet(model: Any, batch: int, height: int, width: int) -> Callable[[], object]:
-    like = {"device": model.device, "dtype": model.dtype}
-    latent, text = torch.zeros(batch, 4, height, width, **like), torch.zeros(batch, 77, 64, **like)
-    step = torch.zeros((), device=model.device)
-    return lambda: model(latent, step, encoder_hidden_states=text, return_dict=False)
 
 
 @pytest.mark.parametrize("size", [(2, 96, 128), (1, 33, 50)])
@@ -124,108 +88,17 @@ def test_a_unet_needs_what_the_plan_says(name: str, size: tuple[int, int, int]) 
 def test_shapes_alone_give_the_figure_of_numbers() -> None:
     size = (2, 16, 24)
     on_shapes = live_bytes(run_unet(on_meta(UNETS["narrow"]), *size))
-    assert live_bytes(run_unet(UNETS["narrow"]().eval(), *size)) == pytest.approx(on_shapes, rel=0.02)
-
-
-def run_sd3(like: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.zeros(1, 16, height, width, **like),
-        "timestep": torch.zeros(1, device="meta"),
-        "encoder_hidden_states": torch.zeros(1, 333, 4096, **like),
-        "pooled_projections": torch.zeros(1, 2048, **like),
-    }
-
-
-def run_flux1(like: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    tokens = height * width // 4
-    return {
-        "hidden_states": torch.zeros(1, tokens, 64, **like),
-        "timestep": torch.zeros(1, **like),
-        "guidance": torch.zeros(1, **like),
-        "encoder_hidden_states": torch.zeros(1, 512, 4096, **like),
-        "pooled_projections": torch.zeros(1, 768, **like),
-        "img_ids": torch.zeros(tokens, 3, **like),
-        "txt_ids": torch.zeros(512, 3, **like),
-    }
-
-
-def run_flux2(like: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    tokens = height * width // 4
-    return {
-        "hidden_states": torch.zeros(1, tokens, 128, **like),
-        "timestep": torch.zeros(1, **like),
-        "encoder_hidden_states": torch.zeros(1, 512, 7680, **like),
-        "img_ids": torch.zeros(tokens, 4, device="meta"),
-        "txt_ids": torch.zeros(512, 4, device="meta"),
-    }
-
-
-def run_qwen(like: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    return {
-        "hidden_states": torch.zeros(1, height * width // 4, 64, **like),
-        "timestep": torch.zeros(1, **like),
-        "encoder_hidden_states": torch.zeros(1, 200, 3584, **like),
-        "encoder_hidden_states_mask": None,
-        "img_shapes": [[(1, height // 2, width // 2)]],
-    }
-
-
-def run_z_image(like: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    return {
-        "x": [torch.zeros(16, 1, height, width, **like)],
-        "t": torch.zeros(1, device="meta"),
-        "cap_feats": [torch.zeros(200, 2560, **like)],
-    }
-
-
-Arguments = Callable[[dict[str, Any], int, int], dict[str, Any]]
-# Real widths, few layers: more of them need no more at a time.
-TRANSFORMERS: Mapping[str, tuple[Callable[[], Any], Arguments]] = {
-    "sd3.5-medium": (
-        lambda: diffusers.SD3Transformer2DModel(
-            num_layers=2,
-            num_attention_heads=24,
-            caption_projection_dim=1536,
-            pos_embed_max_size=384,
-            qk_norm="rms_norm",
-            dual_attention_layers=(0,),
-        ),
-        run_sd3,
-    ),
-    "sd3.5-large": (
-        lambda: diffusers.SD3Transformer2DModel(
-            num_layers=2,
-            num_attention_heads=38,
-            caption_projection_dim=2432,
-            pos_embed_max_size=192,
-            qk_norm="rms_norm",
-        ),
-        run_sd3,
-    ),
-    "flux1": (
-        lambda: diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True),
-        run_flux1,
-    ),
-    "flux2-klein": (
-        lambda: diffusers.Flux2Transformer2DModel(
-            num_layers=1, num_single_layers=1, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
-        ),
-        run_flux2,
-    ),
-    "qwen-image": (lambda: diffusers.QwenImageTransformer2DModel(num_layers=2), run_qwen),
-    "z-image": (
-        lambda: diffusers.ZImageTransformer2DModel(n_layers=2, n_refiner_layers=1, axes_lens=[2048, 512, 512]),
-        run_z_image,
-    ),
-}
+    assert live_bytes(run_unet(build(UNETS["narrow"], "cpu", torch.float32), *size)) == pytest.approx(
+        on_shapes, rel=0.02
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_needs_what_the_plan_says(name: str, dtype: str) -> None:
-    build, arguments = TRANSFORMERS[name]
+    make, arguments = TRANSFORMERS[name]
     kind = getattr(torch, dtype)
-    model = on_meta(lambda: build().to(kind))
+    model = build(make, "meta", kind)
     for height, width in ((64, 64), (128, 160)):
         given = arguments({"device": "meta", "dtype": kind}, height, width)
         expected_bytes = live_bytes(lambda given=given: model(**given, return_dict=False))  # type: ignore[misc]
@@ -334,6 +207,31 @@ def test_a_lua_that_computes_in_bfloat16_needs_what_the_plan_says(scale: int) ->
     assert lua_bytes(net.spec, 2, 16, 24, scale, "bfloat16", "cpu") == pytest.approx(live_bytes(run), rel=QUARTER)
 
 
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("name", ["small", "pocket", "medium"])
+def test_a_lua_prepared_for_a_cpu_needs_what_the_plan_says(name: str, scale: int) -> None:
+    net = PreparedLua(Lua(LUAS[name]).eval(), torch.float32)
+    for batch, height, width in ((1, 24, 32), (2, 30, 16)):
+        latent = torch.zeros(batch, 16, height, width)
+        net(latent, scale)  # the indices of a size are kept
+        expected_bytes = live_bytes(lambda latent=latent: net(latent, scale))  # type: ignore[misc]
+        found_bytes = prepared_lua_bytes(LUAS[name], batch, height, width, scale, "float32")
+        assert found_bytes == pytest.approx(expected_bytes, rel=QUARTER)
+
+
+@pytest.mark.parametrize("size", [(1, 16, 16), (1, 64, 64)])
+def test_prepared_in_bfloat16_it_keeps_the_scores_of_some_windows(size: tuple[int, int, int]) -> None:
+    # Plain layers: not every CPU has oneDNN's bfloat16. What attends is chosen by the block.
+    net = PreparedLua(Lua(LUAS["pocket"]).eval(), torch.bfloat16, packed=False)
+    for blocks, _ in net.groups:
+        for block in blocks:
+            block.attends_plainly = True
+    latent = torch.zeros(size[0], 16, *size[1:])
+    net(latent, 2)
+    expected_bytes = live_bytes(lambda: net(latent, 2))
+    assert prepared_lua_bytes(LUAS["pocket"], *size, 2, "bfloat16") == pytest.approx(expected_bytes, rel=QUARTER)
+
+
 def test_a_lua_keeps_the_bias_of_every_block() -> None:
     net = Lua(PRESETS["pocket"]).eval()
     with torch.inference_mode():
@@ -401,8 +299,12 @@ def pocket() -> Bundle:
 
 @pytest.fixture(scope="module")
 def route(pocket: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Route:
+    """Its upscalers as plain networks, since which form is faster differs between machines."""
     route = Route.open(pocket, CPU, torch.float32)
-    route.pixel = PixelUpscaler.open({2: swinir_file(tmp_path_factory.mktemp("swinir"))}, CPU, torch.float32)
+    assert pocket.lua is not None
+    route.lua = TorchEngine(read_lua(pocket.lua), CPU, torch.float32)
+    net = read_lua(swinir_file(tmp_path_factory.mktemp("swinir")))
+    route.pixel = PixelUpscaler({2: net}, CPU, torch.float32)
     return route
 
 
@@ -410,30 +312,6 @@ def route(pocket: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Route:
 def plan(pocket: Bundle, route: Route) -> MemoryPlan:
     assert route.pixel is not None
     return replace(MemoryPlan.read(pocket, "cpu", "float32"), swinir={2: route.pixel.nets[2].spec})
-
-
-def measured(route: Route, work: Work) -> dict[str, int]:
-    """Live bytes of each stage, run one after the other."""
-    width_px, height_px = work.base_px
-    item = DrawItem("a red sphere", "", 1, width_px, height_px, 2, work.guidance_scale)
-    stages: dict[str, int] = {}
-    latents: list[Tensor] = []
-
-    def generate() -> None:
-        drawn = route.generate([item] * work.items, lambda step, steps: None, set)
-        latents.extend(latent for latent in drawn if latent is not None)
-
-    stages["generate"] = live_bytes(generate)
-    images: list[Tensor | None] = []
-    if work.method in ("lua", "bicubic") and work.scale > 1:
-        route.upscale_items(latents, work.scale, work.method)  # a LUA keeps its biases from the first call on
-        stages["upscale"] = live_bytes(lambda: route.upscale_items(latents, work.scale, work.method))
-        latents = route.upscale_items(latents, work.scale, work.method)
-    stages["decode"] = live_bytes(lambda: images.extend(route.decode_items(latents, work.decode or "exact")))
-    if work.method == "swinir":
-        route.upscale_pixels(images, work.scale)
-        stages["upscale"] = live_bytes(lambda: route.upscale_pixels(images, work.scale))
-    return stages
 
 
 @pytest.mark.parametrize(
@@ -452,7 +330,7 @@ def test_every_stage_of_a_job_is_within_a_quarter_of_what_was_measured(
     route: Route, plan: MemoryPlan, work: Work
 ) -> None:
     estimate = plan.estimate(work)
-    found, expected = dict(estimate.stages), measured(route, work)
+    found, expected = dict(estimate.stages), measure_stages(route, work, "cpu")
     assert set(found) == set(expected)
     for stage, expected_bytes in expected.items():
         assert found[stage] == pytest.approx(expected_bytes, rel=QUARTER), stage  # type: ignore[index]
@@ -475,19 +353,14 @@ def loaded_bytes(*models: Any) -> int:
 
 def test_the_weights_are_those_that_are_loaded(pocket: Bundle, route: Route, plan: MemoryPlan) -> None:
     pipeline = route.generator.pipeline
-    loaded = loaded_bytes(pipeline.unet, pipeline.vae, pipeline.text_encoder, route.lua)
-    assert route.lua is not None
-    swinir_bytes = sum(spec_bytes(pocket, scale) for scale in pocket.swinir)
-    expected_bytes = loaded + lua_kept_bytes(route.lua.spec) + swinir_bytes
+    assert pocket.lua is not None
+    upscalers = [read_lua(path) for path in (pocket.lua, *pocket.swinir.values())]
+    model_bytes = loaded_bytes(pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    kept_bytes = sum(lua_kept_bytes(net.spec) for net in upscalers)
+    expected_bytes = model_bytes + loaded_bytes(*upscalers) + kept_bytes
     assert plan.weights_bytes == pytest.approx(expected_bytes, rel=0.01)
     half = MemoryPlan.read(pocket, "cpu", "bfloat16")
-    halved = loaded_bytes(pipeline.unet, pipeline.vae, pipeline.text_encoder) / 2
-    assert half.weights_bytes == pytest.approx(plan.weights_bytes - halved, rel=0.01)  # upscalers stay float32
-
-
-def spec_bytes(bundle: Bundle, scale: int) -> int:
-    net = PixelUpscaler.open({scale: bundle.swinir[scale]}, CPU, torch.float32).nets[scale]
-    return loaded_bytes(net) + lua_kept_bytes(net.spec)
+    assert half.weights_bytes == pytest.approx(expected_bytes - model_bytes / 2, rel=0.01)  # upscalers stay float32
 
 
 def test_a_pipeline_on_the_hub_has_no_estimate_and_says_what_to_do(pocket: Bundle) -> None:
@@ -624,6 +497,7 @@ def test_more_items_pixels_or_scale_never_need_less(plan: MemoryPlan) -> None:
 
 def test_what_is_said_twice_is_the_same() -> None:
     assert TILE_PX == pixel_upscale.TILE_PX
+    assert activation_bytes.LOGITS_BYTES == LOGITS_BYTES
     for force in (None, False, True):
         for channels in (4, 16):
             for name in ("float32", "bfloat16", "float16"):

@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from models.bundle import Bundle, read_bundle, write_bundle
 from models.bundle_descriptor import Limits
+from models.engines import TorchEngine
 from models.memory_plan import MemoryPlan
 from models.route import Route
 from service import claims as claims_module
@@ -98,7 +99,7 @@ def small_device(memory_bytes: int = 2048 * MIB, **others: Loaded) -> Device:
 
 
 def test_a_device_comes_back_from_its_json(plan: MemoryPlan) -> None:
-    device = Device("cuda", 24 << 30, {"a": Loaded("bfloat16", 5, plan.lua), "b": Loaded("float32", 7)})
+    device = Device("cuda", 24 << 30, {"a": Loaded("bfloat16", 5, plan.lua, prepared=True), "b": Loaded("float32", 7)})
     assert Device.from_json(device.to_json()) == device
 
 
@@ -142,13 +143,13 @@ def test_a_bundle_has_what_the_others_leave(bundle: Bundle, plan: MemoryPlan, me
 def test_places_are_those_of_the_workers_that_serve_the_bundle(memory: BundleMemory) -> None:
     devices = [
         small_device(1000),
-        Device("cuda", 3000, {"large": Loaded("bfloat16", 7)}),
+        Device("cuda", 3000, {"large": Loaded("bfloat16", 7, prepared=True)}),
         Device("cuda", 9000, {"another": Loaded("bfloat16", 0)}),
     ]
     places = find_places("large", {"large": memory}, devices, read_settings())
-    assert [(p.memory_bytes, p.others_bytes, p.plan.device, p.plan.dtype) for p in places] == [
-        (1000, 0, "cpu", "float32"),
-        (3000, 7, "cuda", "bfloat16"),
+    assert [(p.memory_bytes, p.others_bytes, p.plan.device, p.plan.dtype, p.plan.prepared) for p in places] == [
+        (1000, 0, "cpu", "float32", False),
+        (3000, 7, "cuda", "bfloat16", True),
     ]
     assert find_places("large", {"large": memory}, [], read_settings()) == ()
     assert find_places("large", {"large": BundleMemory({})}, devices, read_settings()) == ()
@@ -427,8 +428,9 @@ def test_a_worker_finds_the_share_of_each_bundle(bundle: Bundle, plan: MemoryPla
     route = Route.open(bundle, torch.device("cpu"), torch.float32)
     device, places = _find_places({"large": bundle}, {"large": route}, read_settings(device_memory_bytes=1000 * MIB))
     assert (device.kind, device.memory_bytes) == ("cpu", 1000 * MIB)
-    assert places["large"] == Place(replace(plan, lua=places["large"].plan.lua), 1000 * MIB)
-    assert route.lua is not None and device.bundles["large"].lua == route.lua.spec
+    assert isinstance(route.lua, TorchEngine)
+    assert places["large"] == Place(replace(plan, prepared=route.lua.prepared), 1000 * MIB)
+    assert device.bundles["large"] == Loaded("float32", 0, route.lua.spec, route.lua.prepared)
     found, _ = _find_places({"large": bundle}, {"large": route}, read_settings())
     assert found.memory_bytes == usable_bytes("cpu", machine_memory_bytes())
     assert json.loads(device.to_json())["bundles"]["large"]["dtype"] == "float32"
