@@ -22,13 +22,16 @@ REFUSED_OPERATORS = frozenset(
 )
 
 
-def write_onnx(program: ExportedProgram, path: Path, output: str) -> tuple[Path, ...]:
+def write_onnx(
+    program: ExportedProgram, path: Path, output: str, inline_limit_bytes: int = INLINE_LIMIT_BYTES
+) -> tuple[Path, ...]:
     """Writes a program of one input and one output, and checks what it wrote.
 
     Args:
         program: From `export.graphs.trace`.
         path: Where to; large weights go to `path` + ".data".
         output: The name that the output gets.
+        inline_limit_bytes: Weights above it go beside the graph.
 
     Returns:
         The files written, the graph first.
@@ -55,7 +58,7 @@ def write_onnx(program: ExportedProgram, path: Path, output: str) -> tuple[Path,
             raise ArtefactError(f"no ONNX graph could be made: {str(error).splitlines()[0]}") from error
         if converted is None:
             raise ArtefactError("no ONNX graph could be made: the exporter gave nothing back")
-        converted.save(str(path), external_data=size_bytes > INLINE_LIMIT_BYTES)
+        converted.save(str(path), external_data=size_bytes > inline_limit_bytes)
     onnx.checker.check_model(str(path), full_check=True)
     check_graph(onnx.load(str(path), load_external_data=False).graph, path.name)
     data = path.with_name(path.name + ".data")
@@ -90,7 +93,9 @@ def open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
         raise ArtefactError("onnxruntime is missing; install it with: pip install 'giantleap[cpu]'") from error
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
-        raise ArtefactError(f"this onnxruntime has no {provider}; for a GPU: pip install 'giantleap[gpu]'")
+        raise ArtefactError(
+            f"this onnxruntime has no {provider}; for a GPU: pip install 'giantleap[gpu]', else --device cpu"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()

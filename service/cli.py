@@ -14,6 +14,7 @@ import typer
 
 from models.bundle import BundleError
 from service.cli_bundle import app as bundle_commands
+from service.cli_export import app as export_commands
 from service.cli_local import generate, models, protocol, upscale
 from service.cli_options import (
     BundleOption,
@@ -37,6 +38,7 @@ for command in (generate, upscale, models):
     app.command()(command)
 app.add_typer(bench, name="bench")
 app.add_typer(bundle_commands, name="bundle")
+app.add_typer(export_commands, name="export")
 
 
 @app.command()

@@ -1,0 +1,110 @@
+"""`giantleap export` and `giantleap export check`: artefacts for other engines than torch, compared with it.
+
+`service.cli` mounts these commands. Torch and all that follows from it are imported inside them.
+"""
+
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from export.manifest import ArtefactError, Compatibility, Engine, Part, Precision
+from models.bundle import Bundle, BundleError, read_bundle
+from service.cli_options import BundleOption, DeviceOption, settings_from, stop
+from service.settings import Settings
+
+app = typer.Typer(invoke_without_command=True, help="Artefacts for onnxruntime, TensorRT and AOTInductor.")
+
+EngineOption = Annotated[Engine, typer.Option(help="What is to run them.")]
+PrecisionOption = Annotated[Precision, typer.Option(help="What the network computes in.")]
+ScaleOption = Annotated[list[int] | None, typer.Option("--scale", help="Scale heads; none: all of the bundle.")]
+PartOption = Annotated[list[str] | None, typer.Option("--part", help="lua, decoder (ONNX only) or both; none: lua.")]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Directory; none: exports/BUNDLE-ENGINE-PRECISION below GIANTLEAP_DATA_DIR.")
+]
+MaxBatchOption = Annotated[int, typer.Option(help="TensorRT: largest batch.", min=1, max=64)]
+WorkspaceOption = Annotated[int, typer.Option(help="TensorRT: memory for kernels, in MiB.", min=1)]
+CompatibilityOption = Annotated[Compatibility, typer.Option(help="TensorRT: which other GPUs may run the plan.")]
+
+
+@app.callback()
+def export(
+    context: typer.Context,
+    bundle: BundleOption = None,
+    engine: EngineOption = "onnx",
+    precision: PrecisionOption = "fp32",
+    scale: ScaleOption = None,
+    part: PartOption = None,
+    out: OutOption = None,
+    device: DeviceOption = None,
+    max_batch: MaxBatchOption = 8,
+    workspace_mib: WorkspaceOption = 4096,
+    compatibility: CompatibilityOption = "none",
+) -> None:
+    """Write one graph per scale head and keep them if they agree with PyTorch at several batches and sizes."""
+    if context.invoked_subcommand is not None:
+        return
+    settings = settings_from(bundle=bundle, device=device)
+    source = _read(settings)
+
+    from export.build import Request, export_bundle
+    from export.tensorrt_plans import PlanOptions
+    from models.foreign_weights import CheckpointError
+    from models.route import choose_device
+
+    plan = PlanOptions(max_batch, workspace_mib * 2**20, compatibility, settings.data_dir / "tensorrt-timing.cache")
+    target = out or settings.data_dir / "exports" / f"{source.name}-{engine}-{precision}"
+    _configure(settings)
+    try:
+        where = choose_device(settings.device)
+        request = Request(source, engine, precision, target, tuple(scale or ()), _parts(part), where, plan)
+        export_bundle(request, typer.echo)
+    except (ArtefactError, BundleError, CheckpointError, OSError, ValueError) as error:
+        stop(str(error))
+    typer.echo(f"wrote {target}")
+
+
+@app.command()
+def check(
+    directory: Annotated[Path, typer.Argument(help="From an earlier export.")],
+    bundle: BundleOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Compare an export with its bundle, with this machine, and each artefact with PyTorch again."""
+    settings = settings_from(bundle=bundle, device=device)
+    source = _read(settings)
+
+    from export.build import check_directory
+    from models.foreign_weights import CheckpointError
+    from models.route import choose_device
+
+    _configure(settings)
+    try:
+        check_directory(directory, source, choose_device(settings.device), typer.echo)
+    except (ArtefactError, BundleError, CheckpointError, OSError, ValueError) as error:
+        stop(str(error))
+    typer.echo(f"{directory} fits bundle {source.name} and this machine")
+
+
+def _parts(names: list[str] | None) -> tuple[Part, ...]:
+    known: tuple[Part, ...] = get_args(Part)
+    unknown = set(names or ()) - set(known)
+    if unknown:
+        stop(f"part {min(unknown)}: there are {', '.join(known)}")
+    return tuple(part for part in known if part in (names or ("lua",)))
+
+
+def _read(settings: Settings) -> Bundle:
+    try:
+        return read_bundle(settings.bundle[0])
+    except BundleError as error:
+        stop(str(error))
+
+
+def _configure(settings: Settings) -> None:
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()
+    if settings.torch_threads > 0:
+        torch.set_num_threads(settings.torch_threads)

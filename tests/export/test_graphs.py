@@ -1,0 +1,103 @@
+"""What is exported computes what the networks compute, before any converter has touched it."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan
+from torch import Tensor
+
+from export.graphs import DTYPES, DecoderGraph, LuaGraph
+from export.manifest import Precision
+from models.decode import decode_plain
+from models.decoder_check import UnknownDecoderError
+from models.lua import Lua
+from models.lua_spec import LuaSpec
+
+SPECS = {
+    "published": LuaSpec(4, 12, (2,), 2, window=4, num_feat=8),
+    "pocket": LuaSpec(4, 12, (2,), 2, window=4, num_feat=8, bicubic_skip=True, latent_norm=True),
+    "rgb": LuaSpec(3, 12, (2,), 2, window=4, num_feat=8, image_mean=(0.4, 0.5, 0.6)),
+}
+
+
+def random_lua(spec: LuaSpec, spread: float = 0.2) -> Lua:
+    torch.manual_seed(0)
+    net = Lua(spec).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(0.0, spread)
+    if spec.latent_norm:
+        net.set_latent_statistics(torch.linspace(-1, 1, spec.channels), torch.linspace(0.5, 4, spec.channels))
+    return net
+
+
+def random_vae(name: str) -> Any:
+    torch.manual_seed(0)
+    kl: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+    }
+    video = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    video |= {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    vae: Any = {
+        "kl": lambda: AutoencoderKL(**kl, latent_channels=4),
+        "flux2": lambda: AutoencoderKLFlux2(**kl, latent_channels=4),
+        "qwen": lambda: AutoencoderKLQwenImage(**video),
+        "wan": lambda: AutoencoderKLWan(**video),
+    }[name]()
+    return vae.eval()
+
+
+def latents(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("scale", [2, 4])
+def test_in_float32_the_graph_is_the_core(name: str, scale: int) -> None:
+    net = random_lua(SPECS[name])
+    latent = latents(3, net.spec.channels, 8, 12)
+    with torch.inference_mode():
+        assert torch.allclose(LuaGraph(net, scale, "fp32")(latent), net.core(latent, scale), atol=1e-6)
+
+
+def test_the_graph_holds_one_head_and_leaves_the_network_alone() -> None:
+    net = random_lua(SPECS["pocket"])
+    before = {name: (value.dtype, value.clone()) for name, value in net.state_dict().items()}
+    graph = LuaGraph(net, 4, "bf16")
+    names = set(graph.state_dict())
+    assert not any("heads" in name for name in names) and any(name.startswith("head.upsample.2") for name in names)
+    for name, value in net.state_dict().items():
+        assert value.dtype == before[name][0] and torch.equal(value, before[name][1])
+
+
+@pytest.mark.parametrize(("precision", "most"), [("bf16", 0.05), ("fp16", 0.01)])
+def test_half_types_round_the_network_but_neither_statistics_nor_skip(precision: Precision, most: float) -> None:
+    net = random_lua(SPECS["pocket"], spread=0.02)
+    graph, latent = LuaGraph(net, 2, precision), latents(2, 4, 8, 12)
+    assert graph.latent_mean is not None and graph.latent_mean.dtype == torch.float32
+    with torch.inference_mode():
+        expected, found = net.core(latent, 2), graph(latent)
+    assert found.dtype == torch.float32
+    # Statistics of up to 4 times 8 bits of mantissa would be off by 0.015 everywhere; the network adds little here.
+    assert 0 < (found - expected).abs().max() < most
+    assert {each.dtype for each in graph.backbone.parameters()} == {DTYPES[precision]}
+
+
+@pytest.mark.parametrize("name", ["kl", "flux2", "qwen", "wan"])
+def test_the_decoder_is_the_plain_decode_whatever_the_switches(name: str) -> None:
+    vae, latent = random_vae(name), latents(2, 4, 6, 5)
+    expected = decode_plain(vae, latent)
+    vae.use_slicing = vae.use_tiling = True
+    with torch.inference_mode():
+        assert torch.allclose(DecoderGraph(vae, torch.float32)(latent), expected, atol=1e-6)
+    assert vae.use_slicing and vae.use_tiling, "the VAE itself stays as it was"
+
+
+def test_an_unknown_autoencoder_is_refused() -> None:
+    with pytest.raises(UnknownDecoderError):
+        DecoderGraph(torch.nn.Identity(), torch.float32)
