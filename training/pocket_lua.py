@@ -32,6 +32,7 @@ EMA_DECAY = 0.998
 SAVE_EVERY_S = 420.0
 X4_UNITS = 2.5  # an x4 step takes so many times the pictures of an x2 step: its small latents are a quarter
 FLOOR = 1e-2  # square error at 26 dB, about that of the photographs: better pictures count less
+CLIPPED = 0.97  # four levels from black or white, where the noise of a camera or a JPEG leaves what was clipped
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,22 @@ STAGES = {
     "2": Stage(0.004, 2.0, latent_l1=1.0, latent_fourier=0.1, picture_shrunk=0.1, picture_high=0.05),
     "3": Stage(0.008, 2.0, picture_l1=10.0, picture_fourier=1.0, picture_eagle=5e-5),
     "linear": Stage(0.01, 8.0, is_linear=True),
-    "square": Stage(0.004, 2.0, picture_square=1.0),
+    "square": Stage(0.003, 2.0, picture_square=1.0),
 }
 
 
 def mean_log_square(error: Tensor) -> Tensor:
     """Mean over the batch of the logarithm of each picture's mean square: what a mean of decibels weighs."""
     return (error.square().flatten(1).mean(dim=1) + FLOOR).log().mean()
+
+
+def shown_error(decoded: Tensor, pictures: Tensor) -> Tensor:
+    """The error of a decoded picture, zero where it lies beyond black or white and the picture is black or white.
+
+    Such values are clamped when shown. A clamp of all values would lose the gradient of those that are wrong.
+    """
+    is_hidden = ((decoded < -1.0) & (pictures < -CLIPPED)) | ((decoded > 1.0) & (pictures > CLIPPED))
+    return (decoded - pictures).masked_fill(is_hidden, 0.0)
 
 
 def stage_loss(stage: Stage, grown: Tensor, large: Tensor, decoded: Tensor | None, pictures: Tensor | None) -> Tensor:
@@ -106,7 +116,7 @@ def picture_terms(stage: Stage, decoded: Tensor, pictures: Tensor) -> list[Tenso
             stage.picture_eagle * eagle(decoded, pictures),
         ]
     if stage.picture_square:
-        terms.append(stage.picture_square * mean_log_square(decoded - pictures))
+        terms.append(stage.picture_square * mean_log_square(shown_error(decoded, pictures)))
     return terms
 
 

@@ -89,7 +89,7 @@ def _colour(rng: np.random.Generator, image: Tensor) -> Tensor:
     image = luma + math.exp(rng.uniform(-0.8, 1.5)) * chroma[:, order.tolist()]
     tint = torch.from_numpy(np.exp(rng.normal(0.0, rng.uniform(0.0, 0.35), 3)).astype(np.float32)).view(1, 3, 1, 1)
     image = (image * tint).clamp(0.0, 1.0) ** math.exp(rng.uniform(-0.5, 0.6))
-    low, high = rng.uniform(0.0, 0.15), rng.uniform(0.7, 1.05)
+    low, high = rng.uniform(-0.15, 0.1), rng.uniform(0.75, 1.1)  # half of the views clip at black, a third at white
     return (low + (high - low) * image).clamp(0.0, 1.0)
 
 

@@ -21,6 +21,7 @@ from training.pocket_lua import (
     channel_weights,
     mean_log_square,
     picture_map,
+    shown_error,
     stage_loss,
     train_lua,
     validate,
@@ -158,6 +159,15 @@ def test_logarithm_weighs_pictures_alike() -> None:
     better_last[1] /= 2.0
     gain_first, gain_last = (mean_log_square(error) - mean_log_square(e) for e in (better_first, better_last))
     assert float(gain_first) == pytest.approx(float(gain_last), rel=0.05)
+
+
+def test_error_beyond_a_clipped_black_or_white_does_not_count() -> None:
+    decoded = torch.tensor([-1.5, 1.5, -0.5, 0.5, -1.5, 1.5], requires_grad=True)
+    pictures = torch.tensor([-1.0, 1.0, -1.0, 1.0, 0.0, 0.0])
+    error = shown_error(decoded, pictures)
+    assert error.tolist() == [0.0, 0.0, 0.5, -0.5, -1.5, 1.5]
+    (gradient,) = torch.autograd.grad(error.square().sum(), decoded)
+    assert gradient.tolist() == [0.0, 0.0, 1.0, -1.0, -3.0, 3.0]
 
 
 def test_batches_hold_about_the_same_pixels_whatever_the_size() -> None:
