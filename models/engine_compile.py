@@ -68,7 +68,8 @@ class CompileEngine:
         if scale not in self._compiled:
             raise EngineError("engine torch-compile is closed")
         height, width = latent.shape[-2:]
-        padded = pad_to_window(latent.to(self._device, torch.float32), self.spec.window).contiguous()
+        padded = pad_to_window(latent.to(self._device, torch.float32), self.spec.window)
+        padded = padded.clone(memory_format=torch.contiguous_format)  # else one made elsewhere is compiled for anew
         if self._device.type == "cuda":
             grown = self._replay(padded, scale)
         else:

@@ -41,7 +41,7 @@ class LatentUpscaler(Protocol):
         ...
 
 
-class PreparationError(RuntimeError):
+class PreparationError(ValueError):
     """The prepared form does not compute what the network does."""
 
 

@@ -9,7 +9,7 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
@@ -23,7 +23,7 @@ from torch import Tensor
 from models.bundle import Bundle, check_files
 from models.bundle_descriptor import DecodeName, Method
 from models.checkpoints import read_lua
-from models.engines import Engine, TorchEngine
+from models.engines import Artefact, Engine, EngineName, open_engine
 from models.generator import CancelCheck, DrawItem, Generator, StepWatcher
 from models.images import to_signed
 from models.lua import pad_to_window
@@ -145,10 +145,25 @@ class Route:
         self.dtype = dtype
 
     @classmethod
-    def open(cls, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Self:
+    def open(
+        cls,
+        bundle: Bundle,
+        device: torch.device,
+        dtype: torch.dtype,
+        engine: EngineName = "torch",
+        artefacts: Mapping[int, Artefact] | None = None,
+    ) -> Self:
         """Load everything that the bundle names; nothing runs yet (`warm`).
 
+        Args:
+            bundle: What to load.
+            device: Where to.
+            dtype: The compute type.
+            engine: What runs LUA.
+            artefacts: Its exported graphs by scale, for the engines that run them; checked by the caller.
+
         Raises:
+            EngineError: the engine cannot run here.
             BundleError: a weight file is not the one that the bundle was made with, or LUA does not fit it.
             VaeError: the VAE is of an unknown class or not of the bundle's latent space.
             CheckpointError: the LUA weights cannot be read.
@@ -159,7 +174,7 @@ class Route:
         if bundle.lua is not None:
             net = read_lua(bundle.lua)
             bundle.check_lua(net.spec)
-            lua = TorchEngine.open(net, device, dtype)
+            lua = open_engine(engine, net, device, dtype, artefacts)
         pixel = PixelUpscaler.open(bundle.swinir, device, dtype) if bundle.swinir else None
         generator = Generator.open(bundle, device, dtype)
         tiny = None if bundle.tiny_vae is None else read_tiny(bundle.tiny_vae, device, dtype)

@@ -219,11 +219,12 @@ def _bundles(settings: Settings) -> list[Bundle]:
 
 
 def _route(settings: Settings, bundle: Bundle) -> "Route":
-    from models.route import Route, choose_device, choose_dtype
+    from models.route import choose_device, choose_dtype
+    from service.engine_files import open_route
 
     try:
         device = choose_device(settings.device)
-        return Route.open(bundle, device, choose_dtype(settings.dtype, device, bundle.dtype))
+        return open_route(bundle, settings, device, choose_dtype(settings.dtype, device, bundle.dtype))
     except ValueError as error:
         stop(str(error))
 

@@ -255,7 +255,7 @@ def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
             mean=None if space.mean is None else list(space.mean),
             std=None if space.std is None else list(space.std),
         ),
-        engine=settings.engine,
+        engine="torch" if bundle.lua is None else settings.engine,
     )
 
 

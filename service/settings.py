@@ -31,7 +31,14 @@ class Settings(BaseSettings):
         (POCKET_BUNDLE,),
         description="Bundle directories to serve, comma-separated; the first is the default.",
     )
-    engine: Literal["torch"] = Field("torch", description="What runs the LUA network.")
+    engine: Literal["torch", "torch-compile", "onnx", "tensorrt", "aoti"] = Field(
+        "torch", description="What runs LUA: torch, torch-compile, or onnx, tensorrt, aoti on exported artefacts."
+    )
+    engine_dir: Path | None = Field(
+        None,
+        description="Artefacts of `giantleap export`, of several bundles each in a directory of its name; "
+        "none: `exports/BUNDLE-ENGINE-fp32` in the data directory.",
+    )
     device: str = Field(
         "auto",
         description="cpu, cuda or cuda:N; auto takes cuda:0 where there is one and says so in the log.",

@@ -25,6 +25,7 @@ from service.batch_run import BatchRun, Drain, Outcome, Output, Stop, to_items, 
 from service.batching import LatentGrid, count_items, output_latent_px, plan_batch, slice_items
 from service.claims import Claim, Claims, open_redis
 from service.device_memory import Device, machine_memory_bytes, usable_bytes
+from service.engine_files import open_route
 from service.errors import BadConfiguration, DoesNotFit, StorageFull
 from service.fitting import Place, find_places, most_items, read_memory, require_fit, share_device
 from service.jobs import GenerateParams, Job, JobError, JobState
@@ -51,7 +52,7 @@ def run_worker(settings: Settings, stop: threading.Event) -> None:
     port is set. Returns normally after a stop, having finished or handed back every claim.
 
     Raises:
-        BadConfiguration: a bundle, a checkpoint, the device or the dtype does not fit.
+        BadConfiguration: a bundle, a checkpoint, the device, the dtype or the engine does not fit.
         NotReady: Redis did not answer for two minutes.
     """
     redis_url = _require_url(settings)
@@ -252,8 +253,9 @@ def _open_route(bundle: Bundle, settings: Settings, metrics: Metrics) -> Route:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device, bundle.dtype)
     fields: dict[str, object] = {"bundle": bundle.name, "device": str(device), "dtype": str(dtype)}
+    fields["engine"] = settings.engine
     log.info("worker loading", extra={"fields": fields})
-    route = Route.open(bundle, device, dtype)
+    route = open_route(bundle, settings, device, dtype)
     warmed = route.warm(bundle.defaults.base_width_px, bundle.defaults.base_height_px, steps=2)
     for (method, scale), stages_s in warmed.items():
         metrics.observe_stages(bundle.name, method, scale, route.engine, stages_s, warmup=True)

@@ -23,3 +23,14 @@ def tiny_bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bundles") / "tiny"
     write_tiny_bundle(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx_dir(tiny_bundle_dir: Path) -> Path:
+    """The LUA of `tiny_bundle_dir` as ONNX, both scales; read-only. Takes seconds of a processor."""
+    from export.build import Request, export_bundle
+    from models.bundle import read_bundle
+
+    directory = tiny_bundle_dir.parent / "tiny-onnx"
+    export_bundle(Request(read_bundle(tiny_bundle_dir), "onnx", "fp32", directory))
+    return directory

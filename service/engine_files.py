@@ -1,0 +1,65 @@
+"""Opens a bundle with the engine that the settings name, after checking the exported artefacts that it runs.
+
+The check is `export.manifest.check_manifest`: artefacts that are damaged, or were made from another bundle or for
+another machine, are refused with the command that builds the right ones. Imports torch.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from export.machine import read_machine
+from export.manifest import FILE, check_manifest
+from export.manifest import Artefact as Exported
+from models.bundle import Bundle
+from models.engine_onnx import load_onnxruntime
+from models.engine_tensorrt import load_tensorrt
+from models.engines import Artefact, Profile
+from models.route import Route
+from service.settings import Settings
+
+
+def open_route(bundle: Bundle, settings: Settings, device: torch.device, dtype: torch.dtype) -> Route:
+    """Load a bundle as the settings say; nothing runs yet.
+
+    Raises:
+        ValueError: as `find_artefacts`, as `models.engines.open_engine`, or as `Route.open`.
+        OSError: the pipeline lacks a file.
+    """
+    artefacts = find_artefacts(bundle, settings, device)
+    return Route.open(bundle, device, dtype, settings.engine, artefacts)
+
+
+def find_artefacts(bundle: Bundle, settings: Settings, device: torch.device) -> Mapping[int, Artefact]:
+    """The exported LUA of a bundle by scale; none for an engine that runs none, or a bundle without LUA.
+
+    Raises:
+        EngineError: the engine's library, provider or GPU is missing.
+        ArtefactError: the artefacts are missing, damaged, or not for this bundle or machine.
+    """
+    engine = settings.engine
+    if bundle.lua is None or engine == "torch" or engine == "torch-compile":
+        return {}
+    if engine == "onnx":
+        load_onnxruntime(device)
+    elif engine == "tensorrt":
+        load_tensorrt(device)
+    directory = artefact_directory(bundle, settings)
+    scales = bundle.scales_of("lua")[1:]
+    manifest = check_manifest(directory, bundle, engine=engine, scales=scales, machine=read_machine(device))
+    found = {scale: manifest.get("lua", scale) for scale in scales}
+    return {scale: _to_artefact(directory, each) for scale, each in found.items() if each is not None}
+
+
+def artefact_directory(bundle: Bundle, settings: Settings) -> Path:
+    """Where a bundle's artefacts lie: the directory of the settings or, where several bundles share it, one below."""
+    if settings.engine_dir is None:
+        return settings.data_dir / "exports" / f"{bundle.name}-{settings.engine}-fp32"
+    own = settings.engine_dir / bundle.name
+    return own if len(settings.bundle) > 1 or (own / FILE).is_file() else settings.engine_dir
+
+
+def _to_artefact(directory: Path, exported: Exported) -> Artefact:
+    profiles = tuple(Profile(each.name, each.least, each.most) for each in exported.profiles)
+    return Artefact(directory / exported.file, exported.input, exported.output, profiles)
