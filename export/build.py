@@ -39,7 +39,7 @@ from export.manifest import (
     read_manifest,
     vae_directory,
 )
-from export.onnx_files import OPSET, open_onnx, write_onnx
+from export.onnx_files import OPSETS, open_onnx, write_onnx
 from export.parity import Runner, choose_cases, compare
 from export.tensorrt_plans import PlanOptions, build_plan, load_tensorrt, open_plan, plan_profiles, trtexec_line
 from models.bundle import Bundle, check_files, file_hash
@@ -272,7 +272,7 @@ def _export_part(request: Request, reference: Reference, folder: Path, part: Par
     profiles: tuple[Profile, ...] = ()
     line = None
     if engine == "onnx":
-        written = write_onnx(program, path, OUTPUTS[part])
+        written = write_onnx(program, path, OUTPUTS[part], precision)
     elif engine == "aoti":
         written = write_aoti(program, path)
     else:
@@ -303,7 +303,7 @@ def _export_part(request: Request, reference: Reference, folder: Path, part: Par
         channels=space.channels,
         side_multiple=unit,
         output_stride=space.stride_px if scale is None else scale,
-        opset=None if engine == "aoti" else OPSET,
+        opset=None if engine == "aoti" else OPSETS[precision],
         profiles=profiles,
         parity=parity,
         trtexec=line,
@@ -313,7 +313,9 @@ def _export_part(request: Request, reference: Reference, folder: Path, part: Par
 def _write_plan(request: Request, program: Any, path: Path, profiles: Sequence[Profile]) -> Path:
     trt = load_tensorrt()
     with tempfile.TemporaryDirectory() as scratch:
-        graph = write_onnx(program, Path(scratch) / path.with_suffix(".onnx").name, OUTPUTS["lua"])[0]
+        graph = write_onnx(program, Path(scratch) / path.with_suffix(".onnx").name, OUTPUTS["lua"], request.precision)[
+            0
+        ]
         channels = request.bundle.latent_space.channels
         path.write_bytes(build_plan(trt, graph, channels, profiles, request.precision, request.plan))
     return path

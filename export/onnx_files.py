@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from export.manifest import INPUT, ArtefactError
+from export.manifest import INPUT, ArtefactError, Precision
 
-OPSET = 20  # the first with Gelu; every later operator that the graphs need is older
+# 20 is the first with Gelu, 22 the first whose Conv takes bfloat16.
+OPSETS: dict[Precision, int] = {"fp32": 20, "fp16": 20, "bf16": 22}
 INLINE_LIMIT_BYTES = 64 * 2**20  # weights above it go to a file beside the graph; one ONNX file ends at 2 GiB
 # Control flow and scattered writes are slow or missing in engines, and a sign that something was traced wrongly.
 REFUSED_OPERATORS = frozenset(
@@ -23,7 +24,11 @@ REFUSED_OPERATORS = frozenset(
 
 
 def write_onnx(
-    program: ExportedProgram, path: Path, output: str, inline_limit_bytes: int = INLINE_LIMIT_BYTES
+    program: ExportedProgram,
+    path: Path,
+    output: str,
+    precision: Precision = "fp32",
+    inline_limit_bytes: int = INLINE_LIMIT_BYTES,
 ) -> tuple[Path, ...]:
     """Writes a program of one input and one output, and checks what it wrote.
 
@@ -31,6 +36,7 @@ def write_onnx(
         program: From `export.graphs.trace`.
         path: Where to; large weights go to `path` + ".data".
         output: The name that the output gets.
+        precision: Of the program; it decides the operator set.
         inline_limit_bytes: Weights above it go beside the graph.
 
     Returns:
@@ -52,14 +58,23 @@ def write_onnx(
         warnings.simplefilter("ignore")
         try:
             converted = torch.onnx.export(
-                program, (), dynamo=True, input_names=[INPUT], output_names=[output], opset_version=OPSET, verbose=False
+                program,
+                (),
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=[output],
+                opset_version=OPSETS[precision],
+                verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ArtefactError(f"no ONNX graph could be made: {str(error).splitlines()[0]}") from error
         if converted is None:
             raise ArtefactError("no ONNX graph could be made: the exporter gave nothing back")
         converted.save(str(path), external_data=size_bytes > inline_limit_bytes)
-    onnx.checker.check_model(str(path), full_check=True)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ArtefactError(f"{path.name} is no valid ONNX graph: {_first_line(error)}") from error
     check_graph(onnx.load(str(path), load_external_data=False).graph, path.name)
     data = path.with_name(path.name + ".data")
     return (path, data) if data.exists() else (path,)

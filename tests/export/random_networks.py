@@ -1,0 +1,46 @@
+"""Networks of random weights, small enough to be exported: a LUA of each kind, a VAE of each family."""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan
+
+from models.lua import Lua
+from models.lua_spec import LuaSpec
+
+SPECS = {
+    "published": LuaSpec(4, 12, (2,), 2, window=4, num_feat=8),
+    "pocket": LuaSpec(4, 12, (2,), 2, window=4, num_feat=8, bicubic_skip=True, latent_norm=True),
+    "rgb": LuaSpec(3, 12, (2,), 2, window=4, num_feat=8, image_mean=(0.4, 0.5, 0.6)),
+}
+
+
+def random_lua(spec: LuaSpec, spread: float = 0.2) -> Lua:
+    torch.manual_seed(0)
+    net = Lua(spec).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(0.0, spread)
+    if spec.latent_norm:
+        net.set_latent_statistics(torch.linspace(-1, 1, spec.channels), torch.linspace(0.5, 4, spec.channels))
+    return net
+
+
+def random_vae(name: str) -> Any:
+    torch.manual_seed(0)
+    kl: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+    }
+    video = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    video |= {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    vae: Any = {
+        "kl": lambda: AutoencoderKL(**kl, latent_channels=4),
+        "flux2": lambda: AutoencoderKLFlux2(**kl, latent_channels=4),
+        "qwen": lambda: AutoencoderKLQwenImage(**video),
+        "wan": lambda: AutoencoderKLWan(**video),
+    }[name]()
+    return vae.eval()

@@ -1,0 +1,58 @@
+"""What takes minutes: compiled code, half types, and the decoders of all families, each through its real tools."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.aoti import open_aoti
+from export.build import Request, check_directory, export_bundle
+from export.graphs import DecoderGraph, trace
+from export.manifest import ArtefactError, Precision
+from export.onnx_files import open_onnx, write_onnx
+from models.bundle import read_bundle
+from models.decode import decode_plain
+from tests.export.random_networks import random_vae
+from tests.tiny_bundle import write_tiny_bundle
+
+CPU = torch.device("cpu")
+
+
+def test_a_damaged_package_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lua_x2.pt2").write_bytes(b"no package")
+    with pytest.raises(ArtefactError, match=r"lua_x2\.pt2 cannot be loaded"):
+        open_aoti(tmp_path / "lua_x2.pt2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiled_code_agrees_with_pytorch(tmp_path: Path) -> None:
+    write_tiny_bundle(tmp_path / "tiny")
+    bundle = read_bundle(tmp_path / "tiny")
+    manifest = export_bundle(Request(bundle, "aoti", "fp32", tmp_path / "out", (2,)))
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["lua_x2.pt2", "manifest.json"]
+    assert manifest.artefacts[0].parity.max_error <= 1e-4 and manifest.machine.cpu_capability is not None
+    check_directory(tmp_path / "out", bundle, CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("precision", ["fp16"])
+def test_half_types_run_in_onnxruntime(tmp_path: Path, precision: Precision) -> None:
+    write_tiny_bundle(tmp_path / "tiny")
+    manifest = export_bundle(Request(read_bundle(tmp_path / "tiny"), "onnx", precision, tmp_path / "out", (2,)))
+    parity = manifest.artefacts[0].parity
+    assert 1e-5 < parity.max_error < parity.allowed_error and parity.psnr_db is not None and parity.psnr_db > 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["kl", "flux2", "qwen", "wan"])
+def test_decoders_of_every_family_export(tmp_path: Path, name: str) -> None:
+    vae = random_vae(name)
+    path = tmp_path / "decoder.onnx"
+    write_onnx(trace(DecoderGraph(vae, torch.float32), 4, 1), path, "image")
+    run = open_onnx(path, CPU)
+    for batch, height, width in ((1, 4, 4), (3, 5, 9), (8, 12, 7)):
+        latent = torch.randn(batch, 4, height, width)
+        assert (run(latent) - decode_plain(vae, latent)).abs().max() < 1e-4
