@@ -5,7 +5,7 @@ import shutil
 import statistics
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -300,19 +300,21 @@ async def test_two_hundred_refusals_leave_the_queue_alone_and_take_less_than_50_
         ):
             before = redis_state(redis_client, served.key_prefix)
             body = {"prompt": "a red ball", "width": 8192, "height": 8192, "scale": 4}
-            took_s = []
+            took_s, computed_s = [], []
             for _ in range(REFUSALS):
-                start_s = time.perf_counter()
+                start_s, cpu_s = time.perf_counter(), time.thread_time()
                 answer = await client.post("/generate", json=body)
                 took_s.append(time.perf_counter() - start_s)
+                computed_s.append(time.thread_time() - cpu_s)
                 assert answer.status_code == 422 and answer.json()["code"] == "does_not_fit"
             assert redis_state(redis_client, served.key_prefix) == before
             stats = await broker.stats()
             assert (sum(stats.queued.values()), stats.processing, stats.delayed) == (0, 0, 0)
     finally:
         worker.close()
-    # About 1 ms on an idle machine; the median does not mind a neighbour that takes the processor for a while.
-    assert statistics.median(took_s) < 0.050
+    # 3 ms of computing. On the clock the quickest quarter counts: neighbours take the processors away for a while.
+    assert statistics.median(computed_s) < 0.050
+    assert statistics.quantiles(took_s, n=4)[0] < 0.050
 
 
 def redis_state(client: redis.Redis, prefix: str) -> dict[bytes, int]:
@@ -325,6 +327,13 @@ def redis_state(client: redis.Redis, prefix: str) -> dict[bytes, int]:
 
 
 # Through Redis
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
 
 
 @pytest.mark.anyio
@@ -348,11 +357,9 @@ async def test_the_api_learns_the_devices_of_live_workers_and_forgets_those_that
         redis_client.hset(key, "dead", small_device(333).to_json())
         await broker.read_devices()
         assert [device.memory_bytes for device in broker.devices] == [222], "the dead one has no heartbeat"
+        wait_until(lambda: not redis_client.hexists(key, "dead"))  # the next heartbeat sweeps it away
         redis_client.delete(key)  # as after a loss of Redis: the next heartbeat brings it back
-        deadline_s = time.monotonic() + 30
-        while redis_client.hlen(key) == 0 and time.monotonic() < deadline_s:
-            time.sleep(0.02)
-        assert redis_client.hlen(key) == 1 and redis_client.hget(key, "dead") is None
+        wait_until(lambda: redis_client.hlen(key) == 1)
         for worker in workers[1:]:
             worker.close()
         await broker.read_devices()
