@@ -82,7 +82,7 @@ def pairs(
     frozen: Path = RUNS / "vae_frozen",
     out: Path = RUNS / "pairs",
     pool: PoolFolder = RUNS / "pool",
-    units: Annotated[int, typer.Option(help="How much, in squares of 256 px; the pictures have many sizes.")] = 8000,
+    units: Annotated[int, typer.Option(help="How much, in squares of 256 px; the pictures have many sizes.")] = 14500,
 ) -> None:
     """Encode the pictures that LUA trains on, and the held-out ones."""
     torch.set_num_threads(1)
@@ -146,7 +146,7 @@ def swinir(
 def pack(
     bundle: Path = Path("bundles/pocket"),
     vae_dir: Annotated[Path | None, typer.Option(help="VAE to put in, for example runs/decoder/vae.")] = None,
-    lua_file: Annotated[Path | None, typer.Option(help="Adapter, for example runs/lua3/lua.safetensors.")] = None,
+    lua_file: Annotated[Path | None, typer.Option(help="Adapter, for example runs/square/lua.safetensors.")] = None,
     text_dir: Annotated[Path | None, typer.Option(help="Pipeline, for example runs/text/pipeline.")] = None,
     swinir: Annotated[list[Path] | None, typer.Option(help="Files such as runs/swinir2/swinir_x2.safetensors.")] = None,
 ) -> None:
