@@ -1,0 +1,94 @@
+"""The VAE of a bundle as a training needs it: frozen, encoding to posterior means, decoding with a gradient.
+
+`models.vae.Vae.decode` serves and keeps no gradient; a pixel loss through it would train nothing and say nothing.
+`decode_with_gradient` here is the only decode that a loss may see, and it refuses to return what carries no gradient.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.auto_model import AutoModel
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from models.bundle import Bundle, BundleError
+from models.decode import FRAME_CLASSES
+from models.vae import Vae
+
+
+class NoGradientError(RuntimeError):
+    """A decode for a loss that would train nothing."""
+
+
+def read_vae(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Vae:
+    """Loads the VAE alone, frozen and in eval mode; of the pipeline nothing else is read.
+
+    Args:
+        dtype: What it is asked to compute in; `models.vae.choose_vae_dtype` has the last word.
+
+    Raises:
+        BundleError: The VAE is still on the hub.
+        OSError: A file is missing. VaeError: it is not of the bundle's latent space.
+    """
+    place = bundle.pipeline if bundle.vae is None else bundle.vae.place
+    if not isinstance(place, Path):
+        raise BundleError(
+            f"bundle {bundle.name}: its VAE is on the hub: run `giantleap bundle pull {bundle.name}` first"
+        )
+    model: Any = AutoModel.from_pretrained(
+        str(place / "vae" if bundle.vae is None else place),
+        torch_dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        variant=bundle.variant if bundle.vae is None else None,
+    )
+    model.to(device).requires_grad_(False).eval()
+    return Vae(model, bundle.latent_space, dtype=dtype)
+
+
+def decode_with_gradient(vae: Vae, raw: Tensor, is_checkpointed: bool = True) -> Tensor:
+    """Raw latents to pictures, differentiable in the latents; the VAE's own weights stay as they are.
+
+    Pictures are decoded one after the other. With checkpoints the feature maps of one picture are alive at a time,
+    whatever the batch: the backward pass computes each picture's again.
+
+    Args:
+        vae: Its weights are frozen (`read_vae`).
+        raw: Has a gradient.
+
+    Returns:
+        Pictures whose visible range is [-1, 1]; not clamped.
+
+    **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], float32.
+
+    **Raises** NoGradientError: the latents carry no gradient, or it is lost on the way.
+    """
+    if not (torch.is_grad_enabled() and raw.requires_grad):
+        raise NoGradientError("latents to decode for a loss carry no gradient: the loss would train nothing")
+    images: list[Tensor] = []
+    for latent in raw.to(vae.device, vae.dtype).split(1):
+        if is_checkpointed:
+            images.append(checkpoint(_decode, vae, latent, use_reentrant=False))
+        else:
+            images.append(_decode(vae, latent))
+    decoded = torch.cat(images).float()
+    if not decoded.requires_grad:
+        raise NoGradientError("the decoder lost the gradient: the loss would train nothing")
+    return decoded
+
+
+@torch.no_grad()
+def decode_target(vae: Vae, raw: Tensor) -> Tensor:
+    """The pictures that `decode_with_gradient` is compared with, by the same arithmetic; no gradient.
+
+    **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], float32.
+    """
+    return torch.cat([_decode(vae, latent) for latent in raw.to(vae.device, vae.dtype).split(1)]).float()
+
+
+def _decode(vae: Vae, latent: Tensor) -> Tensor:
+    frames = isinstance(vae.model, FRAME_CLASSES)
+    vae.model.use_tiling = False
+    image: Tensor = vae.model.decode(latent[:, :, None] if frames else latent, return_dict=False)[0]
+    return (image[:, :, 0] if frames else image)[:, :3]
