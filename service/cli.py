@@ -15,7 +15,7 @@ import typer
 from models.bundle import BundleError
 from service.cli_bundle import app as bundle_commands
 from service.cli_export import app as export_commands
-from service.cli_local import generate, models, protocol, upscale
+from service.cli_local import engines, generate, models, protocol, upscale
 from service.cli_options import (
     BundleOption,
     DeviceOption,
@@ -34,6 +34,7 @@ from service.supervisor import serve_api, stop_with_parent
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Enlarge a diffusion latent, decode it once.")
 bench = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
 bench.command()(protocol)
+bench.command()(engines)
 for command in (generate, upscale, models):
     app.command()(command)
 app.add_typer(bench, name="bench")

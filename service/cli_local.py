@@ -1,9 +1,10 @@
-"""Commands that run the route in this process, without Redis or HTTP: models, generate, upscale, bench protocol.
+"""Commands that run the route in this process, without Redis or HTTP: models, generate, upscale and those of bench.
 
 `service.cli` mounts them. Heavy modules (torch, diffusers) are imported inside the functions that need them, so that
 `giantleap --help` and the API processes start fast.
 """
 
+import json
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import replace
@@ -205,6 +206,37 @@ def protocol(
     typer.echo(to_table(results))
     if json_out is not None:
         json_out.write_text("".join(f"{result.to_json()}\n" for result in results))
+
+
+def engines(
+    scale: Annotated[list[int] | None, typer.Option(help="Scales to time; none: all.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also torch-compile, which takes minutes.")] = False,
+    warmups: Annotated[int, typer.Option(help="Runs thrown away first.", min=0)] = 3,
+    runs: Annotated[int, typer.Option(help="Runs that count.", min=1)] = 10,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the rows as JSON lines.")] = None,
+    bundle: BundleOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Time every engine that can run LUA here, in turns, with its error: the table to choose GIANTLEAP_ENGINE by."""
+    settings = settings_from(bundle=bundle, device=device)
+    served = _bundles(settings)[0]
+
+    import torch
+
+    from models.route import choose_device
+    from service.engine_bench import measure_engines, to_table
+
+    try:
+        scales = [choose_scale(served, "lua", each) for each in scale or served.scales_of("lua")[1:]]
+        where = choose_device(settings.device)
+        if settings.torch_threads:
+            torch.set_num_threads(settings.torch_threads)
+        rows = measure_engines(served, settings, where, scales, compiled=compiled, warmups=warmups, runs=runs)
+    except (ValueError, GiantleapError) as error:
+        stop(_reason(error))
+    typer.echo(to_table(rows))
+    if json_out is not None:
+        json_out.write_text("".join(f"{json.dumps(row.to_record())}\n" for row in rows))
 
 
 def _advance(bar: "tqdm[NoReturn]", done: int, total: int = 0) -> None:

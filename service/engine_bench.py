@@ -1,0 +1,199 @@
+"""Times every engine that can run a bundle's LUA here, interleaved, and compares what they answer.
+
+`giantleap bench engines` prints the table. Interleaving makes ratios hold on a busy machine: whatever slows one engine
+slows its neighbours. Imports torch.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from models.bundle import Bundle
+from models.checkpoints import read_lua
+from models.engines import ENGINES, Engine, EngineName, open_engine
+from models.generator import DrawItem
+from models.route import Route, synchronize
+from service.engine_files import find_artefacts
+from service.settings import Settings
+
+DTYPES = (torch.float32, torch.bfloat16)
+SLOW_TO_COMPILE: tuple[EngineName, ...] = ("torch-compile",)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of one call: by the clock, and of all processors together."""
+
+    wall_s: tuple[float, ...]
+    cpu_s: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.wall_s)
+
+    @property
+    def p95_s(self) -> float:
+        return sorted(self.wall_s)[min(len(self.wall_s) - 1, round(0.95 * len(self.wall_s)))]
+
+    @property
+    def median_cpu_s(self) -> float:
+        return statistics.median(self.cpu_s)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]], warmups: int, runs: int, device: torch.device
+) -> dict[str, Timing]:
+    """Time calls in turns, the device at rest at both ends of each."""
+    walls: dict[str, list[float]] = {name: [] for name in calls}
+    cpus: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(warmups + runs):
+        for name, call in calls.items():
+            synchronize(device)
+            wall_s, cpu_s = time.perf_counter(), time.process_time()
+            call()
+            synchronize(device)
+            if number >= warmups:
+                walls[name].append(time.perf_counter() - wall_s)
+                cpus[name].append(time.process_time() - cpu_s)
+    return {name: Timing(tuple(walls[name]), tuple(cpus[name])) for name in calls}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRow:
+    """One engine at one scale, or one that does not run here and the reason.
+
+    `ratio` is the speed over `torch` in float32, `max_error` of raw latents and `psnr_db` of the decoded image against
+    it; an engine on artefacts computes in their type, whatever `dtype` says.
+    """
+
+    engine: str
+    dtype: str
+    scale: int = 0
+    latent: str = ""
+    median_ms: float | None = None
+    p95_ms: float | None = None
+    ratio: float | None = None
+    max_error: float | None = None
+    psnr_db: float | None = None
+    reason: str | None = None
+
+    def to_record(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def open_engines(
+    bundle: Bundle, settings: Settings, device: torch.device, *, compiled: bool
+) -> tuple[dict[str, Engine], dict[str, str]]:
+    """All engines that run here, by a name such as `torch bfloat16`, and why the others do not.
+
+    Args:
+        bundle: With a LUA.
+        settings: Say where artefacts lie.
+        device: Where to run.
+        compiled: Whether to wait for those that compile at their first latent, which takes minutes.
+    """
+    engines: dict[str, Engine] = {}
+    reasons: dict[str, str] = {}
+    assert bundle.lua is not None
+    net = read_lua(bundle.lua)
+    for name in ENGINES:
+        own_dtype = name not in ("torch", "torch-compile")
+        for dtype in (torch.float32,) if own_dtype else DTYPES:
+            label = name if own_dtype else f"{name} {str(dtype).removeprefix('torch.')}"
+            if name in SLOW_TO_COMPILE and not compiled:
+                reasons[label] = "left out; add --compile, which takes minutes"
+                continue
+            try:
+                artefacts = find_artefacts(bundle, settings.model_copy(update={"engine": name}), device)
+                engines[label] = open_engine(name, net, device, dtype, artefacts)
+            except ValueError as error:
+                reasons[label] = str(error)
+    return engines, reasons
+
+
+@torch.inference_mode()
+def measure_engines(
+    bundle: Bundle,
+    settings: Settings,
+    device: torch.device,
+    scales: Sequence[int],
+    *,
+    compiled: bool,
+    warmups: int,
+    runs: int,
+) -> list[EngineRow]:
+    """Draw one latent of the bundle's base size and enlarge it by every engine.
+
+    Raises:
+        ValueError: the bundle has no LUA, or cannot be loaded.
+    """
+    if bundle.lua is None:
+        raise ValueError(f"bundle {bundle.name} has no LUA: {bundle.why_not('lua')}")
+    engines, reasons = open_engines(bundle, settings, device, compiled=compiled)
+    route = Route.open(bundle, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    latent = _draw(route, bundle)
+    size = f"{latent.shape[-2]}x{latent.shape[-1]}"
+    rows = []
+    for scale in scales:
+        answers = {name: engine.run(latent, scale) for name, engine in engines.items()}
+        calls = {name: partial(engine.run, latent, scale) for name, engine in engines.items()}
+        timings = interleave(calls, warmups, runs, device)
+        reference = "torch float32"
+        expected = answers[reference]
+        expected_image = route.vae.decode(expected)
+        for name, timing in timings.items():
+            answer = answers[name]
+            rows.append(
+                EngineRow(
+                    *_split(name),
+                    scale,
+                    size,
+                    1e3 * timing.median_s,
+                    1e3 * timing.p95_s,
+                    timings[reference].median_s / timing.median_s,
+                    float((answer - expected).abs().max()),
+                    None if name == reference else psnr_db(route.vae.decode(answer), expected_image),
+                )
+            )
+    return rows + [EngineRow(*_split(name), reason=reason) for name, reason in reasons.items()]
+
+
+def psnr_db(image: Tensor, expected: Tensor) -> float:
+    """PSNR of images in [-1, 1], clamped to it.
+
+    **Shape** both [batch, 3, height_px, width_px].
+    """
+    error = (image.float().clamp(-1, 1) - expected.float().clamp(-1, 1)).square().mean()
+    return float(10 * torch.log10(4 / error.clamp_min(1e-20)))
+
+
+def to_table(rows: Sequence[EngineRow]) -> str:
+    """The rows as text, by scale and fastest first, then those that do not run."""
+    names = ("engine", "type", "scale", "latent", "median", "p95", "speed", "error", "image")
+    lines = ["{:<14}{:<10}{:>5}{:>10}{:>12}{:>12}{:>8}{:>10}{:>8}".format(*names)]
+    for row in sorted((row for row in rows if row.reason is None), key=lambda row: (row.scale, row.median_ms)):
+        image = "-" if row.psnr_db is None else f"{row.psnr_db:.0f} dB"
+        lines.append(
+            f"{row.engine:<14}{row.dtype:<10}{f'x{row.scale}':>5}{row.latent:>10}{row.median_ms:>9.1f} ms"
+            f"{row.p95_ms:>9.1f} ms{row.ratio:>7.2f}x{row.max_error:>10.1e}{image:>8}"
+        )
+    return "\n".join([*lines, *(f"{row.engine:<14}{row.dtype:<10}{row.reason}" for row in rows if row.reason)])
+
+
+def _split(label: str) -> tuple[str, str]:
+    engine, _, dtype = label.partition(" ")
+    return engine, dtype or "artefact"
+
+
+def _draw(route: Route, bundle: Bundle) -> Tensor:
+    said = bundle.defaults
+    item = DrawItem("", "", 0, said.base_width_px, said.base_height_px, said.steps, said.guidance_scale)
+    (latent,) = route.generate([item], lambda step, steps: None, set)
+    if latent is None:
+        raise ValueError(f"bundle {bundle.name} drew no latent")
+    return latent[None].float()

@@ -1,0 +1,54 @@
+"""The table of engines has a row for each that runs here, and a reason for each that does not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from service.cli import app
+from service.engine_bench import EngineRow, interleave, psnr_db, to_table
+
+# The first test that takes the exported graphs waits for their export.
+pytestmark = pytest.mark.timeout(900)
+
+
+def test_every_engine_is_timed_or_says_why_not(
+    tiny_bundle_dir: Path, tiny_onnx_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIANTLEAP_ENGINE_DIR", str(tiny_onnx_dir))
+    monkeypatch.setenv("GIANTLEAP_LOG_LEVEL", "error")
+    out = tmp_path / "rows.jsonl"
+    words = ["bench", "engines", "--bundle", str(tiny_bundle_dir), "--device", "cpu", "--scale", "2"]
+    ended = CliRunner().invoke(app, [*words, "--warmups", "1", "--runs", "2", "--json", str(out)])
+    assert ended.exit_code == 0, ended.output
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    timed = {(row["engine"], row["dtype"]): row for row in rows if row["reason"] is None}
+    assert set(timed) == {("torch", "float32"), ("torch", "bfloat16"), ("onnx", "artefact")}
+    assert timed["torch", "float32"]["ratio"] == 1 and timed["torch", "float32"]["max_error"] == 0
+    assert timed["onnx", "artefact"]["max_error"] < 1e-4 and timed["onnx", "artefact"]["psnr_db"] > 60
+    assert timed["torch", "bfloat16"]["max_error"] > 0 and timed["torch", "bfloat16"]["latent"] == "8x8"
+    reasons = {row["engine"]: row["reason"] for row in rows if row["reason"] is not None}
+    assert set(reasons) == {"torch-compile", "tensorrt", "aoti"}
+    assert "GPU" in reasons["tensorrt"] and "asked for aoti" in reasons["aoti"]
+    assert all(reason in ended.output.replace("\n", " ") for reason in reasons.values())
+
+
+def test_calls_take_turns_and_warmups_do_not_count() -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    timings = interleave(calls, 1, 2, torch.device("cpu"))
+    assert order == list("ababab")
+    assert [len(timings[name].wall_s) for name in "ab"] == [2, 2]
+
+
+def test_the_fastest_of_a_scale_comes_first() -> None:
+    slow, fast = (EngineRow("torch", name, 2, "8x8", ms, ms, 1.0, 0.0) for name, ms in (("slow", 9.0), ("fast", 3.0)))
+    lines = to_table([EngineRow("aoti", "artefact", reason="not here"), slow, fast]).splitlines()
+    assert [line.split()[1] for line in lines] == ["type", "fast", "slow", "artefact"]
+
+
+def test_psnr_of_a_known_error() -> None:
+    image = torch.zeros(1, 3, 4, 4)
+    assert psnr_db(image + 0.2, image) == pytest.approx(20.0, abs=1e-4)
