@@ -9,7 +9,7 @@ layers, since more need no more at a time), of the bundle with its numbers on th
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from benchmarks.decode import machine
 from benchmarks.live_storage import LiveStorage
 from models.activation_bytes import denoiser_elements, lua_bytes
 from models.bundle import read_bundle
+from models.engines import TorchEngine
 from models.generator import DrawItem
 from models.lua import Lua
 from models.lua_spec import PRESETS
@@ -231,6 +232,8 @@ def measure_networks(device: str, sizes_px: Sequence[int], dtypes: Sequence[str]
         for px in sizes_px:
             for scale in spec.scales:
                 latent = torch.zeros(1, spec.channels, px // 8 // scale, px // 8 // scale, device=device)
+                with torch.inference_mode():
+                    net(latent, scale)  # its biases stay
                 measured = measure_peak(partial(net, latent, scale), device)
                 where: DeviceKind = "cuda" if device == "cuda" else "cpu"
                 estimate = lua_bytes(spec, 1, latent.shape[2], latent.shape[3], scale, "float32", where)
@@ -241,8 +244,9 @@ def measure_networks(device: str, sizes_px: Sequence[int], dtypes: Sequence[str]
 def measure_bundle(directory: Path, device: DeviceKind, dtype: str) -> list[Figures]:
     """Every method of a bundle at its default base size, each scale, one image and two; stage by stage."""
     bundle = read_bundle(directory)
-    plan = MemoryPlan.read(bundle, device, dtype)
     route = Route.open(bundle, torch.device(device), getattr(torch, dtype))
+    prepared = isinstance(route.lua, TorchEngine) and route.lua.prepared
+    plan = replace(MemoryPlan.read(bundle, device, dtype), prepared=prepared)
     rows = []
     for method in bundle.methods:
         for scale in bundle.scales_of(method):

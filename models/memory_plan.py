@@ -287,7 +287,7 @@ class MemoryPlan:
 
     def _upscale_bytes(self, work: Work, latent_height: int, latent_width: int) -> int:
         if work.method == "bicubic":
-            return 4 * work.items * self.channels * latent_height * latent_width * (work.scale**2 + 1)
+            return 4 * work.items * self.channels * latent_height * latent_width * work.scale**2
         if work.method == "swinir":
             return self._pixel_upscale_bytes(work)
         if self.lua is None:

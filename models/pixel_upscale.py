@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoints import CheckpointError, read_lua
-from models.engine_cpu import LatentUpscaler, prepare_lua
+from models.engine_cpu import LatentUpscaler, PreparedLua, prepare_lua
 
 RGB_CHANNELS = 3
 TILE_PX = 512  # side of the largest tile, of the input; its square is the budget of a picture that goes whole
@@ -113,6 +113,11 @@ class PixelUpscaler:
                 )
             nets[scale] = prepare_lua(net, device, dtype)
         return cls(nets, device, dtype)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether all networks run in the form for a CPU."""
+        return all(isinstance(net, PreparedLua) for net in self.nets.values())
 
     @property
     def scales(self) -> tuple[int, ...]:

@@ -282,7 +282,9 @@ def _find_places(
 
 
 def _is_prepared(route: Route) -> bool:
-    return isinstance(route.lua, TorchEngine) and route.lua.prepared
+    """Whether every upscaler of the bundle runs in the form for a CPU; else the plan takes the one that needs more."""
+    latents = route.lua is None or (isinstance(route.lua, TorchEngine) and route.lua.prepared)
+    return latents and (route.pixel is None or route.pixel.prepared)
 
 
 def _find_memory(device: torch.device, settings: Settings) -> tuple[DeviceKind, int]:

@@ -435,9 +435,10 @@ def test_a_worker_finds_the_share_of_each_bundle(bundle: Bundle, plan: MemoryPla
     route = Route.open(bundle, torch.device("cpu"), torch.float32)
     device, places = _find_places({"large": bundle}, {"large": route}, read_settings(device_memory_bytes=1000 * MIB))
     assert (device.kind, device.memory_bytes) == ("cpu", 1000 * MIB)
-    assert isinstance(route.lua, TorchEngine)
-    assert places["large"] == Place(replace(plan, prepared=route.lua.prepared), 1000 * MIB)
-    assert device.bundles["large"] == Loaded("float32", 0, route.lua.spec, route.lua.prepared)
+    assert isinstance(route.lua, TorchEngine) and route.pixel is not None
+    prepared = route.lua.prepared and route.pixel.prepared  # which form is faster differs between machines
+    assert places["large"] == Place(replace(plan, prepared=prepared), 1000 * MIB)
+    assert device.bundles["large"] == Loaded("float32", 0, route.lua.spec, prepared)
     found, _ = _find_places({"large": bundle}, {"large": route}, read_settings())
     assert found.memory_bytes == usable_bytes("cpu", machine_memory_bytes())
     assert json.loads(device.to_json())["bundles"]["large"]["dtype"] == "float32"
