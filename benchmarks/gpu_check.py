@@ -1,13 +1,16 @@
 """What only a GPU can tell, one subcommand each, as JSON in `benchmarks/results/` with the card, driver and versions.
 
 `python -m benchmarks.gpu_check decode` times full-size SDXL and FLUX.1 decoders with random weights by the paper's
-protocol (batch 1, 20 warm-ups, median) and measures the peak of allocated memory. Without CUDA it refuses. The same
-figures of a CPU: `benchmarks/decode.py`.
+protocol (batch 1, 20 warm-ups, median) and measures the peak of allocated memory. `engines` times every engine of LUA
+(`benchmarks/gpu_engines.py`). Without CUDA both refuse. The same figures of a CPU: `benchmarks/decode.py` and
+`benchmarks/engines.py`.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,8 +22,12 @@ import typer
 from torch import Tensor
 
 from benchmarks.decode import METHODS, STRIDE_PX, build_decoder, machine, random_latents, run_decode
+from benchmarks.gpu_engines import VARIANTS, EngineCase, EngineFigures, measure_matrix_rate
+from benchmarks.gpu_engines import line as engine_line
+from benchmarks.gpu_engines import measure_case as measure_engine_case
 from models.decode import decode_exact
 from models.decode_plan import DecodeMethod, DecoderShape, estimate_peak_bytes, plan_decode
+from models.lua import preset as lua_preset
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -206,6 +213,38 @@ def decode(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2) + "\n")
     if any(row.error for row in rows if row.method == "exact"):
+        raise typer.Exit(1)
+
+
+@app.command()
+def engines(
+    preset: Annotated[list[str] | None, typer.Option(help="medium or release; may be repeated.")] = None,
+    latent: Annotated[list[int] | None, typer.Option(help="Side of the square latents; may be repeated.")] = None,
+    scale: Annotated[list[int] | None, typer.Option(help="2 or 4; may be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="May be repeated.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or float16; may be repeated.")] = None,
+    channels: Annotated[int, typer.Option(help="Of the latents.")] = 4,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/gpu_engines.json"),
+) -> None:
+    """LUA by every engine that is installed; status 1 when a target of the H200 is missed."""
+    device = require_cuda()
+    types = [getattr(torch, name) for name in dtype or ["bfloat16", "float16"]]
+    roofs = {each: measure_matrix_rate(device, each) for each in types}
+    rows: list[EngineFigures] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, side, by, items, each in itertools.product(
+            preset or ["medium", "release"], latent or [64, 128, 256], scale or [2, 4], batch or [1, 8], types
+        ):
+            case = EngineCase(name, lua_preset(name, channels), side, by, items, each)
+            done = measure_engine_case(case, device, Path(folder), roofs[each], VARIANTS, WARMUPS, RUNS)
+            rows += done
+            for row in done:
+                typer.echo(engine_line(row))
+    rates = {str(each).removeprefix("torch."): rate for each, rate in roofs.items()}
+    about = {**machine(), **card(device), "matrix_flop_per_s": rates}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": about, "rows": [row.to_record() for row in rows]}, indent=2) + "\n")
+    if any(row.target is not None and (row.ratio or 0.0) < row.target for row in rows):
         raise typer.Exit(1)
 
 

@@ -52,14 +52,14 @@ class CompileEngine:
         self._graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
 
     @classmethod
-    def open(cls, net: Lua, device: torch.device, dtype: torch.dtype) -> "CompileEngine":
-        """Nothing is compiled yet.
+    def open(cls, net: Lua, device: torch.device, dtype: torch.dtype, width_multiple: int = 1) -> "CompileEngine":
+        """Nothing is compiled yet; `width_multiple` is as in `PreparedLua`.
 
         Raises:
             EngineError: there is no compiler for the device.
         """
         require_compiler(device)
-        return cls(PreparedLua(net.to(device), dtype, packed=False), device)
+        return cls(PreparedLua(net.to(device), dtype, packed=False, width_multiple=width_multiple), device)
 
     @torch.inference_mode()
     def run(self, latent: Tensor, scale: int) -> Tensor:
