@@ -35,6 +35,7 @@ from service.errors import (
     StorageFull,
     UnsupportedMediaType,
 )
+from service.front_errors import front_error
 from service.jobs import JobError
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,9 @@ def problem_response(
     if error.status in (429, 503):
         sent["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or _RETRY_LATER_S)))
     body = problem_body(error, request.state.request_id, **members)
+    front = front_error(request.scope["path"].removeprefix(request.scope.get("root_path", "")), body)
+    if front is not None:
+        return Response(json.dumps(front), error.status, sent, "application/json")
     return Response(json.dumps(body), error.status, sent, PROBLEM_TYPE)
 
 

@@ -1,0 +1,191 @@
+"""What the compatible fronts share: a request of another protocol becomes the same job, waited for in the same way.
+
+A front (`front_openai`, `front_kserve`, `front_remote_vae`) reads its protocol, plans with `service.planning`, runs the
+job here and writes the answer in its own form. Its clients know nothing of jobs: one that got no result cannot come
+back for it, so its job is canceled, unless an Idempotency-Key lets it find the job again.
+"""
+
+import asyncio
+import json
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Header, Request, Response
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+
+from service.answers import failed_answer, job_headers, job_problem, warnings_header
+from service.errors import DeadlinePassed, GiantleapError, InvalidRequest, MalformedRequest, NotFound, NotReady
+from service.jobs import Job, JobParams, JobRecord, JobState, Priority
+from service.latents_in import LATENT_TENSOR
+from service.openapi import Responses
+from service.planning import Served
+from service.problems import InvalidFields
+from service.routes_create import read_asked, wait_for_job
+from service.serving import Serving, ServingDep
+
+SMALL_BODY_BYTES = 1 << 20
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_MOST_DIMS = 5
+
+Form = TypeVar("Form", bound=BaseModel)
+
+
+async def read_key(
+    serving: ServingDep,
+    idempotency_key: Annotated[
+        str | None, Header(description="Posting again with the same key finds the first job.")
+    ] = None,
+) -> str | None:
+    """The Idempotency-Key, checked.
+
+    Raises:
+        MalformedRequest: it cannot be read.
+        NotReady: this process is stopping.
+    """
+    return (await read_asked(serving, idempotency_key=idempotency_key)).idempotency_key
+
+
+KeyDep = Annotated[str | None, Depends(read_key)]
+
+
+def find_served(serving: Serving, name: str) -> Served:
+    """The bundle that a path names.
+
+    Raises:
+        NotFound: there is none of that name.
+    """
+    if name not in serving.bundles:
+        raise NotFound(f"no model of that name is served here; there are {', '.join(serving.bundles)}")
+    return serving.bundles[name]
+
+
+def read_form(form: type[Form], values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> Form:
+    """The values as one of our own requests.
+
+    Args:
+        names: What the front calls a field, where that differs.
+
+    Raises:
+        InvalidFields: some are not valid; the fields are named as the front calls them.
+    """
+    try:
+        return form.model_validate(values)
+    except ValidationError as error:
+        raise InvalidFields(to_fields(error, names)) from error
+
+
+def to_fields(error: ValidationError, names: Mapping[str, str] | None = None) -> tuple[tuple[str, str], ...]:
+    """pydantic's errors as field and reason, without the values."""
+    found = []
+    for item in error.errors(include_url=False, include_input=False):
+        name = ".".join(map(str, item["loc"]))[:64] or "body"
+        found.append(((names or {}).get(name, name), str(item["msg"])))
+    return tuple(found)
+
+
+def wrap_tensor(dtype: str, shape: Sequence[int], data: bytes) -> bytes:
+    """Bare bytes of a tensor as a safetensors file, so that they pass the checks of every other latent.
+
+    A batch of one video of one frame, [1, C, 1, h, w], loses its first side: those checks know four dimensions.
+
+    Args:
+        dtype: A key of `ITEM_BYTES`.
+        shape: As sent.
+        data: Little-endian, in C order.
+
+    Raises:
+        InvalidRequest: the shape has a bad number of dimensions, or a side below 1.
+        MalformedRequest: shape and dtype do not fit the number of bytes.
+    """
+    if not 1 <= len(shape) <= _MOST_DIMS or min(shape) < 1:
+        raise InvalidRequest(f"the tensor's shape has {len(shape)} sides; send 2 to {_MOST_DIMS}, all of them positive")
+    # The product of hostile sides may be too long to print.
+    if math.prod(shape) * ITEM_BYTES[dtype] != len(data):
+        raise MalformedRequest(f"the tensor has {len(data)} bytes, which its shape and datatype do not make")
+    sides = list(shape[1:] if len(shape) == _MOST_DIMS and shape[0] == 1 else shape)
+    header = json.dumps({LATENT_TENSOR: {"dtype": dtype, "shape": sides, "data_offsets": [0, len(data)]}}).encode()
+    header += b" " * (-len(header) % 8)
+    return b"".join((len(header).to_bytes(8, "little"), header, data))
+
+
+def new_job(served: Served, params: JobParams, priority: Priority = Priority.HIGH, warnings: Sequence[str] = ()) -> Job:
+    """A job of now, with an id of its own."""
+    return Job(str(uuid.uuid4()), served.bundle.name, priority, time.time(), params, tuple(warnings))
+
+
+async def run_job(
+    request: Request, serving: Serving, job: Job, blob: bytes | None, key: str | None
+) -> JobRecord | Response:
+    """Enqueue and wait: the record of a job that succeeded, or the answer that says why it did not.
+
+    Raises:
+        GiantleapError: the queue did not take it (`Broker.enqueue`).
+        ClientDisconnect: the client went away.
+
+    **Effects** cancels a job whose client gets no result and has no key to find it by.
+    """
+    enqueued = await serving.broker.enqueue(job, blob, key)
+    return await finish_job(request, serving, enqueued.job_id, key)
+
+
+async def finish_job(request: Request, serving: Serving, job_id: str, key: str | None) -> JobRecord | Response:
+    """As `run_job`, of a job that was enqueued."""
+    longest_s = serving.settings.wait_timeout_s
+    try:
+        record = await wait_for_job(request, serving, job_id, longest_s)
+    except ClientDisconnect:
+        await abandon_job(serving, job_id, key)
+        raise
+    if record.state is JobState.SUCCEEDED:
+        return record
+    if record.state.final:
+        return failed_answer(request, record)
+    await abandon_job(serving, job_id, key)
+    error: GiantleapError = DeadlinePassed(f"the job did not finish within {longest_s:.0f} s")
+    if serving.stopping.is_set():
+        error = NotReady("this process is stopping; send the request again", retry_after_s=1)
+    return job_problem(request, record, error)
+
+
+async def abandon_job(serving: Serving, job_id: str, key: str | None) -> None:
+    """Cancel the job of a client that will get no result, unless its key lets it come back."""
+    if key is None:
+        await serving.broker.cancel(job_id)
+
+
+async def read_results(serving: Serving, record: JobRecord) -> list[bytes]:
+    """Every file that the job made.
+
+    Raises:
+        NotFound: one was dropped to make room.
+    """
+    read = (serving.broker.read_result(record.job.id, index) for index in range(len(record.results)))
+    found = await asyncio.gather(*read)
+    contents = [content for content in found if content is not None]
+    if len(contents) != len(found):
+        raise NotFound("the result was dropped to make room before it was read; send the request again")
+    return contents
+
+
+def answer_headers(record: JobRecord) -> dict[str, str]:
+    """The headers of a front's good answer: those of every answer about a job, and the warnings."""
+    headers = job_headers(record)
+    warnings = warnings_header((*record.job.warnings, *record.warnings))
+    return headers if warnings is None else headers | {"X-Warnings": warnings}
+
+
+def describe_errors(form: type[BaseModel], *statuses: int, good: Mapping[str, Any] | None = None) -> Responses:
+    """The OpenAPI description of a front's errors, all of one form, beside its good answer where that needs words."""
+    described: Responses = {} if good is None else {200: dict(good)}
+    for status in (*statuses, 500):
+        described[status] = {"model": form, "description": HTTPStatus(status).phrase}
+        if status in (429, 503):
+            described[status]["headers"] = {
+                "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds after which to try again."}
+            }
+    return described

@@ -1,0 +1,346 @@
+"""KServe v2, the Open Inference Protocol: a latent in, the larger latent or its images out, over the same jobs.
+
+A bundle is a model. Its one input is `latent`; of its two outputs, `latent` and `image`, a request gets the one that it
+names. Tensors are JSON numbers or follow the JSON as bytes (the binary tensor extension). `docs/fronts.md` has the
+parameters.
+"""
+
+import asyncio
+import base64
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Header, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.errors import MalformedRequest, NotReady, PayloadTooLarge, UnsupportedMediaType
+from service.front_errors import KSERVE_PATH
+from service.front_jobs import (
+    SMALL_BODY_BYTES,
+    KeyDep,
+    answer_headers,
+    describe_errors,
+    find_served,
+    new_job,
+    read_form,
+    read_results,
+    run_job,
+    to_fields,
+    wrap_tensor,
+)
+from service.jobs import JobRecord, Priority, UpscaleParams
+from service.latents_in import OCTETS_TYPE, SAFETENSORS_TYPE, read_latent
+from service.negotiation import JSON_TYPE
+from service.openapi import file_content
+from service.planning import Served, prepare_upscale
+from service.problems import InvalidFields
+from service.routes_health import find_reasons
+from service.schemas import OutputFormat, UpscaleQuery
+from service.serving import Serving, ServingDep
+
+router = APIRouter(prefix=KSERVE_PATH, tags=["KServe v2"])
+
+# JSON numbers take up to 30 times their size once parsed; a latent that is larger than this goes as bytes.
+MOST_JSON_BYTES = 8 << 20
+MOST_JSON_VALUES = 1 << 20
+_DATATYPES = {"FP32": "F32", "FP16": "F16", "BF16": "BF16"}
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class InputParameters(_Form):
+    binary_data_size: int | None = Field(default=None, ge=0, description="Bytes of this tensor after the JSON.")
+
+
+class InferInput(_Form):
+    """The tensor to enlarge."""
+
+    name: Literal["latent"]
+    datatype: Literal["FP32", "FP16", "BF16"]
+    shape: list[int] = Field(min_length=1, max_length=5)
+    parameters: InputParameters = InputParameters()
+    data: list[Any] | None = Field(default=None, description="Numbers, flat or nested; only FP32.")
+
+
+class OutputParameters(_Form):
+    binary_data: bool | None = Field(default=None, description="Send this output as bytes after the JSON.")
+
+
+class InferOutput(_Form):
+    name: Literal["latent", "image"]
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferParameters(_Form):
+    """How to enlarge; each as in the query of /upscale."""
+
+    scale: int | None = None
+    method: str | None = None
+    scaled: bool = False
+    latent_space: str | None = None
+    decode: str | None = None
+    width: int | None = None
+    height: int | None = None
+    output_format: OutputFormat | None = Field(default=None, description="Of the output image; png if left out.")
+    priority: Literal[0, 1, 2] = Field(default=0, description="0 and 1: high; 2: low.")
+    binary_data_output: bool = Field(
+        default=False, description="Send outputs as bytes where they do not say themselves."
+    )
+
+
+class InferRequest(_Form):
+    """An inference request of one input and one output."""
+
+    id: str | None = Field(default=None, max_length=256)
+    parameters: InferParameters = InferParameters()
+    inputs: list[InferInput] = Field(min_length=1, max_length=1)
+    outputs: list[InferOutput] = Field([InferOutput(name="latent")], min_length=1, max_length=1)
+
+
+class KServeError(BaseModel):
+    error: str
+
+
+class TensorMetadata(BaseModel):
+    name: str
+    datatype: str
+    shape: list[int] = Field(description="-1: any number.")
+
+
+class ServerMetadata(BaseModel):
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ModelMetadata(BaseModel):
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ServerLive(BaseModel):
+    live: bool
+
+
+class ServerReady(BaseModel):
+    ready: bool
+
+
+class ModelReady(BaseModel):
+    name: str
+    ready: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """A request that was read and planned."""
+
+    asked: InferRequest
+    params: UpscaleParams
+    blob: bytes
+
+    @property
+    def output(self) -> InferOutput:
+        return self.asked.outputs[0]
+
+    @property
+    def binary(self) -> bool:
+        said = self.output.parameters.binary_data
+        return self.asked.parameters.binary_data_output if said is None else said
+
+
+@router.get("")
+async def get_server() -> ServerMetadata:
+    """What this server is, and the extensions that it knows."""
+    return ServerMetadata(name="giantleap", version=version("giantleap"), extensions=["binary_tensor_data"])
+
+
+@router.get("/health/live")
+async def get_live() -> ServerLive:
+    """This process answers."""
+    return ServerLive(live=True)
+
+
+@router.get("/health/ready", responses=describe_errors(KServeError, 503))
+async def get_ready(serving: ServingDep) -> ServerReady:
+    """Requests are accepted and run."""
+    await _require_ready(serving)
+    return ServerReady(ready=True)
+
+
+@router.get("/models/{model}", responses=describe_errors(KServeError, 404))
+async def get_model(model: str, serving: ServingDep) -> ModelMetadata:
+    """The tensors of a bundle: raw latents, and files of images."""
+    bundle = find_served(serving, model).bundle
+    latent = TensorMetadata(name="latent", datatype="FP32", shape=[-1, bundle.latent_space.channels, -1, -1])
+    image = TensorMetadata(name="image", datatype="BYTES", shape=[-1])
+    return ModelMetadata(name=model, versions=[], platform="giantleap", inputs=[latent], outputs=[latent, image])
+
+
+@router.get("/models/{model}/ready", responses=describe_errors(KServeError, 404, 503))
+async def get_model_ready(model: str, serving: ServingDep) -> ModelReady:
+    """Requests for this bundle are accepted and run."""
+    find_served(serving, model)
+    await _require_ready(serving)
+    return ModelReady(name=model, ready=True)
+
+
+async def _require_ready(serving: Serving) -> None:
+    if reasons := await find_reasons(serving):
+        raise NotReady("; ".join(reasons))
+
+
+_EITHER_FORM: dict[str, Any] = {JSON_TYPE: {"schema": {"type": "object"}}} | file_content(OCTETS_TYPE)
+
+
+@router.post(
+    "/models/{model}/infer",
+    response_class=Response,
+    responses=describe_errors(KServeError, 400, 404, 413, 415, 422, 429, 503, 504, good={"content": _EITHER_FORM}),
+    openapi_extra={"requestBody": {"required": True, "content": _EITHER_FORM}},
+)
+async def post_infer(
+    model: str,
+    request: Request,
+    serving: ServingDep,
+    key: KeyDep,
+    inference_header_content_length: Annotated[
+        int | None, Header(ge=0, description="Bytes of the JSON, where a tensor follows it.")
+    ] = None,
+) -> Response:
+    """Enlarge a latent: to the larger latent, or decoded once to images."""
+    served = find_served(serving, model)
+    _require_type(request)
+    body = await request.body()
+    given = (body, inference_header_content_length, served, serving)
+    inference = plan_infer(*given) if len(body) <= SMALL_BODY_BYTES else await asyncio.to_thread(plan_infer, *given)
+    priority = Priority.LOW if inference.asked.parameters.priority == 2 else Priority.HIGH
+    ended = await run_job(request, serving, new_job(served, inference.params, priority), inference.blob, key)
+    if isinstance(ended, Response):
+        return ended
+    results = await read_results(serving, ended)
+    return await asyncio.to_thread(write_infer, inference, ended, results)
+
+
+def _require_type(request: Request) -> None:
+    """Raises:
+    UnsupportedMediaType: the body is compressed, or declared as something else than JSON or bytes.
+    """
+    declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if declared not in ("", JSON_TYPE, OCTETS_TYPE):
+        raise UnsupportedMediaType(f"content type {declared[:80]!r}; send {JSON_TYPE} or {OCTETS_TYPE}")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("the body is compressed; send it as it is")
+
+
+def plan_infer(body: bytes, json_bytes: int | None, served: Served, serving: Serving) -> Inference:
+    """Read and check the whole request.
+
+    Args:
+        body: JSON, and the tensor's bytes where `json_bytes` is given.
+        json_bytes: Inference-Header-Content-Length.
+
+    Raises:
+        GiantleapError: it cannot be read, or a value is not valid or beyond a limit.
+    """
+    asked = _read_request(body, json_bytes)
+    tensor, parameters, output = asked.inputs[0], asked.parameters, asked.outputs[0]
+    if output.name == "latent" and parameters.output_format is not None:
+        raise InvalidFields((("output_format", "is of images; leave it out with the output latent"),))
+    dtype = _DATATYPES[tensor.datatype]
+    latent = wrap_tensor(dtype, tensor.shape, _tensor_bytes(tensor, body, json_bytes))
+    own = parameters.model_dump(exclude_none=True, exclude={"priority", "binary_data_output"})
+    query = read_form(UpscaleQuery, own | {"output": output.name})
+    bundle, settings = served.bundle, serving.settings
+    file_format = parameters.output_format or "png"
+    params, blob = prepare_upscale(
+        query, latent, SAFETENSORS_TYPE, bundle, settings, file_format, serving.places(bundle.name)
+    )
+    inference = Inference(asked, params, blob)
+    values = params.batch_items * params.channels * params.latent_height * params.latent_width * params.scale**2
+    if output.name == "latent" and not inference.binary and values > MOST_JSON_VALUES:
+        raise InvalidFields((("outputs", f"would be {values} JSON numbers; ask for binary_data"),))
+    return inference
+
+
+def _read_request(body: bytes, json_bytes: int | None) -> InferRequest:
+    text = body if json_bytes is None else body[:json_bytes]
+    if json_bytes is not None and json_bytes > len(body):
+        raise MalformedRequest(f"Inference-Header-Content-Length is {json_bytes}; the body has {len(body)} bytes")
+    if len(text) > MOST_JSON_BYTES:
+        raise PayloadTooLarge(f"the JSON has {len(text)} bytes; at most {MOST_JSON_BYTES}; send the tensor as bytes")
+    try:
+        return InferRequest.model_validate_json(text)
+    except ValidationError as error:
+        if any(item["type"] == "json_invalid" for item in error.errors(include_input=False)):
+            raise MalformedRequest("the request is not valid JSON") from error
+        raise InvalidFields(to_fields(error)) from error
+
+
+def _tensor_bytes(tensor: InferInput, body: bytes, json_bytes: int | None) -> bytes:
+    """The tensor's bytes, from after the JSON or from its numbers."""
+    size_bytes = tensor.parameters.binary_data_size
+    if json_bytes is not None:
+        if size_bytes is None or tensor.data is not None or size_bytes != len(body) - json_bytes:
+            raise MalformedRequest(
+                f"{len(body) - json_bytes} bytes follow the JSON; the input's binary_data_size must say so, and no data"
+            )
+        return body[json_bytes:]
+    if tensor.data is None or size_bytes is not None:
+        raise MalformedRequest("the input has no data; a tensor as bytes needs Inference-Header-Content-Length")
+    if tensor.datatype != "FP32":
+        raise InvalidFields((("inputs.0.datatype", f"is {tensor.datatype}, which has no JSON form; send bytes"),))
+    try:
+        values = np.asarray(tensor.data)
+    except ValueError as error:
+        raise InvalidFields((("inputs.0.data", "has rows of different lengths"),)) from error
+    if values.dtype.kind not in "iuf" or (values.ndim > 1 and list(values.shape) != tensor.shape):
+        raise InvalidFields((("inputs.0.data", "must be numbers, flat or nested as the shape says"),))
+    with np.errstate(over="ignore"):  # what overflows is refused as not finite
+        return values.astype("<f4").tobytes()
+
+
+def write_infer(inference: Inference, record: JobRecord, results: list[bytes]) -> Response:
+    """The answer: JSON, with the output's numbers in it or its bytes after it.
+
+    In JSON an image is base64 text, which its parameter content_type says.
+    """
+    described: dict[str, Any] = {"name": inference.output.name}
+    following = b""
+    if inference.output.name == "latent":
+        latent = read_latent(results[0], SAFETENSORS_TYPE)
+        described |= {"datatype": "FP32", "shape": list(latent.shape)}
+        if inference.binary:
+            following = latent.astype("<f4").tobytes()
+        else:
+            described["data"] = latent.ravel().tolist()
+    else:
+        described |= {"datatype": "BYTES", "shape": [len(results)]}
+        if inference.binary:
+            following = b"".join(len(file).to_bytes(4, "little") + file for file in results)
+        else:
+            described["data"] = [base64.b64encode(file).decode() for file in results]
+            described["parameters"] = {"content_type": "base64"}
+    if inference.binary:
+        described["parameters"] = {"binary_data_size": len(following)}
+    params = record.job.params
+    answer = {
+        "model_name": record.job.bundle,
+        "parameters": {"job_id": record.job.id, "scale": params.scale, "method": params.method},
+        "outputs": [described],
+    }
+    if inference.asked.id is not None:
+        answer["id"] = inference.asked.id
+    text = json.dumps(answer).encode()
+    headers = answer_headers(record)
+    if inference.binary:
+        headers["Inference-Header-Content-Length"] = str(len(text))
+    return Response(text + following, 200, headers, OCTETS_TYPE if inference.binary else JSON_TYPE)

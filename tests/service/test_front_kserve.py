@@ -1,0 +1,285 @@
+"""KServe v2 as Triton's own HTTP client speaks it, and what that client cannot send: broken and hostile bodies."""
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ml_dtypes  # tritonclient's own type for BF16, which it brings with it
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
+
+from service.errors import QueueFull
+from service.jobs import Priority, UpscaleParams
+from tests.service.fake_broker import fail, stay_queued
+from tests.service.front_fakes import LATENT, STAGES, FileBroker, build_app, read_pixels, write_front_bundles
+from tests.service.live_server import live_server
+from tests.service.paper_bundle import CHANNELS
+
+pytestmark = pytest.mark.timeout(120)
+
+SHIFT, SCALE = 0.25, 0.5  # of the paper bundle's latent space
+INFER = "/v2/models/paper/infer"
+
+
+@pytest.fixture(scope="module")
+def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return write_front_bundles(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="module")
+def live(bundle_dirs: tuple[Path, ...]) -> Iterator[tuple[FileBroker, str]]:
+    broker = FileBroker()
+    with live_server(build_app(broker, bundle_dirs)) as url:
+        yield broker, url
+
+
+@pytest.fixture
+def broker(live: tuple[FileBroker, str]) -> Iterator[FileBroker]:
+    """The live server's, empty and without faults again."""
+    broker = live[0]
+    broker.end, broker.refusal, broker.live_workers = broker.work, None, 1
+    broker.records.clear()
+    broker.blobs.clear()
+    return broker
+
+
+@pytest.fixture
+def url(live: tuple[FileBroker, str], broker: FileBroker) -> str:
+    return live[1]
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(url.removeprefix("http://"), network_timeout=60) as client:
+        yield client
+
+
+def to_input(latent: np.ndarray, datatype: str = "FP32", binary: bool = True) -> triton.InferInput:
+    tensor = triton.InferInput("latent", list(latent.shape), datatype)
+    tensor.set_data_from_numpy(latent, binary_data=binary)
+    return tensor
+
+
+def ask(name: str, binary: bool = True) -> list[triton.InferRequestedOutput]:
+    return [triton.InferRequestedOutput(name, binary_data=binary)]
+
+
+def enlarge(latent: np.ndarray, scale: int) -> np.ndarray:
+    return latent.repeat(scale, 2).repeat(scale, 3)
+
+
+def body_of(latent: np.ndarray, **changes: Any) -> dict[str, Any]:
+    tensor = {"name": "latent", "datatype": "FP32", "shape": list(latent.shape), "data": latent.ravel().tolist()}
+    return {"inputs": [tensor | changes.pop("tensor", {})], **changes}
+
+
+def send(url: str, content: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
+    return httpx.post(url, content=content, headers=headers, timeout=60, verify=False)  # no certificates to load
+
+
+def post(url: str, body: dict[str, Any], tail: bytes | None = None, **headers: str) -> httpx.Response:
+    text = json.dumps(body).encode()
+    if tail is not None:
+        headers["Inference-Header-Content-Length"] = str(len(text))
+    return send(url + INFER, content=text + (tail or b""), headers=headers)
+
+
+def assert_error(answer: httpx.Response, status: int, *words: str) -> None:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json" and set(answer.json()) == {"error"}
+    assert all(word in answer.json()["error"] for word in words), answer.text
+
+
+def test_the_client_finds_the_server_and_its_models(client: triton.InferenceServerClient, broker: FileBroker) -> None:
+    assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("flux")
+    server = client.get_server_metadata()
+    assert server["name"] == "giantleap" and server["extensions"] == ["binary_tensor_data"]
+    model = client.get_model_metadata("paper")
+    assert model["inputs"] == [{"name": "latent", "datatype": "FP32", "shape": [-1, CHANNELS, -1, -1]}]
+    assert [output["name"] for output in model["outputs"]] == ["latent", "image"]
+    broker.live_workers = 0
+    assert client.is_server_live() and not client.is_server_ready() and not client.is_model_ready("paper")
+    assert not client.is_model_ready("unknown")
+    with pytest.raises(InferenceServerException, match="paper, flux"):
+        client.get_model_metadata("unknown")
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_latent_comes_back_enlarged(client: triton.InferenceServerClient, broker: FileBroker, binary: bool) -> None:
+    answer = client.infer(
+        "paper", [to_input(LATENT, binary=binary)], outputs=ask("latent", binary), request_id="r1",
+        parameters={"scale": 4, "method": "bicubic"},
+    )  # fmt: skip
+    np.testing.assert_array_equal(answer.as_numpy("latent"), enlarge(LATENT, 4))
+    (job,) = broker.jobs
+    assert isinstance(job.params, UpscaleParams) and (job.params.method, job.params.output) == ("bicubic", "latent")
+    said = answer.get_response()
+    assert said["id"] == "r1" and said["model_name"] == "paper" and said["parameters"]["job_id"] == job.id
+
+
+def test_the_bundles_defaults_hold_where_nothing_is_asked(
+    client: triton.InferenceServerClient, broker: FileBroker
+) -> None:
+    answer = client.infer("paper", [to_input(LATENT[0])])
+    np.testing.assert_array_equal(answer.as_numpy("latent"), enlarge(LATENT, 2))
+    assert broker.jobs[0].params.method == "lua" and broker.jobs[0].priority is Priority.HIGH
+    client.infer("paper", [to_input(LATENT)], priority=2)
+    assert broker.jobs[1].priority is Priority.LOW
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "BF16"])
+def test_half_precision_comes_in_as_its_own_values(
+    client: triton.InferenceServerClient, broker: FileBroker, datatype: str
+) -> None:
+    latent = LATENT.astype(np.float16 if datatype == "FP16" else ml_dtypes.bfloat16)
+    client.infer("paper", [to_input(latent, datatype)])
+    np.testing.assert_array_equal(broker.latent_of(), latent.astype(np.float32))
+
+
+def test_scaled_and_packed_latents_become_raw(client: triton.InferenceServerClient, broker: FileBroker) -> None:
+    client.infer("paper", [to_input(LATENT)], parameters={"scaled": True})
+    np.testing.assert_allclose(broker.latent_of(), LATENT / SCALE + SHIFT, rtol=1e-6)
+    tokens = LATENT.reshape(1, 6, 4 * CHANNELS)
+    client.infer("flux", [to_input(tokens)], parameters={"scaled": True, "width": 48, "height": 32})
+    assert broker.latent_of().shape == (1, CHANNELS, 4, 6)
+
+
+@pytest.mark.parametrize("output_format", ["png", "webp"])
+def test_images_come_back_as_files(
+    client: triton.InferenceServerClient, broker: FileBroker, output_format: str
+) -> None:
+    batch = np.concatenate([LATENT, LATENT])
+    answer = client.infer("paper", [to_input(batch)], outputs=ask("image"), parameters={"output_format": output_format})
+    files = answer.as_numpy("image")
+    assert files.tolist() == broker.files[broker.jobs[0].id] and len(files) == 2
+    assert read_pixels(files[0]).shape == (64, 96, 3)
+
+
+def test_an_image_in_json_is_base64_and_says_so(url: str, broker: FileBroker) -> None:
+    answer = post(url, body_of(LATENT, outputs=[{"name": "image"}], parameters={"scale": 1}))
+    (output,) = answer.json()["outputs"]
+    assert output["parameters"] == {"content_type": "base64"} and output["shape"] == [1]
+    assert base64.b64decode(output["data"][0]) == broker.files[broker.jobs[0].id][0]
+
+
+def test_the_answer_has_the_headers_of_a_job(url: str, broker: FileBroker) -> None:
+    answer = post(url, body_of(LATENT, tensor={"data": LATENT.tolist()}))
+    assert answer.headers["x-job-id"] == broker.jobs[0].id and answer.headers["server-timing"] == STAGES
+    assert answer.headers["x-method"] == "lua" and answer.headers["content-type"] == "application/json"
+    assert "inference-header-content-length" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("tensor", "changes", "status", "word"),
+    [
+        ({"data": [[1.0], [2.0, 3.0]]}, {}, 422, "data"),
+        ({"data": ["1.0"] * LATENT.size}, {}, 422, "data"),
+        ({"data": [True] * LATENT.size}, {}, 422, "data"),
+        ({"data": [1.0]}, {}, 400, "shape"),
+        ({"data": None}, {}, 400, "data"),
+        ({"data": [1e39] * LATENT.size}, {}, 422, "infinite"),
+        ({"data": [float("nan")] * LATENT.size}, {}, 422, "NaN"),
+        ({"data": [10**400] * LATENT.size}, {}, 422, "data"),
+        ({"shape": [1, CHANNELS, 6, 4, 1]}, {}, 422, "latent"),
+        ({"shape": [1, 8, 8, 6]}, {}, 422, "latent"),
+        ({"shape": [-1, CHANNELS, 4, 6]}, {}, 422, "shape"),
+        ({"shape": [10**4000] * 5}, {}, 400, "shape"),
+        ({"shape": []}, {}, 422, "shape"),
+        ({"datatype": "FP64"}, {}, 422, "datatype"),
+        ({"datatype": "FP16"}, {}, 422, "datatype"),
+        ({"name": "x"}, {}, 422, "name"),
+        ({"parameters": {"shared_memory_region": "r"}}, {}, 422, "shared_memory_region"),
+        ({}, {"parameters": {"scale": 3}}, 422, "scale"),
+        ({}, {"parameters": {"method": "direct"}}, 422, "method"),
+        ({}, {"parameters": {"timeout": 5}}, 422, "timeout"),
+        ({}, {"parameters": {"output_format": "png"}}, 422, "output_format"),
+        ({}, {"outputs": [{"name": "latent"}, {"name": "image"}]}, 422, "outputs"),
+        ({}, {"outputs": [{"name": "other"}]}, 422, "outputs"),
+        ({}, {"inputs": []}, 422, "inputs"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_and_enqueue_nothing(
+    url: str, broker: FileBroker, tensor: dict[str, Any], changes: dict[str, Any], status: int, word: str
+) -> None:
+    assert_error(post(url, body_of(LATENT, tensor=tensor) | changes), status, word)
+    assert not broker.records
+
+
+def test_broken_bodies_are_refused(url: str, broker: FileBroker) -> None:
+    for content in (b"", b"{", b"[" * 100_000, b"\xff", b"[]"):
+        answer = send(url + INFER, content=content)
+        assert answer.status_code in (400, 422) and set(answer.json()) == {"error"}, content[:10]
+    size = {"data": None, "parameters": {"binary_data_size": LATENT.nbytes}}
+    good = body_of(LATENT, tensor=size)
+    assert_error(post(url, good), 400, "Inference-Header-Content-Length")
+    assert_error(post(url, good, LATENT.tobytes()[:-4]), 400, "binary_data_size")
+    assert_error(post(url, good, LATENT.tobytes() + b"more"), 400, "binary_data_size")
+    assert_error(post(url, body_of(LATENT), LATENT.tobytes()), 400, "binary_data_size")
+    for length in ("-1", "x", str(10**30)):
+        answer = send(url + INFER, content=b"{}", headers={"Inference-Header-Content-Length": length})
+        assert answer.status_code in (400, 422) and set(answer.json()) == {"error"}
+    assert_error(post(url, good, LATENT.tobytes(), **{"Content-Encoding": "gzip"}), 415, "compressed")
+    assert_error(post(url, good, LATENT.tobytes(), **{"Content-Type": "text/plain"}), 415, "text/plain")
+    assert not broker.records
+    assert post(url, good, LATENT.tobytes()).status_code == 200
+
+
+def test_bytes_that_are_not_finite_are_refused(client: triton.InferenceServerClient, broker: FileBroker) -> None:
+    with pytest.raises(InferenceServerException, match="NaN or infinite"):
+        client.infer("paper", [to_input(np.full_like(LATENT, np.inf))])
+    assert not broker.records
+
+
+def test_limits_hold(url: str, client: triton.InferenceServerClient, broker: FileBroker) -> None:
+    with pytest.raises(InferenceServerException, match="larger than the") as too_large:
+        client.infer("paper", [to_input(np.zeros((1, CHANNELS, 160, 160), np.float32))])
+    assert "413" in too_large.value.status()
+    with pytest.raises(InferenceServerException, match="pixels; at most") as too_many_px:
+        client.infer("paper", [to_input(np.zeros((1, CHANNELS, 64, 64), np.float32))], parameters={"scale": 4})
+    assert "422" in too_many_px.value.status()
+    broker.refusal = QueueFull("32 jobs wait", retry_after_s=17)
+    answer = post(url, body_of(LATENT))
+    assert_error(answer, 429, "32 jobs wait")
+    assert answer.headers["retry-after"] == "17"
+    assert not broker.records
+
+
+def test_a_large_latent_is_not_written_as_json(bundle_dirs: tuple[Path, ...]) -> None:
+    broker = FileBroker()
+    app = build_app(broker, bundle_dirs, max_image_px=1 << 24)
+    size = {"data": None, "parameters": {"binary_data_size": 4 * CHANNELS * 64 * 65}}
+    latent = np.zeros((1, CHANNELS, 64, 65), np.float32)
+    with live_server(app) as url:
+        body = body_of(latent, tensor=size, parameters={"scale": 4})
+        assert_error(post(url, body, latent.tobytes()), 422, "binary_data")
+        assert not broker.records
+
+
+def test_an_unknown_model_or_path_is_not_found(url: str) -> None:
+    assert_error(send(f"{url}/v2/models/unknown/infer", content=b"{}"), 404, "paper")
+    assert_error(httpx.get(f"{url}/v2/unknown"), 404)
+    assert_error(httpx.get(url + INFER), 405)
+
+
+def test_a_failed_job_is_the_clients_exception(client: triton.InferenceServerClient, broker: FileBroker) -> None:
+    broker.end = fail
+    with pytest.raises(InferenceServerException, match="out of memory"):
+        client.infer("paper", [to_input(LATENT)])
+
+
+@pytest.mark.parametrize(("headers", "state"), [({}, "canceled"), ({"Idempotency-Key": "k"}, "queued")])
+def test_a_job_that_takes_too_long_is_canceled_unless_it_can_be_found_again(
+    bundle_dirs: tuple[Path, ...], headers: dict[str, str], state: str
+) -> None:
+    broker = FileBroker()
+    broker.end = stay_queued
+    with live_server(build_app(broker, bundle_dirs, wait_timeout_s=0.05)) as url:
+        answer = post(url, body_of(LATENT), **headers)
+        assert_error(answer, 504)
+        assert answer.headers["x-job-id"] == broker.jobs[0].id
+    assert [record.state for record in broker.records.values()] == [state]
