@@ -1,0 +1,233 @@
+"""The remote VAE as diffusers' own functions call it, and what they cannot send."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.remote_utils import remote_decode, remote_encode
+from PIL import Image
+
+from models.latent_space import LATENT_SPACES
+from service.errors import QueueFull
+from service.front_remote_vae import to_tensor
+from service.jobs import UpscaleParams
+from tests.service.fake_broker import fail
+from tests.service.front_fakes import LATENT, STAGES, FileBroker, build_app, read_pixels, write_front_bundles
+from tests.service.live_server import live_server
+from tests.service.paper_bundle import CHANNELS
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.filterwarnings("ignore:.*do_scaling.*deprecated:FutureWarning"),
+]
+
+TENSOR = torch.from_numpy(LATENT)
+SCALE, SHIFT = 0.5, 0.25  # of the paper bundle's latent space
+FLUX = LATENT_SPACES["flux1"]
+SENT = {"shape": list(LATENT.shape), "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FileBroker, str]]:
+    broker = FileBroker()
+    with live_server(build_app(broker, write_front_bundles(tmp_path_factory.mktemp("bundles")))) as url:
+        yield broker, url
+
+
+@pytest.fixture
+def broker(live: tuple[FileBroker, str]) -> Iterator[FileBroker]:
+    """The live server's, empty and without faults again."""
+    broker = live[0]
+    broker.end, broker.refusal = broker.work, None
+    broker.records.clear()
+    broker.blobs.clear()
+    return broker
+
+
+@pytest.fixture
+def url(live: tuple[FileBroker, str], broker: FileBroker) -> str:
+    return f"{live[1]}/remote_vae/paper/decode"
+
+
+def post(url: str, content: bytes = LATENT.tobytes(), **query: Any) -> httpx.Response:
+    headers = {"Content-Type": "tensor/binary"}
+    return httpx.post(url, params=SENT | query, content=content, headers=headers, timeout=60, verify=False)
+
+
+def assert_error(answer: httpx.Response, status: int, *words: str) -> None:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json" and set(answer.json()) == {"error", "code"}
+    assert all(word in answer.json()["error"] for word in words), answer.text
+
+
+def made_file(broker: FileBroker) -> bytes:
+    return broker.files[broker.jobs[-1].id][0]
+
+
+def test_an_image_is_decoded_at_its_own_size(url: str, broker: FileBroker) -> None:
+    image = remote_decode(url, TENSOR, scaling_factor=SCALE, shift_factor=SHIFT)
+    assert image.size == (48, 32) and image.format == "jpeg"
+    np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(broker)))
+    (job,) = broker.jobs
+    assert isinstance(job.params, UpscaleParams) and (job.params.scale, job.params.output) == (1, "image")
+    np.testing.assert_allclose(broker.latent_of(), LATENT / SCALE + SHIFT, rtol=1e-6)
+
+
+def test_the_endpoints_own_scale_enlarges(url: str, broker: FileBroker) -> None:
+    image = remote_decode(f"{url}?scale=4&method=bicubic", TENSOR, do_scaling=False, image_format="png")
+    assert image.size == (192, 128) and image.format == "png"
+    assert (broker.jobs[0].params.scale, broker.jobs[0].params.method) == (4, "bicubic")
+    np.testing.assert_array_equal(broker.latent_of(), LATENT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_its_values(url: str, broker: FileBroker, dtype: torch.dtype) -> None:
+    remote_decode(url, TENSOR.to(dtype), do_scaling=False)
+    np.testing.assert_array_equal(broker.latent_of(), TENSOR.to(dtype).float().numpy())
+
+
+def test_without_factors_the_bundles_own_scaling_is_undone(url: str, broker: FileBroker) -> None:
+    remote_decode(url, TENSOR)  # diffusers then says do_scaling=True
+    np.testing.assert_allclose(broker.latent_of(), LATENT / SCALE + SHIFT, rtol=1e-6)
+
+
+def test_packed_latents_are_unpacked_scaled_or_not(url: str, broker: FileBroker) -> None:
+    tokens, size = torch.from_numpy(LATENT.reshape(1, 6, 4 * CHANNELS)), {"height": 32, "width": 48}
+    flux = url.replace("paper", "flux")
+    remote_decode(flux, tokens, scaling_factor=FLUX.scale, shift_factor=FLUX.shift, **size)
+    expected = FLUX.to_raw(tokens.numpy(), 32, 48)
+    np.testing.assert_allclose(broker.latent_of(), expected, rtol=1e-6)
+    remote_decode(flux, tokens / FLUX.scale + FLUX.shift, do_scaling=False, **size)
+    np.testing.assert_allclose(broker.latent_of(), expected, rtol=1e-5)
+
+
+def test_a_tensor_of_bytes_has_the_images_pixels(url: str, broker: FileBroker) -> None:
+    batch = torch.cat([TENSOR, TENSOR])
+    pixels = remote_decode(url, batch, output_type="pt", return_type="pt", partial_postprocess=True)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (2, 32, 48, 3)
+    for image, file in zip(pixels.numpy(), broker.files[broker.jobs[0].id], strict=True):
+        np.testing.assert_array_equal(image, read_pixels(file))
+
+
+def test_a_tensor_of_floats_postprocesses_to_the_same_pixels(url: str, broker: FileBroker) -> None:
+    tensor = remote_decode(url, TENSOR, output_type="pt", return_type="pt")
+    assert tensor.dtype == torch.float16 and tensor.shape == (1, 3, 32, 48)
+    assert tensor.min() >= -1 and tensor.max() <= 1 and tensor.min() < -0.9
+    image = VaeImageProcessor().postprocess(tensor.float(), output_type="pil")[0]
+    np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(broker)))
+    image = remote_decode(url, TENSOR, processor=VaeImageProcessor(), output_type="pt", return_type="pil")
+    np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(broker)))
+    (image,) = remote_decode(url, TENSOR, processor=VaeImageProcessor(), output_type="pil")
+    np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(broker)))
+
+
+def test_the_answer_has_the_headers_of_a_job(url: str, broker: FileBroker) -> None:
+    answer = post(url)
+    assert answer.status_code == 200 and answer.headers["content-type"] == "image/jpeg"
+    assert answer.headers["x-job-id"] == broker.jobs[0].id and answer.headers["server-timing"] == STAGES
+
+
+def test_an_image_is_encoded_to_its_latent(url: str, broker: FileBroker) -> None:
+    encode, image = url.replace("decode", "encode"), Image.new("RGB", (48, 32), (7, 7, 7))
+    latent = remote_encode(encode, image)
+    assert latent.dtype == torch.float32 and latent.shape == (1, CHANNELS, 4, 6) and (latent == 7).all()
+    (job,) = broker.jobs
+    assert isinstance(job.params, UpscaleParams) and (job.params.scale, job.params.output) == (1, "latent")
+    scaled = remote_encode(encode, image, scaling_factor=SCALE, shift_factor=SHIFT)
+    assert ((scaled - (7 - SHIFT) * SCALE).abs() < 1e-6).all()
+
+
+def test_what_cannot_be_encoded_is_refused(url: str, broker: FileBroker) -> None:
+    encode = url.replace("decode", "encode")
+    for refused in (torch.zeros(1, 3, 32, 48), Image.new("RGB", (50, 32)), Image.new("RGB", (1024, 512))):
+        with pytest.raises(RuntimeError, match="image"):
+            remote_encode(encode, refused)
+    with pytest.raises(RuntimeError, match=r"scaling_factor: is 0\.3"):
+        remote_encode(encode, Image.new("RGB", (48, 32)), scaling_factor=0.3, shift_factor=SHIFT)
+    assert not broker.records
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "word"),
+    [
+        ({"scaling_factor": 0.18215}, 422, "scaling_factor"),
+        ({"scaling_factor": SCALE}, 422, "shift_factor"),
+        ({"scaling_factor": SCALE, "shift_factor": 0.1}, 422, "shift_factor"),
+        ({"shift_factor": SHIFT}, 422, "shift_factor"),
+        ({"scaling_factor": "nan"}, 422, "scaling_factor"),
+        ({"dtype": "float64"}, 422, "dtype"),
+        ({"dtype": "float16"}, 400, "bytes"),
+        ({"shape": [1, 8, 8, 6]}, 422, "latent"),
+        ({"shape": [16, 24]}, 422, "latent"),
+        ({"shape": [384]}, 422, "dimensions"),
+        ({"shape": [-1, 16, 4, 6]}, 422, "shape"),
+        ({"shape": [10**18] * 4}, 400, "shape"),
+        ({"output_type": "mp4"}, 422, "output_type"),
+        ({"height": 32, "width": 48}, 422, "width"),
+        ({"scale": 3}, 422, "scale"),
+        ({"shpae": 1}, 422, "shpae"),
+    ],
+)
+def test_bad_values_are_refused_and_enqueue_nothing(
+    url: str, broker: FileBroker, query: dict[str, Any], status: int, word: str
+) -> None:
+    assert_error(post(url, **query), status, word)
+    assert not broker.records
+
+
+def test_a_video_of_one_frame_is_a_latent_of_a_video_vae(tmp_path: Path) -> None:
+    broker = FileBroker()
+    (bundle, _) = write_front_bundles(tmp_path)
+    text = (bundle / "bundle.toml").read_text()
+    start, end = text.index("[latent_space]"), text.index("[lua]")
+    (bundle / "bundle.toml").write_text(f'{text[:start]}[latent_space]\nname = "wan21"\n{text[end:]}')
+    with live_server(build_app(broker, (bundle,))) as server:
+        url = f"{server}/remote_vae/paper/decode"
+        remote_decode(url, TENSOR[:, :, None])
+        np.testing.assert_allclose(broker.latent_of(), LATENT_SPACES["wan21"].to_raw(LATENT[:, :, None]), rtol=1e-5)
+        with pytest.raises(RuntimeError, match="means nothing"):
+            remote_decode(url, TENSOR[:, :, None], scaling_factor=1.0)
+
+
+def test_limits_hold(url: str, broker: FileBroker) -> None:
+    with pytest.raises(RuntimeError, match="payload_too_large"):
+        remote_decode(url, torch.zeros(1, CHANNELS, 160, 160))
+    with pytest.raises(RuntimeError, match="pixels; at most"):
+        remote_decode(f"{url}?scale=4", torch.zeros(1, CHANNELS, 64, 64))
+    with pytest.raises(RuntimeError, match="NaN or infinite"):
+        remote_decode(url, torch.full_like(TENSOR, torch.nan))
+    with pytest.raises(RuntimeError, match="ask for pt"):
+        remote_decode(url, torch.cat([TENSOR, TENSOR]))
+    broker.refusal = QueueFull("32 jobs wait", retry_after_s=17)
+    with pytest.raises(RuntimeError, match="queue_full"):
+        remote_decode(url, TENSOR)
+    answer = post(url)
+    assert_error(answer, 429, "32 jobs wait")
+    assert answer.headers["retry-after"] == "17"
+    assert not broker.records
+
+
+def test_other_faults_have_the_same_shape(url: str, broker: FileBroker) -> None:
+    assert_error(post(url.replace("paper", "unknown")), 404, "paper, flux")
+    assert_error(post(url + "/more"), 404)
+    plain = httpx.post(url, params=SENT, content=b"x", headers={"Content-Type": "text/plain"}, verify=False)
+    assert_error(plain, 415, "text/plain")
+    broker.end = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        remote_decode(url, TENSOR)
+
+
+def test_every_8_bit_value_survives_float16() -> None:
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    for form, low, high in (("zero_one", 0, 1), ("minus_one_one", -1, 1)):
+        tensor = to_tensor([file.getvalue()], form).astype(np.float32)
+        back = ((tensor - low) / (high - low) * 255).round().astype(np.uint8)
+        np.testing.assert_array_equal(back[0].transpose(1, 2, 0), pixels)
