@@ -15,7 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from service import front_kserve, front_remote_vae, routes_create, routes_health, routes_jobs
+from service import front_kserve, front_openai, front_remote_vae, routes_create, routes_health, routes_jobs
 from service.broker import Broker, open_redis
 from service.metrics import Metrics
 from service.middleware import Edge
@@ -66,7 +66,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> FastAPI:
     app.state.serving = serving
     app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=metrics)
     handle_errors(app)
-    for routes in (routes_create, routes_jobs, routes_health, front_kserve, front_remote_vae):
+    for routes in (routes_create, routes_jobs, routes_health, front_openai, front_kserve, front_remote_vae):
         app.include_router(routes.router)
     document: dict[str, Any] = {}
 
