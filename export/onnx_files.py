@@ -1,9 +1,10 @@
 """ONNX: writes a traced program as a file that other engines can take, and runs it with onnxruntime."""
 
-import contextlib
 import io
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,8 @@ def write_onnx(
     except ImportError as error:
         raise ArtefactError(f"{error.name} is missing; install it with: pip install 'giantleap[cpu]'") from error
     size_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
-    # The exporter prints its progress, and warns about packages that nothing here needs.
-    quiet = contextlib.redirect_stdout(io.StringIO())
     # The program is traced anew on the way, and must meet the attention kernel that `trace` met.
-    with warnings.catch_warnings(), quiet, sdpa_kernel(SDPBackend.MATH):
-        warnings.simplefilter("ignore")
+    with _quiet(), sdpa_kernel(SDPBackend.MATH):
         try:
             converted = torch.onnx.export(
                 program,
@@ -132,6 +130,20 @@ def open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
         return torch.from_numpy(output).to(latent.device)
 
     return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints its progress, and warns about packages that nothing here needs."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def _first_line(error: Exception) -> str:
