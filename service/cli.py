@@ -26,6 +26,7 @@ from service.cli_options import (
     settings_from,
     stop,
 )
+from service.cli_train import app as train_commands
 from service.errors import BadConfiguration, NotReady
 from service.settings import Settings, to_page
 from service.supervisor import serve as serve_all
@@ -40,6 +41,7 @@ for command in (generate, upscale, models):
 app.add_typer(bench, name="bench")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(export_commands, name="export")
+app.add_typer(train_commands, name="train")
 
 
 @app.command()

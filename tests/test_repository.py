@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("benchmarks", "export", "models", "service", "training")
 MAY_IMPORT = {
     "models": {"models"},
-    "service": {"export", "models", "service"},
+    "service": {"export", "models", "service", "training"},  # training: its commands only, see below
     "export": {"export", "models"},
     "training": {"models", "training"},
     "benchmarks": set(PACKAGES),
@@ -42,6 +42,15 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     imported = {name.split(".")[0] for name in _imported_modules(path)} & set(PACKAGES)
     assert imported <= MAY_IMPORT[package]
+
+
+def test_only_its_commands_import_training_into_the_service() -> None:
+    importing = {
+        path.name
+        for path in (ROOT / "service").rglob("*.py")
+        if any(name.split(".")[0] == "training" for name in _imported_modules(path))
+    }
+    assert importing <= {"cli_train.py"}
 
 
 @pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -4,6 +4,8 @@
 `decode_with_gradient` here is the only decode that a loss may see, and it refuses to return what carries no gradient.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from diffusers.models.auto_model import AutoModel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from models.bundle import Bundle, BundleError
+from models.bundle import Bundle, BundleError, file_hashes
 from models.decode import FRAME_CLASSES
 from models.vae import Vae
 
@@ -45,6 +47,30 @@ def read_vae(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Vae:
     )
     model.to(device).requires_grad_(False).eval()
     return Vae(model, bundle.latent_space, dtype=dtype)
+
+
+def vae_directory(bundle: Bundle) -> Path:
+    """Where the VAE lies that the bundle decodes with.
+
+    Raises:
+        BundleError: It is still on the hub.
+    """
+    place = bundle.pipeline if bundle.vae is None else bundle.vae.place
+    if not isinstance(place, Path):
+        raise BundleError(
+            f"bundle {bundle.name}: its VAE is on the hub: run `giantleap bundle pull {bundle.name}` first"
+        )
+    return place / "vae" if bundle.vae is None else place
+
+
+def vae_hash(bundle: Bundle) -> str:
+    """One SHA-256 over the VAE's weight files: pairs and runs name it, so that they cannot be of two VAEs.
+
+    Raises:
+        BundleError: The VAE is still on the hub.
+    """
+    hashes = file_hashes(vae_directory(bundle))
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def decode_with_gradient(vae: Vae, raw: Tensor, is_checkpointed: bool = True) -> Tensor:

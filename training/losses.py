@@ -182,7 +182,8 @@ def eagle(
         both [batch, 3, height, width], in [-1, 1]; height and width at least `patch_px`.
     """
     variances = [patch_variances(images.float(), patch_px) for images in (prediction, target)]
-    mask = high_pass_mask(*variances[0].shape[-2:], cutoff, high_pass).to(prediction.device)
+    rows, columns = variances[0].shape[-2:]
+    mask = high_pass_mask(rows, columns, cutoff, high_pass).to(prediction.device)
     spectra = [torch.fft.fft2(variance).abs() * mask for variance in variances]
     # The two gradient directions are summed, as in the paper, so the mean over both is doubled.
     loss: Tensor = 2.0 * (spectra[0] - spectra[1]).abs().mean()

@@ -1,0 +1,110 @@
+"""`giantleap train prepare | run`: a LUA for the VAE of one's own base model, from photographs of one's own.
+
+`service.cli` mounts these commands. Torch and all that follows from it are imported inside them. Several processes:
+`torchrun --nproc-per-node 2 -m service.cli train run ...`, and alike for `prepare`.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from models.bundle import BundleError
+from service.cli_options import stop
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(no_args_is_help=True, help="Train a LUA for the VAE of a bundle (docs/training.md).")
+
+DIVERGED = 3
+"""Exit code of a run whose loss was not finite: it can go on from its last checkpoint, with another configuration."""
+
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto; under torchrun each process has its own.")]
+PrecisionOption = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the VAE computes in.")]
+StoredOption = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the latents on disk.")]
+
+
+@app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(help="Folder with pictures and .tar files, or one .tar file.")],
+    bundle: Annotated[Path, typer.Option(help="Directory of the bundle whose VAE encodes.")],
+    out: Annotated[Path, typer.Option(help="Directory for the pairs; begun ones go on.")],
+    min_side_px: Annotated[int, typer.Option(min=1, help="Pictures with a shorter side are left out.")] = 1440,
+    tile_px: Annotated[int, typer.Option(min=1, help="Side of a tile.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Tiles encoded at once.")] = 8,
+    pictures_per_shard: Annotated[int, typer.Option(min=1, help="What a kill can cost at most.")] = 64,
+    store: StoredOption = "float32",
+    precision: PrecisionOption = "float32",
+    device: DeviceOption = "auto",
+) -> None:
+    """Cut photographs into tiles, shrink them and encode all to latents; run again after a break, it goes on."""
+    import torch
+
+    from training.pairs_store import PairsError
+    from training.prepare import PrepareConfig, count_skipped
+    from training.prepare import prepare as make_pairs
+
+    config = PrepareConfig(source, bundle, out, min_side_px, tile_px, batch, pictures_per_shard, store)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    try:
+        report = make_pairs(config, _own_device(device), dtype, rank, world_size)
+    except (BundleError, PairsError, OSError, ValueError) as error:
+        stop(str(error))
+    for line in report.skipped:
+        if line["skipped"] == "corrupt":
+            typer.echo(f"skipped {line['source']}: {line['why']}", err=True)
+    counts = count_skipped(report)
+    typer.echo(
+        f"process {rank} of {world_size}: {report.pictures} pictures, {report.tiles} tiles in {report.spent_s:.1f} s, "
+        f"{report.tiles_per_s:.2f} tiles/s; skipped {counts['corrupt']} corrupt, {counts['small']} small"
+    )
+    if report.is_finished:
+        typer.echo(f"pairs are in {out}")
+    else:
+        typer.echo("other processes have shards to make; the last one writes the index")
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Option(help="TOML file; docs/training.md names every key.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run.")],
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out, if there is one.")] = False,
+    stop_after: Annotated[int | None, typer.Option(min=1, help="Stop when so many updates are done.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train through all stages; stop it at any time and go on with --resume."""
+    from models.foreign_weights import CheckpointError
+    from models.vae import VaeError
+    from training.checkpoint import TrainingStateError
+    from training.curriculum import ConfigError, read_config
+    from training.pairs_store import PairsError
+    from training.run import DivergedError, open_place, train
+
+    try:
+        plan = read_config(config)
+        with open_place(_own_device(device)) as place:
+            written = train(plan, out, place, resume=resume, stop_after=stop_after)
+    except DivergedError as error:
+        typer.echo(f"giantleap: {error}", err=True)
+        raise typer.Exit(DIVERGED) from error
+    except (BundleError, CheckpointError, ConfigError, PairsError, TrainingStateError, VaeError, OSError) as error:
+        stop(str(error))
+    if place.is_first:
+        typer.echo(f"wrote {written}")
+
+
+def _own_device(name: str) -> "torch.device":
+    """The device of this process; `torchrun` numbers the processes of a machine."""
+    from models.route import choose_device
+
+    try:
+        device = choose_device(name)
+        local = os.environ.get("LOCAL_RANK")
+        if local is not None and device.type == "cuda":
+            return choose_device(f"cuda:{local}")
+    except ValueError as error:
+        stop(str(error))
+    return device

@@ -1,0 +1,243 @@
+"""Pairs from photographs: the same index however often it was killed, nothing lost in silence."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from models.bundle import read_bundle
+from service.cli import app
+from tests.training.pictures import write_pictures
+from training import pairs_store
+from training import prepare as prepare_module
+from training.frozen_vae import read_vae
+from training.pairs_store import PairsError, PairsStore, read_index
+from training.prepare import PrepareConfig, cut_tiles, list_sources, prepare, shrink_tiles
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Eight pictures of 2 x 1 tiles of 64 px, with a rest at the right."""
+    write_pictures(tmp_path / "pictures", 8, 136, 64)
+    return tmp_path / "pictures"
+
+
+def config_of(source: Path, bundle: Path, out: Path, **changes: Any) -> PrepareConfig:
+    values: dict[str, Any] = {"min_side_px": 64, "tile_px": 64, "pictures_per_shard": 3, **changes}
+    return PrepareConfig(source, bundle, out, **values)
+
+
+def test_every_tile_is_in_the_index_once_with_its_digests(
+    pictures: Path, tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    report = prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "out"), CPU)
+    assert (report.pictures, report.tiles, report.is_finished) == (8, 16, True) and report.tiles_per_s > 0
+    index = read_index(tmp_path / "out")
+    found = [(line["source"], tuple(line["tile"]), line["scale"]) for line in index]
+    expected = [(f"picture-{n}.png", (0, c), s) for n in range(8) for c in range(2) for s in (1, 2, 4)]
+    assert found == expected
+    assert len({line["sha256"] for line in index}) == len(index)
+    assert {line["shard"] for line in index} == {f"shard-{n:06d}.safetensors" for n in range(3)}
+    store = PairsStore.open(tmp_path / "out")
+    store.check()
+    assert len(store) == 16
+    assert {level: tuple(x.shape) for level, x in store.read([15, 0]).items()} == {
+        1: (2, 16, 8, 8),
+        2: (2, 16, 4, 4),
+        4: (2, 16, 2, 2),
+    }
+
+
+def test_latents_are_the_posterior_means_of_the_tile_and_of_the_shrunk_one(
+    pictures: Path, tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "out"), CPU)
+    vae = read_vae(read_bundle(tiny_bundle_dir), CPU, torch.float32)
+    pixels = np.asarray(Image.open(pictures / "picture-3.png"))[:, 64:128]
+    tile = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+    latents = PairsStore.open(tmp_path / "out").read([7])
+    for level in (1, 2, 4):
+        assert torch.allclose(latents[level], vae.encode(shrink_tiles(tile, level)), atol=1e-5)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_kill_before_any_file_is_finished_changes_nothing_in_the_end(
+    at: int, pictures: Path, tiny_bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are written in the order plan, lines and tensors of each shard: each in turn is cut off half-way."""
+    config, calls = config_of(pictures, tiny_bundle_dir, tmp_path / "out"), 0
+
+    def write_or_die(path: Path, content: bytes) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > at:
+            path.with_name(f".{path.name}.1.partial").write_bytes(content[: len(content) // 2])
+            raise Killed
+        before(path, content)
+
+    before = pairs_store.replace_file
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs_store, "replace_file", write_or_die)
+        patch.setattr(prepare_module, "replace_file", write_or_die)
+        with pytest.raises(Killed):
+            prepare(config, CPU)
+    with pytest.raises(PairsError, match="no finished pairs"):
+        PairsStore.open(config.out)
+    assert prepare(config, CPU).is_finished
+    prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "whole"), CPU)
+    for name in ("index.jsonl", "summary.json", "plan.json"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    PairsStore.open(config.out).check()
+
+
+def test_several_processes_share_the_shards(pictures: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    config = config_of(pictures, tiny_bundle_dir, tmp_path / "out")
+    first = prepare(config, CPU, rank=0, world_size=2)
+    assert (first.pictures, first.is_finished) == (5, False)
+    second = prepare(config, CPU, rank=1, world_size=2)
+    assert (second.pictures, second.is_finished) == (3, True)
+    prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "whole"), CPU)
+    assert (tmp_path / "out" / "index.jsonl").read_text() == (tmp_path / "whole" / "index.jsonl").read_text()
+    assert prepare(config, CPU).pictures == 0
+
+
+def test_corrupt_and_small_pictures_are_skipped_with_their_names(
+    pictures: Path, tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    content = (pictures / "picture-1.png").read_bytes()
+    (pictures / "picture-1.png").write_bytes(content[: len(content) // 2])
+    (pictures / "empty.jpg").write_bytes(b"")
+    (pictures / "words.webp").write_text("no picture")
+    write_pictures(tmp_path / "small", 1, 128, 56)
+    (tmp_path / "small" / "picture-0.png").rename(pictures / "small.png")
+    (pictures / "notes.txt").write_text("not counted")
+    report = prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "out"), CPU)
+    assert {(line["source"], line["skipped"]) for line in report.skipped} == {
+        ("picture-1.png", "corrupt"),
+        ("empty.jpg", "corrupt"),
+        ("words.webp", "corrupt"),
+        ("small.png", "small"),
+    }
+    assert report.tiles == 14
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["skipped"]) == 4 and all(line["why"] for line in summary["skipped"])
+
+
+def test_tar_shards_are_read_in_place_and_a_broken_one_is_named(
+    pictures: Path, tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "tars"
+    source.mkdir()
+    for number, names in enumerate((range(4), range(4, 8))):
+        with tarfile.open(source / f"part-{number}.tar", "w") as tar:
+            for name in names:
+                tar.add(pictures / f"picture-{name}.png", f"{name}.png")
+                note = tarfile.TarInfo(f"{name}.txt")
+                note.size = 5
+                tar.addfile(note, io.BytesIO(b"words"))
+            link = tarfile.TarInfo("link.png")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
+    (source / "broken.tar").write_bytes(b"\1" * 2048)
+    assert [each.name for each in list_sources(source)[0]] == [f"part-{n // 4}.tar/{n}.png" for n in range(8)]
+    report = prepare(config_of(source, tiny_bundle_dir, tmp_path / "tar"), CPU)
+    assert (report.tiles, report.skipped) == (16, ())
+    prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "folder"), CPU)
+    hashes = [[line["sha256"] for line in read_index(tmp_path / name)] for name in ("tar", "folder")]
+    assert hashes[0] == hashes[1]
+    assert json.loads((tmp_path / "tar" / "summary.json").read_text())["broken_tars"] == ["broken.tar"]
+
+
+def test_pairs_of_other_pictures_or_settings_are_not_mixed(
+    pictures: Path, tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    config = config_of(pictures, tiny_bundle_dir, tmp_path / "out")
+    prepare(config, CPU)
+    with pytest.raises(PairsError, match="dtype"):
+        prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "out", dtype="float16"), CPU)
+    (pictures / "picture-7.png").unlink()
+    with pytest.raises(PairsError, match="sources_sha256"):
+        prepare(config, CPU)
+    with pytest.raises(PairsError, match="a multiple of 32 px"):
+        prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "new", tile_px=40), CPU)
+    with pytest.raises(PairsError, match="no folder"):
+        prepare(config_of(tmp_path / "absent", tiny_bundle_dir, tmp_path / "new"), CPU)
+
+
+def test_a_damaged_shard_is_found(pictures: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "out"), CPU)
+    path = tmp_path / "out" / "shard-000001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(PairsError, match="damaged"):
+        PairsStore.open(tmp_path / "out").check()
+
+
+def test_tiles_do_not_overlap_and_cover_what_fits() -> None:
+    pixels = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    tiles = cut_tiles(Image.fromarray(pixels), 2)
+    assert set(tiles) == {(row, column) for row in range(2) for column in range(3)}
+    for (row, column), tile in tiles.items():
+        cut = pixels[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        assert torch.equal(((tile + 1) * 127.5).round().byte(), torch.from_numpy(cut.copy()).permute(2, 0, 1))
+
+
+def test_a_picture_is_turned_upright_before_it_is_cut(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("L", (64, 128), 40).save(tmp_path / "pictures" / "turned.jpg", exif=exif)
+    prepare(config_of(tmp_path / "pictures", tiny_bundle_dir, tmp_path / "out"), CPU)
+    assert {tuple(line["tile"]) for line in read_index(tmp_path / "out")} == {(0, 0), (0, 1)}
+
+
+def test_the_commands_prepare_and_train(pictures: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    (pictures / "bad.png").write_bytes(b"no picture")
+    sizes = ["--min-side-px", "64", "--tile-px", "64", "--device", "cpu"]
+    place = ["--bundle", str(tiny_bundle_dir), "--out", str(tmp_path / "pairs")]
+    made = CliRunner().invoke(app, ["train", "prepare", str(pictures), *place, *sizes])
+    assert made.exit_code == 0, made.output
+    assert "9 pictures, 16 tiles" in made.output and "tiles/s" in made.output and "skipped bad.png" in made.output
+    (tmp_path / "run.toml").write_text(
+        f'bundle = "{tiny_bundle_dir}"\npairs = "pairs"\nprecision = "float32"\nheld_out_tiles = 1\n'
+        "[lua.spec]\nembed_dim = 12\ndepths = [2]\nnum_heads = 2\nwindow = 4\nnum_feat = 8\n"
+        '[[stages]]\nname = "III"\nsteps = 2\neffective_batch = 1\nmicro_batch = 1\n'
+    )
+    run = ["train", "run", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    stopped = CliRunner().invoke(app, [*run, "--stop-after", "1"])
+    assert stopped.exit_code == 0 and "step-000000001" in stopped.output
+    again = CliRunner().invoke(app, run)
+    assert again.exit_code == 2 and "resume it" in again.output
+    done = CliRunner().invoke(app, [*run, "--resume"])
+    assert done.exit_code == 0 and "lua.safetensors" in done.output
+
+
+@pytest.mark.parametrize("arguments", [["prepare", "absent", "--bundle", "absent", "--out", "out"], ["run"]])
+def test_a_command_that_cannot_start_says_why(arguments: list[str], tmp_path: Path) -> None:
+    if arguments == ["run"]:
+        arguments = ["run", "--config", str(tmp_path / "absent.toml"), "--out", str(tmp_path / "out")]
+    answer = CliRunner().invoke(app, ["train", *arguments])
+    assert answer.exit_code == 2 and "absent" in answer.output
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; import service.cli; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=120).returncode == 0

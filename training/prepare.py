@@ -1,0 +1,329 @@
+"""From photographs to pairs of latents: a folder of pictures and tar shards in, `training/pairs_store.py` out.
+
+Pictures with both sides long enough are cut into tiles that do not overlap; each tile is shrunk for every scale head
+and encoded to posterior means. The pictures in their order are dealt into shards; a shard that is there is never made
+again, so a run that was killed goes on where it was. Processes started by `torchrun`, on one machine or on several
+that share the folder, deal the shards among themselves.
+"""
+
+import hashlib
+import io
+import json
+import os
+import struct
+import tarfile
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from models.bundle import read_bundle
+from models.vae import Vae
+from training.frozen_vae import read_vae, vae_hash
+from training.pairs_store import (
+    LEVELS,
+    PLAN,
+    SUMMARY,
+    PairsError,
+    has_shard,
+    replace_file,
+    tensor_hash,
+    write_index,
+    write_shard,
+)
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+READERS = 4  # threads that read and decompress pictures while tiles are encoded
+READ_AHEAD = 8  # pictures in memory beside those that are encoded
+# What Pillow was seen to raise on pictures that are damaged, cut off or absurdly large.
+_DAMAGE = (
+    EOFError,
+    IndexError,
+    OSError,
+    OverflowError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What fixes the pairs.
+
+    Args:
+        source: A folder; pictures and .tar files anywhere below it are read. Or one .tar file.
+        bundle: Directory of the bundle whose VAE encodes.
+        out: Where the pairs go.
+        min_side_px: Pictures with a shorter side are left out.
+        tile_px: Side of a tile.
+        batch: Tiles encoded at once.
+        pictures_per_shard: How much a kill can cost, at most.
+        dtype: Of the latents on disk.
+
+    Ref: arXiv 2511.10629, section 4 (1440 px, tiles of 512 px, bicubic by 2 and 4).
+    """
+
+    source: Path
+    bundle: Path
+    out: Path
+    min_side_px: int = 1440
+    tile_px: int = 512
+    batch: int = 8
+    pictures_per_shard: int = 64
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One picture: a file, or a member of a tar file at a known place in it."""
+
+    name: str
+    path: Path
+    offset: int = 0
+    size_bytes: int = -1  # the whole file
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one process did in one call."""
+
+    pictures: int
+    tiles: int
+    spent_s: float
+    is_finished: bool
+    skipped: tuple[dict[str, Any], ...]
+
+    @property
+    def tiles_per_s(self) -> float:
+        return self.tiles / self.spent_s if self.spent_s > 0 else 0.0
+
+
+def list_sources(source: Path) -> tuple[list[Source], list[str]]:
+    """Every picture in a fixed order, and the tar files that could not be read to their end.
+
+    Raises:
+        PairsError: There is no such folder, or no picture in it.
+    """
+    if source.is_file() and source.suffix == ".tar":
+        root, paths = source.parent, [source]
+    elif source.is_dir():
+        root = source
+        paths = sorted((p for p in source.rglob("*") if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
+    else:
+        raise PairsError(f"{source}: no folder and no .tar file")
+    found: list[Source] = []
+    broken: list[str] = []
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        if path.suffix.lower() in SUFFIXES:
+            found.append(Source(name, path))
+        elif path.suffix.lower() == ".tar":
+            members, is_whole = _list_tar(path, name)
+            found += members
+            broken += [] if is_whole else [name]
+    if not found:
+        raise PairsError(f"{source}: no picture ({', '.join(SUFFIXES)}) and no .tar file with one")
+    return found, broken
+
+
+def _list_tar(path: Path, name: str) -> tuple[list[Source], bool]:
+    members: list[Source] = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isreg() and Path(member.name).suffix.lower() in SUFFIXES:
+                    members.append(Source(f"{name}/{member.name}", path, member.offset_data, member.size))
+    except (tarfile.TarError, OSError):
+        return members, False
+    return members, True
+
+
+def read_picture(source: Source) -> tuple[Image.Image | None, str, str]:
+    """Reads one picture.
+
+    Returns:
+        The picture, upright and in RGB, or None where it is damaged; the SHA-256 of its bytes; what is wrong with it.
+    """
+    try:
+        with source.path.open("rb") as file:
+            file.seek(source.offset)
+            content = file.read(source.size_bytes)
+    except OSError as error:
+        return None, "", str(error.strerror)
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            upright = ImageOps.exif_transpose(image)
+            return upright.convert("RGB"), digest, ""
+    except _DAMAGE as error:
+        return None, digest, f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+
+
+def cut_tiles(picture: Image.Image, tile_px: int) -> dict[tuple[int, int], Tensor]:
+    """Tiles that do not overlap, by row and column from the top left; what remains at right and bottom is left out.
+
+    **Shape** each [3, tile_px, tile_px], in [-1, 1].
+    """
+    pixels = np.asarray(picture)
+    rows, columns = pixels.shape[0] // tile_px, pixels.shape[1] // tile_px
+    tiles = {}
+    for row in range(rows):
+        for column in range(columns):
+            cut = pixels[row * tile_px : (row + 1) * tile_px, column * tile_px : (column + 1) * tile_px]
+            tiles[row, column] = torch.from_numpy(cut.copy()).permute(2, 0, 1).float() / 127.5 - 1.0
+    return tiles
+
+
+def shrink_tiles(tiles: Tensor, level: int) -> Tensor:
+    """Antialiased bicubic, without the overshoot that no picture has.
+
+    **Shape** [batch, 3, px, px] -> [batch, 3, px / level, px / level].
+    """
+    if level == 1:
+        return tiles
+    return F.interpolate(tiles, scale_factor=1.0 / level, mode="bicubic", antialias=True).clamp(-1.0, 1.0)
+
+
+def encode_tiles(vae: Vae, tiles: Sequence[Tensor], config: PrepareConfig) -> dict[int, Tensor]:
+    """Posterior means of tiles and of the shrunk ones, by level, on the CPU in the type of the store."""
+    parts: dict[int, list[Tensor]] = {level: [] for level in LEVELS}
+    for start in range(0, len(tiles), config.batch):
+        batch = torch.stack(list(tiles[start : start + config.batch])).to(vae.device)
+        for level in LEVELS:
+            parts[level].append(vae.encode(shrink_tiles(batch, level)).to("cpu", DTYPES[config.dtype]))
+    return {level: torch.cat(each) for level, each in parts.items() if each}
+
+
+def prepare(
+    config: PrepareConfig, device: torch.device, dtype: torch.dtype = torch.float32, rank: int = 0, world_size: int = 1
+) -> Report:
+    """Makes the shards of this process that are not there yet; the last process writes the index.
+
+    Args:
+        device, dtype: Of the VAE.
+        rank, world_size: Of this process; it makes every shard whose number leaves `rank` over `world_size`.
+
+    Raises:
+        PairsError: There is nothing to read, or `out` holds pairs of other pictures, settings or another VAE.
+        BundleError: As `read_bundle`.
+        ValueError: An encoded tile is not finite.
+    """
+    bundle = read_bundle(config.bundle)
+    unit_px = bundle.latent_space.stride_px * max(LEVELS)
+    if config.tile_px % unit_px or not 0 < config.tile_px <= config.min_side_px:
+        raise PairsError(
+            f"tile_px {config.tile_px}: a multiple of {unit_px} px, at most min_side_px {config.min_side_px}, is needed"
+        )
+    sources, broken = list_sources(config.source)
+    config.out.mkdir(parents=True, exist_ok=True)
+    encoder = {"latent_space": bundle.latent_space.name, "vae_sha256": vae_hash(bundle), "vae_dtype": str(dtype)}
+    _check_plan(config, {**_plan(config, sources, broken), **encoder})
+    groups = [sources[i : i + config.pictures_per_shard] for i in range(0, len(sources), config.pictures_per_shard)]
+    mine = [n for n in range(rank, len(groups), world_size) if not has_shard(config.out, n)]
+    vae = read_vae(bundle, device, dtype)
+    started_s, tiles = time.monotonic(), 0
+    skipped: list[dict[str, Any]] = []
+    with (
+        tqdm(total=sum(len(groups[n]) for n in mine), desc=f"prepare {rank}/{world_size}", unit="picture") as bar,
+        ThreadPoolExecutor(READERS) as readers,
+    ):
+        for number in mine:
+            latents, lines = _make_shard(vae, groups[number], config, readers, bar)
+            write_shard(config.out, number, latents, lines)
+            tiles += sum("skipped" not in line for line in lines)
+            skipped += [line for line in lines if "skipped" in line]
+            bar.set_postfix(tiles=tiles, skipped=len(skipped))
+    spent_s = time.monotonic() - started_s
+    is_finished = all(has_shard(config.out, number) for number in range(len(groups)))
+    if is_finished:
+        write_index(config.out, len(groups))
+        for leftover in config.out.glob(".shard-*.partial"):  # of processes that were killed
+            leftover.unlink(missing_ok=True)
+    return Report(sum(len(groups[n]) for n in mine), tiles, spent_s, is_finished, tuple(skipped))
+
+
+def _make_shard(
+    vae: Vae, sources: Sequence[Source], config: PrepareConfig, readers: ThreadPoolExecutor, bar: "tqdm[None]"
+) -> tuple[dict[int, Tensor], list[dict[str, Any]]]:
+    """The latents and lines of one shard. The same for the same pictures, whenever and by whom it is made."""
+    parts: dict[int, list[Tensor]] = {level: [] for level in LEVELS}
+    lines: list[dict[str, Any]] = []
+    for source, (picture, digest, fault) in _read_ahead(sources, readers):
+        bar.update()
+        head = {"source": source.name, "source_sha256": digest}
+        if picture is None:
+            lines.append({**head, "skipped": "corrupt", "why": fault})
+            continue
+        if min(picture.size) < config.min_side_px:
+            lines.append({**head, "skipped": "small", "why": f"{picture.width}x{picture.height} px"})
+            continue
+        tiles = cut_tiles(picture, config.tile_px)
+        latents = encode_tiles(vae, list(tiles.values()), config)
+        for place, (row, column) in enumerate(tiles):
+            each = {f"x{level}": latents[level][place] for level in LEVELS}
+            if not all(bool(latent.isfinite().all()) for latent in each.values()):
+                raise ValueError(f"{source.name}: tile {row}, {column}: the VAE gave values that are not finite")
+            hashes = {name: tensor_hash(latent) for name, latent in each.items()}
+            lines.append({**head, "tile": [row, column], "sha256": hashes})
+        for level in LEVELS:
+            parts[level].append(latents[level])
+    return {level: torch.cat(each) for level, each in parts.items() if each}, lines
+
+
+def _read_ahead(
+    sources: Sequence[Source], readers: ThreadPoolExecutor
+) -> Iterator[tuple[Source, tuple[Image.Image | None, str, str]]]:
+    for start in range(0, len(sources), READ_AHEAD):
+        group = sources[start : start + READ_AHEAD]
+        yield from zip(group, readers.map(read_picture, group), strict=True)
+
+
+def _plan(config: PrepareConfig, sources: Sequence[Source], broken: Sequence[str]) -> dict[str, Any]:
+    """What must stay the same for the shards to belong together."""
+    listed = hashlib.sha256()
+    for source in sources:
+        size_bytes = source.path.stat().st_size if source.size_bytes < 0 else source.size_bytes
+        listed.update(f"{source.name}\0{size_bytes}\n".encode())
+    return {
+        "pictures": len(sources),
+        "sources_sha256": listed.hexdigest(),
+        "broken_tars": list(broken),
+        "min_side_px": config.min_side_px,
+        "tile_px": config.tile_px,
+        "pictures_per_shard": config.pictures_per_shard,
+        "dtype": config.dtype,
+    }
+
+
+def _check_plan(config: PrepareConfig, plan: dict[str, Any]) -> None:
+    path = config.out / PLAN
+    if not path.exists():
+        if any(config.out.glob("shard-*")) or (config.out / SUMMARY).exists():
+            raise PairsError(f"{config.out}: shards without {PLAN}; prepare into another directory")
+        replace_file(path, (json.dumps(plan, indent=1) + os.linesep).encode())
+    said = json.loads(path.read_text())
+    differing = sorted(key for key in plan.keys() | said.keys() if plan.get(key) != said.get(key))
+    if differing:
+        raise PairsError(
+            f"{config.out} was begun with other {', '.join(differing)}; prepare into another directory, or as before"
+        )
+
+
+def count_skipped(report: Report) -> dict[str, int]:
+    """How many pictures were left out, by reason."""
+    return {reason: sum(line["skipped"] == reason for line in report.skipped) for reason in ("corrupt", "small")}
