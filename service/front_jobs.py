@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from fastapi import Depends, Header, Request, Response
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
@@ -21,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from service.answers import failed_answer, job_headers, job_problem, warnings_header
 from service.errors import DeadlinePassed, GiantleapError, InvalidRequest, MalformedRequest, NotFound, NotReady
 from service.jobs import Job, JobParams, JobRecord, JobState, Priority
-from service.latents_in import LATENT_TENSOR
+from service.latents_in import LATENT_TENSOR, SAFETENSORS_TYPE, Floats, read_latent
 from service.openapi import Responses
 from service.planning import Served
 from service.problems import InvalidFields
@@ -170,6 +171,14 @@ async def read_results(serving: Serving, record: JobRecord) -> list[bytes]:
     if len(contents) != len(found):
         raise NotFound("the result was dropped to make room before it was read; send the request again")
     return contents
+
+
+def stack_latents(results: Sequence[bytes]) -> Floats:
+    """The latents of a job, one file each, as one batch.
+
+    Shape: [C, h, w] each -> [B, C, h, w].
+    """
+    return np.stack([read_latent(file, SAFETENSORS_TYPE) for file in results])
 
 
 def answer_headers(record: JobRecord) -> dict[str, str]:

@@ -28,11 +28,12 @@ from service.front_jobs import (
     read_form,
     read_results,
     run_job,
+    stack_latents,
     to_fields,
     wrap_tensor,
 )
 from service.jobs import JobRecord, Priority, UpscaleParams
-from service.latents_in import OCTETS_TYPE, SAFETENSORS_TYPE, read_latent
+from service.latents_in import OCTETS_TYPE, SAFETENSORS_TYPE
 from service.negotiation import JSON_TYPE
 from service.openapi import file_content
 from service.planning import Served, prepare_upscale
@@ -316,7 +317,7 @@ def write_infer(inference: Inference, record: JobRecord, results: list[bytes]) -
     described: dict[str, Any] = {"name": inference.output.name}
     following = b""
     if inference.output.name == "latent":
-        latent = read_latent(results[0], SAFETENSORS_TYPE)
+        latent = stack_latents(results)
         described |= {"datatype": "FP32", "shape": list(latent.shape)}
         if inference.binary:
             following = latent.astype("<f4").tobytes()

@@ -33,6 +33,7 @@ from service.front_jobs import (
     read_form,
     read_results,
     run_job,
+    stack_latents,
     wrap_tensor,
 )
 from service.jobs import JobRecord, UpscaleParams
@@ -224,7 +225,7 @@ async def post_encode(
     ended = await run_job(request, serving, new_job(served, params), blob, key)
     if isinstance(ended, Response):
         return ended
-    latent = read_latent((await read_results(serving, ended))[0], SAFETENSORS_TYPE)
+    latent = stack_latents(await read_results(serving, ended))
     space = served.bundle.latent_space
     return tensor_answer(ended, ((latent - space.shift) * space.scale if scaled else latent).astype("<f4"))
 

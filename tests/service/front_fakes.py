@@ -1,7 +1,7 @@
 """What the tests of the compatible fronts share: an app over a broker in memory that hands out real files."""
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,8 @@ class FileBroker(FakeBroker):
 
     def work(self, job: Job) -> JobRecord:
         record = succeed(job)
+        if isinstance(job.params, UpscaleParams):  # a file for each item, a latent's too
+            record = replace(record, results=record.results[:1] * job.params.batch_items)
         self.files[job.id] = [to_file(job, index) for index in range(len(record.results))]
         return record
 
@@ -38,7 +40,7 @@ class FileBroker(FakeBroker):
         self._require_up()
         params = self.records[job_id].job.params
         if isinstance(params, UpscaleParams) and params.output == "latent":
-            return save({"latent": self._enlarged(job_id, params)})
+            return save({"latent": self._enlarged(job_id, params)[index]})
         return self.files[job_id][index]
 
     def _enlarged(self, job_id: str, params: UpscaleParams) -> np.ndarray:

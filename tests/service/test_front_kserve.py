@@ -122,6 +122,12 @@ def test_a_latent_comes_back_enlarged(client: triton.InferenceServerClient, brok
     assert said["id"] == "r1" and said["model_name"] == "paper" and said["parameters"]["job_id"] == job.id
 
 
+def test_a_batch_comes_back_as_a_batch(client: triton.InferenceServerClient, broker: FileBroker) -> None:
+    batch = np.concatenate([LATENT, 2 * LATENT, -LATENT])
+    answer = client.infer("paper", [to_input(batch)], parameters={"scale": 1})
+    np.testing.assert_array_equal(answer.as_numpy("latent"), batch)
+
+
 def test_the_bundles_defaults_hold_where_nothing_is_asked(
     client: triton.InferenceServerClient, broker: FileBroker
 ) -> None:
