@@ -4,13 +4,16 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLQwenImage21, AutoencoderKLWan
 from torch import Tensor
 
 from models.bundle import read_bundle
+from models.latent_space import LatentSpace
 from models.lua import Lua
 from models.lua_spec import LuaSpec
 from models.vae import Vae
@@ -245,3 +248,47 @@ def test_a_decode_for_a_loss_refuses_latents_without_a_gradient(vae: Vae) -> Non
         decode_with_gradient(vae, latents(0, 4))
     with torch.no_grad(), pytest.raises(NoGradientError):
         decode_with_gradient(vae, latents(0, 4).requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("model", "channels", "stride_px"),
+    [
+        (lambda: AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1), 16, 8),
+        (
+            lambda: AutoencoderKLQwenImage21(
+                base_dim=4, decoder_base_dim=4, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1
+            ),
+            64,
+            16,
+        ),
+        (lambda: AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1), 16, 8),
+        (
+            lambda: AutoencoderKLFlux2(
+                block_out_channels=(8, 8, 8, 8),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=1,
+                latent_channels=32,
+                norm_num_groups=4,
+            ),
+            32,
+            8,
+        ),
+    ],
+    ids=["qwen-image", "qwen-image-21", "wan21", "flux2"],
+)
+def test_a_loss_of_pictures_reaches_the_latents_of_every_family(
+    model: Callable[[], Any], channels: int, stride_px: int
+) -> None:
+    torch.manual_seed(0)
+    vae = Vae(model().requires_grad_(False).eval(), LatentSpace("any", channels, stride_px, 1.0))
+    gradients = []
+    for is_checkpointed in (True, False):
+        raw = torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        decoded = decode_with_gradient(vae, raw, is_checkpointed)
+        assert decoded.shape == (2, 3, 4 * stride_px, 4 * stride_px)
+        assert torch.allclose(decoded, vae.decode(raw.detach()), atol=1e-4)
+        torch.autograd.backward(decoded.square().mean())
+        assert raw.grad is not None and bool((raw.grad != 0).any(dim=(2, 3)).all())
+        gradients.append(raw.grad)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-9)

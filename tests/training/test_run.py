@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -152,6 +154,48 @@ def test_a_run_killed_between_updates_loses_only_what_was_not_saved(
     assert losses_of(tmp_path / "run") == losses_of(whole)
 
 
+def test_random_numbers_of_an_update_do_not_depend_on_what_was_run_before(
+    pairs: Path, tiny_bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disturb(*arguments: Any, **named: Any) -> dict[str, torch.Tensor]:
+        return {name: term * torch.rand(()) for name, term in before(*arguments, **named).items()}
+
+    before = run_module.loss_terms
+    monkeypatch.setattr(run_module, "loss_terms", disturb)
+    config = config_of(tiny_bundle_dir, pairs, evaluate_every=1)
+    train(config, tmp_path / "whole", PLACE, stop_after=3)
+    train(config, tmp_path / "parts", PLACE, stop_after=2)
+    torch.manual_seed(12345)
+    train(config, tmp_path / "parts", PLACE, resume=True, stop_after=3)
+    assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_at_random_goes_on_to_the_same_weights(
+    whole: Path, pairs: Path, tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    write_toml(tmp_path / "run.toml", config_of(tiny_bundle_dir, pairs))
+    command = [sys.executable, "-m", "service.cli", "train", "run", "--config", str(tmp_path / "run.toml")]
+    command += ["--out", str(tmp_path / "run"), "--device", "cpu", "--resume"]
+    random = Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        begun_s, seen = time.monotonic(), len(checkpoints_in(tmp_path / "run" / "checkpoints"))
+        wait_s = random.uniform(0.0, 2.0)
+        while time.monotonic() - begun_s < 120 and process.poll() is None:
+            time.sleep(0.05)
+            if (
+                len(checkpoints_in(tmp_path / "run" / "checkpoints")) > seen
+                or (tmp_path / "run" / "log.jsonl").exists()
+            ):
+                time.sleep(wait_s)
+                break
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert_same_bits(tmp_path / "run" / "lua.safetensors", whole / "lua.safetensors")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     pairs: Path, tiny_bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +217,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     assert not (tmp_path / "run" / "lua.safetensors").exists()
     train(config, tmp_path / "run", PLACE, resume=True)
     assert (tmp_path / "run" / "lua.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("stage", "beta_2"), [("I", 0.995), ("III", 0.99)])
+@pytest.mark.parametrize("clip", [1e-3, 1e6])
+def test_the_gradient_is_clipped_by_its_global_norm_and_adam_has_the_betas_of_the_stage(
+    stage: str, beta_2: float, clip: float, pairs: Path, tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    stages = [{"name": stage, "steps": 2, "effective_batch": 2, "micro_batch": 1}]
+    config = config_of(tiny_bundle_dir, pairs, stages=stages, optimiser={"clip": clip})
+    state = read_checkpoint(train(config, tmp_path / "run", PLACE, stop_after=1)).tensors
+    means = torch.cat([v.flatten() for k, v in state.items() if k.startswith("adam.") and k.endswith("exp_avg")])
+    squares = torch.cat([v.flatten() for k, v in state.items() if k.startswith("adam.") and k.endswith("exp_avg_sq")])
+    gradient = means / 0.1  # after one update Adam's mean is 1 - beta_1 of the gradient
+    assert float(gradient.norm()) == pytest.approx(min(clip, log_of(tmp_path / "run")[0]["gradient_norm"]), rel=1e-3)
+    assert float(squares.sum() / gradient.square().sum()) == pytest.approx(1 - beta_2, rel=1e-3)
+
+
+def test_the_average_follows_with_its_decay(pairs: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    stages = [{"name": "I", "steps": 2, "effective_batch": 2, "micro_batch": 1}]
+    config = config_of(tiny_bundle_dir, pairs, stages=stages, optimiser={"ema_decay": 0.9, "rate": 1e-2})
+    start = run_module._build(config, read_bundle(tiny_bundle_dir), PairsStore.open(pairs)).state_dict()
+    state = read_checkpoint(train(config, tmp_path / "run", PLACE, stop_after=1)).tensors
+    for name, value in start.items():
+        expected = 0.9 * value + 0.1 * state[f"net.{name}"]
+        assert torch.allclose(state[f"ema.{name}"], expected, atol=1e-6), name
 
 
 def test_a_run_refuses_what_would_mix_two_runs(whole: Path, pairs: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
