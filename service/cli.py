@@ -3,6 +3,7 @@
 Heavy modules (torch, uvicorn) are imported inside the commands that need them, so that `--help` and `serve` start fast.
 """
 
+import os
 import signal
 import socket
 import sys
@@ -140,8 +141,10 @@ def print_settings() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    # Read once at its import, where it would warn of optional packages that nothing here uses.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
 
 
 if __name__ == "__main__":
-    sys.exit(app())
+    main()

@@ -214,7 +214,7 @@ def test_a_worker_alone_answers_for_itself_on_its_metrics_port(
     text = asyncio.run(scenario())
     assert 'giantleap_jobs_total{bundle="tiny",kind="generate",status="succeeded"} 1.0' in text
     for scale in (1, 2, 4):
-        warm = f'{{bundle="tiny",engine="torch",scale="{scale}",stage="decode",warmup="true"}} 1.0'
+        warm = f'{{bundle="tiny",engine="torch",method="lua",scale="{scale}",stage="decode",warmup="true"}} 1.0'
         assert f"giantleap_stage_duration_seconds_count{warm}" in text
     assert 'giantleap_engine_info{bundle="tiny",device="cpu",dtype="float32",engine="torch"' in text
 
