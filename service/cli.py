@@ -6,7 +6,6 @@ Heavy modules (torch, uvicorn) are imported inside the commands that need them, 
 import os
 import signal
 import socket
-import sys
 import threading
 from pathlib import Path
 from typing import Annotated
