@@ -4,11 +4,14 @@
 milliseconds. Each start and end of work is noted in the list `<prefix>-log` as `<what> <job id> <pid>`.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
+
+import redis
 
 from service.claims import Claims, open_redis
 from service.jobs import GenerateParams, ResultFile
@@ -42,7 +45,11 @@ def main(url: str, prefix: str, visibility_s: float) -> None:
     worker.open()
 
     def note(what: str, job_id: str) -> None:
-        client.rpush(f"{prefix}-log", f"{what} {job_id} {os.getpid()}")
+        while True:  # Redis may be killed and started again meanwhile, however long that takes
+            with contextlib.suppress(redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
+                client.rpush(f"{prefix}-log", f"{what} {job_id} {os.getpid()}")
+                return
+            time.sleep(0.05)
 
     while True:
         for claim in worker.claim(1, 0.5):
