@@ -5,14 +5,16 @@ and is whole or not there: its lines are written first, its tensors last, both b
 follows from the shards alone, so whoever comes last writes the same one.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -30,18 +32,25 @@ class PairsError(ValueError):
     """Pairs that are missing, unfinished, damaged, or not those that were asked for."""
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file that is whole at any moment: the old content or the new one, also after a power cut."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that is whole at any moment: the old content or the new one, also after a power cut."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """As `replacing`, at once."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -82,20 +91,17 @@ def write_index(folder: Path, shard_count: int) -> dict[str, Any]:
     if missing:
         raise PairsError(f"{folder}: {len(missing)} of {shard_count} shards are not there yet")
     shards: list[dict[str, Any]] = []
-    index: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
-    for number in range(shard_count):
-        lines = _read_lines((folder / shard_name(number)).with_suffix(".jsonl"))
-        tiles = [line for line in lines if "skipped" not in line]
-        skipped += [line for line in lines if "skipped" in line]
-        shards.append({"file": shard_name(number), "tiles": len(tiles)})
-        for place, line in enumerate(tiles):
-            hashes = line.pop("sha256")
-            head = {"shard": shard_name(number), "place": place, **line}
-            index += [{**head, "scale": level, "sha256": hashes[f"x{level}"]} for level in LEVELS]
     digest = hashlib.sha256()
-    for line in index:
-        digest.update(_to_lines([line]))
+    with replacing(folder / INDEX) as file:  # line by line: the index of millions of tiles is gigabytes
+        for number in range(shard_count):
+            lines = _read_lines((folder / shard_name(number)).with_suffix(".jsonl"))
+            tiles = [line for line in lines if "skipped" not in line]
+            skipped += [line for line in lines if "skipped" in line]
+            shards.append({"file": shard_name(number), "tiles": len(tiles)})
+            content = _to_lines(_index_lines(shard_name(number), tiles))
+            digest.update(content)
+            file.write(content)
     summary = {
         "format": FORMAT,
         **json.loads((folder / PLAN).read_text()),
@@ -104,9 +110,15 @@ def write_index(folder: Path, shard_count: int) -> dict[str, Any]:
         "index_sha256": digest.hexdigest(),
         "shards": shards,
     }
-    replace_file(folder / INDEX, _to_lines(index))
     replace_file(folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
     return summary
+
+
+def _index_lines(shard: str, tiles: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for place, line in enumerate(tiles):
+        head = {key: value for key, value in line.items() if key != "sha256"}
+        for level in LEVELS:
+            yield {"shard": shard, "place": place, **head, "scale": level, "sha256": line["sha256"][f"x{level}"]}
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:
@@ -121,12 +133,12 @@ class PairsStore:
     Args:
         folder: Where they lie.
         summary: What `write_index` wrote.
-        places: Shard and place of each tile.
+        starts: Number of the first tile of each shard, and of all tiles at the end.
     """
 
     folder: Path
     summary: Mapping[str, Any]
-    places: Sequence[tuple[str, int]]
+    starts: Sequence[int]
 
     @classmethod
     def open(cls, folder: Path) -> "PairsStore":
@@ -141,13 +153,13 @@ class PairsStore:
             raise PairsError(f"{folder} holds no finished pairs: run `giantleap train prepare` (again)") from error
         if summary["format"] != FORMAT:
             raise PairsError(f"{folder}: format {summary['format']}; this version reads format {FORMAT}")
-        places = [(shard["file"], place) for shard in summary["shards"] for place in range(shard["tiles"])]
-        if not places:
+        starts = [0, *itertools.accumulate(shard["tiles"] for shard in summary["shards"])]
+        if not starts[-1]:
             raise PairsError(f"{folder}: no picture gave a tile; {len(summary['skipped'])} were skipped ({SUMMARY})")
-        return cls(folder, summary, places)
+        return cls(folder, summary, starts)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return self.starts[-1]
 
     def read(self, tiles: Sequence[int], levels: Sequence[int] = LEVELS) -> dict[int, Tensor]:
         """The latents of these tiles, by level.
@@ -157,12 +169,18 @@ class PairsStore:
         rows: dict[int, list[Tensor]] = {level: [] for level in levels}
         with ExitStack() as stack:
             files: dict[str, Any] = {}
-            for shard, place in (self.places[tile] for tile in tiles):
+            for shard, place in map(self._place, tiles):
                 if shard not in files:
                     files[shard] = stack.enter_context(safe_open(self.folder / shard, framework="pt"))
                 for level in levels:
                     rows[level].append(files[shard].get_slice(f"x{level}")[place : place + 1].float())
         return {level: torch.cat(parts) for level, parts in rows.items()}
+
+    def _place(self, tile: int) -> tuple[str, int]:
+        if not 0 <= tile < len(self):
+            raise IndexError(f"tile {tile}: {self.folder} has {len(self)}")
+        number = bisect.bisect_right(self.starts, tile) - 1
+        return self.summary["shards"][number]["file"], tile - self.starts[number]
 
     def check(self) -> None:
         """Reads everything and compares it with its digests.

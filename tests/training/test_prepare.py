@@ -139,6 +139,28 @@ def test_corrupt_and_small_pictures_are_skipped_with_their_names(
     assert len(summary["skipped"]) == 4 and all(line["why"] for line in summary["skipped"])
 
 
+def test_a_shard_without_a_tile_is_a_shard(pictures: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    for number in (3, 4, 5):
+        (pictures / f"picture-{number}.png").write_bytes(b"no picture")
+    prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "out"), CPU)
+    store = PairsStore.open(tmp_path / "out")
+    store.check()
+    assert [shard["tiles"] for shard in store.summary["shards"]] == [6, 0, 4]
+    (first,) = (
+        line
+        for line in read_index(tmp_path / "out")
+        if (line["source"], line["tile"], line["scale"]) == ("picture-6.png", [0, 0], 1)
+    )
+    assert pairs_store.tensor_hash(store.read([6])[1][0]) == first["sha256"]
+    with pytest.raises(IndexError):
+        store.read([10])
+    for picture in pictures.iterdir():
+        picture.write_bytes(b"no picture")
+    prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "none"), CPU)
+    with pytest.raises(PairsError, match="no picture gave a tile; 8 were skipped"):
+        PairsStore.open(tmp_path / "none")
+
+
 def test_tar_shards_are_read_in_place_and_a_broken_one_is_named(
     pictures: Path, tiny_bundle_dir: Path, tmp_path: Path
 ) -> None:
