@@ -1,5 +1,6 @@
 """The main job as a user sees it: `giantleap serve` on the pocket bundle, over HTTP, also when its parts die."""
 
+import base64
 import io
 import json
 import os
@@ -11,8 +12,11 @@ from collections.abc import Iterator
 
 import httpx
 import numpy as np
+import openai
 import psutil
 import pytest
+import tritonclient.http as triton
+from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image
 from safetensors.numpy import load, save
 
@@ -67,6 +71,35 @@ def test_a_raw_latent_comes_back_twice_as_large(url: str) -> None:
     assert answer.status_code == 200, answer.text
     (enlarged,) = load(answer.content).values()
     assert enlarged.shape[-3:] == (16, 32, 32) and np.isfinite(enlarged.astype(np.float32)).all()
+
+
+def test_the_openai_client_draws(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as client:
+        answer = client.images.generate(prompt=PROMPT, size="256x256", extra_body={"seed": 7})
+        (event,) = client.images.generate(prompt=PROMPT, size="256x256", stream=True, extra_body={"seed": 7})
+    content, _ = draw(url, PROMPT, 2, seed=7)
+    for text in ((answer.data or [])[0].b64_json, event.b64_json):
+        assert np.array_equal(_read_png(base64.b64decode(text or "")), _read_png(content))
+
+
+def test_the_triton_client_enlarges_a_latent(url: str) -> None:
+    latent = np.random.default_rng(0).standard_normal((2, 16, 8, 8)).astype(np.float32)
+    given = triton.InferInput("latent", list(latent.shape), "FP32")
+    given.set_data_from_numpy(latent)
+    with triton.InferenceServerClient(url.removeprefix("http://"), network_timeout=60) as client:
+        assert client.is_model_ready("pocket")
+        enlarged = client.infer("pocket", [given], parameters={"scale": 2}).as_numpy("latent")
+    assert enlarged.shape == (2, 16, 16, 16) and np.isfinite(enlarged).all()
+
+
+def test_diffusers_remote_vae_encodes_and_decodes_back(url: str) -> None:
+    image = Image.open(io.BytesIO(draw(url, PROMPT, 1, seed=7)[0])).convert("RGB")
+    latent = remote_encode(f"{url}/remote_vae/pocket/encode", image)
+    assert latent.shape == (1, 16, BASE_PX // 8, BASE_PX // 8)
+    back = remote_decode(f"{url}/remote_vae/pocket/decode", latent, do_scaling=False, image_format="png")
+    assert np.abs(np.asarray(back, np.float64) - np.asarray(image, np.float64)).mean() < 8, "the VAE's own loss"
+    large = remote_decode(f"{url}/remote_vae/pocket/decode?scale=2", latent, do_scaling=False)
+    assert large.size == (2 * BASE_PX, 2 * BASE_PX)
 
 
 def test_words_that_the_bundle_does_not_know_are_reported(url: str) -> None:
