@@ -20,7 +20,7 @@ from models.checkpoints import read_lua
 from tests.training.pictures import write_pictures
 from training import run as run_module
 from training.checkpoint import TrainingStateError, checkpoints_in, read_checkpoint
-from training.curriculum import ConfigError, RunConfig, read_config
+from training.curriculum import PAPER, ConfigError, RunConfig, StageName, read_config
 from training.frozen_vae import read_vae
 from training.pairs_store import PairsStore
 from training.prepare import PrepareConfig, prepare
@@ -273,6 +273,22 @@ def test_accumulated_parts_make_the_update_of_one_batch(pairs: Path, tiny_bundle
         train(config_of(tiny_bundle_dir, pairs, stages=stages), out, PLACE)
         curves.append(losses_of(out))
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["I", "II", "III"])
+def test_nothing_is_clamped_before_a_loss(stage: StageName, pairs: Path, tiny_bundle_dir: Path) -> None:
+    """Latents far from 0 and pictures beyond white: a clamp anywhere would leave no gradient."""
+    config, store = config_of(tiny_bundle_dir, pairs), PairsStore.open(pairs)
+    bundle = read_bundle(tiny_bundle_dir)
+    vae = read_vae(bundle, CPU, torch.float32)
+    vae.model.decoder.conv_out.bias.fill_(50.0)
+    net = run_module._build(config, bundle, store)
+    for head in net.heads.values():
+        torch.nn.init.constant_(head.conv_last.bias, 50.0)
+    sums = run_module._backward(config, PAPER[stage], net, vae, store.read([0, 1]), (2, 4), 1)
+    assert float(sums["loss"]) > 0
+    for name, weight in net.named_parameters():
+        assert weight.grad is not None and bool((weight.grad != 0).any()), name
 
 
 def test_mixed_precision_trains_and_keeps_its_weights_in_float32(
