@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from models.engine_cpu import Grid, PreparedLua
+from models.engine_cpu import Grids, PreparedLua
 from models.engines import EngineError, EngineName, first_line
 from models.lua import Lua, check_latent, pad_to_window
 
@@ -28,7 +28,7 @@ class Captured:
 
     graph: torch.cuda.CUDAGraph
     given: Tensor
-    grids: tuple[Grid, Grid]
+    grids: Grids
     answer: Tensor
 
 
@@ -46,7 +46,7 @@ class CompileEngine:
         self.spec = net.spec
         self._net = net
         self._device = device
-        self._compiled: dict[int, Callable[[Tensor, tuple[Grid, Grid]], Tensor]] = {
+        self._compiled: dict[int, Callable[[Tensor, Grids], Tensor]] = {
             scale: torch.compile(partial(net.core, scale=scale)) for scale in net.spec.scales
         }
         self._graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
@@ -76,13 +76,16 @@ class CompileEngine:
             grown = self._compiled[scale](*self._open_sizes(padded))
         return grown[..., : scale * height, : scale * width]
 
-    def _open_sizes(self, padded: Tensor) -> tuple[Tensor, tuple[Grid, Grid]]:
+    def _open_sizes(self, padded: Tensor) -> tuple[Tensor, Grids]:
         """What the network takes, told to the compiler as of any size; it keeps a batch of 1 for a case of its own."""
-        plain, shifted = self._net.grids_of(padded)
+        grids = self._net.grids_of(padded)
         torch._dynamo.maybe_mark_dynamic(padded, [0, 2, 3])
-        for tensor in (plain.gather, plain.scatter, shifted.gather, shifted.scatter, shifted.mask):
+        for grid in (grids.plain, grids.shifted):
+            torch._dynamo.maybe_mark_dynamic(grid.gather, 0)
+            torch._dynamo.maybe_mark_dynamic(grid.scatter, 0)
+        for tensor in (grids.to_plain, grids.to_shifted, grids.shifted.mask):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return padded, (plain, shifted)
+        return padded, grids
 
     def _replay(self, padded: Tensor, scale: int) -> Tensor:
         batch = len(padded)

@@ -1,9 +1,10 @@
 """LUA prepared for inference: the same weights and the same sums, laid out for what runs them.
 
 The affine part of each LayerNorm and the scale of the queries are folded into the weights behind them, which is exact;
-one gather takes the place of roll and window cut, and puts the windows that the shift mask touches last, so that the
-others share one bias. On a CPU linear layers and convolutions are packed for oneDNN once, with GELU, LeakyReLU and
-residuals fused into them: `prepare_lua` takes a loaded `models.lua.Lua` and gives back what to run. The form with plain
+one gather takes tokens from the window order of a block to that of the next, in place of roll and window cut, and puts
+the windows that the shift mask touches last, so that the others share one bias. On a CPU linear layers and convolutions
+are packed for oneDNN once, with GELU, LeakyReLU and residuals fused into them, and a block runs some windows at a time,
+which stay in the cache: `prepare_lua` takes a loaded `models.lua.Lua` and gives back what to run. The form with plain
 layers is what `models/engine_compile.py` compiles. `benchmarks/engines.py` measures.
 """
 
@@ -11,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, Self, cast
 
 import torch
@@ -23,7 +25,7 @@ from models.swin import ResidualGroup, SwinBlock, shift_mask
 
 HEAD_DIM_MULTIPLE = 8  # 30 -> 32: zeros that cost 3 % in the linear layers and save 8 to 14 % of the attention
 GRIDS_KEPT = 8  # sizes whose indices and masks are kept; one of 256 x 256 at window 8 takes 2 MiB
-LOGITS_BYTES = 4 * 2**20  # of the windows that the plain attention takes at a time: more leave the cache
+TOKENS_AT_ONCE = {torch.float32: 512, torch.bfloat16: 1024}  # per thread; measured at 180 channels, 1 MiB of L2
 _TRIAL_TOKENS = 1024
 _TRIAL_RUNS = 7
 _FLOAT32_BOUND = 1e-4  # of the output's largest value; what was seen is 1e-5 of it
@@ -200,11 +202,6 @@ class Grid:
     scatter: Tensor
     mask: Tensor
 
-    @property
-    def masked(self) -> int:
-        """How many windows at the end the mask touches."""
-        return self.mask.shape[0]
-
     @classmethod
     def build(cls, batch: int, height: int, width: int, window: int, shift: int, like: Tensor) -> Self:
         """For so many latents of this size; the mask in the dtype of `like`, all on its device."""
@@ -216,6 +213,22 @@ class Grid:
         touched = mask.flatten(1).any(1) & (shift > 0)
         gather = torch.cat([windows[:, ~touched].flatten(), windows[:, touched].flatten()])
         return cls(gather, torch.argsort(gather), mask[touched][:, None].repeat(batch, 1, 1, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Grids:
+    """Both cuts of one size, and the way from the window order of the one to that of the other."""
+
+    plain: Grid
+    shifted: Grid
+    to_plain: Tensor
+    to_shifted: Tensor
+
+    @classmethod
+    def build(cls, batch: int, height: int, width: int, window: int, like: Tensor) -> Self:
+        """As `Grid.build`."""
+        plain, shifted = (Grid.build(batch, height, width, window, shift, like) for shift in (0, window // 2))
+        return cls(plain, shifted, shifted.scatter[plain.gather], plain.scatter[shifted.gather])
 
 
 class PreparedBlock:
@@ -240,42 +253,59 @@ class PreparedBlock:
         self.norm1, self.norm2 = Norm(dim, block.norm1.eps), Norm(dim, block.norm2.eps)
         self.heads, self.head_dim = heads, head_dim + padding
         self.window, self.shifted = block.window, block.shift > 0
+        self.tokens_at_once = TOKENS_AT_ONCE[layout.dtype] if layout.packed else None
         # On the CPU at hand (Zen 5) bfloat16 matrix products outrun the fused kernel 1.6 times; in float32 they lose.
         self.attends_plainly = layout.packed and layout.dtype == torch.bfloat16
 
-    def __call__(self, x: Tensor, grid: Grid) -> Tensor:
-        """**Shape** [tokens, width] -> [tokens, width]."""
-        qkv = self.qkv(self.norm1(x).index_select(0, grid.gather))
-        parts = qkv.view(-1, self.window**2, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        attended = self._attend_plainly(parts, grid) if self.attends_plainly else self._attend_fused(parts, grid)
-        y = self.proj(attended.transpose(1, 2).reshape(len(x), -1))
-        x = x + y.index_select(0, grid.scatter)
+    def __call__(self, x: Tensor, enter: Tensor, grid: Grid) -> Tensor:
+        """The whole block in the window order of `grid`, on a CPU some windows at a time, which stay in its cache.
+
+        **Shape** x [tokens, width] in an order from which `enter` [tokens] gathers that of `grid` -> [tokens, width].
+        """
+        n = self.window**2
+        portions = [
+            self._run(x.index_select(0, enter[n * start : n * stop]), mask)
+            for start, stop, mask in self._portions(grid)
+        ]
+        return portions[0] if len(portions) == 1 else torch.cat(portions)
+
+    def _portions(self, grid: Grid) -> list[tuple[int, int, Tensor]]:
+        """First window, the one after the last, and the mask of those at the end."""
+        windows, masked = len(grid.gather) // self.window**2, len(grid.mask)
+        if self.tokens_at_once is None:
+            return [(0, windows, grid.mask)]
+        free = windows - masked
+        most = max(1, self.tokens_at_once * torch.get_num_threads() // self.window**2)
+        starts = [*range(0, free, most), *range(free, windows, most), windows]
+        return [
+            (start, stop, grid.mask[max(0, start - free) : max(0, stop - free)]) for start, stop in pairwise(starts)
+        ]
+
+    def _run(self, x: Tensor, mask: Tensor) -> Tensor:
+        """**Shape** x [windows * window^2, width] -> the same; mask [masked, 1, window^2, window^2] of the last."""
+        qkv = self.qkv(self.norm1(x)).view(-1, self.window**2, 3, self.heads, self.head_dim)
+        attend = self._attend_plainly if self.attends_plainly else self._attend_fused
+        y = attend(qkv.permute(2, 0, 3, 1, 4), mask).transpose(1, 2).reshape(len(x), -1)
+        x = self.proj.add(y, x)
         return self.fc2.add(self.fc1(self.norm2(x)), x)
 
-    def _attend_fused(self, parts: Tensor, grid: Grid) -> Tensor:
+    def _attend_fused(self, parts: Tensor, mask: Tensor) -> Tensor:
         """**Shape** [3, windows, heads, window^2, head_dim] -> [windows, heads, window^2, head_dim]."""
-        if not grid.masked:
+        if not len(mask):
             return _fused(parts, self.bias)
-        masked = _fused(parts[:, -grid.masked :], self.bias + grid.mask)
-        if grid.masked == parts.shape[1]:
+        masked = _fused(parts[:, -len(mask) :], self.bias + mask)
+        if len(mask) == parts.shape[1]:
             return masked
-        free = _fused(parts[:, : -grid.masked], self.bias)
+        free = _fused(parts[:, : -len(mask)], self.bias)
         return torch.cat([free.transpose(1, 2), masked.transpose(1, 2)]).transpose(1, 2)  # as the kernel lays it out
 
-    def _attend_plainly(self, parts: Tensor, grid: Grid) -> Tensor:
-        """As `_attend_fused`, some windows at a time."""
-        windows, n = parts.shape[1], self.window**2
-        first_masked = windows - grid.masked
-        y = parts.new_empty(windows, n, self.heads, self.head_dim).transpose(1, 2)
-        at_once = max(1, LOGITS_BYTES // (self.heads * n * n * parts.element_size()))
-        for start in range(0, windows, at_once):
-            q, k, v = parts[:, start : start + at_once].contiguous().unbind(0)
-            logits = (q @ k.transpose(-2, -1)).add_(self.bias)
-            if start + len(logits) > first_masked:
-                begin = max(0, first_masked - start)
-                logits[begin:] += grid.mask[start + begin - first_masked :][: len(logits) - begin]
-            y[start : start + at_once] = logits.softmax(-1) @ v
-        return y
+    def _attend_plainly(self, parts: Tensor, mask: Tensor) -> Tensor:
+        """As `_attend_fused`."""
+        q, k, v = parts.contiguous().unbind(0)
+        logits = (q @ k.transpose(-2, -1)).add_(self.bias)
+        if len(mask):
+            logits[-len(mask) :] += mask
+        return logits.softmax(-1) @ v
 
 
 def _fused(parts: Tensor, bias: Tensor) -> Tensor:
@@ -316,7 +346,7 @@ class PreparedLua:
         mean = net.latent_mean if net.spec.latent_norm else net.image_mean if net.spec.image_mean is not None else None
         self._mean = None if mean is None else mean.detach().clone().view(-1, 1, 1)
         self._std = net.latent_std.detach().clone().view(-1, 1, 1) if net.spec.latent_norm else None
-        self._grids: OrderedDict[tuple[int, int, int], tuple[Grid, Grid]] = OrderedDict()
+        self._grids: OrderedDict[tuple[int, int, int], Grids] = OrderedDict()
 
     @torch.inference_mode()
     def __call__(self, latent: Tensor, scale: int) -> Tensor:
@@ -327,7 +357,7 @@ class PreparedLua:
         grown = self.core(padded, self.grids_of(padded), scale)
         return grown[..., : scale * height, : scale * width]
 
-    def core(self, latent: Tensor, grids: tuple[Grid, Grid], scale: int) -> Tensor:
+    def core(self, latent: Tensor, grids: Grids, scale: int) -> Tensor:
         """As `Lua.core`; `grids` are those of `grids_of`."""
         x = latent if self._mean is None else latent - self._mean
         x = x if self._std is None else x / self._std
@@ -341,31 +371,47 @@ class PreparedLua:
         y = y if self._std is None else y * self._std
         return y if self._mean is None else y + self._mean
 
-    def _features(self, x: Tensor, grids: tuple[Grid, Grid]) -> Tensor:
+    def _features(self, x: Tensor, grids: Grids) -> Tensor:
         """**Shape** [batch, channels, height, width] -> [batch, width of the backbone, height, width]."""
         dim = self._layout.width
         shape = (x.shape[0], x.shape[2], x.shape[3], dim)
         shallow = self._first(x.contiguous(memory_format=torch.channels_last))
         tokens = self._first_norm(shallow.permute(0, 2, 3, 1).reshape(-1, dim))
         for blocks, conv in self.groups:
-            y = tokens
-            for block in blocks:
-                y = block(y, grids[1] if block.shifted else grids[0])
+            y = _run_blocks(blocks, tokens, grids)
             maps = conv.add(y.view(shape).permute(0, 3, 1, 2), tokens.view(shape).permute(0, 3, 1, 2))
             tokens = maps.permute(0, 2, 3, 1).reshape(-1, dim)
         return self._after_body.add(self._last_norm(tokens).view(shape).permute(0, 3, 1, 2), shallow)
 
-    def grids_of(self, padded: Tensor) -> tuple[Grid, Grid]:
-        """Of windows in place, and shifted; those of recent sizes are kept."""
+    def grids_of(self, padded: Tensor) -> Grids:
+        """Those of a size; the ones of recent sizes are kept."""
         key = (padded.shape[0], padded.shape[2], padded.shape[3])
         grids = self._grids.pop(key, None)
         if grids is None:
-            window, like = self.spec.window, padded.new_empty(0, dtype=self.dtype)
-            grids = Grid.build(*key, window, 0, like), Grid.build(*key, window, window // 2, like)
+            grids = Grids.build(*key, self.spec.window, padded.new_empty(0, dtype=self.dtype))
         self._grids[key] = grids
         while len(self._grids) > GRIDS_KEPT:
             self._grids.popitem(last=False)
         return grids
+
+
+def _run_blocks(blocks: Sequence[PreparedBlock], tokens: Tensor, grids: Grids) -> Tensor:
+    """The blocks of a group one after the other, each in its own window order.
+
+    **Shape** [tokens, width], row by row -> the same.
+    """
+    enters: dict[tuple[bool | None, bool], Tensor] = {
+        (None, False): grids.plain.gather,
+        (None, True): grids.shifted.gather,
+        (False, True): grids.to_shifted,
+        (True, False): grids.to_plain,
+    }
+    order: bool | None = None  # whether the windows are shifted; None is row by row
+    for block in blocks:
+        grid = grids.shifted if block.shifted else grids.plain
+        tokens = block(tokens, enters[order, block.shifted], grid)
+        order = block.shifted
+    return tokens.index_select(0, (grids.shifted if order else grids.plain).scatter)
 
 
 def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:

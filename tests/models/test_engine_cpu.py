@@ -71,11 +71,7 @@ def test_prepared_form_equals_the_network(name: str, size: tuple[int, int, int])
         assert relative_error(found, expected) < 2e-5
 
 
-@pytest.mark.parametrize("logits_bytes", [1, 5000, 1 << 30])
-def test_bfloat16_is_close_however_its_windows_are_portioned(
-    monkeypatch: pytest.MonkeyPatch, logits_bytes: int
-) -> None:
-    monkeypatch.setattr(engine_cpu, "LOGITS_BYTES", logits_bytes)
+def test_bfloat16_is_close() -> None:
     net = build(SPECS["tiny"])
     if why_not_prepared(CPU, torch.bfloat16) is not None:  # a CPU without it runs the network
         assert prepare_lua(net, CPU, torch.bfloat16) is net
@@ -88,16 +84,26 @@ def test_bfloat16_is_close_however_its_windows_are_portioned(
     assert 0 < relative_error(found, expected) < 0.05
 
 
-def test_plain_attention_is_exact_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_cpu, "LOGITS_BYTES", 5000)
+@pytest.mark.parametrize("plainly", [False, True])
+@pytest.mark.parametrize("tokens_at_once", [1, 5 * 16, 1 << 20, None])
+def test_portions_and_both_attentions_change_nothing(tokens_at_once: int | None, plainly: bool) -> None:
     net = build(SPECS["tiny"])
     prepared = PreparedLua(net, torch.float32)
     for blocks, _ in prepared.groups:
         for block in blocks:
-            block.attends_plainly = True
+            block.tokens_at_once, block.attends_plainly = tokens_at_once, plainly
     latent = torch.randn(2, 4, 12, 16)
     with torch.no_grad():
         assert relative_error(prepared(latent, 4), net(latent, 4)) < 2e-5
+
+
+def test_portions_are_of_free_windows_or_of_masked_ones() -> None:
+    prepared = PreparedLua(build(SPECS["tiny"]), torch.float32)
+    grids = prepared.grids_of(torch.zeros(2, 4, 12, 16))
+    _, shifted = prepared.groups[0][0]
+    shifted.tokens_at_once = 5 * 16
+    found = [(start, stop, len(mask)) for start, stop, mask in shifted._portions(grids.shifted)]
+    assert found == [(0, 5, 0), (5, 10, 0), (10, 12, 0), (12, 17, 5), (17, 22, 5), (22, 24, 2)]
 
 
 @pytest.mark.parametrize("width_multiple", [1, 16])
@@ -119,10 +125,10 @@ def test_autocast_around_it_changes_nothing() -> None:
 
 def test_grid_sorts_the_windows_that_the_mask_touches_to_the_end() -> None:
     grid = Grid.build(2, 12, 16, 4, 2, torch.empty(0))
-    assert grid.masked == 2 * (3 + 4 - 1) and grid.mask.shape == (grid.masked, 1, 16, 16)
+    assert grid.mask.shape == (2 * (3 + 4 - 1), 1, 16, 16)
     assert grid.mask.flatten(1).any(1).all()
     assert torch.equal(grid.gather[grid.scatter], torch.arange(2 * 12 * 16))
-    assert Grid.build(2, 12, 16, 4, 0, torch.empty(0)).masked == 0
+    assert len(Grid.build(2, 12, 16, 4, 0, torch.empty(0)).mask) == 0
 
 
 def test_no_more_than_a_few_sizes_are_remembered() -> None:
@@ -184,7 +190,8 @@ def test_the_check_sees_a_wrong_shift_mask() -> None:
     net = build(SPECS["tiny"])
     prepared = PreparedLua(net, torch.float32)
     window = net.spec.window
-    plain, shifted = prepared.grids_of(torch.zeros(2, 4, 2 * window, 3 * window))
-    prepared._grids[2, 2 * window, 3 * window] = plain, replace(shifted, mask=torch.zeros_like(shifted.mask))
+    grids = prepared.grids_of(torch.zeros(2, 4, 2 * window, 3 * window))
+    shifted = replace(grids.shifted, mask=torch.zeros_like(grids.shifted.mask))
+    prepared._grids[2, 2 * window, 3 * window] = replace(grids, shifted=shifted)
     with pytest.raises(PreparationError):
         check_prepared(prepared, net)
