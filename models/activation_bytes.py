@@ -7,6 +7,7 @@ PyTorch's fused kernels do on a CPU and a GPU. Decoders of AutoencoderKL are in 
 figure of all this is `models/memory_plan.py`.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -58,7 +59,7 @@ VIDEO_DECODER_MAPS: Mapping[str, float] = MappingProxyType(
     {"AutoencoderKLQwenImage": 18.0, "AutoencoderKLWan": 18.0, "AutoencoderKLQwenImage21": 21.5}
 )
 VIDEO_ENCODER_MAPS = 10.0
-LOGITS_BYTES = 4 * 2**20  # of models.engine_cpu, which imports torch
+PREPARED_TOKENS = {"float32": 512, "bfloat16": 1024}  # TOKENS_AT_ONCE of models.engine_cpu, which imports torch
 VIDEO_TILE_PX, VIDEO_TILE_STEP_PX = 256, 192  # of diffusers' tiled decode of these
 
 
@@ -239,18 +240,33 @@ def lua_bytes(spec: LuaSpec, batch: int, height: int, width: int, scale: int, dt
     return int(max(attention, batch * pixels * (max(shuffle, finished) + spec.channels * 4)))
 
 
-def prepared_lua_bytes(spec: LuaSpec, batch: int, height: int, width: int, scale: int, dtype: str) -> int:
+def prepared_lua_bytes(
+    spec: LuaSpec, batch: int, height: int, width: int, scale: int, dtype: str, threads: int | None = None
+) -> int:
     """As `lua_bytes` for the form that runs on a CPU (`models.engine_cpu.PreparedLua`).
 
-    It keeps no bias per window; below float32 it keeps the scores of some windows at a time, before and after softmax.
+    Five maps are alive while a block's portions are joined, or four and what one portion needs: queries, keys, values,
+    their answer, and the biases of masked windows; below float32 the scores before and after softmax.
+
+    Args:
+        spec: As `lua_bytes`, and so on.
+        batch: Of it.
+        height: Of it.
+        width: Of it.
+        scale: Of it.
+        dtype: Of it.
+        threads: Of the worker; None for as many as there are processors.
     """
     element_bytes = ELEMENT_BYTES[dtype]
-    window, heads = spec.window, max(spec.layer_heads)
+    window = spec.window
     pixels = batch * (-(-height // window) * window) * (-(-width // window) * window)
-    attention = pixels * spec.embed_dim * 12 * element_bytes
-    if dtype != "float32":
-        window_bytes = heads * window**4 * element_bytes
-        attention += 2 * min(pixels // window**2 * window_bytes, max(LOGITS_BYTES, window_bytes))
+    tokens = PREPARED_TOKENS["float32" if dtype == "float32" else "bfloat16"] * (threads or os.cpu_count() or 1)
+    portion = min(pixels, max(window**2, tokens // window**2 * window**2))
+    needs = []
+    for heads in set(spec.layer_heads):
+        inner, scores = heads * (-(-spec.embed_dim // heads // 8) * 8), heads * window**2
+        needs.append(spec.embed_dim + (4 * inner + scores if dtype == "float32" else 6 * inner + 2 * scores))
+    attention = max(5 * pixels * spec.embed_dim, 4 * pixels * spec.embed_dim + portion * max(needs)) * element_bytes
     shuffle = 2 * spec.num_feat * scale**2 * element_bytes + 2 * spec.embed_dim * element_bytes
     finished = spec.channels * scale**2 * (element_bytes * (dtype != "float32") + (12 if spec.bicubic_skip else 8))
     return int(max(attention, pixels * (max(shuffle, finished) + spec.channels * 4)))

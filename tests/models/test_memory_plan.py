@@ -42,7 +42,7 @@ from models.activation_bytes import (
 from models.bundle import Bundle, read_bundle
 from models.bundle_descriptor import LuaFile, Method, PipelineSource, VaeSource
 from models.checkpoints import read_lua, write_lua
-from models.engine_cpu import LOGITS_BYTES, PreparedLua
+from models.engine_cpu import TOKENS_AT_ONCE, PreparedLua
 from models.engines import TorchEngine
 from models.foreign_weights import RGB_MEAN
 from models.lua import Lua
@@ -215,7 +215,7 @@ def test_a_lua_prepared_for_a_cpu_needs_what_the_plan_says(name: str, scale: int
         latent = torch.zeros(batch, 16, height, width)
         net(latent, scale)  # the indices of a size are kept
         expected_bytes = live_bytes(lambda latent=latent: net(latent, scale))  # type: ignore[misc]
-        found_bytes = prepared_lua_bytes(LUAS[name], batch, height, width, scale, "float32")
+        found_bytes = prepared_lua_bytes(LUAS[name], batch, height, width, scale, "float32", torch.get_num_threads())
         assert found_bytes == pytest.approx(expected_bytes, rel=QUARTER)
 
 
@@ -226,10 +226,12 @@ def test_prepared_in_bfloat16_it_keeps_the_scores_of_some_windows(size: tuple[in
     for blocks, _ in net.groups:
         for block in blocks:
             block.attends_plainly = True
+            block.tokens_at_once = TOKENS_AT_ONCE[torch.bfloat16]
     latent = torch.zeros(size[0], 16, *size[1:])
     net(latent, 2)
     expected_bytes = live_bytes(lambda: net(latent, 2))
-    assert prepared_lua_bytes(LUAS["pocket"], *size, 2, "bfloat16") == pytest.approx(expected_bytes, rel=QUARTER)
+    found_bytes = prepared_lua_bytes(LUAS["pocket"], *size, 2, "bfloat16", torch.get_num_threads())
+    assert found_bytes == pytest.approx(expected_bytes, rel=QUARTER)
 
 
 def test_a_lua_keeps_the_bias_of_every_block() -> None:
@@ -497,7 +499,9 @@ def test_more_items_pixels_or_scale_never_need_less(plan: MemoryPlan) -> None:
 
 def test_what_is_said_twice_is_the_same() -> None:
     assert TILE_PX == pixel_upscale.TILE_PX
-    assert activation_bytes.LOGITS_BYTES == LOGITS_BYTES
+    assert {f"torch.{name}": n for name, n in activation_bytes.PREPARED_TOKENS.items()} == {
+        str(dtype): n for dtype, n in TOKENS_AT_ONCE.items()
+    }
     for force in (None, False, True):
         for channels in (4, 16):
             for name in ("float32", "bfloat16", "float16"):
