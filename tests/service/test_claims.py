@@ -137,7 +137,7 @@ def test_idle_claim_wakes_as_soon_as_a_job_comes(put: Put, open_claims: Any) -> 
         delays_s.append(time.perf_counter() - started_s - 0.15)
         timer.join()
         worker.finish(claim, [], {}, [])
-    assert sorted(delays_s)[1] < 0.5, "woken by the message, not by the poll each second"
+    assert sorted(delays_s)[0] < 0.5, "woken by the message, not by the poll each second"
 
 
 def test_idle_claim_returns_nothing_after_its_time(open_claims: Any) -> None:
