@@ -77,7 +77,9 @@ def test_claim_is_exclusive_between_workers(put: Put, open_claims: Any, settings
                 seen.append(claim.job.id)
                 assert worker.finish(claim, [(PNG, b"png")], {}, [])
 
-    threads = [threading.Thread(target=work, args=(open_claims(),)) for _ in range(6)]
+    # Leases that a stall of a busy machine does not outlast: this is about two that claim at once.
+    workers = [open_claims(visibility_timeout_s=20.0) for _ in range(6)]
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in workers]
     for thread in threads:
         thread.start()
     for thread in threads:
