@@ -8,6 +8,7 @@ which stay in the cache: `prepare_lua` takes a loaded `models.lua.Lua` and gives
 layers is what `models/engine_compile.py` compiles. `benchmarks/engines.py` measures.
 """
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from models.lua import Lua, ScaleHead, check_latent, pad_to_window
 from models.lua_spec import LuaSpec
 from models.swin import ResidualGroup, SwinBlock, shift_mask
+
+log = logging.getLogger(__name__)
 
 HEAD_DIM_MULTIPLE = 8  # 30 -> 32: zeros that cost 3 % in the linear layers and save 8 to 14 % of the attention
 GRIDS_KEPT = 8  # sizes whose indices and masks are kept; one of 256 x 256 at window 8 takes 2 MiB
@@ -262,11 +265,11 @@ class PreparedBlock:
         **Shape** x [tokens, width] in an order from which `enter` [tokens] gathers that of `grid` -> [tokens, width].
         """
         n = self.window**2
-        portions = [
-            self._run(x.index_select(0, enter[n * start : n * stop]), mask)
-            for start, stop, mask in self._portions(grid)
-        ]
-        return portions[0] if len(portions) == 1 else torch.cat(portions)
+        y = torch.empty_like(x)
+        for start, stop, mask in self._portions(grid):
+            part = slice(n * start, n * stop)
+            self._run(x.index_select(0, enter[part]), mask, y[part])
+        return y
 
     def _portions(self, grid: Grid) -> list[tuple[int, int, Tensor]]:
         """First window, the one after the last, and the mask of those at the end."""
@@ -275,18 +278,18 @@ class PreparedBlock:
             return [(0, windows, grid.mask)]
         free = windows - masked
         most = max(1, self.tokens_at_once * torch.get_num_threads() // self.window**2)
-        starts = [*range(0, free, most), *range(free, windows, most), windows]
+        starts = [*_starts(0, free, most), *_starts(free, windows, most), windows]
         return [
             (start, stop, grid.mask[max(0, start - free) : max(0, stop - free)]) for start, stop in pairwise(starts)
         ]
 
-    def _run(self, x: Tensor, mask: Tensor) -> Tensor:
-        """**Shape** x [windows * window^2, width] -> the same; mask [masked, 1, window^2, window^2] of the last."""
+    def _run(self, x: Tensor, mask: Tensor, out: Tensor) -> None:
+        """**Shape** x, out [windows * window^2, width]; mask [masked, 1, window^2, window^2] of the last windows."""
         qkv = self.qkv(self.norm1(x)).view(-1, self.window**2, 3, self.heads, self.head_dim)
         attend = self._attend_plainly if self.attends_plainly else self._attend_fused
         y = attend(qkv.permute(2, 0, 3, 1, 4), mask).transpose(1, 2).reshape(len(x), -1)
-        x = self.proj.add(y, x)
-        return self.fc2.add(self.fc1(self.norm2(x)), x)
+        x = self.proj(y).add_(x)
+        torch.add(self.fc2(self.fc1(self.norm2(x))), x, out=out)
 
     def _attend_fused(self, parts: Tensor, mask: Tensor) -> Tensor:
         """**Shape** [3, windows, heads, window^2, head_dim] -> [windows, heads, window^2, head_dim]."""
@@ -305,6 +308,12 @@ class PreparedBlock:
         if len(mask):
             logits[-len(mask) :] += mask
         return logits.softmax(-1) @ v
+
+
+def _starts(first: int, end: int, most: int) -> list[int]:
+    """Where portions of nearly equal size begin: one of few windows would waste what a product takes to set up."""
+    count = -(-(end - first) // most)
+    return [first + index * (end - first) // count for index in range(count)]
 
 
 def _fused(parts: Tensor, bias: Tensor) -> Tensor:
@@ -461,11 +470,15 @@ def why_not_prepared(device: torch.device, dtype: torch.dtype) -> str | None:
 def prepare_lua(net: Lua, device: torch.device, dtype: torch.dtype) -> LatentUpscaler:
     """The fastest form of a network that gives its answer: prepared where this machine can and is faster with it.
 
-    Without it the network itself comes back; it computes in `dtype` under autocast.
+    Without it the network itself comes back; it computes in `dtype` under autocast. So does one with a LIIF head, which
+    has no prepared form.
 
     Raises:
         PreparationError: The prepared form answered something else: this build of torch must not be used.
     """
+    if net.spec.head == "liif":
+        log.info("a LUA with a LIIF head runs as the network itself, not in the form for a CPU")
+        return net
     if why_not_prepared(device, dtype) is not None or not packed_is_faster(net.spec, dtype):
         return net
     prepared = PreparedLua(net, dtype)

@@ -1,4 +1,4 @@
-"""The Latent Upscaler Adapter: a Swin backbone that runs once and one pixel-shuffle head per scale.
+"""The Latent Upscaler Adapter: a Swin backbone that runs once and one pixel-shuffle head per scale, or a LIIF head.
 
 `Lua.forward` takes any size and pads and crops around `Lua.core`, which is the part that gets exported: it sees
 exact multiples of the window, keeps every shape symbolic and holds no buffer that depends on the size. Its blocks
@@ -6,13 +6,15 @@ are in `models/swin.py`, its configurations in `models/lua_spec.py`, its files i
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.lua_spec import PRESETS, LuaSpec, preset
+from models.liif import LiifHead
+from models.lua_spec import PRESETS, LuaSpec, grown_side, is_whole, preset
 from models.swin import BiasCache, ResidualGroup, SwinBlock, WindowAttention, build_biases, to_maps, to_tokens
 
 __all__ = ["PRESETS", "Lua", "LuaSpec", "pad_to_window", "preset"]
@@ -76,7 +78,8 @@ class Lua(nn.Module):
         )
         self.norm = nn.LayerNorm(spec.embed_dim)
         self.conv_after_body = nn.Conv2d(spec.embed_dim, spec.embed_dim, 3, padding=1)
-        self.heads = nn.ModuleDict({f"x{scale}": ScaleHead(spec, scale) for scale in spec.scales})
+        heads: dict[str, nn.Module] = {f"x{scale}": ScaleHead(spec, scale) for scale in spec.scales}
+        self.heads = nn.ModuleDict(heads if spec.head == "pixelshuffle" else {"liif": LiifHead(spec)})
         if spec.latent_norm:
             self.register_buffer("latent_mean", torch.zeros(spec.channels))
             self.register_buffer("latent_std", torch.ones(spec.channels))
@@ -88,15 +91,18 @@ class Lua(nn.Module):
         self._start_weights()
 
     def _start_weights(self) -> None:
-        for module in self.modules():
+        for name, module in self.named_modules():
+            if name.startswith("heads."):
+                continue  # convolutions, and the layers of a LIIF head, which 0.02 would leave without a signal
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, WindowAttention):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
-            elif isinstance(module, ScaleHead) and self.spec.bicubic_skip:
-                nn.init.zeros_(module.conv_last.weight)
-                nn.init.zeros_(module.conv_last.bias)  # type: ignore[arg-type]
+        for head in self.heads.values() if self.spec.bicubic_skip else ():
+            last = head.last if isinstance(head, LiifHead) else cast(ScaleHead, head).conv_last
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
 
     @torch.no_grad()
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
@@ -117,38 +123,44 @@ class Lua(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def forward(self, latent: Tensor, scale: int) -> Tensor:
+    def forward(self, latent: Tensor, scale: float) -> Tensor:
         """Enlarges a latent of any size.
 
         **Shape** [batch, channels, height, width] -> [batch, channels, scale * height, scale * width].
 
-        **Raises** ValueError: The latent is not a 4-D tensor of `channels` channels, or there is no such head.
+        **Raises** ValueError: The latent is not a 4-D tensor of `channels` channels, there is no such head, or with a
+        LIIF head the enlarged sides would not be whole.
         """
         return self.forward_scales(latent, (scale,))[scale]
 
-    def forward_scales(self, latent: Tensor, scales: Sequence[int]) -> dict[int, Tensor]:
+    def forward_scales(self, latent: Tensor, scales: Sequence[float]) -> dict[float, Tensor]:
         """Enlarges by several scales with one pass of the backbone; as `forward` otherwise."""
         check_latent(self.spec, latent, scales)
         height, width = latent.shape[-2:]
         padded = pad_to_window(latent, self.spec.window)
         grown = self._core(padded, scales)
-        return {s: y[..., : s * height, : s * width] for s, y in grown.items()}
+        return {s: y[..., : grown_side(height, s), : grown_side(width, s)] for s, y in grown.items()}
 
-    def core(self, latent: Tensor, scale: int) -> Tensor:
+    def core(self, latent: Tensor, scale: float) -> Tensor:
         """The exportable part: height and width must be multiples of the window, and nothing is checked.
 
         **Shape** [batch, channels, height, width] -> [batch, channels, scale * height, scale * width].
         """
         return self._core(latent, (scale,))[scale]
 
-    def _core(self, latent: Tensor, scales: Sequence[int]) -> dict[int, Tensor]:
+    def _core(self, latent: Tensor, scales: Sequence[float]) -> dict[float, Tensor]:
         x = self._normalise(latent)
         features = self.forward_features(x)
-        grown: dict[int, Tensor] = {}
+        grown: dict[float, Tensor] = {}
         for scale in scales:
-            y = self.heads[f"x{scale}"](features)
+            if self.spec.head == "liif":
+                y = self.heads["liif"](features, scale)
+                skip = partial(F.interpolate, size=(y.shape[-2], y.shape[-1]))
+            else:
+                y = self.heads[f"x{scale:g}"](features)
+                skip = partial(F.interpolate, scale_factor=scale)
             if self.spec.bicubic_skip:
-                y = y + F.interpolate(x, scale_factor=scale, mode="bicubic")
+                y = y + skip(x, mode="bicubic")
             grown[scale] = self._restore(y)
         return grown
 
@@ -198,18 +210,24 @@ class Lua(nn.Module):
         return self
 
 
-def check_latent(spec: LuaSpec, latent: Tensor, scales: Sequence[int]) -> None:
+def check_latent(spec: LuaSpec, latent: Tensor, scales: Sequence[float]) -> None:
     """Refuses what a network of this spec does not take.
 
-    **Raises** ValueError: The latent is not a 4-D tensor of `channels` channels, or there is no head for a scale.
+    **Raises** ValueError: The latent is not a 4-D tensor of `channels` channels, there is no head for a scale, or an
+    enlarged side would not be whole.
     """
     if latent.dim() != 4 or latent.shape[1] != spec.channels or min(latent.shape[2:]) < 1:
         raise ValueError(
             f"LUA takes latents of shape [batch, {spec.channels}, height, width]; found {list(latent.shape)}"
         )
     for scale in scales:
-        if scale not in spec.scales:
-            raise ValueError(f"this LUA has heads for scales {spec.scales}; asked for {scale}")
+        if not spec.takes(scale):
+            has = f"heads for scales {spec.scales}"
+            if spec.head == "liif":
+                has = f"a head for any scale above 1 that makes a window of {spec.window} a whole number"
+            raise ValueError(f"this LUA has {has}; asked for {scale}")
+        if not all(is_whole(side, scale) for side in latent.shape[2:]):
+            raise ValueError(f"a latent of {list(latent.shape[2:])} has no whole sides at scale {scale}")
 
 
 def pad_to_window(latent: Tensor, window: int) -> Tensor:

@@ -5,11 +5,15 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
+
+HeadName = Literal["pixelshuffle", "liif"]
 
 SPEC_KEY = "giantleap.lua_spec"  # where the header of a weight file of ours holds the spec
 SCALES = (2, 4)
 _SCALE_SETS = ((2,), (4,), (2, 4))
+_OPTIONAL_KEYS = frozenset({"head"})  # files from before they were there have their defaults
+_ROUNDING = 1e-6  # of a latent pixel: 4/3 of 12 is not 16 in floating point
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +28,12 @@ class LuaSpec:
         window: Side of an attention window, in latent pixels.
         mlp_ratio: Hidden width of the MLP over `embed_dim`.
         num_feat: Width of the heads.
-        scales: The scale heads, a subset of (2, 4).
+        scales: The scale heads, a subset of (2, 4); with a LIIF head the scales that it is trained at.
         conv_first_kernel: 3 as in the released weights; the paper's figure 4 draws 1.
         bicubic_skip: Adds the bicubic enlargement of the input, and starts the heads at zero. The paper has none.
         image_mean: Subtracted before and added after the network, one value per channel; for RGB SwinIR files.
         latent_norm: The network carries a mean and a standard deviation per channel (`set_latent_statistics`).
+        head: "pixelshuffle" for one head per scale, or "liif" for one that takes any scale (`models/liif.py`).
 
     Raises:
         ValueError: A field is out of range or two fields contradict each other.
@@ -46,6 +51,7 @@ class LuaSpec:
     bicubic_skip: bool = False
     image_mean: tuple[float, ...] | None = None
     latent_norm: bool = False
+    head: HeadName = "pixelshuffle"
 
     def __post_init__(self) -> None:
         if _is_count(self.num_heads, 1):
@@ -69,6 +75,7 @@ class LuaSpec:
         yield "conv_first_kernel", self.conv_first_kernel in (1, 3), "1 or 3"
         for name in ("bicubic_skip", "latent_norm"):
             yield name, isinstance(getattr(self, name), bool), "true or false"
+        yield "head", self.head in get_args(HeadName), f"one of {get_args(HeadName)}"
         if self.image_mean is not None:
             numbers = isinstance(self.image_mean, tuple) and all(_is_number(value) for value in self.image_mean)
             fits = numbers and len(self.image_mean) == self.channels
@@ -85,6 +92,12 @@ class LuaSpec:
         """Hidden width of the MLP."""
         return round(self.embed_dim * self.mlp_ratio)
 
+    def takes(self, scale: float) -> bool:
+        """Whether the network enlarges by a scale: one of its heads', or any above 1 that keeps windows whole."""
+        if self.head == "pixelshuffle":
+            return scale in self.scales
+        return math.isfinite(scale) and scale > 1 and is_whole(self.window, scale)
+
     def to_json(self) -> str:
         """The spec as one line of JSON."""
         return json.dumps(asdict(self))
@@ -98,10 +111,20 @@ class LuaSpec:
         """
         values = json.loads(text)
         names = [field.name for field in fields(cls)]
-        if not isinstance(values, dict) or sorted(values) != sorted(names):
+        if not isinstance(values, dict) or not set(names) - _OPTIONAL_KEYS <= set(values) <= set(names):
             raise ValueError(f"a LUA spec has the keys {names}; found {values!r:.200}")
         typed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**typed)
+
+
+def grown_side(side: int, scale: float) -> int:
+    """`scale` times a side, in pixels of either space; whole where `is_whole` holds, else the nearest."""
+    return scale * side if isinstance(scale, int) else round(scale * side)
+
+
+def is_whole(side: int, scale: float) -> bool:
+    """Whether `scale` times a side is a whole number of pixels."""
+    return abs(scale * side - round(scale * side)) <= _ROUNDING
 
 
 def _is_count(value: Any, least: int) -> bool:
