@@ -48,9 +48,10 @@ def vae(
     seed: Seed = 0,
     peers: Annotated[int, typer.Option(help="Processes that share each batch; more than 1 only on idle cores.")] = 1,
     resume: Resume = False,
+    channels: Annotated[int, typer.Option(min=1, help="Of the latent; the bundle's VAE has 16.")] = 16,
 ) -> None:
     """Train encoder and decoder."""
-    run_peers(peers, train_vae, out, Pool(pool), _budget(minutes, steps, 30.0), seed, resume)
+    run_peers(peers, train_vae, out, Pool(pool), _budget(minutes, steps, 30.0), seed, resume, channels)
 
 
 @app.command()

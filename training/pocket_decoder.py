@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from training.losses import reconstruction
 from training.optim import Budget, Ema, MuonAdamW, cosine_rate
-from training.pocket_vae import LATENT_CHANNELS, SAVE_EVERY_S, Pool, keep_better, train_steps, validate, write_log
+from training.pocket_vae import SAVE_EVERY_S, Pool, keep_better, train_steps, validate, write_log
 from training.state import TrainState
 
 CODE_NOISE = 0.015  # stands for what a diffusion model leaves in its latents
@@ -30,7 +30,7 @@ def measure_codes(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per channel of the posterior means.
 
     Shape:
-        images [n, 3, height, width] in [-1, 1]; returns two [16].
+        images [n, 3, height, width] in [-1, 1]; returns two [channels].
     """
     codes = torch.cat([vae.encode(part).latent_dist.mode() for part in tqdm(images.split(8), desc="codes")])
     return codes.mean(dim=(0, 2, 3)), codes.std(dim=(0, 2, 3))
@@ -44,13 +44,14 @@ def fold_statistics(vae: AutoencoderKL, mean: Tensor, deviation: Tensor) -> None
     for `mean`.
 
     Shape:
-        mean and deviation [16].
+        mean and deviation [channels].
     """
     out, first = vae.encoder.conv_out, vae.decoder.conv_in
     assert out.bias is not None and first.bias is not None
-    out.bias[:LATENT_CHANNELS].sub_(mean).div_(deviation)
-    out.weight[:LATENT_CHANNELS].div_(deviation.view(-1, 1, 1, 1))
-    out.bias[LATENT_CHANNELS:].sub_(2.0 * deviation.log())
+    channels = len(mean)
+    out.bias[:channels].sub_(mean).div_(deviation)
+    out.weight[:channels].div_(deviation.view(-1, 1, 1, 1))
+    out.bias[channels:].sub_(2.0 * deviation.log())
     first.bias.add_((first.weight * mean.view(1, -1, 1, 1)).sum(dim=(1, 2, 3)))
     first.weight.mul_(deviation.view(1, -1, 1, 1))
 
@@ -111,7 +112,7 @@ def train_decoder(
         images = pictures.crops(state.rng, *batch_shape(progress, state.rng.random()))
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                codes = vae.encoder(images).float()[:, :LATENT_CHANNELS]
+                codes = vae.encoder(images).float().chunk(2, dim=1)[0]
                 codes = codes + CODE_NOISE * torch.randn_like(codes)
             decoded = vae.decoder(codes.contiguous(memory_format=torch.channels_last))
         loss = reconstruction(decoded.float(), images)

@@ -1,9 +1,10 @@
-"""Trains the pocket VAE, a stock diffusers AutoencoderKL of stride 8 and 16 channels, on procedural images only.
+"""Trains the pocket VAE, a stock diffusers AutoencoderKL of stride 8 with 16 channels, on procedural images only.
 
 First the encoder learns the principal components of 8 x 8 blocks while the decoder learns to invert them (the PCA
 teacher); then both are trained end to end; then the codes are folded to zero mean and unit deviation per channel
 and the encoder is frozen, so that the trainings that live in its latent space may start; last the decoder alone is
-trained on. `training/pocket.py` holds the commands, `docs/lab.md` the figures.
+trained on. `training/pocket.py` holds the commands, `docs/lab.md` the figures. With another number of channels it
+makes the VAE that `benchmarks/transfer.py` carries the adapter over to.
 """
 
 import json
@@ -37,14 +38,14 @@ SCENE_SHARE = 0.2  # of each batch
 SAVE_EVERY_S = 90.0
 
 
-def make_vae() -> AutoencoderKL:
+def make_vae(channels: int = LATENT_CHANNELS) -> AutoencoderKL:
     """Builds the network with residual branches that start at zero and a nearly noiseless posterior."""
     vae: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 32, 64, 128),
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=channels,
         norm_num_groups=1,
         sample_size=128,
         scaling_factor=1.0,
@@ -56,7 +57,7 @@ def make_vae() -> AutoencoderKL:
         if name.endswith("conv2") and isinstance(module, nn.Conv2d):
             nn.init.zeros_(module.weight)
     with torch.no_grad():
-        vae.encoder.conv_out.bias[LATENT_CHANNELS:] = -7.0
+        vae.encoder.conv_out.bias[channels:] = -7.0
     built: AutoencoderKL = vae.to(memory_format=torch.channels_last)
     return built
 
@@ -126,22 +127,22 @@ class Pool:
 class PcaTeacher:
     """Principal components of 8 x 8 colour blocks, as one strided convolution and its inverse."""
 
-    def __init__(self, images: Tensor) -> None:
-        """Fits on images [n, 3, height, width] whose sides are multiples of 8."""
+    def __init__(self, images: Tensor, channels: int = LATENT_CHANNELS) -> None:
+        """Fits `channels` components on images [n, 3, height, width] whose sides are multiples of 8."""
         blocks = F.unfold(images, STRIDE_PX, stride=STRIDE_PX).transpose(1, 2).reshape(-1, 3 * STRIDE_PX**2).double()
         mean = blocks.mean(dim=0)
         variances, axes = torch.linalg.eigh(torch.cov((blocks - mean).T))
-        order = variances.argsort(descending=True)[:LATENT_CHANNELS]
+        order = variances.argsort(descending=True)[:channels]
         deviations = variances[order].sqrt()
         gains = deviations**-WHITENING
         gains = gains / (deviations * gains).square().mean().sqrt()
-        self.weight = (axes[:, order] * gains).T.reshape(LATENT_CHANNELS, 3, STRIDE_PX, STRIDE_PX).float()
+        self.weight = (axes[:, order] * gains).T.reshape(channels, 3, STRIDE_PX, STRIDE_PX).float()
         self.bias = -(self.weight.flatten(1) @ mean.float())
         self.inverse = (axes[:, order] / gains).T.reshape_as(self.weight).float()
         self.mean = mean.float()
 
     def encode(self, images: Tensor) -> Tensor:
-        """Shape: [n, 3, H, W] to [n, 16, H / 8, W / 8], zero mean over the fitted images."""
+        """Shape: [n, 3, H, W] to [n, channels, H / 8, W / 8], zero mean over the fitted images."""
         return F.conv2d(images, self.weight, self.bias, stride=STRIDE_PX)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -208,7 +209,9 @@ def train_steps(state: TrainState, budget: Budget, label: str, quiet: bool = Fal
             bar.update(100.0 * (min(1.0, progress) - before))
 
 
-def train_vae(peers: Peers, out: Path, pool: Pool, budget: Budget, seed: int, resume: bool) -> None:
+def train_vae(
+    peers: Peers, out: Path, pool: Pool, budget: Budget, seed: int, resume: bool, channels: int = LATENT_CHANNELS
+) -> None:
     """Runs teacher phase and end-to-end phase; writes `state.pt`, `log.jsonl` and the EMA as `vae/`.
 
     Effects:
@@ -216,8 +219,8 @@ def train_vae(peers: Peers, out: Path, pool: Pool, budget: Budget, seed: int, re
     """
     torch.manual_seed(seed)
     pictures, held_out = pool.read(seed), pool.read_held_out(seed)
-    teacher = PcaTeacher(pictures.crops(np.random.default_rng(seed), 400, 64))
-    vae, averaged = make_vae(), make_vae()
+    teacher = PcaTeacher(pictures.crops(np.random.default_rng(seed), 400, 64), channels)
+    vae, averaged = make_vae(channels), make_vae(channels)
     optimiser = MuonAdamW(vae.named_parameters(), muon_lr=0.012, adam_lr=1e-3)
     state = TrainState(vae, optimiser, Ema(vae), np.random.default_rng(seed))
     if resume:

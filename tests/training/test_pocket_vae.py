@@ -36,15 +36,18 @@ def test_crops_are_seeded_and_in_range(pictures: Pictures) -> None:
     assert not torch.equal(first, pictures.crops(np.random.default_rng(2), 6, 32))
 
 
-def test_teacher_codes_are_centred_and_rebuild_the_picture(pictures: Pictures) -> None:
+@pytest.mark.parametrize(("channels", "most_error"), [(16, 0.2), (4, 0.4)])
+def test_teacher_codes_are_centred_and_rebuild_the_picture(
+    pictures: Pictures, channels: int, most_error: float
+) -> None:
     images = pictures.crops(np.random.default_rng(0), 64, 32)
-    teacher = PcaTeacher(images)
+    teacher = PcaTeacher(images, channels)
     codes = teacher.encode(images)
-    assert codes.shape == (64, 16, 4, 4)
+    assert codes.shape == (64, channels, 4, 4)
     assert float(codes.mean(dim=(0, 2, 3)).abs().max()) < 1e-3
     assert float(codes.square().mean()) == pytest.approx(1.0, abs=0.01)
     error = (teacher.decode(codes) - images).square().mean()
-    assert float(error) < 0.2 * float(images.var())
+    assert float(error) < most_error * float(images.var())
 
 
 def test_residual_branches_start_at_zero() -> None:
@@ -54,12 +57,13 @@ def test_residual_branches_start_at_zero() -> None:
     assert all(float(weight.detach().abs().max()) == 0.0 for weight in branches)
 
 
-@pytest.mark.parametrize("progress", [0.0, 0.9])
-def test_loss_moves_encoder_and_decoder(pictures: Pictures, progress: float) -> None:
+@pytest.mark.parametrize(("progress", "channels"), [(0.0, 16), (0.9, 16), (0.9, 4)])
+def test_loss_moves_encoder_and_decoder(pictures: Pictures, progress: float, channels: int) -> None:
     torch.manual_seed(0)
     images = pictures.crops(np.random.default_rng(0), 4, 32)
-    vae = make_vae()
-    loss, _ = vae_loss(vae, PcaTeacher(images), images, progress)
+    vae = make_vae(channels)
+    assert vae.config.latent_channels == channels
+    loss, _ = vae_loss(vae, PcaTeacher(images, channels), images, progress)
     torch.autograd.backward(loss)
     for part in (vae.encoder, vae.decoder):
         gradients = [weight.grad for weight in part.parameters() if weight.grad is not None]
@@ -75,9 +79,10 @@ def test_teacher_phase_keeps_the_decoder_out_of_the_encoders_gradient(pictures: 
     assert all(gradient is None for gradient in gradients)
 
 
-def test_folding_scales_the_codes_and_the_decoder_takes_it_back(pictures: Pictures) -> None:
+@pytest.mark.parametrize("channels", [16, 4])
+def test_folding_scales_the_codes_and_the_decoder_takes_it_back(pictures: Pictures, channels: int) -> None:
     torch.manual_seed(0)
-    vae = make_vae().eval()
+    vae = make_vae(channels).eval()
     for weight in vae.parameters():
         weight.data.add_(0.02 * torch.randn_like(weight))
     images = pictures.crops(np.random.default_rng(0), 2, 128)
@@ -88,8 +93,8 @@ def test_folding_scales_the_codes_and_the_decoder_takes_it_back(pictures: Pictur
         fold_statistics(vae, mean, deviation)
         folded, new_spread = vae.encode(images).latent_dist.mode(), vae.encode(images).latent_dist.std
         after = vae.decoder.conv_in(folded)
-    torch.testing.assert_close(folded.mean(dim=(0, 2, 3)), torch.zeros(16), rtol=0, atol=1e-4)
-    torch.testing.assert_close(folded.std(dim=(0, 2, 3)), torch.ones(16), rtol=0, atol=1e-4)
+    torch.testing.assert_close(folded.mean(dim=(0, 2, 3)), torch.zeros(channels), rtol=0, atol=1e-4)
+    torch.testing.assert_close(folded.std(dim=(0, 2, 3)), torch.ones(channels), rtol=0, atol=1e-4)
     torch.testing.assert_close(new_spread, spread / deviation.view(-1, 1, 1), rtol=1e-3, atol=1e-5)
     inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))  # the outer ring sees another padding
     torch.testing.assert_close(after[inner], before[inner], rtol=1e-3, atol=1e-4)
