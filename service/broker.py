@@ -23,7 +23,15 @@ from redis.backoff import ExponentialWithJitterBackoff
 
 from service import scripts
 from service.device_memory import Device
-from service.errors import InvalidRequest, MalformedRequest, NotFound, NotReady, QueueFull, StorageFull
+from service.errors import (
+    InvalidRequest,
+    MalformedRequest,
+    NotFound,
+    NotReady,
+    QueueFull,
+    StorageFull,
+    TooManyJobs,
+)
 from service.jobs import (
     Job,
     JobError,
@@ -71,6 +79,7 @@ def retry_after_s(stats: QueueStats) -> int:
     Where no job has ended yet its time is unknown and taken as one second.
     """
     depth = sum(stats.queued.values()) + stats.processing + stats.delayed
+        self._spend = redis.register_script(scripts.PRELUDE + scripts.SPEND)
     median_s = 1.0 if stats.recent_job_median_s is None else stats.recent_job_median_s
     return min(600, max(1, math.ceil(depth * median_s / max(1, stats.live_workers))))
 
@@ -105,7 +114,7 @@ class Broker:
             NotReady: Redis does not answer.
         """
         await self.ping()
-        for script in (self._enqueue, self._read, self._cancel, self._stats, self._list_devices):
+        for script in (self._enqueue, self._spend, self._read, self._cancel, self._stats, self._list_devices):
             await self._answer(self._redis.script_load(script.script))
         await self.read_devices()
         self._tasks = [
@@ -145,31 +154,55 @@ class Broker:
         """Raises:
         NotReady: Redis does not answer or is still loading its data.
         """
+            TooManyJobs: `most_live` jobs of the owner are.
         await self._answer(self._redis.ping())
 
-    async def enqueue(self, job: Job, body: bytes | None = None, idempotency_key: str | None = None) -> Enqueued:
+    async def enqueue(
+        self, job: Job, body: bytes | None = None, idempotency_key: str | None = None, most_live: int | None = None
+    ) -> Enqueued:
         """Puts a job in the queue, or finds the one that is there already under the same key or the same id.
 
         Effects: one atomic script that writes the record, the input blob, the message and the `queued` event, or
+        args += [job.owner, str(-1 if most_live is None else most_live)]
         nothing. Safe to repeat with the same job: a retry after a lost reply adds nothing. A job under a known
-        idempotency key is returned even where its record has expired.
+        idempotency key is returned even where its record has expired. A key is the owner's: another owner's is another.
+
+        Args:
+            most_live: Jobs of the same owner that may be queued or running at once, this one included.
 
         Raises:
             InvalidRequest: the key or the id belongs to a job that asks for something else.
             QueueFull: `queue_limit` jobs are queued, running or waiting for a retry.
+        if verdict == b"busy":
+            raise TooManyJobs(
+                f"{number} jobs of this key are queued or running, {most_live} are allowed; wait for one to end.",
+                retry_after_s=retry_after_s(await self.stats()),
+            )
             StorageFull: the input does not fit beside the inputs of live jobs, whatever result is evicted.
             NotReady: Redis does not answer.
         """
         digest = job.payload_sha256() + await _sha256(body)
         keys = [self._keys.tag]
         if idempotency_key is not None:
-            keys.append(self._keys.idempotency(idempotency_key))
+            keys.append(self._keys.idempotency(idempotency_key, job.owner))
         args: list[str | bytes] = [self._limits, job.id, job.bundle, job.priority.value, job.to_json(), digest]
         if body is not None:
             args.append(body)
         verdict, job_id, number = await self._answer(self._enqueue(keys=keys, args=args))
         if verdict == b"full":
             limit = self._settings.queue_limit
+    async def spend(self, owner: str, per_minute: int) -> float:
+        """Pays for one request of an owner that may send so many a minute: 0, or the seconds until the next may come.
+
+        Effects: one atomic script; its key goes by itself when the owner has been still. A refused request costs
+        nothing. A repeat after a lost reply pays twice.
+
+        Raises:
+            NotReady: Redis does not answer.
+        """
+        wait_us: int = await self._answer(self._spend(keys=[self._keys.tag], args=[self._limits, owner, per_minute]))
+        return wait_us / 1e6
+
             raise QueueFull(
                 f"{number} jobs are in the queue, {limit} are allowed; try again after the time in Retry-After.",
                 retry_after_s=retry_after_s(await self.stats()),

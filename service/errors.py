@@ -26,6 +26,20 @@ class MalformedRequest(GiantleapError):
     code, status, title = "malformed_request", 400, "The request could not be read"
 
 
+class Unauthorized(GiantleapError):
+    code, status, title = "unauthorized", 401, "An API key is needed"
+
+
+class Forbidden(GiantleapError):
+    """A request that the key, or the page it came from, does not allow. `scope` is what the key lacks."""
+
+    code, status, title = "forbidden", 403, "Not allowed"
+
+    def __init__(self, detail: str, *, scope: str | None = None) -> None:
+        super().__init__(detail)
+        self.scope = scope
+
+
 class NotFound(GiantleapError):
     code, status, title = "not_found", 404, "No such resource"
 
@@ -40,6 +54,10 @@ class Conflict(GiantleapError):
 
 class PayloadTooLarge(GiantleapError):
     code, status, title = "payload_too_large", 413, "The body is too large"
+
+
+class HeadersTooLarge(GiantleapError):
+    code, status, title = "headers_too_large", 431, "The request's headers are too large"
 
 
 class UnsupportedMediaType(GiantleapError):
@@ -71,6 +89,14 @@ class DoesNotFit(GiantleapError):
 
 class QueueFull(GiantleapError):
     code, status, title, retryable = "queue_full", 429, "The queue is full", True
+
+
+class RateLimited(GiantleapError):
+    code, status, title, retryable = "rate_limited", 429, "The key's requests come too fast", True
+
+
+class TooManyJobs(GiantleapError):
+    code, status, title, retryable = "too_many_jobs", 429, "The key has too many jobs", True
 
 
 class StorageFull(GiantleapError):

@@ -92,7 +92,10 @@ JobParams = GenerateParams | UpscaleParams
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request that was accepted: what the queue stores and the worker runs."""
+    """A request that was accepted: what the queue stores and the worker runs.
+
+    `owner` is the name of the API key that asked for it, "" where the service runs without keys.
+    """
 
     id: str
     bundle: str
@@ -100,6 +103,8 @@ class Job:
     created_at_s: float
     params: JobParams
     warnings: tuple[str, ...] = ()
+    traceparent: str | None = None
+    owner: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
@@ -116,11 +121,15 @@ class Job:
             created_at_s=raw["created_at_s"],
             params=kinds[params["kind"]](**params),
             warnings=tuple(raw["warnings"]),
+            traceparent=raw.get("traceparent"),
+            owner=raw.get("owner", ""),
         )
 
     def payload_sha256(self) -> str:
-        """Digest of what was asked for, without id and time: equal for two posts of the same request."""
+        """Digest of who asked for what, without id and time: equal for two posts of the same request."""
         asked = {"bundle": self.bundle, "priority": self.priority, **dataclasses.asdict(self.params)}
+        if self.owner:
+            asked["owner"] = self.owner
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 

@@ -16,6 +16,8 @@ The Lua scripts in `service.scripts` build the same names from the tag; what eac
 | {tag}:blob_bytes                | string | bytes of all blobs                                | one number            |
 | {tag}:blob_results, :blob_sizes | zset, hash | expiry and bytes of each job's results        | results that live     |
 | {tag}:idempotency:<sha256>      | string | payload digest and job id                         | TTL                   |
+| {tag}:live:<owner>              | set    | jobs of one API key that have not ended           | queue limit           |
+| {tag}:rate:<owner>              | string | when the key's requests are paid for (GCRA), us   | TTL                   |
 | {tag}:workers                   | zset   | live workers, by last heartbeat                   | swept by each beat    |
 | {tag}:devices                   | hash   | what each live worker's device holds, JSON        | swept by each beat    |
 | {tag}:durations                 | list   | seconds of the last jobs that succeeded           | 100 entries           |
@@ -64,8 +66,10 @@ class Keys:
     def result(self, job_id: str) -> str:
         return f"{self.tag}:result:{job_id}"
 
-    def idempotency(self, caller_key: str) -> str:
-        return f"{self.tag}:idempotency:{hashlib.sha256(caller_key.encode()).hexdigest()}"
+    def idempotency(self, caller_key: str, owner: str = "") -> str:
+        """Keys of one owner mean nothing to another; a space stands in neither."""
+        named = f"{owner} {caller_key}" if owner else caller_key
+        return f"{self.tag}:idempotency:{hashlib.sha256(named.encode()).hexdigest()}"
 
 
 def lane(bundle: str, priority: Priority) -> str:

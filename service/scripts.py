@@ -2,7 +2,7 @@
 
 Each script is `PRELUDE` plus its own text. KEYS[1] is the hash tag (`service.keys`), from which all other names are
 built: they share one slot. ARGV[1] is `limits(settings)`. Time is the Redis server's, so hosts need no common clock.
-`service.broker` calls ENQUEUE, READ, CANCEL and STATS; `service.claims` calls the others.
+`service.broker` calls ENQUEUE, SPEND, READ, CANCEL and STATS; `service.claims` calls the others.
 """
 
 import json
@@ -122,6 +122,7 @@ local function close_job(id, state, stages)
   redis.call('ZREM', P .. ':queued:' .. lane, id)
   redis.call('ZREM', P .. ':delayed', id)
   redis.call('SREM', P .. ':running', id)
+  redis.call('SREM', P .. ':live:' .. (get(id, 'owner') or ''), id)
   redis.call('HSET', job, 'state', state, 'finished_at_s', now_s, 'stages', stages, 'input_bytes', 0)
   emit(id, 'done', '{"state":"' .. state .. '"}')
   redis.call('PEXPIRE', job, C.ttl_ms)
@@ -167,10 +168,11 @@ end
 """
 
 # KEYS[2], if the caller gave an idempotency key: its name. ARGV: limits, job id, bundle, priority, job JSON, payload
-# digest, body (only if there is one).
-# Replies {verdict, job id, queue position}; verdicts: created, existing, mismatch, full, storage.
+# digest, owner or '', the owner's most live jobs or -1, body (only if there is one).
+# Replies {verdict, job id, queue position}; verdicts: created, existing, mismatch, full, busy, storage.
 ENQUEUE = """
-local id, bundle, priority, job, digest, body = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+local id, bundle, priority, job, digest, body = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[9]
+local owner, most_live = ARGV[7], tonumber(ARGV[8])
 local caller_key = KEYS[2]
 if body == '' then body = nil end
 local function existing(known_id, known_digest)
@@ -189,6 +191,15 @@ for _, lane in ipairs(redis.call('SMEMBERS', P .. ':lanes')) do
   depth = depth + redis.call('XLEN', P .. ':stream:' .. lane)
 end
 if depth >= C.queue_limit then return {'full', id, depth} end
+local live = P .. ':live:' .. owner
+if most_live >= 0 and redis.call('SCARD', live) >= most_live then
+  -- Every end of a job takes it out of the set; one whose record went in another way must not count for ever.
+  for _, known in ipairs(redis.call('SMEMBERS', live)) do
+    local state = get(known, 'state')
+    if not state or is_final(state) then redis.call('SREM', live, known) end
+  end
+  if redis.call('SCARD', live) >= most_live then return {'busy', id, redis.call('SCARD', live)} end
+end
 if body then
   if not make_room(#body) then return {'storage', id, blob_bytes()} end
   redis.call('SET', P .. ':input:' .. id, body)
@@ -196,12 +207,28 @@ if body then
 end
 redis.call('HSET', job_key(id), 'job', job, 'bundle', bundle, 'priority', priority, 'digest', digest,
   'deliveries', 0, 'input_bytes', body and #body or 0)
+if owner ~= '' then
+  redis.call('HSET', job_key(id), 'owner', owner)
+  redis.call('SADD', live, id)
+end
 if caller_key then
   redis.call('HSET', caller_key, 'job', id, 'digest', digest)
   redis.call('PEXPIRE', caller_key, C.idempotency_ttl_ms)
 end
 push(id)
 return {'created', id, position(id)}
+"""
+
+# ARGV: limits, owner, requests a minute. Replies 0 and pays for one request, or the us until one may come. The generic
+# cell rate algorithm (ITU-T I.371, virtual scheduling): a whole minute's requests may come at once, and then one at
+# each interval.
+SPEND = """
+local key, interval_us = P .. ':rate:' .. ARGV[2], 60000000 / tonumber(ARGV[3])
+local paid_us = math.max(tonumber(redis.call('GET', key) or 0), now_us) + interval_us
+local wait_us = paid_us - now_us - 60000000
+if wait_us >= 1 then return math.ceil(wait_us) end
+redis.call('SET', key, string.format('%.0f', paid_us), 'PX', math.ceil((paid_us - now_us) / 1000))
+return 0
 """
 
 # ARGV: limits, job id. Replies {fields and values of the job hash, queue position} or nil.

@@ -61,6 +61,7 @@ class FakeBroker:
     keys: dict[str, tuple[str, str]] = field(default_factory=dict)
     event_list: list[JobEvent] = field(default_factory=list)
     endless_events: bool = False
+    spent: list[str] = field(default_factory=list)
     waits: int = 0
     open_events: int = 0
     is_open: bool = False
@@ -75,13 +76,15 @@ class FakeBroker:
     async def close(self) -> None:
         self.is_open = False
 
-    async def enqueue(self, job: Job, body: bytes | None = None, idempotency_key: str | None = None) -> Enqueued:
+    async def enqueue(
+        self, job: Job, body: bytes | None = None, idempotency_key: str | None = None, most_live: int | None = None
+    ) -> Enqueued:
         self._require_up()
         if self.refusal is not None:
             raise self.refusal
         digest = job.payload_sha256() + hashlib.sha256(body or b"").hexdigest()
         if idempotency_key is not None:
-            job_id, known = self.keys.setdefault(idempotency_key, (job.id, digest))
+            job_id, known = self.keys.setdefault(f"{job.owner} {idempotency_key}", (job.id, digest))
             if known != digest:
                 raise InvalidRequest("the key was used for another request")
             if job_id != job.id:
@@ -90,6 +93,11 @@ class FakeBroker:
         if body is not None:
             self.blobs[job.id] = body
         return Enqueued(job.id, created=True, queue_position=len(self.records) - 1)
+
+    async def spend(self, owner: str, per_minute: int) -> float:
+        self._require_up()
+        self.spent.append(owner)
+        return 1.5 if self.spent.count(owner) > per_minute else 0.0
 
     async def get(self, job_id: str) -> JobRecord | None:
         self._require_up()

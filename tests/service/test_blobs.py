@@ -62,7 +62,7 @@ class BlobAccount(RuleBasedStateMachine):
     @rule(size_bytes=st.integers(0, 60))
     def enqueue(self, size_bytes: int) -> None:
         job = self.make_job()
-        args = [job.id, "pocket", "high", job.to_json(), "digest", b"i" * size_bytes]
+        args = [job.id, "pocket", "high", job.to_json(), "digest", "", -1, b"i" * size_bytes]
         verdict = self.call(scripts.ENQUEUE, *args)[0]
         self.known.append(job.id)
         assert verdict == (b"created" if self.make_room(size_bytes) else b"storage")

@@ -37,7 +37,8 @@ def put(settings: Settings, redis_client: redis.Redis, make_job: Any) -> Iterato
 
     def enqueue(priority: Priority = Priority.HIGH, body: bytes | None = None, **rest: Any) -> Job:
         job: Job = make_job(priority, **rest)
-        args: list[Any] = [scripts.limits(settings), job.id, job.bundle, priority.value, job.to_json(), "digest"]
+        args: list[Any] = [scripts.limits(settings), job.id, job.bundle, priority.value, job.to_json()]
+        args += ["digest", "", -1]
         reply = script([Keys(settings.key_prefix).tag], args + ([] if body is None else [body]))
         assert reply[0] == b"created"
         return job
