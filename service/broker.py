@@ -6,6 +6,7 @@ connection for the whole process, `events` reads the job's own stream.
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -59,6 +60,7 @@ class Enqueued:
     job_id: str
     created: bool
     queue_position: int
+    estimated_start_s: float | None = None
 
 
 def open_redis(url: str) -> redis.asyncio.Redis:
@@ -76,12 +78,13 @@ def open_redis(url: str) -> redis.asyncio.Redis:
 def retry_after_s(stats: QueueStats) -> int:
     """Whole seconds after which a refused caller may try again: depth x median / workers, 1 to 600.
 
-    Where no job has ended yet its time is unknown and taken as one second.
+    A waiting job counts with the median of its bundle, one that runs or waits for a retry with that of all. Where no
+    job has ended yet its time is unknown and taken as one second.
     """
-    depth = sum(stats.queued.values()) + stats.processing + stats.delayed
-        self._spend = redis.register_script(scripts.PRELUDE + scripts.SPEND)
-    median_s = 1.0 if stats.recent_job_median_s is None else stats.recent_job_median_s
-    return min(600, max(1, math.ceil(depth * median_s / max(1, stats.live_workers))))
+    any_s = 1.0 if stats.recent_job_median_s is None else stats.recent_job_median_s
+    work_s = any_s * (stats.processing + stats.delayed)
+    work_s += sum(jobs * stats.bundle_median_s.get(bundle, any_s) for (bundle, _), jobs in stats.queued.items())
+    return min(600, max(1, math.ceil(work_s / max(1, stats.live_workers))))
 
 
 class Broker:
@@ -95,8 +98,10 @@ class Broker:
         self._keys = Keys(settings.key_prefix)
         self._limits = scripts.limits(settings)
         self._enqueue = redis.register_script(scripts.PRELUDE + scripts.ENQUEUE)
+        self._spend = redis.register_script(scripts.PRELUDE + scripts.SPEND)
         self._read = redis.register_script(scripts.PRELUDE + scripts.READ)
         self._cancel = redis.register_script(scripts.PRELUDE + scripts.CANCEL)
+        self._end_overdue = redis.register_script(scripts.PRELUDE + scripts.END_OVERDUE)
         self._stats = redis.register_script(scripts.PRELUDE + scripts.STATS)
         self._list_devices = redis.register_script(scripts.PRELUDE + scripts.DEVICES)
         self._devices: tuple[Device, ...] = ()
@@ -114,7 +119,16 @@ class Broker:
             NotReady: Redis does not answer.
         """
         await self.ping()
-        for script in (self._enqueue, self._spend, self._read, self._cancel, self._stats, self._list_devices):
+        mine = (
+            self._enqueue,
+            self._spend,
+            self._read,
+            self._cancel,
+            self._end_overdue,
+            self._stats,
+            self._list_devices,
+        )
+        for script in mine:
             await self._answer(self._redis.script_load(script.script))
         await self.read_devices()
         self._tasks = [
@@ -154,7 +168,6 @@ class Broker:
         """Raises:
         NotReady: Redis does not answer or is still loading its data.
         """
-            TooManyJobs: `most_live` jobs of the owner are.
         await self._answer(self._redis.ping())
 
     async def enqueue(
@@ -163,7 +176,6 @@ class Broker:
         """Puts a job in the queue, or finds the one that is there already under the same key or the same id.
 
         Effects: one atomic script that writes the record, the input blob, the message and the `queued` event, or
-        args += [job.owner, str(-1 if most_live is None else most_live)]
         nothing. Safe to repeat with the same job: a retry after a lost reply adds nothing. A job under a known
         idempotency key is returned even where its record has expired. A key is the owner's: another owner's is another.
 
@@ -172,12 +184,9 @@ class Broker:
 
         Raises:
             InvalidRequest: the key or the id belongs to a job that asks for something else.
-            QueueFull: `queue_limit` jobs are queued, running or waiting for a retry.
-        if verdict == b"busy":
-            raise TooManyJobs(
-                f"{number} jobs of this key are queued or running, {most_live} are allowed; wait for one to end.",
-                retry_after_s=retry_after_s(await self.stats()),
-            )
+            QueueFull: `queue_limit` jobs are queued, running or waiting for a retry, or their latent pixels and those
+                of this job are more than `queue_limit_latent_px`.
+            TooManyJobs: `most_live` jobs of the owner are.
             StorageFull: the input does not fit beside the inputs of live jobs, whatever result is evicted.
             NotReady: Redis does not answer.
         """
@@ -186,25 +195,20 @@ class Broker:
         if idempotency_key is not None:
             keys.append(self._keys.idempotency(idempotency_key, job.owner))
         args: list[str | bytes] = [self._limits, job.id, job.bundle, job.priority.value, job.to_json(), digest]
-        if body is not None:
-            args.append(body)
-        verdict, job_id, number = await self._answer(self._enqueue(keys=keys, args=args))
-        if verdict == b"full":
-            limit = self._settings.queue_limit
-    async def spend(self, owner: str, per_minute: int) -> float:
-        """Pays for one request of an owner that may send so many a minute: 0, or the seconds until the next may come.
-
-        Effects: one atomic script; its key goes by itself when the owner has been still. A refused request costs
-        nothing. A repeat after a lost reply pays twice.
-
-        Raises:
-            NotReady: Redis does not answer.
-        """
-        wait_us: int = await self._answer(self._spend(keys=[self._keys.tag], args=[self._limits, owner, per_minute]))
-        return wait_us / 1e6
-
+        args += [job.owner, str(-1 if most_live is None else most_live), body or b"", _extra(job)]
+        verdict, job_id, number, start_s = await self._answer(self._enqueue(keys=keys, args=args))
+        if verdict in (b"full", b"full_px"):
+            limit, what = self._settings.queue_limit, "jobs"
+            if verdict == b"full_px":
+                limit = self._settings.queue_limit_latent_px or 0
+                what = f"latent pixels besides the {job.latent_px} of this job"
             raise QueueFull(
-                f"{number} jobs are in the queue, {limit} are allowed; try again after the time in Retry-After.",
+                f"{number} {what} are in the queue, {limit} are allowed; try again after the time in Retry-After.",
+                retry_after_s=retry_after_s(await self.stats()),
+            )
+        if verdict == b"busy":
+            raise TooManyJobs(
+                f"{number} jobs of this key are queued or running, {most_live} are allowed; wait for one to end.",
                 retry_after_s=retry_after_s(await self.stats()),
             )
         if verdict == b"storage":
@@ -218,15 +222,35 @@ class Broker:
                 "The idempotency key or job id was used before for another request; a repeat must be the same "
                 "request: send it unchanged or choose a new key."
             )
-        return Enqueued(job_id.decode(), verdict == b"created", max(0, number))
+        return Enqueued(job_id.decode(), verdict == b"created", max(0, number), float(start_s) if start_s else None)
+
+    async def spend(self, owner: str, per_minute: int) -> float:
+        """Pays for one request of an owner that may send so many a minute: 0, or the seconds until the next may come.
+
+        Effects: one atomic script; its key goes by itself when the owner has been still. A refused request costs
+        nothing. A repeat after a lost reply pays twice.
+
+        Raises:
+            NotReady: Redis does not answer.
+        """
+        wait_us: int = await self._answer(self._spend(keys=[self._keys.tag], args=[self._limits, owner, per_minute]))
+        return wait_us / 1e6
 
     async def get(self, job_id: str) -> JobRecord | None:
         """The record, or None where the job is unknown or its record has expired.
 
         `queue_position` is 0 for the next job to be taken, None for one that runs, ended or waits for a retry.
+
+        Effects: ends a job whose deadline has passed.
         """
-        reply = await self._answer(self._read(keys=[self._keys.tag], args=[self._limits, job_id]))
-        return None if reply is None else _to_record(reply)
+        arguments: Any = {"keys": [self._keys.tag], "args": [self._limits, job_id]}
+        reply = await self._answer(self._read(**arguments))
+        record = None if reply is None else to_record(reply)
+        if record is None or record.state.final or record.deadline_left_s is None or record.deadline_left_s > 0:
+            return record
+        await self._answer(self._end_overdue(**arguments))
+        reply = await self._answer(self._read(**arguments))
+        return None if reply is None else to_record(reply)
 
     async def cancel(self, job_id: str) -> JobRecord | None:
         """Asks that a job stops; None where it is unknown.
@@ -235,7 +259,7 @@ class Broker:
         worker meets its message; a running one ends at its next step; a final one stays as it is. Safe to repeat.
         """
         reply = await self._answer(self._cancel(keys=[self._keys.tag], args=[self._limits, job_id]))
-        return None if reply is None else _to_record(reply)
+        return None if reply is None else to_record(reply)
 
     async def read_result(self, job_id: str, index: int) -> bytes | None:
         """One result blob, or None where there is none, it has expired, or it was evicted for newer ones."""
@@ -259,8 +283,10 @@ class Broker:
                 record = await self._look(job_id, patient=left_s > 0)
                 if record is not None and (record.state.final or left_s <= 0):
                     return record
+                if record is not None and record.deadline_left_s is not None:
+                    left_s = min(left_s, record.deadline_left_s)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(wake.wait(), max(0.0, min(_POLL_S, left_s)))
+                    await asyncio.wait_for(wake.wait(), max(0.001, min(_POLL_S, left_s)))
         finally:
             self._waiters[job_id].discard(wake)
             if not self._waiters[job_id]:
@@ -295,7 +321,7 @@ class Broker:
 
     async def stats(self) -> QueueStats:
         """The queue at this moment. Effects: releases the bytes of results that have expired."""
-        queued, processing, delayed, dead, oldest_us, workers, durations, blob_bytes = await self._answer(
+        queued, processing, delayed, dead, oldest_us, workers, durations, blob_bytes, medians = await self._answer(
             self._stats(keys=[self._keys.tag], args=[self._limits])
         )
         counts: dict[tuple[str, Priority], int] = {}
@@ -313,6 +339,11 @@ class Broker:
             recent_job_median_s=statistics.median(map(float, durations)) if durations else None,
             blob_bytes=blob_bytes,
             blob_budget_bytes=self._settings.blob_budget_bytes,
+            bundle_median_s={
+                bundle.decode(): float(median_s)
+                for bundle, median_s in zip(medians[::2], medians[1::2], strict=True)
+                if median_s
+            },
         )
 
     async def _look(self, job_id: str, patient: bool) -> JobRecord | None:
@@ -337,11 +368,12 @@ class Broker:
             ) from error
 
     async def _watch_devices(self) -> None:
-        """Keeps `devices` fresh; where Redis is away the last ones stay."""
+        """Keeps `devices` fresh; where Redis is away the last ones stay. Ends jobs whose deadline nobody else sees."""
         while True:
             await asyncio.sleep(_DEVICES_EVERY_S)
             try:
                 await self.read_devices()
+                await self._answer(self._end_overdue(keys=[self._keys.tag], args=[self._limits, ""]))
             except (NotReady, redis.RedisError) as error:
                 _LOG.warning("devices not read (%s)", type(error).__name__)
 
@@ -373,8 +405,16 @@ async def _sha256(body: bytes | None) -> str:
     return (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
 
 
-def _to_record(reply: tuple[list[bytes], int]) -> JobRecord:
-    """A job's record from the reply of the scripts READ and CANCEL."""
+def _extra(job: Job) -> str:
+    """What the enqueue script reads of a job besides its lane, where there is any."""
+    extra: dict[str, object] = {"latent_px": job.latent_px, "cancel_after_s": job.cancel_after_s}
+    if job.webhook is not None:
+        extra["webhook"] = json.dumps(dataclasses.asdict(job.webhook))
+    return json.dumps({name: value for name, value in extra.items() if value})
+
+
+def to_record(reply: tuple[list[bytes], int]) -> JobRecord:
+    """A job's record from the reply of the scripts READ, CANCEL and LIST."""
     flat, position = reply
     fields = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
     job = Job.from_json(fields["job"])
@@ -391,4 +431,6 @@ def _to_record(reply: tuple[list[bytes], int]) -> JobRecord:
         results=tuple(ResultFile(**file) for file in json.loads(fields.get("results", "[]"))),
         warnings=(*job.warnings, *added),
         error=JobError(**json.loads(fields["error"])) if "error" in fields else None,
+        estimated_start_s=float(fields["start_s"]) if fields.get("start_s") else None,
+        deadline_left_s=int(fields["left_ms"]) / 1000 if "left_ms" in fields else None,
     )

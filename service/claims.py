@@ -89,6 +89,7 @@ class Claims:
         self._claim = self._register(scripts.CLAIM)
         self._renew = self._register(scripts.RENEW)
         self._emit = self._register(scripts.EMIT)
+        self._stopped = self._register(scripts.STOPPED)
         self._finish = self._register(scripts.FINISH)
         self._fail = self._register(scripts.FAIL)
         self._finish_canceled = self._register(scripts.FINISH_CANCELED)
@@ -170,16 +171,16 @@ class Claims:
             _LOG.warning("event %s of job %s dropped (%s)", name, claim.job.id, type(error).__name__)
 
     def canceled(self, claims: Sequence[Claim]) -> set[str]:
-        """Ids of those jobs whose cancel flag is set, in one round trip; none, with a warning, where Redis is away."""
+        """Ids of those jobs whose cancel flag is set or whose deadline has passed, in one round trip.
+
+        None, with a warning, where Redis is away.
+        """
         try:
-            with self._redis.pipeline(transaction=False) as pipe:
-                for claim in claims:
-                    pipe.hexists(self._keys.job(claim.job.id), "cancel")
-                flags = pipe.execute()
+            stopped = self._stopped(self._tag(), [self._limits, *(claim.job.id for claim in claims)])
         except _LOST as error:
             _LOG.warning("cancel flags not read (%s)", type(error).__name__)
             return set()
-        return {claim.job.id for claim, flag in zip(claims, flags, strict=True) if flag}
+        return {job_id.decode() for job_id in stopped}
 
     def finish(
         self,
@@ -188,7 +189,7 @@ class Claims:
         stages: Mapping[str, float],
         warnings: Sequence[str],
     ) -> bool:
-        """Ends a job with its results; False where the claim was lost: then nothing is written.
+        """Ends a job with its results; False where the claim was lost or the deadline has passed: nothing is written.
 
         Effects: one atomic script: results and their bytes, record, `done` event, message dropped. Evicts the oldest
         results of other jobs where the budget needs it. Waits where Redis is away; safe to repeat.
@@ -227,7 +228,7 @@ class Claims:
         return self._end(claim, self._fail, rest) == 1
 
     def finish_canceled(self, claim: Claim, stages: Mapping[str, float] = _NO_STAGES) -> bool:
-        """Ends a job that stopped because its cancel flag is set; False where the claim was lost.
+        """Ends a job that `canceled` named; False where the claim was lost. One past its deadline has failed.
 
         Raises:
             NotReady: Redis did not answer for two minutes.

@@ -91,10 +91,19 @@ JobParams = GenerateParams | UpscaleParams
 
 
 @dataclass(frozen=True, slots=True)
+class Webhook:
+    """Whom to tell that a job has ended; `events` are the final states that are told."""
+
+    url: str
+    events: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A request that was accepted: what the queue stores and the worker runs.
 
-    `owner` is the name of the API key that asked for it, "" where the service runs without keys.
+    `owner` is the name of the API key that asked for it, "" where the service runs without keys; `latent_px` the latent
+    pixels of all its images after upscaling; a job that has not ended `cancel_after_s` after it was accepted fails.
     """
 
     id: str
@@ -105,6 +114,9 @@ class Job:
     warnings: tuple[str, ...] = ()
     traceparent: str | None = None
     owner: str = ""
+    latent_px: int = 0
+    cancel_after_s: float | None = None
+    webhook: Webhook | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
@@ -112,7 +124,7 @@ class Job:
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         raw: dict[str, Any] = json.loads(text)
-        params = raw.pop("params")
+        params, webhook = raw.pop("params"), raw.get("webhook")
         kinds: dict[str, type[JobParams]] = {"generate": GenerateParams, "upscale": UpscaleParams}
         return cls(
             id=raw["id"],
@@ -123,13 +135,18 @@ class Job:
             warnings=tuple(raw["warnings"]),
             traceparent=raw.get("traceparent"),
             owner=raw.get("owner", ""),
+            latent_px=raw.get("latent_px", 0),
+            cancel_after_s=raw.get("cancel_after_s"),
+            webhook=None if webhook is None else Webhook(webhook["url"], tuple(webhook["events"])),
         )
 
     def payload_sha256(self) -> str:
-        """Digest of who asked for what, without id and time: equal for two posts of the same request."""
+        """Digest of who asked for what, without id and times: equal for two posts of the same request."""
         asked = {"bundle": self.bundle, "priority": self.priority, **dataclasses.asdict(self.params)}
         if self.owner:
             asked["owner"] = self.owner
+        if self.webhook is not None:
+            asked["webhook"] = dataclasses.asdict(self.webhook)
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -155,7 +172,11 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job as read back from the store. Times are Unix seconds; `stages` maps stage name to seconds."""
+    """A job as read back from the store. Times are Unix seconds; `stages` maps stage name to seconds.
+
+    `estimated_start_s` is how long it will probably still wait; None where it does not wait, or nothing is known.
+    `deadline_left_s` is the time to its deadline when it was read, negative after it.
+    """
 
     job: Job
     state: JobState
@@ -168,6 +189,8 @@ class JobRecord:
     results: tuple[ResultFile, ...] = ()
     warnings: tuple[str, ...] = ()
     error: JobError | None = None
+    estimated_start_s: float | None = None
+    deadline_left_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,3 +220,4 @@ class QueueStats:
     recent_job_median_s: float | None
     blob_bytes: int
     blob_budget_bytes: int
+    bundle_median_s: dict[str, float] = field(default_factory=dict)

@@ -20,7 +20,13 @@ The Lua scripts in `service.scripts` build the same names from the tag; what eac
 | {tag}:rate:<owner>              | string | when the key's requests are paid for (GCRA), us   | TTL                   |
 | {tag}:workers                   | zset   | live workers, by last heartbeat                   | swept by each beat    |
 | {tag}:devices                   | hash   | what each live worker's device holds, JSON        | swept by each beat    |
-| {tag}:durations                 | list   | seconds of the last jobs that succeeded           | 100 entries           |
+| {tag}:durations, :durations:<bundle> | list | seconds of the last jobs that succeeded        | 100, 31 entries       |
+| {tag}:queued_px                 | string | latent pixels of the jobs that live               | one number            |
+| {tag}:deadlines                 | zset   | jobs with a deadline, by it                       | live                  |
+| {tag}:jobs:<owner>              | zset   | an owner's jobs by time of entry                  | 1,000, TTL             |
+| {tag}:webhooks                  | zset   | deliveries by the time of the next attempt        | 10,000                |
+| {tag}:webhook:<delivery>        | hash   | what to send where                                | TTL                   |
+| {tag}:webhooks_dead             | stream | deliveries given up, job and reason               | about 1,000 entries   |
 | {tag}:dead                      | stream | jobs that failed for good, with their last error  | about 1,000 entries   |
 """
 

@@ -2,7 +2,8 @@
 
 Each script is `PRELUDE` plus its own text. KEYS[1] is the hash tag (`service.keys`), from which all other names are
 built: they share one slot. ARGV[1] is `limits(settings)`. Time is the Redis server's, so hosts need no common clock.
-`service.broker` calls ENQUEUE, SPEND, READ, CANCEL and STATS; `service.claims` calls the others.
+`service.broker` calls ENQUEUE, SPEND, READ, CANCEL, END_OVERDUE and STATS, `service.claims` the others. Those of the
+lists of jobs and of webhooks stand in `service.job_list` and `service.webhooks`.
 """
 
 import json
@@ -10,6 +11,12 @@ import json
 from service.settings import Settings
 
 _RETRY_DELAY_CAP_S = 300.0
+# A list of jobs outlives the jobs that end while nothing new comes, within reason.
+_LIST_ENTRIES = 1000
+_LIST_TTL_S = 86_400
+# Deliveries that wait while their receivers are away; what comes on top is dropped into the dead list.
+_WEBHOOK_LIMIT = 10_000
+_WEBHOOK_TTL_S = 86_400
 
 
 def limits(settings: Settings) -> str:
@@ -17,6 +24,7 @@ def limits(settings: Settings) -> str:
     return json.dumps(
         {
             "queue_limit": settings.queue_limit,
+            "queue_limit_latent_px": settings.queue_limit_latent_px or 0,
             "ttl_ms": settings.job_ttl_s * 1000,
             "idempotency_ttl_ms": settings.idempotency_ttl_s * 1000,
             "budget_bytes": settings.blob_budget_bytes,
@@ -25,6 +33,10 @@ def limits(settings: Settings) -> str:
             "max_deliveries": settings.max_deliveries,
             "backoff_ms": int(settings.retry_backoff_s * 1000),
             "backoff_cap_ms": int(_RETRY_DELAY_CAP_S * 1000),
+            "list_limit": max(_LIST_ENTRIES, settings.queue_limit),
+            "list_ttl_ms": (_LIST_TTL_S + settings.job_ttl_s) * 1000,
+            "webhook_limit": _WEBHOOK_LIMIT,
+            "webhook_ttl_ms": _WEBHOOK_TTL_S * 1000,
         }
     )
 
@@ -62,6 +74,46 @@ local function position(id)
     rank = rank + redis.call('ZCARD', P .. ':queued:' .. get(id, 'bundle') .. ':high')
   end
   return rank
+end
+
+-- Seconds that a job of the bundle usually takes, else one of any bundle; nil before the first has ended.
+local function usual_s(bundle)
+  local recent = redis.call('LRANGE', P .. ':durations:' .. bundle, 0, -1)
+  if #recent == 0 then recent = redis.call('LRANGE', P .. ':durations', 0, 30) end
+  for i, text in ipairs(recent) do recent[i] = tonumber(text) end
+  table.sort(recent)
+  return recent[math.ceil(#recent / 2)]
+end
+
+local function live_workers() return redis.call('ZCOUNT', P .. ':workers', now_ms - C.visibility_ms, '+inf') end
+
+-- Seconds as text until a job at this position starts: the jobs that must end first x median / live workers.
+local function start_s(id, rank)
+  local workers, each_s = live_workers(), usual_s(get(id, 'bundle'))
+  if rank < 0 or workers == 0 or not each_s then return '' end
+  local first = math.max(0, rank + redis.call('SCARD', P .. ':running') + 1 - workers)
+  return string.format('%.3f', first * each_s / workers)
+end
+
+local function overdue(id)
+  local deadline_ms = get(id, 'deadline_ms')
+  return deadline_ms and tonumber(deadline_ms) <= now_ms
+end
+
+-- Fields and values of the record, with what depends on the moment; false where there is none.
+local function record(id)
+  local fields = redis.call('HGETALL', job_key(id))
+  if #fields == 0 then return false end
+  local rank, deadline_ms = position(id), get(id, 'deadline_ms')
+  if rank >= 0 then
+    fields[#fields + 1] = 'start_s'
+    fields[#fields + 1] = start_s(id, rank)
+  end
+  if deadline_ms then
+    fields[#fields + 1] = 'left_ms'
+    fields[#fields + 1] = string.format('%.0f', tonumber(deadline_ms) - now_ms)
+  end
+  return {fields, rank}
 end
 
 local function push(id)
@@ -112,8 +164,25 @@ local function make_room(bytes)
   return true
 end
 
+-- The delivery of a webhook is written by the script that ends the job, so that none is lost.
+local function tell(id, state, webhook)
+  local asked, wanted = cjson.decode(webhook), false
+  for _, event in ipairs(asked.events) do wanted = wanted or event == state end
+  if not wanted then return end
+  if redis.call('ZCARD', P .. ':webhooks') >= C.webhook_limit then
+    redis.call('XADD', P .. ':webhooks_dead', 'MAXLEN', '~', 1000, '*', 'job', id, 'reason', 'too many wait')
+    return
+  end
+  local delivery = string.format('%s-%.0f', id, now_ms)
+  redis.call('HSET', P .. ':webhook:' .. delivery, 'url', asked.url, 'job', id, 'state', state, 'attempts', 0,
+    'bundle', get(id, 'bundle'), 'finished_at_s', now_s, 'error', get(id, 'error') or '')
+  redis.call('PEXPIRE', P .. ':webhook:' .. delivery, C.webhook_ttl_ms)
+  redis.call('ZADD', P .. ':webhooks', now_ms, delivery)
+end
+
 local function close_job(id, state, stages)
   local job, lane = job_key(id), lane_of(id)
+  local latent_px, deadline_ms, webhook = unpack(redis.call('HMGET', job, 'latent_px', 'deadline_ms', 'webhook'))
   local input_bytes = get_number(id, 'input_bytes')
   if input_bytes > 0 then
     redis.call('UNLINK', P .. ':input:' .. id)
@@ -123,11 +192,27 @@ local function close_job(id, state, stages)
   redis.call('ZREM', P .. ':delayed', id)
   redis.call('SREM', P .. ':running', id)
   redis.call('SREM', P .. ':live:' .. (get(id, 'owner') or ''), id)
+  if latent_px then redis.call('DECRBY', P .. ':queued_px', latent_px) end
+  if deadline_ms then redis.call('ZREM', P .. ':deadlines', id) end
+  if webhook then tell(id, state, webhook) end
   redis.call('HSET', job, 'state', state, 'finished_at_s', now_s, 'stages', stages, 'input_bytes', 0)
   emit(id, 'done', '{"state":"' .. state .. '"}')
   redis.call('PEXPIRE', job, C.ttl_ms)
   redis.call('PEXPIRE', P .. ':events:' .. id, C.ttl_ms)
   redis.call('PUBLISH', P .. ':done', id)
+end
+
+local function close_overdue(id, stages)
+  local detail = 'The job did not end within the ' .. get(id, 'cancel_after') .. ' s of its Cancel-After.'
+  redis.call('HSET', job_key(id), 'error', cjson.encode({code = 'deadline_passed', detail = detail, retryable = false}))
+  close_job(id, 'failed', stages)
+end
+
+-- A deadline ends a job wherever it is; a worker that has it finds out at its next step.
+local function end_overdue()
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. ':deadlines', '-inf', now_ms, 'LIMIT', 0, 100)) do
+    close_overdue(id, '{}')
+  end
 end
 
 local function beat(consumer, device)
@@ -165,19 +250,31 @@ local function settle()
   redis.call('HSET', job_key(id), 'settled', token)
   drop_message(lane, message)
 end
+
+-- Whether a deadline has ended the job: then nothing of the claim counts any more.
+local function past(stages)
+  local final = is_final(get(id, 'state'))
+  if not final and not overdue(id) then return false end
+  if not final then close_overdue(id, stages) end
+  drop_message(lane, message)
+  return true
+end
 """
 
 # KEYS[2], if the caller gave an idempotency key: its name. ARGV: limits, job id, bundle, priority, job JSON, payload
-# digest, owner or '', the owner's most live jobs or -1, body (only if there is one).
-# Replies {verdict, job id, queue position}; verdicts: created, existing, mismatch, full, busy, storage.
+# digest, owner or '', the owner's most live jobs or -1, body or '', JSON of what else there is: latent_px,
+# cancel_after_s, webhook (JSON in JSON).
+# Replies {verdict, job id, queue position, seconds until the start or ''}; verdicts: created, existing, mismatch, full,
+# full_px, busy, storage.
 ENQUEUE = """
 local id, bundle, priority, job, digest, body = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[9]
 local owner, most_live = ARGV[7], tonumber(ARGV[8])
-local caller_key = KEYS[2]
+local caller_key, extra = KEYS[2], cjson.decode(ARGV[10] or '{}')
+local latent_px, cancel_after_s = extra.latent_px or 0, extra.cancel_after_s
 if body == '' then body = nil end
 local function existing(known_id, known_digest)
-  if known_digest ~= digest then return {'mismatch', known_id, -1} end
-  return {'existing', known_id, redis.call('EXISTS', job_key(known_id)) == 1 and position(known_id) or -1}
+  if known_digest ~= digest then return {'mismatch', known_id, -1, ''} end
+  return {'existing', known_id, redis.call('EXISTS', job_key(known_id)) == 1 and position(known_id) or -1, ''}
 end
 
 if caller_key then
@@ -190,7 +287,10 @@ local depth = redis.call('ZCARD', P .. ':delayed')
 for _, lane in ipairs(redis.call('SMEMBERS', P .. ':lanes')) do
   depth = depth + redis.call('XLEN', P .. ':stream:' .. lane)
 end
-if depth >= C.queue_limit then return {'full', id, depth} end
+if depth >= C.queue_limit then return {'full', id, depth, ''} end
+local queued_px = tonumber(redis.call('GET', P .. ':queued_px') or 0)
+local over_px = C.queue_limit_latent_px > 0 and queued_px + latent_px > C.queue_limit_latent_px
+if over_px and queued_px > 0 then return {'full_px', id, queued_px, ''} end
 local live = P .. ':live:' .. owner
 if most_live >= 0 and redis.call('SCARD', live) >= most_live then
   -- Every end of a job takes it out of the set; one whose record went in another way must not count for ever.
@@ -198,10 +298,10 @@ if most_live >= 0 and redis.call('SCARD', live) >= most_live then
     local state = get(known, 'state')
     if not state or is_final(state) then redis.call('SREM', live, known) end
   end
-  if redis.call('SCARD', live) >= most_live then return {'busy', id, redis.call('SCARD', live)} end
+  if redis.call('SCARD', live) >= most_live then return {'busy', id, redis.call('SCARD', live), ''} end
 end
 if body then
-  if not make_room(#body) then return {'storage', id, blob_bytes()} end
+  if not make_room(#body) then return {'storage', id, blob_bytes(), ''} end
   redis.call('SET', P .. ':input:' .. id, body)
   count_bytes(#body)
 end
@@ -211,12 +311,29 @@ if owner ~= '' then
   redis.call('HSET', job_key(id), 'owner', owner)
   redis.call('SADD', live, id)
 end
+if extra.webhook then redis.call('HSET', job_key(id), 'webhook', extra.webhook) end
+if latent_px > 0 then
+  redis.call('HSET', job_key(id), 'latent_px', latent_px)
+  redis.call('INCRBY', P .. ':queued_px', latent_px)
+end
+if cancel_after_s then
+  local deadline_ms = string.format('%.0f', now_ms + 1000 * cancel_after_s)
+  redis.call('HSET', job_key(id), 'deadline_ms', deadline_ms, 'cancel_after', tostring(cancel_after_s))
+  redis.call('ZADD', P .. ':deadlines', deadline_ms, id)
+end
+-- Scores rise strictly, so that one of them is a place in the list.
+local list = P .. ':jobs:' .. owner
+local newest = redis.call('ZREVRANGE', list, 0, 0, 'WITHSCORES')
+redis.call('ZADD', list, string.format('%.0f', math.max(now_us, tonumber(newest[2] or 0) + 1)), id)
+redis.call('ZREMRANGEBYRANK', list, 0, -C.list_limit - 1)
+redis.call('PEXPIRE', list, C.list_ttl_ms)
 if caller_key then
   redis.call('HSET', caller_key, 'job', id, 'digest', digest)
   redis.call('PEXPIRE', caller_key, C.idempotency_ttl_ms)
 end
 push(id)
-return {'created', id, position(id)}
+local rank = position(id)
+return {'created', id, rank, start_s(id, rank)}
 """
 
 # ARGV: limits, owner, requests a minute. Replies 0 and pays for one request, or the us until one may come. The generic
@@ -232,10 +349,18 @@ return 0
 """
 
 # ARGV: limits, job id. Replies {fields and values of the job hash, queue position} or nil.
+# ARGV: limits, job id. Replies {fields and values of the record, queue position} or nil. Besides the fields of the job
+# hash there may be start_s, seconds until it starts or '', and left_ms, the time to its deadline. Writes nothing.
 READ = """
-local fields = redis.call('HGETALL', job_key(ARGV[2]))
-if #fields == 0 then return false end
-return {fields, position(ARGV[2])}
+return record(ARGV[2])
+"""
+
+# ARGV: limits, job id or ''. Ends the jobs whose deadline has passed, that one first.
+END_OVERDUE = """
+local id = ARGV[2]
+local state = get(id, 'state')
+if state and not is_final(state) and overdue(id) then close_overdue(id, '{}') end
+end_overdue()
 """
 
 # ARGV: limits, job id. Replies as READ. A queued job's message stays: deleting what was never delivered would
@@ -248,25 +373,27 @@ if not is_final(state) then
   redis.call('HSET', job_key(id), 'cancel', 1)
   if state == 'queued' then close_job(id, 'canceled', '{}') end
 end
-return {redis.call('HGETALL', job_key(id)), position(id)}
+return record(id)
 """
 
 # ARGV: limits. Replies {lane and number queued, ..}, processing, delayed, dead-lettered, oldest (us), workers,
-# durations, blob bytes.
+# durations, blob bytes, {bundle with jobs, median s or '', ..}.
 STATS = """
 free_expired()
-local queued, oldest_us = {}, now_us
+local queued, medians, oldest_us = {}, {}, now_us
 for _, lane in ipairs(redis.call('SMEMBERS', P .. ':lanes')) do
   local key = P .. ':queued:' .. lane
   queued[#queued + 1] = lane
   queued[#queued + 1] = redis.call('ZCARD', key)
+  local bundle = string.match(lane, '^(.*):')
+  medians[#medians + 1] = bundle
+  medians[#medians + 1] = tostring(usual_s(bundle) or '')
   local first = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
   if first[2] then oldest_us = math.min(oldest_us, tonumber(first[2])) end
 end
 return {queued, redis.call('SCARD', P .. ':running'), redis.call('ZCARD', P .. ':delayed'),
   redis.call('XLEN', P .. ':dead'), now_us - oldest_us,
-  redis.call('ZCOUNT', P .. ':workers', now_ms - C.visibility_ms, '+inf'),
-  redis.call('LRANGE', P .. ':durations', 0, -1), blob_bytes()}
+  live_workers(), redis.call('LRANGE', P .. ':durations', 0, -1), blob_bytes(), medians}
 """
 
 # ARGV: limits, consumer, device JSON or '', lanes ... Makes the groups and forgets consumers of dead workers that hold
@@ -322,6 +449,10 @@ local function begin(lane, message, id)
     close_job(id, 'canceled', '{}')
     return drop_message(lane, message)
   end
+  if overdue(id) then
+    close_overdue(id, '{}')
+    return drop_message(lane, message)
+  end
   if deliveries >= C.max_deliveries then
     local detail = 'It was started ' .. deliveries .. ' times and each time its worker was lost; it is not tried again.'
     close_failed(id, get(id, 'error') or cjson.encode({code = 'job_failed', detail = detail, retryable = false}), '{}')
@@ -336,6 +467,7 @@ local function begin(lane, message, id)
   left = left - 1
 end
 
+end_overdue()
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. ':delayed', '-inf', now_ms, 'LIMIT', 0, 100)) do
   redis.call('ZREM', P .. ':delayed', id)
   push(id)
@@ -377,6 +509,16 @@ end
 return {taken, last_ids, wait_ms}
 """
 
+# ARGV: limits, job ids ... Replies those that shall not be worked on: canceled, or past their deadline.
+STOPPED = """
+local stopped = {}
+for i = 2, #ARGV do
+  local id = ARGV[i]
+  if get(id, 'cancel') or overdue(id) then stopped[#stopped + 1] = id end
+end
+return stopped
+"""
+
 # ARGV: limits, consumer, device as for OPEN, then lane, message, job id, delivery of each claim held. Replies the ids
 # of the jobs lost. The owner is checked before XCLAIM: an unconditional one would take a message back from its new
 # owner.
@@ -399,7 +541,7 @@ return lost
 EMIT = (
     _OWNER
     + """
-if not owns() then return 0 end
+if not owns() or is_final(get(id, 'state')) then return 0 end
 emit(id, ARGV[7], ARGV[8])
 return 1
 """
@@ -410,6 +552,7 @@ FINISH = (
     _OWNER
     + """
 if not owns() then return settled_before() end
+if past(ARGV[8]) then return 0 end
 local bytes, fields = 0, {}
 for i = 10, #ARGV do
   bytes = bytes + #ARGV[i]
@@ -426,8 +569,11 @@ if bytes > 0 then
 end
 redis.call('HSET', job_key(id), 'results', ARGV[7], 'warnings', ARGV[9])
 redis.call('HDEL', job_key(id), 'error')
-redis.call('LPUSH', P .. ':durations', string.format('%.6f', now_us / 1000000 - get_number(id, 'started_at_s')))
-redis.call('LTRIM', P .. ':durations', 0, 99)
+local took_s = string.format('%.6f', now_us / 1000000 - get_number(id, 'started_at_s'))
+for list, most in pairs({[P .. ':durations'] = 99, [P .. ':durations:' .. get(id, 'bundle')] = 30}) do
+  redis.call('LPUSH', list, took_s)
+  redis.call('LTRIM', list, 0, most)
+end
 close_job(id, 'succeeded', ARGV[8])
 settle()
 return 1
@@ -440,6 +586,7 @@ FAIL = (
     + """
 if not owns() then return settled_before() end
 local error, retryable, stages, starts = ARGV[7], ARGV[8] == '1', ARGV[9], tonumber(delivery)
+if past(stages) then return 0 end
 if get(id, 'cancel') then
   close_job(id, 'canceled', stages)
 elseif retryable and starts < C.max_deliveries then
@@ -461,6 +608,7 @@ FINISH_CANCELED = (
     _OWNER
     + """
 if not owns() then return settled_before() end
+if past(ARGV[7]) then return 1 end
 close_job(id, 'canceled', ARGV[7])
 settle()
 return 1
@@ -473,6 +621,7 @@ RELEASE = (
     _OWNER
     + """
 if not owns() then return 0 end
+if past('{}') then return 1 end
 if get(id, 'cancel') then
   close_job(id, 'canceled', '{}')
   settle()

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 POCKET_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "pocket"
@@ -55,6 +55,12 @@ class Settings(BaseSettings):
     torch_threads: int = Field(0, description="CPU threads of a worker; 0 keeps torch's own choice.", ge=0)
 
     queue_limit: int = Field(256, description="Most jobs queued and running at once; over it: 429.", ge=1)
+    queue_limit_latent_px: int | None = Field(
+        None,
+        description="Most latent pixels (after upscaling) queued and running at once, over it: 429; one job may exceed "
+        "it alone. None: no such limit.",
+        ge=1,
+    )
     job_ttl_s: int = Field(3600, description="How long a finished job and its results stay readable.", ge=1)
     blob_budget_bytes: int = Field(1 << 30, description="Most bytes of inputs and results in Redis.", ge=1)
     visibility_timeout_s: float = Field(
@@ -76,6 +82,13 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(64 << 20, description="Largest request body.", ge=1)
     max_prompt_chars: int = Field(2000, description="Longest prompt.", ge=1)
     wait_timeout_s: float = Field(300.0, description="Longest wait of a synchronous request; then 504.", gt=0)
+
+    webhook_secret: SecretStr | None = Field(
+        None, description="Key that signs webhooks; none: a request with a webhook is refused.", min_length=1
+    )
+    webhook_allow_private: bool = Field(
+        False, description="Let webhooks go to loopback, private, link-local and other addresses that are not public."
+    )
 
     metrics_port: int = Field(0, description="Port of a worker's own /metrics; 0: none.", ge=0, le=65535)
     measure_protocol: bool = Field(
@@ -101,6 +114,9 @@ class Settings(BaseSettings):
 def to_environment(settings: Settings) -> dict[str, str]:
     """The `GIANTLEAP_*` variables that make `read_settings` in a child process return the same settings."""
     values = settings.model_dump(mode="json", exclude_none=True)
+    for name in values:  # a dump hides secrets
+        if isinstance(secret := getattr(settings, name), SecretStr):
+            values[name] = secret.get_secret_value()
     return {
         _PREFIX + name.upper(): ",".join(value) if isinstance(value, list) else str(value)
         for name, value in values.items()
