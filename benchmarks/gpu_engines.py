@@ -25,12 +25,12 @@ from export.manifest import INPUT, OUTPUTS, Precision
 from export.onnx_files import write_onnx
 from export.tensorrt_plans import PlanOptions, build_plan, plan_profiles
 from models.engine_compile import CompileEngine
-from models.engine_cpu import PreparedLua
 from models.engine_onnx import open_graph
 from models.engine_tensorrt import PlanRunner, load_tensorrt
 from models.engines import Artefact, Profile, TorchEngine
 from models.lua import Lua
 from models.lua_spec import LuaSpec
+from models.prepared_lua import PreparedLua
 from service.engine_bench import Timing, interleave
 
 Variant = Literal[

@@ -59,7 +59,7 @@ VIDEO_DECODER_MAPS: Mapping[str, float] = MappingProxyType(
     {"AutoencoderKLQwenImage": 18.0, "AutoencoderKLWan": 18.0, "AutoencoderKLQwenImage21": 21.5}
 )
 VIDEO_ENCODER_MAPS = 10.0
-PREPARED_TOKENS = {"float32": 512, "bfloat16": 1024}  # TOKENS_AT_ONCE of models.engine_cpu, which imports torch
+PREPARED_TOKENS = {"float32": 512, "bfloat16": 1024}  # TOKENS_AT_ONCE of models.prepared_lua, which imports torch
 VIDEO_TILE_PX, VIDEO_TILE_STEP_PX = 256, 192  # of diffusers' tiled decode of these
 
 
@@ -243,7 +243,7 @@ def lua_bytes(spec: LuaSpec, batch: int, height: int, width: int, scale: int, dt
 def prepared_lua_bytes(
     spec: LuaSpec, batch: int, height: int, width: int, scale: int, dtype: str, threads: int | None = None
 ) -> int:
-    """As `lua_bytes` for the form that runs on a CPU (`models.engine_cpu.PreparedLua`).
+    """As `lua_bytes` for the form that runs on a CPU (`models.prepared_lua.PreparedLua`).
 
     Five maps are alive while a block's portions are joined, or four and what one portion needs: queries, keys, values,
     their answer, and the biases of masked windows; below float32 the scores before and after softmax.

@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from models.engine_cpu import Grids, PreparedLua
 from models.engines import EngineError, EngineName, first_line
 from models.lua import Lua, check_latent, pad_to_window
+from models.prepared_lua import Grids, PreparedLua
 
 GRAPHS_KEPT = 16
 _CAPTURE_WARMUPS = 3

@@ -14,9 +14,10 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from models.engine_cpu import LatentUpscaler, PreparedLua, prepare_lua
+from models.engine_cpu import LatentUpscaler, prepare_lua
 from models.lua import Lua, check_latent, pad_to_window
 from models.lua_spec import LuaSpec
+from models.prepared_lua import PreparedLua
 
 EngineName = Literal["torch", "torch-compile", "onnx", "tensorrt", "aoti"]
 ArtefactEngineName = Literal["onnx", "tensorrt", "aoti"]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from models.checkpoints import CheckpointError, read_lua
-from models.engine_cpu import LatentUpscaler, PreparedLua, prepare_lua
+from models.engine_cpu import LatentUpscaler, prepare_lua
+from models.prepared_lua import PreparedLua
 
 RGB_CHANNELS = 3
 TILE_PX = 512  # side of the largest tile, of the input; its square is the budget of a picture that goes whole

@@ -30,7 +30,7 @@ class Loaded:
         dtype: That its base model computes in.
         others_bytes: What the other bundles of the device take of its memory.
         lua: The spec of its LUA; None where it has none.
-        prepared: Whether its upscalers run in the form for a CPU (`models/engine_cpu.py`).
+        prepared: Whether its upscalers run in the form for a CPU (`models/prepared_lua.py`).
     """
 
     dtype: str

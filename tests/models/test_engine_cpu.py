@@ -9,18 +9,10 @@ import torch
 from torch import Tensor
 
 from models import engine_cpu
-from models.engine_cpu import (
-    GRIDS_KEPT,
-    Grid,
-    PreparationError,
-    PreparedLua,
-    check_prepared,
-    packed_is_faster,
-    prepare_lua,
-    why_not_prepared,
-)
+from models.engine_cpu import PreparationError, check_prepared, packed_is_faster, prepare_lua, why_not_prepared
 from models.lua import Lua
 from models.lua_spec import LuaSpec
+from models.prepared_lua import GRIDS_KEPT, Grid, PreparedLua
 
 CPU = torch.device("cpu")
 SPECS = {
@@ -103,7 +95,7 @@ def test_portions_are_of_free_windows_or_of_masked_ones() -> None:
     _, shifted = prepared.groups[0][0]
     shifted.tokens_at_once = 5 * 16
     found = [(start, stop, len(mask)) for start, stop, mask in shifted._portions(grids.shifted)]
-    assert found == [(0, 5, 0), (5, 10, 0), (10, 12, 0), (12, 17, 5), (17, 22, 5), (22, 24, 2)]
+    assert found == [(0, 4, 0), (4, 8, 0), (8, 12, 0), (12, 16, 4), (16, 20, 4), (20, 24, 4)]
 
 
 @pytest.mark.parametrize("width_multiple", [1, 16])

@@ -42,7 +42,6 @@ from models.activation_bytes import (
 from models.bundle import Bundle, read_bundle
 from models.bundle_descriptor import LuaFile, Method, PipelineSource, VaeSource
 from models.checkpoints import read_lua, write_lua
-from models.engine_cpu import TOKENS_AT_ONCE, PreparedLua
 from models.engines import TorchEngine
 from models.foreign_weights import RGB_MEAN
 from models.lua import Lua
@@ -57,6 +56,7 @@ from models.memory_plan import (
     read_header,
 )
 from models.pixel_upscale import PixelUpscaler
+from models.prepared_lua import TOKENS_AT_ONCE, PreparedLua
 from models.route import Route
 from service.settings import POCKET_BUNDLE
 

@@ -1,0 +1,157 @@
+"""Layers of a LUA prepared for inference: plain, by torch's operators, or packed for oneDNN with what follows fused.
+
+`Layout` says which, in which type and how wide; `models/prepared_lua.py` builds the network of them.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLinear:
+    """A linear layer with what follows it, by the operators of torch."""
+
+    weight: Tensor
+    bias: Tensor
+    gelu: bool = False
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, gelu: bool = False) -> Self:
+        return cls(weight.to(dtype).contiguous(), bias.to(dtype).contiguous(), gelu)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """**Shape** [..., in] -> [..., out]."""
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y) if self.gelu else y
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        """The layer's answer plus `other`, which has its shape."""
+        return other + self(x)
+
+
+class PackedLinear(PlainLinear):
+    """A linear layer whose weight lies as oneDNN wants it, with what follows it fused in."""
+
+    __slots__ = ()
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, gelu: bool = False) -> Self:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), None)
+        return cls(packed, bias.to(dtype).contiguous(), gelu)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        after, form = ("gelu", "none") if self.gelu else ("none", "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], form)
+        return y
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        return self(x).add_(other)  # oneDNN's own fused addition takes 1.16 times as long
+
+
+@dataclass(frozen=True, slots=True)
+class PlainConv:
+    """A convolution of stride 1, channels last, and a LeakyReLU of this slope, by the operators of torch."""
+
+    weight: Tensor
+    bias: Tensor
+    padding: list[int]
+    slope: float | None = None
+
+    @classmethod
+    def pack(
+        cls, weight: Tensor, bias: Tensor, padding: list[int], dtype: torch.dtype, slope: float | None = None
+    ) -> Self:
+        last = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+        return cls(last, bias.to(dtype).contiguous(), padding, slope)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """**Shape** [batch, in, height, width] -> [batch, out, height, width], channels last."""
+        y = F.conv2d(x, self.weight, self.bias, padding=self.padding)
+        return y if self.slope is None else F.leaky_relu(y, self.slope)
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        """The layer's answer plus `other`, which has its shape."""
+        return other + self(x)
+
+
+class PackedConv(PlainConv):
+    """A convolution whose weight lies as oneDNN wants it."""
+
+    __slots__ = ()
+
+    @classmethod
+    def pack(
+        cls, weight: Tensor, bias: Tensor, padding: list[int], dtype: torch.dtype, slope: float | None = None
+    ) -> Self:
+        dense = weight.to(dtype).contiguous().to_mkldnn()  # the only type that the reorder takes
+        packed: Tensor = torch.ops.aten.mkldnn_reorder_conv2d_weight(dense, padding, [1, 1], [1, 1], 1)
+        return cls(packed, bias.to(dtype).contiguous(), padding, slope)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        after, scalars = ("none", []) if self.slope is None else ("leaky_relu", [self.slope])
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, self.padding, [1, 1], [1, 1], 1, after, scalars, ""
+        )
+        return y
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        return self(x).add_(other)  # as in `PackedLinear.add`: 11.0 against 11.4 ms for 180 channels at 64x64
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How weights are laid out.
+
+    Args:
+        dtype: The compute type.
+        packed: For oneDNN; else for the operators of torch.
+        width: Channels of the backbone, at least `embed_dim`; the rest are zeros.
+    """
+
+    dtype: torch.dtype
+    packed: bool
+    width: int
+
+    def linear(self, weight: Tensor, bias: Tensor, rows: int = 0, columns: int = 0, gelu: bool = False) -> PlainLinear:
+        """A layer padded by so many zero rows (outputs) and columns (inputs)."""
+        kind = PackedLinear if self.packed else PlainLinear
+        weight, bias = weight.detach(), bias.detach()
+        return kind.pack(F.pad(weight, (0, columns, 0, rows)), F.pad(bias, (0, rows)), self.dtype, gelu)
+
+    def conv(self, conv: nn.Module, rows: int = 0, columns: int = 0, slope: float | None = None) -> PlainConv:
+        """As `linear`."""
+        if not isinstance(conv, nn.Conv2d) or conv.bias is None or isinstance(conv.padding, str):
+            raise TypeError(f"found {conv}, expected a convolution with a bias and a padding in pixels")
+        kind = PackedConv if self.packed else PlainConv
+        weight = F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, columns, 0, rows))
+        return kind.pack(weight, F.pad(conv.bias.detach(), (0, rows)), list(conv.padding), self.dtype, slope)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A LayerNorm over the true channels, of which there may be fewer than the backbone is wide."""
+
+    dim: int
+    eps: float
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """**Shape** [tokens, width] -> the same."""
+        if x.shape[-1] == self.dim:
+            return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
+        y = F.layer_norm(x[..., : self.dim], (self.dim,), self.weight, self.bias, self.eps)
+        return F.pad(y, (0, x.shape[-1] - self.dim))
+
+
+def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer that takes the normalised tokens before the norm's own affine part.
+
+    W (g * n + b) + c = (W diag(g)) n + (W b + c).
+    """
+    weight = linear.weight.detach()
+    return weight * norm.weight.detach(), linear.bias.detach() + weight @ norm.bias.detach()
