@@ -24,20 +24,24 @@ from service.planning import read_served
 from service.problems import handle_errors
 from service.serving import Serving
 from service.settings import Settings
+from service.tracing import Tracing, open_tracing
 
 
-def create_app(settings: Settings, broker: Broker | None = None) -> FastAPI:
+def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracing | None = None) -> FastAPI:
     """The application. Bundles are read here, so that a wrong one stops the start; Redis is opened with the app.
 
     Args:
         settings: All of them; `redis_url` must be set unless a broker is given.
         broker: The queue; none: one on `settings.redis_url`, opened and closed with the app.
+        tracing: Where spans go, closed with the app; none: as the settings say.
 
     Raises:
         BundleError: a bundle cannot be served.
+        BadConfiguration: traces are asked for and what sends them is not installed.
         ValueError: no Redis is named.
     """
     metrics = Metrics()
+    spans = open_tracing(settings.otlp_endpoint, "api") if tracing is None else tracing
     client = None
     if broker is None:
         if settings.redis_url is None:
@@ -56,6 +60,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> FastAPI:
             await serving.broker.close()
             if client is not None:
                 await client.aclose()
+            await asyncio.to_thread(spans.close)
 
     app = FastAPI(
         title="Giantleap",
@@ -64,7 +69,7 @@ def create_app(settings: Settings, broker: Broker | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.serving = serving
-    app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=metrics)
+    app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=metrics, tracing=spans)
     handle_errors(app)
     for routes in (routes_create, routes_jobs, routes_health, front_openai, front_kserve, front_remote_vae):
         app.include_router(routes.router)

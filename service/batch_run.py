@@ -25,6 +25,7 @@ from service.errors import EngineFault, GiantleapError, JobFailed
 from service.images_in import Pixels, read_image
 from service.jobs import GenerateParams, JobError, JobParams, ResultFile, UpscaleParams
 from service.latents_in import LATENT_TENSOR, SAFETENSORS_TYPE
+from service.tracing import BatchTrace
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +101,12 @@ class BatchRun:
         route: The loaded bundle.
         claims: Where progress goes and cancel flags come from.
         drain: When to give up.
+        trace: Where each stage is written.
     """
 
-    def __init__(self, route: Route, claims: Claims, drain: Drain) -> None:
+    def __init__(self, route: Route, claims: Claims, drain: Drain, trace: BatchTrace) -> None:
         self.clock: StageClock = route.clock()
+        self._trace = trace
         self._route = route
         self._claims = claims
         self._drain = drain
@@ -185,7 +188,7 @@ class BatchRun:
 
     @contextmanager
     def _stage(self, name: str, items: Sequence[Item]) -> Iterator[None]:
-        with self.clock.measure(name):
+        with self._trace.stage(name, [item.claim.job.id for item in items]), self.clock.measure(name):
             yield
         self._emit(items, "stage", {"stage": name, "seconds": round(self.clock.stages_s[name], 6)})
 

@@ -93,7 +93,7 @@ def _run_api_process(settings: Settings, listen_fd: int) -> None:
 
     try:
         application = create_app(settings)
-    except BundleError as error:
+    except (BundleError, BadConfiguration) as error:
         stop(str(error))
     config = uvicorn.Config(
         application,

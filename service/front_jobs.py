@@ -28,6 +28,7 @@ from service.planning import Served
 from service.problems import InvalidFields
 from service.routes_create import read_asked, wait_for_job
 from service.serving import Serving, ServingDep
+from service.tracing import current_traceparent
 
 SMALL_BODY_BYTES = 1 << 20
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -116,7 +117,8 @@ def wrap_tensor(dtype: str, shape: Sequence[int], data: bytes) -> bytes:
 
 def new_job(served: Served, params: JobParams, priority: Priority = Priority.HIGH, warnings: Sequence[str] = ()) -> Job:
     """A job of now, with an id of its own."""
-    return Job(str(uuid.uuid4()), served.bundle.name, priority, time.time(), params, tuple(warnings))
+    name, traceparent = served.bundle.name, current_traceparent()
+    return Job(str(uuid.uuid4()), name, priority, time.time(), params, tuple(warnings), traceparent=traceparent)
 
 
 async def run_job(

@@ -1,12 +1,30 @@
 """Logs as one JSON object per line on standard error: what happened, never what was asked for.
 
-Values beside the message go in as `extra={"fields": {...}}`. No caller of it passes a prompt, a latent or a header.
+Values beside the message go in as `extra={"fields": {...}}`; what holds for everything that is logged within a request
+or a batch (its ids) is given once, by `log_fields`. No caller of either passes a prompt, a latent or a header.
 """
 
 import json
 import logging
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
+from types import MappingProxyType
+
+_NO_FIELDS: Mapping[str, object] = MappingProxyType({})
+_FIELDS: ContextVar[Mapping[str, object]] = ContextVar("log_fields", default=_NO_FIELDS)
+
+
+@contextmanager
+def log_fields(**fields: object) -> Iterator[None]:
+    """Adds `fields` to every line logged within, by any library, in this task or thread; a line's own fields win."""
+    token = _FIELDS.set({**_FIELDS.get(), **fields})
+    try:
+        yield
+    finally:
+        _FIELDS.reset(token)
 
 
 class JsonFormatter(logging.Formatter):
@@ -19,6 +37,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "process": record.process,
             "message": record.getMessage(),
+            **_FIELDS.get(),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:

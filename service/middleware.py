@@ -1,8 +1,9 @@
-"""What holds for every HTTP request: its id, the limit of its body, a last catch of errors, and its metrics.
+"""What holds for every HTTP request: its id and trace, the limit of its body, a last catch of errors, its metrics.
 
 Pure ASGI in one layer: it neither buffers nor spawns a task, so streams and disconnects pass through untouched.
 """
 
+import logging
 import re
 import time
 import uuid
@@ -11,28 +12,44 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import PayloadTooLarge
+from service.logs import log_fields
 from service.metrics import Metrics
 from service.problems import CLIENT_GONE, problem_response, unexpected
+from service.tracing import RequestTrace, Tracing, trace_id_of
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
+# Asked for every few seconds by machines: neither traced nor logged.
+_QUIET = frozenset({"/livez", "/readyz", "/metrics"})
+
+
+log = logging.getLogger(__name__)
 
 
 class Edge:
     """The outermost layer of the app: each request passes it once, on its way in and out."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: Metrics, tracing: Tracing) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
         self.metrics = metrics
+        self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started_s = time.perf_counter()
         request = Request(scope)
         request.state.request_id = read_request_id(request.headers.get("x-request-id"))
+        recorded = scope["path"] not in _QUIET
+        with (
+            self.tracing.request(request.method, request.headers.get("traceparent"), recorded) as trace,
+            log_fields(request_id=request.state.request_id, trace_id=trace_id_of(trace.traceparent)),
+        ):
+            await self._answer(request, receive, send, trace)
+
+    async def _answer(self, request: Request, receive: Receive, send: Send, trace: RequestTrace) -> None:
+        scope, started_s = request.scope, time.perf_counter()
         id_header = (b"x-request-id", request.state.request_id.encode())
         status = 0
 
@@ -40,6 +57,8 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                job_id = next((value for name, value in message.get("headers", ()) if name == b"x-job-id"), None)
+                request.state.job_id = None if job_id is None else job_id.decode()
                 message = {**message, "headers": [*message.get("headers", ()), id_header]}
             await send(message)
 
@@ -55,9 +74,9 @@ class Edge:
                 raise
             await response(scope, receive, send_with_id)
         finally:
-            self._observe(request, status or CLIENT_GONE, time.perf_counter() - started_s)
+            self._observe(request, status or CLIENT_GONE, time.perf_counter() - started_s, trace)
 
-    def _observe(self, request: Request, status: int, duration_s: float) -> None:
+    def _observe(self, request: Request, status: int, duration_s: float, trace: RequestTrace) -> None:
         # The route's template, never the path: labels stay few whatever is asked for.
         route = getattr(request.scope.get("route"), "path", "none")
         method = request.method if request.method in _METHODS else "other"
@@ -65,6 +84,11 @@ class Edge:
         problem_code: str | None = getattr(request.state, "problem_code", None)
         if problem_code is not None:
             self.metrics.count_rejection(problem_code)
+        job_id: str | None = getattr(request.state, "job_id", None)
+        trace.end(method, route, status, job_id)
+        if request.scope["path"] not in _QUIET:
+            fields = {"route": route, "method": method, "status": status, "duration_s": round(duration_s, 4)}
+            log.info("request ended", extra={"fields": fields | ({} if job_id is None else {"job_id": job_id})})
 
     def _counted(self, receive: Receive) -> Receive:
         """`receive` that stops a body without a length, or with a false one, at the limit."""

@@ -38,6 +38,7 @@ from service.problems import InvalidFields
 from service.schemas import GenerateRequest, JobBody, OutputFormat, UpscaleQuery
 from service.serving import Serving, ServingDep
 from service.settings import Settings
+from service.tracing import current_traceparent
 
 router = APIRouter(tags=["create"])
 
@@ -195,7 +196,9 @@ def _choose_format(
 
 
 def _new_job(bundle: str, priority: str, params: JobParams, warnings: tuple[str, ...]) -> Job:
-    return Job(str(uuid.uuid4()), bundle, Priority(priority), time.time(), params, warnings)
+    return Job(
+        str(uuid.uuid4()), bundle, Priority(priority), time.time(), params, warnings, traceparent=current_traceparent()
+    )
 
 
 async def _run(

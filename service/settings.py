@@ -1,6 +1,7 @@
 """Every setting of the service in one frozen tree, read once from `GIANTLEAP_*` variables and passed down."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -9,15 +10,19 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 POCKET_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "pocket"
 _PREFIX = "GIANTLEAP_"
-_PAGE_DEFAULTS = {"bundle": "`bundles/pocket` of the installation", "data_dir": "`~/.giantleap`"}
+_PAGE_DEFAULTS = {
+    "bundle": "`bundles/pocket` of the installation",
+    "data_dir": "`~/.giantleap`",
+    "cors_origins": "none",
+}
 
 
 class Settings(BaseSettings):
     """Settings of one process. A misspelt `GIANTLEAP_*` variable is an error, never ignored."""
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    redis_url: str | None = Field(None, description="Redis to use; none: `serve` starts an embedded one.")
+    redis_url: str | None = Field(None, repr=False, description="Redis to use; none: `serve` starts an embedded one.")
     key_prefix: str = Field("giantleap", description="First part of every Redis key.", pattern=r"^[a-z0-9-]{1,32}$")
     data_dir: Path = Field(
         Path.home() / ".giantleap", description="Where the embedded Redis keeps its append-only file."
@@ -80,6 +85,12 @@ class Settings(BaseSettings):
     max_image_px: int = Field(16_777_216, description="Most pixels of one final image.", ge=1)
     max_num_images: int = Field(4, description="Most images of one job.", ge=1)
     max_body_bytes: int = Field(64 << 20, description="Largest request body.", ge=1)
+    api_keys_file: Path | None = Field(
+        None, description="TOML file of API keys (`giantleap keys new`); none: everybody may use the service."
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Sites whose pages may call the API, such as https://app.example.org, comma-separated."
+    )
     max_prompt_chars: int = Field(2000, description="Longest prompt.", ge=1)
     wait_timeout_s: float = Field(300.0, description="Longest wait of a synchronous request; then 504.", gt=0)
 
@@ -96,6 +107,11 @@ class Settings(BaseSettings):
     )
     drain_grace_s: float = Field(30.0, description="On SIGTERM, how long running work may take to end.", ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
+    otlp_endpoint: str | None = Field(
+        None,
+        description="Base URL of an OTLP/HTTP receiver for traces, such as http://collector:4318; none: no traces.",
+        pattern=r"^https?://[^/?#\s]+$",
+    )
 
     @field_validator("bundle", mode="before")
     @classmethod
@@ -103,6 +119,18 @@ class Settings(BaseSettings):
         return (
             tuple(Path(part.strip()) for part in value.split(",") if part.strip()) if isinstance(value, str) else value
         )
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_origins(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _plain_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+", origin) for origin in value):
+            raise ValueError("each is a scheme, a host and a port, such as https://app.example.org; no path, no *")
+        return value
 
     @model_validator(mode="after")
     def _bundles_given(self) -> Self:

@@ -29,9 +29,11 @@ from service.engine_files import open_route
 from service.errors import BadConfiguration, DoesNotFit, StorageFull
 from service.fitting import Place, find_places, most_items, read_memory, require_fit, share_device
 from service.jobs import GenerateParams, Job, JobError, JobState
+from service.logs import log_fields
 from service.metrics import Metrics
 from service.protocol import WARMUPS, measure_protocol
 from service.settings import Settings
+from service.tracing import Tracing, open_tracing, trace_id_of
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ def run_worker(settings: Settings, stop: threading.Event) -> None:
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
     metrics = Metrics()
+    tracing = open_tracing(settings.otlp_endpoint, "worker")
     if settings.metrics_port and "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         log.info("metrics_port is not opened: the API processes of this host answer for the worker too")
     elif settings.metrics_port:
@@ -82,9 +85,11 @@ def run_worker(settings: Settings, stop: threading.Event) -> None:
     log.info("worker ready", extra={"fields": {"bundles": sorted(routes)}})
     try:
         grids = {name: to_grid(bundle, routes[name]) for name, bundle in bundles.items()}
-        Worker(routes, grids, claims, metrics, settings, Drain(stop, settings.drain_grace_s), bundles, places).run()
+        drain = Drain(stop, settings.drain_grace_s)
+        Worker(routes, grids, claims, metrics, settings, drain, bundles, places, tracing).run()
     finally:
         claims.close()
+        tracing.close()
         client.close()
     log.info("worker stopped")
 
@@ -101,6 +106,7 @@ class Worker:
         drain: When to stop.
         bundles: The loaded bundles as read, by name.
         places: Their share of the device's memory, by name; without one nothing is refused and no batch cut for it.
+        tracing: Where spans go; none: nowhere.
     """
 
     def __init__(
@@ -113,7 +119,9 @@ class Worker:
         drain: Drain,
         bundles: Mapping[str, Bundle] = _NO_BUNDLES,
         places: Mapping[str, Place] = _NO_PLACES,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = Tracing() if tracing is None else tracing
         self._bundles = bundles
         self._places = places
         self._routes = routes
@@ -129,6 +137,7 @@ class Worker:
             claims = self._claims.claim(self._settings.batch_items, _BLOCK_S)
             for claim in claims:
                 if claim.delivery == 1:
+                    self._tracing.waited(claim.job, time.time())
                     self._metrics.observe_wait(claim.job.priority, max(0.0, time.time() - claim.job.created_at_s))
             batches = plan_batch(claims, self._grids, self._settings.batch_items, self._settings.batch_budget_latent_px)
             for batch in batches:
@@ -149,8 +158,16 @@ class Worker:
             return
         self._metrics.observe_batch(job.params.kind, len(items))
         route.reset_peak_memory()
-        run = BatchRun(route, self._claims, self._drain)
-        outcomes = run.run(items, most_items)
+        jobs = [claim.job for claim in batch]
+        trace_ids = sorted({trace_id for each in jobs if (trace_id := trace_id_of(each.traceparent))})
+        with (
+            self._tracing.batch(jobs, _trace_attributes(job, route, len(items))) as trace,
+            log_fields(job_ids=[each.id for each in jobs], trace_ids=trace_ids),
+        ):
+            run = BatchRun(route, self._claims, self._drain, trace)
+            outcomes = run.run(items, most_items)
+            for claim, ended in _by_claim(batch, outcomes):
+                trace.end(claim.job.id, next((each.code for each in ended if isinstance(each, JobError)), None))
         stages_s = run.clock.stages_s
         self._metrics.observe_stages(job.bundle, job.params.method, job.params.scale, route.engine, stages_s)
         peak = route.peak_memory()
@@ -229,6 +246,7 @@ class Worker:
             self._metrics.observe_job(params.kind, job.bundle, params.method, params.scale, status, duration_s)
         fields = {
             "job_id": job.id,
+            "trace_id": trace_id_of(job.traceparent),
             "status": "fenced" if status is None else "retrying" if status is JobState.QUEUED else str(status),
             "kind": job.params.kind,
             "bundle": job.bundle,
@@ -241,6 +259,17 @@ class Worker:
             "stages_s": {stage: round(seconds, 4) for stage, seconds in stages_s.items()},
         }
         log.info("job ended", extra={"fields": fields})
+
+
+def _trace_attributes(job: Job, route: Route, batch_items: int) -> dict[str, str | int]:
+    return {
+        "giantleap.kind": job.params.kind,
+        "giantleap.bundle": job.bundle,
+        "giantleap.method": job.params.method,
+        "giantleap.scale": job.params.scale,
+        "giantleap.engine": route.engine,
+        "giantleap.batch.items": batch_items,
+    }
 
 
 def to_grid(bundle: Bundle, route: Route) -> LatentGrid:

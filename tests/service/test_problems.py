@@ -18,6 +18,7 @@ from service.jobs import JobError
 from service.metrics import Metrics
 from service.middleware import Edge, read_request_id
 from service.problems import InvalidFields, from_job_error, handle_errors
+from service.tracing import Tracing
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 SECRET = "a prompt that nobody else may read"
@@ -29,7 +30,7 @@ class Body(BaseModel):
 
 def build_app(metrics: Metrics) -> FastAPI:
     app = FastAPI()
-    app.add_middleware(Edge, max_body_bytes=1000, metrics=metrics)
+    app.add_middleware(Edge, max_body_bytes=1000, metrics=metrics, tracing=Tracing())
     handle_errors(app)
     errors: dict[str, Exception] = {
         "conflict": Conflict("running"),
