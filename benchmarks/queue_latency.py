@@ -22,11 +22,11 @@ from typing import Any, Literal
 import redis
 from tqdm import tqdm
 
-from service import broker, claims
 from service.broker import Broker
 from service.claims import Claims
 from service.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
 from service.jobs import GenerateParams, Job, Priority, ResultFile
+from service.redis_urls import open_async_redis, open_redis
 from service.settings import Settings, read_settings
 
 RESULTS = Path(__file__).parent / "results" / "queue_latency.json"
@@ -46,7 +46,7 @@ def settings_for(url: str) -> Settings:
 def serve(url: str) -> None:
     """The worker process: ends each job at once with a result of `RESULT_BYTES`; runs until it is killed."""
     blob = os.urandom(RESULT_BYTES)
-    worker = Claims(claims.open_redis(url), settings_for(url), ["pocket"], "bench")
+    worker = Claims(open_redis(url), settings_for(url), ["pocket"], "bench")
     worker.open()
     while True:
         for claim in worker.claim(8, 1.0):
@@ -84,7 +84,7 @@ async def measure_enqueue(producer: Broker, number: int) -> tuple[list[Job], flo
 
 async def measure_policy(url: str, name: str, number: int, backlog: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.queue_latency", "--serve", url]
-    async with broker.open_redis(url) as client:
+    async with open_async_redis(url) as client:
         producer = Broker(client, settings_for(url))
         await producer.open()
         jobs, enqueued_per_s = await measure_enqueue(producer, backlog)

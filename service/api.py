@@ -16,12 +16,13 @@ from typing import Any
 from fastapi import FastAPI
 
 from service import front_kserve, front_openai, front_remote_vae, routes_create, routes_health, routes_jobs
-from service.broker import Broker, open_redis
+from service.broker import Broker
 from service.metrics import Metrics
 from service.middleware import Edge
 from service.openapi import describe
 from service.planning import read_served
 from service.problems import handle_errors
+from service.redis_urls import open_async_redis
 from service.serving import Serving
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing
@@ -46,7 +47,7 @@ def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracin
     if broker is None:
         if settings.redis_url is None:
             raise ValueError("redis_url is not set; the API needs the Redis that its workers use")
-        client = open_redis(settings.redis_url)
+        client = open_async_redis(settings.redis_url)
         broker = Broker(client, settings)
     serving = Serving(settings, read_served(settings), broker, metrics, asyncio.Event())
 

@@ -18,9 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialWithJitterBackoff
 
 from service import scripts
 from service.device_memory import Device
@@ -44,6 +41,7 @@ from service.jobs import (
     ResultFile,
 )
 from service.keys import Keys
+from service.redis_urls import LOST, AsyncRedis, check_client, is_passing
 from service.settings import Settings
 
 _POLL_S = 1.0
@@ -63,18 +61,6 @@ class Enqueued:
     estimated_start_s: float | None = None
 
 
-def open_redis(url: str) -> redis.asyncio.Redis:
-    """A client as the broker wants it: explicit timeouts, retries, and room for a connection per event reader."""
-    return redis.asyncio.Redis.from_url(
-        url,
-        socket_timeout=10.0,
-        socket_connect_timeout=5.0,
-        max_connections=10_000,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), 4),
-        retry_on_error=[redis.ConnectionError, redis.TimeoutError],
-    )
-
-
 def retry_after_s(stats: QueueStats) -> int:
     """Whole seconds after which a refused caller may try again: depth x median / workers, 1 to 600.
 
@@ -90,9 +76,8 @@ def retry_after_s(stats: QueueStats) -> int:
 class Broker:
     """Everything the API does with the queue. Safe to share between all tasks of one event loop."""
 
-    def __init__(self, redis: redis.asyncio.Redis, settings: Settings) -> None:
-        if redis.connection_pool.connection_kwargs.get("decode_responses"):
-            raise ValueError("decode_responses is set; blobs are bytes: open the client without it")
+    def __init__(self, redis: AsyncRedis, settings: Settings) -> None:
+        self._block_ms = int(1000 * min(_POLL_S, check_client(redis)))
         self._redis = redis
         self._settings = settings
         self._keys = Keys(settings.key_prefix)
@@ -107,8 +92,6 @@ class Broker:
         self._devices: tuple[Device, ...] = ()
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        timeout_s = redis.connection_pool.connection_kwargs.get("socket_timeout")
-        self._block_ms = int(1000 * min(_POLL_S, (timeout_s or 10.0) / 2))
 
     async def open(self) -> None:
         """Checks that Redis answers and starts the listener that wakes `wait`, and what keeps `devices` fresh.
@@ -361,11 +344,12 @@ class Broker:
     async def _answer(self, command: Awaitable[Any]) -> Any:
         try:
             return await command
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            raise NotReady(
-                f"Redis does not answer ({type(error).__name__}); it must be reachable and loaded: try again soon.",
-                retry_after_s=1,
-            ) from error
+        except LOST as error:
+            raise _to_not_ready(error) from error
+        except redis.ResponseError as error:
+            if is_passing(error):
+                raise _to_not_ready(error) from error
+            raise
 
     async def _watch_devices(self) -> None:
         """Keeps `devices` fresh; where Redis is away the last ones stay. Ends jobs whose deadline nobody else sees."""
@@ -390,10 +374,17 @@ class Broker:
                         if message is not None:
                             for wake in self._waiters.get(message["data"].decode(), ()):
                                 wake.set()
-            except (redis.ConnectionError, redis.TimeoutError) as error:
+            except LOST as error:
                 _LOG.warning("listener lost Redis (%s); again in %.1f s", type(error).__name__, delay_s)
                 await asyncio.sleep(delay_s)
                 delay_s = min(2.0, 2 * delay_s)
+
+
+def _to_not_ready(error: Exception) -> NotReady:
+    return NotReady(
+        f"Redis does not answer ({type(error).__name__}); it must be reachable and loaded: try again soon.",
+        retry_after_s=1,
+    )
 
 
 async def _sha256(body: bytes | None) -> str:

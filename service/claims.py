@@ -13,13 +13,10 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-import redis
-from redis.backoff import ExponentialWithJitterBackoff
-from redis.commands.core import Script
-from redis.retry import Retry
 from redis.typing import KeyT, StreamIdT
 
 from service import scripts
@@ -27,14 +24,15 @@ from service.device_memory import Device
 from service.errors import NotReady, StorageFull
 from service.jobs import Job, JobError, Priority, ResultFile
 from service.keys import Keys, lane
+from service.redis_urls import LOST, SyncRedis, check_client, run_script
 from service.settings import Settings
 
 _LOW_FIRST_EVERY = 8
 _POLL_S = 1.0
 _BACKOFF_CAP_S = 2.0
 _PATIENCE_S = 120.0
-_LOST = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)
 LastIds = dict[KeyT, StreamIdT]
+RunScript = Callable[[Sequence[str], Sequence[str | bytes]], Any]
 _NO_STAGES: Mapping[str, float] = MappingProxyType({})
 _LOG = logging.getLogger(__name__)
 
@@ -50,23 +48,12 @@ class Claim:
     delivery: int
 
 
-def open_redis(url: str) -> redis.Redis:
-    """A client as `Claims` wants it: explicit timeouts and a few quick retries; longer outages are waited for."""
-    return redis.Redis.from_url(
-        url,
-        socket_timeout=10.0,
-        socket_connect_timeout=5.0,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2),
-        retry_on_error=[redis.ConnectionError, redis.TimeoutError],
-    )
-
-
 class Claims:
     """The claims of one worker process. Its methods may be called from several threads."""
 
     def __init__(
         self,
-        redis: redis.Redis,
+        redis: SyncRedis,
         settings: Settings,
         bundles: Sequence[str],
         consumer: str,
@@ -74,8 +61,7 @@ class Claims:
     ) -> None:
         if not bundles:
             raise ValueError("no bundle was given; a worker serves at least one")
-        if redis.connection_pool.connection_kwargs.get("decode_responses"):
-            raise ValueError("decode_responses is set; blobs are bytes: open the client without it")
+        self._block_cap_s = min(_POLL_S, check_client(redis))
         self._redis = redis
         self._settings = settings
         self._bundles = tuple(bundles)
@@ -101,8 +87,6 @@ class Claims:
         self._lease: threading.Thread | None = None
         self._turn = 0
         self._failures = 0
-        timeout_s = redis.connection_pool.connection_kwargs.get("socket_timeout")
-        self._block_cap_s = min(_POLL_S, (timeout_s or 10.0) / 2)
 
     def open(self) -> None:
         """Makes the groups and starts the lease thread, which also says that this worker lives, on which device.
@@ -126,7 +110,7 @@ class Claims:
             self._lease = None
         try:
             self._close(self._tag(), [self._limits, self._consumer, *self._lanes()])
-        except _LOST as error:
+        except LOST as error:
             _LOG.warning("could not sign off (%s); the heartbeat will run out", type(error).__name__)
 
     def claim(self, max_jobs: int, block_s: float) -> list[Claim]:
@@ -155,7 +139,7 @@ class Claims:
                 if claims or left_s <= 0:
                     return claims
                 self._await_message(last_ids, min(left_s, due_s, self._block_cap_s))
-            except _LOST as error:
+            except LOST as error:
                 self._failures += 1
                 pause_s = _backoff_s(self._failures)
                 _LOG.warning("claim lost Redis (%s); again in %.1f s", type(error).__name__, pause_s)
@@ -167,7 +151,7 @@ class Claims:
         """Adds a progress event. Effects: none where the claim is lost; dropped with a warning where Redis is away."""
         try:
             self._emit(self._tag(), [*self._owner(claim), name, json.dumps(data)])
-        except _LOST as error:
+        except LOST as error:
             _LOG.warning("event %s of job %s dropped (%s)", name, claim.job.id, type(error).__name__)
 
     def canceled(self, claims: Sequence[Claim]) -> set[str]:
@@ -177,7 +161,7 @@ class Claims:
         """
         try:
             stopped = self._stopped(self._tag(), [self._limits, *(claim.job.id for claim in claims)])
-        except _LOST as error:
+        except LOST as error:
             _LOG.warning("cancel flags not read (%s)", type(error).__name__)
             return set()
         return {job_id.decode() for job_id in stopped}
@@ -244,11 +228,11 @@ class Claims:
             self._drop(claim)
             try:
                 self._release(self._tag(), self._owner(claim))
-            except _LOST as error:
+            except LOST as error:
                 _LOG.warning("job %s not handed back (%s); it goes stale", claim.job.id, type(error).__name__)
 
-    def _register(self, text: str) -> Script:
-        return self._redis.register_script(scripts.PRELUDE + text)
+    def _register(self, text: str) -> RunScript:
+        return partial(run_script, self._redis.register_script(scripts.PRELUDE + text))
 
     def _tag(self) -> list[str]:
         return [self._keys.tag]
@@ -314,7 +298,7 @@ class Claims:
         """Returns when a stream has a newer message than the claim script saw. It only looks: nothing is claimed."""
         self._redis.xread(last_ids, count=1, block=max(1, int(block_s * 1000)))
 
-    def _end(self, claim: Claim, script: Script, rest: Sequence[str | bytes]) -> int:
+    def _end(self, claim: Claim, script: RunScript, rest: Sequence[str | bytes]) -> int:
         key = (claim.stream, claim.message_id)
         with self._lock:
             self._ending.add(key)
@@ -351,7 +335,7 @@ class Claims:
         while True:
             try:
                 return call()
-            except _LOST as error:
+            except LOST as error:
                 if time.monotonic() >= deadline_s:
                     raise NotReady(f"Redis did not answer for {_PATIENCE_S:.0f} s; it must be reachable.") from error
                 failures += 1
@@ -372,7 +356,7 @@ class Claims:
             try:
                 lost = {job_id.decode() for job_id in self._renew(self._tag(), args)}
                 pause_s = period_s
-            except _LOST as error:
+            except LOST as error:
                 _LOG.warning("leases not renewed (%s)", type(error).__name__)
                 pause_s = min(period_s, 0.5)
                 continue

@@ -23,7 +23,7 @@ from models.memory_plan import DeviceKind
 from models.route import Route, choose_device, choose_dtype
 from service.batch_run import BatchRun, Drain, Outcome, Output, Stop, to_items, to_job_error
 from service.batching import LatentGrid, count_items, output_latent_px, plan_batch, slice_items
-from service.claims import Claim, Claims, open_redis
+from service.claims import Claim, Claims
 from service.device_memory import Device, machine_memory_bytes, usable_bytes
 from service.engine_files import open_route
 from service.errors import BadConfiguration, DoesNotFit, StorageFull
@@ -32,6 +32,7 @@ from service.jobs import GenerateParams, Job, JobError, JobState
 from service.logs import log_fields
 from service.metrics import Metrics
 from service.protocol import WARMUPS, measure_protocol
+from service.redis_urls import open_redis
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing, trace_id_of
 

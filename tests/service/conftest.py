@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import redis
 
-from service import broker, claims
 from service.broker import Broker
 from service.claims import Claims
 from service.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
 from service.jobs import GenerateParams, Job, Priority
+from service.redis_urls import open_async_redis, open_redis
 from service.settings import Settings, read_settings
 
 ServerStarter = Callable[[str], str]
@@ -98,7 +98,7 @@ def open_broker(settings: Settings) -> BrokerOpener:
     async def opened(**changes: Any) -> Any:
         changed = settings.model_copy(update=changes)
         assert changed.redis_url is not None
-        async with broker.open_redis(changed.redis_url) as client:
+        async with open_async_redis(changed.redis_url) as client:
             producer = Broker(client, changed)
             await producer.open()
             try:
@@ -117,7 +117,7 @@ def open_claims(settings: Settings) -> Iterator[ClaimsOpener]:
     def make(bundles: tuple[str, ...] = ("pocket",), lease: bool = True, consumer: str = "w", **changes: Any) -> Claims:
         changed = settings.model_copy(update=changes)
         assert changed.redis_url is not None
-        worker = Claims(claims.open_redis(changed.redis_url), changed, bundles, consumer)
+        worker = Claims(open_redis(changed.redis_url), changed, bundles, consumer)
         if lease:
             worker.open()
             opened.append(worker)

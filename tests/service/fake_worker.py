@@ -13,8 +13,9 @@ import time
 
 import redis
 
-from service.claims import Claims, open_redis
+from service.claims import Claims
 from service.jobs import GenerateParams, ResultFile
+from service.redis_urls import open_redis
 from service.settings import read_settings
 
 

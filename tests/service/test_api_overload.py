@@ -13,9 +13,10 @@ import pytest
 from safetensors.numpy import load, save
 
 from service.api import create_app
-from service.claims import Claim, Claims, open_redis
+from service.claims import Claim, Claims
 from service.embedded_redis import EmbeddedRedis
 from service.jobs import GenerateParams, ResultFile
+from service.redis_urls import open_redis
 from service.settings import Settings
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import CHANNELS, write_paper_bundle

@@ -11,12 +11,12 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import broker
 from service.broker import Broker, retry_after_s
 from service.embedded_redis import find_bundled_server
 from service.errors import InvalidRequest, MalformedRequest, NotFound, NotReady, QueueFull, StorageFull
 from service.jobs import JobError, JobEvent, JobState, Priority, QueueStats, ResultFile
 from service.keys import Keys
+from service.redis_urls import open_async_redis
 from service.settings import Settings
 
 SERVERS = ["system", "bundled"] if find_bundled_server() else ["system"]
@@ -406,7 +406,7 @@ def test_no_log_line_and_no_dead_letter_holds_a_prompt(
 
 def test_unreachable_redis_is_not_ready(settings: Settings, make_job: Any) -> None:
     async def scenario() -> None:
-        async with broker.open_redis("redis://127.0.0.1:1/0") as client:
+        async with open_async_redis("redis://127.0.0.1:1/0") as client:
             producer = Broker(client, settings)
             with pytest.raises(NotReady):
                 await producer.open()

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import redis
 
-from service import claims, scripts
+from service import scripts
 from service.claims import Claim, Claims
 from service.embedded_redis import find_bundled_server
 from service.jobs import Job, JobError, JobState, Priority, ResultFile
 from service.keys import Keys
+from service.redis_urls import open_redis
 from service.settings import Settings
 
 SERVERS = ["system", "bundled"] if find_bundled_server() else ["system"]
@@ -352,7 +353,7 @@ def test_closed_worker_is_no_longer_counted_as_alive(
 
 
 def test_claim_without_redis_returns_nothing_in_its_time(settings: Settings) -> None:
-    worker = Claims(claims.open_redis("redis://127.0.0.1:1/0"), settings, ["pocket"], "w")
+    worker = Claims(open_redis("redis://127.0.0.1:1/0"), settings, ["pocket"], "w")
     started_s = time.perf_counter()
     assert worker.claim(1, 0.5) == []
     assert 0.4 < time.perf_counter() - started_s < 30.0

@@ -23,7 +23,6 @@ from models.bundle_descriptor import Limits
 from models.engines import TorchEngine
 from models.memory_plan import MemoryPlan
 from models.route import Route
-from service import claims as claims_module
 from service.api import create_app
 from service.batch_run import Drain
 from service.batching import LatentGrid
@@ -46,6 +45,7 @@ from service.jobs import UpscaleParams
 from service.metrics import Metrics
 from service.planning import plan_generate
 from service.problems import from_job_error
+from service.redis_urls import open_redis
 from service.schemas import GenerateRequest
 from service.settings import POCKET_BUNDLE, Settings, read_settings
 from service.worker import Worker, _find_places
@@ -291,7 +291,7 @@ async def test_two_hundred_refusals_leave_the_queue_alone_and_take_less_than_50_
     directory: Path, settings: Settings, open_broker: BrokerOpener, redis_client: redis.Redis
 ) -> None:
     served = settings.model_copy(update={"bundle": (directory,), "max_image_px": LIMIT_PX})
-    worker = Claims(claims_module.open_redis(str(served.redis_url)), served, ("large",), "w", small_device())
+    worker = Claims(open_redis(str(served.redis_url)), served, ("large",), "w", small_device())
     worker.open()
     try:
         async with (
@@ -343,7 +343,7 @@ async def test_the_api_learns_the_devices_of_live_workers_and_forgets_those_that
     async with open_broker() as broker:
         assert broker.devices == ()
         workers = [
-            Claims(claims_module.open_redis(str(settings.redis_url)), settings, ("pocket",), f"w{n}", device)
+            Claims(open_redis(str(settings.redis_url)), settings, ("pocket",), f"w{n}", device)
             for n, device in enumerate((small_device(111), small_device(222), None))
         ]
         for worker in workers:
@@ -370,7 +370,7 @@ async def test_the_api_learns_the_devices_of_live_workers_and_forgets_those_that
 async def test_a_device_that_cannot_be_read_is_left_out(
     settings: Settings, open_broker: BrokerOpener, redis_client: redis.Redis
 ) -> None:
-    worker = Claims(claims_module.open_redis(str(settings.redis_url)), settings, ("pocket",), "w", small_device(5))
+    worker = Claims(open_redis(str(settings.redis_url)), settings, ("pocket",), "w", small_device(5))
     worker.open()
     try:
         async with open_broker() as broker:

@@ -1,0 +1,203 @@
+"""Redis clients from a URL: one server, a master that sentinels name, or a cluster; for threads and for asyncio.
+
+| form | what answers |
+|---|---|
+| `redis://`, `rediss://`, `unix://` as redis-py reads them | one server |
+| `redis+sentinel://[user:password@]host[:26379],host/service[/db]` | the master of that name, found at each connect |
+| `redis+cluster://[user:password@]host[:6379],host` | the nodes of a cluster |
+
+`rediss+sentinel://` and `rediss+cluster://` speak TLS. The user and password are those of the data servers; sentinels
+that ask for some take `?sentinel_username=` and `?sentinel_password=`. No error of this module holds a URL.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.commands.core import Script
+from redis.exceptions import ClusterError, ReadOnlyError, RedisClusterException, TryAgainError
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from service.errors import BadConfiguration
+
+SyncRedis = redis.Redis | redis.RedisCluster
+AsyncRedis = redis.asyncio.Redis | redis.asyncio.RedisCluster
+
+LOST = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    ReadOnlyError,
+    TryAgainError,
+    ClusterError,
+    RedisClusterException,  # no node of a cluster can be reached: redis-py has no narrower class for it
+)
+"""What a call raises while Redis is away, is failing over, or may not write just now: waiting can help."""
+
+_FORMS = "redis://, rediss://, unix://, redis+sentinel://host:26379,host/service/db or redis+cluster://host:6379,host"
+_PASSING = ("NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN")
+_SENTINEL_PORT, _SERVER_PORT = 26379, 6379
+# Asked before each connect: a sentinel that is gone costs this once, then the next one is asked first.
+_SENTINEL_TIMEOUT_S = 1.0
+_TIMEOUTS: dict[str, Any] = {"socket_timeout": 10.0, "socket_connect_timeout": 5.0, "socket_keepalive": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """What a URL names. Of a `server` only the kind is read here, the rest by redis-py."""
+
+    kind: Literal["server", "sentinel", "cluster"]
+    url: str = field(repr=False)
+    tls: bool = False
+    hosts: tuple[tuple[str, int], ...] = ()
+    service: str = ""
+    db: int = 0
+    login: dict[str, str] = field(default_factory=dict, repr=False)
+    sentinel_login: dict[str, str] = field(default_factory=dict, repr=False)
+
+
+def read_address(url: str) -> Address:
+    """The parts of a URL; opens nothing.
+
+    Raises:
+        BadConfiguration: the form is none of those above. The text holds no part of the URL but the scheme.
+    """
+    scheme, _, rest = url.partition("://")
+    if not rest:
+        raise BadConfiguration(f"the Redis URL has no scheme; allowed is {_FORMS}")
+    if scheme in ("redis", "rediss", "unix"):
+        return Address("server", url, tls=scheme == "rediss")
+    transport, _, kind = scheme.partition("+")
+    if transport not in ("redis", "rediss") or kind not in ("sentinel", "cluster"):
+        raise BadConfiguration(f"the Redis URL has the scheme {scheme[:24]!r}; allowed is {_FORMS}")
+    try:
+        return _read_several(url, kind, transport == "rediss")
+    except ValueError as error:
+        raise BadConfiguration(f"the Redis URL of the form {scheme}:// cannot be read: {error}; see {_FORMS}") from None
+
+
+def _read_several(url: str, kind: str, tls: bool) -> Address:
+    parts = urlsplit(url)
+    credentials, _, hosts = parts.netloc.rpartition("@")
+    names = ("username", "password")
+    login = {name: unquote(value) for name, value in zip(names, credentials.split(":", 1), strict=False) if value}
+    query = {name: values[-1] for name, values in parse_qs(parts.query, strict_parsing=bool(parts.query)).items()}
+    path = [unquote(part) for part in parts.path.split("/") if part]
+    if kind == "cluster":
+        if query or path not in ([], ["0"]):
+            raise ValueError("a cluster has database 0 only and takes no parameters")
+        return Address("cluster", url, tls, _read_hosts(hosts, _SERVER_PORT), login=login)
+    unknown = set(query) - {f"sentinel_{name}" for name in names}
+    if unknown or not 1 <= len(path) <= 2:
+        raise ValueError("after the hosts come /service and maybe /db, then only sentinel_username and _password")
+    if len(path) == 2 and not path[1].isdecimal():
+        raise ValueError("the database is not a number")
+    db = int(path[1]) if len(path) == 2 else 0
+    sentinel_login = {name.removeprefix("sentinel_"): value for name, value in query.items()}
+    return Address("sentinel", url, tls, _read_hosts(hosts, _SENTINEL_PORT), path[0], db, login, sentinel_login)
+
+
+def _read_hosts(text: str, default_port: int) -> tuple[tuple[str, int], ...]:
+    hosts = []
+    for part in text.split(","):
+        read = urlsplit(f"//{part}")
+        try:
+            port = read.port or default_port
+        except ValueError:
+            raise ValueError("a port is not a number from 1 to 65535") from None
+        if not read.hostname:
+            raise ValueError("a host is missing")
+        hosts.append((read.hostname, port))
+    return tuple(hosts)
+
+
+def open_redis(url: str) -> SyncRedis:
+    """A client for threads, as `Claims` wants it: bounded timeouts, a few quick retries; longer outages are waited for.
+
+    Effects: a cluster is asked for its nodes at once; everything else connects with its first command.
+
+    Raises:
+        BadConfiguration: the URL cannot be read.
+        one of LOST: no node of a cluster answers.
+    """
+    address = read_address(url)
+    retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2)
+    options: dict[str, Any] = {**_TIMEOUTS, **address.login, "retry": retry}
+    if address.kind == "cluster":
+        nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.hosts]
+        return redis.RedisCluster(startup_nodes=nodes, ssl=address.tls, **options)
+    options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
+    if address.kind == "sentinel":
+        asked = Sentinel(address.hosts, sentinel_kwargs=_sentinel_options(address, Retry(NoBackoff(), 0)))
+        master: redis.Redis = asked.master_for(address.service, db=address.db, ssl=address.tls, **options)
+        return master
+    try:
+        return redis.Redis.from_url(url, **options)
+    except ValueError:
+        raise BadConfiguration(f"the Redis URL cannot be read; allowed is {_FORMS}") from None
+
+
+def open_async_redis(url: str) -> AsyncRedis:
+    """A client for asyncio, as the broker wants it: as `open_redis`, with room for a connection per event reader.
+
+    Effects: none; it connects with its first command.
+
+    Raises:
+        BadConfiguration: the URL cannot be read.
+    """
+    address = read_address(url)
+    retry = AsyncRetry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), 4)
+    options: dict[str, Any] = {**_TIMEOUTS, **address.login, "retry": retry, "max_connections": 10_000}
+    if address.kind == "cluster":
+        nodes = [redis.asyncio.cluster.ClusterNode(host, port) for host, port in address.hosts]
+        return redis.asyncio.RedisCluster(startup_nodes=nodes, ssl=address.tls, **options)
+    options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
+    if address.kind == "sentinel":
+        asked = AsyncSentinel(address.hosts, sentinel_kwargs=_sentinel_options(address, AsyncRetry(NoBackoff(), 0)))
+        master: redis.asyncio.Redis = asked.master_for(address.service, db=address.db, ssl=address.tls, **options)
+        return master
+    try:
+        return redis.asyncio.Redis.from_url(url, **options)
+    except ValueError:
+        raise BadConfiguration(f"the Redis URL cannot be read; allowed is {_FORMS}") from None
+
+
+def _sentinel_options(address: Address, retry: Retry | AsyncRetry) -> dict[str, Any]:
+    times = {"socket_timeout": _SENTINEL_TIMEOUT_S, "socket_connect_timeout": _SENTINEL_TIMEOUT_S}
+    return {**times, **address.sentinel_login, "ssl": address.tls, "retry": retry}
+
+
+def check_client(client: SyncRedis | AsyncRedis) -> float:
+    """Seconds for which a command may block on this client, half of its socket timeout.
+
+    Raises:
+        ValueError: the client decodes replies, but blobs are bytes.
+    """
+    options = client.get_connection_kwargs()
+    if options.get("decode_responses"):
+        raise ValueError("decode_responses is set; blobs are bytes: open the client without it")
+    return float(options.get("socket_timeout") or 10.0) / 2
+
+
+def run_script(script: Script, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
+    """Runs a script; a refusal that passes by itself comes as `redis.ConnectionError`, one of LOST.
+
+    `NOREPLICAS` is such a one: `min-replicas-to-write` replicas are not there. Nothing was written then.
+    """
+    try:
+        return script(list(keys), list(args))
+    except redis.ResponseError as error:
+        if is_passing(error):
+            raise redis.ConnectionError(str(error).split()[0]) from error
+        raise
+
+
+def is_passing(error: redis.ResponseError) -> bool:
+    """Whether a server refused for a reason that passes by itself, as while it fails over."""
+    return str(error).startswith(_PASSING)
