@@ -16,13 +16,16 @@ from typing import Any
 from fastapi import FastAPI
 
 from service import front_kserve, front_openai, front_remote_vae, routes_create, routes_health, routes_jobs
+from service.auth import open_keys
 from service.broker import Broker
+from service.guard import Guard
 from service.metrics import Metrics
 from service.middleware import Edge
 from service.openapi import describe
 from service.planning import read_served
 from service.problems import handle_errors
 from service.redis_urls import open_async_redis
+from service.safe_headers import SafeHeaders, allow_origins
 from service.serving import Serving
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing
@@ -38,6 +41,7 @@ def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracin
 
     Raises:
         BundleError: a bundle cannot be served.
+        KeysFileError: the file of API keys cannot be used.
         BadConfiguration: traces are asked for and what sends them is not installed.
         ValueError: no Redis is named.
     """
@@ -69,9 +73,14 @@ def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracin
         version=version("giantleap"),
         lifespan=lifespan,
     )
+        redoc_url=None,
     app.state.serving = serving
     app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=metrics, tracing=spans)
+    # Each is laid around those before it: a request meets the last one first.
+    app.add_middleware(Guard, keys=open_keys(settings), broker=broker, origins=settings.cors_origins)
+    allow_origins(app, settings.cors_origins)
     handle_errors(app)
+    app.add_middleware(SafeHeaders)
     for routes in (routes_create, routes_jobs, routes_health, front_openai, front_kserve, front_remote_vae):
         app.include_router(routes.router)
     document: dict[str, Any] = {}

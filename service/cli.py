@@ -13,8 +13,10 @@ from typing import Annotated
 import typer
 
 from models.bundle import BundleError
+from service.auth import check_door
 from service.cli_bundle import app as bundle_commands
 from service.cli_export import app as export_commands
+from service.cli_keys import app as key_commands
 from service.cli_local import engines, generate, models, protocol, upscale
 from service.cli_options import (
     BundleOption,
@@ -41,6 +43,7 @@ for command in (generate, upscale, models):
 app.add_typer(bench, name="bench")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(export_commands, name="export")
+app.add_typer(key_commands, name="keys")
 app.add_typer(train_commands, name="train")
 
 
@@ -56,10 +59,11 @@ def serve(
     """Run everything on this machine: Redis unless a URL is given, the API and the workers. Ctrl-C stops all."""
     settings = settings_from(host=host, port=port, redis_url=redis_url, bundle=bundle, device=device, data_dir=data_dir)
     try:
+        check_door(settings)
         raise typer.Exit(serve_all(settings))
     except OSError as error:
         stop(f"cannot listen on {settings.host}:{settings.port}: {error}")
-    except NotReady as error:
+    except (NotReady, BadConfiguration) as error:
         stop(error.detail)
 
 
@@ -78,9 +82,12 @@ def api(
         stop("no Redis given: set GIANTLEAP_REDIS_URL, or use `giantleap serve`, which brings its own")
     if listen_fd is None:
         try:
+            check_door(settings)
             raise typer.Exit(serve_api(settings))
         except OSError as error:
             stop(f"cannot listen on {settings.host}:{settings.port}: {error}")
+        except BadConfiguration as error:
+            stop(error.detail)
     if lifeline_fd is not None:
         stop_with_parent(lifeline_fd, settings.drain_grace_s)
     _run_api_process(settings, listen_fd)

@@ -19,6 +19,7 @@ from fastapi import Depends, Header, Request, Response
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
+from service.admission import admit
 from service.answers import failed_answer, job_headers, job_problem, warnings_header
 from service.errors import DeadlinePassed, GiantleapError, InvalidRequest, MalformedRequest, NotFound, NotReady
 from service.jobs import Job, JobParams, JobRecord, JobState, Priority
@@ -127,12 +128,12 @@ async def run_job(
     """Enqueue and wait: the record of a job that succeeded, or the answer that says why it did not.
 
     Raises:
-        GiantleapError: the queue did not take it (`Broker.enqueue`).
+        GiantleapError: the queue did not take it (`service.admission.admit`).
         ClientDisconnect: the client went away.
 
     **Effects** cancels a job whose client gets no result and has no key to find it by.
     """
-    enqueued = await serving.broker.enqueue(job, blob, key)
+    enqueued = await admit(request, serving, job, blob, key)
     return await finish_job(request, serving, enqueued.job_id, key)
 
 

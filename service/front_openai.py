@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
 from models.bundle_descriptor import Method
+from service.admission import admit
 from service.errors import GiantleapError
 from service.front_errors import OPENAI_PATH
 from service.front_jobs import (
@@ -146,8 +147,8 @@ async def post_generation(request: Request, body: ImagesRequest, serving: Servin
     """Draw a prompt; the images come as base64 text, by URL, or as an event."""
     job = plan_job(body, serving, key)
     if body.stream:
-        enqueued = await serving.broker.enqueue(job, None, key)
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Job-Id": enqueued.job_id}
+        enqueued = await admit(request, serving, job, None, key)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Job-Id": enqueued.job_id}
         events = stream_generation(request, serving, enqueued.job_id, key)
         return StreamingResponse(events, 200, headers, EVENT_STREAM_TYPE)
     ended = await run_job(request, serving, job, None, key)

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from service.guard import OPEN_PATHS
 from service.images_in import INPUT_IMAGE_TYPES
 from service.latents_in import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
 from service.problems import PROBLEM_TYPE
@@ -49,6 +50,10 @@ def describe(app: FastAPI) -> dict[str, Any]:
     problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas.update(problem.pop("$defs", {}))
     schemas["Problem"] = problem
+    schemes = document["components"].setdefault("securitySchemes", {})
+    schemes["bearer"] = {"type": "http", "scheme": "bearer", "description": "An API key, where the service has keys."}
+    schemes["header"] = {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+    _describe_refusals(document["paths"])
     # FastAPI announces its own error form wherever there is a parameter; that form is never sent.
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
@@ -59,3 +64,23 @@ def describe(app: FastAPI) -> dict[str, Any]:
             if "HTTPValidationError" not in str(answer)
         }
     return document
+
+
+def _describe_refusals(paths: dict[str, Any]) -> None:
+    """Adds to each operation behind a key that it asks for one, and how it refuses, in the form of its front."""
+    problem = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    forms = {
+        path.split("/")[1]: operation["responses"]["500"]["content"]
+        for path, operations in paths.items()
+        for operation in operations.values()
+        if "500" in operation["responses"]
+    }
+    for path, operations in paths.items():
+        if path in OPEN_PATHS:
+            continue
+        for operation in operations.values():
+            operation["security"] = [{"bearer": []}, {"header": []}, {}]
+            for status in (401, 403):
+                content = forms.get(path.split("/")[1], problem)
+                refusal = {"description": HTTPStatus(status).phrase, "content": content}
+                operation["responses"].setdefault(str(status), refusal)

@@ -19,6 +19,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from service.admission import admit
 from service.answers import failed_answer, file_answer, job_answer, job_problem, job_url
 from service.errors import (
     DeadlinePassed,
@@ -205,7 +206,7 @@ async def _run(
     request: Request, serving: Serving, job: Job, blob: bytes | None, asked: Asked, answer_type: str
 ) -> Response:
     """Enqueue, wait as long as was asked for, and answer with what there is then."""
-    enqueued = await serving.broker.enqueue(job, blob, asked.idempotency_key)
+    enqueued = await admit(request, serving, job, blob, asked.idempotency_key)
     if asked.preference.wait_s == 0:
         queued = JobRecord(job, JobState.QUEUED, queue_position=enqueued.queue_position)
         record = queued if enqueued.created else await _get(serving, enqueued.job_id)

@@ -6,7 +6,9 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from starlette.responses import StreamingResponse
 
+from service.admission import caller_of
 from service.answers import failed_answer, file_answer, job_answer, job_problem
+from service.auth import Caller
 from service.errors import Conflict, NotFound
 from service.jobs import JobRecord, JobState
 from service.latents_in import SAFETENSORS_TYPE
@@ -21,14 +23,14 @@ _JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{
 _UNKNOWN = "no such job: it never was, or its time to live has passed"
 
 
-async def get_record(job_id: str, serving: ServingDep) -> JobRecord:
+async def get_record(job_id: str, serving: ServingDep, caller: Annotated[Caller, Depends(caller_of)]) -> JobRecord:
     """The job that the path names.
 
     Raises:
-        NotFound: there is none, or the id is no UUID.
+        NotFound: there is none, the id is no UUID, or the job is another key's.
     """
     record = await serving.broker.get(job_id) if _JOB_ID.fullmatch(job_id) else None
-    if record is None:
+    if record is None or not caller.sees(record.job.owner):
         raise NotFound(_UNKNOWN)
     return record
 
@@ -81,7 +83,7 @@ async def get_events(
     return StreamingResponse(
         stream_events(events, serving.stopping),
         media_type=EVENT_STREAM_TYPE,
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Job-Id": record.job.id},
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Job-Id": record.job.id},
     )
 
 

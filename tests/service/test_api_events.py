@@ -73,7 +73,7 @@ async def test_every_event_is_told_in_order(bundle_dir: Path) -> None:
     broker = FakeBroker(event_list=EVENTS)
     answer = await collect(broker, bundle_dir)
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
-    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["cache-control"] == "no-store"
     assert parse(answer.text) == EVENTS and "retry: " in answer.text
     assert broker.open_events == 0
 

@@ -1,0 +1,38 @@
+"""Whose jobs are whose: the one door through which a job enters the queue, and the one check before a job is shown.
+
+Every route that makes a job calls `admit`, every route about one depends on `routes_jobs.get_record`, which asks
+`Caller.sees`. A job of another key is 404, exactly as one that never was.
+"""
+
+from dataclasses import replace
+
+from fastapi import Request
+
+from service.auth import Caller, Scope
+from service.broker import Enqueued
+from service.guard import require_scope
+from service.jobs import Job
+from service.serving import Serving
+
+_SCOPES = {"generate": Scope.GENERATE, "upscale": Scope.UPSCALE}
+
+
+async def caller_of(request: Request) -> Caller:
+    """The caller that `service.guard` found for a request. A coroutine: a plain function would cost a thread."""
+    caller: Caller = request.state.caller
+    return caller
+
+
+async def admit(
+    request: Request, serving: Serving, job: Job, blob: bytes | None, idempotency_key: str | None
+) -> Enqueued:
+    """Puts a job in the queue in the name of the request's caller.
+
+    Raises:
+        Forbidden: the caller's key lacks the scope of this kind of job.
+        GiantleapError: as `Broker.enqueue`.
+    """
+    caller = await caller_of(request)
+    require_scope(caller, _SCOPES[job.params.kind])
+    owned = replace(job, owner=caller.name)
+    return await serving.broker.enqueue(owned, blob, idempotency_key, caller.max_jobs)

@@ -1,0 +1,161 @@
+"""Who may pass: the layer between `service.middleware` and the routes that asks for the key of every request.
+
+What has no key, may not do what it asks, comes too fast or from a page of another site is refused here, before its body
+is read. Every path needs a key but those of `OPEN_PATHS`: a new route is closed until it is named there. That a job is
+its owner's alone is not decided here but in `service.admission`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Final
+
+import redis.exceptions
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from service.auth import EVERYBODY, Caller, KeyRing, Scope, read_presented
+from service.broker import Broker
+from service.errors import (
+    Forbidden,
+    GiantleapError,
+    HeadersTooLarge,
+    NotReady,
+    RateLimited,
+    Unauthorized,
+    UnsupportedMediaType,
+)
+from service.problems import problem_response
+
+OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
+MOST_HEADERS = 100
+MOST_HEADER_BYTES = 32 << 10
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+_CREATING = frozenset({"POST", "PUT"})
+
+
+class Guard:
+    """Names the caller of each request in `request.state.caller`, or answers in its stead.
+
+    Args:
+        keys: Those that are valid; None: everybody may do everything.
+        origins: Sites whose pages may call (`Settings.cors_origins`).
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing | None, broker: Broker, origins: tuple[str, ...]) -> None:
+        self.app = app
+        self.keys = keys
+        self.broker = broker
+        self.origins = frozenset(origins)
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        try:
+            check_headers(request)
+            refuse_other_sites(request, self.origins)
+            request.state.caller = await self._admit(request)
+        except GiantleapError as error:
+            await problem_response(error, request, challenge(error))(scope, receive, send)
+        except (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError):
+            refused = NotReady("the queue's store takes no writes at the moment; try again")
+            await problem_response(refused, request)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _admit(self, request: Request) -> Caller:
+        path = path_of(request)
+        if self.keys is None or path in OPEN_PATHS:
+            return EVERYBODY
+        presented = read_presented(request.scope["headers"])
+        if len(presented) > 1:
+            raise Unauthorized("the request carries different keys; send one, in Authorization or in X-API-Key")
+        caller = self.keys.find(next(iter(presented), ""))
+        if caller is None:
+            raise Unauthorized(
+                "the API key is not known" if presented else "send an API key: Authorization: Bearer KEY, or X-API-Key"
+            )
+        wanted = scope_of(request.method, path)
+        if wanted is not None:
+            require_scope(caller, wanted)
+        if caller.requests_per_minute is not None and is_counted(request.method, path):
+            wait_s = await self.broker.spend(caller.name, caller.requests_per_minute)
+            if wait_s > 0:
+                raise RateLimited(
+                    f"this key may send {caller.requests_per_minute} requests a minute; wait as Retry-After says",
+                    retry_after_s=math.ceil(wait_s),
+                )
+        return caller
+
+
+def path_of(request: Request) -> str:
+    """The path as routes know it."""
+    path: str = request.scope["path"]
+    return path.removeprefix(request.scope.get("root_path", ""))
+
+
+def scope_of(method: str, path: str) -> Scope | None:
+    """What a path asks of its caller, known before the body is; jobs are asked again, by kind, when they are made."""
+    if path == "/metrics":
+        return Scope.METRICS
+    if method == "POST" and path in ("/generate", "/v1/images/generations"):
+        return Scope.GENERATE
+    infers = path.startswith("/v2/models/") and path.endswith("/infer")
+    if method == "POST" and (path == "/upscale" or path.startswith("/remote_vae/") or infers):
+        return Scope.UPSCALE
+    return None
+
+
+def is_counted(method: str, path: str) -> bool:
+    """Whether a request counts against its key's rate: those that ask for work do, reading and canceling is free."""
+    return method in _CREATING and not path.endswith("/cancel")
+
+
+def require_scope(caller: Caller, scope: Scope) -> None:
+    """Raises:
+    Forbidden: the caller's key lacks it.
+    """
+    if scope not in caller.scopes:
+        raise Forbidden(f"this needs a key with the scope {scope}", scope=scope)
+
+
+def challenge(error: GiantleapError) -> Mapping[str, str]:
+    """The WWW-Authenticate of a refusal (RFC 6750, section 3)."""
+    if isinstance(error, Unauthorized):
+        return {"WWW-Authenticate": 'Bearer realm="giantleap"'}
+    if isinstance(error, Forbidden) and error.scope is not None:
+        return {"WWW-Authenticate": f'Bearer realm="giantleap", error="insufficient_scope", scope="{error.scope}"'}
+    return {}
+
+
+def check_headers(request: Request) -> None:
+    """Raises:
+    HeadersTooLarge: there are too many of them, or too many bytes.
+    UnsupportedMediaType: the body is compressed, which would get past every limit of its size.
+    """
+    headers = request.scope["headers"]
+    size_bytes = sum(len(name) + len(value) for name, value in headers)
+    if len(headers) > MOST_HEADERS or size_bytes > MOST_HEADER_BYTES:
+        raise HeadersTooLarge(
+            f"{len(headers)} headers of {size_bytes} bytes; {MOST_HEADERS} of {MOST_HEADER_BYTES} bytes are allowed"
+        )
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise UnsupportedMediaType("the body is compressed; send it as it is")
+
+
+def refuse_other_sites(request: Request, origins: frozenset[str]) -> None:
+    """Keeps a page of another site from using the service through a visitor's browser, where it runs without keys.
+
+    Browsers send `Sec-Fetch-Site` with each request and pages cannot change it; other clients do not send it.
+
+    Raises:
+        Forbidden: a browser asks for a change on behalf of a site that is not among `origins`.
+    """
+    headers: Headers = request.headers
+    if request.method in _READING or headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
+        return
+    if headers.get("origin") not in origins:
+        raise Forbidden("a page of another site may not call this service; GIANTLEAP_CORS_ORIGINS lists those that may")

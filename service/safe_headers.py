@@ -1,0 +1,84 @@
+"""The headers that every answer carries so that no browser, cache or other site makes more of it than it is.
+
+The outermost layer: also what `service.middleware` answers itself passes here. An answer that comes before the whole
+body was read closes the connection, else the rest of that body, however long, would still be taken in. The values are
+those of the OWASP REST Security Cheat Sheet for an API; the page /docs loads Swagger UI and may do so.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_ALWAYS: Final = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"x-frame-options", b"DENY"),
+)
+_NOTHING = b"default-src 'none'; frame-ancestors 'none'"
+# FastAPI's page: its own inline script, Swagger UI from jsDelivr, an icon, and the document that it shows.
+_SWAGGER = (
+    b"default-src 'none'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src https://cdn.jsdelivr.net "
+    b"'unsafe-inline'; img-src 'self' data: https://fastapi.tiangolo.com; connect-src 'self'; frame-ancestors 'none'"
+)
+_SHORT_BODY_DIGITS = 5  # less than 100 kB
+_PUBLIC = frozenset({"/docs", "/openapi.json"})
+_ASK = ("Accept", "Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer", "X-API-Key")
+_TELL = ("Location", "Retry-After", "Server-Timing", "X-Decode", "X-Job-Id", "X-Method", "X-Request-Id", "X-Seed")
+
+
+class SafeHeaders:
+    """Adds the headers to every answer. A route may say itself how long its answer is kept; else nobody keeps it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        added = [*_ALWAYS, (b"content-security-policy", _SWAGGER if path == "/docs" else _NOTHING)]
+        unread = _has_long_body(scope["headers"])
+
+        async def receive_known() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message["type"] == "http.request" and message.get("more_body", False)
+            return message
+
+        async def send_safe(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if unread:
+                    added.append((b"connection", b"close"))
+                headers = list(message.get("headers", ()))
+                said = any(name.lower() == b"cache-control" for name, _ in headers)
+                kept = [] if said or path in _PUBLIC else [(b"cache-control", b"no-store")]
+                message = {**message, "headers": [*headers, *added, *kept]}
+            await send(message)
+
+        await self.app(scope, receive_known if unread else receive, send_safe)
+
+
+def _has_long_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether the body is of unknown length, or longer than what is cheap to take in and forget."""
+    for name, value in headers:
+        if name == b"transfer-encoding" or (name == b"content-length" and len(value) > _SHORT_BODY_DIGITS):
+            return True
+    return False
+
+
+def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """Lets pages of these sites call the service (CORS); none: no page of another site may read an answer."""
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=list(_ASK),
+            expose_headers=list(_TELL),
+            max_age=600,
+        )

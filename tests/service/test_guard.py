@@ -1,0 +1,471 @@
+"""The door: who gets in with which key, whose jobs a caller sees on every route, and what every answer carries."""
+
+import http.client
+import json
+import socket
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+
+from service.auth import new_key
+from service.guard import MOST_HEADER_BYTES, MOST_HEADERS, OPEN_PATHS
+from service.jobs import JobEvent, JobState
+from tests.service.fake_broker import stay_queued, succeed
+from tests.service.front_fakes import LATENT, FileBroker, build_app, write_front_bundles
+from tests.service.live_server import live_server
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
+
+PROMPT = "a red sphere on a green floor"
+SCOPES = {
+    "alice": ["generate", "upscale"],
+    "bob": ["generate", "upscale"],
+    "drawer": ["generate"],
+    "enlarger": ["upscale"],
+    "root": ["admin"],
+    "scraper": ["metrics"],
+    "slow": ["generate", "upscale"],
+}
+SAFETENSORS = {"Content-Type": "application/x-safetensors"}
+TENSOR = {"Content-Type": "tensor/binary"}
+INFER: dict[str, Any] = {
+    "inputs": [{"name": "latent", "shape": list(LATENT.shape), "datatype": "FP32", "data": LATENT.ravel().tolist()}]
+}
+# One request for work on each front: its scope, its path, and what is sent.
+WORK: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "generate": ("generate", "/generate", {"json": {"prompt": PROMPT}}),
+    "openai": ("generate", "/v1/images/generations", {"json": {"prompt": PROMPT}}),
+    "openai stream": ("generate", "/v1/images/generations", {"json": {"prompt": PROMPT, "stream": True}}),
+    "upscale": ("upscale", "/upscale", {"content": b"not a latent", "headers": SAFETENSORS}),
+    "kserve": ("upscale", "/v2/models/paper/infer", {"json": INFER}),
+    "remote vae": (
+        "upscale",
+        "/remote_vae/paper/decode?shape=1&shape=16&shape=4&shape=6&dtype=float32&do_scaling=false&image_format=png",
+        {"content": LATENT.tobytes(), "headers": TENSOR},
+    ),
+}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return write_front_bundles(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
+    """Each caller's key, and the file that holds their digests."""
+    made, lines = {}, []
+    for name, scopes in SCOPES.items():
+        made[name], digest = new_key()
+        lines.append(f'[[key]]\nname = "{name}"\nsha256 = "{digest}"\nscopes = {json.dumps(scopes)}')
+        lines.append("requests_per_minute = 2\nmax_jobs = 1" if name == "slow" else "")
+    path = tmp_path_factory.mktemp("keys") / "keys.toml"
+    path.write_text("\n".join(lines))
+    path.chmod(0o600)
+    return made, path
+
+
+@pytest.fixture
+def broker() -> FileBroker:
+    return FileBroker()
+
+
+@pytest.fixture
+def app(broker: FileBroker, bundle_dirs: tuple[Path, ...], keys: tuple[dict[str, str], Path]) -> FastAPI:
+    return build_app(broker, bundle_dirs, api_keys_file=keys[1])
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        yield client
+
+
+class Callers:
+    """Asks in somebody's name."""
+
+    def __init__(self, client: httpx.AsyncClient, keys: dict[str, str]) -> None:
+        self.client, self.keys = client, keys
+
+    async def ask(self, name: str, method: str, path: str, **sent: Any) -> httpx.Response:
+        headers = sent.pop("headers", {}) | {"Authorization": f"Bearer {self.keys[name]}"}
+        return await self.client.request(method, path, headers=headers, **sent)
+
+
+@pytest.fixture
+def callers(client: httpx.AsyncClient, keys: tuple[dict[str, str], Path]) -> Callers:
+    return Callers(client, keys[0])
+
+
+def assert_refused(answer: httpx.Response, path: str, status: int, code: str) -> None:
+    """The refusal speaks the protocol of its path."""
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    if path.startswith("/v1"):
+        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}[status]
+        assert (body["error"]["code"], body["error"]["type"]) == (code, kind)
+    elif path.startswith("/v2"):
+        assert set(body) == {"error"} and isinstance(body["error"], str)
+    elif path.startswith("/remote_vae"):
+        assert body["code"] == code
+    else:
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert (body["code"], body["status"]) == (code, status)
+
+
+@pytest.mark.parametrize("work", WORK)
+async def test_work_without_a_key_is_refused_in_the_form_of_its_front(
+    work: str, client: httpx.AsyncClient, broker: FileBroker
+) -> None:
+    _, path, sent = WORK[work]
+    for headers in ({}, {"Authorization": "Bearer gl_wrong"}, {"Authorization": "Basic YTpi"}, {"X-API-Key": ""}):
+        answer = await client.post(path, **sent | {"headers": sent.get("headers", {}) | headers})
+        assert_refused(answer, path, 401, "unauthorized")
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+        assert "gl_wrong" not in answer.text
+    assert not broker.records
+
+
+async def test_every_route_but_the_open_ones_asks_for_a_key(app: FastAPI, client: httpx.AsyncClient) -> None:
+    paths = app.openapi()["paths"]
+    assert len(paths) > 15
+    for path, operations in paths.items():
+        for method, operation in operations.items():
+            asked = path.format(job_id=uuid.uuid4(), model="paper", bundle="paper")
+            answer = await client.request(method, asked)
+            assert (answer.status_code == 401) == (path not in OPEN_PATHS), (method, path, answer.status_code)
+            assert ("security" in operation) == (path not in OPEN_PATHS)
+    for path in ("/", "/nothing", "/livez/", "/redoc", "/docs/oauth2-redirect", "/LIVEZ"):
+        assert (await client.get(path)).status_code == 401, path
+
+
+@pytest.mark.parametrize(
+    "path", ["/models", "//livez", "/jobs/../livez", "/livez/../models", "/livez;/models", "/%6codels"]
+)
+def test_no_spelling_of_a_path_leads_past_the_door(path: str, live: tuple[FileBroker, str, dict[str, str]]) -> None:
+    connection = http.client.HTTPConnection(live[1].removeprefix("http://"), timeout=60)  # sends paths as they are
+    connection.request("GET", path)
+    assert connection.getresponse().status == 401
+    connection.close()
+
+
+@pytest.mark.parametrize("work", WORK)
+async def test_work_needs_its_scope(work: str, callers: Callers, broker: FileBroker) -> None:
+    scope, path, sent = WORK[work]
+    for name, scopes in SCOPES.items():
+        if scope in scopes or name == "slow":
+            continue
+        answer = await callers.ask(name, "POST", path, **sent)
+        assert_refused(answer, path, 403, "forbidden")
+        assert 'error="insufficient_scope"' in answer.headers["www-authenticate"]
+    assert not broker.records
+    if work != "upscale":  # what is sent there is no latent
+        allowed = {"generate": "drawer", "upscale": "enlarger"}[scope]
+        answer = await callers.ask(allowed, "POST", path, **sent)
+        assert answer.status_code == 200, answer.text
+        assert [job.owner for job in broker.jobs] == [allowed]
+
+
+async def test_the_kind_of_the_job_decides_where_the_path_does_not(callers: Callers, broker: FileBroker) -> None:
+    # As a route would that makes jobs of both kinds: the check before the queue knows the job itself.
+    from service.admission import admit
+    from service.auth import Caller, Scope
+    from service.errors import Forbidden
+
+    await callers.ask("alice", "POST", "/generate", json={"prompt": PROMPT})
+    (job,) = broker.jobs
+    request = Any
+    request = type("Request", (), {"state": type("State", (), {"caller": Caller("x", frozenset({Scope.UPSCALE}))})})
+    with pytest.raises(Forbidden):
+        await admit(request, None, job, None, None)  # type: ignore[arg-type]
+
+
+async def test_metrics_need_their_scope(callers: Callers) -> None:
+    assert (await callers.ask("scraper", "GET", "/metrics")).status_code == 200
+    for name in ("alice", "root"):
+        assert_refused(await callers.ask(name, "GET", "/metrics"), "/metrics", 403, "forbidden")
+
+
+@pytest.mark.parametrize("name", ["X-API-Key", "x-api-key", "Authorization", "authorization"])
+async def test_both_headers_carry_a_key(
+    name: str, client: httpx.AsyncClient, keys: tuple[dict[str, str], Path]
+) -> None:
+    key = keys[0]["alice"]
+    for value in (key, f"Bearer {key}", f"bearer  {key}"):
+        fits = value.lower().startswith("bearer") == (name.lower() == "authorization")
+        answer = await client.get("/models", headers={name: value})
+        assert answer.status_code == (200 if fits else 401)
+
+
+async def test_two_different_keys_are_refused(client: httpx.AsyncClient, keys: tuple[dict[str, str], Path]) -> None:
+    alice, bob = keys[0]["alice"], keys[0]["bob"]
+    both = {"Authorization": f"Bearer {alice}", "X-API-Key": bob}
+    assert (await client.get("/models", headers=both)).status_code == 401
+    assert (await client.get("/models", headers=both | {"X-API-Key": alice})).status_code == 200
+
+
+def job_routes(app: FastAPI) -> list[tuple[str, str]]:
+    """Every route about a job that exists, those that are added later too."""
+    return [
+        (method.upper(), path)
+        for path, operations in app.openapi()["paths"].items()
+        for method in operations
+        if "{job_id}" in path and method != "put"  # PUT makes a job
+    ]
+
+
+@pytest.mark.parametrize("queued", [True, False])
+async def test_a_job_of_another_key_is_as_unknown_as_one_that_never_was(
+    queued: bool, app: FastAPI, callers: Callers, broker: FileBroker
+) -> None:
+    if queued:
+        broker.end = stay_queued
+    posted = await callers.ask(
+        "alice", "POST", "/generate", json={"prompt": PROMPT}, headers={"Prefer": "respond-async"}
+    )
+    assert posted.status_code == 202
+    job_id = posted.json()["id"]
+    broker.event_list = [JobEvent("1-0", "done", {"state": "succeeded"})]
+    routes = job_routes(app)
+    assert len(routes) >= 6 and ("GET", "/v1/images/{job_id}/content") in routes
+    for method, path in routes:
+        # A key with every scope but admin, one that only reads metrics; and the answer for a job that never was.
+        for name in ("bob", "scraper"):
+            theirs = await callers.ask(name, method, path.format(job_id=job_id))
+            never = await callers.ask(name, method, path.format(job_id=uuid.uuid4()))
+            assert theirs.status_code == never.status_code == 404, (method, path)
+            told = [_without_ids(answer) for answer in (theirs, never)]
+            assert told[0] == told[1], (method, path)
+    assert broker.records[job_id].state is (JobState.QUEUED if queued else JobState.SUCCEEDED), "nothing was canceled"
+    for name in ("root", "alice"):
+        for method, path in routes:
+            answer = await callers.ask(name, method, path.format(job_id=job_id))
+            assert answer.status_code in (200, 409), (name, method, path, answer.text)
+
+
+def _without_ids(answer: httpx.Response) -> tuple[Any, ...]:
+    body = answer.json()
+    body.pop("instance", None)
+    kept = {name: value for name, value in answer.headers.items() if name not in ("x-request-id", "traceparent")}
+    return body, kept
+
+
+async def test_an_idempotency_key_does_not_lead_to_another_keys_job(callers: Callers, broker: FileBroker) -> None:
+    ids = []
+    for name in ("alice", "bob", "alice"):
+        sent = {"json": {"prompt": PROMPT, "seed": 1}, "headers": {"Idempotency-Key": "same"}}
+        ids.append((await callers.ask(name, "POST", "/generate", **sent)).json()["id"])
+    assert ids[0] == ids[2] != ids[1] and len(broker.records) == 2
+
+
+async def test_without_keys_everybody_may_do_everything(bundle_dirs: tuple[Path, ...], broker: FileBroker) -> None:
+    app = build_app(broker, bundle_dirs)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        headers = {"Authorization": "Bearer none"}  # as the openai client sends one in any case
+        job_id = (await client.post("/generate", json={"prompt": PROMPT}, headers=headers)).json()["id"]
+        assert broker.jobs[0].owner == ""
+        for path in (f"/jobs/{job_id}", "/metrics", "/models", f"/v1/images/{job_id}/content"):
+            assert (await client.get(path)).status_code == 200
+
+
+async def test_a_key_that_asks_too_fast_waits(callers: Callers, broker: FileBroker) -> None:
+    for _ in range(2):
+        assert (await callers.ask("slow", "POST", "/generate", json={"prompt": PROMPT})).status_code == 200
+    for _, path, sent in WORK.values():
+        answer = await callers.ask("slow", "POST", path, **sent)
+        assert_refused(answer, path, 429, "rate_limited")
+        assert answer.headers["retry-after"] == "2"
+    assert len(broker.records) == 2
+    job_id = broker.jobs[0].id
+    for method, path in (("GET", f"/jobs/{job_id}"), ("POST", f"/jobs/{job_id}/cancel"), ("GET", "/models")):
+        assert (await callers.ask("slow", method, path)).status_code in (200, 409), "reading is free"
+    assert (await callers.ask("alice", "POST", "/generate", json={"prompt": PROMPT})).status_code == 200
+
+
+async def test_bad_requests_count_against_the_rate_too(callers: Callers) -> None:
+    for status in (422, 422, 429):
+        assert (await callers.ask("slow", "POST", "/generate", json={})).status_code == status
+
+
+async def test_the_queue_is_told_the_keys_own_limit_of_jobs(callers: Callers, broker: FileBroker) -> None:
+    given = []
+    plain = broker.enqueue
+
+    async def enqueue(job: Any, body: Any = None, key: Any = None, most_live: int | None = None) -> Any:
+        given.append(most_live)
+        return await plain(job, body, key, most_live)
+
+    broker.enqueue = enqueue  # type: ignore[method-assign]
+    for name in ("slow", "alice"):
+        await callers.ask(name, "POST", "/generate", json={"prompt": PROMPT})
+        await callers.ask(name, "POST", "/v1/images/generations", json={"prompt": PROMPT})
+    assert given == [1, 1, None, None]
+
+
+@pytest.fixture(scope="module")
+def live(
+    bundle_dirs: tuple[Path, ...], keys: tuple[dict[str, str], Path]
+) -> Iterator[tuple[FileBroker, str, dict[str, str]]]:
+    broker = FileBroker()
+    with live_server(build_app(broker, bundle_dirs, api_keys_file=keys[1])) as url:
+        yield broker, url, keys[0]
+
+
+def test_the_openai_client_draws_with_its_key_and_says_why_not(live: tuple[FileBroker, str, dict[str, str]]) -> None:
+    _, url, keys = live
+
+    def client(key: str) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    with client(keys["alice"]) as alice:
+        answer = alice.images.generate(prompt=PROMPT, response_format="url")
+        (image,) = answer.data or []
+        assert [model.id for model in alice.models.list()] == ["paper", "flux"]
+    with client("gl_nobody") as nobody, pytest.raises(openai.AuthenticationError) as refused:
+        nobody.images.generate(prompt=PROMPT)
+    assert refused.value.code == "unauthorized"
+    with client(keys["enlarger"]) as enlarger, pytest.raises(openai.PermissionDeniedError) as forbidden:
+        enlarger.images.generate(prompt=PROMPT)
+    assert forbidden.value.code == "forbidden"
+    with client(keys["slow"]) as slow:
+        for _ in range(2):
+            slow.images.generate(prompt=PROMPT)
+        with pytest.raises(openai.RateLimitError) as limited:
+            slow.images.generate(prompt=PROMPT)
+    assert limited.value.code == "rate_limited" and int(limited.value.response.headers["retry-after"]) >= 1
+    # The file by URL needs the key too, and it must be the job's.
+    statuses = {
+        name: httpx.get(image.url or "", headers={"Authorization": f"Bearer {keys[name]}"}, timeout=60).status_code
+        for name in ("alice", "bob", "root")
+    }
+    assert statuses == {"alice": 200, "bob": 404, "root": 200}
+    assert httpx.get(image.url or "", timeout=60).status_code == 401
+
+
+@pytest.mark.parametrize("head", ["Transfer-Encoding: chunked", "Content-Length: 99999999999"])
+@pytest.mark.parametrize("path", ["/upscale", "/nothing"])
+def test_a_refused_body_is_not_read_to_its_end(
+    head: str, path: str, live: tuple[FileBroker, str, dict[str, str]]
+) -> None:
+    host, _, port = live[1].removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as client:
+        client.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
+        answer = b""
+        while part := client.recv(65536):  # ends only when the server closes; no byte of the body was sent
+            answer += part
+    assert b"connection: close" in answer.lower()
+    assert answer.startswith((b"HTTP/1.1 401", b"HTTP/1.1 413"))
+
+
+SAFE = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "x-frame-options": "DENY",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
+
+
+async def test_every_answer_carries_the_safe_headers(callers: Callers, client: httpx.AsyncClient) -> None:
+    job = (await callers.ask("alice", "POST", "/generate", json={"prompt": PROMPT})).json()
+    answers = [
+        await callers.ask("alice", "GET", path)
+        for path in ("/models", job["status_url"], job["result_url"], f"/v1/images/{job['id']}/content", "/nothing")
+    ]
+    answers += [
+        await callers.ask("alice", "POST", "/generate", content=b"{", headers={"Content-Type": "application/json"}),
+        await callers.ask("alice", "POST", "/upscale", content=bytes(2 << 20)),
+        await callers.ask("scraper", "GET", "/metrics"),
+        await callers.ask("alice", "GET", job["events_url"]),
+        await client.get("/models"),
+        await client.get("/livez"),
+        await client.request("BREW", "/generate"),
+    ]
+    assert {answer.status_code for answer in answers} == {200, 400, 401, 404, 413}
+    for answer in answers:
+        assert SAFE.items() <= dict(answer.headers).items(), answer.request.url
+        assert len(answer.headers.get_list("cache-control")) == 1
+
+
+async def test_an_unexpected_fault_carries_them_too(client: httpx.AsyncClient, callers: Callers, app: FastAPI) -> None:
+    app.state.serving = None
+    answer = await callers.ask("alice", "GET", "/models")
+    assert answer.status_code == 500 and SAFE.items() <= dict(answer.headers).items()
+
+
+async def test_the_page_of_the_documentation_may_load_what_it_needs(client: httpx.AsyncClient) -> None:
+    page = await client.get("/docs")
+    assert page.status_code == 200 and (await client.get("/openapi.json")).status_code == 200
+    allowed = page.headers["content-security-policy"]
+    for source in ("https://cdn.jsdelivr.net/npm/swagger-ui-dist@5/swagger-ui-bundle.js", "https://cdn.jsdelivr.net"):
+        assert source in page.text
+    assert "script-src 'unsafe-inline' https://cdn.jsdelivr.net;" in allowed and "connect-src 'self'" in allowed
+
+
+async def test_too_many_or_too_long_headers_are_refused(callers: Callers) -> None:
+    many = {f"X-Extra-{number}": "1" for number in range(MOST_HEADERS)}
+    for path in ("/generate", "/v2/models/paper/infer"):
+        for headers in (many, {"X-Long": "x" * MOST_HEADER_BYTES}):
+            answer = await callers.ask("alice", "POST", path, headers=headers, json={"prompt": PROMPT})
+            assert answer.status_code == 431, answer.text
+    few = {f"X-Extra-{number}": "1" for number in range(MOST_HEADERS - 20)}
+    assert (await callers.ask("alice", "GET", "/models", headers=few)).status_code == 200
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip", "GZIP"])
+async def test_a_compressed_body_is_refused(encoding: str, callers: Callers) -> None:
+    sent = {"json": {"prompt": PROMPT}, "headers": {"Content-Encoding": encoding}}
+    assert (await callers.ask("alice", "POST", "/generate", **sent)).status_code == 415
+    sent["headers"] = {"Content-Encoding": "identity"}
+    assert (await callers.ask("alice", "POST", "/generate", **sent)).status_code == 200
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+async def test_a_page_of_another_site_may_not_act_through_a_visitors_browser(
+    site: str, bundle_dirs: tuple[Path, ...], broker: FileBroker
+) -> None:
+    app = build_app(broker, bundle_dirs, cors_origins="https://app.example.org")
+    broker.end = succeed
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        for origin, status in (("https://evil.example", 403), ("null", 403), ("https://app.example.org", 200)):
+            headers = {"Sec-Fetch-Site": site, "Origin": origin}
+            answer = await client.post("/generate", json={"prompt": PROMPT}, headers=headers)
+            assert answer.status_code == status
+            seen = answer.headers.get("access-control-allow-origin")
+            assert seen == (origin if status == 200 else None)
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        allowed = await client.options("/generate", headers={"Origin": "https://app.example.org"} | asked)
+        assert (
+            allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == "https://app.example.org"
+        )
+        refused = await client.options("/generate", headers={"Origin": "https://evil.example"} | asked)
+        assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
+        own = await client.post("/generate", json={"prompt": PROMPT}, headers={"Sec-Fetch-Site": "same-origin"})
+        assert own.status_code == 200
+        job_id = own.json()["id"]
+        assert (await client.delete(f"/jobs/{job_id}", headers={"Sec-Fetch-Site": site})).status_code == 403
+
+
+async def test_no_site_is_allowed_unless_it_is_named(callers: Callers) -> None:
+    answer = await callers.ask("alice", "GET", "/models", headers={"Origin": "https://app.example.org"})
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("origins", ["*", "https://*", "null", "https://a.example/path", "a.example", "file://"])
+def test_an_origin_is_named_in_full(origins: str) -> None:
+    from service.settings import read_settings
+
+    with pytest.raises(ValueError, match="a scheme, a host"):
+        read_settings(cors_origins=origins)
