@@ -46,6 +46,7 @@ def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracin
         ValueError: no Redis is named.
     """
     metrics = Metrics()
+    metrics.set_started("api")
     spans = open_tracing(settings.otlp_endpoint, "api") if tracing is None else tracing
     client = None
     if broker is None:

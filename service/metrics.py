@@ -7,6 +7,7 @@ Redis at scrape time and handed to `render`. Label values are bounded: never a p
 
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -37,6 +38,7 @@ class Metrics:
         self._rejections = self._counter("rejections", "Requests refused, by reason.", "reason")
         self._http_requests = self._counter("http_requests", "HTTP requests answered.", "route", "method", "code")
         self._http_seconds = self._histogram("http_request_duration_seconds", "Time to answer.", "route", "method")
+        self._http_open = self._gauge("http_requests_open", "HTTP requests being answered now.", "livesum")
 
         self._jobs = self._counter("jobs", "Jobs that reached a final state.", "kind", "bundle", "status")
         self._job_seconds = self._histogram(
@@ -53,6 +55,7 @@ class Metrics:
         self._batch_items = self._histogram("batch_items", "Images in one batch.", "kind", buckets=BATCH_BUCKETS)
         self._fenced = self._counter("fenced", "Finished jobs that were dropped because another worker owns them.")
         self._retries = self._counter("retries", "Jobs handed back for another attempt.", "bundle")
+        self._failures = self._counter("job_failures", "Attempts that failed, by the error's code.", "bundle", "code")
 
         self._peak_bytes = self._gauge(
             "peak_memory_bytes",
@@ -61,6 +64,9 @@ class Metrics:
             "device",
             "source",
         )
+        self._device_bytes = self._gauge(
+            "device_memory_bytes", "Memory of the device that jobs may take.", "livemax", "device"
+        )
         self._protocol = self._gauge(
             "protocol_seconds", "The paper's timing protocol: batch 1 after warm-ups; never traffic.",
             "livemostrecent", "bundle", "method", "scale", "image_px", "stage", "statistic",
@@ -68,6 +74,12 @@ class Metrics:
         self._build = self._gauge("build_info", "Versions of the running code.", "livemax", "version", "python")
         self._engine = self._gauge(
             "engine_info", "What runs the networks.", "livemax", "bundle", "engine", "device", "dtype", "torch"
+        )
+        self._started = self._gauge(
+            "process_start_time_seconds",
+            "When the youngest process of its role started, Unix time: each change is a start.",
+            "livemostrecent",
+            "role",
         )
         self._build.labels(version("giantleap"), platform.python_version()).set(1)
 
@@ -79,6 +91,14 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, mode: str, *labels: str) -> Gauge:
         return Gauge(f"giantleap_{name}", text, labels, multiprocess_mode=mode, registry=self.registry)  # type: ignore[arg-type]
+
+    def set_started(self, role: str) -> None:
+        """This process, `api` or `worker`, starts now."""
+        self._started.labels(role).set(time.time())
+
+    def open_http(self, change: int) -> None:
+        """One HTTP request more, or with -1 less, is being answered."""
+        self._http_open.inc(change)
 
     def count_rejection(self, reason: str) -> None:
         """A request was refused; `reason` is the code of a `GiantleapError`."""
@@ -122,6 +142,14 @@ class Metrics:
     def count_retry(self, bundle: str) -> None:
         """A job failed with a retryable error."""
         self._retries.labels(bundle).inc()
+
+    def count_failure(self, bundle: str, code: str) -> None:
+        """An attempt at a job failed; `code` is that of a `GiantleapError` or `engine_error`."""
+        self._failures.labels(bundle, code).inc()
+
+    def set_device_memory(self, device: str, memory_bytes: int) -> None:
+        """What jobs may take of this worker's device."""
+        self._device_bytes.labels(device).set(memory_bytes)
 
     def set_peak_memory(self, device: str, source: str, peak_bytes: int) -> None:
         """Peak memory of the last batch; `source` is `cuda_allocated` or `process_rss`."""

@@ -7,6 +7,8 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,10 +45,19 @@ class Edge:
         request.state.request_id = read_request_id(request.headers.get("x-request-id"))
         recorded = scope["path"] not in _QUIET
         with (
+            self._opened(),
             self.tracing.request(request.method, request.headers.get("traceparent"), recorded) as trace,
             log_fields(request_id=request.state.request_id, trace_id=trace_id_of(trace.traceparent)),
         ):
             await self._answer(request, receive, send, trace)
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        self.metrics.open_http(1)
+        try:
+            yield
+        finally:
+            self.metrics.open_http(-1)
 
     async def _answer(self, request: Request, receive: Receive, send: Send, trace: RequestTrace) -> None:
         scope, started_s = request.scope, time.perf_counter()

@@ -62,6 +62,7 @@ def run_worker(settings: Settings, stop: threading.Event) -> None:
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
     metrics = Metrics()
+    metrics.set_started("worker")
     tracing = open_tracing(settings.otlp_endpoint, "worker")
     if settings.metrics_port and "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         log.info("metrics_port is not opened: the API processes of this host answer for the worker too")
@@ -78,6 +79,7 @@ def run_worker(settings: Settings, stop: threading.Event) -> None:
     if stop.is_set():
         return
     device, places = _find_places(bundles, routes, settings)
+    metrics.set_device_memory(str(next(iter(routes.values())).device), device.memory_bytes)
     for name, place in places.items():
         routes[name].vae.budget_bytes = max(0, place.own_bytes - place.plan.weights_bytes)
     client = open_redis(redis_url)
@@ -222,6 +224,7 @@ class Worker:
 
     def _fail(self, claim: Claim, error: JobError, stages_s: Mapping[str, float]) -> tuple[JobState, bool]:
         owned = self._claims.fail(claim, error, stages_s)
+        self._metrics.count_failure(claim.job.bundle, error.code)
         if owned and error.retryable and claim.delivery < self._settings.max_deliveries:
             self._metrics.count_retry(claim.job.bundle)
             return JobState.QUEUED, owned
