@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test slow check format lint types quality clean
+.PHONY: help demo serve test slow check format lint types quality chaos fuzz clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,10 +29,16 @@ serve: $(VENV)/.run ## Install and run the service on http://127.0.0.1:8000 unti
 	$(BIN)/giantleap serve
 
 test: $(VENV)/.dev ## Install and run every test (starts its own Redis)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not chaos and not fuzz"
 
 slow: $(VENV)/.dev ## Run the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not chaos and not fuzz"
+
+chaos: $(VENV)/.dev ## Kill workers and Redis under 2,000 jobs (minutes) and store the report
+	$(BIN)/python -m pytest -s -m chaos
+
+fuzz: $(VENV)/.dev ## Send 20,000 broken requests and many that the OpenAPI document allows (minutes)
+	$(BIN)/python -m pytest -s -m fuzz
 
 format: $(VENV)/.dev ## Rewrite the code in the project's format
 	$(BIN)/ruff format
