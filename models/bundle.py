@@ -32,6 +32,8 @@ from models.bundle_descriptor import (
     to_toml,
 )
 from models.latent_space import LatentSpace, read_statistics
+from models.latent_statistics import StatisticsError
+from models.latent_statistics import read_statistics as read_latent_statistics
 from models.lua_spec import SPEC_KEY, LuaSpec
 
 __all__ = [
@@ -153,6 +155,11 @@ class Bundle:
     def lua(self) -> Path | None:
         """The LUA weights, for `read_lua`; None where there are none (`why_not`)."""
         return None if self.descriptor.lua is None else self.directory / self.descriptor.lua.file
+
+    @property
+    def guard_sigmas(self) -> float | None:
+        """How far LUA's outputs may lie from what its training saw; None: as far as they do (`models/guard.py`)."""
+        return None if self.descriptor.lua is None else self.descriptor.lua.guard_sigmas
 
     @property
     def swinir(self) -> Mapping[int, Path]:
@@ -288,6 +295,7 @@ def read_bundle(directory: Path) -> Bundle:
     bundle = Bundle(directory, descriptor)
     _check_paths(bundle)
     _check_lua_header(bundle)
+    _check_guard(bundle)
     _check_vae(bundle)
     return _with_statistics(bundle)
 
@@ -372,6 +380,21 @@ def _check_lua_header(bundle: Bundle) -> None:
         except ValueError as error:
             raise BundleError(f"{bundle.lua}: header {SPEC_KEY}: {error}") from error
         bundle.check_lua(spec)
+
+
+def _check_guard(bundle: Bundle) -> None:
+    if bundle.lua is None or bundle.guard_sigmas is None:
+        return
+    try:
+        statistics = read_latent_statistics(bundle.lua)
+    except StatisticsError as error:
+        raise BundleError(f"lua.guard_sigmas: {error}") from error
+    scales = bundle.scales_of("lua")[1:]
+    if statistics.channels != bundle.latent_space.channels or set(scales) - set(statistics.residual_rms):
+        raise BundleError(
+            f"lua.guard_sigmas: {bundle.lua} has statistics of {statistics.channels} channels at scales "
+            f"{sorted(statistics.residual_rms)}; the bundle has {bundle.latent_space.channels} and {scales}"
+        )
 
 
 def _check_vae(bundle: Bundle) -> None:

@@ -110,11 +110,16 @@ class LatentSpaceSource(_Section):
 
 
 class LuaFile(_Section):
-    """`[lua]`: the weights inside the bundle, the scale heads they must have, and their digest."""
+    """`[lua]`: the weights inside the bundle, the scale heads they must have, and their digest.
+
+    `guard_sigmas` bounds outputs by the statistics in the weights' header (`models/guard.py`); without it there is no
+    bound.
+    """
 
     file: Text
     scales: Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
     sha256: Digest
+    guard_sigmas: float | None = Field(default=None, gt=0)
 
 
 class LuaSource(_Section):

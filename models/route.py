@@ -25,7 +25,9 @@ from models.bundle_descriptor import DecodeName, Method
 from models.checkpoints import read_lua
 from models.engines import Artefact, Engine, EngineName, open_engine
 from models.generator import CancelCheck, DrawItem, Generator, StepWatcher
+from models.guard import Guard
 from models.images import to_signed
+from models.latent_statistics import read_statistics
 from models.lua import pad_to_window
 from models.pixel_upscale import PixelUpscaler
 from models.vae import Vae, read_tiny
@@ -124,6 +126,7 @@ class Route:
         vae: Images from latents, and latents from images.
         device: Where all of them are.
         dtype: The compute type.
+        guard: What bounds LUA's outputs, whatever the engine; None where nothing does.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class Route:
         vae: Vae,
         device: torch.device,
         dtype: torch.dtype,
+        guard: Guard | None = None,
     ) -> None:
         self.name = name
         self.generator = generator
@@ -143,6 +147,7 @@ class Route:
         self.vae = vae
         self.device = device
         self.dtype = dtype
+        self.guard = guard
 
     @classmethod
     def open(
@@ -170,16 +175,18 @@ class Route:
             OSError: the pipeline lacks a file.
         """
         check_files(bundle)
-        lua = None
+        lua, guard = None, None
         if bundle.lua is not None:
             net = read_lua(bundle.lua)
             bundle.check_lua(net.spec)
             lua = open_engine(engine, net, device, dtype, artefacts)
+            if bundle.guard_sigmas is not None:
+                guard = Guard(read_statistics(bundle.lua), bundle.guard_sigmas, device)
         pixel = PixelUpscaler.open(bundle.swinir, device, dtype) if bundle.swinir else None
         generator = Generator.open(bundle, device, dtype)
         tiny = None if bundle.tiny_vae is None else read_tiny(bundle.tiny_vae, device, dtype)
         vae = Vae(generator.pipeline.vae, generator.latent_space, dtype=dtype, tiny=tiny)
-        return cls(bundle.name, generator, lua, pixel, vae, device, dtype)
+        return cls(bundle.name, generator, lua, pixel, vae, device, dtype, guard)
 
     @property
     def engine(self) -> str:
@@ -222,7 +229,9 @@ class Route:
 
     @torch.inference_mode()
     def upscale(self, latents: Tensor, scale: int, method: Method = "lua") -> Tensor:
-        """Enlarge raw latents by LUA or by bicubic interpolation; scale 1 gives them back.
+        """Enlarge raw latents by LUA, bounded where the bundle asks for it, or by bicubic interpolation.
+
+        Scale 1 gives them back.
 
         **Shape** [batch, channels, h, w] -> [batch, channels, scale * h, scale * w], float32.
 
@@ -235,7 +244,8 @@ class Route:
             return F.interpolate(latents, scale_factor=float(scale), mode="bicubic")
         if method != "lua" or self.lua is None:
             raise ValueError(f"bundle {self.name} does not enlarge latents by {method}")
-        return self.lua.run(latents, scale)
+        grown = self.lua.run(latents, scale)
+        return grown if self.guard is None else self.guard.limit(latents, grown, scale)
 
     @torch.inference_mode()
     def upscale_pixels(self, images: Sequence[Tensor | None], scale: int) -> list[Tensor | None]:

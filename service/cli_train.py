@@ -28,9 +28,16 @@ StoredOption = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option
 
 @app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(help="Folder with pictures and .tar files, or one .tar file.")],
     bundle: Annotated[Path, typer.Option(help="Directory of the bundle whose VAE encodes.")],
     out: Annotated[Path, typer.Option(help="Directory for the pairs; begun ones go on.")],
+    source: Annotated[
+        Path | None, typer.Argument(help="Folder with pictures and .tar files, or one .tar file.")
+    ] = None,
+    hf_dataset: Annotated[str | None, typer.Option(help="In its place: a data set's name on the hub, or path.")] = None,
+    split: Annotated[str, typer.Option(help="Of the data set.")] = "train",
+    image_column: Annotated[str, typer.Option(help="Of the data set.")] = "image",
+    hf_config: Annotated[str | None, typer.Option(help="Of a data set that has several.")] = None,
+    hf_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a data set on the hub.")] = None,
     min_side_px: Annotated[int, typer.Option(min=1, help="Pictures with a shorter side are left out.")] = 1440,
     tile_px: Annotated[int, typer.Option(min=1, help="Side of a tile.")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="Tiles encoded at once.")] = 8,
@@ -42,11 +49,15 @@ def prepare(
     """Cut photographs into tiles, shrink them and encode all to latents; run again after a break, it goes on."""
     import torch
 
+    from training.hf_source import HubSource
     from training.pairs_store import PairsError
     from training.prepare import PrepareConfig, count_skipped
     from training.prepare import prepare as make_pairs
 
-    config = PrepareConfig(source, bundle, out, min_side_px, tile_px, batch, pictures_per_shard, store)
+    if (source is None) == (hf_dataset is None):
+        stop("give a folder or .tar file, or --hf-dataset, and not both")
+    pictures = source or HubSource(hf_dataset or "", split, image_column, hf_config, hf_revision)
+    config = PrepareConfig(pictures, bundle, out, min_side_px, tile_px, batch, pictures_per_shard, store)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     try:
@@ -94,6 +105,25 @@ def run(
         stop(str(error))
     if place.is_first:
         typer.echo(f"wrote {written}")
+
+
+@app.command()
+def statistics(
+    lua: Annotated[Path, typer.Option(help="Weights that have no statistics, of any layout that is read.")],
+    pairs: Annotated[Path, typer.Option(help="Pairs of the same VAE, as `prepare` writes them.")],
+    out: Annotated[Path, typer.Option(help="Where the weights go, in our format; may be the same file.")],
+) -> None:
+    """Write into the header of weights what latents look like, for `guard_sigmas`; `run` does it by itself."""
+    from models.foreign_weights import CheckpointError
+    from models.latent_statistics import StatisticsError
+    from training.guard_statistics import add_statistics
+    from training.pairs_store import PairsError, PairsStore
+
+    try:
+        found = add_statistics(lua, PairsStore.open(pairs), out)
+    except (CheckpointError, PairsError, StatisticsError, OSError) as error:
+        stop(str(error))
+    typer.echo(f"wrote {out} with statistics of {found.tiles} tiles")
 
 
 def _own_device(name: str) -> "torch.device":

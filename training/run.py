@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from models.bundle import Bundle, read_bundle
 from models.checkpoints import read_lua, write_lua
+from models.latent_statistics import STATISTICS_KEY, LatentStatistics
 from models.lua import Lua
 from models.vae import Vae
 from training.checkpoint import TrainingStateError, checkpoints_in, read_checkpoint, restore, write_checkpoint
@@ -40,6 +41,7 @@ from training.curriculum import (
     total,
 )
 from training.frozen_vae import decode_target, decode_with_gradient, read_vae, vae_hash
+from training.guard_statistics import guard_statistics
 from training.optim import Ema
 from training.pairs_store import PairsStore, replace_file
 
@@ -137,6 +139,7 @@ def train(config: RunConfig, out: Path, place: Place, resume: bool = False, stop
     if place.world_size > 1:
         dist.barrier()  # all have looked into the directory before the first one writes there
     log = Log(out, done, config.tensorboard) if place.is_first else None
+    statistics = guard_statistics(store, net.spec.scales) if place.is_first else None
     with (
         ThreadPoolExecutor(1) as reader,
         tqdm(total=config.total_steps, initial=done, desc="train", unit="update", disable=not place.is_first) as bar,
@@ -185,19 +188,27 @@ def train(config: RunConfig, out: Path, place: Place, resume: bool = False, stop
                 log.write_sheet(done, sheet)
             if place.is_first and is_last:
                 ema.copy_to(averaged)
-                _write_weights(out / f"lua-stage-{index + 1}-{stage.name}.safetensors", averaged, stage, done, bundle)
+                _write_weights(
+                    out / f"lua-stage-{index + 1}-{stage.name}.safetensors", averaged, stage, done, bundle, statistics
+                )
             if place.is_first and (done % config.save_every == 0 or is_last or done == end):
                 write_checkpoint(out / "checkpoints", done, origin, net, ema, optimiser, config.keep)
     if place.is_first and done == config.total_steps:
         ema.copy_to(averaged)
-        _write_weights(out / "lua.safetensors", averaged, config.stages[-1], done, bundle)
+        _write_weights(out / "lua.safetensors", averaged, config.stages[-1], done, bundle, statistics)
     if place.world_size > 1:
         dist.barrier()  # nobody leaves before everything is written
     return out / "lua.safetensors" if done == config.total_steps else checkpoints_in(out / "checkpoints")[-1]
 
 
-def _write_weights(path: Path, net: Lua, stage: StageConfig, done: int, bundle: Bundle) -> None:
-    write_lua(path, net, {"training": json.dumps({"stage": stage.name, "step": done, "bundle": bundle.name})})
+def _write_weights(
+    path: Path, net: Lua, stage: StageConfig, done: int, bundle: Bundle, statistics: LatentStatistics | None
+) -> None:
+    """Average weights; with them in the header what they were trained on, for the guard (`models/guard.py`)."""
+    header = {"training": json.dumps({"stage": stage.name, "step": done, "bundle": bundle.name})}
+    if statistics is not None:  # the first process has them, and only it writes
+        header[STATISTICS_KEY] = statistics.to_json()
+    write_lua(path, net, header)
 
 
 def _backward(
