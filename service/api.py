@@ -73,15 +73,15 @@ def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracin
         summary="Draws a small latent, enlarges it, decodes it once.",
         version=version("giantleap"),
         lifespan=lifespan,
-    )
         redoc_url=None,
+    )
     app.state.serving = serving
-    app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=metrics, tracing=spans)
     # Each is laid around those before it: a request meets the last one first.
     app.add_middleware(Guard, keys=open_keys(settings), broker=broker, origins=settings.cors_origins)
     allow_origins(app, settings.cors_origins)
-    handle_errors(app)
+    app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=metrics, tracing=spans)
     app.add_middleware(SafeHeaders)
+    handle_errors(app)
     for routes in (routes_create, routes_jobs, routes_health, front_openai, front_kserve, front_remote_vae):
         app.include_router(routes.router)
     document: dict[str, Any] = {}
