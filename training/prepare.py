@@ -1,4 +1,4 @@
-"""From photographs to pairs of latents: a folder of pictures and tar shards in, `training/pairs_store.py` out.
+"""From photographs to pairs of latents: pictures, tar shards or a data set in, `training/pairs_store.py` out.
 
 Pictures with both sides long enough are cut into tiles that do not overlap; each tile is shrunk for every scale head
 and encoded to posterior means. The pictures in their order are dealt into shards; a shard that is there is never made
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from models.bundle import read_bundle
 from models.vae import Vae
 from training.frozen_vae import read_vae, vae_hash
+from training.hf_source import HubSource, list_rows
 from training.pairs_store import (
     LEVELS,
     PLAN,
@@ -66,7 +67,7 @@ class PrepareConfig:
     """What fixes the pairs.
 
     Args:
-        source: A folder; pictures and .tar files anywhere below it are read. Or one .tar file.
+        source: A folder; pictures and .tar files anywhere below it are read. Or one .tar file, or a data set.
         bundle: Directory of the bundle whose VAE encodes.
         out: Where the pairs go.
         min_side_px: Pictures with a shorter side are left out.
@@ -78,7 +79,7 @@ class PrepareConfig:
     Ref: arXiv 2511.10629, section 4 (1440 px, tiles of 512 px, bicubic by 2 and 4).
     """
 
-    source: Path
+    source: Path | HubSource
     bundle: Path
     out: Path
     min_side_px: int = 1440
@@ -88,14 +89,32 @@ class PrepareConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
+class Source(Protocol):
+    """One picture that is not read yet."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def read(self) -> bytes:
+        """All of its bytes, encoded. Raises OSError."""
+
+
 @dataclass(frozen=True)
-class Source:
-    """One picture: a file, or a member of a tar file at a known place in it."""
+class FileSource:
+    """A file, or a member of a tar file at a known place in it."""
 
     name: str
     path: Path
+    size_bytes: int
     offset: int = 0
-    size_bytes: int = -1  # the whole file
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size_bytes)
 
 
 @dataclass(frozen=True)
@@ -113,12 +132,14 @@ class Report:
         return self.tiles / self.spent_s if self.spent_s > 0 else 0.0
 
 
-def list_sources(source: Path) -> tuple[list[Source], list[str]]:
+def list_sources(source: Path | HubSource) -> tuple[Sequence[Source], list[str]]:
     """Every picture in a fixed order, and the tar files that could not be read to their end.
 
     Raises:
-        PairsError: There is no such folder, or no picture in it.
+        PairsError: There is no such folder or data set, or no picture in it.
     """
+    if isinstance(source, HubSource):
+        return list_rows(source), []
     if source.is_file() and source.suffix == ".tar":
         root, paths = source.parent, [source]
     elif source.is_dir():
@@ -126,12 +147,12 @@ def list_sources(source: Path) -> tuple[list[Source], list[str]]:
         paths = sorted((p for p in source.rglob("*") if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
     else:
         raise PairsError(f"{source}: no folder and no .tar file")
-    found: list[Source] = []
+    found: list[FileSource] = []
     broken: list[str] = []
     for path in paths:
         name = path.relative_to(root).as_posix()
         if path.suffix.lower() in SUFFIXES:
-            found.append(Source(name, path))
+            found.append(FileSource(name, path, path.stat().st_size))
         elif path.suffix.lower() == ".tar":
             members, is_whole = _list_tar(path, name)
             found += members
@@ -141,13 +162,13 @@ def list_sources(source: Path) -> tuple[list[Source], list[str]]:
     return found, broken
 
 
-def _list_tar(path: Path, name: str) -> tuple[list[Source], bool]:
-    members: list[Source] = []
+def _list_tar(path: Path, name: str) -> tuple[list[FileSource], bool]:
+    members: list[FileSource] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.isreg() and Path(member.name).suffix.lower() in SUFFIXES:
-                    members.append(Source(f"{name}/{member.name}", path, member.offset_data, member.size))
+                    members.append(FileSource(f"{name}/{member.name}", path, member.size, member.offset_data))
     except (tarfile.TarError, OSError):
         return members, False
     return members, True
@@ -160,9 +181,7 @@ def read_picture(source: Source) -> tuple[Image.Image | None, str, str]:
         The picture, upright and in RGB, or None where it is damaged; the SHA-256 of its bytes; what is wrong with it.
     """
     try:
-        with source.path.open("rb") as file:
-            file.seek(source.offset)
-            content = file.read(source.size_bytes)
+        content = source.read()
     except OSError as error:
         return None, "", str(error.strerror)
     digest = hashlib.sha256(content).hexdigest()
@@ -297,8 +316,7 @@ def _plan(config: PrepareConfig, sources: Sequence[Source], broken: Sequence[str
     """What must stay the same for the shards to belong together."""
     listed = hashlib.sha256()
     for source in sources:
-        size_bytes = source.path.stat().st_size if source.size_bytes < 0 else source.size_bytes
-        listed.update(f"{source.name}\0{size_bytes}\n".encode())
+        listed.update(f"{source.name}\0{source.size_bytes}\n".encode())
     return {
         "pictures": len(sources),
         "sources_sha256": listed.hexdigest(),
