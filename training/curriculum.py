@@ -247,11 +247,20 @@ def read_config(path: Path) -> RunConfig:
         for key in keys:
             if isinstance(table, dict) and isinstance(table.get(key), str):
                 table[key] = path.parent / table[key]
+    return check_config(values, str(path))
+
+
+def check_config(values: Mapping[str, Any], where: str) -> RunConfig:
+    """The run that these values describe; `where` they stand is for the message.
+
+    Raises:
+        ConfigError: A key is unknown, missing or out of range.
+    """
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()]
-        raise ConfigError(f"{path}: {'; '.join(lines)}") from error
+        raise ConfigError(f"{where}: {'; '.join(lines)}") from error
 
 
 def rate_at(optimiser: OptimiserConfig, steps: int, step: int) -> float:

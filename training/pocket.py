@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from models.checkpoints import read_lua, write_lua
 from training.optim import Budget
 from training.parallel import run_peers
-from training.pocket_bundle import LUA_FILE, write_descriptor
+from training.pocket_bundle import LUA_FILE, write_descriptor, write_vae_bundle
 from training.pocket_decoder import freeze_encoder, train_decoder
 from training.pocket_lua import train_lua
 from training.pocket_pairs import write_pairs
@@ -165,6 +165,15 @@ def pack(
     for file in swinir or ():
         shutil.copyfile(file, bundle / file.name)
     write_descriptor(bundle)
+
+
+@app.command()
+def vae_bundle(
+    vae_dir: Annotated[Path, typer.Option(help="VAE, for example runs/vae4_frozen.")],
+    out: Annotated[Path, typer.Option(help="Directory of the bundle; its name is the bundle's.")],
+) -> None:
+    """Make a bundle of a VAE alone, for `giantleap train`."""
+    write_vae_bundle(out, vae_dir, out.name)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """Writes the descriptor of the pocket bundle: what it is, where its weights come from, its limits and their digests.
 
-`python -m training.pocket pack` calls it after every change of the weights.
+`python -m training.pocket pack` calls it after every change of the weights. `write_vae_bundle` makes a bundle of a VAE
+alone, which is all that a training reads.
 """
 
+import json
+import shutil
 from pathlib import Path
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from models.bundle import file_hashes, write_bundle
 from models.bundle_descriptor import (
@@ -13,6 +18,7 @@ from models.bundle_descriptor import (
     LatentSpaceSource,
     Limits,
     LuaFile,
+    LuaSource,
     PipelineSource,
     SwinirFiles,
     Vocabulary,
@@ -53,5 +59,45 @@ def write_descriptor(directory: Path) -> None:
             limits=Limits(min_base_px=96, max_base_px=192, multiple_px=32, max_steps=100, max_direct_px=512),
             vocabulary=Vocabulary(closed=True),
             files=hashes,
+        ),
+    )
+
+
+def write_vae_bundle(directory: Path, vae_dir: Path, name: str) -> None:
+    """Write a bundle that holds a VAE and nothing else, to train in its latent space; `giantleap serve` refuses it.
+
+    Args:
+        directory: Of the bundle.
+        vae_dir: An AutoencoderKL of stride 8, written by diffusers.
+        name: Of the bundle and of its latent space.
+
+    Effects: replaces what the directory held.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    vae = AutoencoderKL.from_pretrained(vae_dir).half()
+    vae.register_to_config(_name_or_path=f"giantleap/{name}")  # no path of this machine in the bundle
+    vae.save_pretrained(directory / "vae")
+    provenance = "Trained from random weights by `python -m training.pocket vae` on pictures that its own code draws."
+    index = {"_class_name": "DiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+    (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_bundle(
+        directory,
+        Descriptor(
+            bundle=About(name=name, title="A VAE alone, to train with", licence="Apache-2.0", provenance=provenance),
+            pipeline=PipelineSource(path="."),
+            latent_space=LatentSpaceSource(
+                name=name,
+                channels=int(vae.config.latent_channels),
+                stride_px=8,
+                scale=float(vae.config.scaling_factor),
+            ),
+            lua_source=LuaSource(train="giantleap train prepare, giantleap train transfer"),
+            # What a pipeline would need; there is none.
+            defaults=Defaults(
+                steps=1, guidance_scale=0.0, base_width_px=128, base_height_px=128, scale=1, method="bicubic"
+            ),
+            limits=Limits(min_base_px=32, max_base_px=512, multiple_px=32, max_steps=1),
+            vocabulary=Vocabulary(closed=False),
+            files=file_hashes(directory),
         ),
     )

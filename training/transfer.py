@@ -1,0 +1,263 @@
+"""A trained LUA carried over to another VAE: new ends for its latents, everything between them kept.
+
+`transfer` is a pure function from one network to another; `match_latents` measures the linear maps between two VAEs'
+latents that its best start needs. `prepare_start` and `plan_run` make of both what `training.run.train` fine-tunes;
+`giantleap train transfer` calls them. `benchmarks/transfer.py` compares the starts.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.bundle import Bundle, read_bundle
+from models.checkpoints import read_lua, write_lua
+from models.lua import Lua
+from models.vae import Vae
+from training.curriculum import PAPER, ConfigError, RunConfig, StageConfig, check_config
+from training.frozen_vae import read_vae, vae_hash
+from training.pairs_store import PairsStore
+
+Start = Literal["fresh", "slice", "fit"]
+
+MATCHED_TILES = 32  # of 64 x 64 latents: 131,072 samples of at most 32 unknowns a channel
+RIDGE = 1e-4  # of the mean variance: VAEs have channels that hardly vary
+STAGES: tuple[StageConfig, ...] = (
+    PAPER["I"].model_copy(update={"steps": 5_000, "effective_batch": 256}),
+    PAPER["III"].model_copy(update={"steps": 25_000}),
+)
+"""The fine-tune where no file says another one. The paper calls it brief and says no more; its third stage alone does
+not recover from latents that are far off, so a short first one leads.
+
+Ref: arXiv 2511.10629, section 4.1; lengths and the first stage's batch are ours.
+"""
+
+
+class TransferError(ValueError):
+    """A transfer that cannot be made; the message says why."""
+
+
+@dataclass(frozen=True)
+class LatentMaps:
+    """Affine maps between the latents of two VAEs, each as the networks see them: normalised where they normalise.
+
+    Args:
+        to_old, old_offset: Of a latent pixel of the new VAE to one of the old.
+        to_new, new_offset: The way back.
+
+    **Shape** [old, new], [old], [new, old] and [new] channels.
+    """
+
+    to_old: Tensor
+    old_offset: Tensor
+    to_new: Tensor
+    new_offset: Tensor
+
+
+@torch.no_grad()
+def transfer(
+    net: Lua,
+    channels: int,
+    *,
+    mean: Tensor,
+    std: Tensor,
+    start: Start = "fresh",
+    maps: LatentMaps | None = None,
+    seed: int = 0,
+) -> Lua:
+    """A network for latents of `channels` channels: a new first convolution, new last ones in the heads, the rest kept.
+
+    Starts: "fresh" is that of an untrained network; "slice" takes the old channels one after the other, from the first
+    again where there are more new ones than old; "fit" puts a linear map of the new latents to the old ones before
+    the first convolution and its counterpart after the last.
+
+    Args:
+        net: The trained network. It is left as it is.
+        channels: Of the other VAE.
+        mean, std: Of each channel of its latents. Used by a network that normalises, else left out.
+        start: Of the new convolutions.
+        maps: For "fit", of `match_latents`.
+        seed: For "fresh".
+
+    **Shape** mean and std [channels].
+
+    **Ref** arXiv 2511.10629, section 3.2, changes the first convolution only; with another number of channels the last
+    ones cannot stay either.
+
+    **Raises** TransferError: the network enlarges pictures, or the maps are missing or of other channels.
+    """
+    if net.spec.image_mean is not None:
+        raise TransferError("this network enlarges RGB pictures, not latents: there is no VAE to transfer it from")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        moved = Lua(replace(net.spec, channels=channels))
+    ends = {f"{name}.{kind}" for name in _ends(net) for kind in ("weight", "bias")} | {"latent_mean", "latent_std"}
+    kept = {name: value for name, value in net.state_dict().items() if name not in ends}
+    moved.load_state_dict({**moved.state_dict(), **kept})
+    if moved.spec.latent_norm:
+        moved.set_latent_statistics(mean, std)
+    if start == "slice":
+        _slice_ends(net, moved)
+    elif start == "fit":
+        if maps is None or maps.to_old.shape != (net.spec.channels, channels):
+            raise TransferError(f"start fit needs maps between {net.spec.channels} and {channels} channels")
+        _fit_ends(net, moved, maps)
+    return moved.eval()
+
+
+def _ends(net: Lua) -> list[str]:
+    """The layers whose shape follows from the channels."""
+    return ["conv_first", *(f"heads.{name}.{'conv_last' if name != 'liif' else 'last'}" for name in net.heads)]
+
+
+def _last_layers(net: Lua) -> list[nn.Module]:
+    return [net.get_submodule(name) for name in _ends(net)[1:]]
+
+
+def _slice_ends(net: Lua, moved: Lua) -> None:
+    old, new = net.spec.channels, moved.spec.channels
+    source = torch.arange(new) % old
+    times = torch.bincount(source, minlength=old)[source]  # a channel read twice counts half each time
+    moved.conv_first.weight.copy_(net.conv_first.weight[:, source] / times.view(1, -1, 1, 1))
+    _copy_bias(moved.conv_first, net.conv_first)
+    for into, of in zip(_last_layers(moved), _last_layers(net), strict=True):
+        for kind in ("weight", "bias"):
+            into.get_parameter(kind).copy_(of.get_parameter(kind)[source])
+
+
+def _fit_ends(net: Lua, moved: Lua, maps: LatentMaps) -> None:
+    """Composes the maps with the convolutions; exact but for the outermost ring, where the offsets are padded by 0."""
+    weight = net.conv_first.weight
+    moved.conv_first.weight.copy_(torch.einsum("eokl,on->enkl", weight, maps.to_old))
+    _copy_bias(moved.conv_first, net.conv_first, (weight.sum(dim=(2, 3)) * maps.old_offset).sum(dim=1))
+    # Beside a bicubic skip the heads make a difference of two latents, which has no offset.
+    offset = torch.zeros_like(maps.new_offset) if net.spec.bicubic_skip else maps.new_offset
+    for into, of in zip(_last_layers(moved), _last_layers(net), strict=True):
+        into.get_parameter("weight").copy_(torch.tensordot(maps.to_new, of.get_parameter("weight"), 1))
+        into.get_parameter("bias").copy_(maps.to_new @ of.get_parameter("bias") + offset)
+
+
+def _copy_bias(into: nn.Conv2d, of: nn.Conv2d, more: Tensor | float = 0.0) -> None:
+    assert into.bias is not None and of.bias is not None
+    into.bias.copy_(of.bias + more)
+
+
+@torch.no_grad()
+def match_latents(net: Lua, old: Vae, new: Vae, large: Tensor, mean: Tensor, std: Tensor) -> LatentMaps:
+    """Fits the maps between two VAEs: the new one decodes its latents, the old one encodes the pictures.
+
+    Args:
+        net: The network trained on the old VAE, whose normalisation counts.
+        old, new: The VAEs.
+        large: Latents of the new one.
+        mean, std: As in `transfer`.
+
+    **Shape** large [tiles, channels, h, w].
+
+    **Ref** least squares with a ridge, by normal equations in double precision.
+
+    **Raises** TransferError: the VAEs have another stride, or the old one's latents are not of the network's channels.
+    """
+    small, grown = [], []
+    for latent in large.split(1):
+        matched = old.encode(new.decode(latent.to(new.device)).clamp(-1.0, 1.0)).float().cpu()
+        if matched.shape != (1, net.spec.channels, *latent.shape[2:]):
+            raise TransferError(
+                f"the old VAE makes latents {list(matched.shape[1:])} of a picture whose new ones are "
+                f"{list(latent.shape[1:])}; {net.spec.channels} channels and one stride are needed"
+            )
+        grown.append(_pixels(matched))
+        small.append(_pixels(latent.cpu()))
+    seen_new, seen_old = torch.cat(small), torch.cat(grown)
+    if net.spec.latent_norm:
+        seen_new = (seen_new - mean) / std
+        seen_old = (seen_old - net.latent_mean.cpu()) / net.latent_std.cpu()
+    to_old, old_offset = _fit(seen_new, seen_old)
+    to_new, new_offset = _fit(seen_old, seen_new)
+    return LatentMaps(to_old, old_offset, to_new, new_offset)
+
+
+def _pixels(latent: Tensor) -> Tensor:
+    return latent.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _fit(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares of y by x with an offset; **Shape** [n, a], [n, b] -> [b, a], [b]."""
+    x_mean, y_mean = x.double().mean(dim=0), y.double().mean(dim=0)
+    centred = x.double() - x_mean
+    gram = centred.T @ centred
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.double)
+    weight = torch.linalg.solve(gram + ridge, centred.T @ (y.double() - y_mean)).T
+    return weight.float(), (y_mean - weight @ x_mean).float()
+
+
+def prepare_start(source: Path, to_bundle: Path, pairs: Path, start: Start, device: torch.device, seed: int = 0) -> Lua:
+    """Reads what is needed from disk and makes the transferred network.
+
+    Args:
+        source: A LUA file, or the directory of a bundle with one.
+        to_bundle: Directory of the bundle with the other VAE.
+        pairs: Latents of that VAE, of `giantleap train prepare`.
+        start: As in `transfer`; "fit" needs a bundle as `source`, whose VAE the network was trained on.
+        device: Where the VAEs compute.
+
+    Raises:
+        TransferError, BundleError, PairsError, CheckpointError, VaeError, FileNotFoundError: Something does not fit.
+    """
+    bundle = read_bundle(to_bundle)
+    store = PairsStore.open(pairs)
+    if store.summary["vae_sha256"] != vae_hash(bundle):
+        raise TransferError(f"{pairs}: these pairs were made with another VAE than that of bundle {bundle.name}")
+    origin = read_bundle(source) if source.is_dir() else None
+    net = read_lua(_weights_of(source, origin))
+    mean, std = store.statistics()
+    maps = None
+    if start == "fit":
+        if origin is None:
+            raise TransferError(f"start fit needs the VAE that {source} was trained on: name its bundle's directory")
+        large = store.read(_spread(len(store), MATCHED_TILES), (1,))[1]
+        old, new = (read_vae(each, device, torch.float32) for each in (origin, bundle))
+        maps = match_latents(net, old, new, large, mean, std)
+    return transfer(net, bundle.latent_space.channels, mean=mean, std=std, start=start, maps=maps, seed=seed)
+
+
+def _weights_of(source: Path, origin: Bundle | None) -> Path:
+    if origin is None:
+        return source
+    if origin.lua is None:
+        raise TransferError(f"{source}: {origin.why_not('lua')}")
+    return origin.lua
+
+
+def _spread(count: int, most: int) -> Sequence[int]:
+    return range(0, count, max(1, count // most))[:most]
+
+
+def plan_run(to_bundle: Path, pairs: Path, start_file: Path, config: Path | None) -> RunConfig:
+    """The fine-tune: stages and the rest as a file says, or as `STAGES` and the defaults of a run.
+
+    Raises:
+        ConfigError: The file cannot be read, or it names what the command does (bundle, pairs, lua).
+    """
+    values: dict[str, Any] = {"stages": [stage.model_dump() for stage in STAGES]}
+    if config is not None:
+        try:
+            said = tomllib.loads(config.read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{config}: {error}") from error
+        if taken := sorted({"bundle", "pairs", "lua"} & said.keys()):
+            raise ConfigError(f"{config}: {', '.join(taken)}: the transfer names these itself; leave them out")
+        values |= said
+    return check_config(
+        {**values, "bundle": to_bundle, "pairs": pairs, "lua": {"start": start_file}}, str(config or "")
+    )
+
+
+def write_start(path: Path, net: Lua, source: Path, start: Start) -> None:
+    """Writes the transferred weights, with their origin in the header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_lua(path, net, {"transferred_from": source.name, "transfer_start": start})
