@@ -47,6 +47,7 @@ router = APIRouter(prefix=KSERVE_PATH, tags=["KServe v2"])
 # JSON numbers take up to 30 times their size once parsed; a latent that is larger than this goes as bytes.
 MOST_JSON_BYTES = 8 << 20
 MOST_JSON_VALUES = 1 << 20
+MOST_JSON_NAMES = 1024
 _DATATYPES = {"FP32": "F32", "FP16": "F16", "BF16": "BF16"}
 
 
@@ -278,6 +279,8 @@ def _read_request(body: bytes, json_bytes: int | None) -> InferRequest:
         raise MalformedRequest(f"Inference-Header-Content-Length is {json_bytes}; the body has {len(body)} bytes")
     if len(text) > MOST_JSON_BYTES:
         raise PayloadTooLarge(f"the JSON has {len(text)} bytes; at most {MOST_JSON_BYTES}; send the tensor as bytes")
+    if text.count(b":") > MOST_JSON_NAMES:
+        raise PayloadTooLarge(f"the JSON has more than the {MOST_JSON_NAMES} names that are allowed")
     try:
         return InferRequest.model_validate_json(text)
     except ValidationError as error:

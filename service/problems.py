@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 PROBLEM_TYPE = "application/problem+json"
 CLIENT_GONE = 499
+_MOST_FIELDS = 32
 _RETRY_LATER_S = 5
 _BY_CODE: dict[str, type[GiantleapError]] = {
     kind.code: kind
@@ -67,11 +68,14 @@ _REDIS_REFUSES = (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyEr
 
 
 class InvalidFields(InvalidRequest):
-    """Values that are not valid, with the field and the reason of each."""
+    """Values that are not valid, with the field and the reason of each, as far as `_MOST_FIELDS` go."""
 
     def __init__(self, fields: tuple[tuple[str, str], ...]) -> None:
-        super().__init__("; ".join(f"{name}: {reason}" for name, reason in fields))
-        self.fields = fields
+        told = [f"{name}: {reason}" for name, reason in fields[:_MOST_FIELDS]]
+        if len(fields) > _MOST_FIELDS:
+            told.append(f"and {len(fields) - _MOST_FIELDS} more")
+        super().__init__("; ".join(told))
+        self.fields = fields[:_MOST_FIELDS]
 
 
 def problem_body(error: GiantleapError, request_id: str, **members: Any) -> dict[str, Any]:
