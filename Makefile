@@ -4,10 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test slow check format lint types quality chaos fuzz clean
+.PHONY: help demo serve test slow check format lint types quality chaos fuzz deploy-check clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -55,6 +55,9 @@ check: lint types test ## Everything that the continuous integration runs
 
 quality: $(VENV)/.dev ## Measure the pocket bundle (minutes) and store the table
 	$(BIN)/python -m benchmarks.pocket_quality
+
+deploy-check: $(VENV)/.dev ## Check the Dockerfile, compose files, Helm chart, alert rules and dashboard
+	$(BIN)/python -m pytest tests/deploy
 
 clean: ## Remove the virtual environment and everything generated
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
