@@ -15,7 +15,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -45,6 +45,8 @@ from service.settings import POCKET_BUNDLE
 CPU = torch.device("cpu")
 SCALE = 2
 RESULTS = Path("benchmarks/results/engines.json")
+PAGE = Path("docs/engines.md")
+MARKS = ("<!-- benchmarks.engines -->\n", "<!-- end -->\n")
 MAX_ERROR = 1e-4  # of float32 variants, absolute; the published forward's deviation is printed beside it
 LEAST_PSNR_DB = 45.0
 TARGETS = {  # least speed over the published forward in float32, by case and variant
@@ -240,13 +242,39 @@ def line(row: Row) -> str:
     )
 
 
+def to_markdown(record: Mapping[str, Any]) -> str:
+    """The table of the page `docs/engines.md` from what is in the JSON file."""
+    about = record["machine"]
+    lines = [
+        f"{about['model']}, {about['threads']} thread, load {about['load_1min']:.1f}, "
+        f"torch {about['versions']['torch']}, "
+        f"onnxruntime {about['versions']['onnxruntime']}, {about['measured_at'][:10]}.",
+        "",
+        "| case | variant | ms, median | ratio | asked | largest error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        asked = "" if row["target"] is None else f"{row['target']:.1f}, {'met' if row['met'] else 'missed'}"
+        cells = (f"{row['median_cpu_ms']:.0f}", f"{row['ratio']:.2f}", asked, f"{row['max_error']:.0e}")
+        lines.append(f"| {row['case']} | {row['variant']} | {' | '.join(cells)} |")
+    lines += ["", "Images of the pocket bundle, against LUA in float32 (asked: 45 dB):", ""]
+    lines += [f"- x{each['scale']}, {each['variant']}: {each['psnr_db']:.1f} dB" for each in record["pocket"]]
+    return "\n".join(lines) + "\n"
+
+
+def write_page(record: Mapping[str, Any], page: Path) -> None:
+    """Put the table between the page's marks."""
+    before, rest = page.read_text().split(MARKS[0])
+    page.write_text(before + MARKS[0] + to_markdown(record) + MARKS[1] + rest.split(MARKS[1])[1])
+
+
 def main(
     runs: Annotated[int, typer.Option(help="Runs that count, of every variant.", min=1)] = 9,
     warmups: Annotated[int, typer.Option(help="Runs thrown away first.", min=0)] = 2,
     case: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(CASES)}; may be repeated.")] = None,
     onnx: Annotated[bool, typer.Option(help="Export and run ONNX graphs at full depth, which takes minutes.")] = True,
     threads: Annotated[int, typer.Option(help="Threads of torch and onnxruntime.", min=1)] = 1,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Where the figures go; the default also renews docs/engines.md.")] = RESULTS,
 ) -> None:
     """Measure, print the table, write the JSON."""
     rows: list[Row] = []
@@ -279,6 +307,8 @@ def main(
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {"machine": about, "rows": [asdict(row) for row in rows], "pocket": pocket}
     out.write_text(json.dumps(record, indent=2) + "\n")
+    if out == RESULTS:
+        write_page(record, PAGE)
     if any(row.met is False for row in rows) or not all(image["met"] for image in pocket):
         raise typer.Exit(1)
 
