@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test slow check format lint types quality chaos fuzz deploy-check clean
+.PHONY: help demo serve test slow check security audit format lint types quality chaos fuzz deploy-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,7 +51,14 @@ lint: $(VENV)/.dev ## Check format and lint rules
 types: $(VENV)/.dev ## Check the types
 	$(BIN)/mypy
 
-check: lint types test ## Everything that the continuous integration runs
+security: $(VENV)/.dev ## Look for unsafe code (bandit) and vulnerable dependencies, as far as the index tells
+	$(BIN)/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive models export service training
+	$(BIN)/python .ci/audit.py
+
+audit: $(VENV)/.dev ## Fail where a dependency has a known vulnerability or could not be asked about
+	$(BIN)/python .ci/audit.py --strict
+
+check: lint types security test ## Everything that the continuous integration runs
 
 quality: $(VENV)/.dev ## Measure the pocket bundle (minutes) and store the table
 	$(BIN)/python -m benchmarks.pocket_quality
