@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test slow check security audit format lint types quality chaos fuzz deploy-check clean
+.PHONY: help demo serve test slow check security audit format lint types quality ablations chaos fuzz deploy-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ check: lint types security test ## Everything that the continuous integration ru
 
 quality: $(VENV)/.dev ## Measure the pocket bundle (minutes) and store the table
 	$(BIN)/python -m benchmarks.pocket_quality
+
+ablations: $(VENV)/.dev ## Train and compare the variants of the paper's ablation tables (half an hour of one core)
+	$(BIN)/python -m benchmarks.ablations
 
 deploy-check: $(VENV)/.dev ## Check the Dockerfile, compose files, Helm chart, alert rules and dashboard
 	$(BIN)/python -m pytest tests/deploy

@@ -64,6 +64,10 @@ class LiifHead(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(f, f) for _ in range(HIDDEN_LAYERS - 1))
         self.last = nn.Linear(f, spec.channels)
         self.points_at_once = POINTS_AT_ONCE
+        for layer in (self.entry, *self.hidden):
+            # torch's own start halves the signal in every layer; arXiv 1502.01852, Eq. 10, keeps it for ReLU
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, scale: float) -> Tensor:
         """The memory beside input and output is bounded, whatever the size; a gradient needs all of it.

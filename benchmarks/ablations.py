@@ -1,0 +1,398 @@
+"""Trains the variants of the paper's ablation tables at pocket scale, with equal numbers of updates, and compares.
+
+`python -m benchmarks.ablations` (`make ablations`) draws procedural pictures, makes pairs of them with the pocket
+bundle's frozen VAE, trains every variant with every seed through `training/run.py`, and measures each on the six
+held-out photographs of `benchmarks/photos.py`. A result is kept as soon as it is there, in
+`benchmarks/results/ablations.json`; a run that was killed goes on with the first that is missing. `docs/ablations.md`
+is written from the file.
+
+**Ref** arXiv 2511.10629, tables 3 and 4.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
+from skimage.metrics import structural_similarity
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.photos import psnr_db, read_photos
+from benchmarks.pocket_quality import machine
+from models.bundle import read_bundle
+from models.checkpoints import read_lua
+from models.lua import Lua
+from training.curriculum import RunConfig
+from training.frozen_vae import vae_hash
+from training.pairs_store import PairsStore, replace_file
+from training.pocket_pairs import SCENE_SHARE, draw_scene_view, draw_view, shrink
+from training.pocket_vae import Pool
+from training.prepare import PrepareConfig, prepare
+from training.run import Place, train
+
+CPU = torch.device("cpu")
+PICTURE_PX = 256
+SCALES = (2, 4)
+STEPS_SHARED_BY = 6  # a number of updates that one, two or three stages share evenly
+NET = {"embed_dim": 24, "depths": [2, 2], "num_heads": 4, "window": 8, "num_feat": 32}
+NET |= {"bicubic_skip": True, "latent_norm": True}
+BATCH = {"I": 8, "II": 1, "III": 1}
+OPTIMISER = {"rate": 2e-3, "ema_decay": 0.99, "ema_warmup": True}  # the paper's 2e-4 and 0.999 are for 375,000 updates
+LATENT_L1_ONLY = {"latent_l1": 1.0}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table: what is trained, and what the paper reached with it.
+
+    Args:
+        key: In the file of results.
+        title: In the table.
+        stages: Names of the curriculum's stages; "L1" is stage I with the latent L1 alone.
+        paper: PSNR in dB by scale.
+        scales: The heads.
+        head: As `LuaSpec.head`.
+    """
+
+    key: str
+    title: str
+    stages: tuple[str, ...]
+    paper: Mapping[int, float]
+    scales: tuple[int, ...] = SCALES
+    head: str = "pixelshuffle"
+
+
+FULL = ("I", "II", "III")
+VARIANTS = (
+    Variant("latent_l1", "latent L1 only", ("L1",), {2: 28.53, 4: 26.16}),
+    Variant("i_ii", "I + II", ("I", "II"), {2: 28.96, 4: 26.67}),
+    Variant("i_iii", "I + III", ("I", "III"), {2: 31.05, 4: 27.10}),
+    Variant("ii_iii", "II + III", ("II", "III"), {2: 31.60, 4: 27.40}),
+    Variant("full", "I + II + III, both heads (joint)", FULL, {2: 32.54, 4: 27.94}),
+    Variant("liif", "I + II + III, LIIF head", FULL, {2: 29.10, 4: 26.10}, head="liif"),
+    Variant("only_x2", "I + II + III, x2 alone", FULL, {2: 31.92}, scales=(2,)),
+    Variant("only_x4", "I + II + III, x4 alone", FULL, {4: 27.71}, scales=(4,)),
+)
+STAGES = ("latent_l1", "i_ii", "i_iii", "ii_iii", "full")  # the paper's table 3
+HEADS = ("liif", "only_x2", "only_x4", "full")  # and 4
+
+
+def config_of(variant: Variant, updates: int, seed: int, bundle: Path, pairs: Path) -> RunConfig:
+    """The run of one variant: `updates` in all, shared evenly by its stages."""
+    stages = []
+    for name in variant.stages:
+        stage: dict[str, Any] = {"name": "I", "weights": LATENT_L1_ONLY} if name == "L1" else {"name": name}
+        batch = BATCH[stage["name"]]
+        stages.append(
+            {**stage, "steps": updates // len(variant.stages), "effective_batch": batch, "micro_batch": batch}
+        )
+    values = {
+        "bundle": bundle,
+        "pairs": pairs,
+        "lua": {"spec": {**NET, "scales": list(variant.scales), "head": variant.head}},
+        "stages": stages,
+        "optimiser": OPTIMISER,
+        "held_out_tiles": 0,
+        "seed": seed,
+        "checkpoints": False,  # one picture's feature maps fit
+        "save_every": 10**6,
+        "keep": 1,
+    }
+    return RunConfig.model_validate(values)
+
+
+def make_pairs(out: Path, bundle: Path, pool: Path, count: int) -> None:
+    """Draws pictures and encodes them, once; what a kill left half done is done again.
+
+    Effects:
+        Copies the bundle to `out/bundle`, so that all variants have one VAE; writes `out/pictures` and `out/pairs`.
+    """
+    if (out / "pairs" / "summary.json").is_file():
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(bundle, out / "bundle")
+    (out / "pictures").mkdir()
+    pools = Pool(pool, scene_count=160, scene_px=512).read(0)
+    rng = np.random.default_rng(0)
+    for number in tqdm(range(count), desc="pictures", unit="picture"):
+        is_scene = rng.random() < SCENE_SHARE
+        draw, source = (draw_scene_view, pools.scenes) if is_scene else (draw_view, pools.leaves)
+        levels = ((draw(rng, source, PICTURE_PX, PICTURE_PX)[0] + 1.0) * 127.5).round().byte()
+        Image.fromarray(levels.permute(1, 2, 0).numpy()).save(out / "pictures" / f"{number:05d}.png")
+    prepare(PrepareConfig(out / "pictures", out / "bundle", out / "pairs", PICTURE_PX, PICTURE_PX), CPU)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photograph, its reductions as latents by scale, and what its own latent decodes to; pictures in [-1, 1]."""
+
+    original: Tensor
+    small: Mapping[int, Tensor]
+    round_trip: Tensor
+
+
+@torch.no_grad()
+def encode_photos(vae: Any) -> dict[str, Photo]:
+    """The six photographs as `Photo`, by name."""
+
+    def encode(picture: Tensor) -> Tensor:
+        latent: Tensor = vae.encode(picture).latent_dist.mode()
+        return latent
+
+    return {
+        name: Photo(
+            photo, {scale: encode(shrink(photo, scale)) for scale in SCALES}, decode_picture(vae, encode(photo))
+        )
+        for name, photo in read_photos().items()
+    }
+
+
+@torch.no_grad()
+def decode_picture(vae: Any, latent: Tensor) -> Tensor:
+    """**Shape** [1, channels, h, w] -> [1, 3, 8 h, 8 w], clamped to [-1, 1]."""
+    picture: Tensor = vae.decode(latent).sample
+    return picture.clamp(-1.0, 1.0)
+
+
+def enlarge(maps: Tensor, scale: int) -> Tensor:
+    """Bicubic, of latents or of pictures."""
+    return F.interpolate(maps, scale_factor=float(scale), mode="bicubic")
+
+
+def ssim(picture: Tensor, original: Tensor) -> float:
+    """Structural similarity of pictures in [-1, 1], mean over channels (Wang et al. 2004, Gaussian windows)."""
+    one, two = (x[0].permute(1, 2, 0).double().numpy() for x in (picture, original))
+    return float(
+        structural_similarity(
+            one, two, data_range=2.0, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
+    )
+
+
+def score(picture: Tensor, photo: Photo) -> dict[str, float]:
+    """PSNR in dB and SSIM against the photograph, PSNR against what its own latent decodes to."""
+    return {
+        "psnr_db": psnr_db(picture, photo.original),
+        "ssim": ssim(picture, photo.original),
+        "round_trip_psnr_db": psnr_db(picture, photo.round_trip),
+    }
+
+
+def mean_of(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each figure."""
+    return {name: mean(each[name] for each in scores) for name in scores[0]}
+
+
+@torch.no_grad()
+def measure_net(net: Lua, vae: Any, photos: Mapping[str, Photo]) -> dict[str, dict[str, float]]:
+    """By scale, the mean over the photographs of `score`."""
+    return {
+        f"x{scale}": mean_of([score(decode_picture(vae, net(p.small[scale], scale)), p) for p in photos.values()])
+        for scale in net.spec.scales
+    }
+
+
+@torch.no_grad()
+def measure_untrained(vae: Any, photos: Mapping[str, Photo]) -> dict[str, Any]:
+    """What the scores lie between: both bicubic enlargements, and the round trip of the large photograph."""
+    found: dict[str, Any] = {
+        "round_trip": mean_of([{**score(p.round_trip, p), "round_trip_psnr_db": 100.0} for p in photos.values()])
+    }
+    for scale in SCALES:
+        pixel = [score(enlarge(decode_picture(vae, p.small[scale]), scale), p) for p in photos.values()]
+        latent = [score(decode_picture(vae, enlarge(p.small[scale], scale)), p) for p in photos.values()]
+        found[f"x{scale}"] = {"decode_then_bicubic": mean_of(pixel), "bicubic_latent": mean_of(latent)}
+    return found
+
+
+def run_one(
+    variant: Variant, updates: int, seed: int, out: Path, vae: Any, photos: Mapping[str, Photo]
+) -> dict[str, Any]:
+    """Trains and measures one variant with one seed; what a kill left of it is thrown away first."""
+    folder = out / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    started_s, started_wall_s = time.process_time(), time.monotonic()
+    weights = train(config_of(variant, updates, seed, out / "bundle", out / "pairs"), folder, Place(CPU))
+    cpu_s, wall_s = time.process_time() - started_s, time.monotonic() - started_wall_s
+    net = read_lua(weights)
+    parameters = sum(weight.numel() for weight in net.parameters())
+    scores = measure_net(net, vae, photos)
+    return {"variant": variant.key, "seed": seed, "cpu_s": cpu_s, "wall_s": wall_s, "parameters": parameters, **scores}
+
+
+def settings_of(updates: int, bundle: Path, pairs: Path) -> dict[str, Any]:
+    """What all results of one file share."""
+    return {
+        "updates": updates,
+        "net": NET,
+        "batch": BATCH,
+        "optimiser": OPTIMISER,
+        "tiles": len(PairsStore.open(pairs)),
+        "tile_px": PICTURE_PX,
+        "vae_sha256": vae_hash(read_bundle(bundle)),
+    }
+
+
+def read_results(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured so far with these settings; nothing where there is no file.
+
+    Raises:
+        ValueError: The file is of other settings.
+    """
+    if not path.is_file():
+        return {"machine": machine(), "settings": dict(settings), "runs": []}
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record["settings"] != settings:
+        raise ValueError(f"{path} holds results of other settings: move it away to begin anew")
+    return record
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and sample deviation over the seeds."""
+    if not values:
+        return "-"
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def order_of(keys: Sequence[str], values: Mapping[str, float]) -> str:
+    """Those that have a value, the best first."""
+    titles = {variant.key: variant.title for variant in VARIANTS}
+    return " > ".join(titles[key] for key in sorted((k for k in keys if k in values), key=lambda k: -values[k]))
+
+
+def to_page(record: Mapping[str, Any]) -> str:
+    """The whole of `docs/ablations.md`."""
+    lines = [
+        PAGE_HEAD.format(**record["settings"], **record["settings"]["net"], **_words(record)),
+        *_table(record, STAGES),
+    ]
+    lines += ["", "## Heads (the paper's table 4)", "", *_table(record, HEADS), "", "## The order", ""]
+    for scale in SCALES:
+        for name, keys in (("stages", STAGES), ("heads", HEADS)):
+            ours = {key: mean(values) for key in keys if (values := _values(record, key, scale, "psnr_db"))}
+            paper = {v.key: v.paper[scale] for v in VARIANTS if v.key in keys and scale in v.paper}
+            lines += [f"- x{scale}, {name}", f"  - paper: {order_of(keys, paper)}", f"  - here: {order_of(keys, ours)}"]
+    return "\n".join([*lines, "", PAGE_TAIL.format(**record["settings"])])
+
+
+def _words(record: Mapping[str, Any]) -> dict[str, Any]:
+    seeds = {run["seed"] for run in record["runs"]}
+    base = record["untrained"]
+    about = record["machine"]
+    return {
+        "seeds": len(seeds),
+        "runs": len(record["runs"]),
+        "cpu_min": sum(run["cpu_s"] for run in record["runs"]) / 60,
+        "ceiling": base["round_trip"]["psnr_db"],
+        "pixel_2": base["x2"]["decode_then_bicubic"]["psnr_db"],
+        "pixel_4": base["x4"]["decode_then_bicubic"]["psnr_db"],
+        "latent_2": base["x2"]["bicubic_latent"]["psnr_db"],
+        "latent_4": base["x4"]["bicubic_latent"]["psnr_db"],
+        "where": f"{about['processor']}, {about['cores']} cores, torch {about['versions']['torch']}, one thread",
+    }
+
+
+def _values(record: Mapping[str, Any], key: str, scale: int, figure: str) -> list[float]:
+    return [run[f"x{scale}"][figure] for run in record["runs"] if run["variant"] == key and f"x{scale}" in run]
+
+
+def _table(record: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    head = ["variant", "x2 PSNR", "paper", "x2 SSIM", "x4 PSNR", "paper", "x4 SSIM", "CPU s", "weights"]
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for variant in (v for key in keys for v in VARIANTS if v.key == key):
+        cells = [variant.title]
+        for scale in SCALES:
+            cells.append(spread(_values(record, variant.key, scale, "psnr_db"), 2))
+            cells.append(f"{variant.paper[scale]:.2f}" if scale in variant.paper else "-")
+            cells.append(spread(_values(record, variant.key, scale, "ssim"), 4))
+        own = [run for run in record["runs"] if run["variant"] == variant.key]
+        cells += [spread([run["cpu_s"] for run in own], 0), f"{own[0]['parameters']:,}" if own else "-"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+PAGE_HEAD = """# Ablations at pocket scale
+
+Written by `python -m benchmarks.ablations` (`make ablations`); figures in `benchmarks/results/ablations.json`.
+
+{runs} runs: each variant with {seeds} seeds, {updates} updates in all, shared evenly by its stages, and nothing else
+changed: {tiles} procedural tiles of {tile_px} px, the pocket bundle's frozen VAE, a network of width {embed_dim} with
+depths {depths} and a bicubic skip, Adam at 2e-3 with the paper's milestones, an average of decay 0.99, batches of 8
+(stage I) and 1 (II, III), bfloat16. PSNR in dB and SSIM are means over the six held-out photographs, decoded, against
+the photograph; ± is the sample deviation over seeds. {cpu_min:.0f} CPU minutes of training on {where}.
+
+| without training | x2 PSNR | x4 PSNR |
+|---|---|---|
+| bicubic latent, where every run starts | {latent_2:.2f} | {latent_4:.2f} |
+| decoded, then bicubic | {pixel_2:.2f} | {pixel_4:.2f} |
+| the VAE's round trip of the photograph, the ceiling | {ceiling:.2f} | {ceiling:.2f} |
+
+LPIPS, which the paper gives as well, is not measured: its weights are not here.
+
+## Stages (the paper's table 3)
+"""
+PAGE_TAIL = """## What this can say
+
+The paper trains for 125,000 updates a stage on 3.8 million pairs of photographs, with a VAE of large capacity; these
+are runs of {updates} updates of a very small network, on drawn pictures, under a VAE whose round trip ends below the
+paper's figures. So absolute values do not compare, and an order here is one of learning speed in the first minute from
+a start at bicubic: it says which losses or which head gain most per update, not where training would end. Updates are
+equal; seconds are not (stages II and III decode: column CPU s), nor are tiles (a batch of stage I is larger). The head
+of a specialist is trained in every update, each of two joint ones in four of five. A difference within the ± of either
+row is none.
+"""
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where pictures, pairs and the run in the making go.")] = Path(
+        "runs/ablations"
+    ),
+    bundle: Annotated[Path, typer.Option(help="The bundle whose VAE is used.")] = Path("bundles/pocket"),
+    pool: Annotated[Path, typer.Option(help="Drawn pictures to cut from; filled when empty.")] = Path("runs/pool"),
+    results: Annotated[Path, typer.Option(help="Results so far and all of them at the end.")] = Path(
+        "benchmarks/results/ablations.json"
+    ),
+    page: Annotated[Path, typer.Option(help="The table.")] = Path("docs/ablations.md"),
+    updates: Annotated[
+        int, typer.Option(min=6, help="Of each variant, over all of its stages; a multiple of 6.")
+    ] = 300,
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    pictures: Annotated[int, typer.Option(min=1, help="Drawn for training.")] = 384,
+) -> None:
+    """Trains what is missing, stores each result as it comes, writes the page."""
+    if updates % STEPS_SHARED_BY:
+        raise typer.BadParameter(f"{updates} updates cannot be shared evenly by two and by three stages")
+    torch.set_num_threads(1)
+    make_pairs(out, bundle, pool, pictures)
+    record = read_results(results, settings_of(updates, out / "bundle", out / "pairs"))
+    vae = AutoencoderKL.from_pretrained(out / "bundle" / "vae").float().eval()
+    photos = encode_photos(vae)
+    if "untrained" not in record:
+        record["untrained"] = measure_untrained(vae, photos)
+    for seed in range(seeds):
+        for variant in VARIANTS:
+            if any(run["variant"] == variant.key and run["seed"] == seed for run in record["runs"]):
+                continue
+            found = run_one(variant, updates, seed, out, vae, photos)
+            record["runs"].append(found)
+            replace_file(results, (json.dumps(record, indent=1) + "\n").encode())
+            replace_file(page, to_page(record).encode())
+            line = [f"{name} {found[name]['psnr_db']:.2f} dB" for name in ("x2", "x4") if name in found]
+            typer.echo(
+                f"{variant.key} seed {seed}: {', '.join(line)}, {found['cpu_s']:.0f} CPU s, {found['wall_s']:.0f} s"
+            )
+
+
+if __name__ == "__main__":
+    typer.run(main)
