@@ -126,6 +126,48 @@ def statistics(
     typer.echo(f"wrote {out} with statistics of {found.tiles} tiles")
 
 
+@app.command()
+def evaluate(
+    bundle: Annotated[Path, typer.Option(help="Directory of the bundle whose VAE encodes and decodes.")],
+    out: Annotated[Path, typer.Option(help="Directory for the report, the sheet and the plots.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures; captions in .txt files beside them.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="In their place: pairs as `prepare` writes them.")] = None,
+    lua: Annotated[list[Path] | None, typer.Option(help="Weights; may be repeated. Else the bundle's own.")] = None,
+    inception: Annotated[Path | None, typer.Option(help="Weights of torch-fidelity's Inception, for FID, KID.")] = None,
+    lpips: Annotated[Path | None, typer.Option(help="Weights of torchvision's AlexNet, for LPIPS.")] = None,
+    clip: Annotated[str | None, typer.Option(help="Directory or hub id of a CLIP, for the CLIP score.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many pictures or tiles.")] = None,
+    crop_px: Annotated[int | None, typer.Option(min=1, help="Cut pictures to a centre square first.")] = None,
+    patch_px: Annotated[int, typer.Option(min=1, help="Side of the crops of patch FID and KID.")] = 1024,
+    patches: Annotated[int, typer.Option(min=1, help="Crops per picture.")] = 1,
+    kid_subsets: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    kid_subset_size: Annotated[int, typer.Option(min=2, help="Samples in each.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of crops and subsets.")] = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Measure weights against bicubic; what cannot be measured is named with its reason."""
+    from models.foreign_weights import CheckpointError
+    from models.vae import VaeError
+    from training.evaluate import EvaluateConfig, EvaluationError
+    from training.evaluate import evaluate as measure
+    from training.evaluation_report import to_markdown
+    from training.feature_extractors import open_networks
+    from training.pairs_store import PairsError
+
+    own = _own_device(device)
+    config = EvaluateConfig(
+        bundle, out, images, pairs, tuple(lua or ()), limit, crop_px, patch_px, patches, kid_subsets, kid_subset_size,
+        seed,
+    )  # fmt: skip
+    try:
+        report = measure(config, own, open_networks(inception, lpips, clip, own))
+    except ModuleNotFoundError as error:
+        stop(f'{error.name} is missing: pip install "giantleap[train]"')
+    except (BundleError, CheckpointError, EvaluationError, PairsError, VaeError, OSError) as error:
+        stop(str(error))
+    typer.echo(to_markdown(report))
+
+
 def _own_device(name: str) -> "torch.device":
     """The device of this process; `torchrun` numbers the processes of a machine."""
     from models.route import choose_device

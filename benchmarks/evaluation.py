@@ -1,0 +1,53 @@
+"""Evaluates the pocket bundle on the six held-out photographs, as `giantleap train evaluate` does.
+
+`python -m benchmarks.evaluation` writes `benchmarks/results/evaluation.json`; the report, the sheet and the plots of
+distributions go to `out/evaluation`. The networks of LPIPS, FID, KID and CLIP score are measured where their weights
+are given, and named as not available where not.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image
+
+from benchmarks.photos import read_photos
+from training.evaluate import EvaluateConfig, evaluate
+from training.evaluation_report import to_markdown
+from training.feature_extractors import open_networks
+from training.metrics import to_levels
+
+
+def write_photos(folder: Path) -> None:
+    """The photographs as PNG files; none of them changes by it."""
+    for name, photo in read_photos().items():
+        Image.fromarray(to_levels(photo)[0].permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
+
+
+def main(
+    bundle: Annotated[Path, typer.Option(help="Bundle directory.")] = Path("bundles/pocket"),
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/evaluation.json"),
+    report: Annotated[Path, typer.Option(help="Where report, sheet and plots go.")] = Path("out/evaluation"),
+    inception: Annotated[Path | None, typer.Option(help="Weights of torch-fidelity's Inception.")] = None,
+    lpips: Annotated[Path | None, typer.Option(help="Weights of torchvision's AlexNet.")] = None,
+    clip: Annotated[str | None, typer.Option(help="Directory or hub id of a CLIP.")] = None,
+    patch_px: Annotated[int, typer.Option(min=1, help="Side of the crops of patch FID and KID.")] = 256,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Measures, prints, stores."""
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        write_photos(Path(folder))
+        config = EvaluateConfig(bundle, report, images=Path(folder), patch_px=patch_px)
+        found = evaluate(config, device, open_networks(inception, lpips, clip, device))
+    typer.echo(to_markdown(found))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

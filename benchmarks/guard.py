@@ -1,0 +1,201 @@
+"""Compares the guard of LUA off and on: on latents like those of the training, and on ones from outside.
+
+`python -m benchmarks.guard` writes `benchmarks/results/guard.json`. Statistics come from procedural pictures
+(`training/pocket_pairs.py`), latents from the six photographs (`benchmarks/photos.py`) and from drawings of the bundle.
+An image is *broken* when a value is not finite or more than 1 % of its pixels have a channel beyond 1.5, where [-1, 1]
+is visible. The bicubic latent of the same input is decoded as well: what is broken there, no bound on LUA can mend.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.photos import read_photos
+from benchmarks.pocket_quality import machine
+from models.bundle import read_bundle
+from models.checkpoints import read_lua
+from models.generator import DrawItem
+from models.guard import Guard
+from models.latent_space import LATENT_SPACES
+from models.latent_statistics import LatentStatistics
+from models.lua import Lua
+from models.route import Route
+from models.vae import Vae
+from training.evaluate import shrink
+from training.guard_statistics import measure_statistics
+from training.leaves import draw_leaves
+from training.pocket_pairs import draw_view
+
+SCALES = (2, 4)
+FAR = 1.5
+BROKEN_SHARE = 0.01
+SIDE_PX = 256
+PROMPTS = ("a red sphere on a green floor under a blue sky", "a large yellow cube on a purple floor")
+FOREIGN = ("sdxl", "flux1")  # families whose factors a client may apply by mistake
+
+Change = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def changes(statistics: LatentStatistics) -> dict[str, Change]:
+    """What makes a latent one from outside, by name; the names' first words are the groups of the table."""
+    std = torch.tensor(statistics.std).view(-1, 1, 1)
+    made: dict[str, Change] = {"as trained": lambda z, g: z}
+    for factor in (1.5, 2, 4, 8):
+        made[f"scaled {factor}"] = lambda z, g, by=factor: by * z
+    for level in (0.5, 0.7, 1.0, 2.0):
+        made[f"noisy {level}"] = lambda z, g, by=level: z + by * std * torch.randn(z.shape, generator=g)
+    for name in FOREIGN:
+        space = LATENT_SPACES[name]
+        made[f"family {name}: scaled as it"] = lambda z, g, s=space: (z - s.shift) * s.scale
+        made[f"family {name}: unscaled twice"] = lambda z, g, s=space: z / s.scale + s.shift
+    made["channels permuted"] = lambda z, g: z[:, torch.randperm(z.shape[1], generator=g)]
+    return made
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One picture of one route: whether it is broken, the share of pixels that are far out."""
+
+    is_broken: bool
+    far_share: float
+
+
+def judge(picture: Tensor) -> Outcome:
+    """**Shape** [1, 3, height_px, width_px], not clamped."""
+    share = float((picture.abs().amax(dim=1) > FAR).float().mean())
+    finite = bool(picture.isfinite().all())
+    return Outcome(not finite or share > BROKEN_SHARE, share)
+
+
+def psnr_db(picture: Tensor, other: Tensor) -> float:
+    """Of what is shown: clamped to [-1, 1] and not rounded; at most 100 dB."""
+    square = float(((picture.clamp(-1.0, 1.0) - other.clamp(-1.0, 1.0)) / 2.0).double().square().mean())
+    return min(100.0, -10.0 * math.log10(max(square, 1e-10))) if math.isfinite(square) else float("-inf")
+
+
+@torch.inference_mode()
+def measure_procedural(vae: Vae, pictures: int, side_px: int = SIDE_PX) -> LatentStatistics:
+    """Statistics over pictures like those that the pocket LUA was trained on, of a seed of their own."""
+    rng = np.random.default_rng(20)
+    pool = np.stack([draw_leaves(rng, 2 * side_px) for _ in range(max(1, pictures // 8))])
+    views = (draw_view(rng, pool, side_px, side_px) for _ in range(pictures))
+    pairs = ({level: vae.encode(shrink(view, level)) for level in (1, *SCALES)} for view in views)
+    return measure_statistics(tqdm(pairs, desc="statistics", total=pictures), SCALES)
+
+
+@torch.inference_mode()
+def read_inputs(route: Route, scale: int) -> dict[str, Tensor]:
+    """Small latents that the bundle meets: photographs' centres, shrunk, and its own drawings."""
+    inputs = {}
+    for name, photo in read_photos().items():
+        top = (photo.shape[-1] - SIDE_PX) // 2
+        centre = photo[..., top : top + SIDE_PX, top : top + SIDE_PX]
+        inputs[name] = route.vae.encode(shrink(centre, scale))
+    items = [DrawItem(words, "", seed, 128, 128, 12, 3.0) for seed, words in enumerate(PROMPTS)]
+    drawn = route.generate(items, lambda step, steps: None, set)
+    return inputs | {item.prompt: latent[None] for item, latent in zip(items, drawn, strict=True) if latent is not None}
+
+
+@torch.inference_mode()
+def measure_case(
+    vae: Vae, lua: Lua, guards: Mapping[float, Guard], small: Tensor, scale: int
+) -> dict[str, dict[str, float]]:
+    """One latent by every route: "bicubic", "off", and each number of sigmas."""
+    grown = lua(small, scale)
+    bicubic = F.interpolate(small, scale_factor=float(scale), mode="bicubic")
+    latents = {"bicubic": bicubic, "off": grown}
+    latents |= {f"{sigmas:g}": guard.limit(small, grown, scale) for sigmas, guard in guards.items()}
+    shown = {name: vae.decode(latent) for name, latent in latents.items()}
+    return {
+        name: {
+            **asdict(judge(picture)),
+            "psnr_to_bicubic_db": psnr_db(picture, shown["bicubic"]),
+            "psnr_to_off_db": psnr_db(picture, shown["off"]),
+            "changed_share": float((latents[name] != grown).float().mean()),
+        }
+        for name, picture in shown.items()
+    }
+
+
+def summarize(cases: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """By route: rate of broken images, means of the rest, and the least PSNR against no guard."""
+    return {
+        name: {
+            "broken_rate": float(np.mean([case[name]["is_broken"] for case in cases])),
+            "far_share": float(np.mean([case[name]["far_share"] for case in cases])),
+            "psnr_to_bicubic_db": float(np.mean([case[name]["psnr_to_bicubic_db"] for case in cases])),
+            "least_psnr_to_off_db": min(case[name]["psnr_to_off_db"] for case in cases),
+            "changed_share": float(np.mean([case[name]["changed_share"] for case in cases])),
+        }
+        for name in cases[0]
+    }
+
+
+def to_table(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Rate of broken images and share of pixels far out, by input and route; below, what the guard costs as trained."""
+    routes = list(next(iter(groups.values())))
+    lines: list[str] = []
+    for title, key in (("broken images, %", "broken_rate"), ("pixels far out, %", "far_share")):
+        lines.append(f"{title:<34}" + "".join(f"{route:>9}" for route in routes))
+        for name, row in groups.items():
+            lines.append(f"{name:<34}" + "".join(f"{100 * row[route][key]:>9.1f}" for route in routes))
+    usual = groups["as trained"]
+    lines.append(f"{'as trained, least dB to off':<34}" + "".join(
+        f"{usual[route]['least_psnr_to_off_db']:>9.1f}" for route in routes
+    ))  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(
+    directory: Annotated[Path, typer.Option("--bundle", help="Bundle directory.")] = Path("bundles/pocket"),
+    lua: Annotated[Path | None, typer.Option(help="Other weights than the bundle's own.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/guard.json"),
+    pictures: Annotated[int, typer.Option(min=1, help="Procedural pictures that the statistics are of.")] = 96,
+    sigmas: Annotated[list[float] | None, typer.Option(help="Guards to compare; may be repeated.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Measures, prints, stores."""
+    torch.set_num_threads(threads)
+    bundle = read_bundle(directory)
+    device = torch.device("cpu")
+    route = Route.open(bundle, device, torch.float32)
+    path = lua or bundle.lua
+    if path is None:
+        raise typer.BadParameter(f"bundle {bundle.name} has no LUA weights")
+    net = read_lua(path)
+    statistics = measure_procedural(route.vae, pictures)
+    guards = {each: Guard(statistics, each, device) for each in sigmas or [3.0, 6.0, 12.0, 24.0]}
+    groups: dict[str, list[dict[str, dict[str, float]]]] = {}
+    for scale in net.spec.scales:
+        inputs = read_inputs(route, scale)
+        for name, change in tqdm(changes(statistics).items(), desc=f"x{scale}"):
+            generator = torch.Generator().manual_seed(scale)
+            for small in inputs.values():
+                case = measure_case(route.vae, net, guards, change(small, generator), scale)
+                groups.setdefault(name, []).append(case)
+    table = {name: summarize(cases) for name, cases in groups.items()}
+    typer.echo(to_table(table))
+    record: dict[str, Any] = {
+        "machine": machine(),
+        "bundle": bundle.name,
+        "rule": {"far": FAR, "broken_share": BROKEN_SHARE},
+        "images_per_input": len(groups["as trained"]),
+        "statistics": json.loads(statistics.to_json()),
+        "inputs": table,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

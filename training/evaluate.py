@@ -1,0 +1,423 @@
+"""Measures LUA weights against bicubic, on pictures or on held-out pairs: `giantleap train evaluate`.
+
+`evaluate` goes through the cases once: each is enlarged by every method, compared with its target and kept only as
+features, channel statistics and a crop for the sheet. `training/metrics.py` measures, `training/latent_statistics.py`
+compares distributions, `training/evaluation_report.py` writes what a person reads.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from models.bundle import Bundle, file_hash, read_bundle
+from models.checkpoints import read_lua
+from models.images import to_signed
+from models.lua import Lua
+from models.vae import Vae
+from training.evaluation_report import read_machine, to_markdown, write_distributions, write_sheet
+from training.frozen_vae import read_vae, vae_hash
+from training.latent_statistics import Pool, compare, pool
+from training.metrics import (
+    KID_SUBSET_SIZE,
+    KID_SUBSETS,
+    Networks,
+    NotAvailableError,
+    crop,
+    crop_places,
+    fid,
+    kid,
+    psnr_db,
+    ssim,
+    to_levels,
+)
+from training.pairs_store import PairsStore
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+BICUBIC_PIXELS, BICUBIC_LATENT, ROUND_TRIP = "bicubic pixels", "bicubic latent", "VAE round trip"
+SHEET_ROWS = 8
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be made as asked."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on what.
+
+    Args:
+        bundle: Directory of the bundle whose VAE encodes and decodes.
+        out: Directory for report, sheet and plots.
+        images: Folder of pictures; a `.txt` of the same name beside one holds its caption. Or
+        pairs: what `giantleap train prepare` wrote; the target is then the decoded large latent.
+        lua: Weights to measure; none: the bundle's own.
+        limit: At most so many cases, the first ones.
+        crop_px: Pictures are cut to a centre square of this side first.
+        patch_px: Side of the random crops of patch FID and KID.
+        patches: Crops per picture.
+        kid_subsets: How many.
+        kid_subset_size: Samples in each; there must be as many.
+        seed: Of crops and subsets.
+    """
+
+    bundle: Path
+    out: Path
+    images: Path | None = None
+    pairs: Path | None = None
+    lua: tuple[Path, ...] = ()
+    limit: int | None = None
+    crop_px: int | None = None
+    patch_px: int = 1024
+    patches: int = 1
+    kid_subsets: int = KID_SUBSETS
+    kid_subset_size: int = KID_SUBSET_SIZE
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture: `target` [1, 3, height_px, width_px] in [-1, 1], raw latents [1, channels, h, w] by level."""
+
+    name: str
+    target: Tensor
+    latents: Mapping[int, Tensor]
+    is_photo: bool
+    caption: str | None = None
+
+
+@dataclass
+class Tally:
+    """What is kept of one method at one scale, case by case."""
+
+    psnr_db: list[float] = field(default_factory=list)
+    ssim: list[float] = field(default_factory=list)
+    lpips: list[float] = field(default_factory=list)
+    clip_score: list[float] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+    patch_features: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Statistics:
+    """Of each kind of latents or pictures, one pool of each case; merged at the end."""
+
+    pools: dict[str, list[Pool]] = field(default_factory=dict)
+
+    def add(self, kind: str, values: Tensor) -> None:
+        self.pools.setdefault(kind, []).append(pool([values]))
+
+    def merged(self) -> dict[str, Pool]:
+        return {
+            kind: Pool(np.concatenate([p.means for p in pools]), np.concatenate([p.deviations for p in pools]))
+            for kind, pools in self.pools.items()
+        }
+
+
+@torch.inference_mode()
+def evaluate(config: EvaluateConfig, device: torch.device, networks: Networks | None = None) -> dict[str, Any]:
+    """Measures all weights; writes `evaluation.json`, `evaluation.md`, `sheet.png` and the plots into `config.out`.
+
+    Args:
+        config: What is measured.
+        device: Where LUA and VAE run, in float32.
+        networks: For the perceptual metrics; none of them without.
+
+    Returns:
+        The report, as in `evaluation.json`.
+
+    Raises:
+        EvaluationError: There is nothing to measure, or weights do not fit the bundle or each other.
+        BundleError, CheckpointError, PairsError, VaeError, OSError: Something cannot be read.
+
+    Effects:
+        Replaces files of an earlier report in the same place.
+    """
+    networks = networks or Networks()
+    bundle = read_bundle(config.bundle)
+    nets = _read_nets(config, bundle, device)
+    scales = sorted({scale for net in nets.values() for scale in net.spec.scales})
+    vae = read_vae(bundle, device, torch.float32)
+    judge, targets = Judge(config, networks), Tally()
+    tallies: dict[tuple[int, str], Tally] = {}
+    latents, pixels = Statistics(), Statistics()
+    rows: list[tuple[str, dict[str, Tensor]]] = []
+    count = 0
+    for case in tqdm(_cases(config, bundle, vae, scales), desc="evaluate", unit="picture"):
+        target = to_levels(case.target)
+        latents.add("target", case.latents[1])
+        pixels.add("target", target.float() / 255.0)
+        judge.add_features(targets, count, target)
+        shown = {"target": target}
+        if case.is_photo:
+            round_trip = to_levels(vae.decode(case.latents[1]))
+            judge.add(tallies.setdefault((1, ROUND_TRIP), Tally()), count, case, round_trip, target)
+        for scale in scales:
+            latents.add(f"x{scale} small", case.latents[scale])
+            for method, (latent, picture) in _enlarge(vae, nets, case, scale).items():
+                levels = to_levels(picture)
+                if latent is not None:
+                    latents.add(f"x{scale} {method}", latent)
+                pixels.add(f"x{scale} {method}", levels.float() / 255.0)
+                judge.add(tallies.setdefault((scale, method), Tally()), count, case, levels, target)
+                if method != BICUBIC_LATENT:
+                    shown[f"x{scale} {method}"] = levels
+        if len(rows) < SHEET_ROWS:
+            rows.append((case.name, shown))
+        count += 1
+    if not count:
+        raise EvaluationError(f"{config.images or config.pairs}: nothing to measure there")
+    report = {
+        **_origin(config, bundle, nets, networks, count, device),
+        "scores": _scores(config, tallies, targets, judge.missing),
+        "latent_statistics": _gaps(latents.merged()),
+        "pixel_statistics": _gaps(pixels.merged()),
+    }
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "evaluation.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (config.out / "evaluation.md").write_text(to_markdown(report), encoding="utf-8")
+    write_sheet(rows, config.out / "sheet.png")
+    for scale in scales:
+        write_distributions(latents.merged(), pixels.merged(), scale, config.out / f"distributions_x{scale}.png")
+    return report
+
+
+def _read_nets(config: EvaluateConfig, bundle: Bundle, device: torch.device) -> dict[str, Lua]:
+    """By label: the name of the file, or its path where two have the same."""
+    paths = config.lua or ((bundle.lua,) if bundle.lua is not None else ())
+    if not paths:
+        raise EvaluationError(f"bundle {bundle.name} has no LUA weights: name some with --lua")
+    labels = [path.stem for path in paths]
+    if len(set(labels)) < len(labels):
+        labels = [str(path) for path in paths]
+    nets = {label: read_lua(path, device) for label, path in zip(labels, paths, strict=True)}
+    if len(nets) < len(paths) or {BICUBIC_LATENT, BICUBIC_PIXELS} & nets.keys():
+        raise EvaluationError("the same weights are named twice, or have the name of a baseline")
+    for label, net in nets.items():
+        if net.spec.channels != bundle.latent_space.channels:
+            raise EvaluationError(
+                f"{label}: {net.spec.channels} channels; latent space {bundle.latent_space.name} "
+                f"has {bundle.latent_space.channels}"
+            )
+    return nets
+
+
+def _cases(config: EvaluateConfig, bundle: Bundle, vae: Vae, scales: Sequence[int]) -> Iterator[Case]:
+    if (config.images is None) == (config.pairs is None):
+        raise EvaluationError("give either pictures (--images) or pairs (--pairs)")
+    if config.pairs is not None:
+        return _cases_of_pairs(config, config.pairs, bundle, vae)
+    assert config.images is not None
+    return _cases_of_images(config, config.images, bundle, vae, scales)
+
+
+def _cases_of_pairs(config: EvaluateConfig, folder: Path, bundle: Bundle, vae: Vae) -> Iterator[Case]:
+    store = PairsStore.open(folder)
+    if store.summary["vae_sha256"] != vae_hash(bundle):
+        raise EvaluationError(f"{folder}: these pairs were made with another VAE than that of bundle {bundle.name}")
+    for tile in range(min(len(store), config.limit or len(store))):
+        latents = {level: values.to(vae.device) for level, values in store.read([tile]).items()}
+        yield Case(f"tile {tile}", vae.decode(latents[1]), latents, is_photo=False)
+
+
+def _cases_of_images(
+    config: EvaluateConfig, folder: Path, bundle: Bundle, vae: Vae, scales: Sequence[int]
+) -> Iterator[Case]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    multiple_px = bundle.latent_space.multiple_px * max(scales)
+    for path in paths[: config.limit]:
+        picture = read_picture(path, config.crop_px, multiple_px).to(vae.device)
+        latents = {level: vae.encode(shrink(picture, level)) for level in (1, *scales)}
+        caption = path.with_suffix(".txt")
+        words = caption.read_text(encoding="utf-8").strip() if caption.is_file() else None
+        yield Case(path.name, picture, latents, is_photo=True, caption=words)
+
+
+def read_picture(path: Path, crop_px: int | None, multiple_px: int) -> Tensor:
+    """The centre of a picture, upright, its sides multiples of `multiple_px`; [1, 3, height_px, width_px] in [-1, 1].
+
+    Raises:
+        EvaluationError: It is damaged or too small.
+    """
+    try:
+        with Image.open(path) as opened:
+            pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise EvaluationError(f"{path}: no picture that can be read: {error}") from error
+    height, width = (min(side, crop_px or side) // multiple_px * multiple_px for side in pixels.shape[:2])
+    if not height or not width:
+        raise EvaluationError(f"{path}: {pixels.shape[1]}x{pixels.shape[0]} px is less than {multiple_px} px a side")
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return to_signed(torch.from_numpy(np.ascontiguousarray(pixels[top : top + height, left : left + width])))[None]
+
+
+def shrink(picture: Tensor, scale: int) -> Tensor:
+    """Antialiased bicubic, to 8-bit levels, as a file would hand it over; 1 gives the picture back."""
+    if scale == 1:
+        return picture
+    small = F.interpolate(picture, scale_factor=1.0 / scale, mode="bicubic", antialias=True)
+    return to_levels(small).float() / 127.5 - 1.0
+
+
+def _enlarge(vae: Vae, nets: Mapping[str, Lua], case: Case, scale: int) -> dict[str, tuple[Tensor | None, Tensor]]:
+    """By method the large latent, where there is one, and its picture in [-1, 1], not clamped."""
+    small = case.latents[scale]
+    size = (case.target.shape[-2], case.target.shape[-1])
+    bicubic = F.interpolate(small, scale_factor=float(scale), mode="bicubic")
+    found: dict[str, tuple[Tensor | None, Tensor]] = {
+        BICUBIC_PIXELS: (None, F.interpolate(vae.decode(small).clamp(-1.0, 1.0), size=size, mode="bicubic")),
+        BICUBIC_LATENT: (bicubic, vae.decode(bicubic)),
+    }
+    for label, net in nets.items():
+        if scale in net.spec.scales:
+            grown = net(small, scale)
+            found[label] = (grown, vae.decode(grown))
+    return found
+
+
+class Judge:
+    """Compares pictures with their targets, and remembers why a metric could not be measured.
+
+    Args:
+        config: Of the crops.
+        networks: For the perceptual metrics.
+    """
+
+    def __init__(self, config: EvaluateConfig, networks: Networks) -> None:
+        self.config = config
+        self.networks = networks
+        self.missing: dict[str, str] = {}
+
+    def add(self, tally: Tally, index: int, case: Case, image: Tensor, target: Tensor) -> None:
+        """**Shape** both [1, 3, height_px, width_px], uint8; `index` is the number of the case."""
+        image, target = image.cpu(), target.cpu()
+        tally.psnr_db.append(min(psnr_db(image, target), 100.0))  # so that a mean stays finite
+        tally.ssim.append(ssim(image, target))
+        if isinstance(self.networks.distance, str):
+            self.missing["lpips"] = self.networks.distance
+        else:
+            tally.lpips.append(float(self.networks.distance(image, target)[0]))
+        if isinstance(self.networks.text, str):
+            self.missing["clip_score"] = self.networks.text
+        elif case.caption is None:
+            self.missing["clip_score"] = f"{case.name} has no caption (.txt beside the picture)"
+        else:
+            tally.clip_score.append(float(self.networks.text(image, [case.caption])[0]))
+        self.add_features(tally, index, image)
+
+    def add_features(self, tally: Tally, index: int, image: Tensor) -> None:
+        """Of the whole picture, and of crops at places that are the same for every method."""
+        if isinstance(self.networks.features, str):
+            self.missing["features"] = self.missing["patch_features"] = self.networks.features
+            return
+        said, image = self.config, image.cpu()
+        tally.features.append(self.networks.features(image).cpu())
+        try:
+            places = crop_places(image.shape[-2], image.shape[-1], said.patch_px, said.patches, said.seed, index)
+        except NotAvailableError as error:
+            self.missing["patch_features"] = str(error)
+            return
+        tally.patch_features.append(self.networks.features(crop(image, places, said.patch_px)).cpu())
+
+
+Value = float | str
+"""A figure, or "not available: ..." with the reason."""
+
+
+def _scores(
+    config: EvaluateConfig,
+    tallies: Mapping[tuple[int, str], Tally],
+    targets: Tally,
+    missing: Mapping[str, str],
+) -> dict[str, dict[str, dict[str, Value]]]:
+    """By scale ("x1" for the round trip) and method, every metric."""
+    scores: dict[str, dict[str, dict[str, Value]]] = {}
+    for (scale, method), tally in sorted(tallies.items(), key=lambda item: item[0][0]):
+        row: dict[str, Value] = {"psnr_db": _mean(tally.psnr_db), "ssim": _mean(tally.ssim)}
+        for name, values in (("lpips", tally.lpips), ("clip_score", tally.clip_score)):
+            row[name] = not_available(missing[name]) if name in missing else _mean(values)
+        for prefix, found, expected in (
+            ("", tally.features, targets.features),
+            ("patch_", tally.patch_features, targets.patch_features),
+        ):
+            reason = missing.get(f"{prefix}features")
+            row |= {f"{prefix}{name}": value for name, value in _set_scores(config, found, expected, reason).items()}
+        scores.setdefault(f"x{scale}", {})[method] = row
+    return scores
+
+
+def _set_scores(
+    config: EvaluateConfig, found: Sequence[Tensor], expected: Sequence[Tensor], reason: str | None
+) -> dict[str, Value]:
+    """FID and KID of two lists of features."""
+    if reason is not None:
+        return {name: not_available(reason) for name in ("fid", "kid", "kid_std")}
+    features, targets = torch.cat(list(found)), torch.cat(list(expected))
+    row: dict[str, Value] = {}
+    try:
+        row["fid"] = fid(features, targets)
+    except NotAvailableError as error:
+        row["fid"] = not_available(str(error))
+    try:
+        value = kid(features, targets, config.kid_subsets, config.kid_subset_size, config.seed)
+        row |= {"kid": value.mean, "kid_std": value.std}
+    except NotAvailableError as error:
+        row |= {"kid": not_available(str(error)), "kid_std": not_available(str(error))}
+    return row
+
+
+def not_available(reason: str) -> str:
+    """What stands in the place of a figure."""
+    return f"not available: {reason}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _gaps(pools: Mapping[str, Pool]) -> dict[str, dict[str, float]]:
+    """Every kind against the targets."""
+    return {kind: asdict(compare(found, pools["target"])) for kind, found in pools.items() if kind != "target"}
+
+
+def _origin(
+    config: EvaluateConfig,
+    bundle: Bundle,
+    nets: Mapping[str, Lua],
+    networks: Networks,
+    count: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What was measured where, so that figures can be told apart."""
+    paths = config.lua or (bundle.lua,)
+    return {
+        "machine": read_machine(device),
+        "bundle": bundle.name,
+        "vae_sha256": vae_hash(bundle),
+        "weights": {
+            label: {"file": path.name, "sha256": file_hash(path)}
+            for label, path in zip(nets, paths, strict=True)
+            if path is not None
+        },
+        "source": "pictures" if config.images is not None else "pairs",
+        "cases": count,
+        "networks": networks.names(),
+        "settings": {
+            "crop_px": config.crop_px,
+            "patch_px": config.patch_px,
+            "patches_per_picture": config.patches,
+            "kid_subsets": config.kid_subsets,
+            "kid_subset_size": config.kid_subset_size,
+            "seed": config.seed,
+            "guard": "off: networks are measured without it",
+        },
+    }

@@ -1,0 +1,193 @@
+"""The networks that perceptual metrics look through: Inception for FID and KID, AlexNet for LPIPS, CLIP.
+
+None of their weights come with this package. Each opener takes a file, a directory or a hub id, and raises
+`NotAvailableError` with the reason where it cannot use it. Nothing is fetched that was not named.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.metrics import Networks, NotAvailableError
+
+_DAMAGE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError)
+
+
+def open_networks(inception: Path | None, lpips: Path | None, clip: str | None, device: torch.device) -> Networks:
+    """The networks that were named. One that cannot be used leaves its reason in its place, for the report."""
+    given: dict[str, Any] = {}
+    openers: dict[str, Callable[[], Any]] = {}
+    if inception is not None:
+        openers["features"] = lambda: Inception(inception, device)
+    if lpips is not None:
+        openers["distance"] = lambda: Lpips(lpips, device)
+    if clip is not None:
+        openers["text"] = lambda: ClipScore(clip, device)
+    for name, opener in openers.items():
+        try:
+            given[name] = opener()
+        except NotAvailableError as error:
+            given[name] = str(error)
+    return Networks(**given)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `.pth` or `.safetensors` file, without unpickling anything else."""
+    import pickle
+
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise NotAvailableError(f"no weights at {path}")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (*_DAMAGE, pickle.UnpicklingError) as error:
+        raise NotAvailableError(f"{path}: damaged, or holds more than tensors") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise NotAvailableError(f"{path}: expected a dict of tensors")
+    return state
+
+
+class Inception:
+    """Features of the last pooling of Inception v3 as FID is defined by (Heusel et al. 2017), 2048 of them.
+
+    Args:
+        path: The weights that torch-fidelity publishes (`weights-inception-2015-12-05-6726825d.pth`).
+        device: Where it runs.
+
+    Raises:
+        NotAvailableError: torch-fidelity is not installed, or the weights cannot be read.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        state = _read_state(path)
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise NotAvailableError("Inception needs `pip install torch-fidelity`, with its torchvision") from error
+        # torch-fidelity unpickles whatever its file holds, so it gets one that holds these tensors and nothing else.
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(state, Path(folder) / "tensors.pth")
+            try:
+                self._net: Any = FeatureExtractorInceptionV3("fid", ["2048"], str(Path(folder) / "tensors.pth"))
+            except _DAMAGE as error:
+                raise NotAvailableError(f"{path}: not the weights of torch-fidelity's Inception") from error
+        self._net.to(device).eval()
+        self._device = device
+        self.name = f"inception-v3 ({path.name})"
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """As `training.metrics.Features`."""
+        (features,) = self._net(images.to(self._device))
+        return features.float().cpu()
+
+
+class Lpips:
+    """LPIPS with AlexNet (Zhang et al. 2018, version 0.1): weighted distance of unit features after five ReLUs.
+
+    The weights of the distance come with torchmetrics; those of AlexNet are torchvision's
+    (`alexnet-owt-7be5be79.pth`).
+
+    Args:
+        path: The weights of AlexNet.
+        device: Where it runs.
+        linear: The weights of the distance, where other than torchmetrics' own.
+
+    Raises:
+        NotAvailableError: weights cannot be read or are of another network.
+    """
+
+    _SHIFT = (-0.030, -0.088, -0.188)
+    _SCALE = (0.458, 0.448, 0.450)
+    _TAPS = (1, 4, 7, 9, 11)  # the ReLUs among the layers of `features`
+
+    def __init__(self, path: Path, device: torch.device, linear: Path | None = None) -> None:
+        if linear is None:
+            import torchmetrics
+
+            linear = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "alex.pth"
+        features = nn.Sequential(
+            nn.Conv2d(3, 64, 11, stride=4, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(64, 192, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(192, 384, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(384, 256, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(256, 256, 3, padding=1),
+            nn.ReLU(),
+        )
+        state, weights = _read_state(path), _read_state(linear)
+        own = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
+        try:
+            features.load_state_dict(own)
+            self._linear = [weights[f"lin{tap}.model.1.weight"].to(device) for tap in range(len(self._TAPS))]
+        except _DAMAGE as error:
+            raise NotAvailableError(f"{path}: not the weights of torchvision's AlexNet: {error}") from error
+        self._features = features.to(device).eval().requires_grad_(False)
+        self._device = device
+        self.name = f"lpips alex 0.1 ({path.name})"
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+        """As `training.metrics.PairDistance`."""
+        total = torch.zeros(len(images), device=self._device)
+        for weight, one, two in zip(self._linear, self._look(images), self._look(targets), strict=True):
+            total += F.conv2d((one - two).square(), weight).mean(dim=(1, 2, 3))
+        return total.cpu()
+
+    def _look(self, images: Tensor) -> list[Tensor]:
+        shift, scale = (torch.tensor(v, device=self._device).view(1, 3, 1, 1) for v in (self._SHIFT, self._SCALE))
+        x = (images.to(self._device).float() / 127.5 - 1.0 - shift) / scale
+        seen: list[Tensor] = []
+        for index, layer in enumerate(self._features):
+            x = layer(x)
+            if index in self._TAPS:
+                seen.append(x / (x.square().sum(dim=1, keepdim=True) + 1e-10).sqrt())
+        return seen
+
+
+class ClipScore:
+    """100 times the cosine of a picture's and its caption's CLIP embeddings, at least 0 (Hessel et al. 2021), no 2.5.
+
+    torchmetrics' own reads the outputs of an older transformers; the arithmetic is the same.
+
+    Args:
+        name: A directory with a CLIP of transformers, or a hub id.
+        device: Where it runs.
+
+    Raises:
+        NotAvailableError: it cannot be read.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        from transformers import CLIPModel, CLIPProcessor
+
+        try:
+            self._model: Any = CLIPModel.from_pretrained(name, use_safetensors=True)
+            self._processor: Any = CLIPProcessor.from_pretrained(name)
+        except _DAMAGE as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise NotAvailableError(f"CLIP {name}: {reason}") from error
+        self._model.to(device).eval()
+        self._device = device
+        self.name = f"clip ({name})"
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """As `training.metrics.TextScore`."""
+        inputs = self._processor(
+            text=list(texts), images=list(images), return_tensors="pt", padding=True, truncation=True
+        ).to(self._device)
+        found = self._model(**inputs)
+        cosine = F.cosine_similarity(found.image_embeds, found.text_embeds)
+        return (100.0 * cosine).clamp(min=0.0).cpu()
