@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test slow check security audit format lint types quality ablations chaos fuzz deploy-check clean
+.PHONY: help demo serve test slow check security audit format lint types quality ablations chaos fuzz peers deploy-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ chaos: $(VENV)/.dev ## Kill workers and Redis under 2,000 jobs (minutes) and sto
 
 fuzz: $(VENV)/.dev ## Send 20,000 broken requests and many that the OpenAPI document allows (minutes)
 	$(BIN)/python -m pytest -s -m fuzz
+
+peers: $(VENV)/.dev ## Install LitServe, BentoML and Ray Serve below .peers and measure the service beside them
+	$(BIN)/python benchmarks/peers/install.py
+	$(BIN)/python -m benchmarks.load --peers --write-docs
 
 format: $(VENV)/.dev ## Rewrite the code in the project's format
 	$(BIN)/ruff format
