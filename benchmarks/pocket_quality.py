@@ -43,8 +43,8 @@ class Floor:
 
 def judge_photos(mean: PhotoScores) -> list[Floor]:
     """The floors of the VAE and of the LUA."""
-    floors = [Floor("VAE round trip", mean.round_trip, 28.0, "dB")]
-    for scale, pixel_floor, latent_floor in ((2, 0.5, 3.5), (4, 0.1, 3.0)):
+    floors = [Floor("VAE round trip", mean.round_trip, 29.0, "dB")]
+    for scale, pixel_floor, latent_floor in ((2, 0.9, 3.5), (4, 0.3, 3.0)):
         lua = mean.lua[scale]
         floors += [
             Floor(f"LUA x{scale} over pixel bicubic", lua - mean.pixel_bicubic[scale], pixel_floor, "dB"),
@@ -55,7 +55,7 @@ def judge_photos(mean: PhotoScores) -> list[Floor]:
 
 def judge_prompts(following: Following) -> list[Floor]:
     """The floors of prompt following, in per cent."""
-    asked = (("floor", 85.0), ("sky", 85.0), ("colour", 60.0))
+    asked = (("floor", 95.0), ("sky", 95.0), ("colour", 85.0), ("shape", 70.0), ("position", 80.0))
     return [Floor(f"prompt: {slot}", 100.0 * following.generated[slot], floor, "%") for slot, floor in asked]
 
 
