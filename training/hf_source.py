@@ -82,7 +82,7 @@ def list_rows(source: HubSource) -> list[RowSource]:
         raise PairsError(f"data set {source.name}: column {source.column} holds {feature}, and no pictures")
     rows = rows.select_columns([source.column]).cast_column(source.column, datasets.Image(decode=False))
     label = f"{Path(source.name).name}/{source.split}"
-    sizes = enumerate(_sizes(rows, source))
+    sizes = enumerate(row_sizes(rows, source))
     return [RowSource(f"{label}/{row}", rows, row, source.column, size_bytes) for row, size_bytes in sizes]
 
 
@@ -94,14 +94,22 @@ def _open(datasets: Any, source: HubSource) -> Any:
         raise ValueError("what save_to_disk wrote has neither configurations nor revisions")
     saved = datasets.load_from_disk(source.name)
     if isinstance(saved, datasets.Dataset):
-        saved = {str(saved.split or source.split): saved}  # a split that was saved alone keeps its name, if it has one
+        saved = {str(saved.split or "train"): saved}  # a split that was saved alone keeps its name, if it has one
     if source.split not in saved:
         raise ValueError(f"no such split; it has {', '.join(saved)}")
     return saved[source.split]
 
 
-def _sizes(rows: Any, source: HubSource) -> Iterator[int]:
-    """The length of each row's picture, without reading it."""
+def row_sizes(rows: Any, source: HubSource) -> Iterator[int]:
+    """The length of each row's picture in bytes, without reading it; 0 where there is none.
+
+    Args:
+        rows: Of the data set, whose column holds pictures that are not decoded.
+        source: What they are called.
+
+    Raises:
+        PairsError: A picture lies in a file that is not of this machine.
+    """
     import pyarrow.compute
 
     tables = rows.with_format("arrow")
