@@ -390,7 +390,7 @@ def _check_guard(bundle: Bundle) -> None:
     except StatisticsError as error:
         raise BundleError(f"lua.guard_sigmas: {error}") from error
     scales = bundle.scales_of("lua")[1:]
-    if statistics.channels != bundle.latent_space.channels or set(scales) - set(statistics.residual_rms):
+    if statistics.channels != bundle.latent_space.channels or max(scales) > max(statistics.residual_rms, default=1):
         raise BundleError(
             f"lua.guard_sigmas: {bundle.lua} has statistics of {statistics.channels} channels at scales "
             f"{sorted(statistics.residual_rms)}; the bundle has {bundle.latent_space.channels} and {scales}"
