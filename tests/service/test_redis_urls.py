@@ -1,0 +1,234 @@
+"""Every form of a Redis URL, and the whole queue on a real cluster of three nodes."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from service.broker import Broker
+from service.claims import Claim, Claims
+from service.errors import BadConfiguration, NotReady
+from service.jobs import Job, JobError, JobState, ResultFile
+from service.keys import Keys
+from service.redis_urls import is_passing, open_async_redis, open_redis, read_address, run_script
+from service.settings import Settings, read_settings
+from tests.service.redis_groups import Server, cluster, is_whole, until
+
+SECRET = "open-sesame"
+
+
+@pytest.mark.parametrize("url", ["redis://h:1/2", "rediss://h", "unix:///run/redis.sock?db=1"])
+def test_urls_of_one_server_are_left_to_redis_py(url: str) -> None:
+    address = read_address(url)
+    assert (address.kind, address.url) == ("server", url)
+
+
+def test_a_sentinel_url_names_hosts_service_database_and_logins() -> None:
+    address = read_address("redis+sentinel://me:p%40ss@a,b:7000,[::1]/jobs/3?sentinel_password=s")
+    assert (address.kind, address.tls, address.service, address.db) == ("sentinel", False, "jobs", 3)
+    assert address.hosts == (("a", 26379), ("b", 7000), ("::1", 26379))
+    assert address.login == {"username": "me", "password": "p@ss"}
+    assert address.sentinel_login == {"password": "s"}
+
+
+def test_a_cluster_url_names_hosts_and_login() -> None:
+    address = read_address("rediss+cluster://:pass@a:7000,b")
+    assert (address.kind, address.tls, address.hosts) == ("cluster", True, (("a", 7000), ("b", 6379)))
+    assert address.login == {"password": "pass"}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:6379",
+        f"http://u:{SECRET}@h",
+        f"redis+sentinel://u:{SECRET}@h",
+        f"redis+sentinel://u:{SECRET}@h/jobs/zero",
+        f"redis+sentinel://u:{SECRET}@h/jobs?db=1",
+        f"redis+sentinel://u:{SECRET}@h:port/jobs",
+        f"redis+cluster://u:{SECRET}@h/1",
+        f"redis+cluster://u:{SECRET}@a,,b",
+        f"redis://u:{SECRET}@h:port",
+        f"redis+other://u:{SECRET}@h",
+    ],
+)
+@pytest.mark.parametrize("opened", [open_redis, open_async_redis])
+def test_a_url_that_cannot_be_read_is_refused_without_its_secret(url: str, opened: Any) -> None:
+    with pytest.raises(BadConfiguration, match="Redis URL") as refused:
+        opened(url)
+    assert SECRET not in refused.value.detail
+
+
+def test_clients_connect_and_read_within_bounded_times() -> None:
+    urls = ("redis://:p@h/0", "redis+sentinel://:p@h/jobs")
+    for client in (*map(open_redis, urls), *map(open_async_redis, urls), open_async_redis("redis+cluster://:p@h")):
+        options = client.get_connection_kwargs()
+        assert 0 < options["socket_connect_timeout"] <= 5 and 0 < options["socket_timeout"] <= 10
+        assert options["password"] == "p"
+
+
+def test_a_server_that_may_not_write_just_now_is_waited_for() -> None:
+    def refuse(*_: object) -> None:
+        raise redis.ResponseError("NOREPLICAS Not enough good replicas to write. script: abc")
+
+    with pytest.raises(redis.ConnectionError, match="NOREPLICAS"):
+        run_script(refuse, [], [])  # type: ignore[arg-type]
+    assert not is_passing(redis.ResponseError("WRONGTYPE not a list"))
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    with cluster(tmp_path_factory.mktemp("cluster")) as started:
+        yield started
+
+
+def cluster_settings(nodes: list[Server], prefix: str) -> Settings:
+    url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in nodes)
+    return read_settings(redis_url=url, key_prefix=prefix, visibility_timeout_s=10, retry_backoff_s=0.1, job_ttl_s=60)
+
+
+def prefix_on(node: int, nodes: list[Server]) -> str:
+    """A key prefix whose slot that node has: all keys of one queue lie in one slot."""
+    names = (f"queue-{number}" for number in range(1000))
+    share = range(node * 16384 // 3, (node + 1) * 16384 // 3)
+    return next(n for n in names if nodes[0].client.execute_command("CLUSTER", "KEYSLOT", Keys(n).tag) in share)
+
+
+def claim_one(claims: Claims) -> Claim:
+    deadline_s = time.monotonic() + 60
+    while time.monotonic() < deadline_s:
+        if claimed := claims.claim(1, 1.0):
+            return claimed[0]
+    raise AssertionError("nothing to claim")
+
+
+def end(claims: Claims, bodies: list[bytes | None]) -> None:
+    """One job succeeds with an event and a result, one fails, one is handed back."""
+    for ended in ("finish", "fail", "release"):
+        claim = claim_one(claims)
+        bodies.append(claim.body)
+        if ended == "finish":
+            claims.emit(claim, "step", {"step": 1, "steps": 1})
+            assert claims.canceled([claim]) == set()
+            assert claims.finish(claim, [(ResultFile("text/plain", 3), b"abc")], {}, [])
+        elif ended == "fail":
+            assert claims.fail(claim, JobError("job_failed", "no"), {})
+        else:
+            claims.release([claim])
+
+
+@pytest.mark.parametrize("node", [0, 1, 2])
+def test_the_whole_life_of_jobs_on_a_cluster(
+    node: int, nodes: list[Server], make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = cluster_settings(nodes, prefix_on(node, nodes))
+    keys = Keys(settings.key_prefix)
+    assert settings.redis_url is not None
+    client, claims = (
+        open_async_redis(settings.redis_url),
+        Claims(open_redis(settings.redis_url), settings, ["pocket"], "w"),
+    )
+    monkeypatch.setattr("service.broker._POLL_S", 300.0)  # a wait that ends is one that was woken
+
+    async def scenario() -> None:
+        broker = Broker(client, settings)
+        await broker.open()
+        claims.open()
+
+        def subscribed() -> bool:
+            return any(dict(each.client.pubsub_numsub(keys.done_channel))[keys.done_channel] for each in nodes)
+
+        await asyncio.to_thread(until, subscribed, "the broker listens")
+        done, failed, handed = jobs = [make_job() for _ in range(3)]
+        assert (await broker.enqueue(done, b"input", idempotency_key="k")).created
+        assert not (await broker.enqueue(done, b"input", idempotency_key="k")).created
+        for job in jobs[1:]:
+            await broker.enqueue(job)
+        waiting = asyncio.create_task(broker.wait(done.id, 200.0))
+        bodies: list[bytes | None] = []
+        await asyncio.to_thread(end, claims, bodies)
+        assert (await asyncio.wait_for(waiting, 60)).state is JobState.SUCCEEDED
+        assert bodies == [b"input", None, None]
+        assert await broker.read_result(done.id, 0) == b"abc"
+        assert [event.name async for event in broker.events(done.id)] == ["queued", "started", "step", "done"]
+        record = await broker.get(failed.id)
+        assert record is not None and record.state is JobState.FAILED
+        canceled = await broker.cancel(handed.id)
+        assert canceled is not None and canceled.state is JobState.CANCELED
+        stats = await broker.stats()
+        assert (stats.live_workers, stats.processing, stats.dead_lettered) == (1, 0, 1)
+        await broker.close()
+
+    asyncio.run(_closing(scenario, client, claims))
+    names = {each.port: each.client.keys("*") for each in nodes}
+    assert [port for port in names if any(key.startswith(keys.tag) for key in names[port])] == [nodes[node].port]
+
+
+async def _closing(scenario: Any, client: Any, claims: Claims) -> None:
+    try:
+        await scenario()
+    finally:
+        await asyncio.to_thread(claims.close)
+        await client.aclose()
+
+
+def test_a_node_that_dies_and_returns_is_waited_for(nodes: list[Server], make_job: Any) -> None:
+    settings = cluster_settings(nodes, prefix_on(1, nodes))
+    assert settings.redis_url is not None
+    client, claims = (
+        open_async_redis(settings.redis_url),
+        Claims(open_redis(settings.redis_url), settings, ["pocket"], "w"),
+    )
+
+    async def accept(broker: Broker, job: Job) -> None:
+        deadline_s = time.monotonic() + 60
+        while True:
+            try:
+                await broker.enqueue(job)
+                return
+            except NotReady:
+                assert time.monotonic() < deadline_s, "the cluster is whole again"
+                await asyncio.sleep(0.05)
+
+    async def scenario() -> None:
+        broker = Broker(client, settings)
+        await broker.open()
+        claims.open()
+        before, after = make_job(), make_job()
+        await broker.enqueue(before)
+        await asyncio.sleep(1.5)  # appendfsync everysec: what is older is on disk
+        nodes[1].kill()
+        with pytest.raises(NotReady):
+            await broker.enqueue(after)
+        nodes[1].start()
+        await asyncio.to_thread(until, lambda: all(map(is_whole, nodes)), "the cluster is whole")
+        await accept(broker, after)
+        for job in (before, after):
+            claim = await asyncio.to_thread(claim_one, claims)
+            assert claim.job.id == job.id and await asyncio.to_thread(claims.finish, claim, [], {}, [])
+        assert (await broker.wait(after.id, 60)).state is JobState.SUCCEEDED
+        await broker.close()
+
+    asyncio.run(_closing(scenario, client, claims))
+
+
+def test_a_cluster_that_is_away_is_not_ready_and_its_password_is_not_told(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    url = f"redis+cluster://:{SECRET}@127.0.0.1:1"
+
+    async def scenario() -> None:
+        client = open_async_redis(url)
+        with pytest.raises(NotReady) as refused:
+            await Broker(client, settings).ping()
+        assert SECRET not in str(refused.value)
+        await client.aclose()
+
+    asyncio.run(scenario())
+    assert SECRET not in caplog.text and os.environ.get("GIANTLEAP_REDIS_URL") is None
