@@ -15,7 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from service import front_kserve, front_openai, front_remote_vae, routes_create, routes_health, routes_jobs
+from service import front_kserve, front_openai, front_remote_vae, routes_create, routes_health, routes_jobs, routes_put
 from service.auth import open_keys
 from service.broker import Broker
 from service.guard import Guard
@@ -29,6 +29,7 @@ from service.safe_headers import SafeHeaders, allow_origins
 from service.serving import Serving
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing
+from service.webhooks import WebhookSender
 
 
 def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracing | None = None) -> FastAPI:
@@ -54,15 +55,22 @@ def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracin
             raise ValueError("redis_url is not set; the API needs the Redis that its workers use")
         client = open_async_redis(settings.redis_url)
         broker = Broker(client, settings)
+    sender = None
+    if client is not None and settings.webhook_secret is not None:
+        sender = WebhookSender(client, settings, metrics)
     serving = Serving(settings, read_served(settings), broker, metrics, asyncio.Event())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         await serving.broker.open()
         try:
+            if sender is not None:
+                sender.open()
             with stop_on_signals(serving.stopping):
                 yield
         finally:
+            if sender is not None:
+                await sender.close()
             await serving.broker.close()
             if client is not None:
                 await client.aclose()
@@ -82,7 +90,7 @@ def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracin
     app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=metrics, tracing=spans)
     app.add_middleware(SafeHeaders)
     handle_errors(app)
-    for routes in (routes_create, routes_jobs, routes_health, front_openai, front_kserve, front_remote_vae):
+    for routes in (routes_create, routes_put, routes_jobs, routes_health, front_openai, front_kserve, front_remote_vae):
         app.include_router(routes.router)
     document: dict[str, Any] = {}
 

@@ -30,6 +30,7 @@ from service.errors import (
     StorageFull,
     TooManyJobs,
 )
+from service.job_list import LIST, Page
 from service.jobs import (
     Job,
     JobError,
@@ -89,6 +90,7 @@ class Broker:
         self._end_overdue = redis.register_script(scripts.PRELUDE + scripts.END_OVERDUE)
         self._stats = redis.register_script(scripts.PRELUDE + scripts.STATS)
         self._list_devices = redis.register_script(scripts.PRELUDE + scripts.DEVICES)
+        self._list = redis.register_script(scripts.PRELUDE + LIST)
         self._devices: tuple[Device, ...] = ()
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -234,6 +236,17 @@ class Broker:
         await self._answer(self._end_overdue(**arguments))
         reply = await self._answer(self._read(**arguments))
         return None if reply is None else to_record(reply)
+
+    async def list_jobs(
+        self, owner: str, state: JobState | None = None, most: int = 20, cursor: str | None = None
+    ) -> Page:
+        """An owner's jobs, newest first, those of one state if asked; the page after `cursor`, which a page gave.
+
+        Effects: forgets jobs whose record has expired.
+        """
+        args = [self._limits, owner, state or "", most, cursor or ""]
+        replies, last = await self._answer(self._list(keys=[self._keys.tag], args=args))
+        return Page(tuple(map(to_record, replies)), last.decode() or None)
 
     async def cancel(self, job_id: str) -> JobRecord | None:
         """Asks that a job stops; None where it is unknown.

@@ -25,7 +25,7 @@ from service.errors import DeadlinePassed, GiantleapError, InvalidRequest, Malfo
 from service.jobs import Job, JobParams, JobRecord, JobState, Priority
 from service.latents_in import LATENT_TENSOR, SAFETENSORS_TYPE, Floats, read_latent
 from service.openapi import Responses
-from service.planning import Served
+from service.planning import Served, total_latent_px
 from service.problems import InvalidFields
 from service.routes_create import read_asked, wait_for_job
 from service.serving import Serving, ServingDep
@@ -118,8 +118,16 @@ def wrap_tensor(dtype: str, shape: Sequence[int], data: bytes) -> bytes:
 
 def new_job(served: Served, params: JobParams, priority: Priority = Priority.HIGH, warnings: Sequence[str] = ()) -> Job:
     """A job of now, with an id of its own."""
-    name, traceparent = served.bundle.name, current_traceparent()
-    return Job(str(uuid.uuid4()), name, priority, time.time(), params, tuple(warnings), traceparent=traceparent)
+    return Job(
+        str(uuid.uuid4()),
+        served.bundle.name,
+        priority,
+        time.time(),
+        params,
+        tuple(warnings),
+        traceparent=current_traceparent(),
+        latent_px=total_latent_px(params, served.bundle),
+    )
 
 
 async def run_job(

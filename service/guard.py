@@ -139,7 +139,7 @@ def check_headers(request: Request) -> None:
     UnsupportedMediaType: the body is compressed, which would get past every limit of its size.
     """
     headers = request.scope["headers"]
-    size_bytes = len(request.scope["raw_path"] or b"") + len(request.scope["query_string"])
+    size_bytes = len(request.scope.get("raw_path") or b"") + len(request.scope["query_string"])
     size_bytes += sum(len(name) + len(value) for name, value in headers)
     if len(headers) > MOST_HEADERS or size_bytes > MOST_HEADER_BYTES:
         raise HeadersTooLarge(

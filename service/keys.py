@@ -23,7 +23,7 @@ The Lua scripts in `service.scripts` build the same names from the tag; what eac
 | {tag}:durations, :durations:<bundle> | list | seconds of the last jobs that succeeded        | 100, 31 entries       |
 | {tag}:queued_px                 | string | latent pixels of the jobs that live               | one number            |
 | {tag}:deadlines                 | zset   | jobs with a deadline, by it                       | live                  |
-| {tag}:jobs:<owner>              | zset   | an owner's jobs by time of entry                  | 1,000, TTL             |
+| {tag}:jobs:<owner>              | zset   | an owner's jobs by time of entry                  | 1,000, TTL            |
 | {tag}:webhooks                  | zset   | deliveries by the time of the next attempt        | 10,000                |
 | {tag}:webhook:<delivery>        | hash   | what to send where                                | TTL                   |
 | {tag}:webhooks_dead             | stream | deliveries given up, job and reason               | about 1,000 entries   |

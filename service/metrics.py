@@ -56,6 +56,7 @@ class Metrics:
         self._fenced = self._counter("fenced", "Finished jobs that were dropped because another worker owns them.")
         self._retries = self._counter("retries", "Jobs handed back for another attempt.", "bundle")
         self._failures = self._counter("job_failures", "Attempts that failed, by the error's code.", "bundle", "code")
+        self._webhooks = self._counter("webhooks", "Attempts to deliver a webhook, by what came of them.", "outcome")
 
         self._peak_bytes = self._gauge(
             "peak_memory_bytes",
@@ -150,6 +151,10 @@ class Metrics:
     def set_device_memory(self, device: str, memory_bytes: int) -> None:
         """What jobs may take of this worker's device."""
         self._device_bytes.labels(device).set(memory_bytes)
+
+    def count_webhook(self, outcome: str) -> None:
+        """A webhook was posted; `outcome` is delivered, retried (it will be tried again) or dropped."""
+        self._webhooks.labels(outcome).inc()
 
     def set_peak_memory(self, device: str, source: str, peak_bytes: int) -> None:
         """Peak memory of the last batch; `source` is `cuda_allocated` or `process_rss`."""

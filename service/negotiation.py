@@ -1,4 +1,4 @@
-"""What a client asks of the answer, read from its Accept and Prefer headers: bytes or a job, waiting or not.
+"""What a client asks of the answer, read from its Accept, Prefer and Cancel-After headers: bytes or a job, and when.
 
 Pure functions of header values; `service.routes_create` acts on them.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from service.errors import MalformedRequest, NotAcceptable
 
 JSON_TYPE = "application/json"
+_LONGEST_CANCEL_AFTER_S = 7 * 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,20 @@ def read_preference(prefer: str | None, longest_s: float) -> Preference:
     if wait_s is None and respond_async:
         wait_s = 0.0
     return Preference(wait_s)
+
+
+def read_cancel_after(header: str | None) -> float | None:
+    """Seconds after which a job shall be given up, from Cancel-After; None where there is none.
+
+    Raises:
+        MalformedRequest: it is no whole number of seconds, or out of range.
+    """
+    if header is None:
+        return None
+    digits = header.strip()
+    if digits.isascii() and digits.isdigit() and len(digits) <= 9 and 1 <= int(digits) <= _LONGEST_CANCEL_AFTER_S:
+        return float(digits)
+    raise MalformedRequest(f"Cancel-After must be a whole number of seconds from 1 to {_LONGEST_CANCEL_AFTER_S}")
 
 
 def choose_answer(accept: str | None, file_types: tuple[str, ...]) -> str:

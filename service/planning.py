@@ -14,9 +14,10 @@ from models.bundle_descriptor import DecodeName, Method, nearest_sides
 from models.latent_space import LatentSpaceError
 from models.memory_plan import Work
 from models.prompt_words import PromptWords, read_prompt_words
+from service.batching import LatentGrid, count_items, output_latent_px
 from service.fitting import BundleMemory, Place, largest_note, read_memory, require_fit
 from service.images_in import ImageSize, check_image, is_image
-from service.jobs import GenerateParams, UpscaleParams
+from service.jobs import GenerateParams, JobParams, UpscaleParams
 from service.latents_in import Floats, read_latent, require_finite, to_blob
 from service.problems import InvalidFields
 from service.schemas import GenerateRequest, OutputFormat, UpscaleQuery
@@ -184,6 +185,12 @@ def _size_faults(bundle: Bundle, width_px: int, height_px: int, scale: int, meth
 
 def _no_decode(decode: DecodeName, bundle: Bundle) -> tuple[bool, str, str]:
     return decode not in bundle.decodes, "decode", f"is {decode}; bundle {bundle.name} has {', '.join(bundle.decodes)}"
+
+
+def total_latent_px(params: JobParams, bundle: Bundle) -> int:
+    """Latent pixels of all images of a job after upscaling: what the limit of queued work counts."""
+    grid = LatentGrid(bundle.latent_space.stride_px, window=1)
+    return count_items(params) * output_latent_px(params, grid)
 
 
 def warn_of_words(served: Served, params: GenerateParams) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Routes that make a job: POST /generate and POST /upscale. Read, plan, enqueue, wait, answer.
 
 Nothing is enqueued before everything about the request was checked. The checks are in `service.planning` and
-`service.latents_in`, the queue is `service.broker`.
+`service.latents_in`, the queue is `service.broker`; `service.routes_put` makes the same jobs under ids of clients.
 """
 
 import asyncio
@@ -30,16 +30,18 @@ from service.errors import (
     UnsupportedMediaType,
 )
 from service.images_in import fit_image, is_image, read_base64
-from service.jobs import GenerateParams, Job, JobParams, JobRecord, JobState, Priority
+from service.jobs import GenerateParams, Job, JobParams, JobRecord, JobState, Priority, Webhook
 from service.latents_in import SAFETENSORS_TYPE
-from service.negotiation import JSON_TYPE, Preference, choose_answer, read_preference
+from service.negotiation import JSON_TYPE, Preference, choose_answer, read_cancel_after, read_preference
 from service.openapi import IMAGE_FORMATS, IMAGE_TYPES, describe_answers, file_content, upload_request_body
-from service.planning import choose_served, plan_generate, prepare_upscale, warn_of_words
+from service.planning import Served, choose_served, plan_generate, prepare_upscale, total_latent_px, warn_of_words
 from service.problems import InvalidFields
 from service.schemas import GenerateRequest, JobBody, OutputFormat, UpscaleQuery
 from service.serving import Serving, ServingDep
 from service.settings import Settings
 from service.tracing import current_traceparent
+from service.webhook_targets import TargetRefused, find_addresses, read_target
+from service.webhooks import EVENTS
 
 router = APIRouter(tags=["create"])
 
@@ -51,12 +53,14 @@ _SMALL_BODY_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """How a client wants its answer: the headers that both routes share, and whether it cancels by leaving."""
+    """How a client wants its answer: the headers that all routes share, whether it cancels by leaving, its job id."""
 
     accept: str | None
     preference: Preference
     idempotency_key: str | None
     cancel_on_disconnect: bool
+    cancel_after_s: float | None = None
+    job_id: str | None = None
 
 
 async def read_asked(
@@ -69,6 +73,9 @@ async def read_asked(
     cancel_on_disconnect: Annotated[
         bool, Query(description="Cancel the job when the client goes away while it waits.")
     ] = False,
+    cancel_after: Annotated[
+        str | None, Header(description="Seconds after which the job fails unless it has ended.")
+    ] = None,
 ) -> Asked:
     """Read the shared headers.
 
@@ -81,7 +88,7 @@ async def read_asked(
     if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
         raise MalformedRequest("Idempotency-Key must be 1 to 255 printable ASCII characters without spaces")
     preference = read_preference(prefer, serving.settings.wait_timeout_s)
-    return Asked(accept, preference, idempotency_key, cancel_on_disconnect)
+    return Asked(accept, preference, idempotency_key, cancel_on_disconnect, read_cancel_after(cancel_after))
 
 
 AskedDep = Annotated[Asked, Depends(read_asked)]
@@ -96,14 +103,14 @@ async def require_json(content_type: Annotated[str | None, Header(include_in_sch
         raise UnsupportedMediaType(f"content type {declared[:80]!r}; send {JSON_TYPE}")
 
 
-_PROBLEMS = (400, 406, 409, 413, 415, 422, 429, 503, 504)
-_ACCEPTED = {"model": JobBody, "description": "Queued; Location is where to follow it."}
+PROBLEMS = (400, 406, 409, 413, 415, 422, 429, 503, 504)
+ACCEPTED = {"model": JobBody, "description": "Queued; Location is where to follow it."}
 
 
 @router.post(
     "/generate",
     response_model=JobBody,
-    responses=describe_answers({200: {"content": file_content(*IMAGE_TYPES)}, 202: _ACCEPTED}, *_PROBLEMS),
+    responses=describe_answers({200: {"content": file_content(*IMAGE_TYPES)}, 202: ACCEPTED}, *PROBLEMS),
     dependencies=[Depends(require_json)],
 )
 async def post_generate(request: Request, body: GenerateRequest, asked: AskedDep, serving: ServingDep) -> Response:
@@ -112,14 +119,16 @@ async def post_generate(request: Request, body: GenerateRequest, asked: AskedDep
     answer_type, output_format = _choose_format(asked.accept, body.output_format)
     if answer_type != JSON_TYPE and body.num_images != 1:
         raise InvalidFields((("num_images", f"is {body.num_images}; an answer that is a file holds one image"),))
-    seed = body.seed if body.seed is not None else draw_seed(asked.idempotency_key)
+    seed = body.seed if body.seed is not None else draw_seed(asked.idempotency_key or asked.job_id)
     params = plan_generate(
         body, served.bundle, serving.settings, seed, output_format, serving.places(served.bundle.name)
     )
     start = None
     if body.init_image is not None:
         start = await asyncio.to_thread(_prepare_start, body.init_image, params, serving.settings)
-    job = _new_job(served.bundle.name, body.priority, params, warn_of_words(served, params))
+    webhook = None if body.webhook is None else Webhook(body.webhook.url, body.webhook.events)
+    await require_webhook(webhook, serving.settings)
+    job = _new_job(asked, served, body.priority, params, webhook, warn_of_words(served, params))
     return await _run(request, serving, job, start, asked, answer_type)
 
 
@@ -135,7 +144,7 @@ def _prepare_start(text: str, params: GenerateParams, settings: Settings) -> byt
     "/upscale",
     response_model=JobBody,
     responses=describe_answers(
-        {200: {"content": file_content(*IMAGE_TYPES, SAFETENSORS_TYPE)}, 202: _ACCEPTED}, *_PROBLEMS
+        {200: {"content": file_content(*IMAGE_TYPES, SAFETENSORS_TYPE)}, 202: ACCEPTED}, *PROBLEMS
     ),
     openapi_extra=upload_request_body(),
 )
@@ -153,7 +162,11 @@ async def post_upscale(
     params, blob = prepare_upscale(*given) if small else await asyncio.to_thread(prepare_upscale, *given)
     if answer_type != JSON_TYPE and params.batch_items != 1:
         raise InvalidFields((("body", f"holds {params.batch_items} latents; an answer that is a file holds one"),))
-    job = _new_job(served.bundle.name, query.priority, params, ())
+    webhook = None
+    if query.webhook_url is not None:
+        webhook = Webhook(query.webhook_url, tuple((query.webhook_events or ",".join(EVENTS)).split(",")))
+    await require_webhook(webhook, serving.settings)
+    job = _new_job(asked, served, query.priority, params, webhook)
     return await _run(request, serving, job, blob, asked, answer_type)
 
 
@@ -196,9 +209,42 @@ def _choose_format(
     return answer_type, IMAGE_FORMATS.get(answer_type) or output_format or "png"
 
 
-def _new_job(bundle: str, priority: str, params: JobParams, warnings: tuple[str, ...]) -> Job:
+async def require_webhook(webhook: Webhook | None, settings: Settings) -> None:
+    """Resolves the target of a webhook, where one is asked for.
+
+    Raises:
+        InvalidFields: webhooks are off, or nothing is sent to such a target.
+    """
+    if webhook is None:
+        return
+    if settings.webhook_secret is None:
+        raise InvalidFields((("webhook", "cannot be sent: the service has no GIANTLEAP_WEBHOOK_SECRET to sign it"),))
+    try:
+        target = read_target(webhook.url)
+        await find_addresses(target.host, target.port, settings.webhook_allow_private)
+    except TargetRefused as error:
+        raise InvalidFields((("webhook", f"the url {error}"),)) from error
+
+
+def _new_job(
+    asked: Asked,
+    served: Served,
+    priority: str,
+    params: JobParams,
+    webhook: Webhook | None,
+    warnings: tuple[str, ...] = (),
+) -> Job:
     return Job(
-        str(uuid.uuid4()), bundle, Priority(priority), time.time(), params, warnings, traceparent=current_traceparent()
+        asked.job_id or str(uuid.uuid4()),
+        served.bundle.name,
+        Priority(priority),
+        time.time(),
+        params,
+        warnings,
+        traceparent=current_traceparent(),
+        latent_px=total_latent_px(params, served.bundle),
+        cancel_after_s=asked.cancel_after_s,
+        webhook=webhook,
     )
 
 
@@ -208,7 +254,8 @@ async def _run(
     """Enqueue, wait as long as was asked for, and answer with what there is then."""
     enqueued = await admit(request, serving, job, blob, asked.idempotency_key)
     if asked.preference.wait_s == 0:
-        queued = JobRecord(job, JobState.QUEUED, queue_position=enqueued.queue_position)
+        position, start_s = enqueued.queue_position, enqueued.estimated_start_s
+        queued = JobRecord(job, JobState.QUEUED, queue_position=position, estimated_start_s=start_s)
         record = queued if enqueued.created else await _get(serving, enqueued.job_id)
         return _accepted(request, record, asked)
     timeout_s = serving.settings.wait_timeout_s if asked.preference.wait_s is None else asked.preference.wait_s

@@ -10,16 +10,17 @@ from service.admission import caller_of
 from service.answers import failed_answer, file_answer, job_answer, job_problem
 from service.auth import Caller
 from service.errors import Conflict, NotFound
+from service.job_list import CURSOR_PATTERN, MOST_PER_PAGE
 from service.jobs import JobRecord, JobState
 from service.latents_in import SAFETENSORS_TYPE
 from service.openapi import IMAGE_TYPES, describe_answers, file_content
-from service.schemas import JobBody
+from service.schemas import JobBody, JobsBody, to_job_body
 from service.serving import ServingDep
 from service.sse import EVENT_STREAM_TYPE, read_last_event_id, stream_events
 
 router = APIRouter(tags=["jobs"])
 
-_JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _UNKNOWN = "no such job: it never was, or its time to live has passed"
 
 
@@ -29,10 +30,25 @@ async def get_record(job_id: str, serving: ServingDep, caller: Annotated[Caller,
     Raises:
         NotFound: there is none, the id is no UUID, or the job is another key's.
     """
-    record = await serving.broker.get(job_id) if _JOB_ID.fullmatch(job_id) else None
+    record = await serving.broker.get(job_id) if JOB_ID.fullmatch(job_id) else None
     if record is None or not caller.sees(record.job.owner):
         raise NotFound(_UNKNOWN)
     return record
+
+
+@router.get("/jobs", response_model=JobsBody, responses=describe_answers({}, 422, 503))
+async def list_jobs(
+    request: Request,
+    serving: ServingDep,
+    caller: Annotated[Caller, Depends(caller_of)],
+    status: Annotated[JobState | None, Query(description="Only jobs of this state.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MOST_PER_PAGE, description="Most jobs of one page.")] = 20,
+    cursor: Annotated[str | None, Query(pattern=CURSOR_PATTERN, description="next_cursor of the page before.")] = None,
+) -> JobsBody:
+    """The caller's own jobs, newest first, as long as their records live."""
+    page = await serving.broker.list_jobs(caller.name, status, limit, cursor)
+    root_path = request.scope.get("root_path", "")
+    return JobsBody(jobs=[to_job_body(record, root_path) for record in page.records], next_cursor=page.next_cursor)
 
 
 RecordDep = Annotated[JobRecord, Depends(get_record)]

@@ -20,6 +20,7 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 PriorityName = Literal["high", "low"]
 LARGEST_SEED = 2**63 - 1
 
+WebhookEvent = Literal["succeeded", "failed", "canceled"]
 SideField = Annotated[int | None, Field(ge=1, le=65_536, examples=[256])]
 
 
@@ -28,6 +29,17 @@ DecodeField: Any = Field(
     description="exact: the whole image at once, in strips where memory asks for it, to the same result; tiled: "
     "overlapping tiles, which changes the image; tiny: a fast preview by a small decoder, where the bundle has one.",
 )
+
+
+class WebhookRequest(BaseModel):
+    """Where to post a signed note when the job has ended."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    url: str = Field(min_length=1, max_length=2048, description="http or https; an address that is not public: 422.")
+    events: Annotated[tuple[WebhookEvent, ...], Field(min_length=1, max_length=3, strict=False)] = Field(
+        ("succeeded", "failed", "canceled"), description="The final states that are told."
+    )
 
 
 class GenerateRequest(BaseModel):
@@ -75,6 +87,7 @@ class GenerateRequest(BaseModel):
         allow_inf_nan=False,
         description="How far to leave init_image: its share of the steps is run. 0.6 if left out.",
     )
+    webhook: WebhookRequest | None = Field(None, description="Whom to tell when the job has ended.")
 
 
 class UpscaleQuery(BaseModel):
@@ -102,6 +115,14 @@ class UpscaleQuery(BaseModel):
     decode: DecodeName = DecodeField
     width: SideField = Field(None, description="Only for a packed tensor: width of its own image, pixels.")
     height: SideField = Field(None, description="Only for a packed tensor: height of its own image, pixels.")
+    webhook_url: str | None = Field(
+        None, min_length=1, max_length=2048, description="Where to post a signed note when the job has ended."
+    )
+    webhook_events: str | None = Field(
+        None,
+        pattern="^(succeeded|failed|canceled)(,(succeeded|failed|canceled)){0,2}$",
+        description="The final states that are told, comma-separated; all if left out.",
+    )
 
 
 class FieldProblem(BaseModel):
@@ -153,6 +174,9 @@ class JobBody(BaseModel):
     started_at: str | None
     finished_at: str | None
     queue_position: int | None = Field(description="Jobs that are claimed before this one; null once claimed.")
+    estimated_start_s: float | None = Field(
+        None, description="Seconds until it starts, from the jobs before it; null where it does not wait or none ended."
+    )
     cancel_requested: bool
     stages: dict[str, float] = Field(description="Seconds spent in each stage, the queue included.")
     warnings: list[str] = Field(description="For example words of the prompt that the bundle does not know.")
@@ -162,6 +186,13 @@ class JobBody(BaseModel):
     events_url: str
     cancel_url: str
     error: dict[str, Any] | None = Field(description="A problem, where status is failed.")
+
+
+class JobsBody(BaseModel):
+    """A page of the caller's jobs, newest first."""
+
+    jobs: list[JobBody]
+    next_cursor: str | None = Field(description="Send it as cursor for the next page; null on the last one.")
 
 
 class LatentSpaceBody(BaseModel):
@@ -288,6 +319,7 @@ def to_job_body(record: JobRecord, root_path: str = "") -> JobBody:
         started_at=None if record.started_at_s is None else to_rfc3339(record.started_at_s),
         finished_at=None if record.finished_at_s is None else to_rfc3339(record.finished_at_s),
         queue_position=record.queue_position,
+        estimated_start_s=record.estimated_start_s,
         cancel_requested=record.cancel_requested,
         stages=stages_s(record),
         warnings=list(dict.fromkeys((*job.warnings, *record.warnings))),

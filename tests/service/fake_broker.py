@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from service.broker import Enqueued
 from service.device_memory import Device
 from service.errors import GiantleapError, InvalidRequest
+from service.job_list import Page
 from service.jobs import GenerateParams, Job, JobError, JobEvent, JobRecord, JobState, QueueStats, ResultFile
 
 IMAGE = b"\x89PNG not really"
@@ -102,6 +103,13 @@ class FakeBroker:
     async def get(self, job_id: str) -> JobRecord | None:
         self._require_up()
         return self.records.get(job_id)
+
+    async def list_jobs(
+        self, owner: str, state: JobState | None = None, most: int = 20, cursor: str | None = None
+    ) -> Page:
+        self._require_up()
+        records = [record for record in self.records.values() if state in (None, record.state)]
+        return Page(tuple(records[::-1][:most]), None)
 
     async def cancel(self, job_id: str) -> JobRecord | None:
         self._require_up()

@@ -646,7 +646,7 @@ async def test_the_app_opens_and_closes_the_queue(app: FastAPI, broker: FakeBrok
 
 async def test_openapi_documents_every_route_and_its_problems(client: httpx.AsyncClient) -> None:
     document = (await client.get("/openapi.json")).json()
-    assert {"/generate", "/upscale", "/jobs/{job_id}", "/jobs/{job_id}/result", "/jobs/{job_id}/events",
+    assert {"/generate", "/upscale", "/jobs", "/jobs/{job_id}", "/jobs/{job_id}/result", "/jobs/{job_id}/events",
             "/jobs/{job_id}/cancel", "/models", "/livez", "/readyz", "/metrics"} == {
                 path for path in document["paths"] if not path.startswith(FRONTS)}  # fmt: skip
     schemas = document["components"]["schemas"]

@@ -1,0 +1,238 @@
+"""Jobs over HTTP: ids that clients make, deadlines, webhooks and the list, over a broker in memory and a real queue."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from pydantic import SecretStr
+from safetensors.numpy import save
+
+from service import webhooks
+from service.api import create_app
+from service.jobs import JobState, Webhook
+from service.settings import Settings, read_settings, to_environment
+from tests.service.fake_broker import FakeBroker, stay_queued
+from tests.service.live_server import live_server
+from tests.service.paper_bundle import BASE_PX, CHANNELS, write_paper_bundle
+from tests.service.webhook_receiver import webhook_receiver
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
+
+ASYNC = {"Prefer": "respond-async"}
+SAFETENSORS = {"Content-Type": "application/x-safetensors"}
+LATENT = save({"latent": np.ones((CHANNELS, 4, 6), np.float32)})
+SECRET = SecretStr("a secret of the operator")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_paper_bundle(tmp_path_factory.mktemp("bundles") / "paper")
+
+
+@pytest.fixture
+def broker() -> FakeBroker:
+    return FakeBroker()
+
+
+@pytest.fixture
+def app(bundle_dir: Path, broker: FakeBroker) -> FastAPI:
+    settings = read_settings(bundle=(bundle_dir,), webhook_secret=SECRET)
+    return create_app(settings, broker)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        yield client
+
+
+def assert_problem(answer: httpx.Response, status: int, code: str, field: str | None = None) -> None:
+    assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
+    if field is not None:
+        assert field in [error["field"] for error in answer.json()["errors"]]
+
+
+# --- PUT
+
+
+async def test_put_makes_a_job_of_either_kind_under_the_clients_id(
+    client: httpx.AsyncClient, broker: FakeBroker
+) -> None:
+    drawn, enlarged = str(uuid.uuid4()), str(uuid.uuid4())
+    answer = await client.put(f"/jobs/{drawn}", json={"prompt": "a"})
+    assert answer.status_code == 200 and answer.json()["id"] == drawn
+    answer = await client.put(f"/jobs/{enlarged}?scale=2", content=LATENT, headers=SAFETENSORS | ASYNC)
+    assert answer.status_code == 202 and answer.headers["location"] == f"/jobs/{enlarged}"
+    assert [(job.id, job.params.kind) for job in broker.jobs] == [(drawn, "generate"), (enlarged, "upscale")]
+    assert (await client.get(f"/jobs/{drawn}")).json()["status"] == "succeeded"
+    image = await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a"}, headers={"Accept": "image/png"})
+    assert image.status_code == 200 and image.headers["content-type"] == "image/png"
+
+
+async def test_put_refuses_what_it_cannot_mean(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+    path, body = f"/jobs/{uuid.uuid4()}", {"prompt": "a"}
+    for bad in ("7", str(uuid.uuid4()).upper(), "x" * 36):
+        assert_problem(await client.put(f"/jobs/{bad}", json=body), 422, "invalid_request", "job_id")
+    keyed = await client.put(path, json=body, headers={"Idempotency-Key": "k"})
+    assert_problem(keyed, 400, "malformed_request")
+    assert_problem(await client.put(f"{path}?scale=2", json=body), 422, "invalid_request", "scale")
+    assert_problem(await client.put(path, json={"prompt": ""}), 422, "invalid_request", "prompt")
+    assert_problem(await client.put(path, json={"prompt": "a", "hat": 1}), 422, "invalid_request", "hat")
+    sent = {"Content-Type": "application/json"}
+    for text in (b"{", b"\xff", b'"\xed\xa0\x80"'):
+        assert_problem(await client.put(path, content=text, headers=sent), 400, "malformed_request")
+    assert_problem(
+        await client.put(path, content=b"a", headers={"Content-Type": "text/html"}), 415, "unsupported_media_type"
+    )
+    assert broker.jobs == []
+
+
+# --- Cancel-After
+
+
+@pytest.mark.parametrize("path", ["/generate", "/upscale", "put"])
+async def test_cancel_after_becomes_the_jobs_deadline(client: httpx.AsyncClient, broker: FakeBroker, path: str) -> None:
+    headers = {"Cancel-After": "30"}
+    if path == "/upscale":
+        answer = await client.post(path, content=LATENT, headers=headers | SAFETENSORS)
+    elif path == "/generate":
+        answer = await client.post(path, json={"prompt": "a"}, headers=headers)
+    else:
+        answer = await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a"}, headers=headers)
+    assert answer.status_code == 200
+    assert [job.cancel_after_s for job in broker.jobs] == [30.0]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "soon", "", "1e3", "604801", "9" * 40, "٣"])
+async def test_a_cancel_after_that_is_no_time_is_refused(client: httpx.AsyncClient, value: str) -> None:
+    answer = await client.post("/generate", json={"prompt": "a"}, headers={"Cancel-After": value.encode()})
+    assert_problem(answer, 400, "malformed_request")
+
+
+async def test_a_job_counts_its_latent_pixels(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+    await client.post("/generate", json={"prompt": "a", "scale": 2, "num_images": 3})
+    await client.post("/upscale?scale=2", content=LATENT, headers=SAFETENSORS)
+    drawn, enlarged = broker.jobs
+    assert drawn.latent_px == 3 * (2 * BASE_PX // 8) ** 2
+    assert enlarged.latent_px == 4 * 4 * 6
+
+
+# --- webhooks
+
+
+async def test_a_webhook_reaches_the_job(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+    url = "https://8.8.8.8/hook"
+    answer = await client.post("/generate", json={"prompt": "a", "webhook": {"url": url, "events": ["failed"]}})
+    assert answer.status_code == 200 and url not in answer.text
+    await client.post("/generate", json={"prompt": "a", "webhook": {"url": url}})
+    query = {"webhook_url": url, "webhook_events": "failed,canceled"}
+    await client.post("/upscale", params=query, content=LATENT, headers=SAFETENSORS)
+    every = ("succeeded", "failed", "canceled")
+    events = [("failed",), every, ("failed", "canceled")]
+    assert [job.webhook for job in broker.jobs] == [Webhook(url, each) for each in events]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1/hook",
+        "http://localhost:8000/hook",
+        "http://[::1]/hook",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://[::ffff:10.0.0.1]/",
+        "https://user:pass@8.8.8.8/",
+        "ftp://8.8.8.8/",
+        "http://no-such-name.invalid/",
+    ],
+)
+async def test_a_webhook_into_the_own_network_is_refused(
+    client: httpx.AsyncClient, broker: FakeBroker, url: str
+) -> None:
+    answer = await client.post("/generate", json={"prompt": "a", "webhook": {"url": url}})
+    assert_problem(answer, 422, "invalid_request", "webhook")
+    assert url not in answer.text
+    answer = await client.post("/upscale", params={"webhook_url": url}, content=LATENT, headers=SAFETENSORS)
+    assert_problem(answer, 422, "invalid_request", "webhook")
+    answer = await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a", "webhook": {"url": url}})
+    assert_problem(answer, 422, "invalid_request", "webhook")
+    assert broker.jobs == []
+
+
+async def test_a_webhook_without_a_secret_or_of_unknown_events_is_refused(
+    bundle_dir: Path, client: httpx.AsyncClient, broker: FakeBroker
+) -> None:
+    for webhook in ({"url": "https://8.8.8.8/", "events": ["started"]}, {"url": "https://8.8.8.8/", "events": []}, {}):
+        answer = await client.post("/generate", json={"prompt": "a", "webhook": webhook})
+        assert_problem(answer, 422, "invalid_request")
+    app = create_app(read_settings(bundle=(bundle_dir,)), broker)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as plain:
+        answer = await plain.post("/generate", json={"prompt": "a", "webhook": {"url": "https://8.8.8.8/"}})
+        assert_problem(answer, 422, "invalid_request", "webhook")
+        assert "GIANTLEAP_WEBHOOK_SECRET" in answer.text
+    assert broker.jobs == []
+
+
+def test_the_secret_is_hidden_but_reaches_child_processes(bundle_dir: Path) -> None:
+    settings = read_settings(bundle=(bundle_dir,), webhook_secret=SECRET)
+    assert SECRET.get_secret_value() not in repr(settings)
+    assert to_environment(settings)["GIANTLEAP_WEBHOOK_SECRET"] == SECRET.get_secret_value()
+
+
+# --- the list
+
+
+async def test_jobs_are_listed_newest_first_by_state(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+    ids = [(await client.post("/generate", json={"prompt": "a"})).json()["id"] for _ in range(3)]
+    broker.end = stay_queued
+    waiting = (await client.post("/generate", json={"prompt": "a"}, headers=ASYNC)).json()["id"]
+    body = (await client.get("/jobs")).json()
+    assert [job["id"] for job in body["jobs"]] == [waiting, *reversed(ids)] and body["next_cursor"] is None
+    assert "prompt" not in json.dumps(body)
+    queued = (await client.get("/jobs?status=queued")).json()["jobs"]
+    assert [job["id"] for job in queued] == [waiting]
+    assert len((await client.get("/jobs?limit=2")).json()["jobs"]) == 2
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=101", "cursor=x", "cursor=-1", "status=lost"])
+async def test_a_bad_page_is_refused(client: httpx.AsyncClient, query: str) -> None:
+    assert_problem(await client.get(f"/jobs?{query}"), 422, "invalid_request", query.split("=")[0])
+
+
+# --- over a real queue and a socket
+
+
+async def test_over_a_real_queue_deadline_repeat_list_and_webhook_work_together(
+    bundle_dir: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "_POLL_S", 0.05)
+    changes = {"bundle": (bundle_dir,), "webhook_secret": SECRET, "webhook_allow_private": True}
+    app = create_app(settings.model_copy(update=changes))
+    with webhook_receiver() as receiver, live_server(app) as url:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            path, body = f"/jobs/{uuid.uuid4()}", {"prompt": "a", "webhook": {"url": receiver.url}}
+            first = await client.put(path, json=body, headers={"Cancel-After": "1"})
+            assert_problem(first, 504, "deadline_passed")
+            assert first.json()["status_url"] == path
+            again = await client.put(path, json=body)
+            assert_problem(again, 504, "deadline_passed")
+            assert_problem(await client.put(path, json={"prompt": "b"}), 422, "invalid_request")
+            (job,) = (await client.get("/jobs?status=failed")).json()["jobs"]
+            assert job["status_url"] == path and job["error"]["code"] == "deadline_passed"
+            assert (await client.get("/jobs")).json()["jobs"] == [job]
+            await asyncio.to_thread(receiver.wait_for, 1)
+            assert json.loads(receiver.got[0][2])["type"] == "job.failed"
+            kept: Any = await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a"}, headers=ASYNC)
+            assert kept.status_code == 202 and kept.json()["status"] == JobState.QUEUED
+            assert (await client.delete(kept.json()["status_url"])).json()["status"] == JobState.CANCELED

@@ -1,0 +1,268 @@
+"""Webhooks from the end of a job to a receiver on a real socket, with a real Redis between."""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+import json
+import socket
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+import redis
+from prometheus_client import CollectorRegistry
+from pydantic import SecretStr
+
+from service import webhooks
+from service.jobs import Job, JobError, ResultFile, Webhook
+from service.keys import Keys
+from service.metrics import Metrics
+from service.redis_urls import open_async_redis
+from service.settings import Settings
+from service.webhooks import EVENTS, Delivery, WebhookSender, retry_delay_s, sign
+from tests.service.webhook_receiver import Receiver, webhook_receiver
+
+SECRET = "a secret of the operator"
+PNG = ResultFile("image/png", 3)
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with webhook_receiver() as opened:
+        yield opened
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(CollectorRegistry())
+
+
+@pytest.fixture(autouse=True)
+def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "_POLL_S", 0.05)
+
+
+@contextlib.asynccontextmanager
+async def senders(settings: Settings, metrics: Metrics, number: int = 1, **changes: Any) -> AsyncIterator[None]:
+    changed = settings.model_copy(
+        update={"webhook_secret": SecretStr(SECRET), "webhook_allow_private": True, **changes}
+    )
+    assert changed.redis_url is not None
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(number):
+            client = await stack.enter_async_context(open_async_redis(changed.redis_url))
+            sender = WebhookSender(client, changed, metrics, first_delay_s=0.01)
+            sender.open()
+            stack.push_async_callback(sender.close)
+        yield
+
+
+def told(job: Job, receiver: Receiver, events: tuple[str, ...] = EVENTS) -> Job:
+    return dataclasses.replace(job, webhook=Webhook(receiver.url, events))
+
+
+def outcomes(metrics: Metrics) -> dict[str, float]:
+    text = metrics.registry.collect()
+    return {
+        sample.labels["outcome"]: sample.value
+        for family in text
+        for sample in family.samples
+        if sample.name == "giantleap_webhooks_total"
+    }
+
+
+def waiting(client: redis.Redis, settings: Settings) -> int:
+    return int(client.zcard(f"{Keys(settings.key_prefix).tag}:webhooks"))
+
+
+def verify(secret: str, headers: dict[str, str], body: bytes) -> None:
+    """As docs/api.md shows it."""
+    parts = dict(part.split("=", 1) for part in headers["x-giantleap-signature"].split(","))
+    signed = parts["t"].encode() + b"." + body
+    assert hmac.compare_digest(parts["v1"], hmac.new(secret.encode(), signed, hashlib.sha256).hexdigest())
+
+
+def test_each_end_of_a_job_is_told_signed_and_once(
+    open_broker: Any,
+    open_claims: Any,
+    make_job: Any,
+    receiver: Receiver,
+    settings: Settings,
+    metrics: Metrics,
+    redis_client: redis.Redis,
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as producer:
+            jobs = [told(make_job(), receiver) for _ in range(3)]
+            for job in jobs:
+                await producer.enqueue(job)
+            await producer.cancel(jobs[2].id)
+            worker = open_claims()
+            first, second = worker.claim(2, 1.0)
+            worker.finish(first, [(PNG, b"png")], {}, [])
+            worker.fail(second, JobError("engine_fault", "NaN"))
+            async with senders(settings, metrics, 3):
+                await asyncio.to_thread(receiver.wait_for, 3, lambda: waiting(redis_client, settings) == 0)
+            states = {}
+            for path, headers, body in receiver.got:
+                verify(SECRET, headers, body)
+                note = json.loads(body)
+                states[note["job"]["id"]] = note["job"]["status"]
+                assert path == "/hook?a=1" and headers["content-type"] == "application/json"
+                assert headers["host"] == receiver.url.split("/")[2]
+                assert note["type"] == headers["x-giantleap-event"] == f"job.{note['job']['status']}"
+                assert note["delivery"] == headers["x-giantleap-delivery"]
+                assert (note["job"]["error"] is not None) == (note["job"]["status"] == "failed")
+                assert note["job"]["finished_at"].endswith("Z") and "a red ball" not in body.decode()
+            assert states == {first.job.id: "succeeded", second.job.id: "failed", jobs[2].id: "canceled"}
+            assert len(receiver.got) == 3 and outcomes(metrics) == {"delivered": 3}
+
+    asyncio.run(scenario())
+
+
+def test_only_the_states_that_were_asked_for_are_told(
+    open_broker: Any, open_claims: Any, make_job: Any, receiver: Receiver, settings: Settings, redis_client: redis.Redis
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as producer:
+            quiet, plain = told(make_job(), receiver, ("failed",)), make_job()
+            loud = told(make_job(), receiver, ("failed", "canceled"))
+            for job in (quiet, plain, loud):
+                await producer.enqueue(job)
+                await producer.cancel(job.id)
+            [delivery] = redis_client.zrange(f"{Keys(settings.key_prefix).tag}:webhooks", 0, -1)
+            assert delivery.decode().startswith(loud.id)
+            assert redis_client.pttl(f"{Keys(settings.key_prefix).tag}:webhook:{delivery.decode()}") > 0
+
+    asyncio.run(scenario())
+
+
+def test_a_receiver_that_fails_is_asked_again_with_the_same_body(
+    open_broker: Any,
+    make_job: Any,
+    receiver: Receiver,
+    settings: Settings,
+    metrics: Metrics,
+    redis_client: redis.Redis,
+) -> None:
+    receiver.answers = [500, 302, 404]
+
+    async def scenario() -> None:
+        async with open_broker() as producer:
+            job = told(make_job(), receiver)
+            await producer.enqueue(job)
+            await producer.cancel(job.id)
+            async with senders(settings, metrics):
+                await asyncio.to_thread(receiver.wait_for, 4, lambda: waiting(redis_client, settings) == 0)
+            assert len({body for _, _, body in receiver.got}) == 1
+            assert {path for path, _, _ in receiver.got} == {"/hook?a=1"}, "a redirect is not followed"
+            assert outcomes(metrics) == {"retried": 3, "delivered": 1}
+
+    asyncio.run(scenario())
+
+
+def test_a_delivery_is_given_up_after_so_many_attempts_and_kept_in_the_dead_list(
+    open_broker: Any,
+    make_job: Any,
+    settings: Settings,
+    metrics: Metrics,
+    redis_client: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(webhooks, "MOST_ATTEMPTS", 3)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    dead = f"{Keys(settings.key_prefix).tag}:webhooks_dead"
+
+    async def scenario() -> None:
+        async with open_broker() as producer:
+            job = dataclasses.replace(make_job(), webhook=Webhook(f"http://127.0.0.1:{port}/", EVENTS))
+            await producer.enqueue(job)
+            await producer.cancel(job.id)
+            async with senders(settings, metrics), asyncio.timeout(60):
+                while not redis_client.xlen(dead):
+                    await asyncio.sleep(0.02)
+            [(_, fields)] = redis_client.xrange(dead)
+            assert fields[b"delivery"].decode().startswith(job.id) and fields[b"reason"] == b"ConnectError"
+            assert waiting(redis_client, settings) == 0
+            assert list(redis_client.scan_iter(match=f"{Keys(settings.key_prefix).tag}:webhook:*")) == []
+            assert outcomes(metrics) == {"retried": 2, "dropped": 1}
+
+    asyncio.run(scenario())
+
+
+def test_a_target_that_became_private_is_never_connected_to(
+    open_broker: Any, make_job: Any, receiver: Receiver, settings: Settings, metrics: Metrics, redis_client: redis.Redis
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as producer:
+            job = told(make_job(), receiver)
+            await producer.enqueue(job)
+            await producer.cancel(job.id)
+            async with senders(settings, metrics, webhook_allow_private=False), asyncio.timeout(60):
+                while outcomes(metrics).get("retried", 0) < 2:
+                    await asyncio.sleep(0.02)
+            assert receiver.got == []
+
+    asyncio.run(scenario())
+
+
+def test_a_receiver_that_never_answers_costs_one_bounded_attempt(
+    open_broker: Any, make_job: Any, settings: Settings, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "_ATTEMPT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+
+        async def scenario() -> None:
+            async with open_broker() as producer:
+                webhook = Webhook(f"http://127.0.0.1:{silent.getsockname()[1]}/", EVENTS)
+                job = dataclasses.replace(make_job(), webhook=webhook)
+                await producer.enqueue(job)
+                await producer.cancel(job.id)
+                async with senders(settings, metrics), asyncio.timeout(60):
+                    while outcomes(metrics).get("retried", 0) < 1:
+                        await asyncio.sleep(0.02)
+
+        asyncio.run(scenario())
+
+
+def test_what_a_lost_sender_had_taken_is_sent_by_another_when_its_lease_ends(
+    open_broker: Any, make_job: Any, receiver: Receiver, settings: Settings, metrics: Metrics, redis_client: redis.Redis
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as producer:
+            job = told(make_job(), receiver)
+            await producer.enqueue(job)
+            await producer.cancel(job.id)
+            assert settings.redis_url is not None
+            async with open_async_redis(settings.redis_url) as client:
+                changed = settings.model_copy(update={"webhook_secret": SecretStr(SECRET)})
+                lost = WebhookSender(client, changed, metrics)
+                args = [lost._limits, 16, 60_000, 10]
+                [[delivery, attempt, *_]] = await lost._take(keys=lost._tag, args=args)
+                assert await lost._take(keys=lost._tag, args=args) == [], "out of sight"
+                redis_client.zadd(f"{Keys(settings.key_prefix).tag}:webhooks", {delivery: 0})  # the lease ends
+                async with senders(settings, metrics):
+                    await asyncio.to_thread(receiver.wait_for, 1, lambda: waiting(redis_client, settings) == 0)
+                late = [lost._limits, delivery, attempt, 0, ""]
+                assert await lost._settle(keys=lost._tag, args=late) == 0, "it was another's by then"
+                assert waiting(redis_client, settings) == 0
+
+    asyncio.run(scenario())
+
+
+def test_signature_and_delays_are_as_documented() -> None:
+    digest = hmac.new(b"key", b'1700000000.{"a": 1}', hashlib.sha256).hexdigest()
+    assert sign("key", 1_700_000_000, b'{"a": 1}') == f"t=1700000000,v1={digest}"
+    for attempt, longest_s in ((1, 5), (2, 10), (5, 80), (9, 600), (30, 600)):
+        delays_s = [retry_delay_s(attempt) for _ in range(50)]
+        assert longest_s / 2 <= min(delays_s) < max(delays_s) <= longest_s
+
+
+def test_the_body_is_the_same_at_each_attempt() -> None:
+    first = Delivery("d", 1, "http://a", "id", "succeeded", "pocket", 1.7e9, "")
+    assert first.to_body() == dataclasses.replace(first, attempt=2).to_body()
+    assert json.loads(first.to_body())["job"]["finished_at"] == "2023-11-14T22:13:20.000Z"
