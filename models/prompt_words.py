@@ -5,6 +5,7 @@ The API process warns with it when a job is accepted. The tokenizer that draws i
 """
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -22,6 +23,8 @@ class PromptWords:
 
     def __init__(self, tokenizer: Tokenizer, unknown_token: str) -> None:
         self._tokenizer = tokenizer
+        # The same few words come again and again, and the tokenizer takes 10 us for each.
+        self._is_known = lru_cache(maxsize=4096)(self._look_up)
         self._unknown_token = unknown_token
 
     def unknown_words(self, prompt: str) -> list[str]:
@@ -32,7 +35,7 @@ class PromptWords:
         words = dict.fromkeys(_WORDS.findall(prompt.lower()))
         return [word for word in words if not self._is_known(word)]
 
-    def _is_known(self, word: str) -> bool:
+    def _look_up(self, word: str) -> bool:
         tokens = self._tokenizer.encode(word, add_special_tokens=False).tokens
         spelled = len(word) == 1 and word.isalnum() and word != "a"
         return len(tokens) == 1 and tokens[0] != self._unknown_token and not spelled

@@ -47,6 +47,7 @@ from service.settings import Settings
 
 _POLL_S = 1.0
 _DEVICES_EVERY_S = 3.0
+_ENDED_KEPT = 4096
 _SMALL_BODY_BYTES = 1 << 20
 _EVENT_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
 _LOG = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class Broker:
         self._list = redis.register_script(scripts.PRELUDE + LIST)
         self._devices: tuple[Device, ...] = ()
         self._waiters: dict[str, set[asyncio.Event]] = {}
+        self._ended: dict[str, None] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -262,8 +264,12 @@ class Broker:
         blob: bytes | None = await self._answer(self._redis.hget(self._keys.result(job_id), str(index)))
         return blob
 
-    async def wait(self, job_id: str, timeout_s: float) -> JobRecord:
+    async def wait(self, job_id: str, timeout_s: float, created: bool = False) -> JobRecord:
         """The final record as soon as there is one, or the latest record after `timeout_s`.
+
+        Args:
+            created: This broker has just put the job in: it is read when it ends or when a poll is due, not before,
+                which saves a round trip for each request. Not for a job with a deadline, which only a read knows.
 
         Raises:
             NotFound: the job is unknown, or its record expired meanwhile.
@@ -273,6 +279,9 @@ class Broker:
         wake = asyncio.Event()
         self._waiters.setdefault(job_id, set()).add(wake)
         try:
+            # Its end was published to this process or is still to come: nothing runs between these two lines.
+            if created and job_id not in self._ended:
+                await _woken(wake, min(_POLL_S, timeout_s))
             while True:
                 wake.clear()
                 left_s = deadline_s - asyncio.get_running_loop().time()
@@ -281,8 +290,7 @@ class Broker:
                     return record
                 if record is not None and record.deadline_left_s is not None:
                     left_s = min(left_s, record.deadline_left_s)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(wake.wait(), max(0.001, min(_POLL_S, left_s)))
+                await _woken(wake, max(0.001, min(_POLL_S, left_s)))
         finally:
             self._waiters[job_id].discard(wake)
             if not self._waiters[job_id]:
@@ -385,12 +393,26 @@ class Broker:
                     while True:
                         message = await channel.get_message(ignore_subscribe_messages=True, timeout=_POLL_S)
                         if message is not None:
-                            for wake in self._waiters.get(message["data"].decode(), ()):
-                                wake.set()
+                            self._note_end(message["data"].decode())
             except LOST as error:
                 _LOG.warning("listener lost Redis (%s); again in %.1f s", type(error).__name__, delay_s)
                 await asyncio.sleep(delay_s)
                 delay_s = min(2.0, 2 * delay_s)
+
+    def _note_end(self, job_id: str) -> None:
+        """Wakes who waits for a job, and remembers it for a while for whoever is about to wait."""
+        self._ended[job_id] = None
+        if len(self._ended) > _ENDED_KEPT:
+            del self._ended[next(iter(self._ended))]
+        for wake in self._waiters.get(job_id, ()):
+            wake.set()
+
+
+async def _woken(wake: asyncio.Event, timeout_s: float) -> None:
+    """Returns when the event is set or the time is up. Python 3.11's `wait_for` would make a task of it each time."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await wake.wait()
 
 
 def _to_not_ready(error: Exception) -> NotReady:

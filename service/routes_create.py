@@ -12,7 +12,7 @@ import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from starlette.datastructures import UploadFile
@@ -49,6 +49,7 @@ _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 # Drawn seeds stay exact in clients whose numbers are doubles.
 _DRAWN_SEED_LIMIT = 2**53
 _SMALL_BODY_BYTES = 1 << 20
+_STOP_SEEN_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +95,11 @@ async def read_asked(
 AskedDep = Annotated[Asked, Depends(read_asked)]
 
 
-async def require_json(content_type: Annotated[str | None, Header(include_in_schema=False)] = None) -> None:
+async def require_json(request: Request) -> None:
     """Raises:
     UnsupportedMediaType: the body is declared as something else than JSON.
     """
-    declared = (content_type or "").partition(";")[0].strip().lower()
+    declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if declared != JSON_TYPE:
         raise UnsupportedMediaType(f"content type {declared[:80]!r}; send {JSON_TYPE}")
 
@@ -260,7 +261,8 @@ async def _run(
         return _accepted(request, record, asked)
     timeout_s = serving.settings.wait_timeout_s if asked.preference.wait_s is None else asked.preference.wait_s
     try:
-        record = await wait_for_job(request, serving, enqueued.job_id, timeout_s)
+        created = enqueued.created and job.cancel_after_s is None
+        record = await wait_for_job(request, serving, enqueued.job_id, timeout_s, created)
     except ClientDisconnect:
         if asked.cancel_on_disconnect:
             await serving.broker.cancel(enqueued.job_id)
@@ -285,21 +287,27 @@ async def _get(serving: Serving, job_id: str) -> JobRecord:
     return record
 
 
-async def wait_for_job(request: Request, serving: Serving, job_id: str, timeout_s: float) -> JobRecord:
-    """The job's record once it is final, the time is up, or this process stops.
+async def wait_for_job(
+    request: Request, serving: Serving, job_id: str, timeout_s: float, created: bool = False
+) -> JobRecord:
+    """The job's record once it is final, the time is up, or this process stops (seen within `_STOP_SEEN_S`).
 
     Effects: leaves no task behind, however it ends.
+
+    Args:
+        created: As for `Broker.wait`.
 
     Raises:
         ClientDisconnect: the client went away; the job goes on.
     """
-    waiting = asyncio.create_task(serving.broker.wait(job_id, timeout_s))
+    waiting = asyncio.create_task(serving.broker.wait(job_id, timeout_s, created))
     # The body has been read: all that can still come from the client is that it goes away.
     leaving = asyncio.create_task(_wait_for_disconnect(request))
-    stopping = asyncio.create_task(serving.stopping.wait())
-    tasks = (waiting, leaving, stopping)
+    tasks = (waiting, leaving)
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        ended: set[asyncio.Task[Any]] = set()
+        while not ended and not serving.stopping.is_set():
+            ended, _ = await asyncio.wait(tasks, timeout=_STOP_SEEN_S, return_when=asyncio.FIRST_COMPLETED)
         if waiting.done():
             return waiting.result()
         if leaving.done():
