@@ -5,6 +5,7 @@ What differs between the pipeline classes is in `FAMILIES`, one line each. The l
 """
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from models.bundle import Bundle, ModelSource
+from models.bundle import Bundle, BundleError, ModelSource
 from models.latent_space import LatentSpace
 
 StepWatcher = Callable[[int, int], None]
@@ -135,10 +136,13 @@ class Generator:
 
         Raises:
             OSError: the directory or a file in it is missing.
+            BundleError: there is a VAE and no pipeline.
             ValueError: the pipeline is of a class that is not known here.
 
         Effects: quietens the libraries' own logs and progress bars, which would print prompts.
         """
+        if isinstance(bundle.pipeline, Path) and _class_name(bundle.pipeline) == "DiffusionPipeline":
+            raise BundleError(f"bundle {bundle.name} holds a VAE alone, to train with: there is no pipeline to serve")
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         diffusers_logging.set_verbosity_error()  # a prompt that is cut off would be logged
@@ -299,6 +303,10 @@ class _ImageEncoder:
     def encode(self, image: Tensor) -> Any:
         mean = self._vae.encode(image.to(self._vae.dtype)).latent_dist.mode()
         return SimpleNamespace(latents=mean.to(image.dtype))
+
+
+def _class_name(pipeline: Path) -> str:
+    return str(json.loads((pipeline / "model_index.json").read_text(encoding="utf-8")).get("_class_name", ""))
 
 
 def _load(cls: Any, source: ModelSource, dtype: torch.dtype, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`giantleap train prepare | run`: a LUA for the VAE of one's own base model, from photographs of one's own.
+"""`giantleap train prepare, run, transfer ...`: a LUA for the VAE of one's own base model, from one's own photographs.
 
 `service.cli` mounts these commands. Torch and all that follows from it are imported inside them. Several processes:
 `torchrun --nproc-per-node 2 -m service.cli train run ...`, and alike for `prepare`.
@@ -102,6 +102,48 @@ def run(
         typer.echo(f"giantleap: {error}", err=True)
         raise typer.Exit(DIVERGED) from error
     except (BundleError, CheckpointError, ConfigError, PairsError, TrainingStateError, VaeError, OSError) as error:
+        stop(str(error))
+    if place.is_first:
+        typer.echo(f"wrote {written}")
+
+
+@app.command()
+def transfer(
+    source: Annotated[Path, typer.Option("--from", help="Bundle directory with LUA weights, or a file of them.")],
+    to_bundle: Annotated[Path, typer.Option(help="Directory of the bundle with the other VAE.")],
+    pairs: Annotated[Path, typer.Option(help="Pairs of the other VAE, as `prepare` writes them.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run.")],
+    start: Annotated[
+        Literal["fit", "slice", "fresh"],
+        typer.Option(help="Of the new ends: mapped by both VAEs (needs --from a bundle), old channels, or untrained."),
+    ] = "fit",
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file as of `run`, without bundle, pairs and lua; else short defaults.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out, if there is one.")] = False,
+    stop_after: Annotated[int | None, typer.Option(min=1, help="Stop when so many updates are done.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Carry weights over to another VAE: new first and last convolutions, the rest kept, then a fine-tune."""
+    from models.foreign_weights import CheckpointError
+    from models.vae import VaeError
+    from training.checkpoint import TrainingStateError
+    from training.curriculum import ConfigError
+    from training.pairs_store import PairsError
+    from training.run import DivergedError, open_place
+    from training.transfer import TransferError, transfer_and_train
+
+    try:
+        with open_place(_own_device(device)) as place:
+            written = transfer_and_train(
+                source, to_bundle, pairs, out, place, start=start, config=config, resume=resume, stop_after=stop_after
+            )
+    except DivergedError as error:
+        typer.echo(f"giantleap: {error}", err=True)
+        raise typer.Exit(DIVERGED) from error
+    except (
+        BundleError, CheckpointError, ConfigError, PairsError, TrainingStateError, TransferError, VaeError, OSError
+    ) as error:  # fmt: skip
         stop(str(error))
     if place.is_first:
         typer.echo(f"wrote {written}")

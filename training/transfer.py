@@ -1,8 +1,8 @@
 """A trained LUA carried over to another VAE: new ends for its latents, everything between them kept.
 
 `transfer` is a pure function from one network to another; `match_latents` measures the linear maps between two VAEs'
-latents that its best start needs. `prepare_start` and `plan_run` make of both what `training.run.train` fine-tunes;
-`giantleap train transfer` calls them. `benchmarks/transfer.py` compares the starts.
+latents that its best start needs. `transfer_and_train` does both and hands the rest to `training.run.train`;
+`giantleap train transfer` calls it. `benchmarks/transfer.py` compares the starts.
 """
 
 import tomllib
@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.bundle import Bundle, read_bundle
+from models.bundle import file_hash, read_bundle
 from models.checkpoints import read_lua, write_lua
 from models.lua import Lua
 from models.vae import Vae
 from training.curriculum import PAPER, ConfigError, RunConfig, StageConfig, check_config
 from training.frozen_vae import read_vae, vae_hash
 from training.pairs_store import PairsStore
+from training.run import Place, train
 
 Start = Literal["fresh", "slice", "fit"]
 
+START_FILE = "start.safetensors"
 MATCHED_TILES = 32  # of 64 x 64 latents: 131,072 samples of at most 32 unknowns a channel
 RIDGE = 1e-4  # of the mean variance: VAEs have channels that hardly vary
 STAGES: tuple[StageConfig, ...] = (
@@ -212,22 +216,24 @@ def prepare_start(source: Path, to_bundle: Path, pairs: Path, start: Start, devi
     store = PairsStore.open(pairs)
     if store.summary["vae_sha256"] != vae_hash(bundle):
         raise TransferError(f"{pairs}: these pairs were made with another VAE than that of bundle {bundle.name}")
-    origin = read_bundle(source) if source.is_dir() else None
-    net = read_lua(_weights_of(source, origin))
+    net = read_lua(_weights_of(source))
     mean, std = store.statistics()
     maps = None
     if start == "fit":
-        if origin is None:
-            raise TransferError(f"start fit needs the VAE that {source} was trained on: name its bundle's directory")
+        if not source.is_dir():
+            raise TransferError(
+                f"start fit needs the VAE that {source} was trained on: name the bundle's directory, or another start"
+            )
         large = store.read(_spread(len(store), MATCHED_TILES), (1,))[1]
-        old, new = (read_vae(each, device, torch.float32) for each in (origin, bundle))
+        old, new = (read_vae(each, device, torch.float32) for each in (read_bundle(source), bundle))
         maps = match_latents(net, old, new, large, mean, std)
     return transfer(net, bundle.latent_space.channels, mean=mean, std=std, start=start, maps=maps, seed=seed)
 
 
-def _weights_of(source: Path, origin: Bundle | None) -> Path:
-    if origin is None:
+def _weights_of(source: Path) -> Path:
+    if not source.is_dir():
         return source
+    origin = read_bundle(source)
     if origin.lua is None:
         raise TransferError(f"{source}: {origin.why_not('lua')}")
     return origin.lua
@@ -257,7 +263,48 @@ def plan_run(to_bundle: Path, pairs: Path, start_file: Path, config: Path | None
     )
 
 
-def write_start(path: Path, net: Lua, source: Path, start: Start) -> None:
-    """Writes the transferred weights, with their origin in the header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_lua(path, net, {"transferred_from": source.name, "transfer_start": start})
+def transfer_and_train(
+    source: Path,
+    to_bundle: Path,
+    pairs: Path,
+    out: Path,
+    place: Place,
+    *,
+    start: Start = "fit",
+    config: Path | None = None,
+    resume: bool = False,
+    stop_after: int | None = None,
+) -> Path:
+    """Transfers, then fine-tunes with `training.run.train`, which says what `out`, `resume` and `stop_after` do.
+
+    Args:
+        source, to_bundle, pairs, start: As in `prepare_start`.
+        config: As in `plan_run`.
+        place: Of this process; the first one writes the start.
+
+    Returns:
+        What `train` returns.
+
+    Raises:
+        TransferError: `out` holds a transfer and is not resumed, or one of other weights or another start.
+
+    Effects:
+        Writes `start.safetensors`, the transferred network before its first update, and a run into `out`.
+    """
+    start_file = out / START_FILE
+    plan = plan_run(to_bundle, pairs, start_file, config)
+    origin = {"transferred_from": file_hash(_weights_of(source)), "transfer_start": start}
+    if place.is_first:
+        if not start_file.is_file():
+            net = prepare_start(source, to_bundle, pairs, start, place.device, plan.seed)
+            out.mkdir(parents=True, exist_ok=True)
+            write_lua(start_file, net, origin)
+        elif not resume:
+            raise TransferError(f"{out} holds a transfer: resume it, or name another directory")
+    if place.world_size > 1:
+        dist.barrier()  # the start is there for all
+    with safe_open(start_file, framework="pt") as file:
+        found = file.metadata() or {}
+    if differing := sorted(key for key, value in origin.items() if found.get(key) != value):
+        raise TransferError(f"{start_file} has another {', '.join(differing)}; name another directory")
+    return train(plan, out, place, resume=resume, stop_after=stop_after)
