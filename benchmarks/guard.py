@@ -47,19 +47,25 @@ Change = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def changes(statistics: LatentStatistics) -> dict[str, Change]:
-    """What makes a latent one from outside, by name; the names' first words are the groups of the table."""
+    """What makes a latent one from outside, by name."""
     std = torch.tensor(statistics.std).view(-1, 1, 1)
-    made: dict[str, Change] = {"as trained": lambda z, g: z}
-    for factor in (1.5, 2, 4, 8):
-        made[f"scaled {factor}"] = lambda z, g, by=factor: by * z
-    for level in (0.5, 0.7, 1.0, 2.0):
-        made[f"noisy {level}"] = lambda z, g, by=level: z + by * std * torch.randn(z.shape, generator=g)
-    for name in FOREIGN:
-        space = LATENT_SPACES[name]
-        made[f"family {name}: scaled as it"] = lambda z, g, s=space: (z - s.shift) * s.scale
-        made[f"family {name}: unscaled twice"] = lambda z, g, s=space: z / s.scale + s.shift
-    made["channels permuted"] = lambda z, g: z[:, torch.randperm(z.shape[1], generator=g)]
-    return made
+
+    def line(factor: float, offset: float = 0.0) -> Change:
+        return lambda z, generator: factor * z + offset
+
+    def noise(level: float) -> Change:
+        return lambda z, generator: z + level * std * torch.randn(z.shape, generator=generator)
+
+    def permute(z: Tensor, generator: torch.Generator) -> Tensor:
+        return z[:, torch.randperm(z.shape[1], generator=generator)]
+
+    made = {"as trained": line(1.0)}
+    made |= {f"scaled {factor:g}": line(factor) for factor in (1.5, 2.0, 4.0, 8.0)}
+    made |= {f"noisy {level}": noise(level) for level in (0.5, 0.7, 1.0, 2.0)}
+    for space in (LATENT_SPACES[name] for name in FOREIGN):
+        made[f"family {space.name}: scaled as it"] = line(space.scale, -space.shift * space.scale)
+        made[f"family {space.name}: unscaled twice"] = line(1.0 / space.scale, space.shift)
+    return made | {"channels permuted": permute}
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,19 @@ def measure_case(
     }
 
 
+def reach(statistics: LatentStatistics, small: Tensor, grown: Tensor, scale: int) -> dict[str, float]:
+    """How far a latent goes: its largest distance from the mean in s, and from the bicubic latent in r."""
+    mean, std, rms = (
+        torch.tensor(values).view(-1, 1, 1)
+        for values in (statistics.mean, statistics.std, statistics.residual_rms[scale])
+    )
+    base = F.interpolate(small, scale_factor=float(scale), mode="bicubic")
+    return {
+        "sigmas": float(((torch.stack([base, grown]) - mean) / std).abs().max()),
+        "residuals": float(((grown - base) / rms).abs().max()),
+    }
+
+
 def summarize(cases: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     """By route: rate of broken images, means of the rest, and the least PSNR against no guard."""
     return {
@@ -176,8 +195,11 @@ def main(
     statistics = measure_procedural(route.vae, pictures)
     guards = {each: Guard(statistics, each, device) for each in sigmas or [3.0, 6.0, 12.0, 24.0]}
     groups: dict[str, list[dict[str, dict[str, float]]]] = {}
+    usual: dict[str, dict[str, float]] = {}
     for scale in net.spec.scales:
         inputs = read_inputs(route, scale)
+        with torch.inference_mode():
+            usual |= {f"x{scale} {name}": reach(statistics, z, net(z, scale), scale) for name, z in inputs.items()}
         for name, change in tqdm(changes(statistics).items(), desc=f"x{scale}"):
             generator = torch.Generator().manual_seed(scale)
             for small in inputs.values():
@@ -185,12 +207,15 @@ def main(
                 groups.setdefault(name, []).append(case)
     table = {name: summarize(cases) for name, cases in groups.items()}
     typer.echo(to_table(table))
+    most = {unit: max(row[unit] for row in usual.values()) for unit in ("sigmas", "residuals")}
+    typer.echo(f"as trained, at most {most['sigmas']:.1f} s from the mean, {most['residuals']:.1f} r from bicubic")
     record: dict[str, Any] = {
         "machine": machine(),
         "bundle": bundle.name,
         "rule": {"far": FAR, "broken_share": BROKEN_SHARE},
         "images_per_input": len(groups["as trained"]),
         "statistics": json.loads(statistics.to_json()),
+        "reach_as_trained": usual,
         "inputs": table,
     }
     out.parent.mkdir(parents=True, exist_ok=True)

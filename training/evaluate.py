@@ -136,7 +136,7 @@ def evaluate(config: EvaluateConfig, device: torch.device, networks: Networks | 
         The report, as in `evaluation.json`.
 
     Raises:
-        EvaluationError: There is nothing to measure, or weights do not fit the bundle or each other.
+        EvaluationError: There is nothing to measure, weights do not fit the bundle, or their output is not finite.
         BundleError, CheckpointError, PairsError, VaeError, OSError: Something cannot be read.
 
     Effects:
@@ -280,6 +280,8 @@ def _enlarge(vae: Vae, nets: Mapping[str, Lua], case: Case, scale: int) -> dict[
     for label, net in nets.items():
         if scale in net.spec.scales:
             grown = net(small, scale)
+            if not bool(grown.isfinite().all()):
+                raise EvaluationError(f"{label} x{scale}, {case.name}: the latent has values that are not finite")
             found[label] = (grown, vae.decode(grown))
     return found
 

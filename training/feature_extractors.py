@@ -7,7 +7,7 @@ None of their weights come with this package. Each opener takes a file, a direct
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +84,8 @@ class Inception:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """As `training.metrics.Features`."""
-        (features,) = self._net(images.to(self._device))
-        return features.float().cpu()
+        features: Tensor = self._net(images.to(self._device))[0].float().cpu()
+        return features
 
 
 class Lpips:
@@ -173,7 +173,7 @@ class ClipScore:
         from transformers import CLIPModel, CLIPProcessor
 
         try:
-            self._model: Any = CLIPModel.from_pretrained(name, use_safetensors=True)
+            self._model: Any = cast(Any, CLIPModel).from_pretrained(name, use_safetensors=True)
             self._processor: Any = CLIPProcessor.from_pretrained(name)
         except _DAMAGE as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -189,5 +189,5 @@ class ClipScore:
             text=list(texts), images=list(images), return_tensors="pt", padding=True, truncation=True
         ).to(self._device)
         found = self._model(**inputs)
-        cosine = F.cosine_similarity(found.image_embeds, found.text_embeds)
-        return (100.0 * cosine).clamp(min=0.0).cpu()
+        score: Tensor = 100.0 * F.cosine_similarity(found.image_embeds, found.text_embeds)
+        return score.clamp(min=0.0).cpu()

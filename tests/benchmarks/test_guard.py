@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.guard import BROKEN_SHARE, changes, judge, measure_case, psnr_db, summarize, to_table
+from benchmarks.guard import BROKEN_SHARE, changes, judge, measure_case, psnr_db, reach, summarize, to_table
 from models.guard import Guard
 from models.latent_space import LATENT_SPACES
 from models.latent_statistics import LatentStatistics
@@ -59,3 +59,10 @@ def test_the_guard_mends_what_only_the_adapter_broke() -> None:
     row = summarize([case, case])
     assert (row["off"]["broken_rate"], row["2"]["broken_rate"], row["2"]["changed_share"]) == (1.0, 0.0, 1.0)
     assert "100.0" in to_table({"as trained": row})
+
+
+def test_reach_is_the_largest_distance_of_any_channel() -> None:
+    small, grown = torch.zeros(1, 16, 4, 4), torch.zeros(1, 16, 8, 8)
+    grown[0, 3, 2, 1] = -5.0
+    assert reach(STATISTICS, small, grown, 2) == {"sigmas": 2.5, "residuals": 10.0}
+    assert reach(STATISTICS, small + 8.0, grown, 2)["sigmas"] == pytest.approx(4.0), "the bicubic latent counts as well"

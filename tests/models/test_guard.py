@@ -67,6 +67,8 @@ def test_what_is_inside_passes_to_the_bit() -> None:
     sign = normal(2, 2, 12, 12, seed=1).sign()
     inside = base + 0.999 * KNEE * reach_of(2) * sign
     assert torch.equal(GUARD.limit(small, inside, 2), inside)
+    near_zero = 1e-3 * normal(2, 2, 12, 12, seed=2)  # the sum of bicubic latent and residual would round these
+    assert torch.equal(GUARD.limit(0.1 * normal(2, 2, 6, 6).clamp(-2, 2), near_zero, 2), near_zero)
     outside = base + 1.5 * KNEE * reach_of(2) * sign
     found = GUARD.limit(small, outside, 2)
     assert bool(((found - base).abs() < (outside - base).abs()).all()), "beyond the knee it is drawn in"
