@@ -1,0 +1,112 @@
+{{/* Names, labels and the parts that API and workers share. */}}
+
+{{- define "giantleap.name" -}}
+{{- if contains "giantleap" .Release.Name }}{{ .Release.Name | trunc 30 | trimSuffix "-" }}{{ else }}{{ printf "%s-giantleap" .Release.Name | trunc 30 | trimSuffix "-" }}{{ end -}}
+{{- end }}
+
+{{- define "giantleap.selector" -}}
+app.kubernetes.io/name: giantleap
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "giantleap.labels" -}}
+{{ include "giantleap.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{/* The Redis URL; Kubernetes puts the password in. */}}
+{{- define "giantleap.redisUrl" -}}
+{{- $redis := .Values.redis -}}
+{{- $login := ternary ":$(REDIS_PASSWORD)@" "" (ne $redis.passwordSecret.name "") -}}
+{{- $scheme := ternary "rediss" "redis" $redis.tls -}}
+{{- if eq $redis.mode "server" -}}
+{{- if gt (len $redis.addresses) 1 }}{{ fail "redis.addresses: mode server takes one address" }}{{ end -}}
+{{ $scheme }}://{{ $login }}{{ first $redis.addresses }}/{{ $redis.db }}
+{{- else if eq $redis.mode "sentinel" -}}
+{{ $scheme }}+sentinel://{{ $login }}{{ join "," $redis.addresses }}/{{ required "redis.sentinelMaster: mode sentinel needs the master's name" $redis.sentinelMaster }}/{{ $redis.db }}
+{{- else -}}
+{{ $scheme }}+cluster://{{ $login }}{{ join "," $redis.addresses }}
+{{- end -}}
+{{- end }}
+
+{{/* Directories of bundles, comma-separated. Takes (dict "root" $ "names" list); no names: all. */}}
+{{- define "giantleap.bundlePaths" -}}
+{{- $names := .names -}}
+{{- $known := list -}}
+{{- $paths := list -}}
+{{- range .root.Values.bundles -}}
+{{- $known = append $known .name -}}
+{{- if or (not $names) (has .name $names) -}}
+{{- $paths = append $paths (ternary (printf "/bundles/%s" (.path | default "")) (printf "/opt/giantleap/lib/python3.12/site-packages/bundles/%s" .name) (not (empty .path))) -}}
+{{- end -}}
+{{- end -}}
+{{- range $names }}{{ if not (has . $known) }}{{ fail (printf "pools: no bundle is named %s" .) }}{{ end }}{{ end -}}
+{{ join "," $paths }}
+{{- end }}
+
+{{/* Environment of API and workers. Takes (dict "root" $ "bundles" names "own" settings of the pool). */}}
+{{- define "giantleap.env" -}}
+{{- $root := .root -}}
+{{- $reserved := list "GIANTLEAP_REDIS_URL" "GIANTLEAP_KEY_PREFIX" "GIANTLEAP_BUNDLE" "GIANTLEAP_DRAIN_GRACE_S" "GIANTLEAP_HOST" "GIANTLEAP_PORT" "GIANTLEAP_METRICS_PORT" "GIANTLEAP_API_PROCESSES" "GIANTLEAP_API_KEYS_FILE" "GIANTLEAP_OTLP_ENDPOINT" "GIANTLEAP_DATA_DIR" -}}
+{{- with $root.Values.redis.passwordSecret }}{{ if .name }}
+- name: REDIS_PASSWORD
+  valueFrom:
+    secretKeyRef: {name: {{ .name }}, key: {{ .key }}}
+{{- end }}{{ end }}
+- name: GIANTLEAP_REDIS_URL
+  value: {{ include "giantleap.redisUrl" $root | quote }}
+- name: GIANTLEAP_KEY_PREFIX
+  value: {{ $root.Values.keyPrefix | quote }}
+- name: GIANTLEAP_BUNDLE
+  value: {{ include "giantleap.bundlePaths" (dict "root" $root "names" .bundles) | quote }}
+- name: GIANTLEAP_DRAIN_GRACE_S
+  value: {{ $root.Values.drainGraceSeconds | quote }}
+{{- with $root.Values.otlp }}{{ if .endpoint }}
+- name: GIANTLEAP_OTLP_ENDPOINT
+  value: {{ .endpoint | quote }}
+{{- if .headersSecret.name }}
+- name: OTEL_EXPORTER_OTLP_HEADERS
+  valueFrom:
+    secretKeyRef: {name: {{ .headersSecret.name }}, key: {{ .headersSecret.key }}}
+{{- end }}{{ end }}{{ end }}
+{{- range $name, $value := merge (dict) (.own | default dict) $root.Values.settings }}
+{{- if has $name $reserved }}{{ fail (printf "settings: %s is set by the chart" $name) }}{{ end }}
+- name: {{ $name }}
+  value: {{ $value | toString | quote }}
+{{- end }}
+{{- end }}
+
+{{- define "giantleap.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "giantleap.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- define "giantleap.mounts" -}}
+- {name: tmp, mountPath: /tmp}
+- {name: data, mountPath: /data}
+{{- if .Values.bundleVolume }}
+- {name: bundles, mountPath: /bundles, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "giantleap.volumes" -}}
+- name: tmp
+  emptyDir: {sizeLimit: 4Gi}
+- name: data
+  emptyDir: {sizeLimit: 1Gi}
+{{- with .Values.bundleVolume }}
+- name: bundles
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,321 @@
+"""The Helm chart, rendered by Helm's own code: valid for Kubernetes, confined, and true to the service's names."""
+
+import copy
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.jobs import Priority
+from service.keys import Keys, lane
+from service.redis_urls import read_address
+from service.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CHART = ROOT / "deploy" / "helm" / "giantleap"
+GPU: dict[str, Any] = yaml.safe_load((CHART / "values-gpu.yaml").read_text())
+EVERYTHING: dict[str, Any] = GPU | {
+    "imagePullSecrets": [{"name": "registry"}],
+    "settings": {"GIANTLEAP_QUEUE_LIMIT": 512, "GIANTLEAP_LOG_LEVEL": "warning", "GIANTLEAP_MEASURE_PROTOCOL": False},
+    "otlp": {"endpoint": "http://collector:4318", "headersSecret": {"name": "otlp"}},
+    "ingress": {"enabled": True, "className": "nginx", "host": "giantleap.test", "tlsSecret": "tls",
+                "annotations": {"nginx.ingress.kubernetes.io/proxy-body-size": "64m"}},
+    "networkPolicy": {
+        "apiFrom": [{"podSelector": {"matchLabels": {"app": "gateway"}}}],
+        "metricsFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
+        "redisTo": [{"podSelector": {"matchLabels": {"app": "redis"}}}],
+        "extraEgress": [{"ports": [{"protocol": "TCP", "port": 4318}]}],
+    },
+}  # fmt: skip
+SENTINEL = {
+    "redis": {"mode": "sentinel", "addresses": ["s1:26379", "s2:26379"], "sentinelMaster": "main", "tls": True,
+              "passwordSecret": {"name": "r"}},
+    "pools": [{"name": "a", "resources": {}, "autoscaling": {"enabled": True}}],
+}  # fmt: skip
+CLUSTER = {
+    "redis": {"mode": "cluster", "addresses": ["n1:7000", "n2:7001"]},
+    "pools": [{"name": "a", "resources": {}, "autoscaling": {"enabled": True, "jobsPerWorker": 2}}],
+}
+VALUES: dict[str, dict[str, Any]] = {
+    "defaults": {}, "gpu": GPU, "everything": EVERYTHING, "sentinel": SENTINEL, "cluster": CLUSTER
+}  # fmt: skip
+OLDEST, NEWEST = "1.25", "1.34"
+Manifest = dict[str, Any]
+
+# The kinds of KEDA and of the Prometheus operator have no schema in kubernetes-validate: their fields as documented.
+FIELDS = {
+    "ScaledObject": {
+        "scaleTargetRef", "minReplicaCount", "maxReplicaCount", "pollingInterval", "cooldownPeriod", "advanced",
+        "triggers",
+    },
+    "TriggerAuthentication": {"secretTargetRef"},
+    "ServiceMonitor": {"selector", "endpoints"},
+    "PodMonitor": {"selector", "podMetricsEndpoints"},
+    "PrometheusRule": {"groups"},
+}  # fmt: skip
+
+
+def render(values: dict[str, Any]) -> list[Manifest]:
+    """The objects that `helm install prod deploy/helm/giantleap` would make."""
+    with helm_python.Chart.load(CHART) as chart:
+        files = chart.render(copy.deepcopy(values), name="prod", namespace="images")
+    texts = [text for name, text in sorted(files.items()) if not name.endswith("NOTES.txt")]
+    return [manifest for text in texts for manifest in yaml.safe_load_all(text) if manifest]
+
+
+def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
+    return [manifest for manifest in manifests if manifest["kind"] == kind]
+
+
+def pod_of(deployment: Manifest) -> Manifest:
+    pod: Manifest = deployment["spec"]["template"]["spec"]
+    return pod
+
+
+def env_of(deployment: Manifest) -> dict[str, Any]:
+    (container,) = pod_of(deployment)["containers"]
+    names = [entry["name"] for entry in container["env"]]
+    assert len(names) == len(set(names)), "a variable is set twice"
+    return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in container["env"]}
+
+
+@pytest.fixture(params=VALUES)
+def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
+    return render(VALUES[request.param])
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=list(VALUES))
+def test_helm_lint_finds_nothing_wrong(values: dict[str, Any]) -> None:
+    report = helm_python.lint(CHART, copy.deepcopy(values), strict=True)
+    assert not report["errors"] and all(message["severity"] <= 1 for message in report["messages"]), report
+
+
+def test_every_object_is_valid_for_kubernetes(manifests: list[Manifest]) -> None:
+    for manifest in manifests:
+        if manifest["kind"] in FIELDS:
+            assert set(manifest["spec"]) <= FIELDS[manifest["kind"]], manifest["kind"]
+            assert re.fullmatch(r"[\w.]+/v1(alpha1)?", manifest["apiVersion"])
+        else:
+            for version in (OLDEST, NEWEST):
+                kubernetes_validate.validate(manifest, version, strict=True)
+        assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", manifest["metadata"]["name"])
+
+
+def test_the_schema_is_asked_for() -> None:
+    deployment = of_kind(render({}), "Deployment")[0]
+    deployment["spec"]["template"]["spec"]["containers"][0]["readinesProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(deployment, NEWEST, strict=True)
+
+
+def test_no_object_stands_twice_and_all_carry_the_labels(manifests: list[Manifest]) -> None:
+    named = [(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests]
+    assert len(named) == len(set(named))
+    for manifest in manifests:
+        assert manifest["metadata"]["labels"]["app.kubernetes.io/instance"] == "prod"
+
+
+def test_selectors_find_the_pods_they_mean(manifests: list[Manifest]) -> None:
+    pods = [each["spec"]["template"]["metadata"]["labels"] for each in of_kind(manifests, "Deployment")]
+    selecting = [each["spec"]["selector"] for each in of_kind(manifests, "Deployment")]
+    selecting += [each["spec"]["selector"] for each in of_kind(manifests, "PodDisruptionBudget")]
+    selecting += [each["spec"]["podSelector"] for each in of_kind(manifests, "NetworkPolicy")]
+    selecting += [each["spec"]["selector"] for each in of_kind(manifests, "PodMonitor")]
+    found = [{"matchLabels": each["spec"]["selector"]} for each in of_kind(manifests, "Service")]
+    for selector in (*selecting, *found):
+        matched = [labels for labels in pods if selector["matchLabels"].items() <= labels.items()]
+        assert matched and len({labels["app.kubernetes.io/component"] for labels in matched}) == 1, selector
+    for monitor in of_kind(manifests, "ServiceMonitor"):
+        labels = of_kind(manifests, "Service")[0]["metadata"]["labels"]
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+
+
+def test_every_pod_is_confined(manifests: list[Manifest]) -> None:
+    for deployment in of_kind(manifests, "Deployment"):
+        pod = pod_of(deployment)
+        assert pod["automountServiceAccountToken"] is False
+        assert (
+            pod["securityContext"]["runAsNonRoot"]
+            and pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
+        )
+        (container,) = pod["containers"]
+        context = container["securityContext"]
+        assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        written = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        assert written == {"/tmp", "/data"}
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    (account,) = of_kind(manifests, "ServiceAccount")
+    assert account["automountServiceAccountToken"] is False
+    assert all(
+        pod_of(each)["serviceAccountName"] == account["metadata"]["name"] for each in of_kind(manifests, "Deployment")
+    )
+    user = re.search(r"^USER (\d+):(\d+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert user is not None
+    assert all(
+        pod_of(each)["securityContext"]["runAsUser"] == int(user[1]) for each in of_kind(manifests, "Deployment")
+    )
+
+
+def test_pods_live_longer_than_their_drain(manifests: list[Manifest]) -> None:
+    for deployment in of_kind(manifests, "Deployment"):
+        pod = pod_of(deployment)
+        before_s = int(
+            pod["containers"][0].get("lifecycle", {"preStop": {"exec": {"command": ["", "0"]}}})["preStop"]["exec"][
+                "command"
+            ][1]
+        )
+        grace_s = float(env_of(deployment)["GIANTLEAP_DRAIN_GRACE_S"])
+        assert pod["terminationGracePeriodSeconds"] > before_s + grace_s + 5, (
+            "the supervisor waits 5 s more than the grace"
+        )
+        assert deployment["metadata"]["name"].endswith("-api") == (before_s > 0)
+
+
+def test_probes_ask_what_is_there(manifests: list[Manifest]) -> None:
+    from service.guard import OPEN_PATHS
+
+    for deployment in of_kind(manifests, "Deployment"):
+        (container,) = pod_of(deployment)["containers"]
+        ports = {port["name"] for port in container["ports"]}
+        probes = {name: probe["httpGet"] for name, probe in container.items() if name.endswith("Probe")}
+        assert {"startupProbe", "livenessProbe"} <= set(probes) and {each["port"] for each in probes.values()} <= ports
+        paths = {name: each["path"] for name, each in probes.items()}
+        if container["args"] == ["api"]:
+            assert paths == {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
+            assert set(paths.values()) <= OPEN_PATHS, "a probe has no key"
+        else:
+            assert set(paths.values()) == {"/metrics"}
+
+
+def test_every_setting_exists_and_is_valid(manifests: list[Manifest]) -> None:
+    for deployment in of_kind(manifests, "Deployment"):
+        given = {
+            name.removeprefix("GIANTLEAP_").lower(): value.replace("$(REDIS_PASSWORD)", "secret")
+            for name, value in env_of(deployment).items() if name.startswith("GIANTLEAP_")
+        }  # fmt: skip
+        assert set(given) <= set(Settings.model_fields)
+        settings = Settings(**given)
+        assert settings.redis_url is not None
+        read_address(settings.redis_url)
+
+
+def test_secrets_are_named_and_never_written(manifests: list[Manifest]) -> None:
+    assert not of_kind(manifests, "Secret")
+    for deployment in of_kind(manifests, "Deployment"):
+        names = list(env_of(deployment))
+        if "REDIS_PASSWORD" in names:
+            assert names.index("REDIS_PASSWORD") < names.index("GIANTLEAP_REDIS_URL"), (
+                "expanded only if it stands before"
+            )
+            assert ":$(REDIS_PASSWORD)@" in env_of(deployment)["GIANTLEAP_REDIS_URL"]
+
+
+def test_redis_urls_of_every_mode() -> None:
+    urls = {
+        name: env_of(of_kind(render(values), "Deployment")[0])["GIANTLEAP_REDIS_URL"] for name, values in VALUES.items()
+    }
+    assert urls["defaults"] == "redis://redis:6379/0"
+    assert urls["gpu"] == "redis://:$(REDIS_PASSWORD)@redis-master:6379/0"
+    assert urls["sentinel"] == "rediss+sentinel://:$(REDIS_PASSWORD)@s1:26379,s2:26379/main/0"
+    assert urls["cluster"] == "redis+cluster://n1:7000,n2:7001"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "bundles"),
+    [("gpu", "redis-streams", ["sdxl"]), ("sentinel", "redis-sentinel-streams", ["pocket"]),
+     ("cluster", "redis-cluster-streams", ["pocket"])],
+)  # fmt: skip
+def test_the_scaler_counts_the_streams_that_the_service_writes(name: str, kind: str, bundles: list[str]) -> None:
+    manifests = render(VALUES[name])
+    (scaled,) = of_kind(manifests, "ScaledObject")
+    target = next(
+        each
+        for each in of_kind(manifests, "Deployment")
+        if each["metadata"]["name"] == scaled["spec"]["scaleTargetRef"]["name"]
+    )
+    assert "replicas" not in target["spec"], "Helm and the scaler would pull against each other"
+    triggers = scaled["spec"]["triggers"]
+    assert {trigger["type"] for trigger in triggers} == {kind}
+    streams = [trigger["metadata"]["stream"] for trigger in triggers]
+    keys = Keys(Settings.model_fields["key_prefix"].default)
+    assert streams == [keys.stream(lane(bundle, priority)) for bundle in bundles for priority in Priority]
+    modifiers = scaled["spec"]["advanced"]["scalingModifiers"]
+    assert modifiers["formula"].split(" + ") == [trigger["name"] for trigger in triggers]
+    assert scaled["spec"]["minReplicaCount"] >= 1, "without a worker the API is not ready: nothing would wake one"
+    secured = [trigger.get("authenticationRef") for trigger in triggers]
+    authentications = {each["metadata"]["name"] for each in of_kind(manifests, "TriggerAuthentication")}
+    assert all(ref is None if not authentications else ref["name"] in authentications for ref in secured)
+    for trigger in triggers:
+        assert all(isinstance(value, str) for value in trigger["metadata"].values()), "KEDA takes strings"
+
+
+def test_pools_serve_their_own_bundles_and_the_api_all() -> None:
+    found = {each["metadata"]["name"]: each for each in of_kind(render(GPU), "Deployment")}
+    image = "/opt/giantleap/lib/python3.12/site-packages/bundles/pocket"
+    assert env_of(found["prod-giantleap-api"])["GIANTLEAP_BUNDLE"] == f"/bundles/sdxl,{image}"
+    assert env_of(found["prod-giantleap-worker-gpu"])["GIANTLEAP_BUNDLE"] == "/bundles/sdxl"
+    assert env_of(found["prod-giantleap-worker-cpu"])["GIANTLEAP_BUNDLE"] == image
+    gpu = pod_of(found["prod-giantleap-worker-gpu"])
+    assert (
+        gpu["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+        and gpu["nodeSelector"]
+        and gpu["tolerations"]
+    )
+    assert gpu["containers"][0]["image"].endswith(":gpu")
+    assert "python:3.12" in (ROOT / "Dockerfile").read_text(), "the path of the image's own bundles"
+
+
+def test_the_network_is_closed_but_for_what_is_named(manifests: list[Manifest]) -> None:
+    policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(manifests, "NetworkPolicy")}
+    assert set(policies) == {"prod-giantleap-api", "prod-giantleap-worker"}
+    for policy in policies.values():
+        assert policy["policyTypes"] == ["Ingress", "Egress"]
+        assert all(rule["ports"] for rule in (*policy["ingress"], *policy["egress"])), "no rule opens every port"
+
+
+def test_metrics_are_scraped_where_they_are_served_and_rules_are_those_that_are_tested(tmp_path: Path) -> None:
+    manifests = render(EVERYTHING)
+    (rule,) = of_kind(manifests, "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yml").read_text())
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rule["spec"]))
+    promtool = shutil.which("promtool")
+    assert promtool is not None, "promtool is missing: apt-get install prometheus"
+    subprocess.run([promtool, "check", "rules", tmp_path / "rules.yml"], check=True, capture_output=True, timeout=60)
+    (service,) = of_kind(manifests, "ServiceMonitor")
+    assert service["spec"]["endpoints"][0]["port"] in [
+        port["name"] for port in of_kind(manifests, "Service")[0]["spec"]["ports"]
+    ]
+    assert service["spec"]["endpoints"][0]["authorization"]["credentials"]["name"] == "giantleap-scrape-key"
+    (pods,) = of_kind(manifests, "PodMonitor")
+    assert pods["spec"]["podMetricsEndpoints"][0]["port"] == "metrics"
+    (dashboard,) = of_kind(manifests, "ConfigMap")
+    assert (
+        dashboard["data"]["giantleap.json"].strip()
+        == (ROOT / "deploy" / "grafana" / "dashboards" / "giantleap.json").read_text().strip()
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"settings": {"GIANTLEAP_REDIS_URL": "redis://x"}}, "set by the chart"),
+        ({"pools": [{"name": "a", "resources": {}, "bundles": ["other"]}]}, "no bundle is named other"),
+        ({"redis": {"mode": "sentinel", "addresses": ["s:1"]}}, "sentinelMaster"),
+        ({"redis": {"addresses": ["a:1", "b:2"]}}, "one address"),
+        ({"redis": {"mode": "both"}}, "mode"),
+        ({"replicas": 3}, "replicas"),
+        ({"ingress": {"enabled": True}}, "host"),
+        ({"pools": [{"name": "a", "resources": {}, "autoscaling": {"minReplicas": 0}}]}, "minReplicas"),
+    ],
+)  # fmt: skip
+def test_wrong_values_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(helm_python.HelmError, match=said), helm_python.Chart.load(CHART) as chart:
+        chart.validate_schema(wrong)
+        chart.render(wrong, name="prod", namespace="images")
