@@ -226,7 +226,8 @@ def _draw_item(item: Item) -> DrawItem:
 
 
 def _read_latent(item: Item) -> Tensor:
-    return safetensors.torch.load(item.claim.body or b"")[LATENT_TENSOR][item.index]
+    # float16 where that is exact (`service.latents_in.to_blob`); jobs of both kinds may share a batch.
+    return safetensors.torch.load(item.claim.body or b"")[LATENT_TENSOR][item.index].float()
 
 
 def _read_pixels(item: Item) -> Pixels:

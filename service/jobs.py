@@ -3,7 +3,6 @@
 Everything here is pure; `service.broker` (API side) and `service.claims` (worker side) store and move these values.
 """
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -98,6 +97,11 @@ class Webhook:
     events: tuple[str, ...]
 
 
+def _fields(value: "JobParams | Webhook | Job") -> dict[str, Any]:
+    """The fields by name. `dataclasses.asdict` copies every value as well, which took a twentieth of a request."""
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A request that was accepted: what the queue stores and the worker runs.
@@ -119,7 +123,8 @@ class Job:
     webhook: Webhook | None = None
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+        webhook = None if self.webhook is None else _fields(self.webhook)
+        return json.dumps(_fields(self) | {"params": _fields(self.params), "webhook": webhook}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -142,11 +147,11 @@ class Job:
 
     def payload_sha256(self) -> str:
         """Digest of who asked for what, without id and times: equal for two posts of the same request."""
-        asked = {"bundle": self.bundle, "priority": self.priority, **dataclasses.asdict(self.params)}
+        asked = {"bundle": self.bundle, "priority": self.priority, **_fields(self.params)}
         if self.owner:
             asked["owner"] = self.owner
         if self.webhook is not None:
-            asked["webhook"] = dataclasses.asdict(self.webhook)
+            asked["webhook"] = _fields(self.webhook)
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 

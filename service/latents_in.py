@@ -30,6 +30,7 @@ _MAX_DIMS = 4
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 Floats = npt.NDArray[np.float32]
+Values = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,12 @@ class _Tensor:
 
 
 def read_latent(body: bytes, content_type: str | None) -> Floats:
-    """The one tensor of a safetensors or .npy body as float32, in the shape it was sent in.
+    """The one tensor of a safetensors or .npy body as float32, as `read_values` reads it."""
+    return read_values(body, content_type).astype(np.float32, copy=False)
+
+
+def read_values(body: bytes, content_type: str | None) -> Values:
+    """The one tensor of a safetensors or .npy body, in the shape it was sent in: F16 as float16, all else as float32.
 
     A safetensors file may hold one tensor of any name, or several of which one is called `latent`.
 
@@ -64,32 +70,34 @@ def read_latent(body: bytes, content_type: str | None) -> Floats:
         raise InvalidRequest(f"the tensor has no element: its shape is {list(tensor.shape)}")
     # The readers checked shape against length: nothing larger than the body was allocated up to here.
     flat = np.frombuffer(tensor.data, _DTYPES[tensor.dtype], math.prod(tensor.shape), tensor.offset_bytes)
-    floats = _to_float32(flat.reshape(tensor.shape, order="F" if tensor.fortran_order else "C"), tensor.dtype)
-    require_finite(floats)
-    return floats
+    values = _to_floats(flat.reshape(tensor.shape, order="F" if tensor.fortran_order else "C"), tensor.dtype)
+    require_finite(values)
+    return values
 
 
-def require_finite(latent: Floats) -> None:
+def require_finite(latent: Values) -> None:
     """Refuse NaN and infinities, which would spread over the whole picture.
 
     Raises:
         InvalidRequest: some value is not finite.
     """
-    finite = np.isfinite(latent)
+    # numpy widens each float16 for isfinite, which takes ten times as long as to look at its exponent.
+    finite = (latent.view(np.uint16) & 0x7C00) != 0x7C00 if latent.dtype == np.float16 else np.isfinite(latent)
     if not finite.all():
         bad = int(latent.size - np.count_nonzero(finite))
         raise InvalidRequest(f"{bad} of {latent.size} values are NaN or infinite; send finite values only")
 
 
-def to_blob(latent: Floats) -> bytes:
-    """The job's input blob: a safetensors file with one float32 tensor `latent`.
+def to_blob(latent: Values) -> bytes:
+    """The job's input blob: a safetensors file with one tensor `latent`, float16 or float32 as it is given.
 
     Written by hand in one copy: 0.03 ms for 1 MiB, where `safetensors.numpy.save` took 0.9 ms on the same core.
 
     Shape: [B, C, latent_height, latent_width].
     """
-    values = np.ascontiguousarray(latent, dtype="<f4")
-    tensor = {"dtype": "F32", "shape": values.shape, "data_offsets": [0, values.nbytes]}
+    dtype, name = ("<f2", "F16") if latent.dtype == np.float16 else ("<f4", "F32")
+    values = np.ascontiguousarray(latent, dtype=dtype)
+    tensor = {"dtype": name, "shape": values.shape, "data_offsets": [0, values.nbytes]}
     header = json.dumps({LATENT_TENSOR: tensor}).encode()
     header += b" " * (-len(header) % 8)
     return b"".join((len(header).to_bytes(8, "little"), header, values.data.cast("B")))
@@ -164,8 +172,8 @@ def _require_dtype(dtype: str) -> str:
     return dtype
 
 
-def _to_float32(values: npt.NDArray[Any], dtype: str) -> Floats:
-    """float32 of the values; a bfloat16 is the upper half of the float32 with the same value."""
+def _to_floats(values: npt.NDArray[Any], dtype: str) -> Values:
+    """float16 as it is, else float32; a bfloat16 is the upper half of the float32 with the same value."""
     if dtype == "BF16":
         return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return values.astype(np.float32)
+    return values.astype(np.float16 if dtype == "F16" else np.float32, copy=False)

@@ -18,7 +18,7 @@ from service.batching import LatentGrid, count_items, output_latent_px
 from service.fitting import BundleMemory, Place, largest_note, read_memory, require_fit
 from service.images_in import ImageSize, check_image, is_image
 from service.jobs import GenerateParams, JobParams, UpscaleParams
-from service.latents_in import Floats, read_latent, require_finite, to_blob
+from service.latents_in import Values, read_values, require_finite, to_blob
 from service.problems import InvalidFields
 from service.schemas import GenerateRequest, OutputFormat, UpscaleQuery
 from service.settings import Settings
@@ -223,7 +223,7 @@ def prepare_upscale(
         places: As for `plan_generate`.
 
     Raises:
-        GiantleapError: the body cannot be read (`read_latent`, `check_image`), or a value is beyond a limit.
+        GiantleapError: the body cannot be read (`read_values`, `check_image`), or a value is beyond a limit.
         DoesNotFit: no device can hold one image.
     """
     if is_image(body, content_type):
@@ -231,7 +231,7 @@ def prepare_upscale(
         params = plan_upscale_image(asked, size, bundle, settings, output_format, places)
         require_fit(params, bundle, places, settings.max_image_px)
         return params, body
-    params, latent = plan_upscale(asked, read_latent(body, content_type), bundle, settings, output_format, places)
+    params, latent = plan_upscale(asked, read_values(body, content_type), bundle, settings, output_format, places)
     require_fit(params, bundle, places, settings.max_image_px)
     return params, to_blob(latent)
 
@@ -291,12 +291,12 @@ def _no_latent(output: str, method: Method, scale: int) -> tuple[bool, str, str]
 
 def plan_upscale(
     asked: UpscaleQuery,
-    tensor: Floats,
+    tensor: Values,
     bundle: Bundle,
     settings: Settings,
     output_format: OutputFormat,
     places: Sequence[Place] = (),
-) -> tuple[UpscaleParams, Floats]:
+) -> tuple[UpscaleParams, Values]:
     """What to enlarge, and the raw latent that is enlarged.
 
     One rule says how the tensor is read: `scaled=true` is the latent as the bundle's pipeline hands it out, packed
@@ -319,6 +319,7 @@ def plan_upscale(
     try:
         if asked.scaled:
             with np.errstate(over="ignore"):  # what overflows is refused just below
+                latent = latent.astype(np.float32, copy=False)
                 space.check_scaled_values(latent)
                 latent = space.to_raw(latent, asked.height, asked.width)
         space.check_raw(latent.shape)

@@ -237,6 +237,61 @@ def test_wait_wakes_at_once_when_the_job_ends(open_broker: Any, open_claims: Any
     asyncio.run(scenario())
 
 
+def test_wait_for_a_new_job_reads_it_once_where_its_end_was_heard_of(
+    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    channel = Keys(settings.key_prefix).done_channel
+
+    async def scenario() -> None:
+        async with open_broker() as producer:
+            deadline_s = time.monotonic() + 30.0
+            while redis_client.pubsub_numsub(channel)[0][1] == 0:
+                assert time.monotonic() < deadline_s
+                await asyncio.sleep(0.01)
+            reads: list[str] = []
+            get = producer.get
+
+            async def counted(job_id: str) -> Any:
+                reads.append(job_id)
+                return await get(job_id)
+
+            monkeypatch.setattr(producer, "get", counted)
+            worker = open_claims()
+            early, late = make_job(), make_job()
+            await producer.enqueue(early)
+            [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
+            await asyncio.to_thread(worker.finish, claim, [(PNG, b"png")], {}, [])
+            while early.id not in producer._ended:
+                assert time.monotonic() < deadline_s
+                await asyncio.sleep(0.01)
+            assert (await producer.wait(early.id, 30.0, created=True)).state is JobState.SUCCEEDED
+            assert reads == [early.id]
+            await producer.enqueue(late)
+            waiting = asyncio.create_task(producer.wait(late.id, 30.0, created=True))
+            [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
+            await asyncio.to_thread(worker.finish, claim, [(PNG, b"png")], {}, [])
+            assert (await waiting).state is JobState.SUCCEEDED
+
+    asyncio.run(scenario())
+
+
+def test_wait_for_a_new_job_outlives_a_message_that_never_comes(
+    open_broker: Any, open_claims: Any, make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as producer:
+            monkeypatch.setattr(producer, "_note_end", lambda job_id: None)
+            job = make_job()
+            await producer.enqueue(job)
+            worker = open_claims()
+            [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
+            await asyncio.to_thread(worker.finish, claim, [(PNG, b"png")], {}, [])
+            assert (await producer.wait(job.id, 30.0, created=True)).state is JobState.SUCCEEDED
+
+    asyncio.run(scenario())
+
+
 def test_wait_gives_the_latest_record_at_its_timeout(open_broker: Any, make_job: Any) -> None:
     async def scenario() -> None:
         async with open_broker() as producer:

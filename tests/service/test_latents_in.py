@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from service.errors import GiantleapError, InvalidRequest, MalformedRequest, UnsupportedMediaType
-from service.latents_in import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE, read_latent, to_blob
+from service.latents_in import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE, read_latent, read_values, to_blob
 
 LATENT = np.random.default_rng(0).standard_normal((2, 4, 6, 5)).astype(np.float32)
 
@@ -85,6 +85,16 @@ def test_blob_is_what_the_worker_expects() -> None:
     read = load(to_blob(LATENT[:, ::-1]))
     assert list(read) == ["latent"] and read["latent"].dtype == np.float32
     np.testing.assert_array_equal(read["latent"], LATENT[:, ::-1])
+
+
+@pytest.mark.parametrize("content_type", [SAFETENSORS_TYPE, NPY_TYPE])
+def test_float16_goes_to_the_worker_as_it_came(content_type: str) -> None:
+    sent = LATENT.astype(np.float16)
+    sent.flat[0] = 65504.0
+    body = save({"latent": sent}) if content_type == SAFETENSORS_TYPE else npy(sent)
+    read = load(to_blob(read_values(body, content_type)))["latent"]
+    assert read.dtype == np.float16
+    np.testing.assert_array_equal(read, sent)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
