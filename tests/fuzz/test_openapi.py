@@ -1,0 +1,150 @@
+"""Requests that the OpenAPI document allows, and some that it does not: no fault of ours, and answers as it says.
+
+Against a real server, queue and Redis, with a worker that makes real files without a model. `make fuzz` sends many.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import settings as examples
+from hypothesis.errors import Unsatisfiable
+from safetensors.numpy import load, save
+from schemathesis.checks import content_type_conformance, response_schema_conformance, status_code_conformance
+from schemathesis.generation import GenerationMode
+
+from service.api import create_app
+from service.claims import Claim, Claims
+from service.embedded_redis import EmbeddedRedis
+from service.jobs import GenerateParams, ResultFile
+from service.openapi import describe
+from service.redis_urls import open_redis
+from service.settings import Settings, read_settings
+from tests.service.fake_broker import FakeBroker
+from tests.service.front_fakes import to_file
+from tests.service.live_server import live_server
+from tests.service.paper_bundle import write_paper_bundle
+
+CHECKS = (content_type_conformance, response_schema_conformance, status_code_conformance)
+MAY_FAIL = (503, 504)  # not ready, a full store, a deadline: documented, and no fault of ours
+
+
+def read_document(root: Path) -> dict[str, Any]:
+    """The OpenAPI document; a broker in memory will do, nothing is asked."""
+    app = create_app(read_settings(bundle=(write_paper_bundle(root),)), FakeBroker())  # type: ignore[arg-type]
+    return describe(app)
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return read_document(tmp_path_factory.mktemp("document") / "paper")
+
+
+def make_results(claim: Claim) -> list[tuple[ResultFile, bytes]]:
+    """Files of the right kind and size: noise, or the latent with each pixel repeated."""
+    params = claim.job.params
+    if isinstance(params, GenerateParams):
+        contents, kind = [to_file(claim.job, index) for index in range(params.num_images)], params.output_format
+    elif params.output == "image":
+        contents, kind = [to_file(claim.job, index) for index in range(params.batch_items)], params.output_format
+    elif params.image_width_px is None:
+        latent = load(claim.body or b"")["latent"].repeat(params.scale, 2).repeat(params.scale, 3)
+        files = [save({"latent": item.copy()}) for item in latent]
+        return [(ResultFile("application/x-safetensors", len(file)), file) for file in files]
+    else:
+        raise AssertionError("no operation of the document sends an image that is to become a latent")
+    return [(ResultFile(f"image/{kind}", len(content), 1, 8, 8), content) for content in contents]
+
+
+@contextlib.contextmanager
+def file_worker(settings: Settings) -> Iterator[None]:
+    """A worker in a thread that ends each job at once."""
+    assert settings.redis_url is not None
+    client = open_redis(settings.redis_url)
+    claims = Claims(client, settings, ("paper",), "file-worker")
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            for claim in claims.claim(4, 0.2):
+                claims.finish(claim, make_results(claim), {}, ())
+
+    claims.open()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(30)
+        claims.close()
+        client.close()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    root = tmp_path_factory.mktemp("openapi")
+    server = EmbeddedRedis(appendfsync="everysec")
+    settings = read_settings(
+        redis_url=server.start(root / "redis"),
+        key_prefix="openapi",
+        bundle=(write_paper_bundle(root / "paper"),),
+        wait_timeout_s=20.0,
+        log_level="error",
+    )
+    with live_server(create_app(settings)) as base_url, file_worker(settings):
+        yield base_url
+    server.stop()
+
+
+def send_examples(document: dict[str, Any], url: str, number: int) -> int:
+    """Sends `number` requests to each operation, half as the document says; how many answers were looked at."""
+    schema = schemathesis.openapi.from_dict(document)
+    answers = 0
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+
+            @examples(
+                max_examples=max(1, number // 2),
+                deadline=None,
+                derandomize=True,
+                database=None,
+                phases=(Phase.generate,),
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(case=operation.as_strategy(mode))
+            def send(case: schemathesis.Case) -> None:
+                nonlocal answers
+                answer = case.call(base_url=url, session=session, timeout=60)
+                assert answer.status_code < 500 or answer.status_code in MAY_FAIL, (
+                    f"{case.method} {case.formatted_path}: {answer.status_code} {answer.text[:500]}"
+                )
+                case.validate_response(answer, checks=list(CHECKS))
+                answers += 1
+
+            # Unsatisfiable: an operation without a value that could be wrong.
+            nothing_wrong = (Unsatisfiable,) if mode is GenerationMode.NEGATIVE else ()
+            with requests.Session() as session, contextlib.suppress(*nothing_wrong):
+                send()
+    return answers
+
+
+@pytest.mark.timeout(600)
+def test_a_few_examples_of_each_operation_are_answered_as_documented(document: dict[str, Any], url: str) -> None:
+    assert send_examples(document, url, 6) > 2 * len(document["paths"])
+
+
+@pytest.mark.slow
+@pytest.mark.fuzz
+@pytest.mark.timeout(1800)
+def test_many_examples_of_each_operation_are_answered_as_documented(document: dict[str, Any], url: str) -> None:
+    answers = send_examples(document, url, 300)
+    print(f"{answers} answers, all as documented")
+    assert answers > 30 * len(document["paths"])
