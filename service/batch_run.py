@@ -26,6 +26,7 @@ from service.images_in import Pixels, read_image
 from service.jobs import GenerateParams, JobError, JobParams, ResultFile, UpscaleParams
 from service.latents_in import LATENT_TENSOR, SAFETENSORS_TYPE
 from service.tracing import BatchTrace
+from service.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +103,13 @@ class BatchRun:
         claims: Where progress goes and cancel flags come from.
         drain: When to give up.
         trace: Where each stage is written.
+        watchdog: Where progress is marked: each stage and each denoising step.
     """
 
-    def __init__(self, route: Route, claims: Claims, drain: Drain, trace: BatchTrace) -> None:
+    def __init__(
+        self, route: Route, claims: Claims, drain: Drain, trace: BatchTrace, watchdog: Watchdog | None = None
+    ) -> None:
+        self._watchdog = watchdog
         self.clock: StageClock = route.clock()
         self._trace = trace
         self._route = route
@@ -154,6 +159,7 @@ class BatchRun:
             return [_read_latent(item) for item in items]
 
         def on_step(step: int, steps: int) -> None:
+            self._mark("generate", items)
             self._emit(items, "step", {"step": step, "steps": steps})
 
         def canceled() -> set[int]:
@@ -188,9 +194,14 @@ class BatchRun:
 
     @contextmanager
     def _stage(self, name: str, items: Sequence[Item]) -> Iterator[None]:
+        self._mark(name, items)
         with self._trace.stage(name, [item.claim.job.id for item in items]), self.clock.measure(name):
             yield
         self._emit(items, "stage", {"stage": name, "seconds": round(self.clock.stages_s[name], 6)})
+
+    def _mark(self, stage: str, items: Sequence[Item]) -> None:
+        if self._watchdog is not None:
+            self._watchdog.mark(stage, [item.claim.job.id for item in items])
 
     def _emit(self, items: Sequence[Item], name: str, data: dict[str, object]) -> None:
         for claim in {item.claim.job.id: item.claim for item in items}.values():

@@ -31,8 +31,8 @@ from service.cli_options import (
 from service.cli_train import app as train_commands
 from service.errors import BadConfiguration, NotReady
 from service.settings import Settings, to_page
+from service.supervisor import say_ready, serve_api, stop_with_parent
 from service.supervisor import serve as serve_all
-from service.supervisor import serve_api, stop_with_parent
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Enlarge a diffusion latent, decode it once.")
 bench = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
@@ -75,6 +75,7 @@ def api(
     bundle: BundleOption = None,
     listen_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
     lifeline_fd: LifelineOption = None,
+    ready_fd: LifelineOption = None,
 ) -> None:
     """Run the API processes of this machine against an existing Redis."""
     settings = settings_from(host=host, port=port, redis_url=redis_url, bundle=bundle)
@@ -90,10 +91,10 @@ def api(
             stop(error.detail)
     if lifeline_fd is not None:
         stop_with_parent(lifeline_fd, settings.drain_grace_s)
-    _run_api_process(settings, listen_fd)
+    _run_api_process(settings, listen_fd, ready_fd)
 
 
-def _run_api_process(settings: Settings, listen_fd: int) -> None:
+def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -> None:
     import uvicorn
 
     from service.api import create_app
@@ -111,7 +112,13 @@ def _run_api_process(settings: Settings, listen_fd: int) -> None:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(settings.drain_grace_s),
     )
-    uvicorn.Server(config).run(sockets=[socket.socket(fileno=listen_fd)])
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            say_ready(ready_fd)
+
+    Server(config).run(sockets=[socket.socket(fileno=listen_fd)])
 
 
 @app.command()
@@ -120,6 +127,8 @@ def worker(
     bundle: BundleOption = None,
     device: DeviceOption = None,
     lifeline_fd: LifelineOption = None,
+    ready_fd: LifelineOption = None,
+    number: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Run one worker (one process per device) against an existing Redis."""
     settings = settings_from(redis_url=redis_url, bundle=bundle, device=device)
@@ -134,7 +143,7 @@ def worker(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        run_worker(settings, stopping)
+        run_worker(settings, stopping, number, lambda: say_ready(ready_fd))
     except BadConfiguration as error:
         stop(error.detail)
 

@@ -5,6 +5,7 @@ All processes of a host may share `PROMETHEUS_MULTIPROC_DIR` (set by whoever sta
 Redis at scrape time and handed to `render`. Label values are bounded: never a prompt, a job id or a caller.
 """
 
+import json
 import os
 import platform
 import time
@@ -14,13 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from service.jobs import QueueStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_RESTARTS_FILE = "restarts.json"
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -188,6 +190,8 @@ class Metrics:
             own = generate_latest(shared)
         queue = CollectorRegistry()
         queue.register(QueueCollector(stats))
+        if shared_dir is not None:
+            queue.register(RestartCollector(Path(shared_dir)))
         return own + generate_latest(queue)
 
 
@@ -216,6 +220,29 @@ class QueueCollector(Collector):
         yield _family("workers_live", "Workers that are ready and alive.", stats.live_workers)
         yield _family("blob_bytes", "Bytes of inputs and results in Redis.", stats.blob_bytes)
         yield _family("blob_budget_bytes", "Most bytes of inputs and results in Redis.", stats.blob_budget_bytes)
+
+
+class RestartCollector(Collector):
+    """The restarts of workers that the supervisor of this host has written down."""
+
+    def __init__(self, shared_dir: Path) -> None:
+        self._path = shared_dir / _RESTARTS_FILE
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "giantleap_worker_restarts", "Workers of this host that ended by themselves, by why.", labels=("reason",)
+        )
+        counts: dict[str, int] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        for reason, count in sorted(counts.items()):
+            family.add_metric((reason,), count)
+        yield family
+
+
+def write_restarts(shared_dir: Path, counts: Mapping[str, int]) -> None:
+    """Tells every process of this host how often workers were restarted, by reason. Effects: replaces one file."""
+    written = shared_dir / f"{_RESTARTS_FILE}.new"
+    written.write_text(json.dumps(dict(counts)))
+    written.replace(shared_dir / _RESTARTS_FILE)
 
 
 def _family(name: str, text: str, value: float) -> GaugeMetricFamily:

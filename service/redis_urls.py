@@ -10,6 +10,7 @@
 that ask for some take `?sentinel_username=` and `?sentinel_password=`. No error of this module holds a URL.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from redis.exceptions import ClusterError, ReadOnlyError, RedisClusterException,
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from service.errors import BadConfiguration
+from service.errors import BadConfiguration, NotReady
 
 SyncRedis = redis.Redis | redis.RedisCluster
 AsyncRedis = redis.asyncio.Redis | redis.asyncio.RedisCluster
@@ -42,6 +43,7 @@ LOST = (
 
 _FORMS = "redis://, rediss://, unix://, redis+sentinel://host:26379,host/service/db or redis+cluster://host:6379,host"
 _PASSING = ("NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN")
+_PATIENCE_S, _PAUSE_S = 120.0, 0.5
 _SENTINEL_PORT, _SERVER_PORT = 26379, 6379
 # Asked before each connect: a sentinel that is gone costs this once, then the next one is asked first.
 _SENTINEL_TIMEOUT_S = 1.0
@@ -117,21 +119,20 @@ def _read_hosts(text: str, default_port: int) -> tuple[tuple[str, int], ...]:
     return tuple(hosts)
 
 
-def open_redis(url: str) -> SyncRedis:
+def open_redis(url: str, patience_s: float = _PATIENCE_S) -> SyncRedis:
     """A client for threads, as `Claims` wants it: bounded timeouts, a few quick retries; longer outages are waited for.
 
     Effects: a cluster is asked for its nodes at once; everything else connects with its first command.
 
     Raises:
         BadConfiguration: the URL cannot be read.
-        one of LOST: no node of a cluster answers.
+        NotReady: no node of a cluster has answered for `patience_s`.
     """
     address = read_address(url)
     retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2)
     options: dict[str, Any] = {**_TIMEOUTS, **address.login, "retry": retry}
     if address.kind == "cluster":
-        nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.hosts]
-        return redis.RedisCluster(startup_nodes=nodes, ssl=address.tls, **options)
+        return _open_cluster(address, options, patience_s)
     options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
     if address.kind == "sentinel":
         asked = Sentinel(address.hosts, sentinel_kwargs=_sentinel_options(address, Retry(NoBackoff(), 0)))
@@ -141,6 +142,18 @@ def open_redis(url: str) -> SyncRedis:
         return redis.Redis.from_url(url, **options)
     except ValueError:
         raise BadConfiguration(f"the Redis URL cannot be read; allowed is {_FORMS}") from None
+
+
+def _open_cluster(address: Address, options: dict[str, Any], patience_s: float) -> redis.RedisCluster:
+    deadline_s = time.monotonic() + patience_s
+    while True:
+        nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.hosts]
+        try:
+            return redis.RedisCluster(startup_nodes=nodes, ssl=address.tls, **options)
+        except LOST as error:
+            if time.monotonic() >= deadline_s:
+                raise NotReady(f"no node of the Redis cluster answered for {patience_s:.0f} s") from error
+            time.sleep(_PAUSE_S)
 
 
 def open_async_redis(url: str) -> AsyncRedis:

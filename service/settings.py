@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     )
     device: str = Field(
         "auto",
-        description="cpu, cuda or cuda:N; auto takes cuda:0 where there is one and says so in the log.",
+        description="cpu, cuda or cuda:N; auto: worker i of `serve` takes GPU i where there are any.",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -70,6 +70,11 @@ class Settings(BaseSettings):
     blob_budget_bytes: int = Field(1 << 30, description="Most bytes of inputs and results in Redis.", ge=1)
     visibility_timeout_s: float = Field(
         30.0, description="A claimed job without a heartbeat for so long goes to another worker.", ge=0.5
+    )
+    step_timeout_s: float = Field(
+        1800.0,
+        description="A worker whose batch makes no progress (a denoising step, a stage) for so long ends itself.",
+        gt=0,
     )
     max_deliveries: int = Field(3, description="Starts of a job before it is dead-lettered.", ge=1)
     retry_backoff_s: float = Field(2.0, description="First delay of a retry; doubles with each one.", ge=0)

@@ -1,5 +1,8 @@
 """Keeps the processes of one host alive: embedded Redis, API processes and workers; stops them all together.
 
+SIGHUP replaces them one by one: a new process reads bundles and artefacts as they now lie on disk, and only when it is
+ready does the old one drain (`Fleet.roll`).
+
 Children are separate Python processes that run `giantleap api` and `giantleap worker`. Each holds the read end of a
 pipe whose write end only this process has: when this process ends, however it ends, the pipe closes and
 the child stops itself (`stop_with_parent`), so that nothing is orphaned even after kill -9.
@@ -8,6 +11,7 @@ the child stops itself (`stop_with_parent`), so that nothing is orphaned even af
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -15,19 +19,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from service.cli_options import BAD_CONFIGURATION
 from service.embedded_redis import EmbeddedRedis
+from service.metrics import write_restarts
 from service.settings import Settings, to_environment
+from service.watchdog import HUNG
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 _HEALTHY_AFTER_S = 30.0
 _MOST_CRASHES = 5
+_KILL_AFTER_S = 5.0
 
 
 @dataclass(slots=True)
@@ -42,11 +51,31 @@ class Child:
     crashes: int = 0
     restart_at_s: float = field(default=0.0)
 
+    @property
+    def is_worker(self) -> bool:
+        return self.argv[0] == "worker"
+
+
+@dataclass(slots=True)
+class Successor:
+    """A process that will take a child's place once it says on its pipe that it is ready."""
+
+    process: subprocess.Popen[bytes]
+    started_at_s: float
+    ready_fd: int
+
 
 def plan_restart(crashes: int, ran_s: float) -> tuple[int, float]:
     """Crash count and delay in seconds after a child ended by itself: 1, 2, 4, 8, ... s, reset by a healthy run."""
     crashes = 1 if ran_s >= _HEALTHY_AFTER_S else crashes + 1
     return crashes, float(min(2 ** (crashes - 1), 30))
+
+
+def to_reason(code: int) -> str:
+    """Why a process ended, from its exit code, as a label: hung, killed, crashed or stopped."""
+    if code == HUNG:
+        return "hung"
+    return "killed" if code < 0 else "crashed" if code else "stopped"
 
 
 def serve(settings: Settings) -> int:
@@ -84,7 +113,7 @@ def _api_children(settings: Settings, listener: socket.socket) -> list[Child]:
 
 
 def _worker(number: int) -> Child:
-    return Child(f"worker-{number}", ("worker",))
+    return Child(f"worker-{number}", ("worker", "--number", str(number)))
 
 
 @contextlib.contextmanager
@@ -111,54 +140,171 @@ def _supervise(
     stack.callback(os.close, lifeline_read)
     metrics_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="giantleap-metrics-"))
     environment = {**os.environ, **to_environment(settings), "PROMETHEUS_MULTIPROC_DIR": metrics_dir}
-    stack.callback(_stop_all, children, settings.drain_grace_s)
+    fleet = Fleet(children, environment, lifeline_read, Path(metrics_dir), settings.drain_grace_s)
+    stack.callback(fleet.stop)
+    previous = signal.signal(signal.SIGHUP, lambda *_: fleet.ask_roll())
+    stack.callback(signal.signal, signal.SIGHUP, previous)
 
     while not stop.is_set():
         if redis is not None and not redis.is_alive():
             log.warning("the embedded Redis ended by itself; starting it again at the same address")
             redis.start(settings.data_dir, urlsplit(settings.redis_url or "").port or 0)
-        for child in children:
-            if child.process is None and time.monotonic() >= child.restart_at_s:
-                _start(child, environment, lifeline_read)
-            elif child.process is not None and (code := child.process.poll()) is not None:
-                child.process = None
-                if code == BAD_CONFIGURATION:
-                    log.error("%s cannot start: its configuration is wrong (see above)", child.name)
-                    return BAD_CONFIGURATION
-                child.crashes, delay_s = plan_restart(child.crashes, time.monotonic() - child.started_at_s)
-                if child.crashes > _MOST_CRASHES:
-                    log.error(
-                        "%s ended %d times in a row, last with code %d: giving up", child.name, child.crashes, code
-                    )
-                    return 1
-                log.warning("%s ended with code %d; starting it again in %.0f s", child.name, code, delay_s)
-                child.restart_at_s = time.monotonic() + delay_s
+        code = fleet.keep()
+        if code is not None:
+            return code
+        fleet.roll()
         stop.wait(_POLL_S)
     return 0
 
 
-def _start(child: Child, environment: dict[str, str], lifeline_fd: int) -> None:
-    argv = [sys.executable, "-m", "service.cli", *child.argv, "--lifeline-fd", str(lifeline_fd)]
-    child.started_at_s = time.monotonic()
-    # A session of its own: Ctrl-C reaches only this process, which then stops the children in order.
-    child.process = subprocess.Popen(
-        argv, env=environment, pass_fds=(lifeline_fd, *child.keep_fds), start_new_session=True
-    )
-    log.info("started %s as process %d", child.name, child.process.pid)
+class Fleet:
+    """The processes of one host.
 
+    Args:
+        children: What shall run; workers and API processes.
+        environment: Theirs.
+        lifeline_fd: The read end of the pipe that tells them of our end.
+        shared_dir: Where the restarts of workers are written for whoever answers `/metrics`.
+        grace_s: How long a process may drain.
+        command: What runs `giantleap`; tests give another.
+    """
 
-def _stop_all(children: Sequence[Child], grace_s: float) -> None:
-    running = [child.process for child in children if child.process is not None]
-    for process in running:
-        process.terminate()
-    deadline_s = time.monotonic() + grace_s + 5.0
-    for process in running:
+    def __init__(
+        self,
+        children: Sequence[Child],
+        environment: Mapping[str, str],
+        lifeline_fd: int,
+        shared_dir: Path,
+        grace_s: float,
+        command: tuple[str, ...] = (sys.executable, "-m", "service.cli"),
+    ) -> None:
+        self._children = children
+        self._environment = environment
+        self._lifeline_fd = lifeline_fd
+        self._shared_dir = shared_dir
+        self._grace_s = grace_s
+        self._command = command
+        self._restarts: Counter[str] = Counter()
+        self._roll_asked = False
+        self._to_replace: list[Child] = []
+        self._successor: Successor | None = None
+        self._retiring: list[tuple[subprocess.Popen[bytes], float]] = []
+
+    def keep(self) -> int | None:
+        """Start what does not run and is due; the exit code of the whole where something cannot be started."""
+        for child in self._children:
+            if child.process is None and time.monotonic() >= child.restart_at_s:
+                child.started_at_s = time.monotonic()
+                child.process = self._start(child)
+            elif child.process is not None and (code := child.process.poll()) is not None:
+                child.process = None
+                if (given_up := self._plan_restart(child, code)) is not None:
+                    return given_up
+        return None
+
+    def _plan_restart(self, child: Child, code: int) -> int | None:
+        if code == BAD_CONFIGURATION:
+            log.error("%s cannot start: its configuration is wrong (see above)", child.name)
+            return BAD_CONFIGURATION
+        if child.is_worker:
+            self._restarts[to_reason(code)] += 1
+            write_restarts(self._shared_dir, self._restarts)
+        child.crashes, delay_s = plan_restart(child.crashes, time.monotonic() - child.started_at_s)
+        if child.crashes > _MOST_CRASHES:
+            log.error("%s ended %d times in a row, last with code %d: giving up", child.name, child.crashes, code)
+            return 1
+        log.warning("%s ended with code %d; starting it again in %.0f s", child.name, code, delay_s)
+        child.restart_at_s = time.monotonic() + delay_s
+        return None
+
+    def ask_roll(self) -> None:
+        """Every process shall be replaced, workers first; one that is asked for meanwhile follows the one under way."""
+        self._roll_asked = True
+
+    @property
+    def is_rolling(self) -> bool:
+        return self._roll_asked or bool(self._to_replace) or bool(self._retiring)
+
+    def roll(self) -> None:
+        """The next step of a replacement: start a successor, hand over once it is ready, end what drained too long.
+
+        A successor that ends before it is ready ends the replacement: what runs goes on.
+        """
+        for process, deadline_s in list(self._retiring):
+            if process.poll() is not None:
+                self._retiring.remove((process, deadline_s))
+            elif time.monotonic() >= deadline_s:
+                process.kill()
+        if self._roll_asked and not self._to_replace:
+            self._roll_asked = False
+            self._to_replace = sorted(self._children, key=lambda child: not child.is_worker)
+            log.info("replacing %d processes one by one", len(self._to_replace))
+        if not self._to_replace:
+            return
+        child, successor = self._to_replace[0], self._successor
+        if successor is None:
+            self._successor = self._start_successor(child)
+        elif successor.process.poll() is not None:
+            log.error("the new %s ended before it was ready; nothing more is replaced", child.name)
+            self._drop_successor()
+            self._to_replace = []
+        elif select.select([successor.ready_fd], [], [], 0)[0] and os.read(successor.ready_fd, 1):
+            if child.process is not None:
+                child.process.terminate()
+                self._retiring.append((child.process, time.monotonic() + self._grace_s + _KILL_AFTER_S))
+            child.process, child.started_at_s, child.crashes = successor.process, successor.started_at_s, 0
+            self._drop_successor()
+            self._to_replace.pop(0)
+            log.info("replaced %s by process %d", child.name, child.process.pid)
+
+    def _start_successor(self, child: Child) -> Successor:
+        ready_read, ready_write = os.pipe()
         try:
-            process.wait(max(0.1, deadline_s - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            log.warning("process %d did not stop within its grace period; killing it", process.pid)
-            process.kill()
-            process.wait()
+            process = self._start(child, ready_write)
+        finally:
+            os.close(ready_write)
+        return Successor(process, time.monotonic(), ready_read)
+
+    def _drop_successor(self) -> None:
+        if self._successor is not None:
+            os.close(self._successor.ready_fd)
+        self._successor = None
+
+    def _start(self, child: Child, ready_fd: int | None = None) -> subprocess.Popen[bytes]:
+        argv = [*self._command, *child.argv, "--lifeline-fd", str(self._lifeline_fd)]
+        fds = [self._lifeline_fd, *child.keep_fds]
+        if ready_fd is not None:
+            argv += ["--ready-fd", str(ready_fd)]
+            fds.append(ready_fd)
+        # A session of its own: Ctrl-C reaches only this process, which then stops the children in order.
+        process = subprocess.Popen(argv, env=self._environment, pass_fds=fds, start_new_session=True)
+        log.info("started %s as process %d", child.name, process.pid)
+        return process
+
+    def stop(self) -> None:
+        """SIGTERM to all, and SIGKILL to what has not drained within the grace period."""
+        running = [child.process for child in self._children if child.process is not None]
+        running += [process for process, _ in self._retiring]
+        if self._successor is not None:
+            running.append(self._successor.process)
+            self._drop_successor()
+        for process in running:
+            process.terminate()
+        deadline_s = time.monotonic() + self._grace_s + _KILL_AFTER_S
+        for process in running:
+            try:
+                process.wait(max(0.1, deadline_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.warning("process %d did not stop within its grace period; killing it", process.pid)
+                process.kill()
+                process.wait()
+
+
+def say_ready(ready_fd: int | None) -> None:
+    """Tell the supervisor that this process can take over; nothing where it does not ask. Effects: closes the pipe."""
+    if ready_fd is not None:
+        os.write(ready_fd, b"1")
+        os.close(ready_fd)
 
 
 def stop_with_parent(lifeline_fd: int, grace_s: float) -> None:

@@ -10,7 +10,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -35,6 +35,7 @@ from service.protocol import WARMUPS, measure_protocol
 from service.redis_urls import open_redis
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing, trace_id_of
+from service.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -48,17 +49,27 @@ class _StopAsked(Exception):
     """A stop came while the protocol was measured, which takes minutes on a large model."""
 
 
-def run_worker(settings: Settings, stop: threading.Event) -> None:
+def run_worker(
+    settings: Settings, stop: threading.Event, number: int = 0, on_ready: Callable[[], None] | None = None
+) -> None:
     """Load, warm, measure if asked, then work until `stop` is set; what runs then may end within the grace period.
 
+    Args:
+        settings: All of them.
+        stop: Set by a signal.
+        number: Which worker of this machine it is: of several GPUs it takes that one where the device is `auto`.
+        on_ready: Called once, when jobs can be claimed.
+
     Effects: loads the bundles onto the device; signs on at Redis when ready and off at the end; serves /metrics if a
-    port is set. Returns normally after a stop, having finished or handed back every claim.
+    port is set. Returns normally after a stop, having finished or handed back every claim. Ends the process with the
+    code `service.watchdog.HUNG` where a step makes no progress.
 
     Raises:
         BadConfiguration: a bundle, a checkpoint, the device, the dtype or the engine does not fit.
         NotReady: Redis did not answer for two minutes.
     """
     redis_url = _require_url(settings)
+    settings = settings.model_copy(update={"device": choose_gpu(settings.device, number, torch.cuda.device_count())})
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
     metrics = Metrics()
@@ -86,11 +97,16 @@ def run_worker(settings: Settings, stop: threading.Event) -> None:
     claims = Claims(client, settings, tuple(routes), f"{platform.node()}-{os.getpid()}", device)
     claims.open()
     log.info("worker ready", extra={"fields": {"bundles": sorted(routes)}})
+    watchdog = Watchdog(settings.step_timeout_s)
+    watchdog.open()
+    if on_ready is not None:
+        on_ready()
     try:
         grids = {name: to_grid(bundle, routes[name]) for name, bundle in bundles.items()}
         drain = Drain(stop, settings.drain_grace_s)
-        Worker(routes, grids, claims, metrics, settings, drain, bundles, places, tracing).run()
+        Worker(routes, grids, claims, metrics, settings, drain, bundles, places, tracing, watchdog).run()
     finally:
+        watchdog.close()
         claims.close()
         tracing.close()
         client.close()
@@ -110,6 +126,7 @@ class Worker:
         bundles: The loaded bundles as read, by name.
         places: Their share of the device's memory, by name; without one nothing is refused and no batch cut for it.
         tracing: Where spans go; none: nowhere.
+        watchdog: What ends the process when a batch makes no progress; none: nothing does.
     """
 
     def __init__(
@@ -123,7 +140,9 @@ class Worker:
         bundles: Mapping[str, Bundle] = _NO_BUNDLES,
         places: Mapping[str, Place] = _NO_PLACES,
         tracing: Tracing | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
+        self._watchdog = watchdog
         self._tracing = Tracing() if tracing is None else tracing
         self._bundles = bundles
         self._places = places
@@ -167,8 +186,12 @@ class Worker:
             self._tracing.batch(jobs, _trace_attributes(job, route, len(items))) as trace,
             log_fields(job_ids=[each.id for each in jobs], trace_ids=trace_ids),
         ):
-            run = BatchRun(route, self._claims, self._drain, trace)
-            outcomes = run.run(items, most_items)
+            run = BatchRun(route, self._claims, self._drain, trace, self._watchdog)
+            try:
+                outcomes = run.run(items, most_items)
+            finally:
+                if self._watchdog is not None:
+                    self._watchdog.rest()
             for claim, ended in _by_claim(batch, outcomes):
                 trace.end(claim.job.id, next((each.code for each in ended if isinstance(each, JobError)), None))
         stages_s = run.clock.stages_s
@@ -274,6 +297,11 @@ def _trace_attributes(job: Job, route: Route, batch_items: int) -> dict[str, str
         "giantleap.engine": route.engine,
         "giantleap.batch.items": batch_items,
     }
+
+
+def choose_gpu(device: str, number: int, gpus: int) -> str:
+    """The device of the worker with that number: under `auto` each takes the next GPU, the CPU where there is none."""
+    return f"cuda:{number % gpus}" if device == "auto" and gpus else device
 
 
 def to_grid(bundle: Bundle, route: Route) -> LatentGrid:

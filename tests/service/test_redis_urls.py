@@ -222,6 +222,9 @@ def test_a_cluster_that_is_away_is_not_ready_and_its_password_is_not_told(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     url = f"redis+cluster://:{SECRET}@127.0.0.1:1"
+    with pytest.raises(NotReady, match="no node") as away:
+        open_redis(url, patience_s=0)
+    assert SECRET not in str(away.value)
 
     async def scenario() -> None:
         client = open_async_redis(url)

@@ -19,7 +19,7 @@ from service.jobs import JobParams
 from service.logs import JsonFormatter
 from service.metrics import Metrics
 from service.settings import Settings
-from service.worker import Worker, run_worker
+from service.worker import Worker, choose_gpu, run_worker
 from tests.service.fakes import GENERATE, UPSCALE, FakeClaims, FakeRoute, make_claim
 
 GRIDS = {"tiny": LatentGrid(stride_px=8, window=4)}
@@ -281,3 +281,9 @@ def test_seeds_count_on_and_stay_in_range() -> None:
 def test_a_worker_without_redis_says_what_is_missing() -> None:
     with pytest.raises(ValueError, match="redis_url"):
         run_worker(Settings(redis_url=None), threading.Event())
+
+
+def test_each_worker_of_a_machine_takes_a_gpu_of_its_own() -> None:
+    assert [choose_gpu("auto", number, 2) for number in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert choose_gpu("auto", 3, 0) == "auto"
+    assert [choose_gpu(device, 1, 2) for device in ("cpu", "cuda", "cuda:0")] == ["cpu", "cuda", "cuda:0"]

@@ -1,0 +1,53 @@
+"""A worker process with a route that computes nothing, for tests of its life: `hang` in a prompt never ends a step.
+
+`python route_worker.py <url> <prefix> <step timeout s> <grace s>`; each step of another job takes 50 ms.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry
+from torch import Tensor
+
+from models.generator import DrawItem
+from service.batch_run import Drain
+from service.batching import LatentGrid
+from service.claims import Claims
+from service.logs import configure_logging
+from service.metrics import Metrics
+from service.redis_urls import open_redis
+from service.settings import read_settings
+from service.watchdog import Watchdog
+from service.worker import Worker
+from tests.service.fakes import STRIDE_PX, FakeRoute
+
+
+class Route(FakeRoute):
+    def generate(
+        self, items: Sequence[DrawItem], on_step: Callable[[int, int], None], canceled: Callable[[], set[int]]
+    ) -> list[Tensor | None]:
+        if any("hang" in item.prompt for item in items):
+            time.sleep(3600)
+        return super().generate(items, on_step, canceled)
+
+
+def main(url: str, prefix: str, limit_s: float, grace_s: float) -> None:
+    configure_logging("info")
+    settings = read_settings(key_prefix=prefix, visibility_timeout_s=2.0, job_ttl_s=600, batch_items=1)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    route = Route(on_step=lambda step: time.sleep(0.05), name="pocket")
+    claims = Claims(open_redis(url), settings, ["pocket"], "route")
+    watchdog = Watchdog(limit_s)
+    claims.open()
+    watchdog.open()
+    metrics, grids = Metrics(CollectorRegistry()), {"pocket": LatentGrid(STRIDE_PX, 1)}
+    Worker({"pocket": route}, grids, claims, metrics, settings, Drain(stop, grace_s), watchdog=watchdog).run()  # type: ignore[dict-item]
+    claims.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4]))

@@ -1,0 +1,143 @@
+"""SIGHUP to `giantleap serve` replaces every process while jobs go on; a bundle broken meanwhile changes nothing."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from service.demo import free_port
+
+pytestmark = pytest.mark.slow
+TIMEOUT_S = 180.0
+REQUEST = {"prompt": "a red ball", "width": 128, "height": 128, "scale": 2, "steps": 2}
+
+
+def until(holds: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline_s, f"never: {what}"
+        time.sleep(0.05)
+
+
+class Service:
+    """A running `giantleap serve`, its log and its children."""
+
+    def __init__(self, bundle: Path, directory: Path) -> None:
+        port = free_port()
+        self.url, self.log = f"http://127.0.0.1:{port}", directory / "log"
+        command = [
+            sys.executable,
+            "-m",
+            "service.cli",
+            "serve",
+            "--port",
+            str(port),
+            "--data-dir",
+            str(directory / "data"),
+        ]
+        environment = {**os.environ, "GIANTLEAP_BUNDLE": str(bundle), "GIANTLEAP_TORCH_THREADS": "1"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, env=environment, stderr=log)
+
+    def ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def pids(self) -> set[int]:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return {each.pid for each in children if {"api", "worker"} & set(each.cmdline())}
+
+    def count(self, text: str) -> int:
+        return self.log.read_text().count(text)
+
+
+@contextmanager
+def serving(bundle: Path, directory: Path) -> Iterator[Service]:
+    service = Service(bundle, directory)
+    try:
+        until(service.ready, "ready")
+        yield service
+        service.process.terminate()
+        assert service.process.wait(60) == 0
+    finally:
+        service.process.kill()
+        service.process.wait()
+
+
+class Clients:
+    """Sends jobs without pause until told to stop; a 503 is tried again, as a client is told to."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._stop = threading.Event()
+        self.jobs: list[str] = []
+        self.errors: list[str] = []
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Clients":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(60)
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.1):
+            try:
+                answer = httpx.post(
+                    f"{self._url}/generate", json=REQUEST, headers={"Prefer": "respond-async"}, timeout=60
+                )
+            except httpx.TransportError as error:
+                self.errors.append(repr(error))
+                continue
+            if answer.status_code == 202:
+                self.jobs.append(answer.json()["id"])
+            elif answer.status_code not in (429, 503):
+                self.errors.append(answer.text)
+
+
+def state(url: str, job_id: str) -> dict[str, Any]:
+    body: dict[str, Any] = httpx.get(f"{url}/jobs/{job_id}", timeout=60).json()
+    return body
+
+
+def test_every_process_is_replaced_and_no_job_is_lost(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    with serving(tiny_bundle_dir, tmp_path) as service:
+        old = service.pids()
+        with Clients(service.url) as clients:
+            until(lambda: len(clients.jobs) > 3, "jobs before")
+            service.process.send_signal(signal.SIGHUP)
+            until(lambda: service.count("replaced ") == 2, "a worker and an API process were replaced")
+            until(lambda: not old & service.pids(), "the old ones have drained")
+            sent = len(clients.jobs)
+            until(lambda: len(clients.jobs) > sent + 3, "jobs after")
+        assert not clients.errors
+        for job_id in clients.jobs:
+            until(lambda job_id=job_id: state(service.url, job_id)["status"] == "succeeded", job_id)  # type: ignore[misc]
+        assert service.ready()
+
+
+def test_a_bundle_that_is_broken_meanwhile_changes_nothing(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(tiny_bundle_dir, tmp_path / "tiny")
+    with serving(bundle, tmp_path) as service:
+        old = service.pids()
+        (bundle / "lua.safetensors").unlink()
+        service.process.send_signal(signal.SIGHUP)
+        until(lambda: service.count("nothing more is replaced") == 1, "the new worker was given up")
+        assert service.pids() == old and service.ready()
+        answer = httpx.post(f"{service.url}/generate", json=REQUEST, timeout=TIMEOUT_S)
+        assert answer.status_code == 200

@@ -1,0 +1,155 @@
+"""A hung step ends its worker, not a slow one; a live worker ends in order on SIGTERM and hard when it hangs."""
+
+import asyncio
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.batch_run import BatchRun, Drain, to_items
+from service.broker import Broker
+from service.claims import Claims
+from service.jobs import JobState
+from service.settings import Settings
+from service.tracing import Tracing
+from service.watchdog import HUNG, Watchdog
+from tests.service.fakes import GENERATE, FakeClaims, FakeRoute, make_claim
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("route_worker.py")
+TIMEOUT_S = 90.0
+
+StartWorker = Callable[..., "subprocess.Popen[str]"]
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_only_an_old_mark_ends_the_process(caplog: pytest.LogCaptureFixture) -> None:
+    clock, codes = Clock(), []
+    watchdog = Watchdog(10.0, codes.append, clock)
+    clock.now_s += 1000
+    assert not watchdog.check(), "nothing ran yet: loading and warming up may take as long as they need"
+    watchdog.mark("generate", ["b", "a"])
+    clock.now_s += 10
+    assert not watchdog.check()
+    watchdog.mark("generate", ["b", "a"])
+    clock.now_s += 10.5
+    with caplog.at_level(logging.CRITICAL):
+        assert watchdog.check() and codes == [HUNG]
+    assert caplog.records[0].fields == {"stage": "generate", "job_ids": ["a", "b"], "limit_s": 10.0}  # type: ignore[attr-defined]
+    watchdog.rest()
+    clock.now_s += 1000
+    assert not watchdog.check() and codes == [HUNG]
+
+
+def test_the_thread_looks_by_itself() -> None:
+    ended = threading.Event()
+    watchdog = Watchdog(0.05, lambda code: ended.set())
+    watchdog.open()
+    watchdog.mark("decode", ["a"])
+    assert ended.wait(TIMEOUT_S)
+    watchdog.close()
+
+
+class Marks(Watchdog):
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.seen: list[str] = []
+
+    def mark(self, stage: str, job_ids: Any) -> None:
+        assert list(job_ids) == ["a"]
+        self.seen.append(stage)
+
+
+def test_every_stage_and_step_is_progress() -> None:
+    marks, claims = Marks(), FakeClaims()
+    drain = Drain(threading.Event(), 0)
+    with Tracing().batch([], {}) as trace:
+        run = BatchRun(FakeRoute(), claims, drain, trace, marks)  # type: ignore[arg-type]
+        run.run(to_items([make_claim("a", GENERATE)]), 8)
+    assert marks.seen == ["generate"] * (1 + GENERATE.steps) + ["upscale", "decode", "encode"]
+
+
+@pytest.fixture
+def start_worker(settings: Settings, redis_url: str) -> Iterator[StartWorker]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(limit_s: float, grace_s: float) -> "subprocess.Popen[str]":
+        command = [sys.executable, str(WORKER), redis_url, settings.key_prefix, str(limit_s), str(grace_s)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        started.append(subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for worker in started:
+        worker.kill()
+        worker.communicate()
+
+
+async def started(broker: Broker, job_id: str) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while (record := await broker.get(job_id)) is None or record.state is not JobState.PROCESSING:
+        assert time.monotonic() < deadline_s, "the job was never begun"
+        await asyncio.sleep(0.02)
+
+
+def test_a_hung_worker_ends_itself_and_its_job_goes_to_the_dead_letters(
+    open_broker: Any, make_job: Any, start_worker: StartWorker, open_claims: Any
+) -> None:
+    job = make_job(prompt="hang, a secret")
+
+    async def scenario() -> None:
+        async with open_broker() as broker:
+            await broker.enqueue(job)
+            worker = start_worker(limit_s=0.5, grace_s=0)
+            _, log = await asyncio.to_thread(worker.communicate, timeout=TIMEOUT_S)
+            assert worker.returncode == HUNG
+            assert "no progress" in log and job.id in log and '"generate"' in log and "secret" not in log
+            record = await broker.get(job.id)
+            assert record.state is JobState.PROCESSING and record.deliveries == 1
+            heir: Claims = open_claims(max_deliveries=1, visibility_timeout_s=2.0)
+            deadline_s = time.monotonic() + TIMEOUT_S
+            while not (await broker.get(job.id)).state.final:
+                assert time.monotonic() < deadline_s
+                assert await asyncio.to_thread(heir.claim, 1, 0.2) == []
+            record = await broker.get(job.id)
+            assert record.state is JobState.FAILED and "its worker was lost" in record.error.detail
+            assert (await broker.stats()).dead_lettered == 1
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("steps", "grace_s", "state"), [(20, 60.0, "succeeded"), (10_000, 0.2, "queued")])
+def test_sigterm_finishes_or_hands_back_and_exits_with_zero(
+    steps: int, grace_s: float, state: str, open_broker: Any, make_job: Any, start_worker: StartWorker
+) -> None:
+    running, waiting = make_job(steps=steps), make_job()
+
+    async def scenario() -> None:
+        async with open_broker() as broker:
+            await broker.enqueue(running)
+            await broker.enqueue(waiting)
+            worker = start_worker(limit_s=600, grace_s=grace_s)
+            await started(broker, running.id)
+            worker.send_signal(signal.SIGTERM)
+            _, log = await asyncio.to_thread(worker.communicate, timeout=TIMEOUT_S)
+            assert worker.returncode == 0, log
+            record, left = await broker.get(running.id), await broker.get(waiting.id)
+            assert str(record.state) == state and record.deliveries == (1 if state == "succeeded" else 0)
+            assert left.state is JobState.QUEUED and left.deliveries == 0, "nothing new was begun"
+            assert (await broker.stats()).live_workers == 0
+
+    asyncio.run(scenario())
