@@ -199,15 +199,16 @@ def check_client(client: SyncRedis | AsyncRedis) -> float:
 
 
 def run_script(script: Script, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
-    """Runs a script; a refusal that passes by itself comes as `redis.ConnectionError`, one of LOST.
+    """Runs a script for a worker; a refusal that passes by itself comes as `redis.ConnectionError`, one of LOST.
 
-    `NOREPLICAS` is such a one: `min-replicas-to-write` replicas are not there. Nothing was written then.
+    Such are `NOREPLICAS` (fewer than `min-replicas-to-write` are there) and a server whose memory is full: the script
+    met it at its first write, so nothing was written, and a worker that waits keeps its results.
     """
     try:
         return script(list(keys), list(args))
     except redis.ResponseError as error:
-        if is_passing(error):
-            raise redis.ConnectionError(str(error).split()[0]) from error
+        if is_passing(error) or isinstance(error, redis.OutOfMemoryError):
+            raise redis.ConnectionError(f"refused: {str(error)[:80]}") from error
         raise
 
 

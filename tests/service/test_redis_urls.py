@@ -17,7 +17,7 @@ from service.jobs import Job, JobError, JobState, ResultFile
 from service.keys import Keys
 from service.redis_urls import is_passing, open_async_redis, open_redis, read_address, run_script
 from service.settings import Settings, read_settings
-from tests.service.redis_groups import Server, cluster, is_whole, until
+from tests.service.redis_groups import Server, cluster, free_ports, is_whole, until
 
 SECRET = "open-sesame"
 
@@ -72,11 +72,18 @@ def test_clients_connect_and_read_within_bounded_times() -> None:
         assert options["password"] == "p"
 
 
-def test_a_server_that_may_not_write_just_now_is_waited_for() -> None:
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        redis.ResponseError("NOREPLICAS Not enough good replicas to write. script: abc"),
+        redis.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."),
+    ],
+)
+def test_a_server_that_may_not_write_just_now_is_waited_for(refusal: redis.ResponseError) -> None:
     def refuse(*_: object) -> None:
-        raise redis.ResponseError("NOREPLICAS Not enough good replicas to write. script: abc")
+        raise refusal
 
-    with pytest.raises(redis.ConnectionError, match="NOREPLICAS"):
+    with pytest.raises(redis.ConnectionError, match=str(refusal)[:10]):
         run_script(refuse, [], [])  # type: ignore[arg-type]
     assert not is_passing(redis.ResponseError("WRONGTYPE not a list"))
 
@@ -235,3 +242,41 @@ def test_a_cluster_that_is_away_is_not_ready_and_its_password_is_not_told(
 
     asyncio.run(scenario())
     assert SECRET not in caplog.text and os.environ.get("GIANTLEAP_REDIS_URL") is None
+
+
+def test_a_worker_whose_redis_is_full_keeps_its_results_until_there_is_room(
+    tmp_path_factory: pytest.TempPathFactory, make_job: Any
+) -> None:
+    server = Server(tmp_path_factory.mktemp("full") / "server", free_ports(1)[0], "maxmemory-policy noeviction")
+    server.start()
+    settings = read_settings(redis_url=f"redis://127.0.0.1:{server.port}/0", visibility_timeout_s=10, job_ttl_s=60)
+    client, claims = (
+        open_async_redis(str(settings.redis_url)),
+        Claims(open_redis(str(settings.redis_url)), settings, ["pocket"], "w"),
+    )
+
+    async def scenario() -> None:
+        broker = Broker(client, settings)
+        await broker.open()
+        claims.open()
+        job = make_job()
+        await broker.enqueue(job)
+        claim = await asyncio.to_thread(claim_one, claims)
+        server.client.config_set("maxmemory", 1)
+        ending = asyncio.create_task(asyncio.to_thread(claims.finish, claim, [(ResultFile("a", 1), b"a")], {}, []))
+        before = server.client.info("commandstats")["cmdstat_evalsha"]["failed_calls"]
+        await asyncio.to_thread(
+            until,
+            lambda: server.client.info("commandstats")["cmdstat_evalsha"]["failed_calls"] > before,
+            "the worker was refused",
+        )
+        assert not ending.done()
+        server.client.config_set("maxmemory", 0)
+        assert await asyncio.wait_for(ending, 60)
+        assert await broker.read_result(job.id, 0) == b"a"
+        await broker.close()
+
+    try:
+        asyncio.run(_closing(scenario, client, claims))
+    finally:
+        server.kill()

@@ -1,5 +1,6 @@
 """SIGHUP to `giantleap serve` replaces every process while jobs go on; a bundle broken meanwhile changes nothing."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -58,7 +59,12 @@ class Service:
 
     def pids(self) -> set[int]:
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return {each.pid for each in children if {"api", "worker"} & set(each.cmdline())}
+        found = set()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+                if {"api", "worker"} & set(child.cmdline()):
+                    found.add(child.pid)
+        return found
 
     def count(self, text: str) -> int:
         return self.log.read_text().count(text)
