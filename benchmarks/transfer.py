@@ -1,0 +1,241 @@
+"""Carries the pocket adapter over to a VAE with 4 channels, beside one trained from scratch for ten times as long.
+
+`python -m benchmarks.transfer` draws pictures, encodes them with the VAE of `--bundle` (docs/training.md, "Transfer",
+says how it is made), trains every variant with `training/run.py` (equal losses, batch and rate) and measures held-out
+pictures and six photographs. It goes on where it was stopped; `--only` trains one variant. Writes
+`benchmarks/results/transfer.json` and ends with 1 when the transferred adapter is more than 0.3 dB behind.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.photos import SCALES, psnr_db, read_photos
+from models.bundle import Bundle, read_bundle
+from models.checkpoints import read_lua, write_lua
+from models.lua import Lua
+from models.vae import Vae
+from training.curriculum import RunConfig, check_config
+from training.frozen_vae import read_vae
+from training.pairs_store import PairsStore, replace_file, replacing
+from training.pocket_pairs import SCENE_SHARE, draw_scene_view, draw_view, shrink
+from training.pocket_vae import Pictures, Pool
+from training.prepare import PrepareConfig, prepare
+from training.run import Place, evaluate, train
+from training.transfer import Start, prepare_start
+
+CPU = torch.device("cpu")
+TILE_PX = 256
+HELD_OUT = 32
+MOST_BEHIND_DB = 0.3
+TIMES = 10  # as many steps from scratch
+BEST: Start = "fit"  # the start that is judged; the others are there to choose it
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One adapter: how it starts (None is from scratch) and how long it is trained."""
+
+    name: str
+    start: Start | None
+    steps: int
+
+
+def variants_of(steps: int) -> list[Variant]:
+    """What is compared."""
+    starts: tuple[Start, ...] = ("fit", "slice", "fresh")
+    return [
+        *(Variant(f"transfer_{start}", start, steps) for start in starts),
+        Variant("scratch_short", None, steps),
+        Variant("scratch", None, TIMES * steps),
+    ]
+
+
+def write_pictures(folder: Path, pool: Pool, count: int) -> None:
+    """Draws pictures as the pocket adapter's own pairs are drawn; the last `HELD_OUT` are of another pool.
+
+    Effects: what is there already is not drawn again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: tuple[tuple[Pictures, range], ...] = (
+        (pool.read(0), range(count)),
+        (pool.read_held_out(0), range(count, count + HELD_OUT)),
+    )
+    for pictures, numbers in parts:
+        for number in tqdm(numbers, desc="pictures"):
+            path = folder / f"{number:06d}.png"
+            if path.is_file():
+                continue
+            rng = np.random.default_rng((4, number))
+            is_scene = rng.random() < SCENE_SHARE
+            draw, source = (draw_scene_view, pictures.scenes) if is_scene else (draw_view, pictures.leaves)
+            levels = ((draw(rng, source, TILE_PX, TILE_PX)[0] + 1.0) * 127.5).round().byte()
+            with replacing(path) as file:
+                Image.fromarray(levels.permute(1, 2, 0).numpy()).save(file, "png", compress_level=1)
+
+
+def plan(bundle: Path, pairs: Path, start_file: Path | None, steps: int, rate: float, batch: int) -> RunConfig:
+    """The same for every variant but for the start and the length."""
+    stage = {"name": "I", "steps": steps, "effective_batch": batch, "micro_batch": batch}
+    values: dict[str, Any] = {
+        "bundle": bundle,
+        "pairs": pairs,
+        "lua": {"preset": "pocket"} if start_file is None else {"start": start_file},
+        "stages": [stage],
+        "held_out_tiles": HELD_OUT,
+        "optimiser": {"rate": rate, "warmup_steps": 20, "ema_decay": 0.99, "ema_warmup": True},
+        "log_every": 50,
+        "save_every": 25,
+    }
+    return check_config(values, "benchmarks.transfer")
+
+
+def run_variant(variant: Variant, folder: Path, source: Path, bundle: Path, rate: float, batch: int) -> Path:
+    """Trains one, or goes on; returns its weights. The transferred start is kept beside them as `start.safetensors`."""
+    out, pairs = folder / variant.name, folder / "pairs"
+    weights = out / "lua.safetensors"
+    if weights.is_file():
+        return weights
+    start_file = None
+    if variant.start is not None:
+        start_file = out / "start.safetensors"
+        out.mkdir(parents=True, exist_ok=True)
+        if not start_file.is_file():
+            write_lua(start_file, prepare_start(source, bundle, pairs, variant.start, CPU))
+    return train(plan(bundle, pairs, start_file, variant.steps, rate, batch), out, Place(CPU), resume=True)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photograph as every variant needs it: itself, its small latents, the decoded small pictures enlarged."""
+
+    original: Tensor
+    small: Mapping[int, Tensor]
+    bicubic_db: Mapping[int, float]
+
+
+@torch.no_grad()
+def read_photo_latents(vae: Vae) -> list[Photo]:
+    """Encodes the photographs once for all variants; small versions as in `benchmarks/photos.py`."""
+    photos = []
+    for original in tqdm(read_photos().values(), desc="photographs"):
+        small = {scale: vae.encode(shrink(original, scale)) for scale in SCALES}
+        enlarged = {s: F.interpolate(vae.decode(z), scale_factor=float(s), mode="bicubic") for s, z in small.items()}
+        photos.append(Photo(original, small, {s: psnr_db(x, original) for s, x in enlarged.items()}))
+    return photos
+
+
+@torch.no_grad()
+def measure(net: Lua, vae: Vae, store: PairsStore, photos: Sequence[Photo]) -> dict[str, float]:
+    """PSNR in dB by scale: held-out pictures against the decoded large latent, photographs against the originals."""
+    scores, _ = evaluate(net, vae, store, range(len(store) - HELD_OUT, len(store)))
+    figures = {}
+    for scale in SCALES:
+        found = [psnr_db(vae.decode(net(photo.small[scale], scale)), photo.original) for photo in photos]
+        figures[f"held_out_x{scale}_db"] = scores[f"x{scale}_held_out_psnr_db"]
+        figures[f"held_out_x{scale}_over_bicubic_db"] = scores[f"x{scale}_held_out_gain_db"]
+        figures[f"photos_x{scale}_db"] = fmean(found)
+        figures[f"photos_x{scale}_over_bicubic_db"] = fmean(
+            value - photo.bicubic_db[scale] for value, photo in zip(found, photos, strict=True)
+        )
+    return {name: round(value, 3) for name, value in figures.items()}
+
+
+def judge(figures: Mapping[str, Mapping[str, float]], steps: int) -> dict[str, float]:
+    """How far the transferred adapter is ahead of the one from scratch, in dB; negative where it is behind."""
+    moved, scratch = figures[f"transfer_{BEST} {steps}"], figures[f"scratch {TIMES * steps}"]
+    names = [f"{kind}_x{scale}_db" for kind in ("held_out", "photos") for scale in SCALES]
+    return {name: round(moved[name] - scratch[name], 3) for name in names}
+
+
+def table(figures: Mapping[str, Mapping[str, float]]) -> str:
+    """One line per variant."""
+    names = [f"{kind}_x{scale}_db" for kind in ("held_out", "photos") for scale in SCALES]
+    lines = [f"{'':<22}" + "".join(f"{name:>17}" for name in names)]
+    lines += [f"{each:<22}" + "".join(f"{row[name]:>17.2f}" for name in names) for each, row in figures.items()]
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "scikit-image", "scikit-learn")},
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def collect(variants: list[Variant], folder: Path, bundle: Bundle) -> dict[str, dict[str, float]]:
+    """The figures of every variant, and of the transferred starts before any training; kept beside the weights."""
+    vae, store = read_vae(bundle, CPU, torch.float32), PairsStore.open(folder / "pairs")
+    photos: list[Photo] = []
+    figures: dict[str, dict[str, float]] = {}
+    for variant in variants:
+        names = ["lua"] if variant.start is None else ["start", "lua"]
+        for name in names:
+            weights = folder / variant.name / f"{name}.safetensors"
+            kept = weights.with_suffix(".json")
+            if not kept.is_file():
+                photos = photos or read_photo_latents(vae)
+                replace_file(kept, json.dumps(measure(read_lua(weights), vae, store, photos)).encode())
+            steps = variant.steps if name == "lua" else 0
+            figures[f"{variant.name} {steps}"] = {"steps": steps, **json.loads(kept.read_text())}
+    return figures
+
+
+def main(
+    bundle: Annotated[Path, typer.Option(help="Bundle with the 4-channel VAE.")] = Path("runs/pocket4"),
+    source: Annotated[Path, typer.Option(help="Bundle whose adapter is carried over.")] = Path("bundles/pocket"),
+    folder: Annotated[Path, typer.Option(help="Where pictures, pairs and runs go.")] = Path("runs/transfer"),
+    pool: Annotated[Path, typer.Option(help="Folder of the drawn pictures; filled when empty.")] = Path("runs/pool"),
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/transfer.json"),
+    pictures: Annotated[int, typer.Option(help="To train on.")] = 1600,
+    steps: Annotated[int, typer.Option(help="Of a transfer; from scratch ten times as many.")] = 250,
+    rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
+    batch: Annotated[int, typer.Option(help="Pictures of 256 px in one update.")] = 8,
+    only: Annotated[str | None, typer.Option(help="Train this variant, then stop.")] = None,
+) -> None:
+    """Trains, measures, prints, stores; exit status 1 when the transfer is more than 0.3 dB behind."""
+    torch.set_num_threads(1)
+    write_pictures(folder / "pictures", Pool(pool, scene_count=160, scene_px=512), pictures)
+    prepare(PrepareConfig(folder / "pictures", bundle, folder / "pairs", TILE_PX, TILE_PX), CPU, torch.bfloat16)
+    variants = variants_of(steps)
+    for variant in variants:
+        if only in (None, variant.name):
+            typer.echo(f"{variant.name}: {run_variant(variant, folder, source, bundle, rate, batch)}")
+    if only is not None:
+        return
+    figures = collect(variants, folder, read_bundle(bundle))
+    ahead = judge(figures, steps)
+    typer.echo(table(figures))
+    typer.echo(f"transfer_{BEST} over scratch, dB: {ahead}")
+    settings = {"pictures": pictures, "steps": steps, "rate": rate, "batch": batch, "start": BEST}
+    is_met = min(ahead.values()) >= -MOST_BEHIND_DB
+    record = {"machine": machine(), "settings": settings, "figures": figures, "ahead_db": ahead, "is_met": is_met}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=2) + "\n")
+    if not is_met:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
