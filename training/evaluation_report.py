@@ -69,7 +69,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
             for name, title in METRICS.items():
                 if isinstance(row[name], str):
                     reasons.setdefault(str(row[name]), set()).add(title)
-    lines += ["", *(f"- {', '.join(sorted(names))}: {reason}." for reason, names in reasons.items())]
+    lines += ["", *(f"- {', '.join(sorted(names))}: {reason.rstrip('.')}." for reason, names in reasons.items())]
     for title, key in (("Latents", "latent_statistics"), ("Pixels", "pixel_statistics")):
         lines += ["", f"## {title} against the true large ones", "", *_gap_table(report[key])]
     return "\n".join(lines) + "\n"
