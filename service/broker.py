@@ -416,6 +416,8 @@ async def _woken(wake: asyncio.Event, timeout_s: float) -> None:
 
 
 def _to_not_ready(error: Exception) -> NotReady:
+    if isinstance(error, redis.ResponseError):
+        return NotReady("Redis takes no writes at the moment, it is full or failing over; try again.", retry_after_s=5)
     return NotReady(
         f"Redis does not answer ({type(error).__name__}); it must be reachable and loaded: try again soon.",
         retry_after_s=1,

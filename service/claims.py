@@ -22,12 +22,11 @@ from redis.typing import KeyT, StreamIdT
 from service import scripts
 from service.device_memory import Device
 from service.errors import NotReady, StorageFull
-from service.jobs import Job, JobError, Priority, ResultFile
-from service.keys import Keys, lane
+from service.jobs import Job, JobError, ResultFile
+from service.keys import Keys, claim_order, lane
 from service.redis_urls import LOST, SyncRedis, check_client, run_script
 from service.settings import Settings
 
-_LOW_FIRST_EVERY = 8
 _POLL_S = 1.0
 _BACKOFF_CAP_S = 2.0
 _PATIENCE_S = 120.0
@@ -249,13 +248,8 @@ class Claims:
         ]
 
     def _lanes(self) -> list[str]:
-        """Every lane of this worker in the order of the next claim; the bundle that comes first rotates."""
-        shift = self._turn % len(self._bundles)
-        bundles = self._bundles[shift:] + self._bundles[:shift]
-        priorities = [Priority.HIGH, Priority.LOW]
-        if self._turn % _LOW_FIRST_EVERY == _LOW_FIRST_EVERY - 1:
-            priorities.reverse()
-        return [lane(bundle, priority) for priority in priorities for bundle in bundles]
+        """Every lane of this worker in the order of the next claim."""
+        return claim_order(self._bundles, self._turn)
 
     def _take(self, max_jobs: int) -> tuple[list[Claim], LastIds, float]:
         """One run of the claim script: the claims; else each stream's last id and the seconds to the next retry."""

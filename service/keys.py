@@ -31,11 +31,14 @@ The Lua scripts in `service.scripts` build the same names from the tag; what eac
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.jobs import Priority
 
 GROUP = "workers"
+LOW_FIRST_EVERY = 8
+"""Low priority is promised an eighth of the claims: its queue moves, and high loses no more than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +84,16 @@ class Keys:
 def lane(bundle: str, priority: Priority) -> str:
     """The part of a stream's name that says whose jobs it carries."""
     return f"{bundle}:{priority.value}"
+
+
+def claim_order(bundles: Sequence[str], turn: int) -> list[str]:
+    """The lanes in the order in which claim number `turn` of a worker takes from them.
+
+    High priority comes before low, but in each `LOW_FIRST_EVERY`-th claim after it. The bundle that is first rotates.
+    """
+    shift = turn % len(bundles)
+    order = (*bundles[shift:], *bundles[:shift])
+    priorities = [Priority.HIGH, Priority.LOW]
+    if turn % LOW_FIRST_EVERY == LOW_FIRST_EVERY - 1:
+        priorities.reverse()
+    return [lane(bundle, priority) for priority in priorities for bundle in order]

@@ -22,7 +22,7 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.commands.core import Script
-from redis.exceptions import ClusterError, ReadOnlyError, RedisClusterException, TryAgainError
+from redis.exceptions import ClusterError, OutOfMemoryError, ReadOnlyError, RedisClusterException, TryAgainError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
@@ -35,6 +35,7 @@ LOST = (
     redis.ConnectionError,
     redis.TimeoutError,
     ReadOnlyError,
+    OutOfMemoryError,
     TryAgainError,
     ClusterError,
     RedisClusterException,  # no node of a cluster can be reached: redis-py has no narrower class for it
@@ -42,6 +43,8 @@ LOST = (
 """What a call raises while Redis is away, is failing over, or may not write just now: waiting can help."""
 
 _FORMS = "redis://, rediss://, unix://, redis+sentinel://host:26379,host/service/db or redis+cluster://host:6379,host"
+# A server of version 6 wraps what a command in a script met into an error of its own.
+_WRAPPED = (" -OOM ", " -READONLY ")
 _PASSING = ("NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN")
 _PATIENCE_S, _PAUSE_S = 120.0, 0.5
 _SENTINEL_PORT, _SERVER_PORT = 26379, 6379
@@ -214,4 +217,4 @@ def run_script(script: Script, keys: Sequence[str], args: Sequence[str | bytes])
 
 def is_passing(error: redis.ResponseError) -> bool:
     """Whether a server refused for a reason that passes by itself, as while it fails over."""
-    return str(error).startswith(_PASSING)
+    return str(error).startswith(_PASSING) or any(code in str(error) for code in _WRAPPED)

@@ -14,7 +14,7 @@ from service import scripts
 from service.claims import Claim, Claims
 from service.embedded_redis import find_bundled_server
 from service.jobs import Job, JobError, JobState, Priority, ResultFile
-from service.keys import Keys
+from service.keys import Keys, claim_order
 from service.redis_urls import open_redis
 from service.settings import Settings
 
@@ -108,6 +108,14 @@ def test_high_priority_goes_first_in_order_of_arrival(put: Put, open_claims: Any
     highs = [put(Priority.HIGH) for _ in range(3)]
     worker = open_claims()
     assert [take_one(worker).job for _ in range(5)] == highs + lows
+
+
+def test_each_eighth_claim_takes_low_first_and_bundles_take_turns_at_being_first() -> None:
+    orders = [claim_order(("a", "b"), turn) for turn in range(16)]
+    assert [turn for turn, order in enumerate(orders) if order[0].endswith(":low")] == [7, 15]
+    assert orders[0] == ["a:high", "b:high", "a:low", "b:low"] and orders[1][0] == "b:high"
+    assert orders[7] == ["b:low", "a:low", "b:high", "a:high"]
+    assert {frozenset(order) for order in orders} == {frozenset(orders[0])}, "every lane in every claim"
 
 
 def test_low_priority_is_not_starved_by_a_steady_flow_of_high(put: Put, open_claims: Any) -> None:

@@ -1,0 +1,111 @@
+"""A Redis that is out of memory and may evict nothing: a clear answer that passes, and workers that wait it out."""
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+
+from service.api import create_app
+from service.broker import Broker
+from service.claims import Claim, Claims
+from service.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
+from service.jobs import ResultFile
+from service.redis_urls import open_async_redis, open_redis
+from service.settings import Settings, read_settings
+from tests.service.live_server import live_server
+from tests.service.paper_bundle import write_paper_bundle
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
+SERVERS = ["system", "bundled"] if find_bundled_server() else ["system"]
+PNG = ResultFile("image/png", 3)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(params=SERVERS)
+def full_settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
+    """Settings of a server of its own: it is filled for everybody."""
+    server = EmbeddedRedis(find_bundled_server() if request.param == "bundled" else find_server(), "everysec")
+    redis_url = server.start(tmp_path / "redis")
+    bundle = write_paper_bundle(tmp_path / "paper")
+    yield read_settings(
+        redis_url=redis_url, key_prefix=f"full-{uuid.uuid4().hex[:8]}", bundle=(bundle,), visibility_timeout_s=30.0
+    )
+    server.stop()
+
+
+def set_full(settings: Settings, full: bool) -> None:
+    assert settings.redis_url is not None
+    with redis.Redis.from_url(settings.redis_url) as client:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", 1 if full else 0)
+
+
+async def test_requests_get_503_with_retry_after_and_reading_goes_on(full_settings: Settings) -> None:
+    with live_server(create_app(full_settings)) as url:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            headers = {"Prefer": "respond-async"}
+            kept = (await client.post("/generate", json={"prompt": "a"}, headers=headers)).json()
+            set_full(full_settings, True)
+            for answer in (
+                await client.post("/generate", json={"prompt": "a"}, headers=headers),
+                await client.post("/generate", json={"prompt": "a"}),
+                await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a"}),
+                await client.delete(kept["status_url"]),
+            ):
+                assert answer.status_code == 503 and answer.json()["code"] == "not_ready", answer.text
+                assert answer.json()["retryable"] and int(answer.headers["retry-after"]) >= 1
+            openai = await client.post("/v1/images/generations", json={"prompt": "a"})
+            assert openai.status_code == 503 and openai.json()["error"] and int(openai.headers["retry-after"]) >= 1
+            assert (await client.get(kept["status_url"])).json()["status"] == "queued"
+            assert [job["id"] for job in (await client.get("/jobs")).json()["jobs"]] == [kept["id"]]
+            assert (await client.get("/metrics")).status_code == 200
+            set_full(full_settings, False)
+            assert (await client.delete(kept["status_url"])).json()["status"] == "canceled"
+            assert (await client.post("/generate", json={"prompt": "a"}, headers=headers)).status_code == 202
+
+
+def test_a_worker_waits_until_there_is_memory_and_then_ends_its_jobs(full_settings: Settings, make_job: Any) -> None:
+    assert full_settings.redis_url is not None
+    client = open_redis(full_settings.redis_url)
+    worker = Claims(client, full_settings, ["pocket"], "w")
+    worker.open()
+    try:
+        first, second = make_job(), make_job()
+        asyncio.run(enqueue(full_settings, first, second))
+        [claim] = worker.claim(1, 1.0)
+        set_full(full_settings, True)
+        assert worker.claim(1, 0.2) == []
+        worker.emit(claim, "step", {"step": 1, "steps": 4})
+        ended: list[bool] = []
+        ending = threading.Thread(target=lambda: ended.append(worker.finish(claim, [(PNG, b"png")], {}, [])))
+        ending.start()
+        ending.join(0.3)
+        assert ending.is_alive() and ended == [], "it waits"
+        set_full(full_settings, False)
+        ending.join(60)
+        assert ended == [True]
+        left: list[Claim] = worker.claim(1, 30.0)
+        assert [claim.job.id for claim in left] == [second.id]
+        assert worker.finish(left[0], [(PNG, b"png")], {}, [])
+    finally:
+        set_full(full_settings, False)
+        worker.close()
+        client.close()
+
+
+async def enqueue(settings: Settings, *jobs: Any) -> None:
+    assert settings.redis_url is not None
+    async with open_async_redis(settings.redis_url) as client:
+        producer = Broker(client, settings)
+        for job in jobs:
+            await producer.enqueue(job)
