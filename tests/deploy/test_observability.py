@@ -10,11 +10,9 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import Metrics
-from tests.service.test_metrics import STATS, fill
+from tests.service.test_metrics import render_all
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -36,10 +34,8 @@ def promtool(*arguments: str) -> str:
 
 def series() -> dict[str, set[str]]:
     """Name of each series that a query may name, with its labels."""
-    metrics = Metrics(CollectorRegistry())
-    fill(metrics)
     found: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(metrics.render(STATS).decode()):
+    for family in text_string_to_metric_families(render_all()):
         for sample in family.samples:
             found.setdefault(sample.name, set()).update(sample.labels)
     return found
@@ -125,16 +121,6 @@ def test_a_query_of_a_metric_that_does_not_exist_is_seen() -> None:
         check_query("sum(rate(giantleap_jobs_total[5m])) / sum(rate(giantleap_job_total[5m]))")
     with pytest.raises(AssertionError):
         check_query('giantleap_queue_depth{lane="x"}')
-
-
-def test_every_metric_is_on_the_dashboard() -> None:
-    shown = {selector.name for query in (*panel_queries(), *rule_queries()) for selector in used(query)}
-    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in series()}
-    assert families - {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown} == set()
-
-
-def used(query: str) -> list[Any]:
-    return selectors(promql_parser.parse(query.replace("$__rate_interval", "5m").replace("$bundle", "b")))
 
 
 def test_the_dashboard_has_its_rows_and_no_panel_overlaps_another() -> None:

@@ -5,16 +5,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.jobs import Priority, QueueStats
-from service.metrics import SECONDS_BUCKETS, Metrics, remove_dead_gauges
+from service.metrics import SECONDS_BUCKETS, Metrics, RestartCollector, remove_dead_gauges, write_restarts
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STATS = QueueStats(
@@ -106,11 +107,19 @@ def check_with_promtool(text: str) -> None:
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
 
 
+def render_all() -> str:
+    """Every metric that any process exposes, those of a supervisor's host too."""
+    metrics, host = Metrics(CollectorRegistry()), CollectorRegistry()
+    fill(metrics)
+    with tempfile.TemporaryDirectory() as shared_dir:
+        write_restarts(Path(shared_dir), {"crashed": 2})
+        host.register(RestartCollector(Path(shared_dir)))
+        return (metrics.render(STATS) + generate_latest(host)).decode()
+
+
 @pytest.fixture
 def full() -> str:
-    metrics = Metrics(CollectorRegistry())
-    fill(metrics)
-    return metrics.render(STATS).decode()
+    return render_all()
 
 
 def test_the_exposition_is_well_formed(full: str) -> None:
