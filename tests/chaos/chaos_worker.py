@@ -1,0 +1,55 @@
+"""A worker process without a model, to be killed and frozen: it runs jobs asleep and keeps a journal on disk.
+
+`python chaos_worker.py JOURNAL`, settings from the environment. A job takes two milliseconds a step; one whose seed is
+`LONG_SEED` takes `LONG_S` at its first start. The journal has a line `<what> <job> <delivery> <pid> <monotonic s>`
+before work (start), before the end is asked for (ending) and after the queue's answer (accepted, refused), so that
+what a kill left out is known.
+"""
+
+import os
+import sys
+import time
+
+from service.claims import Claim, Claims
+from service.jobs import GenerateParams, ResultFile
+from service.redis_urls import open_redis
+from service.settings import read_settings
+
+LONG_SEED = 424_242
+LONG_S = 10.0
+MOST_CLAIMS = 3
+
+
+def work(claim: Claim) -> None:
+    params = claim.job.params
+    if not isinstance(params, GenerateParams):
+        time.sleep(0.002)
+    elif params.seed == LONG_SEED and claim.delivery == 1:
+        time.sleep(LONG_S)
+    else:
+        time.sleep(2 * params.steps / 1000)
+
+
+def main(journal: str) -> None:
+    settings = read_settings()
+    assert settings.redis_url is not None
+    claims = Claims(open_redis(settings.redis_url), settings, ["paper"], "chaos")
+    claims.open()
+    file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def note(what: str, claim: Claim) -> None:
+        """One write of one line: a kill leaves the whole line or none of it."""
+        os.write(file, f"{what} {claim.job.id} {claim.delivery} {os.getpid()} {time.monotonic():.6f}\n".encode())
+
+    while True:
+        for claim in claims.claim(MOST_CLAIMS, 0.5):
+            note("start", claim)
+            work(claim)
+            content = f"{claim.job.id} {claim.delivery} {os.getpid()}".encode()
+            note("ending", claim)
+            ended = claims.finish(claim, [(ResultFile("image/png", len(content)), content)], {}, ())
+            note("accepted" if ended else "refused", claim)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,223 @@
+"""Thousands of jobs while workers are killed and frozen and Redis is killed or fails over: each ends exactly once.
+
+Run by `make chaos`; each test prints its report and stores it in `benchmarks/results/chaos.json` with the machine.
+"""
+
+import asyncio
+import json
+import os
+import platform
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+
+from service.keys import Keys
+from service.redis_urls import LOST
+from service.settings import read_settings
+from tests.chaos.harness import ROOT, Clients, Fleet, free_port
+from tests.chaos.judge import Verdict, judge
+from tests.chaos.stores import OneServer, Replicated, Store, open_store
+from tests.service.paper_bundle import write_paper_bundle
+
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
+
+REPORT = ROOT / "benchmarks" / "results" / "chaos.json"
+SEED = int(os.environ.get("CHAOS_SEED", "20261121"))
+PREFIX = "chaos"
+WORKERS = 4
+VISIBILITY_S = 5.0
+# What a master that is killed may have promised and not yet sent to a replica: milliseconds on one machine.
+FAILOVER_LOSS_S = 2.0
+_END_S = 300.0
+
+
+class Run:
+    """One run: its processes, its clients, and what was done to them."""
+
+    def __init__(self, store: Store, root: Path, jobs: int) -> None:
+        self.store, self.jobs = store, jobs
+        settings = read_settings(
+            redis_url=store.url,
+            key_prefix=PREFIX,
+            port=free_port(),
+            bundle=(write_paper_bundle(root / "paper"),),
+            visibility_timeout_s=VISIBILITY_S,
+            max_deliveries=10,
+            log_level="error",
+        )
+        self.fleet = Fleet(settings, root / "journal")
+        self.clients = Clients(f"http://127.0.0.1:{settings.port}", jobs, SEED)
+        self.done: Counter[str] = Counter()
+        self._frozen = asyncio.Event()
+
+    def execute(self, kills: int, harms: int) -> Verdict:
+        """Everything from the first start to the judgement; stops all of it."""
+        started_s = time.monotonic()
+        try:
+            self.fleet.start(WORKERS)
+            asyncio.run(self._scenario(kills, harms))
+            with open_store(self.store) as client:
+                accepted = list(self.clients.accepted.values())
+                verdict = judge(client, PREFIX, accepted, self.fleet.notes(), self.fleet.killed_pids)
+        finally:
+            self.fleet.stop()
+        self.duration_s = time.monotonic() - started_s
+        return verdict
+
+    async def _scenario(self, kills: int, harms: int) -> None:
+        with open_store(self.store) as client:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.clients.run())
+                tasks.create_task(self._freeze(client))
+                tasks.create_task(self._harm(kills, harms))
+            await self._await_ends(client)
+        await asyncio.sleep(1.0)  # a worker notes the end of its last job after the queue has it
+
+    def _plan(self, kills: int, harms: int) -> list[tuple[int, str]]:
+        """What is done after how many ends, in order, at random moments."""
+        dice = random.Random(SEED)
+        killed = [(moment, "worker kills") for moment in dice.sample(range(20, self.jobs - 50), kills)]
+        harmed = [(moment, "Redis kills") for moment in dice.sample(range(100, self.jobs - 100), harms)]
+        return sorted(killed + harmed)
+
+    async def _harm(self, kills: int, harms: int) -> None:
+        dice = random.Random(SEED + 1)
+        await self._frozen.wait()
+        for moment, what in self._plan(kills, harms):
+            await await_until(f"{moment} jobs end", lambda moment=moment: self.fleet.count("accepted") >= moment)  # type: ignore[misc]
+            await asyncio.sleep(dice.uniform(0, 0.1))
+            if what == "worker kills":
+                self.fleet.kill_worker(dice.choice(self.fleet.workers))
+            else:
+                await asyncio.to_thread(self.store.harm)
+            self.done[what] += 1
+
+    async def _freeze(self, client: redis.Redis) -> None:
+        """Stops the worker that runs the long job until another has ended that job, then lets it go on."""
+        await await_until("the long job is accepted", lambda: 0 in self.clients.accepted)
+        job_id = self.clients.accepted[0]
+        await await_until("the long job starts", lambda: bool(self._notes("start", job_id)))
+        pid = self._notes("start", job_id)[0].pid
+        [frozen] = [worker for worker in self.fleet.workers if worker.pid == pid]
+        self.fleet.workers.remove(frozen)  # out of reach of the kills, and back at the end
+        frozen.send_signal(signal.SIGSTOP)
+        self._frozen.set()
+        try:
+            state_key = Keys(PREFIX).job(job_id)
+            await await_until(
+                "another worker ends the frozen one's job",
+                lambda: patiently(lambda: client.hget(state_key, "state")) == b"succeeded",
+            )
+            frozen.send_signal(signal.SIGCONT)
+            await await_until(
+                "the frozen worker is told that it is late",
+                lambda: any(note.pid == pid for note in self._notes("refused", job_id)),
+            )
+        finally:
+            self.fleet.workers.append(frozen)
+        self.done["frozen workers"] += 1
+
+    def _notes(self, what: str, job_id: str) -> list[Any]:
+        return [note for note in self.fleet.notes() if note.what == what and note.job_id == job_id]
+
+    async def _await_ends(self, client: redis.Redis) -> None:
+        """Returns when no job is waiting or running, or after a while: the judge then names them."""
+        names = [Keys(PREFIX).job(job_id) for job_id in self.clients.accepted.values()]
+        deadline_s = time.monotonic() + _END_S
+        while time.monotonic() < deadline_s:
+            states = patiently(lambda: [client.hget(name, "state") for name in names])
+            if states is not None and not {b"queued", b"processing"} & set(states):
+                return
+            await asyncio.sleep(0.5)
+
+    def report(self, verdict: Verdict, **more: object) -> None:
+        """Prints what happened and stores it under the name of the store."""
+        notes = self.fleet.notes()
+        starts = Counter(note.job_id for note in notes if note.what == "start")
+        found = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": f"{platform.machine()}, {psutil.cpu_count()} cores, {platform.system()} {platform.release()}",
+            "load_average": os.getloadavg(),
+            "seed": SEED,
+            "jobs_accepted": len(self.clients.accepted),
+            "harm_done": dict(self.done),
+            "posts_refused": dict(self.clients.refusals),
+            "starts": sum(starts.values()),
+            "jobs_started_again": sum(number > 1 for number in starts.values()),
+            "ends_accepted": sum(note.what == "accepted" for note in notes),
+            "ends_refused_as_late": sum(note.what == "refused" for note in notes),
+            "faults": {name: len(ids) for name, ids in vars(verdict).items()},
+            "duration_s": round(self.duration_s, 1),
+        } | more
+        print(json.dumps(found, indent=2))
+        stored = json.loads(REPORT.read_text()) if REPORT.exists() else {}
+        stored[type(self.store).__name__] = found
+        REPORT.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+
+
+async def await_until(what: str, is_true: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + _END_S
+    while not is_true():
+        assert time.monotonic() < deadline_s, f"{what}: not within {_END_S:.0f} s"
+        await asyncio.sleep(0.02)
+
+
+def patiently(call: Callable[[], Any]) -> Any:
+    """None while Redis is away: it is killed meanwhile."""
+    try:
+        return call()
+    except LOST:
+        return None
+
+
+def test_every_accepted_job_ends_exactly_once(tmp_path: Path) -> None:
+    store = OneServer(tmp_path / "redis")
+    try:
+        run = Run(store, tmp_path, jobs=2000)
+        verdict = run.execute(kills=20, harms=3)
+        run.report(verdict)
+    finally:
+        store.stop()
+    assert run.done == {"worker kills": 20, "Redis kills": 3, "frozen workers": 1}
+    assert len(set(run.clients.accepted.values())) == 2000
+    assert verdict.is_clean, verdict
+
+
+def test_failover_loses_at_most_what_the_old_master_had_not_sent(tmp_path: Path) -> None:
+    """Replication is asynchronous: a job that the master took in its last moment may be gone, and an end be redone.
+
+    `min-replicas-to-write` bounds that to a master with a live replica; everything else ends exactly once.
+    """
+    store = Replicated(tmp_path / "redis")
+    try:
+        run = Run(store, tmp_path, jobs=500)
+        verdict = run.execute(kills=5, harms=1)
+        killed_at_s = store.killed_at_s
+        at_risk = {
+            *(job_id for job_id, at_s in run.clients.accepted_at_s.items() if _was_just_before(at_s, killed_at_s)),
+            *(
+                note.job_id
+                for note in run.fleet.notes()
+                if note.what == "accepted" and _was_just_before(note.at_s, killed_at_s)
+            ),
+        }
+        run.report(verdict, jobs_at_risk=len(at_risk))
+    finally:
+        store.stop()
+    assert run.done == {"worker kills": 5, "Redis kills": 1, "frozen workers": 1}
+    assert set(verdict.lost) | set(verdict.accepted_twice) <= at_risk
+    excused = {"lost": (), "accepted_twice": ()}
+    assert Verdict(**{**vars(verdict), **excused}).is_clean, verdict
+
+
+def _was_just_before(at_s: float, killed_at_s: float) -> bool:
+    return killed_at_s - FAILOVER_LOSS_S <= at_s <= killed_at_s + 0.1
