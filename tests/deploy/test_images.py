@@ -1,6 +1,8 @@
 """Dockerfile and compose files: what no Docker engine is needed for to say that they are right."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -142,7 +144,9 @@ def test_redis_starts_with_the_password_of_its_file_and_hides_it(tmp_path: Path)
     script = script.replace("$$", "$").replace("/run/redis", str(tmp_path))
     command = [part.replace("/data", str(tmp_path)) for part in redis["command"]]
     argv = [shell, flag, script, name, *command, "--port", str(port), "--save", ""]
-    server = subprocess.Popen(argv, env={"PATH": "/usr/bin:/bin", "REDIS_PASSWORD": "0123abcd"}, stdout=subprocess.PIPE)
+    assert shutil.which("redis-server"), "redis-server is missing: apt-get install redis-server"
+    environment = {"PATH": os.environ["PATH"], "REDIS_PASSWORD": "0123abcd"}
+    server = subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE)
     try:
         import redis as client_library
 
