@@ -199,6 +199,10 @@ class BatchRun:
             yield
         self._emit(items, "stage", {"stage": name, "seconds": round(self.clock.stages_s[name], 6)})
 
+    def _touch(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.touch()
+
     def _mark(self, stage: str, items: Sequence[Item]) -> None:
         if self._watchdog is not None:
             self._watchdog.mark(stage, [item.claim.job.id for item in items])
@@ -206,9 +210,11 @@ class BatchRun:
     def _emit(self, items: Sequence[Item], name: str, data: dict[str, object]) -> None:
         for claim in {item.claim.job.id: item.claim for item in items}.values():
             self._claims.emit(claim, name, data)
+            self._touch()
 
     def _poll_canceled(self, items: Sequence[Item]) -> None:
         self._canceled_ids |= self._claims.canceled(list({item.claim.job.id: item.claim for item in items}.values()))
+        self._touch()
 
     def _is_stopped(self, item: Item) -> bool:
         return item.claim.job.id in self._canceled_ids or self._drain.is_over()

@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     step_timeout_s: float = Field(
         1800.0,
         description="A worker whose batch makes no progress (a denoising step, a stage) for so long ends itself.",
-        gt=0,
+        ge=60,  # one call of a Redis that does not answer, with its retries, takes more than half of it
     )
     max_deliveries: int = Field(3, description="Starts of a job before it is dead-lettered.", ge=1)
     retry_backoff_s: float = Field(2.0, description="First delay of a retry; doubles with each one.", ge=0)

@@ -142,7 +142,15 @@ def _supervise(
     environment = {**os.environ, **to_environment(settings), "PROMETHEUS_MULTIPROC_DIR": metrics_dir}
     fleet = Fleet(children, environment, lifeline_read, Path(metrics_dir), settings.drain_grace_s)
     stack.callback(fleet.stop)
-    previous = signal.signal(signal.SIGHUP, lambda *_: fleet.ask_roll())
+    on_terminal = os.isatty(0)
+
+    def hang_up(*_: object) -> None:
+        if on_terminal and not os.isatty(0):  # the terminal was closed, nobody asks for a replacement
+            stop.set()
+        else:
+            fleet.ask_roll()
+
+    previous = signal.signal(signal.SIGHUP, hang_up)
     stack.callback(signal.signal, signal.SIGHUP, previous)
 
     while not stop.is_set():

@@ -54,6 +54,12 @@ class Watchdog:
         """Progress was made; `stage` begins or goes on for these jobs."""
         self._mark = (self._clock(), stage, tuple(job_ids))
 
+    def touch(self) -> None:
+        """What was marked last goes on: its call of Redis, which is bounded, has come back."""
+        mark = self._mark
+        if mark is not None:
+            self._mark = (self._clock(), mark[1], mark[2])
+
     def rest(self) -> None:
         """Nothing runs: nothing can hang."""
         self._mark = None

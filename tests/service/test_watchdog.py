@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from service.batch_run import BatchRun, Drain, to_items
+from service.batching import LatentGrid
 from service.broker import Broker
 from service.claims import Claims
 from service.jobs import JobState
-from service.settings import Settings
+from service.metrics import Metrics
+from service.settings import Settings, read_settings
 from service.tracing import Tracing
 from service.watchdog import HUNG, Watchdog
-from tests.service.fakes import GENERATE, FakeClaims, FakeRoute, make_claim
+from service.worker import Worker
+from tests.service.fakes import GENERATE, STRIDE_PX, FakeClaims, FakeRoute, make_claim
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("route_worker.py")
@@ -81,6 +85,40 @@ def test_every_stage_and_step_is_progress() -> None:
         run = BatchRun(FakeRoute(), claims, drain, trace, marks)  # type: ignore[arg-type]
         run.run(to_items([make_claim("a", GENERATE)]), 8)
     assert marks.seen == ["generate"] * (1 + GENERATE.steps) + ["upscale", "decode", "encode"]
+
+
+def test_a_worker_that_waits_for_work_is_not_hung() -> None:
+    clock, codes = Clock(), []
+    watchdog = Watchdog(10.0, codes.append, clock)
+    grids, metrics = {"tiny": LatentGrid(STRIDE_PX, 1)}, Metrics(CollectorRegistry())
+    claims, route, drain = FakeClaims(), FakeRoute(on_step=lambda step: watchdog.check()), Drain(threading.Event(), 0)
+    worker = Worker({"tiny": route}, grids, claims, metrics, read_settings(), drain, watchdog=watchdog)  # type: ignore[dict-item, arg-type]
+    worker.run_batch([make_claim("a")])
+    assert list(claims.finished) == ["a"]
+    clock.now_s += 1000
+    assert not watchdog.check() and not codes
+
+
+def test_a_redis_that_answers_slowly_is_not_a_hung_step() -> None:
+    """Each call is bounded on its own; a batch of many jobs makes many between two marks."""
+    clock, codes = Clock(), []
+    watchdog = Watchdog(60.0, codes.append, clock)
+
+    class SlowClaims(FakeClaims):
+        def emit(self, *event: Any) -> None:
+            clock.now_s += 50
+            assert not watchdog.check()
+
+        def canceled(self, claims: Any) -> set[str]:
+            clock.now_s += 50
+            assert not watchdog.check()
+            return set()
+
+    drain, claims = Drain(threading.Event(), 0), SlowClaims()
+    with Tracing().batch([], {}) as trace:
+        run = BatchRun(FakeRoute(), claims, drain, trace, watchdog)  # type: ignore[arg-type]
+        run.run(to_items([make_claim(name, GENERATE) for name in "abc"]), 8)
+    assert not codes
 
 
 @pytest.fixture
