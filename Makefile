@@ -42,7 +42,7 @@ fuzz: $(VENV)/.dev ## Send 20,000 broken requests and many that the OpenAPI docu
 
 peers: $(VENV)/.dev ## Install LitServe, BentoML and Ray Serve below .peers and measure the service beside them
 	$(BIN)/python benchmarks/peers/install.py
-	$(BIN)/python -m benchmarks.load --peers --write-docs
+	$(BIN)/python -m benchmarks.load --peers
 
 format: $(VENV)/.dev ## Rewrite the code in the project's format
 	$(BIN)/ruff format
