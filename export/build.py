@@ -124,6 +124,10 @@ def export_bundle(request: Request, say: Callable[[str], object] = lambda line: 
     """
     scales = _check_request(request)
     reference = open_reference(request.bundle, request.parts, request.device)
+    if reference.lua is not None and reference.lua.spec.head == "liif":
+        raise ArtefactError(
+            f"bundle {request.bundle.name} has a LIIF head, which is not exported: engine torch runs it"
+        )
     wanted: list[tuple[Part, int | None]] = [("lua", scale) for scale in scales]
     wanted += [("decoder", None)] if "decoder" in request.parts else []
     with new_directory(request.directory) as folder:
@@ -252,7 +256,7 @@ def _check_request(request: Request) -> tuple[int, ...]:
         load_tensorrt()
         if request.device.type != "cuda":
             raise ArtefactError(f"TensorRT runs on a GPU; asked for device {request.device}")
-    return tuple(sorted(set(request.scales))) or known
+    return tuple(sorted(set(request.scales))) or tuple(map(int, known))
 
 
 def _export_part(request: Request, reference: Reference, folder: Path, part: Part, scale: int | None) -> Artefact:

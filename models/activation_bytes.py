@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from models.decode_plan import ELEMENT_BYTES
-from models.lua_spec import LuaSpec
+from models.lua_spec import LIIF_POINTS, LuaSpec
 
 Config = Mapping[str, Any]
 
@@ -208,7 +208,7 @@ def text_encoder_elements(config: Config, prompts: int, tokens: int) -> int:
     return int(prompts * tokens * (peak + layers * (hidden + cached)))
 
 
-def lua_bytes(spec: LuaSpec, batch: int, height: int, width: int, scale: int, dtype: str, device: str) -> int:
+def lua_bytes(spec: LuaSpec, batch: int, height: int, width: int, scale: float, dtype: str, device: str) -> int:
     """Bytes alive at the peak of `models.lua.Lua`, whose weights are float32 and compute in `dtype` under autocast.
 
     The worst moment is in a block's attention, or after the last pixel shuffle, or at the finished latents.
@@ -218,7 +218,7 @@ def lua_bytes(spec: LuaSpec, batch: int, height: int, width: int, scale: int, dt
         batch: Latents of one call.
         height: Of the latent that goes in, before padding to the window.
         width: As `height`.
-        scale: 2 or 4.
+        scale: 2 or 4; with a LIIF head any.
         dtype: That it computes in.
         device: "cpu" or "cuda".
     """
@@ -233,6 +233,13 @@ def lua_bytes(spec: LuaSpec, batch: int, height: int, width: int, scale: int, dt
     if keeps_scores(spec, dtype, device):
         attention += 2 * batch * pixels * scores * 4
     element_bytes = 4 if full else 2
+    if spec.head == "liif":
+        points = batch * pixels * scale**2
+        # The features and the first layer's maps; values of one portion of points, at each of four corners; all of them
+        # in parts, joined and laid out anew.
+        maps = batch * pixels * (2 * spec.embed_dim + 2 * spec.num_feat) * 4
+        portion = min(points, LIIF_POINTS) * 4 * 4 * spec.num_feat * element_bytes
+        return int(max(attention, maps + portion + 3 * points * spec.channels * 4))
     # Before and after the last pixel shuffle; the latents, restored and with their bicubic part.
     shuffle = 2 * spec.num_feat * scale**2 * element_bytes + 2 * spec.embed_dim * 4
     added = 2 if spec.bicubic_skip else 1

@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,7 +35,7 @@ from models.bundle_descriptor import (
 from models.latent_space import LatentSpace, read_statistics
 from models.latent_statistics import StatisticsError
 from models.latent_statistics import read_statistics as read_latent_statistics
-from models.lua_spec import SPEC_KEY, LuaSpec
+from models.lua_spec import SPEC_KEY, LuaSpec, grown_side, is_whole
 
 __all__ = [
     "Bundle",
@@ -199,7 +200,7 @@ class Bundle:
         """Why a method is not there, and what to do; empty where it is there."""
         return self.descriptor.why_not(method)
 
-    def scales_of(self, method: Method) -> tuple[int, ...]:
+    def scales_of(self, method: Method) -> tuple[float, ...]:
         """The enlargements that a method offers, 1 among them; none where the method is not there.
 
         For "direct", which enlarges nothing, a scale only says how large the image is when no size is given.
@@ -207,7 +208,7 @@ class Bundle:
         return self.descriptor.scales_of(method)
 
     @property
-    def scales(self) -> tuple[int, ...]:
+    def scales(self) -> tuple[float, ...]:
         """Every enlargement on offer, by whatever method."""
         return tuple(sorted({scale for method in METHODS for scale in self.scales_of(method)}))
 
@@ -224,7 +225,18 @@ class Bundle:
         """Whether words beyond the tokenizer's own mean nothing to the model."""
         return self.descriptor.vocabulary.closed
 
-    def base_size(self, width_px: int, height_px: int, scale: int, method: Method = "lua") -> tuple[int, int]:
+    def whole_px(self, side_px: int, scale: float) -> int:
+        """The smallest multiple of a side, itself whole latents, whose enlargement by a scale is whole latents too."""
+        unit_px = self.latent_space.multiple_px
+        return next(n * side_px for n in count(1) if is_whole(n * side_px // unit_px, scale))
+
+    def limits_at(self, scale: float, method: Method) -> Limits:
+        """The limits of the base image, with the steps that an enlargement by this scale leaves whole."""
+        factor = 1 if method == "direct" else scale
+        step_px = self.whole_px(self.limits.multiple_px, factor)
+        return self.limits.model_copy(update={"multiple_px": step_px})
+
+    def base_size(self, width_px: int, height_px: int, scale: float, method: Method = "lua") -> tuple[int, int]:
         """Width and height that the base model draws for a final image of exactly the given size.
 
         With "direct" that is the final size itself; else its enlargement by `scale` is.
@@ -238,20 +250,20 @@ class Bundle:
         if scale not in self.scales_of(method):
             known = ", ".join(map(str, self.scales_of(method)))
             raise SizeError(f"scale {scale}: bundle {self.name} has {known} by method {method}")
-        factor, limits = 1 if method == "direct" else scale, self.limits
+        factor, limits = 1 if method == "direct" else scale, self.limits_at(scale, method)
         (less_width, more_width), (less_height, more_height) = (
             nearest_sides(side / factor, limits, method) for side in (width_px, height_px)
         )
-        if (less_width * factor, less_height * factor) == (width_px, height_px):
+        if (grown_side(less_width, factor), grown_side(less_height, factor)) == (width_px, height_px):
             return less_width, less_height
-        less = f"{less_width * factor}x{less_height * factor}"
-        more = f"{more_width * factor}x{more_height * factor}"
+        less = f"{grown_side(less_width, factor)}x{grown_side(less_height, factor)}"
+        more = f"{grown_side(more_width, factor)}x{grown_side(more_height, factor)}"
         nearest = less if less == more else f"{less} and {more}"
-        least, most = (nearest_sides(side, limits, method)[0] * factor for side in (0, sys.maxsize))
+        least, most = (grown_side(nearest_sides(side, limits, method)[0], factor) for side in (0, sys.maxsize))
         way = "drawn directly" if method == "direct" else f"at scale {scale}"
         raise SizeError(
             f"{width_px}x{height_px} px {way}: bundle {self.name} reaches sides from {least} to {most} px "
-            f"in steps of {limits.multiple_px * factor}; nearest: {nearest}"
+            f"in steps of {grown_side(limits.multiple_px, factor)}; nearest: {nearest}"
         )
 
     def _source(self, section: VaeSource | None) -> ModelSource | None:
@@ -268,7 +280,13 @@ class Bundle:
             BundleError: They differ.
         """
         space, scales = self.latent_space, self.scales_of("lua")[1:]
-        if spec.scales != scales:
+        if spec.head == "liif":
+            if not all(map(spec.takes, scales)):
+                raise BundleError(
+                    f"{self.lua}: a LIIF head enlarges by any scale above 1 that makes a window of {spec.window} a "
+                    f"whole number; {DESCRIPTOR} says {scales}"
+                )
+        elif spec.scales != scales:
             raise BundleError(f"{self.lua}: found heads for scales {spec.scales}; {DESCRIPTOR} says {scales}")
         if spec.channels != space.channels:
             raise BundleError(

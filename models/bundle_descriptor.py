@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from models.latent_space import LATENT_SPACES, LatentSpace, Packing
+from models.lua_spec import grown_side, is_whole, to_scale
 
 Method = Literal["lua", "direct", "bicubic", "swinir"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -18,6 +19,7 @@ DecodeName = Literal["exact", "tiled", "tiny"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 Side = Annotated[int, Field(ge=1)]
+Scale = Annotated[float, AfterValidator(to_scale)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(min_length=1)]
 Floats = Annotated[tuple[float, ...], Field(strict=False)]
@@ -112,12 +114,14 @@ class LatentSpaceSource(_Section):
 class LuaFile(_Section):
     """`[lua]`: the weights inside the bundle, the scale heads they must have, and their digest.
 
+    With a LIIF head, `scales` are those to serve, whole or not.
+
     `guard_sigmas` bounds outputs by the statistics in the weights' header (`models/guard.py`); without it there is no
     bound.
     """
 
     file: Text
-    scales: Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
+    scales: Annotated[tuple[Scale, ...], Field(strict=False, min_length=1)]
     sha256: Digest
     guard_sigmas: float | None = Field(default=None, gt=0)
 
@@ -166,7 +170,7 @@ class Defaults(_Section):
     guidance_scale: float = Field(ge=0)
     base_width_px: Side
     base_height_px: Side
-    scale: int = 2
+    scale: Scale = 2
     method: Method = "lua"
 
 
@@ -234,7 +238,14 @@ class Descriptor(_Section):
             if name not in self.files:
                 raise ValueError(f"swinir.x{scale}: {name} has no digest in files")
         self._check_default_method()
+        for factor in () if self.lua is None else self.lua.scales:
+            if not all(is_whole(side_px // space.multiple_px, factor) for side_px in self._base_sides_px):
+                raise ValueError(f"lua.scales: {factor} makes no whole latents of the default base size")
         return self
+
+    @property
+    def _base_sides_px(self) -> tuple[int, int]:
+        return self.defaults.base_width_px, self.defaults.base_height_px
 
     def _check_default_method(self) -> None:
         method, scale = self.defaults.method, self.defaults.scale
@@ -243,7 +254,7 @@ class Descriptor(_Section):
         scales = self.scales_of(method)
         if scale not in scales:
             raise ValueError(f"defaults.scale {scale} is not among the scales {scales} of method {method}")
-        for side_px in (self.defaults.base_width_px * scale, self.defaults.base_height_px * scale):
+        for side_px in (grown_side(side, scale) for side in self._base_sides_px):
             if method == "direct" and side_px > (self.limits.max_direct_px or 0):
                 raise ValueError(f"defaults: {side_px} px exceed limits.max_direct_px {self.limits.max_direct_px}")
 
@@ -271,11 +282,11 @@ class Descriptor(_Section):
             return f"none are published for it; train your own: {source.train}"
         return f"`giantleap bundle pull {self.bundle.name}` fetches {source.file} of {source.hub_id}"
 
-    def scales_of(self, method: Method) -> tuple[int, ...]:
+    def scales_of(self, method: Method) -> tuple[float, ...]:
         """The enlargements that a method offers, with 1, which leaves upscaling out; none where it is not there."""
         if self.why_not(method):
             return ()
-        lua = set() if self.lua is None else set(self.lua.scales)
+        lua: set[float] = set() if self.lua is None else set(self.lua.scales)
         if method == "lua":
             return (1, *sorted(lua))
         if method == "swinir" and self.swinir is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.engines import EngineError, EngineName, first_line
 from models.lua import Lua, check_latent, pad_to_window
+from models.lua_spec import grown_side
 from models.prepared_lua import Grids, PreparedLua
 
 GRAPHS_KEPT = 16
@@ -62,7 +63,7 @@ class CompileEngine:
         return cls(PreparedLua(net.to(device), dtype, packed=False, width_multiple=width_multiple), device)
 
     @torch.inference_mode()
-    def run(self, latent: Tensor, scale: int) -> Tensor:
+    def run(self, latent: Tensor, scale: float) -> Tensor:
         """As `models.engines.Engine.run`."""
         check_latent(self.spec, latent, (scale,))
         if scale not in self._compiled:
@@ -71,10 +72,10 @@ class CompileEngine:
         padded = pad_to_window(latent.to(self._device, torch.float32), self.spec.window)
         padded = padded.clone(memory_format=torch.contiguous_format)  # else one made elsewhere is compiled for anew
         if self._device.type == "cuda":
-            grown = self._replay(padded, scale)
+            grown = self._replay(padded, int(scale))
         else:
-            grown = self._compiled[scale](*self._open_sizes(padded))
-        return grown[..., : scale * height, : scale * width]
+            grown = self._compiled[int(scale)](*self._open_sizes(padded))
+        return grown[..., : grown_side(height, scale), : grown_side(width, scale)]
 
     def _open_sizes(self, padded: Tensor) -> tuple[Tensor, Grids]:
         """What the network takes, told to the compiler as of any size; it keeps a batch of 1 for a case of its own."""

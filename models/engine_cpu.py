@@ -30,7 +30,7 @@ class LatentUpscaler(Protocol):
     @property
     def spec(self) -> LuaSpec: ...
 
-    def __call__(self, latent: Tensor, scale: int) -> Tensor:
+    def __call__(self, latent: Tensor, scale: float) -> Tensor:
         """As `Lua.forward`."""
         ...
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.engine_cpu import LatentUpscaler, prepare_lua
 from models.lua import Lua, check_latent, pad_to_window
-from models.lua_spec import LuaSpec
+from models.lua_spec import LuaSpec, grown_side
 from models.prepared_lua import PreparedLua
 
 EngineName = Literal["torch", "torch-compile", "onnx", "tensorrt", "aoti"]
@@ -71,7 +71,7 @@ class Engine(Protocol):
     @property
     def spec(self) -> LuaSpec: ...
 
-    def run(self, latent: Tensor, scale: int) -> Tensor:
+    def run(self, latent: Tensor, scale: float) -> Tensor:
         """Enlarges a raw latent of any size.
 
         **Shape** [batch, channels, height, width] -> [batch, channels, scale * height, scale * width], float32.
@@ -107,6 +107,8 @@ def open_engine(
     """
     if name == "torch":
         return TorchEngine.open(net, device, dtype)
+    if net.spec.head == "liif":
+        raise EngineError(f"engine {name} runs no LIIF head: set the engine to torch")
     if name == "torch-compile":
         from models.engine_compile import CompileEngine
 
@@ -150,7 +152,7 @@ class TorchEngine:
         return isinstance(self._net, PreparedLua)
 
     @torch.inference_mode()
-    def run(self, latent: Tensor, scale: int) -> Tensor:
+    def run(self, latent: Tensor, scale: float) -> Tensor:
         """As `Engine.run`."""
         if self._net is None:
             raise EngineError("engine torch is closed")
@@ -200,14 +202,14 @@ class ArtefactEngine:
         return cls(name, spec, {scale: open_package(artefacts[scale]) for scale in scales}, device)
 
     @torch.inference_mode()
-    def run(self, latent: Tensor, scale: int) -> Tensor:
+    def run(self, latent: Tensor, scale: float) -> Tensor:
         """As `Engine.run`."""
         check_latent(self.spec, latent, (scale,))
         if scale not in self._runners:
             raise EngineError(f"engine {self.name} is closed")
         height, width = latent.shape[-2:]
         padded = pad_to_window(latent.to(self._device, torch.float32), self.spec.window).contiguous()
-        return self._runners[scale](padded)[..., : scale * height, : scale * width]
+        return self._runners[int(scale)](padded)[..., : grown_side(height, scale), : grown_side(width, scale)]
 
     def close(self) -> None:
         """As `Engine.close`."""

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.lua_spec import LuaSpec, grown_side
+from models.lua_spec import LIIF_POINTS, LuaSpec, grown_side
 
 HIDDEN_LAYERS = 4
-POINTS_AT_ONCE = 16_384  # four corners each: at 256 wide, in float32, 64 MiB per map of hidden values
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ class LiifHead(nn.Module):
         self.place = nn.Linear(4, f, bias=False)  # the first layer, of offset and cell
         self.hidden = nn.ModuleList(nn.Linear(f, f) for _ in range(HIDDEN_LAYERS - 1))
         self.last = nn.Linear(f, spec.channels)
-        self.points_at_once = POINTS_AT_ONCE
+        self.points_at_once = LIIF_POINTS
         for layer in (self.entry, *self.hidden):
             # torch's own start halves the signal in every layer; arXiv 1502.01852, Eq. 10, keeps it for ReLU
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

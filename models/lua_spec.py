@@ -11,6 +11,7 @@ HeadName = Literal["pixelshuffle", "liif"]
 
 SPEC_KEY = "giantleap.lua_spec"  # where the header of a weight file of ours holds the spec
 SCALES = (2, 4)
+LIIF_POINTS = 16_384  # that a LIIF head takes at once; four corners each: at 256 wide, in float32, 64 MiB per map
 _SCALE_SETS = ((2,), (4,), (2, 4))
 _OPTIONAL_KEYS = frozenset({"head"})  # files from before they were there have their defaults
 _ROUNDING = 1e-6  # of a latent pixel: 4/3 of 12 is not 16 in floating point
@@ -115,6 +116,11 @@ class LuaSpec:
             raise ValueError(f"a LUA spec has the keys {names}; found {values!r:.200}")
         typed: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**typed)
+
+
+def to_scale(value: float) -> float:
+    """A scale as it is named everywhere: a whole one is an int, so that it reads "2" and not "2.0"."""
+    return int(value) if math.isfinite(value) and value == int(value) else value
 
 
 def grown_side(side: int, scale: float) -> int:

@@ -39,7 +39,7 @@ from models.decode_plan import (
     prefers_strips,
 )
 from models.foreign_weights import CheckpointError, to_own_layout
-from models.lua_spec import SPEC_KEY, LuaSpec
+from models.lua_spec import SPEC_KEY, LuaSpec, grown_side
 
 DeviceKind = Literal["cpu", "cuda"]
 Stage = Literal["encode", "generate", "upscale", "decode"]
@@ -55,6 +55,7 @@ _TYPE_BYTES = MappingProxyType(
 _MAX_HEADER_BYTES = 100 * 2**20  # the limit of the format
 _DENOISERS = ("transformer", "unet")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_ROUNDING = 1e-6  # of a pixel
 _PLAIN_NAME = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
 
 
@@ -79,7 +80,7 @@ class Work:
 
     width_px: int
     height_px: int
-    scale: int
+    scale: float
     method: Method = "lua"
     decode: DecodeName | None = "exact"
     items: int = 1
@@ -90,7 +91,7 @@ class Work:
     def base_px(self) -> tuple[int, int]:
         """Width and height of the base image; of an image that is enlarged, with its sides rounded up."""
         factor = 1 if self.method == "direct" else self.scale
-        return -(-self.width_px // factor), -(-self.height_px // factor)
+        return math.ceil(self.width_px / factor - _ROUNDING), math.ceil(self.height_px / factor - _ROUNDING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +268,7 @@ class MemoryPlan:
         if work.decode is not None and not pixels_alone:
             factor = work.scale if enlarges and work.method != "swinir" else 1
             budget_bytes = None if memory_bytes is None else max(0, memory_bytes - self.weights_bytes)
-            sides = (factor * latent_height, factor * latent_width)
+            sides = (grown_side(latent_height, factor), grown_side(latent_width, factor))
             stages["decode"] = self._decode_bytes(work.decode, work.items, *sides, budget_bytes)
         return stages
 
@@ -287,21 +288,23 @@ class MemoryPlan:
 
     def _upscale_bytes(self, work: Work, latent_height: int, latent_width: int) -> int:
         if work.method == "bicubic":
-            return 4 * work.items * self.channels * latent_height * latent_width * work.scale**2
+            pixels = grown_side(latent_height, work.scale) * grown_side(latent_width, work.scale)
+            return 4 * work.items * self.channels * pixels
         if work.method == "swinir":
             return self._pixel_upscale_bytes(work)
         if self.lua is None:
             raise UnknownMemoryError(f"bundle {self.name}: the LUA's file does not tell its shape without torch")
         return self._network_bytes(self.lua, work.items, latent_height, latent_width, work.scale)
 
-    def _network_bytes(self, spec: LuaSpec, batch: int, height: int, width: int, scale: int) -> int:
-        if self.prepared:
-            return prepared_lua_bytes(spec, batch, height, width, scale, self.dtype)
+    def _network_bytes(self, spec: LuaSpec, batch: int, height: int, width: int, scale: float) -> int:
+        if self.prepared and spec.head == "pixelshuffle":
+            return prepared_lua_bytes(spec, batch, height, width, int(scale), self.dtype)
         return lua_bytes(spec, batch, height, width, scale, self.dtype, self.device)
 
     def _pixel_upscale_bytes(self, work: Work) -> int:
         """One image after the other, in tiles where it is large; the enlarged image is whole."""
-        spec = self.swinir.get(work.scale)
+        scale = int(work.scale)
+        spec = self.swinir.get(scale) if scale == work.scale else None
         if spec is None:
             raise UnknownMemoryError(
                 f"bundle {self.name}: the SwinIR file of scale {work.scale} does not tell its shape"
@@ -310,7 +313,7 @@ class MemoryPlan:
         if width_px * height_px > TILE_PX**2:
             width_px, height_px = min(width_px, TILE_PX), min(height_px, TILE_PX)
         image_bytes = 3 * work.width_px * work.height_px * 4
-        tile_bytes = self._network_bytes(spec, 1, height_px, width_px, work.scale)
+        tile_bytes = self._network_bytes(spec, 1, height_px, width_px, scale)
         return max(image_bytes + tile_bytes, IMAGE_COPIES * image_bytes)
 
     def _decode_bytes(

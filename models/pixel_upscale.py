@@ -126,7 +126,7 @@ class PixelUpscaler:
         return tuple(self.nets)
 
     @torch.inference_mode()
-    def upscale(self, images: Tensor, scale: int) -> Tensor:
+    def upscale(self, images: Tensor, scale: float) -> Tensor:
         """Enlarge images of any size.
 
         **Shape** [batch, 3, height, width] in [0, 1] -> [batch, 3, scale * height, scale * width] in [0, 1],
@@ -140,14 +140,15 @@ class PixelUpscaler:
             raise ValueError(
                 f"SwinIR takes floats of shape [batch, 3, height, width]; found {images.dtype} {list(images.shape)}"
             )
-        net, (height, width) = self.nets[scale], images.shape[-2:]
-        grown = torch.empty(len(images), RGB_CHANNELS, scale * height, scale * width, device=self.device)
+        whole, (height, width) = int(scale), images.shape[-2:]
+        net = self.nets[whole]
+        grown = torch.empty(len(images), RGB_CHANNELS, whole * height, whole * width, device=self.device)
         is_large = height * width > self.tile_px**2
         # On a CPU one at a time: activations of several leave the cache (see `Route.decode_items`).
         at_once = 1 if is_large or self.device.type == "cpu" else self.tile_px**2 // (height * width)
         run = self._run_tiles if is_large else self._run
         for start in range(0, len(images), at_once):
-            grown[start : start + at_once] = run(net, images[start : start + at_once], scale)
+            grown[start : start + at_once] = run(net, images[start : start + at_once], whole)
         return grown.clamp_(0.0, 1.0)
 
     def _run(self, net: LatentUpscaler, images: Tensor, scale: int) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.lua import Lua, ScaleHead, check_latent, pad_to_window
+from models.lua_spec import grown_side
 from models.prepared_layers import Layout, Norm, fold_norm
 from models.swin import ResidualGroup, SwinBlock, shift_mask
 
@@ -199,13 +200,13 @@ class PreparedLua:
         self._grids: OrderedDict[tuple[int, int, int], Grids] = OrderedDict()
 
     @torch.inference_mode()
-    def __call__(self, latent: Tensor, scale: int) -> Tensor:
+    def __call__(self, latent: Tensor, scale: float) -> Tensor:
         """As `Lua.forward`."""
         check_latent(self.spec, latent, (scale,))
         height, width = latent.shape[-2:]
         padded = pad_to_window(latent.float(), self.spec.window)
-        grown = self.core(padded, self.grids_of(padded), scale)
-        return grown[..., : scale * height, : scale * width]
+        grown = self.core(padded, self.grids_of(padded), int(scale))
+        return grown[..., : grown_side(height, scale), : grown_side(width, scale)]
 
     def core(self, latent: Tensor, grids: Grids, scale: int) -> Tensor:
         """As `Lua.core`; `grids` are those of `grids_of`."""

@@ -29,13 +29,14 @@ from models.guard import Guard
 from models.images import to_signed
 from models.latent_statistics import read_statistics
 from models.lua import pad_to_window
+from models.lua_spec import grown_side
 from models.pixel_upscale import PixelUpscaler
 from models.vae import Vae, read_tiny
 
 STAGES = ("generate", "upscale", "decode", "encode")
 
 
-def stages_of(method: Method, scale: int) -> tuple[Literal["upscale", "decode"], ...]:
+def stages_of(method: Method, scale: float) -> tuple[Literal["upscale", "decode"], ...]:
     """What follows the base latent, in order: `swinir` enlarges pixels, `lua` and `bicubic` the latent."""
     if scale == 1 or method == "direct":
         return ("decode",)
@@ -127,6 +128,7 @@ class Route:
         device: Where all of them are.
         dtype: The compute type.
         guard: What bounds LUA's outputs, whatever the engine; None where nothing does.
+        lua_scales: Those that the bundle serves; none: those of the network's heads.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class Route:
         device: torch.device,
         dtype: torch.dtype,
         guard: Guard | None = None,
+        lua_scales: Sequence[float] = (),
     ) -> None:
         self.name = name
         self.generator = generator
@@ -148,6 +151,7 @@ class Route:
         self.device = device
         self.dtype = dtype
         self.guard = guard
+        self.lua_scales = tuple(lua_scales)
 
     @classmethod
     def open(
@@ -186,7 +190,7 @@ class Route:
         generator = Generator.open(bundle, device, dtype)
         tiny = None if bundle.tiny_vae is None else read_tiny(bundle.tiny_vae, device, dtype)
         vae = Vae(generator.pipeline.vae, generator.latent_space, dtype=dtype, tiny=tiny)
-        return cls(bundle.name, generator, lua, pixel, vae, device, dtype, guard)
+        return cls(bundle.name, generator, lua, pixel, vae, device, dtype, guard, bundle.scales_of("lua")[1:])
 
     @property
     def engine(self) -> str:
@@ -198,10 +202,10 @@ class Route:
         """Side of the upscaler's window in latent pixels; latents that are equal once padded to it run together."""
         return 1 if self.lua is None else self.lua.spec.window
 
-    def scales_of(self, method: Method) -> tuple[int, ...]:
+    def scales_of(self, method: Method) -> tuple[float, ...]:
         """The scales that a method has weights for, 1 among them; `bicubic` and `direct` need none and take any."""
         if method == "lua":
-            return (1,) if self.lua is None else (1, *self.lua.spec.scales)
+            return (1,) if self.lua is None else (1, *(self.lua_scales or self.lua.spec.scales))
         if method == "swinir":
             return (1,) if self.pixel is None else (1, *self.pixel.scales)
         return (1, 2, 4)
@@ -228,7 +232,7 @@ class Route:
         return latent
 
     @torch.inference_mode()
-    def upscale(self, latents: Tensor, scale: int, method: Method = "lua") -> Tensor:
+    def upscale(self, latents: Tensor, scale: float, method: Method = "lua") -> Tensor:
         """Enlarge raw latents by LUA, bounded where the bundle asks for it, or by bicubic interpolation.
 
         Scale 1 gives them back.
@@ -241,14 +245,15 @@ class Route:
         if scale == 1:
             return latents
         if method == "bicubic":
-            return F.interpolate(latents, scale_factor=float(scale), mode="bicubic")
+            height, width = (grown_side(side, scale) for side in latents.shape[-2:])
+            return F.interpolate(latents, size=(height, width), mode="bicubic")
         if method != "lua" or self.lua is None:
             raise ValueError(f"bundle {self.name} does not enlarge latents by {method}")
         grown = self.lua.run(latents, scale)
         return grown if self.guard is None else self.guard.limit(latents, grown, scale)
 
     @torch.inference_mode()
-    def upscale_pixels(self, images: Sequence[Tensor | None], scale: int) -> list[Tensor | None]:
+    def upscale_pixels(self, images: Sequence[Tensor | None], scale: float) -> list[Tensor | None]:
         """Enlarge decoded images one by one with the upscaler of pixels; None stays None.
 
         **Shape** each [height_px, width_px, 3], uint8 -> [scale * height_px, scale * width_px, 3], on the CPU.
@@ -259,7 +264,7 @@ class Route:
             raise ValueError(f"bundle {self.name} has no upscaler of pixels")
         return [None if image is None else self._upscale_image(self.pixel, image, scale) for image in images]
 
-    def _upscale_image(self, pixel: PixelUpscaler, image: Tensor, scale: int) -> Tensor:
+    def _upscale_image(self, pixel: PixelUpscaler, image: Tensor, scale: float) -> Tensor:
         values = image.to(self.device).permute(2, 0, 1)[None].float() / 255
         return to_pixels(pixel.upscale(values, scale))[0]
 
@@ -274,7 +279,7 @@ class Route:
         pixels = to_pixels(decoded / 2 + 0.5)
         return [image if good else None for image, good in zip(pixels, finite, strict=True)]
 
-    def upscale_items(self, latents: Sequence[Tensor], scale: int, method: Method = "lua") -> list[Tensor]:
+    def upscale_items(self, latents: Sequence[Tensor], scale: float, method: Method = "lua") -> list[Tensor]:
         """Enlarge latents; by LUA those of different sizes in one batch, each padded as `Lua.forward` would do it.
 
         **Shape** each [channels, h, w] -> [channels, scale * h, scale * w]; all equal once padded to the window.
@@ -289,8 +294,8 @@ class Route:
                 f"latents of one batch must be equal once padded to {self.window}; upscale them in several"
             )
         enlarged = self.upscale(torch.cat(padded), scale)
-        sizes = [latent.shape[-2:] for latent in latents]
-        return [grown[:, : scale * h, : scale * w] for grown, (h, w) in zip(enlarged, sizes, strict=True)]
+        sizes = [[grown_side(side, scale) for side in latent.shape[-2:]] for latent in latents]
+        return [grown[:, :height, :width] for grown, (height, width) in zip(enlarged, sizes, strict=True)]
 
     def decode_items(self, latents: Sequence[Tensor], how: DecodeName = "exact") -> list[Tensor | None]:
         """Decode latents of any sizes, on a GPU those of one size together; see `decode`."""
@@ -305,7 +310,7 @@ class Route:
                     images[index] = image
         return images
 
-    def warm(self, width_px: int, height_px: int, steps: int) -> dict[tuple[Method, int], dict[str, float]]:
+    def warm(self, width_px: int, height_px: int, steps: int) -> dict[tuple[Method, float], dict[str, float]]:
         """Run every scale of every network once at the shapes of a real request of this base size.
 
         Returns:
@@ -322,7 +327,7 @@ class Route:
     def finish(
         self,
         latents: list[Tensor],
-        scale: int,
+        scale: float,
         method: Method,
         decode: DecodeName | None,
         measure: Callable[[str], AbstractContextManager[None]],
@@ -355,7 +360,7 @@ class Route:
     def finish_images(
         self,
         given: Sequence[NDArray[np.uint8]],
-        scale: int,
+        scale: float,
         method: Method,
         decode: DecodeName | None,
         measure: Callable[[str], AbstractContextManager[None]],
@@ -371,7 +376,7 @@ class Route:
         with measure("vae_encode"):
             embedded = [self.embed(pixels) for pixels in given]
         latents, images = self.finish(embedded, scale, method, decode, measure)
-        sides = [(scale * pixels.shape[0], scale * pixels.shape[1]) for pixels in given]
+        sides = [(grown_side(pixels.shape[0], scale), grown_side(pixels.shape[1], scale)) for pixels in given]
         cut = [
             None if image is None else image[:height, :width].contiguous()
             for image, (height, width) in zip(images, sides, strict=False)  # none where no image was asked for
@@ -411,7 +416,7 @@ def to_pixels(values: Tensor) -> Tensor:
     return (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-def run_once(route: Route, item: DrawItem, scale: int, method: Method = "lua") -> StageClock:
+def run_once(route: Route, item: DrawItem, scale: float, method: Method = "lua") -> StageClock:
     """One image through all stages, its pixels thrown away; the clock that timed them.
 
     Args:
@@ -419,7 +424,7 @@ def run_once(route: Route, item: DrawItem, scale: int, method: Method = "lua") -
     """
     clock = route.clock()
     if method == "direct":
-        item = replace(item, width_px=scale * item.width_px, height_px=scale * item.height_px)
+        item = replace(item, width_px=grown_side(item.width_px, scale), height_px=grown_side(item.height_px, scale))
     with clock.measure("generate"):
         latents = [latent for latent in route.generate([item], lambda step, steps: None, set) if latent is not None]
     route.finish(latents, scale, method, "exact", clock.measure)

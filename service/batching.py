@@ -7,6 +7,7 @@ a batch is `service.worker`; why batches look so is in `docs/decisions/0005-one-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from models.lua_spec import grown_side
 from service.claims import Claim
 from service.jobs import GenerateParams, JobParams
 
@@ -38,7 +39,8 @@ def output_latent_px(params: JobParams, grid: LatentGrid) -> int:
     """Latent pixels of one item after upscaling, as the device sees them: an upscale job's are padded."""
     if isinstance(params, GenerateParams):
         return (params.width_px // grid.stride_px) * (params.height_px // grid.stride_px)
-    return _padded(params.latent_height, grid) * _padded(params.latent_width, grid) * params.scale**2
+    height, width = _padded(params.latent_height, grid), _padded(params.latent_width, grid)
+    return grown_side(height, params.scale) * grown_side(width, params.scale)
 
 
 def batch_key(bundle: str, params: JobParams, grid: LatentGrid) -> BatchKey:

@@ -48,7 +48,7 @@ def models(bundle: BundleOption = None) -> None:
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Image to write: .png, .jpg or .webp.")],
-    scale: Annotated[int | None, typer.Option(help="Enlargement of the base image: 1, 2 or 4.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Enlargement of the base image: 1, 2 or 4.")] = None,
     method: MethodOption = None,
     seed: Annotated[int, typer.Option(help="Same seed, same image.", min=0)] = 0,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
@@ -116,7 +116,7 @@ def upscale(
         Path, typer.Argument(help="A .safetensors or .npy file with one latent, or an image: .png, .jpg, .webp.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Image to write: .png, .jpg or .webp; or .safetensors.")],
-    scale: Annotated[int | None, typer.Option(help="Enlargement: 2 or 4.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Enlargement: 2 or 4.")] = None,
     method: MethodOption = None,
     scaled: Annotated[bool, typer.Option(help="The latent is as a pipeline returns it, not raw.")] = False,
     width: Annotated[int | None, typer.Option(help="Of a packed latent: width of its own image, px.")] = None,
@@ -166,7 +166,7 @@ def upscale(
 
 
 def protocol(
-    scale: Annotated[list[int] | None, typer.Option(help="Scales to time; none: all of the method.")] = None,
+    scale: Annotated[list[float] | None, typer.Option(help="Scales to time; none: all of the method.")] = None,
     method: MethodOption = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     warmups: Annotated[int, typer.Option(help="Runs thrown away first.", min=0)] = 20,
@@ -209,7 +209,7 @@ def protocol(
 
 
 def engines(
-    scale: Annotated[list[int] | None, typer.Option(help="Scales to time; none: all.")] = None,
+    scale: Annotated[list[float] | None, typer.Option(help="Scales to time; none: all.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Also torch-compile, which takes minutes.")] = False,
     warmups: Annotated[int, typer.Option(help="Runs thrown away first.", min=0)] = 3,
     runs: Annotated[int, typer.Option(help="Runs that count.", min=1)] = 10,

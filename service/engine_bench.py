@@ -73,7 +73,7 @@ class EngineRow:
 
     engine: str
     dtype: str
-    scale: int = 0
+    scale: float = 0
     latent: str = ""
     median_ms: float | None = None
     p95_ms: float | None = None
@@ -121,7 +121,7 @@ def measure_engines(
     bundle: Bundle,
     settings: Settings,
     device: torch.device,
-    scales: Sequence[int],
+    scales: Sequence[float],
     *,
     compiled: bool,
     warmups: int,

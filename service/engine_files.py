@@ -15,7 +15,7 @@ from export.manifest import Artefact as Exported
 from models.bundle import Bundle
 from models.engine_onnx import load_onnxruntime
 from models.engine_tensorrt import load_tensorrt
-from models.engines import Artefact, Profile
+from models.engines import Artefact, EngineError, Profile
 from models.route import Route
 from service.settings import Settings
 
@@ -46,7 +46,9 @@ def find_artefacts(bundle: Bundle, settings: Settings, device: torch.device) -> 
     elif engine == "tensorrt":
         load_tensorrt(device)
     directory = artefact_directory(bundle, settings)
-    scales = bundle.scales_of("lua")[1:]
+    scales = [scale for scale in bundle.scales_of("lua")[1:] if isinstance(scale, int)]
+    if len(scales) < len(bundle.scales_of("lua")[1:]):
+        raise EngineError(f"engine {engine} runs no LIIF head: set the engine to torch")
     manifest = check_manifest(directory, bundle, engine=engine, scales=scales, machine=read_machine(device))
     found = {scale: manifest.get("lua", scale) for scale in scales}
     return {scale: _to_artefact(directory, each) for scale, each in found.items() if each is not None}

@@ -14,7 +14,7 @@ from models.activation_bytes import lua_kept_bytes
 from models.bundle import Bundle
 from models.bundle_descriptor import nearest_sides
 from models.decode_plan import ELEMENT_BYTES
-from models.lua_spec import LuaSpec
+from models.lua_spec import LuaSpec, grown_side
 from models.memory_plan import DeviceKind, MemoryPlan, UnknownMemoryError, Work, largest_fit
 from service.device_memory import Device, Loaded
 from service.errors import DoesNotFit
@@ -156,13 +156,12 @@ def to_work(params: JobParams, bundle: Bundle) -> Work:
     decode = params.decode if params.output == "image" else None
     if params.image_width_px is not None and params.image_height_px is not None:
         width_px, height_px = params.image_width_px, params.image_height_px
-        return Work(
-            params.scale * width_px, params.scale * height_px, params.scale, params.method, decode, source="image"
-        )
-    factor = params.scale * bundle.latent_space.stride_px
+        width_px, height_px = grown_side(width_px, params.scale), grown_side(height_px, params.scale)
+        return Work(width_px, height_px, params.scale, params.method, decode, source="image")
+    stride_px = bundle.latent_space.stride_px
     return Work(
-        factor * params.latent_width,
-        factor * params.latent_height,
+        grown_side(stride_px * params.latent_width, params.scale),
+        grown_side(stride_px * params.latent_height, params.scale),
         params.scale,
         params.method,
         decode,
@@ -192,8 +191,12 @@ def largest_size(work: Work, bundle: Bundle, places: Sequence[Place], max_image_
 def _side_on_grid(side_px: int, work: Work, bundle: Bundle) -> int:
     factor = 1 if work.method == "direct" else work.scale
     if work.source in ("prompt", "prompt and image"):
-        return nearest_sides(side_px / factor, bundle.limits, work.method)[0] * factor
-    unit_px = work.scale * (bundle.latent_space.stride_px if work.source == "latent" else 1)
+        limits = bundle.limits_at(work.scale, work.method)
+        return grown_side(nearest_sides(side_px / factor, limits, work.method)[0], factor)
+    base_px = bundle.latent_space.stride_px if work.source == "latent" else 1
+    if not isinstance(work.scale, int):
+        base_px = bundle.whole_px(bundle.latent_space.multiple_px, work.scale)
+    unit_px = grown_side(base_px, work.scale)
     return max(side_px // unit_px, 1) * unit_px
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from fastapi import APIRouter, Header, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.lua_spec import grown_side
 from service.errors import MalformedRequest, NotReady, PayloadTooLarge, UnsupportedMediaType
 from service.front_errors import KSERVE_PATH
 from service.front_jobs import (
@@ -39,7 +40,7 @@ from service.openapi import file_content
 from service.planning import Served, prepare_upscale
 from service.problems import InvalidFields
 from service.routes_health import find_reasons
-from service.schemas import OutputFormat, UpscaleQuery
+from service.schemas import OutputFormat, Scale, UpscaleQuery
 from service.serving import Serving, ServingDep
 
 router = APIRouter(prefix=KSERVE_PATH, tags=["KServe v2"])
@@ -81,7 +82,7 @@ class InferOutput(_Form):
 class InferParameters(_Form):
     """How to enlarge; each as in the query of /upscale."""
 
-    scale: int | None = None
+    scale: Scale | None = None
     method: str | None = None
     scaled: bool = False
     latent_space: str | None = None
@@ -267,7 +268,8 @@ def plan_infer(body: bytes, json_bytes: int | None, served: Served, serving: Ser
         query, latent, SAFETENSORS_TYPE, bundle, settings, file_format, serving.places(bundle.name)
     )
     inference = Inference(asked, params, blob)
-    values = params.batch_items * params.channels * params.latent_height * params.latent_width * params.scale**2
+    pixels = grown_side(params.latent_height, params.scale) * grown_side(params.latent_width, params.scale)
+    values = params.batch_items * params.channels * pixels
     if output.name == "latent" and not inference.binary and values > MOST_JSON_VALUES:
         raise InvalidFields((("outputs", f"would be {values} JSON numbers; ask for binary_data"),))
     return inference

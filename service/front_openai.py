@@ -40,7 +40,7 @@ from service.planning import choose_served, plan_generate, warn_of_words
 from service.problems import InvalidFields, problem_response
 from service.routes_create import draw_seed, require_json
 from service.routes_jobs import RecordDep, get_result
-from service.schemas import GenerateRequest, OutputFormat
+from service.schemas import GenerateRequest, OutputFormat, Scale
 from service.serving import Serving, ServingDep
 from service.sse import EVENT_STREAM_TYPE, HEARTBEAT_S
 
@@ -80,7 +80,7 @@ class ImagesRequest(BaseModel):
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     seed: int | None = None
-    scale: int | None = Field(default=None, description="Enlargement of the base latent.")
+    scale: Scale | None = Field(default=None, description="Enlargement of the base latent.")
     method: Method | None = None
 
 

@@ -41,7 +41,7 @@ from service.latents_in import OCTETS_TYPE, SAFETENSORS_TYPE, read_latent, to_bl
 from service.openapi import file_content
 from service.planning import prepare_upscale
 from service.problems import InvalidFields
-from service.schemas import OutputFormat, UpscaleQuery
+from service.schemas import OutputFormat, Scale, UpscaleQuery
 from service.serving import Serving, ServingDep
 
 router = APIRouter(prefix=REMOTE_VAE_PATH, tags=["remote VAE"])
@@ -87,7 +87,7 @@ class DecodeQuery(ScalingQuery):
     )
     height: int | None = Field(default=None, description="Only for a packed tensor: height of its image, pixels.")
     width: int | None = None
-    scale: int = Field(default=1, ge=1, le=64, description="Enlarge the latent before its decode.")
+    scale: Scale = Field(default=1, description="Enlarge the latent before its decode.")
     method: Literal["lua", "bicubic", "swinir"] | None = None
     decode: DecodeName = "exact"
 

@@ -40,7 +40,7 @@ class GenerateParams:
 
     prompt: str
     negative_prompt: str
-    scale: int
+    scale: float
     width_px: int
     height_px: int
     steps: int
@@ -58,7 +58,7 @@ class GenerateParams:
     def base_size_px(self) -> tuple[int, int]:
         """Width and height of the image that the base model draws."""
         factor = 1 if self.method == "direct" else self.scale
-        return self.width_px // factor, self.height_px // factor
+        return round(self.width_px / factor), round(self.height_px / factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class UpscaleParams:
     `image_height_px`, is the checked file; the latent's size is then that of the image filled up to whole latents.
     """
 
-    scale: int
+    scale: float
     latent_space: str
     batch_items: int
     channels: int

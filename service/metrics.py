@@ -116,13 +116,20 @@ class Metrics:
         """A job was claimed for the first time."""
         self._wait_seconds.labels(priority).observe(wait_s)
 
-    def observe_job(self, kind: str, bundle: str, method: str, scale: int, status: str, duration_s: float) -> None:
+    def observe_job(self, kind: str, bundle: str, method: str, scale: float, status: str, duration_s: float) -> None:
         """A job reached a final state, `duration_s` after it was accepted."""
         self._jobs.labels(kind, bundle, status).inc()
         self._job_seconds.labels(kind, bundle, method, str(scale), status).observe(duration_s)
 
     def observe_stages(
-        self, bundle: str, method: str, scale: int, engine: str, stages_s: Mapping[str, float], *, warmup: bool = False
+        self,
+        bundle: str,
+        method: str,
+        scale: float,
+        engine: str,
+        stages_s: Mapping[str, float],
+        *,
+        warmup: bool = False,
     ) -> None:
         """A batch ran; `stages_s` maps each stage that ran to its seconds."""
         for stage, duration_s in stages_s.items():
@@ -133,7 +140,7 @@ class Metrics:
         """A batch of `items` images is about to run."""
         self._batch_items.labels(kind).observe(items)
 
-    def count_images(self, bundle: str, scale: int, images: int, pixels: int) -> None:
+    def count_images(self, bundle: str, scale: float, images: int, pixels: int) -> None:
         """Images were stored; `pixels` is their sum."""
         self._images.labels(bundle, str(scale)).inc(images)
         self._pixels.labels(bundle, str(scale)).inc(pixels)
@@ -163,7 +170,7 @@ class Metrics:
         self._peak_bytes.labels(device, source).set(peak_bytes)
 
     def set_protocol(
-        self, bundle: str, method: str, scale: int, image_px: str, stage: str, statistic: str, value_s: float
+        self, bundle: str, method: str, scale: float, image_px: str, stage: str, statistic: str, value_s: float
     ) -> None:
         """One figure of the paper's protocol; `image_px` is the final size, `1024x1024`."""
         self._protocol.labels(bundle, method, str(scale), image_px, stage, statistic).set(value_s)

@@ -12,6 +12,7 @@ import numpy as np
 from models.bundle import Bundle, BundleError, SizeError, read_bundle
 from models.bundle_descriptor import DecodeName, Method, nearest_sides
 from models.latent_space import LatentSpaceError
+from models.lua_spec import grown_side, is_whole
 from models.memory_plan import Work
 from models.prompt_words import PromptWords, read_prompt_words
 from service.batching import LatentGrid, count_items, output_latent_px
@@ -94,8 +95,8 @@ def plan_generate(
     method = choose_method(bundle, asked.method)
     scale = choose_scale(bundle, method, asked.scale)
     strength = None if asked.init_image is None else asked.strength or DEFAULT_STRENGTH
-    width_px = asked.width or defaults.base_width_px * scale
-    height_px = asked.height or defaults.base_height_px * scale
+    width_px = asked.width or grown_side(defaults.base_width_px, scale)
+    height_px = asked.height or grown_side(defaults.base_height_px, scale)
     steps = asked.steps or defaults.steps
     longest = settings.max_prompt_chars
     found = [
@@ -157,7 +158,7 @@ def choose_method(bundle: Bundle, asked: Method | None) -> Method:
     return method
 
 
-def choose_scale(bundle: Bundle, method: Method, asked: int | None) -> int:
+def choose_scale(bundle: Bundle, method: Method, asked: float | None) -> float:
     """The scale that was asked for; else the bundle's default where the method has it, or the method's smallest.
 
     Raises:
@@ -169,16 +170,16 @@ def choose_scale(bundle: Bundle, method: Method, asked: int | None) -> int:
     if asked not in scales:
         known = ", ".join(map(str, scales))
         raise InvalidFields((("scale", f"is {asked}; bundle {bundle.name} has {known} by method {method}"),))
-    return asked
+    return scales[scales.index(asked)]
 
 
-def _size_faults(bundle: Bundle, width_px: int, height_px: int, scale: int, method: Method) -> list[tuple[str, str]]:
+def _size_faults(bundle: Bundle, width_px: int, height_px: int, scale: float, method: Method) -> list[tuple[str, str]]:
     """The field to blame for a size that no base image gives, with the bundle's reason."""
     try:
         bundle.base_size(width_px, height_px, scale, method)
     except SizeError as error:
         drawn_px = width_px / (1 if method == "direct" else scale)
-        right = nearest_sides(drawn_px, bundle.limits, method) == (drawn_px, drawn_px)
+        right = nearest_sides(drawn_px, bundle.limits_at(scale, method), method) == (drawn_px, drawn_px)
         return [("height" if right else "width", str(error))]
     return []
 
@@ -250,6 +251,8 @@ def plan_upscale_image(
         InvalidFields: a value is of latents only, or beyond a limit.
     """
     space = bundle.latent_space
+    unit_px = space.multiple_px
+    latent_size = [-(-side // unit_px) * unit_px // space.stride_px for side in (image.height_px, image.width_px)]
     method = choose_method(bundle, asked.method)
     scale = choose_scale(bundle, method, asked.scale)
     found = [
@@ -260,22 +263,34 @@ def plan_upscale_image(
         _no_latent(asked.output, method, scale),
         _too_large(
             "body",
-            Work(scale * image.width_px, scale * image.height_px, scale, method, asked.decode, source="image"),
+            Work(
+                grown_side(image.width_px, scale),
+                grown_side(image.height_px, scale),
+                scale,
+                method,
+                asked.decode,
+                source="image",
+            ),
             bundle,
             settings,
             places,
         ),
+        (
+            not all(is_whole(side, scale) for side in (image.width_px, image.height_px, *latent_size)),
+            "body",
+            f"is an image of {image.width_px}x{image.height_px} px; at scale {scale} send sides in multiples of "
+            f"{bundle.whole_px(space.multiple_px, scale)} px",
+        ),
     ]
     if faults := tuple((name, reason) for is_fault, name, reason in found if is_fault):
         raise InvalidFields(faults)
-    unit_px = space.multiple_px
     return UpscaleParams(
         scale=scale,
         latent_space=space.name,
         batch_items=1,
         channels=space.channels,
-        latent_height=-(-image.height_px // unit_px) * unit_px // space.stride_px,
-        latent_width=-(-image.width_px // unit_px) * unit_px // space.stride_px,
+        latent_height=latent_size[0],
+        latent_width=latent_size[1],
         output=asked.output,
         output_format=output_format,
         method=method,
@@ -285,7 +300,7 @@ def plan_upscale_image(
     )
 
 
-def _no_latent(output: str, method: Method, scale: int) -> tuple[bool, str, str]:
+def _no_latent(output: str, method: Method, scale: float) -> tuple[bool, str, str]:
     return output == "latent" and method == "swinir" and scale > 1, "output", "is a latent; swinir enlarges pixels"
 
 
@@ -327,9 +342,14 @@ def plan_upscale(
         raise InvalidFields((("body", str(error)),)) from error
     require_finite(latent)
     batch_items, channels, latent_height, latent_width = latent.shape
-    factor = space.stride_px * scale
-    work = Work(factor * latent_width, factor * latent_height, scale, method, asked.decode, source="latent")
+    width_px, height_px = (grown_side(space.stride_px * side, scale) for side in (latent_width, latent_height))
+    work = Work(width_px, height_px, scale, method, asked.decode, source="latent")
     found = (
+        (
+            not (is_whole(latent_height, scale) and is_whole(latent_width, scale)),
+            "body",
+            f"is a latent of {latent_height}x{latent_width}, which scale {scale} makes no whole one",
+        ),
         _no_decode(asked.decode, bundle),
         _no_latent(asked.output, method, scale),
         _too_many("body", batch_items, settings),

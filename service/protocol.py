@@ -14,6 +14,7 @@ import torch
 
 from models.bundle_descriptor import Method
 from models.generator import DrawItem
+from models.lua_spec import grown_side
 from models.route import Route, run_once
 
 WARMUPS = 20
@@ -40,7 +41,7 @@ class ProtocolResult:
 
     bundle: str
     method: Method
-    scale: int
+    scale: float
     image_px: str
     steps: int
     warmups: int
@@ -59,7 +60,7 @@ class ProtocolResult:
 
 def measure_protocol(
     route: Route,
-    scale: int,
+    scale: float,
     width_px: int,
     height_px: int,
     steps: int,
@@ -102,7 +103,7 @@ def measure_protocol(
         bundle=route.name,
         method=method,
         scale=scale,
-        image_px=f"{width_px * scale}x{height_px * scale}",
+        image_px=f"{grown_side(width_px, scale)}x{grown_side(height_px, scale)}",
         steps=steps,
         warmups=warmups,
         runs=runs,

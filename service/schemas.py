@@ -7,11 +7,12 @@ and the settings. Times are RFC 3339 in UTC, durations seconds, sizes of images 
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from models.bundle import Bundle
 from models.bundle_descriptor import METHODS, DecodeName, Method
 from models.latent_space import Packing
+from models.lua_spec import to_scale
 from service.jobs import GenerateParams, JobRecord, JobState, Priority
 from service.problems import from_job_error, problem_body
 from service.settings import Settings
@@ -24,6 +25,7 @@ WebhookEvent = Literal["succeeded", "failed", "canceled"]
 SideField = Annotated[int | None, Field(ge=1, le=65_536, examples=[256])]
 
 
+Scale = Annotated[float, Field(ge=1, le=64, allow_inf_nan=False), AfterValidator(to_scale)]
 DecodeField: Any = Field(
     "exact",
     description="exact: the whole image at once, in strips where memory asks for it, to the same result; tiled: "
@@ -51,8 +53,8 @@ class GenerateRequest(BaseModel):
         str, StringConstraints(min_length=1, pattern=r"\S"), Field(examples=["a red sphere on a green floor"])
     ] = Field(description="What to draw.")
     negative_prompt: str | None = Field(None, description="What to keep away from.")
-    scale: int | None = Field(
-        None, ge=1, le=64, examples=[2], description="Enlargement of the base latent; 1: none. The bundle lists them."
+    scale: Scale | None = Field(
+        None, examples=[2], description="Enlargement of the base latent; 1: none. The bundle lists them."
     )
     width: SideField = Field(None, description="Width of the final image, pixels.")
     height: SideField = Field(None, description="Height of the final image, pixels.")
@@ -95,7 +97,7 @@ class UpscaleQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    scale: int | None = Field(None, ge=1, le=64, description="Enlargement; the bundle's default if left out.")
+    scale: Scale | None = Field(None, description="Enlargement; the bundle's default if left out.")
     latent_space: str | None = Field(
         None, max_length=64, description="Latent space of the tensor; it must be the bundle's."
     )
@@ -167,7 +169,7 @@ class JobBody(BaseModel):
     bundle: str
     method: Method
     decode: DecodeName = Field(description="exact, or how the image differs from that.")
-    scale: int
+    scale: int | float
     priority: Priority
     seed: int | None = Field(description="Seed of the first image; null for an upscale.")
     created_at: str = Field(examples=["2026-11-20T13:45:00.123Z"])
@@ -216,16 +218,18 @@ class ModelBody(BaseModel):
     licence: str
     provenance: str
     method: Method = Field(description="The method by default.")
-    methods: dict[Method, list[int]] = Field(description="The methods that the bundle has, with their enlargements.")
+    methods: dict[Method, list[int | float]] = Field(
+        description="The methods that the bundle has, with their enlargements."
+    )
     unavailable: dict[Method, str] = Field(description="The other methods, with the reason.")
     decodes: list[DecodeName]
     from_image: bool = Field(description="Whether init_image is taken.")
     negative_prompt: bool = Field(description="Whether a negative prompt is taken.")
-    scales: list[int] = Field(description="Every enlargement, by whatever method.")
+    scales: list[int | float] = Field(description="Every enlargement, by whatever method.")
     steps: int = Field(description="Denoising steps by default.")
     max_steps: int
     guidance_scale: float
-    scale: int = Field(description="Enlargement by default.")
+    scale: int | float = Field(description="Enlargement by default.")
     base_width: int = Field(description="Pixels of the base image by default; the final one is `scale` times as wide.")
     base_height: int
     min_base: int = Field(description="Smallest side of the base image, pixels.")

@@ -288,7 +288,7 @@ class Worker:
         log.info("job ended", extra={"fields": fields})
 
 
-def _trace_attributes(job: Job, route: Route, batch_items: int) -> dict[str, str | int]:
+def _trace_attributes(job: Job, route: Route, batch_items: int) -> dict[str, str | float]:
     return {
         "giantleap.kind": job.params.kind,
         "giantleap.bundle": job.bundle,
