@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -50,6 +50,7 @@ _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _DRAWN_SEED_LIMIT = 2**53
 _SMALL_BODY_BYTES = 1 << 20
 _STOP_SEEN_S = 0.5
+_CANCEL_AGAIN_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,11 +315,18 @@ async def wait_for_job(
             raise ClientDisconnect
         return await _get(serving, job_id)
     finally:
-        for task in tasks:
+        await _end(tasks)
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancels tasks until they have ended: redis-py 8.1 swallows a cancel that meets it while it connects."""
+    while unfinished := [task for task in tasks if not task.done()]:
+        for task in unfinished:
             task.cancel()
-        for task in tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        await asyncio.wait(unfinished, timeout=_CANCEL_AGAIN_S)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # looked at: asyncio logs an error that nobody asks for
 
 
 async def _wait_for_disconnect(request: Request) -> None:

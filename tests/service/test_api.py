@@ -1,6 +1,7 @@
 """The HTTP contract, over a broker in memory: what is asked becomes a job, the job an answer, a fault a problem."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -405,6 +406,22 @@ async def test_a_client_that_leaves_leaves_no_task_behind(app: FastAPI, broker: 
         assert status == 499 and broker.waits == 0
         assert asyncio.all_tasks() == before
         assert broker.records[broker.jobs[-1].id].state is state
+
+
+async def test_a_client_that_leaves_is_let_go_though_a_cancel_was_swallowed(settings: Settings) -> None:
+    """As redis-py does where it is just connecting: the request would hold on until its longest wait was over."""
+
+    class Stubborn(FakeBroker):
+        async def wait(self, job_id: str, timeout_s: float, created: bool = False) -> Any:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(600)
+            return await super().wait(job_id, 600, created)
+
+    stubborn = Stubborn(end=stay_queued)
+    app, leave, before = create_app(settings, stubborn), asyncio.Event(), asyncio.all_tasks()  # type: ignore[arg-type]
+    leave.set()
+    assert await asyncio.wait_for(post_and_leave(app, "/generate", leave), 30) == 499
+    assert asyncio.all_tasks() == before and stubborn.waits == 0
 
 
 async def post_and_leave(app: FastAPI, path: str, leave: asyncio.Event) -> int:
