@@ -98,6 +98,7 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
     import uvicorn
 
     from service.api import create_app
+    from service.http_protocol import BoundedHttp
 
     try:
         application = create_app(settings)
@@ -108,6 +109,8 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
         log_config=None,
         access_log=False,
         server_header=False,
+        http=BoundedHttp,
+        ws="none",
         # Longer than clients keep idle connections, so that no request meets one that is closing.
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(settings.drain_grace_s),
