@@ -48,6 +48,7 @@ from service.settings import Settings
 _POLL_S = 1.0
 _DEVICES_EVERY_S = 3.0
 _ENDED_KEPT = 4096
+_REFUSAL_KEPT_S = 0.25
 _SMALL_BODY_BYTES = 1 << 20
 _EVENT_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
 _LOG = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class Broker:
         self._devices: tuple[Device, ...] = ()
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._ended: dict[str, None] = {}
+        self._refusal: tuple[int, float] = (1, -math.inf)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -191,18 +193,18 @@ class Broker:
                 what = f"latent pixels besides the {job.latent_px} of this job"
             raise QueueFull(
                 f"{number} {what} are in the queue, {limit} are allowed; try again after the time in Retry-After.",
-                retry_after_s=retry_after_s(await self.stats()),
+                retry_after_s=await self._retry_after_s(),
             )
         if verdict == b"busy":
             raise TooManyJobs(
                 f"{number} jobs of this key are queued or running, {most_live} are allowed; wait for one to end.",
-                retry_after_s=retry_after_s(await self.stats()),
+                retry_after_s=await self._retry_after_s(),
             )
         if verdict == b"storage":
             raise StorageFull(
                 f"The input has {len(body or b'')} bytes, {number} of {self._settings.blob_budget_bytes} are in "
                 "use; try again when running jobs have ended.",
-                retry_after_s=retry_after_s(await self.stats()),
+                retry_after_s=await self._retry_after_s(),
             )
         if verdict == b"mismatch":
             raise InvalidRequest(
@@ -349,6 +351,13 @@ class Broker:
                 if median_s
             },
         )
+
+    async def _retry_after_s(self) -> int:
+        """When a refused caller may come again, by the queue of a moment ago: a crowd must be cheap to refuse."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._refusal[1]:
+            self._refusal = (retry_after_s(await self.stats()), now_s + _REFUSAL_KEPT_S)
+        return self._refusal[0]
 
     async def _look(self, job_id: str, patient: bool) -> JobRecord | None:
         """The record; None, if `patient`, where Redis is away for now: the job itself is none the worse for that."""

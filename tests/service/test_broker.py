@@ -216,6 +216,30 @@ def test_cancel_leaves_a_final_job_as_it_is(open_broker: Any, open_claims: Any, 
     asyncio.run(scenario())
 
 
+def test_a_crowd_is_refused_without_a_look_at_the_queue_for_each(
+    open_broker: Any, make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with open_broker(queue_limit=1) as producer:
+            await producer.enqueue(make_job())
+            looks = 0
+            stats = producer.stats
+
+            async def counted() -> QueueStats:
+                nonlocal looks
+                looks += 1
+                return await stats()
+
+            monkeypatch.setattr(producer, "stats", counted)
+            for _ in range(40):
+                with pytest.raises(QueueFull) as refused:
+                    await producer.enqueue(make_job())
+                assert refused.value.retry_after_s == 1
+            assert 1 <= looks < 40
+
+    asyncio.run(scenario())
+
+
 def test_wait_wakes_at_once_when_the_job_ends(open_broker: Any, open_claims: Any, make_job: Any) -> None:
     async def scenario() -> None:
         async with open_broker() as producer:
