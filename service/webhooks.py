@@ -185,7 +185,7 @@ class WebhookSender:
         """Takes what is due, as many as may be sent at once; waits where that many are under way."""
         while len(self._sending) >= _AT_ONCE:
             await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
-        args = [self._limits, _AT_ONCE - len(self._sending), int(_LEASE_S * 1000), MOST_ATTEMPTS]
+        args: list[str | int] = [self._limits, _AT_ONCE - len(self._sending), int(_LEASE_S * 1000), MOST_ATTEMPTS]
         rows = await self._take(keys=self._tag, args=args)
         for name, attempt, *texts in rows:
             url, job_id, state, bundle, finished_at_s, error = (text.decode() for text in texts)
@@ -211,7 +211,7 @@ class WebhookSender:
             fields = {"job_id": delivery.job_id, "attempt": delivery.attempt, "reason": reason, "outcome": outcome}
             _LOG.warning("webhook not taken", extra={"fields": fields})
         with contextlib.suppress(redis.RedisError, *LOST):
-            args = [self._limits, delivery.id, delivery.attempt, delay_ms, reason or ""]
+            args: list[str | int] = [self._limits, delivery.id, delivery.attempt, delay_ms, reason or ""]
             await self._settle(keys=self._tag, args=args)
 
     async def _post(self, delivery: Delivery) -> str | None:
@@ -219,7 +219,7 @@ class WebhookSender:
         body, timestamp_s = delivery.to_body(), int(time.time())
         try:
             target = read_target(delivery.url)
-            headers = {
+            headers: dict[bytes | str, bytes | str] = {
                 "Host": target.authority,
                 "Content-Type": "application/json",
                 "Content-Length": str(len(body)),
