@@ -16,6 +16,7 @@ from safetensors.numpy import save
 
 from service import webhooks
 from service.api import create_app
+from service.auth import new_key
 from service.jobs import JobState, Webhook
 from service.settings import Settings, read_settings, to_environment
 from tests.service.fake_broker import FakeBroker, stay_queued
@@ -236,3 +237,30 @@ async def test_over_a_real_queue_deadline_repeat_list_and_webhook_work_together(
             kept: Any = await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a"}, headers=ASYNC)
             assert kept.status_code == 202 and kept.json()["status"] == JobState.QUEUED
             assert (await client.delete(kept.json()["status_url"])).json()["status"] == JobState.CANCELED
+
+
+async def test_a_second_key_neither_lists_nor_takes_over_the_first_keys_job(
+    bundle_dir: Path, settings: Settings, tmp_path: Path
+) -> None:
+    made = {name: new_key() for name in ("ann", "bob", "drawer")}
+    scopes = {"ann": ["generate", "upscale"], "bob": ["generate", "upscale"], "drawer": ["generate"]}
+    entries = [f'[[key]]\nname = "{n}"\nsha256 = "{made[n][1]}"\nscopes = {json.dumps(scopes[n])}' for n in made]
+    path = tmp_path / "keys.toml"
+    path.write_text("\n".join(entries))
+    path.chmod(0o600)
+    app = create_app(settings.model_copy(update={"bundle": (bundle_dir,), "api_keys_file": path}))
+    with live_server(app) as url:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            ann, bob, drawer = ({"Authorization": f"Bearer {made[name][0]}"} | ASYNC for name in made)
+            path_of_job, body = f"/jobs/{uuid.uuid4()}", {"prompt": "a", "seed": 1}
+            assert (await client.put(path_of_job, json=body, headers=ann)).status_code == 202
+            assert (await client.put(path_of_job, json=body, headers=ann)).status_code == 202
+            stolen = await client.put(path_of_job, json=body, headers=bob)
+            assert_problem(stolen, 422, "invalid_request")
+            assert_problem(await client.get(path_of_job, headers=bob), 404, "not_found")
+            assert (await client.get("/jobs", headers=bob)).json() == {"jobs": [], "next_cursor": None}
+            (job,) = (await client.get("/jobs", headers=ann)).json()["jobs"]
+            assert job["status_url"] == path_of_job
+            enlarged = await client.put(f"/jobs/{uuid.uuid4()}", content=LATENT, headers=drawer | SAFETENSORS)
+            assert_problem(enlarged, 403, "forbidden")
+            assert_problem(await client.put(path_of_job, json=body), 401, "unauthorized")
