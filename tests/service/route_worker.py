@@ -1,6 +1,7 @@
-"""A worker process with a route that computes nothing, for tests of its life: `hang` in a prompt never ends a step.
+"""A worker process with a route that computes nothing, for tests of its life.
 
-`python route_worker.py <url> <prefix> <step timeout s> <grace s>`; each step of another job takes 50 ms.
+`python route_worker.py <url> <prefix> <step timeout s> <grace s>`; `hang` in a prompt never ends a step, `patient`
+draws only after SIGTERM; each step takes 50 ms.
 """
 
 import signal
@@ -26,18 +27,22 @@ from tests.service.fakes import STRIDE_PX, FakeRoute
 
 
 class Route(FakeRoute):
+    stop = threading.Event()
+
     def generate(
         self, items: Sequence[DrawItem], on_step: Callable[[int, int], None], canceled: Callable[[], set[int]]
     ) -> list[Tensor | None]:
         if any("hang" in item.prompt for item in items):
             time.sleep(3600)
+        if any("patient" in item.prompt for item in items):
+            self.stop.wait(600)
         return super().generate(items, on_step, canceled)
 
 
 def main(url: str, prefix: str, limit_s: float, grace_s: float) -> None:
     configure_logging("info")
     settings = read_settings(key_prefix=prefix, visibility_timeout_s=2.0, job_ttl_s=600, batch_items=1)
-    stop = threading.Event()
+    stop = Route.stop
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     route = Route(on_step=lambda step: time.sleep(0.05), name="pocket")
     claims = Claims(open_redis(url), settings, ["pocket"], "route")

@@ -170,11 +170,13 @@ def test_a_hung_worker_ends_itself_and_its_job_goes_to_the_dead_letters(
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("steps", "grace_s", "state"), [(20, 60.0, "succeeded"), (10_000, 0.2, "queued")])
+@pytest.mark.parametrize(
+    ("prompt", "steps", "grace_s", "state"), [("patient", 4, 60.0, "succeeded"), ("long", 10_000, 0.2, "queued")]
+)
 def test_sigterm_finishes_or_hands_back_and_exits_with_zero(
-    steps: int, grace_s: float, state: str, open_broker: Any, make_job: Any, start_worker: StartWorker
+    prompt: str, steps: int, grace_s: float, state: str, open_broker: Any, make_job: Any, start_worker: StartWorker
 ) -> None:
-    running, waiting = make_job(steps=steps), make_job()
+    running, waiting = make_job(prompt=prompt, steps=steps), make_job()
 
     async def scenario() -> None:
         async with open_broker() as broker:
