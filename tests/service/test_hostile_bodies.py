@@ -90,6 +90,13 @@ async def test_deep_and_wide_json_is_refused(
     assert not broker.records
 
 
+@pytest.mark.parametrize("path", ["/generate", "/v1/images/generations", "/v2/models/paper/infer"])
+async def test_json_of_too_many_parts_is_not_parsed(path: str, client: httpx.AsyncClient) -> None:
+    body = json.dumps({f"k{number}": 0 for number in range(20_000)}).encode()
+    answer = await client.post(path, content=body, headers=JSON)
+    assert answer.status_code == 413, answer.text
+
+
 async def test_a_large_image_as_base64_is_no_hostile_json(client: httpx.AsyncClient, broker: FileBroker) -> None:
     image = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 480, 3), np.uint8)).save(image, "png")
