@@ -176,4 +176,6 @@ def _to_floats(values: npt.NDArray[Any], dtype: str) -> Values:
     """float16 as it is, else float32; a bfloat16 is the upper half of the float32 with the same value."""
     if dtype == "BF16":
         return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return values.astype(np.float16 if dtype == "F16" else np.float32, copy=False)
+    if dtype == "F16":
+        return values.astype(np.float16, copy=False)
+    return values.astype(np.float32, copy=False)

@@ -145,6 +145,6 @@ def test_a_few_examples_of_each_operation_are_answered_as_documented(document: d
 @pytest.mark.fuzz
 @pytest.mark.timeout(1800)
 def test_many_examples_of_each_operation_are_answered_as_documented(document: dict[str, Any], url: str) -> None:
-    answers = send_examples(document, url, 300)
+    answers = send_examples(document, url, 250)
     print(f"{answers} answers, all as documented")
-    assert answers > 30 * len(document["paths"])
+    assert answers > 10 * len(document["paths"])

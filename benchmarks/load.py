@@ -1,0 +1,260 @@
+"""The service's own overhead under load: durable jobs without work, latents there and back, ten times too much.
+
+`python -m benchmarks.load --out benchmarks/results/load.json` takes two minutes and runs the real API, queue and Redis
+(every write on disk before it is answered) on this machine, with workers that do nothing; `--peers` measures LitServe,
+BentoML and Ray Serve in turn with it (`make peers` installs them), which takes six. Rounds alternate between the
+systems; figures are medians of rounds. Where the report is the stored one, `docs/load.md` is written from it. Keep the
+machine idle meanwhile.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import redis
+import uvloop
+from safetensors.numpy import save
+from tqdm import tqdm
+
+from benchmarks.load_client import Load, median_of, run_closed, run_open, to_request
+from benchmarks.load_docs import PAGE, to_page
+from benchmarks.load_service import PEER_NAMES, SPREAD, peer_python, run_peer, run_service
+from service.embedded_redis import find_server
+
+RESULTS = Path(__file__).parent / "results" / "load.json"
+OURS = "giantleap"
+CLIENTS = (1, 8, 64)
+WARM_UP = 200
+# Latents of 16 channels as float16: the sides of those of 512, 1024 and 2048 px.
+LATENTS = {"128 KiB": (64, 64), "512 KiB": (128, 128), "2 MiB": (256, 256)}
+PEER_BLOB = "512 KiB"
+WORKERS, WORK_MS, QUEUE_LIMIT, OVERLOAD = 4, 100.0, 6, 10
+FIGURES = ("p50_ms", "p99_ms", "per_s", "cpu_ms")
+_JSON = {"Content-Type": "application/json"}
+_EDGE = "3f1c9a"
+
+
+@dataclass(frozen=True)
+class System:
+    """What is measured: how it is started, and its requests by the name of the run."""
+
+    name: str
+    run: Callable[[], AbstractContextManager[int]]
+    noop: bytes
+    blobs: dict[str, bytes]
+
+
+def to_latent(side: tuple[int, int]) -> bytes:
+    """A safetensors file of one float16 latent [1, 16, h, w] of noise."""
+    return save({"latent": np.random.default_rng(0).standard_normal((1, 16, *side)).astype(np.float16)})
+
+
+def to_form(content: bytes) -> tuple[bytes, dict[str, str]]:
+    """A multipart form with one file called `file`, and its content type."""
+    head = f'--{_EDGE}\r\nContent-Disposition: form-data; name="file"; filename="latent"\r\n'
+    head += "Content-Type: application/octet-stream\r\n\r\n"
+    body = head.encode() + content + f"\r\n--{_EDGE}--\r\n".encode()
+    return body, {"Content-Type": f"multipart/form-data; boundary={_EDGE}"}
+
+
+def our_system() -> System:
+    tensor = {"Content-Type": "application/x-safetensors", "Accept": "application/x-safetensors"}
+    path = "/upscale?output=latent&scale=2"
+    blobs = {name: to_request(path, to_latent(side), tensor) for name, side in LATENTS.items()}
+    noop = json.dumps({"prompt": "a red sphere", "seed": 1}).encode()
+    return System(OURS, run_service, to_request("/generate", noop, _JSON), blobs)
+
+
+def peer_system(name: str) -> System:
+    """A peer takes the same latent as raw bytes where it can, else as the file of a form, and gives it back."""
+    latent = to_latent(LATENTS[PEER_BLOB])
+    body, headers = (latent, {"Content-Type": "application/octet-stream"}) if name == "ray" else to_form(latent)
+    noop = to_request("/noop", b'{"prompt": "a red sphere"}', _JSON)
+    return System(name, lambda: run_peer(name), noop, {PEER_BLOB: to_request("/blob", body, headers)})
+
+
+def measure_round(system: System, seconds: float) -> dict[str, dict[str, float]]:
+    """One round of one system, freshly started: figures by the name of the run."""
+    with system.run() as port:
+        runs = {f"no-op, {clients}": (system.noop, clients, WARM_UP) for clients in CLIENTS}
+        runs |= {name: (request, 1, 20) for name, request in system.blobs.items()}
+        return {name: measure_run(port, *run, seconds) for name, run in runs.items()}
+
+
+def measure_run(port: int, request: bytes, clients: int, warm_up: int, seconds: float) -> dict[str, float]:
+    """The figures of one run; `cpu_ms` is the processor time of every process of the server for one request."""
+    before_s = used_cpu_s()
+    load = uvloop.run(run_closed(port, request, clients, warm_up, seconds))
+    cpu_ms = 1000 * (used_cpu_s() - before_s) / (len(load.times_ms) + warm_up)
+    return to_figures(load) | {"cpu_ms": round(cpu_ms, 3)}
+
+
+def used_cpu_s() -> float:
+    """Of all processes below this one, as long as they live."""
+    used_s = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            used_s += times.user + times.system
+    return used_s
+
+
+def to_figures(load: Load) -> dict[str, float]:
+    return {
+        "p50_ms": round(load.median_ms, 3),
+        "p99_ms": round(load.quantile_ms(0.99), 3),
+        "per_s": round(load.per_s, 1),
+        "requests": len(load.times_ms),
+    }
+
+
+def measure_overload(seconds: float) -> dict[str, Any]:
+    """Jobs of `WORK_MS` one at a time, then `OVERLOAD` times as many as the workers can end.
+
+    Raises:
+        RuntimeError: a refusal is not 429 with a whole number in Retry-After.
+    """
+    capacity_per_s = WORKERS * 1000 / WORK_MS
+    request = our_system().noop
+    with run_service(WORKERS, WORK_MS, queue_limit=QUEUE_LIMIT) as port:
+        calm = uvloop.run(run_closed(port, request, 1, 5, seconds))
+        crowd = uvloop.run(run_open(port, request, OVERLOAD * capacity_per_s, seconds, seed=1))
+    for answer in crowd.refused:
+        if answer.status != 429 or not answer.headers.get("retry-after", "").isdigit():
+            raise RuntimeError(f"a refusal with status {answer.status} and headers {sorted(answer.headers)}")
+    return {
+        "workers": WORKERS,
+        "work_ms": WORK_MS,
+        "work_spread": SPREAD,
+        "queue_limit": QUEUE_LIMIT,
+        "capacity_per_s": capacity_per_s,
+        "offered_per_s": round(crowd.offered / seconds, 1),
+        "accepted_per_s": round(crowd.per_s, 1),
+        "refused_share": round(len(crowd.refused) / crowd.offered, 4),
+        "refusals_with_retry_after": len(crowd.refused),
+        "unloaded_p50_ms": round(calm.median_ms, 3),
+        "unloaded_p99_ms": round(calm.quantile_ms(0.99), 3),
+        "accepted_p50_ms": round(crowd.median_ms, 3),
+        "accepted_p99_ms": round(crowd.quantile_ms(0.99), 3),
+        "p99_ratio": round(crowd.quantile_ms(0.99) / calm.quantile_ms(0.99), 3),
+    }
+
+
+def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """The medians over the rounds."""
+    return {run: {name: median_of([each[run][name] for each in rounds]) for name in FIGURES} for run in rounds[0]}
+
+
+def judge(ours: dict[str, dict[str, float]], overload: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The figures that were asked for, beside those reached."""
+    aims = {
+        "durable no-op p50 at 1 client, ms": (ours["no-op, 1"]["p50_ms"], "<=", 2.0),
+        "durable no-ops per second at 8 clients": (ours["no-op, 8"]["per_s"], ">=", 1000.0),
+        "512 KiB latent there and back p50, ms": (ours["512 KiB"]["p50_ms"], "<=", 4.0),
+        "accepted p99 under overload over unloaded p99": (overload["p99_ratio"], "<=", 2.0),
+    }
+    return {
+        name: {"reached": value, "aim": f"{sign} {aim:g}", "met": value <= aim if sign == "<=" else value >= aim}
+        for name, (value, sign, aim) in aims.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    server = subprocess.run([str(find_server()), "--version"], capture_output=True, text=True, check=True)
+    return {
+        "machine": f"{cpu or platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "redis_server": server.stdout.split("v=")[1].split()[0],
+        "redis_py": redis.__version__,
+        "fastapi": version("fastapi"),
+        "uvicorn": version("uvicorn"),
+    }
+
+
+def peer_versions() -> dict[str, str]:
+    """Raises:
+    FileNotFoundError: a peer is not installed.
+    """
+    code = "import sys, importlib.metadata; print(importlib.metadata.version(sys.argv[1]))"
+    commands = {name: [str(peer_python(name)), "-c", code, name] for name in PEER_NAMES}
+    return {
+        name: subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        for name, command in commands.items()
+    }
+
+
+def measure(with_peers: bool, rounds: int, seconds: float) -> dict[str, Any]:
+    """The whole report."""
+    versions = peer_versions() if with_peers else {}
+    systems = [our_system(), *map(peer_system, versions)]
+    load_before = os.getloadavg()
+    found: dict[str, list[dict[str, dict[str, float]]]] = {system.name: [] for system in systems}
+    with progress(rounds * len(systems) + 1) as step:
+        for number in range(rounds):
+            for system in systems:
+                step(f"round {number + 1}, {system.name}")
+                found[system.name].append(measure_round(system, seconds))
+        step("overload")
+        overload = measure_overload(4 * seconds)
+    medians = {name: summarise(each) for name, each in found.items()}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **machine(),
+        "peers": versions,
+        "load_average_before": load_before,
+        "load_average_after": os.getloadavg(),
+        "rounds": rounds,
+        "seconds": seconds,
+        "warm_up": WARM_UP,
+        "medians": medians,
+        "overload": overload,
+        "aims": judge(medians[OURS], overload),
+        "by_round": found,
+    }
+
+
+@contextlib.contextmanager
+def progress(steps: int) -> Iterator[Callable[[str], None]]:
+    with tqdm(total=steps, bar_format="{n_fmt}/{total_fmt} {desc} {elapsed}") as bar:
+
+        def step(what: str) -> None:
+            bar.set_description_str(what)
+            bar.update()
+
+        yield step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes, or comes from")
+    parser.add_argument("--peers", action="store_true", help="measure LitServe, BentoML and Ray Serve as well")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
+    parser.add_argument("--docs-only", action="store_true", help="write docs/load.md from the JSON; measure nothing")
+    options = parser.parse_args()
+    if not options.docs_only:
+        report = measure(options.peers, options.rounds, options.seconds)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    page = to_page(json.loads(options.out.read_text()))
+    print(page)
+    if options.docs_only or options.out.resolve() == RESULTS.resolve():  # the page is of the stored report only
+        PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()

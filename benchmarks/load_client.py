@@ -1,0 +1,185 @@
+"""A small HTTP/1.1 client for load: keep-alive connections, one request at a time on each, times in milliseconds.
+
+It does as little as it can, so that what is timed is the server; the same bytes go to every server that is compared.
+`benchmarks.load` plans the runs.
+"""
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer: its status, its headers by lower-case name, the size of its body and the time it took."""
+
+    status: int
+    headers: dict[str, str]
+    body_bytes: int
+    time_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a run of requests gave: every time of a good answer, the other answers, and the seconds it took."""
+
+    times_ms: list[float]
+    refused: list[Answer]
+    duration_s: float
+    offered: int = 0
+
+    @property
+    def per_s(self) -> float:
+        return len(self.times_ms) / self.duration_s
+
+    def quantile_ms(self, part: float) -> float:
+        """The value below which `part` of the times lie, by nearest rank."""
+        ordered = sorted(self.times_ms)
+        return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.times_ms)
+
+
+@dataclass(slots=True)
+class Connection(asyncio.Protocol):
+    """One connection. `ask` sends a request and waits for its whole answer."""
+
+    _transport: asyncio.Transport | None = None
+    _waiting: asyncio.Future[tuple[bytes, int]] | None = None
+    _received: bytearray = field(default_factory=bytearray)
+    _body_at: int = -1
+    _body_bytes: int = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_exception(error or ConnectionResetError("the server closed the connection"))
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        if self._body_at < 0:
+            end = self._received.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            self._body_at = end + 4
+            self._body_bytes = _content_length(bytes(self._received[:end]))
+        if len(self._received) >= self._body_at + self._body_bytes:
+            head, size_bytes = bytes(self._received[: self._body_at]), self._body_bytes
+            self._received.clear()
+            self._body_at = -1
+            if self._waiting is not None and not self._waiting.done():
+                self._waiting.set_result((head, size_bytes))
+
+    async def ask(self, request: bytes) -> Answer:
+        """Raises:
+        ConnectionError: the server closed the connection.
+        ValueError: the answer has no Content-Length.
+        """
+        assert self._transport is not None
+        self._waiting = asyncio.get_running_loop().create_future()
+        started_s = time.perf_counter()
+        self._transport.write(request)
+        head, size_bytes = await self._waiting
+        time_ms = 1000 * (time.perf_counter() - started_s)
+        lines = head.decode("latin-1").split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+        return Answer(int(lines[0].split(" ")[1]), headers, size_bytes, time_ms)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+
+def _content_length(head: bytes) -> int:
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            return int(line[15:])
+    raise ValueError("an answer without Content-Length: this client does not read chunks")
+
+
+def to_request(path: str, body: bytes, headers: dict[str, str], method: str = "POST") -> bytes:
+    """The bytes of one request."""
+    sent = {"Host": "127.0.0.1", "Content-Length": str(len(body))} | headers
+    lines = "".join(f"{name}: {value}\r\n" for name, value in sent.items())
+    return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode("latin-1") + body
+
+
+async def open_connections(port: int, number: int) -> list[Connection]:
+    loop = asyncio.get_running_loop()
+    opened = [await loop.create_connection(Connection, "127.0.0.1", port) for _ in range(number)]
+    return [connection for _, connection in opened]
+
+
+async def run_closed(port: int, request: bytes, clients: int, warm_up: int, seconds: float) -> Load:
+    """`clients` that each send the next request when the last one is answered.
+
+    Raises:
+        RuntimeError: an answer is not 200: nothing is measured on a server that refuses.
+    """
+    connections = await open_connections(port, clients)
+    try:
+        for _ in range(-(-warm_up // clients)):
+            await asyncio.gather(*(_require_good(connection, request) for connection in connections))
+        times_ms: list[float] = []
+        started_s = time.perf_counter()
+
+        async def run(connection: Connection) -> None:
+            while time.perf_counter() - started_s < seconds:
+                times_ms.append((await _require_good(connection, request)).time_ms)
+
+        await asyncio.gather(*map(run, connections))
+        return Load(times_ms, [], time.perf_counter() - started_s, len(times_ms))
+    finally:
+        for connection in connections:
+            connection.close()
+
+
+async def _require_good(connection: Connection, request: bytes) -> Answer:
+    answer = await connection.ask(request)
+    if answer.status != 200:
+        raise RuntimeError(f"status {answer.status}, 200 is expected")
+    return answer
+
+
+async def run_open(port: int, request: bytes, per_s: float, seconds: float, seed: int) -> Load:
+    """Requests at random moments (a Poisson process of `per_s`), whatever became of those before."""
+    free: list[Connection] = await open_connections(port, 16)
+    opened = list(free)
+    answers: list[Answer] = []
+    tasks: list[asyncio.Task[None]] = []
+    moments = random.Random(seed)
+
+    async def send() -> None:
+        if not free:
+            fresh = await open_connections(port, 1)
+            free.extend(fresh)
+            opened.extend(fresh)
+        connection = free.pop()
+        answers.append(await connection.ask(request))
+        free.append(connection)
+
+    started_s = time.perf_counter()
+    due_s = 0.0
+    while due_s < seconds:
+        due_s += moments.expovariate(per_s)
+        await asyncio.sleep(max(0.0, due_s - (time.perf_counter() - started_s)))
+        tasks.append(asyncio.create_task(send()))
+    await asyncio.gather(*tasks)
+    duration_s = time.perf_counter() - started_s
+    for connection in opened:
+        connection.close()
+    good = [answer.time_ms for answer in answers if answer.status == 200]
+    return Load(good, [answer for answer in answers if answer.status != 200], duration_s, len(answers))
+
+
+def median_of(runs: Sequence[float]) -> float:
+    """The median of the rounds, rounded to what means something."""
+    return round(statistics.median(runs), 3)

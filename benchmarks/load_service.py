@@ -1,0 +1,169 @@
+"""Starts what `benchmarks.load` measures: the service with workers that do no work, or a peer's server in its own
+environment, each on a loopback port of its own.
+
+The service is the real one: an embedded Redis that syncs every write to disk before it answers, `giantleap api`, and a
+process that claims and ends jobs as a worker does. A peer keeps its requests in memory only.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from service.claims import Claim, Claims
+from service.embedded_redis import EmbeddedRedis
+from service.jobs import ResultFile, UpscaleParams
+from service.latents_in import SAFETENSORS_TYPE
+from service.redis_urls import open_redis
+from service.settings import Settings, read_settings, to_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ROOT / ".peers"
+PEER_NAMES = ("litserve", "bentoml", "ray")
+SPREAD = 0.2
+_START_TIMEOUT_S = 120.0
+_STOP_TIMEOUT_S = 30.0
+
+
+@contextlib.contextmanager
+def run_service(workers: int = 1, work_ms: float = 0.0, **changes: object) -> Iterator[int]:
+    """The service until the block ends; yields its port. `changes` are settings.
+
+    Args:
+        workers: Threads that each run one job at a time.
+        work_ms: How long a job takes its worker, asleep, give or take `SPREAD` of it.
+    """
+    with contextlib.ExitStack() as stack:
+        data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="giantleap-load-")))
+        redis = EmbeddedRedis(appendfsync="always")
+        stack.callback(redis.stop)
+        settings = read_settings(redis_url=redis.start(data_dir), key_prefix="load", port=free_port(), **changes)
+        environment = {**os.environ, **to_environment(settings)}
+        api = [sys.executable, "-m", "service.cli", "api"]
+        worker = [sys.executable, "-m", "benchmarks.load_service", str(workers), str(work_ms)]
+        started = [stack.enter_context(run_process(command, environment)) for command in (api, worker)]
+        await_answer(started, settings.port, "/readyz")
+        yield settings.port
+
+
+@contextlib.contextmanager
+def run_peer(name: str) -> Iterator[int]:
+    """A peer's no-op server (`benchmarks/peers/`) until the block ends; yields its port.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
+    port = free_port()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL"))}
+    command = [str(peer_python(name)), str(ROOT / "benchmarks" / "peers" / f"{name}_noop.py"), str(port)]
+    with run_process(command, environment) as process:
+        await_answer([process], port, "/noop", b'{"prompt": "a red sphere"}')
+        yield port
+
+
+def peer_python(name: str) -> Path:
+    """The interpreter of a peer's environment.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    python = PEERS / name / "bin" / "python"
+    if not python.exists():
+        raise FileNotFoundError(f"{name} is not installed in {PEERS}: run `make peers`, or leave --peers out")
+    return python
+
+
+@contextlib.contextmanager
+def run_process(command: list[str], environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process until the block ends; the end of its output is shown only where the block fails."""
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=output)
+        try:
+            yield process
+        except Exception:
+            output.seek(0)
+            sys.stderr.write(output.read().decode(errors="replace")[-4000:])
+            raise
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def await_answer(processes: list["subprocess.Popen[bytes]"], port: int, path: str, body: bytes | None = None) -> None:
+    """Returns when the path answers 200.
+
+    Raises:
+        RuntimeError: one of the processes has ended.
+        TimeoutError: there is no answer within two minutes.
+    """
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"Content-Type": "application/json"})
+    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        if any(process.poll() is not None for process in processes):
+            raise RuntimeError(f"a process of the server at port {port} ended before it answered")
+        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(request, timeout=10):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"no 200 from {path} at port {port} within {_START_TIMEOUT_S:.0f} s")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def work(settings: Settings, workers: int, work_ms: float) -> None:
+    """The worker process: ends each job after `work_ms`, a latent's with as many bytes as its tensor had; for ever."""
+    assert settings.redis_url is not None
+    bundle = "pocket"
+    blobs = {size_bytes: os.urandom(size_bytes) for size_bytes in (1 << 17, 1 << 19, 1 << 21)}
+
+    def run() -> None:
+        dice = random.Random(uuid.uuid4().hex)
+        claims = Claims(open_redis(settings.redis_url or ""), settings, (bundle,), f"load-{uuid.uuid4().hex[:8]}")
+        claims.open()
+        while True:
+            for claim in claims.claim(1 if work_ms else 8, 1.0):
+                if work_ms:
+                    time.sleep(work_ms * dice.uniform(1 - SPREAD, 1 + SPREAD) / 1000)
+                claims.finish(claim, to_results(claim, blobs), {}, ())
+
+    threads = [threading.Thread(target=run) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def to_results(claim: Claim, blobs: dict[int, bytes]) -> list[tuple[ResultFile, bytes]]:
+    """Nothing for a prompt; for a latent, which the API stores as float32, the bytes that it had as float16."""
+    params = claim.job.params
+    if not isinstance(params, UpscaleParams):
+        return []
+    blob = blobs[2 * params.batch_items * params.channels * params.latent_height * params.latent_width]
+    return [(ResultFile(SAFETENSORS_TYPE, len(blob)), blob)]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The worker that does no work; settings come from the environment.")
+    parser.add_argument("workers", type=int)
+    parser.add_argument("work_ms", type=float)
+    options = parser.parse_args()
+    work(read_settings(), options.workers, options.work_ms)

@@ -1,0 +1,130 @@
+"""The load benchmark: its client counts what a server answers, and its page says what its report says."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.load import judge, summarise, to_form
+from benchmarks.load_client import Load, run_closed, run_open, to_request
+from benchmarks.load_docs import PAGE, to_page
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "load.json"
+
+
+async def answer_one_in(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, refuse_every: int) -> None:
+    """A server that refuses each so many-th request of a connection; the head and the body come apart."""
+    number = 0
+    while head := await reader.readuntil(b"\r\n\r\n"):
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        await reader.readexactly(length)
+        number += 1
+        refused = number % refuse_every == 0
+        writer.write(b"HTTP/1.1 429 Busy\r\nRetry-After: 3\r\n" if refused else b"HTTP/1.1 200 OK\r\n")
+        await writer.drain()
+        writer.write(b"Content-Length: 4\r\n\r\n")
+        await writer.drain()
+        writer.write(b"done")
+        await writer.drain()
+
+
+async def serve(refuse_every: int) -> tuple[asyncio.Server, int]:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await answer_one_in(reader, writer, refuse_every)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    return server, server.sockets[0].getsockname()[1]
+
+
+def test_closed_run_counts_every_answer_of_every_client() -> None:
+    async def scenario() -> Load:
+        server, port = await serve(refuse_every=10**9)
+        async with server:
+            return await run_closed(port, to_request("/", b"x" * 9, {}), clients=3, warm_up=3, seconds=0.2)
+
+    load = asyncio.run(scenario())
+    assert len(load.times_ms) > 3 and load.duration_s >= 0.2
+    assert min(load.times_ms) <= load.median_ms <= load.quantile_ms(0.99) <= max(load.times_ms)
+
+
+def test_closed_run_ends_at_a_refusal() -> None:
+    async def scenario() -> None:
+        server, port = await serve(refuse_every=4)
+        async with server:
+            await run_closed(port, to_request("/", b"", {}), clients=1, warm_up=1, seconds=60)
+
+    with pytest.raises(RuntimeError, match="429"):
+        asyncio.run(scenario())
+
+
+def test_open_run_keeps_refusals_apart_with_their_headers() -> None:
+    async def scenario() -> Load:
+        server, port = await serve(refuse_every=2)
+        async with server:
+            return await run_open(port, to_request("/", b"", {}), per_s=200, seconds=0.5, seed=1)
+
+    load = asyncio.run(scenario())
+    assert load.offered == len(load.times_ms) + len(load.refused) > 20
+    assert {(answer.status, answer.headers["retry-after"]) for answer in load.refused} == {(429, "3")}
+
+
+def test_quantile_is_the_nearest_rank() -> None:
+    load = Load([float(n) for n in range(100, 0, -1)], [], 2.0)
+    assert (load.quantile_ms(0.0), load.quantile_ms(0.99), load.quantile_ms(1.0)) == (1.0, 100.0, 100.0)
+    assert load.per_s == 50.0
+
+
+def test_summary_is_the_median_of_the_rounds_and_aims_are_compared() -> None:
+    rounds = [
+        {
+            run: {"p50_ms": p50, "p99_ms": 2 * p50, "per_s": 1000 / p50, "cpu_ms": 3.0}
+            for run in ("no-op, 1", "no-op, 8", "no-op, 64", "128 KiB", "512 KiB", "2 MiB")
+        }
+        for p50 in (1.0, 9.0, 2.0)
+    ]
+    medians = summarise(rounds)
+    assert medians["no-op, 1"] == {"p50_ms": 2.0, "p99_ms": 4.0, "per_s": 500.0, "cpu_ms": 3.0}
+    verdicts = [each["met"] for each in judge(medians, {"p99_ratio": 2.01}).values()]
+    assert verdicts == [True, False, True, False]
+
+
+def report() -> dict:
+    run = {"p50_ms": 1.5, "p99_ms": 3.0, "per_s": 600.0, "cpu_ms": 1.25}
+    ours = {name: run for name in ("no-op, 1", "no-op, 8", "no-op, 64", "128 KiB", "512 KiB", "2 MiB")}
+    overload = {
+        "workers": 4, "work_ms": 100.0, "work_spread": 0.2, "queue_limit": 6,
+        "capacity_per_s": 40.0, "offered_per_s": 400.0,
+        "accepted_per_s": 39.0, "refused_share": 0.9, "refusals_with_retry_after": 3600, "unloaded_p50_ms": 102.0,
+        "unloaded_p99_ms": 110.0, "accepted_p50_ms": 140.0, "accepted_p99_ms": 176.0, "p99_ratio": 1.6,
+    }  # fmt: skip
+    return {
+        "date": "2026-11-21T15:00:00+00:00", "machine": "a machine", "python": "3.11", "redis_server": "7.0.15",
+        "peers": {"ray": "2.60.0"}, "load_average_before": [0.1, 0.2, 0.3], "load_average_after": [1.0, 1.0, 1.0],
+        "rounds": 3, "seconds": 3.0, "warm_up": 200, "overload": overload, "aims": judge(ours, overload),
+        "medians": {"giantleap": ours, "ray": {"no-op, 1": run | {"p50_ms": 6.0, "p99_ms": 9.0, "per_s": 150.0}}},
+    }  # fmt: skip
+
+
+def test_page_has_the_figures_and_the_ratios() -> None:
+    page = to_page(report())
+    assert "| Ray Serve | no-op, 1 client | 6 | 9 | 150 | 1.25 | 4.00 | 4.00 |" in page
+    assert "The ratio of the two p99 is 1.60. 90.0 % were refused" in page
+    assert "{" not in page and "Ray Serve 2.60.0" in page
+
+
+def test_page_without_peers_names_none() -> None:
+    assert "Beside other servers" not in to_page(report() | {"peers": {}})
+
+
+def test_stored_page_is_made_from_the_stored_report() -> None:
+    assert PAGE.read_text() == to_page(json.loads(RESULTS.read_text()))
+
+
+def test_form_holds_the_file_whole() -> None:
+    body, headers = to_form(b"\r\n--x\r\n")
+    edge = headers["Content-Type"].partition("boundary=")[2].encode()
+    assert body.startswith(b"--" + edge) and b"\r\n\r\n\r\n--x\r\n\r\n--" + edge in body
