@@ -105,9 +105,14 @@ def plan(bundle: Path, pairs: Path, start_file: Path | None, steps: int, rate: f
     return check_config(values, "benchmarks.transfer")
 
 
+def run_folder(variant: Variant, folder: Path, rate: float, batch: int) -> Path:
+    """Where its run lies: another one for every length, rate and batch, so that none is taken for another."""
+    return folder / f"{variant.name}_{variant.steps}x{batch}_{rate:g}"
+
+
 def run_variant(variant: Variant, folder: Path, source: Path, bundle: Path, rate: float, batch: int) -> Path:
     """Trains one, or goes on; returns its weights. The transferred start is kept beside them as `start.safetensors`."""
-    out, pairs = folder / variant.name, folder / "pairs"
+    out, pairs = run_folder(variant, folder, rate, batch), folder / "pairs"
     weights = out / "lua.safetensors"
     if weights.is_file():
         return weights
@@ -184,7 +189,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def collect(variants: list[Variant], folder: Path, bundle: Bundle) -> dict[str, dict[str, float]]:
+def collect(
+    variants: list[Variant], folder: Path, bundle: Bundle, rate: float, batch: int
+) -> dict[str, dict[str, float]]:
     """The figures of every variant, and of the transferred starts before any training; kept beside the weights."""
     vae, store = read_vae(bundle, CPU, torch.float32), PairsStore.open(folder / "pairs")
     photos: list[Photo] = []
@@ -192,7 +199,7 @@ def collect(variants: list[Variant], folder: Path, bundle: Bundle) -> dict[str, 
     for variant in variants:
         names = ["lua"] if variant.start is None else ["start", "lua"]
         for name in names:
-            weights = folder / variant.name / f"{name}.safetensors"
+            weights = run_folder(variant, folder, rate, batch) / f"{name}.safetensors"
             kept = weights.with_suffix(".json")
             if not kept.is_file():
                 photos = photos or read_photo_latents(vae)
@@ -224,7 +231,7 @@ def main(
             typer.echo(f"{variant.name}: {run_variant(variant, folder, source, bundle, rate, batch)}")
     if only is not None:
         return
-    figures = collect(variants, folder, read_bundle(bundle))
+    figures = collect(variants, folder, read_bundle(bundle), rate, batch)
     ahead = judge(figures, steps)
     typer.echo(table(figures))
     typer.echo(f"transfer_{BEST} over scratch, dB: {ahead}")
