@@ -116,6 +116,7 @@ class Broker:
             self._end_overdue,
             self._stats,
             self._list_devices,
+            self._list,
         )
         for script in mine:
             await self._answer(self._redis.script_load(script.script))

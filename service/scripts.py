@@ -211,7 +211,9 @@ end
 -- A deadline ends a job wherever it is; a worker that has it finds out at its next step.
 local function end_overdue()
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. ':deadlines', '-inf', now_ms, 'LIMIT', 0, 100)) do
-    close_overdue(id, '{}')
+    local state = get(id, 'state')
+    if state and not is_final(state) then close_overdue(id, '{}') end
+    redis.call('ZREM', P .. ':deadlines', id)  -- also one whose record somebody deleted: it must not stop every claim
   end
 end
 

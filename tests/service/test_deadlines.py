@@ -126,3 +126,17 @@ def test_a_job_that_ends_in_time_keeps_its_result(open_broker: Any, open_claims:
             assert record is not None and record.state is JobState.SUCCEEDED
 
     asyncio.run(scenario())
+
+
+def test_a_deadline_whose_record_is_gone_stops_no_claim(
+    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as producer:
+            job, deadlines = make_job(), f"{Keys(settings.key_prefix).tag}:deadlines"
+            await producer.enqueue(job)
+            redis_client.zadd(deadlines, {"no-such-job": 1})
+            assert [claim.job for claim in open_claims().claim(8, 1.0)] == [job]
+            assert redis_client.zcard(deadlines) == 0
+
+    asyncio.run(scenario())
