@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
 from models.latent_space import LATENT_SPACES, LatentSpace, Packing
 from models.lua_spec import grown_side, is_whole, to_scale
@@ -19,7 +19,7 @@ DecodeName = Literal["exact", "tiled", "tiny"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 Side = Annotated[int, Field(ge=1)]
-Scale = Annotated[float, AfterValidator(to_scale)]
+Scale = Annotated[float, AfterValidator(to_scale), PlainSerializer(to_scale, return_type=Any)]  # a float would say 2.0
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(min_length=1)]
 Floats = Annotated[tuple[float, ...], Field(strict=False)]
