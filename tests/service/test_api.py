@@ -420,7 +420,9 @@ async def test_a_client_that_leaves_is_let_go_though_a_cancel_was_swallowed(sett
     stubborn = Stubborn(end=stay_queued)
     app, leave, before = create_app(settings, stubborn), asyncio.Event(), asyncio.all_tasks()  # type: ignore[arg-type]
     leave.set()
-    assert await asyncio.wait_for(post_and_leave(app, "/generate", leave), 30) == 499
+    call = asyncio.create_task(post_and_leave(app, "/generate", leave))
+    ended, _ = await asyncio.wait([call], timeout=30)  # `wait_for` would cancel it again, and so hide the fault
+    assert ended and call.result() == 499
     assert asyncio.all_tasks() == before and stubborn.waits == 0
 
 

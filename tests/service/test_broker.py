@@ -289,14 +289,16 @@ def test_wait_for_a_new_job_reads_it_once_where_its_end_was_heard_of(
             while early.id not in producer._ended:
                 assert time.monotonic() < deadline_s
                 await asyncio.sleep(0.01)
-            assert (await producer.wait(early.id, 30.0, created=True)).state is JobState.SUCCEEDED
+            assert (await producer.wait(early.id, 600.0, created=True)).state is JobState.SUCCEEDED
             assert reads == [early.id]
             await producer.enqueue(late)
-            waiting = asyncio.create_task(producer.wait(late.id, 30.0, created=True))
+            waiting = asyncio.create_task(producer.wait(late.id, 600.0, created=True))
             [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
             await asyncio.to_thread(worker.finish, claim, [(PNG, b"png")], {}, [])
             assert (await waiting).state is JobState.SUCCEEDED
+            assert reads == [early.id, late.id]
 
+    monkeypatch.setattr("service.broker._POLL_S", 600.0)  # no read but after the message
     asyncio.run(scenario())
 
 
