@@ -19,7 +19,7 @@ from typing import Any
 
 import redis
 
-from service import scripts
+from service import scripts, scripts_broker
 from service.device_memory import Device
 from service.errors import (
     InvalidRequest,
@@ -85,13 +85,13 @@ class Broker:
         self._settings = settings
         self._keys = Keys(settings.key_prefix)
         self._limits = scripts.limits(settings)
-        self._enqueue = redis.register_script(scripts.PRELUDE + scripts.ENQUEUE)
-        self._spend = redis.register_script(scripts.PRELUDE + scripts.SPEND)
-        self._read = redis.register_script(scripts.PRELUDE + scripts.READ)
-        self._cancel = redis.register_script(scripts.PRELUDE + scripts.CANCEL)
-        self._end_overdue = redis.register_script(scripts.PRELUDE + scripts.END_OVERDUE)
-        self._stats = redis.register_script(scripts.PRELUDE + scripts.STATS)
-        self._list_devices = redis.register_script(scripts.PRELUDE + scripts.DEVICES)
+        self._enqueue = redis.register_script(scripts.PRELUDE + scripts_broker.ENQUEUE)
+        self._spend = redis.register_script(scripts.PRELUDE + scripts_broker.SPEND)
+        self._read = redis.register_script(scripts.PRELUDE + scripts_broker.READ)
+        self._cancel = redis.register_script(scripts.PRELUDE + scripts_broker.CANCEL)
+        self._end_overdue = redis.register_script(scripts.PRELUDE + scripts_broker.END_OVERDUE)
+        self._stats = redis.register_script(scripts.PRELUDE + scripts_broker.STATS)
+        self._list_devices = redis.register_script(scripts.PRELUDE + scripts_broker.DEVICES)
         self._list = redis.register_script(scripts.PRELUDE + LIST)
         self._devices: tuple[Device, ...] = ()
         self._waiters: dict[str, set[asyncio.Event]] = {}

@@ -19,7 +19,7 @@ from typing import Any
 
 from redis.typing import KeyT, StreamIdT
 
-from service import scripts
+from service import scripts, scripts_claims
 from service.device_memory import Device
 from service.errors import NotReady, StorageFull
 from service.jobs import Job, JobError, ResultFile
@@ -69,16 +69,16 @@ class Claims:
         self._device = "" if device is None else device.to_json()
         self._keys = Keys(settings.key_prefix)
         self._limits = scripts.limits(settings)
-        self._open = self._register(scripts.OPEN)
-        self._close = self._register(scripts.CLOSE)
-        self._claim = self._register(scripts.CLAIM)
-        self._renew = self._register(scripts.RENEW)
-        self._emit = self._register(scripts.EMIT)
-        self._stopped = self._register(scripts.STOPPED)
-        self._finish = self._register(scripts.FINISH)
-        self._fail = self._register(scripts.FAIL)
-        self._finish_canceled = self._register(scripts.FINISH_CANCELED)
-        self._release = self._register(scripts.RELEASE)
+        self._open = self._register(scripts_claims.OPEN)
+        self._close = self._register(scripts_claims.CLOSE)
+        self._claim = self._register(scripts_claims.CLAIM)
+        self._renew = self._register(scripts_claims.RENEW)
+        self._emit = self._register(scripts_claims.EMIT)
+        self._stopped = self._register(scripts_claims.STOPPED)
+        self._finish = self._register(scripts_claims.FINISH)
+        self._fail = self._register(scripts_claims.FAIL)
+        self._finish_canceled = self._register(scripts_claims.FINISH_CANCELED)
+        self._release = self._register(scripts_claims.RELEASE)
         self._held: dict[tuple[str, str], Claim] = {}
         self._ending: set[tuple[str, str]] = set()
         self._lock = threading.Lock()

@@ -1,6 +1,6 @@
 """The list of a caller's own jobs, newest first, in pages: the script that reads one, and what it gives.
 
-The index is kept by `service.scripts.ENQUEUE`; a job leaves it when its record has expired, and the oldest leave it
+The index is kept by `scripts_broker.ENQUEUE`; a job leaves it when its record has expired, and the oldest leave it
 beyond its cap. `service.broker.Broker.list_jobs` runs the script.
 """
 

@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from service import scripts
+from service import scripts, scripts_broker
 from service.claims import Claim, Claims
 from service.errors import StorageFull
 from service.jobs import JobError, ResultFile
@@ -63,7 +63,7 @@ class BlobAccount(RuleBasedStateMachine):
     def enqueue(self, size_bytes: int) -> None:
         job = self.make_job()
         args = [job.id, "pocket", "high", job.to_json(), "digest", "", -1, b"i" * size_bytes]
-        verdict = self.call(scripts.ENQUEUE, *args)[0]
+        verdict = self.call(scripts_broker.ENQUEUE, *args)[0]
         self.known.append(job.id)
         assert verdict == (b"created" if self.make_room(size_bytes) else b"storage")
         if verdict == b"created":
@@ -105,7 +105,7 @@ class BlobAccount(RuleBasedStateMachine):
     @rule(pick=st.integers(0))
     def cancel_queued(self, pick: int) -> None:
         job_id = self.queued.pop(pick % len(self.queued))
-        self.call(scripts.CANCEL, job_id)
+        self.call(scripts_broker.CANCEL, job_id)
         del self.inputs[job_id]
 
     @rule()
@@ -113,7 +113,7 @@ class BlobAccount(RuleBasedStateMachine):
         assume(self.results)
         oldest = next(iter(self.results))
         self.client.zadd(f"{self.keys.tag}:blob_results", {oldest: 0})
-        self.call(scripts.STATS)
+        self.call(scripts_broker.STATS)
         del self.results[oldest]
 
     @invariant()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 
-from service import scripts
+from service import scripts, scripts_broker
 from service.claims import Claim, Claims
 from service.embedded_redis import find_bundled_server
 from service.jobs import Job, JobError, JobState, Priority, ResultFile
@@ -34,7 +34,7 @@ def redis_url(request: pytest.FixtureRequest, start_server: Any) -> str:
 @pytest.fixture
 def put(settings: Settings, redis_client: redis.Redis, make_job: Any) -> Iterator[Put]:
     """Enqueues a job through the script that the broker uses, without an event loop."""
-    script = redis_client.register_script(scripts.PRELUDE + scripts.ENQUEUE)
+    script = redis_client.register_script(scripts.PRELUDE + scripts_broker.ENQUEUE)
 
     def enqueue(priority: Priority = Priority.HIGH, body: bytes | None = None, **rest: Any) -> Job:
         job: Job = make_job(priority, **rest)
@@ -309,7 +309,7 @@ def test_cancel_flag_of_running_work_is_seen_and_ends_it(
     worker = open_claims()
     batch = worker.claim(3, 1.0)
     assert worker.canceled(batch) == set()
-    cancel = redis_client.register_script(scripts.PRELUDE + scripts.CANCEL)
+    cancel = redis_client.register_script(scripts.PRELUDE + scripts_broker.CANCEL)
     cancel([Keys(settings.key_prefix).tag], [scripts.limits(settings), jobs[1].id])
     assert worker.canceled(batch) == {jobs[1].id}
     assert state_of(jobs[1]) == "processing"
@@ -326,7 +326,7 @@ def test_canceled_job_is_neither_retried_nor_redelivered(
     worker = open_claims()
     stuck = take_one(open_claims(lease=False))
     failing, handed_back = worker.claim(2, 1.0)
-    cancel = redis_client.register_script(scripts.PRELUDE + scripts.CANCEL)
+    cancel = redis_client.register_script(scripts.PRELUDE + scripts_broker.CANCEL)
     for job in jobs:
         cancel([Keys(settings.key_prefix).tag], [scripts.limits(settings), job.id])
     assert worker.fail(failing, FLAKY)

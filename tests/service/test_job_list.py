@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import redis
 
-from service import scripts
+from service import scripts, scripts_broker
 from service.broker import retry_after_s
 from service.errors import QueueFull
 from service.jobs import JobState, Priority, QueueStats, ResultFile
@@ -67,7 +67,7 @@ def test_a_page_of_one_state_and_what_is_gone_is_forgotten(
 def test_the_index_is_capped_and_expires(make_job: Any, redis_client: redis.Redis, settings: Settings) -> None:
     keys = Keys(settings.key_prefix)
     limits = json.dumps(json.loads(scripts.limits(settings)) | {"list_limit": 3})
-    script = redis_client.register_script(scripts.PRELUDE + scripts.ENQUEUE)
+    script = redis_client.register_script(scripts.PRELUDE + scripts_broker.ENQUEUE)
     jobs = [make_job() for _ in range(5)]
     for job in jobs:
         script([keys.tag], [limits, job.id, "pocket", "high", job.to_json(), "digest", "", "-1", b""])

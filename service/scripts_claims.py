@@ -1,0 +1,259 @@
+"""The scripts that `service.claims` runs: a worker takes jobs, keeps them and ends each once. See `service.scripts`."""
+
+# What `service.claims` sends to name one claim, and the fence that stands before every write of a worker.
+_OWNER = """
+local consumer, lane, message, id, delivery = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local stream, token = P .. ':stream:' .. lane, consumer .. ' ' .. message .. ' ' .. delivery
+
+local function owns()
+  local pending = redis.call('XPENDING', stream, GROUP, message, message, 1)
+  return #pending == 1 and pending[1][2] == consumer and get(id, 'deliveries') == delivery
+end
+
+-- A worker that lost the reply sends again: it is told what its first call did.
+local function settled_before() return get(id, 'settled') == token and 1 or 0 end
+local function settle()
+  redis.call('HSET', job_key(id), 'settled', token)
+  drop_message(lane, message)
+end
+
+-- Whether a deadline has ended the job: then nothing of the claim counts any more.
+local function past(stages)
+  local final = is_final(get(id, 'state'))
+  if not final and not overdue(id) then return false end
+  if not final then close_overdue(id, stages) end
+  drop_message(lane, message)
+  return true
+end
+"""
+
+# ARGV: limits, consumer, device JSON or '', lanes ... Makes the groups and forgets consumers of dead workers that hold
+# nothing.
+OPEN = """
+for i = 4, #ARGV do
+  ensure_group(ARGV[i])
+  local stream = P .. ':stream:' .. ARGV[i]
+  for _, info in ipairs(redis.call('XINFO', 'CONSUMERS', stream, GROUP)) do
+    local consumer = {}
+    for j = 1, #info, 2 do consumer[info[j]] = info[j + 1] end
+    if consumer.pending == 0 and consumer.idle > 3600000 then
+      redis.call('XGROUP', 'DELCONSUMER', stream, GROUP, consumer.name)
+    end
+  end
+end
+beat(ARGV[2], ARGV[3])
+"""
+
+# ARGV: limits, consumer, lanes ... A consumer that still holds messages is kept: deleting it would lose them.
+CLOSE = """
+redis.call('ZREM', P .. ':workers', ARGV[2])
+redis.call('HDEL', P .. ':devices', ARGV[2])
+for i = 3, #ARGV do
+  local stream = P .. ':stream:' .. ARGV[i]
+  if #redis.call('XPENDING', stream, GROUP, '-', '+', 1, ARGV[2]) == 0 then
+    redis.call('XGROUP', 'DELCONSUMER', stream, GROUP, ARGV[2])
+  end
+end
+"""
+
+# ARGV: limits, consumer, most jobs, JSON list of '<lane> <message>' that this consumer works on, lanes in the order
+# in which to take. Replies {claims, last id of each lane's stream, ms until the next retry is due or -1}.
+CLAIM = """
+local consumer, left, held = ARGV[2], tonumber(ARGV[3]), {}
+for _, name in ipairs(cjson.decode(ARGV[4])) do held[name] = true end
+local taken = {}
+
+local function begin(lane, message, id)
+  local state, deliveries = get(id, 'state'), get_number(id, 'deliveries')
+  if not state or is_final(state) then return drop_message(lane, message) end
+  if get(id, 'cancel') then
+    close_job(id, 'canceled', '{}')
+    return drop_message(lane, message)
+  end
+  if overdue(id) then
+    close_overdue(id, '{}')
+    return drop_message(lane, message)
+  end
+  if deliveries >= C.max_deliveries then
+    local detail = 'It was started ' .. deliveries .. ' times and each time its worker was lost; it is not tried again.'
+    close_failed(id, get(id, 'error') or cjson.encode({code = 'job_failed', detail = detail, retryable = false}), '{}')
+    return drop_message(lane, message)
+  end
+  deliveries = deliveries + 1
+  redis.call('ZREM', P .. ':queued:' .. lane, id)
+  redis.call('SADD', P .. ':running', id)
+  redis.call('HSET', job_key(id), 'state', 'processing', 'deliveries', deliveries, 'started_at_s', now_s)
+  emit(id, 'started', string.format('{"delivery":%d}', deliveries))
+  taken[#taken + 1] = {get(id, 'job'), lane, message, deliveries, get_number(id, 'input_bytes')}
+  left = left - 1
+end
+
+end_overdue()
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. ':delayed', '-inf', now_ms, 'LIMIT', 0, 100)) do
+  redis.call('ZREM', P .. ':delayed', id)
+  push(id)
+end
+
+for i = 5, #ARGV do
+  local lane = ARGV[i]
+  ensure_group(lane)
+  local stale = redis.call('XPENDING', P .. ':stream:' .. lane, GROUP, 'IDLE', C.visibility_ms, '-', '+', 1000)
+  for _, entry in ipairs(stale) do
+    if left > 0 and not (entry[2] == consumer and held[lane .. ' ' .. entry[1]]) then
+      local claimed = redis.call('XCLAIM', P .. ':stream:' .. lane, GROUP, consumer, 0, entry[1])
+      if claimed[1] then begin(lane, entry[1], claimed[1][2][2]) end
+    end
+  end
+end
+
+for i = 5, #ARGV do
+  local lane, read = ARGV[i], true
+  while left > 0 and read do
+    read = redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', left, 'STREAMS', P .. ':stream:' .. lane, '>')
+    if read then
+      for _, entry in ipairs(read[1][2]) do begin(lane, entry[1], entry[2][2]) end
+    end
+  end
+end
+
+local last_ids, wait_ms = {}, -1
+if #taken == 0 then
+  for i = 5, #ARGV do
+    local info = redis.call('XINFO', 'STREAM', P .. ':stream:' .. ARGV[i])
+    for j = 1, #info, 2 do
+      if info[j] == 'last-generated-id' then last_ids[#last_ids + 1] = info[j + 1] end
+    end
+  end
+  local due = redis.call('ZRANGE', P .. ':delayed', 0, 0, 'WITHSCORES')
+  if due[2] then wait_ms = math.max(0, tonumber(due[2]) - now_ms) end
+end
+return {taken, last_ids, wait_ms}
+"""
+
+# ARGV: limits, job ids ... Replies those that shall not be worked on: canceled, or past their deadline.
+STOPPED = """
+local stopped = {}
+for i = 2, #ARGV do
+  local id = ARGV[i]
+  if get(id, 'cancel') or overdue(id) then stopped[#stopped + 1] = id end
+end
+return stopped
+"""
+
+# ARGV: limits, consumer, device as for OPEN, then lane, message, job id, delivery of each claim held. Replies the ids
+# of the jobs lost. The owner is checked before XCLAIM: an unconditional one would take a message back from its new
+# owner.
+RENEW = """
+beat(ARGV[2], ARGV[3])
+local lost = {}
+for i = 4, #ARGV, 4 do
+  local stream, message, id = P .. ':stream:' .. ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  local pending = redis.call('XPENDING', stream, GROUP, message, message, 1)
+  if #pending == 1 and pending[1][2] == ARGV[2] and get(id, 'deliveries') == ARGV[i + 3] then
+    redis.call('XCLAIM', stream, GROUP, ARGV[2], 0, message, 'JUSTID')
+  else
+    lost[#lost + 1] = id
+  end
+end
+return lost
+"""
+
+# ARGV: limits, the claim, event name, data JSON. Replies 1, or 0 where the claim is lost.
+EMIT = (
+    _OWNER
+    + """
+if not owns() or is_final(get(id, 'state')) then return 0 end
+emit(id, ARGV[7], ARGV[8])
+return 1
+"""
+)
+
+# ARGV: limits, the claim, results JSON, stages JSON, warnings JSON, blobs ... Replies 1, 0 lost, -1 no room.
+FINISH = (
+    _OWNER
+    + """
+if not owns() then return settled_before() end
+if past(ARGV[8]) then return 0 end
+local bytes, fields = 0, {}
+for i = 10, #ARGV do
+  bytes = bytes + #ARGV[i]
+  fields[#fields + 1] = i - 10
+  fields[#fields + 1] = ARGV[i]
+end
+if not make_room(bytes - get_number(id, 'input_bytes')) then return -1 end
+if bytes > 0 then
+  redis.call('HSET', P .. ':result:' .. id, unpack(fields))
+  redis.call('PEXPIRE', P .. ':result:' .. id, C.ttl_ms)
+  redis.call('ZADD', P .. ':blob_results', string.format('%.3f', now_us / 1000 + C.ttl_ms), id)
+  redis.call('HSET', P .. ':blob_sizes', id, bytes)
+  count_bytes(bytes)
+end
+redis.call('HSET', job_key(id), 'results', ARGV[7], 'warnings', ARGV[9])
+redis.call('HDEL', job_key(id), 'error')
+local took_s = string.format('%.6f', now_us / 1000000 - get_number(id, 'started_at_s'))
+for list, most in pairs({[P .. ':durations'] = 99, [P .. ':durations:' .. get(id, 'bundle')] = 30}) do
+  redis.call('LPUSH', list, took_s)
+  redis.call('LTRIM', list, 0, most)
+end
+close_job(id, 'succeeded', ARGV[8])
+settle()
+return 1
+"""
+)
+
+# ARGV: limits, the claim, error JSON, '1' if retryable, stages JSON. Replies 1, or 0 where the claim is lost.
+FAIL = (
+    _OWNER
+    + """
+if not owns() then return settled_before() end
+local error, retryable, stages, starts = ARGV[7], ARGV[8] == '1', ARGV[9], tonumber(delivery)
+if past(stages) then return 0 end
+if get(id, 'cancel') then
+  close_job(id, 'canceled', stages)
+elseif retryable and starts < C.max_deliveries then
+  local delay_ms = math.min(C.backoff_ms * 2 ^ (starts - 1), C.backoff_cap_ms)
+  redis.call('SREM', P .. ':running', id)
+  redis.call('HSET', job_key(id), 'state', 'queued', 'error', error)
+  redis.call('ZADD', P .. ':delayed', now_ms + delay_ms, id)
+  emit(id, 'retrying', string.format('{"delivery":%d,"delay_s":%.3f}', starts, delay_ms / 1000))
+else
+  close_failed(id, error, stages)
+end
+settle()
+return 1
+"""
+)
+
+# ARGV: limits, the claim, stages JSON. Replies 1, or 0 where the claim is lost.
+FINISH_CANCELED = (
+    _OWNER
+    + """
+if not owns() then return settled_before() end
+if past(ARGV[7]) then return 1 end
+close_job(id, 'canceled', ARGV[7])
+settle()
+return 1
+"""
+)
+
+# ARGV: limits, the claim. The message goes to a consumer that no worker is, so old that it is stale at once: the next
+# worker takes it before anything else. The delivery is not counted.
+RELEASE = (
+    _OWNER
+    + """
+if not owns() then return 0 end
+if past('{}') then return 1 end
+if get(id, 'cancel') then
+  close_job(id, 'canceled', '{}')
+  settle()
+  return 1
+end
+redis.call('XCLAIM', stream, GROUP, 'released', 0, message, 'IDLE', 86400000 + C.visibility_ms, 'JUSTID')
+redis.call('SREM', P .. ':running', id)
+redis.call('HINCRBY', job_key(id), 'deliveries', -1)
+redis.call('HSET', job_key(id), 'state', 'queued')
+redis.call('ZADD', P .. ':queued:' .. lane, get(id, 'queued_us'), id)
+emit(id, 'queued', string.format('{"position":%d}', position(id)))
+return 1
+"""
+)
