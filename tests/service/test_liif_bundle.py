@@ -1,0 +1,204 @@
+"""A bundle whose LUA has a LIIF head: scales that are no whole numbers, from the door to the image."""
+
+import io
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from prometheus_client import generate_latest
+from safetensors.numpy import load, save
+
+from export.build import ArtefactError, Request, export_bundle
+from models.bundle import BundleError, file_hash, read_bundle
+from models.checkpoints import write_lua
+from models.engines import ENGINES, EngineError, open_engine
+from models.lua import Lua
+from models.lua_spec import LuaSpec
+from service.api import create_app
+from service.engine_files import find_artefacts
+from service.jobs import GenerateParams, Job, UpscaleParams
+from service.metrics import Metrics
+from service.settings import Settings, read_settings
+from tests.service.fake_broker import FakeBroker
+from tests.service.live_server import live_server
+from tests.service.test_worker_redis import TIMEOUT_S, running_worker
+from tests.tiny_bundle import LATENT_CHANNELS, WINDOW
+
+SPEC = LuaSpec(LATENT_CHANNELS, 12, (2,), 2, window=WINDOW, num_feat=8, bicubic_skip=True, head="liif")
+SCALES = (1.5, 2, 3)
+CPU = torch.device("cpu")
+
+
+def write_liif_bundle(source: Path, directory: Path, scales: tuple[float, ...] = SCALES) -> Path:
+    """The tiny bundle with a LIIF head in place of its heads per scale."""
+    shutil.copytree(source, directory)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Lua(SPEC)
+        torch.nn.init.normal_(net.heads["liif"].last.weight, std=0.1)  # type: ignore[union-attr, arg-type]
+    path, toml = directory / "lua.safetensors", directory / "bundle.toml"
+    before = file_hash(path)
+    write_lua(path, net)
+    text = toml.read_text().replace(before, file_hash(path)).replace('name = "tiny"\ntitle', 'name = "liif"\ntitle')
+    toml.write_text(text.replace("scales = [2, 4]", f"scales = {list(scales)}"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def liif_dir(tiny_bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_liif_bundle(tiny_bundle_dir, tmp_path_factory.mktemp("bundles") / "liif")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def broker() -> FakeBroker:
+    return FakeBroker()
+
+
+@pytest.fixture
+async def client(liif_dir: Path, broker: FakeBroker) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(read_settings(bundle=(liif_dir,)), broker)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        yield client
+
+
+def latent_body(height: int, width: int) -> bytes:
+    latent = np.random.default_rng(0).standard_normal((LATENT_CHANNELS, height, width)).astype(np.float32)
+    return save({"latent": latent})
+
+
+LATENT = {"Content-Type": "application/x-safetensors"}
+
+
+@pytest.mark.timeout(300)
+def test_the_service_draws_and_enlarges_by_one_and_a_half_and_by_three(settings: Settings, liif_dir: Path) -> None:
+    running = settings.model_copy(update={"bundle": (liif_dir,), "torch_threads": 1, "device": "cpu"})
+    with running_worker(running), live_server(create_app(running)) as url, httpx.Client(timeout=TIMEOUT_S) as client:
+        for scale, side_px in ((1.5, 96), (3, 192)):
+            asked = {"prompt": "a red sphere", "scale": scale, "seed": 1}
+            drawn = client.post(f"{url}/generate", json=asked, headers={"Accept": "image/png"})
+            assert drawn.status_code == 200, drawn.text
+            assert Image.open(io.BytesIO(drawn.content)).size == (side_px, side_px)
+            query = {"scale": scale, "output": "latent"}
+            accept = LATENT | {"Accept": "application/x-safetensors"}
+            grown = client.post(f"{url}/upscale", params=query, content=latent_body(6, 10), headers=accept)
+            assert grown.status_code == 200, grown.text
+            (latent,) = load(grown.content).values()
+            assert latent.shape[-2:] == (6 * scale, 10 * scale) and np.isfinite(latent).all()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("said", "scale", "side_px"), [(1.5, 1.5, 96), (3, 3, 192), (2.0, 2, 128), (None, 2, 128)])
+async def test_a_scale_is_the_bundles_own_number(
+    client: httpx.AsyncClient, broker: FakeBroker, said: float | None, scale: float, side_px: int
+) -> None:
+    answer = await client.post("/generate", json={"prompt": "a red sphere", "scale": said})
+    (job,) = broker.jobs
+    assert isinstance(job.params, GenerateParams)
+    assert (job.params.width_px, job.params.base_size_px) == (side_px, (64, 64))
+    assert f'"scale":{scale},' in answer.text, "2, not 2.0"
+    assert repr(job.params.scale) == repr(Job.from_json(job.to_json()).params.scale) == str(scale)
+
+
+@pytest.mark.anyio
+async def test_the_bundle_lists_its_scales(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/models")
+    assert answer.json()[0]["methods"]["lua"] == [1, 1.5, 2, 3]
+    assert '"lua":[1,1.5,2,3]' in answer.text
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("asked", "field", "reason"),
+    [
+        ({"scale": 1.25}, "scale", "has 1, 1.5, 2, 3 by method lua"),
+        ({"scale": 4}, "scale", "has 1, 1.5, 2, 3 by method lua"),
+        ({"scale": 1.5, "width": 108, "height": 96}, "width", "nearest: 96x96 and 120x96"),
+        ({"scale": 1.5, "width": 97, "height": 96}, "width", "in steps of 24"),
+        ({"scale": "1.5"}, "scale", "number"),
+        ({"scale": 0.5}, "scale", "greater than or equal to 1"),
+    ],
+)
+async def test_what_makes_no_whole_latents_or_is_not_there_is_refused(
+    client: httpx.AsyncClient, broker: FakeBroker, asked: dict[str, Any], field: str, reason: str
+) -> None:
+    answer = await client.post("/generate", json={"prompt": "a red sphere", **asked})
+    assert answer.status_code == 422
+    assert [error["field"] for error in answer.json()["errors"]] == [field]
+    assert reason in answer.text
+    assert broker.jobs == []
+
+
+@pytest.mark.anyio
+async def test_a_latent_or_an_image_that_would_not_stay_whole_is_refused(
+    client: httpx.AsyncClient, broker: FakeBroker
+) -> None:
+    answer = await client.post("/upscale", params={"scale": 1.5}, content=latent_body(6, 7), headers=LATENT)
+    assert answer.status_code == 422 and "which scale 1.5 makes no whole one" in answer.text
+    for side_px, is_taken in (
+        (48, True),
+        (46, True),
+        (45, False),
+        (36, False),
+    ):  # 36 px fill 5 latents, 45 px make 67.5
+        picture = io.BytesIO()
+        Image.new("RGB", (side_px, 64)).save(picture, format="PNG")
+        kind = {"Content-Type": "image/png"}
+        answer = await client.post("/upscale", params={"scale": 1.5}, content=picture.getvalue(), headers=kind)
+        assert (answer.status_code == 200) is is_taken, answer.text
+        assert is_taken or "send sides in multiples of 16 px" in answer.text
+    assert all(isinstance(job.params, UpscaleParams) and job.params.scale == 1.5 for job in broker.jobs)
+
+
+def test_labels_keep_whole_scales_whole() -> None:
+    metrics = Metrics()
+    metrics.count_images("liif", 2, 1, 100)
+    metrics.count_images("liif", 1.5, 1, 100)
+    page = generate_latest(metrics.registry).decode()
+    assert 'scale="2"' in page and 'scale="1.5"' in page and 'scale="2.0"' not in page
+
+
+def test_only_the_engine_torch_runs_it_and_it_is_not_exported(liif_dir: Path, tmp_path: Path) -> None:
+    net = Lua(SPEC).eval()
+    for name in ENGINES:
+        if name != "torch":
+            with pytest.raises(EngineError, match="runs no LIIF head"):
+                open_engine(name, net, CPU, torch.float32, {})
+    engine = open_engine("torch", net, CPU, torch.float32)
+    with torch.no_grad():
+        assert torch.equal(engine.run(torch.ones(1, 16, 4, 6), 1.5), net(torch.ones(1, 16, 4, 6), 1.5))
+    bundle = read_bundle(liif_dir)
+    with pytest.raises(EngineError, match="runs no LIIF head"):
+        find_artefacts(bundle, read_settings(bundle=(liif_dir,), engine="onnx"), CPU)
+    with pytest.raises(ArtefactError, match="LIIF head, which is not exported"):
+        export_bundle(Request(bundle, "onnx", "fp32", tmp_path / "onnx"))
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("scales", "reason"),
+    [((1.3, 2), "no whole latents"), ((1.125, 2), "makes a window of 4 a whole number"), ((0.5, 2), "any scale above 1")],
+)
+def test_a_bundle_with_a_scale_that_its_head_cannot_serve_is_refused(
+    tiny_bundle_dir: Path, tmp_path: Path, scales: tuple[float, ...], reason: str
+) -> None:
+    with pytest.raises(BundleError, match=reason):
+        read_bundle(write_liif_bundle(tiny_bundle_dir, tmp_path / "bundle", scales))
+
+
+def test_heads_per_scale_serve_the_scales_of_their_file_only(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle_dir, tmp_path / "bundle")
+    toml = tmp_path / "bundle" / "bundle.toml"
+    toml.write_text(toml.read_text().replace("scales = [2, 4]", "scales = [1.5, 2]"))
+    with pytest.raises(BundleError, match=r"found heads for scales \(2, 4\)"):
+        read_bundle(tmp_path / "bundle")
