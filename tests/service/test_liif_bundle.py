@@ -187,7 +187,11 @@ def test_only_the_engine_torch_runs_it_and_it_is_not_exported(liif_dir: Path, tm
 
 @pytest.mark.parametrize(
     ("scales", "reason"),
-    [((1.3, 2), "no whole latents"), ((1.125, 2), "makes a window of 4 a whole number"), ((0.5, 2), "any scale above 1")],
+    [
+        ((1.3, 2), "no whole latents"),
+        ((1.125, 2), "makes a window of 4 a whole number"),
+        ((0.5, 2), "any scale above 1"),
+    ],
 )
 def test_a_bundle_with_a_scale_that_its_head_cannot_serve_is_refused(
     tiny_bundle_dir: Path, tmp_path: Path, scales: tuple[float, ...], reason: str
