@@ -14,7 +14,8 @@ from PIL import Image
 from prometheus_client import generate_latest
 from safetensors.numpy import load, save
 
-from export.build import ArtefactError, Request, export_bundle
+from export.build import Request, export_bundle
+from export.manifest import ArtefactError
 from models.bundle import BundleError, file_hash, read_bundle
 from models.checkpoints import write_lua
 from models.engines import ENGINES, EngineError, open_engine
