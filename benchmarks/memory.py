@@ -26,7 +26,7 @@ from models.bundle import read_bundle
 from models.engines import TorchEngine
 from models.generator import DrawItem
 from models.lua import Lua
-from models.lua_spec import PRESETS
+from models.lua_spec import PRESETS, grown_side
 from models.memory_plan import DeviceKind, MemoryPlan, Work
 from models.route import Route
 from service.settings import POCKET_BUNDLE
@@ -252,7 +252,7 @@ def measure_bundle(directory: Path, device: DeviceKind, dtype: str) -> list[Figu
         for scale in bundle.scales_of(method):
             for items in (1, 2):
                 defaults = bundle.defaults
-                sides = (defaults.base_width_px * scale, defaults.base_height_px * scale)
+                sides = (grown_side(defaults.base_width_px, scale), grown_side(defaults.base_height_px, scale))
                 work = Work(*sides, scale, method, items=items, guidance_scale=defaults.guidance_scale)
                 found = plan.estimate(work).stages
                 for stage, measured in measure_stages(route, work, device).items():

@@ -1,10 +1,12 @@
 """The headers that every answer carries so that no browser, cache or other site makes more of it than it is.
 
 The outermost layer: also what `service.middleware` answers itself passes here. An answer that comes before the whole
-body was read closes the connection, else the rest of that body, however long, would still be taken in. The values are
-those of the OWASP REST Security Cheat Sheet for an API; the page /docs loads Swagger UI and may do so.
+body was read closes the connection, else the rest of that body, however long, would still be taken in; but not at once:
+a client that is still sending would then meet a reset instead of its answer. The values are those of the OWASP REST
+Security Cheat Sheet for an API; the page /docs loads Swagger UI and may do so.
 """
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -25,6 +27,8 @@ _SWAGGER = (
     b"'unsafe-inline'; img-src 'self' data: https://fastapi.tiangolo.com; connect-src 'self'; frame-ancestors 'none'"
 )
 _SHORT_BODY_DIGITS = 5  # less than 100 kB
+_LINGER_S = 10.0  # at most, for the rest of a body that nobody wants
+_SILENCE_S = 1.0  # and no longer than this for its next part
 _PUBLIC = frozenset({"/docs", "/openapi.json"})
 _ASK = ("Accept", "Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer", "X-API-Key")
 _TELL = ("Location", "Retry-After", "Server-Timing", "X-Decode", "X-Job-Id", "X-Method", "X-Request-Id", "X-Seed")
@@ -58,9 +62,25 @@ class SafeHeaders:
                 said = any(name.lower() == b"cache-control" for name, _ in headers)
                 kept = [] if said or path in _PUBLIC else [(b"cache-control", b"no-store")]
                 message = {**message, "headers": [*headers, *added, *kept]}
+            elif unread and message["type"] == "http.response.body" and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await _forget_body(receive)
+                message = {"type": "http.response.body", "body": b""}
             await send(message)
 
         await self.app(scope, receive_known if unread else receive, send_safe)
+
+
+async def _forget_body(receive: Receive) -> None:
+    """Takes in and drops what is left of a body, for a while."""
+    try:
+        async with asyncio.timeout(_LINGER_S):
+            while True:
+                message = await asyncio.wait_for(receive(), _SILENCE_S)
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
 
 
 def _has_long_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:

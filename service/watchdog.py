@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 HUNG = 75
 """Exit code of a worker that ended itself because a step hung."""
@@ -72,7 +73,8 @@ class Watchdog:
         fields = {"stage": mark[1], "job_ids": sorted(mark[2]), "limit_s": self._limit_s}
         log.critical("no progress: this worker ends itself, its jobs go to another", extra={"fields": fields})
         for handler in logging.getLogger().handlers:
-            handler.flush()
+            with suppress(ValueError, OSError):  # a stream that is closed or full must not keep the process
+                handler.flush()
         self._end(HUNG)
         return True
 

@@ -35,6 +35,7 @@ class Route(FakeRoute):
         if any("hang" in item.prompt for item in items):
             time.sleep(3600)
         if any("patient" in item.prompt for item in items):
+            on_step(0, items[0].steps)  # says that the draw has begun
             self.stop.wait(600)
         return super().generate(items, on_step, canceled)
 
