@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test slow check security audit format lint types quality ablations chaos fuzz peers deploy-check clean
+.PHONY: help demo serve test slow check security audit format lint types quality ablations chaos fuzz fronts peers deploy-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ chaos: $(VENV)/.dev ## Kill workers and Redis under 2,000 jobs (minutes) and sto
 
 fuzz: $(VENV)/.dev ## Send 20,000 broken requests and many that the OpenAPI document allows (minutes)
 	$(BIN)/python -m pytest -s -m fuzz
+
+fronts: $(VENV)/.dev ## Use the openai, tritonclient and diffusers clients on a running service
+	$(BIN)/python -m pytest -m "not slow" tests/service/test_front_openai.py tests/service/test_front_kserve.py tests/service/test_front_remote_vae.py
 
 peers: $(VENV)/.dev ## Install LitServe, BentoML and Ray Serve below .peers and measure the service beside them
 	$(BIN)/python benchmarks/peers/install.py
