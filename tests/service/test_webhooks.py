@@ -225,6 +225,7 @@ def test_a_receiver_that_never_answers_costs_one_bounded_attempt(
                 async with senders(settings, metrics), asyncio.timeout(60):
                     while outcomes(metrics).get("retried", 0) < 1:
                         await asyncio.sleep(0.02)
+                assert outcomes(metrics).keys() == {"retried"}
 
         asyncio.run(scenario())
 
