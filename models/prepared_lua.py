@@ -129,7 +129,7 @@ class PreparedBlock:
         qkv = self.qkv(self.norm1(x)).view(-1, self.window**2, 3, self.heads, self.head_dim)
         attend = self._attend_plainly if self.attends_plainly else self._attend_fused
         y = attend(qkv.permute(2, 0, 3, 1, 4), mask).transpose(1, 2).reshape(len(x), -1)
-        x = self.proj(y).add_(x)
+        x = self.proj(y).add_(x)  # oneDNN's own fused addition is no faster: `benchmarks/engine_parts.py`
         torch.add(self.fc2(self.fc1(self.norm2(x))), x, out=out)
 
     def _attend_fused(self, parts: Tensor, mask: Tensor) -> Tensor:
