@@ -4,19 +4,18 @@ Pure functions of values, apart from `read_served`; `service.routes_create` enqu
 imports torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from models.bundle import Bundle, BundleError, SizeError, read_bundle
 from models.bundle_descriptor import DecodeName, Method, nearest_sides
-from models.latent_space import LatentSpaceError
+from models.latent_space import LatentSpace, LatentSpaceError
 from models.lua_spec import grown_side, is_whole
-from models.memory_plan import Work
 from models.prompt_words import PromptWords, read_prompt_words
 from service.batching import LatentGrid, count_items, output_latent_px
-from service.fitting import BundleMemory, Place, largest_note, read_memory, require_fit
+from service.fitting import BundleMemory, Place, largest_note, read_memory, require_fit, to_work
 from service.images_in import ImageSize, check_image, is_image
 from service.jobs import GenerateParams, JobParams, UpscaleParams
 from service.latents_in import Values, read_values, require_finite, to_blob
@@ -26,6 +25,8 @@ from service.settings import Settings
 
 DEFAULT_STRENGTH = 0.6
 _MOST_WORD_WARNINGS = 32
+
+Check = tuple[bool, str, str]  # whether something is wrong, the field to blame, and what is wrong with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,24 +92,70 @@ def plan_generate(
         InvalidFields: the method is not there, or a value is beyond a limit; all of them are named.
         DoesNotFit: no device can hold one image.
     """
-    defaults, limits = bundle.defaults, bundle.limits
+    defaults = bundle.defaults
     method = choose_method(bundle, asked.method)
     scale = choose_scale(bundle, method, asked.scale)
-    strength = None if asked.init_image is None else asked.strength or DEFAULT_STRENGTH
-    width_px = asked.width or grown_side(defaults.base_width_px, scale)
-    height_px = asked.height or grown_side(defaults.base_height_px, scale)
-    steps = asked.steps or defaults.steps
-    longest = settings.max_prompt_chars
-    found = [
-        (len(asked.prompt) > longest, "prompt", f"has {len(asked.prompt)} characters; at most {longest}"),
-        (len(asked.negative_prompt or "") > longest, "negative_prompt", f"has more than {longest} characters"),
+    params = GenerateParams(
+        prompt=asked.prompt,
+        negative_prompt=asked.negative_prompt or "",
+        scale=scale,
+        width_px=asked.width or grown_side(defaults.base_width_px, scale),
+        height_px=asked.height or grown_side(defaults.base_height_px, scale),
+        steps=asked.steps or defaults.steps,
+        guidance_scale=defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
+        seed=seed,
+        num_images=asked.num_images,
+        output_format=output_format,
+        method=method,
+        decode=asked.decode,
+        strength=None if asked.init_image is None else asked.strength or DEFAULT_STRENGTH,
+    )
+    _refuse(
         (
-            bool(asked.negative_prompt) and not bundle.takes_negative_prompt,
+            (
+                asked.strength is not None and params.strength is None,
+                "strength",
+                "is of init_image, which is not there",
+            ),
+            *_prompt_checks(params, bundle, settings.max_prompt_chars),
+            *_step_checks(params, bundle),
+            _no_decode(params.decode, bundle),
+            _too_many("num_images", params.num_images, settings),
+            _too_large("width", params, bundle, settings, places),
+            _no_base_size(params, bundle),
+        )
+    )
+    require_fit(params, bundle, places, settings.max_image_px)
+    return params
+
+
+def _refuse(checks: Iterable[Check]) -> None:
+    """Names every fault at once, so that a client mends its request in one go.
+
+    Raises:
+        InvalidFields: at least one check found something wrong.
+    """
+    if faults := tuple((field, reason) for is_wrong, field, reason in checks if is_wrong):
+        raise InvalidFields(faults)
+
+
+def _prompt_checks(params: GenerateParams, bundle: Bundle, most: int) -> tuple[Check, ...]:
+    return (
+        (len(params.prompt) > most, "prompt", f"has {len(params.prompt)} characters; at most {most}"),
+        (len(params.negative_prompt) > most, "negative_prompt", f"has more than {most} characters"),
+        (
+            bool(params.negative_prompt) and not bundle.takes_negative_prompt,
             "negative_prompt",
             f"is not taken by the pipeline of bundle {bundle.name}; leave it out",
         ),
-        (steps > limits.max_steps, "steps", f"is {steps}; bundle {bundle.name} takes at most {limits.max_steps}"),
-        (asked.strength is not None and strength is None, "strength", "is of init_image, which is not there"),
+    )
+
+
+def _step_checks(params: GenerateParams, bundle: Bundle) -> tuple[Check, ...]:
+    """Enough steps and not too many: a start image runs its share of them only."""
+    steps, strength, most = params.steps, params.strength, bundle.limits.max_steps
+    return (
+        (steps > most, "steps", f"is {steps}; bundle {bundle.name} takes at most {most}"),
         (
             strength is not None and not bundle.from_image,
             "init_image",
@@ -119,31 +166,7 @@ def plan_generate(
             "strength",
             f"of {strength} leaves no step of {steps}; raise one of them",
         ),
-        _no_decode(asked.decode, bundle),
-        _too_many("num_images", asked.num_images, settings),
-        _too_large("width", Work(width_px, height_px, scale, method, asked.decode), bundle, settings, places),
-    ]
-    faults = [(name, reason) for is_fault, name, reason in found if is_fault]
-    faults += _size_faults(bundle, width_px, height_px, scale, method)
-    if faults:
-        raise InvalidFields(tuple(faults))
-    params = GenerateParams(
-        prompt=asked.prompt,
-        negative_prompt=asked.negative_prompt or "",
-        scale=scale,
-        width_px=width_px,
-        height_px=height_px,
-        steps=steps,
-        guidance_scale=defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
-        seed=seed,
-        num_images=asked.num_images,
-        output_format=output_format,
-        method=method,
-        decode=asked.decode,
-        strength=strength,
     )
-    require_fit(params, bundle, places, settings.max_image_px)
-    return params
 
 
 def choose_method(bundle: Bundle, asked: Method | None) -> Method:
@@ -173,18 +196,19 @@ def choose_scale(bundle: Bundle, method: Method, asked: float | None) -> float:
     return scales[scales.index(asked)]
 
 
-def _size_faults(bundle: Bundle, width_px: int, height_px: int, scale: float, method: Method) -> list[tuple[str, str]]:
-    """The field to blame for a size that no base image gives, with the bundle's reason."""
+def _no_base_size(params: GenerateParams, bundle: Bundle) -> Check:
+    """Whether no base image gives the size: the side to blame, with the bundle's reason."""
+    width_px, height_px, scale, method = params.width_px, params.height_px, params.scale, params.method
     try:
         bundle.base_size(width_px, height_px, scale, method)
     except SizeError as error:
         drawn_px = width_px / (1 if method == "direct" else scale)
         right = nearest_sides(drawn_px, bundle.limits_at(scale, method), method) == (drawn_px, drawn_px)
-        return [("height" if right else "width", str(error))]
-    return []
+        return True, "height" if right else "width", str(error)
+    return False, "width", ""
 
 
-def _no_decode(decode: DecodeName, bundle: Bundle) -> tuple[bool, str, str]:
+def _no_decode(decode: DecodeName, bundle: Bundle) -> Check:
     return decode not in bundle.decodes, "decode", f"is {decode}; bundle {bundle.name} has {', '.join(bundle.decodes)}"
 
 
@@ -252,45 +276,18 @@ def plan_upscale_image(
     """
     space = bundle.latent_space
     unit_px = space.multiple_px
-    latent_size = [-(-side // unit_px) * unit_px // space.stride_px for side in (image.height_px, image.width_px)]
+    latent_height, latent_width = (
+        -(-side_px // unit_px) * unit_px // space.stride_px for side_px in (image.height_px, image.width_px)
+    )
     method = choose_method(bundle, asked.method)
     scale = choose_scale(bundle, method, asked.scale)
-    found = [
-        (asked.scaled, "scaled", "is of latents; the body is an image"),
-        (asked.latent_space is not None, "latent_space", "is of latents; the body is an image"),
-        (asked.width is not None or asked.height is not None, "width", "and height belong to packed latents"),
-        _no_decode(asked.decode, bundle),
-        _no_latent(asked.output, method, scale),
-        _too_large(
-            "body",
-            Work(
-                grown_side(image.width_px, scale),
-                grown_side(image.height_px, scale),
-                scale,
-                method,
-                asked.decode,
-                source="image",
-            ),
-            bundle,
-            settings,
-            places,
-        ),
-        (
-            not all(is_whole(side, scale) for side in (image.width_px, image.height_px, *latent_size)),
-            "body",
-            f"is an image of {image.width_px}x{image.height_px} px; at scale {scale} send sides in multiples of "
-            f"{bundle.whole_px(space.multiple_px, scale)} px",
-        ),
-    ]
-    if faults := tuple((name, reason) for is_fault, name, reason in found if is_fault):
-        raise InvalidFields(faults)
-    return UpscaleParams(
+    params = UpscaleParams(
         scale=scale,
         latent_space=space.name,
         batch_items=1,
         channels=space.channels,
-        latent_height=latent_size[0],
-        latent_width=latent_size[1],
+        latent_height=latent_height,
+        latent_width=latent_width,
         output=asked.output,
         output_format=output_format,
         method=method,
@@ -298,10 +295,23 @@ def plan_upscale_image(
         image_width_px=image.width_px,
         image_height_px=image.height_px,
     )
-
-
-def _no_latent(output: str, method: Method, scale: float) -> tuple[bool, str, str]:
-    return output == "latent" and method == "swinir" and scale > 1, "output", "is a latent; swinir enlarges pixels"
+    _refuse(
+        (
+            (asked.scaled, "scaled", "is of latents; the body is an image"),
+            (asked.latent_space is not None, "latent_space", "is of latents; the body is an image"),
+            (asked.width is not None or asked.height is not None, "width", "and height belong to packed latents"),
+            *_upscale_checks(params, bundle, settings, places),
+            (
+                not all(
+                    is_whole(side, scale) for side in (image.width_px, image.height_px, latent_height, latent_width)
+                ),
+                "body",
+                f"is an image of {image.width_px}x{image.height_px} px; at scale {scale} send sides in multiples of "
+                f"{bundle.whole_px(unit_px, scale)} px",
+            ),
+        )
+    )
+    return params
 
 
 def plan_upscale(
@@ -327,6 +337,39 @@ def plan_upscale(
         raise InvalidFields((("latent_space", f"is not that of bundle {bundle.name}, which takes {space.name}"),))
     method = choose_method(bundle, asked.method)
     scale = choose_scale(bundle, method, asked.scale)
+    latent = _to_raw(asked, tensor, space)
+    batch_items, channels, latent_height, latent_width = latent.shape
+    params = UpscaleParams(
+        scale=scale,
+        latent_space=space.name,
+        batch_items=batch_items,
+        channels=channels,
+        latent_height=latent_height,
+        latent_width=latent_width,
+        output=asked.output,
+        output_format=output_format,
+        method=method,
+        decode=asked.decode,
+    )
+    _refuse(
+        (
+            (
+                not (is_whole(latent_height, scale) and is_whole(latent_width, scale)),
+                "body",
+                f"is a latent of {latent_height}x{latent_width}, which scale {scale} makes no whole one",
+            ),
+            *_upscale_checks(params, bundle, settings, places),
+        )
+    )
+    return params, latent
+
+
+def _to_raw(asked: UpscaleQuery, tensor: Values, space: LatentSpace) -> Values:
+    """The raw latents [B, C, h, w] that a body's tensor means.
+
+    Raises:
+        InvalidFields: it is no latent of this space, or not finite.
+    """
     packed = asked.scaled and space.needs_size
     if (asked.width is not None or asked.height is not None) and not packed:
         raise InvalidFields((("width", "and height belong to packed latents; this one tells its size itself"),))
@@ -341,48 +384,29 @@ def plan_upscale(
     except LatentSpaceError as error:
         raise InvalidFields((("body", str(error)),)) from error
     require_finite(latent)
-    batch_items, channels, latent_height, latent_width = latent.shape
-    width_px, height_px = (grown_side(space.stride_px * side, scale) for side in (latent_width, latent_height))
-    work = Work(width_px, height_px, scale, method, asked.decode, source="latent")
-    found = (
-        (
-            not (is_whole(latent_height, scale) and is_whole(latent_width, scale)),
-            "body",
-            f"is a latent of {latent_height}x{latent_width}, which scale {scale} makes no whole one",
-        ),
-        _no_decode(asked.decode, bundle),
-        _no_latent(asked.output, method, scale),
-        _too_many("body", batch_items, settings),
-        _too_large("body", work, bundle, settings, places),
-    )
-    faults = tuple((name, reason) for is_fault, name, reason in found if is_fault)
-    if faults:
-        raise InvalidFields(faults)
-    params = UpscaleParams(
-        scale=scale,
-        latent_space=space.name,
-        batch_items=batch_items,
-        channels=channels,
-        latent_height=latent_height,
-        latent_width=latent_width,
-        output=asked.output,
-        output_format=output_format,
-        method=method,
-        decode=asked.decode,
-    )
-    return params, latent
+    return latent
 
 
-def _too_many(field: str, images: int, settings: Settings) -> tuple[bool, str, str]:
+def _upscale_checks(
+    params: UpscaleParams, bundle: Bundle, settings: Settings, places: Sequence[Place]
+) -> tuple[Check, ...]:
+    """What holds for a latent and for an image."""
+    to_latent = params.output == "latent" and params.method == "swinir" and params.scale > 1
+    return (
+        _no_decode(params.decode, bundle),
+        (to_latent, "output", "is a latent; swinir enlarges pixels"),
+        _too_many("body", params.batch_items, settings),
+        _too_large("body", params, bundle, settings, places),
+    )
+
+
+def _too_many(field: str, images: int, settings: Settings) -> Check:
     most = settings.max_num_images
     return images > most, field, f"asks for {images} images; at most {most} are made by one job"
 
 
-def _too_large(
-    field: str, work: Work, bundle: Bundle, settings: Settings, places: Sequence[Place]
-) -> tuple[bool, str, str]:
-    image_px, most = work.width_px * work.height_px, settings.max_image_px
-    if image_px <= most:
-        return False, field, ""
-    note = largest_note(work, bundle, places, most)
-    return True, field, f"makes an image of {image_px} pixels; at most {most} are allowed{note}"
+def _too_large(field: str, params: JobParams, bundle: Bundle, settings: Settings, places: Sequence[Place]) -> Check:
+    work, most = to_work(params, bundle), settings.max_image_px
+    image_px = work.width_px * work.height_px
+    note = largest_note(work, bundle, places, most) if image_px > most else ""
+    return image_px > most, field, f"makes an image of {image_px} pixels; at most {most} are allowed{note}"
