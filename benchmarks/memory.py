@@ -23,11 +23,12 @@ from benchmarks.decode import machine
 from benchmarks.live_storage import LiveStorage
 from models.activation_bytes import denoiser_elements, lua_bytes
 from models.bundle import read_bundle
+from models.bundle_memory import read_memory_plan
 from models.engines import TorchEngine
 from models.generator import DrawItem
 from models.lua import Lua
 from models.lua_spec import PRESETS, grown_side
-from models.memory_plan import DeviceKind, MemoryPlan, Work
+from models.memory_plan import DeviceKind, Work
 from models.route import Route
 from service.settings import POCKET_BUNDLE
 
@@ -246,7 +247,7 @@ def measure_bundle(directory: Path, device: DeviceKind, dtype: str) -> list[Figu
     bundle = read_bundle(directory)
     route = Route.open(bundle, torch.device(device), getattr(torch, dtype))
     prepared = isinstance(route.lua, TorchEngine) and route.lua.prepared
-    plan = replace(MemoryPlan.read(bundle, device, dtype), prepared=prepared)
+    plan = replace(read_memory_plan(bundle, device, dtype), prepared=prepared)
     rows = []
     for method in bundle.methods:
         for scale in bundle.scales_of(method):

@@ -1,34 +1,29 @@
 """How much memory a job needs at its peak, before anything is loaded or enqueued, and the largest size that fits.
 
-`MemoryPlan.read` looks at a bundle's configurations and at the headers of its weight files; no torch, since the API
-process refuses with it (`service/planning.py`). Weights stay on the device, so their bytes add up; the stages run one
-after the other, so of theirs the largest counts. Feature maps are estimated by the formulas of
-`models/activation_bytes.py` and `models/decode_plan.py`, within a quarter of what was measured
-(`benchmarks/memory.py`). Where something cannot be read there is no estimate, and the reason is said.
+`models/bundle_memory.py` reads a plan from a bundle. Pure functions of values, and no torch, since the API process
+refuses with it (`service/planning.py`). Weights stay on the device, so their bytes add up; the stages run one after the
+other, so of theirs the largest counts. Feature maps are estimated by the formulas of `models/activation_bytes.py` and
+`models/decode_plan.py`, within a quarter of what was measured (`benchmarks/memory.py`). Where no formula is known there
+is no estimate, and the reason is said.
 """
 
-import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from models.activation_bytes import (
     denoiser_elements,
     encoder_elements,
     guided_batch,
     lua_bytes,
-    lua_kept_bytes,
     prepared_lua_bytes,
     prompt_tokens,
     text_encoder_elements,
     video_decoder_elements,
     video_tiled_elements,
 )
-from models.bundle import Bundle, ModelSource
 from models.bundle_descriptor import DecodeName, Method
 from models.decode_plan import (
     ELEMENT_BYTES,
@@ -38,25 +33,15 @@ from models.decode_plan import (
     plan_decode,
     prefers_strips,
 )
-from models.foreign_weights import CheckpointError, to_own_layout
-from models.lua_spec import SPEC_KEY, LuaSpec, grown_side
+from models.lua_spec import LuaSpec, grown_side
 
 DeviceKind = Literal["cpu", "cuda"]
 Stage = Literal["encode", "generate", "upscale", "decode"]
 
-TILE_PX = (
-    512  # of models.pixel_upscale, which imports torch: a picture up to its square goes whole, larger ones in tiles
-)
+# Of `models.pixel_upscale`, which imports torch: an image of up to its square goes whole, a larger one in tiles.
+TILE_PX = 512
 IMAGE_COPIES = 4  # float32 images alive while a decoded one becomes bytes (`models.route.to_pixels`)
-_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-_TYPE_BYTES = MappingProxyType(
-    {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-)
-_MAX_HEADER_BYTES = 100 * 2**20  # the limit of the format
-_DENOISERS = ("transformer", "unet")
-_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _ROUNDING = 1e-6  # of a pixel
-_PLAIN_NAME = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
 
 
 class UnknownMemoryError(ValueError):
@@ -108,19 +93,6 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightHeader:
-    """One tensor of a safetensors file: its shape and its type there."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    def size_bytes(self, dtype: str) -> int:
-        """Once loaded: floats become `dtype`, the rest stays."""
-        element_bytes = ELEMENT_BYTES[dtype] if self.dtype in _FLOAT_TYPES else _TYPE_BYTES.get(self.dtype, 1)
-        return math.prod(self.shape) * element_bytes
-
-
-@dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """What of a bundle decides the memory of its jobs.
 
@@ -157,70 +129,6 @@ class MemoryPlan:
     lua: LuaSpec | None = None
     swinir: Mapping[int, LuaSpec] = field(default_factory=dict)
     prepared: bool = False
-
-    @classmethod
-    def read(cls, bundle: Bundle, device: DeviceKind, dtype: str, lua: LuaSpec | None = None) -> Self:
-        """Read a bundle that lies in a directory.
-
-        Args:
-            bundle: As read by `read_bundle`.
-            device: Where it will run.
-            dtype: That the base model computes in there.
-            lua: The spec of its LUA, where the caller knows it: a `.pth` file does not tell without torch.
-
-        Raises:
-            UnknownMemoryError: the pipeline or a VAE is a hub id, or a file is missing or not understood.
-        """
-        pipeline = _directory(bundle, ModelSource(bundle.pipeline, bundle.revision), "pipeline")
-        index = _read_json(pipeline / "model_index.json")
-        parts = {
-            name: pipeline / name
-            for name, value in index.items()
-            if isinstance(value, list) and None not in value and (pipeline / name / "config.json").is_file()
-        }
-        if bundle.vae is not None:
-            parts["vae"] = _directory(bundle, bundle.vae, "vae")
-        denoiser = next((name for name in _DENOISERS if name in parts), None)
-        if denoiser is None or "vae" not in parts:
-            raise UnknownMemoryError(f"bundle {bundle.name}: {pipeline} has no UNet or transformer, or no VAE")
-        configs = {name: _read_json(path / "config.json") for name, path in parts.items()}
-        vae_dtype = choose_vae_dtype(configs["vae"].get("force_upcast"), bundle.latent_space.channels, dtype)
-        weights_bytes = sum(
-            _part_bytes(path, configs[name], vae_dtype if name == "vae" else dtype, bundle.variant)
-            for name, path in parts.items()
-        )
-        tiny = None
-        if bundle.tiny_vae is not None:
-            place = _directory(bundle, bundle.tiny_vae, "tiny_vae")
-            tiny = _read_json(place / "config.json")
-            weights_bytes += _part_bytes(place, tiny, dtype, None)
-        swinir: dict[int, LuaSpec] = {}
-        for scale, path in bundle.swinir.items():
-            spec, size_bytes = _read_upscaler(path)
-            weights_bytes += size_bytes + (0 if spec is None else lua_kept_bytes(spec))
-            if spec is not None:
-                swinir[scale] = spec
-        if bundle.lua is not None:
-            found, size_bytes = _read_upscaler(bundle.lua)
-            lua = lua or found
-            weights_bytes += size_bytes + (0 if lua is None else lua_kept_bytes(lua))
-        space = bundle.latent_space
-        return cls(
-            bundle.name,
-            device,
-            dtype,
-            vae_dtype,
-            weights_bytes,
-            space.stride_px,
-            space.side_multiple,
-            space.channels,
-            configs[denoiser],
-            tuple(configs[name] for name in _TEXT_ENCODERS if name in configs),
-            configs["vae"],
-            tiny,
-            lua,
-            swinir,
-        )
 
     def estimate(self, work: Work, memory_bytes: int | None = None) -> Estimate:
         """What a batch needs.
@@ -374,77 +282,3 @@ def largest_fit(
         middle = (small + large) // 2
         small, large = (middle, large) if is_possible(middle) else (small, middle)
     return at(small) if small else None
-
-
-def choose_vae_dtype(force_upcast: bool | None, latent_channels: int, dtype: str) -> str:
-    """As `models.vae.choose_vae_dtype`, by name."""
-    if dtype != "float16" or force_upcast is False:
-        return dtype
-    return "float32" if latent_channels == 4 else "bfloat16"
-
-
-def read_header(path: Path) -> tuple[dict[str, WeightHeader], dict[str, str]]:
-    """Names, shapes and types of a safetensors file's tensors, and its metadata; no weight is read.
-
-    Raises:
-        UnknownMemoryError: the file is missing or no safetensors file.
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > _MAX_HEADER_BYTES:
-                raise UnknownMemoryError(f"{path}: no safetensors file: its header would have {length} bytes")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        return {name: WeightHeader(tuple(said["shape"]), said["dtype"]) for name, said in header.items()}, metadata
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UnknownMemoryError):
-            raise
-        raise UnknownMemoryError(f"{path}: cannot be read as a safetensors file ({type(error).__name__})") from error
-
-
-def _directory(bundle: Bundle, source: ModelSource, key: str) -> Path:
-    if isinstance(source.place, Path):
-        return source.place
-    raise UnknownMemoryError(
-        f"bundle {bundle.name}: {key} is {source.place} on the hub; `giantleap bundle pull` brings it here"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnknownMemoryError(f"{path}: cannot be read ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise UnknownMemoryError(f"{path}: no JSON object")
-    return content
-
-
-def _part_bytes(directory: Path, config: Mapping[str, Any], dtype: str, variant: str | None) -> int:
-    """Bytes of one model once loaded in `dtype`."""
-    files = [path for path in directory.glob("*.safetensors") if not path.name.startswith(".")]
-    marked = [path for path in files if variant and re.search(rf"\.{re.escape(variant)}[.-]", path.name)]
-    chosen = marked or [path for path in files if _PLAIN_NAME.fullmatch(path.name)]
-    if not chosen:
-        raise UnknownMemoryError(f"{directory} holds no weights")
-    keeps_full = dtype == "float16" and "d_model" in config  # transformers keeps these of T5 in float32 then
-    return sum(
-        weight.size_bytes("float32" if keeps_full and ".wo." in name else dtype)
-        for path in chosen
-        for name, weight in read_header(path)[0].items()
-    )
-
-
-def _read_upscaler(path: Path) -> tuple[LuaSpec | None, int]:
-    """The spec of a LUA or SwinIR and its bytes in float32; only safetensors files tell their spec."""
-    if path.suffix != ".safetensors":
-        return None, path.stat().st_size
-    weights, metadata = read_header(path)
-    try:
-        spec = LuaSpec.from_json(metadata[SPEC_KEY]) if SPEC_KEY in metadata else None
-        if spec is None:
-            spec, weights = to_own_layout(weights)
-    except (CheckpointError, ValueError) as error:
-        raise UnknownMemoryError(f"{path}: {error}") from error
-    return spec, sum(weight.size_bytes("float32") for weight in weights.values())

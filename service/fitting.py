@@ -13,6 +13,7 @@ from types import MappingProxyType
 from models.activation_bytes import lua_kept_bytes
 from models.bundle import Bundle
 from models.bundle_descriptor import nearest_sides
+from models.bundle_memory import read_memory_plan
 from models.decode_plan import ELEMENT_BYTES
 from models.lua_spec import LuaSpec, grown_side
 from models.memory_plan import DeviceKind, MemoryPlan, UnknownMemoryError, Work, largest_fit
@@ -70,7 +71,7 @@ def read_memory(bundle: Bundle) -> BundleMemory:
     decides.
     """
     try:
-        return BundleMemory({dtype: MemoryPlan.read(bundle, "cpu", dtype) for dtype in ELEMENT_BYTES}, bundle.dtype)
+        return BundleMemory({dtype: read_memory_plan(bundle, "cpu", dtype) for dtype in ELEMENT_BYTES}, bundle.dtype)
     except UnknownMemoryError as error:
         log.info("memory of jobs is not planned: %s", error)
         return BundleMemory({}, bundle.dtype)

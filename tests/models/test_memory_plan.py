@@ -4,7 +4,6 @@ Networks of real width run on shapes alone (device "meta"), which costs no arith
 figure as numbers is shown below.
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -41,20 +40,13 @@ from models.activation_bytes import (
 )
 from models.bundle import Bundle, read_bundle
 from models.bundle_descriptor import LuaFile, Method, PipelineSource, VaeSource
+from models.bundle_memory import choose_vae_dtype, read_header, read_memory_plan
 from models.checkpoints import read_lua, write_lua
 from models.engines import TorchEngine
 from models.foreign_weights import RGB_MEAN
 from models.lua import Lua
 from models.lua_spec import PRESETS, LuaSpec
-from models.memory_plan import (
-    TILE_PX,
-    MemoryPlan,
-    UnknownMemoryError,
-    Work,
-    choose_vae_dtype,
-    largest_fit,
-    read_header,
-)
+from models.memory_plan import TILE_PX, MemoryPlan, UnknownMemoryError, Work, largest_fit
 from models.pixel_upscale import PixelUpscaler
 from models.prepared_lua import TOKENS_AT_ONCE, PreparedLua
 from models.route import Route
@@ -313,7 +305,7 @@ def route(pocket: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Route:
 @pytest.fixture(scope="module")
 def plan(pocket: Bundle, route: Route) -> MemoryPlan:
     assert route.pixel is not None
-    return replace(MemoryPlan.read(pocket, "cpu", "float32"), swinir={2: route.pixel.nets[2].spec})
+    return replace(read_memory_plan(pocket, "cpu", "float32"), swinir={2: route.pixel.nets[2].spec})
 
 
 @pytest.mark.parametrize(
@@ -361,7 +353,7 @@ def test_the_weights_are_those_that_are_loaded(pocket: Bundle, route: Route, pla
     kept_bytes = sum(lua_kept_bytes(net.spec) for net in upscalers)
     expected_bytes = model_bytes + loaded_bytes(*upscalers) + kept_bytes
     assert plan.weights_bytes == pytest.approx(expected_bytes, rel=0.01)
-    half = MemoryPlan.read(pocket, "cpu", "bfloat16")
+    half = read_memory_plan(pocket, "cpu", "bfloat16")
     assert half.weights_bytes == pytest.approx(expected_bytes - model_bytes / 2, rel=0.01)  # upscalers stay float32
 
 
@@ -369,10 +361,10 @@ def test_a_pipeline_on_the_hub_has_no_estimate_and_says_what_to_do(pocket: Bundl
     source = PipelineSource(hub_id="some/model", revision="main")
     away = Bundle(pocket.directory, pocket.descriptor.model_copy(update={"pipeline": source}))
     with pytest.raises(UnknownMemoryError, match=r"pipeline is some/model on the hub; `giantleap bundle pull`"):
-        MemoryPlan.read(away, "cpu", "float32")
+        read_memory_plan(away, "cpu", "float32")
     vae_away = pocket.descriptor.model_copy(update={"vae": VaeSource(hub_id="some/vae", revision="main")})
     with pytest.raises(UnknownMemoryError, match="vae is some/vae on the hub"):
-        MemoryPlan.read(Bundle(pocket.directory, vae_away), "cpu", "float32")
+        read_memory_plan(Bundle(pocket.directory, vae_away), "cpu", "float32")
 
 
 def test_a_damaged_or_missing_weight_file_has_no_estimate(tmp_path: Path) -> None:
@@ -391,11 +383,11 @@ def test_a_lua_file_that_does_not_tell_its_shape_leaves_the_other_methods(pocket
     (tmp_path / "lua.pth").write_bytes(b"\0" * 1000)
     lua = LuaFile(file="lua.pth", scales=(2, 4), sha256="0" * 64)
     bundle = Bundle(tmp_path, pocket.descriptor.model_copy(update={"lua": lua, "swinir": None}))
-    plan = MemoryPlan.read(bundle, "cpu", "float32")
+    plan = read_memory_plan(bundle, "cpu", "float32")
     assert plan.estimate(Work(256, 256, 2, method="bicubic")).peak_bytes > plan.weights_bytes
     with pytest.raises(UnknownMemoryError, match="does not tell its shape"):
         plan.estimate(Work(256, 256, 2))
-    told = MemoryPlan.read(bundle, "cpu", "float32", PRESETS["pocket"])
+    told = read_memory_plan(bundle, "cpu", "float32", PRESETS["pocket"])
     assert told.estimate(Work(256, 256, 2)).stages["upscale"] > 0
 
 
@@ -417,8 +409,8 @@ def test_of_several_weight_files_those_that_are_loaded_count(
     whole = Bundle(POCKET_BUNDLE, pocket.descriptor.model_copy(update={"swinir": None}))
     header, _ = read_header(POCKET_BUNDLE / f"{stem}.safetensors")
     unet_bytes = sum(weight.size_bytes("float32") for weight in header.values())
-    others = MemoryPlan.read(whole, "cpu", "float32").weights_bytes - unet_bytes
-    assert MemoryPlan.read(bundle, "cpu", "float32").weights_bytes == others + (3 if variant is None else 1) * MIB
+    others = read_memory_plan(whole, "cpu", "float32").weights_bytes - unet_bytes
+    assert read_memory_plan(bundle, "cpu", "float32").weights_bytes == others + (3 if variant is None else 1) * MIB
 
 
 def test_a_spec_is_read_off_our_own_file_and_off_a_published_layout(tmp_path: Path, pocket: Bundle) -> None:
@@ -428,7 +420,7 @@ def test_a_spec_is_read_off_our_own_file_and_off_a_published_layout(tmp_path: Pa
     swinir = type("Files", (), {"by_scale": lambda self: {2: str(tmp_path / files["x2"])}})()
     lua = LuaFile(file=str(own), scales=(2, 4), sha256="0" * 64)
     bundle = Bundle(POCKET_BUNDLE, pocket.descriptor.model_copy(update={"lua": lua, "swinir": swinir}))
-    plan = MemoryPlan.read(bundle, "cpu", "float32")
+    plan = read_memory_plan(bundle, "cpu", "float32")
     assert plan.lua == SMALL_LUA
     assert plan.swinir[2] == LuaSpec(3, 12, (2,), (2,), window=4, num_feat=8, scales=(2,), image_mean=RGB_MEAN)
 
@@ -510,6 +502,5 @@ def test_what_is_said_twice_is_the_same() -> None:
 
 
 def test_the_plan_needs_no_torch() -> None:
-    code = "import sys, models.memory_plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, models.bundle_memory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert json.loads((POCKET_BUNDLE / "unet" / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
