@@ -143,8 +143,8 @@ def worker(
     from service.worker import run_worker
 
     stopping = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.set())
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(asked, lambda *_: stopping.set())
     try:
         run_worker(settings, stopping, number, lambda: say_ready(ready_fd))
     except BadConfiguration as error:

@@ -1,0 +1,36 @@
+"""What `giantleap worker` hands to the worker's loop."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from threading import Event
+
+import pytest
+from typer.testing import CliRunner
+
+from service import worker
+from service.cli import app
+from service.settings import Settings
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """The command takes the signals for itself."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_worker_keeps_the_number_that_its_supervisor_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, bool]] = []
+
+    def run(settings: Settings, stop: Event, number: int, on_ready: Callable[[], None]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen.append((number, stop.wait(30.0)))
+
+    monkeypatch.setattr(worker, "run_worker", run)
+    ended = CliRunner().invoke(app, ["worker", "--redis-url", "redis://127.0.0.1:1/0", "--number", "3"])
+    assert ended.exit_code == 0
+    assert seen == [(3, True)]
