@@ -42,11 +42,12 @@ from export.manifest import (
 from export.onnx_files import OPSETS, open_onnx, write_onnx
 from export.parity import Runner, choose_cases, compare
 from export.tensorrt_plans import PlanOptions, build_plan, load_tensorrt, open_plan, plan_profiles, trtexec_line
-from models.bundle import Bundle, check_files, file_hash
+from models.bundle import Bundle, check_files
 from models.checkpoints import read_lua
 from models.decode import decode_plain
 from models.lua import Lua
 from models.vae import choose_vae_dtype
+from models.weight_files import file_hash
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from models.bundle import Bundle, file_hash
+from models.bundle import Bundle
+from models.weight_files import file_hash
 
 Engine = Literal["onnx", "tensorrt", "aoti"]
 Precision = Literal["fp32", "fp16", "bf16"]

@@ -5,10 +5,8 @@ imports no torch. `check_files` compares the weights with their digests. The for
 `models/bundle_descriptor.py`; `models/route.py` loads what is named here.
 """
 
-import hashlib
 import json
 import sys
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import count
@@ -16,7 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from models.bundle_descriptor import (
@@ -25,10 +22,12 @@ from models.bundle_descriptor import (
     DecodeName,
     Defaults,
     Descriptor,
+    DescriptorError,
     DtypeName,
     Limits,
     Method,
     VaeSource,
+    from_toml,
     nearest_sides,
     to_toml,
 )
@@ -36,6 +35,7 @@ from models.latent_space import LatentSpace, read_statistics
 from models.latent_statistics import StatisticsError
 from models.latent_statistics import read_statistics as read_latent_statistics
 from models.lua_spec import SPEC_KEY, LuaSpec, grown_side, is_whole
+from models.weight_files import file_hash, weight_files
 
 __all__ = [
     "Bundle",
@@ -46,8 +46,6 @@ __all__ = [
     "ModelSource",
     "SizeError",
     "check_files",
-    "file_hash",
-    "file_hashes",
     "read_bundle",
     "write_bundle",
 ]
@@ -65,7 +63,6 @@ IMAGE_TO_IMAGE = frozenset(
         "ZImagePipeline",
     }
 )
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx")
 
 
 class BundleError(ValueError):
@@ -305,11 +302,9 @@ def read_bundle(directory: Path) -> Bundle:
     if not path.is_file():
         raise BundleError(f"{directory} is no bundle: {DESCRIPTOR} is missing")
     try:
-        descriptor = Descriptor.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path}: not valid TOML: {error}") from error
-    except ValidationError as error:
-        raise BundleError(f"{path}: {_explain(error)}") from error
+        descriptor = from_toml(path.read_bytes())
+    except DescriptorError as error:
+        raise BundleError(f"{path}: {error}") from error
     bundle = Bundle(directory, descriptor)
     _check_paths(bundle)
     _check_lua_header(bundle)
@@ -326,17 +321,6 @@ def write_bundle(directory: Path, descriptor: Descriptor) -> None:
     (directory / DESCRIPTOR).write_text(to_toml(descriptor), encoding="utf-8")
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of one file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def file_hashes(directory: Path) -> dict[str, str]:
-    """SHA-256 of every weight file below a directory, by its path there: the content of `[files]`."""
-    return {path.relative_to(directory).as_posix(): file_hash(path) for path in _weight_files(directory)}
-
-
 def check_files(bundle: Bundle) -> None:
     """Reads every weight file and compares it with its digest.
 
@@ -345,7 +329,7 @@ def check_files(bundle: Bundle) -> None:
     """
     lua = bundle.descriptor.lua
     listed = ({} if lua is None else {lua.file: lua.sha256}) | bundle.descriptor.files
-    present = {path.relative_to(bundle.directory).as_posix() for path in _weight_files(bundle.directory)}
+    present = {path.relative_to(bundle.directory).as_posix() for path in weight_files(bundle.directory)}
     if present - set(listed):
         raise BundleError(
             f"bundle {bundle.name}: {min(present - set(listed))} is not listed in [files] of {DESCRIPTOR}"
@@ -461,18 +445,3 @@ def _with_statistics(bundle: Bundle) -> Bundle:
         return replace(bundle, statistics=read_statistics(directory))
     except ValueError as error:
         raise BundleError(str(error)) from error
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """Files with the suffix of weights, without hidden ones, which are not finished yet."""
-    found = (path for path in directory.rglob("*") if path.suffix in WEIGHT_SUFFIXES and path.is_file())
-    return sorted(path for path in found if not path.name.startswith("."))
-
-
-def _explain(error: ValidationError) -> str:
-    def line(fault: Any) -> str:
-        place = ".".join(map(str, fault["loc"]))
-        found = "" if isinstance(fault["input"], dict) else f"; found {fault['input']!r:.80}"
-        return f"{place}: {fault['msg']}{found}" if place else f"{fault['msg']}{found}"
-
-    return "; ".join(line(fault) for fault in error.errors())

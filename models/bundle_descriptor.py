@@ -4,10 +4,11 @@
 """
 
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from models.latent_space import LATENT_SPACES, LatentSpace, Packing
 from models.lua_spec import grown_side, is_whole, to_scale
@@ -23,6 +24,10 @@ Scale = Annotated[float, AfterValidator(to_scale), PlainSerializer(to_scale, ret
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(min_length=1)]
 Floats = Annotated[tuple[float, ...], Field(strict=False)]
+
+
+class DescriptorError(ValueError):
+    """A `bundle.toml` that cannot be read; the message names every key that is wrong."""
 
 
 class _Section(BaseModel):
@@ -306,6 +311,29 @@ def nearest_sides(side_px: float, limits: Limits, method: Method = "lua") -> tup
     less = min(max(int(side_px // step), first), last)
     more = min(max(int(-(-side_px // step)), first), last)
     return less * step, more * step
+
+
+def from_toml(content: bytes) -> Descriptor:
+    """A `bundle.toml`, checked.
+
+    Raises:
+        DescriptorError: It is not TOML in UTF-8, or has a missing, wrong or unknown key.
+    """
+    try:
+        return Descriptor.model_validate(tomllib.loads(content.decode()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DescriptorError(f"not valid TOML: {error}") from error
+    except ValidationError as error:
+        raise DescriptorError(_explain(error)) from error
+
+
+def _explain(error: ValidationError) -> str:
+    def line(fault: Any) -> str:
+        place = ".".join(map(str, fault["loc"]))
+        found = "" if isinstance(fault["input"], dict) else f"; found {fault['input']!r:.80}"
+        return f"{place}: {fault['msg']}{found}" if place else f"{fault['msg']}{found}"
+
+    return "; ".join(line(fault) for fault in error.errors())
 
 
 def to_toml(descriptor: Descriptor) -> str:

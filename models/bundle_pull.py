@@ -14,18 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.bundle import (
-    DESCRIPTOR,
-    WEIGHT_SUFFIXES,
-    Bundle,
-    BundleError,
-    check_files,
-    file_hash,
-    read_bundle,
-    write_bundle,
-)
+from models.bundle import DESCRIPTOR, Bundle, BundleError, check_files, read_bundle, write_bundle
 from models.bundle_descriptor import Descriptor
 from models.hub import Hub, HubSnapshot
+from models.weight_files import WEIGHT_SUFFIXES, file_hash
 
 LOCK = "pull.json"
 LUA_FILE = "lua.safetensors"

@@ -11,7 +11,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from models.bundle import file_hashes, write_bundle
+from models.bundle import write_bundle
 from models.bundle_descriptor import (
     About,
     Defaults,
@@ -26,6 +26,7 @@ from models.bundle_descriptor import (
 from models.checkpoints import write_lua
 from models.lua import Lua
 from models.lua_spec import LuaSpec
+from models.weight_files import file_hashes
 from training.pocket_tokenizer import open_tokenizer
 
 NAME = "tiny"

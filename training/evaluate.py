@@ -19,11 +19,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from models.bundle import Bundle, file_hash, read_bundle
+from models.bundle import Bundle, read_bundle
 from models.checkpoints import read_lua
 from models.images import to_signed
 from models.lua import Lua
 from models.vae import Vae
+from models.weight_files import file_hash
 from training.evaluation_report import read_machine, to_markdown, write_distributions, write_sheet
 from training.frozen_vae import read_vae, vae_hash
 from training.latent_statistics import Pool, compare, pool

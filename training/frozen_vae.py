@@ -14,9 +14,10 @@ from diffusers.models.auto_model import AutoModel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from models.bundle import Bundle, BundleError, file_hashes
+from models.bundle import Bundle, BundleError
 from models.decode import FRAME_CLASSES
 from models.vae import Vae
+from models.weight_files import file_hashes
 
 
 class NoGradientError(RuntimeError):

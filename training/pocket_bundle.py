@@ -10,7 +10,7 @@ from pathlib import Path
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from models.bundle import file_hashes, write_bundle
+from models.bundle import write_bundle
 from models.bundle_descriptor import (
     About,
     Defaults,
@@ -23,6 +23,7 @@ from models.bundle_descriptor import (
     SwinirFiles,
     Vocabulary,
 )
+from models.weight_files import file_hashes
 
 LUA_FILE = "lua.safetensors"
 SWINIR_FILES = {"x2": "swinir_x2.safetensors", "x4": "swinir_x4.safetensors"}

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.bundle import file_hash, read_bundle
+from models.bundle import read_bundle
 from models.checkpoints import read_lua, write_lua
 from models.lua import Lua
 from models.vae import Vae
+from models.weight_files import file_hash
 from training.curriculum import PAPER, ConfigError, RunConfig, StageConfig, check_config
 from training.frozen_vae import read_vae, vae_hash
 from training.pairs_store import PairsStore

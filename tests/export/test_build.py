@@ -21,9 +21,10 @@ from export.build import Request, check_directory, export_bundle, new_directory,
 from export.graphs import trace
 from export.manifest import FILE, ArtefactError, check_manifest, read_manifest
 from export.onnx_files import REFUSED_OPERATORS, check_graph, open_onnx, write_onnx
-from models.bundle import Bundle, BundleError, file_hashes, read_bundle, write_bundle
+from models.bundle import Bundle, BundleError, read_bundle, write_bundle
 from models.checkpoints import read_lua
 from models.lua import Lua, pad_to_window
+from models.weight_files import file_hashes
 from service.cli import app
 from tests.tiny_bundle import WINDOW, write_tiny_bundle
 

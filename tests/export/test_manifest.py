@@ -22,7 +22,8 @@ from export.manifest import (
     check_manifest,
     read_manifest,
 )
-from models.bundle import Bundle, file_hash, read_bundle
+from models.bundle import Bundle, read_bundle
+from models.weight_files import file_hash
 from tests.tiny_bundle import write_tiny_bundle
 
 GPU = Machine(

@@ -14,19 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from models.bundle import (
-    Bundle,
-    BundleError,
-    Descriptor,
-    SizeError,
-    check_files,
-    file_hashes,
-    read_bundle,
-    write_bundle,
-)
+from models.bundle import Bundle, BundleError, Descriptor, SizeError, check_files, read_bundle, write_bundle
 from models.checkpoints import write_lua
 from models.latent_space import LATENT_SPACES
 from models.lua import Lua, LuaSpec
+from models.weight_files import file_hashes
 
 Values = dict[str, dict[str, Any]]
 LUA = LuaSpec(4, 4, (1,), 1, window=2, num_feat=1)

@@ -20,11 +20,11 @@ from models.bundle import (
     ModelSource,
     SizeError,
     check_files,
-    file_hash,
     read_bundle,
     write_bundle,
 )
 from models.bundle_descriptor import METHODS, to_toml
+from models.weight_files import file_hash
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 SHIPPED = sorted(path.parent for path in BUNDLES.glob("*/bundle.toml"))

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.bundle import BundleError, file_hashes, read_bundle
+from models.bundle import BundleError, read_bundle
 from models.checkpoints import read_lua, write_lua
 from models.guard import KNEE, Guard, limit_softly
 from models.latent_statistics import STATISTICS_KEY, LatentStatistics, StatisticsError, read_statistics
 from models.route import Route
+from models.weight_files import file_hashes
 from tests.tiny_bundle import LATENT_CHANNELS
 
 CPU = torch.device("cpu")

@@ -16,11 +16,12 @@ from safetensors.numpy import load, save
 
 from export.build import Request, export_bundle
 from export.manifest import ArtefactError
-from models.bundle import BundleError, file_hash, read_bundle
+from models.bundle import BundleError, read_bundle
 from models.checkpoints import write_lua
 from models.engines import ENGINES, EngineError, open_engine
 from models.lua import Lua
 from models.lua_spec import LuaSpec
+from models.weight_files import file_hash
 from service.api import create_app
 from service.engine_files import find_artefacts
 from service.jobs import GenerateParams, Job, UpscaleParams

@@ -1,0 +1,23 @@
+"""The weight files below a directory, and their digests: the content of `[files]` of a `bundle.toml`."""
+
+import hashlib
+from pathlib import Path
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Files with the suffix of weights, without hidden ones, which are not finished yet."""
+    found = (path for path in directory.rglob("*") if path.suffix in WEIGHT_SUFFIXES and path.is_file())
+    return sorted(path for path in found if not path.name.startswith("."))
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of one file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of every weight file below a directory, by its path there."""
+    return {path.relative_to(directory).as_posix(): file_hash(path) for path in weight_files(directory)}
