@@ -91,23 +91,7 @@ def compare(
         latents = sample_latents((batch, len(mean), height, width), mean, std, seed=index).to(device)
         with torch.inference_mode():
             expected, found = reference(latents).float(), run(latents).float()
-        where = f"batch {batch}, latents of {height}x{width}"
-        if found.shape != expected.shape:
-            raise ArtefactError(f"at {where} the artefact answers {list(found.shape)}, not {list(expected.shape)}")
-        if not bool(found.isfinite().all()):
-            raise ArtefactError(f"at {where} the artefact answers values that are not finite in {precision}")
-        error = (found - expected).abs()
-        rms = expected.square().mean().sqrt().item()
-        done.append(
-            Case(
-                batch=batch,
-                latent_height=height,
-                latent_width=width,
-                max_error=error.max().item(),
-                mean_error=error.mean().item(),
-                reference_rms=rms,
-            )
-        )
+        done.append(_to_case(found, expected, latents, precision))
         if to_image is not None and index == min(PSNR_CASE, len(cases) - 1):
             psnr_db = image_psnr(to_image(found[:1]), to_image(expected[:1]))
     worst = max(done, key=lambda case: case.max_error)
@@ -123,6 +107,25 @@ def compare(
     )
     _refuse(parity, worst)
     return parity
+
+
+def _to_case(found: Tensor, expected: Tensor, latents: Tensor, precision: Precision) -> Case:
+    """How far the artefact's answer to these latents is from PyTorch's."""
+    batch, _, height, width = latents.shape
+    where = f"batch {batch}, latents of {height}x{width}"
+    if found.shape != expected.shape:
+        raise ArtefactError(f"at {where} the artefact answers {list(found.shape)}, not {list(expected.shape)}")
+    if not bool(found.isfinite().all()):
+        raise ArtefactError(f"at {where} the artefact answers values that are not finite in {precision}")
+    error = (found - expected).abs()
+    return Case(
+        batch=batch,
+        latent_height=height,
+        latent_width=width,
+        max_error=error.max().item(),
+        mean_error=error.mean().item(),
+        reference_rms=expected.square().mean().sqrt().item(),
+    )
 
 
 def image_psnr(image: Tensor, expected: Tensor) -> float:
