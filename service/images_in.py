@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from service.errors import InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
 
@@ -22,6 +22,22 @@ Pixels = npt.NDArray[np.uint8]
 _STARTS = {"image/png": (b"\x89PNG\r\n\x1a\n",), "image/jpeg": (b"\xff\xd8\xff",), "image/webp": (b"RIFF",)}
 INPUT_IMAGE_TYPES = tuple(_STARTS)
 _FORMATS = ("PNG", "JPEG", "WEBP")
+# What shows an image upright, by its orientation (EXIF 2.32, tag 0x0112); 1 is upright.
+_TURNS: dict[object, Image.Transpose] = dict(
+    zip(
+        range(2, 9),
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        strict=True,
+    )
+)
 # What Pillow raises on a damaged file, by format and by place in it.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
 
@@ -82,7 +98,7 @@ def read_image(body: bytes, most_px: int) -> Pixels:
             if getattr(image, "n_frames", 1) > 1:
                 raise UnsupportedMediaType("the image is animated; send a single frame")
             image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return np.asarray(_to_rgb(_to_upright(image)))
     except Image.DecompressionBombError as error:
         raise PayloadTooLarge(f"the image has far more pixels than the {most_px} that are allowed") from error
     except _DAMAGED as error:
@@ -134,6 +150,12 @@ def _check_type(body: bytes, content_type: str | None) -> None:
         raise UnsupportedMediaType(f"content type {declared[:80]!r}; images are sent as {', '.join(INPUT_IMAGE_TYPES)}")
     if declared not in (found, "application/octet-stream"):
         raise MalformedRequest(f"the image is declared as {declared} but starts like {found}")
+
+
+def _to_upright(image: Image.Image) -> Image.Image:
+    """The image as it is shown. Pillow's `exif_transpose` also writes the EXIF data anew, which fails on odd ones."""
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from service.errors import GiantleapError, InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
 from service.images_in import check_image, is_image, read_base64, read_image
@@ -63,6 +63,26 @@ def test_deep_and_transparent_and_rotated_images_become_upright_rgb() -> None:
     turned = to_file(Image.fromarray(PIXELS), exif=exif)
     assert (check_image(turned, None, 100).width_px, read_image(turned, 100).shape) == (6, (9, 6, 3))
     np.testing.assert_array_equal(read_image(turned, 100), np.rot90(PIXELS, -1))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_an_image_is_turned_as_pillow_does_it(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation  # 0 and 9 mean nothing
+    body = to_file(Image.fromarray(PIXELS), exif=exif)
+    with Image.open(io.BytesIO(body)) as image:
+        np.testing.assert_array_equal(read_image(body, 100), np.asarray(ImageOps.exif_transpose(image)))
+
+
+def test_a_turned_image_is_read_whatever_else_its_exif_data_hold() -> None:
+    """Pillow cannot write a description that is a number, and need not."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    written = exif.tobytes()
+    entry = written.index(b"\x01\x0e\x00\x02")
+    rational = struct.pack(">HHLL", 0x010E, 5, 1, 8)  # tag, type, count, offset
+    odd = written[:entry] + rational + written[entry + len(rational) :]
+    assert read_image(to_file(Image.fromarray(PIXELS), exif=odd), 100).shape == (9, 6, 3)
 
 
 @pytest.mark.parametrize(
