@@ -32,11 +32,12 @@ from models.lua import Lua
 from models.vae import Vae
 from training.curriculum import RunConfig, check_config
 from training.frozen_vae import read_vae
+from training.held_out import evaluate
 from training.pairs_store import PairsStore, replace_file, replacing
 from training.pocket_pairs import SCENE_SHARE, draw_scene_view, draw_view, shrink
 from training.pocket_vae import Pictures, Pool
 from training.prepare import PrepareConfig, prepare
-from training.run import Place, evaluate, train
+from training.run import Place, train
 from training.transfer import Start, prepare_start
 
 CPU = torch.device("cpu")

@@ -1,8 +1,9 @@
 """Trains a LUA for the VAE of a bundle: builds everything, runs the stages one after the other, saves.
 
-`train` is the whole run, read top to bottom. All that is random in an update follows from the seed and the update's
-number (`training/curriculum.py`), and all that is not is in the checkpoint, so a run that was stopped, however, ends
-with the weights of one that was not. Processes started by `torchrun` hold equal weights and share each update.
+`train` is the whole run and `_update` one update of it; `Recorder` keeps what comes of them. All that is random in an
+update follows from the seed and the update's number (`training/curriculum.py`), and all that is not is in the
+checkpoint, so a run that was stopped, however, ends with the weights of one that was not. Processes started by
+`torchrun` hold equal weights and share each update.
 """
 
 import json
@@ -18,8 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Adam
 from tqdm import tqdm
@@ -42,11 +41,12 @@ from training.curriculum import (
 )
 from training.frozen_vae import decode_target, decode_with_gradient, read_vae, vae_hash
 from training.guard_statistics import guard_statistics
+from training.held_out import evaluate
 from training.optim import Ema
-from training.pairs_store import PairsStore, replace_file
+from training.pairs_store import PairsStore
+from training.run_log import Log, open_log
 
 PURE_EMA = 10**9  # as if so many updates were done: the average's decay without its warm-up
-SAMPLES = 4  # tiles on a sheet
 # What may differ between the parts of one run: it changes neither an update nor its place.
 FREE_KEYS = frozenset({"log_every", "evaluate_every", "save_every", "keep", "tensorboard", "bundle", "pairs"})
 
@@ -117,98 +117,190 @@ def train(config: RunConfig, out: Path, place: Place, resume: bool = False, stop
     tile_count = len(store) - config.held_out_tiles
     if tile_count < 1:
         raise ConfigError(f"{len(store)} tiles, of which {config.held_out_tiles} are held out: none is left")
-    micro_batches = [stage.micro_batches(place.world_size) for stage in config.stages]
-    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    vae = read_vae(bundle, place.device, dtype)
-    net = _build(config, bundle, store).to(place.device).train()
-    ema = Ema(net, config.optimiser.ema_decay)
-    averaged = Lua(net.spec).to(place.device).eval()
-    weights = [weight for weight in net.parameters() if weight.requires_grad]
-
-    done, optimiser = 0, _adam(config.stages[0], weights)
-    last = _last_checkpoint(out, resume)
+    run = _start(config, out, place, bundle, store)
+    last = _last_checkpoint(run, resume)
     if last is not None:
-        checkpoint = read_checkpoint(last)
-        _check_origin(last, checkpoint.origin, origin)
-        done = checkpoint.step
-        is_inside = done < config.total_steps and config.at(done)[1] > 0
-        if is_inside:
-            optimiser = _adam(config.stages[config.at(done)[0]], weights)
-        restore(checkpoint, net, ema, optimiser if is_inside else None)
-    begun, end = done, config.total_steps if stop_after is None else min(stop_after, config.total_steps)
+        _resume(run, last, origin)
+    end = config.total_steps if stop_after is None else min(stop_after, config.total_steps)
     if place.world_size > 1:
         dist.barrier()  # all have looked into the directory before the first one writes there
-    log = Log(out, done, config.tensorboard) if place.is_first else None
-    statistics = guard_statistics(store, net.spec.scales) if place.is_first else None
+    recorder = _open_recorder(run, bundle, store, origin) if place.is_first else None
     with (
         ThreadPoolExecutor(1) as reader,
-        tqdm(total=config.total_steps, initial=done, desc="train", unit="update", disable=not place.is_first) as bar,
+        tqdm(total=config.total_steps, initial=run.done, desc="train", unit="update", disable=recorder is None) as bar,
     ):
-        ahead = reader.submit(_read_share, config, store, place, tile_count, min(done, config.total_steps - 1))
-        started_s = time.monotonic()
-        while done < end:
-            index, step = config.at(done)
-            stage = config.stages[index]
-            if step == 0:
-                optimiser = _adam(stage, weights)
-            rate = rate_at(config.optimiser, stage.steps, step)
-            scales = scales_at(stage, net.spec.scales, config.seed, index, step)
-            torch.manual_seed(_step_seed(config.seed, done, place.rank))
-            parts = ahead.result().split(micro_batches[index])
-            ahead = reader.submit(_read_share, config, store, place, tile_count, min(done + 1, config.total_steps - 1))
-
-            optimiser.zero_grad(set_to_none=True)
-            sums: dict[str, Tensor] = {}
-            for latents in parts:
-                for name, value in _backward(config, stage, net, vae, latents, scales, len(parts)).items():
-                    sums[name] = sums.get(name, torch.zeros((), device=place.device)) + value
-            values = _average(weights, sums, place.world_size)
-            norm = float(nn.utils.clip_grad_norm_(weights, config.optimiser.clip))
-            if not all(math.isfinite(value) for value in (*values.values(), norm)):
-                kept = checkpoints_in(out / "checkpoints")
-                raise DivergedError(
-                    f"stage {stage.name}, update {done + 1}: loss {values['loss']}, gradient norm {norm}; "
-                    f"the last good checkpoint is {kept[-1] if kept else 'none: the run had not saved yet'}"
-                )
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            optimiser.step()
-            ema.update(net, done if config.optimiser.ema_warmup else PURE_EMA)
-            done += 1
+        ahead = reader.submit(_read_share, config, store, place, tile_count, min(run.done, config.total_steps - 1))
+        while run.done < end:
+            share, following = ahead.result(), min(run.done + 1, config.total_steps - 1)
+            ahead = reader.submit(_read_share, config, store, place, tile_count, following)
+            values = _update(run, share)
             bar.update()
-
-            is_last = step + 1 == stage.steps
-            if log is not None and (done % config.log_every == 0 or is_last or done == end):
-                speed = {"updates_per_s": (done - begun) / max(time.monotonic() - started_s, 1e-9)}
-                log.write({"step": done, "stage": stage.name, "rate": rate, "gradient_norm": norm, **values}, speed)
-            if log is not None and config.held_out_tiles and (done % config.evaluate_every == 0 or is_last):
-                ema.copy_to(averaged)
-                scores, sheet = evaluate(averaged, vae, store, range(tile_count, len(store)))
-                log.write({"step": done, "stage": stage.name, **scores}, {})
-                log.write_sheet(done, sheet)
-            if place.is_first and is_last:
-                ema.copy_to(averaged)
-                _write_weights(
-                    out / f"lua-stage-{index + 1}-{stage.name}.safetensors", averaged, stage, done, bundle, statistics
-                )
-            if place.is_first and (done % config.save_every == 0 or is_last or done == end):
-                write_checkpoint(out / "checkpoints", done, origin, net, ema, optimiser, config.keep)
-    if place.is_first and done == config.total_steps:
-        ema.copy_to(averaged)
-        _write_weights(out / "lua.safetensors", averaged, config.stages[-1], done, bundle, statistics)
+            if recorder is not None:
+                recorder.record(values, is_end=run.done == end)
+    if recorder is not None and run.done == config.total_steps:
+        recorder.write_weights(out / "lua.safetensors", config.stages[-1])
     if place.world_size > 1:
         dist.barrier()  # nobody leaves before everything is written
-    return out / "lua.safetensors" if done == config.total_steps else checkpoints_in(out / "checkpoints")[-1]
+    return out / "lua.safetensors" if run.done == config.total_steps else checkpoints_in(run.checkpoints)[-1]
 
 
-def _write_weights(
-    path: Path, net: Lua, stage: StageConfig, done: int, bundle: Bundle, statistics: LatentStatistics | None
-) -> None:
-    """Average weights; with them in the header what they were trained on, for the guard (`models/guard.py`)."""
-    header = {"training": json.dumps({"stage": stage.name, "step": done, "bundle": bundle.name})}
-    if statistics is not None:  # the first process has them, and only it writes
-        header[STATISTICS_KEY] = statistics.to_json()
-    write_lua(path, net, header)
+@dataclass
+class Run:
+    """A run as one process holds it.
+
+    Args:
+        config: Of the run.
+        out: Its directory.
+        place: Of this process.
+        vae: Frozen; the losses on pixels decode with it.
+        micro_batches: Of this process in one update, by stage.
+        net: What is trained.
+        ema: The average of its weights.
+        optimiser: Of the stage that `done` belongs to.
+        done: Updates so far.
+    """
+
+    config: RunConfig
+    out: Path
+    place: Place
+    vae: Vae
+    micro_batches: Sequence[int]
+    net: Lua
+    ema: Ema
+    optimiser: Adam
+    done: int = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        """Their directory."""
+        return self.out / "checkpoints"
+
+
+def _start(config: RunConfig, out: Path, place: Place, bundle: Bundle, store: PairsStore) -> Run:
+    micro_batches = [stage.micro_batches(place.world_size) for stage in config.stages]
+    vae = read_vae(bundle, place.device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
+    net = _build(config, bundle, store).to(place.device).train()
+    ema = Ema(net, config.optimiser.ema_decay)
+    return Run(config, out, place, vae, micro_batches, net, ema, _adam(config.stages[0], net))
+
+
+def _resume(run: Run, path: Path, origin: Mapping[str, Any]) -> None:
+    """Goes back to a checkpoint; between two stages without Adam's moments, since each stage starts its own."""
+    config, checkpoint = run.config, read_checkpoint(path)
+    _check_origin(path, checkpoint.origin, origin)
+    run.done = checkpoint.step
+    is_inside = run.done < config.total_steps and config.at(run.done)[1] > 0
+    if is_inside:
+        run.optimiser = _adam(config.stages[config.at(run.done)[0]], run.net)
+    restore(checkpoint, run.net, run.ema, run.optimiser if is_inside else None)
+
+
+def _update(run: Run, share: "Share") -> dict[str, float]:
+    """One update of the weights and of their average.
+
+    Returns:
+        Rate, gradient norm before clipping, loss and its terms, for the log.
+
+    Raises:
+        DivergedError: One of them is not finite; the weights are as they were.
+    """
+    config, net = run.config, run.net
+    index, step = config.at(run.done)
+    stage = config.stages[index]
+    if step == 0:
+        run.optimiser = _adam(stage, net)
+    rate = rate_at(config.optimiser, stage.steps, step)
+    scales = scales_at(stage, net.spec.scales, config.seed, index, step)
+    torch.manual_seed(_step_seed(config.seed, run.done, run.place.rank))
+
+    run.optimiser.zero_grad(set_to_none=True)
+    parts = share.split(run.micro_batches[index])
+    sums: dict[str, Tensor] = {}
+    for latents in parts:
+        for name, value in _backward(config, stage, net, run.vae, latents, scales, len(parts)).items():
+            sums[name] = sums.get(name, torch.zeros((), device=run.place.device)) + value
+    weights = _trained(net)
+    values = _average(weights, sums, run.place.world_size)
+    norm = float(nn.utils.clip_grad_norm_(weights, config.optimiser.clip))
+    if not all(math.isfinite(value) for value in (*values.values(), norm)):
+        kept = checkpoints_in(run.checkpoints)
+        raise DivergedError(
+            f"stage {stage.name}, update {run.done + 1}: loss {values['loss']}, gradient norm {norm}; "
+            f"the last good checkpoint is {kept[-1] if kept else 'none: the run had not saved yet'}"
+        )
+    for group in run.optimiser.param_groups:
+        group["lr"] = rate
+    run.optimiser.step()
+    run.ema.update(net, run.done if config.optimiser.ema_warmup else PURE_EMA)
+    run.done += 1
+    return {"rate": rate, "gradient_norm": norm, **values}
+
+
+@dataclass
+class Recorder:
+    """What the first process writes of a run: log, scores of held-out tiles, weights of each stage, checkpoints.
+
+    Args:
+        run: Which.
+        store: The pairs, of which the last tiles are held out.
+        origin: For the checkpoints.
+        bundle: Its name, for the header of weights.
+        statistics: Of the latents, for the guard (`models/guard.py`); also in that header.
+        log: Of the run.
+        averaged: A network to put average weights into.
+        begun: Updates that were done when this part of the run started.
+        started_s: When it did, by the monotonic clock.
+    """
+
+    run: Run
+    store: PairsStore
+    origin: Mapping[str, Any]
+    bundle: str
+    statistics: LatentStatistics
+    log: Log
+    averaged: Lua
+    begun: int
+    started_s: float
+
+    def record(self, values: Mapping[str, float], is_end: bool) -> None:
+        """Writes what is due after an update; everything at the end of a stage, nearly everything at that of a part."""
+        run, config, done = self.run, self.run.config, self.run.done
+        index, step = config.at(done - 1)
+        stage = config.stages[index]
+        is_last = step + 1 == stage.steps
+        if done % config.log_every == 0 or is_last or is_end:
+            speed = {"updates_per_s": (done - self.begun) / max(time.monotonic() - self.started_s, 1e-9)}
+            self.log.write({"step": done, "stage": stage.name, **values}, speed)
+        if config.held_out_tiles and (done % config.evaluate_every == 0 or is_last):
+            run.ema.copy_to(self.averaged)
+            held_out = range(len(self.store) - config.held_out_tiles, len(self.store))
+            scores, sheet = evaluate(self.averaged, run.vae, self.store, held_out)
+            self.log.write({"step": done, "stage": stage.name, **scores}, {})
+            self.log.write_sheet(done, sheet)
+        if is_last:
+            self.write_weights(run.out / f"lua-stage-{index + 1}-{stage.name}.safetensors", stage)
+        if done % config.save_every == 0 or is_last or is_end:
+            write_checkpoint(run.checkpoints, done, self.origin, run.net, run.ema, run.optimiser, config.keep)
+
+    def write_weights(self, path: Path, stage: StageConfig) -> None:
+        """Average weights, with what they were trained on in the header."""
+        self.run.ema.copy_to(self.averaged)
+        said = {"stage": stage.name, "step": self.run.done, "bundle": self.bundle}
+        write_lua(path, self.averaged, {"training": json.dumps(said), STATISTICS_KEY: self.statistics.to_json()})
+
+
+def _open_recorder(run: Run, bundle: Bundle, store: PairsStore, origin: Mapping[str, Any]) -> Recorder:
+    return Recorder(
+        run=run,
+        store=store,
+        origin=origin,
+        bundle=bundle.name,
+        statistics=guard_statistics(store, run.net.spec.scales),
+        log=open_log(run.out, run.done, run.config.tensorboard),
+        averaged=Lua(run.net.spec).to(run.place.device).eval(),
+        begun=run.done,
+        started_s=time.monotonic(),
+    )
 
 
 def _backward(
@@ -291,95 +383,6 @@ def _read_share(config: RunConfig, store: PairsStore, place: Place, tile_count: 
     return Share(store.read(tiles[place.rank * share : (place.rank + 1) * share]))
 
 
-@torch.no_grad()
-def evaluate(net: Lua, vae: Vae, store: PairsStore, tiles: Sequence[int]) -> tuple[dict[str, float], Tensor]:
-    """Measures average weights on tiles that were held out.
-
-    Returns:
-        By scale the latent L1, the PSNR in dB of the decoded picture against the decoded large latent, and what it
-        gains over decoding the small latent and enlarging its picture bicubically; and a sheet of the first tiles:
-        target, then bicubic and LUA for each scale.
-
-    **Shape** the sheet is [3, height_px, width_px], in [-1, 1].
-    """
-    scores: dict[str, list[float]] = {}
-    rows: list[Tensor] = []
-    for tile in tiles:
-        latents = {level: tensor.to(vae.device) for level, tensor in store.read([tile]).items()}
-        target = vae.decode(latents[1]).clamp(-1.0, 1.0)
-        pictures = [target]
-        for scale in net.spec.scales:
-            grown = net(latents[scale], scale)
-            picture = vae.decode(grown).clamp(-1.0, 1.0)
-            size = (target.shape[-2], target.shape[-1])
-            bicubic = F.interpolate(vae.decode(latents[scale]), size=size, mode="bicubic").clamp(-1.0, 1.0)
-            psnr = psnr_db(picture, target)
-            scores.setdefault(f"x{scale}_held_out_latent_l1", []).append(float((grown - latents[1]).abs().mean()))
-            scores.setdefault(f"x{scale}_held_out_psnr_db", []).append(psnr)
-            scores.setdefault(f"x{scale}_held_out_gain_db", []).append(psnr - psnr_db(bicubic, target))
-            pictures += [bicubic, picture]
-        if len(rows) < SAMPLES:
-            rows.append(torch.cat(pictures, dim=3)[0].cpu())
-    return {name: sum(values) / len(values) for name, values in scores.items()}, torch.cat(rows, dim=1)
-
-
-def psnr_db(picture: Tensor, target: Tensor) -> float:
-    """Peak signal-to-noise ratio of pictures in [-1, 1]; at most 100 dB, so that a mean stays finite."""
-    return min(100.0, -10.0 * math.log10(max(float((picture - target).square().mean()) / 4.0, 1e-10)))
-
-
-class Log:
-    """`log.jsonl`, sample sheets, and TensorBoard's own files where asked for.
-
-    Args:
-        out: Directory of the run.
-        done: Updates that are in the checkpoint; lines of later ones, from before a kill, are dropped.
-        tensorboard: Needs the extra `train`.
-
-    Raises:
-        ConfigError: TensorBoard is asked for and not installed.
-    """
-
-    def __init__(self, out: Path, done: int, tensorboard: bool) -> None:
-        self.out = out
-        self.path = out / "log.jsonl"
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        before = self.path.read_text().splitlines() if self.path.exists() else []
-        replace_file(self.path, "".join(f"{line}\n" for line in before if _is_until(line, done)).encode())
-        self.board = _open_board(out / "tensorboard", done) if tensorboard else None
-
-    def write(self, line: Mapping[str, Any], volatile: Mapping[str, float]) -> None:
-        """Adds a line; `volatile` values differ from run to run."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({**line, **volatile}) + "\n")
-        if self.board is not None:
-            for name, value in {**line, **volatile}.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(name, value, line["step"])
-            self.board.flush()
-
-    def write_sheet(self, step: int, sheet: Tensor) -> None:
-        levels = ((sheet + 1.0) * 127.5).round().byte()
-        Image.fromarray(levels.permute(1, 2, 0).numpy()).save(self.out / "samples" / f"step-{step:09d}.png")
-        if self.board is not None:
-            self.board.add_image("held_out", levels, step)
-
-
-def _is_until(line: str, done: int) -> bool:
-    try:
-        return int(json.loads(line)["step"]) <= done
-    except ValueError:  # the last line of a killed process may be cut
-        return False
-
-
-def _open_board(folder: Path, done: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError('tensorboard = true needs it installed: pip install "giantleap[train]"') from error
-    return SummaryWriter(str(folder), purge_step=done + 1)
-
-
 def _build(config: RunConfig, bundle: Bundle, store: PairsStore) -> Lua:
     channels = bundle.latent_space.channels
     if config.lua.start is not None:
@@ -396,8 +399,12 @@ def _build(config: RunConfig, bundle: Bundle, store: PairsStore) -> Lua:
     return net
 
 
-def _adam(stage: StageConfig, weights: list[nn.Parameter]) -> Adam:
-    return Adam(weights, lr=0.0, betas=stage.betas, weight_decay=0.0)
+def _trained(net: Lua) -> list[nn.Parameter]:
+    return [weight for weight in net.parameters() if weight.requires_grad]
+
+
+def _adam(stage: StageConfig, net: Lua) -> Adam:
+    return Adam(_trained(net), lr=0.0, betas=stage.betas, weight_decay=0.0)
 
 
 def _step_seed(seed: int, done: int, rank: int) -> int:
@@ -421,8 +428,8 @@ def _check_origin(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
         raise TrainingStateError(f"{path} is of a run with other {', '.join(differing)}; start a new one elsewhere")
 
 
-def _last_checkpoint(out: Path, resume: bool) -> Path | None:
-    known = checkpoints_in(out / "checkpoints")
+def _last_checkpoint(run: Run, resume: bool) -> Path | None:
+    known, out = checkpoints_in(run.checkpoints), run.out
     if not resume and (known or (out / "log.jsonl").exists()):
         raise TrainingStateError(f"{out} holds a run: resume it, or name another directory")
     return known[-1] if known else None

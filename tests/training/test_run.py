@@ -22,9 +22,10 @@ from training import run as run_module
 from training.checkpoint import TrainingStateError, checkpoints_in, read_checkpoint
 from training.curriculum import PAPER, ConfigError, RunConfig, StageName, read_config
 from training.frozen_vae import read_vae
+from training.held_out import evaluate
 from training.pairs_store import PairsStore
 from training.prepare import PrepareConfig, prepare
-from training.run import DivergedError, Place, evaluate, train
+from training.run import DivergedError, Place, train
 
 CPU = torch.device("cpu")
 PLACE = Place(CPU)

@@ -1,0 +1,54 @@
+"""Scores of average weights on tiles that a run never trains on, and pictures of the first of them.
+
+`training/run.py` asks now and then while it trains; `training/evaluate.py` is the thorough report on finished weights.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.lua import Lua
+from models.vae import Vae
+from training.pairs_store import PairsStore
+
+SAMPLES = 4  # tiles on a sheet
+
+
+@torch.no_grad()
+def evaluate(net: Lua, vae: Vae, store: PairsStore, tiles: Sequence[int]) -> tuple[dict[str, float], Tensor]:
+    """Measures average weights on tiles that were held out.
+
+    Returns:
+        By scale the latent L1, the PSNR in dB of the decoded picture against the decoded large latent, and what it
+        gains over decoding the small latent and enlarging its picture bicubically; and a sheet of the first tiles:
+        target, then bicubic and LUA for each scale.
+
+    **Shape** the sheet is [3, height_px, width_px], in [-1, 1].
+    """
+    scores: dict[str, list[float]] = {}
+    rows: list[Tensor] = []
+    for tile in tiles:
+        latents = {level: tensor.to(vae.device) for level, tensor in store.read([tile]).items()}
+        target = vae.decode(latents[1]).clamp(-1.0, 1.0)
+        pictures = [target]
+        for scale in net.spec.scales:
+            grown = net(latents[scale], scale)
+            picture = vae.decode(grown).clamp(-1.0, 1.0)
+            size = (target.shape[-2], target.shape[-1])
+            bicubic = F.interpolate(vae.decode(latents[scale]), size=size, mode="bicubic").clamp(-1.0, 1.0)
+            psnr = psnr_db(picture, target)
+            scores.setdefault(f"x{scale}_held_out_latent_l1", []).append(float((grown - latents[1]).abs().mean()))
+            scores.setdefault(f"x{scale}_held_out_psnr_db", []).append(psnr)
+            scores.setdefault(f"x{scale}_held_out_gain_db", []).append(psnr - psnr_db(bicubic, target))
+            pictures += [bicubic, picture]
+        if len(rows) < SAMPLES:
+            rows.append(torch.cat(pictures, dim=3)[0].cpu())
+    return {name: sum(values) / len(values) for name, values in scores.items()}, torch.cat(rows, dim=1)
+
+
+def psnr_db(picture: Tensor, target: Tensor) -> float:
+    """Peak signal-to-noise ratio of pictures in [-1, 1]; at most 100 dB, so that a mean stays finite."""
+    return min(100.0, -10.0 * math.log10(max(float((picture - target).square().mean()) / 4.0, 1e-10)))
