@@ -31,7 +31,8 @@ from models.latent_statistics import read_statistics
 from models.lua import pad_to_window
 from models.lua_spec import grown_side
 from models.pixel_upscale import PixelUpscaler
-from models.vae import Vae, read_tiny
+from models.stages import WHOLE, Stages, draws, finishes
+from models.vae import Vae, read_tiny, read_vae_model
 
 STAGES = ("generate", "upscale", "decode", "encode")
 
@@ -121,7 +122,7 @@ class Route:
 
     Args:
         name: The bundle's name.
-        generator: Prompt to raw latent.
+        generator: Prompt to raw latent; None where nothing is drawn.
         lua: The upscaler of latents; None where the bundle has none.
         pixel: The upscaler of pixels, for the method `swinir`; None where the bundle has none.
         vae: Images from latents, and latents from images.
@@ -129,12 +130,13 @@ class Route:
         dtype: The compute type.
         guard: What bounds LUA's outputs, whatever the engine; None where nothing does.
         lua_scales: Those that the bundle serves; none: those of the network's heads.
+        stages: Which of them run here.
     """
 
     def __init__(
         self,
         name: str,
-        generator: Generator,
+        generator: Generator | None,
         lua: Engine | None,
         pixel: PixelUpscaler | None,
         vae: Vae,
@@ -142,9 +144,10 @@ class Route:
         dtype: torch.dtype,
         guard: Guard | None = None,
         lua_scales: Sequence[float] = (),
+        stages: Stages = WHOLE,
     ) -> None:
         self.name = name
-        self.generator = generator
+        self._generator = generator
         self.lua = lua
         self.pixel = pixel
         self.vae = vae
@@ -152,6 +155,7 @@ class Route:
         self.dtype = dtype
         self.guard = guard
         self.lua_scales = tuple(lua_scales)
+        self.stages = stages
 
     @classmethod
     def open(
@@ -161,8 +165,9 @@ class Route:
         dtype: torch.dtype,
         engine: EngineName = "torch",
         artefacts: Mapping[int, Artefact] | None = None,
+        stages: Stages = WHOLE,
     ) -> Self:
-        """Load everything that the bundle names; nothing runs yet (`warm`).
+        """Load what the stages need of all that the bundle names; nothing runs yet (`warm`).
 
         Args:
             bundle: What to load.
@@ -170,6 +175,7 @@ class Route:
             dtype: The compute type.
             engine: What runs LUA.
             artefacts: Its exported graphs by scale, for the engines that run them; checked by the caller.
+            stages: To draw: the pipeline, with the VAE's encoder. To finish: the VAE and the upscalers.
 
         Raises:
             EngineError: the engine cannot run here.
@@ -180,17 +186,32 @@ class Route:
         """
         check_files(bundle)
         lua, guard = None, None
-        if bundle.lua is not None:
+        if bundle.lua is not None and finishes(stages):
             net = read_lua(bundle.lua)
             bundle.check_lua(net.spec)
             lua = open_engine(engine, net, device, dtype, artefacts)
             if bundle.guard_sigmas is not None:
                 guard = Guard(read_statistics(bundle.lua), bundle.guard_sigmas, device)
-        pixel = PixelUpscaler.open(bundle.swinir, device, dtype) if bundle.swinir else None
-        generator = Generator.open(bundle, device, dtype)
-        tiny = None if bundle.tiny_vae is None else read_tiny(bundle.tiny_vae, device, dtype)
-        vae = Vae(generator.pipeline.vae, generator.latent_space, dtype=dtype, tiny=tiny)
-        return cls(bundle.name, generator, lua, pixel, vae, device, dtype, guard, bundle.scales_of("lua")[1:])
+        pixel = PixelUpscaler.open(bundle.swinir, device, dtype) if bundle.swinir and finishes(stages) else None
+        generator = Generator.open(bundle, device, dtype) if draws(stages) else None
+        space = bundle.latent_space if generator is None else generator.latent_space
+        model = read_vae_model(bundle, device, dtype) if generator is None else generator.pipeline.vae
+        tiny = read_tiny(bundle.tiny_vae, device, dtype) if bundle.tiny_vae and finishes(stages) else None
+        vae = Vae(model, space, dtype=dtype, tiny=tiny)
+        if not finishes(stages):
+            vae.drop_decoder()
+        scales = bundle.scales_of("lua")[1:]
+        return cls(bundle.name, generator, lua, pixel, vae, device, dtype, guard, scales, stages)
+
+    @property
+    def generator(self) -> Generator:
+        """Prompt to raw latent.
+
+        **Raises** ValueError: nothing is drawn here.
+        """
+        if self._generator is None:
+            raise ValueError(f"bundle {self.name}: this process runs {self.stages} and draws nothing")
+        return self._generator
 
     @property
     def engine(self) -> str:
@@ -214,6 +235,15 @@ class Route:
         """A clock for the stages of one batch."""
         return StageClock(self.device)
 
+    def base_latents(self, item: DrawItem, clock: StageClock) -> list[Tensor]:
+        """The raw latent of one item, drawn and timed; noise of its size where nothing is drawn."""
+        if not draws(self.stages):
+            sides = [side_px // self.vae.latent_space.stride_px for side_px in (item.height_px, item.width_px)]
+            return [torch.randn(self.vae.latent_space.channels, *sides, device=self.device)]
+        with clock.measure("generate"):
+            drawn = self.generate([item], lambda step, steps: None, set)
+        return [latent for latent in drawn if latent is not None]
+
     def generate(self, items: Sequence[DrawItem], on_step: StepWatcher, canceled: CancelCheck) -> list[Tensor | None]:
         """Draw raw latents; see `Generator.draw`."""
         return self.generator.draw(items, on_step, canceled)
@@ -225,7 +255,7 @@ class Route:
         **Shape** [height_px, width_px, 3] -> [channels, h, w], float32.
         """
         height_px, width_px = pixels.shape[:2]
-        unit_px = self.generator.latent_space.multiple_px
+        unit_px = self.vae.latent_space.multiple_px
         filling = ((0, -height_px % unit_px), (0, -width_px % unit_px), (0, 0))
         image = to_signed(torch.from_numpy(np.pad(pixels, filling, mode="edge")))
         latent: Tensor = self.vae.encode(image[None].to(self.device))[0]
@@ -317,6 +347,10 @@ class Route:
             Seconds per stage, by method and scale.
         """
         item = DrawItem("", "", 0, width_px, height_px, steps, 2.0)
+        if not finishes(self.stages):
+            clock = self.clock()
+            self.base_latents(item, clock)
+            return {("direct", 1): clock.stages_s}
         methods: list[Method] = ["lua" if self.lua is not None else "bicubic"]
         if self.pixel is not None:
             methods.append("swinir")
@@ -425,7 +459,5 @@ def run_once(route: Route, item: DrawItem, scale: float, method: Method = "lua")
     clock = route.clock()
     if method == "direct":
         item = replace(item, width_px=grown_side(item.width_px, scale), height_px=grown_side(item.height_px, scale))
-    with clock.measure("generate"):
-        latents = [latent for latent in route.generate([item], lambda step, steps: None, set) if latent is not None]
-    route.finish(latents, scale, method, "exact", clock.measure)
+    route.finish(route.base_latents(item, clock), scale, method, "exact", clock.measure)
     return clock

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.auto_model import AutoModel
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import Tensor
 
-from models.bundle import ModelSource
+from models.bundle import Bundle, ModelSource
 from models.bundle_descriptor import DecodeName
 from models.decode import (
     FRAME_CLASSES,
@@ -113,6 +114,8 @@ class Vae:
         **Raises** LatentSpaceError: these are no raw latents of the space. VaeError: there is no such way.
         """
         self.latent_space.check_raw(tuple(raw.shape))
+        if self.model.decoder is None:
+            raise VaeError("this VAE has let go of its decoder: its process only draws")
         if how not in self.decodes:
             raise VaeError(f"decode {how!r}: this VAE has {', '.join(self.decodes)}{_why_not(how)}")
         if how == "tiny" and self.tiny is not None:
@@ -145,6 +148,10 @@ class Vae:
             )
         return encode_mean(self.model, self._prepare(images)).float()
 
+    def drop_decoder(self) -> None:
+        """Lets go of the decoder's weights, where latents are only drawn; images can still be encoded."""
+        self.model.decoder = None
+
     def works_in_strips(self, shape: tuple[int, ...], budget_bytes: int | None = None) -> bool:
         """Whether "exact" cuts latents of this shape into strips rather than decode them whole."""
         if self._shape is None:
@@ -168,6 +175,31 @@ class Vae:
         # A stock img2img pipeline of SDXL leaves its VAE in the type of the prompt embeddings, which may be float16.
         if self.model.dtype != self.dtype:
             self.model.to(self.dtype)
+
+
+def read_vae_model(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Any:
+    """The autoencoder that a bundle decodes with, without its pipeline: the same weights as the pipeline would load.
+
+    Raises:
+        OSError: the directory or a file in it is missing.
+    """
+    source = bundle.vae or ModelSource(bundle.pipeline, bundle.revision)
+    place, variant, subfolder = source.place, None, ""
+    if bundle.vae is None:
+        variant, subfolder = bundle.variant, "vae"
+        if isinstance(place, Path):  # a part without files of the variant has plain ones
+            place, subfolder = place / subfolder, ""
+            variant = variant if any(place.glob(f"*.{variant}[.-]*safetensors")) else None
+    model: Any = AutoModel.from_pretrained(
+        str(place),
+        subfolder=subfolder,
+        revision=source.revision,
+        variant=variant,
+        torch_dtype=dtype,
+        use_safetensors=True,
+        local_files_only=isinstance(place, Path),
+    )
+    return model.to(device)
 
 
 def read_tiny(source: ModelSource, device: torch.device, dtype: torch.dtype) -> AutoencoderTiny:

@@ -1,0 +1,71 @@
+"""A route in two halves, one that draws and one that finishes: together they are the whole one, to the bit."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.bundle import read_bundle
+from models.bundle_descriptor import Method
+from models.generator import DrawItem
+from models.route import Route
+from models.stages import DRAWING, FINISHING, WHOLE, draws, finishes
+from models.vae import VaeError
+
+CPU = torch.device("cpu")
+ITEM = DrawItem("a red sphere on a green floor", "", seed=1, width_px=64, height_px=48, steps=4, guidance_scale=3.0)
+
+
+@pytest.fixture(scope="module")
+def route(tiny_bundle_dir: Path) -> Route:
+    return Route.open(read_bundle(tiny_bundle_dir), CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def halves(tiny_bundle_dir: Path) -> tuple[Route, Route]:
+    bundle = read_bundle(tiny_bundle_dir)
+    drawing, finishing = (Route.open(bundle, CPU, torch.float32, stages=stages) for stages in (DRAWING, FINISHING))
+    return drawing, finishing
+
+
+def test_every_stage_is_in_one_half() -> None:
+    assert [(draws(stages), finishes(stages)) for stages in (WHOLE, DRAWING, FINISHING)] == [
+        (True, True),
+        (True, False),
+        (False, True),
+    ]
+    assert f"{DRAWING},{FINISHING}" == WHOLE
+
+
+def finish(route: Route, latents: list[Tensor], scale: float, method: Method) -> tuple[list[Tensor], Tensor]:
+    grown, images = route.finish(latents, scale, method, "exact", route.clock().measure)
+    assert images[0] is not None
+    return grown, images[0]
+
+
+@pytest.mark.parametrize(("method", "scale"), [("lua", 2), ("lua", 1), ("bicubic", 4), ("swinir", 2), ("direct", 2)])
+def test_two_halves_make_the_image_of_the_whole(
+    route: Route, halves: tuple[Route, Route], method: Method, scale: float
+) -> None:
+    drawing, finishing = halves
+    item = replace(ITEM, init_image=torch.zeros(3, 48, 64), strength=0.5) if method == "lua" else ITEM
+    whole, drawn = (each.base_latents(item, each.clock()) for each in (route, drawing))
+    assert torch.equal(whole[0], drawn[0])
+    expected, found = finish(route, whole, scale, method), finish(finishing, drawn, scale, method)
+    assert torch.equal(expected[0][0], found[0][0]) and torch.equal(expected[1], found[1])
+
+
+def test_each_half_holds_only_what_its_stages_need(route: Route, halves: tuple[Route, Route]) -> None:
+    drawing, finishing = halves
+    assert drawing.lua is None and drawing.pixel is None and drawing.vae.model.decoder is None
+    assert drawing.vae.model.encoder is not None, "a drawing may start from an image"
+    with pytest.raises(VaeError, match="only draws"):
+        drawing.decode(torch.zeros(1, 16, 8, 8))
+    with pytest.raises(ValueError, match="draws nothing"):
+        finishing.generate([ITEM], lambda step, steps: None, set)
+    assert set(drawing.warm(64, 64, 1)) == {("direct", 1)}
+    warmed = finishing.warm(64, 64, 1)
+    assert set(warmed) == set(route.warm(64, 64, 1)), "every network at every scale"
+    assert all("generate" not in stages_s for stages_s in warmed.values())
