@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,7 @@ from service.cli_options import (
 )
 from service.cli_train import app as train_commands
 from service.errors import BadConfiguration, NotReady
-from service.settings import Settings, to_page
+from service.settings import Settings, read_settings, to_page
 from service.supervisor import say_ready, serve_api, stop_with_parent
 from service.supervisor import serve as serve_all
 
@@ -57,10 +58,11 @@ def serve(
     data_dir: Annotated[Path | None, typer.Option(help="Where the embedded Redis keeps its file.")] = None,
 ) -> None:
     """Run everything on this machine: Redis unless a URL is given, the API and the workers. Ctrl-C stops all."""
-    settings = settings_from(host=host, port=port, redis_url=redis_url, bundle=bundle, device=device, data_dir=data_dir)
+    given = {"host": host, "port": port, "redis_url": redis_url, "bundle": bundle, "device": device}
+    settings, reread = _read_twice(given | {"data_dir": data_dir})
     try:
         check_door(settings)
-        raise typer.Exit(serve_all(settings))
+        raise typer.Exit(serve_all(settings, reread))
     except OSError as error:
         stop(f"cannot listen on {settings.host}:{settings.port}: {error}")
     except (NotReady, BadConfiguration) as error:
@@ -78,13 +80,13 @@ def api(
     ready_fd: LifelineOption = None,
 ) -> None:
     """Run the API processes of this machine against an existing Redis."""
-    settings = settings_from(host=host, port=port, redis_url=redis_url, bundle=bundle)
+    settings, reread = _read_twice({"host": host, "port": port, "redis_url": redis_url, "bundle": bundle})
     if settings.redis_url is None:
         stop("no Redis given: set GIANTLEAP_REDIS_URL, or use `giantleap serve`, which brings its own")
     if listen_fd is None:
         try:
             check_door(settings)
-            raise typer.Exit(serve_api(settings))
+            raise typer.Exit(serve_api(settings, reread))
         except OSError as error:
             stop(f"cannot listen on {settings.host}:{settings.port}: {error}")
         except BadConfiguration as error:
@@ -92,6 +94,17 @@ def api(
     if lifeline_fd is not None:
         stop_with_parent(lifeline_fd, settings.drain_grace_s)
     _run_api_process(settings, listen_fd, ready_fd)
+
+
+def _read_twice(given: Mapping[str, object]) -> tuple[Settings, Callable[[], Settings]]:
+    """The settings, and what reads and checks them again when the supervisor is told to."""
+
+    def reread() -> Settings:
+        settings = read_settings(**{name: value for name, value in given.items() if value is not None})
+        check_door(settings)
+        return settings
+
+    return settings_from(**given), reread
 
 
 def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -> None:

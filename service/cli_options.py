@@ -3,11 +3,10 @@
 from typing import Annotated, Any, NoReturn
 
 import typer
-from pydantic import ValidationError
 
 from models.bundle_descriptor import DecodeName, Method
 from service.logs import configure_logging
-from service.settings import Settings, read_settings
+from service.settings import Settings, read_settings, to_lines
 
 BAD_CONFIGURATION = 2
 """Exit code of a process whose settings, bundle or engine are wrong: a restart cannot help."""
@@ -26,11 +25,8 @@ def settings_from(**given: Any) -> Settings:
     """Settings with the options that were given; a wrong one ends the command with one clear line each."""
     try:
         settings = read_settings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in error.errors()]
-        stop(*lines)
     except ValueError as error:
-        stop(str(error))
+        stop(*to_lines(error))
     configure_logging(settings.log_level)
     return settings
 

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from prometheus_client.registry import Collector
 from service.jobs import QueueStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_RESTARTS_FILE = "restarts.json"
+_STATE_FILE = "supervisor.json"
+_ENDS = ("crashed", "hung", "killed", "stopped")
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -198,7 +200,7 @@ class Metrics:
         queue = CollectorRegistry()
         queue.register(QueueCollector(stats))
         if shared_dir is not None:
-            queue.register(RestartCollector(Path(shared_dir)))
+            queue.register(HostCollector(Path(shared_dir)))
         return own + generate_latest(queue)
 
 
@@ -229,27 +231,57 @@ class QueueCollector(Collector):
         yield _family("blob_budget_bytes", "Most bytes of inputs and results in Redis.", stats.blob_budget_bytes)
 
 
-class RestartCollector(Collector):
-    """The restarts of workers that the supervisor of this host has written down."""
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """What only the supervisor of a host knows.
+
+    Attributes:
+        restarts: How often processes ended by themselves: by role (api, worker), by reason.
+        reload_successful: Whether all processes run with the configuration that was last asked for.
+        reloaded_at_s: Since when they run with the one that they have, Unix time.
+    """
+
+    restarts: Mapping[str, Mapping[str, int]]
+    reload_successful: bool
+    reloaded_at_s: float
+
+
+class HostCollector(Collector):
+    """What the supervisor of this host has written down; nothing where there is none."""
 
     def __init__(self, shared_dir: Path) -> None:
-        self._path = shared_dir / _RESTARTS_FILE
+        self._path = shared_dir / _STATE_FILE
 
     def collect(self) -> Iterator[Metric]:
-        family = CounterMetricFamily(
-            "giantleap_worker_restarts", "Workers of this host that ended by themselves, by why.", labels=("reason",)
+        if not self._path.exists():
+            return
+        state = HostState(**json.loads(self._path.read_text()))
+        for role, text in (("worker", "Workers"), ("api", "API processes")):
+            family = CounterMetricFamily(
+                f"giantleap_{role}_restarts",
+                f"{text} of this host that ended by themselves, by why.",
+                labels=("reason",),
+            )
+            for reason in _ENDS:  # also those that are 0, for a rate needs the value before the first one
+                family.add_metric((reason,), state.restarts[role].get(reason, 0))
+            yield family
+        yield _family(
+            "config_last_reload_successful",
+            "1 when all processes of this host run with the configuration that was last asked for.",
+            int(state.reload_successful),
         )
-        counts: dict[str, int] = json.loads(self._path.read_text()) if self._path.exists() else {}
-        for reason, count in sorted(counts.items()):
-            family.add_metric((reason,), count)
-        yield family
+        yield _family(
+            "config_last_reload_success_timestamp_seconds",
+            "Since when the processes of this host run with their configuration, Unix time.",
+            state.reloaded_at_s,
+        )
 
 
-def write_restarts(shared_dir: Path, counts: Mapping[str, int]) -> None:
-    """Tells every process of this host how often workers were restarted, by reason. Effects: replaces one file."""
-    written = shared_dir / f"{_RESTARTS_FILE}.new"
-    written.write_text(json.dumps(dict(counts)))
-    written.replace(shared_dir / _RESTARTS_FILE)
+def write_host_state(shared_dir: Path, state: HostState) -> None:
+    """Tells every process of this host what only its supervisor knows. Effects: replaces one file."""
+    written = shared_dir / f"{_STATE_FILE}.new"
+    written.write_text(json.dumps(asdict(state)))
+    written.replace(shared_dir / _STATE_FILE)
 
 
 def _family(name: str, text: str, value: float) -> GaugeMetricFamily:

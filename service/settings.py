@@ -1,15 +1,32 @@
-"""Every setting of the service in one frozen tree, read once from `GIANTLEAP_*` variables and passed down."""
+"""Every setting of the service in one frozen tree, read from `GIANTLEAP_*` variables and a file, and passed down.
+
+Variables win over the file (`GIANTLEAP_SETTINGS_FILE`, TOML), options of a command over both. Only the supervisor reads
+the file again, at SIGHUP, and hands its children what it read as variables (`to_environment`).
+"""
 
 import os
 import re
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 POCKET_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "pocket"
 _PREFIX = "GIANTLEAP_"
+NEEDS_RESTART = (
+    "settings_file",
+    "redis_url",
+    "key_prefix",
+    "data_dir",
+    "host",
+    "port",
+    "api_processes",
+    "worker_processes",
+)
+"""What a running supervisor cannot take over: sockets, processes and data that it has already."""
 _PAGE_DEFAULTS = {
     "bundle": "`bundles/pocket` of the installation",
     "data_dir": "`~/.giantleap`",
@@ -22,6 +39,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
+    settings_file: Path | None = Field(
+        None, description="TOML file of settings, read by `serve` and `api` again at SIGHUP; none: variables only."
+    )
     redis_url: str | None = Field(None, repr=False, description="Redis to use; none: `serve` starts an embedded one.")
     key_prefix: str = Field("giantleap", description="First part of every Redis key.", pattern=r"^[a-z0-9-]{1,32}$")
     data_dir: Path = Field(
@@ -145,8 +165,11 @@ class Settings(BaseSettings):
 
 
 def to_environment(settings: Settings) -> dict[str, str]:
-    """The `GIANTLEAP_*` variables that make `read_settings` in a child process return the same settings."""
-    values = settings.model_dump(mode="json", exclude_none=True)
+    """The `GIANTLEAP_*` variables that make `read_settings` in a child process return the same settings.
+
+    The file is not among them: a child that read it too could find another text than its parent did.
+    """
+    values = settings.model_dump(mode="json", exclude_none=True, exclude={"settings_file"})
     for name in values:  # a dump hides secrets
         if isinstance(secret := getattr(settings, name), SecretStr):
             values[name] = secret.get_secret_value()
@@ -156,17 +179,58 @@ def to_environment(settings: Settings) -> dict[str, str]:
     }
 
 
+def strip_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that are no settings."""
+    return {name: value for name, value in environment.items() if not name.upper().startswith(_PREFIX)}
+
+
 def read_settings(**overrides: object) -> Settings:
-    """Settings from the environment, `overrides` first.
+    """Settings: `overrides` first, then the environment, then the file that either names.
 
     Raises:
-        ValueError: a variable is unknown or has a bad value; the message names it.
+        ValueError: a variable or a name in the file is unknown or has a bad value, or the file cannot be read; the
+            message names it and holds no value.
     """
     known = {_PREFIX + name.upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in os.environ if name.upper().startswith(_PREFIX) and name.upper() not in known)
-    if unknown:
+    given = {name.upper(): value for name, value in os.environ.items() if name.upper().startswith(_PREFIX)}
+    if unknown := sorted(given.keys() - known):
         raise ValueError(f"unknown setting {', '.join(unknown)}; `giantleap settings` prints those that exist")
-    return Settings(**overrides)  # type: ignore[arg-type]
+    path = overrides.get("settings_file", given.get(_PREFIX + "SETTINGS_FILE"))
+    from_file = {} if path is None else _read_file(Path(str(path)))
+    unset = {name: value for name, value in from_file.items() if _PREFIX + name.upper() not in given}
+    return Settings(**(unset | overrides))  # type: ignore[arg-type]
+
+
+def _read_file(path: Path) -> dict[str, object]:
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"settings file {path}: {error.strerror}") from None
+    except ValueError as error:  # of TOML or of UTF-8: where it went wrong, not what stands there
+        raise ValueError(f"settings file {path} is not TOML: {error}") from None
+    if unknown := sorted(values.keys() - Settings.model_fields.keys() | values.keys() & {"settings_file"}):
+        raise ValueError(f"settings file {path}: no setting of a file is called {', '.join(unknown)}")
+    return values
+
+
+def to_lines(error: ValueError) -> list[str]:
+    """Why settings could not be read, one line for each setting, without its value."""
+    if not isinstance(error, ValidationError):
+        return [str(error)]
+    return [
+        f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in error.errors(include_input=False)
+    ]
+
+
+def take_settings(running: Settings, read: Settings) -> tuple[Settings, list[str]]:
+    """What processes are started with after a reload, and the names of changed settings that need a restart instead.
+
+    Args:
+        running: What the supervisor started with.
+        read: What it has read now.
+    """
+    changed = [name for name in NEEDS_RESTART if getattr(read, name) != getattr(running, name)]
+    return read.model_copy(update={name: getattr(running, name) for name in NEEDS_RESTART}), changed
 
 
 def to_page() -> str:
@@ -181,6 +245,13 @@ def to_page() -> str:
             "",
             "Every setting is an environment variable; `giantleap settings` prints this page. A variable with this",
             "prefix and another name stops the process at start.",
+            "",
+            "`GIANTLEAP_SETTINGS_FILE` names a TOML file of the same settings, in small letters without the prefix:",
+            "`queue_limit = 512`. What the command line or the environment says wins. SIGHUP to `giantleap serve` or",
+            "`giantleap api` reads it again (`operations.md`); only a restart changes "
+            + ", ".join(f"`{name}`" for name in NEEDS_RESTART[:4])
+            + ",",
+            ", ".join(f"`{name}`" for name in NEEDS_RESTART[4:]) + ".",
             "",
             "| variable | default | meaning |",
             "|---|---|---|",

@@ -1,7 +1,7 @@
 """Keeps the processes of one host alive: embedded Redis, API processes and workers; stops them all together.
 
-SIGHUP replaces them one by one: a new process reads bundles and artefacts as they now lie on disk, and only when it is
-ready does the old one drain (`Fleet.roll`).
+SIGHUP reads the settings again (`reload`) and replaces the processes one by one: a new one gets the new settings and
+reads bundles and artefacts as they now lie on disk, and only when it is ready does the old one drain (`Fleet.roll`).
 
 Children are separate Python processes that run `giantleap api` and `giantleap worker`. Each holds the read end of a
 pipe whose write end only this process has: when this process ends, however it ends, the pipe closes and
@@ -20,15 +20,16 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from service.cli_options import BAD_CONFIGURATION
 from service.embedded_redis import EmbeddedRedis
-from service.metrics import write_restarts
-from service.settings import Settings, to_environment
+from service.errors import BadConfiguration
+from service.metrics import HostState, write_host_state
+from service.settings import Settings, strip_settings, take_settings, to_environment, to_lines
 from service.watchdog import HUNG
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,8 @@ class Child:
     restart_at_s: float = field(default=0.0)
 
     @property
-    def is_worker(self) -> bool:
-        return self.argv[0] == "worker"
+    def role(self) -> str:
+        return self.argv[0]
 
 
 @dataclass(slots=True)
@@ -63,6 +64,14 @@ class Successor:
     process: subprocess.Popen[bytes]
     started_at_s: float
     ready_fd: int
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """With what processes are started, and how long they may drain."""
+
+    environment: Mapping[str, str]
+    grace_s: float
 
 
 def plan_restart(crashes: int, ran_s: float) -> tuple[int, float]:
@@ -78,8 +87,12 @@ def to_reason(code: int) -> str:
     return "killed" if code < 0 else "crashed" if code else "stopped"
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, reread: Callable[[], Settings]) -> int:
     """Run Redis (unless a URL is given), API and workers until SIGINT or SIGTERM; the exit code.
+
+    Args:
+        settings: As they were read.
+        reread: Reads them again, for SIGHUP; raises ValueError or BadConfiguration.
 
     Raises:
         OSError: the port is taken.
@@ -87,21 +100,21 @@ def serve(settings: Settings) -> int:
     """
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(open_listener(settings.host, settings.port))
-        redis = None
-        if settings.redis_url is None:
-            redis = EmbeddedRedis()
-            stack.callback(redis.stop)
-            settings = settings.model_copy(update={"redis_url": redis.start(settings.data_dir)})
         workers = [_worker(number) for number in range(settings.worker_processes)]
         children = [*_api_children(settings, listener), *workers]
-        return _supervise(settings, children, redis, stack)
+        if settings.redis_url is not None:
+            return _supervise(settings, reread, settings.redis_url, children, None, stack)
+        redis = EmbeddedRedis()
+        stack.callback(redis.stop)
+        return _supervise(settings, reread, redis.start(settings.data_dir), children, redis, stack)
 
 
-def serve_api(settings: Settings) -> int:
-    """Run only the API processes of this host until SIGINT or SIGTERM; the exit code."""
+def serve_api(settings: Settings, reread: Callable[[], Settings]) -> int:
+    """Run only the API processes of this host until SIGINT or SIGTERM; the exit code. `settings.redis_url` is set."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(open_listener(settings.host, settings.port))
-        return _supervise(settings, _api_children(settings, listener), None, stack)
+        children = _api_children(settings, listener)
+        return _supervise(settings, reread, settings.redis_url or "", children, None, stack)
 
 
 def _api_children(settings: Settings, listener: socket.socket) -> list[Child]:
@@ -129,9 +142,14 @@ def open_listener(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _supervise(
-    settings: Settings, children: Sequence[Child], redis: EmbeddedRedis | None, stack: contextlib.ExitStack
+    settings: Settings,
+    reread: Callable[[], Settings],
+    redis_url: str,
+    children: Sequence[Child],
+    redis: EmbeddedRedis | None,
+    stack: contextlib.ExitStack,
 ) -> int:
-    stop = threading.Event()
+    stop, hung_up = threading.Event(), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         previous = signal.signal(number, lambda *_: stop.set())
         stack.callback(signal.signal, number, previous)
@@ -139,16 +157,22 @@ def _supervise(
     stack.callback(os.close, lifeline_write)
     stack.callback(os.close, lifeline_read)
     metrics_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="giantleap-metrics-"))
-    environment = {**os.environ, **to_environment(settings), "PROMETHEUS_MULTIPROC_DIR": metrics_dir}
-    fleet = Fleet(children, environment, lifeline_read, Path(metrics_dir), settings.drain_grace_s)
+
+    def to_launch(chosen: Settings) -> Launch:
+        own = to_environment(chosen.model_copy(update={"redis_url": redis_url}))
+        shared = {"PROMETHEUS_MULTIPROC_DIR": metrics_dir}
+        return Launch(strip_settings(os.environ) | own | shared, chosen.drain_grace_s)
+
+    fleet = Fleet(children, to_launch(settings), lifeline_read, Path(metrics_dir))
     stack.callback(fleet.stop)
+    fleet.note_reload(True)
     on_terminal = os.isatty(0)
 
     def hang_up(*_: object) -> None:
         if on_terminal and not os.isatty(0):  # the terminal was closed, nobody asks for a replacement
             stop.set()
         else:
-            fleet.ask_roll()
+            hung_up.set()
 
     previous = signal.signal(signal.SIGHUP, hang_up)
     stack.callback(signal.signal, signal.SIGHUP, previous)
@@ -156,13 +180,46 @@ def _supervise(
     while not stop.is_set():
         if redis is not None and not redis.is_alive():
             log.warning("the embedded Redis ended by itself; starting it again at the same address")
-            redis.start(settings.data_dir, urlsplit(settings.redis_url or "").port or 0)
+            redis.start(settings.data_dir, urlsplit(redis_url).port or 0)
         code = fleet.keep()
         if code is not None:
             return code
+        if hung_up.is_set() and not fleet.is_rolling:
+            hung_up.clear()
+            reload(settings, reread, to_launch, fleet)
         fleet.roll()
         stop.wait(_POLL_S)
     return 0
+
+
+def reload(
+    settings: Settings, reread: Callable[[], Settings], to_launch: Callable[[Settings], Launch], fleet: "Fleet"
+) -> None:
+    """Read the settings again and have every process replaced by one that has them.
+
+    Effects: where they are wrong, one line in the log and a metric say so, and nothing else happens. Those that need
+    a restart stay as they are and are named in the log.
+
+    Args:
+        settings: What the supervisor started with.
+        reread: Reads them again.
+        to_launch: What to start processes with.
+        fleet: What is replaced.
+    """
+    try:
+        read = reread()
+    except ValueError as error:
+        log.error("settings not reloaded, the old ones stay: %s", "; ".join(to_lines(error)))
+        fleet.note_reload(False)
+        return
+    except BadConfiguration as error:
+        log.error("settings not reloaded, the old ones stay: %s", error.detail)
+        fleet.note_reload(False)
+        return
+    chosen, fixed = take_settings(settings, read)
+    if fixed:
+        log.warning("changed, but only a restart takes it over: %s", ", ".join(fixed))
+    fleet.ask_roll(to_launch(chosen))
 
 
 class Fleet:
@@ -170,31 +227,31 @@ class Fleet:
 
     Args:
         children: What shall run; workers and API processes.
-        environment: Theirs.
+        launch: With what they are started.
         lifeline_fd: The read end of the pipe that tells them of our end.
-        shared_dir: Where the restarts of workers are written for whoever answers `/metrics`.
-        grace_s: How long a process may drain.
+        shared_dir: Where restarts and reloads are written for whoever answers `/metrics`.
         command: What runs `giantleap`; tests give another.
     """
 
     def __init__(
         self,
         children: Sequence[Child],
-        environment: Mapping[str, str],
+        launch: Launch,
         lifeline_fd: int,
         shared_dir: Path,
-        grace_s: float,
         command: tuple[str, ...] = (sys.executable, "-m", "service.cli"),
     ) -> None:
         self._children = children
-        self._environment = environment
+        self._launch = launch
+        self._next: Launch | None = None
         self._lifeline_fd = lifeline_fd
         self._shared_dir = shared_dir
-        self._grace_s = grace_s
         self._command = command
-        self._restarts: Counter[str] = Counter()
-        self._roll_asked = False
+        self._restarts: dict[str, Counter[str]] = {"api": Counter(), "worker": Counter()}
+        self._reload_successful = True
+        self._reloaded_at_s = 0.0
         self._to_replace: list[Child] = []
+        self._replaced: list[Child] = []
         self._successor: Successor | None = None
         self._retiring: list[tuple[subprocess.Popen[bytes], float]] = []
 
@@ -203,7 +260,8 @@ class Fleet:
         for child in self._children:
             if child.process is None and time.monotonic() >= child.restart_at_s:
                 child.started_at_s = time.monotonic()
-                child.process = self._start(child)
+                launch = self._next if child in self._replaced else None
+                child.process = self._start(child, launch or self._launch)
             elif child.process is not None and (code := child.process.poll()) is not None:
                 child.process = None
                 if (given_up := self._plan_restart(child, code)) is not None:
@@ -214,9 +272,8 @@ class Fleet:
         if code == BAD_CONFIGURATION:
             log.error("%s cannot start: its configuration is wrong (see above)", child.name)
             return BAD_CONFIGURATION
-        if child.is_worker:
-            self._restarts[to_reason(code)] += 1
-            write_restarts(self._shared_dir, self._restarts)
+        self._restarts[child.role][to_reason(code)] += 1
+        self._write_state()
         child.crashes, delay_s = plan_restart(child.crashes, time.monotonic() - child.started_at_s)
         if child.crashes > _MOST_CRASHES:
             log.error("%s ended %d times in a row, last with code %d: giving up", child.name, child.crashes, code)
@@ -225,28 +282,41 @@ class Fleet:
         child.restart_at_s = time.monotonic() + delay_s
         return None
 
-    def ask_roll(self) -> None:
-        """Every process shall be replaced, workers first; one that is asked for meanwhile follows the one under way."""
-        self._roll_asked = True
+    def note_reload(self, successful: bool) -> None:
+        """What became of the last configuration that was asked for. Effects: `/metrics` of this host tells it."""
+        self._reload_successful = successful
+        if successful:
+            self._reloaded_at_s = time.time()
+        self._write_state()
+
+    def _write_state(self) -> None:
+        restarts = {role: dict(counts) for role, counts in self._restarts.items()}
+        state = HostState(restarts, self._reload_successful, self._reloaded_at_s)
+        write_host_state(self._shared_dir, state)
+
+    def ask_roll(self, launch: Launch) -> None:
+        """Every process shall be replaced by one that is started with `launch`, workers first; not while rolling."""
+        self._next = launch
+        self._replaced = []
+        self._to_replace = sorted(self._children, key=lambda child: child.role != "worker")
+        log.info("replacing %d processes one by one", len(self._to_replace))
 
     @property
     def is_rolling(self) -> bool:
-        return self._roll_asked or bool(self._to_replace) or bool(self._retiring)
+        return bool(self._to_replace) or bool(self._retiring)
 
     def roll(self) -> None:
         """The next step of a replacement: start a successor, hand over once it is ready, end what drained too long.
 
-        A successor that ends before it is ready ends the replacement: what runs goes on.
+        A successor that ends before it is ready ends the replacement: what runs goes on, and what was replaced
+        already is replaced again with the settings from before. One that ends by itself meanwhile is started again
+        with the settings that it had, for they are known to work.
         """
         for process, deadline_s in list(self._retiring):
             if process.poll() is not None:
                 self._retiring.remove((process, deadline_s))
             elif time.monotonic() >= deadline_s:
                 process.kill()
-        if self._roll_asked and not self._to_replace:
-            self._roll_asked = False
-            self._to_replace = sorted(self._children, key=lambda child: not child.is_worker)
-            log.info("replacing %d processes one by one", len(self._to_replace))
         if not self._to_replace:
             return
         child, successor = self._to_replace[0], self._successor
@@ -255,20 +325,36 @@ class Fleet:
         elif successor.process.poll() is not None:
             log.error("the new %s ended before it was ready; nothing more is replaced", child.name)
             self._drop_successor()
-            self._to_replace = []
+            self._give_up_roll()
         elif select.select([successor.ready_fd], [], [], 0)[0] and os.read(successor.ready_fd, 1):
-            if child.process is not None:
-                child.process.terminate()
-                self._retiring.append((child.process, time.monotonic() + self._grace_s + _KILL_AFTER_S))
-            child.process, child.started_at_s, child.crashes = successor.process, successor.started_at_s, 0
-            self._drop_successor()
-            self._to_replace.pop(0)
-            log.info("replaced %s by process %d", child.name, child.process.pid)
+            self._hand_over(child, successor)
+
+    def _hand_over(self, child: Child, successor: Successor) -> None:
+        if child.process is not None:
+            child.process.terminate()
+            grace_s = self._launch.grace_s if self._next is None else max(self._launch.grace_s, self._next.grace_s)
+            self._retiring.append((child.process, time.monotonic() + grace_s + _KILL_AFTER_S))
+        child.process, child.started_at_s, child.crashes = successor.process, successor.started_at_s, 0
+        self._drop_successor()
+        self._to_replace.remove(child)
+        self._replaced.append(child)
+        log.info("replaced %s by process %d", child.name, child.process.pid)
+        if not self._to_replace and self._next is not None:
+            self._launch, self._next = self._next, None
+            self.note_reload(True)
+
+    def _give_up_roll(self) -> None:
+        back = self._next is not None and self._next.environment != self._launch.environment
+        self._to_replace = self._replaced if back else []
+        self._next, self._replaced = None, []
+        if self._to_replace:
+            log.info("going back to the settings from before for %d processes", len(self._to_replace))
+        self.note_reload(False)
 
     def _start_successor(self, child: Child) -> Successor:
         ready_read, ready_write = os.pipe()
         try:
-            process = self._start(child, ready_write)
+            process = self._start(child, self._next or self._launch, ready_write)
         finally:
             os.close(ready_write)
         return Successor(process, time.monotonic(), ready_read)
@@ -278,14 +364,14 @@ class Fleet:
             os.close(self._successor.ready_fd)
         self._successor = None
 
-    def _start(self, child: Child, ready_fd: int | None = None) -> subprocess.Popen[bytes]:
+    def _start(self, child: Child, launch: Launch, ready_fd: int | None = None) -> subprocess.Popen[bytes]:
         argv = [*self._command, *child.argv, "--lifeline-fd", str(self._lifeline_fd)]
         fds = [self._lifeline_fd, *child.keep_fds]
         if ready_fd is not None:
             argv += ["--ready-fd", str(ready_fd)]
             fds.append(ready_fd)
         # A session of its own: Ctrl-C reaches only this process, which then stops the children in order.
-        process = subprocess.Popen(argv, env=self._environment, pass_fds=fds, start_new_session=True)
+        process = subprocess.Popen(argv, env=launch.environment, pass_fds=fds, start_new_session=True)
         log.info("started %s as process %d", child.name, process.pid)
         return process
 
@@ -298,7 +384,8 @@ class Fleet:
             self._drop_successor()
         for process in running:
             process.terminate()
-        deadline_s = time.monotonic() + self._grace_s + _KILL_AFTER_S
+        grace_s = max(launch.grace_s for launch in (self._launch, self._next) if launch is not None)
+        deadline_s = time.monotonic() + grace_s + _KILL_AFTER_S
         for process in running:
             try:
                 process.wait(max(0.1, deadline_s - time.monotonic()))

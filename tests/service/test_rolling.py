@@ -1,6 +1,10 @@
-"""SIGHUP to `giantleap serve` replaces every process while jobs go on; a bundle broken meanwhile changes nothing."""
+"""SIGHUP to `giantleap serve` replaces every process while jobs go on, with the settings that its file now says.
+
+A bundle or a file that is broken meanwhile changes nothing.
+"""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -34,7 +38,7 @@ def until(holds: Callable[[], bool], what: str) -> None:
 class Service:
     """A running `giantleap serve`, its log and its children."""
 
-    def __init__(self, bundle: Path, directory: Path) -> None:
+    def __init__(self, bundle: Path, directory: Path, **variables: str) -> None:
         port = free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", directory / "log"
         command = [
@@ -47,7 +51,7 @@ class Service:
             "--data-dir",
             str(directory / "data"),
         ]
-        environment = {**os.environ, "GIANTLEAP_BUNDLE": str(bundle), "GIANTLEAP_TORCH_THREADS": "1"}
+        environment = {**os.environ, "GIANTLEAP_BUNDLE": str(bundle), "GIANTLEAP_TORCH_THREADS": "1", **variables}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env=environment, stderr=log)
 
@@ -66,13 +70,17 @@ class Service:
                     found.add(child.pid)
         return found
 
+    def metric(self, name: str) -> float:
+        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.startswith(f"giantleap_{name} "))
+
     def count(self, text: str) -> int:
         return self.log.read_text().count(text)
 
 
 @contextmanager
-def serving(bundle: Path, directory: Path) -> Iterator[Service]:
-    service = Service(bundle, directory)
+def serving(bundle: Path, directory: Path, **variables: str) -> Iterator[Service]:
+    service = Service(bundle, directory, **variables)
     try:
         until(service.ready, "ready")
         yield service
@@ -147,3 +155,42 @@ def test_a_bundle_that_is_broken_meanwhile_changes_nothing(tiny_bundle_dir: Path
         assert service.pids() == old and service.ready()
         answer = httpx.post(f"{service.url}/generate", json=REQUEST, timeout=TIMEOUT_S)
         assert answer.status_code == 200
+
+
+def ends(service: Service) -> list[tuple[str, str]]:
+    """The id and the status of each job that a worker ended, from the log."""
+    lines = [json.loads(line) for line in service.log.read_text().splitlines() if '"job ended"' in line]
+    return [(line["job_id"], line["status"]) for line in lines]
+
+
+def test_settings_of_the_file_are_in_force_after_sighup_and_jobs_end_once(
+    tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text("queue_limit = 40\nbatch_items = 1\n")
+    with serving(tiny_bundle_dir, tmp_path, GIANTLEAP_SETTINGS_FILE=str(path)) as service:
+        assert service.metric("queue_limit") == 40 and service.metric("config_last_reload_successful") == 1
+        old, started_s = service.pids(), service.metric("config_last_reload_success_timestamp_seconds")
+
+        path.write_text("queue_limit = -1\n")
+        service.process.send_signal(signal.SIGHUP)
+        until(lambda: service.metric("config_last_reload_successful") == 0, "the wrong file was seen")
+        assert service.pids() == old and service.metric("queue_limit") == 40
+        assert service.count("settings not reloaded, the old ones stay: queue_limit: ") == 1
+
+        path.write_text('queue_limit = 3\nbatch_items = 2\nkey_prefix = "other"\n')
+        with Clients(service.url) as clients:
+            until(lambda: len(clients.jobs) > 3, "jobs before")
+            service.process.send_signal(signal.SIGHUP)
+            until(lambda: not old & service.pids(), "the old ones have drained")
+            until(lambda: service.metric("config_last_reload_successful") == 1, "the reload is told")
+            sent = len(clients.jobs)
+            until(lambda: len(clients.jobs) > sent + 3, "jobs after")
+        assert service.metric("queue_limit") == 3
+        assert service.metric("config_last_reload_success_timestamp_seconds") > started_s
+        assert service.count("only a restart takes it over: key_prefix") == 1
+        assert not clients.errors
+        for job_id in clients.jobs:
+            until(lambda job_id=job_id: state(service.url, job_id)["status"] == "succeeded", job_id)  # type: ignore[misc]
+        until(lambda: len(ends(service)) >= len(clients.jobs), "every end is in the log")
+        assert sorted(ends(service)) == sorted((job_id, "succeeded") for job_id in clients.jobs)

@@ -13,9 +13,10 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from service.cli_options import BAD_CONFIGURATION
-from service.metrics import RestartCollector
-from service.settings import read_settings, to_environment
-from service.supervisor import Child, Fleet, open_listener, plan_restart, to_reason
+from service.errors import BadConfiguration
+from service.metrics import HostCollector
+from service.settings import Settings, read_settings, to_environment
+from service.supervisor import Child, Fleet, Launch, open_listener, plan_restart, reload, to_reason
 from service.watchdog import HUNG
 
 
@@ -106,6 +107,9 @@ def note(what):
 stop = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: stop.set())
 note("start")
+note("value=" + os.environ.get("FLEET_VALUE", "old"))
+if os.environ.get("FLEET_BREAKS") == role:
+    sys.exit(1)
 if os.path.exists(os.environ["FLEET_LOG"] + ".code"):
     sys.exit(int(open(os.environ["FLEET_LOG"] + ".code").read()))
 if "--ready-fd" in given:
@@ -124,8 +128,24 @@ class FakeFleet:
         script = directory / "child.py"
         script.write_text(FAKE_CHILD)
         self.children = [Child("api-0", ("api",)), *(Child(f"worker-{n}", ("worker",)) for n in (0, 1))]
-        environment = {**os.environ, "FLEET_LOG": str(self.log)}
-        self.fleet = Fleet(self.children, environment, lifeline_fd, directory, 60.0, (sys.executable, str(script)))
+        self.directory = directory
+        self.fleet = Fleet(self.children, self.launch(), lifeline_fd, directory, (sys.executable, str(script)))
+
+    def launch(self, **variables: str) -> Launch:
+        return Launch({**os.environ, "FLEET_LOG": str(self.log), **variables}, 60.0)
+
+    def values(self) -> dict[int, str]:
+        """The value that each running process was started with."""
+        told = [line.split() for line in self.lines() if line.startswith("value=")]
+        started = {int(pid): what.removeprefix("value=") for what, _, pid in told}
+        running = [each.process for each in self.children if each.process is not None and each.process.poll() is None]
+        return {process.pid: started[process.pid] for process in running if process.pid in started}
+
+    def metric(self, name: str) -> float:
+        registry = CollectorRegistry()
+        registry.register(HostCollector(self.directory))
+        lines = generate_latest(registry).decode().splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.startswith(f"giantleap_{name} "))
 
     def pids(self) -> list[int | None]:
         return [None if child.process is None else child.process.pid for child in self.children]
@@ -133,12 +153,13 @@ class FakeFleet:
     def lines(self) -> list[str]:
         return self.log.read_text().splitlines() if self.log.exists() else []
 
-    def run_until(self, holds: Callable[[], bool]) -> None:
+    def run_until(self, holds: Callable[[], bool], *, rolls: bool = True) -> None:
         deadline_s = time.monotonic() + 60
         while not holds():
             assert time.monotonic() < deadline_s, self.lines()
             assert self.fleet.keep() is None
-            self.fleet.roll()
+            if rolls:
+                self.fleet.roll()
             time.sleep(0.01)
 
 
@@ -147,7 +168,7 @@ def fake_fleet(directory: Path) -> Iterator[FakeFleet]:
     read_fd, write_fd = os.pipe()
     fake = FakeFleet(directory, read_fd)
     try:
-        fake.run_until(lambda: len(fake.lines()) == 3)
+        fake.run_until(lambda: len(fake.lines()) == 6)
         yield fake
     finally:
         fake.fleet.stop()
@@ -159,7 +180,7 @@ def fake_fleet(directory: Path) -> Iterator[FakeFleet]:
 def test_a_replacement_starts_each_process_before_the_old_one_ends_workers_first(tmp_path: Path) -> None:
     with fake_fleet(tmp_path) as fake:
         old = fake.pids()
-        fake.fleet.ask_roll()
+        fake.fleet.ask_roll(fake.launch())
         fake.run_until(lambda: not fake.fleet.is_rolling)
         new = fake.pids()
         assert not set(old) & set(new)
@@ -173,21 +194,115 @@ def test_a_replacement_that_cannot_start_leaves_the_old_processes_alone(tmp_path
     with fake_fleet(tmp_path) as fake:
         old = fake.pids()
         fake.code.write_text("2")
-        fake.fleet.ask_roll()
+        fake.fleet.ask_roll(fake.launch())
         fake.run_until(lambda: not fake.fleet.is_rolling)
-        assert fake.pids() == old and len(fake.lines()) == 4, "one successor was tried, nothing was ended"
+        assert fake.pids() == old and len(fake.lines()) == 8, "one successor was tried, nothing was ended"
+        assert fake.metric("config_last_reload_successful") == 0
 
 
-def test_restarts_of_workers_are_counted_by_why_they_ended(tmp_path: Path) -> None:
+def test_a_replacement_brings_the_new_settings_to_every_process(tmp_path: Path) -> None:
     with fake_fleet(tmp_path) as fake:
-        worker = fake.children[1].process
-        assert worker is not None
-        worker.kill()
-        worker.wait()
-        fake.run_until(lambda: len(fake.lines()) == 4)
-    registry = CollectorRegistry()
-    registry.register(RestartCollector(tmp_path))
-    assert 'giantleap_worker_restarts_total{reason="killed"} 1.0' in generate_latest(registry).decode()
+        fake.fleet.ask_roll(fake.launch(FLEET_VALUE="new"))
+        fake.run_until(lambda: not fake.fleet.is_rolling)
+        assert set(fake.values().values()) == {"new"}
+        assert fake.metric("config_last_reload_successful") == 1
+        assert fake.metric("config_last_reload_success_timestamp_seconds") > time.time() - 600
+        _kill(fake.children[0])
+        fake.run_until(lambda: len(fake.values()) == 3)
+        assert set(fake.values().values()) == {"new"}, "what is started again later has them too"
+
+
+def test_settings_that_a_later_process_cannot_run_with_are_taken_back_from_all(tmp_path: Path) -> None:
+    with fake_fleet(tmp_path) as fake:
+        api = fake.pids()[0]
+        fake.fleet.ask_roll(fake.launch(FLEET_VALUE="new", FLEET_BREAKS="api"))
+        fake.run_until(lambda: "new" in fake.values().values())
+        fake.run_until(lambda: not fake.fleet.is_rolling)
+        assert fake.pids()[0] == api and set(fake.values().values()) == {"old"}
+        assert len([line for line in fake.lines() if line.startswith("value=new")]) == 3, (
+            "two workers and the API tried"
+        )
+        assert fake.metric("config_last_reload_successful") == 0
+
+
+def test_a_process_that_ends_during_a_replacement_comes_back_with_the_settings_that_it_had(tmp_path: Path) -> None:
+    with fake_fleet(tmp_path) as fake:
+        fake.fleet.ask_roll(fake.launch(FLEET_VALUE="new"))
+        fake.run_until(lambda: list(fake.values().values()).count("new") == 1)
+        replaced = next(child for child in fake.children if fake.values().get(child.process.pid) == "new")  # type: ignore[union-attr]
+        for child in (replaced, fake.children[0]):
+            _kill(child)
+        fake.run_until(lambda: len(fake.values()) == 3, rolls=False)
+        assert sorted(fake.values().values()) == ["new", "old", "old"]
+        fake.run_until(lambda: not fake.fleet.is_rolling)
+        assert set(fake.values().values()) == {"new"}
+
+
+def _kill(child: Child) -> None:
+    assert child.process is not None
+    child.process.kill()
+    child.process.wait()
+
+
+class NotingFleet:
+    """Only remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[Launch] = []
+        self.reloads: list[bool] = []
+
+    def ask_roll(self, launch: Launch) -> None:
+        self.asked.append(launch)
+
+    def note_reload(self, successful: bool) -> None:
+        self.reloads.append(successful)
+
+
+def _reload(settings: Settings, reread: Callable[[], Settings]) -> NotingFleet:
+    fleet = NotingFleet()
+    reload(settings, reread, lambda chosen: Launch(to_environment(chosen), chosen.drain_grace_s), fleet)  # type: ignore[arg-type]
+    return fleet
+
+
+def test_a_reload_takes_what_it_can_and_names_what_needs_a_restart(caplog: pytest.LogCaptureFixture) -> None:
+    settings = read_settings(port=8000, queue_limit=5)
+    fleet = _reload(settings, lambda: read_settings(port=9000, queue_limit=7, drain_grace_s=3, key_prefix="other"))
+    (launch,) = fleet.asked
+    assert launch.environment["GIANTLEAP_QUEUE_LIMIT"] == "7" and launch.grace_s == 3
+    assert launch.environment["GIANTLEAP_PORT"] == "8000" and launch.environment["GIANTLEAP_KEY_PREFIX"] == "giantleap"
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "changed, but only a restart takes it over: key_prefix, port"
+    ]
+
+
+def test_settings_that_are_wrong_replace_nothing_and_are_one_line(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text('queue_limit = 0\nwebhook_secret = ""\n')
+    fleet = _reload(read_settings(), lambda: read_settings(settings_file=path))
+    assert fleet.asked == [] and fleet.reloads == [False]
+
+    def no_keys() -> Settings:
+        raise BadConfiguration("the keys file is wrong")
+
+    fleet = _reload(read_settings(), no_keys)
+    assert fleet.asked == [] and fleet.reloads == [False]
+    assert [record.message for record in caplog.records] == [
+        "settings not reloaded, the old ones stay: queue_limit: Input should be greater than or equal to 1; "
+        "webhook_secret: Value should have at least 1 item after validation, not 0",
+        "settings not reloaded, the old ones stay: the keys file is wrong",
+    ]
+
+
+def test_restarts_are_counted_by_role_and_by_why_a_process_ended(tmp_path: Path) -> None:
+    with fake_fleet(tmp_path) as fake:
+        for child in fake.children[:2]:
+            _kill(child)
+        fake.run_until(lambda: len(fake.lines()) == 10)
+        for role in ("worker", "api"):
+            assert fake.metric(f'{role}_restarts_total{{reason="killed"}}') == 1
+            assert fake.metric(f'{role}_restarts_total{{reason="crashed"}}') == 0
 
 
 def test_an_exit_code_says_why() -> None:
