@@ -31,7 +31,7 @@ from models.latent_statistics import LatentStatistics
 from models.lua import Lua
 from models.route import Route
 from models.vae import Vae
-from training.evaluate import shrink
+from training.evaluation_cases import shrink
 from training.guard_statistics import measure_statistics
 from training.leaves import draw_leaves
 from training.pocket_pairs import draw_view

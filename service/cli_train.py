@@ -190,8 +190,9 @@ def evaluate(
     """Measure weights against bicubic; what cannot be measured is named with its reason."""
     from models.foreign_weights import CheckpointError
     from models.vae import VaeError
-    from training.evaluate import EvaluateConfig, EvaluationError
+    from training.evaluate import EvaluateConfig
     from training.evaluate import evaluate as measure
+    from training.evaluation_cases import EvaluationError
     from training.evaluation_report import to_markdown
     from training.feature_extractors import open_networks
     from training.pairs_store import PairsError

@@ -1,8 +1,9 @@
 """Measures LUA weights against bicubic, on pictures or on held-out pairs: `giantleap train evaluate`.
 
-`evaluate` goes through the cases once: each is enlarged by every method, compared with its target and kept only as
-features, channel statistics and a crop for the sheet. `training/metrics.py` measures, `training/latent_statistics.py`
-compares distributions, `training/evaluation_report.py` writes what a person reads.
+`evaluate` goes through the cases of `training/evaluation_cases.py` once: `Findings.add` enlarges each by every method,
+compares it with its target and keeps only features, channel statistics and a crop for the sheet. `training/metrics.py`
+measures, `training/latent_statistics.py` compares distributions, `training/evaluation_report.py` writes what a person
+reads.
 """
 
 import json
@@ -15,16 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from models.bundle import Bundle, read_bundle
 from models.checkpoints import read_lua
-from models.images import to_signed
 from models.lua import Lua
 from models.vae import Vae
 from models.weight_files import file_hash
+from training.evaluation_cases import Case, EvaluationError, read_pairs, read_pictures
 from training.evaluation_report import read_machine, to_markdown, write_distributions, write_sheet
 from training.frozen_vae import read_vae, vae_hash
 from training.latent_statistics import Pool, compare, pool
@@ -41,15 +41,9 @@ from training.metrics import (
     ssim,
     to_levels,
 )
-from training.pairs_store import PairsStore
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 BICUBIC_PIXELS, BICUBIC_LATENT, ROUND_TRIP = "bicubic pixels", "bicubic latent", "VAE round trip"
 SHEET_ROWS = 8
-
-
-class EvaluationError(ValueError):
-    """An evaluation that cannot be made as asked."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +77,6 @@ class EvaluateConfig:
     kid_subsets: int = KID_SUBSETS
     kid_subset_size: int = KID_SUBSET_SIZE
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Case:
-    """One picture: `target` [1, 3, height_px, width_px] in [-1, 1], raw latents [1, channels, h, w] by level."""
-
-    name: str
-    target: Tensor
-    latents: Mapping[int, Tensor]
-    is_photo: bool
-    caption: str | None = None
 
 
 @dataclass
@@ -148,47 +131,24 @@ def evaluate(config: EvaluateConfig, device: torch.device, networks: Networks | 
     nets = _read_nets(config, bundle, device)
     scales = sorted({scale for net in nets.values() for scale in net.spec.scales})
     vae = read_vae(bundle, device, torch.float32)
-    judge, targets = Judge(config, networks), Tally()
-    tallies: dict[tuple[int, str], Tally] = {}
-    latents, pixels = Statistics(), Statistics()
-    rows: list[tuple[str, dict[str, Tensor]]] = []
-    count = 0
+    found = Findings(Judge(config, networks))
     for case in tqdm(_cases(config, bundle, vae, scales), desc="evaluate", unit="picture"):
-        target = to_levels(case.target)
-        latents.add("target", case.latents[1])
-        pixels.add("target", target.float() / 255.0)
-        judge.add_features(targets, count, target)
-        shown = {"target": target}
-        if case.is_photo:
-            round_trip = to_levels(vae.decode(case.latents[1]))
-            judge.add(tallies.setdefault((1, ROUND_TRIP), Tally()), count, case, round_trip, target)
-        for scale in scales:
-            latents.add(f"x{scale} small", case.latents[scale])
-            for method, (latent, picture) in _enlarge(vae, nets, case, scale).items():
-                levels = to_levels(picture)
-                if latent is not None:
-                    latents.add(f"x{scale} {method}", latent)
-                pixels.add(f"x{scale} {method}", levels.float() / 255.0)
-                judge.add(tallies.setdefault((scale, method), Tally()), count, case, levels, target)
-                if method != BICUBIC_LATENT:
-                    shown[f"x{scale} {method}"] = levels
-        if len(rows) < SHEET_ROWS:
-            rows.append((case.name, shown))
-        count += 1
-    if not count:
+        found.add(case, vae, nets, scales)
+    if not found.count:
         raise EvaluationError(f"{config.images or config.pairs}: nothing to measure there")
+    latents, pixels = found.latents.merged(), found.pixels.merged()
     report = {
-        **_origin(config, bundle, nets, networks, count, device),
-        "scores": _scores(config, tallies, targets, judge.missing),
-        "latent_statistics": _gaps(latents.merged()),
-        "pixel_statistics": _gaps(pixels.merged()),
+        **_origin(config, bundle, nets, networks, found.count, device),
+        "scores": _scores(config, found.tallies, found.targets, found.judge.missing),
+        "latent_statistics": _gaps(latents),
+        "pixel_statistics": _gaps(pixels),
     }
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "evaluation.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (config.out / "evaluation.md").write_text(to_markdown(report), encoding="utf-8")
-    write_sheet(rows, config.out / "sheet.png")
+    write_sheet(found.rows, config.out / "sheet.png")
     for scale in scales:
-        write_distributions(latents.merged(), pixels.merged(), scale, config.out / f"distributions_x{scale}.png")
+        write_distributions(latents, pixels, scale, config.out / f"distributions_x{scale}.png")
     return report
 
 
@@ -216,57 +176,9 @@ def _cases(config: EvaluateConfig, bundle: Bundle, vae: Vae, scales: Sequence[in
     if (config.images is None) == (config.pairs is None):
         raise EvaluationError("give either pictures (--images) or pairs (--pairs)")
     if config.pairs is not None:
-        return _cases_of_pairs(config, config.pairs, bundle, vae)
+        return read_pairs(config.pairs, bundle, vae, config.limit)
     assert config.images is not None
-    return _cases_of_images(config, config.images, bundle, vae, scales)
-
-
-def _cases_of_pairs(config: EvaluateConfig, folder: Path, bundle: Bundle, vae: Vae) -> Iterator[Case]:
-    store = PairsStore.open(folder)
-    if store.summary["vae_sha256"] != vae_hash(bundle):
-        raise EvaluationError(f"{folder}: these pairs were made with another VAE than that of bundle {bundle.name}")
-    for tile in range(min(len(store), config.limit or len(store))):
-        latents = {level: values.to(vae.device) for level, values in store.read([tile]).items()}
-        yield Case(f"tile {tile}", vae.decode(latents[1]), latents, is_photo=False)
-
-
-def _cases_of_images(
-    config: EvaluateConfig, folder: Path, bundle: Bundle, vae: Vae, scales: Sequence[int]
-) -> Iterator[Case]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    multiple_px = bundle.latent_space.multiple_px * max(scales)
-    for path in paths[: config.limit]:
-        picture = read_picture(path, config.crop_px, multiple_px).to(vae.device)
-        latents = {level: vae.encode(shrink(picture, level)) for level in (1, *scales)}
-        caption = path.with_suffix(".txt")
-        words = caption.read_text(encoding="utf-8").strip() if caption.is_file() else None
-        yield Case(path.name, picture, latents, is_photo=True, caption=words)
-
-
-def read_picture(path: Path, crop_px: int | None, multiple_px: int) -> Tensor:
-    """The centre of a picture, upright, its sides multiples of `multiple_px`; [1, 3, height_px, width_px] in [-1, 1].
-
-    Raises:
-        EvaluationError: It is damaged or too small.
-    """
-    try:
-        with Image.open(path) as opened:
-            pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise EvaluationError(f"{path}: no picture that can be read: {error}") from error
-    height, width = (min(side, crop_px or side) // multiple_px * multiple_px for side in pixels.shape[:2])
-    if not height or not width:
-        raise EvaluationError(f"{path}: {pixels.shape[1]}x{pixels.shape[0]} px is less than {multiple_px} px a side")
-    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
-    return to_signed(torch.from_numpy(np.ascontiguousarray(pixels[top : top + height, left : left + width])))[None]
-
-
-def shrink(picture: Tensor, scale: int) -> Tensor:
-    """Antialiased bicubic, to 8-bit levels, as a file would hand it over; 1 gives the picture back."""
-    if scale == 1:
-        return picture
-    small = F.interpolate(picture, scale_factor=1.0 / scale, mode="bicubic", antialias=True)
-    return to_levels(small).float() / 127.5 - 1.0
+    return read_pictures(config.images, bundle, vae, scales, config.limit, config.crop_px)
 
 
 def _enlarge(vae: Vae, nets: Mapping[str, Lua], case: Case, scale: int) -> dict[str, tuple[Tensor | None, Tensor]]:
@@ -330,6 +242,56 @@ class Judge:
             self.missing["patch_features"] = str(error)
             return
         tally.patch_features.append(self.networks.features(crop(image, places, said.patch_px)).cpu())
+
+
+@dataclass
+class Findings:
+    """What is kept of the cases, of which only one is in memory at a time.
+
+    Args:
+        judge: Measures.
+        targets: Features of the targets.
+        tallies: Of each scale and method.
+        latents: Statistics of the latents, by kind.
+        pixels: Statistics of the pictures, in [0, 1], by kind.
+        rows: Names and pictures of the first cases, for the sheet.
+        count: Cases so far.
+    """
+
+    judge: Judge
+    targets: Tally = field(default_factory=Tally)
+    tallies: dict[tuple[int, str], Tally] = field(default_factory=dict)
+    latents: Statistics = field(default_factory=Statistics)
+    pixels: Statistics = field(default_factory=Statistics)
+    rows: list[tuple[str, dict[str, Tensor]]] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, case: Case, vae: Vae, nets: Mapping[str, Lua], scales: Sequence[int]) -> None:
+        """Enlarges a case by every method and compares with its target."""
+        target = to_levels(case.target)
+        self.latents.add("target", case.latents[1])
+        self.pixels.add("target", target.float() / 255.0)
+        self.judge.add_features(self.targets, self.count, target)
+        shown = {"target": target}
+        if case.is_photo:
+            round_trip = to_levels(vae.decode(case.latents[1]))
+            self.judge.add(self._tally(1, ROUND_TRIP), self.count, case, round_trip, target)
+        for scale in scales:
+            self.latents.add(f"x{scale} small", case.latents[scale])
+            for method, (latent, picture) in _enlarge(vae, nets, case, scale).items():
+                levels = to_levels(picture)
+                if latent is not None:
+                    self.latents.add(f"x{scale} {method}", latent)
+                self.pixels.add(f"x{scale} {method}", levels.float() / 255.0)
+                self.judge.add(self._tally(scale, method), self.count, case, levels, target)
+                if method != BICUBIC_LATENT:
+                    shown[f"x{scale} {method}"] = levels
+        if len(self.rows) < SHEET_ROWS:
+            self.rows.append((case.name, shown))
+        self.count += 1
+
+    def _tally(self, scale: int, method: str) -> Tally:
+        return self.tallies.setdefault((scale, method), Tally())
 
 
 Value = float | str

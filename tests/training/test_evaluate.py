@@ -18,7 +18,8 @@ from models.lua import Lua, LuaSpec
 from service.cli_train import app
 from tests.tiny_bundle import write_tiny_lua
 from tests.training.pictures import write_pictures
-from training.evaluate import EvaluateConfig, EvaluationError, evaluate, read_picture, shrink
+from training.evaluate import EvaluateConfig, evaluate
+from training.evaluation_cases import EvaluationError, read_picture, shrink
 from training.frozen_vae import read_vae
 from training.metrics import Networks, fid, kid, psnr_db, ssim, to_levels
 from training.prepare import PrepareConfig, prepare
