@@ -1,0 +1,94 @@
+"""What `giantleap train evaluate` measures on: pictures of a folder, or pairs that were held out, one at a time."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from models.bundle import Bundle
+from models.images import to_signed
+from models.vae import Vae
+from training.frozen_vae import vae_hash
+from training.metrics import to_levels
+from training.pairs_store import PairsStore
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be made as asked."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture: `target` [1, 3, height_px, width_px] in [-1, 1], raw latents [1, channels, h, w] by level."""
+
+    name: str
+    target: Tensor
+    latents: Mapping[int, Tensor]
+    is_photo: bool
+    caption: str | None = None
+
+
+def read_pairs(folder: Path, bundle: Bundle, vae: Vae, limit: int | None) -> Iterator[Case]:
+    """The first pairs of a store, whose decoded large latents are the targets.
+
+    Raises:
+        EvaluationError: They are of another VAE.
+        PairsError: The store cannot be read.
+    """
+    store = PairsStore.open(folder)
+    if store.summary["vae_sha256"] != vae_hash(bundle):
+        raise EvaluationError(f"{folder}: these pairs were made with another VAE than that of bundle {bundle.name}")
+    for tile in range(min(len(store), limit or len(store))):
+        latents = {level: values.to(vae.device) for level, values in store.read([tile]).items()}
+        yield Case(f"tile {tile}", vae.decode(latents[1]), latents, is_photo=False)
+
+
+def read_pictures(
+    folder: Path, bundle: Bundle, vae: Vae, scales: Sequence[int], limit: int | None, crop_px: int | None
+) -> Iterator[Case]:
+    """The first pictures of a folder, by name, with their captions; each is its own target.
+
+    Raises:
+        EvaluationError: One is damaged or too small.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    multiple_px = bundle.latent_space.multiple_px * max(scales)
+    for path in paths[:limit]:
+        picture = read_picture(path, crop_px, multiple_px).to(vae.device)
+        latents = {level: vae.encode(shrink(picture, level)) for level in (1, *scales)}
+        caption = path.with_suffix(".txt")
+        words = caption.read_text(encoding="utf-8").strip() if caption.is_file() else None
+        yield Case(path.name, picture, latents, is_photo=True, caption=words)
+
+
+def read_picture(path: Path, crop_px: int | None, multiple_px: int) -> Tensor:
+    """The centre of a picture, upright, its sides multiples of `multiple_px`; [1, 3, height_px, width_px] in [-1, 1].
+
+    Raises:
+        EvaluationError: It is damaged or too small.
+    """
+    try:
+        with Image.open(path) as opened:
+            pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise EvaluationError(f"{path}: no picture that can be read: {error}") from error
+    height, width = (min(side, crop_px or side) // multiple_px * multiple_px for side in pixels.shape[:2])
+    if not height or not width:
+        raise EvaluationError(f"{path}: {pixels.shape[1]}x{pixels.shape[0]} px is less than {multiple_px} px a side")
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return to_signed(torch.from_numpy(np.ascontiguousarray(pixels[top : top + height, left : left + width])))[None]
+
+
+def shrink(picture: Tensor, scale: int) -> Tensor:
+    """Antialiased bicubic, to 8-bit levels, as a file would hand it over; 1 gives the picture back."""
+    if scale == 1:
+        return picture
+    small = F.interpolate(picture, scale_factor=1.0 / scale, mode="bicubic", antialias=True)
+    return to_levels(small).float() / 127.5 - 1.0
