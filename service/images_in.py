@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
+from PIL import Image
 
+from models.rgb import to_rgb
 from service.errors import InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
 
 Pixels = npt.NDArray[np.uint8]
@@ -22,22 +23,6 @@ Pixels = npt.NDArray[np.uint8]
 _STARTS = {"image/png": (b"\x89PNG\r\n\x1a\n",), "image/jpeg": (b"\xff\xd8\xff",), "image/webp": (b"RIFF",)}
 INPUT_IMAGE_TYPES = tuple(_STARTS)
 _FORMATS = ("PNG", "JPEG", "WEBP")
-# What shows an image upright, by its orientation (EXIF 2.32, tag 0x0112); 1 is upright.
-_TURNS: dict[object, Image.Transpose] = dict(
-    zip(
-        range(2, 9),
-        (
-            Image.Transpose.FLIP_LEFT_RIGHT,
-            Image.Transpose.ROTATE_180,
-            Image.Transpose.FLIP_TOP_BOTTOM,
-            Image.Transpose.TRANSPOSE,
-            Image.Transpose.ROTATE_270,
-            Image.Transpose.TRANSVERSE,
-            Image.Transpose.ROTATE_90,
-        ),
-        strict=True,
-    )
-)
 # What Pillow raises on a damaged file, by format and by place in it.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
 
@@ -98,7 +83,7 @@ def read_image(body: bytes, most_px: int) -> Pixels:
             if getattr(image, "n_frames", 1) > 1:
                 raise UnsupportedMediaType("the image is animated; send a single frame")
             image.load()
-            return np.asarray(_to_rgb(_to_upright(image)))
+            return np.asarray(to_rgb(image))
     except Image.DecompressionBombError as error:
         raise PayloadTooLarge(f"the image has far more pixels than the {most_px} that are allowed") from error
     except _DAMAGED as error:
@@ -150,19 +135,3 @@ def _check_type(body: bytes, content_type: str | None) -> None:
         raise UnsupportedMediaType(f"content type {declared[:80]!r}; images are sent as {', '.join(INPUT_IMAGE_TYPES)}")
     if declared not in (found, "application/octet-stream"):
         raise MalformedRequest(f"the image is declared as {declared} but starts like {found}")
-
-
-def _to_upright(image: Image.Image) -> Image.Image:
-    """The image as it is shown. Pillow's `exif_transpose` also writes the EXIF data anew, which fails on odd ones."""
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    return image if turn is None else image.transpose(turn)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        grey = np.asarray(image).astype(np.uint32) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        shown = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown).convert("RGB")
-    return image.convert("RGB")

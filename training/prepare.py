@@ -23,11 +23,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from models.bundle import read_bundle
+from models.rgb import to_rgb
 from models.vae import Vae
 from training.frozen_vae import read_vae, vae_hash
 from training.hf_source import HubSource, list_rows
@@ -187,8 +188,7 @@ def read_picture(source: Source) -> tuple[Image.Image | None, str, str]:
     digest = hashlib.sha256(content).hexdigest()
     try:
         with Image.open(io.BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image)
-            return upright.convert("RGB"), digest, ""
+            return to_rgb(image), digest, ""
     except _DAMAGE as error:
         return None, digest, f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
 

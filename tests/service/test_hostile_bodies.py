@@ -210,7 +210,7 @@ async def test_an_image_bomb_is_refused_before_it_is_unpacked(
     assert len(file) < 200_000
     if status == 413:  # the header alone decides
         monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("pixels were read"))
-        monkeypatch.setattr(images_in, "_to_rgb", lambda image: pytest.fail("pixels were read"))
+        monkeypatch.setattr(images_in, "to_rgb", lambda image: pytest.fail("pixels were read"))
     answer = await client.post("/upscale", content=file, headers={"Content-Type": "image/png"})
     assert answer.status_code == status, answer.text
     text = base64.b64encode(file).decode()

@@ -230,6 +230,24 @@ def test_a_picture_is_turned_upright_before_it_is_cut(tiny_bundle_dir: Path, tmp
     assert {tuple(line["tile"]) for line in read_index(tmp_path / "out")} == {(0, 0), (0, 1)}
 
 
+def test_deep_and_transparent_pictures_are_trained_on_as_a_viewer_shows_them(
+    tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    clear = Image.new("RGBA", (64, 64), (200, 10, 10, 0))
+    for name, image, plain in (
+        ("a", Image.fromarray(grey), Image.fromarray((grey >> 8).astype(np.uint8))),
+        ("b", clear, Image.new("RGB", (64, 64), "white")),
+    ):
+        image.save(folder / f"{name}-as-given.png")
+        plain.save(folder / f"{name}-plain.png")
+    prepare(config_of(folder, tiny_bundle_dir, tmp_path / "out"), CPU)
+    digests = {line["source"]: line["sha256"] for line in read_index(tmp_path / "out") if line["scale"] == 1}
+    assert digests["a-as-given.png"] == digests["a-plain.png"] != digests["b-plain.png"] == digests["b-as-given.png"]
+
+
 def test_the_commands_prepare_and_train(pictures: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
     (pictures / "bad.png").write_bytes(b"no picture")
     sizes = ["--min-side-px", "64", "--tile-px", "64", "--device", "cpu"]
