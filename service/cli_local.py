@@ -19,6 +19,7 @@ from models.bundle import Bundle, BundleError, read_bundle
 from service.cli_options import BundleOption, DecodeOption, DeviceOption, MethodOption, settings_from, stop
 from service.errors import GiantleapError
 from service.images_in import fit_image, read_image
+from service.jobs import GenerateParams
 from service.latents_in import LATENT_TENSOR
 from service.planning import choose_method, choose_scale, plan_generate, prepare_upscale
 from service.schemas import GenerateRequest, UpscaleQuery
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from tqdm import tqdm
 
+    from models.generator import DrawItem
     from models.images import ImageFormat
     from models.route import Route, StageClock
 
@@ -90,25 +92,39 @@ def generate(
     if served.closed_vocabulary:
         _warn_of_unknown_words(served, prompt)
 
+    route = _route(settings, served)
+    clock = route.clock()
+    latent = _draw(route, _to_item(params, fitted), clock)
+    _, images = route.finish([latent], params.scale, params.method, params.decode, clock.measure)
+    _write_image(out, output_format, images[0], clock)
+
+
+def _to_item(params: GenerateParams, start: bytes | None) -> "DrawItem":
+    """What the route draws; `start` is the image of the base size that a job with a strength starts from."""
     import torch
-    from tqdm import tqdm
 
     from models.generator import DrawItem
     from models.images import to_signed
 
-    route = _route(settings, served)
     width_px, height_px = params.base_size_px
-    item = DrawItem(prompt, params.negative_prompt, seed, width_px, height_px, params.steps, params.guidance_scale)
-    if fitted is not None and params.strength is not None:
-        pixels = torch.from_numpy(read_image(fitted, width_px * height_px))
-        item = replace(item, init_image=to_signed(pixels), strength=params.strength)
-    clock = route.clock()
+    item = DrawItem(
+        params.prompt, params.negative_prompt, params.seed, width_px, height_px, params.steps, params.guidance_scale
+    )
+    if start is None or params.strength is None:
+        return item
+    pixels = torch.from_numpy(read_image(start, width_px * height_px))
+    return replace(item, init_image=to_signed(pixels), strength=params.strength)
+
+
+def _draw(route: "Route", item: "DrawItem", clock: "StageClock") -> "Tensor":
+    """The item's raw latent, while a bar shows the steps."""
+    from tqdm import tqdm
+
     with tqdm(total=item.steps, desc="generate", unit="step") as bar, clock.measure("generate"):
         (latent,) = route.generate([item], lambda step, steps: _advance(bar, step), set)
     if latent is None:
         stop("the drawing was canceled")
-    _, images = route.finish([latent], params.scale, params.method, params.decode, clock.measure)
-    _write_image(out, output_format, images[0], clock)
+    return latent
 
 
 def upscale(
