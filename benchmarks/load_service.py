@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from service.allocator import keep_freed_memory
 from service.claims import Claim, Claims
 from service.embedded_redis import EmbeddedRedis
 from service.jobs import ResultFile, UpscaleParams
@@ -166,4 +167,5 @@ if __name__ == "__main__":
     parser.add_argument("workers", type=int)
     parser.add_argument("work_ms", type=float)
     options = parser.parse_args()
+    keep_freed_memory()
     work(read_settings(), options.workers, options.work_ms)

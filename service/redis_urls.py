@@ -50,7 +50,7 @@ _PATIENCE_S, _PAUSE_S = 120.0, 0.5
 _SENTINEL_PORT, _SERVER_PORT = 26379, 6379
 # Asked before each connect: a sentinel that is gone costs this once, then the next one is asked first.
 _SENTINEL_TIMEOUT_S = 1.0
-_TIMEOUTS: dict[str, Any] = {"socket_timeout": 10.0, "socket_connect_timeout": 5.0, "socket_keepalive": True}
+_TIMEOUTS: dict[str, Any] = {"socket_timeout": 10.0, "socket_connect_timeout": 5.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def open_redis(url: str, patience_s: float = _PATIENCE_S) -> SyncRedis:
     """
     address = read_address(url)
     retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2)
-    options: dict[str, Any] = {**_TIMEOUTS, **address.login, "retry": retry}
+    options: dict[str, Any] = {**_timeouts(url), **address.login, "retry": retry}
     if address.kind == "cluster":
         return _open_cluster(address, options, patience_s)
     options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
@@ -145,6 +145,11 @@ def open_redis(url: str, patience_s: float = _PATIENCE_S) -> SyncRedis:
         return redis.Redis.from_url(url, **options)
     except ValueError:
         raise BadConfiguration(f"the Redis URL cannot be read; allowed is {_FORMS}") from None
+
+
+def _timeouts(url: str) -> dict[str, Any]:
+    """Of every connection; one through the file system has no keep-alive, and redis-py takes none."""
+    return _TIMEOUTS if url.startswith("unix") else {**_TIMEOUTS, "socket_keepalive": True}
 
 
 def _open_cluster(address: Address, options: dict[str, Any], patience_s: float) -> redis.RedisCluster:
@@ -169,7 +174,7 @@ def open_async_redis(url: str) -> AsyncRedis:
     """
     address = read_address(url)
     retry = AsyncRetry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), 4)
-    options: dict[str, Any] = {**_TIMEOUTS, **address.login, "retry": retry, "max_connections": 10_000}
+    options: dict[str, Any] = {**_timeouts(url), **address.login, "retry": retry, "max_connections": 10_000}
     if address.kind == "cluster":
         nodes = [redis.asyncio.cluster.ClusterNode(host, port) for host, port in address.hosts]
         return redis.asyncio.RedisCluster(startup_nodes=nodes, ssl=address.tls, **options)

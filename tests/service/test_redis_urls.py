@@ -17,7 +17,8 @@ from service.jobs import Job, JobError, JobState, ResultFile
 from service.keys import Keys
 from service.redis_urls import is_passing, open_async_redis, open_redis, read_address, run_script
 from service.settings import Settings, read_settings
-from tests.service.redis_groups import Server, cluster, free_ports, is_whole, until
+from tests.service.redis_groups import Server, cluster, free_ports, is_whole
+from tests.waiting import wait_until
 
 SECRET = "open-sesame"
 
@@ -26,6 +27,12 @@ SECRET = "open-sesame"
 def test_urls_of_one_server_are_left_to_redis_py(url: str) -> None:
     address = read_address(url)
     assert (address.kind, address.url) == ("server", url)
+
+
+@pytest.mark.parametrize("opened", [open_redis, open_async_redis])
+def test_a_url_of_a_socket_of_the_file_system_makes_connections(opened: Any) -> None:
+    made = opened("unix:///run/redis.sock?db=1").connection_pool.make_connection()
+    assert (made.path, made.db, made.socket_timeout) == ("/run/redis.sock", 1, 10.0)
 
 
 def test_a_sentinel_url_names_hosts_service_database_and_logins() -> None:
@@ -150,7 +157,7 @@ def test_the_whole_life_of_jobs_on_a_cluster(
         def subscribed() -> bool:
             return any(dict(each.client.pubsub_numsub(keys.done_channel))[keys.done_channel] for each in nodes)
 
-        await asyncio.to_thread(until, subscribed, "the broker listens")
+        await asyncio.to_thread(wait_until, subscribed, "the broker listens")
         done, failed, handed = jobs = [make_job() for _ in range(3)]
         assert (await broker.enqueue(done, b"input", idempotency_key="k")).created
         assert not (await broker.enqueue(done, b"input", idempotency_key="k")).created
@@ -213,7 +220,7 @@ def test_a_node_that_dies_and_returns_is_waited_for(nodes: list[Server], make_jo
         with pytest.raises(NotReady):
             await broker.enqueue(after)
         nodes[1].start()
-        await asyncio.to_thread(until, lambda: all(map(is_whole, nodes)), "the cluster is whole")
+        await asyncio.to_thread(wait_until, lambda: all(map(is_whole, nodes)), "the cluster is whole")
         await accept(broker, after)
         for job in (before, after):
             claim = await asyncio.to_thread(claim_one, claims)
@@ -266,7 +273,7 @@ def test_a_worker_whose_redis_is_full_keeps_its_results_until_there_is_room(
         ending = asyncio.create_task(asyncio.to_thread(claims.finish, claim, [(ResultFile("a", 1), b"a")], {}, []))
         before = server.client.info("commandstats")["cmdstat_evalsha"]["failed_calls"]
         await asyncio.to_thread(
-            until,
+            wait_until,
             lambda: server.client.info("commandstats")["cmdstat_evalsha"]["failed_calls"] > before,
             "the worker was refused",
         )
