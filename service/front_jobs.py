@@ -11,6 +11,7 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
@@ -38,22 +39,34 @@ _MOST_DIMS = 5
 Form = TypeVar("Form", bound=BaseModel)
 
 
-async def read_key(
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a client of any front may say of its job in headers: the key to find it by, and its deadline."""
+
+    key: str | None = None
+    cancel_after_s: float | None = None
+
+
+async def read_terms(
     serving: ServingDep,
     idempotency_key: Annotated[
         str | None, Header(description="Posting again with the same key finds the first job.")
     ] = None,
-) -> str | None:
-    """The Idempotency-Key, checked.
+    cancel_after: Annotated[
+        str | None, Header(description="Seconds after which the job fails unless it has ended.")
+    ] = None,
+) -> Terms:
+    """Idempotency-Key and Cancel-After, checked as those of /generate.
 
     Raises:
-        MalformedRequest: it cannot be read.
+        MalformedRequest: one of them cannot be read.
         NotReady: this process is stopping.
     """
-    return (await read_asked(serving, idempotency_key=idempotency_key)).idempotency_key
+    asked = await read_asked(serving, idempotency_key=idempotency_key, cancel_after=cancel_after)
+    return Terms(asked.idempotency_key, asked.cancel_after_s)
 
 
-KeyDep = Annotated[str | None, Depends(read_key)]
+TermsDep = Annotated[Terms, Depends(read_terms)]
 
 
 def find_served(serving: Serving, name: str) -> Served:
@@ -116,7 +129,13 @@ def wrap_tensor(dtype: str, shape: Sequence[int], data: bytes) -> bytes:
     return b"".join((len(header).to_bytes(8, "little"), header, data))
 
 
-def new_job(served: Served, params: JobParams, priority: Priority = Priority.HIGH, warnings: Sequence[str] = ()) -> Job:
+def new_job(
+    served: Served,
+    params: JobParams,
+    cancel_after_s: float | None,
+    priority: Priority = Priority.HIGH,
+    warnings: Sequence[str] = (),
+) -> Job:
     """A job of now, with an id of its own."""
     return Job(
         str(uuid.uuid4()),
@@ -127,6 +146,7 @@ def new_job(served: Served, params: JobParams, priority: Priority = Priority.HIG
         tuple(warnings),
         traceparent=current_traceparent(),
         latent_px=total_latent_px(params, served.bundle),
+        cancel_after_s=cancel_after_s,
     )
 
 

@@ -21,7 +21,7 @@ from service.errors import MalformedRequest, NotReady, PayloadTooLarge, Unsuppor
 from service.front_errors import KSERVE_PATH
 from service.front_jobs import (
     SMALL_BODY_BYTES,
-    KeyDep,
+    TermsDep,
     answer_headers,
     describe_errors,
     find_served,
@@ -35,7 +35,7 @@ from service.front_jobs import (
 )
 from service.jobs import JobRecord, Priority, UpscaleParams
 from service.latents_in import OCTETS_TYPE, SAFETENSORS_TYPE
-from service.negotiation import JSON_TYPE
+from service.negotiation import JSON_TYPE, LONGEST_CANCEL_AFTER_S
 from service.openapi import file_content
 from service.planning import Served, prepare_upscale
 from service.problems import InvalidFields
@@ -91,6 +91,9 @@ class InferParameters(_Form):
     height: int | None = None
     output_format: OutputFormat | None = Field(default=None, description="Of the output image; png if left out.")
     priority: Literal[0, 1, 2] = Field(default=0, description="0 and 1: high; 2: low.")
+    timeout: int | None = Field(
+        default=None, ge=1, le=LONGEST_CANCEL_AFTER_S * 10**6, description="Deadline, microseconds, as Cancel-After."
+    )
     binary_data_output: bool = Field(
         default=False, description="Send outputs as bytes where they do not say themselves."
     )
@@ -214,7 +217,7 @@ async def post_infer(
     model: str,
     request: Request,
     serving: ServingDep,
-    key: KeyDep,
+    terms: TermsDep,
     inference_header_content_length: Annotated[
         int | None, Header(ge=0, description="Bytes of the JSON, where a tensor follows it.")
     ] = None,
@@ -226,7 +229,9 @@ async def post_infer(
     given = (body, inference_header_content_length, served, serving)
     inference = plan_infer(*given) if len(body) <= SMALL_BODY_BYTES else await asyncio.to_thread(plan_infer, *given)
     priority = Priority.LOW if inference.asked.parameters.priority == 2 else Priority.HIGH
-    ended = await run_job(request, serving, new_job(served, inference.params, priority), inference.blob, key)
+    deadline_s = choose_deadline(terms.cancel_after_s, inference.asked.parameters.timeout)
+    job = new_job(served, inference.params, deadline_s, priority)
+    ended = await run_job(request, serving, job, inference.blob, terms.key)
     if isinstance(ended, Response):
         return ended
     results = await read_results(serving, ended)
@@ -242,6 +247,19 @@ def _require_type(request: Request) -> None:
         raise UnsupportedMediaType(f"content type {declared[:80]!r}; send {JSON_TYPE} or {OCTETS_TYPE}")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType("the body is compressed; send it as it is")
+
+
+def choose_deadline(cancel_after_s: float | None, timeout_us: int | None) -> float | None:
+    """The deadline of the header Cancel-After or of the parameter timeout, seconds.
+
+    Raises:
+        InvalidFields: both are there.
+    """
+    if timeout_us is None:
+        return cancel_after_s
+    if cancel_after_s is not None:
+        raise InvalidFields((("parameters.timeout", "is beside the header Cancel-After; send one of them"),))
+    return timeout_us / 1e6
 
 
 def plan_infer(body: bytes, json_bytes: int | None, served: Served, serving: Serving) -> Inference:
@@ -260,7 +278,7 @@ def plan_infer(body: bytes, json_bytes: int | None, served: Served, serving: Ser
         raise InvalidFields((("output_format", "is of images; leave it out with the output latent"),))
     dtype = _DATATYPES[tensor.datatype]
     latent = wrap_tensor(dtype, tensor.shape, _tensor_bytes(tensor, body, json_bytes))
-    own = parameters.model_dump(exclude_none=True, exclude={"priority", "binary_data_output"})
+    own = parameters.model_dump(exclude_none=True, exclude={"priority", "timeout", "binary_data_output"})
     query = read_form(UpscaleQuery, own | {"output": output.name})
     bundle, settings = served.bundle, serving.settings
     file_format = parameters.output_format or "png"

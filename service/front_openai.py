@@ -22,7 +22,8 @@ from service.admission import admit
 from service.errors import GiantleapError
 from service.front_errors import OPENAI_PATH
 from service.front_jobs import (
-    KeyDep,
+    Terms,
+    TermsDep,
     abandon_job,
     answer_headers,
     describe_errors,
@@ -143,9 +144,9 @@ async def get_model(model: str, serving: ServingDep) -> OpenAIModel:
     ),
     dependencies=[Depends(require_json)],
 )
-async def post_generation(request: Request, body: ImagesRequest, serving: ServingDep, key: KeyDep) -> Response:
+async def post_generation(request: Request, body: ImagesRequest, serving: ServingDep, terms: TermsDep) -> Response:
     """Draw a prompt; the images come as base64 text, by URL, or as an event."""
-    job = plan_job(body, serving, key)
+    job, key = plan_job(body, serving, terms), terms.key
     if body.stream:
         enqueued = await admit(request, serving, job, None, key)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Job-Id": enqueued.job_id}
@@ -178,7 +179,7 @@ async def get_content(
     return await get_result(request, record, serving, index)
 
 
-def plan_job(body: ImagesRequest, serving: Serving, key: str | None) -> Job:
+def plan_job(body: ImagesRequest, serving: Serving, terms: Terms) -> Job:
     """The request as a job.
 
     Raises:
@@ -205,7 +206,7 @@ def plan_job(body: ImagesRequest, serving: Serving, key: str | None) -> Job:
         "method": body.method,
     }
     asked = read_form(GenerateRequest, values, _NAMES)
-    seed = draw_seed(key) if asked.seed is None else asked.seed
+    seed = draw_seed(terms.key) if asked.seed is None else asked.seed
     try:
         served = choose_served(serving.bundles, asked.bundle)
         bundle = served.bundle
@@ -213,7 +214,7 @@ def plan_job(body: ImagesRequest, serving: Serving, key: str | None) -> Job:
         params = plan_generate(asked, bundle, serving.settings, seed, asked.output_format or "png", places)
     except InvalidFields as error:
         raise InvalidFields(tuple((_NAMES.get(name, name), reason) for name, reason in error.fields)) from error
-    return new_job(served, params, warnings=warn_of_words(served, params))
+    return new_job(served, params, terms.cancel_after_s, warnings=warn_of_words(served, params))
 
 
 async def stream_generation(

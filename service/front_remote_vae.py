@@ -25,7 +25,7 @@ from service.errors import InvalidRequest, UnsupportedMediaType
 from service.front_errors import REMOTE_VAE_PATH
 from service.front_jobs import (
     SMALL_BODY_BYTES,
-    KeyDep,
+    TermsDep,
     answer_headers,
     describe_errors,
     find_served,
@@ -101,7 +101,7 @@ class DecodeQuery(ScalingQuery):
     openapi_extra={"requestBody": {"required": True, "content": file_content(TENSOR_TYPE, OCTETS_TYPE)}},
 )
 async def post_decode(
-    bundle: str, request: Request, query: Annotated[DecodeQuery, Query()], serving: ServingDep, key: KeyDep
+    bundle: str, request: Request, query: Annotated[DecodeQuery, Query()], serving: ServingDep, terms: TermsDep
 ) -> Response:
     """Decode a latent once, as it is or enlarged."""
     served = find_served(serving, bundle)
@@ -117,7 +117,7 @@ async def post_decode(
     )
     if not as_tensor and params.batch_items != 1:
         raise InvalidFields((("shape", f"has {params.batch_items} latents; a file holds one image; ask for pt"),))
-    ended = await run_job(request, serving, new_job(served, params), blob, key)
+    ended = await run_job(request, serving, new_job(served, params, terms.cancel_after_s), blob, terms.key)
     if isinstance(ended, Response):
         return ended
     results = await read_results(serving, ended)
@@ -211,7 +211,7 @@ def tensor_answer(record: JobRecord, tensor: npt.NDArray[np.generic]) -> Respons
     openapi_extra={"requestBody": {"required": True, "content": file_content("image/png", OCTETS_TYPE)}},
 )
 async def post_encode(
-    bundle: str, request: Request, query: Annotated[EncodeQuery, Query()], serving: ServingDep, key: KeyDep
+    bundle: str, request: Request, query: Annotated[EncodeQuery, Query()], serving: ServingDep, terms: TermsDep
 ) -> Response:
     """Encode an image file to its posterior mean: float32 [1, C, h, w], raw, or scaled where the factors are sent."""
     served = find_served(serving, bundle)
@@ -222,7 +222,7 @@ async def post_encode(
     body = await request.body()
     content_type = request.headers.get("content-type", OCTETS_TYPE)
     params, blob = await asyncio.to_thread(plan_encode, body, content_type, served.bundle, serving)
-    ended = await run_job(request, serving, new_job(served, params), blob, key)
+    ended = await run_job(request, serving, new_job(served, params, terms.cancel_after_s), blob, terms.key)
     if isinstance(ended, Response):
         return ended
     latent = stack_latents(await read_results(serving, ended))

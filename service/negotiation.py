@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from service.errors import MalformedRequest, NotAcceptable
 
 JSON_TYPE = "application/json"
-_LONGEST_CANCEL_AFTER_S = 7 * 86_400
+LONGEST_CANCEL_AFTER_S = 7 * 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,9 @@ def read_cancel_after(header: str | None) -> float | None:
     if header is None:
         return None
     digits = header.strip()
-    if digits.isascii() and digits.isdigit() and len(digits) <= 9 and 1 <= int(digits) <= _LONGEST_CANCEL_AFTER_S:
+    if digits.isascii() and digits.isdigit() and len(digits) <= 9 and 1 <= int(digits) <= LONGEST_CANCEL_AFTER_S:
         return float(digits)
-    raise MalformedRequest(f"Cancel-After must be a whole number of seconds from 1 to {_LONGEST_CANCEL_AFTER_S}")
+    raise MalformedRequest(f"Cancel-After must be a whole number of seconds from 1 to {LONGEST_CANCEL_AFTER_S}")
 
 
 def choose_answer(accept: str | None, file_types: tuple[str, ...]) -> str:

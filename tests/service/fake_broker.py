@@ -44,6 +44,12 @@ def fail(job: Job) -> JobRecord:
     )
 
 
+def expire(job: Job) -> JobRecord:
+    """As the scripts end a job whose deadline has passed."""
+    error = JobError("deadline_passed", "The job did not end in time.", retryable=False)
+    return replace(fail(job), error=error)
+
+
 def stay_queued(job: Job) -> JobRecord:
     return JobRecord(job, JobState.QUEUED, queue_position=3, warnings=job.warnings)
 

@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from service.errors import QueueFull
 from service.jobs import Priority, UpscaleParams
-from tests.service.fake_broker import fail, stay_queued
+from tests.service.fake_broker import expire, fail, stay_queued
 from tests.service.front_fakes import LATENT, STAGES, FileBroker, build_app, read_pixels, write_front_bundles
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import CHANNELS
@@ -202,7 +202,7 @@ def test_the_answer_has_the_headers_of_a_job(url: str, broker: FileBroker) -> No
         ({"parameters": {"shared_memory_region": "r"}}, {}, 422, "shared_memory_region"),
         ({}, {"parameters": {"scale": 3}}, 422, "scale"),
         ({}, {"parameters": {"method": "direct"}}, 422, "method"),
-        ({}, {"parameters": {"timeout": 5}}, 422, "timeout"),
+        ({}, {"parameters": {"sequence_id": 5}}, 422, "sequence_id"),
         ({}, {"parameters": {"output_format": "png"}}, 422, "output_format"),
         ({}, {"outputs": [{"name": "latent"}, {"name": "image"}]}, 422, "outputs"),
         ({}, {"outputs": [{"name": "other"}]}, 422, "outputs"),
@@ -289,3 +289,28 @@ def test_a_job_that_takes_too_long_is_canceled_unless_it_can_be_found_again(
         assert_error(answer, 504)
         assert answer.headers["x-job-id"] == broker.jobs[0].id
     assert [record.state for record in broker.records.values()] == [state]
+
+
+def test_a_deadline_comes_by_timeout_or_by_header(client: triton.InferenceServerClient, broker: FileBroker) -> None:
+    client.infer("paper", [to_input(LATENT)], timeout=2_500_000)
+    client.infer("paper", [to_input(LATENT)], headers={"Cancel-After": "7"})
+    client.infer("paper", [to_input(LATENT)])
+    assert [job.cancel_after_s for job in broker.jobs] == [2.5, 7.0, None]
+    broker.end = expire
+    with pytest.raises(InferenceServerException, match="did not end in time"):
+        client.infer("paper", [to_input(LATENT)], timeout=1)
+
+
+def test_a_deadline_that_cannot_be_meant_is_refused(url: str, broker: FileBroker) -> None:
+    for timeout in (0, -1, 1.5, "2", 7 * 86_400 * 10**6 + 1):
+        assert_error(post(url, body_of(LATENT, parameters={"timeout": timeout})), 422, "timeout")
+    both = post(url, body_of(LATENT, parameters={"timeout": 10**6}), **{"Cancel-After": "1"})
+    assert_error(both, 422, "Cancel-After; send one of them")
+    assert_error(post(url, body_of(LATENT), **{"Cancel-After": "soon"}), 400, "Cancel-After")
+    assert not broker.records
+
+
+def test_a_repeat_under_the_same_key_is_the_same_job(client: triton.InferenceServerClient, broker: FileBroker) -> None:
+    key = {"Idempotency-Key": "k-3"}
+    first, second = (client.infer("paper", [to_input(LATENT)], headers=key).get_response() for _ in range(2))
+    assert first == second and len(broker.records) == 1

@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request
 from service.errors import NotReady, QueueFull
 from service.front_openai import stream_generation
 from service.jobs import GenerateParams, Job, JobState
-from tests.service.fake_broker import fail, stay_queued
+from tests.service.fake_broker import expire, fail, stay_queued
 from tests.service.front_fakes import STAGES, FileBroker, build_app, read_pixels, write_front_bundles
 from tests.service.live_server import live_server
 
@@ -144,6 +144,20 @@ def test_a_repeat_under_the_same_key_is_the_same_job(client: openai.OpenAI, brok
     key = {"Idempotency-Key": "k-1"}
     first, second = (client.images.generate(prompt=PROMPT, extra_headers=key) for _ in range(2))
     assert first == second and len(broker.records) == 1
+
+
+def test_a_deadline_comes_by_header(client: openai.OpenAI, broker: FileBroker) -> None:
+    client.images.generate(prompt=PROMPT, extra_headers={"Cancel-After": "9"})
+    assert [job.cancel_after_s for job in broker.jobs] == [9.0]
+    with pytest.raises(openai.BadRequestError, match="Cancel-After"):
+        client.images.generate(prompt=PROMPT, extra_headers={"Cancel-After": "0"})
+    broker.end = expire
+    with pytest.raises(openai.InternalServerError, match="did not end in time") as raised:
+        client.with_options(max_retries=0).images.generate(prompt=PROMPT, extra_headers={"Cancel-After": "1"})
+    assert raised.value.status_code == 504 and raised.value.code == "deadline_passed"
+    asked = {"prompt": PROMPT, "stream": True, "extra_headers": {"Cancel-After": "1"}}
+    with client.images.generate(**asked) as stream, pytest.raises(openai.APIError, match="in time"):
+        list(stream)
 
 
 @pytest.mark.parametrize(

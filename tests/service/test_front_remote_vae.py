@@ -17,7 +17,7 @@ from models.latent_space import LATENT_SPACES
 from service.errors import QueueFull
 from service.front_remote_vae import to_tensor
 from service.jobs import UpscaleParams
-from tests.service.fake_broker import fail
+from tests.service.fake_broker import expire, fail
 from tests.service.front_fakes import LATENT, STAGES, FileBroker, build_app, read_pixels, write_front_bundles
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import CHANNELS
@@ -141,6 +141,25 @@ def test_an_image_is_encoded_to_its_latent(url: str, broker: FileBroker) -> None
     assert isinstance(job.params, UpscaleParams) and (job.params.scale, job.params.output) == (1, "latent")
     scaled = remote_encode(encode, image, scaling_factor=SCALE, shift_factor=SHIFT)
     assert ((scaled - (7 - SHIFT) * SCALE).abs() < 1e-6).all()
+
+
+def test_deadline_and_key_come_by_header(url: str, broker: FileBroker) -> None:
+    headers = {"Content-Type": "tensor/binary", "Cancel-After": "9", "Idempotency-Key": "k-4"}
+    given = {"params": SENT, "content": LATENT.tobytes(), "timeout": 60, "verify": False}
+    answers = [httpx.post(url, headers=headers, **given) for _ in range(2)]
+    assert answers[0].status_code == 200 and answers[0].content == answers[1].content
+    assert [job.cancel_after_s for job in broker.jobs] == [9.0]
+    broker.end = expire
+    late = httpx.post(url, headers=headers | {"Idempotency-Key": "k-5"}, **given)
+    assert_error(late, 504, "did not end in time")
+    image = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(image, "PNG")
+    headers = {"Content-Type": "image/png", "Cancel-After": "8"}
+    encoded = httpx.post(
+        url.replace("/decode", "/encode"), content=image.getvalue(), headers=headers, timeout=60, verify=False
+    )
+    assert_error(encoded, 504, "did not end in time")
+    assert broker.jobs[-1].cancel_after_s == 8.0
 
 
 def test_what_cannot_be_encoded_is_refused(url: str, broker: FileBroker) -> None:
