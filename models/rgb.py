@@ -4,10 +4,26 @@ Requests (`service/images_in.py`), pairs for a training and evaluations (`traini
 imports no torch, since the API process has none.
 """
 
+import struct
+import zlib
+
 import numpy as np
 from PIL import ExifTags, Image
 
 _MOST_GREY = 2**16 - 1
+# What Pillow was seen to raise on pictures that are damaged, cut off or absurdly large.
+DAMAGE = (
+    EOFError,
+    IndexError,
+    OSError,
+    OverflowError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 # What shows an image upright, by its orientation (EXIF 2.32, tag 0x0112); 1 is upright.
 _TURNS: dict[object, Image.Transpose] = dict(
     zip(

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from models.bundle import Bundle
 from models.images import to_signed
+from models.rgb import DAMAGE, to_rgb
 from models.vae import Vae
 from training.frozen_vae import vae_hash
 from training.metrics import to_levels
@@ -76,8 +77,8 @@ def read_picture(path: Path, crop_px: int | None, multiple_px: int) -> Tensor:
     """
     try:
         with Image.open(path) as opened:
-            pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+            pixels = np.array(to_rgb(opened))
+    except DAMAGE as error:
         raise EvaluationError(f"{path}: no picture that can be read: {error}") from error
     height, width = (min(side, crop_px or side) // multiple_px * multiple_px for side in pixels.shape[:2])
     if not height or not width:

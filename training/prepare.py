@@ -10,10 +10,8 @@ import hashlib
 import io
 import json
 import os
-import struct
 import tarfile
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.bundle import read_bundle
-from models.rgb import to_rgb
+from models.rgb import DAMAGE, to_rgb
 from models.vae import Vae
 from training.frozen_vae import read_vae, vae_hash
 from training.hf_source import HubSource, list_rows
@@ -48,19 +46,6 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READERS = 4  # threads that read and decompress pictures while tiles are encoded
 READ_AHEAD = 8  # pictures in memory beside those that are encoded
-# What Pillow was seen to raise on pictures that are damaged, cut off or absurdly large.
-_DAMAGE = (
-    EOFError,
-    IndexError,
-    OSError,
-    OverflowError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True)
@@ -189,7 +174,7 @@ def read_picture(source: Source) -> tuple[Image.Image | None, str, str]:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return to_rgb(image), digest, ""
-    except _DAMAGE as error:
+    except DAMAGE as error:
         return None, digest, f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
 
 
