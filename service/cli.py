@@ -3,13 +3,15 @@
 Heavy modules (torch, uvicorn) are imported inside the commands that need them, so that `--help` and `serve` start fast.
 """
 
+import logging
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -35,7 +37,7 @@ from service.settings import Settings, read_settings, to_page
 from service.supervisor import say_ready, serve_api, stop_with_parent
 from service.supervisor import serve as serve_all
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Enlarge a diffusion latent, decode it once.")
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 bench = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
 bench.command()(protocol)
 bench.command()(engines)
@@ -46,6 +48,23 @@ app.add_typer(bundle_commands, name="bundle")
 app.add_typer(export_commands, name="export")
 app.add_typer(key_commands, name="keys")
 app.add_typer(train_commands, name="train")
+
+log = logging.getLogger(__name__)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"giantleap {version_of('giantleap')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Enlarge a diffusion latent, decode it once. docs/ and README.md say more."""
 
 
 @app.command()
@@ -64,7 +83,7 @@ def serve(
         check_door(settings)
         raise typer.Exit(serve_all(settings, reread))
     except OSError as error:
-        stop(f"cannot listen on {settings.host}:{settings.port}: {error}")
+        _stop_unheard(settings, error)
     except (NotReady, BadConfiguration) as error:
         stop(error.detail)
 
@@ -88,7 +107,7 @@ def api(
             check_door(settings)
             raise typer.Exit(serve_api(settings, reread))
         except OSError as error:
-            stop(f"cannot listen on {settings.host}:{settings.port}: {error}")
+            _stop_unheard(settings, error)
         except BadConfiguration as error:
             stop(error.detail)
     if lifeline_fd is not None:
@@ -134,9 +153,17 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            log.info("API listens on http://%s:%d, described under /docs; jobs wait for a worker", host, settings.port)
             say_ready(ready_fd)
 
     Server(config).run(sockets=[socket.socket(fileno=listen_fd)])
+    log.info("API stopped")
+
+
+def _stop_unheard(settings: Settings, error: OSError) -> NoReturn:
+    reason = error.strerror or str(error)
+    stop(f"cannot listen on {settings.host}:{settings.port}: {reason}; --host and --port choose another address")
 
 
 @app.command()

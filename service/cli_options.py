@@ -27,7 +27,7 @@ def settings_from(**given: Any) -> Settings:
         settings = read_settings(**{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         stop(*to_lines(error))
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     return settings
 
 

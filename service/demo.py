@@ -5,6 +5,7 @@ It uses the service as any client does, over HTTP only, so it is also the shorte
 
 import argparse
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("GIANTLEAP_LOG_LEVEL", "warning")  # of the service, whose log would hide the two lines below
     with running_service() as url:
         for scale in (2, 4):
             image, stages = draw(url, options.prompt, scale, options.seed)

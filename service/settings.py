@@ -31,6 +31,7 @@ _PAGE_DEFAULTS = {
     "bundle": "`bundles/pocket` of the installation",
     "data_dir": "`~/.giantleap`",
     "cors_origins": "none",
+    "webhook_hosts": "any",
 }
 
 
@@ -125,6 +126,11 @@ class Settings(BaseSettings):
     webhook_allow_private: bool = Field(
         False, description="Let webhooks go to loopback, private, link-local and other addresses that are not public."
     )
+    webhook_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Hosts that webhooks may go to, comma-separated: hooks.example.org, or .example.org for all names "
+        "below it. Their addresses are checked all the same.",
+    )
 
     metrics_port: int = Field(0, description="Port of a worker's own /metrics; 0: none.", ge=0, le=65535)
     measure_protocol: bool = Field(
@@ -132,6 +138,9 @@ class Settings(BaseSettings):
     )
     drain_grace_s: float = Field(30.0, description="On SIGTERM, how long running work may take to end.", ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="How a log line looks; auto: text where standard error is a terminal, else JSON."
+    )
     otlp_endpoint: str | None = Field(
         None,
         description="Base URL of an OTLP/HTTP receiver for traces, such as http://collector:4318; none: no traces.",
@@ -145,9 +154,9 @@ class Settings(BaseSettings):
             tuple(Path(part.strip()) for part in value.split(",") if part.strip()) if isinstance(value, str) else value
         )
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("cors_origins", "webhook_hosts", mode="before")
     @classmethod
-    def _split_origins(cls, value: object) -> object:
+    def _split_names(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("cors_origins")
@@ -156,6 +165,13 @@ class Settings(BaseSettings):
         if not all(re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+", origin) for origin in value):
             raise ValueError("each is a scheme, a host and a port, such as https://app.example.org; no path, no *")
         return value
+
+    @field_validator("webhook_hosts")
+    @classmethod
+    def _plain_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(re.fullmatch(r"(\.?[A-Za-z0-9-]+)(\.[A-Za-z0-9-]+)*", host) for host in value):
+            raise ValueError("each is a host name, or a dot and the end of one; no scheme, no port, no *")
+        return tuple(host.lower() for host in value)
 
     @model_validator(mode="after")
     def _bundles_given(self) -> Self:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,12 @@ def test_serve_says_when_its_port_is_taken(tmp_path: Path) -> None:
         ended = _giantleap("serve", "--port", str(taken.getsockname()[1]), "--data-dir", str(tmp_path))
     assert ended.returncode == BAD_CONFIGURATION
     assert "cannot listen" in ended.stderr and "Traceback" not in ended.stderr
+    assert "Address already in use; --host and --port" in ended.stderr
+
+
+def test_the_command_tells_its_version() -> None:
+    ended = _giantleap("--version")
+    assert ended.returncode == 0 and ended.stdout == f"giantleap {version('giantleap')}\n"
 
 
 @pytest.mark.parametrize("command", ["api", "worker"])
