@@ -24,6 +24,12 @@ def root_log_handlers() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """What runs the tests marked `anyio`: the loop that the service runs on, and no other that is installed."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle called `tiny` of random weights: base size 64 px, 16 latent channels, scales 1, 2 and 4.
 

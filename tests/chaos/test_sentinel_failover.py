@@ -15,7 +15,8 @@ from service.errors import NotFound, NotReady
 from service.jobs import GenerateParams, Job, JobState, Priority, ResultFile
 from service.redis_urls import open_async_redis, open_redis
 from service.settings import Settings, read_settings
-from tests.service.redis_groups import Server, sentinels, until
+from tests.service.redis_groups import Server, sentinels
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.chaos
 
@@ -141,7 +142,9 @@ def test_what_the_replica_has_not_got_is_lost_with_the_master(tmp_path: Path) ->
         await broker.enqueue(lost)
         master.kill()
         replica.start()
-        await asyncio.to_thread(until, lambda: replica.client.info("replication")["role"] == "master", "a new master")
+        await asyncio.to_thread(
+            wait_until, lambda: replica.client.info("replication")["role"] == "master", "a new master"
+        )
         deadline_s = time.monotonic() + 60
         while True:
             try:

@@ -3,16 +3,16 @@
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import redis
 
 from service.embedded_redis import find_server
+from tests.waiting import wait_until
 
 SLOTS = 16384
-_START_S = 60.0
 
 
 class Server:
@@ -34,7 +34,7 @@ class Server:
         arguments = [str(find_server()), "redis.conf", *(["--sentinel"] if self._sentinel else [])]
         with (self._directory / "log").open("ab") as log:
             self.process = subprocess.Popen(arguments, cwd=self._directory, stdout=log, stderr=log)
-        until(self._answers, f"the server on port {self.port} answers")
+        wait_until(self._answers, f"the server on port {self.port} answers")
 
     def kill(self) -> None:
         """As a power cut would: nothing is told to anyone."""
@@ -47,13 +47,6 @@ class Server:
             return bool(self.client.ping())
         except (redis.ConnectionError, redis.TimeoutError):
             return False
-
-
-def until(holds: Callable[[], bool], what: str, within_s: float = _START_S) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline_s, f"never: {what}"
-        time.sleep(0.02)
 
 
 def free_ports(number: int) -> list[int]:
@@ -86,7 +79,7 @@ def cluster(directory: Path) -> Iterator[list[Server]]:
         for node in nodes[1:]:
             nodes[0].client.execute_command("CLUSTER", "MEET", "127.0.0.1", node.port)
         for node in nodes:
-            until(lambda node=node: is_whole(node), "each node knows every slot's owner")  # type: ignore[misc]
+            wait_until(lambda node=node: is_whole(node), "each node knows every slot's owner")  # type: ignore[misc]
         yield nodes
     finally:
         for node in nodes:
@@ -114,12 +107,12 @@ def sentinels(directory: Path, *master_options: str) -> Iterator[tuple[Server, S
     try:
         for server in (master, replica):
             server.start()
-        until(lambda: master.client.info("replication")["connected_slaves"] == 1, "the replica follows")
-        until(lambda: replica.client.info("replication")["master_link_status"] == "up", "the replica is in step")
+        wait_until(lambda: master.client.info("replication")["connected_slaves"] == 1, "the replica follows")
+        wait_until(lambda: replica.client.info("replication")["master_link_status"] == "up", "the replica is in step")
         for server in watchers:
             server.start()
         for server in watchers:
-            until(lambda server=server: _sees_all(server), "the sentinels know each other")  # type: ignore[misc]
+            wait_until(lambda server=server: _sees_all(server), "the sentinels know each other")  # type: ignore[misc]
         yield master, replica, watchers
     finally:
         for server in (master, replica, *watchers):

@@ -35,11 +35,6 @@ SAFETENSORS = {"Content-Type": "application/x-safetensors"}
 LATENT = np.random.default_rng(0).standard_normal((CHANNELS, 4, 6)).astype(np.float32)
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     root = tmp_path_factory.mktemp("bundles")

@@ -37,11 +37,6 @@ EVENTS = [
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def bundle_dir(tmp_path: Path) -> Path:
     return write_paper_bundle(tmp_path / "paper")
 

@@ -32,11 +32,6 @@ LATENT = save({"latent": np.ones((CHANNELS, 4, 6), np.float32)})
 SECRET = SecretStr("a secret of the operator")
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_paper_bundle(tmp_path_factory.mktemp("bundles") / "paper")

@@ -32,11 +32,6 @@ PNG = to_png(PIXELS)
 TEXT = base64.b64encode(PNG).decode()
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     root = tmp_path_factory.mktemp("bundles")

@@ -30,11 +30,6 @@ STAGES = {"generate": JOB_S / 2, "decode": JOB_S / 2}
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def overload_settings(settings: Settings, tmp_path: Path) -> Settings:
     bundle_dir = write_paper_bundle(tmp_path / "paper")
     return settings.model_copy(

@@ -5,7 +5,7 @@ import shutil
 import statistics
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,16 +52,12 @@ from service.worker import Worker, _find_places
 from tests.service.conftest import BrokerOpener
 from tests.service.fake_broker import FakeBroker
 from tests.service.fakes import GENERATE, FakeClaims, FakeRoute, make_claim
+from tests.waiting import wait_until
 
 MIB = 2**20
 LIMIT_PX = 2**27  # leaves it to the memory to refuse
 LARGE = replace(GENERATE, width_px=8192, height_px=8192, scale=4)
 REFUSALS = 200
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @pytest.fixture(scope="module")
@@ -327,13 +323,6 @@ def redis_state(client: redis.Redis, prefix: str) -> dict[bytes, int]:
 
 
 # Through Redis
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
 
 
 @pytest.mark.anyio

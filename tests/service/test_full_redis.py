@@ -26,11 +26,6 @@ SERVERS = ["system", "bundled"] if find_bundled_server() else ["system"]
 PNG = ResultFile("image/png", 3)
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(params=SERVERS)
 def full_settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
     """Settings of a server of its own: it is filled for everybody."""

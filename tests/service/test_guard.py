@@ -52,11 +52,6 @@ WORK: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     return write_front_bundles(tmp_path_factory.mktemp("bundles"))

@@ -2,8 +2,7 @@
 
 import asyncio
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -11,6 +10,7 @@ from fastapi import FastAPI, Request
 
 from service.http_protocol import HEAD_TIMEOUT_S, MOST_HEAD_BYTES, BoundedHttp
 from tests.service.live_server import live_server
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -132,13 +132,6 @@ def test_only_a_head_is_waited_for_by_the_clock() -> None:
             wait_until(lambda: seen[0]._timer is not None)
             client.sendall(HEAD[10:] + b"Content-Length: 0\r\n\r\n")
             assert client.recv(65536).startswith(b"HTTP/1.1 200")
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 def test_the_limit_of_time_is_minutes_for_people() -> None:

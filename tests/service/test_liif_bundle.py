@@ -58,11 +58,6 @@ def liif_dir(tiny_bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def broker() -> FakeBroker:
     return FakeBroker()
 

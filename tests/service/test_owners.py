@@ -20,11 +20,6 @@ JobMaker = Callable[..., Job]
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def settings(settings: Settings) -> Settings:
     return settings.model_copy(update={"visibility_timeout_s": 30.0})  # a stall of the machine must lose no claim
 

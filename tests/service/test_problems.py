@@ -66,11 +66,6 @@ def build_app(metrics: Metrics) -> FastAPI:
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def metrics() -> Metrics:
     return Metrics(CollectorRegistry())
 

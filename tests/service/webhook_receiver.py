@@ -2,10 +2,11 @@
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.waiting import wait_until
 
 
 @dataclass
@@ -18,10 +19,7 @@ class Receiver:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def wait_for(self, number: int, also: Callable[[], bool] = lambda: True) -> None:
-        deadline_s = time.monotonic() + 60.0
-        while len(self.got) < number or not also():
-            assert time.monotonic() < deadline_s, f"{len(self.got)} of {number} came"
-            time.sleep(0.02)
+        wait_until(lambda: len(self.got) >= number and also(), f"{number} deliveries")
 
 
 @contextlib.contextmanager
