@@ -40,8 +40,9 @@ from service.jobs import (
     Priority,
     QueueStats,
     ResultFile,
+    UpscaleParams,
 )
-from service.keys import Keys
+from service.keys import FINISH, Keys
 from service.redis_urls import LOST, AsyncRedis, check_client, is_passing
 from service.settings import Settings
 
@@ -67,13 +68,22 @@ class Enqueued:
 def retry_after_s(stats: QueueStats) -> int:
     """Whole seconds after which a refused caller may try again: depth x median / workers, 1 to 600.
 
-    A waiting job counts with the median of its bundle, one that runs or waits for a retry with that of all. Where no
-    job has ended yet its time is unknown and taken as one second.
+    A waiting job counts with the median of its queue, one that runs or waits for a retry with that of all. Where no
+    job has ended yet its time is unknown and taken as one second. With workers that only draw, or only finish, the
+    slower half counts.
     """
     any_s = 1.0 if stats.recent_job_median_s is None else stats.recent_job_median_s
-    work_s = any_s * (stats.processing + stats.delayed)
-    work_s += sum(jobs * stats.bundle_median_s.get(bundle, any_s) for (bundle, _), jobs in stats.queued.items())
-    return min(600, max(1, math.ceil(work_s / max(1, stats.live_workers))))
+    work_s = {False: 0.0, True: 0.0}
+    for (queue, _), jobs in stats.queued.items():
+        work_s[queue.endswith(FINISH)] += jobs * stats.queue_median_s.get(queue, any_s)
+    workers = max(1, stats.live_workers)
+    begun_s = any_s * (stats.processing + stats.delayed) / workers
+    waits_s = max(
+        sum(work_s.values()) / workers,
+        work_s[False] / max(1, workers - stats.finishing_workers),
+        work_s[True] / max(1, workers - stats.drawing_workers),
+    )
+    return min(600, max(1, math.ceil(begun_s + waits_s)))
 
 
 class Broker:
@@ -328,13 +338,12 @@ class Broker:
 
     async def stats(self) -> QueueStats:
         """The queue at this moment. Effects: releases the bytes of results that have expired."""
-        queued, processing, delayed, dead, oldest_us, workers, durations, blob_bytes, medians = await self._answer(
-            self._stats(keys=[self._keys.tag], args=[self._limits])
-        )
+        reply = await self._answer(self._stats(keys=[self._keys.tag], args=[self._limits]))
+        queued, processing, delayed, dead, oldest_us, workers, durations, blob_bytes, medians, *partial = reply
         counts: dict[tuple[str, Priority], int] = {}
         for name, count in zip(queued[::2], queued[1::2], strict=True):
-            bundle, _, priority = name.decode().rpartition(":")
-            counts[(bundle, Priority(priority))] = count
+            queue, _, priority = name.decode().rpartition(":")
+            counts[(queue, Priority(priority))] = count
         return QueueStats(
             queued=counts,
             processing=processing,
@@ -346,11 +355,13 @@ class Broker:
             recent_job_median_s=statistics.median(map(float, durations)) if durations else None,
             blob_bytes=blob_bytes,
             blob_budget_bytes=self._settings.blob_budget_bytes,
-            bundle_median_s={
-                bundle.decode(): float(median_s)
-                for bundle, median_s in zip(medians[::2], medians[1::2], strict=True)
+            queue_median_s={
+                queue.decode(): float(median_s)
+                for queue, median_s in zip(medians[::2], medians[1::2], strict=True)
                 if median_s
             },
+            drawing_workers=partial[0],
+            finishing_workers=partial[1],
         )
 
     async def _retry_after_s(self) -> int:
@@ -446,6 +457,7 @@ async def _sha256(body: bytes | None) -> str:
 def _extra(job: Job) -> str:
     """What the enqueue script reads of a job besides its lane, where there is any."""
     extra: dict[str, object] = {"latent_px": job.latent_px, "cancel_after_s": job.cancel_after_s}
+    extra["finish"] = isinstance(job.params, UpscaleParams)
     if job.webhook is not None:
         extra["webhook"] = json.dumps(dataclasses.asdict(job.webhook))
     return json.dumps({name: value for name, value in extra.items() if value})

@@ -19,11 +19,12 @@ from typing import Any
 
 from redis.typing import KeyT, StreamIdT
 
+from models.stages import WHOLE, Stages
 from service import scripts, scripts_claims
 from service.device_memory import Device
 from service.errors import NotReady, StorageFull
-from service.jobs import Job, JobError, ResultFile
-from service.keys import Keys, claim_order, lane
+from service.jobs import GenerateParams, Job, JobError, JobState, ResultFile
+from service.keys import FINISH, Keys, claim_order
 from service.redis_urls import LOST, SyncRedis, check_client, run_script
 from service.settings import Settings
 
@@ -37,14 +38,31 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """What another worker did of a job to generate before it handed it over; the claim's body holds the latents.
+
+    Args:
+        stages_s: Seconds of its stages.
+        warnings: What it had to say.
+    """
+
+    stages_s: Mapping[str, float]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Claim:
-    """A job that this worker holds. `delivery` counts its starts, this one included, and fences late writes."""
+    """A job that this worker holds. `delivery` counts its starts, this one included, and fences late writes.
+
+    They are counted anew when the job is handed over. `body` is the input blob, or the raw latents where `drawn`.
+    """
 
     job: Job
     body: bytes | None
     stream: str
     message_id: str
     delivery: int
+    drawn: Drawn | None = None
 
 
 class Claims:
@@ -57,6 +75,7 @@ class Claims:
         bundles: Sequence[str],
         consumer: str,
         device: Device | None = None,
+        stages: Stages = WHOLE,
     ) -> None:
         if not bundles:
             raise ValueError("no bundle was given; a worker serves at least one")
@@ -67,6 +86,8 @@ class Claims:
         # A name of its own for each start: a new process must never pass the fence of the one it replaces.
         self._consumer = f"{consumer}-{uuid.uuid4().hex[:8]}"
         self._device = "" if device is None else device.to_json()
+        self._stages = stages
+        self._only = "" if stages == WHOLE else stages
         self._keys = Keys(settings.key_prefix)
         self._limits = scripts.limits(settings)
         self._open = self._register(scripts_claims.OPEN)
@@ -76,6 +97,7 @@ class Claims:
         self._emit = self._register(scripts_claims.EMIT)
         self._stopped = self._register(scripts_claims.STOPPED)
         self._finish = self._register(scripts_claims.FINISH)
+        self._hand_over = self._register(scripts_claims.HAND_OVER)
         self._fail = self._register(scripts_claims.FAIL)
         self._finish_canceled = self._register(scripts_claims.FINISH_CANCELED)
         self._release = self._register(scripts_claims.RELEASE)
@@ -96,7 +118,8 @@ class Claims:
         Raises:
             NotReady: Redis did not answer for two minutes.
         """
-        self._patiently(lambda: self._open(self._tag(), [self._limits, self._consumer, self._device, *self._lanes()]))
+        args = [self._limits, self._consumer, self._device, self._only, *self._lanes()]
+        self._patiently(lambda: self._open(self._tag(), args))
         self._stop.clear()
         self._lease = threading.Thread(target=self._keep_leases, name="lease", daemon=True)
         self._lease.start()
@@ -108,7 +131,7 @@ class Claims:
             self._lease.join()
             self._lease = None
         try:
-            self._close(self._tag(), [self._limits, self._consumer, *self._lanes()])
+            self._close(self._tag(), [self._limits, self._consumer, self._only, *self._lanes()])
         except LOST as error:
             _LOG.warning("could not sign off (%s); the heartbeat will run out", type(error).__name__)
 
@@ -116,7 +139,8 @@ class Claims:
         """At most `max_jobs` jobs, at once if there are any, else the first that come within `block_s`.
 
         Due retries go back to their streams, then stale messages are taken, then high priority, then low; each
-        eighth claim takes low first, so that a steady flow of high priority does not starve it.
+        eighth claim takes low first, so that a steady flow of high priority does not starve it. A worker of some stages
+        only takes from its own queues (`service.keys.queues_of`).
 
         Effects: one atomic script per attempt; each job returned is in state processing, counted as started, and
         its lease is kept until it is ended or released. Canceled jobs and jobs started too often are closed on the
@@ -197,6 +221,36 @@ class Claims:
             )
         return code == 1
 
+    def hand_over(
+        self, claim: Claim, latents: bytes | None, stages: Mapping[str, float], warnings: Sequence[str]
+    ) -> JobState | None:
+        """Gives a job to whoever finishes: it waits again, in the finish queue, with its starts counted anew.
+
+        Effects: one atomic script: the latents take the place of the input, record, message moved, `queued` event. A
+        job whose cancel flag is set is closed as canceled instead. Waits where Redis is away; safe to repeat.
+
+        Args:
+            claim: Of a worker that only draws.
+            latents: A safetensors file with one tensor `latent` of shape [images, C, h, w]; None where nothing was to
+                draw: then the input stays what it is.
+            stages: Seconds so far.
+            warnings: For the caller of the job.
+
+        Returns:
+            Queued or canceled; None where the claim was lost or the deadline has passed: then nothing is written.
+
+        Raises:
+            StorageFull: the latents do not fit beside what lives; nothing is written and the claim is still held.
+            NotReady: Redis did not answer for two minutes.
+        """
+        code = self._end(claim, self._hand_over, [json.dumps(dict(stages)), json.dumps(list(warnings)), latents or b""])
+        if code < 0:
+            raise StorageFull(
+                f"The latents have {len(latents or b'')} bytes and do not fit beside the inputs of live jobs; "
+                f"{self._settings.blob_budget_bytes} bytes are allowed in all: raise blob_budget_bytes."
+            )
+        return (None, JobState.QUEUED, JobState.CANCELED)[code]
+
     def fail(self, claim: Claim, error: JobError, stages: Mapping[str, float] = _NO_STAGES) -> bool:
         """Ends an attempt with an error; False where the claim was lost: then nothing is written.
 
@@ -241,7 +295,7 @@ class Claims:
         return [
             self._limits,
             self._consumer,
-            _lane(claim),
+            self._lane(claim),
             claim.message_id,
             claim.job.id,
             str(claim.delivery),
@@ -249,13 +303,16 @@ class Claims:
 
     def _lanes(self) -> list[str]:
         """Every lane of this worker in the order of the next claim."""
-        return claim_order(self._bundles, self._turn)
+        return claim_order(self._bundles, self._turn, self._stages)
+
+    def _lane(self, claim: Claim) -> str:
+        return claim.stream.removeprefix(self._keys.stream(""))
 
     def _take(self, max_jobs: int) -> tuple[list[Claim], LastIds, float]:
         """One run of the claim script: the claims; else each stream's last id and the seconds to the next retry."""
         lanes = self._lanes()
         with self._lock:
-            held = json.dumps([f"{_lane(claim)} {claim.message_id}" for claim in self._held.values()])
+            held = json.dumps([f"{self._lane(claim)} {claim.message_id}" for claim in self._held.values()])
         args = [self._limits, self._consumer, str(max_jobs), held, *lanes]
         taken, last_ids, due_ms = self._claim(self._tag(), args)
         if not taken:
@@ -265,10 +322,7 @@ class Claims:
             }
             return [], streams, due_s
         self._turn += 1
-        claims = [
-            Claim(Job.from_json(job), None, self._keys.stream(name.decode()), message.decode(), delivery)
-            for job, name, message, delivery, _ in taken
-        ]
+        claims = [self._to_claim(*row) for row in taken]
         with self._lock:
             self._held.update({(claim.stream, claim.message_id): claim for claim in claims})
         try:
@@ -279,6 +333,15 @@ class Claims:
                 self._drop(claim)
             raise
         return [claim for claim in whole if claim is not None], {}, 0.0
+
+    def _to_claim(
+        self, job: bytes, lane: bytes, message: bytes, delivery: int, _: int, stages: bytes, warnings: bytes
+    ) -> Claim:
+        claim = Claim(Job.from_json(job), None, self._keys.stream(lane.decode()), message.decode(), delivery)
+        if isinstance(claim.job.params, GenerateParams) and f"{FINISH}:" in claim.stream:
+            drawn = Drawn(json.loads(stages), tuple(json.loads(warnings)))
+            return dataclasses.replace(claim, drawn=drawn)
+        return claim
 
     def _with_body(self, claim: Claim) -> Claim | None:
         """The claim with its input; None where the input is gone, for then another worker has ended the job."""
@@ -344,9 +407,9 @@ class Claims:
         while not self._stop.wait(pause_s):
             with self._lock:
                 held = list(self._held.values())
-            args = [self._limits, self._consumer, self._device]
+            args = [self._limits, self._consumer, self._device, self._only]
             for claim in held:
-                args += [_lane(claim), claim.message_id, claim.job.id, str(claim.delivery)]
+                args += [self._lane(claim), claim.message_id, claim.job.id, str(claim.delivery)]
             try:
                 lost = {job_id.decode() for job_id in self._renew(self._tag(), args)}
                 pause_s = period_s
@@ -357,10 +420,6 @@ class Claims:
             for claim in held:
                 if claim.job.id in lost:
                     self._forget(claim)
-
-
-def _lane(claim: Claim) -> str:
-    return lane(claim.job.bundle, claim.job.priority)
 
 
 def _backoff_s(failures: int) -> float:

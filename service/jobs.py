@@ -13,7 +13,10 @@ from models.bundle_descriptor import DecodeName, Method
 
 
 class JobState(StrEnum):
-    """A job's life: queued -> processing -> one of the three final states; a retry goes back to queued."""
+    """A job's life: queued -> processing -> one of the three final states.
+
+    A retry goes back to queued, and so does a job that one worker drew for another to finish.
+    """
 
     QUEUED = "queued"
     PROCESSING = "processing"
@@ -213,7 +216,11 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """The queue at one moment, read from Redis in one round trip."""
+    """The queue at one moment, read from Redis in one round trip.
+
+    `queued` and the medians are by queue (`service.keys`). Of the live workers `drawing_workers` only draw and
+    `finishing_workers` only upscale and decode.
+    """
 
     queued: dict[tuple[str, Priority], int]
     processing: int
@@ -225,4 +232,6 @@ class QueueStats:
     recent_job_median_s: float | None
     blob_bytes: int
     blob_budget_bytes: int
-    bundle_median_s: dict[str, float] = field(default_factory=dict)
+    queue_median_s: dict[str, float] = field(default_factory=dict)
+    drawing_workers: int = 0
+    finishing_workers: int = 0

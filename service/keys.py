@@ -1,10 +1,13 @@
 """The names of every Redis key of the queue, all under one hash tag so that one script may touch them together.
 
+A lane is one stream, `<queue>:<priority>`. A bundle has two queues, `<bundle>` and `<bundle>+finish`: in the second
+wait jobs whose latent is there, for workers that only upscale and decode (`docs/decisions/0010-split-pools.md`).
+
 The Lua scripts in `service.scripts` build the same names from the tag; what each key holds:
 
 | key                             | type   | holds                                             | bounded by            |
 |---------------------------------|--------|---------------------------------------------------|-----------------------|
-| {tag}:lanes                     | set    | `<bundle>:<priority>` of every stream             | two per bundle        |
+| {tag}:lanes                     | set    | every lane                                        | four per bundle       |
 | {tag}:stream:<lane>             | stream | one message per job, the job id                   | queue limit           |
 | {tag}:queued:<lane>             | zset   | jobs that wait, by time of entry                  | queue limit           |
 | {tag}:running                   | set    | jobs that a worker has begun                      | queue limit           |
@@ -19,8 +22,9 @@ The Lua scripts in `service.scripts` build the same names from the tag; what eac
 | {tag}:live:<owner>              | set    | jobs of one API key that have not ended           | queue limit           |
 | {tag}:rate:<owner>              | string | when the key's requests are paid for (GCRA), us   | TTL                   |
 | {tag}:workers                   | zset   | live workers, by last heartbeat                   | swept by each beat    |
+| {tag}:workers:<stages>          | zset   | those of them that run only these stages          | swept by each beat    |
 | {tag}:devices                   | hash   | what each live worker's device holds, JSON        | swept by each beat    |
-| {tag}:durations, :durations:<bundle> | list | seconds of the last jobs that succeeded        | 100, 31 entries       |
+| {tag}:durations, :durations:<queue> | list | seconds of the last jobs (of their part there)  | 100, 31 entries       |
 | {tag}:queued_px                 | string | latent pixels of the jobs that live               | one number            |
 | {tag}:deadlines                 | zset   | jobs with a deadline, by it                       | live                  |
 | {tag}:jobs:<owner>              | zset   | an owner's jobs by time of entry                  | 1,000, TTL            |
@@ -34,9 +38,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models.stages import Stages, draws, finishes
 from service.jobs import Priority
 
 GROUP = "workers"
+FINISH = "+finish"
+"""What the name of a finish queue ends with; no bundle's name has a plus sign."""
 LOW_FIRST_EVERY = 8
 """Low priority is promised an eighth of the claims: its queue moves, and high loses no more than that."""
 
@@ -81,19 +88,33 @@ class Keys:
         return f"{self.tag}:idempotency:{hashlib.sha256(named.encode()).hexdigest()}"
 
 
-def lane(bundle: str, priority: Priority) -> str:
+def lane(queue: str, priority: Priority) -> str:
     """The part of a stream's name that says whose jobs it carries."""
-    return f"{bundle}:{priority.value}"
+    return f"{queue}:{priority.value}"
 
 
-def claim_order(bundles: Sequence[str], turn: int) -> list[str]:
+def to_bundle(queue: str) -> str:
+    """Whose queue it is."""
+    return queue.removesuffix(FINISH)
+
+
+def queues_of(bundle: str, stages: Stages) -> list[str]:
+    """The queues of a bundle from which a worker of these stages takes."""
+    return [f"{bundle}{FINISH}"] * finishes(stages) + [bundle] * draws(stages)
+
+
+def claim_order(bundles: Sequence[str], turn: int, stages: Stages) -> list[str]:
     """The lanes in the order in which claim number `turn` of a worker takes from them.
 
-    High priority comes before low, but in each `LOW_FIRST_EVERY`-th claim after it. The bundle that is first rotates.
+    High priority comes before low, but in each `LOW_FIRST_EVERY`-th claim after it. The bundle that is first rotates,
+    and so does, for a worker of all stages, the queue of a bundle that is first: neither can starve the other.
     """
-    shift = turn % len(bundles)
-    order = (*bundles[shift:], *bundles[:shift])
+    round_ = turn + turn // LOW_FIRST_EVERY  # else what is first at one low turn would be first at every other
+    shift = round_ % len(bundles)
+    queues = [queues_of(bundle, stages) for bundle in (*bundles[shift:], *bundles[:shift])]
+    if round_ // len(bundles) % 2:
+        queues = [list(reversed(each)) for each in queues]
     priorities = [Priority.HIGH, Priority.LOW]
     if turn % LOW_FIRST_EVERY == LOW_FIRST_EVERY - 1:
         priorities.reverse()
-    return [lane(bundle, priority) for priority in priorities for bundle in order]
+    return [lane(queue, priority) for priority in priorities for each in queues for queue in each]

@@ -21,6 +21,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from service.jobs import QueueStats
+from service.keys import FINISH, to_bundle
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STATE_FILE = "supervisor.json"
@@ -215,20 +216,35 @@ class QueueCollector(Collector):
         yield _family("queue_reachable", "1 when Redis answered this scrape.", 0 if stats is None else 1)
         if stats is None:
             return
-        depth = GaugeMetricFamily(
-            "giantleap_queue_depth", "Jobs that wait to be claimed.", labels=("bundle", "priority")
-        )
-        for (bundle, priority), jobs in sorted(stats.queued.items()):
-            depth.add_metric((bundle, str(priority)), jobs)
-        yield depth
+        yield from _depths(stats)
         yield _family("queue_oldest_age_seconds", "Age of the oldest waiting job.", stats.oldest_age_s)
         yield _family("queue_limit", "Most jobs queued and running at once.", stats.limit)
         yield _family("queue_processing", "Jobs that a worker has claimed.", stats.processing)
         yield _family("queue_delayed", "Jobs that wait for their next attempt.", stats.delayed)
         yield _family("queue_dead_lettered", "Jobs in the dead-letter stream.", stats.dead_lettered)
         yield _family("workers_live", "Workers that are ready and alive.", stats.live_workers)
+        by_stage = GaugeMetricFamily("giantleap_stage_workers_live", "Those that run this stage.", labels=("stage",))
+        for stage in ("generate", "upscale", "decode"):
+            others = stats.finishing_workers if stage == "generate" else stats.drawing_workers
+            by_stage.add_metric((stage,), stats.live_workers - others)
+        yield by_stage
         yield _family("blob_bytes", "Bytes of inputs and results in Redis.", stats.blob_bytes)
         yield _family("blob_budget_bytes", "Most bytes of inputs and results in Redis.", stats.blob_budget_bytes)
+
+
+def _depths(stats: QueueStats) -> Iterator[Metric]:
+    """Jobs that wait by bundle and priority: all of them, and those in the finish queues."""
+    labels = ("bundle", "priority")
+    depth = GaugeMetricFamily("giantleap_queue_depth", "Jobs that wait to be claimed.", labels=labels)
+    finish = GaugeMetricFamily(
+        "giantleap_finish_queue_depth", "Those of them that wait for upscale and decode only.", labels=labels
+    )
+    for bundle, priority in sorted({(to_bundle(queue), priority) for queue, priority in stats.queued}):
+        left = stats.queued.get((f"{bundle}{FINISH}", priority), 0)
+        depth.add_metric((bundle, str(priority)), stats.queued.get((bundle, priority), 0) + left)
+        finish.add_metric((bundle, str(priority)), left)
+    yield depth
+    yield finish
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,16 @@ local function job_key(id) return P .. ':job:' .. id end
 local function get(id, field) return redis.call('HGET', job_key(id), field) end
 local function get_number(id, field) return tonumber(get(id, field) or 0) end
 local function is_final(state) return state == 'succeeded' or state == 'failed' or state == 'canceled' end
-local function lane_of(id) return get(id, 'bundle') .. ':' .. get(id, 'priority') end
+
+-- The queue in which a job waits; its part is '' or '+finish' (`service.keys`), and none in a record of before.
+local function queue_of(id)
+  local bundle, part = unpack(redis.call('HMGET', job_key(id), 'bundle', 'part'))
+  return bundle .. (part or '')
+end
+local function lane_of(id)
+  local bundle, part, priority = unpack(redis.call('HMGET', job_key(id), 'bundle', 'part', 'priority'))
+  return bundle .. (part or '') .. ':' .. priority
+end
 
 local function ensure_group(lane)
   local stream = P .. ':stream:' .. lane
@@ -68,31 +77,47 @@ end
 
 -- Jobs that a worker would take before this one; -1 where it does not wait in a stream.
 local function position(id)
-  local rank = redis.call('ZRANK', P .. ':queued:' .. lane_of(id), id)
+  local lane = lane_of(id)
+  local rank = redis.call('ZRANK', P .. ':queued:' .. lane, id)
   if not rank then return -1 end
-  if get(id, 'priority') == 'low' then
-    rank = rank + redis.call('ZCARD', P .. ':queued:' .. get(id, 'bundle') .. ':high')
-  end
+  local queue, priority = string.match(lane, '^(.*):(.*)$')
+  if priority == 'low' then rank = rank + redis.call('ZCARD', P .. ':queued:' .. queue .. ':high') end
   return rank
 end
 
--- Seconds that a job of the bundle usually takes, else one of any bundle; nil before the first has ended.
-local function usual_s(bundle)
-  local recent = redis.call('LRANGE', P .. ':durations:' .. bundle, 0, -1)
+-- Seconds that a job of the queue usually runs, else one of any; nil before the first has ended.
+local function usual_s(queue)
+  local recent = redis.call('LRANGE', P .. ':durations:' .. queue, 0, -1)
   if #recent == 0 then recent = redis.call('LRANGE', P .. ':durations', 0, 30) end
   for i, text in ipairs(recent) do recent[i] = tonumber(text) end
   table.sort(recent)
   return recent[math.ceil(#recent / 2)]
 end
 
-local function live_workers() return redis.call('ZCOUNT', P .. ':workers', now_ms - C.visibility_ms, '+inf') end
+-- All that live, or those that run only these stages (`models.stages`).
+local function live_workers(stages)
+  local key = stages and P .. ':workers:' .. stages or P .. ':workers'
+  return redis.call('ZCOUNT', key, now_ms - C.visibility_ms, '+inf')
+end
+
+-- The workers that take from a queue, and the jobs that they run: where none is of other stages only, all of them.
+local function hands_of(queue)
+  local others = live_workers(string.sub(queue, -7) == '+finish' and 'generate' or 'upscale,decode')
+  if others == 0 then return live_workers(), redis.call('SCARD', P .. ':running') end
+  local running = 0
+  for _, lane in ipairs({queue .. ':high', queue .. ':low'}) do
+    running = running + redis.call('XLEN', P .. ':stream:' .. lane) - redis.call('ZCARD', P .. ':queued:' .. lane)
+  end
+  return live_workers() - others, running
+end
 
 -- Seconds as text until a job at this position starts: the jobs that must end first x median / live workers.
 local function start_s(id, rank)
-  local workers, each_s = live_workers(), usual_s(get(id, 'bundle'))
-  if rank < 0 or workers == 0 or not each_s then return '' end
-  local first = math.max(0, rank + redis.call('SCARD', P .. ':running') + 1 - workers)
-  return string.format('%.3f', first * each_s / workers)
+  if rank < 0 then return '' end
+  local queue = queue_of(id)
+  local each_s, workers, running = usual_s(queue), hands_of(queue)
+  if workers <= 0 or not each_s then return '' end
+  return string.format('%.3f', math.max(0, rank + running + 1 - workers) * each_s / workers)
 end
 
 local function overdue(id)
@@ -195,6 +220,7 @@ local function close_job(id, state, stages)
   if latent_px then redis.call('DECRBY', P .. ':queued_px', latent_px) end
   if deadline_ms then redis.call('ZREM', P .. ':deadlines', id) end
   if webhook then tell(id, state, webhook) end
+  if stages == '{}' then stages = get(id, 'stages') or '{}' end  -- one that was handed over has some already
   redis.call('HSET', job, 'state', state, 'finished_at_s', now_s, 'stages', stages, 'input_bytes', 0)
   emit(id, 'done', '{"state":"' .. state .. '"}')
   redis.call('PEXPIRE', job, C.ttl_ms)
@@ -217,10 +243,14 @@ local function end_overdue()
   end
 end
 
-local function beat(consumer, device)
-  redis.call('ZREMRANGEBYSCORE', P .. ':workers', '-inf', now_ms - 10 * C.visibility_ms)
-  redis.call('ZADD', P .. ':workers', now_ms, consumer)
-  redis.call('PEXPIRE', P .. ':workers', 10 * C.visibility_ms)
+local function beat(consumer, device, stages)
+  local sets = {P .. ':workers'}
+  if stages ~= '' then sets[2] = P .. ':workers:' .. stages end
+  for _, key in ipairs(sets) do
+    redis.call('ZREMRANGEBYSCORE', key, '-inf', now_ms - 10 * C.visibility_ms)
+    redis.call('ZADD', key, now_ms, consumer)
+    redis.call('PEXPIRE', key, 10 * C.visibility_ms)
+  end
   if device ~= '' then redis.call('HSET', P .. ':devices', consumer, device) end
   for _, known in ipairs(redis.call('HKEYS', P .. ':devices')) do
     if not redis.call('ZSCORE', P .. ':workers', known) then redis.call('HDEL', P .. ':devices', known) end

@@ -2,7 +2,8 @@
 
 # KEYS[2], if the caller gave an idempotency key: its name. ARGV: limits, job id, bundle, priority, job JSON, payload
 # digest, owner or '', the owner's most live jobs or -1, body or '', JSON of what else there is: latent_px,
-# cancel_after_s, webhook (JSON in JSON).
+# cancel_after_s, webhook (JSON in JSON), finish where nothing is drawn: such a job waits in the finish queue once a
+# worker has made one.
 # Replies {verdict, job id, queue position, seconds until the start or ''}; verdicts: created, existing, mismatch, full,
 # full_px, busy, storage.
 ENQUEUE = """
@@ -46,6 +47,9 @@ if body then
 end
 redis.call('HSET', job_key(id), 'job', job, 'bundle', bundle, 'priority', priority, 'digest', digest,
   'deliveries', 0, 'input_bytes', body and #body or 0)
+if extra.finish and redis.call('EXISTS', P .. ':stream:' .. bundle .. '+finish:' .. priority) == 1 then
+  redis.call('HSET', job_key(id), 'part', '+finish')
+end
 if owner ~= '' then
   redis.call('HSET', job_key(id), 'owner', owner)
   redis.call('SADD', live, id)
@@ -115,7 +119,7 @@ return record(id)
 """
 
 # ARGV: limits. Replies {lane and number queued, ..}, processing, delayed, dead-lettered, oldest (us), workers,
-# durations, blob bytes, {bundle with jobs, median s or '', ..}.
+# durations, blob bytes, {queue, median s or '', ..}, workers that only draw, that only finish.
 STATS = """
 free_expired()
 local queued, medians, oldest_us = {}, {}, now_us
@@ -123,15 +127,16 @@ for _, lane in ipairs(redis.call('SMEMBERS', P .. ':lanes')) do
   local key = P .. ':queued:' .. lane
   queued[#queued + 1] = lane
   queued[#queued + 1] = redis.call('ZCARD', key)
-  local bundle = string.match(lane, '^(.*):')
-  medians[#medians + 1] = bundle
-  medians[#medians + 1] = tostring(usual_s(bundle) or '')
+  local queue = string.match(lane, '^(.*):')
+  medians[#medians + 1] = queue
+  medians[#medians + 1] = tostring(usual_s(queue) or '')
   local first = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
   if first[2] then oldest_us = math.min(oldest_us, tonumber(first[2])) end
 end
 return {queued, redis.call('SCARD', P .. ':running'), redis.call('ZCARD', P .. ':delayed'),
   redis.call('XLEN', P .. ':dead'), now_us - oldest_us,
-  live_workers(), redis.call('LRANGE', P .. ':durations', 0, -1), blob_bytes(), medians}
+  live_workers(), redis.call('LRANGE', P .. ':durations', 0, -1), blob_bytes(), medians,
+  live_workers('generate'), live_workers('upscale,decode')}
 """
 
 # ARGV: limits. Replies the device JSON of each live worker.

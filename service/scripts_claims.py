@@ -17,6 +17,12 @@ local function settle()
   drop_message(lane, message)
 end
 
+-- How long the job ran in its queue, for estimates.
+local function keep_duration(list, most)
+  redis.call('LPUSH', list, string.format('%.6f', now_us / 1000000 - get_number(id, 'begun_s')))
+  redis.call('LTRIM', list, 0, most)
+end
+
 -- Whether a deadline has ended the job: then nothing of the claim counts any more.
 local function past(stages)
   local final = is_final(get(id, 'state'))
@@ -27,13 +33,14 @@ local function past(stages)
 end
 """
 
-# ARGV: limits, consumer, device JSON or '', lanes ... Makes the groups and forgets consumers of dead workers that hold
-# nothing.
+# ARGV: limits, consumer, device JSON or '', stages or '' for all, lanes ... Makes the groups, those of finish queues
+# only for a worker that is of their stages alone, and forgets consumers of dead workers that hold nothing.
 OPEN = """
-for i = 4, #ARGV do
-  ensure_group(ARGV[i])
+for i = 5, #ARGV do
   local stream = P .. ':stream:' .. ARGV[i]
-  for _, info in ipairs(redis.call('XINFO', 'CONSUMERS', stream, GROUP)) do
+  if ARGV[4] ~= '' or not string.find(ARGV[i], '+finish:', 1, true) then ensure_group(ARGV[i]) end
+  local known = redis.call('EXISTS', stream) == 1 and redis.call('XINFO', 'CONSUMERS', stream, GROUP) or {}
+  for _, info in ipairs(known) do
     local consumer = {}
     for j = 1, #info, 2 do consumer[info[j]] = info[j + 1] end
     if consumer.pending == 0 and consumer.idle > 3600000 then
@@ -41,31 +48,40 @@ for i = 4, #ARGV do
     end
   end
 end
-beat(ARGV[2], ARGV[3])
+beat(ARGV[2], ARGV[3], ARGV[4])
 """
 
-# ARGV: limits, consumer, lanes ... A consumer that still holds messages is kept: deleting it would lose them.
+# ARGV: limits, consumer, stages or '', lanes ... A consumer that still holds messages is kept: deleting it would lose
+# them.
 CLOSE = """
 redis.call('ZREM', P .. ':workers', ARGV[2])
+redis.call('ZREM', P .. ':workers:' .. ARGV[3], ARGV[2])
 redis.call('HDEL', P .. ':devices', ARGV[2])
-for i = 3, #ARGV do
+for i = 4, #ARGV do
   local stream = P .. ':stream:' .. ARGV[i]
-  if #redis.call('XPENDING', stream, GROUP, '-', '+', 1, ARGV[2]) == 0 then
+  if redis.call('EXISTS', stream) == 1 and #redis.call('XPENDING', stream, GROUP, '-', '+', 1, ARGV[2]) == 0 then
     redis.call('XGROUP', 'DELCONSUMER', stream, GROUP, ARGV[2])
   end
 end
 """
 
 # ARGV: limits, consumer, most jobs, JSON list of '<lane> <message>' that this consumer works on, lanes in the order
-# in which to take. Replies {claims, last id of each lane's stream, ms until the next retry is due or -1}.
+# in which to take, of which some may not be there. Replies {claims, last id of each lane's stream, ms until the next
+# retry is due or -1}; a claim of a job that was handed over has the stages and warnings of before.
 CLAIM = """
 local consumer, left, held = ARGV[2], tonumber(ARGV[3]), {}
 for _, name in ipairs(cjson.decode(ARGV[4])) do held[name] = true end
-local taken = {}
+local taken, lanes = {}, {}
+for i = 5, #ARGV do
+  if redis.call('EXISTS', P .. ':stream:' .. ARGV[i]) == 1 then lanes[#lanes + 1] = ARGV[i] end
+end
 
 local function begin(lane, message, id)
   local state, deliveries = get(id, 'state'), get_number(id, 'deliveries')
-  if not state or is_final(state) then return drop_message(lane, message) end
+  if not state or is_final(state) then
+    redis.call('ZREM', P .. ':queued:' .. lane, id)
+    return drop_message(lane, message)
+  end
   if get(id, 'cancel') then
     close_job(id, 'canceled', '{}')
     return drop_message(lane, message)
@@ -82,9 +98,12 @@ local function begin(lane, message, id)
   deliveries = deliveries + 1
   redis.call('ZREM', P .. ':queued:' .. lane, id)
   redis.call('SADD', P .. ':running', id)
-  redis.call('HSET', job_key(id), 'state', 'processing', 'deliveries', deliveries, 'started_at_s', now_s)
+  local job, input_bytes, stages, warnings =
+    unpack(redis.call('HMGET', job_key(id), 'job', 'input_bytes', 'stages', 'warnings'))
+  redis.call('HSET', job_key(id), 'state', 'processing', 'deliveries', deliveries, 'begun_s', now_s,
+    stages and 'begun_s' or 'started_at_s', now_s)  -- a job that was handed over has started before
   emit(id, 'started', string.format('{"delivery":%d}', deliveries))
-  taken[#taken + 1] = {get(id, 'job'), lane, message, deliveries, get_number(id, 'input_bytes')}
+  taken[#taken + 1] = {job, lane, message, deliveries, tonumber(input_bytes or 0), stages or '{}', warnings or '[]'}
   left = left - 1
 end
 
@@ -94,9 +113,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. ':delayed', '-inf', now_ms,
   push(id)
 end
 
-for i = 5, #ARGV do
-  local lane = ARGV[i]
-  ensure_group(lane)
+for _, lane in ipairs(lanes) do
   local stale = redis.call('XPENDING', P .. ':stream:' .. lane, GROUP, 'IDLE', C.visibility_ms, '-', '+', 1000)
   for _, entry in ipairs(stale) do
     if left > 0 and not (entry[2] == consumer and held[lane .. ' ' .. entry[1]]) then
@@ -106,8 +123,8 @@ for i = 5, #ARGV do
   end
 end
 
-for i = 5, #ARGV do
-  local lane, read = ARGV[i], true
+for _, lane in ipairs(lanes) do
+  local read = true
   while left > 0 and read do
     read = redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', left, 'STREAMS', P .. ':stream:' .. lane, '>')
     if read then
@@ -119,10 +136,12 @@ end
 local last_ids, wait_ms = {}, -1
 if #taken == 0 then
   for i = 5, #ARGV do
-    local info = redis.call('XINFO', 'STREAM', P .. ':stream:' .. ARGV[i])
+    local stream, last_id = P .. ':stream:' .. ARGV[i], '0-0'
+    local info = redis.call('EXISTS', stream) == 1 and redis.call('XINFO', 'STREAM', stream) or {}
     for j = 1, #info, 2 do
-      if info[j] == 'last-generated-id' then last_ids[#last_ids + 1] = info[j + 1] end
+      if info[j] == 'last-generated-id' then last_id = info[j + 1] end
     end
+    last_ids[#last_ids + 1] = last_id
   end
   local due = redis.call('ZRANGE', P .. ':delayed', 0, 0, 'WITHSCORES')
   if due[2] then wait_ms = math.max(0, tonumber(due[2]) - now_ms) end
@@ -140,13 +159,13 @@ end
 return stopped
 """
 
-# ARGV: limits, consumer, device as for OPEN, then lane, message, job id, delivery of each claim held. Replies the ids
-# of the jobs lost. The owner is checked before XCLAIM: an unconditional one would take a message back from its new
-# owner.
+# ARGV: limits, consumer, device and stages as for OPEN, then lane, message, job id, delivery of each claim held.
+# Replies the ids of the jobs lost. The owner is checked before XCLAIM: an unconditional one would take a message back
+# from its new owner.
 RENEW = """
-beat(ARGV[2], ARGV[3])
+beat(ARGV[2], ARGV[3], ARGV[4])
 local lost = {}
-for i = 4, #ARGV, 4 do
+for i = 5, #ARGV, 4 do
   local stream, message, id = P .. ':stream:' .. ARGV[i], ARGV[i + 1], ARGV[i + 2]
   local pending = redis.call('XPENDING', stream, GROUP, message, message, 1)
   if #pending == 1 and pending[1][2] == ARGV[2] and get(id, 'deliveries') == ARGV[i + 3] then
@@ -190,13 +209,39 @@ if bytes > 0 then
 end
 redis.call('HSET', job_key(id), 'results', ARGV[7], 'warnings', ARGV[9])
 redis.call('HDEL', job_key(id), 'error')
-local took_s = string.format('%.6f', now_us / 1000000 - get_number(id, 'started_at_s'))
-for list, most in pairs({[P .. ':durations'] = 99, [P .. ':durations:' .. get(id, 'bundle')] = 30}) do
-  redis.call('LPUSH', list, took_s)
-  redis.call('LTRIM', list, 0, most)
-end
+keep_duration(P .. ':durations', 99)
+keep_duration(P .. ':durations:' .. queue_of(id), 30)
 close_job(id, 'succeeded', ARGV[8])
 settle()
+return 1
+"""
+)
+
+# ARGV: limits, the claim, stages JSON, warnings JSON, latents or '' where the input is one. Replies 1, 0 lost, -1 no
+# room, 2 canceled. The latents take the place of the input, and the job waits anew, with all its starts before it.
+HAND_OVER = (
+    _OWNER
+    + """
+local stages, warnings, latents, held = ARGV[7], ARGV[8], ARGV[9], get_number(id, 'input_bytes')
+if not owns() then return settled_before() end
+if past(stages) then return 0 end
+if get(id, 'cancel') then
+  close_job(id, 'canceled', stages)
+  settle()
+  return 2
+end
+if latents ~= '' then
+  if not make_room(#latents - held) then return -1 end
+  redis.call('SET', P .. ':input:' .. id, latents)
+  count_bytes(#latents - held)
+  redis.call('HSET', job_key(id), 'input_bytes', #latents, 'stages', stages, 'warnings', warnings)
+  keep_duration(P .. ':durations:' .. queue_of(id), 30)
+end
+redis.call('HSET', job_key(id), 'part', '+finish', 'deliveries', 0)
+redis.call('HDEL', job_key(id), 'error')
+redis.call('SREM', P .. ':running', id)
+settle()
+push(id)
 return 1
 """
 )

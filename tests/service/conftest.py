@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import redis
 
+from models.stages import WHOLE, Stages
 from service.broker import Broker
 from service.claims import Claims
 from service.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
@@ -114,10 +115,16 @@ def open_claims(settings: Settings) -> Iterator[ClaimsOpener]:
     """Opens claims that are closed after the test. `lease=False` leaves the lease thread out: a worker that hangs."""
     opened: list[Claims] = []
 
-    def make(bundles: tuple[str, ...] = ("pocket",), lease: bool = True, consumer: str = "w", **changes: Any) -> Claims:
+    def make(
+        bundles: tuple[str, ...] = ("pocket",),
+        lease: bool = True,
+        consumer: str = "w",
+        stages: Stages = WHOLE,
+        **changes: Any,
+    ) -> Claims:
         changed = settings.model_copy(update=changes)
         assert changed.redis_url is not None
-        worker = Claims(open_redis(changed.redis_url), changed, bundles, consumer)
+        worker = Claims(open_redis(changed.redis_url), changed, bundles, consumer, stages=stages)
         if lease:
             worker.open()
             opened.append(worker)

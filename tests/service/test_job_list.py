@@ -100,7 +100,7 @@ def test_start_is_estimated_from_the_jobs_before_it_and_the_median_of_its_bundle
 
 def test_retry_after_counts_a_waiting_job_with_the_median_of_its_bundle() -> None:
     queued = {("slow", Priority.HIGH): 2, ("slow", Priority.LOW): 1, ("new", Priority.HIGH): 4}
-    stats = QueueStats(queued, 1, 1, 0, 0.0, 32, 2, 3.0, 0, 1, bundle_median_s={"slow": 20.0})
+    stats = QueueStats(queued, 1, 1, 0, 0.0, 32, 2, 3.0, 0, 1, queue_median_s={"slow": 20.0})
     assert retry_after_s(stats) == (3 * 20 + 4 * 3 + 2 * 3) / 2
     empty = QueueStats({}, 0, 0, 0, 0.0, 32, 0, None, 0, 1)
     assert retry_after_s(empty) == 1

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,12 @@ def test_the_page_lists_every_metric_with_its_type_and_labels(full: str) -> None
 def test_the_queue_comes_from_the_stats_of_the_scrape(full: str) -> None:
     assert value(full, "giantleap_queue_depth", bundle="pocket", priority="high") == 3
     assert value(full, "giantleap_queue_depth", bundle="pocket", priority="low") == 0
+    split = replace(STATS, queued=STATS.queued | {("pocket+finish", Priority.HIGH): 5}, drawing_workers=1)
+    text = Metrics(CollectorRegistry()).render(split).decode()
+    assert value(text, "giantleap_queue_depth", bundle="pocket", priority="high") == 8, "all that wait"
+    assert value(text, "giantleap_finish_queue_depth", bundle="pocket", priority="high") == 5
+    workers = {stage: value(text, "giantleap_stage_workers_live", stage=stage) for stage in ("generate", "decode")}
+    assert workers == {"generate": 2, "decode": 1}
     assert value(full, "giantleap_queue_oldest_age_seconds") == 2.5
     assert value(full, "giantleap_queue_limit") == 256
     assert value(full, "giantleap_queue_reachable") == 1

@@ -1,0 +1,337 @@
+"""Split pools on a real Redis: a drawn job goes to the finish queue once, with its latents, and ends there once."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import redis
+
+from models.stages import DRAWING, FINISHING
+from service.broker import Broker, retry_after_s
+from service.claims import Claim, Claims, Drawn
+from service.errors import StorageFull
+from service.jobs import Job, JobError, JobState, Priority, QueueStats, ResultFile, UpscaleParams
+from service.keys import Keys
+from service.settings import Settings
+
+PNG = ResultFile("image/png", 3, seed=7)
+STAGES = {"generate": 1.5}
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """Leases that a stall of a busy machine does not outlast."""
+    return settings.model_copy(update={"visibility_timeout_s": 20.0})
+
+
+@pytest.fixture
+def make_upscale(make_job: Any) -> Callable[..., Job]:
+    def make(priority: Priority = Priority.HIGH) -> Job:
+        return replace(make_job(priority), params=UpscaleParams(2, "tiny", 1, 16, 4, 4, "image", "png"))
+
+    return make
+
+
+@pytest.fixture
+def make_stale(redis_client: redis.Redis) -> Callable[[Claim], None]:
+    """Ages a claim past any visibility timeout, as if its worker had been silent for a minute."""
+
+    def age(claim: Claim) -> None:
+        [pending] = redis_client.xpending_range(claim.stream, "workers", claim.message_id, claim.message_id, 1)
+        owner, message = pending["consumer"], claim.message_id
+        redis_client.xclaim(claim.stream, "workers", owner, 0, [message], idle=60_000, justid=True)
+
+    return age
+
+
+def take_one(worker: Claims) -> Claim:
+    [claim] = worker.claim(1, 5.0)
+    return claim
+
+
+def leftovers(client: redis.Redis, settings: Settings) -> list[str]:
+    """What a queue without a live job must not hold."""
+    tag = Keys(settings.key_prefix).tag
+    streams = list(client.scan_iter(f"{tag}:stream:*"))
+    left = [name.decode() for name in streams if client.xlen(name) or client.xpending(name, "workers")["pending"]]
+    for short in ("running", "delayed", "queued:*", "live:*", "input:*", "deadlines"):
+        left += [name.decode() for name in client.scan_iter(f"{tag}:{short}")]
+    held = sum(len(blob) for name in client.scan_iter(f"{tag}:result:*") for blob in client.hvals(name))
+    if held != int(client.get(f"{tag}:blob_bytes") or 0):
+        left.append("blob_bytes")
+    return left
+
+
+def test_a_drawn_job_is_finished_by_another_worker_with_all_that_the_first_knew(
+    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as broker:
+            drawer, finisher = open_claims(stages=DRAWING), open_claims(stages=FINISHING)
+            job = make_job(Priority.LOW)
+            await broker.enqueue(job, b"a picture to start from")
+            assert finisher.claim(1, 0.0) == [], "nothing to finish yet"
+            claim = take_one(drawer)
+            assert (claim.body, claim.drawn) == (b"a picture to start from", None)
+            started_at_s = (await read(broker, job)).started_at_s
+            assert drawer.hand_over(claim, b"latents", STAGES, ["cut off"]) is JobState.QUEUED
+            waiting = await read(broker, job)
+            assert (waiting.state, waiting.stages, waiting.deliveries) == (JobState.QUEUED, STAGES, 0)
+            assert waiting.queue_position == 0
+            assert drawer.claim(1, 0.0) == [], "it draws nothing twice"
+            second = take_one(finisher)
+            assert (second.job, second.body, second.delivery) == (job, b"latents", 1)
+            assert second.drawn == Drawn(STAGES, ("cut off",))
+            assert finisher.finish(second, [(PNG, b"png")], STAGES | {"decode": 0.5}, ["cut off"])
+            ended = await read(broker, job)
+            assert (ended.state, ended.warnings) == (JobState.SUCCEEDED, ("cut off",))
+            assert ended.stages == {"generate": 1.5, "decode": 0.5}
+            assert ended.started_at_s == started_at_s, "when work on it began"
+            names = [event.name async for event in broker.events(job.id)]
+            assert names == ["queued", "started", "queued", "started", "done"]
+
+    asyncio.run(scenario())
+    assert leftovers(redis_client, settings) == []
+
+
+async def read(broker: Broker, job: Job) -> Any:
+    record = await broker.get(job.id)
+    assert record is not None
+    return record
+
+
+def test_what_needs_no_drawing_goes_to_the_finish_queue_once_there_is_one(
+    open_broker: Any, open_claims: Any, make_upscale: Any
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as broker:
+            early, late = make_upscale(), make_upscale()
+            await broker.enqueue(early, b"latent 1")
+            drawer, finisher = open_claims(stages=DRAWING), open_claims(stages=FINISHING)
+            await broker.enqueue(late, b"latent 2")
+            assert take_one(finisher).job == late
+            passed_on = take_one(drawer)
+            assert passed_on.job == early, "it came before anybody had split the work"
+            assert drawer.hand_over(passed_on, None, {}, []) is JobState.QUEUED
+            found = take_one(finisher)
+            assert (found.job, found.body, found.drawn) == (early, b"latent 1", None)
+
+    asyncio.run(scenario())
+
+
+def test_without_split_pools_there_is_no_finish_queue(
+    open_broker: Any, open_claims: Any, make_upscale: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as broker:
+            worker = open_claims()
+            jobs = [make_job(), make_upscale(), make_job()]
+            for job in jobs:
+                await broker.enqueue(job)
+            assert [take_one(worker).job for _ in jobs] == jobs, "in the order in which they came"
+
+    asyncio.run(scenario())
+    assert not list(redis_client.scan_iter(f"{Keys(settings.key_prefix).tag}:*+finish*"))
+
+
+def test_a_worker_of_all_stages_helps_both_halves(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+    async def scenario() -> None:
+        async with open_broker() as broker:
+            drawer, whole = open_claims(stages=DRAWING), open_claims()
+            jobs = [make_job() for _ in range(2)]
+            for job in jobs:
+                await broker.enqueue(job)
+            drawer.hand_over(take_one(drawer), b"latents", STAGES, [])
+            claims = whole.claim(2, 5.0)
+            assert {claim.job.id: claim.drawn is None for claim in claims} == {jobs[0].id: False, jobs[1].id: True}
+            assert all(whole.finish(claim, [], {}, []) for claim in claims)
+
+    asyncio.run(scenario())
+
+
+def test_a_late_hand_over_writes_nothing(
+    open_broker: Any, open_claims: Any, make_job: Any, make_stale: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as broker:
+            slow, quick = open_claims(lease=False, stages=DRAWING), open_claims(stages=DRAWING)
+            finisher = open_claims(stages=FINISHING)
+            job = make_job()
+            await broker.enqueue(job)
+            late = take_one(slow)
+            make_stale(late)
+            again = take_one(quick)
+            assert again.delivery == 2
+            assert slow.hand_over(late, b"old", STAGES, []) is None
+            assert quick.hand_over(again, b"new", STAGES, []) is JobState.QUEUED
+            assert quick.hand_over(again, b"new", STAGES, []) is JobState.QUEUED, "a lost reply: sent again, done once"
+            assert slow.hand_over(late, b"old", STAGES, []) is None
+            claim = take_one(finisher)
+            assert claim.body == b"new" and finisher.claim(1, 0.0) == []
+            assert not slow.finish(late, [(PNG, b"old")], {}, []) and not slow.fail(late, JobError("x", "y"))
+            assert finisher.finish(claim, [(PNG, b"png")], {}, [])
+            assert slow.hand_over(late, b"old", STAGES, []) is None
+            assert (await read(broker, job)).state is JobState.SUCCEEDED
+
+    asyncio.run(scenario())
+    assert leftovers(redis_client, settings) == []
+
+
+def test_a_job_that_kills_whoever_finishes_it_is_dead_lettered_whatever_the_drawing_took(
+    open_broker: Any, open_claims: Any, make_job: Any, make_stale: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as broker:
+            job = make_job()
+            await broker.enqueue(job)
+            for delivery in (1, 2, 3):
+                claim = take_one(drawer := open_claims(lease=False, stages=DRAWING))
+                assert claim.delivery == delivery
+                if delivery < 3:
+                    make_stale(claim)
+            drawer.hand_over(claim, b"latents", STAGES, [])
+            for delivery in (1, 2, 3):
+                claim = take_one(open_claims(lease=False, stages=FINISHING))
+                assert (claim.delivery, claim.body) == (delivery, b"latents"), "the drawing is not done again"
+                make_stale(claim)
+            assert open_claims(stages=FINISHING).claim(1, 0.0) == []
+            record = await read(broker, job)
+            assert record.state is JobState.FAILED and record.error is not None and "3 times" in record.error.detail
+            assert record.stages == STAGES, "what was done is not forgotten"
+            assert (await broker.stats()).dead_lettered == 1
+
+    asyncio.run(scenario())
+    assert leftovers(redis_client, settings) == []
+
+
+def test_a_retry_of_the_finish_waits_in_the_finish_queue(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+    async def scenario() -> None:
+        async with open_broker() as broker:
+            drawer, finisher = open_claims(stages=DRAWING), open_claims(stages=FINISHING)
+            await broker.enqueue(make_job())
+            drawer.hand_over(take_one(drawer), b"latents", STAGES, ["cut off"])
+            assert finisher.fail(take_one(finisher), JobError("engine_fault", "lost device", retryable=True))
+            again = take_one(finisher)
+            assert (again.delivery, again.body, again.drawn) == (2, b"latents", Drawn(STAGES, ("cut off",)))
+            finisher.release([again])
+            assert take_one(finisher).delivery == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_job_that_nobody_wants_any_more_ends_at_the_hand_over_or_while_it_waits(
+    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as broker:
+            drawer, finisher = open_claims(stages=DRAWING), open_claims(stages=FINISHING)
+            running, waiting = make_job(), make_job()
+            overdue = replace(make_job(), cancel_after_s=600.0)
+            for job in (running, waiting, overdue):
+                await broker.enqueue(job)
+            claims = {claim.job.id: claim for claim in drawer.claim(3, 5.0)}
+            await broker.cancel(running.id)
+            assert drawer.hand_over(claims[running.id], b"latents", STAGES, []) is JobState.CANCELED
+            assert drawer.hand_over(claims[waiting.id], b"latents", STAGES, []) is JobState.QUEUED
+            await broker.cancel(waiting.id)
+            redis_client.hset(Keys(settings.key_prefix).job(overdue.id), "deadline_ms", 1)
+            assert drawer.hand_over(claims[overdue.id], b"latents", STAGES, []) is None
+            assert finisher.claim(3, 0.0) == []
+            found = [await read(broker, job) for job in (running, waiting, overdue)]
+            assert [record.state for record in found] == [JobState.CANCELED, JobState.CANCELED, JobState.FAILED]
+            assert [record.stages for record in found[:2]] == [STAGES, STAGES]
+
+    asyncio.run(scenario())
+    assert leftovers(redis_client, settings) == []
+
+
+def test_latents_count_in_the_byte_budget_in_place_of_the_input(
+    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    async def scenario() -> None:
+        async with open_broker(blob_budget_bytes=1000) as broker:
+            drawer = open_claims(stages=DRAWING, blob_budget_bytes=1000)
+            finisher = open_claims(stages=FINISHING, blob_budget_bytes=1000)
+            await broker.enqueue(make_job(), bytes(400))
+            claim = take_one(drawer)
+            with pytest.raises(StorageFull, match="1001 bytes"):
+                drawer.hand_over(claim, bytes(1001), STAGES, [])
+            assert (await broker.stats()).blob_bytes == 400, "nothing was written"
+            assert drawer.hand_over(claim, bytes(1000), STAGES, []) is JobState.QUEUED
+            assert (await broker.stats()).blob_bytes == 1000
+            with pytest.raises(StorageFull):
+                await broker.enqueue(make_job(), b"1")
+            assert finisher.finish(take_one(finisher), [(PNG, bytes(10))], {}, [])
+            assert (await broker.stats()).blob_bytes == 10
+
+    asyncio.run(scenario())
+    assert leftovers(redis_client, settings) == []
+
+
+def test_the_limit_positions_and_times_count_both_queues(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+    async def scenario() -> None:
+        async with open_broker(queue_limit=4) as broker:
+            drawers, finisher = [open_claims(stages=DRAWING) for _ in range(2)], open_claims(stages=FINISHING)
+            jobs = [make_job() for _ in range(4)]
+            for job in jobs:
+                await broker.enqueue(job)
+            first = [take_one(drawer) for drawer in drawers]
+            for drawer, claim in zip(drawers, first, strict=True):
+                drawer.hand_over(claim, b"latents", STAGES, [])
+            stats = await broker.stats()
+            assert stats.queued[("pocket", Priority.HIGH)] == stats.queued[("pocket+finish", Priority.HIGH)] == 2
+            assert (stats.processing, stats.drawing_workers, stats.finishing_workers) == (0, 2, 1)
+            with pytest.raises(Exception, match="4 jobs"):
+                await broker.enqueue(make_job())
+            assert [(await read(broker, job)).queue_position for job in jobs] == [0, 1, 0, 1]
+            claim = take_one(finisher)
+            time.sleep(0.05)
+            assert finisher.finish(claim, [], {}, [])
+            stats = await broker.stats()
+            finish_s, draw_s = stats.queue_median_s["pocket+finish"], stats.queue_median_s["pocket"]
+            assert finish_s >= 0.05 and draw_s > 0
+            await broker.enqueue(make_job())
+            found = [await read(broker, job) for job in jobs]
+            assert found[1].estimated_start_s == 0.0, "a finisher is free"
+            assert found[3].estimated_start_s == 0.0, "two drawers are free, and one job is before it"
+
+    asyncio.run(scenario())
+
+
+def test_retry_after_is_that_of_the_slower_half() -> None:
+    medians = {"a": 30.0, "a+finish": 2.0}
+    stats = QueueStats(
+        {("a", Priority.HIGH): 4, ("a+finish", Priority.LOW): 10}, 0, 0, 0, 0.0, 32, 5, 9.0, 0, 1, medians
+    )
+    assert retry_after_s(stats) == (4 * 30 + 10 * 2) / 5, "without halves everybody does everything"
+    assert retry_after_s(replace(stats, drawing_workers=3, finishing_workers=2)) == 40
+    assert retry_after_s(replace(stats, drawing_workers=4, finishing_workers=1, queue_median_s={"a": 1.0})) == 90
+
+
+def test_a_worker_that_leaves_is_counted_in_no_half(open_broker: Any, open_claims: Any) -> None:
+    async def scenario() -> None:
+        async with open_broker() as broker:
+            worker = open_claims(stages=FINISHING)
+            assert (await broker.stats()).finishing_workers == 1
+            worker.close()
+            stats = await broker.stats()
+            assert (stats.live_workers, stats.finishing_workers) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_a_record_of_an_older_version_is_claimed_as_before(
+    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as broker:
+            job = make_job()
+            await broker.enqueue(job)
+            assert b"part" not in redis_client.hgetall(Keys(settings.key_prefix).job(job.id))
+            drawer = open_claims(stages=DRAWING)
+            assert take_one(drawer).job == job
+
+    asyncio.run(scenario())
