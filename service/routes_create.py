@@ -223,7 +223,8 @@ async def require_webhook(webhook: Webhook | None, settings: Settings) -> None:
         raise InvalidFields((("webhook", "cannot be sent: the service has no GIANTLEAP_WEBHOOK_SECRET to sign it"),))
     try:
         target = read_target(webhook.url)
-        await find_addresses(target.host, target.port, settings.webhook_allow_private)
+        allowed = settings.webhook_hosts
+        await find_addresses(target.host, target.port, settings.webhook_allow_private, hosts=allowed)
     except TargetRefused as error:
         raise InvalidFields((("webhook", f"the url {error}"),)) from error
 

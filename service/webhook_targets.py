@@ -1,4 +1,4 @@
-"""Where a webhook may go: its URL is read, resolved and checked at the request, and once more at each connect.
+"""Where a webhook may go: its URL is read, its host checked and resolved at the request, and once more at each connect.
 
 A name may resolve to a public address while it is checked and to 127.0.0.1 a moment later, so the connection is made
 to the very address that was checked (`CheckedBackend`), while the Host header and the name that TLS verifies stay those
@@ -99,12 +99,27 @@ async def resolve(host: str, port: int) -> Sequence[str]:
     return [str(entry[4][0]) for entry in found]
 
 
-async def find_addresses(host: str, port: int, allow_private: bool, resolve: Resolve = resolve) -> list[str]:
+def is_listed(host: str, hosts: Sequence[str]) -> bool:
+    """Whether a host is one of `hosts`, or below one that begins with a dot; any is where there are none."""
+    name = host.lower().removesuffix(".")
+    return not hosts or any(name.endswith(each) if each.startswith(".") else name == each for each in hosts)
+
+
+async def find_addresses(
+    host: str, port: int, allow_private: bool, resolve: Resolve = resolve, hosts: Sequence[str] = ()
+) -> list[str]:
     """The addresses that a webhook may be sent to.
 
+    Args:
+        allow_private: Also those that are not public.
+        resolve: Asked only for a host that is allowed.
+        hosts: The only ones that are allowed (`is_listed`).
+
     Raises:
-        TargetRefused: the host does not resolve, or one of its addresses is not public.
+        TargetRefused: the host is not allowed, does not resolve, or one of its addresses is not public.
     """
+    if not is_listed(host, hosts):
+        raise TargetRefused("has a host that is not on the list of this service")
     try:
         async with asyncio.timeout(_RESOLVE_S):
             found = list(dict.fromkeys(await resolve(host, port)))
@@ -121,8 +136,13 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
     """Connects to an address that was checked a moment ago, never to a name."""
 
     def __init__(
-        self, allow_private: bool, resolve: Resolve = resolve, inner: httpcore.AsyncNetworkBackend | None = None
+        self,
+        allow_private: bool,
+        resolve: Resolve = resolve,
+        inner: httpcore.AsyncNetworkBackend | None = None,
+        hosts: Sequence[str] = (),
     ) -> None:
+        self._hosts = hosts
         self._allow_private = allow_private
         self._resolve = resolve
         self._inner = httpcore.AnyIOBackend() if inner is None else inner
@@ -140,7 +160,7 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         httpcore.ConnectError, httpcore.ConnectTimeout: none of the addresses answers.
         """
         failure: Exception = httpcore.ConnectError("no address")
-        for address in await find_addresses(host, port, self._allow_private, self._resolve):
+        for address in await find_addresses(host, port, self._allow_private, self._resolve, self._hosts):
             try:
                 return await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:

@@ -147,11 +147,12 @@ class WebhookSender:
         self._limits = scripts.limits(settings)
         self._take = redis.register_script(scripts.PRELUDE + TAKE)
         self._settle = redis.register_script(scripts.PRELUDE + SETTLE)
+        checked = CheckedBackend(settings.webhook_allow_private, hosts=settings.webhook_hosts)
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=httpx.create_ssl_context(),
             max_connections=_AT_ONCE,
             max_keepalive_connections=0,  # each delivery checks its address anew
-            network_backend=CheckedBackend(settings.webhook_allow_private) if backend is None else backend,
+            network_backend=checked if backend is None else backend,
         )
         self._sending: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None

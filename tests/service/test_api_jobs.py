@@ -166,6 +166,25 @@ async def test_a_webhook_into_the_own_network_is_refused(
     assert broker.jobs == []
 
 
+async def test_a_webhook_to_a_host_that_is_not_listed_is_refused(bundle_dir: Path, broker: FakeBroker) -> None:
+    settings = read_settings(bundle=(bundle_dir,), webhook_secret=SECRET, webhook_hosts="8.8.8.8,.example.org")
+    app = create_app(settings, broker)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        for url, status in (("https://8.8.4.4/", 422), ("https://8.8.8.8.evil.net/", 422), ("https://8.8.8.8/", 200)):
+            answer = await client.post("/generate", json={"prompt": "a", "webhook": {"url": url}})
+            assert answer.status_code == status, url
+            if status == 422:
+                assert_problem(answer, 422, "invalid_request", "webhook")
+                assert "not on the list" in answer.text and url not in answer.text
+    assert len(broker.jobs) == 1
+
+
+@pytest.mark.parametrize("hosts", ["https://example.org", "example.org:443", "*.example.org", "a/b", ".", "::1"])
+def test_a_host_of_the_list_is_a_plain_name(hosts: str) -> None:
+    with pytest.raises(ValueError, match="a host name"):
+        read_settings(webhook_hosts=hosts)
+
+
 async def test_a_webhook_without_a_secret_or_of_unknown_events_is_refused(
     bundle_dir: Path, client: httpx.AsyncClient, broker: FakeBroker
 ) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 import httpcore
 import pytest
 
-from service.webhook_targets import CheckedBackend, Target, TargetRefused, find_addresses, is_public, read_target
+from service.webhook_targets import (
+    CheckedBackend,
+    Target,
+    TargetRefused,
+    find_addresses,
+    is_listed,
+    is_public,
+    read_target,
+)
 
 PUBLIC = ("8.8.8.8", "93.184.216.34", "2606:4700:4700::1111", "2a00:1450:4001:831::200e")
 CLOSED = (
@@ -169,3 +177,43 @@ def test_a_name_that_moves_into_the_own_network_after_the_check_is_not_connected
     with pytest.raises(TargetRefused):
         post(CheckedBackend(False, resolve, inner), "http://rebind.example.org/")
     assert inner.connected == []
+
+
+@pytest.mark.parametrize(
+    ("host", "listed"),
+    [
+        ("hooks.example.org", True),
+        ("Hooks.Example.org.", True),
+        ("a.b.example.com", True),
+        ("example.com", False),
+        ("evilexample.com", False),
+        ("x.hooks.example.org", False),
+        ("hooks.example.org.evil.net", False),
+        ("example.org", False),
+        ("8.8.8.8", False),
+        ("2606:4700::1", False),
+    ],
+)
+def test_only_hosts_of_the_list_are_allowed(host: str, listed: bool) -> None:
+    hosts = ("hooks.example.org", ".example.com")
+    assert is_listed(host, hosts) == listed and is_listed(host, ())
+
+
+def test_a_host_that_is_not_on_the_list_is_not_even_resolved() -> None:
+    asked: list[str] = []
+
+    async def resolve(host: str, port: int) -> Sequence[str]:
+        asked.append(host)
+        return ("8.8.8.8",)
+
+    inner = Recorder()
+    backend = CheckedBackend(True, resolve, inner, ("hooks.example.org",))
+    with pytest.raises(TargetRefused, match="not on the list"):
+        post(backend, "http://other.example.org/")
+    assert asked == [] and inner.connected == []
+    assert post(backend, "http://hooks.example.org/") == 200 and inner.connected == ["8.8.8.8"]
+
+
+def test_an_address_of_the_own_network_is_refused_although_its_host_is_on_the_list() -> None:
+    with pytest.raises(TargetRefused, match="not public"):
+        asyncio.run(find_addresses("hooks.example.org", 80, False, names(("10.0.0.1",)), ("hooks.example.org",)))

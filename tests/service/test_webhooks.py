@@ -210,6 +210,22 @@ def test_a_target_that_became_private_is_never_connected_to(
     asyncio.run(scenario())
 
 
+def test_a_host_that_was_taken_off_the_list_is_never_connected_to(
+    open_broker: Any, make_job: Any, receiver: Receiver, settings: Settings, metrics: Metrics, redis_client: redis.Redis
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as producer:
+            job = told(make_job(), receiver)
+            await producer.enqueue(job)
+            await producer.cancel(job.id)
+            async with senders(settings, metrics, webhook_hosts=("hooks.example.org",)), asyncio.timeout(60):
+                while outcomes(metrics).get("retried", 0) < 2:
+                    await asyncio.sleep(0.02)
+            assert receiver.got == []
+
+    asyncio.run(scenario())
+
+
 def test_a_receiver_that_never_answers_costs_one_bounded_attempt(
     open_broker: Any, make_job: Any, settings: Settings, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
