@@ -1,11 +1,10 @@
-"""Networks of random weights, small enough to be exported: a LUA of each kind, a VAE of each family."""
+"""Networks small enough to be exported: the shape of a LUA of each kind, a VAE of random weights of each family."""
 
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan
 
-from models.lua import Lua
 from models.lua_spec import LuaSpec
 
 SPECS = {
@@ -13,17 +12,6 @@ SPECS = {
     "pocket": LuaSpec(4, 12, (2,), 2, window=4, num_feat=8, bicubic_skip=True, latent_norm=True),
     "rgb": LuaSpec(3, 12, (2,), 2, window=4, num_feat=8, image_mean=(0.4, 0.5, 0.6)),
 }
-
-
-def random_lua(spec: LuaSpec, spread: float = 0.2) -> Lua:
-    torch.manual_seed(0)
-    net = Lua(spec).eval()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.normal_(0.0, spread)
-    if spec.latent_norm:
-        net.set_latent_statistics(torch.linspace(-1, 1, spec.channels), torch.linspace(0.5, 4, spec.channels))
-    return net
 
 
 def random_vae(name: str) -> Any:

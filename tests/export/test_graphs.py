@@ -8,7 +8,8 @@ from export.graphs import DTYPES, DecoderGraph, LuaGraph
 from export.manifest import Precision
 from models.decode import decode_plain
 from models.decoder_check import UnknownDecoderError
-from tests.export.random_networks import SPECS, random_lua, random_vae
+from tests.export.random_networks import SPECS, random_vae
+from tests.random_lua import random_lua
 
 
 def latents(*shape: int) -> Tensor:

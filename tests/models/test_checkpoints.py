@@ -16,17 +16,9 @@ from torch import Tensor
 from models.checkpoints import CheckpointError, read_lua, write_lua
 from models.lua import Lua, LuaSpec, preset
 from models.lua_spec import SPEC_KEY
+from tests.random_lua import random_lua
 
 SMALL = LuaSpec(5, 12, (2, 1), (3, 2), window=3, mlp_ratio=1.25, num_feat=6, conv_first_kernel=1)
-
-
-def build(spec: LuaSpec) -> Lua:
-    torch.manual_seed(0)
-    net = Lua(spec).eval()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.normal_(0.0, 0.1)
-    return net
 
 
 def published_trunk(
@@ -102,14 +94,12 @@ def test_any_network_survives_the_file(
     hidden: int, num_feat: int, scales: tuple[int, ...], kernel: int, skip: bool, norm: bool,
 ) -> None:  # fmt: skip
     embed = 6 * head_dim
-    net = build(
+    net = random_lua(
         LuaSpec(
             channels, embed, tuple(1 + h % 2 for h in heads), tuple(heads), window, hidden / embed, num_feat, scales,
             kernel, skip, None, norm,
         )
     )  # fmt: skip
-    if norm:
-        net.set_latent_statistics(torch.randn(channels), torch.rand(channels) + 0.1)
     path = tmp_path_factory.mktemp("lua") / "lua.safetensors"
     write_lua(path, net)
     again = read_lua(path)
@@ -123,7 +113,7 @@ def test_any_network_survives_the_file(
 
 def test_spec_and_metadata_are_in_the_header(tmp_path: Path) -> None:
     path = tmp_path / "lua.safetensors"
-    write_lua(path, build(SMALL), {"licence": "Apache-2.0"})
+    write_lua(path, random_lua(SMALL), {"licence": "Apache-2.0"})
     with safe_open(path, "pt") as file:
         header = file.metadata()
     assert header["licence"] == "Apache-2.0"
@@ -132,7 +122,7 @@ def test_spec_and_metadata_are_in_the_header(tmp_path: Path) -> None:
 
 def test_reading_draws_no_random_number(tmp_path: Path) -> None:
     path = tmp_path / "lua.safetensors"
-    write_lua(path, build(SMALL))
+    write_lua(path, random_lua(SMALL))
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -141,7 +131,7 @@ def test_reading_draws_no_random_number(tmp_path: Path) -> None:
 
 
 def test_half_precision_weights_are_read_as_float32(tmp_path: Path) -> None:
-    path, net = tmp_path / "lua.safetensors", build(SMALL)
+    path, net = tmp_path / "lua.safetensors", random_lua(SMALL)
     write_lua(path, net.to(torch.bfloat16))
     again = read_lua(path)
     assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
@@ -149,7 +139,7 @@ def test_half_precision_weights_are_read_as_float32(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path, net = tmp_path / "lua.safetensors", build(SMALL)
+    path, net = tmp_path / "lua.safetensors", random_lua(SMALL)
     write_lua(path, net)
     before = path.read_bytes()
     with torch.no_grad():
@@ -157,12 +147,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match=r"norm\.bias: found NaN"):
         write_lua(path, net)
     with pytest.raises(CheckpointError, match="taken by the spec"):
-        write_lua(path, build(SMALL), {SPEC_KEY: "{}"})
+        write_lua(path, random_lua(SMALL), {SPEC_KEY: "{}"})
     assert path.read_bytes() == before
     path.unlink()
     path.mkdir()  # the last step, replacing the file, cannot succeed now
     with pytest.raises(OSError):
-        write_lua(path, build(SMALL))
+        write_lua(path, random_lua(SMALL))
     assert [entry.name for entry in tmp_path.iterdir()] == ["lua.safetensors"]
 
 
@@ -289,7 +279,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str, share: float) 
     if suffix == ".pth":
         write_pth(whole, single_head_swinir(4, 2))
     else:
-        write_lua(whole, build(SMALL))
+        write_lua(whole, random_lua(SMALL))
     content = whole.read_bytes()
     part.write_bytes(content[: int(share * len(content))])
     with pytest.raises(CheckpointError, match="damaged"):
@@ -302,7 +292,7 @@ def test_changed_bytes_are_read_or_refused_and_nothing_else(tmp_path: Path, suff
     if suffix == ".pth":
         write_pth(path, published_trunk(4, 6, (1,), 1, 2, 4, random_fill))
     else:
-        write_lua(path, build(LuaSpec(4, 6, (1,), 1, window=2, num_feat=1)))
+        write_lua(path, random_lua(LuaSpec(4, 6, (1,), 1, window=2, num_feat=1)))
     content, refused = path.read_bytes(), 0
     for _ in range(100):
         changed = bytearray(content)
@@ -318,7 +308,7 @@ def test_changed_bytes_are_read_or_refused_and_nothing_else(tmp_path: Path, suff
 
 def test_a_network_does_not_change_when_its_file_does(tmp_path: Path) -> None:
     path = tmp_path / "lua.safetensors"
-    write_lua(path, build(SMALL))
+    write_lua(path, random_lua(SMALL))
     net = read_lua(path)
     before = net.norm.weight.clone()
     content = path.read_bytes()
@@ -359,7 +349,7 @@ def test_a_pickle_without_a_table_of_tensors_is_refused(tmp_path: Path, content:
 
 def test_weights_that_are_not_those_of_the_header_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "lua.safetensors"
-    write_lua(path, build(SMALL))
+    write_lua(path, random_lua(SMALL))
     weights = load_file(path)
     wider = LuaSpec(5, 12, (2, 1), (3, 2), window=3, mlp_ratio=1.25, num_feat=7, conv_first_kernel=1)
     for spec, words in (

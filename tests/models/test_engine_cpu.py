@@ -1,7 +1,6 @@
 """The form prepared for a CPU computes what the network computes, at any size, and is only taken where it can run."""
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,9 +9,9 @@ from torch import Tensor
 
 from models import engine_cpu
 from models.engine_cpu import PreparationError, check_prepared, packed_is_faster, prepare_lua, why_not_prepared
-from models.lua import Lua
 from models.lua_spec import LuaSpec
 from models.prepared_lua import GRIDS_KEPT, Grid, PreparedLua
+from tests.random_lua import random_lua
 
 CPU = torch.device("cpu")
 SPECS = {
@@ -24,26 +23,6 @@ SPECS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def build(spec: LuaSpec) -> Lua:
-    """A net whose every weight is random, norms included, and large enough that a mistake shows."""
-    torch.manual_seed(0)
-    net = Lua(spec).eval()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.normal_(0.0, 0.2)
-    if spec.latent_norm:
-        net.set_latent_statistics(torch.randn(spec.channels), torch.rand(spec.channels) + 0.5)
-    return net
-
-
 def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
@@ -51,7 +30,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("size", [(1, 8, 8), (2, 13, 21), (3, 16, 3)], ids=str)
 def test_prepared_form_equals_the_network(name: str, size: tuple[int, int, int]) -> None:
-    net = build(SPECS[name])
+    net = random_lua(SPECS[name])
     prepared = PreparedLua(net, torch.float32)
     batch, height, width = size
     latent = torch.randn(batch, net.spec.channels, height, width)
@@ -64,7 +43,7 @@ def test_prepared_form_equals_the_network(name: str, size: tuple[int, int, int])
 
 
 def test_bfloat16_is_close() -> None:
-    net = build(SPECS["tiny"])
+    net = random_lua(SPECS["tiny"])
     if why_not_prepared(CPU, torch.bfloat16) is not None:  # a CPU without it runs the network
         assert prepare_lua(net, CPU, torch.bfloat16) is net
         return
@@ -79,7 +58,7 @@ def test_bfloat16_is_close() -> None:
 @pytest.mark.parametrize("plainly", [False, True])
 @pytest.mark.parametrize("tokens_at_once", [1, 5 * 16, 1 << 20, None])
 def test_portions_and_both_attentions_change_nothing(tokens_at_once: int | None, plainly: bool) -> None:
-    net = build(SPECS["tiny"])
+    net = random_lua(SPECS["tiny"])
     prepared = PreparedLua(net, torch.float32)
     for blocks, _ in prepared.groups:
         for block in blocks:
@@ -90,7 +69,7 @@ def test_portions_and_both_attentions_change_nothing(tokens_at_once: int | None,
 
 
 def test_portions_are_of_free_windows_or_of_masked_ones() -> None:
-    prepared = PreparedLua(build(SPECS["tiny"]), torch.float32)
+    prepared = PreparedLua(random_lua(SPECS["tiny"]), torch.float32)
     grids = prepared.grids_of(torch.zeros(2, 4, 12, 16))
     _, shifted = prepared.groups[0][0]
     shifted.tokens_at_once = 5 * 16
@@ -100,7 +79,7 @@ def test_portions_are_of_free_windows_or_of_masked_ones() -> None:
 
 @pytest.mark.parametrize("width_multiple", [1, 16])
 def test_plain_layers_of_any_width_compute_the_same(width_multiple: int) -> None:
-    net = build(SPECS["window 8, skip"])
+    net = random_lua(SPECS["window 8, skip"])
     latent = torch.randn(2, 16, 20, 9)
     prepared = PreparedLua(net, torch.float32, packed=False, width_multiple=width_multiple)
     with torch.no_grad():
@@ -108,7 +87,7 @@ def test_plain_layers_of_any_width_compute_the_same(width_multiple: int) -> None
 
 
 def test_autocast_around_it_changes_nothing() -> None:
-    prepared = PreparedLua(build(SPECS["tiny"]), torch.float32)
+    prepared = PreparedLua(random_lua(SPECS["tiny"]), torch.float32)
     latent = torch.randn(1, 4, 8, 8)
     expected = prepared(latent, 2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -124,7 +103,7 @@ def test_grid_sorts_the_windows_that_the_mask_touches_to_the_end() -> None:
 
 
 def test_no_more_than_a_few_sizes_are_remembered() -> None:
-    prepared = PreparedLua(build(SPECS["tiny"]), torch.float32)
+    prepared = PreparedLua(random_lua(SPECS["tiny"]), torch.float32)
     for width in range(1, GRIDS_KEPT + 3):
         prepared(torch.zeros(1, 4, 4, 4 * width), 2)
     assert len(prepared._grids) == GRIDS_KEPT
@@ -136,11 +115,11 @@ def test_no_more_than_a_few_sizes_are_remembered() -> None:
 )
 def test_what_the_network_refuses_is_refused(shape: tuple[int, ...], scale: int, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        PreparedLua(build(SPECS["tiny"]), torch.float32)(torch.zeros(shape), scale)
+        PreparedLua(random_lua(SPECS["tiny"]), torch.float32)(torch.zeros(shape), scale)
 
 
 def test_the_network_itself_runs_where_it_cannot_be_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = build(SPECS["tiny"])
+    net = random_lua(SPECS["tiny"])
     assert "CPU" in str(why_not_prepared(torch.device("cuda:0"), torch.float32))
     assert "float16" in str(why_not_prepared(CPU, torch.float16))
     assert why_not_prepared(CPU, torch.float32) is None
@@ -150,7 +129,7 @@ def test_the_network_itself_runs_where_it_cannot_be_prepared(monkeypatch: pytest
 
 
 def test_the_network_itself_runs_where_packing_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = build(SPECS["tiny"])
+    net = random_lua(SPECS["tiny"])
     seconds = [2.0, 1.0]
     monkeypatch.setattr(engine_cpu, "_least_seconds", lambda runs: seconds)
     assert not packed_is_faster(net.spec, torch.float32)
@@ -168,7 +147,7 @@ def test_the_trial_leaves_the_random_numbers_of_others_alone() -> None:
 
 
 def test_a_form_that_computes_something_else_is_refused() -> None:
-    net = build(SPECS["window 8, skip"])
+    net = random_lua(SPECS["window 8, skip"])
     prepared = PreparedLua(net, torch.float32)
     check_prepared(prepared, net)
     other = copy.deepcopy(net)
@@ -179,7 +158,7 @@ def test_a_form_that_computes_something_else_is_refused() -> None:
 
 
 def test_the_check_sees_a_wrong_shift_mask() -> None:
-    net = build(SPECS["tiny"])
+    net = random_lua(SPECS["tiny"])
     prepared = PreparedLua(net, torch.float32)
     window = net.spec.window
     grids = prepared.grids_of(torch.zeros(2, 4, 2 * window, 3 * window))

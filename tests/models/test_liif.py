@@ -16,20 +16,10 @@ from models.checkpoints import read_lua, write_lua
 from models.liif import Corners, LiifHead
 from models.lua import Lua
 from models.lua_spec import SPEC_KEY, LuaSpec
+from tests.random_lua import random_lua
 
 SPEC = LuaSpec(4, 12, (2,), 2, window=4, num_feat=8, head="liif")
 WITH_ALL = LuaSpec(4, 12, (2,), 2, window=4, num_feat=8, bicubic_skip=True, latent_norm=True, head="liif")
-
-
-def build(spec: LuaSpec) -> Lua:
-    torch.manual_seed(0)
-    net = Lua(spec).eval()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.normal_(0.0, 0.2)
-    if spec.latent_norm:
-        net.set_latent_statistics(torch.randn(spec.channels), torch.rand(spec.channels) + 0.5)
-    return net
 
 
 def head_of(net: Lua) -> LiifHead:
@@ -68,7 +58,7 @@ def published_values(head: LiifHead, features: Tensor, scale: float) -> Tensor:
 
 @pytest.mark.parametrize("scale", [1.5, 2, 2.5, 3, 4])
 def test_output_equals_the_published_computation(scale: float) -> None:
-    head, features = head_of(build(SPEC)), torch.randn(2, 12, 4, 6)
+    head, features = head_of(random_lua(SPEC)), torch.randn(2, 12, 4, 6)
     with torch.no_grad():
         found = head(features, scale)
         expected = torch.cat([published_values(head, item[None], scale) for item in features])
@@ -85,7 +75,7 @@ def test_the_decoder_has_the_published_number_of_weights() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.sampled_from([1.25, 1.5, 2, 2.5, 3, 4]))
 def test_any_size_is_enlarged_exactly_where_its_sides_stay_whole(b: int, h: int, w: int, scale: float) -> None:
-    net, latent = build(WITH_ALL), torch.randn(b, 4, h, w)
+    net, latent = random_lua(WITH_ALL), torch.randn(b, 4, h, w)
     if (scale * h) % 1 or (scale * w) % 1:
         with pytest.raises(ValueError, match="no whole sides"):
             net(latent, scale)
@@ -99,7 +89,7 @@ def test_any_size_is_enlarged_exactly_where_its_sides_stay_whole(b: int, h: int,
 @pytest.mark.parametrize("scale", [1, 0.5, 1.3, math.inf, math.nan, -2])
 def test_a_scale_that_does_not_enlarge_or_breaks_a_window_is_refused(scale: float) -> None:
     with pytest.raises(ValueError, match="any scale above 1 that makes a window of 4"):
-        build(SPEC)(torch.randn(1, 4, 20, 20), scale)
+        random_lua(SPEC)(torch.randn(1, 4, 20, 20), scale)
 
 
 def test_heads_per_scale_take_no_other_scale() -> None:
@@ -112,7 +102,7 @@ def test_heads_per_scale_take_no_other_scale() -> None:
 
 @pytest.mark.parametrize("points", [1, 7, 100])
 def test_chunks_of_points_change_nothing(points: int) -> None:
-    net, latent = build(WITH_ALL), torch.randn(2, 4, 6, 10)
+    net, latent = random_lua(WITH_ALL), torch.randn(2, 4, 6, 10)
     with torch.no_grad():
         whole = net(latent, 1.5)
         head_of(net).points_at_once = points
@@ -120,7 +110,7 @@ def test_chunks_of_points_change_nothing(points: int) -> None:
 
 
 def test_no_more_points_at_once_than_the_bound() -> None:
-    head, seen = head_of(build(SPEC)), []
+    head, seen = head_of(random_lua(SPEC)), []
     head.last.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     head.points_at_once = 50
     with torch.no_grad():
@@ -129,7 +119,7 @@ def test_no_more_points_at_once_than_the_bound() -> None:
 
 
 def test_an_item_gives_the_same_alone_and_in_a_batch() -> None:
-    net, latents = build(WITH_ALL), torch.randn(3, 4, 10, 6)
+    net, latents = random_lua(WITH_ALL), torch.randn(3, 4, 10, 6)
     with torch.no_grad():
         together = net(latents, 2.5)
         alone = torch.cat([net(item[None], 2.5) for item in latents])
@@ -137,7 +127,7 @@ def test_an_item_gives_the_same_alone_and_in_a_batch() -> None:
 
 
 def test_features_that_are_shifted_shift_the_values() -> None:
-    head, features = head_of(build(SPEC)), torch.randn(1, 12, 16, 16)
+    head, features = head_of(random_lua(SPEC)), torch.randn(1, 12, 16, 16)
     with torch.no_grad():
         found = head(features, 1.5)
         shifted = head(features.roll((2, 4), (2, 3)), 1.5)
@@ -147,7 +137,7 @@ def test_features_that_are_shifted_shift_the_values() -> None:
 
 def test_a_decoder_that_sees_no_place_keeps_constant_features_constant() -> None:
     """The ensemble's weights add up to one at every point, at the border too."""
-    head = head_of(build(SPEC))
+    head = head_of(random_lua(SPEC))
     with torch.no_grad():
         head.place.weight.zero_()
         head.entry.weight.zero_()
@@ -165,7 +155,7 @@ def test_corners_reach_from_border_to_border() -> None:
 
 def test_one_set_of_weights_answers_alike_at_neighbouring_scales() -> None:
     """The enlarged latent is one function of the place: twice as dense a grid shows the same one."""
-    head, features = head_of(build(SPEC)), torch.randn(1, 12, 8, 8)
+    head, features = head_of(random_lua(SPEC)), torch.randn(1, 12, 8, 8)
     with torch.no_grad():
         head.place.weight[:, 2:].zero_()  # the cell, which is what may differ
         coarse, fine = head(features, 1.5), head(features, 4.5)
@@ -175,14 +165,14 @@ def test_one_set_of_weights_answers_alike_at_neighbouring_scales() -> None:
 @pytest.mark.parametrize("spec", [SPEC, WITH_ALL], ids=["plain", "with skip and statistics"])
 def test_every_weight_gets_a_gradient_at_every_scale(spec: LuaSpec) -> None:
     for scale in (1.5, 2, 4):
-        net = build(spec).train()
+        net = random_lua(spec).train()
         net(torch.randn(2, 4, 8, 8), scale).square().mean().backward()
         still = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         assert still == []
 
 
 def test_the_gradient_of_a_value_is_its_slope() -> None:
-    head = head_of(build(SPEC)).double()
+    head = head_of(random_lua(SPEC)).double()
     features = torch.randn(1, 12, 3, 2, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: head(x, 1.5)[:, :2], (features,), fast_mode=True)
 
@@ -204,7 +194,7 @@ def test_fresh_weights_let_the_input_through() -> None:
 
 
 def test_bfloat16_stays_close_to_float32() -> None:
-    net, latent = build(SPEC), torch.randn(1, 4, 8, 8)
+    net, latent = random_lua(SPEC), torch.randn(1, 4, 8, 8)
     with torch.no_grad():
         exact = net(latent, 1.5)
         with torch.autocast("cpu", torch.bfloat16):
@@ -217,7 +207,7 @@ def test_bfloat16_stays_close_to_float32() -> None:
 
 @pytest.mark.parametrize("spec", [SPEC, WITH_ALL], ids=["plain", "with skip and statistics"])
 def test_a_liif_head_survives_the_file(spec: LuaSpec, tmp_path: Path) -> None:
-    net, latent = build(spec), torch.randn(1, 4, 6, 10)
+    net, latent = random_lua(spec), torch.randn(1, 4, 6, 10)
     write_lua(tmp_path / "lua.safetensors", net)
     again = read_lua(tmp_path / "lua.safetensors")
     assert again.spec == spec
@@ -227,7 +217,7 @@ def test_a_liif_head_survives_the_file(spec: LuaSpec, tmp_path: Path) -> None:
 
 def test_a_file_from_before_there_were_heads_to_choose_is_read(tmp_path: Path) -> None:
     spec = LuaSpec(4, 12, (2,), 2, window=4, num_feat=8)
-    net, path = build(spec), tmp_path / "lua.safetensors"
+    net, path = random_lua(spec), tmp_path / "lua.safetensors"
     old = spec.to_json().replace(', "head": "pixelshuffle"', "")
     assert 'head"' not in old
     path.write_bytes(save(dict(net.state_dict()), {SPEC_KEY: old}))

@@ -1,7 +1,7 @@
 """The network: parity with a plain reading of the published design, any size, and a graph that holds no size."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,26 +13,9 @@ from torch.export import Dim, export
 
 from models.lua import PRESETS, Lua, LuaSpec, pad_to_window, preset
 from models.swin import BiasCache, SwinBlock, WindowAttention, build_biases, shift_mask
+from tests.random_lua import random_lua
 
 TINY = LuaSpec(4, 12, (2, 3), (2, 3), window=4, mlp_ratio=1.5, num_feat=8)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def build(spec: LuaSpec, seed: int = 0, spread: float = 0.2) -> Lua:
-    """A net whose every weight is random and large enough that a mistake shows."""
-    torch.manual_seed(seed)
-    net = Lua(spec).eval()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.normal_(0.0, spread)
-    return net
 
 
 def published_forward(net: Lua, latent: Tensor, scale: int) -> Tensor:
@@ -119,7 +102,7 @@ def plain_labels(height: int, width: int, w: int, shift: int) -> Tensor:
 @pytest.mark.parametrize("windows", [(1, 1), (1, 3), (3, 2)])
 @pytest.mark.parametrize("scale", [2, 4])
 def test_output_equals_the_published_computation(spec: LuaSpec, windows: tuple[int, int], scale: int) -> None:
-    net = build(spec)
+    net = random_lua(spec)
     latent = torch.randn(2, spec.channels, windows[0] * spec.window, windows[1] * spec.window)
     with torch.no_grad():
         expected = published_forward(net, latent, scale)
@@ -155,7 +138,7 @@ def test_parameter_names_are_those_of_the_released_file() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 13), st.integers(1, 13), st.sampled_from([2, 4]))
 def test_any_size_is_enlarged_exactly(batch: int, height: int, width: int, scale: int) -> None:
-    net = build(TINY)
+    net = random_lua(TINY)
     with torch.no_grad():
         y = net(torch.randn(batch, 4, height, width), scale)
     assert y.shape == (batch, 4, scale * height, scale * width)
@@ -181,7 +164,7 @@ def test_padding_reflects_and_repeats_only_where_the_side_is_too_small() -> None
 
 
 def test_an_item_gives_the_same_alone_and_in_a_batch() -> None:
-    net, latents = build(TINY), torch.randn(3, 4, 10, 7)
+    net, latents = random_lua(TINY), torch.randn(3, 4, 10, 7)
     with torch.no_grad():
         together = net(latents, 2)
         alone = torch.cat([net(item[None], 2) for item in latents])
@@ -189,7 +172,7 @@ def test_an_item_gives_the_same_alone_and_in_a_batch() -> None:
 
 
 def test_both_heads_share_one_pass_of_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, latent = build(TINY), torch.randn(1, 4, 6, 9)
+    net, latent = random_lua(TINY), torch.randn(1, 4, 6, 9)
     with torch.no_grad():
         apart = {scale: net(latent, scale) for scale in (2, 4)}
         passes = []
@@ -201,7 +184,7 @@ def test_both_heads_share_one_pass_of_the_backbone(monkeypatch: pytest.MonkeyPat
 
 
 def test_every_weight_gets_a_gradient_from_both_heads() -> None:
-    net = build(TINY).train()
+    net = random_lua(TINY).train()
     grown = net.forward_scales(torch.randn(2, 4, 8, 8), (2, 4))
     sum(y.square().mean() for y in grown.values()).backward()
     still = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -209,7 +192,7 @@ def test_every_weight_gets_a_gradient_from_both_heads() -> None:
 
 
 def test_bfloat16_stays_close_to_float32() -> None:
-    net, latent = build(TINY, spread=0.1), torch.randn(1, 4, 12, 8)
+    net, latent = random_lua(TINY, spread=0.1), torch.randn(1, 4, 12, 8)
     with torch.no_grad():
         exact = net(latent, 4)
         rough = net.to(torch.bfloat16)(latent.bfloat16(), 4)
@@ -218,7 +201,7 @@ def test_bfloat16_stays_close_to_float32() -> None:
 
 
 def test_autocast_runs_the_float32_network_in_bfloat16() -> None:
-    net, latent = build(TINY, spread=0.1), torch.randn(1, 4, 12, 8)
+    net, latent = random_lua(TINY, spread=0.1), torch.randn(1, 4, 12, 8)
     with torch.no_grad():
         exact = net(latent, 2)
         with torch.autocast("cpu", torch.bfloat16):
@@ -250,7 +233,7 @@ def test_bicubic_skip_starts_as_the_bicubic_enlargement() -> None:
 
 
 def test_latent_statistics_are_divided_out_and_brought_back() -> None:
-    plain = build(TINY)
+    plain = random_lua(TINY)
     normed = Lua(LuaSpec(4, 12, (2, 3), (2, 3), window=4, mlp_ratio=1.5, num_feat=8, latent_norm=True)).eval()
     assert sorted(normed.load_state_dict(plain.state_dict(), strict=False).missing_keys) == [
         "latent_mean",
@@ -266,7 +249,7 @@ def test_latent_statistics_are_divided_out_and_brought_back() -> None:
 
 def test_statistics_are_refused_without_a_place_for_them_and_when_they_cannot_be_divided_by() -> None:
     with pytest.raises(ValueError, match="latent_norm=False"):
-        build(TINY).set_latent_statistics(torch.zeros(4), torch.ones(4))
+        random_lua(TINY).set_latent_statistics(torch.zeros(4), torch.ones(4))
     net = Lua(preset("pocket", 4))
     for mean, std in ((torch.zeros(3), torch.ones(4)), (torch.zeros(4), torch.zeros(4))):
         with pytest.raises(ValueError, match="positive deviations"):
@@ -276,7 +259,7 @@ def test_statistics_are_refused_without_a_place_for_them_and_when_they_cannot_be
 def test_image_mean_is_subtracted_and_added_back() -> None:
     mean = (0.4488, 0.4371, 0.4040)
     spec = LuaSpec(3, 12, (2,), 2, window=4, num_feat=8, scales=(2,))
-    plain = build(spec)
+    plain = random_lua(spec)
     centred = Lua(LuaSpec(3, 12, (2,), 2, window=4, num_feat=8, scales=(2,), image_mean=mean)).eval()
     centred.load_state_dict(plain.state_dict())
     image, offset = torch.rand(1, 3, 8, 8), torch.tensor(mean).view(-1, 1, 1)
@@ -285,7 +268,7 @@ def test_image_mean_is_subtracted_and_added_back() -> None:
 
 
 def test_no_buffer_depends_on_a_size() -> None:
-    net = build(TINY)
+    net = random_lua(TINY)
     before = {key: value.shape for key, value in net.state_dict(keep_vars=True).items()}
     with torch.no_grad():
         net(torch.randn(1, 4, 24, 8), 2)
@@ -300,11 +283,11 @@ def change_in_place(net: Lua) -> None:
 
 
 def load_other(net: Lua) -> None:
-    net.load_state_dict(build(TINY, seed=1).state_dict())
+    net.load_state_dict(random_lua(TINY, seed=1).state_dict())
 
 
 def load_other_tensors(net: Lua) -> None:
-    net.load_state_dict(build(TINY, seed=1).state_dict(), assign=True)
+    net.load_state_dict(random_lua(TINY, seed=1).state_dict(), assign=True)
 
 
 def round_to_half(net: Lua) -> None:
@@ -322,7 +305,7 @@ def write_past_the_versions(net: Lua) -> None:
     "change", [change_in_place, load_other, load_other_tensors, round_to_half, write_past_the_versions]
 )
 def test_cached_biases_follow_the_weights(change: Callable[[Lua], None]) -> None:
-    net, latent = build(TINY), torch.randn(1, 4, 8, 8)
+    net, latent = random_lua(TINY), torch.randn(1, 4, 8, 8)
     with torch.no_grad():
         net(latent, 2)
         change(net)
@@ -332,7 +315,7 @@ def test_cached_biases_follow_the_weights(change: Callable[[Lua], None]) -> None
 
 
 def test_a_second_call_of_a_size_builds_no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    net, latent = build(TINY), torch.randn(1, 4, 8, 8)
+    net, latent = random_lua(TINY), torch.randn(1, 4, 8, 8)
     built = []
     bias = WindowAttention.position_bias
     monkeypatch.setattr(WindowAttention, "position_bias", lambda self: built.append(1) or bias(self))
@@ -345,7 +328,7 @@ def test_a_second_call_of_a_size_builds_no_bias(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_masks_are_kept_within_their_limit() -> None:
-    blocks = [module for module in build(TINY).modules() if isinstance(module, SwinBlock)]
+    blocks = [module for module in random_lua(TINY).modules() if isinstance(module, SwinBlock)]
     cache = BiasCache(limit_bytes=20 * 16 * 16 * 4)  # twenty windows of 4x4
     with torch.no_grad():
         for side, windows in ((1, 1), (2, 5), (3, 14), (4, 16), (1, 17), (9, 17)):
@@ -355,7 +338,7 @@ def test_masks_are_kept_within_their_limit() -> None:
 
 
 def test_a_copy_of_a_network_keeps_biases_of_its_own() -> None:
-    net, latent = build(TINY), torch.randn(1, 4, 8, 8)
+    net, latent = random_lua(TINY), torch.randn(1, 4, 8, 8)
     with torch.no_grad():
         before = net(latent, 2)
         copied = copy.deepcopy(net)
@@ -365,7 +348,7 @@ def test_a_copy_of_a_network_keeps_biases_of_its_own() -> None:
 
 
 def test_inference_mode_gives_what_no_grad_gives() -> None:
-    net, latent = build(TINY), torch.randn(1, 4, 8, 8)
+    net, latent = random_lua(TINY), torch.randn(1, 4, 8, 8)
     with torch.inference_mode():
         first = net(latent, 2)
         unversioned = Lua(TINY).eval()
@@ -389,7 +372,7 @@ class ExportedHead(nn.Module):
 
 
 def test_core_exports_with_dynamic_batch_height_and_width() -> None:
-    net = build(LuaSpec(4, 8, (2,), 2, window=4, num_feat=4, bicubic_skip=True, latent_norm=True))
+    net = random_lua(LuaSpec(4, 8, (2,), 2, window=4, num_feat=4, bicubic_skip=True, latent_norm=True))
     state = {key: value.clone() for key, value in net.state_dict().items()}
     dims = {0: Dim("batch", min=1), 2: 4 * Dim("rows", min=1), 3: 4 * Dim("cols", min=1)}
     with torch.no_grad():
@@ -415,7 +398,7 @@ def test_core_exports_with_dynamic_batch_height_and_width() -> None:
 )
 def test_a_latent_or_scale_that_does_not_fit_is_named(shape: tuple[int, ...], scale: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        build(TINY)(torch.zeros(shape), scale)
+        random_lua(TINY)(torch.zeros(shape), scale)
 
 
 def test_one_number_of_heads_stands_for_all_groups() -> None:
