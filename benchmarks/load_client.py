@@ -15,11 +15,10 @@ from typing import cast
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer: its status, its headers by lower-case name, the size of its body and the time it took."""
+    """One answer: its status, its headers by lower-case name and the time it took."""
 
     status: int
     headers: dict[str, str]
-    body_bytes: int
     time_ms: float
 
 
@@ -51,7 +50,7 @@ class Connection(asyncio.Protocol):
     """One connection. `ask` sends a request and waits for its whole answer."""
 
     _transport: asyncio.Transport | None = None
-    _waiting: asyncio.Future[tuple[bytes, int]] | None = None
+    _waiting: asyncio.Future[bytes] | None = None
     _received: bytearray = field(default_factory=bytearray)
     _body_at: int = -1
     _body_bytes: int = 0
@@ -72,11 +71,11 @@ class Connection(asyncio.Protocol):
             self._body_at = end + 4
             self._body_bytes = _content_length(bytes(self._received[:end]))
         if len(self._received) >= self._body_at + self._body_bytes:
-            head, size_bytes = bytes(self._received[: self._body_at]), self._body_bytes
+            head = bytes(self._received[: self._body_at])
             self._received.clear()
             self._body_at = -1
             if self._waiting is not None and not self._waiting.done():
-                self._waiting.set_result((head, size_bytes))
+                self._waiting.set_result(head)
 
     async def ask(self, request: bytes) -> Answer:
         """Raises:
@@ -87,11 +86,11 @@ class Connection(asyncio.Protocol):
         self._waiting = asyncio.get_running_loop().create_future()
         started_s = time.perf_counter()
         self._transport.write(request)
-        head, size_bytes = await self._waiting
+        head = await self._waiting
         time_ms = 1000 * (time.perf_counter() - started_s)
         lines = head.decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-        return Answer(int(lines[0].split(" ")[1]), headers, size_bytes, time_ms)
+        return Answer(int(lines[0].split(" ")[1]), headers, time_ms)
 
     def close(self) -> None:
         if self._transport is not None:

@@ -27,10 +27,9 @@ SLOW_TO_COMPILE: tuple[EngineName, ...] = ("torch-compile",)
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of one call: by the clock, and of all processors together."""
+    """Seconds of each call."""
 
     wall_s: tuple[float, ...]
-    cpu_s: tuple[float, ...]
 
     @property
     def median_s(self) -> float:
@@ -40,27 +39,21 @@ class Timing:
     def p95_s(self) -> float:
         return sorted(self.wall_s)[min(len(self.wall_s) - 1, round(0.95 * len(self.wall_s)))]
 
-    @property
-    def median_cpu_s(self) -> float:
-        return statistics.median(self.cpu_s)
-
 
 def interleave(
     calls: Mapping[str, Callable[[], object]], warmups: int, runs: int, device: torch.device
 ) -> dict[str, Timing]:
     """Time calls in turns, the device at rest at both ends of each."""
     walls: dict[str, list[float]] = {name: [] for name in calls}
-    cpus: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(warmups + runs):
         for name, call in calls.items():
             synchronize(device)
-            wall_s, cpu_s = time.perf_counter(), time.process_time()
+            started_s = time.perf_counter()
             call()
             synchronize(device)
             if number >= warmups:
-                walls[name].append(time.perf_counter() - wall_s)
-                cpus[name].append(time.process_time() - cpu_s)
-    return {name: Timing(tuple(walls[name]), tuple(cpus[name])) for name in calls}
+                walls[name].append(time.perf_counter() - started_s)
+    return {name: Timing(tuple(wall_s)) for name, wall_s in walls.items()}
 
 
 @dataclass(frozen=True, slots=True)
