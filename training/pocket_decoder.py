@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from training.losses import reconstruction
 from training.optim import Budget, Ema, MuonAdamW, cosine_rate
-from training.pocket_vae import SAVE_EVERY_S, Pool, keep_better, train_steps, validate, write_log
-from training.state import TrainState
+from training.pocket_vae import SAVE_EVERY_S, Pool, train_steps, validate, write_vae
+from training.state import TrainState, smoothed
 
 CODE_NOISE = 0.015  # stands for what a diffusion model leaves in its latents
 EMA_DECAY = 0.997
@@ -107,7 +107,7 @@ def train_decoder(
     state = TrainState(vae, optimiser, Ema(vae, EMA_DECAY), np.random.default_rng((seed, 3)))
     if resume:
         state.read(out / "state.pt")
-    saved_s, smooth = state.spent_s, math.nan
+    smooth = math.nan
     for progress in train_steps(state, budget, "decoder"):
         images = pictures.crops(state.rng, *batch_shape(progress, state.rng.random()))
         with torch.autocast("cpu", torch.bfloat16):
@@ -120,13 +120,6 @@ def train_decoder(
         optimiser.step(cosine_rate(progress, state.step))
         state.ema.update(vae, state.step)
         state.tick()
-        value = float(loss.detach())
-        smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
-        if state.spent_s - saved_s > SAVE_EVERY_S or state.progress(budget) >= 1.0:
-            saved_s = state.spent_s
-            state.write(out / "state.pt")
-            state.ema.copy_to(averaged)
-            is_done = state.progress(budget) >= 1.0
-            scores = keep_better(vae, averaged, held_out) if is_done else validate(averaged, held_out)
-            write_log(out, state, {"picture_loss": smooth, **scores})
-            averaged.save_pretrained(out / "vae")
+        smooth = smoothed(smooth, float(loss.detach()))
+        if state.is_due(budget, SAVE_EVERY_S):
+            write_vae(out, state, averaged, held_out, smooth, is_done=state.progress(budget) >= 1.0)

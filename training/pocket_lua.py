@@ -24,7 +24,7 @@ from training.losses import downsampled_l1, eagle, fourier_l1, high_frequency_l1
 from training.optim import Budget, Ema, MuonAdamW, cosine_rate
 from training.pocket_pairs import SCALES, Pairs, read_pairs, shrink
 from training.pocket_vae import psnr_db, train_steps, write_log
-from training.state import TrainState
+from training.state import TrainState, smoothed
 
 __all__ = ["STAGES", "shrink", "train_lua"]
 
@@ -219,7 +219,7 @@ def train_lua(
     state = TrainState(net, optimiser, Ema(net, EMA_DECAY), np.random.default_rng((seed, list(STAGES).index(name))))
     if resume:
         state.read(out / "state.pt")
-    saved_s, smooth = state.spent_s, {scale: math.nan for scale in SCALES}
+    smooth = {scale: math.nan for scale in SCALES}
     for progress in train_steps(state, budget, f"lua stage {name}"):
         scale = SCALES[state.step % 2]
         pairs = groups[int(state.rng.integers(len(groups)))]
@@ -237,10 +237,8 @@ def train_lua(
         optimiser.step(cosine_rate(progress, state.step))
         state.ema.update(net, state.step)
         state.tick()
-        value = float(loss.detach())
-        smooth[scale] = value if math.isnan(smooth[scale]) else 0.98 * smooth[scale] + 0.02 * value
-        if state.spent_s - saved_s > SAVE_EVERY_S or state.progress(budget) >= 1.0:
-            saved_s = state.spent_s
+        smooth[scale] = smoothed(smooth[scale], float(loss.detach()))
+        if state.is_due(budget, SAVE_EVERY_S):
             state.write(out / "state.pt")
             state.ema.copy_to(averaged)
             losses = {f"loss_x{scale}": value for scale, value in smooth.items()}

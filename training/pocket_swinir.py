@@ -25,7 +25,7 @@ from models.lua import Lua, LuaSpec, ScaleHead
 from training.optim import Budget, Ema, MuonAdamW, cosine_rate
 from training.pocket_lua import shrink
 from training.pocket_vae import Pictures, Pool, psnr_db, train_steps, write_log
-from training.state import TrainState
+from training.state import TrainState, smoothed
 
 Pixels = NDArray[np.uint8]
 
@@ -204,7 +204,7 @@ def train_swinir(
     state = TrainState(net, optimiser, Ema(net, EMA_DECAY), np.random.default_rng((seed, scale, 1)))
     if resume:
         state.read(out / "state.pt")
-    saved_s, smooth = state.spent_s, math.nan
+    smooth = math.nan
     for progress in train_steps(state, budget, f"swinir x{scale}"):
         small, large = pairs.draw(state.rng, BATCH, CROP_PX)
         with torch.autocast("cpu", torch.bfloat16):
@@ -214,10 +214,8 @@ def train_swinir(
         optimiser.step(cosine_rate(progress, state.step))
         state.ema.update(net, state.step)
         state.tick()
-        value = float(loss.detach())
-        smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
-        if state.spent_s - saved_s > SAVE_EVERY_S or state.progress(budget) >= 1.0:
-            saved_s = state.spent_s
+        smooth = smoothed(smooth, float(loss.detach()))
+        if state.is_due(budget, SAVE_EVERY_S):
             state.write(out / "state.pt")
             state.ema.copy_to(averaged)
             write_log(out, state, {"loss": smooth, **validate(averaged, held_out)})

@@ -310,7 +310,7 @@ def run_steps(
 ) -> None:
     """Train until the budget is spent; write the state and one log line every two minutes and at the end."""
     held_latents, held_tokens = pool.held_out(tokenizer)
-    network, saved_s = state.network, state.spent_s
+    network = state.network
     assert isinstance(network, TextToLatent)
     with tqdm(total=100, unit="%", desc="text", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}") as bar:
         while (progress := state.progress(budget)) < 1.0:
@@ -325,8 +325,7 @@ def run_steps(
             state.tick()
             bar.set_postfix_str(f"step {state.step} loss {float(loss.detach()):.3f}", refresh=False)
             bar.update(min(100.0, 100.0 * state.progress(budget)) - bar.n)
-            if state.spent_s - saved_s > SAVE_EVERY_S or state.progress(budget) >= 1.0:
-                saved_s = state.spent_s
+            if state.is_due(budget, SAVE_EVERY_S):
                 state.write(out / "state.pt")
                 state.ema.copy_to(averaged)
                 write_log(out, state, validate(averaged, held_latents, held_tokens), batch)

@@ -27,7 +27,7 @@ from training.losses import reconstruction
 from training.optim import Budget, Ema, MuonAdamW, cosine_rate
 from training.parallel import Peers
 from training.scenes import draw_scene, render
-from training.state import TrainState
+from training.state import TrainState, smoothed
 
 LATENT_CHANNELS = 16
 STRIDE_PX = 8
@@ -228,7 +228,7 @@ def train_vae(
     if not peers.is_first:
         state.rng = np.random.default_rng((seed, peers.rank, state.step))
         torch.manual_seed(seed + peers.rank + state.step)
-    saved_s, smooth = state.spent_s, math.nan
+    smooth = math.nan
     for progress in train_steps(state, budget, "vae", quiet=not peers.is_first):
         count, size_px = batch_shape(progress)
         images = pictures.crops(state.rng, count // peers.count, size_px)
@@ -240,16 +240,25 @@ def train_vae(
         if not peers.is_first:
             continue
         state.ema.update(vae, state.step)
-        value = float(picture.detach())
-        smooth = value if math.isnan(smooth) else 0.98 * smooth + 0.02 * value
-        if state.spent_s - saved_s > SAVE_EVERY_S or state.progress(budget) >= 1.0:
-            saved_s = state.spent_s
-            state.write(out / "state.pt")
-            state.ema.copy_to(averaged)
-            is_done = state.progress(budget) >= 1.0
-            scores = keep_better(vae, averaged, held_out) if is_done else validate(averaged, held_out)
-            write_log(out, state, {"picture_loss": smooth, **scores})
-            averaged.save_pretrained(out / "vae")
+        smooth = smoothed(smooth, float(picture.detach()))
+        if state.is_due(budget, SAVE_EVERY_S):
+            write_vae(out, state, averaged, held_out, smooth, is_done=state.progress(budget) >= 1.0)
+
+
+def write_vae(
+    out: Path, state: TrainState, averaged: AutoencoderKL, held_out: Pictures, loss: float, is_done: bool
+) -> None:
+    """Writes the state, a line of the log and the average as `vae/`; at the end the last weights where they are better.
+
+    Effects: overwrites `averaged`.
+    """
+    vae = state.network
+    assert isinstance(vae, AutoencoderKL)
+    state.write(out / "state.pt")
+    state.ema.copy_to(averaged)
+    scores = keep_better(vae, averaged, held_out) if is_done else validate(averaged, held_out)
+    write_log(out, state, {"picture_loss": loss, **scores})
+    averaged.save_pretrained(out / "vae")
 
 
 def keep_better(vae: AutoencoderKL, averaged: AutoencoderKL, held_out: Pictures) -> dict[str, float]:

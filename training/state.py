@@ -5,6 +5,7 @@ stood. `training/pocket_vae.py` shows the use.
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ class TrainState:
     step: int = 0
     spent_s: float = 0.0
     clock_s: float = 0.0
+    saved_s: float = 0.0
     _last_tick_s: float = field(default_factory=time.monotonic)
 
     def tick(self, clock_s: float | None = None) -> None:
@@ -41,8 +43,13 @@ class TrainState:
         """Share of the budget that is spent, equal for all peers (their clock is one step late)."""
         return budget.progress(self.step, self.clock_s)
 
+    def is_due(self, budget: Budget, every_s: float) -> bool:
+        """Whether it is time to write: so long after the last time, and at the end."""
+        return self.spent_s - self.saved_s > every_s or self.progress(budget) >= 1.0
+
     def write(self, path: Path) -> None:
         """Writes the state; a crash half-way leaves the previous file whole."""
+        self.saved_s = self.spent_s
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         content = {
@@ -68,7 +75,12 @@ class TrainState:
         self.ema.weights = content["ema"]
         self.optimiser.load_state_dict(content["optimiser"])
         self.step, self.spent_s = content["step"], content["spent_s"]
-        self.clock_s = self.spent_s
+        self.clock_s = self.saved_s = self.spent_s
         self.rng.bit_generator.state = json.loads(content["numpy_rng"])
         torch.set_rng_state(content["torch_rng"])
         self._last_tick_s = time.monotonic()
+
+
+def smoothed(before: float, value: float) -> float:
+    """A loss averaged over some fifty steps, for the log; the first value where `before` is NaN."""
+    return value if math.isnan(before) else 0.98 * before + 0.02 * value
