@@ -63,6 +63,19 @@ def told(job: Job, receiver: Receiver, events: tuple[str, ...] = EVENTS) -> Job:
     return dataclasses.replace(job, webhook=Webhook(receiver.url, events))
 
 
+async def end_one(producer: Any, job: Job) -> Job:
+    """The shortest life of a job: accepted and canceled, which writes its webhook."""
+    await producer.enqueue(job)
+    await producer.cancel(job.id)
+    return job
+
+
+async def wait_for_retries(metrics: Metrics, number: int) -> None:
+    async with asyncio.timeout(60):
+        while outcomes(metrics).get("retried", 0) < number:
+            await asyncio.sleep(0.02)
+
+
 def outcomes(metrics: Metrics) -> dict[str, float]:
     text = metrics.registry.collect()
     return {
@@ -130,8 +143,7 @@ def test_only_the_states_that_were_asked_for_are_told(
             quiet, plain = told(make_job(), receiver, ("failed",)), make_job()
             loud = told(make_job(), receiver, ("failed", "canceled"))
             for job in (quiet, plain, loud):
-                await producer.enqueue(job)
-                await producer.cancel(job.id)
+                await end_one(producer, job)
             [delivery] = redis_client.zrange(f"{Keys(settings.key_prefix).tag}:webhooks", 0, -1)
             assert delivery.decode().startswith(loud.id)
             assert redis_client.pttl(f"{Keys(settings.key_prefix).tag}:webhook:{delivery.decode()}") > 0
@@ -151,9 +163,7 @@ def test_a_receiver_that_fails_is_asked_again_with_the_same_body(
 
     async def scenario() -> None:
         async with open_broker() as producer:
-            job = told(make_job(), receiver)
-            await producer.enqueue(job)
-            await producer.cancel(job.id)
+            await end_one(producer, told(make_job(), receiver))
             async with senders(settings, metrics):
                 await asyncio.to_thread(receiver.wait_for, 4, lambda: waiting(redis_client, settings) == 0)
             assert len({body for _, _, body in receiver.got}) == 1
@@ -179,9 +189,8 @@ def test_a_delivery_is_given_up_after_so_many_attempts_and_kept_in_the_dead_list
 
     async def scenario() -> None:
         async with open_broker() as producer:
-            job = dataclasses.replace(make_job(), webhook=Webhook(f"http://127.0.0.1:{port}/", EVENTS))
-            await producer.enqueue(job)
-            await producer.cancel(job.id)
+            webhook = Webhook(f"http://127.0.0.1:{port}/", EVENTS)
+            job = await end_one(producer, dataclasses.replace(make_job(), webhook=webhook))
             async with senders(settings, metrics), asyncio.timeout(60):
                 while not redis_client.xlen(dead):
                     await asyncio.sleep(0.02)
@@ -199,12 +208,9 @@ def test_a_target_that_became_private_is_never_connected_to(
 ) -> None:
     async def scenario() -> None:
         async with open_broker() as producer:
-            job = told(make_job(), receiver)
-            await producer.enqueue(job)
-            await producer.cancel(job.id)
-            async with senders(settings, metrics, webhook_allow_private=False), asyncio.timeout(60):
-                while outcomes(metrics).get("retried", 0) < 2:
-                    await asyncio.sleep(0.02)
+            await end_one(producer, told(make_job(), receiver))
+            async with senders(settings, metrics, webhook_allow_private=False):
+                await wait_for_retries(metrics, 2)
             assert receiver.got == []
 
     asyncio.run(scenario())
@@ -215,9 +221,7 @@ def test_a_host_that_was_taken_off_the_list_is_never_connected_to(
 ) -> None:
     async def scenario() -> None:
         async with open_broker() as producer:
-            job = told(make_job(), receiver)
-            await producer.enqueue(job)
-            await producer.cancel(job.id)
+            await end_one(producer, told(make_job(), receiver))
             async with senders(settings, metrics, webhook_hosts=("hooks.example.org",)), asyncio.timeout(60):
                 while outcomes(metrics).get("retried", 0) < 2:
                     await asyncio.sleep(0.02)
@@ -235,12 +239,9 @@ def test_a_receiver_that_never_answers_costs_one_bounded_attempt(
         async def scenario() -> None:
             async with open_broker() as producer:
                 webhook = Webhook(f"http://127.0.0.1:{silent.getsockname()[1]}/", EVENTS)
-                job = dataclasses.replace(make_job(), webhook=webhook)
-                await producer.enqueue(job)
-                await producer.cancel(job.id)
-                async with senders(settings, metrics), asyncio.timeout(60):
-                    while outcomes(metrics).get("retried", 0) < 1:
-                        await asyncio.sleep(0.02)
+                await end_one(producer, dataclasses.replace(make_job(), webhook=webhook))
+                async with senders(settings, metrics):
+                    await wait_for_retries(metrics, 1)
                 assert outcomes(metrics).keys() == {"retried"}
 
         asyncio.run(scenario())
@@ -251,9 +252,7 @@ def test_what_a_lost_sender_had_taken_is_sent_by_another_when_its_lease_ends(
 ) -> None:
     async def scenario() -> None:
         async with open_broker() as producer:
-            job = told(make_job(), receiver)
-            await producer.enqueue(job)
-            await producer.cancel(job.id)
+            await end_one(producer, told(make_job(), receiver))
             assert settings.redis_url is not None
             async with open_async_redis(settings.redis_url) as client:
                 changed = settings.model_copy(update={"webhook_secret": SecretStr(SECRET)})

@@ -14,9 +14,8 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from typer.testing import CliRunner
 
 from service.cli import app
+from tests.training.killed import killed_at_write
 from tests.training.pictures import write_pictures
-from training import pairs_store
-from training import prepare as prepare_module
 from training.hf_source import HubSource, list_rows, row_sizes
 from training.pairs_store import PairsError, PairsStore, read_index
 from training.prepare import PrepareConfig, prepare
@@ -88,30 +87,14 @@ def test_digests_are_those_of_the_stored_bytes_and_sizes_are_known_before(
     ]
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
 @pytest.mark.parametrize("at", [1, 3, 4])
 def test_a_kill_changes_nothing_in_the_end(
     at: int, pictures: list[bytes], tiny_bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows_of(in_bytes(pictures)).save_to_disk(tmp_path / "saved")
-    config, calls = config_of(HubSource(str(tmp_path / "saved")), tiny_bundle_dir, tmp_path / "out"), 0
-
-    def write_or_die(path: Path, content: bytes) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > at:
-            raise Killed
-        before(path, content)
-
-    before = pairs_store.replace_file
-    with monkeypatch.context() as patch:
-        patch.setattr(pairs_store, "replace_file", write_or_die)
-        patch.setattr(prepare_module, "replace_file", write_or_die)
-        with pytest.raises(Killed):
-            prepare(config, CPU)
+    config = config_of(HubSource(str(tmp_path / "saved")), tiny_bundle_dir, tmp_path / "out")
+    with killed_at_write(at, monkeypatch):
+        prepare(config, CPU)
     assert prepare(config, CPU, rank=1, world_size=2).is_finished is False
     assert prepare(config, CPU, rank=0, world_size=2).is_finished
     whole = config_of(HubSource(str(tmp_path / "saved")), tiny_bundle_dir, tmp_path / "whole")

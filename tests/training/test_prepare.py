@@ -17,11 +17,10 @@ from typer.testing import CliRunner
 
 from models.bundle import read_bundle
 from service.cli import app
+from tests.training.killed import killed_at_write
 from tests.training.pictures import write_pictures
-from training import pairs_store
-from training import prepare as prepare_module
 from training.frozen_vae import read_vae
-from training.pairs_store import PairsError, PairsStore, read_index
+from training.pairs_store import PairsError, PairsStore, read_index, tensor_hash
 from training.prepare import PrepareConfig, cut_tiles, list_sources, prepare, shrink_tiles
 
 CPU = torch.device("cpu")
@@ -72,31 +71,14 @@ def test_latents_are_the_posterior_means_of_the_tile_and_of_the_shrunk_one(
         assert torch.allclose(latents[level], vae.encode(shrink_tiles(tile, level)), atol=1e-5)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
 @pytest.mark.parametrize("at", range(6))
 def test_a_kill_before_any_file_is_finished_changes_nothing_in_the_end(
     at: int, pictures: Path, tiny_bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files are written in the order plan, lines and tensors of each shard: each in turn is cut off half-way."""
-    config, calls = config_of(pictures, tiny_bundle_dir, tmp_path / "out"), 0
-
-    def write_or_die(path: Path, content: bytes) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > at:
-            path.with_name(f".{path.name}.1.partial").write_bytes(content[: len(content) // 2])
-            raise Killed
-        before(path, content)
-
-    before = pairs_store.replace_file
-    with monkeypatch.context() as patch:
-        patch.setattr(pairs_store, "replace_file", write_or_die)
-        patch.setattr(prepare_module, "replace_file", write_or_die)
-        with pytest.raises(Killed):
-            prepare(config, CPU)
+    config = config_of(pictures, tiny_bundle_dir, tmp_path / "out")
+    with killed_at_write(at, monkeypatch):
+        prepare(config, CPU)
     with pytest.raises(PairsError, match="no finished pairs"):
         PairsStore.open(config.out)
     assert prepare(config, CPU).is_finished
@@ -151,7 +133,7 @@ def test_a_shard_without_a_tile_is_a_shard(pictures: Path, tiny_bundle_dir: Path
         for line in read_index(tmp_path / "out")
         if (line["source"], line["tile"], line["scale"]) == ("picture-6.png", [0, 0], 1)
     )
-    assert pairs_store.tensor_hash(store.read([6])[1][0]) == first["sha256"]
+    assert tensor_hash(store.read([6])[1][0]) == first["sha256"]
     with pytest.raises(IndexError):
         store.read([10])
     for picture in pictures.iterdir():
