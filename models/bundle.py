@@ -178,15 +178,15 @@ class Bundle:
     @property
     def from_image(self) -> bool:
         """Whether the pipeline also starts from an image; one on the hub tells only when it is loaded."""
-        return self._pipeline_class is None or self._pipeline_class in IMAGE_TO_IMAGE
+        return self.pipeline_class is None or self.pipeline_class in IMAGE_TO_IMAGE
 
     @property
     def takes_negative_prompt(self) -> bool:
         """Whether the pipeline can be led away from words; one on the hub tells only when it is loaded."""
-        return self._pipeline_class not in NO_NEGATIVE_PROMPT
+        return self.pipeline_class not in NO_NEGATIVE_PROMPT
 
     @property
-    def _pipeline_class(self) -> str | None:
+    def pipeline_class(self) -> str | None:
         """The diffusers class; None where the pipeline is still on the hub."""
         if isinstance(self.pipeline, str):
             return None

@@ -5,7 +5,6 @@ What differs between the pipeline classes is in `FAMILIES`, one line each. The l
 """
 
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,7 +140,7 @@ class Generator:
 
         Effects: quietens the libraries' own logs and progress bars, which would print prompts.
         """
-        if isinstance(bundle.pipeline, Path) and _class_name(bundle.pipeline) == "DiffusionPipeline":
+        if bundle.pipeline_class == "DiffusionPipeline":
             raise BundleError(f"bundle {bundle.name} holds a VAE alone, to train with: there is no pipeline to serve")
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -303,10 +302,6 @@ class _ImageEncoder:
     def encode(self, image: Tensor) -> Any:
         mean = self._vae.encode(image.to(self._vae.dtype)).latent_dist.mode()
         return SimpleNamespace(latents=mean.to(image.dtype))
-
-
-def _class_name(pipeline: Path) -> str:
-    return str(json.loads((pipeline / "model_index.json").read_text(encoding="utf-8")).get("_class_name", ""))
 
 
 def _load(cls: Any, source: ModelSource, dtype: torch.dtype, **options: Any) -> Any:

@@ -4,7 +4,6 @@ Against a real server, queue and Redis, with a worker that makes real files with
 """
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ from service.claims import Claim, Claims
 from service.embedded_redis import EmbeddedRedis
 from service.jobs import GenerateParams, ResultFile
 from service.openapi import describe
-from service.redis_urls import open_redis
-from service.settings import Settings, read_settings
+from service.settings import read_settings
 from tests.service.fake_broker import FakeBroker
 from tests.service.front_fakes import to_file
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
+from tests.service.thread_worker import thread_worker
 
 CHECKS = (content_type_conformance, response_schema_conformance, status_code_conformance)
 MAY_FAIL = (503, 504)  # not ready, a full store, a deadline: documented, and no fault of ours
@@ -62,29 +61,8 @@ def make_results(claim: Claim) -> list[tuple[ResultFile, bytes]]:
     return [(ResultFile(f"image/{kind}", len(content), 1, 8, 8), content) for content in contents]
 
 
-@contextlib.contextmanager
-def file_worker(settings: Settings) -> Iterator[None]:
-    """A worker in a thread that ends each job at once."""
-    assert settings.redis_url is not None
-    client = open_redis(settings.redis_url)
-    claims = Claims(client, settings, ("paper",), "file-worker")
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.is_set():
-            for claim in claims.claim(4, 0.2):
-                claims.finish(claim, make_results(claim), {}, ())
-
-    claims.open()
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(30)
-        claims.close()
-        client.close()
+def end_with_files(claims: Claims, claim: Claim) -> None:
+    claims.finish(claim, make_results(claim), {}, ())
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +76,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         wait_timeout_s=20.0,
         log_level="error",
     )
-    with live_server(create_app(settings)) as base_url, file_worker(settings):
+    with live_server(create_app(settings)) as base_url, thread_worker(settings, "paper", end_with_files):
         yield base_url
     server.stop()
 

@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -16,10 +15,10 @@ from service.api import create_app
 from service.claims import Claim, Claims
 from service.embedded_redis import EmbeddedRedis
 from service.jobs import GenerateParams, ResultFile
-from service.redis_urls import open_redis
 from service.settings import Settings
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import CHANNELS, write_paper_bundle
+from tests.service.thread_worker import thread_worker
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -47,31 +46,15 @@ def work(claim: Claim) -> tuple[ResultFile, bytes]:
     return ResultFile("application/x-safetensors", len(content)), content
 
 
-@contextlib.contextmanager
-def paper_worker(settings: Settings) -> Iterator[None]:
-    """A worker in a thread that takes `JOB_S` for each job, one after the other."""
-    assert settings.redis_url is not None
-    redis = open_redis(settings.redis_url)
-    claims = Claims(redis, settings, ("paper",), "paper-worker")
-    stop = threading.Event()
+def end_slowly(claims: Claims, claim: Claim) -> None:
+    """Takes `JOB_S` for each job, and tells of a step."""
+    claims.emit(claim, "step", {"step": 1, "steps": 1})
+    time.sleep(JOB_S)
+    claims.finish(claim, [work(claim)], STAGES, ())
 
-    def run() -> None:
-        while not stop.is_set():
-            for claim in claims.claim(1, 0.1):
-                claims.emit(claim, "step", {"step": 1, "steps": 1})
-                time.sleep(JOB_S)
-                claims.finish(claim, [work(claim)], STAGES, ())
 
-    claims.open()
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(10)
-        claims.close()
-        redis.close()
+def paper_worker(settings: Settings) -> contextlib.AbstractContextManager[None]:
+    return thread_worker(settings, "paper", end_slowly)
 
 
 async def call(client: httpx.AsyncClient, index: int) -> httpx.Response:
@@ -157,7 +140,7 @@ async def test_a_body_over_the_limit_gets_its_answer_over_a_real_socket(
 
     app = create_app(overload_settings.model_copy(update={"max_body_bytes": 1 << 20}))
     with live_server(app) as url:
-        async with httpx.AsyncClient(base_url=url, timeout=10) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             content = parts() if chunked else bytes(1 << 22)
             headers = {"Content-Type": "application/octet-stream"}
             answer = await client.post("/upscale", content=content, headers=headers)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from models.bundle import read_bundle
 from models.checkpoints import read_lua
+from tests.training.killed import Killed
 from tests.training.pictures import write_pictures
 from training import run as run_module
 from training.checkpoint import TrainingStateError, checkpoints_in, read_checkpoint
@@ -124,10 +125,6 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     assert ends[0].tensors.keys() == ends[1].tensors.keys()
     assert all(torch.equal(value, ends[1].tensors[name]) for name, value in ends[0].tensors.items())
     assert losses_of(tmp_path / "run") == losses_of(whole)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing may be tidied up after it that a kill would leave."""
 
 
 @pytest.mark.parametrize("at", [1, 7, 10])

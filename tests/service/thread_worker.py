@@ -1,0 +1,34 @@
+"""A worker without a route in a thread, for tests of what is between a client and a worker."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+from service.claims import Claim, Claims
+from service.redis_urls import open_redis
+from service.settings import Settings
+
+
+@contextlib.contextmanager
+def thread_worker(settings: Settings, bundle: str, end: Callable[[Claims, Claim], None]) -> Iterator[None]:
+    """Takes jobs of a bundle one after the other until the block ends; `end` is to finish or to fail each."""
+    assert settings.redis_url is not None
+    redis = open_redis(settings.redis_url)
+    claims = Claims(redis, settings, (bundle,), "thread-worker")
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            for claim in claims.claim(1, 0.1):
+                end(claims, claim)
+
+    claims.open()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(30)
+        claims.close()
+        redis.close()
