@@ -27,7 +27,7 @@ from service.jobs import Job, JobParams, JobRecord, JobState, Priority
 from service.latents_in import LATENT_TENSOR, SAFETENSORS_TYPE, Floats, read_latent
 from service.openapi import Responses
 from service.planning import Served, total_latent_px
-from service.problems import InvalidFields
+from service.problems import InvalidFields, to_reason
 from service.routes_create import read_asked, wait_for_job
 from service.serving import Serving, ServingDep
 from service.tracing import current_traceparent
@@ -100,14 +100,12 @@ def to_fields(error: ValidationError, names: Mapping[str, str] | None = None) ->
     found = []
     for item in error.errors(include_url=False, include_input=False):
         name = ".".join(map(str, item["loc"]))[:64] or "body"
-        found.append(((names or {}).get(name, name), str(item["msg"])))
+        found.append(((names or {}).get(name, name), to_reason(item)))
     return tuple(found)
 
 
 def wrap_tensor(dtype: str, shape: Sequence[int], data: bytes) -> bytes:
     """Bare bytes of a tensor as a safetensors file, so that they pass the checks of every other latent.
-
-    A batch of one video of one frame, [1, C, 1, h, w], loses its first side: those checks know four dimensions.
 
     Args:
         dtype: A key of `ITEM_BYTES`.
@@ -123,8 +121,9 @@ def wrap_tensor(dtype: str, shape: Sequence[int], data: bytes) -> bytes:
     # The product of hostile sides may be too long to print.
     if math.prod(shape) * ITEM_BYTES[dtype] != len(data):
         raise MalformedRequest(f"the tensor has {len(data)} bytes, which its shape and datatype do not make")
-    sides = list(shape[1:] if len(shape) == _MOST_DIMS and shape[0] == 1 else shape)
-    header = json.dumps({LATENT_TENSOR: {"dtype": dtype, "shape": sides, "data_offsets": [0, len(data)]}}).encode()
+    header = json.dumps(
+        {LATENT_TENSOR: {"dtype": dtype, "shape": list(shape), "data_offsets": [0, len(data)]}}
+    ).encode()
     header += b" " * (-len(header) % 8)
     return b"".join((len(header).to_bytes(8, "little"), header, data))
 
@@ -207,7 +206,7 @@ async def read_results(serving: Serving, record: JobRecord) -> list[bytes]:
 def stack_latents(results: Sequence[bytes]) -> Floats:
     """The latents of a job, one file each, as one batch.
 
-    Shape: [C, h, w] each -> [B, C, h, w].
+    Shape: [C, h, w] each -> [B, C, h, w]; of a video of one frame [C, 1, h, w] -> [B, C, 1, h, w].
     """
     return np.stack([read_latent(file, SAFETENSORS_TYPE) for file in results])
 

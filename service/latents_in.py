@@ -26,7 +26,7 @@ _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x
 # A header names a handful of tensors: real ones hold some hundred bytes. The cap keeps a hostile header from
 # costing many times its size when it is parsed.
 _MAX_HEADER_BYTES = 16_384
-_MAX_DIMS = 4
+_MAX_DIMS = 5
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 Floats = npt.NDArray[np.float32]
@@ -54,7 +54,8 @@ def read_values(body: bytes, content_type: str | None) -> Values:
 
     A safetensors file may hold one tensor of any name, or several of which one is called `latent`.
 
-    Shape: [C, h, w], [B, C, h, w], or packed [N, C'] and [B, N, C']: two to four dimensions, none of them 0.
+    Shape: [C, h, w], [B, C, h, w], a video [B, C, frames, h, w], or packed [N, C'] and [B, N, C']: two to five
+    dimensions, none of them 0.
 
     Raises:
         UnsupportedMediaType: another content type, a pickled body, or a dtype other than F32, F16 and BF16.
@@ -64,7 +65,8 @@ def read_values(body: bytes, content_type: str | None) -> Values:
     tensor = _read_npy(body) if _is_npy(body, content_type) else _read_safetensors(body)
     if not 2 <= len(tensor.shape) <= _MAX_DIMS:
         raise InvalidRequest(
-            f"the tensor has {len(tensor.shape)} dimensions; send [C, h, w], [B, C, h, w] or, packed, [B, N, C]"
+            f"the tensor has {len(tensor.shape)} dimensions; send [C, h, w], [B, C, h, w], a video of one frame "
+            "[B, C, 1, h, w] or, packed, [B, N, C]"
         )
     if 0 in tensor.shape:
         raise InvalidRequest(f"the tensor has no element: its shape is {list(tensor.shape)}")
@@ -108,10 +110,11 @@ def _is_npy(body: bytes, content_type: str | None) -> bool:
     declared = (content_type or OCTETS_TYPE).partition(";")[0].strip().lower()
     if declared not in (SAFETENSORS_TYPE, NPY_TYPE, OCTETS_TYPE):
         raise UnsupportedMediaType(
-            f"content type {declared[:80]!r}; send {SAFETENSORS_TYPE}, {NPY_TYPE} or {OCTETS_TYPE}"
+            f"content type {declared[:80]!r}; send a latent as {SAFETENSORS_TYPE}, {NPY_TYPE} or {OCTETS_TYPE}, "
+            "an image as image/png, image/jpeg or image/webp, or either as the one file of a form"
         )
     if not body:
-        raise MalformedRequest("the body is empty; send a latent as safetensors or .npy")
+        raise MalformedRequest("the body is empty; send a latent as safetensors or .npy, or an image")
     if body.startswith(_PICKLE_STARTS):
         raise UnsupportedMediaType("the body looks pickled (torch.save, pickle) and is never loaded; send safetensors")
     found = NPY_TYPE if body.startswith(_NPY_MAGIC) else SAFETENSORS_TYPE if body[8:9] == b"{" else None

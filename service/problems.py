@@ -78,6 +78,13 @@ class InvalidFields(InvalidRequest):
         self.fields = fields[:_MOST_FIELDS]
 
 
+def to_reason(item: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in words for whoever sent the field."""
+    if item["type"] == "extra_forbidden":
+        return "is no field of this request"
+    return "is required" if item["type"] == "missing" else str(item["msg"])
+
+
 def problem_body(error: GiantleapError, request_id: str, **members: Any) -> dict[str, Any]:
     """The problem document of an error; `members` are extensions, left out where None."""
     if isinstance(error, InvalidFields):
@@ -156,7 +163,7 @@ async def _validation(request: Request, error: Exception) -> Response:
     if any(item["type"] == "json_invalid" for item in found):
         at = next(item["loc"][-1] for item in found if item["type"] == "json_invalid")
         return problem_response(MalformedRequest(f"the body is not valid JSON, from character {at} on"), request)
-    fields = tuple((_field(item["loc"]), str(item["msg"])) for item in found)
+    fields = tuple((_field(item["loc"]), to_reason(item)) for item in found)
     return problem_response(InvalidFields(fields), request)
 
 

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from service.admission import caller_of
@@ -21,10 +21,18 @@ from service.sse import EVENT_STREAM_TYPE, read_last_event_id, stream_events
 router = APIRouter(tags=["jobs"])
 
 JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+EVENTS = {
+    "schema": {"type": "string"},
+    "example": 'id: 1795284206210-0\nevent: step\ndata: {"step":1,"steps":12}\n\n'
+    'id: 1795284206623-0\nevent: done\ndata: {"state":"succeeded"}\n\n',
+}
 _UNKNOWN = "no such job: it never was, or its time to live has passed"
 
 
-async def get_record(job_id: str, serving: ServingDep, caller: Annotated[Caller, Depends(caller_of)]) -> JobRecord:
+JobId = Annotated[str, Path(description="The job's id, a UUID in lower case.")]
+
+
+async def get_record(job_id: JobId, serving: ServingDep, caller: Annotated[Caller, Depends(caller_of)]) -> JobRecord:
     """The job that the path names.
 
     Raises:
@@ -87,7 +95,7 @@ async def get_result(
 @router.get(
     "/jobs/{job_id}/events",
     response_class=StreamingResponse,
-    responses=describe_answers({200: {"content": {EVENT_STREAM_TYPE: {"schema": {"type": "string"}}}}}, 400, 404, 503),
+    responses=describe_answers({200: {"content": {EVENT_STREAM_TYPE: EVENTS}}}, 400, 404, 503),
 )
 async def get_events(
     record: RecordDep,

@@ -13,9 +13,9 @@ from service.errors import MalformedRequest
 from service.latents_in import SAFETENSORS_TYPE
 from service.negotiation import JSON_TYPE
 from service.openapi import IMAGE_TYPES, describe_answers, file_content, upload_request_body
-from service.problems import InvalidFields
+from service.problems import InvalidFields, to_reason
 from service.routes_create import ACCEPTED, PROBLEMS, AskedDep, post_generate, post_upscale
-from service.routes_jobs import JOB_ID
+from service.routes_jobs import JOB_ID, JobId
 from service.schemas import GenerateRequest, JobBody, UpscaleQuery
 from service.serving import ServingDep
 
@@ -39,7 +39,7 @@ def _request_body() -> dict[str, object]:
 )
 async def put_job(
     request: Request,
-    job_id: str,
+    job_id: JobId,
     query: Annotated[UpscaleQuery, Query()],
     asked: AskedDep,
     serving: ServingDep,
@@ -66,5 +66,5 @@ def _read_generate(body: bytes) -> GenerateRequest:
         found = error.errors(include_url=False, include_input=False)
         if any(item["type"] == "json_invalid" for item in found):
             raise MalformedRequest("the body is not valid JSON") from error
-        fields = tuple((".".join(map(str, item["loc"]))[:64] or "body", str(item["msg"])) for item in found)
+        fields = tuple((".".join(map(str, item["loc"]))[:64] or "body", to_reason(item)) for item in found)
         raise InvalidFields(fields) from error

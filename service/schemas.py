@@ -130,32 +130,36 @@ class UpscaleQuery(BaseModel):
 class FieldProblem(BaseModel):
     """One field that is not valid; its value is never repeated."""
 
-    field: str
-    reason: str
+    field: str = Field(description="Its name; fields of a field are parted by dots.", examples=["steps"])
+    reason: str = Field(description="What came and what is allowed.")
 
 
 class Problem(BaseModel):
     """An error (RFC 9457). `code` is stable; `instance` is the X-Request-Id to look for in the log."""
 
-    type: str = Field(examples=["urn:giantleap:problem:queue_full"])
-    title: str
-    status: int
-    detail: str
-    code: str = Field(examples=["queue_full"])
-    instance: str
+    type: str = Field(description="The code as a URN.", examples=["urn:giantleap:problem:queue_full"])
+    title: str = Field(description="What the code means; the same for each error of this code.")
+    status: int = Field(description="The HTTP status.")
+    detail: str = Field(description="What came, what is allowed, what to do.")
+    code: str = Field(description="What to decide by; it never changes.", examples=["queue_full"])
+    instance: str = Field(description="The X-Request-Id of the answer, under which the log has the request.")
     retryable: bool = Field(description="Whether the same request may succeed later.")
     errors: list[FieldProblem] | None = Field(None, description="Only with code invalid_request.")
     job_id: str | None = Field(None, description="The job that the error is about, where there is one.")
-    status_url: str | None = None
+    status_url: str | None = Field(None, description="Path of that job.")
+    needed_bytes: int | None = Field(None, description="Of does_not_fit: what the job needs.")
+    device_bytes: int | None = Field(None, description="Of does_not_fit: what the largest device has.")
+    largest: dict[str, int] | None = Field(None, description="Of does_not_fit: width and height that would fit.")
+    reasons: list[str] | None = Field(None, description="Of /readyz: each reason.")
 
 
 class ResultBody(BaseModel):
     """One file that a job made."""
 
-    url: str
-    content_type: str
-    size_bytes: int
-    seed: int | None
+    url: str = Field(description="Path of the file.")
+    content_type: str = Field(description="An image type, or application/x-safetensors.")
+    size_bytes: int = Field(description="Length of the file.")
+    seed: int | None = Field(description="Gives this image again; null for an upscale.")
     width: int | None = Field(description="Pixels.")
     height: int | None = Field(description="Pixels.")
 
@@ -163,92 +167,94 @@ class ResultBody(BaseModel):
 class JobBody(BaseModel):
     """A job. It never holds the prompt."""
 
-    id: str
-    status: JobState
-    kind: Literal["generate", "upscale"]
-    bundle: str
-    method: Method
+    id: str = Field(description="A UUID in lower case.")
+    status: JobState = Field(description="queued and processing go on; succeeded, failed and canceled are final.")
+    kind: Literal["generate", "upscale"] = Field(description="The route that made it.")
+    bundle: str = Field(description="What runs it.")
+    method: Method = Field(description="How the image becomes large; never another than was asked for.")
     decode: DecodeName = Field(description="exact, or how the image differs from that.")
-    scale: int | float
-    priority: Priority
+    scale: int | float = Field(description="Enlargement of each side.")
+    priority: Priority = Field(description="high is claimed before low.")
     seed: int | None = Field(description="Seed of the first image; null for an upscale.")
-    created_at: str = Field(examples=["2026-11-20T13:45:00.123Z"])
-    started_at: str | None
-    finished_at: str | None
+    created_at: str = Field(description="When it was accepted, RFC 3339 in UTC.", examples=["2026-11-20T13:45:00.123Z"])
+    started_at: str | None = Field(description="When a worker claimed it; null before.")
+    finished_at: str | None = Field(description="When it reached its final state; null before.")
     queue_position: int | None = Field(description="Jobs that are claimed before this one; null once claimed.")
     estimated_start_s: float | None = Field(
         None, description="Seconds until it starts, from the jobs before it; null where it does not wait or none ended."
     )
-    cancel_requested: bool
+    cancel_requested: bool = Field(description="It will stop after the step that runs.")
     stages: dict[str, float] = Field(description="Seconds spent in each stage, the queue included.")
     warnings: list[str] = Field(description="For example words of the prompt that the bundle does not know.")
-    results: list[ResultBody]
+    results: list[ResultBody] = Field(description="Its files; empty until it has succeeded.")
     result_url: str | None = Field(description="The first result; null until the job has succeeded.")
-    status_url: str
-    events_url: str
-    cancel_url: str
+    status_url: str = Field(description="GET: this document as it is then.")
+    events_url: str = Field(description="GET: its progress as server-sent events.")
+    cancel_url: str = Field(description="POST: cancel it.")
     error: dict[str, Any] | None = Field(description="A problem, where status is failed.")
 
 
 class JobsBody(BaseModel):
     """A page of the caller's jobs, newest first."""
 
-    jobs: list[JobBody]
+    jobs: list[JobBody] = Field(description="Newest first.")
     next_cursor: str | None = Field(description="Send it as cursor for the next page; null on the last one.")
 
 
 class LatentSpaceBody(BaseModel):
-    """The latents that /upscale takes for a bundle: scaled = (raw - shift) * scale, or by mean and std."""
+    """The latents that /upscale takes for a bundle: scaled = (raw - shift) * scale, or (raw - mean) / std * scale."""
 
-    name: str
-    channels: int
+    name: str = Field(description="What latent_space of /upscale is compared with.")
+    channels: int = Field(description="Of a raw latent.")
     stride: int = Field(description="Image pixels per latent pixel.")
-    scale: float
-    shift: float
-    packing: Packing
-    mean: list[float] | None
-    std: list[float] | None
+    scale: float = Field(description="Factor of a scaled latent.")
+    shift: float = Field(description="Taken from a raw latent before the factor.")
+    packing: Packing = Field(
+        description="flux: 2 x 2 patches become tokens; rows: pixels do; frame: a video of one frame; none: as it is."
+    )
+    mean: list[float] | None = Field(description="Per channel, in place of shift; null where there is none.")
+    std: list[float] | None = Field(description="Per channel, divides before the factor; null where there is none.")
 
 
 class ModelBody(BaseModel):
     """A bundle that jobs may name, with what a request gets that does not say, and what it may ask for."""
 
-    name: str
-    title: str
-    licence: str
-    provenance: str
+    name: str = Field(description="What a request's bundle is compared with.")
+    title: str = Field(description="What it draws, in a line.")
+    licence: str = Field(description="Of the base model.")
+    provenance: str = Field(description="Where its weights come from.")
     method: Method = Field(description="The method by default.")
     methods: dict[Method, list[int | float]] = Field(
         description="The methods that the bundle has, with their enlargements."
     )
     unavailable: dict[Method, str] = Field(description="The other methods, with the reason.")
-    decodes: list[DecodeName]
+    decodes: list[DecodeName] = Field(description="The ways to decode that it has.")
     from_image: bool = Field(description="Whether init_image is taken.")
     negative_prompt: bool = Field(description="Whether a negative prompt is taken.")
     scales: list[int | float] = Field(description="Every enlargement, by whatever method.")
     steps: int = Field(description="Denoising steps by default.")
-    max_steps: int
-    guidance_scale: float
+    max_steps: int = Field(description="Most denoising steps.")
+    guidance_scale: float = Field(description="Weight of the prompt by default.")
     scale: int | float = Field(description="Enlargement by default.")
     base_width: int = Field(description="Pixels of the base image by default; the final one is `scale` times as wide.")
-    base_height: int
+    base_height: int = Field(description="Pixels, as base_width.")
     min_base: int = Field(description="Smallest side of the base image, pixels.")
-    max_base: int
+    max_base: int = Field(description="Largest side of the base image, pixels.")
     max_direct: int | None = Field(description="Largest side of an image that method direct draws, pixels.")
     multiple: int = Field(description="Sides of the base image are multiples of this, pixels.")
-    max_image_pixels: int
+    max_image_pixels: int = Field(description="Most pixels, width x height, of a final image.")
     max_images: int = Field(description="Most images of one job.")
-    max_prompt_chars: int
+    max_prompt_chars: int = Field(description="Longest prompt.")
     closed_vocabulary: bool = Field(description="Words that are not in the vocabulary have no meaning; they are named.")
-    latent_space: LatentSpaceBody
-    engine: str
+    latent_space: LatentSpaceBody = Field(description="Its latents.")
+    engine: str = Field(description="What runs LUA.")
 
 
 class Ready(BaseModel):
     """Whether requests should be sent here, and if not, why."""
 
-    ready: bool
-    reasons: list[str]
+    ready: bool = Field(description="true: send requests here.")
+    reasons: list[str] = Field(description="Why not; empty where ready.")
 
 
 def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
