@@ -25,7 +25,7 @@ from service.device_memory import Device
 from service.errors import NotReady, StorageFull
 from service.jobs import GenerateParams, Job, JobError, JobState, ResultFile
 from service.keys import FINISH, Keys, claim_order
-from service.redis_urls import LOST, SyncRedis, check_client, run_script
+from service.redis_urls import LOST, SyncRedis, check_client, run_patiently, run_script
 from service.settings import Settings
 
 _POLL_S = 1.0
@@ -353,7 +353,7 @@ class Claims:
 
     def _await_message(self, last_ids: LastIds, block_s: float) -> None:
         """Returns when a stream has a newer message than the claim script saw. It only looks: nothing is claimed."""
-        self._redis.xread(last_ids, count=1, block=max(1, int(block_s * 1000)))
+        run_patiently(lambda: self._redis.xread(last_ids, count=1, block=max(1, int(block_s * 1000))))
 
     def _end(self, claim: Claim, script: RunScript, rest: Sequence[str | bytes]) -> int:
         key = (claim.stream, claim.message_id)

@@ -11,7 +11,7 @@ that ask for some take `?sentinel_username=` and `?sentinel_password=`. No error
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -44,8 +44,9 @@ LOST = (
 
 _FORMS = "redis://, rediss://, unix://, redis+sentinel://host:26379,host/service/db or redis+cluster://host:6379,host"
 # A server of version 6 wraps what a command in a script met into an error of its own.
-_WRAPPED = (" -OOM ", " -READONLY ")
-_PASSING = ("NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN")
+_WRAPPED = (" -OOM ", " -READONLY ", " -MISCONF ")
+# MISCONF: its disk takes no more, which somebody mends; UNBLOCKED: a master that becomes a replica ends what blocks.
+_PASSING = ("NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "UNBLOCKED")
 _PATIENCE_S, _PAUSE_S = 120.0, 0.5
 _SENTINEL_PORT, _SERVER_PORT = 26379, 6379
 # Asked before each connect: a sentinel that is gone costs this once, then the next one is asked first.
@@ -207,13 +208,20 @@ def check_client(client: SyncRedis | AsyncRedis) -> float:
 
 
 def run_script(script: Script, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
-    """Runs a script for a worker; a refusal that passes by itself comes as `redis.ConnectionError`, one of LOST.
+    """Runs a script for a worker, as `run_patiently` runs a command.
 
-    Such are `NOREPLICAS` (fewer than `min-replicas-to-write` are there) and a server whose memory is full: the script
-    met it at its first write, so nothing was written, and a worker that waits keeps its results.
+    A script meets a refusal at its first write, so nothing was written, and a worker that waits keeps its results.
+    """
+    return run_patiently(lambda: script(list(keys), list(args)))
+
+
+def run_patiently(command: Callable[[], Any]) -> Any:
+    """Runs a command for a worker; a refusal that passes by itself comes as `redis.ConnectionError`, one of LOST.
+
+    Such are `NOREPLICAS` (fewer than `min-replicas-to-write` are there) and a server whose memory or disk is full.
     """
     try:
-        return script(list(keys), list(args))
+        return command()
     except redis.ResponseError as error:
         if is_passing(error) or isinstance(error, redis.OutOfMemoryError):
             raise redis.ConnectionError(f"refused: {str(error)[:80]}") from error

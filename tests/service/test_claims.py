@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -167,6 +168,23 @@ def test_idle_claim_returns_nothing_after_its_time(open_claims: Any) -> None:
     started_s = time.perf_counter()
     assert worker.claim(1, 0.4) == []
     assert 0.35 < time.perf_counter() - started_s < 20.0
+
+
+def test_idle_claim_outlives_a_master_that_becomes_a_replica(open_claims: Any, redis_client: redis.Redis) -> None:
+    """Such a server ends what blocks with UNBLOCKED, as this command of an administrator does."""
+    worker: Claims = open_claims()
+
+    def blocked() -> list[int]:
+        return [int(each["id"]) for each in redis_client.client_list() if each["cmd"] == "xread"]
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(worker.claim, 1, 5.0)
+        deadline_s = time.monotonic() + 30
+        ended = 0
+        while ended == 0 and time.monotonic() < deadline_s and not waiting.done():
+            ended = sum(redis_client.client_unblock(each, error=True) for each in blocked())
+        assert waiting.result(60) == []
+    assert ended > 0
 
 
 def test_claim_carries_the_input_and_the_job_unchanged(put: Put, open_claims: Any) -> None:
