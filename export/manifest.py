@@ -204,12 +204,11 @@ def vae_directory(bundle: Bundle) -> Path:
     Raises:
         ArtefactError: It is on the hub.
     """
-    place = bundle.pipeline if bundle.vae is None else bundle.vae.place
-    if isinstance(place, str):
+    if bundle.vae_directory is None:
         raise ArtefactError(
             f"bundle {bundle.name}: the VAE is on the hub; fetch it with: giantleap bundle pull {bundle.name}"
         )
-    return place / "vae" if bundle.vae is None else place
+    return bundle.vae_directory
 
 
 def read_manifest(directory: Path) -> Manifest:

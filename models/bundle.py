@@ -31,9 +31,8 @@ from models.bundle_descriptor import (
     nearest_sides,
     to_toml,
 )
-from models.latent_space import LatentSpace, read_statistics
-from models.latent_statistics import StatisticsError
-from models.latent_statistics import read_statistics as read_latent_statistics
+from models.latent_space import LatentSpace, read_vae_statistics
+from models.latent_statistics import StatisticsError, read_statistics
 from models.lua_spec import SPEC_KEY, LuaSpec, grown_side, is_whole
 from models.weight_files import file_hash, weight_files
 
@@ -138,6 +137,14 @@ class Bundle:
     def vae(self) -> ModelSource | None:
         """The VAE that replaces the pipeline's own."""
         return self._source(self.descriptor.vae)
+
+    @property
+    def vae_directory(self) -> Path | None:
+        """Where the VAE lies that decodes; None while it is on the hub."""
+        place = self.pipeline if self.vae is None else self.vae.place
+        if isinstance(place, str):
+            return None
+        return place / "vae" if self.vae is None else place
 
     @property
     def tiny_vae(self) -> ModelSource | None:
@@ -388,7 +395,7 @@ def _check_guard(bundle: Bundle) -> None:
     if bundle.lua is None or bundle.guard_sigmas is None:
         return
     try:
-        statistics = read_latent_statistics(bundle.lua)
+        statistics = read_statistics(bundle.lua)
     except StatisticsError as error:
         raise BundleError(f"lua.guard_sigmas: {error}") from error
     scales = bundle.scales_of("lua")[1:]
@@ -404,7 +411,7 @@ def _check_vae(bundle: Bundle) -> None:
 
     The VAE of a hub id is not there yet: the decoder checks it when it is loaded.
     """
-    directory = _vae_directory(bundle)
+    directory = bundle.vae_directory
     if directory is None:
         return
     path = directory / "config.json"
@@ -429,19 +436,11 @@ def _check_vae(bundle: Bundle) -> None:
             raise BundleError(f"{path}: {key} is {found or 0}; latent space {space.name} of {DESCRIPTOR} has {value}")
 
 
-def _vae_directory(bundle: Bundle) -> Path | None:
-    """Where the VAE lies that decodes; None while it is on the hub."""
-    place = bundle.pipeline if bundle.vae is None else bundle.vae.place
-    if isinstance(place, str):
-        return None
-    return place / "vae" if bundle.vae is None else place
-
-
 def _with_statistics(bundle: Bundle) -> Bundle:
-    directory = _vae_directory(bundle)
+    directory = bundle.vae_directory
     if directory is None or not bundle.latent_space.statistics_in_vae:
         return bundle
     try:
-        return replace(bundle, statistics=read_statistics(directory))
+        return replace(bundle, statistics=read_vae_statistics(directory))
     except ValueError as error:
         raise BundleError(str(error)) from error

@@ -6,6 +6,8 @@ a decoder whose every part is known (`models/decoder_check.py`).
 The tiled and the tiny decode change the image; whoever offers them says so.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -60,13 +62,20 @@ def decode_tiled(vae: Any, latents: Tensor) -> Tensor:
 def _decode_with_tiling(vae: Any, latents: Tensor, enabled: bool) -> Tensor:
     check_autoencoder(vae, *STRIP_CLASSES, *FRAME_CLASSES)
     frames = isinstance(vae, FRAME_CLASSES)
+    with _tiling(vae, enabled):
+        image: Tensor = vae.decode(latents[:, :, None] if frames else latents, return_dict=False)[0]
+    return (image[:, :, 0] if frames else image)[:, :3]
+
+
+@contextmanager
+def _tiling(vae: Any, enabled: bool) -> Iterator[None]:
+    """Whether diffusers cuts tiles; afterwards the switch stands as it stood."""
     before = vae.use_tiling
     vae.use_tiling = enabled
     try:
-        image: Tensor = vae.decode(latents[:, :, None] if frames else latents, return_dict=False)[0]
+        yield
     finally:
         vae.use_tiling = before
-    return (image[:, :, 0] if frames else image)[:, :3]
 
 
 @torch.inference_mode()
@@ -85,12 +94,8 @@ def encode_mean(vae: Any, images: Tensor) -> Tensor:
     if isinstance(vae, AutoencoderKLQwenImage21):
         images = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
     frames = isinstance(vae, FRAME_CLASSES)
-    before = vae.use_tiling
-    vae.use_tiling = False
-    try:
+    with _tiling(vae, enabled=False):
         mean: Tensor = vae.encode(images[:, :, None] if frames else images, return_dict=False)[0].mode()
-    finally:
-        vae.use_tiling = before
     return mean[:, :, 0] if frames else mean
 
 

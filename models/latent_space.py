@@ -54,7 +54,7 @@ class LatentSpace:
         mean: Per channel; only together with `std` and with no shift.
         std: Per channel; only together with `mean`.
         side_multiple: The pipeline makes latents whose sides are multiples of this.
-        statistics_in_vae: Mean and standard deviation are weights of the VAE (`read_statistics`); until
+        statistics_in_vae: Mean and standard deviation are weights of the VAE (`read_vae_statistics`); until
             `with_statistics` has set them only shapes are known.
 
     Raises:
@@ -115,7 +115,7 @@ class LatentSpace:
         return multiple * (height_px // multiple_px), multiple * (width_px // multiple_px)
 
     def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> "LatentSpace":
-        """The same space with the statistics of one VAE, which `read_statistics` finds in its weights.
+        """The same space with the statistics of one VAE, which `read_vae_statistics` finds in its weights.
 
         Raises:
             LatentSpaceError: They are not as many as the space has channels.
@@ -200,8 +200,8 @@ class LatentSpace:
     def _check_statistics(self) -> None:
         if self.statistics_in_vae and self.mean is None:
             raise LatentSpaceError(
-                f"latent space {self.name}: mean and std are weights of its VAE and were not read (read_statistics, "
-                "with_statistics)"
+                f"latent space {self.name}: mean and std are weights of its VAE and were not read "
+                "(read_vae_statistics, with_statistics)"
             )
 
     def _denormalize(self, latent: "Latent", trailing: tuple[int, ...]) -> "Latent":
@@ -271,7 +271,7 @@ class LatentSpace:
         return f"latent space {self.name} takes {form_name} latents {form}; found {list(shape)}{hint}"
 
 
-def read_statistics(vae_directory: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def read_vae_statistics(vae_directory: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation that a VAE of FLUX.2 keeps as the running statistics of its batch normalisation.
 
     Reads two small tensors of the safetensors file, not the rest of it.

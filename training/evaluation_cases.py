@@ -17,8 +17,7 @@ from models.vae import Vae
 from training.frozen_vae import vae_hash
 from training.metrics import to_levels
 from training.pairs_store import PairsStore
-
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+from training.prepare import SUFFIXES
 
 
 class EvaluationError(ValueError):
@@ -59,7 +58,7 @@ def read_pictures(
     Raises:
         EvaluationError: One is damaged or too small.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     multiple_px = bundle.latent_space.multiple_px * max(scales)
     for path in paths[:limit]:
         picture = read_picture(path, crop_px, multiple_px).to(vae.device)

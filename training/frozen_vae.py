@@ -7,16 +7,14 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers.models.auto_model import AutoModel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from models.bundle import Bundle, BundleError
 from models.decode import FRAME_CLASSES
-from models.vae import Vae
+from models.vae import Vae, read_vae_model
 from models.weight_files import file_hashes
 
 
@@ -34,34 +32,22 @@ def read_vae(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Vae:
         BundleError: The VAE is still on the hub.
         OSError: A file is missing. VaeError: it is not of the bundle's latent space.
     """
-    place = bundle.pipeline if bundle.vae is None else bundle.vae.place
-    if not isinstance(place, Path):
-        raise BundleError(
-            f"bundle {bundle.name}: its VAE is on the hub: run `giantleap bundle pull {bundle.name}` first"
-        )
-    model: Any = AutoModel.from_pretrained(
-        str(place / "vae" if bundle.vae is None else place),
-        torch_dtype=torch.float32,
-        use_safetensors=True,
-        local_files_only=True,
-        variant=bundle.variant if bundle.vae is None else None,
-    )
-    model.to(device).requires_grad_(False).eval()
+    require_vae(bundle)
+    model = read_vae_model(bundle, device, torch.float32).requires_grad_(False).eval()
     return Vae(model, bundle.latent_space, dtype=dtype)
 
 
-def vae_directory(bundle: Bundle) -> Path:
+def require_vae(bundle: Bundle) -> Path:
     """Where the VAE lies that the bundle decodes with.
 
     Raises:
         BundleError: It is still on the hub.
     """
-    place = bundle.pipeline if bundle.vae is None else bundle.vae.place
-    if not isinstance(place, Path):
+    if bundle.vae_directory is None:
         raise BundleError(
             f"bundle {bundle.name}: its VAE is on the hub: run `giantleap bundle pull {bundle.name}` first"
         )
-    return place / "vae" if bundle.vae is None else place
+    return bundle.vae_directory
 
 
 def vae_hash(bundle: Bundle) -> str:
@@ -70,7 +56,7 @@ def vae_hash(bundle: Bundle) -> str:
     Raises:
         BundleError: The VAE is still on the hub.
     """
-    hashes = file_hashes(vae_directory(bundle))
+    hashes = file_hashes(require_vae(bundle))
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 

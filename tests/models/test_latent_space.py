@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.latent_space import LATENT_SPACES, LatentSpace, LatentSpaceError, read_statistics
+from models.latent_space import LATENT_SPACES, LatentSpace, LatentSpaceError, read_vae_statistics
 
 NORMED = LatentSpace("normed", 3, 8, scale=0.5, mean=(0.0, 1.0, -2.0), std=(1.0, 0.25, 4.0))
 FLUX2 = LATENT_SPACES["flux2"].with_statistics([0.01 * c for c in range(128)], [1 + 0.02 * c for c in range(128)])
@@ -251,7 +251,7 @@ def test_statistics_are_read_from_a_vae_of_flux2(tmp_path: Path, dtype: torch.dt
     vae.bn.running_mean.normal_(generator=torch.Generator().manual_seed(0))
     vae.bn.running_var.uniform_(0.1, 4.0, generator=torch.Generator().manual_seed(1))
     vae.to(dtype).save_pretrained(tmp_path)
-    mean, std = read_statistics(tmp_path)
+    mean, std = read_vae_statistics(tmp_path)
     torch.testing.assert_close(torch.tensor(mean), vae.bn.running_mean.float(), rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.tensor(std), (vae.bn.running_var.float() + 0.5).sqrt(), rtol=1e-6, atol=0)
     assert LATENT_SPACES["flux2"].with_statistics(mean, std).mean == mean
@@ -261,10 +261,10 @@ def test_a_vae_without_statistics_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"batch_norm_eps": 1e-4}))
     save_file({"bn.running_mean": torch.zeros(4)}, tmp_path / "model.safetensors")
     with pytest.raises(LatentSpaceError, match="no safetensors file here holds the statistics"):
-        read_statistics(tmp_path)
+        read_vae_statistics(tmp_path)
     save_file({"bn.running_mean": torch.zeros(4, dtype=torch.int32)}, tmp_path / "model.safetensors")
     with pytest.raises(LatentSpaceError, match="stored as I32"):
-        read_statistics(tmp_path)
+        read_vae_statistics(tmp_path)
 
 
 @pytest.mark.parametrize(
