@@ -83,7 +83,7 @@ def read_image(body: bytes, most_px: int) -> Pixels:
             if getattr(image, "n_frames", 1) > 1:
                 raise UnsupportedMediaType("the image is animated; send a single frame")
             image.load()
-            return np.asarray(to_rgb(image))
+            return np.array(to_rgb(image))  # a copy, which may be written to: torch warns of others
     except Image.DecompressionBombError as error:
         raise PayloadTooLarge(f"the image has far more pixels than the {most_px} that are allowed") from error
     except _DAMAGED as error:

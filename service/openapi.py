@@ -177,7 +177,7 @@ def _name(path: str, method: str, operation: dict[str, Any]) -> None:
 def _describe_errors(path: str, operation: dict[str, Any], form: dict[str, Any]) -> None:
     """Adds what any route may answer, and to each error its codes and an example in the form of its front."""
     answers = operation["responses"]
-    shared = ("431", "500")
+    shared: tuple[str, ...] = ("431", "500")
     if path not in OPEN_PATHS:
         operation["security"] = [{"bearer": []}, {"header": []}, {}]
         shared = ("401", "403", *shared)

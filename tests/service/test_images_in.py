@@ -110,6 +110,13 @@ def test_animation_is_refused() -> None:
         check_image(body, "image/webp", 10**6)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_pixels_may_be_written_to_so_that_torch_takes_them_without_a_warning(mode: str) -> None:
+    content = io.BytesIO()
+    Image.new(mode, (4, 3)).save(content, "PNG")
+    assert read_image(content.getvalue(), 12).flags.writeable
+
+
 def test_latents_are_not_taken_for_images() -> None:
     assert not is_image(b"\x93NUMPY\x01\x00", None)
     assert not is_image(b"\x10\x00\x00\x00\x00\x00\x00\x00{", "application/octet-stream")
