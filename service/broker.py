@@ -51,7 +51,7 @@ _DEVICES_EVERY_S = 3.0
 _ENDED_KEPT = 4096
 _REFUSAL_KEPT_S = 0.25
 _SMALL_BODY_BYTES = 1 << 20
-_EVENT_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
+_EVENT_ID = re.compile(r"\d{1,19}(-\d{1,19})?")  # each part has 64 bits
 _LOG = logging.getLogger(__name__)
 
 

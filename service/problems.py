@@ -9,7 +9,7 @@ import logging
 import math
 import traceback
 from collections.abc import Mapping
-from http import HTTPStatus
+from http import HTTPMethod, HTTPStatus
 from typing import Any
 
 import redis.exceptions
@@ -17,6 +17,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Match
+from starlette.types import Scope
 
 from service.errors import (
     Conflict,
@@ -188,7 +190,18 @@ async def _http(request: Request, error: Exception) -> Response:
     status = HTTPStatus(error.status_code)
     shown = GiantleapError(f"{request.method} is answered with {status.value} {status.phrase} here")
     shown.status, shown.title, shown.code = status.value, status.phrase, status.name.lower()
-    return problem_response(shown, request, error.headers)
+    headers = {"Allow": ", ".join(_methods(request))} if status is HTTPStatus.METHOD_NOT_ALLOWED else error.headers
+    return problem_response(shown, request, headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What the path can be asked with (RFC 9110, 15.5.6); the framework names the methods of its first route only."""
+    asked = ({**request.scope, "method": str(method)} for method in HTTPMethod)
+    return sorted(scope["method"] for scope in asked if any(_takes(route, scope) for route in request.app.routes))
+
+
+def _takes(route: BaseRoute, scope: Scope) -> bool:
+    return route.matches(scope)[0] is Match.FULL
 
 
 async def _gone(request: Request, error: Exception) -> Response:

@@ -16,7 +16,7 @@ EVENT_STREAM_TYPE = "text/event-stream"
 FROM_THE_START = "0-0"
 HEARTBEAT_S = 15.0
 _RETRY_MS = 2000
-_EVENT_ID = re.compile(r"\d{1,20}-\d{1,20}")
+_EVENT_ID = re.compile(r"\d{1,19}-\d{1,19}")  # each part has 64 bits
 
 
 def read_last_event_id(header: str | None) -> str:

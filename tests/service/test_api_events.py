@@ -82,7 +82,7 @@ async def test_an_id_of_another_stream_is_malformed(bundle_dir: Path) -> None:
     answer = await collect(FakeBroker(event_list=EVENTS), bundle_dir, {"Last-Event-ID": "nonsense"})
     assert answer.status_code == 400 and answer.headers["content-type"] == "application/problem+json"
     assert read_last_event_id(None) == read_last_event_id("") == "0-0"
-    for bad in ("1", "1-", "$", "1-2\n", "9" * 30 + "-0"):
+    for bad in ("1", "1-", "$", "1-2\n", "9" * 30 + "-0", "9" * 20 + "-0", "0-" + "9" * 20):
         with pytest.raises(MalformedRequest):
             read_last_event_id(bad)
 

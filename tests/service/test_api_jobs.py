@@ -220,9 +220,14 @@ async def test_jobs_are_listed_newest_first_by_state(client: httpx.AsyncClient, 
     assert len((await client.get("/jobs?limit=2")).json()["jobs"]) == 2
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=101", "cursor=x", "cursor=-1", "status=lost"])
+@pytest.mark.parametrize("query", ["limit=0", "limit=101", "cursor=x", "cursor=-1", "cursor=\u0663", "status=lost"])
 async def test_a_bad_page_is_refused(client: httpx.AsyncClient, query: str) -> None:
     assert_problem(await client.get(f"/jobs?{query}"), 422, "invalid_request", query.split("=")[0])
+
+
+async def test_a_method_that_a_job_does_not_know_is_told_all_that_it_does(client: httpx.AsyncClient) -> None:
+    answer = await client.patch(f"/jobs/{uuid.uuid4()}")
+    assert answer.status_code == 405 and answer.headers["allow"] == "DELETE, GET, PUT"
 
 
 # --- over a real queue and a socket
