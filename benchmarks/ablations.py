@@ -28,8 +28,8 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.photos import psnr_db, read_photos
-from benchmarks.pocket_quality import machine
 from models.bundle import read_bundle
 from models.checkpoints import read_lua
 from models.lua import Lua
@@ -254,7 +254,7 @@ def read_results(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: The file is of other settings.
     """
     if not path.is_file():
-        return {"machine": machine(), "settings": dict(settings), "runs": []}
+        return {"machine": read_machine(PHOTO_PACKAGES), "settings": dict(settings), "runs": []}
     record: dict[str, Any] = json.loads(path.read_text())
     if record["settings"] != settings:
         raise ValueError(f"{path} holds results of other settings: move it away to begin anew")

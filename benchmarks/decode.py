@@ -9,8 +9,6 @@ on the weights' values; the difference of the tiled decode does, and is that of 
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -19,8 +17,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -34,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.live_storage import LiveStorage
+from benchmarks.machine import read_machine
 from models.decode import decode_exact, decode_plain, decode_tiled, decode_tiny
 from models.decode_plan import DecodeMethod, estimate_peak_bytes
 from models.latent_space import LATENT_SPACES
@@ -235,19 +232,6 @@ def compare(path: Path, plain: Path) -> tuple[float, float]:
     return float(difference.max()), float(difference.mean())
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_1min": os.getloadavg()[0],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "diffusers")},
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 HEADER = (
     f"{'px':>5} {'method':<7}{'wall s':>9}{'cpu s':>9}{'rss MiB':>9}{'live MiB':>10}{'estimate':>10}"
     f"{'largest':>10}{'max diff':>10}{'mean diff':>10}"
@@ -294,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for image_px in options.px:
         rows += measure_size(case, options.methods, image_px, options.largest_run_px)
-    record = {**asdict(case), "machine": machine(), "rows": [asdict(row) for row in rows]}
+    record = {**asdict(case), "machine": read_machine(), "rows": [asdict(row) for row in rows]}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -27,7 +27,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.decode import machine
+from benchmarks.machine import read_machine
 from benchmarks.published_swinir import PublishedForward
 from export.graphs import LuaGraph, trace
 from export.manifest import INPUT, OUTPUTS
@@ -36,10 +36,10 @@ from models.bundle import read_bundle
 from models.checkpoints import read_lua
 from models.engines import Artefact, ArtefactEngine, TorchEngine
 from models.generator import DrawItem
+from models.images import psnr_db
 from models.lua import Lua, preset
 from models.pixel_upscale import RGB_CHANNELS
 from models.route import Route
-from service.engine_bench import psnr_db
 from service.settings import POCKET_BUNDLE
 
 CPU = torch.device("cpu")
@@ -294,7 +294,7 @@ def main(
     for image in pocket:
         typer.echo(f"pocket x{image['scale']} {image['variant']:<16} decoded image {image['psnr_db']:.1f} dB")
     versions = {name: version(name) for name in ("torch", "onnxruntime", "onnx")}
-    about = machine() | {
+    about = read_machine() | {
         "versions": versions,
         "model": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -21,10 +21,11 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.decode import METHODS, STRIDE_PX, build_decoder, machine, random_latents, run_decode
+from benchmarks.decode import METHODS, STRIDE_PX, build_decoder, random_latents, run_decode
 from benchmarks.gpu_engines import VARIANTS, EngineCase, EngineFigures, measure_matrix_rate
 from benchmarks.gpu_engines import line as engine_line
 from benchmarks.gpu_engines import measure_case as measure_engine_case
+from benchmarks.machine import read_machine
 from models.decode import decode_exact
 from models.decode_plan import DecodeMethod, DecoderShape, estimate_peak_bytes, plan_decode
 from models.lua import preset as lua_preset
@@ -209,7 +210,7 @@ def decode(
         for type_name in dtype or list(DTYPES):
             for image_px in px or [1024, 2048, 4096]:
                 rows += measure_size(name, image_px, type_name, strip_mib or [4, 64, 256], device)
-    record = {"machine": {**machine(), **card(device)}, "rows": [asdict(row) for row in rows]}
+    record = {"machine": {**read_machine(), **card(device)}, "rows": [asdict(row) for row in rows]}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2) + "\n")
     if any(row.error for row in rows if row.method == "exact"):
@@ -241,7 +242,7 @@ def engines(
             for row in done:
                 typer.echo(engine_line(row))
     rates = {str(each).removeprefix("torch."): rate for each, rate in roofs.items()}
-    about = {**machine(), **card(device), "matrix_flop_per_s": rates}
+    about = {**read_machine(), **card(device), "matrix_flop_per_s": rates}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": about, "rows": [row.to_record() for row in rows]}, indent=2) + "\n")
     if any(row.target is not None and (row.ratio or 0.0) < row.target for row in rows):

@@ -7,7 +7,6 @@ is visible. The bicubic latent of the same input is decoded as well: what is bro
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +19,13 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.photos import read_photos
-from benchmarks.pocket_quality import machine
 from models.bundle import read_bundle
 from models.checkpoints import read_lua
 from models.generator import DrawItem
 from models.guard import Guard
+from models.images import psnr_db
 from models.latent_space import LATENT_SPACES
 from models.latent_statistics import LatentStatistics
 from models.lua import Lua
@@ -39,6 +39,7 @@ from training.pocket_pairs import draw_view
 SCALES = (2, 4)
 FAR = 1.5
 BROKEN_SHARE = 0.01
+MOST_DB = 100.0  # of images that are equal
 SIDE_PX = 256
 PROMPTS = ("a red sphere on a green floor under a blue sky", "a large yellow cube on a purple floor")
 FOREIGN = ("sdxl", "flux1")  # families whose factors a client may apply by mistake
@@ -83,12 +84,6 @@ def judge(picture: Tensor) -> Outcome:
     return Outcome(not finite or share > BROKEN_SHARE, share)
 
 
-def psnr_db(picture: Tensor, other: Tensor) -> float:
-    """Of what is shown: clamped to [-1, 1] and not rounded; at most 100 dB."""
-    square = float(((picture.clamp(-1.0, 1.0) - other.clamp(-1.0, 1.0)) / 2.0).double().square().mean())
-    return min(100.0, -10.0 * math.log10(max(square, 1e-10))) if math.isfinite(square) else float("-inf")
-
-
 @torch.inference_mode()
 def measure_procedural(vae: Vae, pictures: int, side_px: int = SIDE_PX) -> LatentStatistics:
     """Statistics over pictures like those that the pocket LUA was trained on, of a seed of their own."""
@@ -125,8 +120,8 @@ def measure_case(
     return {
         name: {
             **asdict(judge(picture)),
-            "psnr_to_bicubic_db": psnr_db(picture, shown["bicubic"]),
-            "psnr_to_off_db": psnr_db(picture, shown["off"]),
+            "psnr_to_bicubic_db": psnr_db(picture, shown["bicubic"], MOST_DB),
+            "psnr_to_off_db": psnr_db(picture, shown["off"], MOST_DB),
             "changed_share": float((latents[name] != grown).float().mean()),
         }
         for name, picture in shown.items()
@@ -210,7 +205,7 @@ def main(
     most = {unit: max(row[unit] for row in usual.values()) for unit in ("sigmas", "residuals")}
     typer.echo(f"as trained, at most {most['sigmas']:.1f} s from the mean, {most['residuals']:.1f} r from bicubic")
     record: dict[str, Any] = {
-        "machine": machine(),
+        "machine": read_machine(PHOTO_PACKAGES),
         "bundle": bundle.name,
         "rule": {"far": FAR, "broken_share": BROKEN_SHARE},
         "images_per_input": len(groups["as trained"]),

@@ -19,8 +19,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from benchmarks.decode import machine
 from benchmarks.live_storage import LiveStorage
+from benchmarks.machine import read_machine
 from models.activation_bytes import denoiser_elements, lua_bytes
 from models.bundle import read_bundle
 from models.bundle_memory import read_memory_plan
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{row.what:<28}{row.dtype:<10}{row.image_px:>6} {row.stage:<9}{sizes}")
     worst = max(rows, key=lambda row: abs(row.ratio - 1))
     print(f"worst: {worst.what} {worst.stage} at {worst.image_px} px: {worst.ratio:.2f}")
-    stored = {"device": chosen.device, "machine": machine(), "rows": [asdict(row) for row in rows]}
+    stored = {"device": chosen.device, "machine": read_machine(), "rows": [asdict(row) for row in rows]}
     chosen.out.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ import typer
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from benchmarks.pocket_quality import machine
+from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from models.bundle import Bundle, read_bundle
 from models.bundle_descriptor import Method
 from models.generator import DrawItem
@@ -115,7 +115,7 @@ def main(
     write_sheet(rows, sheet)
     results = time_methods(route, bundle, warmups, runs)
     typer.echo(to_table(results))
-    record = {"machine": machine(), "results": [asdict(result) for result in results]}
+    record = {"machine": read_machine(PHOTO_PACKAGES), "results": [asdict(result) for result in results]}
     out.write_text(json.dumps(record, indent=2) + "\n")
 
 

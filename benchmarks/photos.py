@@ -20,6 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.lua import Lua
+from training import metrics
+from training.evaluation_cases import shrink
 
 MULTIPLE_PX = 32  # a quarter of the side must be a whole latent
 SCALES = (2, 4)
@@ -73,13 +75,7 @@ def read_photos() -> dict[str, Tensor]:
 
 def psnr_db(picture: Tensor, original: Tensor) -> float:
     """Peak signal-to-noise ratio over all channels of 8-bit pictures; both in [-1, 1]."""
-    levels, target = (((x.clamp(-1.0, 1.0) + 1.0) * 127.5).round().double() for x in (picture, original))
-    return float(10.0 * torch.log10(255.0**2 / (levels - target).square().mean()))
-
-
-def _shrink(photo: Tensor, scale: int) -> Tensor:
-    small = F.interpolate(photo, scale_factor=1.0 / scale, mode="bicubic", antialias=True)
-    return ((small.clamp(-1.0, 1.0) + 1.0) * 127.5).round() / 127.5 - 1.0
+    return metrics.psnr_db(metrics.to_levels(picture), metrics.to_levels(original), border_px=0)
 
 
 def _enlarge(maps: Tensor, scale: int) -> Tensor:
@@ -98,7 +94,7 @@ def draw_routes(vae: Any, lua: Lua, photo: Tensor) -> PhotoRoutes:
         picture: Tensor = vae.decode(latent).sample
         return picture.clamp(-1.0, 1.0)
 
-    small = {scale: encode(_shrink(photo, scale)) for scale in SCALES}
+    small = {scale: encode(shrink(photo, scale)) for scale in SCALES}
     return PhotoRoutes(
         original=photo,
         round_trip=decode(encode(photo)),

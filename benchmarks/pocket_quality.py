@@ -6,11 +6,7 @@ and ends with 1 when a floor is missed.
 """
 
 import json
-import os
-import platform
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +14,7 @@ import torch
 import typer
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.photos import SCALES, PhotoScores, measure_photos
 from benchmarks.prompt_following import Following, measure
 from models.checkpoints import read_lua
@@ -69,18 +66,6 @@ def photo_table(scores: dict[str, PhotoScores]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "scikit-image", "scikit-learn")},
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def main(
     bundle: Annotated[Path, typer.Option(help="Bundle directory with vae/ and lua.safetensors.")] = Path(
         "bundles/pocket"
@@ -105,7 +90,11 @@ def main(
     typer.echo(f"{'figure':<34}{'reached':>8} {'':<3}{'floor':>8}")
     for floor in floors:
         typer.echo(floor.line())
-    record = {"machine": machine(), "floors": [{**asdict(f), "is_met": f.is_met} for f in floors], **record}
+    record = {
+        "machine": read_machine(PHOTO_PACKAGES),
+        "floors": [{**asdict(f), "is_met": f.is_met} for f in floors],
+        **record,
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2) + "\n")
     if not all(floor.is_met for floor in floors):

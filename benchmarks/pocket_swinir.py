@@ -18,8 +18,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.photos import SCALES, psnr_db, read_photos
-from benchmarks.pocket_quality import machine
 from models.pixel_upscale import HALO_PX, PixelUpscaler
 from training.pocket_lua import shrink
 
@@ -110,7 +110,7 @@ def main(
     typer.echo(table(photos))
     astronaut = originals["astronaut"] / 2 + 0.5
     record: dict[str, Any] = {
-        "machine": machine(),
+        "machine": read_machine(PHOTO_PACKAGES),
         "threads": threads,
         "file_bytes": {path.name: path.stat().st_size for path in files.values()},
         "photos": photos,

@@ -7,12 +7,8 @@ pictures and six photographs. It goes on where it was stopped; `--only` trains o
 """
 
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -25,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.photos import SCALES, psnr_db, read_photos
 from models.bundle import Bundle, read_bundle
 from models.checkpoints import read_lua, write_lua
@@ -177,19 +174,6 @@ def table(figures: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "scikit-image", "scikit-learn")},
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def collect(
     variants: list[Variant], folder: Path, bundle: Bundle, rate: float, batch: int
 ) -> dict[str, dict[str, float]]:
@@ -238,7 +222,13 @@ def main(
     typer.echo(f"transfer_{BEST} over scratch, dB: {ahead}")
     settings = {"pictures": pictures, "steps": steps, "rate": rate, "batch": batch, "start": BEST}
     is_met = min(ahead.values()) >= -MOST_BEHIND_DB
-    record = {"machine": machine(), "settings": settings, "figures": figures, "ahead_db": ahead, "is_met": is_met}
+    record = {
+        "machine": read_machine(PHOTO_PACKAGES),
+        "settings": settings,
+        "figures": figures,
+        "ahead_db": ahead,
+        "is_met": is_met,
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2) + "\n")
     if not is_met:

@@ -1,9 +1,10 @@
-"""Decoded pixels as the bytes of an image file: PNG, JPEG or WebP, without any metadata.
+"""Decoded pixels as the bytes of an image file, PNG, JPEG or WebP without any metadata; and how alike two images are.
 
 The pixels come from `models.route`; the bytes go to the blobs of `service.worker` or to a file.
 """
 
 import io
+import math
 from typing import Literal
 
 from PIL import Image
@@ -19,6 +20,8 @@ _OPTIONS: dict[str, dict[str, int]] = {
     "jpeg": {"quality": 95, "subsampling": 0},
     "webp": {"quality": 95, "method": 2},
 }
+
+MOST_PSNR_DB = 150.0  # of images that are equal: JSON has no infinity
 
 
 def to_signed(pixels: Tensor) -> Tensor:
@@ -43,3 +46,19 @@ def to_image_bytes(pixels: Tensor, output_format: ImageFormat) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(buffer, format=output_format.upper(), **_OPTIONS[output_format])
     return buffer.getvalue()
+
+
+def psnr_db(image: Tensor, expected: Tensor, most_db: float = MOST_PSNR_DB) -> float:
+    """Peak signal-to-noise ratio of what is shown: images in [-1, 1], clamped to it and not rounded.
+
+    `training.metrics.psnr_db` is that of 8-bit files.
+
+    Returns:
+        dB, `most_db` at most; minus infinity where a value is not a number.
+
+    **Shape** both [..., 3, height_px, width_px].
+    """
+    error = float((image.double().clamp(-1, 1) - expected.double().clamp(-1, 1)).square().mean())
+    if not math.isfinite(error):
+        return -math.inf
+    return most_db if error == 0 else min(most_db, 10 * math.log10(4 / error))

@@ -17,6 +17,7 @@ from models.bundle import Bundle
 from models.checkpoints import read_lua
 from models.engines import ENGINES, Engine, EngineName, open_engine
 from models.generator import DrawItem
+from models.images import psnr_db
 from models.route import Route, synchronize
 from service.engine_files import find_artefacts
 from service.settings import Settings
@@ -154,15 +155,6 @@ def measure_engines(
                 )
             )
     return rows + [EngineRow(*_split(name), reason=reason) for name, reason in reasons.items()]
-
-
-def psnr_db(image: Tensor, expected: Tensor) -> float:
-    """PSNR of images in [-1, 1], clamped to it.
-
-    **Shape** both [batch, 3, height_px, width_px].
-    """
-    error = (image.float().clamp(-1, 1) - expected.float().clamp(-1, 1)).square().mean()
-    return float(10 * torch.log10(4 / error.clamp_min(1e-20)))
 
 
 def to_table(rows: Sequence[EngineRow]) -> str:

@@ -2,7 +2,7 @@
 
 `evaluate` goes through the cases of `training/evaluation_cases.py` once: `Findings.add` enlarges each by every method,
 compares it with its target and keeps only features, channel statistics and a crop for the sheet. `training/metrics.py`
-measures, `training/latent_statistics.py` compares distributions, `training/evaluation_report.py` writes what a person
+measures, `training/distributions.py` compares distributions, `training/evaluation_report.py` writes what a person
 reads.
 """
 
@@ -24,10 +24,10 @@ from models.checkpoints import read_lua
 from models.lua import Lua
 from models.vae import Vae
 from models.weight_files import file_hash
+from training.distributions import Pool, compare, pool
 from training.evaluation_cases import Case, EvaluationError, read_pairs, read_pictures
 from training.evaluation_report import read_machine, to_markdown, write_distributions, write_sheet
 from training.frozen_vae import read_vae, vae_hash
-from training.latent_statistics import Pool, compare, pool
 from training.metrics import (
     KID_SUBSET_SIZE,
     KID_SUBSETS,

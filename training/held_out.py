@@ -3,18 +3,19 @@
 `training/run.py` asks now and then while it trains; `training/evaluate.py` is the thorough report on finished weights.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.images import psnr_db
 from models.lua import Lua
 from models.vae import Vae
 from training.pairs_store import PairsStore
 
 SAMPLES = 4  # tiles on a sheet
+MOST_DB = 100.0  # that one tile counts for: a mean is to say something of the others
 
 
 @torch.no_grad()
@@ -39,16 +40,11 @@ def evaluate(net: Lua, vae: Vae, store: PairsStore, tiles: Sequence[int]) -> tup
             picture = vae.decode(grown).clamp(-1.0, 1.0)
             size = (target.shape[-2], target.shape[-1])
             bicubic = F.interpolate(vae.decode(latents[scale]), size=size, mode="bicubic").clamp(-1.0, 1.0)
-            psnr = psnr_db(picture, target)
+            psnr = psnr_db(picture, target, MOST_DB)
             scores.setdefault(f"x{scale}_held_out_latent_l1", []).append(float((grown - latents[1]).abs().mean()))
             scores.setdefault(f"x{scale}_held_out_psnr_db", []).append(psnr)
-            scores.setdefault(f"x{scale}_held_out_gain_db", []).append(psnr - psnr_db(bicubic, target))
+            scores.setdefault(f"x{scale}_held_out_gain_db", []).append(psnr - psnr_db(bicubic, target, MOST_DB))
             pictures += [bicubic, picture]
         if len(rows) < SAMPLES:
             rows.append(torch.cat(pictures, dim=3)[0].cpu())
     return {name: sum(values) / len(values) for name, values in scores.items()}, torch.cat(rows, dim=1)
-
-
-def psnr_db(picture: Tensor, target: Tensor) -> float:
-    """Peak signal-to-noise ratio of pictures in [-1, 1]; at most 100 dB, so that a mean stays finite."""
-    return min(100.0, -10.0 * math.log10(max(float((picture - target).square().mean()) / 4.0, 1e-10)))

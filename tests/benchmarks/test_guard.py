@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.guard import BROKEN_SHARE, changes, judge, measure_case, psnr_db, reach, summarize, to_table
+from benchmarks.guard import BROKEN_SHARE, changes, judge, measure_case, reach, summarize, to_table
 from models.guard import Guard
+from models.images import psnr_db
 from models.latent_space import LATENT_SPACES
 from models.latent_statistics import LatentStatistics
 from models.lua import Lua, LuaSpec

@@ -1,13 +1,14 @@
 """Image files: right pixels, right format, nothing else inside."""
 
 import io
+import math
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from models.images import CONTENT_TYPES, to_image_bytes
+from models.images import CONTENT_TYPES, MOST_PSNR_DB, psnr_db, to_image_bytes
 
 
 @pytest.fixture
@@ -57,3 +58,10 @@ def test_what_is_no_image_is_refused(bad: Tensor) -> None:
 def test_an_unknown_format_is_refused(pixels: Tensor) -> None:
     with pytest.raises(ValueError, match="gif"):
         to_image_bytes(pixels, "gif")
+
+
+def test_psnr_is_of_what_is_shown_and_a_number_wherever_there_is_an_image() -> None:
+    image = torch.zeros(1, 3, 4, 4)
+    assert psnr_db(image + 0.2, image) == pytest.approx(20.0, abs=1e-4)
+    assert psnr_db(image + 9.0, image + 1.0) == MOST_PSNR_DB and psnr_db(image, image, 100.0) == 100.0
+    assert psnr_db(image * math.nan, image) == -math.inf
