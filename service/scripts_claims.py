@@ -73,7 +73,10 @@ local consumer, left, held = ARGV[2], tonumber(ARGV[3]), {}
 for _, name in ipairs(cjson.decode(ARGV[4])) do held[name] = true end
 local taken, lanes = {}, {}
 for i = 5, #ARGV do
-  if redis.call('EXISTS', P .. ':stream:' .. ARGV[i]) == 1 then lanes[#lanes + 1] = ARGV[i] end
+  if redis.call('EXISTS', P .. ':stream:' .. ARGV[i]) == 1 then
+    lanes[#lanes + 1] = ARGV[i]
+    redis.call('SADD', P .. ':lanes', ARGV[i])  -- a server whose memory is full refuses here, before it gives a job
+  end
 end
 
 local function begin(lane, message, id)
