@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from export.manifest import ArtefactError
+from export.manifest import INPUT, OUTPUTS, ArtefactError
+from models.engines import Artefact, EngineError, open_package
 
 
 def write_aoti(program: ExportedProgram, path: Path) -> tuple[Path, ...]:
@@ -27,20 +28,13 @@ def write_aoti(program: ExportedProgram, path: Path) -> tuple[Path, ...]:
     return (path,)
 
 
-def open_aoti(path: Path) -> Callable[[Tensor], Tensor]:
-    """A function that runs the compiled program, on the device that it was compiled for.
+def open_aoti(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function that runs the compiled program, on a device of the kind that it was compiled for.
 
     Raises:
         ArtefactError: The file is damaged or of another version of torch.
     """
     try:
-        compiled = torch._inductor.aoti_load_package(str(path))
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
-        raise ArtefactError(f"{path} cannot be loaded: {reason}") from error
-
-    def run(latent: Tensor) -> Tensor:
-        output: Tensor = compiled(latent)
-        return output
-
-    return run
+        return open_package(Artefact(path, INPUT, OUTPUTS["lua"]), device)
+    except EngineError as error:
+        raise ArtefactError(str(error)) from error

@@ -45,6 +45,7 @@ from export.tensorrt_plans import PlanOptions, build_plan, load_tensorrt, open_p
 from models.bundle import Bundle, check_files
 from models.checkpoints import read_lua
 from models.decode import decode_plain
+from models.engines import on_device
 from models.lua import Lua
 from models.vae import choose_vae_dtype
 from models.weight_files import file_hash
@@ -131,7 +132,7 @@ def export_bundle(request: Request, say: Callable[[str], object] = lambda line: 
         )
     wanted: list[tuple[Part, int | None]] = [("lua", scale) for scale in scales]
     wanted += [("decoder", None)] if "decoder" in request.parts else []
-    with new_directory(request.directory) as folder:
+    with new_directory(request.directory) as folder, on_device(request.device):
         artefacts = []
         for part, scale in wanted:
             artefacts.append(_export_part(request, reference, folder, part, scale))
@@ -169,10 +170,11 @@ def check_directory(
     found = check_manifest(directory, bundle, engine=read_manifest(directory).engine, machine=read_machine(device))
     reference = open_reference(bundle, found.parts, device)
     for artefact in found.artefacts:
-        run = _open(found.engine, directory / artefact.file, artefact.part, artefact.profiles, device)
         cases = choose_cases(artefact.side_multiple, artefact.profiles)
         try:
-            parity = _compare(reference, artefact.part, artefact.scale, artefact.precision, run, cases)
+            with on_device(device):
+                run = _open(found.engine, directory / artefact.file, artefact.part, artefact.profiles, device)
+                parity = _compare(reference, artefact.part, artefact.scale, artefact.precision, run, cases)
         except ArtefactError as error:
             raise ArtefactError(f"{artefact.file}: {error}; build it with: {found.command}") from error
         say(describe(artefact.model_copy(update={"parity": parity})))
@@ -330,7 +332,7 @@ def _open(engine: Engine, path: Path, part: Part, profiles: Sequence[Profile], d
     if engine == "onnx":
         return open_onnx(path, device)
     if engine == "aoti":
-        return open_aoti(path)
+        return open_aoti(path, device)
     return open_plan(load_tensorrt(), path, profiles, OUTPUTS[part])
 
 

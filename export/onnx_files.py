@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from export.manifest import INPUT, ArtefactError, Precision
+from models.engine_onnx import PROVIDERS, choose_provider
 
 # 20 is the first with Gelu, 22 the first whose Conv takes bfloat16.
 OPSETS: dict[Precision, int] = {"fp32": 20, "fp16": 20, "bf16": 22}
@@ -104,7 +105,7 @@ def open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
         from onnxruntime.capi import onnxruntime_pybind11_state as binding
     except ImportError as error:
         raise ArtefactError("onnxruntime is missing; install it with: pip install 'giantleap[cpu]'") from error
-    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    provider = PROVIDERS[device.type]
     if provider not in onnxruntime.get_available_providers():
         raise ArtefactError(
             f"this onnxruntime has no {provider}; for a GPU: pip install 'giantleap[gpu]', else --device cpu"
@@ -114,9 +115,8 @@ def open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     options.intra_op_num_threads = torch.get_num_threads()
     # They share no base of their own.
     errors = tuple(each for each in vars(binding).values() if isinstance(each, type) and issubclass(each, Exception))
-    chosen: list[Any] = [(provider, {"device_id": device.index or 0})] if device.type == "cuda" else [provider]
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
+        session = onnxruntime.InferenceSession(str(path), options, providers=choose_provider(device))
     except errors as error:
         raise ArtefactError(f"onnxruntime cannot run {path.name} on {device}: {_first_line(error)}") from error
     if session.get_providers()[0] != provider:

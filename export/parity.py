@@ -5,7 +5,8 @@ artefact counts before this. The reference is PyTorch in float32, whatever the a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,7 @@ def compare(
     psnr_db: float | None = None
     for index, (batch, height, width) in enumerate(cases):
         latents = sample_latents((batch, len(mean), height, width), mean, std, seed=index).to(device)
-        with torch.inference_mode():
+        with torch.inference_mode(), whole_float32():
             expected, found = reference(latents).float(), run(latents).float()
         done.append(_to_case(found, expected, latents, precision))
         if to_image is not None and index == min(PSNR_CASE, len(cases) - 1):
@@ -107,6 +108,16 @@ def compare(
     )
     _refuse(parity, worst)
     return parity
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Leaves TF32 out of convolutions in float32, where torch has it on a GPU by default.
+
+    It rounds what they multiply to 10 bits of mantissa, which alone is more than an artefact in float32 may differ by.
+    """
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        yield
 
 
 def _to_case(found: Tensor, expected: Tensor, latents: Tensor, precision: Precision) -> Case:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from models.engines import EngineError, EngineName, first_line
+from models.engines import EngineError, EngineName, first_line, on_device
 from models.lua import Lua, check_latent, pad_to_window
 from models.lua_spec import grown_side
 from models.prepared_lua import Grids, PreparedLua
@@ -71,10 +71,11 @@ class CompileEngine:
         height, width = latent.shape[-2:]
         padded = pad_to_window(latent.to(self._device, torch.float32), self.spec.window)
         padded = padded.clone(memory_format=torch.contiguous_format)  # else one made elsewhere is compiled for anew
-        if self._device.type == "cuda":
-            grown = self._replay(padded, int(scale))
-        else:
-            grown = self._compiled[int(scale)](*self._open_sizes(padded))
+        with on_device(self._device):
+            if self._device.type == "cuda":
+                grown = self._replay(padded, int(scale))
+            else:
+                grown = self._compiled[int(scale)](*self._open_sizes(padded))
         return grown[..., : grown_side(height, scale), : grown_side(width, scale)]
 
     def _open_sizes(self, padded: Tensor) -> tuple[Tensor, Grids]:
@@ -110,7 +111,8 @@ class CompileEngine:
                 run(given, grids)
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads may go on with the GPU meanwhile. Torch's own stream for this is of the first GPU ever used.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             answer = run(given, grids)
         return Captured(graph, given, grids, answer)
 

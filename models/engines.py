@@ -7,7 +7,9 @@ engine.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -22,7 +24,6 @@ from models.prepared_lua import PreparedLua
 EngineName = Literal["torch", "torch-compile", "onnx", "tensorrt", "aoti"]
 ArtefactEngineName = Literal["onnx", "tensorrt", "aoti"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
-ARTEFACT_ENGINES: tuple[ArtefactEngineName, ...] = get_args(ArtefactEngineName)
 
 Runner = Callable[[Tensor], Tensor]
 """float32 [batch, channels, h, w], multiples of the window -> float32 [batch, channels, scale * h, scale * w]."""
@@ -189,17 +190,15 @@ class ArtefactEngine:
         Raises:
             EngineError: a library, a provider or a GPU is missing, or a file cannot be loaded.
         """
-        scales = spec.scales
+        open_one: Callable[[Artefact, torch.device], Runner] = open_package
         if name == "onnx":
-            from models.engine_onnx import open_graph
-
-            return cls(name, spec, {scale: open_graph(artefacts[scale], device) for scale in scales}, device)
-        if name == "tensorrt":
+            from models.engine_onnx import open_graph as open_one
+        elif name == "tensorrt":
             from models.engine_tensorrt import PlanRunner, load_tensorrt
 
-            trt = load_tensorrt(device)
-            return cls(name, spec, {scale: PlanRunner(trt, artefacts[scale], device) for scale in scales}, device)
-        return cls(name, spec, {scale: open_package(artefacts[scale]) for scale in scales}, device)
+            open_one = partial(PlanRunner, load_tensorrt(device))
+        with on_device(device):
+            return cls(name, spec, {scale: open_one(artefacts[scale], device) for scale in spec.scales}, device)
 
     @torch.inference_mode()
     def run(self, latent: Tensor, scale: float) -> Tensor:
@@ -209,15 +208,22 @@ class ArtefactEngine:
             raise EngineError(f"engine {self.name} is closed")
         height, width = latent.shape[-2:]
         padded = pad_to_window(latent.to(self._device, torch.float32), self.spec.window).contiguous()
-        return self._runners[int(scale)](padded)[..., : grown_side(height, scale), : grown_side(width, scale)]
+        with on_device(self._device):
+            grown = self._runners[int(scale)](padded)
+        return grown[..., : grown_side(height, scale), : grown_side(width, scale)]
 
     def close(self) -> None:
         """As `Engine.close`."""
         self._runners.clear()
 
 
-def open_package(artefact: Artefact) -> Runner:
-    """A package of AOTInductor, which runs on the device that it was compiled for.
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the one that libraries beside torch allocate and launch on; else that is the first of several."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def open_package(artefact: Artefact, device: torch.device) -> Runner:
+    """A package of AOTInductor, on a device of the kind that it was compiled for.
 
     It holds machine code: only a file whose digest is known may get here.
 
@@ -225,7 +231,8 @@ def open_package(artefact: Artefact) -> Runner:
         EngineError: the file is damaged or of another version of torch.
     """
     try:
-        compiled = torch._inductor.aoti_load_package(str(artefact.path))
+        index = (device.index or 0) if device.type == "cuda" else -1
+        compiled = torch._inductor.aoti_load_package(str(artefact.path), device_index=index)
     except (RuntimeError, OSError, ValueError) as error:
         raise EngineError(f"{artefact.path} cannot be loaded: {first_line(error)}") from error
     return lambda latent: compiled(latent)

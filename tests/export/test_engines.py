@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def test_a_damaged_package_is_refused(tmp_path: Path) -> None:
     (tmp_path / "lua_x2.pt2").write_bytes(b"no package")
     with pytest.raises(ArtefactError, match=r"lua_x2\.pt2 cannot be loaded"):
-        open_aoti(tmp_path / "lua_x2.pt2")
+        open_aoti(tmp_path / "lua_x2.pt2", torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -73,6 +73,19 @@ def test_another_shape_or_a_nan_is_found() -> None:
         run(lambda latent: doubled(latent) * float("nan"), "fp16")
 
 
+def test_on_a_gpu_float32_is_compared_without_tf32() -> None:
+    seen = []
+
+    def looking(latent: Tensor) -> Tensor:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled))
+        return doubled(latent)
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled
+    compare("lua", "fp32", looking, looking, None, choose_cases(8), STATISTICS, torch.device("cpu"))
+    assert set(seen) == {(False, before[1])}
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled) == before
+
+
 def test_half_types_may_differ_by_a_share_of_the_values_but_not_in_the_image() -> None:
     def noisy(share: float) -> Runner:
         return lambda latent: (

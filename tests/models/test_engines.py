@@ -175,7 +175,7 @@ def test_a_damaged_package_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lua_x2.pt2"
     path.write_bytes(b"no package")
     with pytest.raises(EngineError, match=r"lua_x2\.pt2"):
-        open_package(Artefact(path, "latent", "enlarged"))
+        open_package(Artefact(path, "latent", "enlarged"), CPU)
 
 
 @pytest.mark.parametrize(("batch", "filled"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8)])
