@@ -97,8 +97,7 @@ class PreparedBlock:
         self.heads, self.head_dim = heads, head_dim + padding
         self.window, self.shifted = block.window, block.shift > 0
         self.tokens_at_once = TOKENS_AT_ONCE[layout.dtype] if layout.packed else None
-        # On the CPU at hand (Zen 5) bfloat16 matrix products outrun the fused kernel 1.6 times; in float32 they lose.
-        self.attends_plainly = layout.packed and layout.dtype == torch.bfloat16
+        self.packed, self.dtype = layout.packed, layout.dtype
 
     def __call__(self, x: Tensor, enter: Tensor, grid: Grid) -> Tensor:
         """The whole block in the window order of `grid`, on a CPU some windows at a time, which stay in its cache.
@@ -127,10 +126,16 @@ class PreparedBlock:
     def _run(self, x: Tensor, mask: Tensor, out: Tensor) -> None:
         """**Shape** x, out [windows * window^2, width]; mask [masked, 1, window^2, window^2] of the last windows."""
         qkv = self.qkv(self.norm1(x)).view(-1, self.window**2, 3, self.heads, self.head_dim)
-        attend = self._attend_plainly if self.attends_plainly else self._attend_fused
+        attend = self._attend_plainly if self.attends_plainly() else self._attend_fused
         y = attend(qkv.permute(2, 0, 3, 1, 4), mask).transpose(1, 2).reshape(len(x), -1)
         x = self.proj(y).add_(x)  # oneDNN's own fused addition is no faster: `benchmarks/engine_parts.py`
         torch.add(self.fc2(self.fc1(self.norm2(x))), x, out=out)
+
+    def attends_plainly(self) -> bool:
+        """Whether two products beat the fused kernel: on Zen 5 in bfloat16 by 1.6 times, in float32 where there is more
+        than one thread, of which it makes poor use (`benchmarks/engine_parts.py`).
+        """
+        return self.packed and (self.dtype == torch.bfloat16 or torch.get_num_threads() > 1)
 
     def _attend_fused(self, parts: Tensor, mask: Tensor) -> Tensor:
         """**Shape** [3, windows, heads, window^2, head_dim] -> [windows, heads, window^2, head_dim]."""
@@ -175,7 +180,7 @@ class PreparedLua:
     def __init__(self, net: Lua, dtype: torch.dtype, packed: bool = True, width_multiple: int = 1) -> None:
         self.spec, self.dtype = net.spec, dtype
         if packed:
-            _keep_freed_memory()
+            keep_freed_memory()
         dim = net.spec.embed_dim
         extra = -dim % width_multiple
         layout = Layout(dtype, packed, dim + extra)
@@ -246,7 +251,7 @@ class PreparedLua:
         return grids
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Lets a process keep freed memory of up to 64 MiB instead of fetching it anew, zeroed, for each portion.
 
     glibc gives back what is freed at the end of its heap beyond twice the largest block that was ever mapped and freed,

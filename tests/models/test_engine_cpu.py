@@ -10,7 +10,7 @@ from torch import Tensor
 from models import engine_cpu
 from models.engine_cpu import PreparationError, check_prepared, packed_is_faster, prepare_lua, why_not_prepared
 from models.lua_spec import LuaSpec
-from models.prepared_lua import GRIDS_KEPT, Grid, PreparedLua
+from models.prepared_lua import GRIDS_KEPT, Grid, PreparedBlock, PreparedLua
 from tests.random_lua import random_lua
 
 CPU = torch.device("cpu")
@@ -57,15 +57,29 @@ def test_bfloat16_is_close() -> None:
 
 @pytest.mark.parametrize("plainly", [False, True])
 @pytest.mark.parametrize("tokens_at_once", [1, 5 * 16, 1 << 20, None])
-def test_portions_and_both_attentions_change_nothing(tokens_at_once: int | None, plainly: bool) -> None:
+def test_portions_and_both_attentions_change_nothing(
+    tokens_at_once: int | None, plainly: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PreparedBlock, "attends_plainly", lambda block: plainly)
     net = random_lua(SPECS["tiny"])
     prepared = PreparedLua(net, torch.float32)
     for blocks, _ in prepared.groups:
         for block in blocks:
-            block.tokens_at_once, block.attends_plainly = tokens_at_once, plainly
+            block.tokens_at_once = tokens_at_once
     latent = torch.randn(2, 4, 12, 16)
     with torch.no_grad():
         assert relative_error(prepared(latent, 4), net(latent, 4)) < 2e-5
+
+
+def test_the_fused_kernel_attends_in_float32_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = random_lua(SPECS["tiny"])
+    block = PreparedLua(net, torch.float32).groups[0][0][0]
+    compiled = PreparedLua(net, torch.float32, packed=False).groups[0][0][0]
+    chosen = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        chosen.append((block.attends_plainly(), compiled.attends_plainly()))
+    assert chosen == [(False, False), (True, False)]
 
 
 def test_portions_are_of_free_windows_or_of_masked_ones() -> None:
