@@ -5,6 +5,8 @@
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -87,22 +89,13 @@ def run(
     device: DeviceOption = "auto",
 ) -> None:
     """Train through all stages; stop it at any time and go on with --resume."""
-    from models.foreign_weights import CheckpointError
-    from models.vae import VaeError
-    from training.checkpoint import TrainingStateError
-    from training.curriculum import ConfigError, read_config
-    from training.pairs_store import PairsError
-    from training.run import DivergedError, open_place, train
+    from training.curriculum import read_config
+    from training.run import open_place, train
 
-    try:
+    with _faults_in_one_line():
         plan = read_config(config)
         with open_place(_own_device(device)) as place:
             written = train(plan, out, place, resume=resume, stop_after=stop_after)
-    except DivergedError as error:
-        typer.echo(f"giantleap: {error}", err=True)
-        raise typer.Exit(DIVERGED) from error
-    except (BundleError, CheckpointError, ConfigError, PairsError, TrainingStateError, VaeError, OSError) as error:
-        stop(str(error))
     if place.is_first:
         typer.echo(f"wrote {written}")
 
@@ -125,26 +118,13 @@ def transfer(
     device: DeviceOption = "auto",
 ) -> None:
     """Carry weights over to another VAE: new first and last convolutions, the rest kept, then a fine-tune."""
-    from models.foreign_weights import CheckpointError
-    from models.vae import VaeError
-    from training.checkpoint import TrainingStateError
-    from training.curriculum import ConfigError
-    from training.pairs_store import PairsError
-    from training.run import DivergedError, open_place
-    from training.transfer import TransferError, transfer_and_train
+    from training.run import open_place
+    from training.transfer import transfer_and_train
 
-    try:
-        with open_place(_own_device(device)) as place:
-            written = transfer_and_train(
-                source, to_bundle, pairs, out, place, start=start, config=config, resume=resume, stop_after=stop_after
-            )
-    except DivergedError as error:
-        typer.echo(f"giantleap: {error}", err=True)
-        raise typer.Exit(DIVERGED) from error
-    except (
-        BundleError, CheckpointError, ConfigError, PairsError, TrainingStateError, TransferError, VaeError, OSError
-    ) as error:  # fmt: skip
-        stop(str(error))
+    with _faults_in_one_line(), open_place(_own_device(device)) as place:
+        written = transfer_and_train(
+            source, to_bundle, pairs, out, place, start=start, config=config, resume=resume, stop_after=stop_after
+        )
     if place.is_first:
         typer.echo(f"wrote {written}")
 
@@ -209,6 +189,28 @@ def evaluate(
     except (BundleError, CheckpointError, EvaluationError, PairsError, VaeError, OSError) as error:
         stop(str(error))
     typer.echo(to_markdown(report))
+
+
+@contextmanager
+def _faults_in_one_line() -> Iterator[None]:
+    """Ends the command where a training cannot start or go on; one that diverged has an exit code of its own."""
+    from models.foreign_weights import CheckpointError
+    from models.vae import VaeError
+    from training.checkpoint import TrainingStateError
+    from training.curriculum import ConfigError
+    from training.pairs_store import PairsError
+    from training.run import DivergedError
+    from training.transfer import TransferError
+
+    try:
+        yield
+    except DivergedError as error:
+        typer.echo(f"giantleap: {error}", err=True)
+        raise typer.Exit(DIVERGED) from error
+    except (
+        BundleError, CheckpointError, ConfigError, PairsError, TrainingStateError, TransferError, VaeError, OSError
+    ) as error:  # fmt: skip
+        stop(str(error))
 
 
 def _own_device(name: str) -> "torch.device":

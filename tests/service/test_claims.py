@@ -294,7 +294,7 @@ def test_retry_waits_twice_as_long_each_time_and_ends_in_the_dead_letters(
         waits_s.append(time.perf_counter() - started_s)
         assert (claim.delivery, claim.body) == (delivery, b"latent")
         assert worker.fail(claim, dataclasses.replace(FLAKY, detail=f"lost device {delivery}"))
-    assert 0.15 < waits_s[1] < 2.0 and 0.35 < waits_s[2] < 2.0
+    assert 0.15 < waits_s[1] < 30.0 and 0.35 < waits_s[2] < 30.0
     assert state_of(job) == "failed"
     assert worker.claim(1, 0.3) == []
     [(_, letter)] = redis_client.xrange(Keys(settings.key_prefix).dead)

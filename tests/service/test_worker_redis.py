@@ -223,7 +223,7 @@ def read_metrics(settings: Settings, awaited: str) -> str:
     """The worker's own metrics once they hold `awaited`: a job is counted just after it is ended."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline_s:
-        text = httpx.get(f"http://{settings.host}:{settings.metrics_port}/metrics", timeout=10).text
+        text = httpx.get(f"http://{settings.host}:{settings.metrics_port}/metrics", timeout=60).text
         if awaited in text:
             return text
         time.sleep(0.05)
