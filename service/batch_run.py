@@ -190,7 +190,7 @@ class BatchRun:
         with self._stage("encode", items):
             if _wants_images(items[0].claim.job.params):
                 return [_image_output(item, image) for item, image in zip(items, images, strict=True)]
-            return [_latent_output(latent) for latent in latents]
+            return [_latent_output(item, latent) for item, latent in zip(items, latents, strict=True)]
 
     @contextmanager
     def _stage(self, name: str, items: Sequence[Item]) -> Iterator[None]:
@@ -271,10 +271,12 @@ def _image_output(item: Item, pixels: Tensor | None) -> Output | JobError:
     return Output(ResultFile(CONTENT_TYPES[params.output_format], len(content), seed, width_px, height_px), content)
 
 
-def _latent_output(latent: Tensor) -> Output | JobError:
+def _latent_output(item: Item, latent: Tensor) -> Output | JobError:
+    params = item.claim.job.params
     if not finite_items(latent[None])[0]:
         return to_job_error(JobFailed("the enlarged latent has values that are not finite; check the input"))
-    content = safetensors.torch.save({LATENT_TENSOR: latent.float().cpu().contiguous()})
+    shaped = latent[:, None] if isinstance(params, UpscaleParams) and params.one_frame else latent
+    content = safetensors.torch.save({LATENT_TENSOR: shaped.float().cpu().contiguous()})
     return Output(ResultFile(SAFETENSORS_TYPE, len(content)), content)
 
 

@@ -71,6 +71,7 @@ class UpscaleParams:
     The input blob of a latent is a safetensors file with one tensor `latent` of shape [B, C, h, w], already validated
     and converted to the raw latent space by the API. That of an image, which has `image_width_px` and
     `image_height_px`, is the checked file; the latent's size is then that of the image filled up to whole latents.
+    With `one_frame` it came as a video of one frame, and a latent that is answered is one, too: [C, 1, h, w].
     """
 
     scale: float
@@ -85,6 +86,7 @@ class UpscaleParams:
     decode: DecodeName = "exact"
     image_width_px: int | None = None
     image_height_px: int | None = None
+    one_frame: bool = False
 
     kind: Literal["upscale"] = "upscale"
 

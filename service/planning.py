@@ -327,7 +327,8 @@ def plan_upscale(
     One rule says how the tensor is read: `scaled=true` is the latent as the bundle's pipeline hands it out, packed
     if the latent space is packed (then width and height of its image are needed); else it is raw.
 
-    Shape: [C, h, w] or [B, C, h, w], packed [N, 4 C] or [B, N, 4 C] -> [B, C, h, w].
+    Shape: [C, h, w] or [B, C, h, w], packed [N, 4 C] or [B, N, 4 C], of a video VAE also its one frame, [C, 1, h, w] or
+    [B, C, 1, h, w] -> [B, C, h, w].
 
     Raises:
         InvalidFields: the tensor is no latent of the bundle's space, or a value is beyond a limit.
@@ -350,6 +351,7 @@ def plan_upscale(
         output_format=output_format,
         method=method,
         decode=asked.decode,
+        one_frame=is_one_frame(tensor.shape, space),
     )
     _refuse(
         (
@@ -371,6 +373,8 @@ def _to_raw(asked: UpscaleQuery, tensor: Values, space: LatentSpace) -> Values:
         InvalidFields: it is no latent of this space, or not finite.
     """
     packed = asked.scaled and space.needs_size
+    if not asked.scaled and is_one_frame(tensor.shape, space):
+        tensor = tensor.squeeze(-3)
     if (asked.width is not None or asked.height is not None) and not packed:
         raise InvalidFields((("width", "and height belong to packed latents; this one tells its size itself"),))
     latent = tensor[None] if tensor.ndim == (space.scaled_dims - 1 if asked.scaled else 3) else tensor
@@ -382,9 +386,15 @@ def _to_raw(asked: UpscaleQuery, tensor: Values, space: LatentSpace) -> Values:
                 latent = space.to_raw(latent, asked.height, asked.width)
         space.check_raw(latent.shape)
     except LatentSpaceError as error:
-        raise InvalidFields((("body", str(error)),)) from error
+        video = f", or a video of one frame [batch, {space.channels}, 1, h, w]" if space.packing == "frame" else ""
+        raise InvalidFields((("body", f"{error}{video}"),)) from error
     require_finite(latent)
     return latent
+
+
+def is_one_frame(shape: Sequence[int], space: LatentSpace) -> bool:
+    """Whether a latent of this shape is one frame of a space of videos: [C, 1, h, w] or [B, C, 1, h, w]."""
+    return space.packing == "frame" and len(shape) in (4, 5) and shape[-4] == space.channels and shape[-3] == 1
 
 
 def _upscale_checks(

@@ -40,7 +40,8 @@ class FileBroker(FakeBroker):
         self._require_up()
         params = self.records[job_id].job.params
         if isinstance(params, UpscaleParams) and params.output == "latent":
-            return save({"latent": self._enlarged(job_id, params)[index]})
+            latent = self._enlarged(job_id, params)[index]
+            return save({"latent": latent[:, None] if params.one_frame else latent})
         return self.files[job_id][index]
 
     def _enlarged(self, job_id: str, params: UpscaleParams) -> np.ndarray:
@@ -76,6 +77,15 @@ def read_pixels(file: bytes) -> np.ndarray:
 def write_front_bundles(root: Path) -> tuple[Path, ...]:
     """One whose latents are not packed, and FLUX.1's, which are."""
     return write_paper_bundle(root / "paper"), write_paper_bundle(root / "flux", "flux", 'name = "flux1"')
+
+
+def write_wan_bundle(root: Path) -> Path:
+    """One of Wan 2.1's latent space, whose latents are videos of one frame."""
+    bundle = write_paper_bundle(root / "paper")
+    text = (bundle / "bundle.toml").read_text()
+    start, end = text.index("[latent_space]"), text.index("[lua]")
+    (bundle / "bundle.toml").write_text(f'{text[:start]}[latent_space]\nname = "wan21"\n{text[end:]}')
+    return bundle
 
 
 def build_app(broker: FakeBroker, bundle_dirs: tuple[Path, ...], **changes: object) -> FastAPI:

@@ -479,6 +479,7 @@ async def test_a_raw_latent_becomes_a_job(client: httpx.AsyncClient, broker: Fak
         "decode": "exact",
         "image_width_px": None,
         "image_height_px": None,
+        "one_frame": False,
         "kind": "upscale",
     }
     np.testing.assert_array_equal(load(broker.blobs[job.id])["latent"], LATENT[None])

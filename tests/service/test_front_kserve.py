@@ -13,10 +13,19 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
+from models.latent_space import LATENT_SPACES
 from service.errors import QueueFull
 from service.jobs import Priority, UpscaleParams
 from tests.service.fake_broker import expire, fail, stay_queued
-from tests.service.front_fakes import LATENT, STAGES, FileBroker, build_app, read_pixels, write_front_bundles
+from tests.service.front_fakes import (
+    LATENT,
+    STAGES,
+    FileBroker,
+    build_app,
+    read_pixels,
+    write_front_bundles,
+    write_wan_bundle,
+)
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import CHANNELS
 
@@ -314,3 +323,37 @@ def test_a_repeat_under_the_same_key_is_the_same_job(client: triton.InferenceSer
     key = {"Idempotency-Key": "k-3"}
     first, second = (client.infer("paper", [to_input(LATENT)], headers=key).get_response() for _ in range(2))
     assert first == second and len(broker.records) == 1
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_video_of_one_frame_comes_back_as_one(tmp_path: Path, scaled: bool, batch: int) -> None:
+    broker, sent = FileBroker(), LATENT.repeat(batch, 0)[:, :, None]
+    with (
+        live_server(build_app(broker, (write_wan_bundle(tmp_path),))) as url,
+        triton.InferenceServerClient(url.removeprefix("http://"), network_timeout=60) as client,
+    ):
+        answer = client.infer("paper", [to_input(sent)], parameters={"scale": 2, "scaled": scaled}).as_numpy("latent")
+        raw = LATENT_SPACES["wan21"].to_raw(sent) if scaled else sent[:, :, 0]
+        np.testing.assert_allclose(broker.latent_of(), raw, rtol=1e-5)
+        assert answer.shape == (batch, CHANNELS, 1, 8, 12)
+        np.testing.assert_allclose(answer[:, :, 0], enlarge(raw, 2), rtol=1e-5)
+        plain = client.infer("paper", [to_input(LATENT)], parameters={"scale": 2}).as_numpy("latent")
+        assert plain.shape == (1, CHANNELS, 8, 12), "a raw latent without a frame is answered without one"
+
+
+def test_a_video_is_refused_where_it_has_more_frames_or_the_vae_is_of_images(
+    tmp_path: Path, client: triton.InferenceServerClient, broker: FileBroker
+) -> None:
+    video = LATENT[:, :, None]
+    with pytest.raises(InferenceServerException, match=r"takes raw latents \[batch, 16, .* found \[1, 16, 1, 4, 6\]"):
+        client.infer("paper", [to_input(video)])
+    with pytest.raises(InferenceServerException, match=r"found \[1, 4, 16, 4, 6\]"):
+        client.infer("paper", [to_input(LATENT.repeat(4, 0)[None])])  # not four latents of 16 channels
+    with (
+        live_server(build_app(broker, (write_wan_bundle(tmp_path),))) as url,
+        triton.InferenceServerClient(url.removeprefix("http://"), network_timeout=60) as wan,
+        pytest.raises(InferenceServerException, match=r"or a video of one frame \[batch, 16, 1, h, w\]"),
+    ):
+        wan.infer("paper", [to_input(video.repeat(2, 2))])
+    assert not broker.records

@@ -18,7 +18,15 @@ from service.errors import QueueFull
 from service.front_remote_vae import to_tensor
 from service.jobs import UpscaleParams
 from tests.service.fake_broker import expire, fail
-from tests.service.front_fakes import LATENT, STAGES, FileBroker, build_app, read_pixels, write_front_bundles
+from tests.service.front_fakes import (
+    LATENT,
+    STAGES,
+    FileBroker,
+    build_app,
+    read_pixels,
+    write_front_bundles,
+    write_wan_bundle,
+)
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import CHANNELS
 
@@ -202,14 +210,14 @@ def test_bad_values_are_refused_and_enqueue_nothing(
 
 def test_a_video_of_one_frame_is_a_latent_of_a_video_vae(tmp_path: Path) -> None:
     broker = FileBroker()
-    (bundle, _) = write_front_bundles(tmp_path)
-    text = (bundle / "bundle.toml").read_text()
-    start, end = text.index("[latent_space]"), text.index("[lua]")
-    (bundle / "bundle.toml").write_text(f'{text[:start]}[latent_space]\nname = "wan21"\n{text[end:]}')
-    with live_server(build_app(broker, (bundle,))) as server:
+    with live_server(build_app(broker, (write_wan_bundle(tmp_path),))) as server:
         url = f"{server}/remote_vae/paper/decode"
         remote_decode(url, TENSOR[:, :, None])
         np.testing.assert_allclose(broker.latent_of(), LATENT_SPACES["wan21"].to_raw(LATENT[:, :, None]), rtol=1e-5)
+        remote_decode(url, TENSOR[:, :, None], do_scaling=False)
+        np.testing.assert_array_equal(broker.latent_of(), LATENT)
+        with pytest.raises(RuntimeError, match=r"takes raw latents .* or a video of one frame \[batch, 16, 1, h, w\]"):
+            remote_decode(url, TENSOR[:, :, None].repeat(1, 1, 3, 1, 1), do_scaling=False)
         with pytest.raises(RuntimeError, match="means nothing"):
             remote_decode(url, TENSOR[:, :, None], scaling_factor=1.0)
 

@@ -152,7 +152,7 @@ def test_declared_type_must_be_the_real_one() -> None:
         read_latent(save({"latent": LATENT}), NPY_TYPE)
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (1, 1, 4, 2, 2), (0, 2, 2), (4, 0, 2)])
+@pytest.mark.parametrize("shape", [(), (5,), (1, 1, 1, 4, 2, 2), (0, 2, 2), (4, 0, 2)])
 def test_shapes_that_are_no_latent_are_refused(shape: tuple[int, ...]) -> None:
     array = np.zeros(shape, np.float32)
     for body in (save({"latent": array}), npy(array)):

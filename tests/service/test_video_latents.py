@@ -1,0 +1,98 @@
+"""A latent of a video VAE (Wan 2.1, Qwen-Image) may have the side of its one frame, and then it comes back with it."""
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from safetensors.numpy import load, save
+
+from models.latent_space import LATENT_SPACES
+from service.planning import is_one_frame
+from tests.service.fakes import UPSCALE, FakeClaims, FakeRoute, make_claim
+from tests.service.front_fakes import LATENT, FileBroker, build_app, write_wan_bundle
+from tests.service.test_worker import run_all
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
+
+WAN = LATENT_SPACES["wan21"]
+FRAME = LATENT[0][:, None]  # [C, 1, h, w]
+ASKED = {"Content-Type": "application/x-safetensors", "Accept": "application/x-safetensors"}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def broker() -> FileBroker:
+    return FileBroker()
+
+
+@pytest.fixture
+async def client(broker: FileBroker, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    app = build_app(broker, (write_wan_bundle(tmp_path),))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        yield client
+
+
+async def enlarge(client: httpx.AsyncClient, latent: np.ndarray, scaled: bool = False) -> httpx.Response:
+    query = {"output": "latent", "scale": 2, "scaled": str(scaled).lower()}
+    content = save({"latent": np.ascontiguousarray(latent)})
+    return await client.post("/upscale", params=query, content=content, headers=ASKED)
+
+
+@pytest.mark.parametrize("latent", [FRAME, FRAME[None]], ids=["frame", "batch"])
+@pytest.mark.parametrize("scaled", [False, True])
+async def test_one_frame_is_taken_and_answered_in_kind(
+    client: httpx.AsyncClient, broker: FileBroker, latent: np.ndarray, scaled: bool
+) -> None:
+    answer = await enlarge(client, latent, scaled)
+    assert answer.status_code == 200, answer.text
+    raw = WAN.to_raw(LATENT[:, :, None]) if scaled else LATENT
+    np.testing.assert_allclose(broker.latent_of(), raw, rtol=1e-5)
+    larger = load(answer.content)["latent"]
+    assert larger.shape == (16, 1, 8, 12)
+    again = await enlarge(client, larger)
+    assert load(again.content)["latent"].shape == (16, 1, 16, 24), "an answer may be sent again"
+
+
+async def test_a_raw_latent_without_a_frame_is_answered_without_one(client: httpx.AsyncClient) -> None:
+    for latent in (LATENT, LATENT[0]):
+        assert load((await enlarge(client, latent)).content)["latent"].shape == (16, 8, 12)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 2, 4, 6), (1, 8, 1, 4, 6), (8, 1, 4, 6), (1, 1, 16, 4, 6)])
+async def test_another_video_is_refused_with_the_form_that_is_taken(
+    client: httpx.AsyncClient, broker: FileBroker, shape: tuple[int, ...]
+) -> None:
+    answer = await enlarge(client, np.zeros(shape, np.float32))
+    assert answer.status_code == 422
+    (problem,) = answer.json()["errors"]
+    assert problem["field"] == "body" and str(list(shape)) in problem["reason"]
+    assert (
+        "[batch, 16, latent_height, latent_width]" in problem["reason"] and "[batch, 16, 1, h, w]" in problem["reason"]
+    )
+    assert not broker.records
+
+
+def test_only_spaces_of_videos_have_frames() -> None:
+    assert is_one_frame((1, 16, 1, 4, 6), WAN) and is_one_frame((16, 1, 4, 6), WAN)
+    assert not is_one_frame((1, 16, 4, 6), WAN) and not is_one_frame((16, 4, 6), WAN)
+    assert not is_one_frame((1, 16, 1, 4, 6), LATENT_SPACES["sd3"])
+
+
+def test_the_workers_result_has_the_frame_where_the_input_had_it() -> None:
+    body = safetensors.torch.save({"latent": torch.full((1, 4, 4, 4), 5.0)})
+    asked = replace(UPSCALE, output="latent")
+    claims = FakeClaims([make_claim("video", replace(asked, one_frame=True), body), make_claim("image", asked, body)])
+    run_all(FakeRoute(), claims)
+    shapes = {
+        name: tuple(safetensors.torch.load(files[0][1])["latent"].shape) for name, files in claims.finished.items()
+    }
+    assert shapes == {"video": (4, 1, 8, 8), "image": (4, 8, 8)}
