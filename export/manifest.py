@@ -336,3 +336,5 @@ def _check_files(manifest: Manifest, directory: Path) -> None:
                 raise ArtefactError(f"{path} is missing")
             if (found := file_hash(path)) != expected:
                 raise ArtefactError(f"{path} is damaged: sha256 {found[:12]}, expected {expected[:12]}")
+        if artefact.file not in artefact.files:  # an engine would open it unseen, and a .pt2 file is machine code
+            raise ArtefactError(f"{directory / artefact.file} has no digest in the manifest")

@@ -119,6 +119,15 @@ def test_the_refusal_names_the_command_that_builds_what_was_asked_for(tmp_path: 
     )
 
 
+@pytest.mark.parametrize("name", ["other.onnx", "../lua_x2.onnx", "/etc/passwd"])
+def test_what_an_engine_opens_is_among_the_files_with_a_digest(tmp_path: Path, bundle: Bundle, name: str) -> None:
+    opened = artefact(tmp_path).model_copy(update={"file": name})
+    (tmp_path / "other.onnx").write_bytes(b"never looked at")
+    written(tmp_path, bundle, artefacts=(opened,))
+    with pytest.raises(ArtefactError, match="has no digest in the manifest"):
+        check_manifest(tmp_path, bundle, engine="onnx")
+
+
 def test_a_directory_without_or_with_a_damaged_manifest_is_refused(tmp_path: Path, bundle: Bundle) -> None:
     with pytest.raises(ArtefactError, match=r"manifest\.json is missing; build it with: giantleap export"):
         check_manifest(tmp_path, bundle, engine="onnx")
