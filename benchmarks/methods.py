@@ -1,4 +1,4 @@
-"""Draws the same prompts by every method of a bundle, side by side, and times the stages of each.
+"""Draws a prompt by every method of a bundle, side by side at each scale, and times the stages of each.
 
 `python -m benchmarks.methods` writes `docs/methods.png` and `benchmarks/results/methods.json`. `lua`, `bicubic` and
 `swinir` start from the same base latent; `direct` is another drawing, at the final size. The times are those of
@@ -23,11 +23,7 @@ from models.generator import DrawItem
 from models.route import Route, choose_device, choose_dtype
 from service.protocol import ProtocolResult, measure_protocol, to_table
 
-PROMPTS = (
-    "a red sphere on a green floor under a blue sky",
-    "a large yellow cube on a purple floor under a white sky",
-    "a small blue cone on a cyan floor under an orange sky",
-)
+PROMPT = "a large red sphere on a green floor under a blue sky, in the centre"
 HEAD_PX = 20
 CELL_PX = 256
 
@@ -58,29 +54,29 @@ def _draw(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int, meth
 
 
 def write_sheet(rows: Sequence[tuple[str, dict[str, Tensor]]], path: Path) -> None:
-    """One row per drawing, one column per method; larger images show their centre, smaller ones are enlarged."""
+    """One row per drawing, one column per method, all of the same part: the centre, `CELL_PX` wide in the largest."""
     columns = list(dict.fromkeys(name for _, images in rows for name in images))
     sheet = Image.new("RGB", (len(columns) * CELL_PX, len(rows) * (HEAD_PX + CELL_PX)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, (title, images) in enumerate(rows):
         top = row * (HEAD_PX + CELL_PX)
+        largest_px = max(image.shape[1] for image in images.values())
         for name, image in images.items():
             left = columns.index(name) * CELL_PX
             label = (
                 f"{title}: base, pixels repeated" if name == "base" else f"{name} {image.shape[1]}x{image.shape[0]} px"
             )
             pen.text((left + 4, top + 4), label, fill="black")
-            sheet.paste(to_cell(Image.fromarray(image.numpy())), (left, top + HEAD_PX))
+            sheet.paste(to_cell(Image.fromarray(image.numpy()), largest_px), (left, top + HEAD_PX))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)
 
 
-def to_cell(image: Image.Image) -> Image.Image:
-    """The image at `CELL_PX`: cut from its centre, or its pixels repeated."""
-    if image.width < CELL_PX:
-        return image.resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST)
-    left, top = (image.width - CELL_PX) // 2, (image.height - CELL_PX) // 2
-    return image.crop((left, top, left + CELL_PX, top + CELL_PX))
+def to_cell(image: Image.Image, largest_px: int) -> Image.Image:
+    """The centre of the image at `CELL_PX`; pixels are repeated where it is smaller than the largest of its row."""
+    side = min(image.width, CELL_PX * image.width // largest_px)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST)
 
 
 def time_methods(route: Route, bundle: Bundle, warmups: int, runs: int) -> list[ProtocolResult]:
@@ -101,18 +97,16 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     warmups: Annotated[int, typer.Option(help="Runs thrown away first.")] = 2,
     runs: Annotated[int, typer.Option(help="Runs that count.")] = 7,
+    times: Annotated[bool, typer.Option(help="Also time the methods (minutes).")] = True,
 ) -> None:
     """Draws, times, prints, stores."""
     torch.set_num_threads(threads)
     bundle = read_bundle(directory)
     device = choose_device("auto")
     route = Route.open(bundle, device, choose_dtype("auto", device))
-    rows = [
-        (f"x{scale}", draw_row(route, bundle, prompt, seed, scale))
-        for scale in (2, 4)
-        for seed, prompt in enumerate(PROMPTS)
-    ]
-    write_sheet(rows, sheet)
+    write_sheet([(f"x{scale}", draw_row(route, bundle, PROMPT, 0, scale)) for scale in (2, 4)], sheet)
+    if not times:
+        return
     results = time_methods(route, bundle, warmups, runs)
     typer.echo(to_table(results))
     record = {"machine": read_machine(PHOTO_PACKAGES), "results": [asdict(result) for result in results]}
