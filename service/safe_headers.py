@@ -30,8 +30,14 @@ _SHORT_BODY_DIGITS = 5  # less than 100 kB
 _LINGER_S = 10.0  # at most, for the rest of a body that nobody wants
 _SILENCE_S = 1.0  # and no longer than this for its next part
 _PUBLIC = frozenset({"/docs", "/openapi.json"})
-_ASK = ("Accept", "Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer", "X-API-Key")
-_TELL = ("Location", "Retry-After", "Server-Timing", "X-Decode", "X-Job-Id", "X-Method", "X-Request-Id", "X-Seed")
+_ASK = (
+    *("Accept", "Authorization", "Cancel-After", "Content-Type", "Idempotency-Key", "Inference-Header-Content-Length"),
+    *("Last-Event-ID", "Prefer", "Traceparent", "X-API-Key", "X-Request-Id"),
+)
+_TELL = (
+    *("dtype", "Inference-Header-Content-Length", "Location", "Preference-Applied", "Retry-After", "Server-Timing"),
+    *("shape", "WWW-Authenticate", "X-Decode", "X-Job-Id", "X-Method", "X-Request-Id", "X-Seed", "X-Warnings"),
+)
 
 
 class SafeHeaders:

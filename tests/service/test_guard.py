@@ -453,6 +453,20 @@ async def test_a_page_of_another_site_may_not_act_through_a_visitors_browser(
         assert (await client.delete(f"/jobs/{job_id}", headers={"Sec-Fetch-Site": site})).status_code == 403
 
 
+async def test_a_page_that_may_call_may_send_every_header_of_a_route(
+    bundle_dirs: tuple[Path, ...], broker: FileBroker
+) -> None:
+    app = build_app(broker, bundle_dirs, cors_origins="https://app.example.org")
+    operations = [operation for path in app.openapi()["paths"].values() for operation in path.values()]
+    described = [each for operation in operations for each in operation.get("parameters", ()) if each["in"] == "header"]
+    asked = sorted({each["name"] for each in described} | {"authorization", "content-type", "x-api-key"})
+    assert "cancel-after" in asked
+    headers = {"Origin": "https://app.example.org", "Access-Control-Request-Method": "POST"}
+    headers["Access-Control-Request-Headers"] = ",".join(asked)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        assert (await client.options("/generate", headers=headers)).status_code == 200
+
+
 async def test_no_site_is_allowed_unless_it_is_named(callers: Callers) -> None:
     answer = await callers.ask("alice", "GET", "/models", headers={"Origin": "https://app.example.org"})
     assert not [name for name in answer.headers if name.startswith("access-control")]
