@@ -1,7 +1,7 @@
 """The producer's side of the queue, used by the API processes: put a job in, watch it, cancel it, read its results.
 
-All writes are scripts of `service.scripts`; the worker's side is `service.claims`. `wait` is woken by one pub/sub
-connection for the whole process, `events` reads the job's own stream.
+All writes are scripts of `service.scripts`; the worker's side is `service.claims`. `wait` is woken by
+`service.job_ends`, `events` reads the job's own stream.
 """
 
 import asyncio
@@ -30,25 +30,16 @@ from service.errors import (
     StorageFull,
     TooManyJobs,
 )
+from service.job_ends import JobEnds
 from service.job_list import LIST, Page
-from service.jobs import (
-    Job,
-    JobError,
-    JobEvent,
-    JobRecord,
-    JobState,
-    Priority,
-    QueueStats,
-    ResultFile,
-    UpscaleParams,
-)
+from service.jobs import Job, JobEvent, JobRecord, JobState, Priority, QueueStats, UpscaleParams
 from service.keys import FINISH, Keys
+from service.records import read_record
 from service.redis_urls import LOST, AsyncRedis, check_client, is_passing
 from service.settings import Settings
 
 _POLL_S = 1.0
 _DEVICES_EVERY_S = 3.0
-_ENDED_KEPT = 4096
 _REFUSAL_KEPT_S = 0.25
 _SMALL_BODY_BYTES = 1 << 20
 _EVENT_ID = re.compile(r"\d{1,19}(-\d{1,19})?")  # each part has 64 bits
@@ -104,8 +95,7 @@ class Broker:
         self._list_devices = redis.register_script(scripts.PRELUDE + scripts_broker.DEVICES)
         self._list = redis.register_script(scripts.PRELUDE + LIST)
         self._devices: tuple[Device, ...] = ()
-        self._waiters: dict[str, set[asyncio.Event]] = {}
-        self._ended: dict[str, None] = {}
+        self._ends = JobEnds(redis, self._keys.done_channel)
         self._refusal: tuple[int, float] = (1, -math.inf)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -132,7 +122,7 @@ class Broker:
             await self._answer(self._redis.script_load(script.script))
         await self.read_devices()
         self._tasks = [
-            asyncio.create_task(self._listen(), name="job-done-listener"),
+            asyncio.create_task(self._ends.listen(), name="job-done-listener"),
             asyncio.create_task(self._watch_devices(), name="device-watcher"),
         ]
 
@@ -196,6 +186,7 @@ class Broker:
             keys.append(self._keys.idempotency(idempotency_key, job.owner))
         args: list[str | bytes] = [self._limits, job.id, job.bundle, job.priority.value, job.to_json(), digest]
         args += [job.owner, str(-1 if most_live is None else most_live), body or b"", _extra(job)]
+        self._ends.forget(job.id)
         verdict, job_id, number, start_s = await self._answer(self._enqueue(keys=keys, args=args))
         if verdict in (b"full", b"full_px"):
             limit, what = self._settings.queue_limit, "jobs"
@@ -245,12 +236,12 @@ class Broker:
         """
         arguments: Any = {"keys": [self._keys.tag], "args": [self._limits, job_id]}
         reply = await self._answer(self._read(**arguments))
-        record = None if reply is None else to_record(reply)
+        record = None if reply is None else read_record(reply)
         if record is None or record.state.final or record.deadline_left_s is None or record.deadline_left_s > 0:
             return record
         await self._answer(self._end_overdue(**arguments))
         reply = await self._answer(self._read(**arguments))
-        return None if reply is None else to_record(reply)
+        return None if reply is None else read_record(reply)
 
     async def list_jobs(
         self, owner: str, state: JobState | None = None, most: int = 20, cursor: str | None = None
@@ -261,7 +252,7 @@ class Broker:
         """
         args = [self._limits, owner, state or "", most, cursor or ""]
         replies, last = await self._answer(self._list(keys=[self._keys.tag], args=args))
-        return Page(tuple(map(to_record, replies)), last.decode() or None)
+        return Page(tuple(map(read_record, replies)), last.decode() or None)
 
     async def cancel(self, job_id: str) -> JobRecord | None:
         """Asks that a job stops; None where it is unknown.
@@ -270,31 +261,31 @@ class Broker:
         worker meets its message; a running one ends at its next step; a final one stays as it is. Safe to repeat.
         """
         reply = await self._answer(self._cancel(keys=[self._keys.tag], args=[self._limits, job_id]))
-        return None if reply is None else to_record(reply)
+        return None if reply is None else read_record(reply)
 
     async def read_result(self, job_id: str, index: int) -> bytes | None:
         """One result blob, or None where there is none, it has expired, or it was evicted for newer ones."""
         blob: bytes | None = await self._answer(self._redis.hget(self._keys.result(job_id), str(index)))
         return blob
 
-    async def wait(self, job_id: str, timeout_s: float, created: bool = False) -> JobRecord:
+    async def wait(self, job_id: str, timeout_s: float, created: Job | None = None) -> JobRecord:
         """The final record as soon as there is one, or the latest record after `timeout_s`.
 
         Args:
-            created: This broker has just put the job in: it is read when it ends or when a poll is due, not before,
-                which saves a round trip for each request. Not for a job with a deadline, which only a read knows.
+            created: The job, where this broker has just put it in: it is not read but when a poll is due, for the
+                message of its end says how it ended. Not for a job with a deadline, which only a read knows.
 
         Raises:
             NotFound: the job is unknown, or its record expired meanwhile.
             NotReady: Redis does not answer at the end of the time; before that it is waited for.
         """
         deadline_s = asyncio.get_running_loop().time() + timeout_s
-        wake = asyncio.Event()
-        self._waiters.setdefault(job_id, set()).add(wake)
-        try:
-            # Its end was published to this process or is still to come: nothing runs between these two lines.
-            if created and job_id not in self._ended:
+        with self._ends.waiter(job_id) as wake:
+            if created is not None:
                 await _woken(wake, min(_POLL_S, timeout_s))
+                record = self._ends.record_of(created)
+                if record is not None:
+                    return record
             while True:
                 wake.clear()
                 left_s = deadline_s - asyncio.get_running_loop().time()
@@ -304,10 +295,6 @@ class Broker:
                 if record is not None and record.deadline_left_s is not None:
                     left_s = min(left_s, record.deadline_left_s)
                 await _woken(wake, max(0.001, min(_POLL_S, left_s)))
-        finally:
-            self._waiters[job_id].discard(wake)
-            if not self._waiters[job_id]:
-                del self._waiters[job_id]
 
     async def events(self, job_id: str, last_event_id: str = "0-0") -> AsyncIterator[JobEvent]:
         """The job's events after `last_event_id`, as they come; ends after `done`.
@@ -403,31 +390,6 @@ class Broker:
             except (NotReady, redis.RedisError) as error:
                 _LOG.warning("devices not read (%s)", type(error).__name__)
 
-    async def _listen(self) -> None:
-        """Wakes the waiters of each job that ends; after a lost connection it connects again, and `wait` polls."""
-        delay_s = 0.1
-        while True:
-            try:
-                async with self._redis.pubsub() as channel:
-                    await channel.subscribe(self._keys.done_channel)
-                    delay_s = 0.1
-                    while True:
-                        message = await channel.get_message(ignore_subscribe_messages=True, timeout=_POLL_S)
-                        if message is not None:
-                            self._note_end(message["data"].decode())
-            except LOST as error:
-                _LOG.warning("listener lost Redis (%s); again in %.1f s", type(error).__name__, delay_s)
-                await asyncio.sleep(delay_s)
-                delay_s = min(2.0, 2 * delay_s)
-
-    def _note_end(self, job_id: str) -> None:
-        """Wakes who waits for a job, and remembers it for a while for whoever is about to wait."""
-        self._ended[job_id] = None
-        if len(self._ended) > _ENDED_KEPT:
-            del self._ended[next(iter(self._ended))]
-        for wake in self._waiters.get(job_id, ()):
-            wake.set()
-
 
 async def _woken(wake: asyncio.Event, timeout_s: float) -> None:
     """Returns when the event is set or the time is up. Python 3.11's `wait_for` would make a task of it each time."""
@@ -461,26 +423,3 @@ def _extra(job: Job) -> str:
     if job.webhook is not None:
         extra["webhook"] = json.dumps(dataclasses.asdict(job.webhook))
     return json.dumps({name: value for name, value in extra.items() if value})
-
-
-def to_record(reply: tuple[list[bytes], int]) -> JobRecord:
-    """A job's record from the reply of the scripts READ, CANCEL and LIST."""
-    flat, position = reply
-    fields = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
-    job = Job.from_json(fields["job"])
-    added = [text for text in json.loads(fields.get("warnings", "[]")) if text not in job.warnings]
-    return JobRecord(
-        job=job,
-        state=JobState(fields["state"]),
-        deliveries=int(fields["deliveries"]),
-        started_at_s=float(fields["started_at_s"]) if "started_at_s" in fields else None,
-        finished_at_s=float(fields["finished_at_s"]) if "finished_at_s" in fields else None,
-        queue_position=position if position >= 0 else None,
-        cancel_requested="cancel" in fields,
-        stages=json.loads(fields.get("stages", "{}")),
-        results=tuple(ResultFile(**file) for file in json.loads(fields.get("results", "[]"))),
-        warnings=(*job.warnings, *added),
-        error=JobError(**json.loads(fields["error"])) if "error" in fields else None,
-        estimated_start_s=float(fields["start_s"]) if fields.get("start_s") else None,
-        deadline_left_s=int(fields["left_ms"]) / 1000 if "left_ms" in fields else None,
-    )

@@ -161,14 +161,16 @@ async def run_job(
     **Effects** cancels a job whose client gets no result and has no key to find it by.
     """
     enqueued = await admit(request, serving, job, blob, key)
-    return await finish_job(request, serving, enqueued.job_id, key)
+    return await finish_job(request, serving, enqueued.job_id, key, job if enqueued.created else None)
 
 
-async def finish_job(request: Request, serving: Serving, job_id: str, key: str | None) -> JobRecord | Response:
-    """As `run_job`, of a job that was enqueued."""
+async def finish_job(
+    request: Request, serving: Serving, job_id: str, key: str | None, created: Job | None = None
+) -> JobRecord | Response:
+    """As `run_job`, of a job that was enqueued; `created` as for `Broker.wait`."""
     longest_s = serving.settings.wait_timeout_s
     try:
-        record = await wait_for_job(request, serving, job_id, longest_s)
+        record = await wait_for_job(request, serving, job_id, longest_s, created)
     except ClientDisconnect:
         await abandon_job(serving, job_id, key)
         raise

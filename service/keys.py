@@ -60,7 +60,7 @@ class Keys:
 
     @property
     def done_channel(self) -> str:
-        """Pub/sub channel on which the id of each job that reached a final state is published."""
+        """Pub/sub channel on which each job that reached a final state is published: its id, a space, its outcome."""
         return f"{self.tag}:done"
 
     @property

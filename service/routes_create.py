@@ -263,7 +263,7 @@ async def _run(
         return _accepted(request, record, asked)
     timeout_s = serving.settings.wait_timeout_s if asked.preference.wait_s is None else asked.preference.wait_s
     try:
-        created = enqueued.created and job.cancel_after_s is None
+        created = job if enqueued.created and job.cancel_after_s is None else None
         record = await wait_for_job(request, serving, enqueued.job_id, timeout_s, created)
     except ClientDisconnect:
         if asked.cancel_on_disconnect:
@@ -290,7 +290,7 @@ async def _get(serving: Serving, job_id: str) -> JobRecord:
 
 
 async def wait_for_job(
-    request: Request, serving: Serving, job_id: str, timeout_s: float, created: bool = False
+    request: Request, serving: Serving, job_id: str, timeout_s: float, created: Job | None = None
 ) -> JobRecord:
     """The job's record once it is final, the time is up, or this process stops (seen within `_STOP_SEEN_S`).
 

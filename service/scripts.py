@@ -205,6 +205,16 @@ local function tell(id, state, webhook)
   redis.call('ZADD', P .. ':webhooks', now_ms, delivery)
 end
 
+-- All of the record but the job itself, which whoever waits for it put in.
+local function outcome(id)
+  local told = {}
+  for _, name in ipairs({'state', 'deliveries', 'started_at_s', 'finished_at_s', 'stages', 'results', 'warnings',
+    'error', 'cancel'}) do
+    told[name] = get(id, name) or nil
+  end
+  return cjson.encode(told)
+end
+
 local function close_job(id, state, stages)
   local job, lane = job_key(id), lane_of(id)
   local latent_px, deadline_ms, webhook = unpack(redis.call('HMGET', job, 'latent_px', 'deadline_ms', 'webhook'))
@@ -225,7 +235,7 @@ local function close_job(id, state, stages)
   emit(id, 'done', '{"state":"' .. state .. '"}')
   redis.call('PEXPIRE', job, C.ttl_ms)
   redis.call('PEXPIRE', P .. ':events:' .. id, C.ttl_ms)
-  redis.call('PUBLISH', P .. ':done', id)
+  redis.call('PUBLISH', P .. ':done', id .. ' ' .. outcome(id))
 end
 
 local function close_overdue(id, stages)

@@ -128,7 +128,7 @@ class FakeBroker:
         self._require_up()
         return IMAGE if index < len(self.records[job_id].results) else None
 
-    async def wait(self, job_id: str, timeout_s: float, created: bool = False) -> JobRecord:
+    async def wait(self, job_id: str, timeout_s: float, created: Job | None = None) -> JobRecord:
         self._require_up()
         self.waits += 1
         try:

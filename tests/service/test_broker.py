@@ -261,7 +261,7 @@ def test_wait_wakes_at_once_when_the_job_ends(open_broker: Any, open_claims: Any
     asyncio.run(scenario())
 
 
-def test_wait_for_a_new_job_reads_it_once_where_its_end_was_heard_of(
+def test_wait_for_a_new_job_takes_its_end_from_the_message(
     open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -285,18 +285,19 @@ def test_wait_for_a_new_job_reads_it_once_where_its_end_was_heard_of(
             early, late = make_job(), make_job()
             await producer.enqueue(early)
             [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
-            await asyncio.to_thread(worker.finish, claim, [(PNG, b"png")], {}, [])
-            while early.id not in producer._ended:
+            await asyncio.to_thread(worker.finish, claim, [(PNG, b"png")], {"encode": 0.5}, ["a word of warning"])
+            while early.id not in producer._ends._outcomes:
                 assert time.monotonic() < deadline_s
                 await asyncio.sleep(0.01)
-            assert (await producer.wait(early.id, 600.0, created=True)).state is JobState.SUCCEEDED
-            assert reads == [early.id]
+            told = await producer.wait(early.id, 600.0, created=early)
+            assert (told.state, told.warnings) == (JobState.SUCCEEDED, ("a word of warning",))
+            assert told == await get(early.id)
             await producer.enqueue(late)
-            waiting = asyncio.create_task(producer.wait(late.id, 600.0, created=True))
+            waiting = asyncio.create_task(producer.wait(late.id, 600.0, created=late))
             [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
-            await asyncio.to_thread(worker.finish, claim, [(PNG, b"png")], {}, [])
-            assert (await waiting).state is JobState.SUCCEEDED
-            assert reads == [early.id, late.id]
+            await asyncio.to_thread(worker.fail, claim, JobError("job_failed", "it cannot be drawn"))
+            assert await waiting == await get(late.id)
+            assert reads == []
 
     monkeypatch.setattr("service.broker._POLL_S", 600.0)  # no read but after the message
     asyncio.run(scenario())
@@ -307,13 +308,13 @@ def test_wait_for_a_new_job_outlives_a_message_that_never_comes(
 ) -> None:
     async def scenario() -> None:
         async with open_broker() as producer:
-            monkeypatch.setattr(producer, "_note_end", lambda job_id: None)
+            monkeypatch.setattr(producer._ends, "note", lambda told: None)
             job = make_job()
             await producer.enqueue(job)
             worker = open_claims()
             [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
             await asyncio.to_thread(worker.finish, claim, [(PNG, b"png")], {}, [])
-            assert (await producer.wait(job.id, 30.0, created=True)).state is JobState.SUCCEEDED
+            assert (await producer.wait(job.id, 30.0, created=job)).state is JobState.SUCCEEDED
 
     asyncio.run(scenario())
 
