@@ -59,10 +59,13 @@ def read_memory_plan(bundle: Bundle, device: DeviceKind, dtype: str, lua: LuaSpe
     configs = {name: _read_json(path / "config.json") for name, path in parts.items()}
     space = bundle.latent_space
     vae_dtype = choose_vae_dtype(configs["vae"].get("force_upcast"), space.channels, dtype)
-    weights_bytes = sum(
-        _part_bytes(path, configs[name], vae_dtype if name == "vae" else dtype, bundle.variant)
+    part_bytes = {
+        name: _part_bytes(path, configs[name], vae_dtype if name == "vae" else dtype, bundle.variant)
         for name, path in parts.items()
-    )
+    }
+    weights_bytes = sum(part_bytes.values())
+    vae_weights_bytes = part_bytes["vae"]
+    base_bytes = weights_bytes - vae_weights_bytes
     tiny = None
     if bundle.tiny_vae is not None:
         directory = _directory(bundle, bundle.tiny_vae, "tiny_vae")
@@ -88,6 +91,8 @@ def read_memory_plan(bundle: Bundle, device: DeviceKind, dtype: str, lua: LuaSpe
         tiny=tiny,
         lua=lua,
         swinir={scale: spec for scale, (spec, _) in swinir.items() if spec is not None},
+        base_bytes=base_bytes,
+        vae_weights_bytes=vae_weights_bytes,
     )
 
 

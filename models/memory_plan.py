@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from models.activation_bytes import (
     denoiser_elements,
@@ -34,6 +34,7 @@ from models.decode_plan import (
     prefers_strips,
 )
 from models.lua_spec import LuaSpec, grown_side
+from models.stages import WHOLE, Stages, draws, finishes
 
 DeviceKind = Literal["cpu", "cuda"]
 Stage = Literal["encode", "generate", "upscale", "decode"]
@@ -112,6 +113,9 @@ class MemoryPlan:
         lua: Spec of the LUA; None where there is none, or where its file does not tell.
         swinir: Specs of the pixel upscalers by scale.
         prepared: Whether the upscalers run in the form for a CPU, which needs less; a worker finds out which is faster.
+        base_bytes: Of the weights, those that only draw: the pipeline without its VAE.
+        vae_weights_bytes: Of the weights, those of the VAE.
+        stages: That are run there.
     """
 
     name: str
@@ -129,6 +133,17 @@ class MemoryPlan:
     lua: LuaSpec | None = None
     swinir: Mapping[int, LuaSpec] = field(default_factory=dict)
     prepared: bool = False
+    base_bytes: int = 0
+    vae_weights_bytes: int = 0
+    stages: Stages = WHOLE
+
+    def of_stages(self, stages: Stages) -> Self:
+        """The plan of a worker that runs only these; one that draws counts its VAE whole, also the decoder."""
+        if stages == self.stages:
+            return self
+        drawing_bytes = self.base_bytes + self.vae_weights_bytes
+        kept_bytes = self.weights_bytes - self.base_bytes if finishes(stages) else drawing_bytes
+        return replace(self, stages=stages, weights_bytes=kept_bytes)
 
     def estimate(self, work: Work, memory_bytes: int | None = None) -> Estimate:
         """What a batch needs.
@@ -166,10 +181,13 @@ class MemoryPlan:
         unit_px = self.stride_px * self.side_multiple
         latent_height, latent_width = (-(-side // unit_px) * self.side_multiple for side in reversed(work.base_px))
         pixels_alone = work.source == "image" and work.method == "swinir" and work.scale > 1
-        if work.source in ("image", "prompt and image") and not pixels_alone:
+        starts_here = draws(self.stages) if work.source == "prompt and image" else finishes(self.stages)
+        if work.source in ("image", "prompt and image") and starts_here and not pixels_alone:
             stages["encode"] = self._encode_bytes(work, latent_height, latent_width)
-        if work.source in ("prompt", "prompt and image"):
+        if work.source in ("prompt", "prompt and image") and draws(self.stages):
             stages["generate"] = self._generate_bytes(work, latent_height, latent_width)
+        if not finishes(self.stages):
+            return stages
         enlarges = work.scale > 1 and work.method != "direct"
         if enlarges:
             stages["upscale"] = self._upscale_bytes(work, latent_height, latent_width)

@@ -78,7 +78,14 @@ class Output:
     content: bytes
 
 
-Outcome = Output | JobError | Stop
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """What an item is where another worker finishes it: a raw latent, [channels, h, w], float32, on the CPU."""
+
+    values: Tensor
+
+
+Outcome = Output | Latent | JobError | Stop
 
 
 def to_items(claims: Sequence[Claim]) -> list[Item]:
@@ -104,11 +111,19 @@ class BatchRun:
         drain: When to give up.
         trace: Where each stage is written.
         watchdog: Where progress is marked: each stage and each denoising step.
+        finishes: Whether drawn latents go on to images here; else they are what comes out.
     """
 
     def __init__(
-        self, route: Route, claims: Claims, drain: Drain, trace: BatchTrace, watchdog: Watchdog | None = None
+        self,
+        route: Route,
+        claims: Claims,
+        drain: Drain,
+        trace: BatchTrace,
+        watchdog: Watchdog | None = None,
+        finishes: bool = True,
     ) -> None:
+        self._finishes = finishes
         self._watchdog = watchdog
         self.clock: StageClock = route.clock()
         self._trace = trace
@@ -148,14 +163,16 @@ class BatchRun:
         elif live:
             drawn = self._latents([items[index] for index in live])
             latents = {index: latent for index, latent in zip(live, drawn, strict=True) if latent is not None}
-        if latents:
+        if not self._finishes:
+            outcomes = {index: Latent(latent.float().cpu()) for index, latent in latents.items()}
+        elif latents:
             ended = self._enlarge([items[index] for index in latents], list(latents.values()))
             outcomes = dict(zip(latents, ended, strict=True))
         return [outcomes.get(index) or self._stop_of(item) for index, item in enumerate(items)]
 
     def _latents(self, items: Sequence[Item]) -> list[Tensor | None]:
-        """The raw latent of each item: drawn, or read from the job's input."""
-        if isinstance(items[0].claim.job.params, UpscaleParams):
+        """The raw latent of each item: drawn, or read from the job's input or from what another worker drew."""
+        if isinstance(items[0].claim.job.params, UpscaleParams) or items[0].claim.drawn is not None:
             return [_read_latent(item) for item in items]
 
         def on_step(step: int, steps: int) -> None:
@@ -245,6 +262,11 @@ def _draw_item(item: Item) -> DrawItem:
 def _read_latent(item: Item) -> Tensor:
     # float16 where that is exact (`service.latents_in.to_blob`); jobs of both kinds may share a batch.
     return safetensors.torch.load(item.claim.body or b"")[LATENT_TENSOR][item.index].float()
+
+
+def to_latents_blob(latents: Sequence[Latent]) -> bytes:
+    """The latents of a job in the form of an input blob, to hand over; `_read_latent` reads them to the bit."""
+    return safetensors.torch.save({LATENT_TENSOR: torch.stack([latent.values for latent in latents]).contiguous()})
 
 
 def _read_pixels(item: Item) -> Pixels:

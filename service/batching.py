@@ -43,14 +43,17 @@ def output_latent_px(params: JobParams, grid: LatentGrid) -> int:
     return grown_side(height, params.scale) * grown_side(width, params.scale)
 
 
-def batch_key(bundle: str, params: JobParams, grid: LatentGrid) -> BatchKey:
+def batch_key(bundle: str, params: JobParams, grid: LatentGrid, drawn: bool = False) -> BatchKey:
     """What jobs of one batch have in common.
 
     Always bundle, scale, method and decode. Drawing: the final size, which with the scale gives the base size, the
-    steps, the guidance and how far it keeps to a given image. Upscaling: the size of the latent padded to the window,
-    so that sizes which differ by less than a window still run together, what comes out, and whether images go in.
+    steps, the guidance and how far it keeps to a given image; of what is drawn only the size still counts. Upscaling:
+    the size of the latent padded to the window, so that sizes which differ by less than a window still run together,
+    what comes out, and whether images go in.
     """
     shared = (params.kind, bundle, params.scale, params.method, params.decode)
+    if isinstance(params, GenerateParams) and drawn:
+        return ("drawn", *shared, params.width_px, params.height_px)
     if isinstance(params, GenerateParams):
         return (*shared, params.width_px, params.height_px, params.steps, params.guidance_scale, params.strength)
     size = (_padded(params.latent_width, grid), _padded(params.latent_height, grid))
@@ -78,7 +81,7 @@ def plan_batch(
     batches: list[_OpenBatch] = []
     for claim in claims:
         params, grid = claim.job.params, grids[claim.job.bundle]
-        key, items = batch_key(claim.job.bundle, params, grid), count_items(params)
+        key, items = batch_key(claim.job.bundle, params, grid, claim.drawn is not None), count_items(params)
         latent_px = items * output_latent_px(params, grid)
         for batch in batches:
             fits = batch.items + items <= budget_items and batch.latent_px + latent_px <= budget_latent_px

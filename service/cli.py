@@ -28,6 +28,7 @@ from service.cli_options import (
     LifelineOption,
     PortOption,
     RedisOption,
+    StagesOption,
     settings_from,
     stop,
 )
@@ -171,12 +172,13 @@ def worker(
     redis_url: RedisOption = None,
     bundle: BundleOption = None,
     device: DeviceOption = None,
+    stages: StagesOption = None,
     lifeline_fd: LifelineOption = None,
     ready_fd: LifelineOption = None,
     number: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Run one worker (one process per device) against an existing Redis."""
-    settings = settings_from(redis_url=redis_url, bundle=bundle, device=device)
+    settings = settings_from(redis_url=redis_url, bundle=bundle, device=device, stages=stages)
     if settings.redis_url is None:
         stop("no Redis given: set GIANTLEAP_REDIS_URL, or use `giantleap serve`, which brings its own")
     if lifeline_fd is not None:

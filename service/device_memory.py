@@ -7,7 +7,7 @@ Nothing here imports torch.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from typing import Self, get_args
 
 from models.lua_spec import LuaSpec
 from models.memory_plan import DeviceKind
+from models.stages import DRAWING, FINISHING, WHOLE, Stages, draws, finishes
 
 # Of the whole: on a GPU the driver and the libraries keep about half a gigabyte and the allocator some gaps; a
 # machine's memory also holds the process itself, Redis with its blobs and the API.
@@ -47,11 +48,13 @@ class Device:
         kind: A CPU or a GPU.
         memory_bytes: That weights and feature maps may take.
         bundles: What is loaded, by name.
+        stages: That the worker runs.
     """
 
     kind: DeviceKind
     memory_bytes: int
     bundles: Mapping[str, Loaded] = field(default_factory=dict)
+    stages: Stages = WHOLE
 
     def to_json(self) -> str:
         """As one line."""
@@ -64,7 +67,8 @@ class Device:
             }
             for name, loaded in self.bundles.items()
         }
-        return json.dumps({"kind": self.kind, "memory_bytes": self.memory_bytes, "bundles": bundles})
+        said = {"kind": self.kind, "memory_bytes": self.memory_bytes, "bundles": bundles, "stages": self.stages}
+        return json.dumps(said)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -86,9 +90,23 @@ class Device:
             }
             if values["kind"] not in get_args(DeviceKind):
                 raise ValueError(f"kind {values['kind']!r}")
-            return cls(values["kind"], int(values["memory_bytes"]), bundles)
+            stages = values.get("stages", WHOLE)  # before there were others, workers did not say
+            if stages not in get_args(Stages):
+                raise ValueError(f"stages {stages!r}")
+            return cls(values["kind"], int(values["memory_bytes"]), bundles, stages)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no device: {text!r:.200}") from error
+
+
+def missing_stages(devices: Iterable[Device]) -> list[str]:
+    """What keeps jobs of a bundle from ending: half of its stages is run by none of the workers that have it."""
+    found: dict[str, list[Stages]] = {}
+    for device in devices:
+        for name in device.bundles:
+            found.setdefault(name, []).append(device.stages)
+    missing = [(name, DRAWING) for name, stages in found.items() if not any(map(draws, stages))]
+    missing += [(name, FINISHING) for name, stages in found.items() if not any(map(finishes, stages))]
+    return [f"no worker runs {stages} of bundle {name}" for name, stages in sorted(missing)]
 
 
 def usable_bytes(kind: DeviceKind, total_bytes: int) -> int:

@@ -17,18 +17,19 @@ from models.engine_onnx import load_onnxruntime
 from models.engine_tensorrt import load_tensorrt
 from models.engines import Artefact, EngineError, Profile
 from models.route import Route
+from models.stages import finishes
 from service.settings import Settings
 
 
 def open_route(bundle: Bundle, settings: Settings, device: torch.device, dtype: torch.dtype) -> Route:
-    """Load a bundle as the settings say; nothing runs yet.
+    """Load a bundle, as far as the stages of the settings need it; nothing runs yet.
 
     Raises:
         ValueError: as `find_artefacts`, as `models.engines.open_engine`, or as `Route.open`.
         OSError: the pipeline lacks a file.
     """
-    artefacts = find_artefacts(bundle, settings, device)
-    return Route.open(bundle, device, dtype, settings.engine, artefacts)
+    artefacts = find_artefacts(bundle, settings, device) if finishes(settings.stages) else {}
+    return Route.open(bundle, device, dtype, settings.engine, artefacts, settings.stages)
 
 
 def find_artefacts(bundle: Bundle, settings: Settings, device: torch.device) -> Mapping[int, Artefact]:

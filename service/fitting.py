@@ -17,6 +17,7 @@ from models.bundle_memory import read_memory_plan
 from models.decode_plan import ELEMENT_BYTES
 from models.lua_spec import LuaSpec, grown_side
 from models.memory_plan import DeviceKind, MemoryPlan, UnknownMemoryError, Work, largest_fit
+from models.stages import draws, finishes
 from service.device_memory import Device, Loaded
 from service.errors import DoesNotFit
 from service.jobs import GenerateParams, JobParams
@@ -42,7 +43,7 @@ class BundleMemory:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A device on which jobs of one bundle run.
+    """A device on which jobs of one bundle run, or the stages of them that its plan names.
 
     Args:
         plan: Of the bundle, there.
@@ -103,7 +104,7 @@ def find_places(
         loaded = device.bundles.get(name)
         if loaded is not None and loaded.dtype in bundles[name].plans:
             plan = with_lua(bundles[name].plans[loaded.dtype], loaded.lua)
-            plan = replace(plan, device=device.kind, prepared=loaded.prepared)
+            plan = replace(plan, device=device.kind, prepared=loaded.prepared).of_stages(device.stages)
             places.append(Place(plan, given_bytes or device.memory_bytes, loaded.others_bytes))
     return tuple(places)
 
@@ -170,6 +171,19 @@ def to_work(params: JobParams, bundle: Bundle) -> Work:
     )
 
 
+def too_small(work: Work, places: Sequence[Place]) -> list[Place]:
+    """The places that all refuse a half of the work's stages; none where each half fits one, or no place is known.
+
+    Raises:
+        UnknownMemoryError: there is no estimate.
+    """
+    for runs in (draws, finishes):
+        able = [place for place in places if runs(place.plan.stages)]
+        if able and not any(place.fits(work) for place in able):
+            return able
+    return []
+
+
 def largest_size(work: Work, bundle: Bundle, places: Sequence[Place], max_image_px: int) -> tuple[int, int] | None:
     """Final width and height of the largest image of about this aspect that is allowed and fits a device.
 
@@ -184,7 +198,7 @@ def largest_size(work: Work, bundle: Bundle, places: Sequence[Place], max_image_
     def fits(smaller: Work) -> bool:
         if smaller.width_px * smaller.height_px > max_image_px:
             return False
-        return not places or any(place.fits(smaller) for place in places)
+        return not too_small(smaller, places)
 
     return largest_fit(work, on_grid, fits)
 
@@ -218,12 +232,13 @@ def require_fit(params: JobParams, bundle: Bundle, places: Sequence[Place], max_
     """
     work = to_work(params, bundle)
     try:
-        if not places or any(place.fits(work) for place in places):
+        small = too_small(work, places)
+        if not small:
             return
         size = largest_size(work, bundle, places, max_image_px)
     except UnknownMemoryError:
         return
-    best = max(places, key=lambda place: place.own_bytes - place.plan.weights_bytes)
+    best = max(small, key=lambda place: place.own_bytes - place.plan.weights_bytes)
     needed_bytes = best.others_bytes + best.plan.estimate(work, best.own_bytes).peak_bytes
     advice = (
         f"the largest size that fits is {size[0]}x{size[1]} px"

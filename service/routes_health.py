@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Request, Response
 
+from service.device_memory import missing_stages
 from service.errors import NotReady
 from service.metrics import CONTENT_TYPE
 from service.openapi import describe_answers
@@ -26,7 +27,7 @@ async def get_live() -> dict[str, bool]:
 
 @router.get("/readyz", response_model=Ready, responses=describe_answers({}, 503))
 async def get_ready(request: Request, serving: ServingDep) -> Ready | Response:
-    """Jobs are accepted and run: Redis answers, a worker lives, this process is not stopping."""
+    """Jobs are accepted and run: Redis answers, workers of all stages live, this process is not stopping."""
     reasons = await find_reasons(serving)
     if not reasons:
         return Ready(ready=True, reasons=[])
@@ -39,9 +40,10 @@ async def find_reasons(serving: ServingDep) -> list[str]:
         return ["this process is stopping"]
     try:
         stats = await serving.broker.stats()
+        await serving.broker.read_devices()
     except NotReady:
         return ["Redis cannot be reached"]
-    return [] if stats.live_workers else ["no worker is ready"]
+    return missing_stages(serving.broker.devices) if stats.live_workers else ["no worker is ready"]
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -14,6 +14,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from models.stages import WHOLE, Stages
+
 POCKET_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "pocket"
 _PREFIX = "GIANTLEAP_"
 NEEDS_RESTART = (
@@ -25,6 +27,7 @@ NEEDS_RESTART = (
     "port",
     "api_processes",
     "worker_processes",
+    "stages",
 )
 """What a running supervisor cannot take over: sockets, processes and data that it has already."""
 _PAGE_DEFAULTS = {
@@ -52,6 +55,11 @@ class Settings(BaseSettings):
     port: int = Field(8000, description="Port the API listens on.", ge=0, le=65535)
     api_processes: int = Field(1, description="API processes that `serve` and `api` start.", ge=1, le=64)
     worker_processes: int = Field(1, description="Worker processes that `serve` starts.", ge=1, le=64)
+    stages: Stages = Field(
+        WHOLE,
+        description="Stages that a worker runs: all, or in pools of their own `generate` and `upscale,decode`; `serve` "
+        "runs whole workers only.",
+    )
 
     bundle: Annotated[tuple[Path, ...], NoDecode] = Field(
         (POCKET_BUNDLE,),
@@ -177,6 +185,12 @@ class Settings(BaseSettings):
     def _bundles_given(self) -> Self:
         if not self.bundle:
             raise ValueError("bundle: none was given; name at least one bundle directory")
+        return self
+
+    @model_validator(mode="after")
+    def _protocol_is_whole(self) -> Self:
+        if self.measure_protocol and self.stages != WHOLE:
+            raise ValueError("measure_protocol: the protocol times every stage; it needs a worker of all stages")
         return self
 
 

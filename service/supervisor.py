@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from models.stages import WHOLE
 from service.cli_options import BAD_CONFIGURATION
 from service.embedded_redis import EmbeddedRedis
 from service.errors import BadConfiguration
@@ -95,9 +96,15 @@ def serve(settings: Settings, reread: Callable[[], Settings]) -> int:
         reread: Reads them again, for SIGHUP; raises ValueError or BadConfiguration.
 
     Raises:
+        BadConfiguration: the workers would be of some stages only.
         OSError: the port is taken.
         NotReady: the embedded Redis did not start, or not again.
     """
+    if settings.stages != WHOLE:
+        raise BadConfiguration(
+            f"stages: `serve` runs workers of all stages, {settings.stages} was asked for; run `giantleap api`, and "
+            "`giantleap worker --stages` for each pool"
+        )
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(open_listener(settings.host, settings.port))
         workers = [_worker(number) for number in range(settings.worker_processes)]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from prometheus_client import start_http_server
@@ -21,14 +22,15 @@ from models.bundle import Bundle, read_bundle
 from models.engines import TorchEngine
 from models.memory_plan import DeviceKind
 from models.route import Route, choose_device, choose_dtype
-from service.batch_run import BatchRun, Drain, Outcome, Output, Stop, to_items, to_job_error
+from models.stages import finishes
+from service.batch_run import BatchRun, Drain, Latent, Outcome, Output, Stop, to_items, to_job_error, to_latents_blob
 from service.batching import LatentGrid, count_items, output_latent_px, plan_batch, slice_items
 from service.claims import Claim, Claims
 from service.device_memory import Device, machine_memory_bytes, usable_bytes
 from service.engine_files import open_route
 from service.errors import BadConfiguration, DoesNotFit, StorageFull
 from service.fitting import Place, find_places, most_items, read_memory, require_fit, share_device
-from service.jobs import GenerateParams, Job, JobError, JobState
+from service.jobs import GenerateParams, Job, JobError, JobState, UpscaleParams
 from service.logs import log_fields
 from service.metrics import Metrics
 from service.protocol import WARMUPS, measure_protocol
@@ -43,6 +45,7 @@ _BLOCK_S = 1.0
 _NO_BUNDLES: Mapping[str, Bundle] = MappingProxyType({})
 _NO_PLACES: Mapping[str, Place] = MappingProxyType({})
 _PROTOCOL_RUNS = 20
+Status = JobState | Literal["handed over"]
 
 
 class _StopAsked(Exception):
@@ -94,9 +97,10 @@ def run_worker(
     for name, place in places.items():
         routes[name].vae.budget_bytes = max(0, place.own_bytes - place.plan.weights_bytes)
     client = open_redis(redis_url)
-    claims = Claims(client, settings, tuple(routes), f"{platform.node()}-{os.getpid()}", device)
+    consumer = f"{platform.node()}-{os.getpid()}"
+    claims = Claims(client, settings, tuple(routes), consumer, device, settings.stages)
     claims.open()
-    log.info("worker ready", extra={"fields": {"bundles": sorted(routes)}})
+    log.info("worker ready", extra={"fields": {"bundles": sorted(routes), "stages": settings.stages}})
     watchdog = Watchdog(settings.step_timeout_s)
     watchdog.open()
     if on_ready is not None:
@@ -158,7 +162,7 @@ class Worker:
         while not self._drain.is_asked():
             claims = self._claims.claim(self._settings.batch_items, _BLOCK_S)
             for claim in claims:
-                if claim.delivery == 1:
+                if claim.delivery == 1 and claim.drawn is None:
                     self._tracing.waited(claim.job, time.time())
                     self._metrics.observe_wait(claim.job.priority, max(0.0, time.time() - claim.job.created_at_s))
             batches = plan_batch(claims, self._grids, self._settings.batch_items, self._settings.batch_budget_latent_px)
@@ -169,8 +173,12 @@ class Worker:
                     self.run_batch(batch)
 
     def run_batch(self, batch: Sequence[Claim]) -> None:
-        """Run one batch and end each of its jobs."""
+        """Run one batch and end each of its jobs, or hand it over to a worker that finishes."""
         job = batch[0].job
+        if isinstance(job.params, UpscaleParams) and not finishes(self._settings.stages):
+            for claim in batch:  # put in before any worker had split the work: there is nothing to draw
+                self._claims.hand_over(claim, None, {}, [])
+            return
         route, items = self._routes[job.bundle], to_items(batch)
         try:
             most_items = self._most_items(job)
@@ -186,7 +194,8 @@ class Worker:
             self._tracing.batch(jobs, _trace_attributes(job, route, len(items))) as trace,
             log_fields(job_ids=[each.id for each in jobs], trace_ids=trace_ids),
         ):
-            run = BatchRun(route, self._claims, self._drain, trace, self._watchdog)
+            to_the_end = finishes(self._settings.stages)
+            run = BatchRun(route, self._claims, self._drain, trace, self._watchdog, to_the_end)
             try:
                 outcomes = run.run(items, most_items)
             finally:
@@ -218,8 +227,11 @@ class Worker:
 
     def _end(self, claim: Claim, outcomes: Sequence[Outcome], stages_s: Mapping[str, float], batch_items: int) -> None:
         """Write what became of one job: the first error of an image fails it, a stop ends or hands it back."""
+        stages_s = _with_drawing(claim, stages_s)
+        status: Status
         errors = [outcome for outcome in outcomes if isinstance(outcome, JobError)]
         outputs = [outcome for outcome in outcomes if isinstance(outcome, Output)]
+        latents = [outcome for outcome in outcomes if isinstance(outcome, Latent)]
         if errors:
             status, owned = self._fail(claim, errors[0], stages_s)
         elif Stop.CANCELED in outcomes:
@@ -227,11 +239,20 @@ class Worker:
         elif Stop.RELEASED in outcomes:
             self._claims.release([claim])
             return
+        elif latents:
+            status, owned = self._hand_over(claim, latents, stages_s)
         else:
             status, owned = self._finish(claim, outputs, stages_s)
         if not owned:
             self._metrics.count_fenced()
         self._record(claim, status if owned else None, stages_s, batch_items)
+
+    def _hand_over(self, claim: Claim, latents: Sequence[Latent], stages_s: Mapping[str, float]) -> tuple[Status, bool]:
+        try:
+            state = self._claims.hand_over(claim, to_latents_blob(latents), stages_s, self._warnings(claim))
+        except StorageFull as error:
+            return self._fail(claim, to_job_error(error), stages_s)
+        return JobState.CANCELED if state is JobState.CANCELED else "handed over", state is not None
 
     def _finish(self, claim: Claim, outputs: Sequence[Output], stages_s: Mapping[str, float]) -> tuple[JobState, bool]:
         files = [(output.file, output.content) for output in outputs]
@@ -256,6 +277,8 @@ class Worker:
     def _warnings(self, claim: Claim) -> list[str]:
         """What the tokenizer of the pipeline knows and the API process does not."""
         params, route = claim.job.params, self._routes[claim.job.bundle]
+        if claim.drawn is not None:
+            return list(claim.drawn.warnings)
         if not isinstance(params, GenerateParams):
             return []
         return [
@@ -264,11 +287,11 @@ class Worker:
             if (lost := route.generator.lost_tokens(text)) > 0
         ]
 
-    def _record(self, claim: Claim, status: JobState | None, stages_s: Mapping[str, float], batch_items: int) -> None:
+    def _record(self, claim: Claim, status: Status | None, stages_s: Mapping[str, float], batch_items: int) -> None:
         """One log line per job that ended here, and its metrics; `status` is None where the lease was lost."""
         job = claim.job
         duration_s = max(0.0, time.time() - job.created_at_s)
-        if status is not None and status.final:
+        if isinstance(status, JobState) and status.final:
             params = job.params
             self._metrics.observe_job(params.kind, job.bundle, params.method, params.scale, status, duration_s)
         fields = {
@@ -285,7 +308,13 @@ class Worker:
             "duration_s": round(duration_s, 4),
             "stages_s": {stage: round(seconds, 4) for stage, seconds in stages_s.items()},
         }
-        log.info("job ended", extra={"fields": fields})
+        log.info("job handed over" if status == "handed over" else "job ended", extra={"fields": fields})
+
+
+def _with_drawing(claim: Claim, stages_s: Mapping[str, float]) -> dict[str, float]:
+    """The stage times of a job, with those of the worker that drew it."""
+    before_s = {} if claim.drawn is None else claim.drawn.stages_s
+    return {stage: before_s.get(stage, 0.0) + stages_s.get(stage, 0.0) for stage in (*before_s, *stages_s)}
 
 
 def _trace_attributes(job: Job, route: Route, batch_items: int) -> dict[str, str | float]:
@@ -329,13 +358,17 @@ def _find_places(
 ) -> tuple[Device, dict[str, Place]]:
     """This worker's device, and the share of it that each bundle has whose memory can be told."""
     memory = {name: read_memory(bundle) for name, bundle in bundles.items()}
+    plans = {
+        name: {dtype: plan.of_stages(settings.stages) for dtype, plan in each.plans.items()}
+        for name, each in memory.items()
+    }
     dtypes = {name: str(route.dtype).removeprefix("torch.") for name, route in routes.items()}
     luas = {name: None if route.lua is None else route.lua.spec for name, route in routes.items()}
     loaded = {
         name: replace(each, prepared=_is_prepared(routes[name]))
-        for name, each in share_device(dtypes, {name: each.plans for name, each in memory.items()}, luas).items()
+        for name, each in share_device(dtypes, plans, luas).items()
     }
-    device = Device(*_find_memory(next(iter(routes.values())).device, settings), loaded)
+    device = Device(*_find_memory(next(iter(routes.values())).device, settings), loaded, settings.stages)
     fields = {"device": device.kind, "memory_bytes": device.memory_bytes}
     log.info("worker plans memory", extra={"fields": fields})
     found = {name: find_places(name, memory, [device], settings) for name in bundles}

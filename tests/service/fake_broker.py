@@ -152,6 +152,9 @@ class FakeBroker:
         finally:
             self.open_events -= 1
 
+    async def read_devices(self) -> None:
+        self._require_up()
+
     async def stats(self) -> QueueStats:
         self._require_up()
         return QueueStats({}, 0, 0, 0, 0.0, 32, self.live_workers, None, 0, 1 << 30)

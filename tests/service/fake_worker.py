@@ -1,7 +1,8 @@
 """A worker process without a model, for tests that kill it: runs each job as its parameters say until it is killed.
 
-`python fake_worker.py <url> <prefix> <visibility s>`; a job's `negative_prompt` names the work and `steps` its
-milliseconds. Each start and end of work is noted in the list `<prefix>-log` as `<what> <job id> <pid>`.
+`python fake_worker.py <url> <prefix> <visibility s> [<stages>]`; a job's `negative_prompt` names the work and `steps`
+its milliseconds; `hold` goes on until the key `<prefix>-go` is there. Each start and end of work is noted in the list
+`<prefix>-log` as `<what> <job id> <pid>`.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import time
 
 import redis
 
+from models.stages import DRAWING, WHOLE, Stages
 from service.claims import Claims
 from service.jobs import GenerateParams, ResultFile
 from service.redis_urls import open_redis
@@ -37,12 +39,12 @@ def work(kind: str, seconds: float, hold_s: float) -> None:
         raise ValueError(f"unknown work {kind!r}")
 
 
-def main(url: str, prefix: str, visibility_s: float) -> None:
+def main(url: str, prefix: str, visibility_s: float, stages: Stages = WHOLE) -> None:
     settings = read_settings(
         key_prefix=prefix, visibility_timeout_s=visibility_s, retry_backoff_s=0.1, job_ttl_s=600, queue_limit=100_000
     )
     client = open_redis(url)
-    worker = Claims(client, settings, ["pocket"], "fake")
+    worker = Claims(client, settings, ["pocket"], "fake", stages=stages)
     worker.open()
 
     def note(what: str, job_id: str) -> None:
@@ -56,11 +58,18 @@ def main(url: str, prefix: str, visibility_s: float) -> None:
         for claim in worker.claim(1, 0.5):
             assert isinstance(claim.job.params, GenerateParams)
             note("start", claim.job.id)
-            work(claim.job.params.negative_prompt, claim.job.params.steps / 1000, hold_s=visibility_s / 6)
+            if claim.job.params.negative_prompt == "hold":
+                while not client.exists(f"{prefix}-go"):
+                    time.sleep(0.02)
+            else:
+                work(claim.job.params.negative_prompt, claim.job.params.steps / 1000, hold_s=visibility_s / 6)
             result = f"{claim.job.id} by {os.getpid()}".encode()
-            if worker.finish(claim, [(ResultFile("text/plain", len(result)), result)], {}, []):
+            if stages == DRAWING:
+                if worker.hand_over(claim, result, {"generate": 1.0}, []):
+                    note("handed", claim.job.id)
+            elif worker.finish(claim, [(ResultFile("text/plain", len(result)), result)], {}, []):
                 note("end", claim.job.id)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), *sys.argv[4:])  # type: ignore[arg-type]

@@ -11,9 +11,9 @@ from torch import Tensor
 from models.bundle_descriptor import DecodeName, Method
 from models.generator import DrawItem
 from models.route import PeakMemory, StageClock
-from service.claims import Claim
+from service.claims import Claim, Drawn
 from service.errors import StorageFull
-from service.jobs import GenerateParams, Job, JobError, JobParams, Priority, ResultFile, UpscaleParams
+from service.jobs import GenerateParams, Job, JobError, JobParams, JobState, Priority, ResultFile, UpscaleParams
 
 STRIDE_PX = 8
 GENERATE = GenerateParams(
@@ -57,6 +57,7 @@ class FakeClaims:
     on_empty: Callable[[], None] = lambda: None
 
     finished: dict[str, list[tuple[ResultFile, bytes]]] = field(default_factory=dict)
+    handed_over: dict[str, Claim] = field(default_factory=dict)
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, JobError] = field(default_factory=dict)
     canceled_ids: list[str] = field(default_factory=list)
@@ -94,6 +95,17 @@ class FakeClaims:
         self.stages[claim.job.id] = dict(stages)
         self.warnings[claim.job.id] = list(warnings)
         return True
+
+    def hand_over(
+        self, claim: Claim, latents: bytes | None, stages: Mapping[str, float], warnings: Sequence[str]
+    ) -> JobState | None:
+        if claim.job.id in self.full_ids:
+            raise StorageFull("no room")
+        if claim.job.id in self.lost_ids:
+            return None
+        assert claim.job.id not in self.handed_over, "a job is handed over once"
+        self.handed_over[claim.job.id] = replace(claim, body=latents, drawn=Drawn(dict(stages), tuple(warnings)))
+        return JobState.QUEUED
 
     def fail(self, claim: Claim, error: JobError, stages: Mapping[str, float]) -> bool:
         self.failed[claim.job.id] = error

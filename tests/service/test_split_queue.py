@@ -30,7 +30,8 @@ def settings(settings: Settings) -> Settings:
 @pytest.fixture
 def make_upscale(make_job: Any) -> Callable[..., Job]:
     def make(priority: Priority = Priority.HIGH) -> Job:
-        return replace(make_job(priority), params=UpscaleParams(2, "tiny", 1, 16, 4, 4, "image", "png"))
+        job: Job = make_job(priority)
+        return replace(job, params=UpscaleParams(2, "tiny", 1, 16, 4, 4, "image", "png"))
 
     return make
 

@@ -1,0 +1,157 @@
+"""Workers of half the stages, on fake routes and on the pocket bundle: what one draws another finishes, to the bit."""
+
+import json
+import logging
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from prometheus_client import CollectorRegistry
+
+from models.bundle import read_bundle
+from models.route import Route
+from models.stages import DRAWING, FINISHING, WHOLE, Stages
+from service.batch_run import Drain
+from service.batching import LatentGrid, plan_batch
+from service.claims import Claim, Drawn
+from service.jobs import GenerateParams
+from service.logs import JsonFormatter
+from service.metrics import Metrics
+from service.settings import POCKET_BUNDLE, Settings
+from service.worker import Worker, to_grid
+from tests.service.fakes import GENERATE, UPSCALE, FakeClaims, FakeRoute, make_claim
+
+GRIDS = {"tiny": LatentGrid(stride_px=8, window=4)}
+CPU = torch.device("cpu")
+
+
+def run_all(route: Any, claims: FakeClaims, stages: Stages, grids: dict[str, LatentGrid] = GRIDS) -> Metrics:
+    stop = threading.Event()
+    claims.on_empty = stop.set
+    settings, metrics = Settings(stages=stages), Metrics(CollectorRegistry())
+    Worker({"tiny": route}, grids, claims, metrics, settings, Drain(stop, 30.0)).run()  # type: ignore[arg-type]
+    return metrics
+
+
+def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(name, labels)
+
+
+def test_a_drawing_worker_hands_over_every_image_and_finishes_none() -> None:
+    claims = FakeClaims([make_claim(f"job-{n}", replace(GENERATE, seed=n, num_images=2)) for n in (10, 20)])
+    route = FakeRoute()
+    metrics = run_all(route, claims, DRAWING)
+    assert route.batches == [4] and not route.finished and not claims.finished
+    for name, seed in (("job-10", 10), ("job-20", 20)):
+        handed = claims.handed_over[name]
+        latents = safetensors.torch.load(handed.body or b"")["latent"]
+        assert latents.shape == (2, 4, 4, 4) and latents.dtype == torch.float32
+        assert [latent[0, 0, 0].item() for latent in latents] == [seed, seed + 1]
+        assert handed.drawn is not None and set(handed.drawn.stages_s) == {"generate"}
+    assert [event[2]["stage"] for event in claims.events if event[1] == "stage"] == ["generate"] * 2
+    assert sample(metrics, "giantleap_jobs_total", kind="generate", bundle="tiny", status="succeeded") is None
+
+
+def test_what_was_handed_over_is_finished_in_batches_with_both_workers_times_and_warnings() -> None:
+    prompts = ["zeppelin " * 33, "a red sphere", "a red sphere"]
+    jobs = [replace(GENERATE, prompt=prompt, seed=n, steps=2 + n) for n, prompt in enumerate(prompts)]
+    drawing = FakeClaims([make_claim(f"job-{n}", job) for n, job in enumerate(jobs)])
+    run_all(FakeRoute(), drawing, DRAWING)
+    assert len(drawing.handed_over) == 3
+    route, finishing = FakeRoute(), FakeClaims(list(drawing.handed_over.values()))
+    metrics = run_all(route, finishing, FINISHING)
+    assert not route.batches, "nothing is drawn again"
+    assert route.finished == [("lua", 2, "exact")], "one batch: what only drawing needs to share no longer counts"
+    for n in range(3):
+        assert set(finishing.stages[f"job-{n}"]) == {"generate", "upscale", "decode", "encode"}
+        assert [file.seed for file, _ in finishing.finished[f"job-{n}"]] == [n]
+    drawn_s = drawing.handed_over["job-0"].drawn
+    assert drawn_s is not None and finishing.stages["job-0"]["generate"] == drawn_s.stages_s["generate"]
+    assert "3 tokens" in finishing.warnings["job-0"][0] and finishing.warnings["job-1"] == []
+    assert sample(metrics, "giantleap_jobs_total", kind="generate", bundle="tiny", status="succeeded") == 3
+    labels = {"bundle": "tiny", "method": "lua", "scale": "2", "engine": "fake", "warmup": "false"}
+    assert sample(metrics, "giantleap_stage_duration_seconds_count", stage="generate", **labels) is None
+    assert sample(metrics, "giantleap_queue_wait_seconds_count", priority="high") is None, "it was counted before"
+
+
+def test_a_job_that_fails_while_it_is_drawn_is_not_handed_over() -> None:
+    claims = FakeClaims(
+        [
+            make_claim("fine"),
+            make_claim("bad", replace(GENERATE, prompt="crash")),
+            make_claim("gone"),
+            make_claim("full"),
+            make_claim("lost"),
+        ],
+        cancel_after_polls={"gone": 1},
+        full_ids={"full"},
+        lost_ids={"lost"},
+    )
+    metrics = run_all(FakeRoute(), claims, DRAWING)
+    assert set(claims.handed_over) == {"fine"}
+    assert claims.failed["bad"].code == "engine_error" and claims.canceled_ids == ["gone"]
+    assert claims.failed["full"].code == "storage_full" and claims.failed["full"].retryable
+    assert sample(metrics, "giantleap_fenced_total") == 1
+
+
+def test_an_image_that_is_not_finite_fails_where_it_is_decoded() -> None:
+    drawing = FakeClaims([make_claim("good"), make_claim("bad", replace(GENERATE, prompt="nan"))])
+    run_all(FakeRoute(), drawing, DRAWING)
+    finishing = FakeClaims(list(drawing.handed_over.values()))
+    run_all(FakeRoute(), finishing, FINISHING)
+    assert set(finishing.finished) == {"good"} and "not finite" in finishing.failed["bad"].detail
+
+
+def test_a_drawing_worker_passes_on_what_needs_no_drawing() -> None:
+    claims = FakeClaims([make_claim("latent", UPSCALE, b"any"), make_claim("draw")])
+    route = FakeRoute()
+    run_all(route, claims, DRAWING)
+    assert set(claims.handed_over) == {"latent", "draw"} and claims.handed_over["latent"].body is None
+    assert route.batches == [1] and not route.finished
+
+
+def test_drawn_jobs_and_others_never_share_a_batch() -> None:
+    fresh, drawn = make_claim("fresh"), replace(make_claim("drawn"), drawn=Drawn({}, ()))
+    assert plan_batch([fresh, drawn], GRIDS, 8, 10**6) == [[fresh], [drawn]]
+
+
+def test_a_hand_over_is_one_log_line_that_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    run_all(FakeRoute(), FakeClaims([make_claim("job", replace(GENERATE, prompt="a purple zeppelin"))]), DRAWING)
+    lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
+    (line,) = [line for line in lines if line["message"].startswith("job ")]
+    assert (line["message"], line["status"], line["job_id"]) == ("job handed over", "handed over", "job")
+    assert "zeppelin" not in json.dumps(lines)
+
+
+def pocket_claims(params: GenerateParams) -> list[Claim]:
+    return [make_claim(f"job-{n}", replace(params, seed=n, num_images=n)) for n in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def pocket() -> dict[Stages, Route]:
+    bundle = read_bundle(POCKET_BUNDLE)
+    every: tuple[Stages, ...] = (WHOLE, DRAWING, FINISHING)
+    return {stages: Route.open(bundle, CPU, torch.float32, stages=stages) for stages in every}
+
+
+@pytest.mark.parametrize(("method", "scale"), [("lua", 2), ("lua", 1), ("swinir", 2), ("direct", 2)])
+def test_the_pocket_bundle_gives_the_same_bytes_whole_and_split(
+    pocket: dict[Stages, Route], method: Any, scale: int
+) -> None:
+    sides_px = 64 * scale
+    params = replace(
+        GENERATE, prompt="a red sphere", steps=2, scale=scale, method=method, width_px=sides_px, height_px=sides_px
+    )
+    grids = {"tiny": to_grid(read_bundle(POCKET_BUNDLE), pocket[WHOLE])}
+    whole, drawing = FakeClaims(pocket_claims(params)), FakeClaims(pocket_claims(params))
+    run_all(pocket[WHOLE], whole, WHOLE, grids)
+    run_all(pocket[DRAWING], drawing, DRAWING, grids)
+    finishing = FakeClaims(list(drawing.handed_over.values()))
+    run_all(pocket[FINISHING], finishing, FINISHING, grids)
+    assert len(whole.finished) == 2 and finishing.finished == whole.finished
+    assert finishing.stages.keys() == whole.stages.keys()
+    assert set(finishing.stages["job-1"]) == set(whole.stages["job-1"])
