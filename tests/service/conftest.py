@@ -133,3 +133,11 @@ def open_claims(settings: Settings) -> Iterator[ClaimsOpener]:
     yield make
     for worker in opened:
         worker.close()
+
+
+@pytest.fixture(scope="session")
+def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    """The bundles of `write_front_bundles`, for tests of the API over a broker in memory; read-only."""
+    from tests.service.front_fakes import write_front_bundles  # which imports the API
+
+    return write_front_bundles(tmp_path_factory.mktemp("bundles"))

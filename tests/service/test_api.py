@@ -24,7 +24,7 @@ from service.errors import NotReady, QueueFull, StorageFull
 from service.jobs import JobState, Priority
 from service.settings import Settings, read_settings
 from tests.service.fake_broker import IMAGE, FakeBroker, fail, stay_queued, succeed
-from tests.service.paper_bundle import BASE_PX, CHANNELS, write_paper_bundle
+from tests.service.paper_bundle import BASE_PX, CHANNELS
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -33,14 +33,6 @@ FRONTS = ("/v1/", "/v2", "/remote_vae/")  # tests/service/test_front_*.py
 ASYNC = {"Prefer": "respond-async"}
 SAFETENSORS = {"Content-Type": "application/x-safetensors"}
 LATENT = np.random.default_rng(0).standard_normal((CHANNELS, 4, 6)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    root = tmp_path_factory.mktemp("bundles")
-    first = write_paper_bundle(root / "paper")
-    packed = write_paper_bundle(root / "flux", "flux", 'name = "flux1"')
-    return first, packed
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ async def test_a_stream_ends_when_the_process_stops() -> None:
     pending = asyncio.ensure_future(anext(stream, "end"))
     await asyncio.sleep(0.02)
     stopping.set()
-    assert await asyncio.wait_for(pending, 1) == "end"
+    assert await asyncio.wait_for(pending, 60) == "end"
     assert broker.open_events == 0
 
 
@@ -129,12 +129,12 @@ async def test_a_client_that_leaves_closes_its_stream(bundle_dir: Path) -> None:
     app = create_app(read_settings(bundle=(bundle_dir,)), broker)  # type: ignore[arg-type]
     with live_server(app) as url:
         async with httpx.AsyncClient() as client:
-            async with client.stream("GET", f"{url}/jobs/{job.id}/events", timeout=5) as answer:
+            async with client.stream("GET", f"{url}/jobs/{job.id}/events", timeout=60) as answer:
                 lines = answer.aiter_lines()
                 while await anext(lines) != "event: queued":
                     pass
                 assert broker.open_events == 1
-            deadline_s = time.monotonic() + 3
+            deadline_s = time.monotonic() + 60
             while broker.open_events and time.monotonic() < deadline_s:
                 await asyncio.sleep(0.01)
     assert broker.open_events == 0
@@ -155,7 +155,7 @@ async def test_events_come_through_redis_as_they_happen(settings: Settings, bund
         await asyncio.sleep(0.1)
         canceled = await client.delete(url)
         assert canceled.json()["status"] == "canceled"
-        events = parse((await asyncio.wait_for(told, 10)).text)
+        events = parse((await asyncio.wait_for(told, 60)).text)
     assert [event.name for event in events] == ["queued", "done"]
     assert events[0].data == {"position": 0} and events[1].data == {"state": "canceled"}
 
@@ -171,7 +171,7 @@ uvicorn.run(create_app(settings), port=int(sys.argv[4]), log_config=None, timeou
 
 
 async def _lines(url: str) -> AsyncIterator[str]:
-    async with httpx.AsyncClient(timeout=10) as client, client.stream("GET", url) as answer:
+    async with httpx.AsyncClient(timeout=60) as client, client.stream("GET", url) as answer:
         async for line in answer.aiter_lines():
             yield line
 

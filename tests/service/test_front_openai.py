@@ -4,7 +4,6 @@ import asyncio
 import base64
 import http.client
 import json
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,22 +18,13 @@ from service.errors import NotReady, QueueFull
 from service.front_openai import stream_generation
 from service.jobs import GenerateParams, Job, JobState
 from tests.service.fake_broker import expire, fail, stay_queued
-from tests.service.front_fakes import STAGES, FileBroker, build_app, read_pixels, write_front_bundles
+from tests.service.front_fakes import STAGES, FileBroker, build_app, read_pixels
 from tests.service.live_server import live_server
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 PROMPT = "a red sphere on a green floor"
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
-def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    return write_front_bundles(tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +72,6 @@ def assert_error(answer: httpx.Response, status: int, code: str, param: str | No
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
     assert (error["code"], error["param"]) == (code, param)
     assert PROMPT not in answer.text
-
-
-def wait_until(condition: Any) -> None:
-    deadline_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 def test_images_come_as_base64_with_their_size(client: openai.OpenAI, broker: FileBroker) -> None:
@@ -273,8 +256,9 @@ def test_a_client_that_leaves_cancels_its_job(url: str, broker: FileBroker, stre
     leaving.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
     wait_until(lambda: broker.waits == 1)
     leaving.close()
-    wait_until(lambda: broker.records[broker.jobs[0].id].state is JobState.CANCELED)
-    wait_until(lambda: broker.waits == 0)
+    wait_until(lambda: broker.records[broker.jobs[0].id].state is JobState.CANCELED, "its job is canceled")
+    wait_until(lambda: broker.waits == 0, "nobody waits any more")
+    assert [record.state for record in broker.records.values()] == [JobState.CANCELED]
 
 
 def test_a_client_with_a_key_may_leave_and_come_back(url: str, broker: FileBroker) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from service import images_in
 from service.errors import GiantleapError
 from service.latents_in import read_latent
-from tests.service.front_fakes import FileBroker, build_app, write_front_bundles
+from tests.service.front_fakes import FileBroker, build_app
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -37,16 +37,6 @@ ADDRESSES = (
     "\\\\host\\share\\x.png",
     "s3://bucket/key",
 )
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
-def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    return write_front_bundles(tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture
