@@ -36,6 +36,7 @@ slow: $(VENV)/.dev ## Run the tests that take minutes
 
 chaos: $(VENV)/.dev ## Kill workers and Redis under 2,000 jobs (minutes) and store the report
 	$(BIN)/python -m pytest -s -m chaos
+	$(BIN)/python -m benchmarks.readme_figures
 
 fuzz: $(VENV)/.dev ## Send 20,000 broken requests and many that the OpenAPI document allows (minutes)
 	$(BIN)/python -m pytest -s -m fuzz
@@ -46,6 +47,7 @@ fronts: $(VENV)/.dev ## Use the openai, tritonclient and diffusers clients on a 
 peers: $(VENV)/.dev ## Install LitServe, BentoML and Ray Serve below .peers and measure the service beside them
 	$(BIN)/python benchmarks/peers/install.py
 	$(BIN)/python -m benchmarks.load --peers
+	$(BIN)/python -m benchmarks.readme_figures
 
 format: $(VENV)/.dev ## Rewrite the code in the project's format
 	$(BIN)/ruff format
@@ -68,7 +70,7 @@ audit: $(VENV)/.dev ## Fail where a dependency has a known vulnerability or coul
 check: lint types security test ## Everything that the continuous integration runs
 
 quality: $(VENV)/.dev ## Measure the pocket bundle (minutes) and store the table
-	$(BIN)/python -m benchmarks.pocket_quality
+	$(BIN)/python -m benchmarks.pocket_quality; status=$$?; $(BIN)/python -m benchmarks.readme_figures; exit $$status
 
 ablations: $(VENV)/.dev ## Train and compare the variants of the paper's ablation tables (half an hour of one core)
 	$(BIN)/python -m benchmarks.ablations

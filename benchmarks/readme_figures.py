@@ -1,0 +1,121 @@
+"""The figures of the README, from the reports in `benchmarks/results/`: none of them is typed by hand.
+
+`python -m benchmarks.readme_figures` writes them between the README's marks; run it where a report was made anew. A
+test holds the README equal to the reports.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+_END = "<!-- end -->\n"
+
+
+def to_blocks(results: Path) -> dict[str, str]:
+    """What stands behind each mark of the README, as Markdown.
+
+    Args:
+        results: Directory with `methods.json`, `load.json`, `chaos.json` and `pocket_quality.json`.
+    """
+    reports = {name: _read(results / f"{name}.json") for name in ("methods", "load", "chaos", "pocket_quality")}
+    return {
+        "figures": to_summary(reports["methods"], reports["load"], reports["chaos"], reports["pocket_quality"]),
+        "pocket_quality": to_quality_table(reports["pocket_quality"]),
+    }
+
+
+def to_summary(
+    methods: Mapping[str, Any], load: Mapping[str, Any], chaos: Mapping[str, Any], quality: Mapping[str, Any]
+) -> str:
+    """The handful of figures that a reader asks for first, each with the report that has the rest."""
+    lua, direct = (_stages_s(methods, method, 4) for method in ("lua", "direct"))
+    cores = methods["machine"]["cores"]
+    gains_db = {floor["name"]: floor["value"] for floor in quality["floors"] if floor["unit"] == "dB"}
+    service = load["medians"]["giantleap"]
+    kills = sum(number for run in chaos.values() for what, number in run["harm_done"].items() if "kills" in what)
+    lost = sum(run["faults"]["lost"] + run["faults"]["accepted_twice"] for run in chaos.values())
+    over_pixels, over_latent = (
+        " and ".join(f"{gains_db[f'LUA x{scale} over {rival} bicubic']:+.2f} dB (x{scale})" for scale in (2, 4))
+        for rival in ("pixel", "latent")
+    )
+    jobs = sum(run["jobs_accepted"] for run in chaos.values())
+    rows = [
+        (
+            "128 px drawn, enlarged to 512 px, decoded",
+            f"{lua['total']:.2f} s, of which the adapter {1000 * lua['upscale']:.0f} ms; the base model at 512 px: "
+            f"{direct['total']:.2f} s",
+            f"pocket bundle, {cores} CPU cores, `python -m benchmarks.methods`",
+        ),
+        (
+            "the pocket adapter on photographs",
+            f"{over_pixels} over resizing the decoded image, {over_latent} over resizing the latent",
+            "PSNR, `make quality`, [below](#the-pocket-bundle-measured)",
+        ),
+        (
+            "the service's own part of a request",
+            f"{service['no-op, 1']['p50_ms']:.1f} ms (median), on disk before it is acknowledged; "
+            f"{service['no-op, 8']['per_s']:.0f} requests/s from 8 clients",
+            "[docs/load.md](docs/load.md), beside LitServe, BentoML and Ray Serve",
+        ),
+        (
+            f"{jobs:,} jobs under {kills} kills of workers and Redis",
+            f"{lost} lost or ended twice",
+            "`make chaos`",
+        ),
+    ]
+    return _table(("figure", "measured", "how"), rows)
+
+
+def to_quality_table(report: Mapping[str, Any]) -> str:
+    """Every figure of the pocket bundle beside what was asked for."""
+    rows = [
+        (
+            floor["name"],
+            f"{floor['value']:.{_DIGITS[floor['unit']]}f} {floor['unit']}",
+            f"{floor['floor']:g} {floor['unit']}",
+            "met" if floor["is_met"] else "**missed**",
+        )
+        for floor in report["floors"]
+    ]
+    return _table(("figure", "reached", "asked for", ""), rows)
+
+
+_DIGITS = {"dB": 2, "%": 1}
+
+
+def _stages_s(methods: Mapping[str, Any], method: str, scale: int) -> dict[str, float]:
+    """Median seconds of each stage."""
+    (found,) = (each for each in methods["results"] if (each["method"], each["scale"]) == (method, scale))
+    return {name: times["median_s"] for name, times in found["stages"].items()}
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def put_blocks(text: str, blocks: Mapping[str, str]) -> str:
+    """The text with each block between its mark and the next end."""
+    for name, block in blocks.items():
+        mark = f"<!-- benchmarks.readme_figures: {name} -->\n"
+        before, rest = text.split(mark)
+        text = before + mark + block + _END + rest.split(_END, 1)[1]
+    return text
+
+
+def main() -> None:
+    """Renews the README."""
+    README.write_text(put_blocks(README.read_text(), to_blocks(RESULTS)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The pages keep their promises: links lead somewhere, commands and bodies are taken, figures are of the reports."""
+
+import importlib.util
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from benchmarks.readme_figures import RESULTS, put_blocks, to_blocks
+from models.bundle import read_bundle
+from service.cli import app
+from service.planning import plan_generate
+from service.problems import InvalidFields
+from service.schemas import GenerateRequest
+from service.settings import POCKET_BUNDLE, read_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+ALL = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_COMMAND = re.compile(r"^\$? ?(?:[A-Z_]+=\S+ )*(?:torchrun \S+ \S+ -m service\.cli|giantleap) (.*)$")
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """What stands between fences, with continued lines joined."""
+    for block in _FENCE.findall(text):
+        yield block.replace("\\\n", " ")
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub makes it from a heading."""
+    kept = re.sub(r"[^\w\- ]", "", heading.strip().lower().replace("`", ""))
+    return kept.replace(" ", "-")
+
+
+def _anchors(page: Path) -> set[str]:
+    return {_anchor(line.lstrip("#")) for line in _FENCE.sub("", page.read_text()).splitlines() if line.startswith("#")}
+
+
+@ALL
+def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
+    for target in _LINK.findall(_FENCE.sub("", page.read_text())):
+        if not target.startswith(("http://", "https://")):
+            name, _, anchor = target.partition("#")
+            file = (page.parent / name).resolve() if name else page
+            assert file.exists(), target
+            assert not anchor or anchor in _anchors(file), target
+
+
+@ALL
+def test_pages_named_in_the_text_exist(page: Path) -> None:
+    for name in re.findall(
+        r"`((?:docs|benchmarks|deploy|models|service|training|export)/[\w./-]+\.\w+)`", page.read_text()
+    ):
+        assert (ROOT / name).exists(), name
+
+
+def _check_options(words: list[str]) -> None:
+    """Walks the words of a command line through the commands; raises where an option or a command does not exist."""
+    command: Any = typer.main.get_command(app)
+    for word in words:
+        if word.startswith("-"):
+            known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+            assert word.partition("=")[0] in known, f"{command.name} has no {word}"
+        else:
+            command = getattr(command, "commands", {}).get(word, command)
+
+
+@ALL
+def test_command_lines_name_commands_and_options_that_exist(page: Path) -> None:
+    for block in _blocks(page.read_text()):
+        for line in block.splitlines():
+            if found := _COMMAND.match(line):
+                words = shlex.split(found[1].partition(" 2>>")[0], comments=True)
+                _check_options([word for word in words if word != "..."])
+
+
+@ALL
+def test_modules_and_targets_that_are_run_exist(page: Path) -> None:
+    text = page.read_text()
+    for module in re.findall(r"python -m ((?:benchmarks|training|service)[\w.]*)", text):
+        assert importlib.util.find_spec(module), module
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets
+
+
+def test_a_command_with_an_option_that_is_not_there_is_found() -> None:
+    _check_options(["export", "--bundle", "x", "check", "--device"])
+    with pytest.raises(AssertionError, match="has no --engin"):
+        _check_options(["export", "--engin", "onnx"])
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/api.md"])
+def test_bodies_of_generate_are_taken_by_the_pocket_bundle(name: str) -> None:
+    bundle, settings, taken = read_bundle(POCKET_BUNDLE), read_settings(), 0
+    for block in _blocks((ROOT / name).read_text()):
+        for body in re.findall(r"/(?:generate|jobs/\$ID) .*?(?:--json|-d) '(\{.*?\})'", block, re.DOTALL):
+            asked = GenerateRequest.model_validate_json(body)
+            if asked.width == 300:  # the README shows how this one is refused
+                with pytest.raises(InvalidFields) as refused:
+                    plan_generate(asked, bundle, settings, 7, "png")
+                shown = " ".join(block.split())
+                assert refused.value.detail in shown
+            else:
+                plan_generate(asked, bundle, settings, 7, "png")
+            taken += 1
+    assert taken >= 3
+
+
+def test_the_readme_has_the_figures_of_the_reports() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text == put_blocks(text, to_blocks(RESULTS)), "run `python -m benchmarks.readme_figures`"
+
+
+def _report(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def _operations_figures() -> Iterator[str]:
+    (each,) = (each for each in _report("methods")["results"] if (each["method"], each["scale"]) == ("lua", 2))
+    total_s = round(each["stages"]["total"]["median_s"], 3)
+    yield f"takes a median of {total_s:.3f} s"
+    yield f"5 jobs/s: 5 * {total_s:.3f} / 0.7 = {5 * total_s / 0.7:.1f}"
+    yield f"30 s: 30 * 3 / {total_s:.3f} = {30 * 3 / total_s:.0f} jobs"
+    drained = _report("queue_latency")["measured"]["redis 7.0.15, appendfsync always"]["drain_jobs_per_s"]
+    yield f"it drained {drained:.0f} jobs/s of 64 KiB results"
+
+
+def _training_figures() -> Iterator[str]:
+    report = _report("evaluation")
+    pixels, latents = report["pixel_statistics"], report["latent_statistics"]
+    yield (
+        f"(Wasserstein-1 x2 {pixels['x2 lua']['wasserstein']:.4f} against "
+        f"{pixels['x2 bicubic latent']['wasserstein']:.4f})"
+    )
+    yield f"({latents['x2 lua']['wasserstein']:.3f} against {latents['x2 bicubic latent']['wasserstein']:.3f})"
+
+
+def _transfer_rows() -> Iterator[str]:
+    figures = _report("transfer")["figures"]
+    for key, name in (("scratch_short 250", "from scratch"), ("scratch 2500", "from scratch")):
+        row = figures[key]
+        values = [row[f"{where}_x{scale}_db"] for where in ("held_out", "photos") for scale in (2, 4)]
+        yield f"| {name} | {row['steps']:,} | {' | '.join(f'{value:.2f}' for value in values)} |"
+
+
+def _decode_rows() -> Iterator[str]:
+    rows = {(row["method"], row["image_px"]): row for row in _report("decode")["rows"]}
+    for px in (512, 1024):
+        row = rows["plain", px]
+        sizes = [f"{row[name] / 2**20:.0f}" for name in ("rss_bytes", "live_bytes", "estimated_bytes")]
+        yield f"| {px} | plain | {row['cpu_s']:.1f} | {' | '.join(sizes)} | {row['largest_elements'] / 2**31:.3f} | - |"
+    exact, plain = rows["exact", 1024], rows["plain", 1024]
+    shares = [exact[name] / plain[name] for name in ("cpu_s", "rss_bytes", "live_bytes")]
+    yield "exact takes {:.2f} of plain's CPU time, {:.2f} of its resident and {:.2f} of its live memory".format(*shares)
+
+
+@pytest.mark.parametrize(
+    ("page", "figures"),
+    [
+        ("operations.md", _operations_figures),
+        ("training.md", _training_figures),
+        ("lab.md", _transfer_rows),
+        ("decisions/0008-exact-bounded-decode.md", _decode_rows),
+    ],
+)
+def test_figures_are_those_of_the_reports(page: str, figures: Any) -> None:
+    text = " ".join((ROOT / "docs" / page).read_text().split())
+    for figure in figures():
+        assert " ".join(figure.split()) in text, figure
