@@ -33,7 +33,7 @@ def to_orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     x = matrices.transpose(1, 2) if tall else matrices
     x = x / (x.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7)
     gram = x @ x.transpose(1, 2)
-    identity = torch.eye(gram.shape[1])
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     product = identity.expand_as(gram)
     for _ in range(steps):
         factor = a * identity + b * gram + c * gram @ gram

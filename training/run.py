@@ -126,6 +126,8 @@ def train(config: RunConfig, out: Path, place: Place, resume: bool = False, stop
         dist.barrier()  # all have looked into the directory before the first one writes there
     recorder = _open_recorder(run, bundle, store, origin) if place.is_first else None
     with (
+        # Losses in float32 are in whole float32: torch rounds convolutions on a GPU to TF32 unless told otherwise.
+        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
         ThreadPoolExecutor(1) as reader,
         tqdm(total=config.total_steps, initial=run.done, desc="train", unit="update", disable=recorder is None) as bar,
     ):
@@ -409,7 +411,7 @@ def _adam(stage: StageConfig, net: Lua) -> Adam:
 
 def _step_seed(seed: int, done: int, rank: int) -> int:
     """Of torch's generators for one update of one process: nothing random depends on what was run before."""
-    return (seed * 1_000_003 + done) * 65_537 + rank
+    return ((seed * 1_000_003 + done) * 65_537 + rank) % 2**63  # what torch takes
 
 
 def _origin(config: RunConfig, bundle: Bundle, store: PairsStore) -> dict[str, Any]:

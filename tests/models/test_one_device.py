@@ -20,6 +20,7 @@ from models.prepared_lua import Grid, Grids, PreparedLua
 from tests.models.test_decode import make_vae
 from tests.one_device import META, MixedDevicesError, OneDevice
 from training import losses
+from training.optim import to_orthogonal
 
 SPEC = LuaSpec(4, 12, (2, 2), 2, window=4, num_feat=8, bicubic_skip=True, latent_norm=True)
 SPECS = {
@@ -102,6 +103,12 @@ def test_losses_make_everything_where_their_input_is(loss: Callable[[Tensor, Ten
     with OneDevice():
         loss(prediction, on_meta(2, 3, 24, 30)).backward()
     assert prediction.grad is not None
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6), (2, 6, 4)])
+def test_the_optimiser_makes_everything_where_its_weights_are(shape: tuple[int, ...]) -> None:
+    with OneDevice():
+        assert to_orthogonal(on_meta(*shape)).device == META
 
 
 def test_tiles_of_pictures_are_made_where_the_networks_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,6 +322,21 @@ def test_evaluation_of_the_target_itself(pairs: Path, tiny_bundle_dir: Path) -> 
     }
 
 
+def test_any_seed_runs_and_on_a_gpu_losses_in_float32_take_no_tf32(
+    pairs: Path, tiny_bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, seen = run_module._update, []
+
+    def looking(*arguments: Any) -> dict[str, float]:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return update(*arguments)
+
+    monkeypatch.setattr(run_module, "_update", looking)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled
+    train(config_of(tiny_bundle_dir, pairs, seed=2**63 - 1), tmp_path / "out", PLACE, stop_after=1)
+    assert seen == [False] and (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled) == before
+
+
 def test_tensorboard_files_are_written_where_asked_for(pairs: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
     stages = [{"name": "I", "steps": 1, "effective_batch": 1, "micro_batch": 1}]
     train(config_of(tiny_bundle_dir, pairs, stages=stages, tensorboard=True), tmp_path / "run", PLACE)
