@@ -1,11 +1,12 @@
 """Real Redis servers for the service's tests: one per session and binary, a key prefix of its own for each test."""
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
@@ -17,6 +18,9 @@ from service.embedded_redis import EmbeddedRedis, find_bundled_server, find_serv
 from service.jobs import GenerateParams, Job, Priority
 from service.redis_urls import open_async_redis, open_redis
 from service.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from tests.service.front_fakes import FileBroker
 
 ServerStarter = Callable[[str], str]
 JobMaker = Callable[..., Job]
@@ -141,3 +145,23 @@ def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     from tests.service.front_fakes import write_front_bundles  # which imports the API
 
     return write_front_bundles(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="module")
+def live(bundle_dirs: tuple[Path, ...]) -> "Iterator[tuple[FileBroker, str]]":
+    """A broker in memory, and the URL of the API over it; `FileBroker.reset` makes it new for each test."""
+    from tests.service.front_fakes import FileBroker, build_app
+    from tests.service.live_server import live_server
+
+    broker = FileBroker()
+    with live_server(build_app(broker, bundle_dirs)) as url:
+        yield broker, url
+
+
+@pytest.fixture(scope="module")
+def document(bundle_dirs: tuple[Path, ...]) -> dict[str, Any]:
+    """The OpenAPI document as a client reads it."""
+    from tests.service.front_fakes import FileBroker, build_app
+
+    found: dict[str, Any] = json.loads(json.dumps(build_app(FileBroker(), bundle_dirs).openapi()))
+    return found

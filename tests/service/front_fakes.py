@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from fastapi import FastAPI
@@ -28,6 +29,13 @@ class FileBroker(FakeBroker):
 
     def __post_init__(self) -> None:
         self.end = self.work
+
+    def reset(self) -> Self:
+        """Empty and without faults again."""
+        self.end, self.refusal, self.outage, self.live_workers = self.work, None, None, 1
+        for kept in (self.records, self.blobs, self.keys, self.files):
+            kept.clear()
+        return self
 
     def work(self, job: Job) -> JobRecord:
         record = succeed(job)

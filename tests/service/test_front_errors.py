@@ -7,7 +7,6 @@ import pytest
 
 from service.front_errors import front_error
 from service.problems import InvalidFields, problem_body
-from tests.service.front_fakes import FileBroker, build_app, write_front_bundles
 
 PROBLEM = problem_body(InvalidFields((("n", "is 0"), ("size", "is odd"))), "r-1")
 ROUTES = {
@@ -51,13 +50,6 @@ def test_each_front_has_its_own_shape() -> None:
 def test_openai_names_the_kind_of_an_error(status: int, kind: str) -> None:
     shaped = front_error("/v1/x", {"status": status, "detail": "d", "code": "c"})
     assert shaped == {"error": {"message": "d", "type": kind, "param": None, "code": "c"}}
-
-
-@pytest.fixture(scope="module")
-def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    app = build_app(FileBroker(), write_front_bundles(tmp_path_factory.mktemp("bundles")))
-    found: dict[str, Any] = json.loads(json.dumps(app.openapi()))
-    return found
 
 
 def test_openapi_describes_the_fronts_with_their_errors(document: dict[str, Any]) -> None:

@@ -23,7 +23,6 @@ from tests.service.front_fakes import (
     FileBroker,
     build_app,
     read_pixels,
-    write_front_bundles,
     write_wan_bundle,
 )
 from tests.service.live_server import live_server
@@ -35,26 +34,9 @@ SHIFT, SCALE = 0.25, 0.5  # of the paper bundle's latent space
 INFER = "/v2/models/paper/infer"
 
 
-@pytest.fixture(scope="module")
-def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    return write_front_bundles(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture(scope="module")
-def live(bundle_dirs: tuple[Path, ...]) -> Iterator[tuple[FileBroker, str]]:
-    broker = FileBroker()
-    with live_server(build_app(broker, bundle_dirs)) as url:
-        yield broker, url
-
-
 @pytest.fixture
-def broker(live: tuple[FileBroker, str]) -> Iterator[FileBroker]:
-    """The live server's, empty and without faults again."""
-    broker = live[0]
-    broker.end, broker.refusal, broker.live_workers = broker.work, None, 1
-    broker.records.clear()
-    broker.blobs.clear()
-    return broker
+def broker(live: tuple[FileBroker, str]) -> FileBroker:
+    return live[0].reset()
 
 
 @pytest.fixture

@@ -27,21 +27,9 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 PROMPT = "a red sphere on a green floor"
 
 
-@pytest.fixture(scope="module")
-def live(bundle_dirs: tuple[Path, ...]) -> Iterator[tuple[FileBroker, str]]:
-    broker = FileBroker()
-    with live_server(build_app(broker, bundle_dirs)) as url:
-        yield broker, url
-
-
 @pytest.fixture
-def broker(live: tuple[FileBroker, str]) -> Iterator[FileBroker]:
-    """The live server's, empty and without faults again."""
-    broker = live[0]
-    broker.end, broker.refusal, broker.outage = broker.work, None, None
-    broker.records.clear()
-    broker.keys.clear()
-    return broker
+def broker(live: tuple[FileBroker, str]) -> FileBroker:
+    return live[0].reset()
 
 
 @pytest.fixture

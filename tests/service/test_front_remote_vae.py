@@ -1,7 +1,6 @@
 """The remote VAE as diffusers' own functions call it, and what they cannot send."""
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from tests.service.front_fakes import (
     FileBroker,
     build_app,
     read_pixels,
-    write_front_bundles,
     write_wan_bundle,
 )
 from tests.service.live_server import live_server
@@ -41,21 +39,9 @@ FLUX = LATENT_SPACES["flux1"]
 SENT = {"shape": list(LATENT.shape), "dtype": "float32"}
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FileBroker, str]]:
-    broker = FileBroker()
-    with live_server(build_app(broker, write_front_bundles(tmp_path_factory.mktemp("bundles")))) as url:
-        yield broker, url
-
-
 @pytest.fixture
-def broker(live: tuple[FileBroker, str]) -> Iterator[FileBroker]:
-    """The live server's, empty and without faults again."""
-    broker = live[0]
-    broker.end, broker.refusal = broker.work, None
-    broker.records.clear()
-    broker.blobs.clear()
-    return broker
+def broker(live: tuple[FileBroker, str]) -> FileBroker:
+    return live[0].reset()
 
 
 @pytest.fixture

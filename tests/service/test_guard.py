@@ -17,7 +17,7 @@ from service.auth import new_key
 from service.guard import MOST_HEADER_BYTES, MOST_HEADERS, OPEN_PATHS
 from service.jobs import JobEvent, JobState
 from tests.service.fake_broker import stay_queued, succeed
-from tests.service.front_fakes import LATENT, FileBroker, build_app, write_front_bundles
+from tests.service.front_fakes import LATENT, FileBroker, build_app
 from tests.service.live_server import live_server
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
@@ -50,11 +50,6 @@ WORK: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"content": LATENT.tobytes(), "headers": TENSOR},
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    return write_front_bundles(tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The OpenAPI document as a reader of /docs meets it: everything described, every error named, examples that hold."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,18 +14,10 @@ from service.openapi import _EXAMPLES, _REQUESTS
 from service.planning import plan_generate
 from service.schemas import GenerateRequest
 from service.settings import POCKET_BUNDLE, read_settings
-from tests.service.front_fakes import FileBroker, build_app, write_front_bundles
 
 API_PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 FRONTS = ("/v1", "/v2", "/remote_vae")
 OF_FRONTS = re.compile(r"OpenAI|KServe|RemoteVae|Images|ImageData|Server|Model(Metadata|Ready)|Tensor")
-
-
-@pytest.fixture(scope="module")
-def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    app = build_app(FileBroker(), write_front_bundles(tmp_path_factory.mktemp("bundles")))
-    found: dict[str, Any] = json.loads(json.dumps(app.openapi()))
-    return found
 
 
 def _operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
