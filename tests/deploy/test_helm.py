@@ -1,13 +1,13 @@
 """The Helm chart, rendered by Helm's own code: valid for Kubernetes, confined, and true to the service's names."""
 
 import copy
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import helm_python
 import kubernetes_validate
 import pytest
 import yaml
@@ -16,6 +16,7 @@ from service.jobs import Priority
 from service.keys import Keys, lane
 from service.redis_urls import read_address
 from service.settings import Settings
+from tests.deploy.chart_helm import HelmMissing, HelmProgram, HelmRefused, find_helm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHART = ROOT / "deploy" / "helm" / "giantleap"
@@ -63,10 +64,7 @@ FIELDS = {
 
 def render(values: dict[str, Any]) -> list[Manifest]:
     """The objects that `helm install prod deploy/helm/giantleap` would make."""
-    with helm_python.Chart.load(CHART) as chart:
-        files = chart.render(copy.deepcopy(values), name="prod", namespace="images")
-    texts = [text for name, text in sorted(files.items()) if not name.endswith("NOTES.txt")]
-    return [manifest for text in texts for manifest in yaml.safe_load_all(text) if manifest]
+    return find_helm().render(CHART, copy.deepcopy(values))
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
@@ -90,10 +88,43 @@ def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
     return render(VALUES[request.param])
 
 
+PROGRAM = """#!/bin/sh
+echo "$@" > "$(dirname "$0")/arguments"
+cp "$(eval echo \\${$#})" "$(dirname "$0")/values"
+[ -e "$(dirname "$0")/wrong" ] && { echo "Error: replicas is not allowed" >&2; exit 1; }
+printf -- '---\\nkind: A\\n---\\n# nothing\\n---\\nkind: B\\n'
+"""
+
+
+def test_without_its_own_package_the_program_helm_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "helm"
+    program.write_text(PROGRAM)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    helm = find_helm("no_such_package")
+    assert isinstance(helm, HelmProgram)
+    assert helm.render(CHART, {"replicas": 2}) == [{"kind": "A"}, {"kind": "B"}]
+    arguments = (tmp_path / "arguments").read_text()
+    assert arguments.startswith(f"template prod {CHART} --namespace images --values ")
+    assert json.loads((tmp_path / "values").read_text()) == {"replicas": 2}
+    helm.lint(CHART, {})
+    assert (tmp_path / "arguments").read_text().startswith(f"lint {CHART} --strict --values ")
+    (tmp_path / "wrong").touch()
+    with pytest.raises(HelmRefused, match="replicas is not allowed"):
+        helm.render(CHART, {})
+
+
+def test_without_any_helm_the_tests_fail_and_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HelmMissing, match=r"put Helm .* on PATH"):
+        find_helm("no_such_package")
+
+
 @pytest.mark.parametrize("values", VALUES.values(), ids=list(VALUES))
 def test_helm_lint_finds_nothing_wrong(values: dict[str, Any]) -> None:
-    report = helm_python.lint(CHART, copy.deepcopy(values), strict=True)
-    assert not report["errors"] and all(message["severity"] <= 1 for message in report["messages"]), report
+    find_helm().lint(CHART, copy.deepcopy(values))
 
 
 def test_every_object_is_valid_for_kubernetes(manifests: list[Manifest]) -> None:
@@ -316,6 +347,5 @@ def test_metrics_are_scraped_where_they_are_served_and_rules_are_those_that_are_
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(helm_python.HelmError, match=said), helm_python.Chart.load(CHART) as chart:
-        chart.validate_schema(wrong)
-        chart.render(wrong, name="prod", namespace="images")
+    with pytest.raises(HelmRefused, match=said):
+        find_helm().render(CHART, wrong)
