@@ -10,10 +10,10 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import numpy as np
 from fastapi import Depends, Header, Request, Response
@@ -32,11 +32,13 @@ from service.routes_create import read_asked, wait_for_job
 from service.serving import Serving, ServingDep
 from service.tracing import current_traceparent
 
-SMALL_BODY_BYTES = 1 << 20
+_SMALL_BODY_BYTES = 1 << 20
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MOST_DIMS = 5
 
 Form = TypeVar("Form", bound=BaseModel)
+Answer = TypeVar("Answer")
+Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,18 @@ def wrap_tensor(dtype: str, shape: Sequence[int], data: bytes) -> bytes:
     ).encode()
     header += b" " * (-len(header) % 8)
     return b"".join((len(header).to_bytes(8, "little"), header, data))
+
+
+async def plan_beside(
+    size_bytes: int,
+    plan: Callable[Arguments, Answer],
+    *args: Arguments.args,
+    **kwargs: Arguments.kwargs,
+) -> Answer:
+    """What `plan` makes of a body of this size: a large one in a thread, since other requests would wait for it."""
+    if size_bytes <= _SMALL_BODY_BYTES:
+        return plan(*args, **kwargs)
+    return await asyncio.to_thread(plan, *args, **kwargs)
 
 
 def new_job(

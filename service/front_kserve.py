@@ -20,12 +20,12 @@ from models.lua_spec import grown_side
 from service.errors import MalformedRequest, NotReady, PayloadTooLarge, UnsupportedMediaType
 from service.front_errors import KSERVE_PATH
 from service.front_jobs import (
-    SMALL_BODY_BYTES,
     TermsDep,
     answer_headers,
     describe_errors,
     find_served,
     new_job,
+    plan_beside,
     read_form,
     read_results,
     run_job,
@@ -226,8 +226,7 @@ async def post_infer(
     served = find_served(serving, model)
     _require_type(request)
     body = await request.body()
-    given = (body, inference_header_content_length, served, serving)
-    inference = plan_infer(*given) if len(body) <= SMALL_BODY_BYTES else await asyncio.to_thread(plan_infer, *given)
+    inference = await plan_beside(len(body), plan_infer, body, inference_header_content_length, served, serving)
     priority = Priority.LOW if inference.asked.parameters.priority == 2 else Priority.HIGH
     deadline_s = choose_deadline(terms.cancel_after_s, inference.asked.parameters.timeout)
     job = new_job(served, inference.params, deadline_s, priority)

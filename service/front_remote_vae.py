@@ -24,12 +24,12 @@ from models.latent_space import LatentSpace, LatentSpaceError
 from service.errors import InvalidRequest, UnsupportedMediaType
 from service.front_errors import REMOTE_VAE_PATH
 from service.front_jobs import (
-    SMALL_BODY_BYTES,
     TermsDep,
     answer_headers,
     describe_errors,
     find_served,
     new_job,
+    plan_beside,
     read_form,
     read_results,
     run_job,
@@ -111,10 +111,7 @@ async def post_decode(
     floats = query.output_type == "pil" and request.headers.get("accept") == TENSOR_TYPE
     as_tensor = floats or query.output_type == "pt"
     file_format: OutputFormat = "png" if as_tensor or query.image_format == "png" else "jpeg"
-    given = (query, body, served.bundle, serving, file_format)
-    params, blob = (
-        plan_decode(*given) if len(body) <= SMALL_BODY_BYTES else await asyncio.to_thread(plan_decode, *given)
-    )
+    params, blob = await plan_beside(len(body), plan_decode, query, body, served.bundle, serving, file_format)
     if not as_tensor and params.batch_items != 1:
         raise InvalidFields((("shape", f"has {params.batch_items} latents; a file holds one image; ask for pt"),))
     ended = await run_job(request, serving, new_job(served, params, terms.cancel_after_s), blob, terms.key)
