@@ -138,12 +138,13 @@ def test_passwords_come_from_the_environment_file_and_are_in_no_command_line() -
 def test_redis_starts_with_the_password_of_its_file_and_hides_it(tmp_path: Path) -> None:
     """The container's own command line, with the paths of a test: the server asks for the password."""
     from service.demo import free_port
+    from service.settings import Settings
 
     redis, port = SERVICES["redis"], free_port()
     shell, flag, script, name = redis["entrypoint"]
     script = script.replace("$$", "$").replace("/run/redis", str(tmp_path))
     command = [part.replace("/data", str(tmp_path)) for part in redis["command"]]
-    argv = [shell, flag, script, name, *command, "--port", str(port), "--save", ""]
+    argv = [shell, flag, script, name, *command, "--port", str(port)]
     assert shutil.which("redis-server"), "redis-server is missing: apt-get install redis-server"
     environment = {"PATH": os.environ["PATH"], "REDIS_PASSWORD": "0123abcd"}
     server = subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE)
@@ -155,6 +156,10 @@ def test_redis_starts_with_the_password_of_its_file_and_hides_it(tmp_path: Path)
             if b"Ready to accept connections" in line:
                 break
         assert client.ping() and client.config_get("appendfsync") == {"appendfsync": "always"}
+        assert client.config_get("save") == {"save": ""}
+        most_bytes = int(client.config_get("maxmemory")["maxmemory"])
+        container_bytes = int(redis["deploy"]["resources"]["limits"]["memory"].removesuffix("g")) << 30
+        assert Settings().blob_budget_bytes < most_bytes < container_bytes, "full, it refuses before it is killed"
         with pytest.raises(client_library.AuthenticationError):
             client_library.Redis(port=port, socket_timeout=10).ping()
         assert "0123abcd" not in Path(f"/proc/{server.pid}/cmdline").read_text()
@@ -162,6 +167,13 @@ def test_redis_starts_with_the_password_of_its_file_and_hides_it(tmp_path: Path)
     finally:
         server.terminate()
         server.wait(60)
+
+
+def test_an_engine_may_be_loaded_from_the_temporary_directory() -> None:
+    """A tmpfs of a container is mounted noexec unless it says otherwise, and no library is loaded from such a one."""
+    for name in OURS:
+        path, options = SERVICES[name]["tmpfs"][0].split(":")
+        assert path == "/tmp" and "exec" in options.split(",")
 
 
 def test_our_containers_run_commands_that_exist_with_settings_that_exist() -> None:
