@@ -323,9 +323,14 @@ def read_bundle(directory: Path) -> Bundle:
 def write_bundle(directory: Path, descriptor: Descriptor) -> None:
     """Writes `bundle.toml` of a directory that holds the rest already.
 
-    **Effects** replaces the file that was there.
+    **Effects** replaces the file that was there, whole; on a full disk it leaves it as it was.
     """
-    (directory / DESCRIPTOR).write_text(to_toml(descriptor), encoding="utf-8")
+    draft = directory / f".{DESCRIPTOR}"
+    try:
+        draft.write_text(to_toml(descriptor), encoding="utf-8")
+        draft.replace(directory / DESCRIPTOR)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def check_files(bundle: Bundle) -> None:

@@ -1,5 +1,6 @@
 """Pulling a bundle: only what is needed comes, at one commit, and the result serves without a network."""
 
+import errno
 import hashlib
 import io
 import json
@@ -179,6 +180,24 @@ def test_an_interrupted_pull_goes_on_at_the_same_commit(pull: Pull, server: Fake
     assert done.descriptor.origin["pipeline"].endswith(first)
     again = [fetched for fetched, _ in server.fetched[came:]]
     assert name not in again and "model_index.json" not in again, "what is here does not come again"
+
+
+def test_a_disk_that_is_full_at_the_very_end_leaves_no_half_descriptor(
+    pull: Pull, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text = Path.write_text
+
+    def fill(path: Path, text: str, **options: Any) -> int:
+        if path.parent == tmp_path / "to" and path.name.endswith("bundle.toml"):
+            write_text(path, text[:40], **options)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, text, **options)
+
+    with monkeypatch.context() as full, pytest.raises(OSError, match="No space"):
+        full.setattr(Path, "write_text", fill)
+        pull()
+    assert not list((tmp_path / "to").glob("*bundle.toml")), "what looks complete is complete"
+    assert pull().name == "some"
 
 
 def test_a_repository_that_moved_between_two_runs_is_not_mixed(pull: Pull, server: FakeHub) -> None:
