@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from export.manifest import INPUT, OUTPUTS, ArtefactError
-from models.engines import Artefact, EngineError, open_package
+from models.engines import Artefact, EngineError, first_line, open_package
 
 
 def write_aoti(program: ExportedProgram, path: Path) -> tuple[Path, ...]:
@@ -23,8 +23,9 @@ def write_aoti(program: ExportedProgram, path: Path) -> tuple[Path, ...]:
     try:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except (RuntimeError, torch._inductor.exc.CppCompileError, torch._inductor.exc.InvalidCxxCompiler) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:300]
-        raise ArtefactError(f"AOTInductor could not compile {path.name} (is g++ there?): {reason}") from error
+        raise ArtefactError(
+            f"AOTInductor could not compile {path.name} (is g++ there?): {first_line(error)}"
+        ) from error
     return (path,)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoModel
 from torch import Tensor
 
 from export.aoti import open_aoti, write_aoti
@@ -47,7 +46,7 @@ from models.checkpoints import read_lua
 from models.decode import decode_plain
 from models.engines import on_device
 from models.lua import Lua
-from models.vae import choose_vae_dtype
+from models.vae import choose_vae_dtype, read_vae_model
 from models.weight_files import file_hash
 
 
@@ -192,15 +191,9 @@ def open_reference(bundle: Bundle, parts: Sequence[Part], device: torch.device) 
     if "lua" in parts and bundle.lua is not None:
         lua = read_lua(bundle.lua, device)
         bundle.check_lua(lua.spec)
-    place = vae_directory(bundle)
-    vae: Any = AutoModel.from_pretrained(
-        str(place),
-        torch_dtype=torch.float32,
-        use_safetensors=True,
-        local_files_only=True,
-        variant=bundle.variant if bundle.vae is None else None,
-    )
-    return Reference(lua, vae.to(device).eval(), _statistics(bundle, lua), device)
+    vae_directory(bundle)  # says what is missing where it is on the hub
+    vae = read_vae_model(bundle, device, torch.float32).eval()
+    return Reference(lua, vae, _statistics(bundle, lua), device)
 
 
 @contextmanager
@@ -265,35 +258,18 @@ def _check_request(request: Request) -> tuple[int, ...]:
 def _export_part(request: Request, reference: Reference, folder: Path, part: Part, scale: int | None) -> Artefact:
     engine, space = request.engine, request.bundle.latent_space
     precision = _part_precision(part, request.precision, reference)
-    unit = 1
-    graph: torch.nn.Module
-    if reference.lua is not None and scale is not None:
-        unit = reference.lua.spec.window
-        graph = LuaGraph(reference.lua, scale, precision)
-    else:
-        graph = DecoderGraph(reference.vae, DTYPES[precision])
+    graph, unit = _graph(reference, scale, precision)
     # An ONNX graph is traced where its example lies, on the CPU; compiled code is for the device.
     traced_on = request.device if engine == "aoti" else torch.device("cpu")
     program = trace(graph.to(traced_on), space.channels, unit, fused_attention=engine == "aoti")
     path = folder / artefact_name(engine, part, scale)
-    profiles: tuple[Profile, ...] = ()
-    line = None
+    profiles = plan_profiles(unit, request.plan.max_batch) if engine == "tensorrt" else ()
     if engine == "onnx":
         written = write_onnx(program, path, OUTPUTS[part], precision)
     elif engine == "aoti":
         written = write_aoti(program, path)
     else:
-        profiles = plan_profiles(unit, request.plan.max_batch)
         written = (_write_plan(request, program, path, profiles),)
-    if part == "lua" and engine != "aoti":
-        line = trtexec_line(
-            artefact_name("onnx", part, scale),
-            artefact_name("tensorrt", part, scale),
-            space.channels,
-            profiles or plan_profiles(unit, request.plan.max_batch),
-            precision,
-            request.plan,
-        )
     run = _open(engine, path, part, profiles, request.device)
     try:
         parity = _compare(reference, part, scale, precision, run, choose_cases(unit, profiles))
@@ -313,7 +289,28 @@ def _export_part(request: Request, reference: Reference, folder: Path, part: Par
         opset=None if engine == "aoti" else OPSETS[precision],
         profiles=profiles,
         parity=parity,
-        trtexec=line,
+        trtexec=_trtexec(request, part, scale, unit, precision),
+    )
+
+
+def _graph(reference: Reference, scale: int | None, precision: Precision) -> tuple[torch.nn.Module, int]:
+    """What is traced, and the unit of the sides that it takes: LUA at a scale, or the decoder where there is none."""
+    if reference.lua is not None and scale is not None:
+        return LuaGraph(reference.lua, scale, precision), reference.lua.spec.window
+    return DecoderGraph(reference.vae, DTYPES[precision]), 1
+
+
+def _trtexec(request: Request, part: Part, scale: int | None, unit: int, precision: Precision) -> str | None:
+    """The command that makes a plan of the graph elsewhere; compiled code has no graph."""
+    if part != "lua" or request.engine == "aoti":
+        return None
+    return trtexec_line(
+        artefact_name("onnx", part, scale),
+        artefact_name("tensorrt", part, scale),
+        request.bundle.latent_space.channels,
+        plan_profiles(unit, request.plan.max_batch),
+        precision,
+        request.plan,
     )
 
 

@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from export.manifest import INPUT, ArtefactError, Precision
-from models.engine_onnx import PROVIDERS, choose_provider
+from models.engine_onnx import PROVIDERS, choose_provider, runtime_errors
+from models.engines import first_line
 
 # 20 is the first with Gelu, 22 the first whose Conv takes bfloat16.
 OPSETS: dict[Precision, int] = {"fp32": 20, "fp16": 20, "bf16": 22}
@@ -73,7 +74,7 @@ def write_onnx(
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ArtefactError(f"{path.name} is no valid ONNX graph: {_first_line(error)}") from error
+        raise ArtefactError(f"{path.name} is no valid ONNX graph: {first_line(error)}") from error
     check_graph(onnx.load(str(path), load_external_data=False).graph, path.name)
     data = path.with_name(path.name + ".data")
     return (path, data) if data.exists() else (path,)
@@ -102,7 +103,6 @@ def open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """
     try:
         import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as binding
     except ImportError as error:
         raise ArtefactError("onnxruntime is missing; install it with: pip install 'giantleap[cpu]'") from error
     provider = PROVIDERS[device.type]
@@ -113,12 +113,11 @@ def open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    # They share no base of their own.
-    errors = tuple(each for each in vars(binding).values() if isinstance(each, type) and issubclass(each, Exception))
+    errors = runtime_errors()
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=choose_provider(device))
     except errors as error:
-        raise ArtefactError(f"onnxruntime cannot run {path.name} on {device}: {_first_line(error)}") from error
+        raise ArtefactError(f"onnxruntime cannot run {path.name} on {device}: {first_line(error)}") from error
     if session.get_providers()[0] != provider:
         raise ArtefactError(f"onnxruntime runs {path.name} on {session.get_providers()[0]}, not on {provider}")
 
@@ -126,7 +125,7 @@ def open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
         try:
             (output,) = session.run(None, {INPUT: latent.cpu().numpy()})
         except errors as error:
-            raise ArtefactError(f"onnxruntime failed in {path.name}: {_first_line(error)}") from error
+            raise ArtefactError(f"onnxruntime failed in {path.name}: {first_line(error)}") from error
         return torch.from_numpy(output).to(latent.device)
 
     return run
@@ -146,7 +145,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.manifest import ArtefactError, Case, Parity, Part, Precision, Profile
+from models.images import psnr_db
 
 Runner = Callable[[Tensor], Tensor]
 """float32 [batch, channels, h, w] -> float32, on the same device."""
@@ -25,7 +26,6 @@ ALLOWED_ERROR: dict[tuple[Part, Precision], float] = {
 }
 ALLOWED_RELATIVE: dict[Precision, float] = {"fp16": 0.05, "bf16": 0.3}
 ALLOWED_PSNR_DB: dict[Precision, float] = {"fp32": 60.0, "fp16": 50.0, "bf16": 40.0}
-MOST_PSNR_DB = 150.0  # of images that are equal: JSON has no infinity
 # Batch, rows and columns in units of the window. The example of `export.graphs.trace` has (2, 2, 3).
 CASES = ((1, 1, 1), (3, 2, 3), (8, 3, 1), (1, 5, 8))
 PSNR_CASE = 1  # of CASES: large enough to have inner and outer windows, small enough to decode
@@ -87,22 +87,22 @@ def compare(
     """
     mean, std = statistics
     done: list[Case] = []
-    psnr_db: float | None = None
+    decoded_db: float | None = None
     for index, (batch, height, width) in enumerate(cases):
         latents = sample_latents((batch, len(mean), height, width), mean, std, seed=index).to(device)
         with torch.inference_mode(), whole_float32():
             expected, found = reference(latents).float(), run(latents).float()
         done.append(_to_case(found, expected, latents, precision))
         if to_image is not None and index == min(PSNR_CASE, len(cases) - 1):
-            psnr_db = image_psnr(to_image(found[:1]), to_image(expected[:1]))
+            decoded_db = psnr_db(to_image(found[:1]), to_image(expected[:1]))
     worst = max(done, key=lambda case: case.max_error)
     allowed = _allowed_error(part, precision, worst.reference_rms)
     parity = Parity(
         max_error=worst.max_error,
         mean_error=max(case.mean_error for case in done),
         allowed_error=allowed,
-        psnr_db=psnr_db,
-        allowed_psnr_db=None if psnr_db is None else ALLOWED_PSNR_DB[precision],
+        psnr_db=decoded_db,
+        allowed_psnr_db=None if decoded_db is None else ALLOWED_PSNR_DB[precision],
         device=device.type,
         cases=tuple(done),
     )
@@ -137,15 +137,6 @@ def _to_case(found: Tensor, expected: Tensor, latents: Tensor, precision: Precis
         mean_error=error.mean().item(),
         reference_rms=expected.square().mean().sqrt().item(),
     )
-
-
-def image_psnr(image: Tensor, expected: Tensor) -> float:
-    """PSNR in dB of images in [-1, 1], both clamped to it; `MOST_PSNR_DB` at most.
-
-    **Shape** both [batch, 3, height_px, width_px].
-    """
-    error = (image.float().clamp(-1, 1) - expected.float().clamp(-1, 1)).square().mean().item()
-    return MOST_PSNR_DB if error == 0 else min(MOST_PSNR_DB, 10 * math.log10(4 / error))
 
 
 def _allowed_error(part: Part, precision: Precision, reference_rms: float) -> float:

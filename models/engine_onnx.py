@@ -32,6 +32,14 @@ def load_onnxruntime(device: torch.device) -> Any:
     return onnxruntime
 
 
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """Every error of onnxruntime, which share no base of their own, and what its Python part raises."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as binding
+
+    own = [each for each in vars(binding).values() if isinstance(each, type) and issubclass(each, Exception)]
+    return (*own, RuntimeError, ValueError)
+
+
 def open_graph(artefact: Artefact, device: torch.device) -> Runner:
     """Loads a graph.
 
@@ -45,7 +53,7 @@ def open_graph(artefact: Artefact, device: torch.device) -> Runner:
     wanted, chosen = PROVIDERS[device.type], choose_provider(device)
     try:
         session = ort.InferenceSession(str(artefact.path), options, providers=chosen)
-    except Exception as error:  # its errors have no base of their own
+    except runtime_errors() as error:
         raise EngineError(f"onnxruntime cannot load {artefact.path}: {first_line(error)}") from error
     session.disable_fallback()
     started = session.get_providers()

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from export.manifest import ArtefactError, Parity, Precision
-from export.parity import CASES, MOST_PSNR_DB, Runner, choose_cases, compare, image_psnr, sample_latents
+from export.parity import CASES, Runner, choose_cases, compare, sample_latents
 from export.tensorrt_plans import plan_profiles
+from models.images import MOST_PSNR_DB
 
 CHANNELS = 4
 STATISTICS = torch.tensor([0.0, 1.0, -1.0, 0.5]), torch.tensor([1.0, 2.0, 0.5, 1.0])
@@ -109,10 +110,3 @@ def test_sampled_latents_have_the_statistics_of_real_ones_and_are_smooth() -> No
     neighbours = (latents[..., 1:] - latents[..., :-1]).std() / latents.std()
     assert neighbours < 1.2  # 1.41 for white noise
     assert torch.equal(latents, sample_latents((8, CHANNELS, 64, 64), mean, std, seed=0))
-
-
-def test_psnr_is_of_images_between_minus_one_and_one() -> None:
-    black, white = torch.full((1, 3, 4, 4), -1.0), torch.full((1, 3, 4, 4), 1.0)
-    assert image_psnr(black, white) == pytest.approx(0.0)
-    assert image_psnr(black + 0.2, black) == pytest.approx(20.0, abs=1e-4)
-    assert image_psnr(white * 5, white) == MOST_PSNR_DB
