@@ -195,11 +195,13 @@ class Claims:
         results: Sequence[tuple[ResultFile, bytes]],
         stages: Mapping[str, float],
         warnings: Sequence[str],
+        batch_jobs: int = 1,
     ) -> bool:
         """Ends a job with its results; False where the claim was lost or the deadline has passed: nothing is written.
 
         Effects: one atomic script: results and their bytes, record, `done` event, message dropped. Evicts the oldest
-        results of other jobs where the budget needs it. Waits where Redis is away; safe to repeat.
+        results of other jobs where the budget needs it. Waits where Redis is away; safe to repeat. Of a batch of
+        `batch_jobs` the job counts with its share of the time, for estimates.
 
         Raises:
             StorageFull: the results do not fit even then; nothing is written and the claim is still held.
@@ -210,6 +212,7 @@ class Claims:
             files,
             json.dumps(dict(stages)),
             json.dumps(list(warnings)),
+            str(batch_jobs),
             *(blob for _, blob in results),
         ]
         code = self._end(claim, self._finish, rest)
@@ -222,7 +225,12 @@ class Claims:
         return code == 1
 
     def hand_over(
-        self, claim: Claim, latents: bytes | None, stages: Mapping[str, float], warnings: Sequence[str]
+        self,
+        claim: Claim,
+        latents: bytes | None,
+        stages: Mapping[str, float],
+        warnings: Sequence[str],
+        batch_jobs: int = 1,
     ) -> JobState | None:
         """Gives a job to whoever finishes: it waits again, in the finish queue, with its starts counted anew.
 
@@ -235,6 +243,7 @@ class Claims:
                 draw: then the input stays what it is.
             stages: Seconds so far.
             warnings: For the caller of the job.
+            batch_jobs: As for `finish`.
 
         Returns:
             Queued or canceled; None where the claim was lost or the deadline has passed: then nothing is written.
@@ -243,7 +252,8 @@ class Claims:
             StorageFull: the latents do not fit beside what lives; nothing is written and the claim is still held.
             NotReady: Redis did not answer for two minutes.
         """
-        code = self._end(claim, self._hand_over, [json.dumps(dict(stages)), json.dumps(list(warnings)), latents or b""])
+        texts = [json.dumps(dict(stages)), json.dumps(list(warnings)), str(batch_jobs)]
+        code = self._end(claim, self._hand_over, [*texts, latents or b""])
         if code < 0:
             raise StorageFull(
                 f"The latents have {len(latents or b'')} bytes and do not fit beside the inputs of live jobs; "

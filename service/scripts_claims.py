@@ -17,9 +17,9 @@ local function settle()
   drop_message(lane, message)
 end
 
--- How long the job ran in its queue, for estimates.
-local function keep_duration(list, most)
-  redis.call('LPUSH', list, string.format('%.6f', now_us / 1000000 - get_number(id, 'begun_s')))
+-- The worker's time that the job took of its queue, for estimates: jobs of one batch share it.
+local function keep_duration(list, most, batch_jobs)
+  redis.call('LPUSH', list, string.format('%.6f', (now_us / 1000000 - get_number(id, 'begun_s')) / batch_jobs))
   redis.call('LTRIM', list, 0, most)
 end
 
@@ -190,16 +190,17 @@ return 1
 """
 )
 
-# ARGV: limits, the claim, results JSON, stages JSON, warnings JSON, blobs ... Replies 1, 0 lost, -1 no room.
+# ARGV: limits, the claim, results JSON, stages JSON, warnings JSON, jobs of the batch, blobs ... Replies 1, 0 lost,
+# -1 no room.
 FINISH = (
     _OWNER
     + """
 if not owns() then return settled_before() end
 if past(ARGV[8]) then return 0 end
 local bytes, fields = 0, {}
-for i = 10, #ARGV do
+for i = 11, #ARGV do
   bytes = bytes + #ARGV[i]
-  fields[#fields + 1] = i - 10
+  fields[#fields + 1] = i - 11
   fields[#fields + 1] = ARGV[i]
 end
 if not make_room(bytes - get_number(id, 'input_bytes')) then return -1 end
@@ -212,20 +213,21 @@ if bytes > 0 then
 end
 redis.call('HSET', job_key(id), 'results', ARGV[7], 'warnings', ARGV[9])
 redis.call('HDEL', job_key(id), 'error')
-keep_duration(P .. ':durations', 99)
-keep_duration(P .. ':durations:' .. queue_of(id), 30)
+keep_duration(P .. ':durations', 99, tonumber(ARGV[10]))
+keep_duration(P .. ':durations:' .. queue_of(id), 30, tonumber(ARGV[10]))
 close_job(id, 'succeeded', ARGV[8])
 settle()
 return 1
 """
 )
 
-# ARGV: limits, the claim, stages JSON, warnings JSON, latents or '' where the input is one. Replies 1, 0 lost, -1 no
-# room, 2 canceled. The latents take the place of the input, and the job waits anew, with all its starts before it.
+# ARGV: limits, the claim, stages JSON, warnings JSON, jobs of the batch, latents or '' where the input is one. Replies
+# 1, 0 lost, -1 no room, 2 canceled. The latents take the place of the input, and the job waits anew, all its starts
+# before it.
 HAND_OVER = (
     _OWNER
     + """
-local stages, warnings, latents, held = ARGV[7], ARGV[8], ARGV[9], get_number(id, 'input_bytes')
+local stages, warnings, latents, held = ARGV[7], ARGV[8], ARGV[10], get_number(id, 'input_bytes')
 if not owns() then return settled_before() end
 if past(stages) then return 0 end
 if get(id, 'cancel') then
@@ -238,7 +240,7 @@ if latents ~= '' then
   redis.call('SET', P .. ':input:' .. id, latents)
   count_bytes(#latents - held)
   redis.call('HSET', job_key(id), 'input_bytes', #latents, 'stages', stages, 'warnings', warnings)
-  keep_duration(P .. ':durations:' .. queue_of(id), 30)
+  keep_duration(P .. ':durations:' .. queue_of(id), 30, tonumber(ARGV[9]))
 end
 redis.call('HSET', job_key(id), 'part', '+finish', 'deliveries', 0)
 redis.call('HDEL', job_key(id), 'error')

@@ -184,7 +184,7 @@ class Worker:
             most_items = self._most_items(job)
         except DoesNotFit as error:  # the API did not know this device, or it has more bundles than thought
             for claim in batch:
-                self._end(claim, [to_job_error(error)], {}, len(items))
+                self._end(claim, [to_job_error(error)], {}, len(items), len(batch))
             return
         self._metrics.observe_batch(job.params.kind, len(items))
         route.reset_peak_memory()
@@ -208,7 +208,7 @@ class Worker:
         peak = route.peak_memory()
         self._metrics.set_peak_memory(str(route.device), peak.source, peak.size_bytes)
         for claim, ended in _by_claim(batch, outcomes):
-            self._end(claim, ended, stages_s, len(items))
+            self._end(claim, ended, stages_s, len(items), len(batch))
 
     def _most_items(self, job: Job) -> int:
         """How many images of a job may be on the device at once.
@@ -225,7 +225,14 @@ class Worker:
         require_fit(job.params, bundle, [place], self._settings.max_image_px)
         return most_items(job.params, bundle, place, most)
 
-    def _end(self, claim: Claim, outcomes: Sequence[Outcome], stages_s: Mapping[str, float], batch_items: int) -> None:
+    def _end(
+        self,
+        claim: Claim,
+        outcomes: Sequence[Outcome],
+        stages_s: Mapping[str, float],
+        batch_items: int,
+        batch_jobs: int,
+    ) -> None:
         """Write what became of one job: the first error of an image fails it, a stop ends or hands it back."""
         stages_s = _with_drawing(claim, stages_s)
         status: Status
@@ -240,24 +247,29 @@ class Worker:
             self._claims.release([claim])
             return
         elif latents:
-            status, owned = self._hand_over(claim, latents, stages_s)
+            status, owned = self._hand_over(claim, latents, stages_s, batch_jobs)
         else:
-            status, owned = self._finish(claim, outputs, stages_s)
+            status, owned = self._finish(claim, outputs, stages_s, batch_jobs)
         if not owned:
             self._metrics.count_fenced()
         self._record(claim, status if owned else None, stages_s, batch_items)
 
-    def _hand_over(self, claim: Claim, latents: Sequence[Latent], stages_s: Mapping[str, float]) -> tuple[Status, bool]:
+    def _hand_over(
+        self, claim: Claim, latents: Sequence[Latent], stages_s: Mapping[str, float], batch_jobs: int
+    ) -> tuple[Status, bool]:
+        blob = to_latents_blob(latents)
         try:
-            state = self._claims.hand_over(claim, to_latents_blob(latents), stages_s, self._warnings(claim))
+            state = self._claims.hand_over(claim, blob, stages_s, self._warnings(claim), batch_jobs)
         except StorageFull as error:
             return self._fail(claim, to_job_error(error), stages_s)
         return JobState.CANCELED if state is JobState.CANCELED else "handed over", state is not None
 
-    def _finish(self, claim: Claim, outputs: Sequence[Output], stages_s: Mapping[str, float]) -> tuple[JobState, bool]:
+    def _finish(
+        self, claim: Claim, outputs: Sequence[Output], stages_s: Mapping[str, float], batch_jobs: int
+    ) -> tuple[JobState, bool]:
         files = [(output.file, output.content) for output in outputs]
         try:
-            owned = self._claims.finish(claim, files, stages_s, self._warnings(claim))
+            owned = self._claims.finish(claim, files, stages_s, self._warnings(claim), batch_jobs)
         except StorageFull as error:
             return self._fail(claim, to_job_error(error), stages_s)
         if owned:

@@ -64,6 +64,7 @@ class FakeClaims:
     released_ids: list[str] = field(default_factory=list)
     events: list[tuple[str, str, dict[str, object]]] = field(default_factory=list)
     warnings: dict[str, list[str]] = field(default_factory=dict)
+    batch_jobs: dict[str, int] = field(default_factory=dict)
     polls: int = 0
 
     def claim(self, max_jobs: int, block_s: float) -> list[Claim]:
@@ -85,7 +86,9 @@ class FakeClaims:
         results: Sequence[tuple[ResultFile, bytes]],
         stages: Mapping[str, float],
         warnings: Sequence[str],
+        batch_jobs: int = 1,
     ) -> bool:
+        self.batch_jobs[claim.job.id] = batch_jobs
         if claim.job.id in self.full_ids:
             raise StorageFull("no room")
         if claim.job.id in self.lost_ids:
@@ -97,8 +100,14 @@ class FakeClaims:
         return True
 
     def hand_over(
-        self, claim: Claim, latents: bytes | None, stages: Mapping[str, float], warnings: Sequence[str]
+        self,
+        claim: Claim,
+        latents: bytes | None,
+        stages: Mapping[str, float],
+        warnings: Sequence[str],
+        batch_jobs: int = 1,
     ) -> JobState | None:
+        self.batch_jobs[claim.job.id] = batch_jobs
         if claim.job.id in self.full_ids:
             raise StorageFull("no room")
         if claim.job.id in self.lost_ids:

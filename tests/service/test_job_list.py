@@ -98,6 +98,31 @@ def test_start_is_estimated_from_the_jobs_before_it_and_the_median_of_its_bundle
     asyncio.run(scenario())
 
 
+def test_jobs_of_one_batch_share_its_time_in_the_estimates(
+    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    tag = Keys(settings.key_prefix).tag
+
+    async def scenario() -> None:
+        async with open_broker(visibility_timeout_s=60.0) as producer:
+            worker = open_claims(visibility_timeout_s=60.0)
+            for _ in range(5):
+                await producer.enqueue(make_job())
+            claims = worker.claim(5, 1.0)
+            seconds, _ = redis_client.time()
+            for claim in claims:
+                redis_client.hset(f"{tag}:job:{claim.job.id}", "begun_s", seconds - 4000)
+            for claim in claims[:4]:
+                assert worker.finish(claim, [], {}, [], batch_jobs=4)
+            assert worker.hand_over(claims[4], b"latents", {}, [], batch_jobs=2) is JobState.QUEUED
+            shares = [float(text) for text in redis_client.lrange(f"{tag}:durations:pocket", 0, -1)]
+            assert shares == pytest.approx([2000] + 4 * [1000], abs=60)
+            assert [float(text) for text in redis_client.lrange(f"{tag}:durations", 0, -1)] == shares[1:]
+            assert (await producer.stats()).recent_job_median_s == pytest.approx(1000, abs=60)
+
+    asyncio.run(scenario())
+
+
 def test_retry_after_counts_a_waiting_job_with_the_median_of_its_bundle() -> None:
     queued = {("slow", Priority.HIGH): 2, ("slow", Priority.LOW): 1, ("new", Priority.HIGH): 4}
     stats = QueueStats(queued, 1, 1, 0, 0.0, 32, 2, 3.0, 0, 1, queue_median_s={"slow": 20.0})

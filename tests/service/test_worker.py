@@ -62,6 +62,7 @@ def test_jobs_of_one_kind_run_together_and_each_gets_its_own_images() -> None:
     route = FakeRoute()
     metrics = run_all(route, claims)
     assert route.batches == [6]
+    assert claims.batch_jobs == {"job-10": 3, "job-20": 3, "job-30": 3}, "jobs, not images"
     found = {name: [pixel(content) for _, content in files] for name, files in claims.finished.items()}
     assert found == {"job-10": [10, 11], "job-20": [20, 21], "job-30": [30, 31]}
     assert [file.seed for file, _ in claims.finished["job-20"]] == [20, 21]
