@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from service.allocator import keep_freed_memory
+from models.allocator import keep_freed_memory
 from service.claims import Claim, Claims
 from service.embedded_redis import EmbeddedRedis
 from service.jobs import ResultFile, UpscaleParams

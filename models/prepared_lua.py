@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.allocator import keep_freed_memory
 from models.lua import Lua, ScaleHead, check_latent, pad_to_window
 from models.lua_spec import grown_side
 from models.prepared_layers import Layout, Norm, fold_norm
@@ -26,7 +27,6 @@ from models.swin import ResidualGroup, SwinBlock, shift_mask
 HEAD_DIM_MULTIPLE = 8  # 30 -> 32: zeros that cost 3 % in the linear layers and save 8 to 14 % of the attention
 GRIDS_KEPT = 8  # sizes whose indices and masks are kept; one of 256 x 256 at window 8 takes 2 MiB
 TOKENS_AT_ONCE = {torch.float32: 512, torch.bfloat16: 1024}  # per thread; measured at 180 channels, 1 MiB of L2
-_LARGEST_MOVING_BLOCK_BYTES = 31 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,16 +249,6 @@ class PreparedLua:
         while len(self._grids) > GRIDS_KEPT:
             self._grids.popitem(last=False)
         return grids
-
-
-def keep_freed_memory() -> None:
-    """Lets a process keep freed memory of up to 64 MiB instead of fetching it anew, zeroed, for each portion.
-
-    glibc gives back what is freed at the end of its heap beyond twice the largest block that was ever mapped and freed,
-    up to 32 MiB (`man mallopt`, M_MMAP_THRESHOLD); this is such a block. It is never written to, so it takes no memory.
-    Other allocators are not moved by it.
-    """
-    torch.empty(_LARGEST_MOVING_BLOCK_BYTES, dtype=torch.uint8)
 
 
 def _run_blocks(blocks: Sequence[PreparedBlock], tokens: Tensor, grids: Grids) -> Tensor:

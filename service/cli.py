@@ -130,7 +130,7 @@ def _read_twice(given: Mapping[str, object]) -> tuple[Settings, Callable[[], Set
 def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -> None:
     import uvicorn
 
-    from service.allocator import keep_freed_memory
+    from models.allocator import keep_freed_memory
     from service.api import create_app
     from service.http_protocol import BoundedHttp
 
@@ -184,7 +184,7 @@ def worker(
     if lifeline_fd is not None:
         stop_with_parent(lifeline_fd, settings.drain_grace_s)
 
-    from service.allocator import keep_freed_memory
+    from models.allocator import keep_freed_memory
     from service.worker import run_worker
 
     keep_freed_memory()

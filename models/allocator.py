@@ -1,0 +1,25 @@
+"""Keeps the memory that a freed buffer leaves, for the next one: glibc would give it back and fault it in again.
+
+LUA on a CPU takes and drops buffers of some MiB for every portion of a block, and each request with a latent several of
+its size, in the API and in the worker. As glibc comes, it may map each of them anew, page by page: packing a Redis
+command of 512 KiB took 0.75 ms, and takes 0.04 ms with this.
+"""
+
+import ctypes
+
+# Of <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# Where glibc's own bounds end up when large blocks happen to be freed in the right order (mallopt(3)).
+_KEPT_BYTES = 64 << 20
+_REUSED_BYTES = 32 << 20
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep up to 64 MiB that it freed, and reuse buffers of up to 32 MiB.
+
+    Effects: for the life of the process. None where the C library is not glibc, which then does as it always does.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, _REUSED_BYTES)
