@@ -28,7 +28,8 @@ class Preference:
 def read_preference(prefer: str | None, longest_s: float) -> Preference:
     """The preferences respond-async and wait=N; others are ignored, as RFC 7240 asks.
 
-    With both, `wait=N` says how long to wait before the asynchronous answer. `longest_s` caps the wait.
+    With both, `wait=N` says how long to wait before the asynchronous answer; of several the first counts (section 2).
+    `longest_s` caps the wait.
 
     Raises:
         MalformedRequest: wait has no whole number of seconds.
@@ -43,7 +44,7 @@ def read_preference(prefer: str | None, longest_s: float) -> Preference:
             digits = value.strip().strip('"')
             if not (digits.isascii() and digits.isdigit() and len(digits) <= 9):
                 raise MalformedRequest("Prefer: wait needs a whole number of seconds, for example wait=10")
-            wait_s = min(float(digits), longest_s)
+            wait_s = min(float(digits), longest_s) if wait_s is None else wait_s
     if wait_s is None and respond_async:
         wait_s = 0.0
     return Preference(wait_s)

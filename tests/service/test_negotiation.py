@@ -50,6 +50,7 @@ def test_nothing_acceptable_is_said(accept: str) -> None:
         ("respond-async, wait=5", 5, "wait=5"),
         ("wait=0", 0, "respond-async"),
         ("wait=1000", 300, "wait=300"),
+        ("wait=5, wait=10", 5, "wait=5"),
     ],
 )
 def test_preference_is_read_and_echoed(prefer: str | None, wait_s: float | None, applied: str | None) -> None:
