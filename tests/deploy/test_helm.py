@@ -12,8 +12,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from models.stages import DRAWING, FINISHING
 from service.jobs import Priority
-from service.keys import Keys, lane
+from service.keys import Keys, lane, queues_of
 from service.redis_urls import read_address
 from service.settings import Settings
 from tests.deploy.chart_helm import HelmMissing, HelmProgram, HelmRefused, find_helm
@@ -43,8 +44,9 @@ CLUSTER = {
     "redis": {"mode": "cluster", "addresses": ["n1:7000", "n2:7001"]},
     "pools": [{"name": "a", "resources": {}, "autoscaling": {"enabled": True, "jobsPerWorker": 2}}],
 }
+SPLIT: dict[str, Any] = yaml.safe_load((CHART / "values-split.yaml").read_text())
 VALUES: dict[str, dict[str, Any]] = {
-    "defaults": {}, "gpu": GPU, "everything": EVERYTHING, "sentinel": SENTINEL, "cluster": CLUSTER
+    "defaults": {}, "gpu": GPU, "everything": EVERYTHING, "sentinel": SENTINEL, "cluster": CLUSTER, "split": SPLIT
 }  # fmt: skip
 OLDEST, NEWEST = "1.25", "1.34"
 Manifest = dict[str, Any]
@@ -287,6 +289,23 @@ def test_the_scaler_counts_the_streams_that_the_service_writes(name: str, kind: 
         assert all(isinstance(value, str) for value in trigger["metadata"].values()), "KEDA takes strings"
 
 
+def test_split_pools_run_their_own_stages_and_are_scaled_by_their_own_queues() -> None:
+    manifests = render(SPLIT)
+    found = {each["metadata"]["name"]: env_of(each) for each in of_kind(manifests, "Deployment")}
+    assert "GIANTLEAP_STAGES" not in found["prod-giantleap-api"]
+    keys, (bundle,) = Keys(Settings.model_fields["key_prefix"].default), (each["name"] for each in SPLIT["bundles"])
+    for pool, stages in (("draw", DRAWING), ("finish", FINISHING)):
+        assert found[f"prod-giantleap-worker-{pool}"]["GIANTLEAP_STAGES"] == stages
+        (scaled,) = (
+            each for each in of_kind(manifests, "ScaledObject") if each["metadata"]["name"].endswith(f"-{pool}")
+        )
+        streams = [trigger["metadata"]["stream"] for trigger in scaled["spec"]["triggers"]]
+        (queue,) = queues_of(bundle, stages)
+        assert streams == [keys.stream(lane(queue, priority)) for priority in Priority]
+    whole = render(SPLIT | {"pools": [SPLIT["pools"][0] | {"stages": ""}]})
+    assert "GIANTLEAP_STAGES" not in env_of(of_kind(whole, "Deployment")[1]), "a pool of all stages needs no other"
+
+
 def test_pools_serve_their_own_bundles_and_the_api_all() -> None:
     found = {each["metadata"]["name"]: each for each in of_kind(render(GPU), "Deployment")}
     image = "/opt/giantleap/lib/python3.12/site-packages/bundles/pocket"
@@ -344,6 +363,10 @@ def test_metrics_are_scraped_where_they_are_served_and_rules_are_those_that_are_
         ({"replicas": 3}, "replicas"),
         ({"ingress": {"enabled": True}}, "host"),
         ({"pools": [{"name": "a", "resources": {}, "autoscaling": {"minReplicas": 0}}]}, "minReplicas"),
+        ({"pools": [{"name": "a", "resources": {}, "stages": "decode"}]}, "stages"),
+        ({"pools": [{"name": "a", "resources": {}, "stages": "generate"}]}, "none runs upscale,decode"),
+        ({"pools": [{"name": "a", "resources": {}, "stages": "upscale,decode"}]}, "none runs generate"),
+        ({"settings": {"GIANTLEAP_STAGES": "generate"}}, "set by the chart"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused(wrong: dict[str, Any], said: str) -> None:

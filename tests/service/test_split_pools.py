@@ -1,0 +1,306 @@
+"""Split pools end to end: two workers with real networks beside a whole one, processes that are killed, readiness."""
+
+import asyncio
+import io
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+import safetensors.torch
+import torch
+from PIL import Image
+
+from models.bundle import Bundle, read_bundle
+from models.bundle_memory import read_memory_plan
+from models.stages import DRAWING, FINISHING, WHOLE, Stages
+from service.api import create_app
+from service.broker import Broker
+from service.device_memory import Device, Loaded, missing_stages
+from service.errors import BadConfiguration, DoesNotFit
+from service.fitting import Place, require_fit, to_work
+from service.jobs import Job, JobRecord, JobState, UpscaleParams
+from service.keys import Keys
+from service.settings import POCKET_BUNDLE, Settings, read_settings
+from service.supervisor import serve
+from service.worker import run_worker
+from tests.service.fake_broker import FakeBroker
+from tests.service.fakes import GENERATE, UPSCALE
+from tests.service.paper_bundle import write_paper_bundle
+from tests.waiting import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
+TIMEOUT_S = 120.0
+MIB = 1 << 20
+HALVES: tuple[Stages, ...] = (DRAWING, FINISHING)
+
+
+@contextmanager
+def running(settings: Settings, *pools: Stages) -> Iterator[None]:
+    """A ready worker in a thread for each of the pools; fails the test when one raised or did not stop."""
+    stop, ready, threads = threading.Event(), threading.Semaphore(0), []
+    errors: list[BaseException] = []
+
+    def run(stages: Stages) -> None:
+        try:
+            run_worker(settings.model_copy(update={"stages": stages}), stop, on_ready=ready.release)
+        except BaseException as error:  # noqa: BLE001 - handed to the test's own thread
+            errors.append(error)
+            ready.release()
+
+    try:
+        for stages in pools:  # one after the other: the libraries that load models are not made for threads
+            threads.append(threading.Thread(target=run, args=(stages,)))
+            threads[-1].start()
+            assert ready.acquire(timeout=TIMEOUT_S) and not errors, errors
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(TIMEOUT_S)
+    assert not errors and not any(thread.is_alive() for thread in threads), errors
+
+
+@pytest.fixture
+def tiny(settings: Settings, tiny_bundle_dir: Path) -> Settings:
+    """Images one by one, so that the order in which jobs come changes no bit of them."""
+    changes: dict[str, object] = {"bundle": (tiny_bundle_dir,), "torch_threads": 1, "device": "cpu", "batch_items": 1}
+    return settings.model_copy(update=changes | {"visibility_timeout_s": 20.0})
+
+
+def asked_jobs(make_job: Any) -> list[tuple[Job, bytes | None]]:
+    """Drawn and given, to images and latents, one and several, by each method."""
+    drawn = {"bundle": "tiny", "width_px": 128, "height_px": 128, "steps": 2}
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(picture, "PNG")
+    latent = safetensors.torch.save({"latent": torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))})
+    given = UpscaleParams(2, "tiny", 1, 16, 8, 8, "image", "png")
+    jobs: list[tuple[Job, bytes | None]] = [
+        (make_job(**drawn, num_images=2, output_format="webp"), None),
+        (make_job(**drawn, strength=0.5, prompt="zeppelin " * 90), picture.getvalue()),
+        (make_job(**drawn | {"scale": 1, "width_px": 64, "height_px": 64}), None),
+        (make_job(**drawn, method="swinir"), None),
+        (make_job(**drawn, method="direct"), None),
+    ]
+    given_jobs = [given, replace(given, output="latent"), replace(given, image_width_px=64, image_height_px=64)]
+    bodies = [latent, latent, picture.getvalue()]
+    for params, body in zip(given_jobs, bodies, strict=True):
+        jobs.append((replace(make_job(bundle="tiny"), params=params), body))
+    return jobs
+
+
+async def run_jobs(broker: Broker, jobs: list[tuple[Job, bytes | None]]) -> list[tuple[JobRecord, list[bytes]]]:
+    """Each record once it is final, and its results."""
+    for job, body in jobs:
+        await broker.enqueue(job, body)
+    ended = []
+    for job, _ in jobs:
+        record = await broker.wait(job.id, TIMEOUT_S)
+        found = [await broker.read_result(job.id, index) for index in range(len(record.results))]
+        ended.append((record, [content for content in found if content is not None]))
+    return ended
+
+
+def test_two_pools_give_the_answers_of_one_to_the_bit(tiny: Settings, open_broker: Any, make_job: Any) -> None:
+    async def scenario() -> None:
+        async with open_broker(visibility_timeout_s=20.0) as broker:
+            with running(tiny, WHOLE):
+                expected = await run_jobs(broker, asked_jobs(make_job))
+            jobs = asked_jobs(make_job)
+            with running(tiny, *HALVES):
+                found = await run_jobs(broker, jobs)
+                await broker.read_devices()
+                assert sorted(device.stages for device in broker.devices) == sorted(HALVES)
+                assert missing_stages(broker.devices) == []
+            for (whole, files), (split, split_files) in zip(expected, found, strict=True):
+                assert whole.state is split.state is JobState.SUCCEEDED, split.error
+                assert split_files == files and len(files) == len(whole.results) and split.results == whole.results
+                assert set(split.stages) == set(whole.stages) and split.warnings == whole.warnings
+            assert found[1][0].warnings, "what the drawing worker had to say came through"
+            names = [event.name async for event in broker.events(jobs[0][0].id)]
+            assert names[0] == "queued" and names[-1] == "done" and names.count("done") == 1
+            assert names.count("started") == names.count("queued") == 2
+            stages = [event.data["stage"] async for event in broker.events(jobs[0][0].id) if event.name == "stage"]
+            assert stages[0] == "generate" and stages[-1] == "encode" and stages.count("generate") == 2
+            assert (await broker.stats()).live_workers == 0
+
+    asyncio.run(scenario())
+
+
+class Pool:
+    """Fake worker processes of one deployment, what they noted, and the word on which they go on."""
+
+    def __init__(self, client: redis.Redis, settings: Settings) -> None:
+        self._client, self._prefix = client, settings.key_prefix
+        self._url = str(settings.redis_url)
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, stages: Stages) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, str(FAKE_WORKER), self._url, self._prefix, "2.0", stages]
+        self.started.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT))
+        return self.started[-1]
+
+    def notes(self, what: str) -> list[int]:
+        """Process ids, in order."""
+        lines = [line.decode().split() for line in self._client.lrange(f"{self._prefix}-log", 0, -1)]
+        return [int(pid) for name, _, pid in lines if name == what]
+
+    def await_note(self, what: str, worker: "subprocess.Popen[bytes]") -> None:
+        wait_until(lambda: worker.pid in self.notes(what), f"{what} by {worker.args}")
+
+    def go(self, on: bool) -> None:
+        if on:
+            self._client.set(f"{self._prefix}-go", 1, ex=600)
+        else:
+            self._client.delete(f"{self._prefix}-go")
+
+
+@pytest.fixture
+def pool(redis_client: redis.Redis, settings: Settings) -> Iterator[Pool]:
+    made = Pool(redis_client, settings)
+    yield made
+    for worker in made.started:
+        worker.kill()
+        worker.wait()
+
+
+def test_a_killed_drawer_is_drawn_again_and_a_killed_finisher_only_finished_again(
+    pool: Pool, open_broker: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    async def scenario() -> None:
+        async with open_broker(visibility_timeout_s=2.0) as broker:
+            job = make_job(negative_prompt="hold")
+            await broker.enqueue(job, b"a picture to start from")
+            victim = pool.start(DRAWING)
+            pool.await_note("start", victim)
+            victim.kill()
+            drawer = pool.start(DRAWING)
+            pool.await_note("start", drawer)
+            pool.go(True)
+            pool.await_note("handed", drawer)
+            pool.go(False)
+            second_victim = pool.start(FINISHING)
+            pool.await_note("start", second_victim)
+            second_victim.kill()
+            finisher = pool.start(FINISHING)
+            pool.await_note("start", finisher)
+            pool.go(True)
+            record = await broker.wait(job.id, 60.0)
+            assert record.state is JobState.SUCCEEDED and record.stages["generate"] == 1.0
+            assert await broker.read_result(job.id, 0) == f"{job.id} by {finisher.pid}".encode()
+            assert pool.notes("start") == [victim.pid, drawer.pid, second_victim.pid, finisher.pid]
+            assert pool.notes("handed") == [drawer.pid]
+            names = [event.name async for event in broker.events(job.id)]
+            assert names.count("done") == 1 and names.count("started") == 4
+
+    asyncio.run(scenario())
+    tag = Keys(settings.key_prefix).tag
+    streams = list(redis_client.scan_iter(f"{tag}:stream:*"))
+    assert len(streams) == 4 and not any(redis_client.xlen(stream) for stream in streams)
+    assert not list(redis_client.scan_iter(f"{tag}:input:*")) and not redis_client.exists(f"{tag}:running")
+
+
+def loaded(stages: Stages, *names: str) -> Device:
+    return Device("cpu", 1 << 30, {name: Loaded("float32", 0) for name in names}, stages)
+
+
+def test_a_half_without_a_worker_is_named() -> None:
+    assert missing_stages([]) == missing_stages([loaded(WHOLE, "a", "b")]) == []
+    assert missing_stages([loaded(DRAWING, "a"), loaded(FINISHING, "a"), loaded(WHOLE, "b")]) == []
+    assert missing_stages([loaded(DRAWING, "a", "b"), loaded(FINISHING, "b", "c")]) == [
+        "no worker runs upscale,decode of bundle a",
+        "no worker runs generate of bundle c",
+    ]
+
+
+def test_the_service_is_ready_when_both_halves_are(tmp_path: Path) -> None:
+    broker = FakeBroker(devices=(loaded(DRAWING, "paper"),))
+    app = create_app(read_settings(bundle=(write_paper_bundle(tmp_path / "paper"),)), broker)  # type: ignore[arg-type]
+
+    async def scenario() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+            answer = await client.get("/readyz")
+            assert answer.status_code == 503
+            assert answer.json()["reasons"] == ["no worker runs upscale,decode of bundle paper"]
+            broker.devices = (loaded(DRAWING, "paper"), loaded(FINISHING, "paper"))
+            assert (await client.get("/readyz")).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_device_of_another_version_runs_all_stages_and_one_of_unknown_stages_is_refused() -> None:
+    text = loaded(FINISHING, "a").to_json()
+    assert Device.from_json(text).stages == FINISHING
+    old = text.replace(f', "stages": "{FINISHING}"', "")
+    assert Device.from_json(old).stages == WHOLE
+    with pytest.raises(ValueError, match="stages"):
+        Device.from_json(text.replace(FINISHING, "decode"))
+
+
+@pytest.fixture(scope="module")
+def pocket() -> Bundle:
+    return read_bundle(POCKET_BUNDLE)
+
+
+def test_each_half_plans_memory_for_its_own_weights_and_stages(pocket: Bundle) -> None:
+    whole = read_memory_plan(pocket, "cpu", "float32")
+    drawing, finishing = (whole.of_stages(stages) for stages in HALVES)
+    assert 0 < drawing.weights_bytes < whole.weights_bytes and 0 < finishing.weights_bytes < whole.weights_bytes
+    both_bytes = drawing.weights_bytes + finishing.weights_bytes
+    assert both_bytes == whole.weights_bytes + whole.vae_weights_bytes, "both have the VAE"
+    assert drawing.of_stages(DRAWING) == drawing and whole.of_stages(WHOLE) == whole
+    params = replace(GENERATE, width_px=256, height_px=256, strength=0.5)
+    found = {plan.stages: set(plan.estimate(to_work(params, pocket)).stages) for plan in (whole, drawing, finishing)}
+    assert found == {
+        WHOLE: {"encode", "generate", "upscale", "decode"},
+        DRAWING: {"encode", "generate"},
+        FINISHING: {"upscale", "decode"},
+    }
+    image = replace(UPSCALE, channels=16, image_width_px=64, image_height_px=64)
+    assert set(finishing.estimate(to_work(image, pocket)).stages) == {"encode", "upscale", "decode"}
+    assert not drawing.estimate(to_work(image, pocket)).stages
+
+
+def test_a_job_needs_a_place_for_each_half(pocket: Bundle) -> None:
+    whole = read_memory_plan(pocket, "cpu", "float32")
+    drawing, finishing = (whole.of_stages(stages) for stages in HALVES)
+    large = replace(GENERATE, width_px=1024, height_px=1024, method="direct", scale=2)
+
+    def fits(*places: Place) -> bool:
+        try:
+            require_fit(large, pocket, places, 10**9)
+        except DoesNotFit:
+            return False
+        return True
+
+    roomy, tight = 1 << 40, 1
+    assert fits(Place(drawing, roomy), Place(finishing, roomy))
+    assert not fits(Place(drawing, roomy), Place(finishing, tight)), "nobody can finish it"
+    assert not fits(Place(drawing, tight), Place(finishing, roomy)), "nobody can draw it"
+    assert fits(Place(drawing, tight), Place(finishing, roomy), Place(whole, roomy))
+    assert fits(Place(drawing, roomy)), "a half without a worker is not known to be too small"
+    with pytest.raises(DoesNotFit) as caught:
+        require_fit(large, pocket, [Place(drawing, roomy), Place(finishing, 7)], 10**9)
+    assert caught.value.device_bytes == 7, "the device that refuses"
+
+
+@pytest.mark.parametrize("wrong", ["decode", "upscale", "generate,decode", "decode,upscale", ""])
+def test_other_stages_are_refused(wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"stages\n.*'generate,upscale,decode', 'generate' or 'upscale,decode'"):
+        read_settings(stages=wrong)
+
+
+def test_what_needs_all_stages_says_so() -> None:
+    with pytest.raises(ValueError, match="measure_protocol"):
+        read_settings(stages=DRAWING, measure_protocol=True)
+    with pytest.raises(BadConfiguration, match="worker --stages"):
+        serve(read_settings(stages=FINISHING), read_settings)
