@@ -58,7 +58,8 @@ class PublishedForward(nn.Module):
         w = net.spec.window
         steps = torch.stack(torch.meshgrid(torch.arange(w), torch.arange(w), indexing="ij")).flatten(1)
         offset = (steps[:, :, None] - steps[:, None, :]).permute(1, 2, 0) + w - 1
-        self.register_buffer("index", offset[..., 0] * (2 * w - 1) + offset[..., 1])
+        index = offset[..., 0] * (2 * w - 1) + offset[..., 1]
+        self.register_buffer("index", index.to(next(net.parameters()).device))
 
     def forward(self, latent: Tensor, scale: int) -> Tensor:
         """**Shape** [batch, channels, height, width] -> [batch, channels, scale * height, scale * width]."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.published_swinir import PublishedForward
 from models.decode import decode_exact, decode_plain
 from models.decode_plan import DecoderShape, plan_decode
 from models.guard import Guard
@@ -79,6 +80,12 @@ def _to_meta(grids: Grids) -> Grids:
 
     given = {each.name: getattr(grids, each.name) for each in fields(grids)}
     return Grids(**{name: moved(one) if isinstance(one, Grid) else one.to(META) for name, one in given.items()})
+
+
+def test_the_yardstick_of_the_engines_has_its_buffers_where_the_network_is() -> None:
+    published = PublishedForward(Lua(SPEC).eval().to(META))
+    with OneDevice(), torch.inference_mode():
+        assert published(on_meta(2, 4, 8, 12), 2).device == META
 
 
 def test_the_guard_makes_everything_where_its_input_is() -> None:
