@@ -3,13 +3,14 @@
 `python chaos_worker.py JOURNAL`, settings from the environment. A job takes two milliseconds a step; one whose seed is
 `LONG_SEED` takes `LONG_S` at its first start. The journal has a line `<what> <job> <delivery> <pid> <monotonic s>`
 before work (start), before the end is asked for (ending) and after the queue's answer (accepted, refused), so that
-what a kill left out is known.
+what a kill left out is known. One that only draws hands over, and notes that (handed).
 """
 
 import os
 import sys
 import time
 
+from models.stages import DRAWING
 from service.claims import Claim, Claims
 from service.jobs import GenerateParams, ResultFile
 from service.redis_urls import open_redis
@@ -24,7 +25,7 @@ def work(claim: Claim) -> None:
     params = claim.job.params
     if not isinstance(params, GenerateParams):
         time.sleep(0.002)
-    elif params.seed == LONG_SEED and claim.delivery == 1:
+    elif params.seed == LONG_SEED and claim.delivery == 1 and claim.drawn is None:
         time.sleep(LONG_S)
     else:
         time.sleep(2 * params.steps / 1000)
@@ -33,7 +34,7 @@ def work(claim: Claim) -> None:
 def main(journal: str) -> None:
     settings = read_settings()
     assert settings.redis_url is not None
-    claims = Claims(open_redis(settings.redis_url), settings, ["paper"], "chaos")
+    claims = Claims(open_redis(settings.redis_url), settings, ["paper"], "chaos", stages=settings.stages)
     claims.open()
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
@@ -46,6 +47,11 @@ def main(journal: str) -> None:
             note("start", claim)
             work(claim)
             content = f"{claim.job.id} {claim.delivery} {os.getpid()}".encode()
+            if settings.stages == DRAWING:
+                latents = content if isinstance(claim.job.params, GenerateParams) else None
+                handed = claims.hand_over(claim, latents, {}, ())
+                note("refused" if handed is None else "handed", claim)
+                continue
             note("ending", claim)
             ended = claims.finish(claim, [(ResultFile("image/png", len(content)), content)], {}, ())
             note("accepted" if ended else "refused", claim)

@@ -20,6 +20,7 @@ import httpx
 import numpy as np
 from safetensors.numpy import save
 
+from models.stages import WHOLE, Stages
 from service.settings import Settings, to_environment
 from tests.chaos.chaos_worker import LONG_SEED
 
@@ -40,15 +41,17 @@ class Note(NamedTuple):
 
 @dataclass
 class Fleet:
-    """An API process and workers, started with the settings' environment."""
+    """An API process and workers, started with the settings' environment; they run the stages of `pools` in turn."""
 
     settings: Settings
     journal: Path
+    pools: tuple[Stages, ...] = (WHOLE,)
     workers: list["subprocess.Popen[bytes]"] = field(default_factory=list)
     killed_pids: list[int] = field(default_factory=list)
     _api: "subprocess.Popen[bytes] | None" = None
     _notes: list[Note] = field(default_factory=list)
     _read_bytes: int = 0
+    _stages: dict[int, Stages] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._environment = {**os.environ, **to_environment(self.settings), "PYTHONPATH": str(ROOT)}
@@ -57,21 +60,22 @@ class Fleet:
         self.journal.touch()
         command = [sys.executable, "-m", "service.cli", "api"]
         self._api = subprocess.Popen(command, env=self._environment, cwd=ROOT)
-        for _ in range(workers):
-            self.start_worker()
+        for number in range(workers):
+            self.start_worker(self.pools[number % len(self.pools)])
 
-    def start_worker(self) -> None:
-        command = [sys.executable, str(WORKER), str(self.journal)]
-        self.workers.append(subprocess.Popen(command, env=self._environment, cwd=ROOT))
+    def start_worker(self, stages: Stages) -> None:
+        command, environment = [sys.executable, str(WORKER), str(self.journal)], {"GIANTLEAP_STAGES": stages}
+        self.workers.append(subprocess.Popen(command, env=self._environment | environment, cwd=ROOT))
+        self._stages[self.workers[-1].pid] = stages
 
     def kill_worker(self, worker: "subprocess.Popen[bytes]") -> None:
-        """SIGKILL, and another in its place."""
+        """SIGKILL, and another of its pool in its place."""
         assert worker.poll() is None, f"worker {worker.pid} had ended by itself with code {worker.returncode}"
         worker.kill()
         worker.wait()
         self.workers.remove(worker)
         self.killed_pids.append(worker.pid)
-        self.start_worker()
+        self.start_worker(self._stages[worker.pid])
 
     def stop(self) -> None:
         for worker in self.workers:

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import redis
 
+from models.stages import DRAWING, FINISHING, WHOLE, Stages
 from service.keys import Keys
 from service.redis_urls import LOST
 from service.settings import read_settings
@@ -43,7 +44,7 @@ _END_S = 300.0
 class Run:
     """One run: its processes, its clients, and what was done to them."""
 
-    def __init__(self, store: Store, root: Path, jobs: int) -> None:
+    def __init__(self, store: Store, root: Path, jobs: int, pools: tuple[Stages, ...] = (WHOLE,)) -> None:
         self.store, self.jobs = store, jobs
         settings = read_settings(
             redis_url=store.url,
@@ -54,7 +55,7 @@ class Run:
             max_deliveries=10,
             log_level="error",
         )
-        self.fleet = Fleet(settings, root / "journal")
+        self.fleet = Fleet(settings, root / "journal", pools)
         self.clients = Clients(f"http://127.0.0.1:{settings.port}", jobs, SEED)
         self.done: Counter[str] = Counter()
         self._frozen = asyncio.Event()
@@ -139,8 +140,8 @@ class Run:
                 return
             await asyncio.sleep(0.5)
 
-    def report(self, verdict: Verdict, **more: object) -> None:
-        """Prints what happened and stores it under the name of the store."""
+    def report(self, verdict: Verdict, name: str, **more: object) -> None:
+        """Prints what happened and stores it under the name of the run."""
         notes = self.fleet.notes()
         starts = Counter(note.job_id for note in notes if note.what == "start")
         found = {
@@ -160,7 +161,7 @@ class Run:
         } | more
         print(json.dumps(found, indent=2))
         stored = json.loads(REPORT.read_text()) if REPORT.exists() else {}
-        stored[type(self.store).__name__] = found
+        stored[name] = found
         REPORT.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
 
 
@@ -184,11 +185,24 @@ def test_every_accepted_job_ends_exactly_once(tmp_path: Path) -> None:
     try:
         run = Run(store, tmp_path, jobs=2000)
         verdict = run.execute(kills=20, harms=3)
-        run.report(verdict)
+        run.report(verdict, "OneServer")
     finally:
         store.stop()
     assert run.done == {"worker kills": 20, "Redis kills": 3, "frozen workers": 1}
     assert len(set(run.clients.accepted.values())) == 2000
+    assert verdict.is_clean, verdict
+
+
+def test_every_job_of_split_pools_ends_exactly_once(tmp_path: Path) -> None:
+    store = OneServer(tmp_path / "redis")
+    try:
+        run = Run(store, tmp_path, jobs=500, pools=(DRAWING, FINISHING))
+        verdict = run.execute(kills=10, harms=1)
+        run.report(verdict, "SplitPools", handed_over=run.fleet.count("handed"))
+    finally:
+        store.stop()
+    assert run.done == {"worker kills": 10, "Redis kills": 1, "frozen workers": 1}
+    assert run.fleet.count("handed") >= 300, "three jobs of four are drawn"
     assert verdict.is_clean, verdict
 
 
@@ -210,7 +224,7 @@ def test_failover_loses_at_most_what_the_old_master_had_not_sent(tmp_path: Path)
                 if note.what == "accepted" and _was_just_before(note.at_s, killed_at_s)
             ),
         }
-        run.report(verdict, jobs_at_risk=len(at_risk))
+        run.report(verdict, "Replicated", jobs_at_risk=len(at_risk))
     finally:
         store.stop()
     assert run.done == {"worker kills": 5, "Redis kills": 1, "frozen workers": 1}
