@@ -64,8 +64,8 @@ class EngineFigures:
     """One variant of one case; `error` says why there are no figures.
 
     `ratio` is the speed over `published` in the same dtype, `ratio_float32` over `published float32`, `share` the part
-    of the card's own matrix-product rate in that dtype. `max_error` is to `published float32` without TF32, whose answer
-    has the deviation `std`.
+    of the card's own matrix-product rate in that dtype. `max_error` is to `published float32` without TF32, and `std`
+    the deviation of that answer.
     """
 
     preset: str
