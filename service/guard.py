@@ -176,13 +176,17 @@ def bounded_json(request: Request, receive: Receive) -> Receive:
 def refuse_other_sites(request: Request, origins: frozenset[str]) -> None:
     """Keeps a page of another site from using the service through a visitor's browser, where it runs without keys.
 
-    Browsers send `Sec-Fetch-Site` with each request and pages cannot change it; other clients do not send it.
+    Browsers send `Sec-Fetch-Site` with each request to https or loopback and `Origin` with each change that is asked for;
+    pages cannot alter them, other clients do not send them.
 
     Raises:
         Forbidden: a browser asks for a change on behalf of a site that is not among `origins`.
     """
     headers: Headers = request.headers
-    if request.method in _READING or headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is None and origin is not None:
+        site = "same-origin" if origin.partition("://")[2] == headers.get("host") else "cross-site"
+    if request.method in _READING or site in (None, "same-origin", "none"):
         return
-    if headers.get("origin") not in origins:
+    if origin not in origins:
         raise Forbidden("a page of another site may not call this service; GIANTLEAP_CORS_ORIGINS lists those that may")

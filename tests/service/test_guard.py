@@ -448,6 +448,23 @@ async def test_a_page_of_another_site_may_not_act_through_a_visitors_browser(
         assert (await client.delete(f"/jobs/{job_id}", headers={"Sec-Fetch-Site": site})).status_code == 403
 
 
+async def test_over_plain_http_a_page_is_known_by_its_origin(bundle_dirs: tuple[Path, ...], broker: FileBroker) -> None:
+    """A browser says `Sec-Fetch-Site` only to https and to loopback; the origin of a post it says everywhere."""
+    app = build_app(broker, bundle_dirs, cors_origins="https://app.example.org")
+    broker.end = succeed
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap:8000") as client:
+        for origin, status in (
+            ("http://evil.example", 403),
+            ("http://giantleap", 403),
+            ("null", 403),
+            ("http://giantleap:8000", 200),
+            ("https://app.example.org", 200),
+        ):
+            answer = await client.post("/generate", json={"prompt": PROMPT}, headers={"Origin": origin})
+            assert answer.status_code == status, origin
+        assert (await client.get("/models", headers={"Origin": "http://evil.example"})).status_code == 200
+
+
 async def test_a_page_that_may_call_may_send_every_header_of_a_route(
     bundle_dirs: tuple[Path, ...], broker: FileBroker
 ) -> None:
