@@ -176,7 +176,7 @@ def bounded_json(request: Request, receive: Receive) -> Receive:
 def refuse_other_sites(request: Request, origins: frozenset[str]) -> None:
     """Keeps a page of another site from using the service through a visitor's browser, where it runs without keys.
 
-    Browsers send `Sec-Fetch-Site` with each request to https or loopback and `Origin` with each change that is asked for;
+    Browsers send `Sec-Fetch-Site` with each request to https or loopback, and `Origin` wherever a change is asked for;
     pages cannot alter them, other clients do not send them.
 
     Raises:
