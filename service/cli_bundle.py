@@ -113,7 +113,8 @@ def check(
         route = Route.open(bundle, where, choose_dtype(settings.dtype, where, bundle.dtype))
         _draw_once(route, bundle, chosen, typer.echo)
     except (ValueError, OSError, CheckpointError) as error:
-        stop(f"bundle {bundle.name}: {error}")
+        named = f"bundle {bundle.name}: "
+        stop(named + str(error).removeprefix(named))
     _tell_missing(bundle)
 
 

@@ -7,6 +7,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -168,6 +169,8 @@ def evaluate(
     device: DeviceOption = "auto",
 ) -> None:
     """Measure weights against bicubic; what cannot be measured is named with its reason."""
+    if find_spec("torchmetrics") is None:  # asked before pictures are encoded: the metrics come last
+        stop('torchmetrics is missing: pip install "giantleap[train]"')
     from models.foreign_weights import CheckpointError
     from models.vae import VaeError
     from training.evaluate import EvaluateConfig

@@ -13,6 +13,8 @@ import typer
 
 from benchmarks.readme_figures import RESULTS, put_blocks, to_blocks
 from models.bundle import read_bundle
+from models.bundle_descriptor import from_toml
+from models.latent_space import LATENT_SPACES
 from service.cli import app
 from service.planning import plan_generate
 from service.problems import InvalidFields
@@ -111,6 +113,14 @@ def test_bodies_of_generate_are_taken_by_the_pocket_bundle(name: str) -> None:
                 plan_generate(asked, bundle, settings, 7, "png")
             taken += 1
     assert taken >= 3
+
+
+def test_the_bundle_of_the_guide_is_one() -> None:
+    page = (ROOT / "docs" / "bundles" / "README.md").read_text()
+    (descriptor,) = (block for block in _blocks(page) if "[pipeline]" in block)
+    assert from_toml(descriptor.encode()).bundle.name == "mine"
+    families = re.search(r"Known families: ([\w\s,.-]+?)\. ", page)
+    assert families is not None and set(re.split(r",\s+", families[1])) == set(LATENT_SPACES)
 
 
 def test_the_readme_has_the_figures_of_the_reports() -> None:

@@ -149,6 +149,7 @@ def test_check_finds_a_changed_byte_and_refuses_an_unknown_method(
     weights.write_bytes(content)
     ended = run("check", target)
     assert ended.exit_code == 2 and "has sha256" in _plain(ended.output)
+    assert ended.output.count("bundle tiny: ") == 1, ended.output
 
 
 def test_check_runs_the_pocket_bundle_directly(run: Run) -> None:

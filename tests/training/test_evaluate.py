@@ -213,3 +213,9 @@ def test_what_cannot_be_measured_is_refused(pictures: Path, tiny_bundle_dir: Pat
             EvaluateConfig(tiny_bundle_dir, tmp_path / "out", images=pictures, lua=(tmp_path / "far.safetensors",)), CPU
         )
     assert not (tmp_path / "out").exists(), "nothing is written before all is measured"
+
+
+def test_missing_metrics_are_told_before_pictures_are_encoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("service.cli_train.find_spec", lambda name: None)
+    answer = CliRunner().invoke(app, ["evaluate", "--bundle", "none", "--images", "none", "--out", str(tmp_path)])
+    assert answer.exit_code == 2 and 'pip install "giantleap[train]"' in answer.output
