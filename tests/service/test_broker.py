@@ -18,6 +18,7 @@ from service.jobs import JobError, JobEvent, JobState, Priority, QueueStats, Res
 from service.keys import Keys
 from service.redis_urls import open_async_redis
 from service.settings import Settings
+from tests.waiting import wait_until
 
 SERVERS = ["system", "bundled"] if find_bundled_server() else ["system"]
 PNG = ResultFile("image/png", 3, seed=7)
@@ -336,17 +337,17 @@ def test_wait_gives_the_latest_record_at_its_timeout(open_broker: Any, make_job:
 def test_waiters_share_one_connection(
     open_broker: Any, make_job: Any, redis_client: redis.Redis, start_server: Any
 ) -> None:
+    def subscribed() -> int:
+        return sum(int(client["sub"]) for client in redis_client.client_list())
+
     async def scenario() -> None:
         async with open_broker() as producer:
             job = make_job()
             await producer.enqueue(job)
-            await asyncio.sleep(0.2)
-            subscribed = sum(int(client["sub"]) for client in redis_client.client_list())
+            await asyncio.to_thread(wait_until, lambda: subscribed() == 1, "the broker listens")
             waits = [asyncio.create_task(producer.wait(job.id, 0.5)) for _ in range(20)]
             await asyncio.sleep(0.25)
-            blocked = redis_client.info("clients")["blocked_clients"]
-            assert sum(int(client["sub"]) for client in redis_client.client_list()) == subscribed == 1
-            assert blocked == 0
+            assert subscribed() == 1 and redis_client.info("clients")["blocked_clients"] == 0
             await asyncio.gather(*waits)
 
     asyncio.run(scenario())
