@@ -15,9 +15,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from service.cli_options import BAD_CONFIGURATION
 from service.errors import BadConfiguration
+from service.fleet import Child, Fleet, Launch, plan_restart, to_reason
 from service.metrics import HostCollector
 from service.settings import Settings, read_settings, to_environment
-from service.supervisor import Child, Fleet, Launch, open_listener, plan_restart, reload, to_reason
+from service.supervisor import open_listener, reload
 from service.watchdog import HUNG
 
 
@@ -84,7 +85,7 @@ def test_a_misspelt_setting_is_refused() -> None:
 def test_the_listener_is_inherited_by_children() -> None:
     with open_listener("127.0.0.1", 0) as listener:
         assert os.get_inheritable(listener.fileno())
-        with socket.create_connection(listener.getsockname(), timeout=5):
+        with socket.create_connection(listener.getsockname(), timeout=60):
             connection, _ = listener.accept()
             connection.close()
 
@@ -93,7 +94,7 @@ def test_a_child_stops_when_the_pipe_to_its_parent_closes() -> None:
     child = (
         "import signal, sys, threading; from service.supervisor import stop_with_parent; stop = threading.Event();"
         "signal.signal(signal.SIGTERM, lambda *_: stop.set()); stop_with_parent(int(sys.argv[1]), 5.0);"
-        "print('up', flush=True); sys.exit(0 if stop.wait(20) else 3)"
+        "print('up', flush=True); sys.exit(0 if stop.wait(60) else 3)"
     )
     read_fd, write_fd = os.pipe()
     process = subprocess.Popen(
@@ -102,7 +103,7 @@ def test_a_child_stops_when_the_pipe_to_its_parent_closes() -> None:
     os.close(read_fd)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     os.close(write_fd)
-    assert process.wait(10) == 0
+    assert process.wait(90) == 0
 
 
 FAKE_CHILD = """
