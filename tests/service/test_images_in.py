@@ -2,8 +2,11 @@
 
 import io
 import struct
+import threading
+import time
 import zlib
 from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from service import images_in
 from service.errors import GiantleapError, InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
-from service.images_in import check_image, is_image, read_base64, read_image
+from service.images_in import check_image, fit_image, is_image, read_base64, read_image
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -101,6 +105,28 @@ def test_a_turned_image_is_read_whatever_else_its_exif_data_hold() -> None:
 def test_other_bodies_are_refused(body: bytes, content_type: str, error: type[GiantleapError]) -> None:
     with pytest.raises(error):
         check_image(body, content_type, 10**6)
+
+
+def test_few_images_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body of some kilobytes may be an image that takes a quarter of a gigabyte while it is read."""
+    lock, running, seen = threading.Lock(), 0, []
+
+    def read(body: bytes, most_px: int) -> Any:
+        nonlocal running
+        with lock:
+            running += 1
+            seen.append(running)
+        time.sleep(0.01)
+        with lock:
+            running -= 1
+        return PIXELS
+
+    monkeypatch.setattr(images_in, "read_image", read)
+    with ThreadPoolExecutor(16) as pool:
+        checked = [pool.submit(check_image, PNG, None, 54) for _ in range(16)]
+        fitted = [pool.submit(fit_image, PNG, 54, 4, 4) for _ in range(16)]
+        assert all(each.result() for each in (*checked, *fitted))
+    assert len(seen) == 32 and max(seen) <= images_in.DECODES_AT_ONCE
 
 
 def test_animation_is_refused() -> None:
