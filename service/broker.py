@@ -13,6 +13,7 @@ import logging
 import math
 import re
 import statistics
+import uuid
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ from service.keys import FINISH, Keys
 from service.records import read_record
 from service.redis_urls import LOST, AsyncRedis, check_client, is_passing
 from service.settings import Settings
+from service.uploads import run_with_input
 
 _POLL_S = 1.0
 _DEVICES_EVERY_S = 3.0
@@ -185,9 +187,10 @@ class Broker:
         if idempotency_key is not None:
             keys.append(self._keys.idempotency(idempotency_key, job.owner))
         args: list[str | bytes] = [self._limits, job.id, job.bundle, job.priority.value, job.to_json(), digest]
-        args += [job.owner, str(-1 if most_live is None else most_live), body or b"", _extra(job)]
+        args += [job.owner, str(-1 if most_live is None else most_live)]
         self._ends.forget(job.id)
-        verdict, job_id, number, start_s = await self._answer(self._enqueue(keys=keys, args=args))
+        extra = _extra(job, len(body or b""))
+        verdict, job_id, number, start_s = await self._answer(self._put(keys, args, extra, body))
         if verdict in (b"full", b"full_px"):
             limit, what = self._settings.queue_limit, "jobs"
             if verdict == b"full_px":
@@ -214,6 +217,22 @@ class Broker:
                 "request: send it unchanged or choose a new key."
             )
         return Enqueued(job_id.decode(), verdict == b"created", max(0, number), float(start_s) if start_s else None)
+
+    async def _put(self, keys: list[str], args: list[str | bytes], extra: str, body: bytes | None) -> list[Any]:
+        """The reply of ENQUEUE, with the body in front of it where there is one.
+
+        While callers are being refused it asks first, so that nobody's body is sent for nothing.
+        """
+        loop = asyncio.get_running_loop()
+        reply: list[Any] = [b"upload"]
+        if not body or loop.time() < self._refusal[1]:
+            reply = await self._enqueue(keys=keys, args=[*args, "", extra])
+        if body and reply[0] == b"upload":
+            upload = self._keys.upload(uuid.uuid4().hex)
+            reply = await run_with_input(self._redis, self._enqueue, upload, body, keys, [*args, upload, extra])
+        if reply[0] == b"upload":
+            raise redis.ConnectionError("the input did not arrive whole")
+        return reply
 
     async def spend(self, owner: str, per_minute: int) -> float:
         """Pays for one request of an owner that may send so many a minute: 0, or the seconds until the next may come.
@@ -416,9 +435,10 @@ async def _sha256(body: bytes | None) -> str:
     return (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
 
 
-def _extra(job: Job) -> str:
+def _extra(job: Job, input_bytes: int) -> str:
     """What the enqueue script reads of a job besides its lane, where there is any."""
     extra: dict[str, object] = {"latent_px": job.latent_px, "cancel_after_s": job.cancel_after_s}
+    extra["input_bytes"] = input_bytes
     extra["finish"] = isinstance(job.params, UpscaleParams)
     if job.webhook is not None:
         extra["webhook"] = json.dumps(dataclasses.asdict(job.webhook))

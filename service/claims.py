@@ -27,6 +27,7 @@ from service.jobs import GenerateParams, Job, JobError, JobState, ResultFile
 from service.keys import FINISH, Keys, claim_order
 from service.redis_urls import LOST, SyncRedis, check_client, run_patiently, run_script
 from service.settings import Settings
+from service.uploads import run_with_results
 
 _POLL_S = 1.0
 _BACKOFF_CAP_S = 2.0
@@ -96,7 +97,7 @@ class Claims:
         self._renew = self._register(scripts_claims.RENEW)
         self._emit = self._register(scripts_claims.EMIT)
         self._stopped = self._register(scripts_claims.STOPPED)
-        self._finish = self._register(scripts_claims.FINISH)
+        self._finish = redis.register_script(scripts.PRELUDE + scripts_claims.FINISH)
         self._hand_over = self._register(scripts_claims.HAND_OVER)
         self._fail = self._register(scripts_claims.FAIL)
         self._finish_canceled = self._register(scripts_claims.FINISH_CANCELED)
@@ -208,16 +209,13 @@ class Claims:
             NotReady: Redis did not answer for two minutes.
         """
         files = json.dumps([dataclasses.asdict(file) for file, _ in results])
-        rest: list[str | bytes] = [
-            files,
-            json.dumps(dict(stages)),
-            json.dumps(list(warnings)),
-            str(batch_jobs),
-            *(blob for _, blob in results),
-        ]
-        code = self._end(claim, self._finish, rest)
+        blobs = [blob for _, blob in results]
+        size_bytes = sum(map(len, blobs))
+        upload = self._keys.upload(f"{self._consumer}:{claim.job.id}") if size_bytes else ""
+        rest = [files, json.dumps(dict(stages)), json.dumps(list(warnings)), str(batch_jobs)]
+        rest += [upload, str(len(blobs)), str(size_bytes)]
+        code = self._end(claim, partial(self._run_finish, upload, blobs), rest)
         if code < 0:
-            size_bytes = sum(len(blob) for _, blob in results)
             raise StorageFull(
                 f"The results have {size_bytes} bytes and do not fit beside the inputs of live jobs; "
                 f"{self._settings.blob_budget_bytes} bytes are allowed in all: raise blob_budget_bytes."
@@ -296,6 +294,14 @@ class Claims:
 
     def _register(self, text: str) -> RunScript:
         return partial(run_script, self._redis.register_script(scripts.PRELUDE + text))
+
+    def _run_finish(self, upload: str, blobs: Sequence[bytes], keys: Sequence[str], args: Sequence[str]) -> int:
+        """One attempt at the script FINISH, with the results in front of it where there are any."""
+        if not upload:
+            code: int = run_script(self._finish, keys, args)
+        else:
+            code = run_patiently(lambda: run_with_results(self._redis, self._finish, upload, blobs, keys, args))
+        return code
 
     def _tag(self) -> list[str]:
         return [self._keys.tag]

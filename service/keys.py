@@ -16,6 +16,7 @@ The Lua scripts in `service.scripts` build the same names from the tag; what eac
 | {tag}:events:<id>               | stream | progress                                          | event limit, then TTL |
 | {tag}:input:<id>                | string | input blob                                        | live, byte budget     |
 | {tag}:result:<id>               | hash   | result blobs by index                             | TTL, byte budget      |
+| {tag}:upload:<name>             | string, hash | a blob on its way to one of these           | a minute              |
 | {tag}:blob_bytes                | string | bytes of all blobs                                | one number            |
 | {tag}:blob_results, :blob_sizes | zset, hash | expiry and bytes of each job's results        | results that live     |
 | {tag}:idempotency:<sha256>      | string | payload digest and job id                         | TTL                   |
@@ -81,6 +82,9 @@ class Keys:
 
     def result(self, job_id: str) -> str:
         return f"{self.tag}:result:{job_id}"
+
+    def upload(self, name: str) -> str:
+        return f"{self.tag}:upload:{name}"
 
     def idempotency(self, caller_key: str, owner: str = "") -> str:
         """Keys of one owner mean nothing to another; a space stands in neither."""

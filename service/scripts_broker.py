@@ -1,20 +1,25 @@
 """The scripts that `service.broker` runs: a job comes in, is read, is canceled, is overdue. See `service.scripts`."""
 
 # KEYS[2], if the caller gave an idempotency key: its name. ARGV: limits, job id, bundle, priority, job JSON, payload
-# digest, owner or '', the owner's most live jobs or -1, body or '', JSON of what else there is: latent_px,
-# cancel_after_s, webhook (JSON in JSON), finish where nothing is drawn: such a job waits in the finish queue once a
-# worker has made one.
+# digest, owner or '', the owner's most live jobs or -1, name of the uploaded input (`service.uploads`) or '', JSON of
+# what else there is: latent_px, cancel_after_s, webhook (JSON in JSON), input_bytes, finish where nothing is drawn:
+# such a job waits in the finish queue once a worker has made one.
 # Replies {verdict, job id, queue position, seconds until the start or ''}; verdicts: created, existing, mismatch, full,
-# full_px, busy, storage.
+# full_px, busy, storage; upload: it may come in, but its input is not there.
 ENQUEUE = """
-local id, bundle, priority, job, digest, body = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[9]
+local id, bundle, priority, job, digest, upload = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[9]
 local owner, most_live = ARGV[7], tonumber(ARGV[8])
 local caller_key, extra = KEYS[2], cjson.decode(ARGV[10] or '{}')
-local latent_px, cancel_after_s = extra.latent_px or 0, extra.cancel_after_s
-if body == '' then body = nil end
+local latent_px, cancel_after_s, input_bytes = extra.latent_px or 0, extra.cancel_after_s, extra.input_bytes or 0
+
+-- Nothing comes in: neither does the input that was sent along.
+local function refuse(verdict, known_id, number)
+  if upload ~= '' then redis.call('UNLINK', upload) end
+  return {verdict, known_id, number, ''}
+end
 local function existing(known_id, known_digest)
-  if known_digest ~= digest then return {'mismatch', known_id, -1, ''} end
-  return {'existing', known_id, redis.call('EXISTS', job_key(known_id)) == 1 and position(known_id) or -1, ''}
+  if known_digest ~= digest then return refuse('mismatch', known_id, -1) end
+  return refuse('existing', known_id, redis.call('EXISTS', job_key(known_id)) == 1 and position(known_id) or -1)
 end
 
 if caller_key then
@@ -27,10 +32,10 @@ local depth = redis.call('ZCARD', P .. ':delayed')
 for _, lane in ipairs(redis.call('SMEMBERS', P .. ':lanes')) do
   depth = depth + redis.call('XLEN', P .. ':stream:' .. lane)
 end
-if depth >= C.queue_limit then return {'full', id, depth, ''} end
+if depth >= C.queue_limit then return refuse('full', id, depth) end
 local queued_px = tonumber(redis.call('GET', P .. ':queued_px') or 0)
 local over_px = C.queue_limit_latent_px > 0 and queued_px + latent_px > C.queue_limit_latent_px
-if over_px and queued_px > 0 then return {'full_px', id, queued_px, ''} end
+if over_px and queued_px > 0 then return refuse('full_px', id, queued_px) end
 local live = P .. ':live:' .. owner
 if most_live >= 0 and redis.call('SCARD', live) >= most_live then
   -- Every end of a job takes it out of the set; one whose record went in another way must not count for ever.
@@ -38,15 +43,17 @@ if most_live >= 0 and redis.call('SCARD', live) >= most_live then
     local state = get(known, 'state')
     if not state or is_final(state) then redis.call('SREM', live, known) end
   end
-  if redis.call('SCARD', live) >= most_live then return {'busy', id, redis.call('SCARD', live), ''} end
+  if redis.call('SCARD', live) >= most_live then return refuse('busy', id, redis.call('SCARD', live)) end
 end
-if body then
-  if not make_room(#body) then return {'storage', id, blob_bytes(), ''} end
-  redis.call('SET', P .. ':input:' .. id, body)
-  count_bytes(#body)
+if input_bytes > 0 then
+  if upload == '' or redis.call('STRLEN', upload) ~= input_bytes then return refuse('upload', id, -1) end
+  if not make_room(input_bytes) then return refuse('storage', id, blob_bytes()) end
+  redis.call('RENAME', upload, P .. ':input:' .. id)
+  redis.call('PERSIST', P .. ':input:' .. id)
+  count_bytes(input_bytes)
 end
 redis.call('HSET', job_key(id), 'job', job, 'bundle', bundle, 'priority', priority, 'digest', digest,
-  'deliveries', 0, 'input_bytes', body and #body or 0)
+  'deliveries', 0, 'input_bytes', input_bytes)
 if extra.finish and redis.call('EXISTS', P .. ':stream:' .. bundle .. '+finish:' .. priority) == 1 then
   redis.call('HSET', job_key(id), 'part', '+finish')
 end

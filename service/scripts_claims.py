@@ -190,22 +190,23 @@ return 1
 """
 )
 
-# ARGV: limits, the claim, results JSON, stages JSON, warnings JSON, jobs of the batch, blobs ... Replies 1, 0 lost,
-# -1 no room.
+# ARGV: limits, the claim, results JSON, stages JSON, warnings JSON, jobs of the batch, name of the uploaded results
+# (`service.uploads`) or '', their number, their bytes. Replies 1, 0 lost, -1 no room, -2 the upload is not there.
 FINISH = (
     _OWNER
     + """
-if not owns() then return settled_before() end
-if past(ARGV[8]) then return 0 end
-local bytes, fields = 0, {}
-for i = 11, #ARGV do
-  bytes = bytes + #ARGV[i]
-  fields[#fields + 1] = i - 11
-  fields[#fields + 1] = ARGV[i]
+local upload, files, bytes = ARGV[11], tonumber(ARGV[12]), tonumber(ARGV[13])
+local function refuse(code)
+  if upload ~= '' then redis.call('UNLINK', upload) end
+  return code
 end
-if not make_room(bytes - get_number(id, 'input_bytes')) then return -1 end
-if bytes > 0 then
-  redis.call('HSET', P .. ':result:' .. id, unpack(fields))
+if not owns() then return refuse(settled_before()) end
+if past(ARGV[8]) then return refuse(0) end
+if upload ~= '' and redis.call('HLEN', upload) ~= files + 1 then return refuse(-2) end
+if not make_room(bytes - get_number(id, 'input_bytes')) then return refuse(-1) end
+if upload ~= '' then
+  redis.call('HDEL', upload, '')
+  redis.call('RENAME', upload, P .. ':result:' .. id)
   redis.call('PEXPIRE', P .. ':result:' .. id, C.ttl_ms)
   redis.call('ZADD', P .. ':blob_results', string.format('%.3f', now_us / 1000 + C.ttl_ms), id)
   redis.call('HSET', P .. ':blob_sizes', id, bytes)

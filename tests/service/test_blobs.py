@@ -1,6 +1,7 @@
 """Inputs and results under the byte budget, against a real Redis: the account is exact whatever happens."""
 
 import asyncio
+import json
 import time
 import uuid
 from typing import Any
@@ -62,7 +63,11 @@ class BlobAccount(RuleBasedStateMachine):
     @rule(size_bytes=st.integers(0, 60))
     def enqueue(self, size_bytes: int) -> None:
         job = self.make_job()
-        args = [job.id, "pocket", "high", job.to_json(), "digest", "", -1, b"i" * size_bytes]
+        upload = self.keys.upload(job.id) if size_bytes else ""
+        if upload:
+            self.client.set(upload, b"i" * size_bytes)
+        extra = json.dumps({"input_bytes": size_bytes})
+        args = [job.id, "pocket", "high", job.to_json(), "digest", "", -1, upload, extra]
         verdict = self.call(scripts_broker.ENQUEUE, *args)[0]
         self.known.append(job.id)
         assert verdict == (b"created" if self.make_room(size_bytes) else b"storage")
@@ -131,6 +136,7 @@ class BlobAccount(RuleBasedStateMachine):
         assert inputs == {job_id: size for job_id, size in self.inputs.items() if size}
         assert results == self.results
         assert int(counted or 0) == self.used_bytes() <= BUDGET_BYTES
+        assert list(self.client.scan_iter(match=self.keys.upload("*"))) == []
 
     def teardown(self) -> None:
         self.client.delete(*self.client.scan_iter(match=f"{self.keys.tag}*"), "absent")

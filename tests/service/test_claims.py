@@ -1,6 +1,7 @@
 """The worker's side against a real Redis, both the system's and the bundled one."""
 
 import dataclasses
+import json
 import threading
 import time
 from collections import Counter
@@ -41,8 +42,11 @@ def put(settings: Settings, redis_client: redis.Redis, make_job: Any) -> Iterato
     def enqueue(priority: Priority = Priority.HIGH, body: bytes | None = None, **rest: Any) -> Job:
         job: Job = make_job(priority, **rest)
         args: list[Any] = [scripts.limits(settings), job.id, job.bundle, priority.value, job.to_json()]
-        args += ["digest", "", -1]
-        reply = script([Keys(settings.key_prefix).tag], args + ([] if body is None else [body]))
+        args += ["digest", "", -1, "", "{}"]
+        if body:
+            args[-2:] = [Keys(settings.key_prefix).upload(job.id), json.dumps({"input_bytes": len(body)})]
+            redis_client.set(args[-2], body)
+        reply = script([Keys(settings.key_prefix).tag], args)
         assert reply[0] == b"created"
         return job
 
