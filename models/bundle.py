@@ -36,19 +36,6 @@ from models.latent_statistics import StatisticsError, read_statistics
 from models.lua_spec import SPEC_KEY, LuaSpec, grown_side, is_whole
 from models.weight_files import file_hash, weight_files
 
-__all__ = [
-    "Bundle",
-    "BundleError",
-    "Descriptor",
-    "Method",
-    "MethodError",
-    "ModelSource",
-    "SizeError",
-    "check_files",
-    "read_bundle",
-    "write_bundle",
-]
-
 DESCRIPTOR = "bundle.toml"
 # What the API must know of a pipeline class without loading it; `models.generator.FAMILIES` holds the rest.
 NO_NEGATIVE_PROMPT = frozenset({"FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline"})

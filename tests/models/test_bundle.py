@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from models.bundle import Bundle, BundleError, Descriptor, SizeError, check_files, read_bundle, write_bundle
+from models.bundle import Bundle, BundleError, SizeError, check_files, read_bundle, write_bundle
+from models.bundle_descriptor import Descriptor
 from models.checkpoints import write_lua
 from models.latent_space import LATENT_SPACES
 from models.lua import Lua, LuaSpec
