@@ -1,5 +1,6 @@
 """The pages keep their promises: links lead somewhere, commands and bodies are taken, figures are of the reports."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -185,3 +186,23 @@ def test_figures_are_those_of_the_reports(page: str, figures: Any) -> None:
     text = " ".join((ROOT / "docs" / page).read_text().split())
     for figure in figures():
         assert " ".join(figure.split()) in text, figure
+
+
+def _resolve(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    parts, found = name.split("."), None
+    for length in range(1, len(parts) + 1):
+        if found is not None and hasattr(found, parts[length - 1]):
+            found = getattr(found, parts[length - 1])
+        else:
+            try:
+                found = importlib.import_module(".".join(parts[:length]))
+            except ModuleNotFoundError:
+                return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/training.md", "docs/export.md"])
+def test_functions_named_in_the_guides_exist(name: str) -> None:
+    named = re.findall(r"`((?:models|service|training|export)(?:\.[A-Za-z_]\w*)+)[`(]", (ROOT / name).read_text())
+    assert [each for each in named if not _resolve(each)] == []
