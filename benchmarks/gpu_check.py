@@ -8,7 +8,6 @@ protocol (batch 1, 20 warm-ups, median) and measures the peak of allocated memor
 
 import itertools
 import json
-import statistics
 import subprocess
 import tempfile
 import time
@@ -29,6 +28,7 @@ from benchmarks.machine import read_machine
 from models.decode import decode_exact
 from models.decode_plan import DecodeMethod, DecoderShape, estimate_peak_bytes, plan_decode
 from models.lua import preset as lua_preset
+from service.protocol import to_statistics
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -138,12 +138,12 @@ def measure_case(case: GpuFigures, vae: Any, device: torch.device, plain: Tensor
     peak_bytes = torch.cuda.max_memory_allocated(device) - before_bytes
     reserved_bytes = torch.cuda.max_memory_reserved(device)
     seconds, warmups = time_runs(run, device)
-    ordered = sorted(seconds)
+    timed = to_statistics(seconds)
     figures = {
         "warmups": warmups,
         "runs": len(seconds),
-        "median_s": statistics.median(seconds),
-        "p95_s": ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))],
+        "median_s": timed.median_s,
+        "p95_s": timed.p95_s,
         "peak_bytes": peak_bytes,
         "reserved_bytes": reserved_bytes,
         "estimated_bytes": estimate,

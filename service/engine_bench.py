@@ -20,6 +20,7 @@ from models.generator import DrawItem
 from models.images import psnr_db
 from models.route import Route, synchronize
 from service.engine_files import find_artefacts
+from service.protocol import to_statistics
 from service.settings import Settings
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -38,7 +39,7 @@ class Timing:
 
     @property
     def p95_s(self) -> float:
-        return sorted(self.wall_s)[min(len(self.wall_s) - 1, round(0.95 * len(self.wall_s)))]
+        return to_statistics(self.wall_s).p95_s
 
 
 def interleave(

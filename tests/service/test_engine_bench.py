@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from service.cli import app
-from service.engine_bench import EngineRow, interleave, to_table
+from service.engine_bench import EngineRow, Timing, interleave, to_table
 
 # The first test that takes the exported graphs waits for their export.
 pytestmark = pytest.mark.timeout(900)
@@ -47,3 +47,7 @@ def test_the_fastest_of_a_scale_comes_first() -> None:
     slow, fast = (EngineRow("torch", name, 2, "8x8", ms, ms, 1.0, 0.0) for name, ms in (("slow", 9.0), ("fast", 3.0)))
     lines = to_table([EngineRow("aoti", "artefact", reason="not here"), slow, fast]).splitlines()
     assert [line.split()[1] for line in lines] == ["type", "fast", "slow", "artefact"]
+
+
+def test_the_95th_percentile_of_twenty_calls_is_not_their_longest() -> None:
+    assert Timing(tuple(float(n) for n in range(20, 0, -1))).p95_s == 19.0, "nearest rank, as service.protocol has it"
