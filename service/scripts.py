@@ -147,7 +147,9 @@ local function push(id)
   redis.call('XADD', P .. ':stream:' .. lane, '*', 'job', id)
   redis.call('HSET', job_key(id), 'state', 'queued', 'queued_us', string.format('%.0f', now_us))
   redis.call('ZADD', P .. ':queued:' .. lane, now_us, id)
-  emit(id, 'queued', string.format('{"position":%d}', position(id)))
+  local rank = position(id)
+  emit(id, 'queued', string.format('{"position":%d}', rank))
+  return rank
 end
 
 -- XACK and XDEL together: the stream's length stays the number of jobs queued and running.

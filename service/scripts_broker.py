@@ -81,8 +81,7 @@ if caller_key then
   redis.call('HSET', caller_key, 'job', id, 'digest', digest)
   redis.call('PEXPIRE', caller_key, C.idempotency_ttl_ms)
 end
-push(id)
-local rank = position(id)
+local rank = push(id)
 return {'created', id, rank, start_s(id, rank)}
 """
 
