@@ -51,7 +51,7 @@ class RowSource:
             OSError: The row holds none, or the file that it names cannot be read.
         """
         cell = self.rows[self.row][self.column]
-        if cell is None:
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise FileNotFoundError(0, "the row holds no picture")
         content: bytes | None = cell["bytes"]
         return Path(cell["path"]).read_bytes() if content is None else content

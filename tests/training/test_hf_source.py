@@ -109,12 +109,13 @@ def test_rows_without_a_readable_picture_are_skipped_with_their_number(
 ) -> None:
     cells = in_bytes(pictures)
     cells[1], cells[4] = {"bytes": pictures[1][:200], "path": None}, None
+    cells[5] = {"bytes": None, "path": None}
     cells[6] = {"bytes": None, "path": str(tmp_path / "absent.png")}
     cells[7] = {"bytes": None, "path": str(tmp_path / "pictures" / "picture-7.png")}
     write_cells(tmp_path / "rows", cells)
     report = prepare(config_of(HubSource(str(tmp_path / "rows")), tiny_bundle_dir, tmp_path / "out"), CPU)
-    assert report.tiles == 10
-    assert {line["source"] for line in report.skipped} == {f"rows/train/{row}" for row in (1, 4, 6)}
+    assert report.tiles == 8
+    assert {line["source"] for line in report.skipped} == {f"rows/train/{row}" for row in (1, 4, 5, 6)}
     assert all(line["skipped"] == "corrupt" and line["why"] for line in report.skipped)
 
 
