@@ -17,6 +17,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+import redis
 from redis.typing import KeyT, StreamIdT
 
 from models.stages import WHOLE, Stages
@@ -429,7 +430,7 @@ class Claims:
             try:
                 lost = {job_id.decode() for job_id in self._renew(self._tag(), args)}
                 pause_s = period_s
-            except LOST as error:
+            except (*LOST, redis.RedisError) as error:  # whatever it is: without this thread each job goes to another
                 _LOG.warning("leases not renewed (%s)", type(error).__name__)
                 pause_s = min(period_s, 0.5)
                 continue

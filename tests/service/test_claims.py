@@ -254,6 +254,22 @@ def test_heartbeat_does_not_take_a_lost_job_back(put: Put, open_claims: Any, mak
     worker.close()
 
 
+def test_leases_are_kept_again_after_an_error_that_nobody_foresaw(
+    open_claims: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    """The thread that keeps them must not die while its worker goes on: another would take each of its jobs."""
+    workers = f"{Keys(settings.key_prefix).tag}:workers"
+    open_claims()
+    redis_client.set(workers, "somebody's")  # no set: every heartbeat fails
+    time.sleep(0.8)  # three of them
+    redis_client.delete(workers)
+    deadline_s = time.monotonic() + 30
+    while not redis_client.exists(workers):
+        assert time.monotonic() < deadline_s, "no heartbeat any more"
+        time.sleep(0.02)
+    assert redis_client.zcard(workers) == 1
+
+
 def test_worker_does_not_claim_anew_what_it_still_holds(put: Put, open_claims: Any, make_stale: Any) -> None:
     put()
     worker = open_claims(lease=False)
