@@ -11,7 +11,6 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -19,17 +18,14 @@ import torch
 from prometheus_client import start_http_server
 
 from models.bundle import Bundle, read_bundle
-from models.engines import TorchEngine
-from models.memory_plan import DeviceKind
 from models.route import Route, choose_device, choose_dtype
 from models.stages import finishes
 from service.batch_run import BatchRun, Drain, Latent, Outcome, Output, Stop, to_items, to_job_error, to_latents_blob
 from service.batching import LatentGrid, count_items, output_latent_px, plan_batch, slice_items
 from service.claims import Claim, Claims
-from service.device_memory import Device, machine_memory_bytes, usable_bytes
 from service.engine_files import open_route
 from service.errors import BadConfiguration, DoesNotFit, StorageFull
-from service.fitting import Place, find_places, most_items, read_memory, require_fit, share_device
+from service.fitting import Place, most_items, require_fit
 from service.jobs import GenerateParams, Job, JobError, JobState, UpscaleParams
 from service.logs import log_fields
 from service.metrics import Metrics
@@ -38,6 +34,7 @@ from service.redis_urls import open_redis
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing, trace_id_of
 from service.watchdog import Watchdog
+from service.worker_device import find_device
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +89,7 @@ def run_worker(
             _publish_protocol(route, bundles[name], metrics, stop)
     if stop.is_set():
         return
-    device, places = _find_places(bundles, routes, settings)
+    device, places = find_device(bundles, routes, settings)
     metrics.set_device_memory(str(next(iter(routes.values())).device), device.memory_bytes)
     for name, place in places.items():
         routes[name].vae.budget_bytes = max(0, place.own_bytes - place.plan.weights_bytes)
@@ -363,44 +360,6 @@ def _open_route(bundle: Bundle, settings: Settings, metrics: Metrics) -> Route:
         metrics.observe_stages(bundle.name, method, scale, route.engine, stages_s, warmup=True)
     metrics.set_engine(bundle.name, route.engine, str(device), str(dtype).removeprefix("torch."))
     return route
-
-
-def _find_places(
-    bundles: Mapping[str, Bundle], routes: Mapping[str, Route], settings: Settings
-) -> tuple[Device, dict[str, Place]]:
-    """This worker's device, and the share of it that each bundle has whose memory can be told."""
-    memory = {name: read_memory(bundle) for name, bundle in bundles.items()}
-    plans = {
-        name: {dtype: plan.of_stages(settings.stages) for dtype, plan in each.plans.items()}
-        for name, each in memory.items()
-    }
-    dtypes = {name: str(route.dtype).removeprefix("torch.") for name, route in routes.items()}
-    luas = {name: None if route.lua is None else route.lua.spec for name, route in routes.items()}
-    loaded = {
-        name: replace(each, prepared=_is_prepared(routes[name]))
-        for name, each in share_device(dtypes, plans, luas).items()
-    }
-    device = Device(*_find_memory(next(iter(routes.values())).device, settings), loaded, settings.stages)
-    fields = {"device": device.kind, "memory_bytes": device.memory_bytes}
-    log.info("worker plans memory", extra={"fields": fields})
-    found = {name: find_places(name, memory, [device], settings) for name in bundles}
-    return device, {name: places[0] for name, places in found.items() if places}
-
-
-def _is_prepared(route: Route) -> bool:
-    """Whether every upscaler of the bundle runs in the form for a CPU; else the plan takes the one that needs more."""
-    latents = route.lua is None or (isinstance(route.lua, TorchEngine) and route.lua.prepared)
-    return latents and (route.pixel is None or route.pixel.prepared)
-
-
-def _find_memory(device: torch.device, settings: Settings) -> tuple[DeviceKind, int]:
-    """Kind and bytes of a device, as far as jobs may take them."""
-    kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
-    if settings.device_memory_bytes is not None:
-        return kind, settings.device_memory_bytes
-    if kind == "cuda":
-        return kind, usable_bytes(kind, torch.cuda.get_device_properties(device).total_memory)
-    return kind, usable_bytes(kind, machine_memory_bytes())
 
 
 def _publish_protocol(route: Route, bundle: Bundle, metrics: Metrics, stop: threading.Event) -> None:

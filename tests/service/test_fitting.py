@@ -48,7 +48,8 @@ from service.problems import from_job_error
 from service.redis_urls import open_redis
 from service.schemas import GenerateRequest
 from service.settings import POCKET_BUNDLE, Settings, read_settings
-from service.worker import Worker, _find_places
+from service.worker import Worker
+from service.worker_device import find_device
 from tests.service.conftest import BrokerOpener
 from tests.service.fake_broker import FakeBroker
 from tests.service.fakes import GENERATE, FakeClaims, FakeRoute, make_claim
@@ -422,12 +423,12 @@ def test_a_worker_cuts_a_batch_to_what_its_device_holds(worker_of: Any, bundle: 
 
 def test_a_worker_finds_the_share_of_each_bundle(bundle: Bundle, plan: MemoryPlan) -> None:
     route = Route.open(bundle, torch.device("cpu"), torch.float32)
-    device, places = _find_places({"large": bundle}, {"large": route}, read_settings(device_memory_bytes=1000 * MIB))
+    device, places = find_device({"large": bundle}, {"large": route}, read_settings(device_memory_bytes=1000 * MIB))
     assert (device.kind, device.memory_bytes) == ("cpu", 1000 * MIB)
     assert isinstance(route.lua, TorchEngine) and route.pixel is not None
     prepared = route.lua.prepared and route.pixel.prepared  # which form is faster differs between machines
     assert places["large"] == Place(replace(plan, prepared=prepared), 1000 * MIB)
     assert device.bundles["large"] == Loaded("float32", 0, route.lua.spec, prepared)
-    found, _ = _find_places({"large": bundle}, {"large": route}, read_settings())
+    found, _ = find_device({"large": bundle}, {"large": route}, read_settings())
     assert found.memory_bytes == usable_bytes("cpu", machine_memory_bytes())
     assert json.loads(device.to_json())["bundles"]["large"]["dtype"] == "float32"
