@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ class CompileEngine:
             scale: torch.compile(partial(net.core, scale=scale)) for scale in net.spec.scales
         }
         self._graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
+        self._stream: torch.cuda.Stream | None = None  # of all captures
+        self._pool: Any = None  # torch's handle of the memory that they compute in
 
     @classmethod
     def open(cls, net: Lua, device: torch.device, dtype: torch.dtype, width_multiple: int = 1) -> "CompileEngine":
@@ -102,9 +105,16 @@ class CompileEngine:
         return captured.answer[:batch].clone()
 
     def _capture(self, filled: Tensor, scale: int) -> Captured:
+        """A graph for this size, in memory that all graphs share.
+
+        One runs at a time and its answer is copied before the next, so what they compute in need not be kept apart: all
+        together take what the largest does. Torch reuses it only for captures on one stream.
+        """
         run = self._compiled[scale]
         given, grids = self._open_sizes(filled.clone())
-        side = torch.cuda.Stream(self._device)
+        if self._stream is None:
+            self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+        side = self._stream
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(_CAPTURE_WARMUPS):
@@ -112,7 +122,7 @@ class CompileEngine:
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on with the GPU meanwhile. Torch's own stream for this is of the first GPU ever used.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             answer = run(given, grids)
         return Captured(graph, given, grids, answer)
 

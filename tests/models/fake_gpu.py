@@ -36,7 +36,7 @@ class FakeCuda:
     def __init__(self) -> None:
         self.device = torch.device("cuda:0")
         self.stream = FakeStream(self.device, "default")
-        self.captures: list[tuple[torch.device, FakeStream, str]] = []
+        self.captures: list[tuple[torch.device, FakeStream, str, object]] = []
         self.made = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +47,7 @@ class FakeCuda:
             ("Stream", self.new_stream),
             ("CUDAGraph", lambda: SimpleNamespace(replay=lambda: None)),
             ("graph", self.capture),
+            ("graph_pool_handle", self.new_pool),
         ):
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
@@ -56,6 +57,10 @@ class FakeCuda:
     def new_stream(self, device: torch.device) -> FakeStream:
         self.made += 1
         return FakeStream(device, f"own {self.made}")
+
+    def new_pool(self) -> tuple[int, int]:
+        self.made += 1
+        return 0, self.made
 
     @contextmanager
     def on_device(self, device: torch.device) -> Iterator[None]:
@@ -71,8 +76,10 @@ class FakeCuda:
         self.stream = before
 
     @contextmanager
-    def capture(self, graph: Any, stream: FakeStream, capture_error_mode: str = "global") -> Iterator[None]:
-        self.captures.append((self.device, stream, capture_error_mode))
+    def capture(
+        self, graph: Any, stream: FakeStream, capture_error_mode: str = "global", pool: object = None
+    ) -> Iterator[None]:
+        self.captures.append((self.device, stream, capture_error_mode, pool))
         with self.on_stream(stream):
             yield
 

@@ -42,9 +42,20 @@ def test_a_graph_is_captured_on_its_own_gpu_and_bothers_no_other_thread(cuda: Fa
     with torch.inference_mode(), torch.cuda.device(SECOND):
         answer = engine._replay(latent, 2)
     assert torch.equal(answer, enlarge(latent)), "what was captured, for the batch as it came"
-    ((device, stream, mode),) = cuda.captures
+    ((device, stream, mode, _),) = cuda.captures
     assert device == stream.device == SECOND and mode == "thread_local"
     assert set(ran_on) == {SECOND} and cuda.device == torch.device("cuda:0")
+
+
+def test_graphs_of_all_sizes_share_their_memory(cuda: FakeCuda) -> None:
+    engine = CompileEngine(PreparedLua(Lua(SPEC).eval(), torch.float32, packed=False), SECOND)
+    engine._compiled[2] = lambda latent, grids: enlarge(latent)
+    with torch.inference_mode():
+        for shape in ((1, 4, 4, 4), (3, 4, 8, 8), (4, 4, 8, 8), (1, 4, 4, 4)):
+            engine._replay(torch.randn(shape), 2)
+    assert len(cuda.captures) == 2, "batches of 3 and 4 are one graph"
+    assert len({(stream.name, pool) for _, stream, _, pool in cuda.captures}) == 1
+    assert cuda.captures[0][3] is not None
 
 
 def test_a_compiled_engine_makes_its_gpu_the_current_one(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
