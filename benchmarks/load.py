@@ -41,7 +41,8 @@ WARM_UP = 200
 LATENTS = {"128 KiB": (64, 64), "512 KiB": (128, 128), "2 MiB": (256, 256)}
 PEER_BLOB = "512 KiB"
 WORKERS, WORK_MS, QUEUE_LIMIT, OVERLOAD = 4, 100.0, 6, 10
-FIGURES = ("p50_ms", "p99_ms", "per_s", "cpu_ms")
+PARTS = ("api", "worker", "redis")
+FIGURES = ("p50_ms", "p99_ms", "per_s", "cpu_ms", *(f"cpu_{part}_ms" for part in PARTS))
 _JSON = {"Content-Type": "application/json"}
 _EDGE = "3f1c9a"
 
@@ -94,21 +95,33 @@ def measure_round(system: System, seconds: float) -> dict[str, dict[str, float]]
 
 
 def measure_run(port: int, request: bytes, clients: int, warm_up: int, seconds: float) -> dict[str, float]:
-    """The figures of one run; `cpu_ms` is the processor time of every process of the server for one request."""
+    """The figures of one run; `cpu_ms` is the processor time of every process of the server for one request.
+
+    So is `cpu_api_ms`, `cpu_worker_ms` and `cpu_redis_ms` of ours by its part; of a peer all of it is its API's.
+    """
     before_s = used_cpu_s()
     load = uvloop.run(run_closed(port, request, clients, warm_up, seconds))
-    cpu_ms = 1000 * (used_cpu_s() - before_s) / (len(load.times_ms) + warm_up)
-    return to_figures(load) | {"cpu_ms": round(cpu_ms, 3)}
+    after_s, requests = used_cpu_s(), len(load.times_ms) + warm_up
+    parts = {f"cpu_{part}_ms": round(1000 * (after_s[part] - before_s[part]) / requests, 3) for part in PARTS}
+    cpu_ms = 1000 * (sum(after_s.values()) - sum(before_s.values())) / requests
+    return to_figures(load) | {"cpu_ms": round(cpu_ms, 3)} | parts
 
 
-def used_cpu_s() -> float:
-    """Of all processes below this one, as long as they live."""
-    used_s = 0.0
+def used_cpu_s() -> dict[str, float]:
+    """Of all processes below this one, as long as they live, by the part of the service that they are."""
+    used_s = dict.fromkeys(PARTS, 0.0)
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-            used_s += times.user + times.system
+            used_s[part_of(process.cmdline())] += times.user + times.system
     return used_s
+
+
+def part_of(command: list[str]) -> str:
+    """Which of `PARTS` a process is, by its command line."""
+    if any("redis" in word for word in command[:4]):
+        return "redis"
+    return "worker" if "benchmarks.load_service" in command else "api"
 
 
 def to_figures(load: Load) -> dict[str, float]:

@@ -5,6 +5,15 @@ from typing import Any
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "load.md"
 _NAMES = {"giantleap": "Giantleap", "litserve": "LitServe", "bentoml": "BentoML", "ray": "Ray Serve"}
+_COLUMNS = {
+    "p50_ms": "p50 ms",
+    "p99_ms": "p99 ms",
+    "per_s": "per second",
+    "cpu_ms": "CPU ms",
+    "cpu_api_ms": "of the API",
+    "cpu_worker_ms": "of the worker",
+    "cpu_redis_ms": "of Redis",
+}
 _TEXT = """# Load
 
 What the service itself costs, beside the work of its models: jobs whose worker does nothing, measured by
@@ -43,7 +52,8 @@ requests per second ours over theirs: above 1 Giantleap is ahead.
 def to_page(report: dict[str, Any]) -> str:
     """The page as Markdown."""
     ours = report["medians"]["giantleap"]
-    rows = [[_run_name(run), f["p50_ms"], f["p99_ms"], f["per_s"], f["cpu_ms"]] for run, f in ours.items()]
+    columns = {name: title for name, title in _COLUMNS.items() if name in next(iter(ours.values()))}
+    rows = [[_run_name(run), *(found[name] for name in columns)] for run, found in ours.items()]
     aims = [
         [name, each["aim"], each["reached"], "yes" if each["met"] else "no"] for name, each in report["aims"].items()
     ]
@@ -61,7 +71,7 @@ def to_page(report: dict[str, Any]) -> str:
         warm_up=report["warm_up"],
         command="with `--peers`" if report["peers"] else "without peers",
         aims=_table(["", "aim", "reached", "met"], aims),
-        ours=_table(["", "p50 ms", "p99 ms", "per second", "CPU ms"], rows),
+        ours=_table(["", *columns.values()], rows),
         overload=_overload(report["overload"]),
         peers=_peers(report) if report["peers"] else "",
     )

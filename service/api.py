@@ -9,9 +9,9 @@ import signal
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache, partial
 from importlib.metadata import version
 from types import FrameType
-from typing import Any
 
 from fastapi import FastAPI
 
@@ -24,7 +24,7 @@ from service.middleware import Edge
 from service.openapi import describe
 from service.planning import read_served
 from service.problems import handle_errors
-from service.redis_urls import open_async_redis
+from service.redis_urls import AsyncRedis, open_async_redis
 from service.safe_headers import SafeHeaders, allow_origins
 from service.serving import Serving
 from service.settings import Settings
@@ -60,27 +60,11 @@ def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracin
         sender = WebhookSender(client, settings, metrics)
     serving = Serving(settings, read_served(settings), broker, metrics, asyncio.Event())
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        await serving.broker.open()
-        try:
-            if sender is not None:
-                sender.open()
-            with stop_on_signals(serving.stopping):
-                yield
-        finally:
-            if sender is not None:
-                await sender.close()
-            await serving.broker.close()
-            if client is not None:
-                await client.aclose()
-            await asyncio.to_thread(spans.close)
-
     app = FastAPI(
         title="Giantleap",
         summary="Draws a small latent, enlarges it, decodes it once.",
         version=version("giantleap"),
-        lifespan=lifespan,
+        lifespan=partial(opened, serving, client, sender, spans),
         redoc_url=None,
     )
     app.state.serving = serving
@@ -92,15 +76,28 @@ def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracin
     handle_errors(app)
     for routes in (routes_create, routes_put, routes_jobs, routes_health, front_openai, front_kserve, front_remote_vae):
         app.include_router(routes.router)
-    document: dict[str, Any] = {}
-
-    def openapi() -> dict[str, Any]:
-        if not document:
-            document.update(describe(app))
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend the document
+    app.openapi = cache(partial(describe, app))  # type: ignore[method-assign]  # FastAPI's own way to extend it
     return app
+
+
+@asynccontextmanager
+async def opened(
+    serving: Serving, client: AsyncRedis | None, sender: WebhookSender | None, spans: Tracing, app: FastAPI
+) -> AsyncGenerator[None]:
+    """Opens what an app works with, and closes it, its own Redis `client` included, when the app ends."""
+    await serving.broker.open()
+    try:
+        if sender is not None:
+            sender.open()
+        with stop_on_signals(serving.stopping):
+            yield
+    finally:
+        if sender is not None:
+            await sender.close()
+        await serving.broker.close()
+        if client is not None:
+            await client.aclose()
+        await asyncio.to_thread(spans.close)
 
 
 @contextmanager

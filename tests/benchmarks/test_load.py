@@ -2,15 +2,17 @@
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.load import judge, summarise, to_form
+from benchmarks.load import judge, part_of, summarise, to_form, used_cpu_s
 from benchmarks.load_client import Load, run_closed, run_open, to_request
 from benchmarks.load_docs import PAGE, to_page
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "load.json"
+PARTS_MS = {"cpu_api_ms": 0.75, "cpu_worker_ms": 0.2, "cpu_redis_ms": 0.3}
 
 
 async def answer_one_in(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, refuse_every: int) -> None:
@@ -81,19 +83,26 @@ def test_quantile_is_the_nearest_rank() -> None:
 def test_summary_is_the_median_of_the_rounds_and_aims_are_compared() -> None:
     rounds = [
         {
-            run: {"p50_ms": p50, "p99_ms": 2 * p50, "per_s": 1000 / p50, "cpu_ms": 3.0}
+            run: {"p50_ms": p50, "p99_ms": 2 * p50, "per_s": 1000 / p50, "cpu_ms": 3.0} | PARTS_MS
             for run in ("no-op, 1", "no-op, 8", "no-op, 64", "128 KiB", "512 KiB", "2 MiB")
         }
         for p50 in (1.0, 9.0, 2.0)
     ]
     medians = summarise(rounds)
-    assert medians["no-op, 1"] == {"p50_ms": 2.0, "p99_ms": 4.0, "per_s": 500.0, "cpu_ms": 3.0}
+    assert medians["no-op, 1"] == {"p50_ms": 2.0, "p99_ms": 4.0, "per_s": 500.0, "cpu_ms": 3.0} | PARTS_MS
     verdicts = [each["met"] for each in judge(medians, {"p99_ratio": 2.01}).values()]
     assert verdicts == [True, False, True, False]
 
 
+def test_processor_time_is_split_by_what_a_process_is() -> None:
+    assert part_of(["/usr/bin/redis-server 127.0.0.1:6379"]) == "redis"
+    assert part_of([sys.executable, "-m", "benchmarks.load_service", "1", "0.0"]) == "worker"
+    assert part_of([sys.executable, "-m", "service.cli", "api"]) == "api"
+    assert set(used_cpu_s()) == {"api", "worker", "redis"}
+
+
 def report() -> dict:
-    run = {"p50_ms": 1.5, "p99_ms": 3.0, "per_s": 600.0, "cpu_ms": 1.25}
+    run = {"p50_ms": 1.5, "p99_ms": 3.0, "per_s": 600.0, "cpu_ms": 1.25} | PARTS_MS
     ours = {name: run for name in ("no-op, 1", "no-op, 8", "no-op, 64", "128 KiB", "512 KiB", "2 MiB")}
     overload = {
         "workers": 4, "work_ms": 100.0, "work_spread": 0.2, "queue_limit": 6,
@@ -113,6 +122,7 @@ def test_page_has_the_figures_and_the_ratios() -> None:
     page = to_page(report())
     assert "| Ray Serve | no-op, 1 client | 6 | 9 | 150 | 1.25 | 4.00 | 4.00 |" in page
     assert "The ratio of the two p99 is 1.60. 90.0 % were refused" in page
+    assert "| no-op, 1 client | 1.5 | 3 | 600 | 1.25 | 0.75 | 0.2 | 0.3 |" in page
     assert "{" not in page and "Ray Serve 2.60.0" in page
 
 
