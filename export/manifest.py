@@ -266,7 +266,9 @@ def check_manifest(
             check_machine(manifest, machine)
         _check_files(manifest, directory)
     except ArtefactError as error:
-        raise ArtefactError(f"{error}; build it with: {command}") from error
+        # By itself an export is for the GPU where there is one.
+        where = f" --device {machine.device}" if engine == "aoti" and machine is not None else ""
+        raise ArtefactError(f"{error}; build it with: {command}{where}") from error
     return manifest
 
 

@@ -196,6 +196,13 @@ def test_a_manifest_reaches_no_file_outside_its_directory(tmp_path: Path, bundle
         check_manifest(inner, bundle, engine="onnx")
 
 
+def test_compiled_code_for_another_device_is_built_anew_for_this_one(tmp_path: Path, bundle: Bundle) -> None:
+    written(tmp_path, bundle, engine="aoti")
+    here = Machine(platform=GPU.platform, device="cpu", cpu_capability="AVX512", torch=GPU.torch)
+    with pytest.raises(ArtefactError, match=r"for device cuda; this machine has cpu; build it with: .* --device cpu$"):
+        check_manifest(tmp_path, bundle, engine="aoti", machine=here)
+
+
 def test_an_onnx_graph_runs_on_any_machine(tmp_path: Path, bundle: Bundle) -> None:
     written(tmp_path, bundle)
     other = Machine(platform="darwin-arm64", device="cpu")
