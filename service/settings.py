@@ -240,6 +240,9 @@ def _read_file(path: Path) -> dict[str, object]:
         raise ValueError(f"settings file {path} is not TOML: {error}") from None
     if unknown := sorted(values.keys() - Settings.model_fields.keys() | values.keys() & {"settings_file"}):
         raise ValueError(f"settings file {path}: no setting of a file is called {', '.join(unknown)}")
+    for name, value in values.items():  # pydantic would take true for the number 1
+        if isinstance(value, bool) and Settings.model_fields[name].annotation is not bool:
+            raise ValueError(f"settings file {path}: {name} is neither true nor false")
     return values
 
 

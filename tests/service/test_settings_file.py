@@ -65,6 +65,7 @@ def test_a_child_gets_what_its_parent_read_and_not_the_file(path: Path, monkeypa
             'queue_limit = "hunter2"',
             "queue_limit: Input should be a valid integer, unable to parse string as an integer",
         ),
+        ("queue_limit = true", "queue_limit is neither true nor false"),
         ('port = 70000\ndevice = "hunter2"', "port: Input should be less than or equal to 65535"),
     ],
 )
