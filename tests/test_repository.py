@@ -2,7 +2,9 @@
 
 import ast
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,27 @@ def test_nothing_unpickles(path: Path) -> None:
             assert {kw.arg: ast.unparse(kw.value) for kw in node.keywords}.get("weights_only") == "True"
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             assert ast.unparse(node.value) == "False"
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = [*project["dependencies"], *(need for extra in project["optional-dependencies"].values() for need in extra)]
+    declared = {re.split(r"[^A-Za-z0-9._-]", need)[0].lower().replace("_", "-") for need in needs}
+    declared |= {"anyio", "starlette", "pyarrow", "tokenizers", "uvloop"}  # of fastapi, datasets, transformers, uvicorn
+    declared.add("torch-fidelity")  # for one metric, by whoever has its weights (docs/training.md)
+    names = {
+        name.split(".")[0]
+        for path in _modules()
+        for name in _imported_modules(path)
+        if path.parent.name != "peers"  # other servers, which `make peers` installs apart
+    }
+    sources = packages_distributions()
+    undeclared = []
+    for name in sorted(names - set(sys.stdlib_module_names) - {*PACKAGES, "bundles", "tests"}):
+        found = {each.lower().replace("_", "-") for each in sources.get(name, [name])}
+        if not found & declared:
+            undeclared.append(name)
+    assert undeclared == []
 
 
 def test_settings_page_is_what_the_code_says() -> None:
