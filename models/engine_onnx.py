@@ -1,4 +1,8 @@
-"""The engine `onnx`: an exported graph in onnxruntime, on the provider of the device and on no other."""
+"""The engine `onnx`: an exported graph in onnxruntime, on the provider of the device or not at all.
+
+With a GPU onnxruntime itself keeps the arithmetic of shapes on the CPU, and would run there what its provider for CUDA
+has no kernel for.
+"""
 
 from typing import Any
 
