@@ -184,15 +184,14 @@ def read_vae_model(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> 
         OSError: the directory or a file in it is missing.
     """
     source = bundle.vae or ModelSource(bundle.pipeline, bundle.revision)
-    place, variant, subfolder = source.place, None, ""
-    if bundle.vae is None:
-        variant, subfolder = bundle.variant, "vae"
-        if isinstance(place, Path):  # a part without files of the variant has plain ones
-            place, subfolder = place / subfolder, ""
-            variant = variant if any(place.glob(f"*.{variant}[.-]*safetensors")) else None
+    variant = bundle.variant if bundle.vae is None else None
+    place = bundle.vae_directory or source.place
+    if isinstance(place, Path) and not any(place.glob(f"*.{variant}[.-]*safetensors")):
+        variant = None  # a part without files of the variant has plain ones
+    in_pipeline = bundle.vae is None and isinstance(place, str)
     model: Any = AutoModel.from_pretrained(
         str(place),
-        subfolder=subfolder,
+        subfolder="vae" if in_pipeline else "",
         revision=source.revision,
         variant=variant,
         torch_dtype=dtype,

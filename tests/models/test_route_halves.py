@@ -1,5 +1,6 @@
 """A route in two halves, one that draws and one that finishes: together they are the whole one, to the bit."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,10 @@ from torch import Tensor
 
 from models.bundle import read_bundle
 from models.bundle_descriptor import Method
-from models.generator import DrawItem
+from models.generator import DrawItem, Generator
 from models.route import Route
 from models.stages import DRAWING, FINISHING, WHOLE, draws, finishes
-from models.vae import VaeError
+from models.vae import VaeError, read_vae_model
 
 CPU = torch.device("cpu")
 ITEM = DrawItem("a red sphere on a green floor", "", seed=1, width_px=64, height_px=48, steps=4, guidance_scale=3.0)
@@ -69,3 +70,20 @@ def test_each_half_holds_only_what_its_stages_need(route: Route, halves: tuple[R
     warmed = finishing.warm(64, 64, 1)
     assert set(warmed) == set(route.warm(64, 64, 1)), "every network at every scale"
     assert all("generate" not in stages_s for stages_s in warmed.values())
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_the_weights_of_the_variant_are_read_where_the_vae_has_them(
+    tiny_bundle_dir: Path, tmp_path: Path, marked: bool
+) -> None:
+    bundle = read_bundle(tiny_bundle_dir)
+    shutil.copytree(tiny_bundle_dir / "pipeline", tmp_path / "pipeline")
+    if marked:
+        plain = tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
+        plain.rename(plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    pipeline = bundle.descriptor.pipeline.model_copy(update={"variant": "fp16"})
+    described = bundle.descriptor.model_copy(update={"pipeline": pipeline})
+    model = read_vae_model(replace(bundle, directory=tmp_path, descriptor=described), CPU, torch.float32)
+    whole = Generator.open(bundle, CPU, torch.float32).pipeline.vae
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
