@@ -163,7 +163,8 @@ class Claims:
                 left_s = deadline_s - time.monotonic()
                 if claims or left_s <= 0:
                     return claims
-                self._await_message(last_ids, min(left_s, due_s, self._block_cap_s))
+                if last_ids:  # none where jobs were taken that had ended meanwhile
+                    self._await_message(last_ids, min(left_s, due_s, self._block_cap_s))
             except LOST as error:
                 self._failures += 1
                 pause_s = _backoff_s(self._failures)
@@ -339,12 +340,12 @@ class Claims:
             }
             return [], streams, due_s
         self._turn += 1
-        claims = [self._to_claim(*row) for row in taken]
+        read = [(claim, row[4]) for row in taken if (claim := self._to_claim(*row)) is not None]
+        claims = [claim for claim, _ in read]
         with self._lock:
             self._held.update({(claim.stream, claim.message_id): claim for claim in claims})
         try:
-            sized = zip(claims, (row[4] for row in taken), strict=True)
-            whole = [self._with_body(claim) if size_bytes else claim for claim, size_bytes in sized]
+            whole = [self._with_body(claim) if size_bytes else claim for claim, size_bytes in read]
         except NotReady:
             for claim in claims:  # what the caller never sees must not be renewed for ever
                 self._drop(claim)
@@ -353,8 +354,14 @@ class Claims:
 
     def _to_claim(
         self, job: bytes, lane: bytes, message: bytes, delivery: int, _: int, stages: bytes, warnings: bytes
-    ) -> Claim:
-        claim = Claim(Job.from_json(job), None, self._keys.stream(lane.decode()), message.decode(), delivery)
+    ) -> Claim | None:
+        """The claim; None where an API process of another version made the job: it goes stale, for another worker."""
+        try:
+            read = Job.from_json(job)
+        except (TypeError, KeyError, ValueError) as error:
+            _LOG.error("a job of another version is not understood (%s); it is left to go stale", type(error).__name__)
+            return None
+        claim = Claim(read, None, self._keys.stream(lane.decode()), message.decode(), delivery)
         if isinstance(claim.job.params, GenerateParams) and f"{FINISH}:" in claim.stream:
             drawn = Drawn(json.loads(stages), tuple(json.loads(warnings)))
             return dataclasses.replace(claim, drawn=drawn)

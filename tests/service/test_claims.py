@@ -200,6 +200,30 @@ def test_claim_carries_the_input_and_the_job_unchanged(put: Put, open_claims: An
     assert claim.delivery == 1
 
 
+def test_a_job_whose_input_is_gone_is_passed_over(
+    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    """A deadline may end a job between its claim and the reading of its input."""
+    gone, worker = put(body=b"latent"), open_claims()
+    redis_client.delete(Keys(settings.key_prefix).input(gone.id))
+    assert worker.claim(1, 0.3) == []
+    job = put()
+    assert take_one(worker).job == job
+
+
+def test_a_job_of_a_newer_version_ends_no_worker(
+    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    newer, worker = put(), open_claims()
+    record = Keys(settings.key_prefix).job(newer.id)
+    text = json.loads(redis_client.hget(record, "job") or "")
+    redis_client.hset(record, "job", json.dumps(text | {"params": text["params"] | {"unheard_of": 1}}))
+    job = put()
+    assert [claim.job for claim in worker.claim(2, 0.3)] == [job]
+    assert worker.claim(2, 0.3) == []
+    assert redis_client.hget(record, "state") == b"processing", "it goes stale, for a worker that can read it"
+
+
 def test_stale_claim_goes_first_to_another_worker(put: Put, open_claims: Any, make_stale: Any) -> None:
     stuck = put(Priority.LOW, body=b"latent")
     dead = take_one(open_claims(lease=False))
