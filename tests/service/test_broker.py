@@ -304,6 +304,23 @@ def test_wait_for_a_new_job_takes_its_end_from_the_message(
     asyncio.run(scenario())
 
 
+def test_wait_takes_no_end_of_an_earlier_job_under_the_same_id(
+    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+) -> None:
+    async def scenario() -> None:
+        async with open_broker() as producer:
+            worker, job = open_claims(), make_job()
+            await producer.enqueue(job)
+            [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
+            await asyncio.to_thread(worker.fail, claim, JobError("job_failed", "it cannot be drawn"))
+            assert (await producer.wait(job.id, 60.0, created=job)).state is JobState.FAILED
+            redis_client.delete(Keys(settings.key_prefix).job(job.id))  # as when its time to live has passed
+            assert (await producer.enqueue(job)).created
+            assert (await producer.wait(job.id, 0.2, created=job)).state is JobState.QUEUED
+
+    asyncio.run(scenario())
+
+
 def test_wait_for_a_new_job_outlives_a_message_that_never_comes(
     open_broker: Any, open_claims: Any, make_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
