@@ -158,8 +158,11 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
             log.info("API listens on http://%s:%d, described under /docs; jobs wait for a worker", host, settings.port)
             say_ready(ready_fd)
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            log.info("API stopped")  # here, for the server ends the process by the signal that it got
+
     Server(config).run(sockets=[socket.socket(fileno=listen_fd)])
-    log.info("API stopped")
 
 
 def _stop_unheard(settings: Settings, error: OSError) -> NoReturn:
