@@ -253,7 +253,8 @@ def prepared_lua_bytes(
     """As `lua_bytes` for the form that runs on a CPU (`models.prepared_lua.PreparedLua`).
 
     Five maps are alive while a block's portions are joined, or four and what one portion needs: queries, keys, values,
-    their answer, and the biases of masked windows; below float32 the scores before and after softmax.
+    their answer, and the biases of masked windows; where two products attend, below float32 and on several threads,
+    queries, keys and values once more and the scores before and after softmax.
 
     Args:
         spec: As `lua_bytes`, and so on.
@@ -267,12 +268,14 @@ def prepared_lua_bytes(
     element_bytes = ELEMENT_BYTES[dtype]
     window = spec.window
     pixels = batch * (-(-height // window) * window) * (-(-width // window) * window)
-    tokens = PREPARED_TOKENS["float32" if dtype == "float32" else "bfloat16"] * (threads or os.cpu_count() or 1)
+    threads = threads or os.cpu_count() or 1
+    tokens = PREPARED_TOKENS["float32" if dtype == "float32" else "bfloat16"] * threads
     portion = min(pixels, max(window**2, tokens // window**2 * window**2))
     needs = []
     for heads in set(spec.layer_heads):
         inner, scores = heads * (-(-spec.embed_dim // heads // 8) * 8), heads * window**2
-        needs.append(spec.embed_dim + (4 * inner + scores if dtype == "float32" else 6 * inner + 2 * scores))
+        fused = dtype == "float32" and threads == 1
+        needs.append(spec.embed_dim + (4 * inner + scores if fused else 6 * inner + 2 * scores))
     attention = max(5 * pixels * spec.embed_dim, 4 * pixels * spec.embed_dim + portion * max(needs)) * element_bytes
     shuffle = 2 * spec.num_feat * scale**2 * element_bytes + 2 * spec.embed_dim * element_bytes
     finished = spec.channels * scale**2 * (element_bytes * (dtype != "float32") + (12 if spec.bicubic_skip else 8))

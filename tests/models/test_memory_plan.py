@@ -48,7 +48,7 @@ from models.lua import Lua
 from models.lua_spec import PRESETS, LuaSpec
 from models.memory_plan import TILE_PX, MemoryPlan, UnknownMemoryError, Work, largest_fit
 from models.pixel_upscale import PixelUpscaler
-from models.prepared_lua import TOKENS_AT_ONCE, PreparedLua
+from models.prepared_lua import TOKENS_AT_ONCE, PreparedBlock, PreparedLua
 from models.route import Route
 from service.settings import POCKET_BUNDLE
 
@@ -199,25 +199,31 @@ def test_a_lua_that_computes_in_bfloat16_needs_what_the_plan_says(scale: int) ->
     assert lua_bytes(net.spec, 2, 16, 24, scale, "bfloat16", "cpu") == pytest.approx(live_bytes(run), rel=QUARTER)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("scale", [2, 4])
 @pytest.mark.parametrize("name", ["small", "pocket", "medium"])
-def test_a_lua_prepared_for_a_cpu_needs_what_the_plan_says(name: str, scale: int) -> None:
+def test_a_lua_prepared_for_a_cpu_needs_what_the_plan_says(
+    name: str, scale: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     net = PreparedLua(Lua(LUAS[name]).eval(), torch.float32)
     for batch, height, width in ((1, 24, 32), (2, 30, 16)):
         latent = torch.zeros(batch, 16, height, width)
         net(latent, scale)  # the indices of a size are kept
         expected_bytes = live_bytes(lambda latent=latent: net(latent, scale))  # type: ignore[misc]
-        found_bytes = prepared_lua_bytes(LUAS[name], batch, height, width, scale, "float32", torch.get_num_threads())
+        found_bytes = prepared_lua_bytes(LUAS[name], batch, height, width, scale, "float32", threads)
         assert found_bytes == pytest.approx(expected_bytes, rel=QUARTER)
 
 
 @pytest.mark.parametrize("size", [(1, 16, 16), (1, 64, 64)])
-def test_prepared_in_bfloat16_it_keeps_the_scores_of_some_windows(size: tuple[int, int, int]) -> None:
+def test_prepared_in_bfloat16_it_keeps_the_scores_of_some_windows(
+    size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Plain layers: not every CPU has oneDNN's bfloat16. What attends is chosen by the block.
     net = PreparedLua(Lua(LUAS["pocket"]).eval(), torch.bfloat16, packed=False)
+    monkeypatch.setattr(PreparedBlock, "attends_plainly", lambda block: True)
     for blocks, _ in net.groups:
         for block in blocks:
-            block.attends_plainly = True
             block.tokens_at_once = TOKENS_AT_ONCE[torch.bfloat16]
     latent = torch.zeros(size[0], 16, *size[1:])
     net(latent, 2)

@@ -1,7 +1,7 @@
 """The paper's protocol on a fake route: what is warm-up, what counts, and that the figures are those of the runs."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -30,7 +30,7 @@ class TickingClock(StageClock):
 @dataclass
 class TimedRoute:
     times_s: Iterator[float]
-    drawn: list[tuple[int, DrawItem]] = field(default_factory=list)
+    drawn: list[DrawItem] = field(default_factory=list)
     scaled: list[int] = field(default_factory=list)
     name: str = "tiny"
     engine: str = "fake"
@@ -40,9 +40,10 @@ class TimedRoute:
     def clock(self) -> StageClock:
         return TickingClock(self.times_s)
 
-    def generate(self, items: Sequence[DrawItem], on_step: object, canceled: object) -> list[Tensor | None]:
-        self.drawn += [(len(items), item) for item in items]
-        return [torch.zeros(4, 2, 2) for _ in items]
+    def base_latents(self, item: DrawItem, clock: StageClock) -> list[Tensor]:
+        self.drawn.append(item)
+        with clock.measure("generate"):
+            return [torch.zeros(4, 2, 2)]
 
     def scales_of(self, method: Method) -> tuple[int, ...]:
         return (1, 2, 4) if method == "lua" else (1, 2)
@@ -80,8 +81,8 @@ def test_warm_ups_are_thrown_away_and_the_median_is_that_of_the_runs() -> None:
 def test_every_run_is_batch_one_at_the_size_that_was_asked_for() -> None:
     route = TimedRoute(iter([1.0] * 15))
     result = measure_protocol(route, 4, 64, 32, 7, warmups=2, runs=3)
-    assert [count for count, _ in route.drawn] == [1] * 5 and route.scaled == [4] * 5
-    assert {(item.width_px, item.height_px, item.steps) for _, item in route.drawn} == {(64, 32, 7)}
+    assert len(route.drawn) == 5 and route.scaled == [4] * 5
+    assert {(item.width_px, item.height_px, item.steps) for item in route.drawn} == {(64, 32, 7)}
     assert result.image_px == "256x128"
 
 
