@@ -157,7 +157,7 @@ class Worker:
     def run(self) -> None:
         """Claim, plan and run until the drain is asked for; hands back what was claimed and not begun."""
         while not self._drain.is_asked():
-            claims = self._claims.claim(self._settings.batch_items, _BLOCK_S)
+            claims = self._apart(self._claims.claim(self._settings.batch_items, _BLOCK_S))
             for claim in claims:
                 if claim.delivery == 1 and claim.drawn is None:
                     self._tracing.waited(claim.job, time.time())
@@ -168,6 +168,17 @@ class Worker:
                     self._claims.release(batch)
                 else:
                     self.run_batch(batch)
+
+    def _apart(self, claims: Sequence[Claim]) -> Sequence[Claim]:
+        """One of those that were started before, if there is any: it may be what ended its worker, and runs alone.
+
+        Effects: hands the others back, else its next start would count against them too, and the last one end them all.
+        """
+        again = next((claim for claim in claims if claim.delivery > 1), None)
+        if again is None:
+            return claims
+        self._claims.release([claim for claim in claims if claim is not again])
+        return [again]
 
     def run_batch(self, batch: Sequence[Claim]) -> None:
         """Run one batch and end each of its jobs, or hand it over to a worker that finishes."""

@@ -145,6 +145,15 @@ def test_the_last_attempt_of_a_retryable_failure_counts_as_failed() -> None:
     assert sample(metrics, "giantleap_jobs_total", kind="generate", bundle="tiny", status="failed") == 1
 
 
+def test_a_job_that_was_started_before_runs_alone_for_it_may_be_what_ended_its_worker() -> None:
+    """Else each end of the worker would count against all that it had claimed, and they would be given up with it."""
+    first, again, other = (make_claim(name, named(name)) for name in ("first", "again", "other"))
+    claims = FakeClaims([first, replace(again, delivery=2), replace(other, delivery=2)])
+    run_all(FakeRoute(), claims)
+    assert list(claims.finished) == ["again"] and claims.batch_jobs == {"again": 1}
+    assert claims.released_ids == ["first", "other"], "the next claim has them, and this start is not counted"
+
+
 def test_a_lost_device_ends_the_process_rather_than_fail_the_jobs() -> None:
     def lose(step: int) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access", 700)
