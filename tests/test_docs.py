@@ -80,7 +80,7 @@ def test_command_lines_name_commands_and_options_that_exist(page: Path) -> None:
     for block in _blocks(page.read_text()):
         for line in block.splitlines():
             if found := _COMMAND.match(line):
-                words = shlex.split(found[1].partition(" 2>>")[0], comments=True)
+                words = shlex.split(found[1].partition(" 2>")[0], comments=True)
                 _check_options([word for word in words if word != "..."])
 
 
