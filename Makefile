@@ -34,7 +34,7 @@ test: $(VENV)/.dev ## Install and run every test (starts its own Redis)
 slow: $(VENV)/.dev ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu and not chaos and not fuzz"
 
-chaos: $(VENV)/.dev ## Kill workers and Redis under 2,000 jobs (minutes) and store the report
+chaos: $(VENV)/.dev ## Kill workers and Redis under thousands of jobs (minutes) and store the report
 	$(BIN)/python -m pytest -s -m chaos
 	$(BIN)/python -m benchmarks.readme_figures
 
