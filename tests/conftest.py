@@ -16,11 +16,14 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def root_log_handlers() -> Iterator[None]:
-    """A command that runs within a test sends the process' logs to a stream that is gone after it."""
-    before, level = list(logging.getLogger().handlers), logging.getLogger().level
+    """A command that runs within a test, or a fixture, sends the process' logs to a stream that is gone after it."""
+    root = logging.getLogger()
+    level = root.level
+    root.handlers[:] = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
+    before = list(root.handlers)
     yield
-    logging.getLogger().handlers[:] = before
-    logging.getLogger().setLevel(level)
+    root.handlers[:] = before
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
