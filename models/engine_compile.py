@@ -1,8 +1,9 @@
 """The engine `torch-compile`: the prepared network through `torch.compile`, on a GPU replayed as CUDA graphs.
 
 A graph is captured per scale and size at the first latent of that size, for batches of 1, 2, 4, 8 ...; a batch between
-them is filled up, which changes no image. The compiler runs at the first latent of a scale, and at the first batch of
-several; its kernels are for any size. On a GPU this has not run.
+them is filled up, which changes no image. The compiler runs at the first latent of a scale and at the first batch of
+several; its kernels are for any size, but for the smallest: some of those of a few windows it is run for anew. What it
+cannot compile is an error: torch by itself would go on without it. On a GPU this has not run.
 """
 
 import importlib.util
@@ -22,6 +23,7 @@ from models.prepared_lua import Grids, PreparedLua
 
 GRAPHS_KEPT = 16
 _CAPTURE_WARMUPS = 3
+_MOST_COMPILED = 64  # for all scales; torch's own limit of 8 is passed by two scales at odd sizes, in silence
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class CompileEngine:
         self._net = net
         self._device = device
         self._compiled: dict[int, Callable[[Tensor, Grids], Tensor]] = {
-            scale: torch.compile(partial(net.core, scale=scale)) for scale in net.spec.scales
+            scale: torch.compile(partial(net.core, scale=scale), fullgraph=True) for scale in net.spec.scales
         }
         self._graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
         self._stream: torch.cuda.Stream | None = None  # of all captures
@@ -78,7 +80,7 @@ class CompileEngine:
             if self._device.type == "cuda":
                 grown = self._replay(padded, int(scale))
             else:
-                grown = self._compiled[int(scale)](*self._open_sizes(padded))
+                grown = self._compute(int(scale), *self._open_sizes(padded))
         return grown[..., : grown_side(height, scale), : grown_side(width, scale)]
 
     def _open_sizes(self, padded: Tensor) -> tuple[Tensor, Grids]:
@@ -91,6 +93,10 @@ class CompileEngine:
         for tensor in (grids.to_plain, grids.to_shifted, grids.shifted.mask):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return padded, grids
+
+    def _compute(self, scale: int, padded: Tensor, grids: Grids) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=_MOST_COMPILED):
+            return self._compiled[scale](padded, grids)
 
     def _replay(self, padded: Tensor, scale: int) -> Tensor:
         batch = len(padded)
@@ -110,7 +116,6 @@ class CompileEngine:
         One runs at a time and its answer is copied before the next, so what they compute in need not be kept apart: all
         together take what the largest does. Torch reuses it only for captures on one stream.
         """
-        run = self._compiled[scale]
         given, grids = self._open_sizes(filled.clone())
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
@@ -118,12 +123,12 @@ class CompileEngine:
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(_CAPTURE_WARMUPS):
-                run(given, grids)
+                self._compute(scale, given, grids)
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on with the GPU meanwhile. Torch's own stream for this is of the first GPU ever used.
         with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-            answer = run(given, grids)
+            answer = self._compute(scale, given, grids)
         return Captured(graph, given, grids, answer)
 
     def close(self) -> None:

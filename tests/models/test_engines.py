@@ -14,7 +14,7 @@ from export.aoti import write_aoti
 from export.graphs import LuaGraph, trace
 from models.bundle import read_bundle
 from models.checkpoints import read_lua
-from models.engine_compile import CompileEngine, fill_batch, require_compiler
+from models.engine_compile import _MOST_COMPILED, CompileEngine, fill_batch, require_compiler
 from models.engine_onnx import load_onnxruntime, open_graph
 from models.engine_tensorrt import load_tensorrt
 from models.engines import (
@@ -199,10 +199,26 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, net: Lua) -
         open_engine("torch-compile", net, CPU, torch.float32)
 
 
+def test_what_cannot_be_compiled_is_no_silent_detour(net: Lua, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+
+    def compiled(core: Any, fullgraph: bool) -> Any:
+        assert fullgraph, "else torch goes on without the compiler past a limit of 8, or where it cannot follow"
+        return lambda *given: limits.append(torch._dynamo.config.recompile_limit) or core(*given)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr("models.engine_compile.require_compiler", lambda device: None)
+    assert_answers_as(CompileEngine.open(net, CPU, torch.float32), net, 2e-5)
+    assert set(limits) == {_MOST_COMPILED} and torch._dynamo.config.recompile_limit < _MOST_COMPILED
+
+
 @pytest.mark.slow
-def test_compiled_answers_as_the_network(net: Lua) -> None:
+def test_compiled_answers_as_the_network(net: Lua, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = CompileEngine.open(net, CPU, torch.float32)
-    assert_answers_as(engine, net, 2e-5, scales=(2,))
+    assert_answers_as(engine, net, 2e-5)
+    monkeypatch.setattr("models.engine_compile._MOST_COMPILED", 1)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        engine.run(torch.zeros(2, 16, 4, 4), 2)
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         engine.run(torch.zeros(1, 16, 4, 4), 2)
