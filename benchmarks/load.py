@@ -94,23 +94,27 @@ def measure_round(system: System, seconds: float) -> dict[str, dict[str, float]]
         return {name: measure_run(port, *run, seconds) for name, run in runs.items()}
 
 
-def measure_run(port: int, request: bytes, clients: int, warm_up: int, seconds: float) -> dict[str, float]:
+def measure_run(
+    port: int, request: bytes, clients: int, warm_up: int, seconds: float, root: psutil.Process | None = None
+) -> dict[str, float]:
     """The figures of one run; `cpu_ms` is the processor time of every process of the server for one request.
+
+    The server is what runs below `root`, by default below this process.
 
     So is `cpu_api_ms`, `cpu_worker_ms` and `cpu_redis_ms` of ours by its part; of a peer all of it is its API's.
     """
-    before_s = used_cpu_s()
+    before_s = used_cpu_s(root)
     load = uvloop.run(run_closed(port, request, clients, warm_up, seconds))
-    after_s, requests = used_cpu_s(), len(load.times_ms) + warm_up
+    after_s, requests = used_cpu_s(root), len(load.times_ms) + warm_up
     parts = {f"cpu_{part}_ms": round(1000 * (after_s[part] - before_s[part]) / requests, 3) for part in PARTS}
     cpu_ms = 1000 * (sum(after_s.values()) - sum(before_s.values())) / requests
     return to_figures(load) | {"cpu_ms": round(cpu_ms, 3)} | parts
 
 
-def used_cpu_s() -> dict[str, float]:
-    """Of all processes below this one, as long as they live, by the part of the service that they are."""
+def used_cpu_s(root: psutil.Process | None = None) -> dict[str, float]:
+    """Of all processes below `root`, or this one, as long as they live, by the part of the service that they are."""
     used_s = dict.fromkeys(PARTS, 0.0)
-    for process in psutil.Process().children(recursive=True):
+    for process in (root or psutil.Process()).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
             used_s[part_of(process.cmdline())] += times.user + times.system

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load import judge, part_of, summarise, to_form, used_cpu_s
+from benchmarks.load import FIGURES, judge, part_of, summarise, to_form, used_cpu_s
 from benchmarks.load_client import Load, run_closed, run_open, to_request
+from benchmarks.load_compare import to_lines
 from benchmarks.load_docs import PAGE, to_page
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "load.json"
@@ -99,6 +100,13 @@ def test_processor_time_is_split_by_what_a_process_is() -> None:
     assert part_of([sys.executable, "-m", "benchmarks.load_service", "1", "0.0"]) == "worker"
     assert part_of([sys.executable, "-m", "service.cli", "api"]) == "api"
     assert set(used_cpu_s()) == {"api", "worker", "redis"}
+
+
+def test_two_checkouts_are_compared_round_by_round() -> None:
+    before = {"no-op, 1": [dict.fromkeys(FIGURES, value) for value in (1.0, 2.0, 4.0)]}
+    after = {"no-op, 1": [dict.fromkeys(FIGURES, value) for value in (2.0, 1.0, 1.0)]}
+    lines = to_lines(before, after)
+    assert "| no-op, 1 | cpu_redis_ms | 2.00 | 1.00 | 0.50 |" in lines and len(lines) == 2 + len(FIGURES)
 
 
 def report() -> dict:
