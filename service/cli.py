@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from models.bundle import BundleError
+from models.bundle import BundleError, read_bundle
 from service.auth import check_door
 from service.cli_bundle import app as bundle_commands
 from service.cli_export import app as export_commands
@@ -31,6 +31,7 @@ from service.cli_options import (
     StagesOption,
     settings_from,
     stop,
+    stop_if_on_hub,
 )
 from service.cli_train import app as train_commands
 from service.errors import BadConfiguration, NotReady
@@ -184,6 +185,11 @@ def worker(
     settings = settings_from(redis_url=redis_url, bundle=bundle, device=device, stages=stages)
     if settings.redis_url is None:
         stop("no Redis given: set GIANTLEAP_REDIS_URL, or use `giantleap serve`, which brings its own")
+    try:
+        for directory in settings.bundle:
+            stop_if_on_hub(read_bundle(directory))
+    except BundleError as error:
+        stop(str(error))
     if lifeline_fd is not None:
         stop_with_parent(lifeline_fd, settings.drain_grace_s)
 

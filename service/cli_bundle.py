@@ -14,7 +14,7 @@ import typer
 
 from models.bundle import DESCRIPTOR, Bundle, BundleError, ModelSource, read_bundle
 from models.bundle_descriptor import METHODS, Method
-from service.cli_options import DeviceOption, settings_from, stop
+from service.cli_options import DeviceOption, settings_from, stop, stop_if_on_hub
 from service.settings import POCKET_BUNDLE
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ def check(
     """Compare a bundle's files with their digests, load it and draw one image with one denoising step."""
     settings = settings_from(device=device)
     bundle = _read(_find(name))
-    if isinstance(bundle.pipeline, str):
-        stop(f"bundle {bundle.name} is on the hub: fetch it with `giantleap bundle pull {bundle.name}` first")
+    stop_if_on_hub(bundle)
     chosen = _choose_method(bundle, method)
 
     from models.checkpoints import CheckpointError

@@ -16,7 +16,15 @@ import typer
 from pydantic import ValidationError
 
 from models.bundle import Bundle, BundleError, read_bundle
-from service.cli_options import BundleOption, DecodeOption, DeviceOption, MethodOption, settings_from, stop
+from service.cli_options import (
+    BundleOption,
+    DecodeOption,
+    DeviceOption,
+    MethodOption,
+    settings_from,
+    stop,
+    stop_if_on_hub,
+)
 from service.errors import GiantleapError
 from service.images_in import fit_image, read_image
 from service.jobs import GenerateParams
@@ -270,6 +278,7 @@ def _route(settings: Settings, bundle: Bundle) -> "Route":
     from models.route import choose_device, choose_dtype
     from service.engine_files import open_route
 
+    stop_if_on_hub(bundle)
     try:
         device = choose_device(settings.device)
         return open_route(bundle, settings, device, choose_dtype(settings.dtype, device, bundle.dtype))

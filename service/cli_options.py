@@ -4,6 +4,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from models.bundle import Bundle
 from models.bundle_descriptor import DecodeName, Method
 from service.logs import configure_logging
 from service.settings import Settings, read_settings, to_lines
@@ -32,6 +33,12 @@ def settings_from(**given: Any) -> Settings:
         stop(*to_lines(error))
     configure_logging(settings.log_level, settings.log_format)
     return settings
+
+
+def stop_if_on_hub(bundle: Bundle) -> None:
+    """Ends the command where the weights were not fetched: what serves or draws downloads nothing by itself."""
+    if isinstance(bundle.pipeline, str):
+        stop(f"bundle {bundle.name} is on the hub: fetch it with `giantleap bundle pull {bundle.name}` first")
 
 
 def stop(*lines: str) -> NoReturn:

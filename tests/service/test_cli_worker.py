@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from service import worker
 from service.cli import app
-from service.settings import Settings
+from service.settings import POCKET_BUNDLE, Settings
 
 
 @pytest.fixture
@@ -34,3 +34,11 @@ def test_a_worker_keeps_the_number_that_its_supervisor_gave_it(monkeypatch: pyte
     ended = CliRunner().invoke(app, ["worker", "--redis-url", "redis://127.0.0.1:1/0", "--number", "3"])
     assert ended.exit_code == 0
     assert seen == [(3, True)]
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_worker_downloads_no_bundle_by_itself() -> None:
+    bundle = str(POCKET_BUNDLE.parent / "sdxl")
+    ended = CliRunner().invoke(app, ["worker", "--redis-url", "redis://127.0.0.1:1/0", "--bundle", bundle])
+    assert ended.exit_code == 2
+    assert ended.output == "giantleap: bundle sdxl is on the hub: fetch it with `giantleap bundle pull sdxl` first\n"
