@@ -28,7 +28,10 @@ _KILL_AFTER_S = 5.0
 
 @dataclass(slots=True)
 class Child:
-    """One supervised process: what it runs, and how often it has crashed since it last stayed up."""
+    """One supervised process: what it runs, how often it has crashed since it last stayed up, whether it ever worked.
+
+    `ready_fd` is the pipe on which the process that runs will say that it works.
+    """
 
     name: str
     argv: tuple[str, ...]
@@ -37,10 +40,23 @@ class Child:
     started_at_s: float = 0.0
     crashes: int = 0
     restart_at_s: float = field(default=0.0)
+    ready_fd: int | None = None
+    has_worked: bool = False
 
     @property
     def role(self) -> str:
         return self.argv[0]
+
+    def read_ready(self) -> None:
+        """Takes in what the process said on its pipe, if anything."""
+        if self.ready_fd is not None and select.select([self.ready_fd], [], [], 0)[0]:
+            self.has_worked |= bool(os.read(self.ready_fd, 1))
+            self.close_ready()
+
+    def close_ready(self) -> None:
+        if self.ready_fd is not None:
+            os.close(self.ready_fd)
+        self.ready_fd = None
 
 
 @dataclass(slots=True)
@@ -112,9 +128,14 @@ class Fleet:
             if child.process is None and time.monotonic() >= child.restart_at_s:
                 child.started_at_s = time.monotonic()
                 launch = self._next if child in self._replaced else None
-                child.process = self._start(child, launch or self._launch)
-            elif child.process is not None and (code := child.process.poll()) is not None:
+                child.process, child.ready_fd = self._start(child, launch or self._launch)
+            elif child.process is not None:
+                code = child.process.poll()
+                child.read_ready()  # after the poll: what has ended said all that it will
+                if code is None:
+                    continue
                 child.process = None
+                child.close_ready()
                 if (given_up := self._plan_restart(child, code)) is not None:
                     return given_up
         return None
@@ -126,7 +147,7 @@ class Fleet:
         self._restarts[child.role][to_reason(code)] += 1
         self._write_state()
         child.crashes, delay_s = plan_restart(child.crashes, time.monotonic() - child.started_at_s)
-        if child.crashes > _MOST_CRASHES:
+        if child.crashes > _MOST_CRASHES and not child.has_worked:
             log.error("%s ended %d times in a row, last with code %d: giving up", child.name, child.crashes, code)
             return 1
         log.warning("%s ended with code %d; starting it again in %.0f s", child.name, code, delay_s)
@@ -185,7 +206,9 @@ class Fleet:
             child.process.terminate()
             grace_s = self._launch.grace_s if self._next is None else max(self._launch.grace_s, self._next.grace_s)
             self._retiring.append((child.process, time.monotonic() + grace_s + _KILL_AFTER_S))
+        child.close_ready()
         child.process, child.started_at_s, child.crashes = successor.process, successor.started_at_s, 0
+        child.has_worked = True
         self._drop_successor()
         self._to_replace.remove(child)
         self._replaced.append(child)
@@ -203,28 +226,33 @@ class Fleet:
         self.note_reload(False)
 
     def _start_successor(self, child: Child) -> Successor:
-        ready_read, ready_write = os.pipe()
-        try:
-            process = self._start(child, self._next or self._launch, ready_write)
-        finally:
-            os.close(ready_write)
-        return Successor(process, time.monotonic(), ready_read)
+        process, ready_fd = self._start(child, self._next or self._launch)
+        return Successor(process, time.monotonic(), ready_fd)
 
     def _drop_successor(self) -> None:
         if self._successor is not None:
             os.close(self._successor.ready_fd)
         self._successor = None
 
-    def _start(self, child: Child, launch: Launch, ready_fd: int | None = None) -> subprocess.Popen[bytes]:
-        argv = [*self._command, *child.argv, "--lifeline-fd", str(self._lifeline_fd)]
-        fds = [self._lifeline_fd, *child.keep_fds]
-        if ready_fd is not None:
-            argv += ["--ready-fd", str(ready_fd)]
-            fds.append(ready_fd)
-        # A session of its own: Ctrl-C reaches only this process, which then stops the children in order.
-        process = subprocess.Popen(argv, env=launch.environment, pass_fds=fds, start_new_session=True)
+    def _start(self, child: Child, launch: Launch) -> tuple[subprocess.Popen[bytes], int]:
+        """The process, and the pipe on which it will say that it works."""
+        ready_read, ready_write = os.pipe()
+        try:
+            argv = [
+                *self._command,
+                *child.argv,
+                "--lifeline-fd",
+                str(self._lifeline_fd),
+                "--ready-fd",
+                str(ready_write),
+            ]
+            fds = [self._lifeline_fd, ready_write, *child.keep_fds]
+            # A session of its own: Ctrl-C reaches only this process, which then stops the children in order.
+            process = subprocess.Popen(argv, env=launch.environment, pass_fds=fds, start_new_session=True)
+        finally:
+            os.close(ready_write)
         log.info("started %s as process %d", child.name, process.pid)
-        return process
+        return process, ready_read
 
     def stop(self) -> None:
         """SIGTERM to all, and SIGKILL to what has not drained within the grace period."""
@@ -244,3 +272,5 @@ class Fleet:
                 log.warning("process %d did not stop within its grace period; killing it", process.pid)
                 process.kill()
                 process.wait()
+        for child in self._children:
+            child.close_ready()

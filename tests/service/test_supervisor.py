@@ -120,7 +120,7 @@ if os.environ.get("FLEET_BREAKS") == role:
     sys.exit(1)
 if os.path.exists(os.environ["FLEET_LOG"] + ".code"):
     sys.exit(int(open(os.environ["FLEET_LOG"] + ".code").read()))
-if "--ready-fd" in given:
+if "FLEET_MUTE" not in os.environ:
     note("ready")
     os.write(int(given["--ready-fd"]), b"1")
 stop.wait(120)
@@ -176,7 +176,7 @@ def fake_fleet(directory: Path) -> Iterator[FakeFleet]:
     read_fd, write_fd = os.pipe()
     fake = FakeFleet(directory, read_fd)
     try:
-        fake.run_until(lambda: len(fake.lines()) == 6)
+        fake.run_until(lambda: all(child.has_worked for child in fake.children))
         yield fake
     finally:
         fake.fleet.stop()
@@ -195,7 +195,23 @@ def test_a_replacement_starts_each_process_before_the_old_one_ends_workers_first
         lines = fake.lines()
         for before, after, role in zip(old, new, ("api", "worker", "worker"), strict=True):
             assert lines.index(f"ready {role} {after}") < lines.index(f"end {role} {before}")
-        assert [line.split()[1] for line in lines if line.startswith("ready")] == ["worker", "worker", "api"]
+        assert [line.split()[1] for line in lines if line.startswith("ready")][3:] == ["worker", "worker", "api"]
+
+
+def test_only_what_never_worked_is_given_up(tmp_path: Path) -> None:
+    with fake_fleet(tmp_path) as fake:
+        worked, _, mute = fake.children
+        for child, mark in ((worked, True), (mute, False)):
+            child.crashes, child.has_worked = 20, mark
+        assert worked.process is not None and mute.process is not None
+        for child in (worked, mute):
+            child.process.kill()
+            child.process.wait(60)
+        old = worked.process.pid
+        assert fake.fleet.keep() == 1
+        assert (worked.process, mute.process) == (None, None) and worked.restart_at_s > time.monotonic()
+        worked.restart_at_s = mute.restart_at_s = 0.0
+        fake.run_until(lambda: worked.process is not None and worked.process.pid != old and mute.has_worked)
 
 
 def test_a_replacement_that_cannot_start_leaves_the_old_processes_alone(tmp_path: Path) -> None:
@@ -204,7 +220,7 @@ def test_a_replacement_that_cannot_start_leaves_the_old_processes_alone(tmp_path
         fake.code.write_text("2")
         fake.fleet.ask_roll(fake.launch())
         fake.run_until(lambda: not fake.fleet.is_rolling)
-        assert fake.pids() == old and len(fake.lines()) == 8, "one successor was tried, nothing was ended"
+        assert fake.pids() == old and len(fake.lines()) == 11, "one successor was tried, nothing was ended"
         assert fake.metric("config_last_reload_successful") == 0
 
 
@@ -307,7 +323,7 @@ def test_restarts_are_counted_by_role_and_by_why_a_process_ended(tmp_path: Path)
     with fake_fleet(tmp_path) as fake:
         for child in fake.children[:2]:
             _kill(child)
-        fake.run_until(lambda: len(fake.lines()) == 10)
+        fake.run_until(lambda: len(fake.lines()) == 15)
         for role in ("worker", "api"):
             assert fake.metric(f'{role}_restarts_total{{reason="killed"}}') == 1
             assert fake.metric(f'{role}_restarts_total{{reason="crashed"}}') == 0
