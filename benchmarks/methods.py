@@ -19,8 +19,9 @@ from torch import Tensor
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from models.bundle import Bundle, read_bundle
 from models.bundle_descriptor import Method
+from models.device import choose_device, choose_dtype
 from models.generator import DrawItem
-from models.route import Route, choose_device, choose_dtype
+from models.route import Route
 from service.protocol import ProtocolResult, measure_protocol, to_table
 
 PROMPT = "a large red sphere on a green floor under a blue sky, in the centre"

@@ -16,9 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from models.device import StageClock, is_out_of_memory
 from models.generator import DrawItem, image_seed
 from models.images import CONTENT_TYPES, to_image_bytes, to_signed
-from models.route import Route, StageClock, finite_items, is_out_of_memory
+from models.route import Route, finite_items
 from service.batching import count_items
 from service.claims import Claim, Claims
 from service.errors import EngineFault, GiantleapError, JobFailed

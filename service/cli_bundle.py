@@ -105,7 +105,8 @@ def check(
     chosen = _choose_method(bundle, method)
 
     from models.checkpoints import CheckpointError
-    from models.route import Route, choose_device, choose_dtype
+    from models.device import choose_device, choose_dtype
+    from models.route import Route
 
     try:
         where = choose_device(settings.device)

@@ -49,8 +49,8 @@ def export(
 
     from export.build import Request, export_bundle
     from export.tensorrt_plans import PlanOptions
+    from models.device import choose_device
     from models.foreign_weights import CheckpointError
-    from models.route import choose_device
 
     plan = PlanOptions(max_batch, workspace_mib * 2**20, compatibility, settings.data_dir / "tensorrt-timing.cache")
     target = out or settings.data_dir / "exports" / f"{source.name}-{engine}-{precision}"
@@ -75,8 +75,8 @@ def check(
     source = _read(settings)
 
     from export.build import check_directory
+    from models.device import choose_device
     from models.foreign_weights import CheckpointError
-    from models.route import choose_device
 
     _configure(settings)
     try:

@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from tqdm import tqdm
 
+    from models.device import StageClock
     from models.generator import DrawItem
     from models.images import ImageFormat
-    from models.route import Route, StageClock
+    from models.route import Route
 
 
 def models(bundle: BundleOption = None) -> None:
@@ -247,7 +248,7 @@ def engines(
 
     import torch
 
-    from models.route import choose_device
+    from models.device import choose_device
     from service.engine_bench import measure_engines, to_table
 
     try:
@@ -275,7 +276,7 @@ def _bundles(settings: Settings) -> list[Bundle]:
 
 
 def _route(settings: Settings, bundle: Bundle) -> "Route":
-    from models.route import choose_device, choose_dtype
+    from models.device import choose_device, choose_dtype
     from service.engine_files import open_route
 
     stop_if_on_hub(bundle)

@@ -218,7 +218,7 @@ def _faults_in_one_line() -> Iterator[None]:
 
 def _own_device(name: str) -> "torch.device":
     """The device of this process; `torchrun` numbers the processes of a machine."""
-    from models.route import choose_device
+    from models.device import choose_device
 
     try:
         device = choose_device(name)

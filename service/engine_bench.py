@@ -15,10 +15,11 @@ from torch import Tensor
 
 from models.bundle import Bundle
 from models.checkpoints import read_lua
+from models.device import synchronize
 from models.engines import ENGINES, Engine, EngineName, open_engine
 from models.generator import DrawItem
 from models.images import psnr_db
-from models.route import Route, synchronize
+from models.route import Route
 from service.engine_files import find_artefacts
 from service.protocol import to_statistics
 from service.settings import Settings

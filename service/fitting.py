@@ -116,7 +116,7 @@ def _kinds(device: str) -> tuple[DeviceKind, ...]:
 
 
 def _supposed(kind: DeviceKind, memory_bytes: int, bundles: Mapping[str, BundleMemory], settings: Settings) -> Device:
-    """The device that the settings describe, with every bundle loaded as `models.route.choose_dtype` says."""
+    """The device that the settings describe, with every bundle loaded as `models.device.choose_dtype` says."""
     free = settings.dtype == "auto"
     dtypes = {
         name: settings.dtype if not free else "float32" if kind == "cpu" else memory.dtype or "bfloat16"

@@ -18,7 +18,8 @@ import torch
 from prometheus_client import start_http_server
 
 from models.bundle import Bundle, read_bundle
-from models.route import Route, choose_device, choose_dtype
+from models.device import choose_device, choose_dtype
+from models.route import Route
 from models.stages import finishes
 from service.batch_run import BatchRun, Drain, Latent, Outcome, Output, Stop, to_items, to_job_error, to_latents_blob
 from service.batching import LatentGrid, count_items, output_latent_px, plan_batch, slice_items

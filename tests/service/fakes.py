@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from models.bundle_descriptor import DecodeName, Method
+from models.device import PeakMemory, StageClock
 from models.generator import DrawItem
-from models.route import PeakMemory, StageClock
 from service.claims import Claim, Drawn
 from service.errors import StorageFull
 from service.jobs import GenerateParams, Job, JobError, JobParams, JobState, Priority, ResultFile, UpscaleParams

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from models.bundle_descriptor import DecodeName, Method
+from models.device import StageClock
 from models.generator import DrawItem
-from models.route import StageClock, stages_of
+from models.route import stages_of
 from service.protocol import measure_protocol, to_statistics, to_table
 
 

@@ -1,0 +1,106 @@
+"""The device that a route runs on: which one and in what type, the time and the memory that work on it takes."""
+
+import gc
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+
+@dataclass(slots=True)
+class StageClock:
+    """Seconds per stage of one batch. The device is synchronised at both ends, so that its work is counted."""
+
+    device: torch.device
+    stages_s: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to `stage`, also when the block raises."""
+        synchronize(self.device)
+        started_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            synchronize(self.device)
+            self.stages_s[stage] = self.stages_s.get(stage, 0.0) + time.perf_counter() - started_s
+
+
+@dataclass(frozen=True, slots=True)
+class PeakMemory:
+    """The most memory in use since the last reset, and what was measured: a process cannot reset its own peak."""
+
+    size_bytes: int
+    source: Literal["cuda_allocated", "process_rss"]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a setting names; `auto` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: a GPU is named that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if name == "cuda" else name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, preferred: str | None = None) -> torch.dtype:
+    """The compute type that a setting names; `auto` is float32 on a CPU, on a GPU that of the bundle, else bfloat16.
+
+    Args:
+        name: The setting.
+        device: Where it runs.
+        preferred: What the bundle names (`Bundle.dtype`); it counts for `auto` on a GPU only.
+
+    Raises:
+        ValueError: the device does not compute in that type.
+    """
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else preferred or "bfloat16"
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("dtype float16 on a CPU: many of its operators are missing there; use float32 or bfloat16")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return dtypes[name]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the machine had no memory left for a tensor."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start measuring anew, where the device can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> PeakMemory:
+    """Peak memory since the last reset; on a CPU, of the process since it started."""
+    if device.type == "cuda":
+        return PeakMemory(torch.cuda.max_memory_allocated(device), "cuda_allocated")
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return PeakMemory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes, "process_rss")
+
+
+def free_cache(device: torch.device) -> None:
+    """Give back the memory that no tensor uses."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
