@@ -10,6 +10,8 @@ import json
 import logging
 from collections.abc import Iterator
 
+from redis.exceptions import RedisError
+
 from service.jobs import Job, JobRecord
 from service.records import to_record
 from service.redis_urls import LOST, AsyncRedis
@@ -40,7 +42,7 @@ class JobEnds:
                         message = await channel.get_message(ignore_subscribe_messages=True, timeout=_READ_S)
                         if message is not None:
                             self.note(message["data"].decode())
-            except LOST as error:
+            except (*LOST, RedisError, OSError) as error:  # any: without a listener every wait would poll
                 _LOG.warning("listener lost Redis (%s); again in %.1f s", type(error).__name__, delay_s)
                 await asyncio.sleep(delay_s)
                 delay_s = min(2.0, 2 * delay_s)

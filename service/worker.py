@@ -80,14 +80,7 @@ def run_worker(
         log.info("metrics_port is not opened: the API processes of this host answer for the worker too")
     elif settings.metrics_port:
         start_http_server(settings.metrics_port, settings.host, metrics.registry)
-    try:
-        bundles = {bundle.name: bundle for bundle in map(read_bundle, settings.bundle)}
-        routes = {name: _open_route(bundle, settings, metrics) for name, bundle in bundles.items()}
-    except ValueError as error:
-        raise BadConfiguration(str(error)) from error
-    if settings.measure_protocol:
-        for name, route in routes.items():
-            _publish_protocol(route, bundles[name], metrics, stop)
+    bundles, routes = _load(settings, metrics, stop)
     if stop.is_set():
         return
     device, places = find_device(bundles, routes, settings)
@@ -357,6 +350,19 @@ def choose_gpu(device: str, number: int, gpus: int) -> str:
 def to_grid(bundle: Bundle, route: Route) -> LatentGrid:
     """The latent grid of a loaded bundle."""
     return LatentGrid(bundle.latent_space.stride_px, route.window)
+
+
+def _load(settings: Settings, metrics: Metrics, stop: threading.Event) -> tuple[dict[str, Bundle], dict[str, Route]]:
+    """The bundles and their loaded routes by name, measured by the paper's protocol where that is asked for."""
+    try:
+        bundles = {bundle.name: bundle for bundle in map(read_bundle, settings.bundle)}
+        routes = {name: _open_route(bundle, settings, metrics) for name, bundle in bundles.items()}
+    except ValueError as error:
+        raise BadConfiguration(str(error)) from error
+    if settings.measure_protocol:
+        for name, route in routes.items():
+            _publish_protocol(route, bundles[name], metrics, stop)
+    return bundles, routes
 
 
 def _open_route(bundle: Bundle, settings: Settings, metrics: Metrics) -> Route:
