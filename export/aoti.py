@@ -3,6 +3,7 @@
 A .pt2 file holds machine code that is loaded into the process: only files whose digest the manifest knows are opened.
 """
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,21 @@ from torch.export import ExportedProgram
 from export.manifest import INPUT, OUTPUTS, ArtefactError
 from models.engines import Artefact, EngineError, first_line, open_package
 
+# What `torch.backends.cpu.get_cpu_capability` says, which the manifest compares, as compilers name it.
+_LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
+
+
+def instruction_set() -> dict[str, str]:
+    """Inductor's option for the instructions that the manifest tells of, in place of all that this very processor has,
+    which would end a process on another.
+
+    Empty on other processors, and for a torch before 2.13, which has no such option: what they compile is for
+    processors like this one.
+    """
+    level = _LEVELS.get(torch.backends.cpu.get_cpu_capability())
+    has_option = hasattr(torch._inductor.config.cpp, "march")
+    return {"cpp.march": level} if level and has_option and platform.machine() == "x86_64" else {}
+
 
 def write_aoti(program: ExportedProgram, path: Path) -> tuple[Path, ...]:
     """Compiles; needs a C++ compiler, for a GPU also Triton. Takes minutes for a deep network.
@@ -21,7 +37,9 @@ def write_aoti(program: ExportedProgram, path: Path) -> tuple[Path, ...]:
         ArtefactError: The compiler is missing or failed.
     """
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs=dict(instruction_set())
+        )
     except (RuntimeError, torch._inductor.exc.CppCompileError, torch._inductor.exc.InvalidCxxCompiler) as error:
         raise ArtefactError(
             f"AOTInductor could not compile {path.name} (is g++ there?): {first_line(error)}"

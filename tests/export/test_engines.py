@@ -1,11 +1,13 @@
 """What takes minutes: compiled code, half types, and the decoders of all families, each through its real tools."""
 
+import platform
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from export.aoti import open_aoti
+from export.aoti import open_aoti, write_aoti
 from export.build import Request, check_directory, export_bundle
 from export.graphs import DecoderGraph, trace
 from export.manifest import ArtefactError, Precision
@@ -22,6 +24,19 @@ def test_a_damaged_package_is_refused(tmp_path: Path) -> None:
     (tmp_path / "lua_x2.pt2").write_bytes(b"no package")
     with pytest.raises(ArtefactError, match=r"lua_x2\.pt2 cannot be loaded"):
         open_aoti(tmp_path / "lua_x2.pt2", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("capability", "level"), [("AVX2", "x86-64-v3"), ("AVX512", "x86-64-v4")])
+def test_code_is_for_the_processors_that_the_manifest_names(
+    capability: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, **named: given.update(named))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    net = torch.nn.Linear(2, 2)
+    write_aoti(torch.export.export(net, (torch.zeros(1, 2),)), tmp_path / "lua_x2.pt2")
+    assert given["inductor_configs"] == {"cpp.march": level}
 
 
 @pytest.mark.slow
