@@ -218,10 +218,7 @@ class Claims:
         rest += [upload, str(len(blobs)), str(size_bytes)]
         code = self._end(claim, partial(self._run_finish, upload, blobs), rest)
         if code < 0:
-            raise StorageFull(
-                f"The results have {size_bytes} bytes and do not fit beside the inputs of live jobs; "
-                f"{self._settings.blob_budget_bytes} bytes are allowed in all: raise blob_budget_bytes."
-            )
+            raise self._no_room("results", size_bytes)
         return code == 1
 
     def hand_over(
@@ -255,11 +252,14 @@ class Claims:
         texts = [json.dumps(dict(stages)), json.dumps(list(warnings)), str(batch_jobs)]
         code = self._end(claim, self._hand_over, [*texts, latents or b""])
         if code < 0:
-            raise StorageFull(
-                f"The latents have {len(latents or b'')} bytes and do not fit beside the inputs of live jobs; "
-                f"{self._settings.blob_budget_bytes} bytes are allowed in all: raise blob_budget_bytes."
-            )
+            raise self._no_room("latents", len(latents or b""))
         return (None, JobState.QUEUED, JobState.CANCELED)[code]
+
+    def _no_room(self, what: str, size_bytes: int) -> StorageFull:
+        return StorageFull(
+            f"The {what} have {size_bytes} bytes and do not fit beside the inputs of live jobs; "
+            f"{self._settings.blob_budget_bytes} bytes are allowed in all: raise blob_budget_bytes."
+        )
 
     def fail(self, claim: Claim, error: JobError, stages: Mapping[str, float] = _NO_STAGES) -> bool:
         """Ends an attempt with an error; False where the claim was lost: then nothing is written.
@@ -310,14 +310,7 @@ class Claims:
 
     def _owner(self, claim: Claim) -> list[str]:
         """ARGV of every script that speaks for one claim."""
-        return [
-            self._limits,
-            self._consumer,
-            self._lane(claim),
-            claim.message_id,
-            claim.job.id,
-            str(claim.delivery),
-        ]
+        return [self._limits, self._consumer, self._lane(claim), claim.message_id, claim.job.id, str(claim.delivery)]
 
     def _lanes(self) -> list[str]:
         """Every lane of this worker in the order of the next claim."""
