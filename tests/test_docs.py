@@ -144,6 +144,15 @@ def _operations_figures() -> Iterator[str]:
     yield f"it drained {drained:.0f} jobs/s of 64 KiB results"
 
 
+def _queue_rows() -> Iterator[str]:
+    for server, each in _report("queue_latency")["measured"].items():
+        yield (
+            f"| {server.removeprefix('redis ')} | {each['enqueue_to_result_p50_ms']:.1f} ms "
+            f"| {each['enqueue_to_result_p99_ms']:.1f} ms | {each['enqueue_jobs_per_s']:,.0f} jobs/s "
+            f"| {each['drain_jobs_per_s']:,.0f} jobs/s |"
+        )
+
+
 def _training_figures() -> Iterator[str]:
     report = _report("evaluation")
     pixels, latents = report["pixel_statistics"], report["latent_statistics"]
@@ -177,6 +186,7 @@ def _decode_rows() -> Iterator[str]:
     ("page", "figures"),
     [
         ("operations.md", _operations_figures),
+        ("decisions/0003-own-queue-on-streams.md", _queue_rows),
         ("training.md", _training_figures),
         ("lab.md", _transfer_rows),
         ("decisions/0008-exact-bounded-decode.md", _decode_rows),
