@@ -129,6 +129,13 @@ def test_helm_lint_finds_nothing_wrong(values: dict[str, Any]) -> None:
     find_helm().lint(CHART, copy.deepcopy(values))
 
 
+def test_helm_lint_finds_a_template_that_is_wrong(tmp_path: Path) -> None:
+    chart = shutil.copytree(CHART, tmp_path / CHART.name)
+    (chart / "templates" / "wrong.yaml").write_text("{{ .Values.nothing.at.all }}\n")
+    with pytest.raises(HelmRefused):
+        find_helm().lint(chart, {})
+
+
 def test_every_object_is_valid_for_kubernetes(manifests: list[Manifest]) -> None:
     for manifest in manifests:
         if manifest["kind"] in FIELDS:
