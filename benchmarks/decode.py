@@ -31,9 +31,9 @@ from torch import Tensor
 
 from benchmarks.live_storage import LiveStorage
 from benchmarks.machine import read_machine
-from models.decode import decode_exact, decode_plain, decode_tiled, decode_tiny
-from models.decode_plan import DecodeMethod, estimate_peak_bytes
-from models.latent_space import LATENT_SPACES
+from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.models.vae.decode import decode_exact, decode_plain, decode_tiled, decode_tiny
+from giantleap.models.vae.strip_plan import DecodeMethod, estimate_peak_bytes
 
 METHODS: tuple[DecodeMethod, ...] = get_args(DecodeMethod)
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from models.allocator import keep_freed_memory
-from models.prepared_layers import PackedConv, PackedLinear
+from giantleap.models.allocator import keep_freed_memory
+from giantleap.models.engines.packed_layers import PackedConv, PackedLinear
 
 WIDTH, HEADS, WINDOW_TOKENS, TOKENS_A_THREAD = 180, 6, 64, 512
 MAP_SIDE = 64  # of the maps that the convolution between two groups takes

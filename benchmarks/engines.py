@@ -30,18 +30,18 @@ from torch import Tensor
 
 from benchmarks.machine import read_machine
 from benchmarks.published_swinir import PublishedForward
-from export.graphs import LuaGraph, trace
-from export.manifest import INPUT, OUTPUTS
-from export.onnx_files import write_onnx
-from models.bundle import read_bundle
-from models.checkpoints import read_lua
-from models.engines import Artefact, ArtefactEngine, TorchEngine
-from models.generator import DrawItem
-from models.images import psnr_db
-from models.lua import Lua, preset
-from models.pixel_upscale import RGB_CHANNELS
-from models.route import Route
-from service.settings import POCKET_BUNDLE
+from giantleap.export.graphs import LuaGraph, trace
+from giantleap.export.manifest import INPUT, OUTPUTS
+from giantleap.export.onnx_files import write_onnx
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.engines.base import Artefact, ArtefactEngine, TorchEngine
+from giantleap.models.engines.swinir import RGB_CHANNELS
+from giantleap.models.generator import DrawItem
+from giantleap.models.images import psnr_db
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.lua.network import Lua, preset
+from giantleap.models.route import Route
+from giantleap.service.settings import POCKET_BUNDLE
 
 CPU = torch.device("cpu")
 SCALE = 2

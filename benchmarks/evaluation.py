@@ -15,10 +15,10 @@ import typer
 from PIL import Image
 
 from benchmarks.photos import read_photos
-from training.evaluate import EvaluateConfig, evaluate
-from training.evaluation_report import to_markdown
-from training.feature_extractors import open_networks
-from training.metrics import to_levels
+from giantleap.training.evaluation.evaluate import EvaluateConfig, evaluate
+from giantleap.training.evaluation.feature_extractors import open_networks
+from giantleap.training.evaluation.metrics import to_levels
+from giantleap.training.evaluation.report import to_markdown
 
 
 def write_photos(folder: Path) -> None:

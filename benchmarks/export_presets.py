@@ -30,10 +30,10 @@ def measure(preset_name: str, channels: int, scale: int) -> dict[str, Any]:
     """
     import torch
 
-    from export.graphs import LuaGraph, trace
-    from export.onnx_files import open_onnx, write_onnx
-    from export.parity import compare
-    from models.lua import Lua, preset
+    from giantleap.export.graphs import LuaGraph, trace
+    from giantleap.export.onnx_files import open_onnx, write_onnx
+    from giantleap.export.parity import compare
+    from giantleap.models.lua.network import Lua, preset
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def main() -> None:
 def _machine() -> dict[str, Any]:
     import os
 
-    from export.machine import read_versions
+    from giantleap.export.machine import read_versions
 
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -25,10 +25,10 @@ from benchmarks.gpu_engines import VARIANTS, EngineCase, EngineFigures, measure_
 from benchmarks.gpu_engines import line as engine_line
 from benchmarks.gpu_engines import measure_case as measure_engine_case
 from benchmarks.machine import read_machine
-from models.decode import decode_exact
-from models.decode_plan import DecodeMethod, DecoderShape, estimate_peak_bytes, plan_decode
-from models.lua import preset as lua_preset
-from service.protocol import to_statistics
+from giantleap.models.lua.network import preset as lua_preset
+from giantleap.models.vae.decode import decode_exact
+from giantleap.models.vae.strip_plan import DecodeMethod, DecoderShape, estimate_peak_bytes, plan_decode
+from giantleap.service.worker.timing import to_statistics
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 

@@ -20,19 +20,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.published_swinir import PublishedForward
-from export.graphs import LuaGraph, trace
-from export.manifest import INPUT, OUTPUTS, Precision
-from export.onnx_files import write_onnx
-from export.parity import whole_float32
-from export.tensorrt_plans import PlanOptions, build_plan, plan_profiles
-from models.engine_compile import CompileEngine
-from models.engine_onnx import open_graph
-from models.engine_tensorrt import PlanRunner, load_tensorrt
-from models.engines import Artefact, Profile, TorchEngine
-from models.lua import Lua
-from models.lua_spec import LuaSpec
-from models.prepared_lua import PreparedLua
-from service.engine_bench import Timing, interleave
+from giantleap.cli.engine_bench import Timing, interleave
+from giantleap.export.graphs import LuaGraph, trace
+from giantleap.export.manifest import INPUT, OUTPUTS, Precision
+from giantleap.export.onnx_files import write_onnx
+from giantleap.export.parity import whole_float32
+from giantleap.export.tensorrt_plans import PlanOptions, build_plan, plan_profiles
+from giantleap.models.engines.base import Artefact, Profile, TorchEngine
+from giantleap.models.engines.compiled import CompileEngine
+from giantleap.models.engines.onnx_runtime import open_graph
+from giantleap.models.engines.packed_lua import PreparedLua
+from giantleap.models.engines.tensorrt_runtime import PlanRunner, load_tensorrt
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import LuaSpec
 
 Variant = Literal[
     "published float32", "published", "autocast", "prepared", "compiled", "compiled, padded", "onnx", "tensorrt"

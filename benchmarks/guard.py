@@ -1,7 +1,7 @@
 """Compares the guard of LUA off and on: on latents like those of the training, and on ones from outside.
 
 `python -m benchmarks.guard` writes `benchmarks/results/guard.json`. Statistics come from procedural pictures
-(`training/pocket_pairs.py`), latents from the six photographs (`benchmarks/photos.py`) and from drawings of the bundle.
+(`training/pocket/pairs.py`), latents from the six photographs (`benchmarks/photos.py`) and from drawings of the bundle.
 An image is *broken* when a value is not finite or more than 1 % of its pixels have a channel beyond 1.5, where [-1, 1]
 is visible. The bicubic latent of the same input is decoded as well: what is broken there, no bound on LUA can mend.
 """
@@ -21,20 +21,20 @@ from tqdm import tqdm
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.photos import read_photos
-from models.bundle import read_bundle
-from models.checkpoints import read_lua
-from models.generator import DrawItem
-from models.guard import Guard
-from models.images import psnr_db
-from models.latent_space import LATENT_SPACES
-from models.latent_statistics import LatentStatistics
-from models.lua import Lua
-from models.route import Route
-from models.vae import Vae
-from training.evaluation_cases import shrink
-from training.guard_statistics import measure_statistics
-from training.leaves import draw_leaves
-from training.pocket_pairs import draw_view
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.generator import DrawItem
+from giantleap.models.images import psnr_db
+from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.lua.clamp import Guard
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.statistics import LatentStatistics
+from giantleap.models.route import Route
+from giantleap.models.vae.autoencoder import Vae
+from giantleap.training.evaluation.cases import shrink
+from giantleap.training.guard_statistics import measure_statistics
+from giantleap.training.pocket.leaves import draw_leaves
+from giantleap.training.pocket.pairs import draw_view
 
 SCALES = (2, 4)
 FAR = 1.5

@@ -2,7 +2,7 @@
 
 A process's resident memory knows nothing of which tensors are alive, and is not to be had for sizes that do not fit;
 this counts the storage of each operator's result until it dies. What an operator uses inside and gives back is not
-seen. Used by `benchmarks/decode.py` and by the tests that hold the estimates of `models/decode_plan.py` to it.
+seen. Used by `benchmarks/decode.py` and by the tests that hold the estimates of `models/vae/strip_plan.py` to it.
 """
 
 import weakref

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from benchmarks.load_client import Load, median_of, run_closed, run_open, to_request
 from benchmarks.load_docs import PAGE, to_page
 from benchmarks.load_service import PEER_NAMES, SPREAD, peer_python, run_peer, run_service
-from service.embedded_redis import find_server
+from giantleap.service.supervisor.embedded_redis import find_server
 
 RESULTS = Path(__file__).parent / "results" / "load.json"
 OURS = "giantleap"

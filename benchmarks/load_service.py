@@ -21,13 +21,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from models.allocator import keep_freed_memory
-from service.claims import Claim, Claims
-from service.embedded_redis import EmbeddedRedis
-from service.jobs import ResultFile, UpscaleParams
-from service.latents_in import SAFETENSORS_TYPE
-from service.redis_urls import open_redis
-from service.settings import Settings, read_settings, to_environment
+from giantleap.models.allocator import keep_freed_memory
+from giantleap.service.jobqueue.client import open_redis
+from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobs.job import ResultFile, UpscaleParams
+from giantleap.service.jobs.latents import SAFETENSORS_TYPE
+from giantleap.service.settings import Settings, read_settings, to_environment
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".peers"
@@ -51,7 +51,7 @@ def run_service(workers: int = 1, work_ms: float = 0.0, **changes: object) -> It
         stack.callback(redis.stop)
         settings = read_settings(redis_url=redis.start(data_dir), key_prefix="load", port=free_port(), **changes)
         environment = {**os.environ, **to_environment(settings)}
-        api = [sys.executable, "-m", "service.cli", "api"]
+        api = [sys.executable, "-m", "giantleap", "api"]
         worker = [sys.executable, "-m", "benchmarks.load_service", str(workers), str(work_ms)]
         started = [stack.enter_context(run_process(command, environment)) for command in (api, worker)]
         await_answer(started, settings.port, "/readyz")

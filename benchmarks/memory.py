@@ -3,7 +3,7 @@
 `python -m benchmarks.memory` counts live tensors: of the networks on shapes alone (device "meta"; random weights, few
 layers, since more need no more at a time), of the bundle with its numbers on the CPU. On a machine with a GPU
 `--device cuda` asks its allocator instead, which also sees what kernels use inside. Prints a table and writes
-`benchmarks/results/memory.json`. `tests/models/test_memory_plan.py` builds its networks here.
+`benchmarks/results/memory.json`. `tests/models/memory/test_plan.py` builds its networks here.
 """
 
 import argparse
@@ -21,16 +21,16 @@ from torch import Tensor
 
 from benchmarks.live_storage import LiveStorage
 from benchmarks.machine import read_machine
-from models.activation_bytes import denoiser_elements, lua_bytes
-from models.bundle import read_bundle
-from models.bundle_memory import read_memory_plan
-from models.engines import TorchEngine
-from models.generator import DrawItem
-from models.lua import Lua
-from models.lua_spec import PRESETS, grown_side
-from models.memory_plan import DeviceKind, Work
-from models.route import Route
-from service.settings import POCKET_BUNDLE
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.engines.base import TorchEngine
+from giantleap.models.generator import DrawItem
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import PRESETS, grown_side
+from giantleap.models.memory.activations import denoiser_elements, lua_bytes
+from giantleap.models.memory.from_bundle import read_memory_plan
+from giantleap.models.memory.plan import DeviceKind, Work
+from giantleap.models.route import Route
+from giantleap.service.settings import POCKET_BUNDLE
 
 MIB = 2**20
 

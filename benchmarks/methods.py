@@ -2,7 +2,7 @@
 
 `python -m benchmarks.methods` writes `docs/methods.png` and `benchmarks/results/methods.json`. `lua`, `bicubic` and
 `swinir` start from the same base latent; `direct` is another drawing, at the final size. The times are those of
-`service.protocol`, with fewer runs, the methods one after another.
+`giantleap.service.worker.timing`, with fewer runs, the methods one after another.
 """
 
 import json
@@ -17,12 +17,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
-from models.bundle import Bundle, read_bundle
-from models.bundle_descriptor import Method
-from models.device import choose_device, choose_dtype
-from models.generator import DrawItem
-from models.route import Route
-from service.protocol import ProtocolResult, measure_protocol, to_table
+from giantleap.models.bundle.bundle import Bundle, read_bundle
+from giantleap.models.bundle.descriptor import Method
+from giantleap.models.device import choose_device, choose_dtype
+from giantleap.models.generator import DrawItem
+from giantleap.models.route import Route
+from giantleap.service.worker.timing import ProtocolResult, measure_protocol, to_table
 
 PROMPT = "a large red sphere on a green floor under a blue sky, in the centre"
 HEAD_PX = 20

@@ -19,9 +19,9 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.lua import Lua
-from training import metrics
-from training.evaluation_cases import shrink
+from giantleap.models.lua.network import Lua
+from giantleap.training.evaluation import metrics
+from giantleap.training.evaluation.cases import shrink
 
 MULTIPLE_PX = 32  # a quarter of the side must be a whole latent
 SCALES = (2, 4)

@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.photos import SCALES, PhotoScores, measure_photos
 from benchmarks.prompt_following import Following, measure
-from models.checkpoints import read_lua
+from giantleap.models.lua.checkpoints import read_lua
 
 
 @dataclass(frozen=True)

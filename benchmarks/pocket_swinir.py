@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.photos import SCALES, psnr_db, read_photos
-from models.pixel_upscale import HALO_PX, PixelUpscaler
-from training.pocket_lua import shrink
+from giantleap.models.engines.swinir import HALO_PX, PixelUpscaler
+from giantleap.training.pocket.lua import shrink
 
 CPU = torch.device("cpu")
 TILE_PX = 192

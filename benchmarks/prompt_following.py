@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.captions import COLOURS, POSITIONS, SHAPES, SIZES, Slots, draw_prompts
-from training.scenes import PALETTE, draw_scene, plain_scene, render
+from giantleap.training.pocket.captions import COLOURS, POSITIONS, SHAPES, SIZES, Slots, draw_prompts
+from giantleap.training.pocket.scenes import PALETTE, draw_scene, plain_scene, render
 
 SLOTS = ("floor", "sky", "colour", "shape", "position", "size")
 CHOICES = {"floor": COLOURS, "sky": COLOURS, "colour": COLOURS, "shape": SHAPES, "position": POSITIONS, "size": SIZES}

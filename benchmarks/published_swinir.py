@@ -1,17 +1,17 @@
 """A plain SwinIR forward in the published manner: the yardstick of `benchmarks.engines`, and used nowhere else.
 
-It computes what `models.lua.Lua` computes, from the same weights, the way the published code goes about it: the shift
-mask is rebuilt in every block whenever the input is not of the size that the network was built for (a LUA trained on
-patches never is), windows are rolled, cut and put back by copies, the position bias is gathered from its table in every
-call, attention is two matrix products around a softmax, and linear layers are those of `torch.nn`.
+It computes what `giantleap.models.lua.network.Lua` computes, from the same weights, the way the published code goes
+about it: the shift mask is rebuilt in every block whenever the input is not of the size that the network was built for
+(a LUA trained on patches never is), windows are rolled, cut and put back by copies, the position bias is gathered from
+its table in every call, attention is two matrix products around a softmax, and linear layers are those of `torch.nn`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.lua import Lua, ScaleHead
-from models.swin import MASK_VALUE, ResidualGroup, SwinBlock, WindowAttention
+from giantleap.models.lua.network import Lua, ScaleHead
+from giantleap.models.lua.swin import MASK_VALUE, ResidualGroup, SwinBlock, WindowAttention
 
 
 def cut_windows(x: Tensor, window: int) -> Tensor:

@@ -22,12 +22,12 @@ from typing import Any, Literal
 import redis
 from tqdm import tqdm
 
-from service.broker import Broker
-from service.claims import Claims
-from service.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
-from service.jobs import GenerateParams, Job, Priority, ResultFile
-from service.redis_urls import open_async_redis, open_redis
-from service.settings import Settings, read_settings
+from giantleap.service.jobqueue.client import open_async_redis, open_redis
+from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.job import GenerateParams, Job, Priority, ResultFile
+from giantleap.service.settings import Settings, read_settings
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
 
 RESULTS = Path(__file__).parent / "results" / "queue_latency.json"
 RESULT_BYTES = 64 * 1024

@@ -23,19 +23,19 @@ from tqdm import tqdm
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.photos import SCALES, psnr_db, read_photos
-from models.bundle import Bundle, read_bundle
-from models.checkpoints import read_lua, write_lua
-from models.lua import Lua
-from models.vae import Vae
-from training.curriculum import RunConfig, check_config
-from training.frozen_vae import read_vae
-from training.held_out import evaluate
-from training.pairs_store import PairsStore, replace_file, replacing
-from training.pocket_pairs import SCENE_SHARE, draw_scene_view, draw_view, shrink
-from training.pocket_vae import Pictures, Pool
-from training.prepare import PrepareConfig, prepare
-from training.run import Place, train
-from training.transfer import Start, prepare_start
+from giantleap.models.bundle.bundle import Bundle, read_bundle
+from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.models.lua.network import Lua
+from giantleap.models.vae.autoencoder import Vae
+from giantleap.training.curriculum import RunConfig, check_config
+from giantleap.training.data.frozen_vae import read_vae
+from giantleap.training.data.pairs_store import PairsStore, replace_file, replacing
+from giantleap.training.data.prepare import PrepareConfig, prepare
+from giantleap.training.evaluation.held_out import evaluate
+from giantleap.training.pocket.pairs import SCENE_SHARE, draw_scene_view, draw_view, shrink
+from giantleap.training.pocket.vae import Pictures, Pool
+from giantleap.training.run import Place, train
+from giantleap.training.transfer import Start, prepare_start
 
 CPU = torch.device("cpu")
 TILE_PX = 256

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from export.manifest import INPUT, OUTPUTS, ArtefactError
-from models.engines import Artefact, EngineError, first_line, open_package
+from giantleap.export.manifest import INPUT, OUTPUTS, ArtefactError
+from giantleap.models.engines.base import Artefact, EngineError, first_line, open_package
 
 # What `torch.backends.cpu.get_cpu_capability` says, which the manifest compares, as compilers name it.
 _LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}

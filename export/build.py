@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.aoti import open_aoti, write_aoti
-from export.graphs import DTYPES, DecoderGraph, LuaGraph, trace
-from export.machine import read_machine, read_versions
-from export.manifest import (
+from giantleap.export.aoti import open_aoti, write_aoti
+from giantleap.export.graphs import DTYPES, DecoderGraph, LuaGraph, trace
+from giantleap.export.machine import read_machine, read_versions
+from giantleap.export.manifest import (
     FILE,
     INPUT,
     OUTPUTS,
@@ -38,16 +38,23 @@ from export.manifest import (
     read_manifest,
     vae_directory,
 )
-from export.onnx_files import OPSETS, open_onnx, write_onnx
-from export.parity import Runner, choose_cases, compare
-from export.tensorrt_plans import PlanOptions, build_plan, load_tensorrt, open_plan, plan_profiles, trtexec_line
-from models.bundle import Bundle, check_files
-from models.checkpoints import read_lua
-from models.decode import decode_plain
-from models.engines import on_device
-from models.lua import Lua
-from models.vae import choose_vae_dtype, read_vae_model
-from models.weight_files import file_hash
+from giantleap.export.onnx_files import OPSETS, open_onnx, write_onnx
+from giantleap.export.parity import Runner, choose_cases, compare
+from giantleap.export.tensorrt_plans import (
+    PlanOptions,
+    build_plan,
+    load_tensorrt,
+    open_plan,
+    plan_profiles,
+    trtexec_line,
+)
+from giantleap.models.bundle.bundle import Bundle, check_files
+from giantleap.models.bundle.digests import file_hash
+from giantleap.models.engines.base import on_device
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.lua.network import Lua
+from giantleap.models.vae.autoencoder import choose_vae_dtype, read_vae_model
+from giantleap.models.vae.decode import decode_plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +354,7 @@ def _compare(
 
 
 def _part_precision(part: Part, asked: Precision, reference: Reference) -> Precision:
-    """Of a decoder, one that its VAE does not overflow in (`models.vae.choose_vae_dtype`)."""
+    """Of a decoder, one that its VAE does not overflow in (`giantleap.models.vae.autoencoder.choose_vae_dtype`)."""
     if part == "lua":
         return asked
     config = reference.vae.config

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from export.manifest import INPUT, Precision
-from models.decode import FRAME_CLASSES, STRIP_CLASSES
-from models.decoder_check import check_autoencoder
-from models.lua import Lua, ScaleHead
+from giantleap.export.manifest import INPUT, Precision
+from giantleap.models.lua.network import Lua, ScaleHead
+from giantleap.models.vae.decode import FRAME_CLASSES, STRIP_CLASSES
+from giantleap.models.vae.decoder_check import check_autoencoder
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_BATCH, MAX_SIDE = 64, 1024  # what the traced program promises to hold; latent pixels
@@ -68,7 +68,7 @@ class DecoderGraph(nn.Module):
     """`vae.decode`, whole and untiled, on a copy of the VAE; one frame of those that decode videos.
 
     Args:
-        vae: An autoencoder of one of the classes that `models/decode.py` knows; it stays as it is.
+        vae: An autoencoder of one of the classes that `models/vae/decode.py` knows; it stays as it is.
         dtype: What it computes in.
 
     Raises:

@@ -4,7 +4,7 @@ import importlib.metadata
 
 import torch
 
-from export.manifest import Machine, this_platform
+from giantleap.export.manifest import Machine, this_platform
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "diffusers", "numpy")
 

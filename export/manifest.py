@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from models.bundle import Bundle
-from models.weight_files import file_hash
+from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.bundle.digests import file_hash
 
 Engine = Literal["onnx", "tensorrt", "aoti"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -85,8 +85,8 @@ class Artefact(_Section):
     """One graph: `file` is what an engine opens, `files` has every file that belongs to it.
 
     Input and output are float32 whatever the precision. Sides of the input are multiples of `side_multiple`: who runs
-    it pads before (`models.lua.pad_to_window`) and crops after. `precision` is that of the manifest, but for a decoder
-    whose VAE would overflow in it.
+    it pads before (`giantleap.models.lua.network.pad_to_window`) and crops after. `precision` is that of the manifest,
+    but for a decoder whose VAE would overflow in it.
     """
 
     part: Part
@@ -249,7 +249,7 @@ def check_manifest(
         precision: Of the artefacts; None takes whichever they have.
         scales: Those that must be there.
         decoder: Whether the decoder must be there.
-        machine: The present one (`export.machine.read_machine`); None leaves out the comparison with it.
+        machine: The present one (`giantleap.export.machine.read_machine`); None leaves out the comparison with it.
 
     Raises:
         ArtefactError: One line with the first thing that does not fit and the command that builds artefacts that do.

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from export.manifest import INPUT, ArtefactError, Precision
-from models.engine_onnx import PROVIDERS, choose_provider, runtime_errors
-from models.engines import first_line
+from giantleap.export.manifest import INPUT, ArtefactError, Precision
+from giantleap.models.engines.base import first_line
+from giantleap.models.engines.onnx_runtime import PROVIDERS, choose_provider, runtime_errors
 
 # 20 is the first with Gelu, 22 the first whose Conv takes bfloat16.
 OPSETS: dict[Precision, int] = {"fp32": 20, "fp16": 20, "bf16": 22}
@@ -36,7 +36,7 @@ def write_onnx(
     """Writes a program of one input and one output, and checks what it wrote.
 
     Args:
-        program: From `export.graphs.trace`.
+        program: From `giantleap.export.graphs.trace`.
         path: Where to; large weights go to `path` + ".data".
         output: The name that the output gets.
         precision: Of the program; it decides the operator set.

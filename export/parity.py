@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.manifest import ArtefactError, Case, Parity, Part, Precision, Profile
-from models.images import psnr_db
+from giantleap.export.manifest import ArtefactError, Case, Parity, Part, Precision, Profile
+from giantleap.models.images import psnr_db
 
 Runner = Callable[[Tensor], Tensor]
 """float32 [batch, channels, h, w] -> float32, on the same device."""
@@ -26,7 +26,7 @@ ALLOWED_ERROR: dict[tuple[Part, Precision], float] = {
 }
 ALLOWED_RELATIVE: dict[Precision, float] = {"fp16": 0.05, "bf16": 0.3}
 ALLOWED_PSNR_DB: dict[Precision, float] = {"fp32": 60.0, "fp16": 50.0, "bf16": 40.0}
-# Batch, rows and columns in units of the window. The example of `export.graphs.trace` has (2, 2, 3).
+# Batch, rows and columns in units of the window. The example of `giantleap.export.graphs.trace` has (2, 2, 3).
 CASES = ((1, 1, 1), (3, 2, 3), (8, 3, 1), (1, 5, 8))
 PSNR_CASE = 1  # of CASES: large enough to have inner and outer windows, small enough to decode
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.manifest import INPUT, ArtefactError, Compatibility, Precision, Profile
+from giantleap.export.manifest import INPUT, ArtefactError, Compatibility, Precision, Profile
 
 SIDES = (64, 128, 256)  # of a latent: 512, 1024 and 2048 px at a stride of 8
 _LEVELS: dict[Compatibility, tuple[str, str]] = {  # the member of the API, and the word of trtexec
@@ -120,7 +120,7 @@ def build_plan(
 
     Args:
         trt: The module `tensorrt`, 10.13 or newer.
-        graph: From `export.onnx_files.write_onnx`; its types are those of the plan.
+        graph: From `giantleap.export.onnx_files.write_onnx`; its types are those of the plan.
         channels: Of its input.
         profiles: From `plan_profiles`.
         precision: Of the graph; float32 is kept from TF32, which has 10 bits of mantissa.

@@ -1,1 +1,2 @@
-"""What a model is and how it runs. Imports nothing from the rest of the project; start at `models.route.Route`."""
+"""What a model is and how it runs. Imports nothing from the rest of the project; start at
+`giantleap.models.route.Route`."""

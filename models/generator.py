@@ -1,7 +1,7 @@
 """Draws raw latents from prompts with a stock diffusers pipeline: seeded per item, watched and stopped between steps.
 
 What differs between the pipeline classes is in `FAMILIES`, one line each. The latents go to the upscaler in
-`models.route`. Which words a prompt may use is in `models.prompt_words`.
+`giantleap.models.route`. Which words a prompt may use is in `giantleap.models.bundle.vocabulary`.
 """
 
 import inspect
@@ -38,8 +38,8 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from models.bundle import Bundle, BundleError, ModelSource
-from models.latent_space import LatentSpace
+from giantleap.models.bundle.bundle import Bundle, BundleError, ModelSource
+from giantleap.models.latent_space import LatentSpace
 
 StepWatcher = Callable[[int, int], None]
 CancelCheck = Callable[[], set[int]]

@@ -1,6 +1,7 @@
 """Decoded pixels as the bytes of an image file, PNG, JPEG or WebP without any metadata; and how alike two images are.
 
-The pixels come from `models.route`; the bytes go to the blobs of `service.worker` or to a file.
+The pixels come from `giantleap.models.route`; the bytes go to the blobs of `giantleap.service.worker.loop` or to a
+file.
 """
 
 import io
@@ -51,7 +52,7 @@ def to_image_bytes(pixels: Tensor, output_format: ImageFormat) -> bytes:
 def psnr_db(image: Tensor, expected: Tensor, most_db: float = MOST_PSNR_DB) -> float:
     """Peak signal-to-noise ratio of what is shown: images in [-1, 1], clamped to it and not rounded.
 
-    `training.metrics.psnr_db` is that of 8-bit files.
+    `giantleap.training.evaluation.metrics.psnr_db` is that of 8-bit files.
 
     Returns:
         dB, `most_db` at most; minus infinity where a value is not a number.

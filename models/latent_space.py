@@ -2,7 +2,7 @@
 
 LUA and the decoder see raw latents, [batch, channels, latent_height, latent_width] as the VAE's encoder gives them,
 without scaling or packing. Works on torch tensors and numpy arrays alike and imports no torch, because the API process
-has none. A bundle names its space in `models/bundle.py`.
+has none. A bundle names its space in `models/bundle/bundle.py`.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Any picture that Pillow opens as RGB, as a viewer shows it: upright, 16-bit grey unclipped, transparency on white.
 
-Requests (`service/images_in.py`), pairs for a training and evaluations (`training/`) all read pictures through this. It
-imports no torch, since the API process has none.
+Requests (`service/jobs/images.py`), pairs for a training and evaluations (`training/`) all read pictures through this.
+It imports no torch, since the API process has none.
 """
 
 import struct

@@ -1,8 +1,8 @@
 """One bundle on one device: generate -> upscale -> decode, each stage on raw latents, timed with the device at rest.
 
-`Route` is what a worker holds (`service.worker`) and what the command line uses without a service. The stages are
-methods of their own, because an upscale job starts at the second one and a latent result ends there; in which order
-a method runs them is in `stages_of`.
+`Route` is what a worker holds (`giantleap.service.worker.loop`) and what the command line uses without a service. The
+stages are methods of their own, because an upscale job starts at the second one and a latent result ends there; in
+which order a method runs them is in `stages_of`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.bundle import Bundle, check_files
-from models.bundle_descriptor import DecodeName, Method
-from models.checkpoints import read_lua
-from models.device import PeakMemory, StageClock, free_cache, peak_memory, reset_peak_memory
-from models.engines import Artefact, Engine, EngineName, open_engine
-from models.generator import CancelCheck, DrawItem, Generator, StepWatcher
-from models.guard import Guard
-from models.images import to_signed
-from models.latent_statistics import read_statistics
-from models.lua import pad_to_window
-from models.lua_spec import grown_side
-from models.pixel_upscale import PixelUpscaler
-from models.stages import WHOLE, Stages, draws, finishes
-from models.vae import Vae, read_tiny, read_vae_model
+from giantleap.models.bundle.bundle import Bundle, check_files
+from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.device import PeakMemory, StageClock, free_cache, peak_memory, reset_peak_memory
+from giantleap.models.engines.base import Artefact, Engine, EngineName, open_engine
+from giantleap.models.engines.swinir import PixelUpscaler
+from giantleap.models.generator import CancelCheck, DrawItem, Generator, StepWatcher
+from giantleap.models.images import to_signed
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.lua.clamp import Guard
+from giantleap.models.lua.network import pad_to_window
+from giantleap.models.lua.spec import grown_side
+from giantleap.models.lua.statistics import read_statistics
+from giantleap.models.stages import WHOLE, Stages, draws, finishes
+from giantleap.models.vae.autoencoder import Vae, read_tiny, read_vae_model
 
 STAGES = ("generate", "upscale", "decode", "encode")
 

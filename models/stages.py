@@ -1,7 +1,7 @@
 """Which stages of the route a process runs: all of them, or one half of a route that is split between two machines.
 
 The halves meet at the raw latent: one draws it and needs the base model, the other enlarges and decodes it and needs
-LUA and the VAE. How it travels between them is in `service.claims`.
+LUA and the VAE. How it travels between them is in `giantleap.service.jobqueue.consumer`.
 """
 
 from typing import Literal

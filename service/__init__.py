@@ -1,1 +1,2 @@
-"""The running system: HTTP API, Redis job queue and GPU worker. Start reading at `service.api.create_app`."""
+"""The running system: HTTP API, Redis job queue and GPU worker. Start reading at
+`giantleap.service.api.app.create_app`."""

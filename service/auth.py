@@ -2,7 +2,8 @@
 
 A key is 256 random bits, so its plain SHA-256 is safe to keep: guessing takes 2^255 tries, salt and a slow hash
 defend passwords that people choose (NIST SP 800-63B, 5.1.1.2: they are needed below 112 bits of entropy).
-`service.guard` asks for the key of each request; `service.admission` says whose jobs a caller may see.
+`giantleap.service.api.middleware.authentication` asks for the key of each request; `giantleap.service.api.submission`
+says whose jobs a caller may see.
 """
 
 import hashlib
@@ -21,8 +22,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from service.errors import BadConfiguration
-from service.settings import Settings
+from giantleap.service.errors import BadConfiguration
+from giantleap.service.settings import Settings
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """The one error tree of the service: each class carries its stable code, its HTTP status and whether a retry may help.
 
 Raised where a request or a job goes wrong, turned into RFC 9457 problem documents at the API boundary
-(`service.api`) and into job failures in the worker loop (`service.worker`).
+(`giantleap.service.api.app`) and into job failures in the worker loop (`giantleap.service.worker.loop`).
 """
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from models.stages import WHOLE, Stages
+from giantleap.models.stages import WHOLE, Stages
 
 POCKET_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "pocket"
 _PREFIX = "GIANTLEAP_"

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ("tests.redis_fixtures",)
+
 
 @pytest.fixture(autouse=True)
 def root_log_handlers() -> Iterator[None]:
@@ -48,8 +50,8 @@ def tiny_bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_onnx_dir(tiny_bundle_dir: Path) -> Path:
     """The LUA of `tiny_bundle_dir` as ONNX, both scales; read-only. Takes seconds of a processor."""
-    from export.build import Request, export_bundle
-    from models.bundle import read_bundle
+    from giantleap.export.build import Request, export_bundle
+    from giantleap.models.bundle.bundle import read_bundle
 
     directory = tiny_bundle_dir.parent / "tiny-onnx"
     export_bundle(Request(read_bundle(tiny_bundle_dir), "onnx", "fp32", directory))

@@ -2,8 +2,8 @@
 
 import torch
 
-from models.lua import Lua
-from models.lua_spec import LuaSpec
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import LuaSpec
 
 
 def random_lua(spec: LuaSpec, spread: float = 0.2, seed: int = 0) -> Lua:

@@ -13,14 +13,14 @@ import pytest
 import typer
 
 from benchmarks.readme_figures import RESULTS, put_blocks, to_blocks
-from models.bundle import read_bundle
-from models.bundle_descriptor import from_toml
-from models.latent_space import LATENT_SPACES
-from service.cli import app
-from service.planning import plan_generate
-from service.problems import InvalidFields
-from service.schemas import GenerateRequest
-from service.settings import POCKET_BUNDLE, read_settings
+from giantleap.cli.main import app
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.bundle.descriptor import from_toml
+from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.service.api.problems import InvalidFields
+from giantleap.service.api.schemas import GenerateRequest
+from giantleap.service.jobs.planning import plan_generate
+from giantleap.service.settings import POCKET_BUNDLE, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -87,7 +87,7 @@ def test_command_lines_name_commands_and_options_that_exist(page: Path) -> None:
 @ALL
 def test_modules_and_targets_that_are_run_exist(page: Path) -> None:
     text = page.read_text()
-    for module in re.findall(r"python -m ((?:benchmarks|training|service)[\w.]*)", text):
+    for module in re.findall(r"python -m ((?:benchmarks|giantleap)[\w.]*)", text):
         assert importlib.util.find_spec(module), module
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets

@@ -20,7 +20,7 @@ from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image
 from safetensors.numpy import load, save
 
-from service.demo import PROMPT, draw, running_service
+from giantleap.cli.demo import PROMPT, draw, running_service
 
 BASE_PX = 128
 
@@ -134,7 +134,9 @@ def test_promtool_accepts_the_metrics(url: str) -> None:
     assert "giantleap_queue_depth" in text and 'stage="decode"' in text
     promtool = shutil.which("promtool")
     if promtool is None:
-        pytest.skip("promtool is not installed; the structure of /metrics is checked in tests/service/test_metrics.py")
+        pytest.skip(
+            "promtool is not installed; the structure of /metrics is checked in tests/service/telemetry/test_metrics.py"
+        )
     answer = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, timeout=30)
     assert answer.returncode == 0 and answer.stdout + answer.stderr == ""
 

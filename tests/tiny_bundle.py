@@ -11,8 +11,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from models.bundle import write_bundle
-from models.bundle_descriptor import (
+from giantleap.models.bundle.bundle import write_bundle
+from giantleap.models.bundle.descriptor import (
     About,
     Defaults,
     Descriptor,
@@ -23,11 +23,11 @@ from models.bundle_descriptor import (
     SwinirFiles,
     Vocabulary,
 )
-from models.checkpoints import write_lua
-from models.lua import Lua
-from models.lua_spec import LuaSpec
-from models.weight_files import file_hashes
-from training.pocket_tokenizer import open_tokenizer
+from giantleap.models.bundle.digests import file_hashes
+from giantleap.models.lua.checkpoints import write_lua
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import LuaSpec
+from giantleap.training.pocket.tokenizer import open_tokenizer
 
 NAME = "tiny"
 LATENT_CHANNELS = 16

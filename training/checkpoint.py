@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from training.optim import Ema
-from training.pairs_store import replace_file
+from giantleap.training.data.pairs_store import replace_file
+from giantleap.training.pocket.optim import Ema
 
 FORMAT = 1
 HEADER = "giantleap.training"

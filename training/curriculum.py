@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from models.lua_spec import LuaSpec, preset
-from training.losses import HighPass, downsampled_l1, eagle, fourier_l1, high_frequency_l1, l1
+from giantleap.models.lua.spec import LuaSpec, preset
+from giantleap.training.losses import HighPass, downsampled_l1, eagle, fourier_l1, high_frequency_l1, l1
 
 StageName = Literal["I", "II", "III"]
 Precision = Literal["float32", "bfloat16"]

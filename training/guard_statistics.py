@@ -1,4 +1,4 @@
-"""Measures what the guard of a LUA needs (`models/guard.py`) over pairs of latents."""
+"""Measures what the guard of a LUA needs (`models/lua/clamp.py`) over pairs of latents."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from models.checkpoints import read_lua, write_lua
-from models.latent_statistics import STATISTICS_KEY, LatentStatistics, StatisticsError
-from models.lua_spec import SPEC_KEY
-from training.pairs_store import PairsStore
+from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.models.lua.spec import SPEC_KEY
+from giantleap.models.lua.statistics import STATISTICS_KEY, LatentStatistics, StatisticsError
+from giantleap.training.data.pairs_store import PairsStore
 
 TILES = 2048  # as many as make the deviations certain within a per cent or so, spread over all pairs
 

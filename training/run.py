@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from tqdm import tqdm
 
-from models.bundle import Bundle, read_bundle
-from models.checkpoints import read_lua, write_lua
-from models.latent_statistics import STATISTICS_KEY, LatentStatistics
-from models.lua import Lua
-from models.vae import Vae
-from training.checkpoint import TrainingStateError, checkpoints_in, read_checkpoint, restore, write_checkpoint
-from training.curriculum import (
+from giantleap.models.bundle.bundle import Bundle, read_bundle
+from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.statistics import STATISTICS_KEY, LatentStatistics
+from giantleap.models.vae.autoencoder import Vae
+from giantleap.training.checkpoint import TrainingStateError, checkpoints_in, read_checkpoint, restore, write_checkpoint
+from giantleap.training.curriculum import (
     ConfigError,
     RunConfig,
     StageConfig,
@@ -39,12 +39,12 @@ from training.curriculum import (
     tiles_at,
     total,
 )
-from training.frozen_vae import decode_target, decode_with_gradient, read_vae, vae_hash
-from training.guard_statistics import guard_statistics
-from training.held_out import evaluate
-from training.optim import Ema
-from training.pairs_store import PairsStore
-from training.run_log import Log, open_log
+from giantleap.training.data.frozen_vae import decode_target, decode_with_gradient, read_vae, vae_hash
+from giantleap.training.data.pairs_store import PairsStore
+from giantleap.training.evaluation.held_out import evaluate
+from giantleap.training.guard_statistics import guard_statistics
+from giantleap.training.pocket.optim import Ema
+from giantleap.training.run_log import Log, open_log
 
 PURE_EMA = 10**9  # as if so many updates were done: the average's decay without its warm-up
 # What may differ between the parts of one run: it changes neither an update nor its place.
@@ -247,7 +247,7 @@ class Recorder:
         store: The pairs, of which the last tiles are held out.
         origin: For the checkpoints.
         bundle: Its name, for the header of weights.
-        statistics: Of the latents, for the guard (`models/guard.py`); also in that header.
+        statistics: Of the latents, for the guard (`models/lua/clamp.py`); also in that header.
         log: Of the run.
         averaged: A network to put average weights into.
         begun: Updates that were done when this part of the run started.

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from training.curriculum import ConfigError
-from training.pairs_store import replace_file
+from giantleap.training.curriculum import ConfigError
+from giantleap.training.data.pairs_store import replace_file
 
 LOG_FILE = "log.jsonl"
 

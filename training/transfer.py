@@ -1,7 +1,7 @@
 """A trained LUA carried over to another VAE: new ends for its latents, everything between them kept.
 
 `transfer` is a pure function from one network to another; `match_latents` measures the linear maps between two VAEs'
-latents that its best start needs. `transfer_and_train` does both and hands the rest to `training.run.train`;
+latents that its best start needs. `transfer_and_train` does both and hands the rest to `giantleap.training.run.train`;
 `giantleap train transfer` calls it. `benchmarks/transfer.py` compares the starts.
 """
 
@@ -16,15 +16,15 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.bundle import read_bundle
-from models.checkpoints import read_lua, write_lua
-from models.lua import Lua
-from models.vae import Vae
-from models.weight_files import file_hash
-from training.curriculum import PAPER, ConfigError, RunConfig, StageConfig, check_config
-from training.frozen_vae import read_vae, vae_hash
-from training.pairs_store import PairsStore
-from training.run import Place, train
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.bundle.digests import file_hash
+from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.models.lua.network import Lua
+from giantleap.models.vae.autoencoder import Vae
+from giantleap.training.curriculum import PAPER, ConfigError, RunConfig, StageConfig, check_config
+from giantleap.training.data.frozen_vae import read_vae, vae_hash
+from giantleap.training.data.pairs_store import PairsStore
+from giantleap.training.run import Place, train
 
 Start = Literal["fresh", "slice", "fit"]
 
@@ -276,7 +276,8 @@ def transfer_and_train(
     resume: bool = False,
     stop_after: int | None = None,
 ) -> Path:
-    """Transfers, then fine-tunes with `training.run.train`, which says what `out`, `resume` and `stop_after` do.
+    """Transfers, then fine-tunes with `giantleap.training.run.train`, which says what `out`, `resume` and `stop_after`
+    do.
 
     Args:
         source, to_bundle, pairs, start: As in `prepare_start`.

@@ -1,7 +1,7 @@
 """`giantleap bundle list | show | pull | check`: the bundles that can be had, and whether one runs here.
 
 A bundle is named by its directory, or by its name: then it is the one that was pulled, else the shipped descriptor.
-`service.cli` mounts these commands. Heavy modules (torch, diffusers, huggingface_hub) are imported inside them.
+`giantleap.cli.main` mounts these commands. Heavy modules (torch, diffusers, huggingface_hub) are imported inside them.
 """
 
 import os
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from models.bundle import DESCRIPTOR, Bundle, BundleError, ModelSource, read_bundle
-from models.bundle_descriptor import METHODS, Method
-from service.cli_options import DeviceOption, settings_from, stop, stop_if_on_hub
-from service.settings import POCKET_BUNDLE
+from giantleap.cli.options import DeviceOption, settings_from, stop, stop_if_on_hub
+from giantleap.models.bundle.bundle import DESCRIPTOR, Bundle, BundleError, ModelSource, read_bundle
+from giantleap.models.bundle.descriptor import METHODS, Method
+from giantleap.service.settings import POCKET_BUNDLE
 
 if TYPE_CHECKING:
-    from models.route import Route
+    from giantleap.models.route import Route
 
 SHIPPED = POCKET_BUNDLE.parent
 PULLED = "bundles"  # below the data directory of the settings
@@ -70,9 +70,9 @@ def pull(
     """Fetch everything that a bundle names from the Hugging Face hub; run again after a break, it goes on."""
     from tqdm import tqdm
 
-    from models.bundle_pull import pull_bundle
-    from models.checkpoints import CheckpointError
-    from models.hub import PUBLIC_HUB, Hub, HubError
+    from giantleap.models.bundle.hub import PUBLIC_HUB, Hub, HubError
+    from giantleap.models.bundle.pull import pull_bundle
+    from giantleap.models.lua.checkpoints import CheckpointError
 
     bundle = _read(_find(name, among_pulled=False))
     target = _pulled_dir() / bundle.name if to is None else to
@@ -104,9 +104,9 @@ def check(
     stop_if_on_hub(bundle)
     chosen = _choose_method(bundle, method)
 
-    from models.checkpoints import CheckpointError
-    from models.device import choose_device, choose_dtype
-    from models.route import Route
+    from giantleap.models.device import choose_device, choose_dtype
+    from giantleap.models.lua.checkpoints import CheckpointError
+    from giantleap.models.route import Route
 
     try:
         where = choose_device(settings.device)
@@ -119,7 +119,7 @@ def check(
 
 
 def _draw_once(route: "Route", bundle: Bundle, method: Method, say: Callable[[str], object]) -> None:
-    from models.generator import DrawItem
+    from giantleap.models.generator import DrawItem
 
     defaults = bundle.defaults
     scale = defaults.scale if defaults.scale in bundle.scales_of(method) else max(bundle.scales_of(method))

@@ -40,7 +40,7 @@ def running_service(*options: str) -> Iterator[str]:
     """
     with tempfile.TemporaryDirectory(prefix="giantleap-demo-") as data_dir:
         url = f"http://127.0.0.1:{free_port()}"
-        argv = [sys.executable, "-m", "service.cli", "serve", "--port", url.rsplit(":", 1)[1], "--data-dir", data_dir]
+        argv = [sys.executable, "-m", "giantleap", "serve", "--port", url.rsplit(":", 1)[1], "--data-dir", data_dir]
         process = subprocess.Popen([*argv, *options])
         try:
             wait_until_ready(url, process)

@@ -13,16 +13,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from models.bundle import Bundle
-from models.checkpoints import read_lua
-from models.device import synchronize
-from models.engines import ENGINES, Engine, EngineName, open_engine
-from models.generator import DrawItem
-from models.images import psnr_db
-from models.route import Route
-from service.engine_files import find_artefacts
-from service.protocol import to_statistics
-from service.settings import Settings
+from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.device import synchronize
+from giantleap.models.engines.base import ENGINES, Engine, EngineName, open_engine
+from giantleap.models.generator import DrawItem
+from giantleap.models.images import psnr_db
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.route import Route
+from giantleap.service.settings import Settings
+from giantleap.service.worker.engines import find_artefacts
+from giantleap.service.worker.timing import to_statistics
 
 DTYPES = (torch.float32, torch.bfloat16)
 SLOW_TO_COMPILE: tuple[EngineName, ...] = ("torch-compile",)

@@ -1,6 +1,6 @@
 """`giantleap export` and `giantleap export check`: artefacts for other engines than torch, compared with it.
 
-`service.cli` mounts these commands. Torch and all that follows from it are imported inside them.
+`giantleap.cli.main` mounts these commands. Torch and all that follows from it are imported inside them.
 """
 
 from pathlib import Path
@@ -8,10 +8,10 @@ from typing import Annotated, get_args
 
 import typer
 
-from export.manifest import ArtefactError, Compatibility, Engine, Part, Precision
-from models.bundle import Bundle, BundleError, read_bundle
-from service.cli_options import BundleOption, DeviceOption, settings_from, stop
-from service.settings import Settings
+from giantleap.cli.options import BundleOption, DeviceOption, settings_from, stop
+from giantleap.export.manifest import ArtefactError, Compatibility, Engine, Part, Precision
+from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
+from giantleap.service.settings import Settings
 
 app = typer.Typer(invoke_without_command=True, help="Artefacts for onnxruntime, TensorRT and AOTInductor.")
 
@@ -47,10 +47,10 @@ def export(
     settings = settings_from(bundle=bundle, device=device)
     source = _read(settings)
 
-    from export.build import Request, export_bundle
-    from export.tensorrt_plans import PlanOptions
-    from models.device import choose_device
-    from models.foreign_weights import CheckpointError
+    from giantleap.export.build import Request, export_bundle
+    from giantleap.export.tensorrt_plans import PlanOptions
+    from giantleap.models.device import choose_device
+    from giantleap.models.lua.released_layouts import CheckpointError
 
     plan = PlanOptions(max_batch, workspace_mib * 2**20, compatibility, settings.data_dir / "tensorrt-timing.cache")
     target = out or settings.data_dir / "exports" / f"{source.name}-{engine}-{precision}"
@@ -74,9 +74,9 @@ def check(
     settings = settings_from(bundle=bundle, device=device)
     source = _read(settings)
 
-    from export.build import check_directory
-    from models.device import choose_device
-    from models.foreign_weights import CheckpointError
+    from giantleap.export.build import check_directory
+    from giantleap.models.device import choose_device
+    from giantleap.models.lua.released_layouts import CheckpointError
 
     _configure(settings)
     try:

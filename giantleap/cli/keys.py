@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from service.auth import NAME_PATTERN, KeysFileError, Scope, new_key, read_keys
-from service.cli_options import settings_from, stop
+from giantleap.cli.options import settings_from, stop
+from giantleap.service.auth import NAME_PATTERN, KeysFileError, Scope, new_key, read_keys
 
 app = typer.Typer(no_args_is_help=True, help="API keys of GIANTLEAP_API_KEYS_FILE.")
 

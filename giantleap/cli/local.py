@@ -1,7 +1,7 @@
 """Commands that run the route in this process, without Redis or HTTP: models, generate, upscale and those of bench.
 
-`service.cli` mounts them. Heavy modules (torch, diffusers) are imported inside the functions that need them, so that
-`giantleap --help` and the API processes start fast.
+`giantleap.cli.main` mounts them. Heavy modules (torch, diffusers) are imported inside the functions that need them, so
+that `giantleap --help` and the API processes start fast.
 """
 
 import json
@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from pydantic import ValidationError
 
-from models.bundle import Bundle, BundleError, read_bundle
-from service.cli_options import (
+from giantleap.cli.options import (
     BundleOption,
     DecodeOption,
     DeviceOption,
@@ -25,22 +24,23 @@ from service.cli_options import (
     stop,
     stop_if_on_hub,
 )
-from service.errors import GiantleapError
-from service.images_in import fit_image, read_image
-from service.jobs import GenerateParams
-from service.latents_in import LATENT_TENSOR
-from service.planning import choose_method, choose_scale, plan_generate, prepare_upscale
-from service.schemas import GenerateRequest, UpscaleQuery
-from service.settings import Settings
+from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
+from giantleap.service.api.schemas import GenerateRequest, UpscaleQuery
+from giantleap.service.errors import GiantleapError
+from giantleap.service.jobs.images import fit_image, read_image
+from giantleap.service.jobs.job import GenerateParams
+from giantleap.service.jobs.latents import LATENT_TENSOR
+from giantleap.service.jobs.planning import choose_method, choose_scale, plan_generate, prepare_upscale
+from giantleap.service.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
     from tqdm import tqdm
 
-    from models.device import StageClock
-    from models.generator import DrawItem
-    from models.images import ImageFormat
-    from models.route import Route
+    from giantleap.models.device import StageClock
+    from giantleap.models.generator import DrawItem
+    from giantleap.models.images import ImageFormat
+    from giantleap.models.route import Route
 
 
 def models(bundle: BundleOption = None) -> None:
@@ -112,8 +112,8 @@ def _to_item(params: GenerateParams, start: bytes | None) -> "DrawItem":
     """What the route draws; `start` is the image of the base size that a job with a strength starts from."""
     import torch
 
-    from models.generator import DrawItem
-    from models.images import to_signed
+    from giantleap.models.generator import DrawItem
+    from giantleap.models.images import to_signed
 
     width_px, height_px = params.base_size_px
     item = DrawItem(
@@ -203,7 +203,7 @@ def protocol(
     """Time the route by the paper's protocol: batch 1, one device, warm-ups, then the median per stage."""
     from tqdm import tqdm
 
-    from service.protocol import measure_protocol, to_table
+    from giantleap.service.worker.timing import measure_protocol, to_table
 
     settings = settings_from(bundle=bundle, device=device)
     served = _bundles(settings)[0]
@@ -248,8 +248,8 @@ def engines(
 
     import torch
 
-    from models.device import choose_device
-    from service.engine_bench import measure_engines, to_table
+    from giantleap.cli.engine_bench import measure_engines, to_table
+    from giantleap.models.device import choose_device
 
     try:
         scales = [choose_scale(served, "lua", each) for each in scale or served.scales_of("lua")[1:]]
@@ -276,8 +276,8 @@ def _bundles(settings: Settings) -> list[Bundle]:
 
 
 def _route(settings: Settings, bundle: Bundle) -> "Route":
-    from models.device import choose_device, choose_dtype
-    from service.engine_files import open_route
+    from giantleap.models.device import choose_device, choose_dtype
+    from giantleap.service.worker.engines import open_route
 
     stop_if_on_hub(bundle)
     try:
@@ -295,7 +295,7 @@ def _reason(error: Exception) -> str:
 
 
 def _write_image(out: Path, output_format: "ImageFormat", pixels: "Tensor | None", clock: "StageClock") -> None:
-    from models.images import to_image_bytes
+    from giantleap.models.images import to_image_bytes
 
     if pixels is None:
         stop("the decoded image holds values that are not finite; nothing was written")
@@ -305,7 +305,7 @@ def _write_image(out: Path, output_format: "ImageFormat", pixels: "Tensor | None
 
 
 def _warn_of_unknown_words(bundle: Bundle, prompt: str) -> None:
-    from models.prompt_words import read_prompt_words
+    from giantleap.models.bundle.vocabulary import read_prompt_words
 
     unknown = read_prompt_words(Path(bundle.pipeline)).unknown_words(prompt)
     if unknown:

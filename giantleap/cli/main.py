@@ -1,4 +1,4 @@
-"""The `giantleap` command: the processes of the service, and beside them the commands of `service.cli_local`.
+"""The `giantleap` command: the processes of the service, and beside them the commands of `giantleap.cli.local`.
 
 Heavy modules (torch, uvicorn) are imported inside the commands that need them, so that `--help` and `serve` start fast.
 """
@@ -15,13 +15,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from models.bundle import BundleError, read_bundle
-from service.auth import check_door
-from service.cli_bundle import app as bundle_commands
-from service.cli_export import app as export_commands
-from service.cli_keys import app as key_commands
-from service.cli_local import engines, generate, models, protocol, upscale
-from service.cli_options import (
+from giantleap.cli.bundle import app as bundle_commands
+from giantleap.cli.export import app as export_commands
+from giantleap.cli.keys import app as key_commands
+from giantleap.cli.local import engines, generate, models, protocol, upscale
+from giantleap.cli.options import (
     BundleOption,
     DeviceOption,
     HostOption,
@@ -33,11 +31,13 @@ from service.cli_options import (
     stop,
     stop_if_on_hub,
 )
-from service.cli_train import app as train_commands
-from service.errors import BadConfiguration, NotReady
-from service.settings import Settings, read_settings, to_page
-from service.supervisor import say_ready, serve_api, stop_with_parent
-from service.supervisor import serve as serve_all
+from giantleap.cli.train import app as train_commands
+from giantleap.models.bundle.bundle import BundleError, read_bundle
+from giantleap.service.auth import check_door
+from giantleap.service.errors import BadConfiguration, NotReady
+from giantleap.service.settings import Settings, read_settings, to_page
+from giantleap.service.supervisor.supervisor import say_ready, serve_api, stop_with_parent
+from giantleap.service.supervisor.supervisor import serve as serve_all
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 bench = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
@@ -131,9 +131,9 @@ def _read_twice(given: Mapping[str, object]) -> tuple[Settings, Callable[[], Set
 def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -> None:
     import uvicorn
 
-    from models.allocator import keep_freed_memory
-    from service.api import create_app
-    from service.http_protocol import BoundedHttp
+    from giantleap.models.allocator import keep_freed_memory
+    from giantleap.service.api.app import create_app
+    from giantleap.service.api.server import BoundedHttp
 
     keep_freed_memory()
     try:
@@ -193,8 +193,8 @@ def worker(
     if lifeline_fd is not None:
         stop_with_parent(lifeline_fd, settings.drain_grace_s)
 
-    from models.allocator import keep_freed_memory
-    from service.worker import run_worker
+    from giantleap.models.allocator import keep_freed_memory
+    from giantleap.service.worker.loop import run_worker
 
     keep_freed_memory()
     stopping = threading.Event()

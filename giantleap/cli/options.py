@@ -4,10 +4,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from models.bundle import Bundle
-from models.bundle_descriptor import DecodeName, Method
-from service.logs import configure_logging
-from service.settings import Settings, read_settings, to_lines
+from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.service.settings import Settings, read_settings, to_lines
+from giantleap.service.telemetry.logs import configure_logging
 
 BAD_CONFIGURATION = 2
 """Exit code of a process whose settings, bundle or engine are wrong: a restart cannot help."""

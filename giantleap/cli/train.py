@@ -1,7 +1,7 @@
 """`giantleap train prepare, run, transfer ...`: a LUA for the VAE of one's own base model, from one's own photographs.
 
-`service.cli` mounts these commands. Torch and all that follows from it are imported inside them. Several processes:
-`torchrun --nproc-per-node 2 -m service.cli train run ...`, and alike for `prepare`.
+`giantleap.cli.main` mounts these commands. Torch and all that follows from it are imported inside them. Several
+processes: `torchrun --nproc-per-node 2 -m giantleap.cli.main train run ...`, and alike for `prepare`.
 """
 
 import os
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from models.bundle import BundleError
-from service.cli_options import stop
+from giantleap.cli.options import stop
+from giantleap.models.bundle.bundle import BundleError
 
 if TYPE_CHECKING:
     import torch
@@ -52,10 +52,10 @@ def prepare(
     """Cut photographs into tiles, shrink them and encode all to latents; run again after a break, it goes on."""
     import torch
 
-    from training.hf_source import HubSource
-    from training.pairs_store import PairsError
-    from training.prepare import PrepareConfig, count_skipped
-    from training.prepare import prepare as make_pairs
+    from giantleap.training.data.hf_source import HubSource
+    from giantleap.training.data.pairs_store import PairsError
+    from giantleap.training.data.prepare import PrepareConfig, count_skipped
+    from giantleap.training.data.prepare import prepare as make_pairs
 
     if (source is None) == (hf_dataset is None):
         stop("give a folder or .tar file, or --hf-dataset, and not both")
@@ -90,8 +90,8 @@ def run(
     device: DeviceOption = "auto",
 ) -> None:
     """Train through all stages; stop it at any time and go on with --resume."""
-    from training.curriculum import read_config
-    from training.run import open_place, train
+    from giantleap.training.curriculum import read_config
+    from giantleap.training.run import open_place, train
 
     with _faults_in_one_line():
         plan = read_config(config)
@@ -119,8 +119,8 @@ def transfer(
     device: DeviceOption = "auto",
 ) -> None:
     """Carry weights over to another VAE: new first and last convolutions, the rest kept, then a fine-tune."""
-    from training.run import open_place
-    from training.transfer import transfer_and_train
+    from giantleap.training.run import open_place
+    from giantleap.training.transfer import transfer_and_train
 
     with _faults_in_one_line(), open_place(_own_device(device)) as place:
         written = transfer_and_train(
@@ -137,10 +137,10 @@ def statistics(
     out: Annotated[Path, typer.Option(help="Where the weights go, in our format; may be the same file.")],
 ) -> None:
     """Write into the header of weights what latents look like, for `guard_sigmas`; `run` does it by itself."""
-    from models.foreign_weights import CheckpointError
-    from models.latent_statistics import StatisticsError
-    from training.guard_statistics import add_statistics
-    from training.pairs_store import PairsError, PairsStore
+    from giantleap.models.lua.released_layouts import CheckpointError
+    from giantleap.models.lua.statistics import StatisticsError
+    from giantleap.training.data.pairs_store import PairsError, PairsStore
+    from giantleap.training.guard_statistics import add_statistics
 
     try:
         found = add_statistics(lua, PairsStore.open(pairs), out)
@@ -171,14 +171,14 @@ def evaluate(
     """Measure weights against bicubic; what cannot be measured is named with its reason."""
     if find_spec("torchmetrics") is None:  # asked before pictures are encoded: the metrics come last
         stop('torchmetrics is missing: pip install "giantleap[train]"')
-    from models.foreign_weights import CheckpointError
-    from models.vae import VaeError
-    from training.evaluate import EvaluateConfig
-    from training.evaluate import evaluate as measure
-    from training.evaluation_cases import EvaluationError
-    from training.evaluation_report import to_markdown
-    from training.feature_extractors import open_networks
-    from training.pairs_store import PairsError
+    from giantleap.models.lua.released_layouts import CheckpointError
+    from giantleap.models.vae.autoencoder import VaeError
+    from giantleap.training.data.pairs_store import PairsError
+    from giantleap.training.evaluation.cases import EvaluationError
+    from giantleap.training.evaluation.evaluate import EvaluateConfig
+    from giantleap.training.evaluation.evaluate import evaluate as measure
+    from giantleap.training.evaluation.feature_extractors import open_networks
+    from giantleap.training.evaluation.report import to_markdown
 
     own = _own_device(device)
     config = EvaluateConfig(
@@ -197,13 +197,13 @@ def evaluate(
 @contextmanager
 def _faults_in_one_line() -> Iterator[None]:
     """Ends the command where a training cannot start or go on; one that diverged has an exit code of its own."""
-    from models.foreign_weights import CheckpointError
-    from models.vae import VaeError
-    from training.checkpoint import TrainingStateError
-    from training.curriculum import ConfigError
-    from training.pairs_store import PairsError
-    from training.run import DivergedError
-    from training.transfer import TransferError
+    from giantleap.models.lua.released_layouts import CheckpointError
+    from giantleap.models.vae.autoencoder import VaeError
+    from giantleap.training.checkpoint import TrainingStateError
+    from giantleap.training.curriculum import ConfigError
+    from giantleap.training.data.pairs_store import PairsError
+    from giantleap.training.run import DivergedError
+    from giantleap.training.transfer import TransferError
 
     try:
         yield
@@ -218,7 +218,7 @@ def _faults_in_one_line() -> Iterator[None]:
 
 def _own_device(name: str) -> "torch.device":
     """The device of this process; `torchrun` numbers the processes of a machine."""
-    from models.device import choose_device
+    from giantleap.models.device import choose_device
 
     try:
         device = choose_device(name)

@@ -2,7 +2,7 @@
 
 `read_bundle` checks all that can be checked without loading weights, so that the API process can call it too: it
 imports no torch. `check_files` compares the weights with their digests. The form of the file is in
-`models/bundle_descriptor.py`; `models/route.py` loads what is named here.
+`models/bundle/descriptor.py`; `models/route.py` loads what is named here.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from models.bundle_descriptor import (
+from giantleap.models.bundle.descriptor import (
     METHODS,
     About,
     DecodeName,
@@ -31,13 +31,13 @@ from models.bundle_descriptor import (
     nearest_sides,
     to_toml,
 )
-from models.latent_space import LatentSpace, read_vae_statistics
-from models.latent_statistics import StatisticsError, read_statistics
-from models.lua_spec import SPEC_KEY, LuaSpec, grown_side, is_whole
-from models.weight_files import file_hash, weight_files
+from giantleap.models.bundle.digests import file_hash, weight_files
+from giantleap.models.latent_space import LatentSpace, read_vae_statistics
+from giantleap.models.lua.spec import SPEC_KEY, LuaSpec, grown_side, is_whole
+from giantleap.models.lua.statistics import StatisticsError, read_statistics
 
 DESCRIPTOR = "bundle.toml"
-# What the API must know of a pipeline class without loading it; `models.generator.FAMILIES` holds the rest.
+# What the API must know of a pipeline class without loading it; `giantleap.models.generator.FAMILIES` holds the rest.
 NO_NEGATIVE_PROMPT = frozenset({"FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline"})
 IMAGE_TO_IMAGE = frozenset(
     {
@@ -150,7 +150,7 @@ class Bundle:
 
     @property
     def guard_sigmas(self) -> float | None:
-        """How far LUA's outputs may lie from what its training saw; None: as far as they do (`models/guard.py`)."""
+        """How far LUA's outputs may lie from what its training saw; None: as far as they do (`models/lua/clamp.py`)."""
         return None if self.descriptor.lua is None else self.descriptor.lua.guard_sigmas
 
     @property

@@ -1,6 +1,6 @@
 """The form of `bundle.toml`: one frozen model per section, and the rules that hold within and between them.
 
-`models/bundle.py` reads the file and checks it against what lies beside it.
+`models/bundle/bundle.py` reads the file and checks it against what lies beside it.
 """
 
 import json
@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
-from models.latent_space import LATENT_SPACES, LatentSpace, Packing
-from models.lua_spec import grown_side, is_whole, to_scale
+from giantleap.models.latent_space import LATENT_SPACES, LatentSpace, Packing
+from giantleap.models.lua.spec import grown_side, is_whole, to_scale
 
 Method = Literal["lua", "direct", "bicubic", "swinir"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -121,8 +121,8 @@ class LuaFile(_Section):
 
     With a LIIF head, `scales` are those to serve, whole or not.
 
-    `guard_sigmas` bounds outputs by the statistics in the weights' header (`models/guard.py`); without it there is no
-    bound.
+    `guard_sigmas` bounds outputs by the statistics in the weights' header (`models/lua/clamp.py`); without it there is
+    no bound.
     """
 
     file: Text

@@ -1,7 +1,7 @@
 """Files of a repository on the Hugging Face hub: which there are at a commit, and how one comes here whole.
 
 An interrupted file goes on at the byte where it stopped. That is why the two requests it takes are made here:
-huggingface_hub 2.4 starts a file anew, and one of these models has up to ten gigabytes. `models/bundle_pull.py` says
+huggingface_hub 2.4 starts a file anew, and one of these models has up to ten gigabytes. `models/bundle/pull.py` says
 which files a bundle needs.
 """
 

@@ -2,8 +2,8 @@
 
 What was asked and which commit it became is in `pull.json` there before the first file comes, so that an interrupted
 pull goes on with the same files. Weights come as safetensors only; a released LUA in torch's own format is read
-without unpickling code (`models/checkpoints.py`) and written anew. `bundle.toml` is written last: a directory with it
-is complete and needs no network.
+without unpickling code (`models/lua/checkpoints.py`) and written anew. `bundle.toml` is written last: a directory with
+it is complete and needs no network.
 """
 
 import json
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.bundle import DESCRIPTOR, Bundle, BundleError, check_files, read_bundle, write_bundle
-from models.bundle_descriptor import Descriptor
-from models.hub import Hub, HubSnapshot
-from models.weight_files import WEIGHT_SUFFIXES, file_hash
+from giantleap.models.bundle.bundle import DESCRIPTOR, Bundle, BundleError, check_files, read_bundle, write_bundle
+from giantleap.models.bundle.descriptor import Descriptor
+from giantleap.models.bundle.digests import WEIGHT_SUFFIXES, file_hash
+from giantleap.models.bundle.hub import Hub, HubSnapshot
 
 LOCK = "pull.json"
 LUA_FILE = "lua.safetensors"
@@ -225,7 +225,7 @@ class _Pull:
 
     def _fetch_lua(self) -> dict[str, Any]:
         """Fetch the released weights and write them in our own format; the `[lua]` section for them."""
-        from models.checkpoints import read_lua, write_lua
+        from giantleap.models.lua.checkpoints import read_lua, write_lua
 
         source = self.bundle.descriptor.lua_source
         assert source is not None and source.file is not None and source.scales is not None

@@ -1,7 +1,7 @@
 """Which words of a prompt a bundle with a closed vocabulary does not know; reads the tokenizer only, no torch.
 
 The API process warns with it when a job is accepted. The tokenizer that draws is the pipeline's own, in
-`models.generator`; both read the same `tokenizer/tokenizer.json`.
+`giantleap.models.generator`; both read the same `tokenizer/tokenizer.json`.
 """
 
 import re

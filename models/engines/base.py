@@ -1,6 +1,6 @@
 """What runs LUA: one small protocol, and `open_engine` which builds the engine that a setting names.
 
-`torch` runs the network as PyTorch has it, on a CPU in the prepared form of `models/engine_cpu.py`. The others are in
+`torch` runs the network as PyTorch has it, on a CPU in the prepared form of `models/engines/cpu.py`. The others are in
 modules of their own, whose libraries are imported only when they are asked for; those that run exported artefacts get
 them as `Artefact`, checked by whoever calls. An engine that cannot run here as asked is an error and never another
 engine.
@@ -16,10 +16,10 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from models.engine_cpu import LatentUpscaler, prepare_lua
-from models.lua import Lua, check_latent, pad_to_window
-from models.lua_spec import LuaSpec, grown_side
-from models.prepared_lua import PreparedLua
+from giantleap.models.engines.cpu import LatentUpscaler, prepare_lua
+from giantleap.models.engines.packed_lua import PreparedLua
+from giantleap.models.lua.network import Lua, check_latent, pad_to_window
+from giantleap.models.lua.spec import LuaSpec, grown_side
 
 EngineName = Literal["torch", "torch-compile", "onnx", "tensorrt", "aoti"]
 ArtefactEngineName = Literal["onnx", "tensorrt", "aoti"]
@@ -111,7 +111,7 @@ def open_engine(
     if net.spec.head == "liif":
         raise EngineError(f"engine {name} runs no LIIF head: set the engine to torch")
     if name == "torch-compile":
-        from models.engine_compile import CompileEngine
+        from giantleap.models.engines.compiled import CompileEngine
 
         return CompileEngine.open(net, device, dtype)
     given = artefacts or {}
@@ -192,9 +192,9 @@ class ArtefactEngine:
         """
         open_one: Callable[[Artefact, torch.device], Runner] = open_package
         if name == "onnx":
-            from models.engine_onnx import open_graph as open_one
+            from giantleap.models.engines.onnx_runtime import open_graph as open_one
         elif name == "tensorrt":
-            from models.engine_tensorrt import PlanRunner, load_tensorrt
+            from giantleap.models.engines.tensorrt_runtime import PlanRunner, load_tensorrt
 
             open_one = partial(PlanRunner, load_tensorrt(device))
         with on_device(device):

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.engines import EngineError, EngineName, first_line, on_device
-from models.lua import Lua, check_latent, pad_to_window
-from models.lua_spec import grown_side
-from models.prepared_lua import Grids, PreparedLua
+from giantleap.models.engines.base import EngineError, EngineName, first_line, on_device
+from giantleap.models.engines.packed_lua import Grids, PreparedLua
+from giantleap.models.lua.network import Lua, check_latent, pad_to_window
+from giantleap.models.lua.spec import grown_side
 
 GRAPHS_KEPT = 16
 _CAPTURE_WARMUPS = 3
@@ -69,7 +69,7 @@ class CompileEngine:
 
     @torch.inference_mode()
     def run(self, latent: Tensor, scale: float) -> Tensor:
-        """As `models.engines.Engine.run`."""
+        """As `giantleap.models.engines.base.Engine.run`."""
         check_latent(self.spec, latent, (scale,))
         if scale not in self._compiled:
             raise EngineError("engine torch-compile is closed")
@@ -132,7 +132,7 @@ class CompileEngine:
         return Captured(graph, given, grids, answer)
 
     def close(self) -> None:
-        """As `models.engines.Engine.close`."""
+        """As `giantleap.models.engines.base.Engine.close`."""
         self._graphs.clear()
         self._compiled.clear()
 

@@ -1,5 +1,6 @@
-"""Where a CPU runs LUA in its prepared form (`models/prepared_lua.py`): what the machine must have, whether it pays and
-whether the answer is the network's. `prepare_lua` takes a loaded `models.lua.Lua` and gives back what to run.
+"""Where a CPU runs LUA in its prepared form (`models/engines/packed_lua.py`): what the machine must have, whether it
+pays and whether the answer is the network's. `prepare_lua` takes a loaded `giantleap.models.lua.network.Lua` and gives
+back what to run.
 """
 
 import logging
@@ -11,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.lua import Lua
-from models.lua_spec import LuaSpec
-from models.prepared_layers import PackedLinear
-from models.prepared_lua import PreparedLua
+from giantleap.models.engines.packed_layers import PackedLinear
+from giantleap.models.engines.packed_lua import PreparedLua
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import LuaSpec
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.engines import Artefact, EngineError, Runner, first_line
+from giantleap.models.engines.base import Artefact, EngineError, Runner, first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

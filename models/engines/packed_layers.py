@@ -1,6 +1,6 @@
 """Layers of a LUA prepared for inference: plain, by torch's operators, or packed for oneDNN with what follows fused.
 
-`Layout` says which, in which type and how wide; `models/prepared_lua.py` builds the network of them.
+`Layout` says which, in which type and how wide; `models/engines/packed_lua.py` builds the network of them.
 """
 
 from dataclasses import dataclass

@@ -3,9 +3,9 @@
 The affine part of each LayerNorm and the scale of the queries are folded into the weights behind them, which is exact;
 one gather takes tokens from the window order of a block to that of the next, in place of roll and window cut, and puts
 the windows that the shift mask touches last, so that the others share one bias. On a CPU linear layers and convolutions
-are packed for oneDNN once (`models/prepared_layers.py`), and a block runs some windows at a time, which stay in the
-cache. `models/engine_cpu.py` says where that form is used; the one with plain layers is what
-`models/engine_compile.py` compiles. `benchmarks/engines.py` measures.
+are packed for oneDNN once (`models/engines/packed_layers.py`), and a block runs some windows at a time, which stay in
+the cache. `models/engines/cpu.py` says where that form is used; the one with plain layers is what
+`models/engines/compiled.py` compiles. `benchmarks/engines.py` measures.
 """
 
 from collections import OrderedDict
@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.allocator import keep_freed_memory
-from models.lua import Lua, ScaleHead, check_latent, pad_to_window
-from models.lua_spec import grown_side
-from models.prepared_layers import Layout, Norm, fold_norm
-from models.swin import ResidualGroup, SwinBlock, shift_mask
+from giantleap.models.allocator import keep_freed_memory
+from giantleap.models.engines.packed_layers import Layout, Norm, fold_norm
+from giantleap.models.lua.network import Lua, ScaleHead, check_latent, pad_to_window
+from giantleap.models.lua.spec import grown_side
+from giantleap.models.lua.swin import ResidualGroup, SwinBlock, shift_mask
 
 HEAD_DIM_MULTIPLE = 8  # 30 -> 32: zeros that cost 3 % in the linear layers and save 8 to 14 % of the attention
 GRIDS_KEPT = 8  # sizes whose indices and masks are kept; one of 256 x 256 at window 8 takes 2 MiB

@@ -2,7 +2,8 @@
 
 A picture up to a budget of pixels goes through the network whole; a larger one in tiles that overlap. Tiles start at
 multiples of the attention window, so that a tile and the whole picture cut the same windows: what is left of the
-difference comes from what a tile cannot see. `models/checkpoints.py` reads the files, `models/lua.py` is the network.
+difference comes from what a tile cannot see. `models/lua/checkpoints.py` reads the files, `models/lua/network.py` is
+the network.
 """
 
 from collections.abc import Mapping
@@ -13,9 +14,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from models.checkpoints import CheckpointError, read_lua
-from models.engine_cpu import LatentUpscaler, prepare_lua
-from models.prepared_lua import PreparedLua
+from giantleap.models.engines.cpu import LatentUpscaler, prepare_lua
+from giantleap.models.engines.packed_lua import PreparedLua
+from giantleap.models.lua.checkpoints import CheckpointError, read_lua
 
 RGB_CHANNELS = 3
 TILE_PX = 512  # side of the largest tile, of the input; its square is the budget of a picture that goes whole

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.engines import Artefact, EngineError, choose_profile
+from giantleap.models.engines.base import Artefact, EngineError, choose_profile
 
 
 def load_tensorrt(device: torch.device) -> Any:
@@ -69,7 +69,7 @@ class PlanRunner:
         self._slots: dict[int, Slot] = {}
 
     def __call__(self, latent: Tensor) -> Tensor:
-        """As `models.engines.Runner`; a batch above the profiles' runs in parts.
+        """As `giantleap.models.engines.base.Runner`; a batch above the profiles' runs in parts.
 
         **Raises** ValueError: no profile holds the size.
         """

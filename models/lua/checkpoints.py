@@ -1,7 +1,7 @@
 """Reads and writes the weights of a LUA.
 
 Our own file is safetensors with the spec as JSON in its header. The authors' multi-head release and single-head
-SwinIR files are read as well; `models/foreign_weights.py` knows their layouts. A file that does not fit is refused
+SwinIR files are read as well; `models/lua/released_layouts.py` knows their layouts. A file that does not fit is refused
 with the key, what was found and what was expected.
 """
 
@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from models.foreign_weights import CheckpointError, to_own_layout
-from models.lua import Lua
-from models.lua_spec import SPEC_KEY, LuaSpec
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.released_layouts import CheckpointError, to_own_layout
+from giantleap.models.lua.spec import SPEC_KEY, LuaSpec
 
 __all__ = ["CheckpointError", "read_lua", "write_lua"]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.latent_statistics import LatentStatistics, StatisticsError
+from giantleap.models.lua.statistics import LatentStatistics, StatisticsError
 
 KNEE = 0.5  # share of the bound up to which a residual passes unchanged
 

@@ -1,8 +1,8 @@
 """The LIIF head: the value of the latent at any point, from the features around it; one head for every scale.
 
-It stands where the scale heads stand (`models/lua.py`, `LuaSpec.head`) and is what arXiv 2511.10629 compares them
-with in its table 4. The first layer of the decoder sees 3 x 3 features side by side, which is a convolution: it runs
-once per latent pixel instead of once per point, and gives the same sums.
+It stands where the scale heads stand (`models/lua/network.py`, `LuaSpec.head`) and is what arXiv 2511.10629 compares
+them with in its table 4. The first layer of the decoder sees 3 x 3 features side by side, which is a convolution: it
+runs once per latent pixel instead of once per point, and gives the same sums.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.lua_spec import LIIF_POINTS, LuaSpec, grown_side
+from giantleap.models.lua.spec import LIIF_POINTS, LuaSpec, grown_side
 
 HIDDEN_LAYERS = 4
 

@@ -2,7 +2,7 @@
 
 `Lua.forward` takes any size and pads and crops around `Lua.core`, which is the part that gets exported: it sees
 exact multiples of the window, keeps every shape symbolic and holds no buffer that depends on the size. Its blocks
-are in `models/swin.py`, its configurations in `models/lua_spec.py`, its files in `models/checkpoints.py`.
+are in `models/lua/swin.py`, its configurations in `models/lua/spec.py`, its files in `models/lua/checkpoints.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.liif import LiifHead
-from models.lua_spec import PRESETS, LuaSpec, grown_side, is_whole, preset
-from models.swin import BiasCache, ResidualGroup, SwinBlock, WindowAttention, build_biases, to_maps, to_tokens
+from giantleap.models.lua.liif import LiifHead
+from giantleap.models.lua.spec import PRESETS, LuaSpec, grown_side, is_whole, preset
+from giantleap.models.lua.swin import (
+    BiasCache,
+    ResidualGroup,
+    SwinBlock,
+    WindowAttention,
+    build_biases,
+    to_maps,
+    to_tokens,
+)
 
 __all__ = ["PRESETS", "Lua", "LuaSpec", "pad_to_window", "preset"]
 

@@ -1,15 +1,15 @@
 """Reads the spec of a LUA off the weights of files that others wrote, and brings their keys to ours.
 
 Known are the authors' release (SwinIR trunk, heads under `heads.x2`, `heads.x4`) and single-head SwinIR files with
-the `pixelshuffle` upsampler, which become a LUA of one head. `models/checkpoints.py` opens the files. Only names and
-shapes are looked at, so `models/bundle_memory.py` can ask with those of a file's header; no torch is imported.
+the `pixelshuffle` upsampler, which become a LUA of one head. `models/lua/checkpoints.py` opens the files. Only names
+and shapes are looked at, so `models/memory/from_bundle.py` can ask with those of a file's header; no torch is imported.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from models.lua_spec import LuaSpec
+from giantleap.models.lua.spec import LuaSpec
 
 
 class Shaped(Protocol):

@@ -1,4 +1,4 @@
-"""What fixes the shape of a LUA, and the named configurations. The network itself is in `models/lua.py`."""
+"""What fixes the shape of a LUA, and the named configurations. The network itself is in `models/lua/network.py`."""
 
 import json
 import math
@@ -34,7 +34,7 @@ class LuaSpec:
         bicubic_skip: Adds the bicubic enlargement of the input, and starts the heads at zero. The paper has none.
         image_mean: Subtracted before and added after the network, one value per channel; for RGB SwinIR files.
         latent_norm: The network carries a mean and a standard deviation per channel (`set_latent_statistics`).
-        head: "pixelshuffle" for one head per scale, or "liif" for one that takes any scale (`models/liif.py`).
+        head: "pixelshuffle" for one head per scale, or "liif" for one that takes any scale (`models/lua/liif.py`).
 
     Raises:
         ValueError: A field is out of range or two fields contradict each other.

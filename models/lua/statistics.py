@@ -1,7 +1,7 @@
 """What the latents of a training looked like, per channel, as JSON in the header of a LUA's weights.
 
-`training/guard_statistics.py` measures them, `models/guard.py` bounds outputs by them. No torch here, so that the API
-process can check a bundle that asks for the guard.
+`training/guard_statistics.py` measures them, `models/lua/clamp.py` bounds outputs by them. No torch here, so that the
+API process can check a bundle that asks for the guard.
 """
 
 import json

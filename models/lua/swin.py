@@ -1,8 +1,8 @@
 """Swin blocks in raster order, and the attention biases they share.
 
 The residual stream stays [batch, height, width, dim]; windows exist only inside a block. Biases depend on the size
-of the input (the shift mask does), so they are arguments of the blocks and never buffers. `models/lua.py` puts the
-blocks together.
+of the input (the shift mask does), so they are arguments of the blocks and never buffers. `models/lua/network.py` puts
+the blocks together.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.lua_spec import LuaSpec
+from giantleap.models.lua.spec import LuaSpec
 
 MASK_VALUE = -100.0  # the published value; exp(-100) vanishes beside any logit of the query's own region
 

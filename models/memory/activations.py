@@ -1,10 +1,10 @@
 """Peak memory of one pass through each kind of network, from its configuration: formulas, no torch.
 
 Every formula counts the feature maps that are alive together at the worst moment of the forward pass in inference,
-read off the code of the network and checked against live tensors (`tests/models/test_memory_plan.py`,
+read off the code of the network and checked against live tensors (`tests/models/memory/test_plan.py`,
 `benchmarks/memory.py`). Weights and inputs are not counted. Attention is taken to keep no matrix of scores, as
-PyTorch's fused kernels do on a CPU and a GPU. Decoders of AutoencoderKL are in `models/decode_plan.py`; what makes one
-figure of all this is `models/memory_plan.py`.
+PyTorch's fused kernels do on a CPU and a GPU. Decoders of AutoencoderKL are in `models/vae/strip_plan.py`; what makes
+one figure of all this is `models/memory/plan.py`.
 """
 
 import os
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from models.decode_plan import ELEMENT_BYTES
-from models.lua_spec import LIIF_POINTS, LuaSpec
+from giantleap.models.lua.spec import LIIF_POINTS, LuaSpec
+from giantleap.models.vae.strip_plan import ELEMENT_BYTES
 
 Config = Mapping[str, Any]
 
@@ -59,7 +59,10 @@ VIDEO_DECODER_MAPS: Mapping[str, float] = MappingProxyType(
     {"AutoencoderKLQwenImage": 18.0, "AutoencoderKLWan": 18.0, "AutoencoderKLQwenImage21": 21.5}
 )
 VIDEO_ENCODER_MAPS = 10.0
-PREPARED_TOKENS = {"float32": 512, "bfloat16": 1024}  # TOKENS_AT_ONCE of models.prepared_lua, which imports torch
+PREPARED_TOKENS = {
+    "float32": 512,
+    "bfloat16": 1024,
+}  # TOKENS_AT_ONCE of giantleap.models.engines.packed_lua, which imports torch
 VIDEO_TILE_PX, VIDEO_TILE_STEP_PX = 256, 192  # of diffusers' tiled decode of these
 
 
@@ -209,7 +212,8 @@ def text_encoder_elements(config: Config, prompts: int, tokens: int) -> int:
 
 
 def lua_bytes(spec: LuaSpec, batch: int, height: int, width: int, scale: float, dtype: str, device: str) -> int:
-    """Bytes alive at the peak of `models.lua.Lua`, whose weights are float32 and compute in `dtype` under autocast.
+    """Bytes alive at the peak of `giantleap.models.lua.network.Lua`, whose weights are float32 and compute in `dtype`
+    under autocast.
 
     The worst moment is in a block's attention, or after the last pixel shuffle, or at the finished latents.
 
@@ -250,7 +254,7 @@ def lua_bytes(spec: LuaSpec, batch: int, height: int, width: int, scale: float, 
 def prepared_lua_bytes(
     spec: LuaSpec, batch: int, height: int, width: int, scale: int, dtype: str, threads: int | None = None
 ) -> int:
-    """As `lua_bytes` for the form that runs on a CPU (`models.prepared_lua.PreparedLua`).
+    """As `lua_bytes` for the form that runs on a CPU (`giantleap.models.engines.packed_lua.PreparedLua`).
 
     Five maps are alive while a block's portions are joined, or four and what one portion needs: queries, keys, values,
     their answer, and the biases of masked windows; where two products attend, below float32 and on several threads,

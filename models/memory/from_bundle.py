@@ -1,6 +1,6 @@
 """Reads from a bundle's files what decides the memory of its jobs: its configurations and the headers of its weights.
 
-No weight is read and no torch is imported: the API process plans with what is found (`models/memory_plan.py`). Where
+No weight is read and no torch is imported: the API process plans with what is found (`models/memory/plan.py`). Where
 something cannot be read there is no plan, and the reason is said.
 """
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from models.activation_bytes import lua_kept_bytes
-from models.bundle import Bundle, ModelSource
-from models.decode_plan import ELEMENT_BYTES
-from models.foreign_weights import CheckpointError, to_own_layout
-from models.lua_spec import SPEC_KEY, LuaSpec
-from models.memory_plan import DeviceKind, MemoryPlan, UnknownMemoryError
+from giantleap.models.bundle.bundle import Bundle, ModelSource
+from giantleap.models.lua.released_layouts import CheckpointError, to_own_layout
+from giantleap.models.lua.spec import SPEC_KEY, LuaSpec
+from giantleap.models.memory.activations import lua_kept_bytes
+from giantleap.models.memory.plan import DeviceKind, MemoryPlan, UnknownMemoryError
+from giantleap.models.vae.strip_plan import ELEMENT_BYTES
 
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 _TYPE_BYTES = MappingProxyType(
@@ -97,7 +97,7 @@ def read_memory_plan(bundle: Bundle, device: DeviceKind, dtype: str, lua: LuaSpe
 
 
 def choose_vae_dtype(force_upcast: bool | None, latent_channels: int, dtype: str) -> str:
-    """As `models.vae.choose_vae_dtype`, by name."""
+    """As `giantleap.models.vae.autoencoder.choose_vae_dtype`, by name."""
     if dtype != "float16" or force_upcast is False:
         return dtype
     return "float32" if latent_channels == 4 else "bfloat16"

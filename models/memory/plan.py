@@ -1,10 +1,10 @@
 """How much memory a job needs at its peak, before anything is loaded or enqueued, and the largest size that fits.
 
-`models/bundle_memory.py` reads a plan from a bundle. Pure functions of values, and no torch, since the API process
-refuses with it (`service/planning.py`). Weights stay on the device, so their bytes add up; the stages run one after the
-other, so of theirs the largest counts. Feature maps are estimated by the formulas of `models/activation_bytes.py` and
-`models/decode_plan.py`, within a quarter of what was measured (`benchmarks/memory.py`). Where no formula is known there
-is no estimate, and the reason is said.
+`models/memory/from_bundle.py` reads a plan from a bundle. Pure functions of values, and no torch, since the API process
+refuses with it (`service/jobs/planning.py`). Weights stay on the device, so their bytes add up; the stages run one
+after the other, so of theirs the largest counts. Feature maps are estimated by the formulas of
+`models/memory/activations.py` and `models/vae/strip_plan.py`, within a quarter of what was measured
+(`benchmarks/memory.py`). Where no formula is known there is no estimate, and the reason is said.
 """
 
 import math
@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
-from models.activation_bytes import (
+from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.lua.spec import LuaSpec, grown_side
+from giantleap.models.memory.activations import (
     denoiser_elements,
     encoder_elements,
     guided_batch,
@@ -24,8 +26,8 @@ from models.activation_bytes import (
     video_decoder_elements,
     video_tiled_elements,
 )
-from models.bundle_descriptor import DecodeName, Method
-from models.decode_plan import (
+from giantleap.models.stages import WHOLE, Stages, draws, finishes
+from giantleap.models.vae.strip_plan import (
     ELEMENT_BYTES,
     DecodeBudgetError,
     DecoderShape,
@@ -33,15 +35,14 @@ from models.decode_plan import (
     plan_decode,
     prefers_strips,
 )
-from models.lua_spec import LuaSpec, grown_side
-from models.stages import WHOLE, Stages, draws, finishes
 
 DeviceKind = Literal["cpu", "cuda"]
 Stage = Literal["encode", "generate", "upscale", "decode"]
 
-# Of `models.pixel_upscale`, which imports torch: an image of up to its square goes whole, a larger one in tiles.
+# Of `giantleap.models.engines.swinir`, which imports torch: an image of up to its square goes whole, a larger one in
+# tiles.
 TILE_PX = 512
-IMAGE_COPIES = 4  # float32 images alive while a decoded one becomes bytes (`models.route.to_pixels`)
+IMAGE_COPIES = 4  # float32 images alive while a decoded one becomes bytes (`giantleap.models.route.to_pixels`)
 _ROUNDING = 1e-6  # of a pixel
 
 
@@ -199,7 +200,9 @@ class MemoryPlan:
         return stages
 
     def _encode_bytes(self, work: Work, latent_height: int, latent_width: int) -> int:
-        batch = work.items if work.source == "prompt and image" else 1  # `models.route.Route.embed` takes one at a time
+        batch = (
+            work.items if work.source == "prompt and image" else 1
+        )  # `giantleap.models.route.Route.embed` takes one at a time
         height_px, width_px = latent_height * self.stride_px, latent_width * self.stride_px
         elements = encoder_elements(self.vae, height_px, width_px) + 3 * height_px * width_px
         return batch * elements * ELEMENT_BYTES[self.vae_dtype]
@@ -245,7 +248,7 @@ class MemoryPlan:
     def _decode_bytes(
         self, decode: DecodeName, items: int, latent_height: int, latent_width: int, budget_bytes: int | None
     ) -> int:
-        batch = 1 if self.device == "cpu" else items  # `models.route.Route.decode_items`
+        batch = 1 if self.device == "cpu" else items  # `giantleap.models.route.Route.decode_items`
         image_bytes = 3 * latent_height * latent_width * self.stride_px**2 * 4
         if decode == "tiny" and self.tiny is not None:
             peak_bytes = estimate_peak_bytes(self.tiny, latent_height, latent_width, self.dtype, "tiny", batch=batch)
@@ -262,7 +265,8 @@ class MemoryPlan:
         return max(peak_bytes, batch * IMAGE_COPIES * image_bytes)
 
     def _exact_bytes(self, batch: int, latent_height: int, latent_width: int, budget_bytes: int | None) -> int:
-        """Whole or in strips, as `models.vae.Vae` chooses; with strips as thin as they get where nothing fits."""
+        """Whole or in strips, as `giantleap.models.vae.autoencoder.Vae` chooses; with strips as thin as they get where
+        nothing fits."""
         shape, dtype = DecoderShape.from_config(self.vae), self.vae_dtype
         size = (latent_height, latent_width, dtype)
         if not prefers_strips(shape, *size, batch=batch, device=self.device, budget_bytes=budget_bytes):

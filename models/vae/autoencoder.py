@@ -1,7 +1,7 @@
 """One autoencoder of any of the known families: raw latents to images and back, in the precision that it stands.
 
 `Vae` chooses the class's own way, the number type and, for "exact", between the whole decode and strips. The ways
-themselves are in `models/decode.py`; what they cost is in `models/decode_plan.py`.
+themselves are in `models/vae/decode.py`; what they cost is in `models/vae/strip_plan.py`.
 """
 
 from pathlib import Path
@@ -12,9 +12,10 @@ from diffusers.models.auto_model import AutoModel
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import Tensor
 
-from models.bundle import Bundle, ModelSource
-from models.bundle_descriptor import DecodeName
-from models.decode import (
+from giantleap.models.bundle.bundle import Bundle, ModelSource
+from giantleap.models.bundle.descriptor import DecodeName
+from giantleap.models.latent_space import LatentSpace
+from giantleap.models.vae.decode import (
     FRAME_CLASSES,
     STRIP_CLASSES,
     decode_exact,
@@ -23,9 +24,8 @@ from models.decode import (
     decode_tiny,
     encode_mean,
 )
-from models.decode_plan import DecoderShape, prefers_strips
-from models.decoder_check import UnknownDecoderError, check_decoder
-from models.latent_space import LatentSpace
+from giantleap.models.vae.decoder_check import UnknownDecoderError, check_decoder
+from giantleap.models.vae.strip_plan import DecoderShape, prefers_strips
 
 FREE_SHARE = 0.8  # of a GPU's free memory that a decode may be planned with: the estimates hold within a quarter
 

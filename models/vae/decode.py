@@ -1,8 +1,8 @@
 """From raw latents to images: plainly, exactly in bounded memory, in diffusers' tiles, or with a tiny preview decoder.
 
 `decode_exact` gives what `vae.decode(latents).sample` gives, but holds no feature map of more than one stage at a time
-and none in one piece: it walks along strips (`models/strips.py`) that a plan has cut (`models/decode_plan.py`), through
-a decoder whose every part is known (`models/decoder_check.py`).
+and none in one piece: it walks along strips (`models/vae/strips.py`) that a plan has cut (`models/vae/strip_plan.py`),
+through a decoder whose every part is known (`models/vae/decoder_check.py`).
 The tiled and the tiny decode change the image; whoever offers them says so.
 """
 
@@ -23,10 +23,10 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from models.decode_plan import DecodePlan, DecoderShape, plan_decode
-from models.decoder_check import check_autoencoder, check_decoder
-from models.latent_space import LatentSpace
-from models.strips import Normalization, StripMap, convolve, convolve_activated, convolve_upsampled
+from giantleap.models.latent_space import LatentSpace
+from giantleap.models.vae.decoder_check import check_autoencoder, check_decoder
+from giantleap.models.vae.strip_plan import DecodePlan, DecoderShape, plan_decode
+from giantleap.models.vae.strips import Normalization, StripMap, convolve, convolve_activated, convolve_upsampled
 
 STRIP_CLASSES = (AutoencoderKL, AutoencoderKLFlux2)
 FRAME_CLASSES = (AutoencoderKLQwenImage, AutoencoderKLQwenImage21, AutoencoderKLWan)

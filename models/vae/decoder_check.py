@@ -1,4 +1,4 @@
-"""Says whether a decoder is exactly the one that `models/decode.py` computes without calling its blocks.
+"""Says whether a decoder is exactly the one that `models/vae/decode.py` computes without calling its blocks.
 
 The exact decode reads the weights and walks around every `forward`. A part of another type, with another setting or
 with a hook would be computed wrongly without a word, so each is looked at and refused by name.

@@ -1,7 +1,7 @@
 """Arithmetic of a decode: strip heights from a byte budget, and the peak memory of each method before anything runs.
 
 Imports no torch, because the API process has none and must refuse what cannot fit. All figures are bytes of live
-tensors beyond the weights and the latent itself. The decode that follows a plan is in `models/decode.py`.
+tensors beyond the weights and the latent itself. The decode that follows a plan is in `models/vae/decode.py`.
 """
 
 from collections.abc import Mapping
@@ -282,7 +282,8 @@ def _strip_rows(shape: DecoderShape, height: int, width: int, strip_elements: in
 def _exact_elements(
     shape: DecoderShape, height: int, width: int, strip_rows: tuple[int, ...], batch: int, dtype: str
 ) -> tuple[int, int]:
-    """Peak elements over all steps, and those of the middle attention alone. See `models/strips.py` for the steps."""
+    """Peak elements over all steps, and those of the middle attention alone. See `models/vae/strips.py` for the
+    steps."""
     image = batch * shape.image_channels * (height * width) * shape.stride_px**2
     peaks = []
     for stage, channels in enumerate(shape.channels):

@@ -1,8 +1,8 @@
 """Feature maps cut into strips of rows, and the layers of a VAE decoder that walk along them exactly.
 
 A convolution reads one row of the neighbouring strips; a group normalisation takes the statistics of the whole map,
-which were gathered strip by strip while the map was made. `models/decode.py` puts the layers together. Every function
-expects `torch.inference_mode`.
+which were gathered strip by strip while the map was made. `models/vae/decode.py` puts the layers together. Every
+function expects `torch.inference_mode`.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
 """The HTTP API of one process: builds what it needs from the settings, opens it for the app's life, mounts the routes.
 
-A request passes `service.middleware`, then a route (`routes_create`, `routes_jobs`, `routes_health`), then
-`service.broker`; what goes wrong on the way becomes a problem document in `service.problems`.
+A request passes `giantleap.service.api.middleware.request_context`, then a route (`routes_create`, `routes_jobs`,
+`routes_health`), then `giantleap.service.jobqueue.producer`; what goes wrong on the way becomes a problem document in
+`giantleap.service.api.problems`.
 """
 
 import asyncio
@@ -15,21 +16,27 @@ from types import FrameType
 
 from fastapi import FastAPI
 
-from service import front_kserve, front_openai, front_remote_vae, routes_create, routes_health, routes_jobs, routes_put
-from service.auth import open_keys
-from service.broker import Broker
-from service.guard import Guard
-from service.metrics import Metrics
-from service.middleware import Edge
-from service.openapi import describe
-from service.planning import read_served
-from service.problems import handle_errors
-from service.redis_urls import AsyncRedis, open_async_redis
-from service.safe_headers import SafeHeaders, allow_origins
-from service.serving import Serving
-from service.settings import Settings
-from service.tracing import Tracing, open_tracing
-from service.webhooks import WebhookSender
+from giantleap.service.api.compat import kserve as front_kserve
+from giantleap.service.api.compat import openai as front_openai
+from giantleap.service.api.compat import remote_vae as front_remote_vae
+from giantleap.service.api.dependencies import Serving
+from giantleap.service.api.middleware.authentication import Guard
+from giantleap.service.api.middleware.request_context import Edge
+from giantleap.service.api.middleware.security_headers import SafeHeaders, allow_origins
+from giantleap.service.api.openapi import describe
+from giantleap.service.api.problems import handle_errors
+from giantleap.service.api.routes import create as routes_create
+from giantleap.service.api.routes import health as routes_health
+from giantleap.service.api.routes import jobs as routes_jobs
+from giantleap.service.api.routes import put as routes_put
+from giantleap.service.auth import open_keys
+from giantleap.service.jobqueue.client import AsyncRedis, open_async_redis
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.planning import read_served
+from giantleap.service.settings import Settings
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.telemetry.tracing import Tracing, open_tracing
+from giantleap.service.webhooks.sender import WebhookSender
 
 
 def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracing | None = None) -> FastAPI:

@@ -1,4 +1,5 @@
-"""What every route of an API process works with, built once by `service.api` and handed to the routes by FastAPI."""
+"""What every route of an API process works with, built once by `giantleap.service.api.app` and handed to the routes by
+FastAPI."""
 
 import asyncio
 from dataclasses import dataclass
@@ -6,11 +7,11 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from service.broker import Broker
-from service.fitting import Place, find_places
-from service.metrics import Metrics
-from service.planning import Served
-from service.settings import Settings
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.capacity import Place, find_places
+from giantleap.service.jobs.planning import Served
+from giantleap.service.settings import Settings
+from giantleap.service.telemetry.metrics import Metrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
 """What a client asks of the answer, read from its Accept, Prefer and Cancel-After headers: bytes or a job, and when.
 
-Pure functions of header values; `service.routes_create` acts on them.
+Pure functions of header values; `giantleap.service.api.routes.create` acts on them.
 """
 
 from dataclasses import dataclass
 
-from service.errors import MalformedRequest, NotAcceptable
+from giantleap.service.errors import MalformedRequest, NotAcceptable
 
 JSON_TYPE = "application/json"
 LONGEST_CANCEL_AFTER_S = 7 * 86_400

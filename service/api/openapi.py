@@ -11,15 +11,15 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from service import errors
-from service.front_errors import front_error
-from service.guard import OPEN_PATHS
-from service.images_in import INPUT_IMAGE_TYPES
-from service.jobs import GenerateParams, Job, JobRecord, JobState, Priority, ResultFile
-from service.latents_in import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
-from service.problems import PROBLEM_TYPE, InvalidFields, problem_body
-from service.schemas import GenerateRequest, OutputFormat, Problem, to_job_body, to_model_body
-from service.serving import Serving
+from giantleap.service import errors
+from giantleap.service.api.compat.errors import front_error
+from giantleap.service.api.dependencies import Serving
+from giantleap.service.api.middleware.authentication import OPEN_PATHS
+from giantleap.service.api.problems import PROBLEM_TYPE, InvalidFields, problem_body
+from giantleap.service.api.schemas import GenerateRequest, OutputFormat, Problem, to_job_body, to_model_body
+from giantleap.service.jobs.images import INPUT_IMAGE_TYPES
+from giantleap.service.jobs.job import GenerateParams, Job, JobRecord, JobState, Priority, ResultFile
+from giantleap.service.jobs.latents import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
 
 Responses = dict[int | str, dict[str, Any]]
 

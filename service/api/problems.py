@@ -1,7 +1,7 @@
 """Turns every error of a request into one RFC 9457 problem document, whatever raised it.
 
-`handle_errors` is installed by `service.api`; the error tree is `service.errors`. No document holds the value that
-was refused, a stack trace or the text of an unexpected error.
+`handle_errors` is installed by `giantleap.service.api.app`; the error tree is `giantleap.service.errors`. No document
+holds the value that was refused, a stack trace or the text of an unexpected error.
 """
 
 import json
@@ -20,7 +20,8 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
-from service.errors import (
+from giantleap.service.api.compat.errors import front_error
+from giantleap.service.errors import (
     Conflict,
     DeadlinePassed,
     DoesNotFit,
@@ -37,8 +38,7 @@ from service.errors import (
     StorageFull,
     UnsupportedMediaType,
 )
-from service.front_errors import front_error
-from service.jobs import JobError
+from giantleap.service.jobs.job import JobError
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ _BY_CODE: dict[str, type[GiantleapError]] = {
         EngineFault,
     )
 }
-# What Redis itself refuses for now; that it cannot be reached is a NotReady of `service.broker`.
+# What Redis itself refuses for now; that it cannot be reached is a NotReady of `giantleap.service.jobqueue.producer`.
 _REDIS_REFUSES = (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError)
 
 

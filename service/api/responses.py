@@ -4,11 +4,11 @@ import json
 
 from fastapi import Request, Response
 
-from service.errors import Conflict, GiantleapError, JobFailed
-from service.jobs import GenerateParams, JobRecord, JobState
-from service.negotiation import JSON_TYPE
-from service.problems import from_job_error, problem_response
-from service.schemas import stages_s, to_job_body
+from giantleap.service.api.negotiation import JSON_TYPE
+from giantleap.service.api.problems import from_job_error, problem_response
+from giantleap.service.api.schemas import stages_s, to_job_body
+from giantleap.service.errors import Conflict, GiantleapError, JobFailed
+from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState
 
 # Proxies refuse headers of some kilobytes.
 _WARNINGS_HEADER_BYTES = 2048

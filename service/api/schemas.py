@@ -1,7 +1,8 @@
 """The JSON forms of the HTTP interface, as pydantic models: requests, the job body, bundles, health, problems.
 
-Values are checked here for form (types, ranges that never change); `service.planning` checks them against the bundle
-and the settings. Times are RFC 3339 in UTC, durations seconds, sizes of images pixels of the final image.
+Values are checked here for form (types, ranges that never change); `giantleap.service.jobs.planning` checks them
+against the bundle and the settings. Times are RFC 3339 in UTC, durations seconds, sizes of images pixels of the final
+image.
 """
 
 from datetime import UTC, datetime
@@ -9,13 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from models.bundle import Bundle
-from models.bundle_descriptor import METHODS, DecodeName, Method
-from models.latent_space import Packing
-from models.lua_spec import to_scale
-from service.jobs import GenerateParams, JobRecord, JobState, Priority
-from service.problems import from_job_error, problem_body
-from service.settings import Settings
+from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.bundle.descriptor import METHODS, DecodeName, Method
+from giantleap.models.latent_space import Packing
+from giantleap.models.lua.spec import to_scale
+from giantleap.service.api.problems import from_job_error, problem_body
+from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState, Priority
+from giantleap.service.settings import Settings
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 PriorityName = Literal["high", "low"]

@@ -1,8 +1,8 @@
 """uvicorn's HTTP/1.1 protocol with a bound on what a client may send before it is understood, and on how slowly.
 
 The parser keeps a request's head until it is complete, and uvicorn 0.54 sets no limit to that: one connection could
-fill the memory with a single header, or stay for ever. `service.guard` has the limits that are told to clients in their
-own form; these are the wider ones behind which nothing is kept.
+fill the memory with a single header, or stay for ever. `giantleap.service.api.middleware.authentication` has the limits
+that are told to clients in their own form; these are the wider ones behind which nothing is kept.
 """
 
 import asyncio

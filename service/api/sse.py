@@ -1,6 +1,7 @@
 """A job's progress as server-sent events: one text block per event, a heartbeat when nothing happens.
 
-`service.routes_jobs` answers with this stream; the events themselves come from `service.broker`.
+`giantleap.service.api.routes.jobs` answers with this stream; the events themselves come from
+`giantleap.service.jobqueue.producer`.
 """
 
 import asyncio
@@ -9,8 +10,8 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 
-from service.errors import GiantleapError, MalformedRequest
-from service.jobs import JobEvent
+from giantleap.service.errors import GiantleapError, MalformedRequest
+from giantleap.service.jobs.job import JobEvent
 
 EVENT_STREAM_TYPE = "text/event-stream"
 FROM_THE_START = "0-0"

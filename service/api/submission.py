@@ -8,17 +8,18 @@ from dataclasses import replace
 
 from fastapi import Request
 
-from service.auth import Caller, Scope
-from service.broker import Enqueued
-from service.guard import require_scope
-from service.jobs import Job
-from service.serving import Serving
+from giantleap.service.api.dependencies import Serving
+from giantleap.service.api.middleware.authentication import require_scope
+from giantleap.service.auth import Caller, Scope
+from giantleap.service.jobqueue.producer import Enqueued
+from giantleap.service.jobs.job import Job
 
 _SCOPES = {"generate": Scope.GENERATE, "upscale": Scope.UPSCALE}
 
 
 async def caller_of(request: Request) -> Caller:
-    """The caller that `service.guard` found for a request. A coroutine: a plain function would cost a thread."""
+    """The caller that `giantleap.service.api.middleware.authentication` found for a request. A coroutine: a plain
+    function would cost a thread."""
     caller: Caller = request.state.caller
     return caller
 

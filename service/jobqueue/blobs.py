@@ -11,7 +11,7 @@ from typing import Any
 import redis
 from redis.commands.core import AsyncScript, Script
 
-from service.redis_urls import AsyncRedis, SyncRedis
+from giantleap.service.jobqueue.client import AsyncRedis, SyncRedis
 
 UPLOAD_TTL_MS = 60_000
 

@@ -26,7 +26,7 @@ from redis.exceptions import ClusterError, OutOfMemoryError, ReadOnlyError, Redi
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from service.errors import BadConfiguration, NotReady
+from giantleap.service.errors import BadConfiguration, NotReady
 
 SyncRedis = redis.Redis | redis.RedisCluster
 AsyncRedis = redis.asyncio.Redis | redis.asyncio.RedisCluster

@@ -1,7 +1,7 @@
 """Hears of every job that ends and wakes who waits for it: one pub/sub connection for all requests of a process.
 
-The script that ends a job publishes its outcome (`service.scripts`), so that nobody has to read the record of a job
-that he put in himself. `service.broker.Broker.wait` waits here.
+The script that ends a job publishes its outcome (`giantleap.service.jobqueue.scripts`), so that nobody has to read the
+record of a job that he put in himself. `giantleap.service.jobqueue.producer.Broker.wait` waits here.
 """
 
 import asyncio
@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 from redis.exceptions import RedisError
 
-from service.jobs import Job, JobRecord
-from service.records import to_record
-from service.redis_urls import LOST, AsyncRedis
+from giantleap.service.jobqueue.client import LOST, AsyncRedis
+from giantleap.service.jobqueue.records import to_record
+from giantleap.service.jobs.job import Job, JobRecord
 
 _READ_S = 1.0
 _KEPT = 4096

@@ -1,7 +1,8 @@
 """The worker's side of the queue, synchronous: claim jobs, keep their leases, end each exactly once.
 
-A lease thread renews what is held while the worker computes. Every write is a script of `service.scripts` that first
-checks that this consumer still owns the message; the producer's side is `service.broker`.
+A lease thread renews what is held while the worker computes. Every write is a script of
+`giantleap.service.jobqueue.scripts` that first checks that this consumer still owns the message; the producer's side is
+`giantleap.service.jobqueue.producer`.
 """
 
 import dataclasses
@@ -20,15 +21,16 @@ from typing import Any
 import redis
 from redis.typing import KeyT, StreamIdT
 
-from models.stages import WHOLE, Stages
-from service import scripts, scripts_claims
-from service.device_memory import Device
-from service.errors import NotReady, StorageFull
-from service.jobs import GenerateParams, Job, JobError, JobState, ResultFile
-from service.keys import FINISH, Keys, claim_order
-from service.redis_urls import LOST, SyncRedis, check_client, run_patiently, run_script
-from service.settings import Settings
-from service.uploads import run_with_results
+from giantleap.models.stages import WHOLE, Stages
+from giantleap.service.errors import NotReady, StorageFull
+from giantleap.service.jobqueue import scripts
+from giantleap.service.jobqueue import scripts_consumer as scripts_claims
+from giantleap.service.jobqueue.blobs import run_with_results
+from giantleap.service.jobqueue.client import LOST, SyncRedis, check_client, run_patiently, run_script
+from giantleap.service.jobqueue.keys import FINISH, Keys, claim_order
+from giantleap.service.jobs.devices import Device
+from giantleap.service.jobs.job import GenerateParams, Job, JobError, JobState, ResultFile
+from giantleap.service.settings import Settings
 
 _POLL_S = 1.0
 _BACKOFF_CAP_S = 2.0
@@ -142,7 +144,7 @@ class Claims:
 
         Due retries go back to their streams, then stale messages are taken, then high priority, then low; each
         eighth claim takes low first, so that a steady flow of high priority does not starve it. A worker of some stages
-        only takes from its own queues (`service.keys.queues_of`).
+        only takes from its own queues (`giantleap.service.jobqueue.keys.queues_of`).
 
         Effects: one atomic script per attempt; each job returned is in state processing, counted as started, and
         its lease is kept until it is ended or released. Canceled jobs and jobs started too often are closed on the

@@ -3,7 +3,7 @@
 A lane is one stream, `<queue>:<priority>`. A bundle has two queues, `<bundle>` and `<bundle>+finish`: in the second
 wait jobs whose latent is there, for workers that only upscale and decode (`docs/decisions/0010-split-pools.md`).
 
-The Lua scripts in `service.scripts` build the same names from the tag; what each key holds:
+The Lua scripts in `giantleap.service.jobqueue.scripts` build the same names from the tag; what each key holds:
 
 | key                             | type   | holds                                             | bounded by            |
 |---------------------------------|--------|---------------------------------------------------|-----------------------|
@@ -39,8 +39,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.stages import Stages, draws, finishes
-from service.jobs import Priority
+from giantleap.models.stages import Stages, draws, finishes
+from giantleap.service.jobs.job import Priority
 
 GROUP = "workers"
 FINISH = "+finish"

@@ -1,12 +1,12 @@
 """The list of a caller's own jobs, newest first, in pages: the script that reads one, and what it gives.
 
 The index is kept by `scripts_broker.ENQUEUE`; a job leaves it when its record has expired, and the oldest leave it
-beyond its cap. `service.broker.Broker.list_jobs` runs the script.
+beyond its cap. `giantleap.service.jobqueue.producer.Broker.list_jobs` runs the script.
 """
 
 from dataclasses import dataclass
 
-from service.jobs import JobRecord
+from giantleap.service.jobs.job import JobRecord
 
 MOST_PER_PAGE = 100
 CURSOR_PATTERN = r"^[0-9]{1,17}$"  # \d would also be the digits of other scripts

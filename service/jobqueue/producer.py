@@ -1,7 +1,8 @@
 """The producer's side of the queue, used by the API processes: put a job in, watch it, cancel it, read its results.
 
-All writes are scripts of `service.scripts`; the worker's side is `service.claims`. `wait` is woken by
-`service.job_ends`, `events` reads the job's own stream.
+All writes are scripts of `giantleap.service.jobqueue.scripts`; the worker's side is
+`giantleap.service.jobqueue.consumer`. `wait` is woken by `giantleap.service.jobqueue.completions`, `events` reads the
+job's own stream.
 """
 
 import asyncio
@@ -20,9 +21,7 @@ from typing import Any
 
 import redis
 
-from service import scripts, scripts_broker
-from service.device_memory import Device
-from service.errors import (
+from giantleap.service.errors import (
     InvalidRequest,
     MalformedRequest,
     NotFound,
@@ -31,14 +30,17 @@ from service.errors import (
     StorageFull,
     TooManyJobs,
 )
-from service.job_ends import JobEnds
-from service.job_list import LIST, Page
-from service.jobs import Job, JobEvent, JobRecord, JobState, Priority, QueueStats, UpscaleParams
-from service.keys import FINISH, Keys
-from service.records import read_record
-from service.redis_urls import LOST, AsyncRedis, check_client, is_passing
-from service.settings import Settings
-from service.uploads import run_with_input
+from giantleap.service.jobqueue import scripts
+from giantleap.service.jobqueue import scripts_producer as scripts_broker
+from giantleap.service.jobqueue.blobs import run_with_input
+from giantleap.service.jobqueue.client import LOST, AsyncRedis, check_client, is_passing
+from giantleap.service.jobqueue.completions import JobEnds
+from giantleap.service.jobqueue.keys import FINISH, Keys
+from giantleap.service.jobqueue.listing import LIST, Page
+from giantleap.service.jobqueue.records import read_record
+from giantleap.service.jobs.devices import Device
+from giantleap.service.jobs.job import Job, JobEvent, JobRecord, JobState, Priority, QueueStats, UpscaleParams
+from giantleap.service.settings import Settings
 
 _POLL_S = 1.0
 _DEVICES_EVERY_S = 3.0

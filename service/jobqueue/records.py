@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 
-from service.jobs import Job, JobError, JobRecord, JobState, ResultFile
+from giantleap.service.jobs.job import Job, JobError, JobRecord, JobState, ResultFile
 
 
 def read_record(reply: tuple[list[bytes], int]) -> JobRecord:

@@ -1,14 +1,17 @@
 """What the Lua scripts of the queue share. Every change of a job's state is one of them, whole or not at all.
 
-Each script is `PRELUDE` plus its own text: those of `service.broker` stand in `service.scripts_broker`, those of
-`service.claims` in `service.scripts_claims`. KEYS[1] is the hash tag (`service.keys`), from which all other names are
+Each script is `PRELUDE` plus its own text: those of `giantleap.service.jobqueue.producer` stand in
+`giantleap.service.jobqueue.scripts_producer`, those of `giantleap.service.jobqueue.consumer` in
+`giantleap.service.jobqueue.scripts_consumer`. KEYS[1] is the hash tag (`giantleap.service.jobqueue.keys`), from which
+all other names are
 built: they share one slot. ARGV[1] is `limits(settings)`. Time is the Redis server's, so hosts need no common clock.
-Those of the lists of jobs and of webhooks stand in `service.job_list` and `service.webhooks`.
+Those of the lists of jobs and of webhooks stand in `giantleap.service.jobqueue.listing` and
+`giantleap.service.webhooks.sender`.
 """
 
 import json
 
-from service.settings import Settings
+from giantleap.service.settings import Settings
 
 _RETRY_DELAY_CAP_S = 300.0
 # A list of jobs outlives the jobs that end while nothing new comes, within reason.
@@ -53,8 +56,8 @@ local function get(id, field) return redis.call('HGET', job_key(id), field) end
 local function get_number(id, field) return tonumber(get(id, field) or 0) end
 local function is_final(state) return state == 'succeeded' or state == 'failed' or state == 'canceled' end
 
--- The queue in which a job waits; its part is '' or '+finish' (`service.keys`), and none in a record of before.
-local function queue_of(id)
+-- The queue in which a job waits; its part is '' or '+finish' (`giantleap.service.jobqueue.keys`), and none in a record
+of before. local function queue_of(id)
   local bundle, part = unpack(redis.call('HMGET', job_key(id), 'bundle', 'part'))
   return bundle .. (part or '')
 end
@@ -94,7 +97,7 @@ local function usual_s(queue)
   return recent[math.ceil(#recent / 2)]
 end
 
--- All that live, or those that run only these stages (`models.stages`).
+-- All that live, or those that run only these stages (`giantleap.models.stages`).
 local function live_workers(stages)
   local key = stages and P .. ':workers:' .. stages or P .. ':workers'
   return redis.call('ZCOUNT', key, now_ms - C.visibility_ms, '+inf')

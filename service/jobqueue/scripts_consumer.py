@@ -1,6 +1,8 @@
-"""The scripts that `service.claims` runs: a worker takes jobs, keeps them and ends each once. See `service.scripts`."""
+"""The scripts that `giantleap.service.jobqueue.consumer` runs: a worker takes jobs, keeps them and ends each once. See
+`giantleap.service.jobqueue.scripts`."""
 
-# What `service.claims` sends to name one claim, and the fence that stands before every write of a worker.
+# What `giantleap.service.jobqueue.consumer` sends to name one claim, and the fence that stands before every write of a
+# worker.
 _OWNER = """
 local consumer, lane, message, id, delivery = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local stream, token = P .. ':stream:' .. lane, consumer .. ' ' .. message .. ' ' .. delivery
@@ -191,7 +193,8 @@ return 1
 )
 
 # ARGV: limits, the claim, results JSON, stages JSON, warnings JSON, jobs of the batch, name of the uploaded results
-# (`service.uploads`) or '', their number, their bytes. Replies 1, 0 lost, -1 no room, -2 the upload is not there.
+# (`giantleap.service.jobqueue.blobs`) or '', their number, their bytes. Replies 1, 0 lost, -1 no room, -2 the upload is
+# not there.
 FINISH = (
     _OWNER
     + """

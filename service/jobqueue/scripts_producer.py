@@ -1,9 +1,10 @@
-"""The scripts that `service.broker` runs: a job comes in, is read, is canceled, is overdue. See `service.scripts`."""
+"""The scripts that `giantleap.service.jobqueue.producer` runs: a job comes in, is read, is canceled, is overdue. See
+`giantleap.service.jobqueue.scripts`."""
 
 # KEYS[2], if the caller gave an idempotency key: its name. ARGV: limits, job id, bundle, priority, job JSON, payload
-# digest, owner or '', the owner's most live jobs or -1, name of the uploaded input (`service.uploads`) or '', JSON of
-# what else there is: latent_px, cancel_after_s, webhook (JSON in JSON), input_bytes, finish where nothing is drawn:
-# such a job waits in the finish queue once a worker has made one.
+# digest, owner or '', the owner's most live jobs or -1, name of the uploaded input (`giantleap.service.jobqueue.blobs`)
+# or '', JSON of what else there is: latent_px, cancel_after_s, webhook (JSON in JSON), input_bytes, finish where
+# nothing is drawn: such a job waits in the finish queue once a worker has made one.
 # Replies {verdict, job id, queue position, seconds until the start or ''}; verdicts: created, existing, mismatch, full,
 # full_px, busy, storage; upload: it may come in, but its input is not there.
 ENQUEUE = """

@@ -1,8 +1,8 @@
 """Whether a job fits a device that serves its bundle, and the largest size that does.
 
-`service.planning` asks before anything is enqueued, with the devices of the live workers; a worker asks again for its
-own before it runs a batch. Pure functions of values, apart from `read_plans`; what a job needs is in
-`models/memory_plan.py`.
+`giantleap.service.jobs.planning` asks before anything is enqueued, with the devices of the live workers; a worker asks
+again for its own before it runs a batch. Pure functions of values, apart from `read_plans`; what a job needs is in
+`models/memory/plan.py`.
 """
 
 import logging
@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from models.activation_bytes import lua_kept_bytes
-from models.bundle import Bundle
-from models.bundle_descriptor import nearest_sides
-from models.bundle_memory import read_memory_plan
-from models.decode_plan import ELEMENT_BYTES
-from models.lua_spec import LuaSpec, grown_side
-from models.memory_plan import DeviceKind, MemoryPlan, UnknownMemoryError, Work, largest_fit
-from models.stages import draws, finishes
-from service.device_memory import Device, Loaded
-from service.errors import DoesNotFit
-from service.jobs import GenerateParams, JobParams
-from service.settings import Settings
+from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.bundle.descriptor import nearest_sides
+from giantleap.models.lua.spec import LuaSpec, grown_side
+from giantleap.models.memory.activations import lua_kept_bytes
+from giantleap.models.memory.from_bundle import read_memory_plan
+from giantleap.models.memory.plan import DeviceKind, MemoryPlan, UnknownMemoryError, Work, largest_fit
+from giantleap.models.stages import draws, finishes
+from giantleap.models.vae.strip_plan import ELEMENT_BYTES
+from giantleap.service.errors import DoesNotFit
+from giantleap.service.jobs.devices import Device, Loaded
+from giantleap.service.jobs.job import GenerateParams, JobParams
+from giantleap.service.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,8 @@ def _kinds(device: str) -> tuple[DeviceKind, ...]:
 
 
 def _supposed(kind: DeviceKind, memory_bytes: int, bundles: Mapping[str, BundleMemory], settings: Settings) -> Device:
-    """The device that the settings describe, with every bundle loaded as `models.device.choose_dtype` says."""
+    """The device that the settings describe, with every bundle loaded as `giantleap.models.device.choose_dtype`
+    says."""
     free = settings.dtype == "auto"
     dtypes = {
         name: settings.dtype if not free else "float32" if kind == "cpu" else memory.dtype or "bfloat16"

@@ -1,8 +1,8 @@
 """What a worker's device holds: how much memory, of what kind, and which bundles in which dtype.
 
-A worker writes it as JSON beside its heartbeat (`service.claims`); an API process reads those of the live workers every
-few seconds (`service.broker`), so that `service.fitting` can refuse a job that fits none of them without asking Redis.
-Nothing here imports torch.
+A worker writes it as JSON beside its heartbeat (`giantleap.service.jobqueue.consumer`); an API process reads those of
+the live workers every few seconds (`giantleap.service.jobqueue.producer`), so that `giantleap.service.jobs.capacity`
+can refuse a job that fits none of them without asking Redis. Nothing here imports torch.
 """
 
 import json
@@ -13,9 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Self, get_args
 
-from models.lua_spec import LuaSpec
-from models.memory_plan import DeviceKind
-from models.stages import DRAWING, FINISHING, WHOLE, Stages, draws, finishes
+from giantleap.models.lua.spec import LuaSpec
+from giantleap.models.memory.plan import DeviceKind
+from giantleap.models.stages import DRAWING, FINISHING, WHOLE, Stages, draws, finishes
 
 # Of the whole: on a GPU the driver and the libraries keep about half a gigabyte and the allocator some gaps; a
 # machine's memory also holds the process itself, Redis with its blobs and the API.
@@ -31,7 +31,7 @@ class Loaded:
         dtype: That its base model computes in.
         others_bytes: What the other bundles of the device take of its memory.
         lua: The spec of its LUA; None where it has none.
-        prepared: Whether its upscalers run in the form for a CPU (`models/prepared_lua.py`).
+        prepared: Whether its upscalers run in the form for a CPU (`models/engines/packed_lua.py`).
     """
 
     dtype: str

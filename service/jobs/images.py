@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from models.rgb import to_rgb
-from service.errors import InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
+from giantleap.models.rgb import to_rgb
+from giantleap.service.errors import InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
 
 Pixels = npt.NDArray[np.uint8]
 

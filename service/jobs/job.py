@@ -1,6 +1,7 @@
 """What a job is, as values: its parameters, its states, its record and its events, and their JSON form.
 
-Everything here is pure; `service.broker` (API side) and `service.claims` (worker side) store and move these values.
+Everything here is pure; `giantleap.service.jobqueue.producer` (API side) and `giantleap.service.jobqueue.consumer`
+(worker side) store and move these values.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Self
 
-from models.bundle_descriptor import DecodeName, Method
+from giantleap.models.bundle.descriptor import DecodeName, Method
 
 
 class JobState(StrEnum):
@@ -173,7 +174,7 @@ class ResultFile:
 
 @dataclass(frozen=True, slots=True)
 class JobError:
-    """Why a job failed: the fields of `service.errors.GiantleapError`, stored."""
+    """Why a job failed: the fields of `giantleap.service.errors.GiantleapError`, stored."""
 
     code: str
     detail: str
@@ -220,8 +221,8 @@ class JobEvent:
 class QueueStats:
     """The queue at one moment, read from Redis in one round trip.
 
-    `queued` and the medians are by queue (`service.keys`). Of the live workers `drawing_workers` only draw and
-    `finishing_workers` only upscale and decode.
+    `queued` and the medians are by queue (`giantleap.service.jobqueue.keys`). Of the live workers `drawing_workers`
+    only draw and `finishing_workers` only upscale and decode.
     """
 
     queued: dict[tuple[str, Priority], int]

@@ -1,7 +1,7 @@
 """Reads a latent from a request body, safetensors or .npy, without running code and without trusting its header.
 
-Works on bytes and numpy only, so that the API process needs no torch. `service.planning` decides what the numbers
-mean (which latent space, scaled or raw, packed or not); the worker reads the blob that `to_blob` writes.
+Works on bytes and numpy only, so that the API process needs no torch. `giantleap.service.jobs.planning` decides what
+the numbers mean (which latent space, scaled or raw, packed or not); the worker reads the blob that `to_blob` writes.
 """
 
 import ast
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 
-from service.errors import InvalidRequest, MalformedRequest, UnsupportedMediaType
+from giantleap.service.errors import InvalidRequest, MalformedRequest, UnsupportedMediaType
 
 SAFETENSORS_TYPE = "application/x-safetensors"
 NPY_TYPE = "application/x-npy"

@@ -1,7 +1,7 @@
 """Turns what was asked into what will run: defaults of the bundle, its limits and those of the settings, all checked.
 
-Pure functions of values, apart from `read_served`; `service.routes_create` enqueues what they return. Nothing here
-imports torch.
+Pure functions of values, apart from `read_served`; `giantleap.service.api.routes.create` enqueues what they return.
+Nothing here imports torch.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.bundle import Bundle, BundleError, SizeError, read_bundle
-from models.bundle_descriptor import DecodeName, Method, nearest_sides
-from models.latent_space import LatentSpace, LatentSpaceError
-from models.lua_spec import grown_side, is_whole
-from models.prompt_words import PromptWords, read_prompt_words
-from service.batching import LatentGrid, count_items, output_latent_px
-from service.fitting import BundleMemory, Place, largest_note, read_memory, require_fit, to_work
-from service.images_in import ImageSize, check_image, is_image
-from service.jobs import GenerateParams, JobParams, UpscaleParams
-from service.latents_in import Values, read_values, require_finite, to_blob
-from service.problems import InvalidFields
-from service.schemas import GenerateRequest, OutputFormat, UpscaleQuery
-from service.settings import Settings
+from giantleap.models.bundle.bundle import Bundle, BundleError, SizeError, read_bundle
+from giantleap.models.bundle.descriptor import DecodeName, Method, nearest_sides
+from giantleap.models.bundle.vocabulary import PromptWords, read_prompt_words
+from giantleap.models.latent_space import LatentSpace, LatentSpaceError
+from giantleap.models.lua.spec import grown_side, is_whole
+from giantleap.service.api.problems import InvalidFields
+from giantleap.service.api.schemas import GenerateRequest, OutputFormat, UpscaleQuery
+from giantleap.service.jobs.capacity import BundleMemory, Place, largest_note, read_memory, require_fit, to_work
+from giantleap.service.jobs.images import ImageSize, check_image, is_image
+from giantleap.service.jobs.job import GenerateParams, JobParams, UpscaleParams
+from giantleap.service.jobs.latents import Values, read_values, require_finite, to_blob
+from giantleap.service.settings import Settings
+from giantleap.service.worker.batching import LatentGrid, count_items, output_latent_px
 
 DEFAULT_STRENGTH = 0.6
 _MOST_WORD_WARNINGS = 32

@@ -1,7 +1,7 @@
 """A Redis server of our own for one machine: found, started on loopback with an append-only file, and never orphaned.
 
-`service.embedded_redis_guard` is its parent process and dies with ours. For more than one machine run a maintained
-Redis and set `GIANTLEAP_REDIS_URL`.
+`giantleap.service.supervisor.embedded_redis_reaper` is its parent process and dies with ours. For more than one machine
+run a maintained Redis and set `GIANTLEAP_REDIS_URL`.
 """
 
 import fcntl
@@ -20,9 +20,9 @@ from typing import IO, Literal
 
 import redis
 
-from service.errors import NotReady
+from giantleap.service.errors import NotReady
 
-_GUARD = Path(__file__).with_name("embedded_redis_guard.py")
+_GUARD = Path(__file__).with_name("embedded_redis_reaper.py")
 _LOAD_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
 _PORT_TRIES = 5

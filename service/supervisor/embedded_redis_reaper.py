@@ -1,6 +1,6 @@
 """Runs one Redis server and takes it down when the process that wanted it is gone, however that ended.
 
-A program of its own that needs only the standard library, started by `service.embedded_redis` as
+A program of its own that needs only the standard library, started by `giantleap.service.supervisor.embedded_redis` as
 `<parent pid> <server> <config>`. It looks at its parent a few times a second, since a parent killed with SIGKILL
 can tell nobody; on Linux the server is also told by the kernel when this guard dies.
 """

@@ -1,7 +1,8 @@
 """The processes of one host as the supervisor runs them: started, started again when they end, replaced one by one.
 
-Nothing here waits: `service.supervisor` calls `Fleet.keep` and `Fleet.roll` again and again. What only the supervisor
-knows, restarts and reloads, is written to a file that `/metrics` reads (`service.metrics.HostCollector`).
+Nothing here waits: `giantleap.service.supervisor.supervisor` calls `Fleet.keep` and `Fleet.roll` again and again. What
+only the supervisor knows, restarts and reloads, is written to a file that `/metrics` reads
+(`giantleap.service.telemetry.metrics.HostCollector`).
 """
 
 import logging
@@ -15,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from service.cli_options import BAD_CONFIGURATION
-from service.metrics import HostState, write_host_state
-from service.watchdog import HUNG
+from giantleap.cli.options import BAD_CONFIGURATION
+from giantleap.service.telemetry.metrics import HostState, write_host_state
+from giantleap.service.worker.watchdog import HUNG
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Fleet:
         launch: Launch,
         lifeline_fd: int,
         shared_dir: Path,
-        command: tuple[str, ...] = (sys.executable, "-m", "service.cli"),
+        command: tuple[str, ...] = (sys.executable, "-m", "giantleap"),
     ) -> None:
         self._children = children
         self._launch = launch

@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from models.stages import WHOLE
-from service.embedded_redis import EmbeddedRedis
-from service.errors import BadConfiguration
-from service.fleet import Child, Fleet, Launch
-from service.settings import Settings, strip_settings, take_settings, to_environment, to_lines
+from giantleap.models.stages import WHOLE
+from giantleap.service.errors import BadConfiguration
+from giantleap.service.settings import Settings, strip_settings, take_settings, to_environment, to_lines
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
+from giantleap.service.supervisor.processes import Child, Fleet, Launch
 
 log = logging.getLogger(__name__)
 

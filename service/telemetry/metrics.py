@@ -20,8 +20,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from service.jobs import QueueStats
-from service.keys import FINISH, to_bundle
+from giantleap.service.jobqueue.keys import FINISH, to_bundle
+from giantleap.service.jobs.job import QueueStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STATE_FILE = "supervisor.json"

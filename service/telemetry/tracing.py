@@ -33,8 +33,8 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
-from service.errors import BadConfiguration
-from service.jobs import Job
+from giantleap.service.errors import BadConfiguration
+from giantleap.service.jobs.job import Job
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

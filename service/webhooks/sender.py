@@ -1,8 +1,9 @@
 """Tells clients that their job has ended: takes deliveries from Redis, signs and posts them, tries again where it must.
 
-The script that ends a job writes the delivery (`service.scripts`), so none is lost. Any number of processes may send:
-a delivery that one has taken is out of the others' sight for `_LEASE_S`. It arrives at least once; receivers that must
-not act twice keep `X-Giantleap-Delivery`. Where a delivery may go is checked in `service.webhook_targets`.
+The script that ends a job writes the delivery (`giantleap.service.jobqueue.scripts`), so none is lost. Any number of
+processes may send: a delivery that one has taken is out of the others' sight for `_LEASE_S`. It arrives at least once;
+receivers that must not act twice keep `X-Giantleap-Delivery`. Where a delivery may go is checked in
+`giantleap.service.webhooks.targets`.
 """
 
 import asyncio
@@ -20,13 +21,13 @@ import httpcore
 import httpx
 import redis
 
-from service import scripts
-from service.keys import Keys
-from service.metrics import Metrics
-from service.redis_urls import LOST, AsyncRedis
-from service.schemas import to_rfc3339
-from service.settings import Settings
-from service.webhook_targets import CheckedBackend, TargetRefused, read_target
+from giantleap.service.api.schemas import to_rfc3339
+from giantleap.service.jobqueue import scripts
+from giantleap.service.jobqueue.client import LOST, AsyncRedis
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.settings import Settings
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.webhooks.targets import CheckedBackend, TargetRefused, read_target
 
 EVENTS = ("succeeded", "failed", "canceled")
 MOST_ATTEMPTS = 10

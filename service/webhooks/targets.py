@@ -2,7 +2,7 @@
 
 A name may resolve to a public address while it is checked and to 127.0.0.1 a moment later, so the connection is made
 to the very address that was checked (`CheckedBackend`), while the Host header and the name that TLS verifies stay those
-of the URL. `service.webhooks` sends through it.
+of the URL. `giantleap.service.webhooks.sender` sends through it.
 """
 
 import asyncio

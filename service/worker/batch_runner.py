@@ -1,6 +1,7 @@
 """Runs the items of one batch through a route and says for each what became of it; one item never fails another.
 
-`service.worker` claims and plans, hands the claims of a batch in here and ends each job with what comes out.
+`giantleap.service.worker.loop` claims and plans, hands the claims of a batch in here and ends each job with what comes
+out.
 """
 
 import logging
@@ -16,18 +17,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from models.device import StageClock, is_out_of_memory
-from models.generator import DrawItem, image_seed
-from models.images import CONTENT_TYPES, to_image_bytes, to_signed
-from models.route import Route, finite_items
-from service.batching import count_items
-from service.claims import Claim, Claims
-from service.errors import EngineFault, GiantleapError, JobFailed
-from service.images_in import Pixels, read_image
-from service.jobs import GenerateParams, JobError, JobParams, ResultFile, UpscaleParams
-from service.latents_in import LATENT_TENSOR, SAFETENSORS_TYPE
-from service.tracing import BatchTrace
-from service.watchdog import Watchdog
+from giantleap.models.device import StageClock, is_out_of_memory
+from giantleap.models.generator import DrawItem, image_seed
+from giantleap.models.images import CONTENT_TYPES, to_image_bytes, to_signed
+from giantleap.models.route import Route, finite_items
+from giantleap.service.errors import EngineFault, GiantleapError, JobFailed
+from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobs.images import Pixels, read_image
+from giantleap.service.jobs.job import GenerateParams, JobError, JobParams, ResultFile, UpscaleParams
+from giantleap.service.jobs.latents import LATENT_TENSOR, SAFETENSORS_TYPE
+from giantleap.service.telemetry.tracing import BatchTrace
+from giantleap.service.worker.batching import count_items
+from giantleap.service.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -261,7 +262,7 @@ def _draw_item(item: Item) -> DrawItem:
 
 
 def _read_latent(item: Item) -> Tensor:
-    # float16 where that is exact (`service.latents_in.to_blob`); jobs of both kinds may share a batch.
+    # float16 where that is exact (`giantleap.service.jobs.latents.to_blob`); jobs of both kinds may share a batch.
     return safetensors.torch.load(item.claim.body or b"")[LATENT_TENSOR][item.index].float()
 
 

@@ -1,15 +1,15 @@
 """Which claimed jobs run together: a pure function from claims to batches, each one pass through one route.
 
 A batch shares everything that fixes the shape of the work, and its output fits the budget in latent pixels. What runs
-a batch is `service.worker`; why batches look so is in `docs/decisions/0005-one-batch-one-route.md`.
+a batch is `giantleap.service.worker.loop`; why batches look so is in `docs/decisions/0005-one-batch-one-route.md`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from models.lua_spec import grown_side
-from service.claims import Claim
-from service.jobs import GenerateParams, JobParams
+from giantleap.models.lua.spec import grown_side
+from giantleap.service.jobqueue.consumer import Claim
+from giantleap.service.jobs.job import GenerateParams, JobParams
 
 BatchKey = tuple[str | int | float | None, ...]
 

@@ -1,6 +1,7 @@
 """What a worker finds out of its own device: its memory, and the share of it that each loaded bundle has.
 
-The API reads it beside the heartbeat (`service.device_memory`); both ask `service.fitting` whether a job fits.
+The API reads it beside the heartbeat (`giantleap.service.jobs.devices`); both ask `giantleap.service.jobs.capacity`
+whether a job fits.
 """
 
 import logging
@@ -9,13 +10,13 @@ from dataclasses import replace
 
 import torch
 
-from models.bundle import Bundle
-from models.engines import TorchEngine
-from models.memory_plan import DeviceKind
-from models.route import Route
-from service.device_memory import Device, machine_memory_bytes, usable_bytes
-from service.fitting import Place, find_places, read_memory, share_device
-from service.settings import Settings
+from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.engines.base import TorchEngine
+from giantleap.models.memory.plan import DeviceKind
+from giantleap.models.route import Route
+from giantleap.service.jobs.capacity import Place, find_places, read_memory, share_device
+from giantleap.service.jobs.devices import Device, machine_memory_bytes, usable_bytes
+from giantleap.service.settings import Settings
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Opens a bundle with the engine that the settings name, after checking the exported artefacts that it runs.
 
-The check is `export.manifest.check_manifest`: artefacts that are damaged, or were made from another bundle or for
-another machine, are refused with the command that builds the right ones. Imports torch.
+The check is `giantleap.export.manifest.check_manifest`: artefacts that are damaged, or were made from another bundle or
+for another machine, are refused with the command that builds the right ones. Imports torch.
 """
 
 from collections.abc import Mapping
@@ -9,23 +9,23 @@ from pathlib import Path
 
 import torch
 
-from export.machine import read_machine
-from export.manifest import FILE, check_manifest
-from export.manifest import Artefact as Exported
-from models.bundle import Bundle
-from models.engine_onnx import load_onnxruntime
-from models.engine_tensorrt import load_tensorrt
-from models.engines import Artefact, EngineError, Profile
-from models.route import Route
-from models.stages import finishes
-from service.settings import Settings
+from giantleap.export.machine import read_machine
+from giantleap.export.manifest import FILE, check_manifest
+from giantleap.export.manifest import Artefact as Exported
+from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.engines.base import Artefact, EngineError, Profile
+from giantleap.models.engines.onnx_runtime import load_onnxruntime
+from giantleap.models.engines.tensorrt_runtime import load_tensorrt
+from giantleap.models.route import Route
+from giantleap.models.stages import finishes
+from giantleap.service.settings import Settings
 
 
 def open_route(bundle: Bundle, settings: Settings, device: torch.device, dtype: torch.dtype) -> Route:
     """Load a bundle, as far as the stages of the settings need it; nothing runs yet.
 
     Raises:
-        ValueError: as `find_artefacts`, as `models.engines.open_engine`, or as `Route.open`.
+        ValueError: as `find_artefacts`, as `giantleap.models.engines.base.open_engine`, or as `Route.open`.
         OSError: the pipeline lacks a file.
     """
     artefacts = find_artefacts(bundle, settings, device) if finishes(settings.stages) else {}

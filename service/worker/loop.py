@@ -1,8 +1,9 @@
 """The process that has the device: it loads the bundles, then claims jobs, runs them in batches and ends each.
 
-Pure planning is in `service.batching`, one batch's run in `service.batch_run`, leases and fencing in `service.claims`.
-A worker is seen by others as ready only after every scale ran at real shapes. A fault that the loop does not know
-ends the process: the leases bring its jobs to another worker, which gives up after a capped number of starts.
+Pure planning is in `giantleap.service.worker.batching`, one batch's run in `giantleap.service.worker.batch_runner`,
+leases and fencing in `giantleap.service.jobqueue.consumer`. A worker is seen by others as ready only after every scale
+ran at real shapes. A fault that the loop does not know ends the process: the leases bring its jobs to another worker,
+which gives up after a capped number of starts.
 """
 
 import logging
@@ -17,25 +18,35 @@ from typing import Literal
 import torch
 from prometheus_client import start_http_server
 
-from models.bundle import Bundle, read_bundle
-from models.device import choose_device, choose_dtype
-from models.route import Route
-from models.stages import finishes
-from service.batch_run import BatchRun, Drain, Latent, Outcome, Output, Stop, to_items, to_job_error, to_latents_blob
-from service.batching import LatentGrid, count_items, output_latent_px, plan_batch, slice_items
-from service.claims import Claim, Claims
-from service.engine_files import open_route
-from service.errors import BadConfiguration, DoesNotFit, StorageFull
-from service.fitting import Place, most_items, require_fit
-from service.jobs import GenerateParams, Job, JobError, JobState, UpscaleParams
-from service.logs import log_fields
-from service.metrics import Metrics
-from service.protocol import WARMUPS, measure_protocol
-from service.redis_urls import open_redis
-from service.settings import Settings
-from service.tracing import Tracing, open_tracing, trace_id_of
-from service.watchdog import Watchdog
-from service.worker_device import find_device
+from giantleap.models.bundle.bundle import Bundle, read_bundle
+from giantleap.models.device import choose_device, choose_dtype
+from giantleap.models.route import Route
+from giantleap.models.stages import finishes
+from giantleap.service.errors import BadConfiguration, DoesNotFit, StorageFull
+from giantleap.service.jobqueue.client import open_redis
+from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobs.capacity import Place, most_items, require_fit
+from giantleap.service.jobs.job import GenerateParams, Job, JobError, JobState, UpscaleParams
+from giantleap.service.settings import Settings
+from giantleap.service.telemetry.logs import log_fields
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.telemetry.tracing import Tracing, open_tracing, trace_id_of
+from giantleap.service.worker.batch_runner import (
+    BatchRun,
+    Drain,
+    Latent,
+    Outcome,
+    Output,
+    Stop,
+    to_items,
+    to_job_error,
+    to_latents_blob,
+)
+from giantleap.service.worker.batching import LatentGrid, count_items, output_latent_px, plan_batch, slice_items
+from giantleap.service.worker.device import find_device
+from giantleap.service.worker.engines import open_route
+from giantleap.service.worker.timing import WARMUPS, measure_protocol
+from giantleap.service.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +74,7 @@ def run_worker(
 
     Effects: loads the bundles onto the device; signs on at Redis when ready and off at the end; serves /metrics if a
     port is set. Returns normally after a stop, having finished or handed back every claim. Ends the process with the
-    code `service.watchdog.HUNG` where a step makes no progress.
+    code `giantleap.service.worker.watchdog.HUNG` where a step makes no progress.
 
     Raises:
         BadConfiguration: a bundle, a checkpoint, the device, the dtype or the engine does not fit.

@@ -1,7 +1,7 @@
 """The paper's timing protocol: batch 1, one device, mixed precision where the device has it, median after warm-ups.
 
-It never sees traffic and its figures never mix with traffic's: they have a gauge of their own (`service.metrics`).
-Used by the worker when asked at start and by `giantleap bench protocol`.
+It never sees traffic and its figures never mix with traffic's: they have a gauge of their own
+(`giantleap.service.telemetry.metrics`). Used by the worker when asked at start and by `giantleap bench protocol`.
 """
 
 import json
@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from models.bundle_descriptor import Method
-from models.generator import DrawItem
-from models.lua_spec import grown_side
-from models.route import Route, run_once
+from giantleap.models.bundle.descriptor import Method
+from giantleap.models.generator import DrawItem
+from giantleap.models.lua.spec import grown_side
+from giantleap.models.route import Route, run_once
 
 WARMUPS = 20
 _GUIDANCE_SCALE = 3.0

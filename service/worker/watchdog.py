@@ -1,9 +1,10 @@
 """Ends a worker process whose work makes no progress, so that its leases run out and its jobs go to another.
 
-A lease thread cannot tell a long step from a hung one: it renews for both. `service.batch_run` marks every stage and
-step here; a mark that grows older than the limit ends the process with the code `HUNG`, without any clean-up
-that could hang too. Loading, warm-ups and measuring are not watched: nothing is marked then. A call that never gives
-the GIL back stops this thread as it stops the lease thread: its jobs go to another worker, the process stays.
+A lease thread cannot tell a long step from a hung one: it renews for both. `giantleap.service.worker.batch_runner`
+marks every stage and step here; a mark that grows older than the limit ends the process with the code `HUNG`, without
+any clean-up that could hang too. Loading, warm-ups and measuring are not watched: nothing is marked then. A call that
+never gives the GIL back stops this thread as it stops the lease thread: its jobs go to another worker, the process
+stays.
 """
 
 import logging

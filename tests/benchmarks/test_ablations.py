@@ -9,10 +9,10 @@ import torch
 
 from benchmarks import ablations
 from benchmarks.ablations import BATCH, HEADS, STAGES, VARIANTS, Photo, config_of, order_of, run_one, score, spread
-from models.bundle import read_bundle
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.training.data.frozen_vae import read_vae
+from giantleap.training.data.prepare import PrepareConfig, prepare
 from tests.training.pictures import write_pictures
-from training.frozen_vae import read_vae
-from training.prepare import PrepareConfig, prepare
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]

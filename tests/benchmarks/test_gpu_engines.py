@@ -18,8 +18,8 @@ from benchmarks.gpu_engines import (
     target_of,
 )
 from benchmarks.published_swinir import PublishedForward
-from models.lua import Lua, preset
-from models.lua_spec import LuaSpec
+from giantleap.models.lua.network import Lua, preset
+from giantleap.models.lua.spec import LuaSpec
 from tests.random_lua import random_lua
 
 CPU = torch.device("cpu")

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.guard import BROKEN_SHARE, changes, judge, measure_case, reach, summarize, to_table
-from models.guard import Guard
-from models.images import psnr_db
-from models.latent_space import LATENT_SPACES
-from models.latent_statistics import LatentStatistics
-from models.lua import Lua, LuaSpec
+from giantleap.models.images import psnr_db
+from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.models.lua.clamp import Guard
+from giantleap.models.lua.network import Lua, LuaSpec
+from giantleap.models.lua.statistics import LatentStatistics
 
 STATISTICS = LatentStatistics((0.0,) * 16, (2.0,) * 16, {2: (0.5,) * 16, 4: (0.5,) * 16}, tiles=1)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.photos import draw_routes, mean_scores, psnr_db, read_photos, score, write_photo_sheet
 from benchmarks.pocket_quality import Floor, judge_photos, photo_table
-from models.lua import Lua, LuaSpec
+from giantleap.models.lua.network import Lua, LuaSpec
 
 
 class AverageCodec:

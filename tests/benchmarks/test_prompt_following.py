@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from benchmarks.prompt_following import CHOICES, SLOTS, Judge, object_core, read_colour, score, train_judge
-from training.captions import COLOURS, Slots, draw_prompts
-from training.scenes import PALETTE, draw_scene, render
+from giantleap.training.pocket.captions import COLOURS, Slots, draw_prompts
+from giantleap.training.pocket.scenes import PALETTE, draw_scene, render
 
 
 @pytest.fixture(scope="module")

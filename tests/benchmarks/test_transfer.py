@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.transfer import HELD_OUT, judge, plan, table, variants_of, write_pictures
-from training.pocket_vae import Pool
+from giantleap.training.pocket.vae import Pool
 
 
 def test_variants_differ_in_start_and_length_alone() -> None:

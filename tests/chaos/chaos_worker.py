@@ -10,11 +10,11 @@ import os
 import sys
 import time
 
-from models.stages import DRAWING
-from service.claims import Claim, Claims
-from service.jobs import GenerateParams, ResultFile
-from service.redis_urls import open_redis
-from service.settings import read_settings
+from giantleap.models.stages import DRAWING
+from giantleap.service.jobqueue.client import open_redis
+from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobs.job import GenerateParams, ResultFile
+from giantleap.service.settings import read_settings
 
 LONG_SEED = 424_242
 LONG_S = 10.0

@@ -20,8 +20,8 @@ import httpx
 import numpy as np
 from safetensors.numpy import save
 
-from models.stages import WHOLE, Stages
-from service.settings import Settings, to_environment
+from giantleap.models.stages import WHOLE, Stages
+from giantleap.service.settings import Settings, to_environment
 from tests.chaos.chaos_worker import LONG_SEED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ class Fleet:
 
     def start(self, workers: int) -> None:
         self.journal.touch()
-        command = [sys.executable, "-m", "service.cli", "api"]
+        command = [sys.executable, "-m", "giantleap", "api"]
         self._api = subprocess.Popen(command, env=self._environment, cwd=ROOT)
         for number in range(workers):
             self.start_worker(self.pools[number % len(self.pools)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import redis
 
-from service.keys import Keys
+from giantleap.service.jobqueue.keys import Keys
 from tests.chaos.harness import Note
 
 

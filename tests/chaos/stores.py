@@ -13,8 +13,8 @@ from typing import Protocol
 
 import redis
 
-from service.embedded_redis import EmbeddedRedis, find_server
-from service.redis_urls import open_redis
+from giantleap.service.jobqueue.client import open_redis
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_server
 
 _UP_S = 60.0
 SERVICE = "queue"

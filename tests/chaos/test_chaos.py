@@ -20,10 +20,10 @@ import psutil
 import pytest
 import redis
 
-from models.stages import DRAWING, FINISHING, WHOLE, Stages
-from service.keys import Keys
-from service.redis_urls import LOST
-from service.settings import read_settings
+from giantleap.models.stages import DRAWING, FINISHING, WHOLE, Stages
+from giantleap.service.jobqueue.client import LOST
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.settings import read_settings
 from tests.chaos.harness import ROOT, Clients, Fleet, free_port
 from tests.chaos.judge import Verdict, judge
 from tests.chaos.stores import OneServer, Replicated, Store, open_store

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import redis
 
-from service.broker import Broker
-from service.claims import Claims
-from service.embedded_redis import EmbeddedRedis
-from service.jobs import GenerateParams, Job, Priority, ResultFile
-from service.keys import Keys
-from service.redis_urls import open_async_redis, open_redis
-from service.settings import Settings, read_settings
+from giantleap.service.jobqueue.client import open_async_redis, open_redis
+from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.job import GenerateParams, Job, Priority, ResultFile
+from giantleap.service.settings import Settings, read_settings
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
 from tests.chaos.harness import Note
 from tests.chaos.judge import Verdict, judge
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from service.broker import Broker
-from service.claims import Claims
-from service.errors import NotFound, NotReady
-from service.jobs import GenerateParams, Job, JobState, Priority, ResultFile
-from service.redis_urls import open_async_redis, open_redis
-from service.settings import Settings, read_settings
+from giantleap.service.errors import NotFound, NotReady
+from giantleap.service.jobqueue.client import open_async_redis, open_redis
+from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.job import GenerateParams, Job, JobState, Priority, ResultFile
+from giantleap.service.settings import Settings, read_settings
 from tests.service.redis_groups import Server, sentinels
 from tests.waiting import wait_until
 

@@ -10,11 +10,11 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from models.bundle import check_files, read_bundle, write_bundle
-from models.bundle_descriptor import Descriptor
-from models.lua import Lua
-from models.lua_spec import LuaSpec
-from service.cli import app
+from giantleap.cli.main import app
+from giantleap.models.bundle.bundle import check_files, read_bundle, write_bundle
+from giantleap.models.bundle.descriptor import Descriptor
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import LuaSpec
 from tests.models.fake_hub import FakeHub, Repository, serve_hub
 
 PIPELINE, LUA = "maker/tiny-pipeline", "maker/lua"

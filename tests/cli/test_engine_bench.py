@@ -7,8 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from service.cli import app
-from service.engine_bench import EngineRow, Timing, interleave, to_table
+from giantleap.cli.engine_bench import EngineRow, Timing, interleave, to_table
+from giantleap.cli.main import app
 
 # The first test that takes the exported graphs waits for their export.
 pytestmark = pytest.mark.timeout(900)
@@ -50,4 +50,6 @@ def test_the_fastest_of_a_scale_comes_first() -> None:
 
 
 def test_the_95th_percentile_of_twenty_calls_is_not_their_longest() -> None:
-    assert Timing(tuple(float(n) for n in range(20, 0, -1))).p95_s == 19.0, "nearest rank, as service.protocol has it"
+    assert Timing(tuple(float(n) for n in range(20, 0, -1))).p95_s == 19.0, (
+        "nearest rank, as giantleap.service.worker.timing has it"
+    )

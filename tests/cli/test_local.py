@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from service.cli import app
+from giantleap.cli.main import app
 
 PROMPT = "a red sphere on a green floor"
 

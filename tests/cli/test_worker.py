@@ -8,9 +8,9 @@ from threading import Event
 import pytest
 from typer.testing import CliRunner
 
-from service import worker
-from service.cli import app
-from service.settings import POCKET_BUNDLE, Settings
+from giantleap.cli.main import app
+from giantleap.service.settings import POCKET_BUNDLE, Settings
+from giantleap.service.worker import loop as worker
 
 
 @pytest.fixture

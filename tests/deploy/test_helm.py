@@ -12,11 +12,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from models.stages import DRAWING, FINISHING
-from service.jobs import Priority
-from service.keys import Keys, lane, queues_of
-from service.redis_urls import read_address
-from service.settings import Settings
+from giantleap.models.stages import DRAWING, FINISHING
+from giantleap.service.jobqueue.client import read_address
+from giantleap.service.jobqueue.keys import Keys, lane, queues_of
+from giantleap.service.jobs.job import Priority
+from giantleap.service.settings import Settings
 from tests.deploy.chart_helm import HelmMissing, HelmProgram, HelmRefused, find_helm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -219,7 +219,7 @@ def test_pods_live_longer_than_their_drain(manifests: list[Manifest]) -> None:
 
 
 def test_probes_ask_what_is_there(manifests: list[Manifest]) -> None:
-    from service.guard import OPEN_PATHS
+    from giantleap.service.api.middleware.authentication import OPEN_PATHS
 
     for deployment in of_kind(manifests, "Deployment"):
         (container,) = pod_of(deployment)["containers"]

@@ -137,8 +137,8 @@ def test_passwords_come_from_the_environment_file_and_are_in_no_command_line() -
 
 def test_redis_starts_with_the_password_of_its_file_and_hides_it(tmp_path: Path) -> None:
     """The container's own command line, with the paths of a test: the server asks for the password."""
-    from service.demo import free_port
-    from service.settings import Settings
+    from giantleap.cli.demo import free_port
+    from giantleap.service.settings import Settings
 
     redis, port = SERVICES["redis"], free_port()
     shell, flag, script, name = redis["entrypoint"]
@@ -177,10 +177,10 @@ def test_an_engine_may_be_loaded_from_the_temporary_directory() -> None:
 
 
 def test_our_containers_run_commands_that_exist_with_settings_that_exist() -> None:
-    from service.settings import Settings
+    from giantleap.service.settings import Settings
 
     answer = subprocess.run(
-        [sys.executable, "-m", "service.cli", "--help"], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-m", "giantleap", "--help"], capture_output=True, text=True, check=True, timeout=60
     )
     for name in OURS:
         service = SERVICES[name]

@@ -10,9 +10,9 @@ import httpx
 import pytest
 import yaml
 
-from service.api import create_app
-from service.demo import free_port
-from service.settings import read_settings
+from giantleap.cli.demo import free_port
+from giantleap.service.api.app import create_app
+from giantleap.service.settings import read_settings
 from tests.service.fake_broker import FakeBroker
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan
 
-from models.lua_spec import LuaSpec
+from giantleap.models.lua.spec import LuaSpec
 
 SPECS = {
     "published": LuaSpec(4, 12, (2,), 2, window=4, num_feat=8),

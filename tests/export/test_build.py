@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from export.build import Request, check_directory, export_bundle, new_directory, open_reference
-from export.graphs import trace
-from export.manifest import FILE, ArtefactError, check_manifest, read_manifest
-from export.onnx_files import REFUSED_OPERATORS, check_graph, open_onnx, write_onnx
-from models.bundle import Bundle, BundleError, read_bundle, write_bundle
-from models.checkpoints import read_lua
-from models.lua import Lua, pad_to_window
-from models.weight_files import file_hashes
-from service.cli import app
+from giantleap.cli.main import app
+from giantleap.export.build import Request, check_directory, export_bundle, new_directory, open_reference
+from giantleap.export.graphs import trace
+from giantleap.export.manifest import FILE, ArtefactError, check_manifest, read_manifest
+from giantleap.export.onnx_files import REFUSED_OPERATORS, check_graph, open_onnx, write_onnx
+from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle, write_bundle
+from giantleap.models.bundle.digests import file_hashes
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.lua.network import Lua, pad_to_window
 from tests.tiny_bundle import WINDOW, write_tiny_bundle
 
 # The first test of the module waits for its export, which takes seconds of a processor that others may use as well.

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from export.aoti import open_aoti, write_aoti
-from export.build import Request, check_directory, export_bundle
-from export.graphs import DecoderGraph, trace
-from export.manifest import ArtefactError, Precision
-from export.onnx_files import open_onnx, write_onnx
-from models.bundle import read_bundle
-from models.decode import decode_plain
+from giantleap.export.aoti import open_aoti, write_aoti
+from giantleap.export.build import Request, check_directory, export_bundle
+from giantleap.export.graphs import DecoderGraph, trace
+from giantleap.export.manifest import ArtefactError, Precision
+from giantleap.export.onnx_files import open_onnx, write_onnx
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.vae.decode import decode_plain
 from tests.export.random_networks import random_vae
 from tests.tiny_bundle import write_tiny_bundle
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.graphs import DTYPES, DecoderGraph, LuaGraph
-from export.manifest import Precision
-from models.decode import decode_plain
-from models.decoder_check import UnknownDecoderError
+from giantleap.export.graphs import DTYPES, DecoderGraph, LuaGraph
+from giantleap.export.manifest import Precision
+from giantleap.models.vae.decode import decode_plain
+from giantleap.models.vae.decoder_check import UnknownDecoderError
 from tests.export.random_networks import SPECS, random_vae
 from tests.random_lua import random_lua
 

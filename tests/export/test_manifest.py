@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from export.manifest import (
+from giantleap.export.manifest import (
     FILE,
     Artefact,
     ArtefactError,
@@ -22,8 +22,8 @@ from export.manifest import (
     check_manifest,
     read_manifest,
 )
-from models.bundle import Bundle, read_bundle
-from models.weight_files import file_hash
+from giantleap.models.bundle.bundle import Bundle, read_bundle
+from giantleap.models.bundle.digests import file_hash
 from tests.tiny_bundle import write_tiny_bundle
 
 GPU = Machine(
@@ -262,5 +262,5 @@ def test_a_profile_holds_what_lies_between_its_corners() -> None:
 
 
 def test_the_check_needs_no_torch() -> None:
-    code = "import sys, export.manifest; sys.exit('torch' in sys.modules)"
+    code = "import sys, giantleap.export.manifest; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.manifest import ArtefactError, Parity, Precision
-from export.parity import CASES, Runner, choose_cases, compare, sample_latents
-from export.tensorrt_plans import plan_profiles
-from models.images import MOST_PSNR_DB
+from giantleap.export.manifest import ArtefactError, Parity, Precision
+from giantleap.export.parity import CASES, Runner, choose_cases, compare, sample_latents
+from giantleap.export.tensorrt_plans import plan_profiles
+from giantleap.models.images import MOST_PSNR_DB
 
 CHANNELS = 4
 STATISTICS = torch.tensor([0.0, 1.0, -1.0, 0.5]), torch.tensor([1.0, 2.0, 0.5, 1.0])

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from export.build import Request, export_bundle
-from export.manifest import ArtefactError, Profile
-from export.tensorrt_plans import (
+from giantleap.export.build import Request, export_bundle
+from giantleap.export.manifest import ArtefactError, Profile
+from giantleap.export.tensorrt_plans import (
     SIDES,
     PlanOptions,
     build_plan,
@@ -22,7 +22,7 @@ from export.tensorrt_plans import (
     plan_profiles,
     trtexec_line,
 )
-from models.bundle import read_bundle
+from giantleap.models.bundle.bundle import read_bundle
 from tests.tiny_bundle import write_tiny_bundle
 
 

@@ -18,12 +18,12 @@ from safetensors.numpy import load, save
 from schemathesis.checks import content_type_conformance, response_schema_conformance, status_code_conformance
 from schemathesis.generation import GenerationMode
 
-from service.api import create_app
-from service.claims import Claim, Claims
-from service.embedded_redis import EmbeddedRedis
-from service.jobs import GenerateParams, ResultFile
-from service.openapi import describe
-from service.settings import read_settings
+from giantleap.service.api.app import create_app
+from giantleap.service.api.openapi import describe
+from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobs.job import GenerateParams, ResultFile
+from giantleap.service.settings import read_settings
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
 from tests.service.fake_broker import FakeBroker
 from tests.service.front_fakes import to_file
 from tests.service.live_server import live_server

@@ -10,12 +10,12 @@ import psutil
 import pytest
 from fastapi import FastAPI
 
-from service.api import create_app
-from service.broker import Broker
-from service.embedded_redis import EmbeddedRedis
-from service.problems import CLIENT_GONE, PROBLEM_TYPE
-from service.redis_urls import open_async_redis
-from service.settings import Settings, read_settings
+from giantleap.service.api.app import create_app
+from giantleap.service.api.problems import CLIENT_GONE, PROBLEM_TYPE
+from giantleap.service.jobqueue.client import open_async_redis
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.settings import Settings, read_settings
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
 from tests.fuzz.asgi import Got, ask
 from tests.fuzz.bodies import Sent, draw_request
 from tests.service.paper_bundle import write_paper_bundle

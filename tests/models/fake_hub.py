@@ -1,4 +1,5 @@
-"""A Hugging Face hub on a loopback port: what `models.hub` asks of the real one, and the ways in which it fails."""
+"""A Hugging Face hub on a loopback port: what `giantleap.models.bundle.hub` asks of the real one, and the ways in which
+it fails."""
 
 import hashlib
 import json

@@ -7,7 +7,7 @@ BUFFERS, PAGES = 200, 1024
 # Two buffers live at once, as those of a request do; without the setting the top of the heap is given back each time.
 CODE = f"""
 import resource, sys
-from models.allocator import keep_freed_memory
+from giantleap.models.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for _ in range({BUFFERS}):

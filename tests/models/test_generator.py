@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.bundle import read_bundle
-from models.generator import DrawItem, Generator
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.generator import DrawItem, Generator
 from tests.tiny_bundle import SCALING_FACTOR
 
 ITEM = DrawItem("a red sphere", "", seed=1, width_px=64, height_px=48, steps=4, guidance_scale=3.0)

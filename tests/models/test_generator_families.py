@@ -14,8 +14,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
-from models.bundle import IMAGE_TO_IMAGE, NO_NEGATIVE_PROMPT, Bundle
-from models.bundle_descriptor import (
+from giantleap.models.bundle.bundle import IMAGE_TO_IMAGE, NO_NEGATIVE_PROMPT, Bundle
+from giantleap.models.bundle.descriptor import (
     About,
     Defaults,
     Descriptor,
@@ -25,8 +25,8 @@ from models.bundle_descriptor import (
     VaeSource,
     Vocabulary,
 )
-from models.generator import FAMILIES, DrawItem, Generator
-from models.latent_space import LATENT_SPACES, LatentSpace
+from giantleap.models.generator import FAMILIES, DrawItem, Generator
+from giantleap.models.latent_space import LATENT_SPACES, LatentSpace
 from tests.tiny_pipelines import (
     tiny_flux1,
     tiny_flux2,

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.images import CONTENT_TYPES, MOST_PSNR_DB, psnr_db, to_image_bytes
+from giantleap.models.images import CONTENT_TYPES, MOST_PSNR_DB, psnr_db, to_image_bytes
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.latent_space import LATENT_SPACES, LatentSpace, LatentSpaceError, read_vae_statistics
+from giantleap.models.latent_space import LATENT_SPACES, LatentSpace, LatentSpaceError, read_vae_statistics
 
 NORMED = LatentSpace("normed", 3, 8, scale=0.5, mean=(0.0, 1.0, -2.0), std=(1.0, 0.25, 4.0))
 FLUX2 = LATENT_SPACES["flux2"].with_statistics([0.01 * c for c in range(128)], [1 + 0.02 * c for c in range(128)])
@@ -288,5 +288,5 @@ def test_the_table_of_families_cannot_be_changed() -> None:
 
 
 def test_bundle_and_latent_space_import_no_torch() -> None:
-    code = "import sys, models.bundle, models.latent_space; sys.exit('torch' in sys.modules)"
+    code = "import sys, giantleap.models.bundle.bundle, giantleap.models.latent_space; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.published_swinir import PublishedForward
-from models.decode import decode_exact, decode_plain
-from models.decode_plan import DecoderShape, plan_decode
-from models.guard import Guard
-from models.latent_statistics import LatentStatistics
-from models.lua import Lua
-from models.lua_spec import LuaSpec
-from models.pixel_upscale import PixelUpscaler
-from models.prepared_lua import Grid, Grids, PreparedLua
-from tests.models.test_decode import make_vae
+from giantleap.models.engines.packed_lua import Grid, Grids, PreparedLua
+from giantleap.models.engines.swinir import PixelUpscaler
+from giantleap.models.lua.clamp import Guard
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import LuaSpec
+from giantleap.models.lua.statistics import LatentStatistics
+from giantleap.models.vae.decode import decode_exact, decode_plain
+from giantleap.models.vae.strip_plan import DecoderShape, plan_decode
+from giantleap.training import losses
+from giantleap.training.pocket.optim import to_orthogonal
+from tests.models.vae.test_decode import make_vae
 from tests.one_device import META, MixedDevicesError, OneDevice
-from training import losses
-from training.optim import to_orthogonal
 
 SPEC = LuaSpec(4, 12, (2, 2), 2, window=4, num_feat=8, bicubic_skip=True, latent_norm=True)
 SPECS = {

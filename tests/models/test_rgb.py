@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.rgb import to_rgb
+from giantleap.models.rgb import to_rgb
 
 RAMP = np.linspace(0, 65535, 64).reshape(8, 8)
 

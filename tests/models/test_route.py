@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.bundle import BundleError, read_bundle
-from models.device import StageClock, choose_device, choose_dtype, is_out_of_memory
-from models.generator import DrawItem
-from models.route import Route, finite_items, run_once
+from giantleap.models.bundle.bundle import BundleError, read_bundle
+from giantleap.models.device import StageClock, choose_device, choose_dtype, is_out_of_memory
+from giantleap.models.generator import DrawItem
+from giantleap.models.route import Route, finite_items, run_once
 
 CPU = torch.device("cpu")
 ITEM = DrawItem("a red sphere on a green floor", "", seed=1, width_px=64, height_px=48, steps=4, guidance_scale=3.0)

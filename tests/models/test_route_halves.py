@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.bundle import read_bundle
-from models.bundle_descriptor import Method
-from models.generator import DrawItem, Generator
-from models.route import Route
-from models.stages import DRAWING, FINISHING, WHOLE, draws, finishes
-from models.vae import VaeError, read_vae_model
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.bundle.descriptor import Method
+from giantleap.models.generator import DrawItem, Generator
+from giantleap.models.route import Route
+from giantleap.models.stages import DRAWING, FINISHING, WHOLE, draws, finishes
+from giantleap.models.vae.autoencoder import VaeError, read_vae_model
 
 CPU = torch.device("cpu")
 ITEM = DrawItem("a red sphere on a green floor", "", seed=1, width_px=64, height_px=48, steps=4, guidance_scale=3.0)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.bundle import read_bundle
-from models.bundle_descriptor import METHODS, Method
-from models.generator import DrawItem
-from models.route import Route, run_once, stages_of
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.bundle.descriptor import METHODS, Method
+from giantleap.models.generator import DrawItem
+from giantleap.models.route import Route, run_once, stages_of
 
 CPU = torch.device("cpu")
 ITEM = DrawItem("a red sphere on a green floor", "", seed=1, width_px=64, height_px=48, steps=2, guidance_scale=3.0)

@@ -1,15 +1,25 @@
-"""A broker without Redis: the verbs of `service.broker.Broker` in memory, with jobs that end as the test says."""
+"""A broker without Redis: the verbs of `giantleap.service.jobqueue.producer.Broker` in memory, with jobs that end as
+the test says."""
 
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
-from service.broker import Enqueued
-from service.device_memory import Device
-from service.errors import GiantleapError, InvalidRequest
-from service.job_list import Page
-from service.jobs import GenerateParams, Job, JobError, JobEvent, JobRecord, JobState, QueueStats, ResultFile
+from giantleap.service.errors import GiantleapError, InvalidRequest
+from giantleap.service.jobqueue.listing import Page
+from giantleap.service.jobqueue.producer import Enqueued
+from giantleap.service.jobs.devices import Device
+from giantleap.service.jobs.job import (
+    GenerateParams,
+    Job,
+    JobError,
+    JobEvent,
+    JobRecord,
+    JobState,
+    QueueStats,
+    ResultFile,
+)
 
 IMAGE = b"\x89PNG not really"
 

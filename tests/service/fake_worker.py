@@ -14,11 +14,11 @@ import time
 
 import redis
 
-from models.stages import DRAWING, WHOLE, Stages
-from service.claims import Claims
-from service.jobs import GenerateParams, ResultFile
-from service.redis_urls import open_redis
-from service.settings import read_settings
+from giantleap.models.stages import DRAWING, WHOLE, Stages
+from giantleap.service.jobqueue.client import open_redis
+from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobs.job import GenerateParams, ResultFile
+from giantleap.service.settings import read_settings
 
 
 def work(kind: str, seconds: float, hold_s: float) -> None:

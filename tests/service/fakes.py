@@ -8,12 +8,21 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from models.bundle_descriptor import DecodeName, Method
-from models.device import PeakMemory, StageClock
-from models.generator import DrawItem
-from service.claims import Claim, Drawn
-from service.errors import StorageFull
-from service.jobs import GenerateParams, Job, JobError, JobParams, JobState, Priority, ResultFile, UpscaleParams
+from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.device import PeakMemory, StageClock
+from giantleap.models.generator import DrawItem
+from giantleap.service.errors import StorageFull
+from giantleap.service.jobqueue.consumer import Claim, Drawn
+from giantleap.service.jobs.job import (
+    GenerateParams,
+    Job,
+    JobError,
+    JobParams,
+    JobState,
+    Priority,
+    ResultFile,
+    UpscaleParams,
+)
 
 STRIDE_PX = 8
 GENERATE = GenerateParams(

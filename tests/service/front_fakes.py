@@ -10,9 +10,9 @@ from fastapi import FastAPI
 from PIL import Image
 from safetensors.numpy import load, save
 
-from service.api import create_app
-from service.jobs import GenerateParams, Job, JobRecord, UpscaleParams
-from service.settings import read_settings
+from giantleap.service.api.app import create_app
+from giantleap.service.jobs.job import GenerateParams, Job, JobRecord, UpscaleParams
+from giantleap.service.settings import read_settings
 from tests.service.fake_broker import FakeBroker, succeed
 from tests.service.paper_bundle import CHANNELS, write_paper_bundle
 

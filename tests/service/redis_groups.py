@@ -9,7 +9,7 @@ from pathlib import Path
 
 import redis
 
-from service.embedded_redis import find_server
+from giantleap.service.supervisor.embedded_redis import find_server
 from tests.waiting import wait_until
 
 SLOTS = 16384

@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
-from models.generator import DrawItem
-from service.batch_run import Drain
-from service.batching import LatentGrid
-from service.claims import Claims
-from service.logs import configure_logging
-from service.metrics import Metrics
-from service.redis_urls import open_redis
-from service.settings import read_settings
-from service.watchdog import Watchdog
-from service.worker import Worker
+from giantleap.models.generator import DrawItem
+from giantleap.service.jobqueue.client import open_redis
+from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.settings import read_settings
+from giantleap.service.telemetry.logs import configure_logging
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.worker.batch_runner import Drain
+from giantleap.service.worker.batching import LatentGrid
+from giantleap.service.worker.loop import Worker
+from giantleap.service.worker.watchdog import Watchdog
 from tests.service.fakes import STRIDE_PX, FakeRoute
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from service import auth
-from service.auth import Caller, KeyRing, KeysFileError, Scope, check_door, find_caller, new_key, read_keys
-from service.cli import app
-from service.settings import read_settings
+from giantleap.cli.main import app
+from giantleap.service import auth
+from giantleap.service.auth import Caller, KeyRing, KeysFileError, Scope, check_door, find_caller, new_key, read_keys
+from giantleap.service.settings import read_settings
 
 ENTRY = '[[key]]\nname = "alice"\nsha256 = "{sha256}"\nscopes = ["generate"]\n'
 

@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from service.auth import new_key
-from service.settings import read_settings
+from giantleap.service.auth import new_key
+from giantleap.service.settings import read_settings
 from tests.service.front_fakes import LATENT
 from tests.service.paper_bundle import write_paper_bundle
 
@@ -64,7 +64,7 @@ def ask_everything(url: str, key: str, wrong_key: str) -> set[int]:
 def run_and_ask(command: list[str], environment: dict[str, str], port: int, keys: list[str]) -> tuple[set[int], str]:
     """Starts the command, asks, stops it in order; the statuses, and all that it wrote."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "service.cli", *command, "--port", str(port)],
+        [sys.executable, "-m", "giantleap", *command, "--port", str(port)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
@@ -125,7 +125,8 @@ def test_no_secret_is_in_the_logs_of_a_whole_run(command: str, redis_url: str, k
 def test_an_address_of_redis_that_does_not_work_is_not_repeated(url: str, tmp_path: Path) -> None:
     bundle = write_paper_bundle(tmp_path / "paper")
     environment = os.environ | {"GIANTLEAP_BUNDLE": str(bundle)}
-    script = "from service.api import create_app; from service.settings import read_settings; import asyncio, sys\n"
+    script = "import asyncio, sys\nfrom giantleap.service.api.app import create_app\n"
+    script += "from giantleap.service.settings import read_settings\n"
     script += "app = create_app(read_settings(redis_url=sys.argv[1]))\n"
     script += "async def run():\n    async with app.router.lifespan_context(app): pass\nasyncio.run(run())"
     done = subprocess.run(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from service.cli_options import BAD_CONFIGURATION
-from service.settings import (
+from giantleap.cli.options import BAD_CONFIGURATION
+from giantleap.service.settings import (
     NEEDS_RESTART,
     Settings,
     read_settings,
@@ -79,7 +79,7 @@ def test_what_is_wrong_is_named_without_its_value(path: Path, text: str, told: s
 
 def test_a_file_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, "-m", "service.cli", "models"],
+        [sys.executable, "-m", "giantleap", "models"],
         env={**os.environ, VARIABLE: str(tmp_path / "none.toml")},
         capture_output=True,
         text=True,

@@ -4,9 +4,9 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-from service.claims import Claim, Claims
-from service.redis_urls import open_redis
-from service.settings import Settings
+from giantleap.service.jobqueue.client import open_redis
+from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.settings import Settings
 
 
 @contextlib.contextmanager

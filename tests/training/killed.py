@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from training import pairs_store
-from training import prepare as prepare_module
+from giantleap.training.data import pairs_store
+from giantleap.training.data import prepare as prepare_module
 
 
 class Killed(BaseException):

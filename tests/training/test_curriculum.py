@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.curriculum import (
+from giantleap.training.curriculum import (
     PAPER,
     ConfigError,
     LuaConfig,

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from typer.testing import CliRunner
 
-from models.checkpoints import read_lua, write_lua
-from models.latent_statistics import StatisticsError, read_statistics
-from models.lua import Lua, LuaSpec
-from service.cli_train import app
+from giantleap.cli.train import app
+from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.models.lua.network import Lua, LuaSpec
+from giantleap.models.lua.statistics import StatisticsError, read_statistics
+from giantleap.training.data.pairs_store import PairsStore
+from giantleap.training.data.prepare import PrepareConfig, prepare
+from giantleap.training.guard_statistics import add_statistics, guard_statistics, measure_statistics
 from tests.training.pictures import write_pictures
-from training.guard_statistics import add_statistics, guard_statistics, measure_statistics
-from training.pairs_store import PairsStore
-from training.prepare import PrepareConfig, prepare
 
 CPU = torch.device("cpu")
 

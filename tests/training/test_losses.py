@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLQwenImage21, AutoencoderKLWan
 from torch import Tensor
 
-from models.bundle import read_bundle
-from models.latent_space import LatentSpace
-from models.lua import Lua
-from models.lua_spec import LuaSpec
-from models.vae import Vae
-from training.frozen_vae import NoGradientError, decode_target, decode_with_gradient, read_vae
-from training.losses import (
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.latent_space import LatentSpace
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import LuaSpec
+from giantleap.models.vae.autoencoder import Vae
+from giantleap.training.data.frozen_vae import NoGradientError, decode_target, decode_with_gradient, read_vae
+from giantleap.training.losses import (
     downsampled_l1,
     eagle,
     fourier_l1,

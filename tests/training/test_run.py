@@ -15,18 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.bundle import read_bundle
-from models.checkpoints import read_lua
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.training import run as run_module
+from giantleap.training.checkpoint import TrainingStateError, checkpoints_in, read_checkpoint
+from giantleap.training.curriculum import PAPER, ConfigError, RunConfig, StageName, read_config
+from giantleap.training.data.frozen_vae import read_vae
+from giantleap.training.data.pairs_store import PairsStore
+from giantleap.training.data.prepare import PrepareConfig, prepare
+from giantleap.training.evaluation.held_out import evaluate
+from giantleap.training.run import DivergedError, Place, train
 from tests.training.killed import Killed
 from tests.training.pictures import write_pictures
-from training import run as run_module
-from training.checkpoint import TrainingStateError, checkpoints_in, read_checkpoint
-from training.curriculum import PAPER, ConfigError, RunConfig, StageName, read_config
-from training.frozen_vae import read_vae
-from training.held_out import evaluate
-from training.pairs_store import PairsStore
-from training.prepare import PrepareConfig, prepare
-from training.run import DivergedError, Place, train
 
 CPU = torch.device("cpu")
 PLACE = Place(CPU)
@@ -173,7 +173,7 @@ def test_a_process_that_was_killed_at_random_goes_on_to_the_same_weights(
     whole: Path, pairs: Path, tiny_bundle_dir: Path, tmp_path: Path
 ) -> None:
     write_toml(tmp_path / "run.toml", config_of(tiny_bundle_dir, pairs))
-    command = [sys.executable, "-m", "service.cli", "train", "run", "--config", str(tmp_path / "run.toml")]
+    command = [sys.executable, "-m", "giantleap", "train", "run", "--config", str(tmp_path / "run.toml")]
     command += ["--out", str(tmp_path / "run"), "--device", "cpu", "--resume"]
     random = Random(0)
     for _ in range(3):
@@ -378,7 +378,7 @@ def test_two_processes_have_the_curve_of_one_with_twice_the_batch(
     config = config_of(tiny_bundle_dir, pairs, stages=stages)
     write_toml(tmp_path / "run.toml", config)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "service.cli", "train", "run", "--config", str(tmp_path / "run.toml"), "--device", "cpu"]
+    command += ["-m", "giantleap", "train", "run", "--config", str(tmp_path / "run.toml"), "--device", "cpu"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "two")],
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},

@@ -12,20 +12,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from models.bundle import BundleError, read_bundle
-from models.checkpoints import read_lua, write_lua
-from models.generator import Generator
-from models.lua import Lua
-from models.lua_spec import LuaSpec
-from models.vae import Vae
-from service.cli import app
-from tests.training.pictures import write_pictures
-from training.curriculum import ConfigError
-from training.pairs_store import PairsStore
-from training.pocket_bundle import write_vae_bundle
-from training.prepare import PrepareConfig, prepare
-from training.run import Place
-from training.transfer import (
+from giantleap.cli.main import app
+from giantleap.models.bundle.bundle import BundleError, read_bundle
+from giantleap.models.generator import Generator
+from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import LuaSpec
+from giantleap.models.vae.autoencoder import Vae
+from giantleap.training.curriculum import ConfigError
+from giantleap.training.data.pairs_store import PairsStore
+from giantleap.training.data.prepare import PrepareConfig, prepare
+from giantleap.training.pocket.bundle import write_vae_bundle
+from giantleap.training.run import Place
+from giantleap.training.transfer import (
     STAGES,
     LatentMaps,
     Start,
@@ -35,6 +34,7 @@ from training.transfer import (
     transfer,
     transfer_and_train,
 )
+from tests.training.pictures import write_pictures
 
 CPU = torch.device("cpu")
 PLACE = Place(CPU)

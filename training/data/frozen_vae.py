@@ -1,7 +1,8 @@
 """The VAE of a bundle as a training needs it: frozen, encoding to posterior means, decoding with a gradient.
 
-`models.vae.Vae.decode` serves and keeps no gradient; a pixel loss through it would train nothing and say nothing.
-`decode_with_gradient` here is the only decode that a loss may see, and it refuses to return what carries no gradient.
+`giantleap.models.vae.autoencoder.Vae.decode` serves and keeps no gradient; a pixel loss through it would train nothing
+and say nothing. `decode_with_gradient` here is the only decode that a loss may see, and it refuses to return what
+carries no gradient.
 """
 
 import hashlib
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from models.bundle import Bundle, BundleError
-from models.decode import FRAME_CLASSES
-from models.vae import Vae, read_vae_model
-from models.weight_files import file_hashes
+from giantleap.models.bundle.bundle import Bundle, BundleError
+from giantleap.models.bundle.digests import file_hashes
+from giantleap.models.vae.autoencoder import Vae, read_vae_model
+from giantleap.models.vae.decode import FRAME_CLASSES
 
 
 class NoGradientError(RuntimeError):
@@ -26,7 +27,7 @@ def read_vae(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Vae:
     """Loads the VAE alone, frozen and in eval mode; of the pipeline nothing else is read.
 
     Args:
-        dtype: What it is asked to compute in; `models.vae.choose_vae_dtype` has the last word.
+        dtype: What it is asked to compute in; `giantleap.models.vae.autoencoder.choose_vae_dtype` has the last word.
 
     Raises:
         BundleError: The VAE is still on the hub.

@@ -1,4 +1,5 @@
-"""The rows of a Hugging Face data set as pictures for `training/prepare.py`: encoded bytes, in the order of the rows.
+"""The rows of a Hugging Face data set as pictures for `training/data/prepare.py`: encoded bytes, in the order of the
+rows.
 
 The library `datasets` finds and keeps the data; nothing is decoded by it, so that a damaged picture costs its row alone
 and digests are those of the bytes as they are stored. It is in the extra `train`.
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.pairs_store import PairsError
+from giantleap.training.data.pairs_store import PairsError
 
 ROWS_AT_ONCE = 1024  # of which the sizes are read
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a directory

@@ -1,8 +1,8 @@
 """Pairs of latents on disk: shards of safetensors, a line of JSON for every tile and scale, one summary.
 
-`training/prepare.py` writes shards, `training/run.py` reads them. A shard holds the tiles of a fixed list of pictures
-and is whole or not there: its lines are written first, its tensors last, both by renaming a finished file. The index
-follows from the shards alone, so whoever comes last writes the same one.
+`training/data/prepare.py` writes shards, `training/run.py` reads them. A shard holds the tiles of a fixed list of
+pictures and is whole or not there: its lines are written first, its tensors last, both by renaming a finished file. The
+index follows from the shards alone, so whoever comes last writes the same one.
 """
 
 import bisect

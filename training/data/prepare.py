@@ -1,4 +1,4 @@
-"""From photographs to pairs of latents: pictures, tar shards or a data set in, `training/pairs_store.py` out.
+"""From photographs to pairs of latents: pictures, tar shards or a data set in, `training/data/pairs_store.py` out.
 
 Pictures with both sides long enough are cut into tiles that do not overlap; each tile is shrunk for every scale head
 and encoded to posterior means. The pictures in their order are dealt into shards; a shard that is there is never made
@@ -25,12 +25,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.bundle import read_bundle
-from models.rgb import DAMAGE, to_rgb
-from models.vae import Vae
-from training.frozen_vae import read_vae, vae_hash
-from training.hf_source import HubSource, list_rows
-from training.pairs_store import (
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.rgb import DAMAGE, to_rgb
+from giantleap.models.vae.autoencoder import Vae
+from giantleap.training.data.frozen_vae import read_vae, vae_hash
+from giantleap.training.data.hf_source import HubSource, list_rows
+from giantleap.training.data.pairs_store import (
     LEVELS,
     PLAN,
     SUMMARY,

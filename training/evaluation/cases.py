@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from models.bundle import Bundle
-from models.images import to_signed
-from models.rgb import DAMAGE, to_rgb
-from models.vae import Vae
-from training.frozen_vae import vae_hash
-from training.metrics import to_levels
-from training.pairs_store import PairsStore
-from training.prepare import SUFFIXES
+from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.images import to_signed
+from giantleap.models.rgb import DAMAGE, to_rgb
+from giantleap.models.vae.autoencoder import Vae
+from giantleap.training.data.frozen_vae import vae_hash
+from giantleap.training.data.pairs_store import PairsStore
+from giantleap.training.data.prepare import SUFFIXES
+from giantleap.training.evaluation.metrics import to_levels
 
 
 class EvaluationError(ValueError):

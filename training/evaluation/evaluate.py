@@ -1,9 +1,9 @@
 """Measures LUA weights against bicubic, on pictures or on held-out pairs: `giantleap train evaluate`.
 
-`evaluate` goes through the cases of `training/evaluation_cases.py` once: `Findings.add` enlarges each by every method,
-compares it with its target and keeps only features, channel statistics and a crop for the sheet. `training/metrics.py`
-measures, `training/distributions.py` compares distributions, `training/evaluation_report.py` writes what a person
-reads.
+`evaluate` goes through the cases of `training/evaluation/cases.py` once: `Findings.add` enlarges each by every method,
+compares it with its target and keeps only features, channel statistics and a crop for the sheet.
+`training/evaluation/metrics.py` measures, `training/evaluation/distributions.py` compares distributions,
+`training/evaluation/report.py` writes what a person reads.
 """
 
 import json
@@ -19,16 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from models.bundle import Bundle, read_bundle
-from models.checkpoints import read_lua
-from models.lua import Lua
-from models.vae import Vae
-from models.weight_files import file_hash
-from training.distributions import Pool, compare, pool
-from training.evaluation_cases import Case, EvaluationError, read_pairs, read_pictures
-from training.evaluation_report import read_machine, to_markdown, write_distributions, write_sheet
-from training.frozen_vae import read_vae, vae_hash
-from training.metrics import (
+from giantleap.models.bundle.bundle import Bundle, read_bundle
+from giantleap.models.bundle.digests import file_hash
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.lua.network import Lua
+from giantleap.models.vae.autoencoder import Vae
+from giantleap.training.data.frozen_vae import read_vae, vae_hash
+from giantleap.training.evaluation.cases import Case, EvaluationError, read_pairs, read_pictures
+from giantleap.training.evaluation.distributions import Pool, compare, pool
+from giantleap.training.evaluation.metrics import (
     KID_SUBSET_SIZE,
     KID_SUBSETS,
     Networks,
@@ -41,6 +40,7 @@ from training.metrics import (
     ssim,
     to_levels,
 )
+from giantleap.training.evaluation.report import read_machine, to_markdown, write_distributions, write_sheet
 
 BICUBIC_PIXELS, BICUBIC_LATENT, ROUND_TRIP = "bicubic pixels", "bicubic latent", "VAE round trip"
 SHEET_ROWS = 8

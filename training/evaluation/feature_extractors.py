@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.metrics import Networks, NotAvailableError
+from giantleap.training.evaluation.metrics import Networks, NotAvailableError
 
 _DAMAGE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError)
 
@@ -83,7 +83,7 @@ class Inception:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """As `training.metrics.Features`."""
+        """As `giantleap.training.evaluation.metrics.Features`."""
         features: Tensor = self._net(images.to(self._device))[0].float().cpu()
         return features
 
@@ -139,7 +139,7 @@ class Lpips:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
-        """As `training.metrics.PairDistance`."""
+        """As `giantleap.training.evaluation.metrics.PairDistance`."""
         total = torch.zeros(len(images), device=self._device)
         for weight, one, two in zip(self._linear, self._look(images), self._look(targets), strict=True):
             total += F.conv2d((one - two).square(), weight).mean(dim=(1, 2, 3))
@@ -184,7 +184,7 @@ class ClipScore:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """As `training.metrics.TextScore`."""
+        """As `giantleap.training.evaluation.metrics.TextScore`."""
         inputs = self._processor(
             text=list(texts), images=list(images), return_tensors="pt", padding=True, truncation=True
         ).to(self._device)

@@ -1,6 +1,7 @@
 """Scores of average weights on tiles that a run never trains on, and pictures of the first of them.
 
-`training/run.py` asks now and then while it trains; `training/evaluate.py` is the thorough report on finished weights.
+`training/run.py` asks now and then while it trains; `training/evaluation/evaluate.py` is the thorough report on
+finished weights.
 """
 
 from collections.abc import Sequence
@@ -9,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.images import psnr_db
-from models.lua import Lua
-from models.vae import Vae
-from training.pairs_store import PairsStore
+from giantleap.models.images import psnr_db
+from giantleap.models.lua.network import Lua
+from giantleap.models.vae.autoencoder import Vae
+from giantleap.training.data.pairs_store import PairsStore
 
 SAMPLES = 4  # tiles on a sheet
 MOST_DB = 100.0  # that one tile counts for: a mean is to say something of the others

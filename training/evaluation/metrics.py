@@ -1,7 +1,8 @@
 """What an evaluation measures: pairs of pictures (PSNR, SSIM) and sets of features (FID, KID).
 
-FID and KID take features that were extracted before, whatever the extractor (`training/feature_extractors.py`). What
-cannot be measured is a `NotAvailableError` with its reason, and never a number.
+FID and KID take features that were extracted before, whatever the extractor
+(`training/evaluation/feature_extractors.py`). What cannot be measured is a `NotAvailableError` with its reason, and
+never a number.
 """
 
 import math

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from training.distributions import Floats, Pool, density, grid_over
+from giantleap.training.evaluation.distributions import Floats, Pool, density, grid_over
 
 PACKAGES = ("torch", "torchmetrics", "diffusers", "numpy", "pillow")
 METRICS = {

@@ -1,4 +1,5 @@
-"""The commands that make the pocket bundle: `python -m training.pocket vae|freeze|decoder|pairs|lua|text|swinir|pack`.
+"""The commands that make the pocket bundle: `python -m giantleap.training.pocket
+vae|freeze|decoder|pairs|lua|text|swinir|pack`.
 
 Run them in that order; each one is seeded, shows its progress and goes on with `--resume` where it was stopped.
 Nothing is trained here: the commands hand their options to the modules of the same name. `docs/lab.md` tells how
@@ -13,16 +14,16 @@ import torch
 import typer
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from models.checkpoints import read_lua, write_lua
-from training.optim import Budget
-from training.parallel import run_peers
-from training.pocket_bundle import LUA_FILE, write_descriptor, write_vae_bundle
-from training.pocket_decoder import freeze_encoder, train_decoder
-from training.pocket_lua import train_lua
-from training.pocket_pairs import write_pairs
-from training.pocket_swinir import PICTURE_PX, train_swinir
-from training.pocket_text import train_text
-from training.pocket_vae import Pool, train_vae
+from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.training.pocket.bundle import LUA_FILE, write_descriptor, write_vae_bundle
+from giantleap.training.pocket.decoder import freeze_encoder, train_decoder
+from giantleap.training.pocket.lua import train_lua
+from giantleap.training.pocket.optim import Budget
+from giantleap.training.pocket.pairs import write_pairs
+from giantleap.training.pocket.parallel import run_peers
+from giantleap.training.pocket.swinir import PICTURE_PX, train_swinir
+from giantleap.training.pocket.text import train_text
+from giantleap.training.pocket.vae import Pool, train_vae
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -160,7 +161,7 @@ def pack(
         autoencoder.register_to_config(_name_or_path="giantleap/pocket")  # no path of this machine in the bundle
         autoencoder.save_pretrained(bundle / "vae")
     if lua_file is not None:
-        provenance = {"trained_by": "python -m training.pocket lua", "licence": "Apache-2.0"}
+        provenance = {"trained_by": "python -m giantleap.training.pocket lua", "licence": "Apache-2.0"}
         write_lua(bundle / LUA_FILE, read_lua(lua_file).half(), provenance)
     for file in swinir or ():
         shutil.copyfile(file, bundle / file.name)

@@ -1,7 +1,7 @@
 """Writes the descriptor of the pocket bundle: what it is, where its weights come from, its limits and their digests.
 
-`python -m training.pocket pack` calls it after every change of the weights. `write_vae_bundle` makes a bundle of a VAE
-alone, which is all that a training reads.
+`python -m giantleap.training.pocket pack` calls it after every change of the weights. `write_vae_bundle` makes a bundle
+of a VAE alone, which is all that a training reads.
 """
 
 import json
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from models.bundle import write_bundle
-from models.bundle_descriptor import (
+from giantleap.models.bundle.bundle import write_bundle
+from giantleap.models.bundle.descriptor import (
     About,
     Defaults,
     Descriptor,
@@ -23,14 +23,15 @@ from models.bundle_descriptor import (
     SwinirFiles,
     Vocabulary,
 )
-from models.weight_files import file_hashes
+from giantleap.models.bundle.digests import file_hashes
 
 LUA_FILE = "lua.safetensors"
 SWINIR_FILES = {"x2": "swinir_x2.safetensors", "x4": "swinir_x4.safetensors"}
 
 PROVENANCE = (
-    "Trained from random weights by `python -m training.pocket` on pictures that its own code draws: dead leaves for "
-    "the VAE and the adapter, ray-cast scenes with captions for text to latent. No photograph, no foreign weight."
+    "Trained from random weights by `python -m giantleap.training.pocket` on pictures that its own code draws: dead "
+    "leaves for the VAE and the adapter, ray-cast scenes with captions for text to latent. No photograph, no foreign "
+    "weight."
 )
 
 
@@ -78,7 +79,9 @@ def write_vae_bundle(directory: Path, vae_dir: Path, name: str) -> None:
     vae = AutoencoderKL.from_pretrained(vae_dir).half()
     vae.register_to_config(_name_or_path=f"giantleap/{name}")  # no path of this machine in the bundle
     vae.save_pretrained(directory / "vae")
-    provenance = "Trained from random weights by `python -m training.pocket vae` on pictures that its own code draws."
+    provenance = (
+        "Trained from random weights by `python -m giantleap.training.pocket vae` on pictures that its own code draws."
+    )
     index = {"_class_name": "DiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     write_bundle(

@@ -2,7 +2,7 @@
 
 A prompt fills up to six slots: shape, colour, size and position of one object, colour of the floor, colour of the sky.
 This module owns the words, writes captions with free order and missing parts, and draws seeded random prompts. What a
-slot looks like is in `training/scenes.py`; how the words become tokens is in `training/pocket_tokenizer.py`.
+slot looks like is in `training/pocket/scenes.py`; how the words become tokens is in `training/pocket/tokenizer.py`.
 """
 
 from dataclasses import dataclass

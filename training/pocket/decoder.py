@@ -2,7 +2,7 @@
 
 Freezing folds the codes' statistics into the last convolution of the encoder and the first of the decoder, so that
 a stock pipeline with `scaling_factor` 1 and no shift sees zero mean and unit deviation. From then on the latent
-space stands still, while a better decoder helps everything that is decoded. Comes after `training/pocket_vae.py`.
+space stands still, while a better decoder helps everything that is decoded. Comes after `training/pocket/vae.py`.
 """
 
 import json
@@ -15,10 +15,10 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
-from training.losses import reconstruction
-from training.optim import Budget, Ema, MuonAdamW, cosine_rate
-from training.pocket_vae import SAVE_EVERY_S, Pool, train_steps, validate, write_vae
-from training.state import TrainState, smoothed
+from giantleap.training.losses import reconstruction
+from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW, cosine_rate
+from giantleap.training.pocket.state import TrainState, smoothed
+from giantleap.training.pocket.vae import SAVE_EVERY_S, Pool, train_steps, validate, write_vae
 
 CODE_NOISE = 0.015  # stands for what a diffusion model leaves in its latents
 EMA_DECAY = 0.997

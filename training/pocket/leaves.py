@@ -3,7 +3,7 @@
 A dead-leaves image is a pile of occluding shapes with power-law radii; it shares the scale invariance and the
 sharp edges of natural images (Lee, Mumford and Huang 2001). Leaves carry textures (1/f noise, stripes,
 checkers, gradients), and the finished picture is lit, blurred, shrunk and given sensor noise the way a camera
-would. `training/pocket_vae.py` and `training/pocket_lua.py` read pools of these images.
+would. `training/pocket/vae.py` and `training/pocket/lua.py` read pools of these images.
 """
 
 import multiprocessing

@@ -3,8 +3,8 @@
 Stages 1 to 3 are those of arXiv 2511.10629: latents, then decoded pictures at low weight, then decoded pictures
 alone. Stages "linear" and "square" are ours and what the bundle was trained with: the square error of the picture,
 first through a linear stand-in for the decoder (`picture_map`), then through the decoder itself. A stage starts from
-the average weights of the one before. Pairs come from `training/pocket_pairs.py`, the network is `models/lua.py`, the
-losses are in `training/losses.py`.
+the average weights of the one before. Pairs come from `training/pocket/pairs.py`, the network is
+`models/lua/network.py`, the losses are in `training/losses.py`.
 """
 
 import json
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from models.checkpoints import read_lua, write_lua
-from models.lua import PRESETS, Lua
-from training.losses import downsampled_l1, eagle, fourier_l1, high_frequency_l1
-from training.optim import Budget, Ema, MuonAdamW, cosine_rate
-from training.pocket_pairs import SCALES, Pairs, read_pairs, shrink
-from training.pocket_vae import psnr_db, train_steps, write_log
-from training.state import TrainState, smoothed
+from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.models.lua.network import PRESETS, Lua
+from giantleap.training.losses import downsampled_l1, eagle, fourier_l1, high_frequency_l1
+from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW, cosine_rate
+from giantleap.training.pocket.pairs import SCALES, Pairs, read_pairs, shrink
+from giantleap.training.pocket.state import TrainState, smoothed
+from giantleap.training.pocket.vae import psnr_db, train_steps, write_log
 
 __all__ = ["STAGES", "shrink", "train_lua"]
 
@@ -193,7 +193,7 @@ def train_lua(
     """Runs one stage; writes `state.pt`, `log.jsonl` and the average weights as `lua.safetensors` into `out`.
 
     Args:
-        pairs_dir: what `python -m training.pocket pairs` wrote: `train/` and `held_out/`.
+        pairs_dir: what `python -m giantleap.training.pocket pairs` wrote: `train/` and `held_out/`.
         name: a key of `STAGES`.
         start: weights to start from; none builds the pocket preset.
 

@@ -2,7 +2,7 @@
 
 The VAE's group norms average over the whole picture, so pairs are whole pictures of the sizes met in use. Leaves
 are sharp and grainy everywhere while photographs have blurred parts, soft shading and strong colours: `draw_view`
-enlarges, shrinks, stretches, mixes, blurs and colours them. `training/pocket_lua.py` trains on what is written here.
+enlarges, shrinks, stretches, mixes, blurs and colours them. `training/pocket/lua.py` trains on what is written here.
 """
 
 import math
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from training.pocket_vae import Pictures
+from giantleap.training.pocket.vae import Pictures
 
 SCALES = (2, 4)
 Sizes = tuple[tuple[int, int], ...]
@@ -192,5 +192,5 @@ def read_pairs(folder: Path) -> list[Pairs]:
         pictures = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
         groups.append(Pairs({int(scale): value for scale, value in latents.items()}, pictures))
     if not groups:
-        raise FileNotFoundError(f"no pairs in {folder}; run `python -m training.pocket pairs`")
+        raise FileNotFoundError(f"no pairs in {folder}; run `python -m giantleap.training.pocket pairs`")
     return groups

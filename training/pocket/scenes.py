@@ -2,7 +2,8 @@
 
 A scene is a value (`Scene`), drawn from a seed and rendered by closed-form ray intersections, many at a time. The
 camera is fixed but for small jitters, so that a slot such as "left" or "large" has one meaning in the frame. Captions
-are in `training/captions.py`; the text-to-latent training that reads these pictures is `training/pocket_text.py`.
+are in `training/pocket/captions.py`; the text-to-latent training that reads these pictures is
+`training/pocket/text.py`.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.captions import Slots, draw_slots
+from giantleap.training.pocket.captions import Slots, draw_slots
 
 PALETTE: dict[str, tuple[float, float, float]] = {
     "red": (0.85, 0.12, 0.10),
@@ -234,7 +235,9 @@ def write_pool(folder: Path, count: int, seed: int, image_px: int = 128) -> None
 def read_pool(folder: Path) -> tuple[np.ndarray, list[Slots]]:
     """The pool's pictures (memory-mapped) and slots. Refuses a pool that was not finished."""
     if not (folder / "done.json").exists():
-        raise FileNotFoundError(f"{folder} holds no finished pool of scenes: run `python -m training.scenes {folder}`")
+        raise FileNotFoundError(
+            f"{folder} holds no finished pool of scenes: run `python -m giantleap.training.pocket.scenes {folder}`"
+        )
     slots = [Slots(**json.loads(line)) for line in (folder / "slots.jsonl").read_text().splitlines()]
     return np.load(folder / "images.npy", mmap_mode="r"), slots
 

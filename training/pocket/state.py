@@ -1,7 +1,7 @@
 """Saves and restores a training run: weights, EMA, optimiser, step, time spent and random states.
 
 One file, written atomically, read with `torch.load(weights_only=True)`: a run that was stopped goes on where it
-stood. `training/pocket_vae.py` shows the use.
+stood. `training/pocket/vae.py` shows the use.
 """
 
 import json
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from training.optim import Budget, Ema, MuonAdamW
+from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW
 
 
 @dataclass

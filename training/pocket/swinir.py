@@ -2,7 +2,7 @@
 
 In use they enlarge what the pocket VAE decoded, so half of the inputs went through that VAE and half are clean; the
 target is the drawn picture at full size, the loss L1. The network is the `Lua` of an RGB SwinIR, which starts as a
-bicubic enlargement; its file has the published single-head layout, which `models/pixel_upscale.py` opens.
+bicubic enlargement; its file has the published single-head layout, which `models/engines/swinir.py` opens.
 """
 
 import math
@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models.checkpoints import read_lua
-from models.foreign_weights import RGB_MEAN
-from models.lua import Lua, LuaSpec, ScaleHead
-from training.optim import Budget, Ema, MuonAdamW, cosine_rate
-from training.pocket_lua import shrink
-from training.pocket_vae import Pictures, Pool, psnr_db, train_steps, write_log
-from training.state import TrainState, smoothed
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.lua.network import Lua, LuaSpec, ScaleHead
+from giantleap.models.lua.released_layouts import RGB_MEAN
+from giantleap.training.pocket.lua import shrink
+from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW, cosine_rate
+from giantleap.training.pocket.state import TrainState, smoothed
+from giantleap.training.pocket.vae import Pictures, Pool, psnr_db, train_steps, write_log
 
 Pixels = NDArray[np.uint8]
 
@@ -154,7 +154,7 @@ def write_swinir(path: Path, net: Lua) -> None:
         )
         weights[name] = value.half().contiguous()
     partial = path.with_suffix(".partial")
-    provenance = {"trained_by": "python -m training.pocket swinir", "licence": "Apache-2.0"}
+    provenance = {"trained_by": "python -m giantleap.training.pocket swinir", "licence": "Apache-2.0"}
     save_file(weights, partial, provenance)
     partial.chmod(0o644)  # safetensors gives 0600
     partial.rename(path)

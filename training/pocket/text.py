@@ -2,8 +2,8 @@
 
 The result is a stock `StableDiffusionPipeline`. That pipeline hands the UNet nothing but the token states, so the
 global sense of a caption reaches it through `addition_embed_type="text"` (attention-pooled tokens added to the time
-embedding) and the local sense through cross-attention. Captions come from `training/captions.py`, pictures from
-`training/scenes.py`; `benchmarks/prompt_following.py` measures what was learned.
+embedding) and the local sense through cross-attention. Captions come from `training/pocket/captions.py`, pictures from
+`training/pocket/scenes.py`; `benchmarks/prompt_following.py` measures what was learned.
 """
 
 import copy
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from training.captions import Slots, mirror, to_caption, vary_caption
-from training.optim import Budget, Ema, MuonAdamW, cosine_rate
-from training.pocket_tokenizer import MAX_TOKENS, open_tokenizer
-from training.scenes import read_pool
-from training.state import TrainState
+from giantleap.training.pocket.captions import Slots, mirror, to_caption, vary_caption
+from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW, cosine_rate
+from giantleap.training.pocket.scenes import read_pool
+from giantleap.training.pocket.state import TrainState
+from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_tokenizer
 
 LATENT_CHANNELS = 16
 LATENT_SIDE = 16  # 128 px at stride 8
@@ -272,7 +272,7 @@ def train_text(
     """Run the training; leave `state.pt`, `log.jsonl` and the averaged weights as a pipeline in `out/pipeline`.
 
     Args:
-        scenes: a pool written by `python -m training.scenes`.
+        scenes: a pool written by `python -m giantleap.training.pocket.scenes`.
         vae_folder: the frozen autoencoder; its latents of the pool are kept in `out/latents.npy`.
 
     **Effects**: overwrites those files; safe to stop at any time and to repeat with `resume`.

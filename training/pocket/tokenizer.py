@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import CLIPTokenizer
 
-from training.captions import known_words
+from giantleap.training.pocket.captions import known_words
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 32
@@ -22,7 +22,7 @@ Pair = tuple[str, str]
 
 
 def open_tokenizer() -> CLIPTokenizer:
-    """Build the tokenizer from the words of `training.captions`; ids depend on nothing else.
+    """Build the tokenizer from the words of `giantleap.training.pocket.captions`; ids depend on nothing else.
 
     Raises:
         graphlib.CycleError: when no order of merges serves all words; rename one of them.

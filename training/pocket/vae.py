@@ -3,8 +3,8 @@
 First the encoder learns the principal components of 8 x 8 blocks while the decoder learns to invert them (the PCA
 teacher); then both are trained end to end; then the codes are folded to zero mean and unit deviation per channel
 and the encoder is frozen, so that the trainings that live in its latent space may start; last the decoder alone is
-trained on. `training/pocket.py` holds the commands, `docs/lab.md` the figures. With another number of channels it
-makes the VAE that `benchmarks/transfer.py` carries the adapter over to.
+trained on. `training/pocket/__main__.py` holds the commands, `docs/lab.md` the figures. With another number of channels
+it makes the VAE that `benchmarks/transfer.py` carries the adapter over to.
 """
 
 import json
@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.leaves import read_leaf_pool
-from training.losses import reconstruction
-from training.optim import Budget, Ema, MuonAdamW, cosine_rate
-from training.parallel import Peers
-from training.scenes import draw_scene, render
-from training.state import TrainState, smoothed
+from giantleap.training.losses import reconstruction
+from giantleap.training.pocket.leaves import read_leaf_pool
+from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW, cosine_rate
+from giantleap.training.pocket.parallel import Peers
+from giantleap.training.pocket.scenes import draw_scene, render
+from giantleap.training.pocket.state import TrainState, smoothed
 
 LATENT_CHANNELS = 16
 STRIDE_PX = 8

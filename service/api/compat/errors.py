@@ -1,7 +1,7 @@
 """The shapes that the compatible fronts give an error in, made from its problem document.
 
-`service.problems.problem_response` asks for every error, so that also those raised before a route was found, such as a
-body over the limit, speak the protocol of the path. Status and headers stay those of the problem.
+`giantleap.service.api.problems.problem_response` asks for every error, so that also those raised before a route was
+found, such as a body over the limit, speak the protocol of the path. Status and headers stay those of the problem.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def front_error(path: str, problem: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Args:
         path: Of the request, without a root path.
-        problem: As `service.problems.problem_body` makes it.
+        problem: As `giantleap.service.api.problems.problem_body` makes it.
     """
     if _below(path, OPENAI_PATH):
         fields = problem.get("errors") or [{"field": None}]

@@ -16,10 +16,9 @@ import numpy as np
 from fastapi import APIRouter, Header, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from models.lua_spec import grown_side
-from service.errors import MalformedRequest, NotReady, PayloadTooLarge, UnsupportedMediaType
-from service.front_errors import KSERVE_PATH
-from service.front_jobs import (
+from giantleap.models.lua.spec import grown_side
+from giantleap.service.api.compat.errors import KSERVE_PATH
+from giantleap.service.api.compat.shared_job import (
     TermsDep,
     answer_headers,
     describe_errors,
@@ -33,15 +32,16 @@ from service.front_jobs import (
     to_fields,
     wrap_tensor,
 )
-from service.jobs import JobRecord, Priority, UpscaleParams
-from service.latents_in import OCTETS_TYPE, SAFETENSORS_TYPE
-from service.negotiation import JSON_TYPE, LONGEST_CANCEL_AFTER_S
-from service.openapi import file_content
-from service.planning import Served, prepare_upscale
-from service.problems import InvalidFields
-from service.routes_health import find_reasons
-from service.schemas import OutputFormat, Scale, UpscaleQuery
-from service.serving import Serving, ServingDep
+from giantleap.service.api.dependencies import Serving, ServingDep
+from giantleap.service.api.negotiation import JSON_TYPE, LONGEST_CANCEL_AFTER_S
+from giantleap.service.api.openapi import file_content
+from giantleap.service.api.problems import InvalidFields
+from giantleap.service.api.routes.health import find_reasons
+from giantleap.service.api.schemas import OutputFormat, Scale, UpscaleQuery
+from giantleap.service.errors import MalformedRequest, NotReady, PayloadTooLarge, UnsupportedMediaType
+from giantleap.service.jobs.job import JobRecord, Priority, UpscaleParams
+from giantleap.service.jobs.latents import OCTETS_TYPE, SAFETENSORS_TYPE
+from giantleap.service.jobs.planning import Served, prepare_upscale
 
 router = APIRouter(prefix=KSERVE_PATH, tags=["KServe v2"])
 

@@ -17,11 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
-from models.bundle_descriptor import Method
-from service.admission import admit
-from service.errors import GiantleapError
-from service.front_errors import OPENAI_PATH
-from service.front_jobs import (
+from giantleap.models.bundle.descriptor import Method
+from giantleap.service.api.compat.errors import OPENAI_PATH
+from giantleap.service.api.compat.shared_job import (
     Terms,
     TermsDep,
     abandon_job,
@@ -34,16 +32,18 @@ from service.front_jobs import (
     read_results,
     run_job,
 )
-from service.jobs import GenerateParams, Job, JobRecord
-from service.negotiation import JSON_TYPE
-from service.openapi import IMAGE_TYPES, file_content
-from service.planning import choose_served, plan_generate, warn_of_words
-from service.problems import InvalidFields, problem_response
-from service.routes_create import draw_seed, require_json
-from service.routes_jobs import RecordDep, get_result
-from service.schemas import GenerateRequest, OutputFormat, Scale
-from service.serving import Serving, ServingDep
-from service.sse import EVENT_STREAM_TYPE, HEARTBEAT_S
+from giantleap.service.api.dependencies import Serving, ServingDep
+from giantleap.service.api.negotiation import JSON_TYPE
+from giantleap.service.api.openapi import IMAGE_TYPES, file_content
+from giantleap.service.api.problems import InvalidFields, problem_response
+from giantleap.service.api.routes.create import draw_seed, require_json
+from giantleap.service.api.routes.jobs import RecordDep, get_result
+from giantleap.service.api.schemas import GenerateRequest, OutputFormat, Scale
+from giantleap.service.api.sse import EVENT_STREAM_TYPE, HEARTBEAT_S
+from giantleap.service.api.submission import admit
+from giantleap.service.errors import GiantleapError
+from giantleap.service.jobs.job import GenerateParams, Job, JobRecord
+from giantleap.service.jobs.planning import choose_served, plan_generate, warn_of_words
 
 router = APIRouter(prefix=OPENAI_PATH, tags=["OpenAI"])
 

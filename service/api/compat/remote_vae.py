@@ -18,12 +18,11 @@ from fastapi import APIRouter, Query, Request, Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.bundle import Bundle
-from models.bundle_descriptor import DecodeName
-from models.latent_space import LatentSpace, LatentSpaceError
-from service.errors import InvalidRequest, UnsupportedMediaType
-from service.front_errors import REMOTE_VAE_PATH
-from service.front_jobs import (
+from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.bundle.descriptor import DecodeName
+from giantleap.models.latent_space import LatentSpace, LatentSpaceError
+from giantleap.service.api.compat.errors import REMOTE_VAE_PATH
+from giantleap.service.api.compat.shared_job import (
     TermsDep,
     answer_headers,
     describe_errors,
@@ -36,13 +35,14 @@ from service.front_jobs import (
     stack_latents,
     wrap_tensor,
 )
-from service.jobs import JobRecord, UpscaleParams
-from service.latents_in import OCTETS_TYPE, SAFETENSORS_TYPE, read_latent, to_blob
-from service.openapi import file_content
-from service.planning import prepare_upscale
-from service.problems import InvalidFields
-from service.schemas import OutputFormat, Scale, UpscaleQuery
-from service.serving import Serving, ServingDep
+from giantleap.service.api.dependencies import Serving, ServingDep
+from giantleap.service.api.openapi import file_content
+from giantleap.service.api.problems import InvalidFields
+from giantleap.service.api.schemas import OutputFormat, Scale, UpscaleQuery
+from giantleap.service.errors import InvalidRequest, UnsupportedMediaType
+from giantleap.service.jobs.job import JobRecord, UpscaleParams
+from giantleap.service.jobs.latents import OCTETS_TYPE, SAFETENSORS_TYPE, read_latent, to_blob
+from giantleap.service.jobs.planning import prepare_upscale
 
 router = APIRouter(prefix=REMOTE_VAE_PATH, tags=["remote VAE"])
 

@@ -1,8 +1,9 @@
 """What the compatible fronts share: a request of another protocol becomes the same job, waited for in the same way.
 
-A front (`front_openai`, `front_kserve`, `front_remote_vae`) reads its protocol, plans with `service.planning`, runs the
-job here and writes the answer in its own form. Its clients know nothing of jobs: one that got no result cannot come
-back for it, so its job is canceled, unless an Idempotency-Key lets it find the job again.
+A front (`front_openai`, `front_kserve`, `front_remote_vae`) reads its protocol, plans with
+`giantleap.service.jobs.planning`, runs the job here and writes the answer in its own form. Its clients know nothing of
+jobs: one that got no result cannot come back for it, so its job is canceled, unless an Idempotency-Key lets it find the
+job again.
 """
 
 import asyncio
@@ -20,17 +21,24 @@ from fastapi import Depends, Header, Request, Response
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from service.admission import admit
-from service.answers import failed_answer, job_headers, job_problem, warnings_header
-from service.errors import DeadlinePassed, GiantleapError, InvalidRequest, MalformedRequest, NotFound, NotReady
-from service.jobs import Job, JobParams, JobRecord, JobState, Priority
-from service.latents_in import LATENT_TENSOR, SAFETENSORS_TYPE, Floats, read_latent
-from service.openapi import Responses
-from service.planning import Served, total_latent_px
-from service.problems import InvalidFields, to_reason
-from service.routes_create import read_asked, wait_for_job
-from service.serving import Serving, ServingDep
-from service.tracing import current_traceparent
+from giantleap.service.api.dependencies import Serving, ServingDep
+from giantleap.service.api.openapi import Responses
+from giantleap.service.api.problems import InvalidFields, to_reason
+from giantleap.service.api.responses import failed_answer, job_headers, job_problem, warnings_header
+from giantleap.service.api.routes.create import read_asked, wait_for_job
+from giantleap.service.api.submission import admit
+from giantleap.service.errors import (
+    DeadlinePassed,
+    GiantleapError,
+    InvalidRequest,
+    MalformedRequest,
+    NotFound,
+    NotReady,
+)
+from giantleap.service.jobs.job import Job, JobParams, JobRecord, JobState, Priority
+from giantleap.service.jobs.latents import LATENT_TENSOR, SAFETENSORS_TYPE, Floats, read_latent
+from giantleap.service.jobs.planning import Served, total_latent_px
+from giantleap.service.telemetry.tracing import current_traceparent
 
 _SMALL_BODY_BYTES = 1 << 20
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -169,7 +177,7 @@ async def run_job(
     """Enqueue and wait: the record of a job that succeeded, or the answer that says why it did not.
 
     Raises:
-        GiantleapError: the queue did not take it (`service.admission.admit`).
+        GiantleapError: the queue did not take it (`giantleap.service.api.submission.admit`).
         ClientDisconnect: the client went away.
 
     **Effects** cancels a job whose client gets no result and has no key to find it by.

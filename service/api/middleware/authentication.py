@@ -1,8 +1,9 @@
-"""Who may pass: the layer between `service.middleware` and the routes that asks for the key of every request.
+"""Who may pass: the layer between `giantleap.service.api.middleware.request_context` and the routes that asks for the
+key of every request.
 
 What has no key, may not do what it asks, comes too fast or from a page of another site is refused here, before its body
 is read. Every path needs a key but those of `OPEN_PATHS`: a new route is closed until it is named there. That a job is
-its owner's alone is not decided here but in `service.admission`.
+its owner's alone is not decided here but in `giantleap.service.api.submission`.
 """
 
 import math
@@ -15,9 +16,9 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from service.auth import EVERYBODY, Caller, KeyRing, Scope, read_presented
-from service.broker import Broker
-from service.errors import (
+from giantleap.service.api.problems import problem_response
+from giantleap.service.auth import EVERYBODY, Caller, KeyRing, Scope, read_presented
+from giantleap.service.errors import (
     Forbidden,
     GiantleapError,
     HeadersTooLarge,
@@ -27,7 +28,7 @@ from service.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
-from service.problems import problem_response
+from giantleap.service.jobqueue.producer import Broker
 
 OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
 MOST_HEADERS = 100
@@ -153,7 +154,8 @@ def check_headers(request: Request) -> None:
 def bounded_json(request: Request, receive: Receive) -> Receive:
     """`receive` that stops a JSON body of too many parts, which would take 50 times its size once parsed.
 
-    Of the bodies that are JSON only KServe's hold many values; `service.front_kserve` has limits of its own.
+    Of the bodies that are JSON only KServe's hold many values; `giantleap.service.api.compat.kserve` has limits of its
+    own.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].lower()
     if "json" not in media_type or path_of(request).endswith("/infer"):

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import PayloadTooLarge
-from service.logs import log_fields
-from service.metrics import Metrics
-from service.problems import CLIENT_GONE, problem_response, unexpected
-from service.tracing import RequestTrace, Tracing, trace_id_of
+from giantleap.service.api.problems import CLIENT_GONE, problem_response, unexpected
+from giantleap.service.errors import PayloadTooLarge
+from giantleap.service.telemetry.logs import log_fields
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.telemetry.tracing import RequestTrace, Tracing, trace_id_of
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})

@@ -1,9 +1,9 @@
 """The headers that every answer carries so that no browser, cache or other site makes more of it than it is.
 
-The outermost layer: also what `service.middleware` answers itself passes here. An answer that comes before the whole
-body was read closes the connection, else the rest of that body, however long, would still be taken in; but not at once:
-a client that is still sending would then meet a reset instead of its answer. The values are those of the OWASP REST
-Security Cheat Sheet for an API; the page /docs loads Swagger UI and may do so.
+The outermost layer: also what `giantleap.service.api.middleware.request_context` answers itself passes here. An answer
+that comes before the whole body was read closes the connection, else the rest of that body, however long, would still
+be taken in; but not at once: a client that is still sending would then meet a reset instead of its answer. The values
+are those of the OWASP REST Security Cheat Sheet for an API; the page /docs loads Swagger UI and may do so.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
 """Routes that make a job: POST /generate and POST /upscale. Read, plan, enqueue, wait, answer.
 
-Nothing is enqueued before everything about the request was checked. The checks are in `service.planning` and
-`service.latents_in`, the queue is `service.broker`; `service.routes_put` makes the same jobs under ids of clients.
+Nothing is enqueued before everything about the request was checked. The checks are in `giantleap.service.jobs.planning`
+and `giantleap.service.jobs.latents`, the queue is `giantleap.service.jobqueue.producer`;
+`giantleap.service.api.routes.put` makes the same jobs under ids of clients.
 """
 
 import asyncio
@@ -19,9 +20,20 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from service.admission import admit
-from service.answers import failed_answer, file_answer, job_answer, job_problem, job_url
-from service.errors import (
+from giantleap.service.api.dependencies import Serving, ServingDep
+from giantleap.service.api.negotiation import JSON_TYPE, Preference, choose_answer, read_cancel_after, read_preference
+from giantleap.service.api.openapi import (
+    IMAGE_FORMATS,
+    IMAGE_TYPES,
+    describe_answers,
+    file_content,
+    upload_request_body,
+)
+from giantleap.service.api.problems import InvalidFields
+from giantleap.service.api.responses import failed_answer, file_answer, job_answer, job_problem, job_url
+from giantleap.service.api.schemas import GenerateRequest, JobBody, OutputFormat, UpscaleQuery
+from giantleap.service.api.submission import admit
+from giantleap.service.errors import (
     DeadlinePassed,
     GiantleapError,
     MalformedRequest,
@@ -29,19 +41,21 @@ from service.errors import (
     NotReady,
     UnsupportedMediaType,
 )
-from service.images_in import fit_image, is_image, read_base64
-from service.jobs import GenerateParams, Job, JobParams, JobRecord, JobState, Priority, Webhook
-from service.latents_in import SAFETENSORS_TYPE
-from service.negotiation import JSON_TYPE, Preference, choose_answer, read_cancel_after, read_preference
-from service.openapi import IMAGE_FORMATS, IMAGE_TYPES, describe_answers, file_content, upload_request_body
-from service.planning import Served, choose_served, plan_generate, prepare_upscale, total_latent_px, warn_of_words
-from service.problems import InvalidFields
-from service.schemas import GenerateRequest, JobBody, OutputFormat, UpscaleQuery
-from service.serving import Serving, ServingDep
-from service.settings import Settings
-from service.tracing import current_traceparent
-from service.webhook_targets import TargetRefused, find_addresses, read_target
-from service.webhooks import EVENTS
+from giantleap.service.jobs.images import fit_image, is_image, read_base64
+from giantleap.service.jobs.job import GenerateParams, Job, JobParams, JobRecord, JobState, Priority, Webhook
+from giantleap.service.jobs.latents import SAFETENSORS_TYPE
+from giantleap.service.jobs.planning import (
+    Served,
+    choose_served,
+    plan_generate,
+    prepare_upscale,
+    total_latent_px,
+    warn_of_words,
+)
+from giantleap.service.settings import Settings
+from giantleap.service.telemetry.tracing import current_traceparent
+from giantleap.service.webhooks.sender import EVENTS
+from giantleap.service.webhooks.targets import TargetRefused, find_addresses, read_target
 
 router = APIRouter(tags=["create"])
 

@@ -2,13 +2,13 @@
 
 from fastapi import APIRouter, Request, Response
 
-from service.device_memory import missing_stages
-from service.errors import NotReady
-from service.metrics import CONTENT_TYPE
-from service.openapi import describe_answers
-from service.problems import problem_response
-from service.schemas import ModelBody, Ready, to_model_body
-from service.serving import ServingDep
+from giantleap.service.api.dependencies import ServingDep
+from giantleap.service.api.openapi import describe_answers
+from giantleap.service.api.problems import problem_response
+from giantleap.service.api.schemas import ModelBody, Ready, to_model_body
+from giantleap.service.errors import NotReady
+from giantleap.service.jobs.devices import missing_stages
+from giantleap.service.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["service"])
 

@@ -6,17 +6,17 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
-from service.admission import caller_of
-from service.answers import failed_answer, file_answer, job_answer, job_problem
-from service.auth import Caller
-from service.errors import Conflict, NotFound
-from service.job_list import CURSOR_PATTERN, MOST_PER_PAGE
-from service.jobs import JobRecord, JobState
-from service.latents_in import SAFETENSORS_TYPE
-from service.openapi import IMAGE_TYPES, describe_answers, file_content
-from service.schemas import JobBody, JobsBody, to_job_body
-from service.serving import ServingDep
-from service.sse import EVENT_STREAM_TYPE, read_last_event_id, stream_events
+from giantleap.service.api.dependencies import ServingDep
+from giantleap.service.api.openapi import IMAGE_TYPES, describe_answers, file_content
+from giantleap.service.api.responses import failed_answer, file_answer, job_answer, job_problem
+from giantleap.service.api.schemas import JobBody, JobsBody, to_job_body
+from giantleap.service.api.sse import EVENT_STREAM_TYPE, read_last_event_id, stream_events
+from giantleap.service.api.submission import caller_of
+from giantleap.service.auth import Caller
+from giantleap.service.errors import Conflict, NotFound
+from giantleap.service.jobqueue.listing import CURSOR_PATTERN, MOST_PER_PAGE
+from giantleap.service.jobs.job import JobRecord, JobState
+from giantleap.service.jobs.latents import SAFETENSORS_TYPE
 
 router = APIRouter(tags=["jobs"])
 

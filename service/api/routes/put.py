@@ -9,15 +9,15 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
 
-from service.errors import MalformedRequest
-from service.latents_in import SAFETENSORS_TYPE
-from service.negotiation import JSON_TYPE
-from service.openapi import IMAGE_TYPES, describe_answers, file_content, upload_request_body
-from service.problems import InvalidFields, to_reason
-from service.routes_create import ACCEPTED, PROBLEMS, AskedDep, post_generate, post_upscale
-from service.routes_jobs import JOB_ID, JobId
-from service.schemas import GenerateRequest, JobBody, UpscaleQuery
-from service.serving import ServingDep
+from giantleap.service.api.dependencies import ServingDep
+from giantleap.service.api.negotiation import JSON_TYPE
+from giantleap.service.api.openapi import IMAGE_TYPES, describe_answers, file_content, upload_request_body
+from giantleap.service.api.problems import InvalidFields, to_reason
+from giantleap.service.api.routes.create import ACCEPTED, PROBLEMS, AskedDep, post_generate, post_upscale
+from giantleap.service.api.routes.jobs import JOB_ID, JobId
+from giantleap.service.api.schemas import GenerateRequest, JobBody, UpscaleQuery
+from giantleap.service.errors import MalformedRequest
+from giantleap.service.jobs.latents import SAFETENSORS_TYPE
 
 router = APIRouter(tags=["create"])
 

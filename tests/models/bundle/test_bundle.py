@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from models.bundle import Bundle, BundleError, SizeError, check_files, read_bundle, write_bundle
-from models.bundle_descriptor import Descriptor
-from models.checkpoints import write_lua
-from models.latent_space import LATENT_SPACES
-from models.lua import Lua, LuaSpec
-from models.weight_files import file_hashes
+from giantleap.models.bundle.bundle import Bundle, BundleError, SizeError, check_files, read_bundle, write_bundle
+from giantleap.models.bundle.descriptor import Descriptor
+from giantleap.models.bundle.digests import file_hashes
+from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.models.lua.checkpoints import write_lua
+from giantleap.models.lua.network import Lua, LuaSpec
 
 Values = dict[str, dict[str, Any]]
 LUA = LuaSpec(4, 4, (1,), 1, window=2, num_feat=1)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.bundle import (
+from giantleap.models.bundle.bundle import (
     Bundle,
     BundleError,
     Descriptor,
@@ -23,10 +23,10 @@ from models.bundle import (
     read_bundle,
     write_bundle,
 )
-from models.bundle_descriptor import METHODS, to_toml
-from models.weight_files import file_hash
+from giantleap.models.bundle.descriptor import METHODS, to_toml
+from giantleap.models.bundle.digests import file_hash
 
-BUNDLES = Path(__file__).parents[2] / "bundles"
+BUNDLES = Path(__file__).parents[3] / "bundles"
 SHIPPED = sorted(path.parent for path in BUNDLES.glob("*/bundle.toml"))
 SHA = "0" * 64
 Values = dict[str, Any]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models.hub import TRIES, Hub, HubError, HubSnapshot
+from giantleap.models.bundle.hub import TRIES, Hub, HubError, HubSnapshot
 from tests.models.fake_hub import FakeHub, serve_hub
 
 CONTENT = hashlib.sha512(b"weights").digest() * 64

@@ -14,13 +14,13 @@ import torch
 from safetensors.numpy import save
 from safetensors.torch import load_file
 
-from models.bundle import Bundle, BundleError, check_files, read_bundle, write_bundle
-from models.bundle_descriptor import Descriptor
-from models.bundle_pull import choose_model_files, choose_pipeline_files, pull_bundle
-from models.checkpoints import read_lua
-from models.hub import Hub, HubError
-from models.lua import Lua
-from models.lua_spec import LuaSpec
+from giantleap.models.bundle.bundle import Bundle, BundleError, check_files, read_bundle, write_bundle
+from giantleap.models.bundle.descriptor import Descriptor
+from giantleap.models.bundle.hub import Hub, HubError
+from giantleap.models.bundle.pull import choose_model_files, choose_pipeline_files, pull_bundle
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import LuaSpec
 from tests.models.fake_hub import FakeHub, Repository, serve_hub
 
 PIPELINE, VAE, TINY, LUA = "maker/pipeline", "maker/vae", "maker/tiny", "maker/lua"

@@ -10,13 +10,13 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from models.bundle import Bundle, check_files, read_bundle
-from models.bundle_pull import pull_bundle
-from models.generator import DrawItem
-from models.hub import Hub
-from models.lua import Lua
-from models.lua_spec import LuaSpec
-from models.route import Route
+from giantleap.models.bundle.bundle import Bundle, check_files, read_bundle
+from giantleap.models.bundle.hub import Hub
+from giantleap.models.bundle.pull import pull_bundle
+from giantleap.models.generator import DrawItem
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import LuaSpec
+from giantleap.models.route import Route
 from tests.models.fake_hub import Repository, serve_hub
 from tests.tiny_pipelines import (
     tiny_flux1,
@@ -27,7 +27,7 @@ from tests.tiny_pipelines import (
     tiny_z_image,
 )
 
-BUNDLES = Path(__file__).parents[2] / "bundles"
+BUNDLES = Path(__file__).parents[3] / "bundles"
 BUILD: dict[str, Callable[[], Any]] = {
     "sdxl": tiny_sdxl,
     "sd3.5-medium": tiny_sd3,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models.prompt_words import PromptWords, read_prompt_words
+from giantleap.models.bundle.vocabulary import PromptWords, read_prompt_words
 
 
 @pytest.fixture(scope="module")
@@ -37,5 +37,7 @@ def test_a_pipeline_without_a_fast_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_reading_words_does_not_load_torch() -> None:
-    code = "import sys, models.prompt_words; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, giantleap.models.bundle.vocabulary; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -7,10 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import engine_cpu
-from models.engine_cpu import PreparationError, check_prepared, packed_is_faster, prepare_lua, why_not_prepared
-from models.lua_spec import LuaSpec
-from models.prepared_lua import GRIDS_KEPT, Grid, PreparedBlock, PreparedLua
+from giantleap.models.engines import cpu as engine_cpu
+from giantleap.models.engines.cpu import (
+    PreparationError,
+    check_prepared,
+    packed_is_faster,
+    prepare_lua,
+    why_not_prepared,
+)
+from giantleap.models.engines.packed_lua import GRIDS_KEPT, Grid, PreparedBlock, PreparedLua
+from giantleap.models.lua.spec import LuaSpec
 from tests.random_lua import random_lua
 
 CPU = torch.device("cpu")

@@ -10,14 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.aoti import write_aoti
-from export.graphs import LuaGraph, trace
-from models.bundle import read_bundle
-from models.checkpoints import read_lua
-from models.engine_compile import _MOST_COMPILED, CompileEngine, fill_batch, require_compiler
-from models.engine_onnx import load_onnxruntime, open_graph
-from models.engine_tensorrt import load_tensorrt
-from models.engines import (
+from giantleap.export.aoti import write_aoti
+from giantleap.export.graphs import LuaGraph, trace
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.engines.base import (
     ENGINES,
     Artefact,
     ArtefactEngine,
@@ -29,8 +25,12 @@ from models.engines import (
     open_engine,
     open_package,
 )
-from models.lua import Lua
-from service.settings import Settings
+from giantleap.models.engines.compiled import _MOST_COMPILED, CompileEngine, fill_batch, require_compiler
+from giantleap.models.engines.onnx_runtime import load_onnxruntime, open_graph
+from giantleap.models.engines.tensorrt_runtime import load_tensorrt
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.lua.network import Lua
+from giantleap.service.settings import Settings
 
 # The first test that takes the exported graphs waits for their export.
 pytestmark = pytest.mark.timeout(900)
@@ -207,7 +207,7 @@ def test_what_cannot_be_compiled_is_no_silent_detour(net: Lua, monkeypatch: pyte
         return lambda *given: limits.append(torch._dynamo.config.recompile_limit) or core(*given)
 
     monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr("models.engine_compile.require_compiler", lambda device: None)
+    monkeypatch.setattr("giantleap.models.engines.compiled.require_compiler", lambda device: None)
     assert_answers_as(CompileEngine.open(net, CPU, torch.float32), net, 2e-5)
     assert set(limits) == {_MOST_COMPILED} and torch._dynamo.config.recompile_limit < _MOST_COMPILED
 
@@ -216,7 +216,7 @@ def test_what_cannot_be_compiled_is_no_silent_detour(net: Lua, monkeypatch: pyte
 def test_compiled_answers_as_the_network(net: Lua, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = CompileEngine.open(net, CPU, torch.float32)
     assert_answers_as(engine, net, 2e-5)
-    monkeypatch.setattr("models.engine_compile._MOST_COMPILED", 1)
+    monkeypatch.setattr("giantleap.models.engines.compiled._MOST_COMPILED", 1)
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         engine.run(torch.zeros(2, 16, 4, 4), 2)
     engine.close()

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.engine_compile import CompileEngine
-from models.engine_onnx import choose_provider, run_bound
-from models.engine_tensorrt import PlanRunner
-from models.engines import Artefact, ArtefactEngine, EngineError, Profile, open_package
-from models.lua import Lua
-from models.lua_spec import LuaSpec
-from models.prepared_lua import PreparedLua
+from giantleap.models.engines.base import Artefact, ArtefactEngine, EngineError, Profile, open_package
+from giantleap.models.engines.compiled import CompileEngine
+from giantleap.models.engines.onnx_runtime import choose_provider, run_bound
+from giantleap.models.engines.packed_lua import PreparedLua
+from giantleap.models.engines.tensorrt_runtime import PlanRunner
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import LuaSpec
 from tests.models.fake_gpu import FakeCuda, FakeTensorRt
 
 CPU, SECOND = torch.device("cpu"), torch.device("cuda:1")
@@ -137,7 +137,7 @@ def test_contexts_of_a_plan_are_made_on_its_gpu(
     cuda: FakeCuda, plan: Artefact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trt = FakeTensorRt(cuda, enlarge, len(PROFILES))
-    monkeypatch.setattr("models.engine_tensorrt.load_tensorrt", lambda device: trt)
+    monkeypatch.setattr("giantleap.models.engines.tensorrt_runtime.load_tensorrt", lambda device: trt)
     engine = ArtefactEngine.open("tensorrt", SPEC, {2: plan}, SECOND)
     monkeypatch.setattr(Tensor, "to", lambda tensor, device, dtype: tensor)
     latent = torch.randn(2, 4, 7, 5)

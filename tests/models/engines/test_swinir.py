@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.checkpoints import CheckpointError, write_lua
-from models.foreign_weights import RGB_MEAN
-from models.lua import Lua, LuaSpec
-from models.pixel_upscale import HALO_PX, TILE_PX, PixelUpscaler, blend_weights, plan_spans
+from giantleap.models.engines.swinir import HALO_PX, TILE_PX, PixelUpscaler, blend_weights, plan_spans
+from giantleap.models.lua.checkpoints import CheckpointError, write_lua
+from giantleap.models.lua.network import Lua, LuaSpec
+from giantleap.models.lua.released_layouts import RGB_MEAN
 
 CPU = torch.device("cpu")
 WINDOW = 4

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from models.checkpoints import CheckpointError, read_lua, write_lua
-from models.lua import Lua, LuaSpec, preset
-from models.lua_spec import SPEC_KEY
+from giantleap.models.lua.checkpoints import CheckpointError, read_lua, write_lua
+from giantleap.models.lua.network import Lua, LuaSpec, preset
+from giantleap.models.lua.spec import SPEC_KEY
 from tests.random_lua import random_lua
 
 SMALL = LuaSpec(5, 12, (2, 1), (3, 2), window=3, mlp_ratio=1.25, num_feat=6, conv_first_kernel=1)

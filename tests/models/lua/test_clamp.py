@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.bundle import BundleError, read_bundle
-from models.checkpoints import read_lua, write_lua
-from models.guard import KNEE, Guard, limit_softly
-from models.latent_statistics import STATISTICS_KEY, LatentStatistics, StatisticsError, read_statistics
-from models.route import Route
-from models.weight_files import file_hashes
+from giantleap.models.bundle.bundle import BundleError, read_bundle
+from giantleap.models.bundle.digests import file_hashes
+from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.models.lua.clamp import KNEE, Guard, limit_softly
+from giantleap.models.lua.statistics import STATISTICS_KEY, LatentStatistics, StatisticsError, read_statistics
+from giantleap.models.route import Route
 from tests.tiny_bundle import LATENT_CHANNELS
 
 CPU = torch.device("cpu")

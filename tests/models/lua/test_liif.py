@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from models.checkpoints import read_lua, write_lua
-from models.liif import Corners, LiifHead
-from models.lua import Lua
-from models.lua_spec import SPEC_KEY, LuaSpec
+from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.models.lua.liif import Corners, LiifHead
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import SPEC_KEY, LuaSpec
 from tests.random_lua import random_lua
 
 SPEC = LuaSpec(4, 12, (2,), 2, window=4, num_feat=8, head="liif")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from models.lua import PRESETS, Lua, LuaSpec, pad_to_window, preset
-from models.swin import BiasCache, SwinBlock, WindowAttention, build_biases, shift_mask
+from giantleap.models.lua.network import PRESETS, Lua, LuaSpec, pad_to_window, preset
+from giantleap.models.lua.swin import BiasCache, SwinBlock, WindowAttention, build_biases, shift_mask
 from tests.random_lua import random_lua
 
 TINY = LuaSpec(4, 12, (2, 3), (2, 3), window=4, mlp_ratio=1.5, num_feat=8)

@@ -25,8 +25,18 @@ from transformers import (
 )
 
 from benchmarks.memory import TRANSFORMERS, UNETS, build, config_of, measure_peak, measure_stages, run_unet
-from models import activation_bytes, pixel_upscale, vae
-from models.activation_bytes import (
+from giantleap.models.bundle.bundle import Bundle, read_bundle
+from giantleap.models.bundle.descriptor import LuaFile, Method, PipelineSource, VaeSource
+from giantleap.models.engines import swinir as pixel_upscale
+from giantleap.models.engines.base import TorchEngine
+from giantleap.models.engines.packed_lua import TOKENS_AT_ONCE, PreparedBlock, PreparedLua
+from giantleap.models.engines.swinir import PixelUpscaler
+from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.released_layouts import RGB_MEAN
+from giantleap.models.lua.spec import PRESETS, LuaSpec
+from giantleap.models.memory import activations as activation_bytes
+from giantleap.models.memory.activations import (
     UnknownNetworkError,
     denoiser_elements,
     encoder_elements,
@@ -38,19 +48,11 @@ from models.activation_bytes import (
     video_decoder_elements,
     video_tiled_elements,
 )
-from models.bundle import Bundle, read_bundle
-from models.bundle_descriptor import LuaFile, Method, PipelineSource, VaeSource
-from models.bundle_memory import choose_vae_dtype, read_header, read_memory_plan
-from models.checkpoints import read_lua, write_lua
-from models.engines import TorchEngine
-from models.foreign_weights import RGB_MEAN
-from models.lua import Lua
-from models.lua_spec import PRESETS, LuaSpec
-from models.memory_plan import TILE_PX, MemoryPlan, UnknownMemoryError, Work, largest_fit
-from models.pixel_upscale import PixelUpscaler
-from models.prepared_lua import TOKENS_AT_ONCE, PreparedBlock, PreparedLua
-from models.route import Route
-from service.settings import POCKET_BUNDLE
+from giantleap.models.memory.from_bundle import choose_vae_dtype, read_header, read_memory_plan
+from giantleap.models.memory.plan import TILE_PX, MemoryPlan, UnknownMemoryError, Work, largest_fit
+from giantleap.models.route import Route
+from giantleap.models.vae import autoencoder as vae
+from giantleap.service.settings import POCKET_BUNDLE
 
 QUARTER = 0.25  # what is promised of every estimate
 CLOSE = 0.06  # what the formulas reach on the networks that they were read off
@@ -508,5 +510,5 @@ def test_what_is_said_twice_is_the_same() -> None:
 
 
 def test_the_plan_needs_no_torch() -> None:
-    code = "import sys, models.bundle_memory; sys.exit('torch' in sys.modules)"
+    code = "import sys, giantleap.models.memory.from_bundle; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

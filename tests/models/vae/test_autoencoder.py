@@ -18,10 +18,16 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from models.bundle import ModelSource
-from models.decode_plan import DecodeBudgetError, DecoderShape, estimate_peak_bytes, plan_decode, prefers_strips
-from models.latent_space import LATENT_SPACES, LatentSpaceError
-from models.vae import Vae, VaeError, choose_vae_dtype, read_tiny
+from giantleap.models.bundle.bundle import ModelSource
+from giantleap.models.latent_space import LATENT_SPACES, LatentSpaceError
+from giantleap.models.vae.autoencoder import Vae, VaeError, choose_vae_dtype, read_tiny
+from giantleap.models.vae.strip_plan import (
+    DecodeBudgetError,
+    DecoderShape,
+    estimate_peak_bytes,
+    plan_decode,
+    prefers_strips,
+)
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4

@@ -11,8 +11,10 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import Tensor, nn
 
 from benchmarks.live_storage import LiveStorage
-from models.decode import decode_exact, decode_plain, decode_tiled, decode_tiny
-from models.decode_plan import (
+from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.models.vae.decode import decode_exact, decode_plain, decode_tiled, decode_tiny
+from giantleap.models.vae.decoder_check import UnknownDecoderError
+from giantleap.models.vae.strip_plan import (
     MAX_ELEMENTS,
     DecodeBudgetError,
     DecodeMethod,
@@ -20,9 +22,7 @@ from models.decode_plan import (
     estimate_peak_bytes,
     plan_decode,
 )
-from models.decoder_check import UnknownDecoderError
-from models.latent_space import LATENT_SPACES
-from models.strips import StripMap, phase_kernels
+from giantleap.models.vae.strips import StripMap, phase_kernels
 
 TOLERANCE = 1e-4
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.decode_plan import (
+from giantleap.models.vae.strip_plan import (
     MAX_ELEMENTS,
     DecodeBudgetError,
     DecodeMethod,
@@ -125,5 +125,5 @@ def test_strips_are_even_after_the_first_stage_and_never_empty(
 
 
 def test_the_estimate_needs_no_torch() -> None:
-    code = "import sys, models.decode_plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, giantleap.models.vae.strip_plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

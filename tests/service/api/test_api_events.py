@@ -15,11 +15,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.api import create_app
-from service.errors import MalformedRequest, NotReady
-from service.jobs import GenerateParams, Job, JobEvent, Priority
-from service.settings import Settings, read_settings
-from service.sse import read_last_event_id, stream_events, to_block
+from giantleap.service.api.app import create_app
+from giantleap.service.api.sse import read_last_event_id, stream_events, to_block
+from giantleap.service.errors import MalformedRequest, NotReady
+from giantleap.service.jobs.job import GenerateParams, Job, JobEvent, Priority
+from giantleap.service.settings import Settings, read_settings
 from tests.service.fake_broker import FakeBroker, stay_queued
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
@@ -163,8 +163,8 @@ async def test_events_come_through_redis_as_they_happen(settings: Settings, bund
 SERVE = """
 import sys, uvicorn
 from pathlib import Path
-from service.api import create_app
-from service.settings import read_settings
+from giantleap.service.api.app import create_app
+from giantleap.service.settings import read_settings
 settings = read_settings(bundle=(Path(sys.argv[1]),), redis_url=sys.argv[2], key_prefix=sys.argv[3])
 uvicorn.run(create_app(settings), port=int(sys.argv[4]), log_config=None, timeout_graceful_shutdown=20)
 """

@@ -14,11 +14,11 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 from safetensors.numpy import save
 
-from service import webhooks
-from service.api import create_app
-from service.auth import new_key
-from service.jobs import JobState, Webhook
-from service.settings import Settings, read_settings, to_environment
+from giantleap.service.api.app import create_app
+from giantleap.service.auth import new_key
+from giantleap.service.jobs.job import JobState, Webhook
+from giantleap.service.settings import Settings, read_settings, to_environment
+from giantleap.service.webhooks import sender as webhooks
 from tests.service.fake_broker import FakeBroker, stay_queued
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import BASE_PX, CHANNELS, write_paper_bundle

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.api import create_app
-from service.jobs import GenerateParams, UpscaleParams
-from service.settings import read_settings
+from giantleap.service.api.app import create_app
+from giantleap.service.jobs.job import GenerateParams, UpscaleParams
+from giantleap.service.settings import read_settings
 from tests.service.fake_broker import FakeBroker
 from tests.service.paper_bundle import write_paper_bundle
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from service.api import create_app
-from service.claims import Claim, Claims
-from service.embedded_redis import EmbeddedRedis
-from service.jobs import GenerateParams, ResultFile
-from service.settings import Settings
+from giantleap.service.api.app import create_app
+from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobs.job import GenerateParams, ResultFile
+from giantleap.service.settings import Settings
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import CHANNELS, write_paper_bundle
 from tests.service.thread_worker import thread_worker

@@ -17,19 +17,19 @@ import pytest
 from fastapi import FastAPI
 from safetensors.numpy import load, save
 
-from models.bundle import BundleError
-from models.latent_space import LATENT_SPACES
-from service.api import create_app
-from service.errors import NotReady, QueueFull, StorageFull
-from service.jobs import JobState, Priority
-from service.settings import Settings, read_settings
+from giantleap.models.bundle.bundle import BundleError
+from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.service.api.app import create_app
+from giantleap.service.errors import NotReady, QueueFull, StorageFull
+from giantleap.service.jobs.job import JobState, Priority
+from giantleap.service.settings import Settings, read_settings
 from tests.service.fake_broker import IMAGE, FakeBroker, fail, stay_queued, succeed
 from tests.service.paper_bundle import BASE_PX, CHANNELS
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 PROMPT = "a red sphere on a green floor"
-FRONTS = ("/v1/", "/v2", "/remote_vae/")  # tests/service/test_front_*.py
+FRONTS = ("/v1/", "/v2", "/remote_vae/")  # tests/service/api/compat/
 ASYNC = {"Prefer": "respond-async"}
 SAFETENSORS = {"Content-Type": "application/x-safetensors"}
 LATENT = np.random.default_rng(0).standard_normal((CHANNELS, 4, 6)).astype(np.float32)
@@ -687,6 +687,6 @@ def test_the_api_needs_a_redis(settings: Settings) -> None:
 
 
 def test_the_api_process_imports_no_torch() -> None:
-    code = "import sys, service.api; print([n for n in ('torch', 'diffusers', 'transformers') if n in sys.modules])"
+    code = "import sys, giantleap.service.api.app; print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert run.stdout.strip() == "[]"

@@ -13,9 +13,9 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from service.auth import new_key
-from service.guard import MOST_HEADER_BYTES, MOST_HEADERS, OPEN_PATHS
-from service.jobs import JobEvent, JobState
+from giantleap.service.api.middleware.authentication import MOST_HEADER_BYTES, MOST_HEADERS, OPEN_PATHS
+from giantleap.service.auth import new_key
+from giantleap.service.jobs.job import JobEvent, JobState
 from tests.service.fake_broker import stay_queued, succeed
 from tests.service.front_fakes import LATENT, FileBroker, build_app
 from tests.service.live_server import live_server
@@ -169,9 +169,9 @@ async def test_work_needs_its_scope(work: str, callers: Callers, broker: FileBro
 
 async def test_the_kind_of_the_job_decides_where_the_path_does_not(callers: Callers, broker: FileBroker) -> None:
     # As a route would that makes jobs of both kinds: the check before the queue knows the job itself.
-    from service.admission import admit
-    from service.auth import Caller, Scope
-    from service.errors import Forbidden
+    from giantleap.service.api.submission import admit
+    from giantleap.service.auth import Caller, Scope
+    from giantleap.service.errors import Forbidden
 
     await callers.ask("alice", "POST", "/generate", json={"prompt": PROMPT})
     (job,) = broker.jobs
@@ -486,7 +486,7 @@ async def test_no_site_is_allowed_unless_it_is_named(callers: Callers) -> None:
 
 @pytest.mark.parametrize("origins", ["*", "https://*", "null", "https://a.example/path", "a.example", "file://"])
 def test_an_origin_is_named_in_full(origins: str) -> None:
-    from service.settings import read_settings
+    from giantleap.service.settings import read_settings
 
     with pytest.raises(ValueError, match="a scheme, a host"):
         read_settings(cors_origins=origins)

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service import images_in
-from service.errors import GiantleapError
-from service.latents_in import read_latent
+from giantleap.service.errors import GiantleapError
+from giantleap.service.jobs import images as images_in
+from giantleap.service.jobs.latents import read_latent
 from tests.service.front_fakes import FileBroker, build_app
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]

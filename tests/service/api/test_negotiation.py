@@ -2,8 +2,8 @@
 
 import pytest
 
-from service.errors import MalformedRequest, NotAcceptable
-from service.negotiation import choose_answer, read_preference
+from giantleap.service.api.negotiation import choose_answer, read_preference
+from giantleap.service.errors import MalformedRequest, NotAcceptable
 
 JSON, PNG, JPEG, WEBP = "application/json", "image/png", "image/jpeg", "image/webp"
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from models.bundle import read_bundle
-from service import errors
-from service.openapi import _EXAMPLES, _REQUESTS
-from service.planning import plan_generate
-from service.schemas import GenerateRequest
-from service.settings import POCKET_BUNDLE, read_settings
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.service import errors
+from giantleap.service.api.openapi import _EXAMPLES, _REQUESTS
+from giantleap.service.api.schemas import GenerateRequest
+from giantleap.service.jobs.planning import plan_generate
+from giantleap.service.settings import POCKET_BUNDLE, read_settings
 
-API_PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+API_PAGE = Path(__file__).resolve().parents[3] / "docs" / "api.md"
 FRONTS = ("/v1", "/v2", "/remote_vae")
 OF_FRONTS = re.compile(r"OpenAI|KServe|RemoteVae|Images|ImageData|Server|Model(Metadata|Ready)|Tensor")
 

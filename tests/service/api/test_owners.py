@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import redis
 
-from service.claims import Claims
-from service.errors import InvalidRequest, TooManyJobs
-from service.jobs import Job, JobError
-from service.keys import Keys
-from service.settings import Settings
+from giantleap.service.errors import InvalidRequest, TooManyJobs
+from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobs.job import Job, JobError
+from giantleap.service.settings import Settings
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 

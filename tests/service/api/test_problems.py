@@ -13,12 +13,12 @@ from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from redis.exceptions import OutOfMemoryError
 
-from service.errors import Conflict, EngineFault, GiantleapError, NotReady, QueueFull
-from service.jobs import JobError
-from service.metrics import Metrics
-from service.middleware import Edge, read_request_id
-from service.problems import InvalidFields, from_job_error, handle_errors
-from service.tracing import Tracing
+from giantleap.service.api.middleware.request_context import Edge, read_request_id
+from giantleap.service.api.problems import InvalidFields, from_job_error, handle_errors
+from giantleap.service.errors import Conflict, EngineFault, GiantleapError, NotReady, QueueFull
+from giantleap.service.jobs.job import JobError
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.telemetry.tracing import Tracing
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 SECRET = "a prompt that nobody else may read"
@@ -138,7 +138,7 @@ async def test_unknown_routes_and_methods_are_problems(client: httpx.AsyncClient
 async def test_unexpected_errors_show_nothing_of_the_inside(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.ERROR, "service.problems"):
+    with caplog.at_level(logging.ERROR, "giantleap.service.api.problems"):
         answer = await client.get("/raise/bug", headers={"X-Request-Id": "find-me"})
     problem_of(answer, 500, "internal_error")
     assert SECRET not in answer.text and "RuntimeError" not in answer.text

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from service.http_protocol import HEAD_TIMEOUT_S, MOST_HEAD_BYTES, BoundedHttp
+from giantleap.service.api.server import HEAD_TIMEOUT_S, MOST_HEAD_BYTES, BoundedHttp
 from tests.service.live_server import live_server
 from tests.waiting import wait_until
 

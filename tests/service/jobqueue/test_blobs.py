@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import redis
 
-from service import scripts, scripts_claims
-from service.errors import QueueFull
-from service.jobs import ResultFile
-from service.keys import Keys
-from service.redis_urls import open_async_redis, open_redis
-from service.settings import Settings
-from service.uploads import run_with_input, run_with_results
+from giantleap.service.errors import QueueFull
+from giantleap.service.jobqueue import scripts
+from giantleap.service.jobqueue import scripts_consumer as scripts_claims
+from giantleap.service.jobqueue.blobs import run_with_input, run_with_results
+from giantleap.service.jobqueue.client import open_async_redis, open_redis
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobs.job import ResultFile
+from giantleap.service.settings import Settings
 
 PNG = ResultFile("image/png", 3)
 REFUSAL = "return redis.error_reply('NOT today')"

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import redis
 
-from service.broker import Broker
-from service.claims import Claim, Claims
-from service.errors import BadConfiguration, NotReady
-from service.jobs import Job, JobError, JobState, ResultFile
-from service.keys import Keys
-from service.redis_urls import is_passing, open_async_redis, open_redis, read_address, run_script
-from service.settings import Settings, read_settings
+from giantleap.service.errors import BadConfiguration, NotReady
+from giantleap.service.jobqueue.client import is_passing, open_async_redis, open_redis, read_address, run_script
+from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.job import Job, JobError, JobState, ResultFile
+from giantleap.service.settings import Settings, read_settings
 from tests.service.redis_groups import Server, cluster, free_ports, is_whole
 from tests.waiting import wait_until
 
@@ -149,7 +149,7 @@ def test_the_whole_life_of_jobs_on_a_cluster(
         open_async_redis(settings.redis_url),
         Claims(open_redis(settings.redis_url), settings, ["pocket"], "w"),
     )
-    monkeypatch.setattr("service.broker._POLL_S", 300.0)  # a wait that ends is one that was woken
+    monkeypatch.setattr("giantleap.service.jobqueue.producer._POLL_S", 300.0)  # a wait that ends is one that was woken
 
     async def scenario() -> None:
         broker = Broker(client, settings)

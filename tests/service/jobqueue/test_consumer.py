@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import redis
 
-from models.stages import DRAWING, FINISHING, WHOLE
-from service import scripts, scripts_broker
-from service.claims import Claim, Claims
-from service.embedded_redis import find_bundled_server
-from service.jobs import Job, JobError, JobState, Priority, ResultFile
-from service.keys import Keys, claim_order
-from service.redis_urls import open_redis
-from service.settings import Settings
+from giantleap.models.stages import DRAWING, FINISHING, WHOLE
+from giantleap.service.jobqueue import scripts
+from giantleap.service.jobqueue import scripts_producer as scripts_broker
+from giantleap.service.jobqueue.client import open_redis
+from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobqueue.keys import Keys, claim_order
+from giantleap.service.jobs.job import Job, JobError, JobState, Priority, ResultFile
+from giantleap.service.settings import Settings
+from giantleap.service.supervisor.embedded_redis import find_bundled_server
 
 SERVERS = ["system", "bundled"] if find_bundled_server() else ["system"]
 PNG = ResultFile("image/png", 3, seed=7)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import redis
 
-from service.errors import DeadlinePassed
-from service.jobs import Job, JobError, JobRecord, JobState, ResultFile
-from service.keys import Keys
-from service.problems import from_job_error
-from service.settings import Settings
+from giantleap.service.api.problems import from_job_error
+from giantleap.service.errors import DeadlinePassed
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobs.job import Job, JobError, JobRecord, JobState, ResultFile
+from giantleap.service.settings import Settings
 
 PNG = ResultFile("image/png", 3)
 

@@ -11,13 +11,13 @@ import httpx
 import pytest
 import redis
 
-from service.api import create_app
-from service.broker import Broker
-from service.claims import Claim, Claims
-from service.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
-from service.jobs import ResultFile
-from service.redis_urls import open_async_redis, open_redis
-from service.settings import Settings, read_settings
+from giantleap.service.api.app import create_app
+from giantleap.service.jobqueue.client import open_async_redis, open_redis
+from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.job import ResultFile
+from giantleap.service.settings import Settings, read_settings
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
 

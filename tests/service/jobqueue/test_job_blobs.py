@@ -13,12 +13,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from service import scripts, scripts_broker
-from service.claims import Claim, Claims
-from service.errors import StorageFull
-from service.jobs import JobError, ResultFile
-from service.keys import Keys
-from service.settings import Settings
+from giantleap.service.errors import StorageFull
+from giantleap.service.jobqueue import scripts
+from giantleap.service.jobqueue import scripts_producer as scripts_broker
+from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobs.job import JobError, ResultFile
+from giantleap.service.settings import Settings
 
 BUDGET_BYTES = 100
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import redis
 
-from service import scripts, scripts_broker
-from service.broker import retry_after_s
-from service.errors import QueueFull
-from service.jobs import JobState, Priority, QueueStats, ResultFile
-from service.keys import Keys
-from service.settings import Settings
+from giantleap.service.errors import QueueFull
+from giantleap.service.jobqueue import scripts
+from giantleap.service.jobqueue import scripts_producer as scripts_broker
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobqueue.producer import retry_after_s
+from giantleap.service.jobs.job import JobState, Priority, QueueStats, ResultFile
+from giantleap.service.settings import Settings
 
 PNG = ResultFile("image/png", 3)
 

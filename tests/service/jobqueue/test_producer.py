@@ -11,13 +11,13 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.broker import Broker, retry_after_s
-from service.embedded_redis import find_bundled_server
-from service.errors import InvalidRequest, MalformedRequest, NotFound, NotReady, QueueFull, StorageFull
-from service.jobs import JobError, JobEvent, JobState, Priority, QueueStats, ResultFile
-from service.keys import Keys
-from service.redis_urls import open_async_redis
-from service.settings import Settings
+from giantleap.service.errors import InvalidRequest, MalformedRequest, NotFound, NotReady, QueueFull, StorageFull
+from giantleap.service.jobqueue.client import open_async_redis
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobqueue.producer import Broker, retry_after_s
+from giantleap.service.jobs.job import JobError, JobEvent, JobState, Priority, QueueStats, ResultFile
+from giantleap.service.settings import Settings
+from giantleap.service.supervisor.embedded_redis import find_bundled_server
 from tests.waiting import wait_until
 
 SERVERS = ["system", "bundled"] if find_bundled_server() else ["system"]
@@ -300,7 +300,7 @@ def test_wait_for_a_new_job_takes_its_end_from_the_message(
             assert await waiting == await get(late.id)
             assert reads == []
 
-    monkeypatch.setattr("service.broker._POLL_S", 600.0)  # no read but after the message
+    monkeypatch.setattr("giantleap.service.jobqueue.producer._POLL_S", 600.0)  # no read but after the message
     asyncio.run(scenario())
 
 

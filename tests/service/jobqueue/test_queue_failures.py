@@ -14,16 +14,16 @@ from typing import Any, Literal
 import pytest
 import redis
 
-from service.broker import Broker
-from service.embedded_redis import EmbeddedRedis
-from service.errors import NotReady
-from service.jobs import Job, JobState
-from service.keys import Keys
-from service.redis_urls import open_async_redis
-from service.settings import Settings
+from giantleap.service.errors import NotReady
+from giantleap.service.jobqueue.client import open_async_redis
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.job import Job, JobState
+from giantleap.service.settings import Settings
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
 
-ROOT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).with_name("fake_worker.py")
+ROOT = Path(__file__).resolve().parents[3]
+WORKER = Path(__file__).parents[1] / "fake_worker.py"
 
 StartWorker = Callable[..., "subprocess.Popen[bytes]"]
 

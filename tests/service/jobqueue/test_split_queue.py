@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import redis
 
-from models.stages import DRAWING, FINISHING
-from service.broker import Broker, retry_after_s
-from service.claims import Claim, Claims, Drawn
-from service.errors import StorageFull
-from service.jobs import Job, JobError, JobState, Priority, QueueStats, ResultFile, UpscaleParams
-from service.keys import Keys
-from service.settings import Settings
+from giantleap.models.stages import DRAWING, FINISHING
+from giantleap.service.errors import StorageFull
+from giantleap.service.jobqueue.consumer import Claim, Claims, Drawn
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobqueue.producer import Broker, retry_after_s
+from giantleap.service.jobs.job import Job, JobError, JobState, Priority, QueueStats, ResultFile, UpscaleParams
+from giantleap.service.settings import Settings
 
 PNG = ResultFile("image/png", 3, seed=7)
 STAGES = {"generate": 1.5}

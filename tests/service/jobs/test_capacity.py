@@ -18,19 +18,19 @@ import torch
 from prometheus_client import CollectorRegistry
 from safetensors.numpy import save
 
-from models.bundle import Bundle, read_bundle, write_bundle
-from models.bundle_descriptor import Limits
-from models.engines import TorchEngine
-from models.memory_plan import MemoryPlan
-from models.route import Route
-from service.api import create_app
-from service.batch_run import Drain
-from service.batching import LatentGrid
-from service.broker import Broker
-from service.claims import Claims
-from service.device_memory import Device, Loaded, machine_memory_bytes, usable_bytes
-from service.errors import DoesNotFit
-from service.fitting import (
+from giantleap.models.bundle.bundle import Bundle, read_bundle, write_bundle
+from giantleap.models.bundle.descriptor import Limits
+from giantleap.models.engines.base import TorchEngine
+from giantleap.models.memory.plan import MemoryPlan
+from giantleap.models.route import Route
+from giantleap.service.api.app import create_app
+from giantleap.service.api.problems import from_job_error
+from giantleap.service.api.schemas import GenerateRequest
+from giantleap.service.errors import DoesNotFit
+from giantleap.service.jobqueue.client import open_redis
+from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.capacity import (
     BundleMemory,
     Place,
     find_places,
@@ -41,16 +41,16 @@ from service.fitting import (
     share_device,
     to_work,
 )
-from service.jobs import UpscaleParams
-from service.metrics import Metrics
-from service.planning import plan_generate
-from service.problems import from_job_error
-from service.redis_urls import open_redis
-from service.schemas import GenerateRequest
-from service.settings import POCKET_BUNDLE, Settings, read_settings
-from service.worker import Worker
-from service.worker_device import find_device
-from tests.service.conftest import BrokerOpener
+from giantleap.service.jobs.devices import Device, Loaded, machine_memory_bytes, usable_bytes
+from giantleap.service.jobs.job import UpscaleParams
+from giantleap.service.jobs.planning import plan_generate
+from giantleap.service.settings import POCKET_BUNDLE, Settings, read_settings
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.worker.batch_runner import Drain
+from giantleap.service.worker.batching import LatentGrid
+from giantleap.service.worker.device import find_device
+from giantleap.service.worker.loop import Worker
+from tests.redis_fixtures import BrokerOpener
 from tests.service.fake_broker import FakeBroker
 from tests.service.fakes import GENERATE, FakeClaims, FakeRoute, make_claim
 from tests.waiting import wait_until

@@ -15,9 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from service import images_in
-from service.errors import GiantleapError, InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
-from service.images_in import check_image, fit_image, is_image, read_base64, read_image
+from giantleap.service.errors import (
+    GiantleapError,
+    InvalidRequest,
+    MalformedRequest,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+)
+from giantleap.service.jobs import images as images_in
+from giantleap.service.jobs.images import check_image, fit_image, is_image, read_base64, read_image
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)

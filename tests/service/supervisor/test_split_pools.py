@@ -19,26 +19,26 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from models.bundle import Bundle, read_bundle
-from models.bundle_memory import read_memory_plan
-from models.stages import DRAWING, FINISHING, WHOLE, Stages
-from service.api import create_app
-from service.broker import Broker
-from service.device_memory import Device, Loaded, missing_stages
-from service.errors import BadConfiguration, DoesNotFit
-from service.fitting import Place, require_fit, to_work
-from service.jobs import Job, JobRecord, JobState, UpscaleParams
-from service.keys import Keys
-from service.settings import POCKET_BUNDLE, Settings, read_settings
-from service.supervisor import serve
-from service.worker import run_worker
+from giantleap.models.bundle.bundle import Bundle, read_bundle
+from giantleap.models.memory.from_bundle import read_memory_plan
+from giantleap.models.stages import DRAWING, FINISHING, WHOLE, Stages
+from giantleap.service.api.app import create_app
+from giantleap.service.errors import BadConfiguration, DoesNotFit
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.capacity import Place, require_fit, to_work
+from giantleap.service.jobs.devices import Device, Loaded, missing_stages
+from giantleap.service.jobs.job import Job, JobRecord, JobState, UpscaleParams
+from giantleap.service.settings import POCKET_BUNDLE, Settings, read_settings
+from giantleap.service.supervisor.supervisor import serve
+from giantleap.service.worker.loop import run_worker
 from tests.service.fake_broker import FakeBroker
 from tests.service.fakes import GENERATE, UPSCALE
 from tests.service.paper_bundle import write_paper_bundle
 from tests.waiting import wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
-FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
+ROOT = Path(__file__).resolve().parents[3]
+FAKE_WORKER = Path(__file__).parents[1] / "fake_worker.py"
 TIMEOUT_S = 120.0
 MIB = 1 << 20
 HALVES: tuple[Stages, ...] = (DRAWING, FINISHING)

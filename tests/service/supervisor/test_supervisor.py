@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from service.cli_options import BAD_CONFIGURATION
-from service.errors import BadConfiguration
-from service.fleet import Child, Fleet, Launch, plan_restart, to_reason
-from service.metrics import HostCollector
-from service.settings import Settings, read_settings, to_environment
-from service.supervisor import open_listener, reload
-from service.watchdog import HUNG
+from giantleap.cli.options import BAD_CONFIGURATION
+from giantleap.service.errors import BadConfiguration
+from giantleap.service.settings import Settings, read_settings, to_environment
+from giantleap.service.supervisor.processes import Child, Fleet, Launch, plan_restart, to_reason
+from giantleap.service.supervisor.supervisor import open_listener, reload
+from giantleap.service.telemetry.metrics import HostCollector
+from giantleap.service.worker.watchdog import HUNG
 
 
 def _giantleap(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "service.cli", *arguments],
+        [sys.executable, "-m", "giantleap", *arguments],
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
@@ -92,7 +92,8 @@ def test_the_listener_is_inherited_by_children() -> None:
 
 def test_a_child_stops_when_the_pipe_to_its_parent_closes() -> None:
     child = (
-        "import signal, sys, threading; from service.supervisor import stop_with_parent; stop = threading.Event();"
+        "import signal, sys, threading; stop = threading.Event();"
+        "from giantleap.service.supervisor.supervisor import stop_with_parent;"
         "signal.signal(signal.SIGTERM, lambda *_: stop.set()); stop_with_parent(int(sys.argv[1]), 5.0);"
         "print('up', flush=True); sys.exit(0 if stop.wait(60) else 3)"
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.logs import JsonFormatter, TextFormatter, configure_logging, log_fields
+from giantleap.service.telemetry.logs import JsonFormatter, TextFormatter, configure_logging, log_fields
 
 
 class Terminal(io.StringIO):
@@ -33,7 +33,7 @@ def root() -> Iterator[logging.Logger]:
 
 
 def _line(formatter: logging.Formatter, message: str, **fields: object) -> str:
-    record = logging.LogRecord("service.worker", logging.INFO, __file__, 1, message, None, None)
+    record = logging.LogRecord("giantleap.service.worker.loop", logging.INFO, __file__, 1, message, None, None)
     record.fields = fields
     return formatter.format(record)
 
@@ -61,7 +61,7 @@ def test_a_terminal_gets_text_and_a_file_json(
     stream = Terminal(is_terminal)
     monkeypatch.setattr(sys, "stderr", stream)
     configure_logging("info", layout)  # type: ignore[arg-type]
-    logging.getLogger("service.worker").info("worker ready")
+    logging.getLogger("giantleap.service.worker.loop").info("worker ready")
     written = stream.getvalue()
     assert written.endswith(" info    worker ready\n") if as_text else json.loads(written)["message"] == "worker ready"
 

@@ -15,10 +15,17 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.jobs import Priority, QueueStats
-from service.metrics import SECONDS_BUCKETS, HostCollector, HostState, Metrics, remove_dead_gauges, write_host_state
+from giantleap.service.jobs.job import Priority, QueueStats
+from giantleap.service.telemetry.metrics import (
+    SECONDS_BUCKETS,
+    HostCollector,
+    HostState,
+    Metrics,
+    remove_dead_gauges,
+    write_host_state,
+)
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 STATS = QueueStats(
     queued={("pocket", Priority.HIGH): 3, ("pocket", Priority.LOW): 0},
     processing=2,
@@ -35,7 +42,7 @@ STATS = QueueStats(
 # A process of its own: counts what the parent knows, says so, and lives until its standard input ends.
 CHILD = """
 import sys
-from service.metrics import Metrics
+from giantleap.service.telemetry.metrics import Metrics
 metrics = Metrics()
 metrics.count_images("pocket", 2, int(sys.argv[1]), 100)
 metrics.observe_job("generate", "pocket", "lua", 2, "succeeded", 0.3)
@@ -221,7 +228,10 @@ def start_child(tmp_path: Path) -> Iterator[object]:
 
 def scrape(shared_dir: Path) -> str:
     """What a process of the same host, one that has counted nothing itself, answers."""
-    code = "import sys; from service.metrics import Metrics; sys.stdout.buffer.write(Metrics().render(None))"
+    code = (
+        "import sys; from giantleap.service.telemetry.metrics import Metrics;"
+        "sys.stdout.buffer.write(Metrics().render(None))"
+    )
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(shared_dir)}
     answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=120, check=True)
     return answer.stdout.decode()

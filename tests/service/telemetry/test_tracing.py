@@ -22,16 +22,22 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 from prometheus_client import CollectorRegistry
 
-from service.api import create_app
-from service.batch_run import Drain
-from service.batching import LatentGrid
-from service.claims import Claims
-from service.jobs import Job
-from service.logs import JsonFormatter, log_fields
-from service.metrics import Metrics
-from service.settings import Settings
-from service.tracing import Tracing, current_traceparent, open_tracing, read_traceparent, trace_id_of
-from service.worker import Worker
+from giantleap.service.api.app import create_app
+from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobs.job import Job
+from giantleap.service.settings import Settings
+from giantleap.service.telemetry.logs import JsonFormatter, log_fields
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.telemetry.tracing import (
+    Tracing,
+    current_traceparent,
+    open_tracing,
+    read_traceparent,
+    trace_id_of,
+)
+from giantleap.service.worker.batch_runner import Drain
+from giantleap.service.worker.batching import LatentGrid
+from giantleap.service.worker.loop import Worker
 from tests.service.fakes import GENERATE, FakeClaims, FakeRoute, make_claim
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
@@ -288,8 +294,8 @@ def test_a_receiver_that_is_away_costs_no_request() -> None:
 def test_an_endpoint_without_what_sends_stops_the_start() -> None:
     code = (
         "import sys; sys.modules['opentelemetry.sdk'] = None\n"
-        "from service.errors import BadConfiguration\n"
-        "from service.tracing import open_tracing\n"
+        "from giantleap.service.errors import BadConfiguration\n"
+        "from giantleap.service.telemetry.tracing import open_tracing\n"
         "open_tracing(None, 'api').close()\n"
         "try:\n    open_tracing('http://127.0.0.1:9', 'api')\n"
         "except BadConfiguration as error:\n    print(error.detail)\n"

@@ -15,13 +15,13 @@ import redis
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
-from service import webhooks
-from service.jobs import Job, JobError, ResultFile, Webhook
-from service.keys import Keys
-from service.metrics import Metrics
-from service.redis_urls import open_async_redis
-from service.settings import Settings
-from service.webhooks import EVENTS, Delivery, WebhookSender, retry_delay_s, sign
+from giantleap.service.jobqueue.client import open_async_redis
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobs.job import Job, JobError, ResultFile, Webhook
+from giantleap.service.settings import Settings
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.webhooks import sender as webhooks
+from giantleap.service.webhooks.sender import EVENTS, Delivery, WebhookSender, retry_delay_s, sign
 from tests.service.webhook_receiver import Receiver, webhook_receiver
 
 SECRET = "a secret of the operator"

@@ -7,7 +7,7 @@ from typing import Any
 import httpcore
 import pytest
 
-from service.webhook_targets import (
+from giantleap.service.webhooks.targets import (
     CheckedBackend,
     Target,
     TargetRefused,
@@ -113,7 +113,7 @@ def test_a_resolver_that_hangs_or_fails_is_a_refusal(monkeypatch: pytest.MonkeyP
     async def fail(host: str, port: int) -> Sequence[str]:
         raise OSError("no such name")
 
-    monkeypatch.setattr("service.webhook_targets._RESOLVE_S", 0.05)
+    monkeypatch.setattr("giantleap.service.webhooks.targets._RESOLVE_S", 0.05)
     for resolve in (hang, fail):
         with pytest.raises(TargetRefused, match="does not resolve"):
             asyncio.run(find_addresses("example.org", 80, False, resolve))

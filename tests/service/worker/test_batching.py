@@ -6,9 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batching import LatentGrid, batch_key, count_items, output_latent_px, plan_batch, slice_items
-from service.claims import Claim
-from service.jobs import JobParams
+from giantleap.service.jobqueue.consumer import Claim
+from giantleap.service.jobs.job import JobParams
+from giantleap.service.worker.batching import (
+    LatentGrid,
+    batch_key,
+    count_items,
+    output_latent_px,
+    plan_batch,
+    slice_items,
+)
 from tests.service.fakes import GENERATE, UPSCALE, make_claim
 
 GRIDS = {"tiny": LatentGrid(stride_px=8, window=4), "other": LatentGrid(stride_px=16, window=8)}

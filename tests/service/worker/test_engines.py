@@ -21,16 +21,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from export.manifest import FILE
-from models.bundle import read_bundle
-from models.engines import EngineError
-from service.broker import Broker
-from service.engine_files import artefact_directory, find_artefacts, open_route
-from service.errors import BadConfiguration
-from service.jobs import Job, JobState
-from service.settings import Settings, to_environment
-from service.worker import run_worker
-from tests.service.test_worker_redis import running_worker, upscale_job
+from giantleap.export.manifest import FILE
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.engines.base import EngineError
+from giantleap.service.errors import BadConfiguration
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.job import Job, JobState
+from giantleap.service.settings import Settings, to_environment
+from giantleap.service.worker.engines import artefact_directory, find_artefacts, open_route
+from giantleap.service.worker.loop import run_worker
+from tests.service.worker.test_loop_redis import running_worker, upscale_job
 
 # The first test that takes the exported graphs waits for their export.
 pytestmark = pytest.mark.timeout(900)
@@ -106,7 +106,7 @@ def test_a_damaged_artefact_stops_the_worker_with_the_command_that_rebuilds_it(
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     settings = onnx_settings.model_copy(update={"engine_dir": artefacts_copy})
-    command = [sys.executable, "-m", "service.cli", "worker"]
+    command = [sys.executable, "-m", "giantleap", "worker"]
     ended = subprocess.run(command, env=_environment(settings), capture_output=True, text=True, timeout=TIMEOUT_S)
     assert ended.returncode == 2
     lines = [line for line in ended.stderr.splitlines() if line.startswith("giantleap:")]

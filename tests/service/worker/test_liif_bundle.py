@@ -14,22 +14,22 @@ from PIL import Image
 from prometheus_client import generate_latest
 from safetensors.numpy import load, save
 
-from export.build import Request, export_bundle
-from export.manifest import ArtefactError
-from models.bundle import BundleError, read_bundle
-from models.checkpoints import write_lua
-from models.engines import ENGINES, EngineError, open_engine
-from models.lua import Lua
-from models.lua_spec import LuaSpec
-from models.weight_files import file_hash
-from service.api import create_app
-from service.engine_files import find_artefacts
-from service.jobs import GenerateParams, Job, UpscaleParams
-from service.metrics import Metrics
-from service.settings import Settings, read_settings
+from giantleap.export.build import Request, export_bundle
+from giantleap.export.manifest import ArtefactError
+from giantleap.models.bundle.bundle import BundleError, read_bundle
+from giantleap.models.bundle.digests import file_hash
+from giantleap.models.engines.base import ENGINES, EngineError, open_engine
+from giantleap.models.lua.checkpoints import write_lua
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import LuaSpec
+from giantleap.service.api.app import create_app
+from giantleap.service.jobs.job import GenerateParams, Job, UpscaleParams
+from giantleap.service.settings import Settings, read_settings
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.worker.engines import find_artefacts
 from tests.service.fake_broker import FakeBroker
 from tests.service.live_server import live_server
-from tests.service.test_worker_redis import TIMEOUT_S, running_worker
+from tests.service.worker.test_loop_redis import TIMEOUT_S, running_worker
 from tests.tiny_bundle import LATENT_CHANNELS, WINDOW
 
 SPEC = LuaSpec(LATENT_CHANNELS, 12, (2,), 2, window=WINDOW, num_feat=8, bicubic_skip=True, head="liif")

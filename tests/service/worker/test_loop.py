@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from prometheus_client import CollectorRegistry
 
-from models.generator import image_seed
-from service.batch_run import Drain
-from service.batching import LatentGrid
-from service.jobs import JobParams
-from service.logs import JsonFormatter
-from service.metrics import Metrics
-from service.settings import Settings
-from service.worker import Worker, choose_gpu, run_worker
+from giantleap.models.generator import image_seed
+from giantleap.service.jobs.job import JobParams
+from giantleap.service.settings import Settings
+from giantleap.service.telemetry.logs import JsonFormatter
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.worker.batch_runner import Drain
+from giantleap.service.worker.batching import LatentGrid
+from giantleap.service.worker.loop import Worker, choose_gpu, run_worker
 from tests.service.fakes import GENERATE, UPSCALE, FakeClaims, FakeRoute, make_claim
 
 GRIDS = {"tiny": LatentGrid(stride_px=8, window=4)}

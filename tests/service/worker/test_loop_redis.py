@@ -16,12 +16,12 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from service.broker import Broker
-from service.demo import free_port
-from service.errors import BadConfiguration
-from service.jobs import Job, JobState, Priority, UpscaleParams
-from service.settings import Settings
-from service.worker import run_worker
+from giantleap.cli.demo import free_port
+from giantleap.service.errors import BadConfiguration
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.job import Job, JobState, Priority, UpscaleParams
+from giantleap.service.settings import Settings
+from giantleap.service.worker.loop import run_worker
 
 TIMEOUT_S = 120.0
 

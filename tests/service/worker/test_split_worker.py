@@ -11,17 +11,17 @@ import safetensors.torch
 import torch
 from prometheus_client import CollectorRegistry
 
-from models.bundle import read_bundle
-from models.route import Route
-from models.stages import DRAWING, FINISHING, WHOLE, Stages
-from service.batch_run import Drain
-from service.batching import LatentGrid, plan_batch
-from service.claims import Claim, Drawn
-from service.jobs import GenerateParams
-from service.logs import JsonFormatter
-from service.metrics import Metrics
-from service.settings import POCKET_BUNDLE, Settings
-from service.worker import Worker, to_grid
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.route import Route
+from giantleap.models.stages import DRAWING, FINISHING, WHOLE, Stages
+from giantleap.service.jobqueue.consumer import Claim, Drawn
+from giantleap.service.jobs.job import GenerateParams
+from giantleap.service.settings import POCKET_BUNDLE, Settings
+from giantleap.service.telemetry.logs import JsonFormatter
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.worker.batch_runner import Drain
+from giantleap.service.worker.batching import LatentGrid, plan_batch
+from giantleap.service.worker.loop import Worker, to_grid
 from tests.service.fakes import GENERATE, UPSCALE, FakeClaims, FakeRoute, make_claim
 
 GRIDS = {"tiny": LatentGrid(stride_px=8, window=4)}

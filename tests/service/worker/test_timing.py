@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.bundle_descriptor import DecodeName, Method
-from models.device import StageClock
-from models.generator import DrawItem
-from models.route import stages_of
-from service.protocol import measure_protocol, to_statistics, to_table
+from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.device import StageClock
+from giantleap.models.generator import DrawItem
+from giantleap.models.route import stages_of
+from giantleap.service.worker.timing import measure_protocol, to_statistics, to_table
 
 
 class TickingClock(StageClock):

@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.batch_run import BatchRun, Drain, to_items
-from service.batching import LatentGrid
-from service.broker import Broker
-from service.claims import Claims
-from service.jobs import JobState
-from service.metrics import Metrics
-from service.settings import Settings, read_settings
-from service.tracing import Tracing
-from service.watchdog import HUNG, Watchdog
-from service.worker import Worker
+from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.job import JobState
+from giantleap.service.settings import Settings, read_settings
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.telemetry.tracing import Tracing
+from giantleap.service.worker.batch_runner import BatchRun, Drain, to_items
+from giantleap.service.worker.batching import LatentGrid
+from giantleap.service.worker.loop import Worker
+from giantleap.service.worker.watchdog import HUNG, Watchdog
 from tests.service.fakes import GENERATE, STRIDE_PX, FakeClaims, FakeRoute, make_claim
 
-ROOT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).with_name("route_worker.py")
+ROOT = Path(__file__).resolve().parents[3]
+WORKER = Path(__file__).parents[1] / "route_worker.py"
 TIMEOUT_S = 90.0
 
 StartWorker = Callable[..., "subprocess.Popen[str]"]

@@ -13,12 +13,12 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from typer.testing import CliRunner
 
-from service.cli import app
+from giantleap.cli.main import app
+from giantleap.training.data.hf_source import HubSource, list_rows, row_sizes
+from giantleap.training.data.pairs_store import PairsError, PairsStore, read_index
+from giantleap.training.data.prepare import PrepareConfig, prepare
 from tests.training.killed import killed_at_write
 from tests.training.pictures import write_pictures
-from training.hf_source import HubSource, list_rows, row_sizes
-from training.pairs_store import PairsError, PairsStore, read_index
-from training.prepare import PrepareConfig, prepare
 
 CPU = torch.device("cpu")
 

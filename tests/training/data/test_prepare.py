@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from models.bundle import read_bundle
-from service.cli import app
+from giantleap.cli.main import app
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.training.data.frozen_vae import read_vae
+from giantleap.training.data.pairs_store import PairsError, PairsStore, read_index, tensor_hash
+from giantleap.training.data.prepare import PrepareConfig, cut_tiles, list_sources, prepare, shrink_tiles
 from tests.training.killed import killed_at_write
 from tests.training.pictures import write_pictures
-from training.frozen_vae import read_vae
-from training.pairs_store import PairsError, PairsStore, read_index, tensor_hash
-from training.prepare import PrepareConfig, cut_tiles, list_sources, prepare, shrink_tiles
 
 CPU = torch.device("cpu")
 
@@ -260,6 +260,6 @@ def test_a_command_that_cannot_start_says_why(arguments: list[str], tmp_path: Pa
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys; import service.cli; sys.exit('torch' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    code = "import sys; import giantleap.cli.main; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=120).returncode == 0

@@ -5,7 +5,15 @@ import pytest
 import torch
 from scipy import stats
 
-from training.distributions import Pool, compare, density, grid_over, jensen_shannon, pool, wasserstein
+from giantleap.training.evaluation.distributions import (
+    Pool,
+    compare,
+    density,
+    grid_over,
+    jensen_shannon,
+    pool,
+    wasserstein,
+)
 
 RNG = np.random.default_rng(0)
 SAMPLE = RNG.standard_normal(400)

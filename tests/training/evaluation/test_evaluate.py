@@ -12,17 +12,17 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from models.bundle import read_bundle
-from models.checkpoints import read_lua, write_lua
-from models.lua import Lua, LuaSpec
-from service.cli_train import app
+from giantleap.cli.train import app
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.models.lua.network import Lua, LuaSpec
+from giantleap.training.data.frozen_vae import read_vae
+from giantleap.training.data.prepare import PrepareConfig, prepare
+from giantleap.training.evaluation.cases import EvaluationError, read_picture, shrink
+from giantleap.training.evaluation.evaluate import EvaluateConfig, evaluate
+from giantleap.training.evaluation.metrics import Networks, fid, kid, psnr_db, ssim, to_levels
 from tests.tiny_bundle import write_tiny_lua
 from tests.training.pictures import write_pictures
-from training.evaluate import EvaluateConfig, evaluate
-from training.evaluation_cases import EvaluationError, read_picture, shrink
-from training.frozen_vae import read_vae
-from training.metrics import Networks, fid, kid, psnr_db, ssim, to_levels
-from training.prepare import PrepareConfig, prepare
 
 CPU = torch.device("cpu")
 METRICS = {"psnr_db", "ssim", "lpips", "clip_score", "fid", "kid", "kid_std", "patch_fid", "patch_kid", "patch_kid_std"}
@@ -216,6 +216,6 @@ def test_what_cannot_be_measured_is_refused(pictures: Path, tiny_bundle_dir: Pat
 
 
 def test_missing_metrics_are_told_before_pictures_are_encoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("service.cli_train.find_spec", lambda name: None)
+    monkeypatch.setattr("giantleap.cli.train.find_spec", lambda name: None)
     answer = CliRunner().invoke(app, ["evaluate", "--bundle", "none", "--images", "none", "--out", str(tmp_path)])
     assert answer.exit_code == 2 and 'pip install "giantleap[train]"' in answer.output

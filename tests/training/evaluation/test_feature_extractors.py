@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.feature_extractors import ClipScore, Inception, Lpips, open_networks
-from training.metrics import NotAvailableError
+from giantleap.training.evaluation.feature_extractors import ClipScore, Inception, Lpips, open_networks
+from giantleap.training.evaluation.metrics import NotAvailableError
 
 CPU = torch.device("cpu")
 ALEXNET = ((0, 64, 3, 11), (3, 192, 64, 5), (6, 384, 192, 3), (8, 256, 384, 3), (10, 256, 256, 3))

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.metrics import NotAvailableError, crop, crop_places, fid, kid, psnr_db, ssim, to_levels
+from giantleap.training.evaluation.metrics import (
+    NotAvailableError,
+    crop,
+    crop_places,
+    fid,
+    kid,
+    psnr_db,
+    ssim,
+    to_levels,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.leaves import draw_leaves, fractal_noise, read_leaf_pool
+from giantleap.training.pocket.leaves import draw_leaves, fractal_noise, read_leaf_pool
 
 
 def test_same_seed_draws_the_same_picture() -> None:

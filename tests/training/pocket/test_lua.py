@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from models.checkpoints import read_lua
-from models.lua import PRESETS, Lua
-from training.leaves import draw_leaves
-from training.optim import Budget
-from training.pocket_lua import (
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.lua.network import PRESETS, Lua
+from giantleap.training.pocket.leaves import draw_leaves
+from giantleap.training.pocket.lua import (
     STAGES,
     Stage,
     channel_weights,
@@ -26,8 +25,9 @@ from training.pocket_lua import (
     train_lua,
     validate,
 )
-from training.pocket_pairs import Pairs, draw_view, read_pairs, shrink, write_pairs
-from training.pocket_vae import Pictures, make_vae
+from giantleap.training.pocket.optim import Budget
+from giantleap.training.pocket.pairs import Pairs, draw_view, read_pairs, shrink, write_pairs
+from giantleap.training.pocket.vae import Pictures, make_vae
 
 SIZES_PX = ((64, 96), (128, 128))
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.optim import Budget, Ema, MuonAdamW, cosine_rate, to_orthogonal
-from training.state import TrainState
+from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW, cosine_rate, to_orthogonal
+from giantleap.training.pocket.state import TrainState
 
 
 def make_state(seed: int = 0) -> TrainState:

@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from training.captions import COLOURS, SHAPES, Slots, draw_prompts, draw_slots, mirror, to_caption, vary_caption
-from training.scenes import PALETTE, draw_scene, plain_scene, read_pool, render, write_pool
+from giantleap.training.pocket.captions import (
+    COLOURS,
+    SHAPES,
+    Slots,
+    draw_prompts,
+    draw_slots,
+    mirror,
+    to_caption,
+    vary_caption,
+)
+from giantleap.training.pocket.scenes import PALETTE, draw_scene, plain_scene, read_pool, render, write_pool
 
 SLOTS = Slots("sphere", "red", "green", "blue", "left", "large")
 

@@ -11,14 +11,14 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import safe_open
 from torch import Tensor
 
-from models.bundle import read_bundle
-from models.checkpoints import read_lua
-from models.lua import Lua
-from models.pixel_upscale import PixelUpscaler
-from training.leaves import draw_leaves
-from training.optim import Budget
-from training.pocket_lua import shrink
-from training.pocket_swinir import (
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.engines.swinir import PixelUpscaler
+from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.lua.network import Lua
+from giantleap.training.pocket.leaves import draw_leaves
+from giantleap.training.pocket.lua import shrink
+from giantleap.training.pocket.optim import Budget
+from giantleap.training.pocket.swinir import (
     PicturePairs,
     make_pairs,
     start_as_bicubic,
@@ -27,7 +27,7 @@ from training.pocket_swinir import (
     train_swinir,
     write_swinir,
 )
-from training.pocket_vae import Pictures, Pool, make_vae, psnr_db
+from giantleap.training.pocket.vae import Pictures, Pool, make_vae, psnr_db
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_a_run_writes_its_files_and_resumes(vae: AutoencoderKL, pictures: Pictur
 
 @pytest.mark.parametrize("scale", [2, 4])
 def test_the_shipped_network_beats_bicubic_on_a_new_picture_and_its_tiles_show_no_seam(scale: int) -> None:
-    bundle = read_bundle(Path(__file__).parents[2] / "bundles" / "pocket")
+    bundle = read_bundle(Path(__file__).parents[3] / "bundles" / "pocket")
     assert bundle.scales_of("swinir") == (1, 2, 4)
     large = torch.from_numpy(draw_leaves(np.random.default_rng((99, 0)), 384)).permute(2, 0, 1)[None] / 127.5 - 1.0
     small = (shrink(large, scale) + 1.0) / 2.0

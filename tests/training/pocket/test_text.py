@@ -7,10 +7,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from training import pocket_text
-from training.captions import known_words
-from training.optim import Budget
-from training.pocket_text import (
+from giantleap.training.pocket import text as pocket_text
+from giantleap.training.pocket.captions import known_words
+from giantleap.training.pocket.optim import Budget
+from giantleap.training.pocket.scenes import write_pool
+from giantleap.training.pocket.text import (
     EARLY_SHIFTS,
     LATE_SHIFTS,
     TextToLatent,
@@ -23,8 +24,7 @@ from training.pocket_text import (
     to_tokens,
     train_text,
 )
-from training.pocket_tokenizer import MAX_TOKENS, open_tokenizer
-from training.scenes import write_pool
+from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_tokenizer
 
 
 def small_network() -> TextToLatent:

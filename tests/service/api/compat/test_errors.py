@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from service.front_errors import front_error
-from service.problems import InvalidFields, problem_body
+from giantleap.service.api.compat.errors import front_error
+from giantleap.service.api.problems import InvalidFields, problem_body
 
 PROBLEM = problem_body(InvalidFields((("n", "is 0"), ("size", "is odd"))), "r-1")
 ROUTES = {

@@ -12,10 +12,10 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image
 
-from models.latent_space import LATENT_SPACES
-from service.errors import QueueFull
-from service.front_remote_vae import to_tensor
-from service.jobs import UpscaleParams
+from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.service.api.compat.remote_vae import to_tensor
+from giantleap.service.errors import QueueFull
+from giantleap.service.jobs.job import UpscaleParams
 from tests.service.fake_broker import expire, fail
 from tests.service.front_fakes import (
     LATENT,

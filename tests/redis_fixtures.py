@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
-from models.stages import WHOLE, Stages
-from service.broker import Broker
-from service.claims import Claims
-from service.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
-from service.jobs import GenerateParams, Job, Priority
-from service.redis_urls import open_async_redis, open_redis
-from service.settings import Settings, read_settings
+from giantleap.models.stages import WHOLE, Stages
+from giantleap.service.jobqueue.client import open_async_redis, open_redis
+from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobs.job import GenerateParams, Job, Priority
+from giantleap.service.settings import Settings, read_settings
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
 
 if TYPE_CHECKING:
     from tests.service.front_fakes import FileBroker

@@ -14,9 +14,9 @@ import openai
 import pytest
 from fastapi import FastAPI, Request
 
-from service.errors import NotReady, QueueFull
-from service.front_openai import stream_generation
-from service.jobs import GenerateParams, Job, JobState
+from giantleap.service.api.compat.openai import stream_generation
+from giantleap.service.errors import NotReady, QueueFull
+from giantleap.service.jobs.job import GenerateParams, Job, JobState
 from tests.service.fake_broker import expire, fail, stay_queued
 from tests.service.front_fakes import STAGES, FileBroker, build_app, read_pixels
 from tests.service.live_server import live_server

@@ -13,9 +13,9 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
-from models.latent_space import LATENT_SPACES
-from service.errors import QueueFull
-from service.jobs import Priority, UpscaleParams
+from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.service.errors import QueueFull
+from giantleap.service.jobs.job import Priority, UpscaleParams
 from tests.service.fake_broker import expire, fail, stay_queued
 from tests.service.front_fakes import (
     LATENT,

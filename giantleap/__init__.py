@@ -1,0 +1,1 @@
+"""Giantleap: latents enlarged by a Latent Upscaler Adapter, in Python and as a service."""

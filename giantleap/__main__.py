@@ -1,0 +1,5 @@
+"""`python -m giantleap` is the `giantleap` command."""
+
+from giantleap.cli.main import main
+
+main()

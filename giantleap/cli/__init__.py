@@ -1,0 +1,1 @@
+"""The `giantleap` command. Start at `giantleap.cli.main`."""

@@ -1,0 +1,1 @@
+"""Bundles: what can be served, how a descriptor is read and its weights are pulled."""

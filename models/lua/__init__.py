@@ -1,0 +1,1 @@
+"""The Latent Upscaler Adapter: network, specification and weights."""

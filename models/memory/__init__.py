@@ -1,0 +1,1 @@
+"""How much device memory a request needs."""

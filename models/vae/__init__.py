@@ -1,0 +1,1 @@
+"""Encoding and decoding with a VAE, whole or in exact strips."""

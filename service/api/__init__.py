@@ -1,0 +1,1 @@
+"""The HTTP API. Start at `giantleap.service.api.app.create_app`."""

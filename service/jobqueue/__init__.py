@@ -1,0 +1,1 @@
+"""The durable job queue on Redis Streams: producer, consumer, records, blobs and their Lua scripts."""

@@ -1,0 +1,1 @@
+"""What a job is and what it may ask of a worker: values and pure decisions, without Redis or HTTP."""

@@ -1,0 +1,1 @@
+"""Signed webhooks: which hosts may be called, and who calls them."""

@@ -1,0 +1,1 @@
+"""Training pairs: prepared from pictures, stored and read."""

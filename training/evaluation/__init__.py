@@ -1,0 +1,1 @@
+"""Quality of an adapter against both bicubics."""

@@ -1,0 +1,1 @@
+"""How the pocket bundle's weights are made: `python -m giantleap.training.pocket`."""
