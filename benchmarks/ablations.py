@@ -39,7 +39,7 @@ from giantleap.training.data.pairs_store import PairsStore, replace_file
 from giantleap.training.data.prepare import PrepareConfig, prepare
 from giantleap.training.pocket.pairs import SCENE_SHARE, draw_scene_view, draw_view, shrink
 from giantleap.training.pocket.vae import Pool
-from giantleap.training.run import Place, train
+from giantleap.training.run import DistributedContext, train
 
 CPU = torch.device("cpu")
 PICTURE_PX = 256
@@ -226,7 +226,7 @@ def run_one(
     folder = out / "run"
     shutil.rmtree(folder, ignore_errors=True)
     started_s, started_wall_s = time.process_time(), time.monotonic()
-    weights = train(config_of(variant, updates, seed, out / "bundle", out / "pairs"), folder, Place(CPU))
+    weights = train(config_of(variant, updates, seed, out / "bundle", out / "pairs"), folder, DistributedContext(CPU))
     cpu_s, wall_s = time.process_time() - started_s, time.monotonic() - started_wall_s
     net = read_lua(weights)
     parameters = sum(weight.numel() for weight in net.parameters())
@@ -274,7 +274,7 @@ def order_of(keys: Sequence[str], values: Mapping[str, float]) -> str:
     return " > ".join(titles[key] for key in sorted((k for k in keys if k in values), key=lambda k: -values[k]))
 
 
-def to_page(record: Mapping[str, Any]) -> str:
+def to_markdown(record: Mapping[str, Any]) -> str:
     """The whole of `docs/ablations.md`."""
     lines = [
         PAGE_HEAD.format(**record["settings"], **record["settings"]["net"], **_words(record)),
@@ -396,7 +396,7 @@ def main(
             typer.echo(
                 f"{variant.key} seed {seed}: {', '.join(line)}, {found['cpu_s']:.0f} CPU s, {found['wall_s']:.0f} s"
             )
-    replace_file(page, to_page(record).encode())
+    replace_file(page, to_markdown(record).encode())
 
 
 if __name__ == "__main__":

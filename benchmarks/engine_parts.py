@@ -21,7 +21,7 @@ MAP_SIDE = 64  # of the maps that the convolution between two groups takes
 _CALLS, _MEANS = 100, 15
 
 
-def least_us(call: Callable[[], object]) -> float:
+def min_us(call: Callable[[], object]) -> float:
     """Microseconds by the clock."""
     means = []
     for _ in range(_MEANS):
@@ -159,7 +159,7 @@ def main(threads: int = 1) -> None:
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")
     with torch.inference_mode():
         for name, call in {**cases(threads), **convolutions()}.items():
-            print(f"{name:<38}{least_us(call):>8.0f} us")
+            print(f"{name:<38}{min_us(call):>8.0f} us")
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ from giantleap.export.graphs import LuaGraph, trace
 from giantleap.export.manifest import INPUT, OUTPUTS
 from giantleap.export.onnx_files import write_onnx
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.engines.base import Artefact, ArtefactEngine, TorchEngine
+from giantleap.models.engines.base import Artifact, ArtifactEngine, TorchEngine
 from giantleap.models.engines.swinir import RGB_CHANNELS
-from giantleap.models.generator import DrawItem
+from giantleap.models.generator import GenerationItem
 from giantleap.models.images import psnr_db
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua, preset
@@ -49,7 +49,7 @@ RESULTS = Path("benchmarks/results/engines.json")
 PAGE = Path("docs/engines.md")
 MARKS = ("<!-- benchmarks.engines -->\n", "<!-- end -->\n")
 MAX_ERROR = 1e-4  # of float32 variants, absolute; the published forward's deviation is printed beside it
-LEAST_PSNR_DB = 45.0
+MIN_PSNR_DB = 45.0
 TARGETS = {  # least speed over the published forward in float32, by case and variant
     ("latent 64", "torch float32"): 2.3,
     ("latent 128", "torch float32"): 2.0,
@@ -145,8 +145,8 @@ def open_variant(variant: str, channels: int, folder: Path) -> Run:
 
         return published_half
     if variant == "onnx float32":
-        artefact = Artefact(graph_path(folder, channels), INPUT, OUTPUTS["lua"])
-        return partial(ArtefactEngine.open("onnx", net.spec, {SCALE: artefact}, CPU).run, scale=SCALE)
+        artifact = Artifact(graph_path(folder, channels), INPUT, OUTPUTS["lua"])
+        return partial(ArtifactEngine.open("onnx", net.spec, {SCALE: artifact}, CPU).run, scale=SCALE)
     if variant == "module float32":
         return partial(TorchEngine(net, CPU, torch.float32).run, scale=SCALE)
     if variant not in VARIANTS:
@@ -245,7 +245,7 @@ def measure_pocket() -> list[dict[str, Any]]:
     assert bundle.lua is not None
     route, net = Route.open(bundle, CPU, torch.float32), read_lua(bundle.lua)
     prompts = ("a red sphere on a green floor", "a blue cube and a yellow cone")
-    items = [DrawItem(prompt, "", seed, 128, 128, 12, 3.0) for seed, prompt in enumerate(prompts)]
+    items = [GenerationItem(prompt, "", seed, 128, 128, 12, 3.0) for seed, prompt in enumerate(prompts)]
     latents = torch.stack([each for each in route.generate(items, lambda step, steps: None, set) if each is not None])
     rows = []
     for scale in net.spec.scales:
@@ -255,7 +255,7 @@ def measure_pocket() -> list[dict[str, Any]]:
             worst = min(
                 psnr_db(route.vae.decode(one[None]), image[None]) for one, image in zip(answer, expected, strict=True)
             )
-            rows.append({"scale": scale, "variant": name, "psnr_db": worst, "met": worst >= LEAST_PSNR_DB})
+            rows.append({"scale": scale, "variant": name, "psnr_db": worst, "met": worst >= MIN_PSNR_DB})
     return rows
 
 

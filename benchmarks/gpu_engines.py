@@ -26,10 +26,10 @@ from giantleap.export.manifest import INPUT, OUTPUTS, Precision
 from giantleap.export.onnx_files import write_onnx
 from giantleap.export.parity import whole_float32
 from giantleap.export.tensorrt_plans import PlanOptions, build_plan, plan_profiles
-from giantleap.models.engines.base import Artefact, Profile, TorchEngine
+from giantleap.models.engines.base import Artifact, Profile, TorchEngine
 from giantleap.models.engines.compiled import CompileEngine
 from giantleap.models.engines.onnx_runtime import open_graph
-from giantleap.models.engines.packed_lua import PreparedLua
+from giantleap.models.engines.packed_lua import PackedLua
 from giantleap.models.engines.tensorrt_runtime import PlanRunner, load_tensorrt
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec
@@ -104,7 +104,7 @@ def open_variant(variant: Variant, net: Lua, case: EngineCase, device: torch.dev
     elif variant == "autocast":
         yield partial(TorchEngine(net, device, dtype).run, scale=scale)
     elif variant == "prepared":
-        yield partial(PreparedLua(net, dtype, packed=False), scale=scale)
+        yield partial(PackedLua(net, dtype, packed=False), scale=scale)
     elif variant in ("compiled", "compiled, padded"):
         multiple = PADDED_MULTIPLE if variant == "compiled, padded" else 1
         engine = CompileEngine.open(net, device, dtype, width_multiple=multiple)
@@ -125,7 +125,7 @@ def open_variant(variant: Variant, net: Lua, case: EngineCase, device: torch.dev
 
 def _open_exported(variant: Variant, graph: Path, case: EngineCase, device: torch.device) -> Run:
     if variant == "onnx":
-        return open_graph(Artefact(graph, INPUT, OUTPUTS["lua"]), device)
+        return open_graph(Artifact(graph, INPUT, OUTPUTS["lua"]), device)
     trt = load_tensorrt(device)
     options = PlanOptions(max_batch=8)
     profiles = plan_profiles(case.spec.window, options.max_batch)
@@ -133,7 +133,7 @@ def _open_exported(variant: Variant, graph: Path, case: EngineCase, device: torc
     if not path.exists():
         path.write_bytes(build_plan(trt, graph, case.spec.channels, profiles, PRECISIONS[case.dtype], options))
     named = tuple(Profile(each.name, each.least, each.most) for each in profiles)
-    return PlanRunner(trt, Artefact(path, INPUT, OUTPUTS["lua"], named), device)
+    return PlanRunner(trt, Artifact(path, INPUT, OUTPUTS["lua"], named), device)
 
 
 def count_flops(run: Run, latent: Tensor) -> int:

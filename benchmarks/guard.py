@@ -22,11 +22,11 @@ from tqdm import tqdm
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.photos import read_photos
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.generator import DrawItem
+from giantleap.models.generator import GenerationItem
 from giantleap.models.images import psnr_db
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.models.lua.checkpoints import read_lua
-from giantleap.models.lua.clamp import Guard
+from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.statistics import LatentStatistics
 from giantleap.models.route import Route
@@ -39,7 +39,7 @@ from giantleap.training.pocket.pairs import draw_view
 SCALES = (2, 4)
 FAR = 1.5
 BROKEN_SHARE = 0.01
-MOST_DB = 100.0  # of images that are equal
+MAX_DB = 100.0  # of images that are equal
 SIDE_PX = 256
 PROMPTS = ("a red sphere on a green floor under a blue sky", "a large yellow cube on a purple floor")
 FOREIGN = ("sdxl", "flux1")  # families whose factors a client may apply by mistake
@@ -102,14 +102,14 @@ def read_inputs(route: Route, scale: int) -> dict[str, Tensor]:
         top = (photo.shape[-1] - SIDE_PX) // 2
         centre = photo[..., top : top + SIDE_PX, top : top + SIDE_PX]
         inputs[name] = route.vae.encode(shrink(centre, scale))
-    items = [DrawItem(words, "", seed, 128, 128, 12, 3.0) for seed, words in enumerate(PROMPTS)]
+    items = [GenerationItem(words, "", seed, 128, 128, 12, 3.0) for seed, words in enumerate(PROMPTS)]
     drawn = route.generate(items, lambda step, steps: None, set)
     return inputs | {item.prompt: latent[None] for item, latent in zip(items, drawn, strict=True) if latent is not None}
 
 
 @torch.inference_mode()
 def measure_case(
-    vae: Vae, lua: Lua, guards: Mapping[float, Guard], small: Tensor, scale: int
+    vae: Vae, lua: Lua, guards: Mapping[float, LatentClamp], small: Tensor, scale: int
 ) -> dict[str, dict[str, float]]:
     """One latent by every route: "bicubic", "off", and each number of sigmas."""
     grown = lua(small, scale)
@@ -120,8 +120,8 @@ def measure_case(
     return {
         name: {
             **asdict(judge(picture)),
-            "psnr_to_bicubic_db": psnr_db(picture, shown["bicubic"], MOST_DB),
-            "psnr_to_off_db": psnr_db(picture, shown["off"], MOST_DB),
+            "psnr_to_bicubic_db": psnr_db(picture, shown["bicubic"], MAX_DB),
+            "psnr_to_off_db": psnr_db(picture, shown["off"], MAX_DB),
             "changed_share": float((latents[name] != grown).float().mean()),
         }
         for name, picture in shown.items()
@@ -148,7 +148,7 @@ def summarize(cases: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, f
             "broken_rate": float(np.mean([case[name]["is_broken"] for case in cases])),
             "far_share": float(np.mean([case[name]["far_share"] for case in cases])),
             "psnr_to_bicubic_db": float(np.mean([case[name]["psnr_to_bicubic_db"] for case in cases])),
-            "least_psnr_to_off_db": min(case[name]["psnr_to_off_db"] for case in cases),
+            "min_psnr_to_off_db": min(case[name]["psnr_to_off_db"] for case in cases),
             "changed_share": float(np.mean([case[name]["changed_share"] for case in cases])),
         }
         for name in cases[0]
@@ -165,7 +165,7 @@ def to_table(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
             lines.append(f"{name:<34}" + "".join(f"{100 * row[route][key]:>9.1f}" for route in routes))
     usual = groups["as trained"]
     lines.append(f"{'as trained, least dB to off':<34}" + "".join(
-        f"{usual[route]['least_psnr_to_off_db']:>9.1f}" for route in routes
+        f"{usual[route]['min_psnr_to_off_db']:>9.1f}" for route in routes
     ))  # fmt: skip
     return "\n".join(lines)
 
@@ -188,7 +188,7 @@ def main(
         raise typer.BadParameter(f"bundle {bundle.name} has no LUA weights")
     net = read_lua(path)
     statistics = measure_procedural(route.vae, pictures)
-    guards = {each: Guard(statistics, each, device) for each in sigmas or [3.0, 6.0, 12.0, 24.0]}
+    guards = {each: LatentClamp(statistics, each, device) for each in sigmas or [3.0, 6.0, 12.0, 24.0]}
     groups: dict[str, list[dict[str, dict[str, float]]]] = {}
     usual: dict[str, dict[str, float]] = {}
     for scale in net.spec.scales:

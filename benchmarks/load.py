@@ -29,7 +29,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from benchmarks.load_client import Load, median_of, run_closed, run_open, to_request
-from benchmarks.load_docs import PAGE, to_page
+from benchmarks.load_docs import PAGE, to_markdown
 from benchmarks.load_service import PEER_NAMES, SPREAD, peer_python, run_peer, run_service
 from giantleap.service.supervisor.embedded_redis import find_server
 
@@ -267,7 +267,7 @@ def main() -> None:
         report = measure(options.peers, options.rounds, options.seconds)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=2) + "\n")
-    page = to_page(json.loads(options.out.read_text()))
+    page = to_markdown(json.loads(options.out.read_text()))
     print(page)
     if options.docs_only or options.out.resolve() == RESULTS.resolve():  # the page is of the stored report only
         PAGE.write_text(page)

@@ -58,7 +58,7 @@ def measure(before: Path, after: Path, rounds: int, seconds: float) -> tuple[Run
     return found
 
 
-def to_lines(before: Runs, after: Runs) -> list[str]:
+def format_errors(before: Runs, after: Runs) -> list[str]:
     """A table in Markdown: of each run the figures before and after, and the median ratio."""
     lines = ["| | figure | before | after | after / before |", "|---|---|---|---|---|"]
     for name, old in before.items():
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each run")
     options = parser.parse_args()
     before, after = measure(options.before, options.after, options.rounds, options.seconds)
-    print("\n".join(to_lines(before, after)))
+    print("\n".join(format_errors(before, after)))
 
 
 if __name__ == "__main__":

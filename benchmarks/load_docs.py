@@ -49,7 +49,7 @@ requests per second ours over theirs: above 1 Giantleap is ahead.
 """
 
 
-def to_page(report: dict[str, Any]) -> str:
+def to_markdown(report: dict[str, Any]) -> str:
     """The page as Markdown."""
     ours = report["medians"]["giantleap"]
     columns = {name: title for name, title in _COLUMNS.items() if name in next(iter(ours.values()))}

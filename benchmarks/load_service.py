@@ -23,7 +23,7 @@ from pathlib import Path
 
 from giantleap.models.allocator import keep_freed_memory
 from giantleap.service.jobqueue.client import open_redis
-from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobs.job import ResultFile, UpscaleParams
 from giantleap.service.jobs.latents import SAFETENSORS_TYPE
 from giantleap.service.settings import Settings, read_settings, to_environment
@@ -138,7 +138,7 @@ def work(settings: Settings, workers: int, work_ms: float) -> None:
 
     def run() -> None:
         dice = random.Random(uuid.uuid4().hex)
-        claims = Claims(open_redis(settings.redis_url or ""), settings, (bundle,), f"load-{uuid.uuid4().hex[:8]}")
+        claims = JobConsumer(open_redis(settings.redis_url or ""), settings, (bundle,), f"load-{uuid.uuid4().hex[:8]}")
         claims.open()
         while True:
             for claim in claims.claim(1 if work_ms else 8, 1.0):

@@ -23,12 +23,12 @@ from benchmarks.live_storage import LiveStorage
 from benchmarks.machine import read_machine
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.engines.base import TorchEngine
-from giantleap.models.generator import DrawItem
+from giantleap.models.generator import GenerationItem
 from giantleap.models.lua.network import Lua
-from giantleap.models.lua.spec import PRESETS, grown_side
+from giantleap.models.lua.spec import PRESETS, scaled_size
 from giantleap.models.memory.activations import denoiser_elements, lua_bytes
 from giantleap.models.memory.from_bundle import read_memory_plan
-from giantleap.models.memory.plan import DeviceKind, Work
+from giantleap.models.memory.plan import DeviceKind, Workload
 from giantleap.models.route import Route
 from giantleap.service.settings import POCKET_BUNDLE
 
@@ -253,8 +253,8 @@ def measure_bundle(directory: Path, device: DeviceKind, dtype: str) -> list[Figu
         for scale in bundle.scales_of(method):
             for items in (1, 2):
                 defaults = bundle.defaults
-                sides = (grown_side(defaults.base_width_px, scale), grown_side(defaults.base_height_px, scale))
-                work = Work(*sides, scale, method, items=items, guidance_scale=defaults.guidance_scale)
+                sides = (scaled_size(defaults.base_width_px, scale), scaled_size(defaults.base_height_px, scale))
+                work = Workload(*sides, scale, method, items=items, guidance_scale=defaults.guidance_scale)
                 found = plan.estimate(work).stages
                 for stage, measured in measure_stages(route, work, device).items():
                     what = f"{bundle.name} {method} x{scale} {items} items"
@@ -262,10 +262,10 @@ def measure_bundle(directory: Path, device: DeviceKind, dtype: str) -> list[Figu
     return rows
 
 
-def measure_stages(route: Route, work: Work, device: str) -> dict[str, int]:
+def measure_stages(route: Route, work: Workload, device: str) -> dict[str, int]:
     """Peak of each stage of a job, run one after the other; an upscaler runs twice, since it keeps its biases."""
     width_px, height_px = work.base_px
-    item = DrawItem("a red sphere", "", 1, width_px, height_px, 2, work.guidance_scale)
+    item = GenerationItem("a red sphere", "", 1, width_px, height_px, 2, work.guidance_scale)
     stages: dict[str, int] = {}
     latents: list[Tensor] = []
     images: list[Tensor | None] = []

@@ -20,7 +20,7 @@ from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import Method
 from giantleap.models.device import choose_device, choose_dtype
-from giantleap.models.generator import DrawItem
+from giantleap.models.generator import GenerationItem
 from giantleap.models.route import Route
 from giantleap.service.worker.timing import ProtocolResult, measure_protocol, to_table
 
@@ -46,7 +46,7 @@ def _draw(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int, meth
     defaults = bundle.defaults
     factor = scale if method == "direct" else 1
     width_px, height_px = factor * defaults.base_width_px, factor * defaults.base_height_px
-    item = DrawItem(prompt, "", seed, width_px, height_px, defaults.steps, defaults.guidance_scale)
+    item = GenerationItem(prompt, "", seed, width_px, height_px, defaults.steps, defaults.guidance_scale)
     latents = [latent for latent in route.generate([item], lambda step, steps: None, set) if latent is not None]
     _, (image,) = route.finish(latents, scale, method, "exact", route.clock().measure)
     if image is None:

@@ -52,7 +52,7 @@ def judge_photos(mean: PhotoScores) -> list[Floor]:
 
 def judge_prompts(following: Following) -> list[Floor]:
     """The floors of prompt following, in per cent."""
-    asked = (("floor", 95.0), ("sky", 95.0), ("colour", 85.0), ("shape", 70.0), ("position", 80.0))
+    asked = (("floor", 95.0), ("sky", 95.0), ("color", 85.0), ("shape", 70.0), ("position", 80.0))
     return [Floor(f"prompt: {slot}", 100.0 * following.generated[slot], floor, "%") for slot, floor in asked]
 
 

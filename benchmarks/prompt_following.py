@@ -1,8 +1,8 @@
 """Does the picture show what the prompt says? Seeded random prompts, one score per slot, the ceiling beside each.
 
-Floor and sky are read from fixed strips, the object's colour from the pixels where an object of the asked shape, size
+Floor and sky are read from fixed strips, the object's color from the pixels where an object of the asked shape, size
 and position must be, shape, position and size by a small network that is trained here on true renders. A wrong place
-thus counts against the colour too. The same measure on true renders of the same prompts, as rendered and after the
+thus counts against the color too. The same measure on true renders of the same prompts, as rendered and after the
 VAE's round trip, is the ceiling. `python -m benchmarks.prompt_following bundles/pocket` prints the table.
 """
 
@@ -22,11 +22,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from giantleap.training.pocket.captions import COLOURS, POSITIONS, SHAPES, SIZES, Slots, draw_prompts
+from giantleap.training.pocket.captions import COLORS, POSITIONS, SHAPES, SIZES, Slots, draw_prompts
 from giantleap.training.pocket.scenes import PALETTE, draw_scene, plain_scene, render
 
-SLOTS = ("floor", "sky", "colour", "shape", "position", "size")
-CHOICES = {"floor": COLOURS, "sky": COLOURS, "colour": COLOURS, "shape": SHAPES, "position": POSITIONS, "size": SIZES}
+SLOTS = ("floor", "sky", "color", "shape", "position", "size")
+CHOICES = {"floor": COLORS, "sky": COLORS, "color": COLORS, "shape": SHAPES, "position": POSITIONS, "size": SIZES}
 SKY_ROWS = (0.02, 0.14)  # above every object
 FLOOR_ROWS = (0.90, 0.98)  # below every object
 SHADES = (0.5, 0.65, 0.8, 1.0)  # brightness of an object's faces
@@ -102,11 +102,11 @@ def _disturb(images: Tensor, generator: torch.Generator) -> Tensor:
     return images + 0.04 * torch.rand((), generator=generator) * torch.randn(images.shape, generator=generator)
 
 
-def read_colour(pixels: Tensor, shades: tuple[float, ...] = (1.0,)) -> str:
-    """The palette colour that most pixels are nearest to. **Shape**: (N, 3) in 0..1."""
-    palette = torch.tensor([[c * shade for c in PALETTE[name]] for name in COLOURS for shade in shades])
+def read_color(pixels: Tensor, shades: tuple[float, ...] = (1.0,)) -> str:
+    """The palette color that most pixels are nearest to. **Shape**: (N, 3) in 0..1."""
+    palette = torch.tensor([[c * shade for c in PALETTE[name]] for name in COLORS for shade in shades])
     votes = torch.cdist(pixels, palette).argmin(1) // len(shades)
-    return COLOURS[int(votes.bincount(minlength=len(COLOURS)).argmax())]
+    return COLORS[int(votes.bincount(minlength=len(COLORS)).argmax())]
 
 
 def object_core(slots: Slots, image_px: int) -> Tensor:
@@ -134,9 +134,9 @@ def read_slots(images: Tensor, asked: list[Slots], judge: Judge) -> list[Slots]:
         seen.append(
             Slots(
                 shape=SHAPES[answers["shape"][index]],
-                colour=read_colour(image[:, core].T, SHADES),
-                floor=read_colour(_strip(image, FLOOR_ROWS)),
-                sky=read_colour(_strip(image, SKY_ROWS)),
+                color=read_color(image[:, core].T, SHADES),
+                floor=read_color(_strip(image, FLOOR_ROWS)),
+                sky=read_color(_strip(image, SKY_ROWS)),
                 position=POSITIONS[answers["position"][index]],
                 size=SIZES[answers["size"][index]],
             )

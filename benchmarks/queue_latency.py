@@ -23,8 +23,8 @@ import redis
 from tqdm import tqdm
 
 from giantleap.service.jobqueue.client import open_async_redis, open_redis
-from giantleap.service.jobqueue.consumer import Claims
-from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobqueue.consumer import JobConsumer
+from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import GenerateParams, Job, Priority, ResultFile
 from giantleap.service.settings import Settings, read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
@@ -46,14 +46,14 @@ def settings_for(url: str) -> Settings:
 def serve(url: str) -> None:
     """The worker process: ends each job at once with a result of `RESULT_BYTES`; runs until it is killed."""
     blob = os.urandom(RESULT_BYTES)
-    worker = Claims(open_redis(url), settings_for(url), ["pocket"], "bench")
+    worker = JobConsumer(open_redis(url), settings_for(url), ["pocket"], "bench")
     worker.open()
     while True:
         for claim in worker.claim(8, 1.0):
             worker.finish(claim, [(ResultFile("image/png", len(blob)), blob)], {}, [])
 
 
-async def measure_latency(producer: Broker, number: int, name: str) -> list[float]:
+async def measure_latency(producer: JobProducer, number: int, name: str) -> list[float]:
     """Milliseconds from the call of enqueue to the result in hand, one job at a time."""
     times_ms = []
     for n in tqdm(range(number + WARM_UP), desc=f"{name}: latency", leave=False):
@@ -69,7 +69,7 @@ async def measure_latency(producer: Broker, number: int, name: str) -> list[floa
     return sorted(times_ms)
 
 
-async def measure_enqueue(producer: Broker, number: int) -> tuple[list[Job], float]:
+async def measure_enqueue(producer: JobProducer, number: int) -> tuple[list[Job], float]:
     """The backlog, and acknowledged jobs per second with 32 producers in one process."""
     jobs = [make_job() for _ in range(number)]
     started_s = time.perf_counter()
@@ -85,7 +85,7 @@ async def measure_enqueue(producer: Broker, number: int) -> tuple[list[Job], flo
 async def measure_policy(url: str, name: str, number: int, backlog: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.queue_latency", "--serve", url]
     async with open_async_redis(url) as client:
-        producer = Broker(client, settings_for(url))
+        producer = JobProducer(client, settings_for(url))
         await producer.open()
         jobs, enqueued_per_s = await measure_enqueue(producer, backlog)
         worker = subprocess.Popen(command)

@@ -34,13 +34,13 @@ from giantleap.training.data.prepare import PrepareConfig, prepare
 from giantleap.training.evaluation.held_out import evaluate
 from giantleap.training.pocket.pairs import SCENE_SHARE, draw_scene_view, draw_view, shrink
 from giantleap.training.pocket.vae import Pictures, Pool
-from giantleap.training.run import Place, train
+from giantleap.training.run import DistributedContext, train
 from giantleap.training.transfer import Start, prepare_start
 
 CPU = torch.device("cpu")
 TILE_PX = 256
 HELD_OUT = 32
-MOST_BEHIND_DB = 0.3
+MAX_BEHIND_DB = 0.3
 TIMES = 10  # as many steps from scratch
 BEST: Start = "fit"  # the start that is judged; the others are there to choose it
 
@@ -120,7 +120,7 @@ def run_variant(variant: Variant, folder: Path, source: Path, bundle: Path, rate
         out.mkdir(parents=True, exist_ok=True)
         if not start_file.is_file():
             write_lua(start_file, prepare_start(source, bundle, pairs, variant.start, CPU))
-    return train(plan(bundle, pairs, start_file, variant.steps, rate, batch), out, Place(CPU), resume=True)
+    return train(plan(bundle, pairs, start_file, variant.steps, rate, batch), out, DistributedContext(CPU), resume=True)
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def main(
     typer.echo(table(figures))
     typer.echo(f"transfer_{BEST} over scratch, dB: {ahead}")
     settings = {"pictures": pictures, "steps": steps, "rate": rate, "batch": batch, "start": BEST}
-    is_met = min(ahead.values()) >= -MOST_BEHIND_DB
+    is_met = min(ahead.values()) >= -MAX_BEHIND_DB
     record = {
         "machine": read_machine(PHOTO_PACKAGES),
         "settings": settings,

@@ -1,1 +1,1 @@
-"""Artefacts for engines: a graph per scale head and one of the decoder, compared with PyTorch before they count."""
+"""Artifacts for engines: a graph per scale head and one of the decoder, compared with PyTorch before they count."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from giantleap.export.manifest import INPUT, OUTPUTS, ArtefactError
-from giantleap.models.engines.base import Artefact, EngineError, first_line, open_package
+from giantleap.export.manifest import INPUT, OUTPUTS, ArtifactError
+from giantleap.models.engines.base import Artifact, EngineError, first_line, open_package
 
 # What `torch.backends.cpu.get_cpu_capability` says, which the manifest compares, as compilers name it.
 _LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
@@ -34,14 +34,14 @@ def write_aoti(program: ExportedProgram, path: Path) -> tuple[Path, ...]:
     """Compiles; needs a C++ compiler, for a GPU also Triton. Takes minutes for a deep network.
 
     Raises:
-        ArtefactError: The compiler is missing or failed.
+        ArtifactError: The compiler is missing or failed.
     """
     try:
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(path), inductor_configs=dict(instruction_set())
         )
     except (RuntimeError, torch._inductor.exc.CppCompileError, torch._inductor.exc.InvalidCxxCompiler) as error:
-        raise ArtefactError(
+        raise ArtifactError(
             f"AOTInductor could not compile {path.name} (is g++ there?): {first_line(error)}"
         ) from error
     return (path,)
@@ -51,9 +51,9 @@ def open_aoti(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """A function that runs the compiled program, on a device of the kind that it was compiled for.
 
     Raises:
-        ArtefactError: The file is damaged or of another version of torch.
+        ArtifactError: The file is damaged or of another version of torch.
     """
     try:
-        return open_package(Artefact(path, INPUT, OUTPUTS["lua"]), device)
+        return open_package(Artifact(path, INPUT, OUTPUTS["lua"]), device)
     except EngineError as error:
-        raise ArtefactError(str(error)) from error
+        raise ArtifactError(str(error)) from error

@@ -1,4 +1,4 @@
-"""From a bundle to a directory of artefacts that were compared with PyTorch, or to nothing at all.
+"""From a bundle to a directory of artifacts that were compared with PyTorch, or to nothing at all.
 
 `export_bundle` writes into a hidden directory beside the target and puts it there only when every comparison has
 passed. `check_directory` compares again, on the present machine. The pieces: `export/graphs.py` traces,
@@ -24,14 +24,14 @@ from giantleap.export.manifest import (
     FILE,
     INPUT,
     OUTPUTS,
-    Artefact,
-    ArtefactError,
+    Artifact,
+    ArtifactError,
     Engine,
     Manifest,
     Part,
     Precision,
     Profile,
-    artefact_name,
+    artifact_name,
     bundle_weights,
     check_manifest,
     export_command,
@@ -63,12 +63,12 @@ class Request:
 
     Args:
         bundle: From which bundle.
-        engine: What is to run the artefacts.
+        engine: What is to run the artifacts.
         precision: What the networks compute in; input and output stay float32.
         directory: Where to; it must not hold anything but an earlier export.
         scales: Of LUA; empty for all.
         parts: LUA, the decoder (ONNX only), or both.
-        device: What runs the comparison, and for AOTI and TensorRT what the artefacts are for.
+        device: What runs the comparison, and for AOTI and TensorRT what the artifacts are for.
         plan: For TensorRT.
     """
 
@@ -84,7 +84,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The networks that artefacts are compared with, in float32 on one device.
+    """The networks that artifacts are compared with, in float32 on one device.
 
     Args:
         lua: None where it plays no part.
@@ -99,17 +99,17 @@ class Reference:
     device: torch.device
 
     def runner(self, part: Part, scale: int | None) -> Runner:
-        """What an artefact must answer.
+        """What an artifact must answer.
 
         Raises:
-            ArtefactError: The network is not there.
+            ArtifactError: The network is not there.
         """
         if part == "decoder" and self.vae is not None:
             return self.decode
         lua = self.lua
         if part == "lua" and lua is not None and scale is not None:
             return lambda latent: lua.core(latent, scale)
-        raise ArtefactError(f"there is no network to compare {part} with")
+        raise ArtifactError(f"there is no network to compare {part} with")
 
     def decode(self, latent: Tensor) -> Tensor:
         """**Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w]."""
@@ -121,10 +121,10 @@ def export_bundle(request: Request, say: Callable[[str], object] = lambda line: 
 
     Args:
         request: What to export.
-        say: Gets a line for each artefact.
+        say: Gets a line for each artifact.
 
     Raises:
-        ArtefactError: Something is missing, the request contradicts itself, or an artefact differs from PyTorch.
+        ArtifactError: Something is missing, the request contradicts itself, or an artifact differs from PyTorch.
         BundleError: The bundle's files are not those that it lists.
         CheckpointError: The LUA weights cannot be read.
 
@@ -133,16 +133,16 @@ def export_bundle(request: Request, say: Callable[[str], object] = lambda line: 
     scales = _check_request(request)
     reference = open_reference(request.bundle, request.parts, request.device)
     if reference.lua is not None and reference.lua.spec.head == "liif":
-        raise ArtefactError(
+        raise ArtifactError(
             f"bundle {request.bundle.name} has a LIIF head, which is not exported: engine torch runs it"
         )
     wanted: list[tuple[Part, int | None]] = [("lua", scale) for scale in scales]
     wanted += [("decoder", None)] if "decoder" in request.parts else []
     with new_directory(request.directory) as folder, on_device(request.device):
-        artefacts = []
+        artifacts = []
         for part, scale in wanted:
-            artefacts.append(_export_part(request, reference, folder, part, scale))
-            say(describe(artefacts[-1]))
+            artifacts.append(_export_part(request, reference, folder, part, scale))
+            say(describe(artifacts[-1]))
         manifest = Manifest(
             format=1,
             bundle=request.bundle.name,
@@ -157,7 +157,7 @@ def export_bundle(request: Request, say: Callable[[str], object] = lambda line: 
             command=export_command(
                 request.directory, request.bundle, request.engine, request.precision, scales, request.parts
             ),
-            artefacts=tuple(artefacts),
+            artifacts=tuple(artifacts),
         )
         (folder / FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -166,24 +166,24 @@ def export_bundle(request: Request, say: Callable[[str], object] = lambda line: 
 def check_directory(
     directory: Path, bundle: Bundle, device: torch.device, say: Callable[[str], object] = lambda line: None
 ) -> Manifest:
-    """Checks the manifest against bundle and machine, and compares every artefact with PyTorch again.
+    """Checks the manifest against bundle and machine, and compares every artifact with PyTorch again.
 
     Raises:
-        ArtefactError: The first thing that does not fit, with the command that builds anew.
+        ArtifactError: The first thing that does not fit, with the command that builds anew.
         BundleError, CheckpointError: As `export_bundle`.
     """
     check_files(bundle)
     found = check_manifest(directory, bundle, engine=read_manifest(directory).engine, machine=read_machine(device))
     reference = open_reference(bundle, found.parts, device)
-    for artefact in found.artefacts:
-        cases = choose_cases(artefact.side_multiple, artefact.profiles)
+    for artifact in found.artifacts:
+        cases = choose_cases(artifact.side_multiple, artifact.profiles)
         try:
             with on_device(device):
-                run = _open(found.engine, directory / artefact.file, artefact.part, artefact.profiles, device)
-                parity = _compare(reference, artefact.part, artefact.scale, artefact.precision, run, cases)
-        except ArtefactError as error:
-            raise ArtefactError(f"{artefact.file}: {error}; build it with: {found.command}") from error
-        say(describe(artefact.model_copy(update={"parity": parity})))
+                run = _open(found.engine, directory / artifact.file, artifact.part, artifact.profiles, device)
+                parity = _compare(reference, artifact.part, artifact.scale, artifact.precision, run, cases)
+        except ArtifactError as error:
+            raise ArtifactError(f"{artifact.file}: {error}; build it with: {found.command}") from error
+        say(describe(artifact.model_copy(update={"parity": parity})))
     return found
 
 
@@ -191,7 +191,7 @@ def open_reference(bundle: Bundle, parts: Sequence[Part], device: torch.device) 
     """Loads what a comparison needs: LUA, and the VAE for the decoded image.
 
     Raises:
-        ArtefactError: The bundle lacks a part.
+        ArtifactError: The bundle lacks a part.
         BundleError, CheckpointError: As `export_bundle`.
     """
     lua = None
@@ -208,12 +208,12 @@ def new_directory(directory: Path) -> Iterator[Path]:
     """An empty directory that takes the place of `directory` when the block ends well, and vanishes when it does not.
 
     Raises:
-        ArtefactError: `directory` holds something that is not an export.
+        ArtifactError: `directory` holds something that is not an export.
     """
     if directory.exists() and not (
         directory.is_dir() and (not any(directory.iterdir()) or (directory / FILE).is_file())
     ):
-        raise ArtefactError(f"{directory} holds something that is no export; choose another directory")
+        raise ArtifactError(f"{directory} holds something that is no export; choose another directory")
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=directory.absolute().parent, prefix=f".{directory.name}."))
     try:
@@ -230,46 +230,46 @@ def new_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def describe(artefact: Artefact) -> str:
-    """One line with an artefact's size and how close it is to PyTorch."""
-    parity = artefact.parity
+def describe(artifact: Artifact) -> str:
+    """One line with an artifact's size and how close it is to PyTorch."""
+    parity = artifact.parity
     image = "" if parity.psnr_db is None else f", decoded image {parity.psnr_db:.1f} dB"
     errors = f"max error {parity.max_error:.1e}, mean {parity.mean_error:.1e}"
-    return f"{artefact.file}: {errors}{image}, {len(parity.cases)} shapes on {parity.device}"
+    return f"{artifact.file}: {errors}{image}, {len(parity.cases)} shapes on {parity.device}"
 
 
 def _check_request(request: Request) -> tuple[int, ...]:
     """The scales to export."""
     bundle, parts = request.bundle, request.parts
     if not parts:
-        raise ArtefactError("nothing to export: name a part, lua or decoder")
+        raise ArtifactError("nothing to export: name a part, lua or decoder")
     if "decoder" in parts and request.engine != "onnx":
-        raise ArtefactError(f"the decoder exports to onnx only; asked for {request.engine}")
+        raise ArtifactError(f"the decoder exports to onnx only; asked for {request.engine}")
     bundle_weights(bundle, parts)  # says what the bundle lacks
     check_files(bundle)
     if "lua" not in parts:
         if request.scales:
-            raise ArtefactError("scales belong to the part lua, which was not asked for")
+            raise ArtifactError("scales belong to the part lua, which was not asked for")
         return ()
     known = bundle.scales_of("lua")[1:]
     unknown = [scale for scale in request.scales if scale not in known]
     if unknown:
-        raise ArtefactError(f"bundle {bundle.name} has heads for scales {known}; asked for {unknown[0]}")
+        raise ArtifactError(f"bundle {bundle.name} has heads for scales {known}; asked for {unknown[0]}")
     if request.engine == "tensorrt":
         load_tensorrt()
         if request.device.type != "cuda":
-            raise ArtefactError(f"TensorRT runs on a GPU; asked for device {request.device}")
+            raise ArtifactError(f"TensorRT runs on a GPU; asked for device {request.device}")
     return tuple(sorted(set(request.scales))) or tuple(map(int, known))
 
 
-def _export_part(request: Request, reference: Reference, folder: Path, part: Part, scale: int | None) -> Artefact:
+def _export_part(request: Request, reference: Reference, folder: Path, part: Part, scale: int | None) -> Artifact:
     engine, space = request.engine, request.bundle.latent_space
     precision = _part_precision(part, request.precision, reference)
     graph, unit = _graph(reference, scale, precision)
     # An ONNX graph is traced where its example lies, on the CPU; compiled code is for the device.
     traced_on = request.device if engine == "aoti" else torch.device("cpu")
     program = trace(graph.to(traced_on), space.channels, unit, fused_attention=engine == "aoti")
-    path = folder / artefact_name(engine, part, scale)
+    path = folder / artifact_name(engine, part, scale)
     profiles = plan_profiles(unit, request.plan.max_batch) if engine == "tensorrt" else ()
     if engine == "onnx":
         written = write_onnx(program, path, OUTPUTS[part], precision)
@@ -280,9 +280,9 @@ def _export_part(request: Request, reference: Reference, folder: Path, part: Par
     run = _open(engine, path, part, profiles, request.device)
     try:
         parity = _compare(reference, part, scale, precision, run, choose_cases(unit, profiles))
-    except ArtefactError as error:
-        raise ArtefactError(f"{path.name}: {error}") from error
-    return Artefact(
+    except ArtifactError as error:
+        raise ArtifactError(f"{path.name}: {error}") from error
+    return Artifact(
         part=part,
         scale=scale,
         file=path.name,
@@ -312,8 +312,8 @@ def _trtexec(request: Request, part: Part, scale: int | None, unit: int, precisi
     if part != "lua" or request.engine == "aoti":
         return None
     return trtexec_line(
-        artefact_name("onnx", part, scale),
-        artefact_name("tensorrt", part, scale),
+        artifact_name("onnx", part, scale),
+        artifact_name("tensorrt", part, scale),
         request.bundle.latent_space.channels,
         plan_profiles(unit, request.plan.max_batch),
         precision,

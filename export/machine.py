@@ -1,4 +1,4 @@
-"""Reads what a compiled artefact depends on: processor, GPU and the versions of the libraries."""
+"""Reads what a compiled artifact depends on: processor, GPU and the versions of the libraries."""
 
 import importlib.metadata
 

@@ -1,4 +1,4 @@
-"""`manifest.json` beside exported artefacts: what they were made from, for which machine, and how close they are.
+"""`manifest.json` beside exported artifacts: what they were made from, for which machine, and how close they are.
 
 `check_manifest` is what a worker calls before it loads anything; nothing here imports torch. `export/build.py` writes
 the file. Layout of an export directory, of which only what was asked for is there:
@@ -36,8 +36,8 @@ Size = Annotated[tuple[int, int, int], Field(strict=False)]
 Side = Annotated[int, Field(ge=1)]
 
 
-class ArtefactError(ValueError):
-    """Artefacts that must not be used here; the message says why, and the command that builds the right ones."""
+class ArtifactError(ValueError):
+    """Artifacts that must not be used here; the message says why, and the command that builds the right ones."""
 
 
 class _Section(BaseModel):
@@ -70,7 +70,7 @@ class Case(_Section):
 
 
 class Parity(_Section):
-    """All comparisons of one artefact; `psnr_db` is of the image decoded from its output in one of them."""
+    """All comparisons of one artifact; `psnr_db` is of the image decoded from its output in one of them."""
 
     max_error: float
     mean_error: float
@@ -81,7 +81,7 @@ class Parity(_Section):
     cases: Annotated[tuple[Case, ...], Field(strict=False)]
 
 
-class Artefact(_Section):
+class Artifact(_Section):
     """One graph: `file` is what an engine opens, `files` has every file that belongs to it.
 
     Input and output are float32 whatever the precision. Sides of the input are multiples of `side_multiple`: who runs
@@ -106,7 +106,7 @@ class Artefact(_Section):
 
 
 class Machine(_Section):
-    """What a compiled artefact depends on; `export/machine.py` reads it."""
+    """What a compiled artifact depends on; `export/machine.py` reads it."""
 
     platform: str
     device: Literal["cpu", "cuda"]
@@ -131,20 +131,20 @@ class Manifest(_Section):
     machine: Machine
     versions: dict[str, str]
     command: str
-    artefacts: Annotated[tuple[Artefact, ...], Field(strict=False, min_length=1)]
+    artifacts: Annotated[tuple[Artifact, ...], Field(strict=False, min_length=1)]
 
-    def get(self, part: Part, scale: int | None = None) -> Artefact | None:
-        """The artefact of a part, for LUA of a scale; None where it was not exported."""
-        return next((each for each in self.artefacts if (each.part, each.scale) == (part, scale)), None)
+    def get(self, part: Part, scale: int | None = None) -> Artifact | None:
+        """The artifact of a part, for LUA of a scale; None where it was not exported."""
+        return next((each for each in self.artifacts if (each.part, each.scale) == (part, scale)), None)
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return tuple(dict.fromkeys(each.part for each in self.artefacts))
+        return tuple(dict.fromkeys(each.part for each in self.artifacts))
 
     @property
     def scales(self) -> tuple[int, ...]:
         """The scales that LUA was exported for."""
-        return tuple(each.scale for each in self.artefacts if each.scale is not None)
+        return tuple(each.scale for each in self.artifacts if each.scale is not None)
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(), indent=2) + "\n"
@@ -159,7 +159,7 @@ class Manifest(_Section):
         return cls.model_validate_json(text, strict=True)
 
 
-def artefact_name(engine: Engine, part: Part, scale: int | None = None) -> str:
+def artifact_name(engine: Engine, part: Part, scale: int | None = None) -> str:
     """The file that an engine opens: `lua_x2.onnx`, `decoder.onnx`."""
     return ("decoder" if part == "decoder" else f"lua_x{scale}") + SUFFIXES[engine]
 
@@ -172,7 +172,7 @@ def export_command(
     scales: Sequence[int] = (),
     parts: Sequence[Part] = (),
 ) -> str:
-    """The shell command that builds artefacts; without scales or parts, all of them by its defaults."""
+    """The shell command that builds artifacts; without scales or parts, all of them by its defaults."""
     words = ["giantleap", "export", "--bundle", str(bundle.directory), "--engine", engine, "--precision", precision]
     words += [word for scale in scales for word in ("--scale", str(scale))]
     words += [word for part in parts for word in ("--part", part)]
@@ -183,13 +183,13 @@ def bundle_weights(bundle: Bundle, parts: Sequence[Part]) -> dict[str, str]:
     """SHA-256 of what the parts are made from, by path in the bundle: as `bundle.toml` lists them, and VAE settings.
 
     Raises:
-        ArtefactError: The bundle has no LUA, or its VAE is on the hub and not in the bundle.
+        ArtifactError: The bundle has no LUA, or its VAE is on the hub and not in the bundle.
     """
     weights: dict[str, str] = {}
     lua = bundle.descriptor.lua
     if "lua" in parts:
         if lua is None:
-            raise ArtefactError(f"bundle {bundle.name} has no LUA to run: {bundle.why_not('lua')}")
+            raise ArtifactError(f"bundle {bundle.name} has no LUA to run: {bundle.unavailable_reason('lua')}")
         weights[lua.file] = lua.sha256
     if "decoder" in parts:
         folder = vae_directory(bundle).relative_to(bundle.directory).as_posix()
@@ -202,10 +202,10 @@ def vae_directory(bundle: Bundle) -> Path:
     """Where the VAE that the bundle decodes with lies.
 
     Raises:
-        ArtefactError: It is on the hub.
+        ArtifactError: It is on the hub.
     """
     if bundle.vae_directory is None:
-        raise ArtefactError(
+        raise ArtifactError(
             f"bundle {bundle.name}: the VAE is on the hub; fetch it with: giantleap bundle pull {bundle.name}"
         )
     return bundle.vae_directory
@@ -215,19 +215,19 @@ def read_manifest(directory: Path) -> Manifest:
     """Reads the manifest of an export directory and compares nothing.
 
     Raises:
-        ArtefactError: There is none, or it is damaged or of another format.
+        ArtifactError: There is none, or it is damaged or of another format.
     """
     path = directory / FILE
     if not path.is_file():
-        raise ArtefactError(f"{directory} holds no exported artefacts: {FILE} is missing")
+        raise ArtifactError(f"{directory} holds no exported artifacts: {FILE} is missing")
     try:
         return Manifest.from_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "file"
-        raise ArtefactError(f"{path}: damaged or of another version: {place}: {first['msg']}") from error
+        raise ArtifactError(f"{path}: damaged or of another version: {place}: {first['msg']}") from error
     except UnicodeDecodeError as error:
-        raise ArtefactError(f"{path}: damaged: {error}") from error
+        raise ArtifactError(f"{path}: damaged: {error}") from error
 
 
 def check_manifest(
@@ -240,19 +240,19 @@ def check_manifest(
     decoder: bool = False,
     machine: Machine | None = None,
 ) -> Manifest:
-    """Refuses artefacts that are damaged or were made for something else. Reads every file of them once.
+    """Refuses artifacts that are damaged or were made for something else. Reads every file of them once.
 
     Args:
         directory: Holds `manifest.json`.
         bundle: What is to be served.
-        engine: What is to run the artefacts.
-        precision: Of the artefacts; None takes whichever they have.
+        engine: What is to run the artifacts.
+        precision: Of the artifacts; None takes whichever they have.
         scales: Those that must be there.
         decoder: Whether the decoder must be there.
         machine: The present one (`giantleap.export.machine.read_machine`); None leaves out the comparison with it.
 
     Raises:
-        ArtefactError: One line with the first thing that does not fit and the command that builds artefacts that do.
+        ArtifactError: One line with the first thing that does not fit and the command that builds artifacts that do.
     """
     parts: tuple[Part, ...] = ("lua", "decoder") if decoder else ("lua",)
     command = export_command(directory, bundle, engine, precision or "fp32", scales, parts)
@@ -265,18 +265,18 @@ def check_manifest(
         if machine is not None:
             check_machine(manifest, machine)
         _check_files(manifest, directory)
-    except ArtefactError as error:
+    except ArtifactError as error:
         # By itself an export is for the GPU where there is one.
         where = f" --device {machine.device}" if engine == "aoti" and machine is not None else ""
-        raise ArtefactError(f"{error}; build it with: {command}{where}") from error
+        raise ArtifactError(f"{error}; build it with: {command}{where}") from error
     return manifest
 
 
 def check_machine(manifest: Manifest, machine: Machine) -> None:
-    """Refuses compiled artefacts of another machine; an ONNX graph runs on any.
+    """Refuses compiled artifacts of another machine; an ONNX graph runs on any.
 
     Raises:
-        ArtefactError: They differ in what the engine depends on.
+        ArtifactError: They differ in what the engine depends on.
     """
     if manifest.engine == "onnx":
         return
@@ -290,13 +290,13 @@ def check_machine(manifest: Manifest, machine: Machine) -> None:
             manifest.compatibility, []
         )
         if manifest.compatibility == "ampere_plus" and _capability(machine) < (8, 0):
-            raise ArtefactError(
+            raise ArtifactError(
                 f"built for compute capability 8.0 and above; this machine has {machine.compute_capability}"
             )
     for name in names:
         was, present = getattr(built, name), getattr(machine, name)
         if was != present:
-            raise ArtefactError(f"{manifest.engine} artefact built for {name} {was}; this machine has {present}")
+            raise ArtifactError(f"{manifest.engine} artifact built for {name} {was}; this machine has {present}")
 
 
 def this_platform() -> str:
@@ -310,33 +310,33 @@ def _capability(machine: Machine) -> tuple[int, ...]:
 
 def _check_origin(manifest: Manifest, bundle: Bundle, engine: Engine, precision: Precision | None) -> None:
     if manifest.engine != engine:
-        raise ArtefactError(f"artefacts of engine {manifest.engine}; asked for {engine}")
+        raise ArtifactError(f"artifacts of engine {manifest.engine}; asked for {engine}")
     if manifest.bundle != bundle.name:
-        raise ArtefactError(f"artefacts of bundle {manifest.bundle}; this is bundle {bundle.name}")
+        raise ArtifactError(f"artifacts of bundle {manifest.bundle}; this is bundle {bundle.name}")
     if precision not in (None, manifest.precision):
-        raise ArtefactError(f"artefacts of precision {manifest.precision}; asked for {precision}")
+        raise ArtifactError(f"artifacts of precision {manifest.precision}; asked for {precision}")
     present = bundle_weights(bundle, manifest.parts)
     for name in sorted(present.keys() | manifest.weights.keys()):
         was, now = manifest.weights.get(name, "none"), present.get(name, "none")
         if was != now:
-            raise ArtefactError(f"artefacts were made from {name} with sha256 {was[:12]}; the bundle's is {now[:12]}")
+            raise ArtifactError(f"artifacts were made from {name} with sha256 {was[:12]}; the bundle's is {now[:12]}")
 
 
 def _check_parts(manifest: Manifest, scales: Sequence[int], decoder: bool) -> None:
-    missing = [artefact_name(manifest.engine, "lua", s) for s in scales if manifest.get("lua", s) is None]
+    missing = [artifact_name(manifest.engine, "lua", s) for s in scales if manifest.get("lua", s) is None]
     if decoder and manifest.get("decoder") is None:
-        missing.append(artefact_name(manifest.engine, "decoder"))
+        missing.append(artifact_name(manifest.engine, "decoder"))
     if missing:
-        raise ArtefactError(f"{', '.join(missing)} was not exported")
+        raise ArtifactError(f"{', '.join(missing)} was not exported")
 
 
 def _check_files(manifest: Manifest, directory: Path) -> None:
-    for artefact in manifest.artefacts:
-        for name, expected in artefact.files.items():
+    for artifact in manifest.artifacts:
+        for name, expected in artifact.files.items():
             path = directory / name
             if path.parent != directory or not path.is_file():
-                raise ArtefactError(f"{path} is missing")
+                raise ArtifactError(f"{path} is missing")
             if (found := file_hash(path)) != expected:
-                raise ArtefactError(f"{path} is damaged: sha256 {found[:12]}, expected {expected[:12]}")
-        if artefact.file not in artefact.files:  # an engine would open it unseen, and a .pt2 file is machine code
-            raise ArtefactError(f"{directory / artefact.file} has no digest in the manifest")
+                raise ArtifactError(f"{path} is damaged: sha256 {found[:12]}, expected {expected[:12]}")
+        if artifact.file not in artifact.files:  # an engine would open it unseen, and a .pt2 file is machine code
+            raise ArtifactError(f"{directory / artifact.file} has no digest in the manifest")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from giantleap.export.manifest import INPUT, ArtefactError, Precision
+from giantleap.export.manifest import INPUT, ArtifactError, Precision
 from giantleap.models.engines.base import first_line
 from giantleap.models.engines.onnx_runtime import PROVIDERS, choose_provider, runtime_errors
 
@@ -46,13 +46,13 @@ def write_onnx(
         The files written, the graph first.
 
     Raises:
-        ArtefactError: The package is missing, an operator has no translation, or the graph breaks a rule of this file.
+        ArtifactError: The package is missing, an operator has no translation, or the graph breaks a rule of this file.
     """
     try:
         import onnx
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ArtefactError(f"{error.name} is missing; install it with: pip install 'giantleap[cpu]'") from error
+        raise ArtifactError(f"{error.name} is missing; install it with: pip install 'giantleap[cpu]'") from error
     size_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
     # The program is traced anew on the way, and must meet the attention kernel that `trace` met.
     with _quiet(), sdpa_kernel(SDPBackend.MATH):
@@ -67,14 +67,14 @@ def write_onnx(
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise ArtefactError(f"no ONNX graph could be made: {str(error).splitlines()[0]}") from error
+            raise ArtifactError(f"no ONNX graph could be made: {str(error).splitlines()[0]}") from error
         if converted is None:
-            raise ArtefactError("no ONNX graph could be made: the exporter gave nothing back")
+            raise ArtifactError("no ONNX graph could be made: the exporter gave nothing back")
         converted.save(str(path), external_data=size_bytes > inline_limit_bytes)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ArtefactError(f"{path.name} is no valid ONNX graph: {first_line(error)}") from error
+        raise ArtifactError(f"{path.name} is no valid ONNX graph: {first_line(error)}") from error
     check_graph(onnx.load(str(path), load_external_data=False).graph, path.name)
     data = path.with_name(path.name + ".data")
     return (path, data) if data.exists() else (path,)
@@ -84,30 +84,30 @@ def check_graph(graph: Any, name: str) -> None:
     """Refuses a graph with an operator of `REFUSED_OPERATORS`, or whose batch or sides became constants.
 
     Raises:
-        ArtefactError: It names the operator or the shape.
+        ArtifactError: It names the operator or the shape.
     """
     found = {node.op_type for node in graph.node} & REFUSED_OPERATORS
     if found:
-        raise ArtefactError(f"{name} holds the operators {', '.join(sorted(found))}, which engines do badly")
+        raise ArtifactError(f"{name} holds the operators {', '.join(sorted(found))}, which engines do badly")
     for value in (*graph.input, *graph.output):
         sizes = [each.dim_param or each.dim_value for each in value.type.tensor_type.shape.dim]
         if len(sizes) != 4 or any(isinstance(sizes[axis], int) for axis in (0, 2, 3)):
-            raise ArtefactError(f"{name}: {value.name} has the shape {sizes}; batch, height and width must be open")
+            raise ArtifactError(f"{name}: {value.name} has the shape {sizes}; batch, height and width must be open")
 
 
 def open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """A function that runs the graph on exactly this device.
 
     Raises:
-        ArtefactError: onnxruntime is missing, has no provider for the device or no kernel for an operator.
+        ArtifactError: onnxruntime is missing, has no provider for the device or no kernel for an operator.
     """
     try:
         import onnxruntime
     except ImportError as error:
-        raise ArtefactError("onnxruntime is missing; install it with: pip install 'giantleap[cpu]'") from error
+        raise ArtifactError("onnxruntime is missing; install it with: pip install 'giantleap[cpu]'") from error
     provider = PROVIDERS[device.type]
     if provider not in onnxruntime.get_available_providers():
-        raise ArtefactError(
+        raise ArtifactError(
             f"this onnxruntime has no {provider}; for a GPU: pip install 'giantleap[gpu]', else --device cpu"
         )
     options = onnxruntime.SessionOptions()
@@ -117,15 +117,15 @@ def open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=choose_provider(device))
     except errors as error:
-        raise ArtefactError(f"onnxruntime cannot run {path.name} on {device}: {first_line(error)}") from error
+        raise ArtifactError(f"onnxruntime cannot run {path.name} on {device}: {first_line(error)}") from error
     if session.get_providers()[0] != provider:
-        raise ArtefactError(f"onnxruntime runs {path.name} on {session.get_providers()[0]}, not on {provider}")
+        raise ArtifactError(f"onnxruntime runs {path.name} on {session.get_providers()[0]}, not on {provider}")
 
     def run(latent: Tensor) -> Tensor:
         try:
             (output,) = session.run(None, {INPUT: latent.cpu().numpy()})
         except errors as error:
-            raise ArtefactError(f"onnxruntime failed in {path.name}: {first_line(error)}") from error
+            raise ArtifactError(f"onnxruntime failed in {path.name}: {first_line(error)}") from error
         return torch.from_numpy(output).to(latent.device)
 
     return run

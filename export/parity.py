@@ -1,7 +1,7 @@
-"""Compares an artefact with PyTorch, at batches and sizes other than those that it was traced with.
+"""Compares an artifact with PyTorch, at batches and sizes other than those that it was traced with.
 
 A graph that took the example's batch for a constant runs without complaint and is wrong everywhere else, so no
-artefact counts before this. The reference is PyTorch in float32, whatever the artefact's precision.
+artifact counts before this. The reference is PyTorch in float32, whatever the artifact's precision.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from giantleap.export.manifest import ArtefactError, Case, Parity, Part, Precision, Profile
+from giantleap.export.manifest import ArtifactError, Case, Parity, Part, Precision, Profile
 from giantleap.models.images import psnr_db
 
 Runner = Callable[[Tensor], Tensor]
@@ -73,9 +73,9 @@ def compare(
     """Runs both on the same latents.
 
     Args:
-        part: Of which the artefact is.
-        precision: Of the artefact.
-        run: The artefact.
+        part: Of which the artifact is.
+        precision: Of the artifact.
+        run: The artifact.
         reference: PyTorch in float32.
         to_image: Decodes what both answer, for the PSNR; None where there is no decoder.
         cases: From `choose_cases`.
@@ -83,7 +83,7 @@ def compare(
         device: Where both run.
 
     Raises:
-        ArtefactError: Shapes or values differ by more than the precision allows; the message names the worst case.
+        ArtifactError: Shapes or values differ by more than the precision allows; the message names the worst case.
     """
     mean, std = statistics
     done: list[Case] = []
@@ -114,20 +114,20 @@ def compare(
 def whole_float32() -> Iterator[None]:
     """Leaves TF32 out of convolutions in float32, where torch has it on a GPU by default.
 
-    It rounds what they multiply to 10 bits of mantissa, which alone is more than an artefact in float32 may differ by.
+    It rounds what they multiply to 10 bits of mantissa, which alone is more than an artifact in float32 may differ by.
     """
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         yield
 
 
 def _to_case(found: Tensor, expected: Tensor, latents: Tensor, precision: Precision) -> Case:
-    """How far the artefact's answer to these latents is from PyTorch's."""
+    """How far the artifact's answer to these latents is from PyTorch's."""
     batch, _, height, width = latents.shape
     where = f"batch {batch}, latents of {height}x{width}"
     if found.shape != expected.shape:
-        raise ArtefactError(f"at {where} the artefact answers {list(found.shape)}, not {list(expected.shape)}")
+        raise ArtifactError(f"at {where} the artifact answers {list(found.shape)}, not {list(expected.shape)}")
     if not bool(found.isfinite().all()):
-        raise ArtefactError(f"at {where} the artefact answers values that are not finite in {precision}")
+        raise ArtifactError(f"at {where} the artifact answers values that are not finite in {precision}")
     error = (found - expected).abs()
     return Case(
         batch=batch,
@@ -146,12 +146,12 @@ def _allowed_error(part: Part, precision: Precision, reference_rms: float) -> fl
 
 def _refuse(parity: Parity, worst: Case) -> None:
     if not parity.max_error <= parity.allowed_error:
-        raise ArtefactError(
+        raise ArtifactError(
             f"differs from PyTorch by {parity.max_error:.2e} at batch {worst.batch}, latents of "
             f"{worst.latent_height}x{worst.latent_width}; allowed are {parity.allowed_error:.2e}"
         )
     if parity.psnr_db is not None and parity.allowed_psnr_db is not None and parity.psnr_db < parity.allowed_psnr_db:
-        raise ArtefactError(
+        raise ArtifactError(
             f"the decoded image is {parity.psnr_db:.1f} dB from PyTorch's; at least {parity.allowed_psnr_db:.0f} dB is "
             "asked for"
         )

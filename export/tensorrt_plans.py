@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from giantleap.export.manifest import INPUT, ArtefactError, Compatibility, Precision, Profile
+from giantleap.export.manifest import INPUT, ArtifactError, Compatibility, Precision, Profile
 
 SIDES = (64, 128, 256)  # of a latent: 512, 1024 and 2048 px at a stride of 8
 _LEVELS: dict[Compatibility, tuple[str, str]] = {  # the member of the API, and the word of trtexec
@@ -46,10 +46,10 @@ def plan_profiles(window: int, max_batch: int, sides: Sequence[int] = SIDES) -> 
     Ranges overlap at the bottom, so that a latent of any shape runs in the first profile whose side is not exceeded.
 
     Raises:
-        ArtefactError: No batch, or no side.
+        ArtifactError: No batch, or no side.
     """
     if max_batch < 1 or not sides or min(sides) < 1:
-        raise ArtefactError(f"profiles need a batch and sides of at least 1; found batch {max_batch}, sides {sides}")
+        raise ArtifactError(f"profiles need a batch and sides of at least 1; found batch {max_batch}, sides {sides}")
     rounded = sorted({-(-side // window) * window for side in sides})
     return tuple(
         Profile(name=str(side), least=(1, window, window), best=(1, side, side), most=(max_batch, side, side))
@@ -61,12 +61,12 @@ def choose_profile(profiles: Sequence[Profile], batch: int, height: int, width: 
     """Index of the first profile that holds a shape.
 
     Raises:
-        ArtefactError: None does; the message names the largest.
+        ArtifactError: None does; the message names the largest.
     """
     for index, profile in enumerate(profiles):
         if profile.holds(batch, height, width):
             return index
-    raise ArtefactError(
+    raise ArtifactError(
         f"no profile holds a batch of {batch} latents of {height}x{width}; most are {profiles[-1].most}"
     )
 
@@ -97,14 +97,14 @@ def load_tensorrt() -> Any:
     """The module `tensorrt`.
 
     Raises:
-        ArtefactError: It is not installed, or this machine has no GPU.
+        ArtifactError: It is not installed, or this machine has no GPU.
     """
     try:
         import tensorrt
     except ImportError as error:
-        raise ArtefactError("the package tensorrt is missing; install it with: pip install 'giantleap[gpu]'") from error
+        raise ArtifactError("the package tensorrt is missing; install it with: pip install 'giantleap[gpu]'") from error
     if not torch.cuda.is_available():
-        raise ArtefactError("TensorRT builds on the GPU that it is to run on; this machine has none")
+        raise ArtifactError("TensorRT builds on the GPU that it is to run on; this machine has none")
     return tensorrt
 
 
@@ -127,7 +127,7 @@ def build_plan(
         options: See there.
 
     Raises:
-        ArtefactError: The parser or the builder refuses; with what they say.
+        ArtifactError: The parser or the builder refuses; with what they say.
 
     **Effects** replaces the timing cache's file.
     """
@@ -137,7 +137,7 @@ def build_plan(
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
         reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
-        raise ArtefactError(f"TensorRT cannot read {graph.name}: {reasons}")
+        raise ArtifactError(f"TensorRT cannot read {graph.name}: {reasons}")
     _check_input(network, channels)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
@@ -150,11 +150,11 @@ def build_plan(
         asked = builder.create_optimization_profile()
         asked.set_shape(INPUT, *shapes)
         if config.add_optimization_profile(asked) < 0:
-            raise ArtefactError(f"TensorRT refuses profile {profile.name}: {shapes}")
+            raise ArtifactError(f"TensorRT refuses profile {profile.name}: {shapes}")
     _set_timing_cache(config, options.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ArtefactError(f"TensorRT could not build a plan of {graph.name}; its log above says why")
+        raise ArtifactError(f"TensorRT could not build a plan of {graph.name}; its log above says why")
     _keep_timing_cache(config, options.timing_cache)
     return bytes(plan)
 
@@ -163,12 +163,12 @@ def open_plan(trt: Any, path: Path, profiles: Sequence[Profile], output: str) ->
     """A function that runs a plan on tensors of the current GPU, in the first profile that holds their shape.
 
     Raises:
-        ArtefactError: The plan is not for this GPU or this version of TensorRT.
+        ArtifactError: The plan is not for this GPU or this version of TensorRT.
     """
     runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        raise ArtefactError(f"TensorRT cannot load {path}; it was built for another GPU or version")
+        raise ArtifactError(f"TensorRT cannot load {path}; it was built for another GPU or version")
     context = engine.create_execution_context()
 
     def run(latent: Tensor) -> Tensor:
@@ -177,12 +177,12 @@ def open_plan(trt: Any, path: Path, profiles: Sequence[Profile], output: str) ->
         batch, _, height, width = latent.shape
         context.set_optimization_profile_async(choose_profile(profiles, batch, height, width), stream.cuda_stream)
         if not context.set_input_shape(INPUT, tuple(latent.shape)):
-            raise ArtefactError(f"{path.name} does not take the shape {list(latent.shape)}")
+            raise ArtifactError(f"{path.name} does not take the shape {list(latent.shape)}")
         answer = torch.empty(tuple(context.get_tensor_shape(output)), dtype=torch.float32, device=latent.device)
         context.set_tensor_address(INPUT, latent.data_ptr())
         context.set_tensor_address(output, answer.data_ptr())
         if not context.execute_async_v3(stream.cuda_stream):
-            raise ArtefactError(f"TensorRT failed in {path.name}")
+            raise ArtifactError(f"TensorRT failed in {path.name}")
         stream.synchronize()
         return answer
 
@@ -198,10 +198,10 @@ def _corners(profile: Profile) -> tuple[tuple[int, int, int], ...]:
 def _check_input(network: Any, channels: int) -> None:
     names = [network.get_input(index).name for index in range(network.num_inputs)]
     if names != [INPUT]:
-        raise ArtefactError(f"TensorRT sees the inputs {names}; expected [{INPUT!r}]")
+        raise ArtifactError(f"TensorRT sees the inputs {names}; expected [{INPUT!r}]")
     shape = tuple(network.get_input(0).shape)
     if shape != (-1, channels, -1, -1):
-        raise ArtefactError(f"TensorRT sees an input of {shape}; expected {(-1, channels, -1, -1)}")
+        raise ArtifactError(f"TensorRT sees an input of {shape}; expected {(-1, channels, -1, -1)}")
 
 
 def _set_timing_cache(config: Any, path: Path | None) -> None:

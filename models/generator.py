@@ -48,7 +48,7 @@ SEED_LIMIT = 2**63
 
 
 @dataclass(frozen=True, slots=True)
-class DrawItem:
+class GenerationItem:
     """One image to draw. The size is that of the base image, before upscaling.
 
     Args:
@@ -90,15 +90,15 @@ class Family:
     """What sets one pipeline class apart from the others.
 
     Args:
-        lost_tokens: How many tokens of a prompt are cut off; negative where there is room left.
+        truncated_tokens: How many tokens of a prompt are cut off; negative where there is room left.
         image_pipeline: Its class that starts from an image; None where diffusers has none.
-        guidance: The argument that takes `DrawItem.guidance_scale`.
+        guidance: The argument that takes `GenerationItem.guidance_scale`.
         no_negative: What guidance goes away from where an item has no negative prompt; None where it takes none.
         hands_out_raw: Whether `output_type="latent"` gives raw latents already.
         batches: Whether an item's result is the same in a batch of prompts of different lengths.
     """
 
-    lost_tokens: Callable[[Any, str], int]
+    truncated_tokens: Callable[[Any, str], int]
     image_pipeline: type | None = None
     guidance: str = "guidance_scale"
     no_negative: str | None = ""
@@ -165,7 +165,7 @@ class Generator:
         """Whether items may have a negative prompt."""
         return self.family.no_negative is not None
 
-    def draw(self, items: Sequence[DrawItem], on_step: StepWatcher, canceled: CancelCheck) -> list[Tensor | None]:
+    def draw(self, items: Sequence[GenerationItem], on_step: StepWatcher, canceled: CancelCheck) -> list[Tensor | None]:
         """Draw a batch.
 
         A seed gives the same latent on every device and in every batch, up to rounding: each item has a generator of
@@ -208,14 +208,14 @@ class Generator:
                 latents[index] = latent
         return [None if index in gone else latent for index, latent in enumerate(latents)]
 
-    def lost_tokens(self, prompt: str) -> int:
+    def truncated_tokens(self, prompt: str) -> int:
         """How many tokens are cut off, beyond what the text encoder takes.
 
         Of several encoders that with the most room counts. Words that the family puts around a prompt count too.
         """
-        return max(0, self.family.lost_tokens(self.pipeline, prompt))
+        return max(0, self.family.truncated_tokens(self.pipeline, prompt))
 
-    def _check(self, item: DrawItem, first: DrawItem) -> None:
+    def _check(self, item: GenerationItem, first: GenerationItem) -> None:
         name, multiple_px = type(self.pipeline).__name__, self.latent_space.multiple_px
         if item.shared != first.shared:
             raise ValueError("items of one batch must share size, steps, guidance and strength; draw them in several")
@@ -238,7 +238,7 @@ class Generator:
                 f"strength {item.strength} of {item.steps} steps: must be above 0, at most 1, and leave a step to do"
             )
 
-    def _run(self, items: Sequence[DrawItem], end_step: Callable[..., dict[str, Any]]) -> Tensor:
+    def _run(self, items: Sequence[GenerationItem], end_step: Callable[..., dict[str, Any]]) -> Tensor:
         """One call of the pipeline; raw latents, [items, channels, latent_height, latent_width], float32."""
         first = items[0]
         arguments = self._prompts(items) | {
@@ -265,7 +265,7 @@ class Generator:
         return self.latent_space.to_raw(latents, first.height_px, first.width_px)
 
     @torch.no_grad()
-    def _prompts(self, items: Sequence[DrawItem]) -> dict[str, Any]:
+    def _prompts(self, items: Sequence[GenerationItem]) -> dict[str, Any]:
         prompts = [item.prompt for item in items]
         if self.family.no_negative is None:
             return {"prompt": prompts}

@@ -22,7 +22,7 @@ _OPTIONS: dict[str, dict[str, int]] = {
     "webp": {"quality": 95, "method": 2},
 }
 
-MOST_PSNR_DB = 150.0  # of images that are equal: JSON has no infinity
+MAX_PSNR_DB = 150.0  # of images that are equal: JSON has no infinity
 
 
 def to_signed(pixels: Tensor) -> Tensor:
@@ -49,17 +49,17 @@ def to_image_bytes(pixels: Tensor, output_format: ImageFormat) -> bytes:
     return buffer.getvalue()
 
 
-def psnr_db(image: Tensor, expected: Tensor, most_db: float = MOST_PSNR_DB) -> float:
+def psnr_db(image: Tensor, expected: Tensor, max_db: float = MAX_PSNR_DB) -> float:
     """Peak signal-to-noise ratio of what is shown: images in [-1, 1], clamped to it and not rounded.
 
     `giantleap.training.evaluation.metrics.psnr_db` is that of 8-bit files.
 
     Returns:
-        dB, `most_db` at most; minus infinity where a value is not a number.
+        dB, `max_db` at most; minus infinity where a value is not a number.
 
     **Shape** both [..., 3, height_px, width_px].
     """
     error = float((image.double().clamp(-1, 1) - expected.double().clamp(-1, 1)).square().mean())
     if not math.isfinite(error):
         return -math.inf
-    return most_db if error == 0 else min(most_db, 10 * math.log10(4 / error))
+    return max_db if error == 0 else min(max_db, 10 * math.log10(4 / error))

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 from PIL import ExifTags, Image
 
-_MOST_GREY = 2**16 - 1
+_MAX_GREY = 2**16 - 1
 # What Pillow was seen to raise on pictures that are damaged, cut off or absurdly large.
 DAMAGE = (
     EOFError,
@@ -52,8 +52,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = _to_upright(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         grey = np.asarray(image).astype(np.int64)
-        if grey.size and not 0 <= int(grey.min()) <= int(grey.max()) <= _MOST_GREY:
-            raise ValueError(f"grey values from {grey.min()} to {grey.max()}: only up to {_MOST_GREY} are read")
+        if grey.size and not 0 <= int(grey.min()) <= int(grey.max()) <= _MAX_GREY:
+            raise ValueError(f"grey values from {grey.min()} to {grey.max()}: only up to {_MAX_GREY} are read")
         return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("grey values in floating point have no known range")

@@ -19,14 +19,14 @@ from torch import Tensor
 from giantleap.models.bundle.bundle import Bundle, check_files
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.device import PeakMemory, StageClock, free_cache, peak_memory, reset_peak_memory
-from giantleap.models.engines.base import Artefact, Engine, EngineName, open_engine
+from giantleap.models.engines.base import Artifact, Engine, EngineName, open_engine
 from giantleap.models.engines.swinir import PixelUpscaler
-from giantleap.models.generator import CancelCheck, DrawItem, Generator, StepWatcher
+from giantleap.models.generator import CancelCheck, GenerationItem, Generator, StepWatcher
 from giantleap.models.images import to_signed
 from giantleap.models.lua.checkpoints import read_lua
-from giantleap.models.lua.clamp import Guard
+from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import pad_to_window
-from giantleap.models.lua.spec import grown_side
+from giantleap.models.lua.spec import scaled_size
 from giantleap.models.lua.statistics import read_statistics
 from giantleap.models.stages import WHOLE, Stages, draws, finishes
 from giantleap.models.vae.autoencoder import Vae, read_tiny, read_vae_model
@@ -66,7 +66,7 @@ class Route:
         vae: Vae,
         device: torch.device,
         dtype: torch.dtype,
-        guard: Guard | None = None,
+        guard: LatentClamp | None = None,
         lua_scales: Sequence[float] = (),
         stages: Stages = WHOLE,
     ) -> None:
@@ -88,7 +88,7 @@ class Route:
         device: torch.device,
         dtype: torch.dtype,
         engine: EngineName = "torch",
-        artefacts: Mapping[int, Artefact] | None = None,
+        artifacts: Mapping[int, Artifact] | None = None,
         stages: Stages = WHOLE,
     ) -> Self:
         """Load what the stages need of all that the bundle names; nothing runs yet (`warm`).
@@ -98,7 +98,7 @@ class Route:
             device: Where to.
             dtype: The compute type.
             engine: What runs LUA.
-            artefacts: Its exported graphs by scale, for the engines that run them; checked by the caller.
+            artifacts: Its exported graphs by scale, for the engines that run them; checked by the caller.
             stages: To draw: the pipeline, with the VAE's encoder. To finish: the VAE and the upscalers.
 
         Raises:
@@ -113,9 +113,9 @@ class Route:
         if bundle.lua is not None and finishes(stages):
             net = read_lua(bundle.lua)
             bundle.check_lua(net.spec)
-            lua = open_engine(engine, net, device, dtype, artefacts)
+            lua = open_engine(engine, net, device, dtype, artifacts)
             if bundle.guard_sigmas is not None:
-                guard = Guard(read_statistics(bundle.lua), bundle.guard_sigmas, device)
+                guard = LatentClamp(read_statistics(bundle.lua), bundle.guard_sigmas, device)
         pixel = PixelUpscaler.open(bundle.swinir, device, dtype) if bundle.swinir and finishes(stages) else None
         generator = Generator.open(bundle, device, dtype) if draws(stages) else None
         space = bundle.latent_space if generator is None else generator.latent_space
@@ -159,7 +159,7 @@ class Route:
         """A clock for the stages of one batch."""
         return StageClock(self.device)
 
-    def base_latents(self, item: DrawItem, clock: StageClock) -> list[Tensor]:
+    def base_latents(self, item: GenerationItem, clock: StageClock) -> list[Tensor]:
         """The raw latent of one item, drawn and timed; noise of its size where nothing is drawn."""
         if not draws(self.stages):
             sides = [side_px // self.vae.latent_space.stride_px for side_px in (item.height_px, item.width_px)]
@@ -168,7 +168,9 @@ class Route:
             drawn = self.generate([item], lambda step, steps: None, set)
         return [latent for latent in drawn if latent is not None]
 
-    def generate(self, items: Sequence[DrawItem], on_step: StepWatcher, canceled: CancelCheck) -> list[Tensor | None]:
+    def generate(
+        self, items: Sequence[GenerationItem], on_step: StepWatcher, canceled: CancelCheck
+    ) -> list[Tensor | None]:
         """Draw raw latents; see `Generator.draw`."""
         return self.generator.draw(items, on_step, canceled)
 
@@ -199,7 +201,7 @@ class Route:
         if scale == 1:
             return latents
         if method == "bicubic":
-            height, width = (grown_side(side, scale) for side in latents.shape[-2:])
+            height, width = (scaled_size(side, scale) for side in latents.shape[-2:])
             return F.interpolate(latents, size=(height, width), mode="bicubic")
         if method != "lua" or self.lua is None:
             raise ValueError(f"bundle {self.name} does not enlarge latents by {method}")
@@ -248,7 +250,7 @@ class Route:
                 f"latents of one batch must be equal once padded to {self.window}; upscale them in several"
             )
         enlarged = self.upscale(torch.cat(padded), scale)
-        sizes = [[grown_side(side, scale) for side in latent.shape[-2:]] for latent in latents]
+        sizes = [[scaled_size(side, scale) for side in latent.shape[-2:]] for latent in latents]
         return [grown[:, :height, :width] for grown, (height, width) in zip(enlarged, sizes, strict=True)]
 
     def decode_items(self, latents: Sequence[Tensor], how: DecodeName = "exact") -> list[Tensor | None]:
@@ -270,7 +272,7 @@ class Route:
         Returns:
             Seconds per stage, by method and scale.
         """
-        item = DrawItem("", "", 0, width_px, height_px, steps, 2.0)
+        item = GenerationItem("", "", 0, width_px, height_px, steps, 2.0)
         if not finishes(self.stages):
             clock = self.clock()
             self.base_latents(item, clock)
@@ -334,7 +336,7 @@ class Route:
         with measure("vae_encode"):
             embedded = [self.embed(pixels) for pixels in given]
         latents, images = self.finish(embedded, scale, method, decode, measure)
-        sides = [(grown_side(pixels.shape[0], scale), grown_side(pixels.shape[1], scale)) for pixels in given]
+        sides = [(scaled_size(pixels.shape[0], scale), scaled_size(pixels.shape[1], scale)) for pixels in given]
         cut = [
             None if image is None else image[:height, :width].contiguous()
             for image, (height, width) in zip(images, sides, strict=False)  # none where no image was asked for
@@ -368,7 +370,7 @@ def to_pixels(values: Tensor) -> Tensor:
     return (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-def run_once(route: Route, item: DrawItem, scale: float, method: Method = "lua") -> StageClock:
+def run_once(route: Route, item: GenerationItem, scale: float, method: Method = "lua") -> StageClock:
     """One image through all stages, its pixels thrown away; the clock that timed them.
 
     Args:
@@ -376,6 +378,6 @@ def run_once(route: Route, item: DrawItem, scale: float, method: Method = "lua")
     """
     clock = route.clock()
     if method == "direct":
-        item = replace(item, width_px=grown_side(item.width_px, scale), height_px=grown_side(item.height_px, scale))
+        item = replace(item, width_px=scaled_size(item.width_px, scale), height_px=scaled_size(item.height_px, scale))
     route.finish(route.base_latents(item, clock), scale, method, "exact", clock.measure)
     return clock

@@ -60,7 +60,7 @@ class Caller:
         return Scope.ADMIN in self.scopes or owner == self.name
 
 
-EVERYBODY = Caller()
+ANONYMOUS = Caller()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def read_presented(headers: Sequence[tuple[bytes, bytes]]) -> set[str]:
+def presented_keys(headers: Sequence[tuple[bytes, bytes]]) -> set[str]:
     """The keys that a request's headers hold: `Authorization: Bearer KEY` and `X-API-Key: KEY`."""
     found = set()
     for name, value in headers:
@@ -222,7 +222,7 @@ def read_presented(headers: Sequence[tuple[bytes, bytes]]) -> set[str]:
     return found
 
 
-def check_door(settings: Settings) -> None:
+def check_auth_config(settings: Settings) -> None:
     """What `giantleap serve` and `giantleap api` do first: see that the keys can be read, or say that there are none.
 
     Raises:

@@ -66,11 +66,11 @@ class Settings(BaseSettings):
         description="Bundle directories to serve, comma-separated; the first is the default.",
     )
     engine: Literal["torch", "torch-compile", "onnx", "tensorrt", "aoti"] = Field(
-        "torch", description="What runs LUA: torch, torch-compile, or onnx, tensorrt, aoti on exported artefacts."
+        "torch", description="What runs LUA: torch, torch-compile, or onnx, tensorrt, aoti on exported artifacts."
     )
     engine_dir: Path | None = Field(
         None,
-        description="Artefacts of `giantleap export`, of several bundles each in a directory of its name; "
+        description="Artifacts of `giantleap export`, of several bundles each in a directory of its name; "
         "none: `exports/BUNDLE-ENGINE-fp32` in the data directory.",
     )
     device: str = Field(
@@ -209,7 +209,7 @@ def to_environment(settings: Settings) -> dict[str, str]:
     }
 
 
-def strip_settings(environment: Mapping[str, str]) -> dict[str, str]:
+def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that are no settings."""
     return {name: value for name, value in environment.items() if not name.upper().startswith(_PREFIX)}
 
@@ -246,7 +246,7 @@ def _read_file(path: Path) -> dict[str, object]:
     return values
 
 
-def to_lines(error: ValueError) -> list[str]:
+def format_errors(error: ValueError) -> list[str]:
     """Why settings could not be read, one line for each setting, without its value."""
     if not isinstance(error, ValidationError):
         return [str(error)]
@@ -255,7 +255,7 @@ def to_lines(error: ValueError) -> list[str]:
     ]
 
 
-def take_settings(running: Settings, read: Settings) -> tuple[Settings, list[str]]:
+def merge_reloadable(running: Settings, read: Settings) -> tuple[Settings, list[str]]:
     """What processes are started with after a reload, and the names of changed settings that need a restart instead.
 
     Args:
@@ -266,7 +266,7 @@ def take_settings(running: Settings, read: Settings) -> tuple[Settings, list[str
     return read.model_copy(update={name: getattr(running, name) for name in NEEDS_RESTART}), changed
 
 
-def to_page() -> str:
+def to_markdown() -> str:
     """Every setting as a Markdown page: variable, default, meaning. `docs/settings.md` is this text."""
     rows = []
     for name, info in Settings.model_fields.items():

@@ -13,8 +13,8 @@ import redis
 
 from giantleap.models.stages import WHOLE, Stages
 from giantleap.service.jobqueue.client import open_async_redis, open_redis
-from giantleap.service.jobqueue.consumer import Claims
-from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobqueue.consumer import JobConsumer
+from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import GenerateParams, Job, Priority
 from giantleap.service.settings import Settings, read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 ServerStarter = Callable[[str], str]
 JobMaker = Callable[..., Job]
-BrokerOpener = Callable[..., AbstractAsyncContextManager[Broker]]
-ClaimsOpener = Callable[..., Claims]
+ProducerOpener = Callable[..., AbstractAsyncContextManager[JobProducer]]
+ConsumerOpener = Callable[..., JobConsumer]
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +96,7 @@ def make_job() -> JobMaker:
 
 
 @pytest.fixture
-def open_broker(settings: Settings) -> BrokerOpener:
+def open_producer(settings: Settings) -> ProducerOpener:
     """An async context manager that gives an open broker; keywords replace settings."""
 
     @asynccontextmanager
@@ -104,7 +104,7 @@ def open_broker(settings: Settings) -> BrokerOpener:
         changed = settings.model_copy(update=changes)
         assert changed.redis_url is not None
         async with open_async_redis(changed.redis_url) as client:
-            producer = Broker(client, changed)
+            producer = JobProducer(client, changed)
             await producer.open()
             try:
                 yield producer
@@ -115,9 +115,9 @@ def open_broker(settings: Settings) -> BrokerOpener:
 
 
 @pytest.fixture
-def open_claims(settings: Settings) -> Iterator[ClaimsOpener]:
+def open_consumer(settings: Settings) -> Iterator[ConsumerOpener]:
     """Opens claims that are closed after the test. `lease=False` leaves the lease thread out: a worker that hangs."""
-    opened: list[Claims] = []
+    opened: list[JobConsumer] = []
 
     def make(
         bundles: tuple[str, ...] = ("pocket",),
@@ -125,10 +125,10 @@ def open_claims(settings: Settings) -> Iterator[ClaimsOpener]:
         consumer: str = "w",
         stages: Stages = WHOLE,
         **changes: Any,
-    ) -> Claims:
+    ) -> JobConsumer:
         changed = settings.model_copy(update=changes)
         assert changed.redis_url is not None
-        worker = Claims(open_redis(changed.redis_url), changed, bundles, consumer, stages=stages)
+        worker = JobConsumer(open_redis(changed.redis_url), changed, bundles, consumer, stages=stages)
         if lease:
             worker.open()
             opened.append(worker)

@@ -39,7 +39,7 @@ def _read_png(content: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scale", [2, 4])
-def test_a_prompt_becomes_an_image_of_the_right_size_and_colours(url: str, scale: int) -> None:
+def test_a_prompt_becomes_an_image_of_the_right_size_and_colors(url: str, scale: int) -> None:
     started_s = time.monotonic()
     content, stages = draw(url, PROMPT, scale, seed=7)
     took_s = time.monotonic() - started_s

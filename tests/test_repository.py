@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from giantleap.service.settings import to_page
+from giantleap.service.settings import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("benchmarks", "export", "giantleap/cli", "models", "service", "training")
@@ -90,7 +90,7 @@ def test_what_is_imported_is_declared() -> None:
 
 
 def test_settings_page_is_what_the_code_says() -> None:
-    assert (ROOT / "docs" / "settings.md").read_text() == to_page()
+    assert (ROOT / "docs" / "settings.md").read_text() == to_markdown()
 
 
 def test_make_targets_named_in_the_readme_exist() -> None:

@@ -47,7 +47,7 @@ def write_tiny_bundle(directory: Path) -> None:
         write_tiny_swinir(directory / f"swinir_x{scale}.safetensors", scale)
     files = file_hashes(directory)
     descriptor = Descriptor(
-        bundle=About(name=NAME, title="Tiny", licence="Apache-2.0", provenance="Random weights, for tests only."),
+        bundle=About(name=NAME, title="Tiny", license="Apache-2.0", provenance="Random weights, for tests only."),
         pipeline=PipelineSource(path="pipeline"),
         latent_space=LatentSpaceSource(name=NAME, channels=LATENT_CHANNELS, stride_px=STRIDE_PX, scale=SCALING_FACTOR),
         lua=LuaFile(file="lua.safetensors", scales=(2, 4), sha256=files["lua.safetensors"]),

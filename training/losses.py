@@ -97,7 +97,7 @@ def shrink(images: Tensor, factor: int) -> Tensor:
 
 
 def downsampled_l1(prediction: Tensor, target: Tensor, factor: int = 2) -> Tensor:
-    """L1 after an antialiased bicubic shrink, mean | D x' - D x |: colour and coarse structure.
+    """L1 after an antialiased bicubic shrink, mean | D x' - D x |: color and coarse structure.
 
     Ref: arXiv 2511.10629, Eq. 11; the factor is 2 for both scales as in A.1 (section 3.3 says 2 for x2 and 4 for x4).
     """

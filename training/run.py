@@ -56,7 +56,7 @@ class DivergedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Place:
+class DistributedContext:
     """Which of how many processes this is, and where it computes."""
 
     device: torch.device
@@ -69,7 +69,7 @@ class Place:
 
 
 @contextmanager
-def open_place(device: torch.device) -> Iterator[Place]:
+def open_distributed_context(device: torch.device) -> Iterator[DistributedContext]:
     """Joins the processes that `torchrun` started, if it did: NCCL between GPUs, gloo between CPUs.
 
     Args:
@@ -77,19 +77,21 @@ def open_place(device: torch.device) -> Iterator[Place]:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
-        yield Place(device)
+        yield DistributedContext(device)
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Place(device, dist.get_rank(), world_size)
+        yield DistributedContext(device, dist.get_rank(), world_size)
     finally:
         dist.destroy_process_group()
 
 
-def train(config: RunConfig, out: Path, place: Place, resume: bool = False, stop_after: int | None = None) -> Path:
+def train(
+    config: RunConfig, out: Path, place: DistributedContext, resume: bool = False, stop_after: int | None = None
+) -> Path:
     """Runs all stages; writes checkpoints, `log.jsonl`, samples, and the average weights of each stage into `out`.
 
     Args:
@@ -164,7 +166,7 @@ class Run:
 
     config: RunConfig
     out: Path
-    place: Place
+    place: DistributedContext
     vae: Vae
     micro_batches: Sequence[int]
     net: Lua
@@ -178,7 +180,7 @@ class Run:
         return self.out / "checkpoints"
 
 
-def _start(config: RunConfig, out: Path, place: Place, bundle: Bundle, store: PairsStore) -> Run:
+def _start(config: RunConfig, out: Path, place: DistributedContext, bundle: Bundle, store: PairsStore) -> Run:
     micro_batches = [stage.micro_batches(place.world_size) for stage in config.stages]
     vae = read_vae(bundle, place.device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
     net = _build(config, bundle, store).to(place.device).train()
@@ -377,7 +379,7 @@ class Share:
         return [{level: tensors[part] for level, tensors in split.items()} for part in range(parts)]
 
 
-def _read_share(config: RunConfig, store: PairsStore, place: Place, tile_count: int, done: int) -> Share:
+def _read_share(config: RunConfig, store: PairsStore, place: DistributedContext, tile_count: int, done: int) -> Share:
     index, step = config.at(done)
     batch = config.stages[index].effective_batch
     tiles = tiles_at(tile_count, batch, config.seed, index, step)

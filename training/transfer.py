@@ -24,7 +24,7 @@ from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.curriculum import PAPER, ConfigError, RunConfig, StageConfig, check_config
 from giantleap.training.data.frozen_vae import read_vae, vae_hash
 from giantleap.training.data.pairs_store import PairsStore
-from giantleap.training.run import Place, train
+from giantleap.training.run import DistributedContext, train
 
 Start = Literal["fresh", "slice", "fit"]
 
@@ -236,7 +236,7 @@ def _weights_of(source: Path) -> Path:
         return source
     origin = read_bundle(source)
     if origin.lua is None:
-        raise TransferError(f"{source}: {origin.why_not('lua')}")
+        raise TransferError(f"{source}: {origin.unavailable_reason('lua')}")
     return origin.lua
 
 
@@ -269,7 +269,7 @@ def transfer_and_train(
     to_bundle: Path,
     pairs: Path,
     out: Path,
-    place: Place,
+    place: DistributedContext,
     *,
     start: Start = "fit",
     config: Path | None = None,

@@ -34,18 +34,18 @@ def list_bundles() -> None:
     for directory in _all_bundles():
         bundle = _read(directory)
         place = "on the hub" if isinstance(bundle.pipeline, str) else str(directory)
-        typer.echo(f"{bundle.name:<15} {', '.join(bundle.methods):<30} {bundle.about.licence:<38} {place}")
+        typer.echo(f"{bundle.name:<15} {', '.join(bundle.methods):<30} {bundle.about.license:<38} {place}")
 
 
 @app.command()
 def show(name: NameArgument) -> None:
-    """Say everything about one bundle: parts, methods, sizes, defaults, licence."""
+    """Say everything about one bundle: parts, methods, sizes, defaults, license."""
     bundle = _read(_find(name))
     about, defaults, limits, space = bundle.about, bundle.defaults, bundle.limits, bundle.latent_space
     typer.echo(f"{bundle.name}  {about.title}")
-    typer.echo(f"  licence     {about.licence}")
-    if about.licence_notes is not None:
-        typer.echo(f"              {about.licence_notes}")
+    typer.echo(f"  license     {about.license}")
+    if about.license_notes is not None:
+        typer.echo(f"              {about.license_notes}")
     typer.echo(f"  provenance  {about.provenance}")
     typer.echo(f"  pipeline    {_place(ModelSource(bundle.pipeline, bundle.revision))}")
     typer.echo(f"  dtype       {bundle.dtype or 'as the settings say'}; scheduler {bundle.scheduler or 'its own'}")
@@ -119,7 +119,7 @@ def check(
 
 
 def _draw_once(route: "Route", bundle: Bundle, method: Method, say: Callable[[str], object]) -> None:
-    from giantleap.models.generator import DrawItem
+    from giantleap.models.generator import GenerationItem
 
     defaults = bundle.defaults
     scale = defaults.scale if defaults.scale in bundle.scales_of(method) else max(bundle.scales_of(method))
@@ -127,7 +127,7 @@ def _draw_once(route: "Route", bundle: Bundle, method: Method, say: Callable[[st
     if method == "direct":
         scale = 1
     route.reset_peak_memory()
-    item = DrawItem("", "", 0, width_px, height_px, 1, defaults.guidance_scale)
+    item = GenerationItem("", "", 0, width_px, height_px, 1, defaults.guidance_scale)
     clock = route.clock()
     with clock.measure("generate"):
         drawn = route.generate([item], lambda step, steps: None, set)
@@ -148,13 +148,13 @@ def _choose_method(bundle: Bundle, name: str | None) -> Method:
     chosen: Method | None = bundle.defaults.method if name is None else next((m for m in METHODS if m == name), None)
     if chosen is None:
         stop(f"method {name}: there are {', '.join(METHODS)}")
-    if reason := bundle.why_not(chosen):
+    if reason := bundle.unavailable_reason(chosen):
         stop(reason)
     return chosen
 
 
 def _offer(bundle: Bundle, method: Method) -> str:
-    if reason := bundle.why_not(method):
+    if reason := bundle.unavailable_reason(method):
         return f"not there: {reason}"
     if method == "direct":
         return f"sides up to {bundle.limits.max_direct_px} px"
@@ -163,7 +163,7 @@ def _offer(bundle: Bundle, method: Method) -> str:
 
 def _tell_missing(bundle: Bundle) -> None:
     for method in METHODS:
-        if reason := bundle.why_not(method):
+        if reason := bundle.unavailable_reason(method):
             typer.echo(f"  without {method}: {reason}")
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.device import synchronize
 from giantleap.models.engines.base import ENGINES, Engine, EngineName, open_engine
-from giantleap.models.generator import DrawItem
+from giantleap.models.generator import GenerationItem
 from giantleap.models.images import psnr_db
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.route import Route
 from giantleap.service.settings import Settings
-from giantleap.service.worker.engines import find_artefacts
+from giantleap.service.worker.engines import find_artifacts
 from giantleap.service.worker.timing import to_statistics
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -64,7 +64,7 @@ class EngineRow:
     """One engine at one scale, or one that does not run here and the reason.
 
     `ratio` is the speed over `torch` in float32, `max_error` of raw latents and `psnr_db` of the decoded image against
-    it; an engine on artefacts computes in their type, whatever `dtype` says.
+    it; an engine on artifacts computes in their type, whatever `dtype` says.
     """
 
     engine: str
@@ -89,7 +89,7 @@ def open_engines(
 
     Args:
         bundle: With a LUA.
-        settings: Say where artefacts lie.
+        settings: Say where artifacts lie.
         device: Where to run.
         compiled: Whether to wait for those that compile at their first latent, which takes minutes.
     """
@@ -105,8 +105,8 @@ def open_engines(
                 reasons[label] = "left out; add --compile, which takes minutes"
                 continue
             try:
-                artefacts = find_artefacts(bundle, settings.model_copy(update={"engine": name}), device)
-                engines[label] = open_engine(name, net, device, dtype, artefacts)
+                artifacts = find_artifacts(bundle, settings.model_copy(update={"engine": name}), device)
+                engines[label] = open_engine(name, net, device, dtype, artifacts)
             except ValueError as error:
                 reasons[label] = str(error)
     return engines, reasons
@@ -129,7 +129,7 @@ def measure_engines(
         ValueError: the bundle has no LUA, or cannot be loaded.
     """
     if bundle.lua is None:
-        raise ValueError(f"bundle {bundle.name} has no LUA: {bundle.why_not('lua')}")
+        raise ValueError(f"bundle {bundle.name} has no LUA: {bundle.unavailable_reason('lua')}")
     engines, reasons = open_engines(bundle, settings, device, compiled=compiled)
     route = Route.open(bundle, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
     latent = _draw(route, bundle)
@@ -174,12 +174,12 @@ def to_table(rows: Sequence[EngineRow]) -> str:
 
 def _split(label: str) -> tuple[str, str]:
     engine, _, dtype = label.partition(" ")
-    return engine, dtype or "artefact"
+    return engine, dtype or "artifact"
 
 
 def _draw(route: Route, bundle: Bundle) -> Tensor:
     said = bundle.defaults
-    item = DrawItem("", "", 0, said.base_width_px, said.base_height_px, said.steps, said.guidance_scale)
+    item = GenerationItem("", "", 0, said.base_width_px, said.base_height_px, said.steps, said.guidance_scale)
     (latent,) = route.generate([item], lambda step, steps: None, set)
     if latent is None:
         raise ValueError(f"bundle {bundle.name} drew no latent")

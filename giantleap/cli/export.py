@@ -1,4 +1,4 @@
-"""`giantleap export` and `giantleap export check`: artefacts for other engines than torch, compared with it.
+"""`giantleap export` and `giantleap export check`: artifacts for other engines than torch, compared with it.
 
 `giantleap.cli.main` mounts these commands. Torch and all that follows from it are imported inside them.
 """
@@ -9,11 +9,11 @@ from typing import Annotated, get_args
 import typer
 
 from giantleap.cli.options import BundleOption, DeviceOption, settings_from, stop
-from giantleap.export.manifest import ArtefactError, Compatibility, Engine, Part, Precision
+from giantleap.export.manifest import ArtifactError, Compatibility, Engine, Part, Precision
 from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
 from giantleap.service.settings import Settings
 
-app = typer.Typer(invoke_without_command=True, help="Artefacts for onnxruntime, TensorRT and AOTInductor.")
+app = typer.Typer(invoke_without_command=True, help="Artifacts for onnxruntime, TensorRT and AOTInductor.")
 
 EngineOption = Annotated[Engine, typer.Option(help="What is to run them.")]
 PrecisionOption = Annotated[Precision, typer.Option(help="What the network computes in.")]
@@ -59,7 +59,7 @@ def export(
         where = choose_device(settings.device)
         request = Request(source, engine, precision, target, tuple(scale or ()), _parts(part), where, plan)
         export_bundle(request, typer.echo)
-    except (ArtefactError, BundleError, CheckpointError, OSError, ValueError) as error:
+    except (ArtifactError, BundleError, CheckpointError, OSError, ValueError) as error:
         stop(str(error))
     typer.echo(f"wrote {target}")
 
@@ -70,7 +70,7 @@ def check(
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Compare an export with its bundle, with this machine, and each artefact with PyTorch again."""
+    """Compare an export with its bundle, with this machine, and each artifact with PyTorch again."""
     settings = settings_from(bundle=bundle, device=device)
     source = _read(settings)
 
@@ -81,7 +81,7 @@ def check(
     _configure(settings)
     try:
         check_directory(directory, source, choose_device(settings.device), typer.echo)
-    except (ArtefactError, BundleError, CheckpointError, OSError, ValueError) as error:
+    except (ArtifactError, BundleError, CheckpointError, OSError, ValueError) as error:
         stop(str(error))
     typer.echo(f"{directory} fits bundle {source.name} and this machine")
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from giantleap.models.device import StageClock
-    from giantleap.models.generator import DrawItem
+    from giantleap.models.generator import GenerationItem
     from giantleap.models.images import ImageFormat
     from giantleap.models.route import Route
 
@@ -47,7 +47,7 @@ def models(bundle: BundleOption = None) -> None:
     """Print the bundles that the settings name."""
     for each in _bundles(settings_from(bundle=bundle)):
         space, defaults = each.latent_space, each.defaults
-        typer.echo(f"{each.name}  {each.about.title}  ({each.about.licence})")
+        typer.echo(f"{each.name}  {each.about.title}  ({each.about.license})")
         for method in each.methods:
             typer.echo(f"  {method:<10} {', '.join(f'x{scale}' for scale in each.scales_of(method))}")
         typer.echo(f"  latents    {space.name}: {space.channels} channels, stride {space.stride_px} px")
@@ -108,15 +108,15 @@ def generate(
     _write_image(out, output_format, images[0], clock)
 
 
-def _to_item(params: GenerateParams, start: bytes | None) -> "DrawItem":
+def _to_item(params: GenerateParams, start: bytes | None) -> "GenerationItem":
     """What the route draws; `start` is the image of the base size that a job with a strength starts from."""
     import torch
 
-    from giantleap.models.generator import DrawItem
+    from giantleap.models.generator import GenerationItem
     from giantleap.models.images import to_signed
 
     width_px, height_px = params.base_size_px
-    item = DrawItem(
+    item = GenerationItem(
         params.prompt, params.negative_prompt, params.seed, width_px, height_px, params.steps, params.guidance_scale
     )
     if start is None or params.strength is None:
@@ -125,7 +125,7 @@ def _to_item(params: GenerateParams, start: bytes | None) -> "DrawItem":
     return replace(item, init_image=to_signed(pixels), strength=params.strength)
 
 
-def _draw(route: "Route", item: "DrawItem", clock: "StageClock") -> "Tensor":
+def _draw(route: "Route", item: "GenerationItem", clock: "StageClock") -> "Tensor":
     """The item's raw latent, while a bar shows the steps."""
     from tqdm import tqdm
 

@@ -33,10 +33,10 @@ from giantleap.cli.options import (
 )
 from giantleap.cli.train import app as train_commands
 from giantleap.models.bundle.bundle import BundleError, read_bundle
-from giantleap.service.auth import check_door
+from giantleap.service.auth import check_auth_config
 from giantleap.service.errors import BadConfiguration, NotReady
-from giantleap.service.settings import Settings, read_settings, to_page
-from giantleap.service.supervisor.supervisor import say_ready, serve_api, stop_with_parent
+from giantleap.service.settings import Settings, read_settings, to_markdown
+from giantleap.service.supervisor.supervisor import exit_with_parent, notify_ready, serve_api
 from giantleap.service.supervisor.supervisor import serve as serve_all
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -82,7 +82,7 @@ def serve(
     given = {"host": host, "port": port, "redis_url": redis_url, "bundle": bundle, "device": device}
     settings, reread = _read_twice(given | {"data_dir": data_dir})
     try:
-        check_door(settings)
+        check_auth_config(settings)
         raise typer.Exit(serve_all(settings, reread))
     except OSError as error:
         _stop_unheard(settings, error)
@@ -106,14 +106,14 @@ def api(
         stop("no Redis given: set GIANTLEAP_REDIS_URL, or use `giantleap serve`, which brings its own")
     if listen_fd is None:
         try:
-            check_door(settings)
+            check_auth_config(settings)
             raise typer.Exit(serve_api(settings, reread))
         except OSError as error:
             _stop_unheard(settings, error)
         except BadConfiguration as error:
             stop(error.detail)
     if lifeline_fd is not None:
-        stop_with_parent(lifeline_fd, settings.drain_grace_s)
+        exit_with_parent(lifeline_fd, settings.drain_grace_s)
     _run_api_process(settings, listen_fd, ready_fd)
 
 
@@ -122,7 +122,7 @@ def _read_twice(given: Mapping[str, object]) -> tuple[Settings, Callable[[], Set
 
     def reread() -> Settings:
         settings = read_settings(**{name: value for name, value in given.items() if value is not None})
-        check_door(settings)
+        check_auth_config(settings)
         return settings
 
     return settings_from(**given), reread
@@ -157,7 +157,7 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
             await super().startup(sockets)
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             log.info("API listens on http://%s:%d, described under /docs; jobs wait for a worker", host, settings.port)
-            say_ready(ready_fd)
+            notify_ready(ready_fd)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             await super().shutdown(sockets)
@@ -191,7 +191,7 @@ def worker(
     except BundleError as error:
         stop(str(error))
     if lifeline_fd is not None:
-        stop_with_parent(lifeline_fd, settings.drain_grace_s)
+        exit_with_parent(lifeline_fd, settings.drain_grace_s)
 
     from giantleap.models.allocator import keep_freed_memory
     from giantleap.service.worker.loop import run_worker
@@ -201,7 +201,7 @@ def worker(
     for asked in (signal.SIGINT, signal.SIGTERM):
         signal.signal(asked, lambda *_: stopping.set())
     try:
-        run_worker(settings, stopping, number, lambda: say_ready(ready_fd))
+        run_worker(settings, stopping, number, lambda: notify_ready(ready_fd))
     except BadConfiguration as error:
         stop(error.detail)
 
@@ -209,7 +209,7 @@ def worker(
 @app.command("settings")
 def print_settings() -> None:
     """Print every setting with its default and meaning, as Markdown."""
-    typer.echo(to_page(), nl=False)
+    typer.echo(to_markdown(), nl=False)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import typer
 
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
-from giantleap.service.settings import Settings, read_settings, to_lines
+from giantleap.service.settings import Settings, format_errors, read_settings
 from giantleap.service.telemetry.logs import configure_logging
 
 BAD_CONFIGURATION = 2
@@ -30,7 +30,7 @@ def settings_from(**given: Any) -> Settings:
     try:
         settings = read_settings(**{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
-        stop(*to_lines(error))
+        stop(*format_errors(error))
     configure_logging(settings.log_level, settings.log_format)
     return settings
 

@@ -91,11 +91,11 @@ def run(
 ) -> None:
     """Train through all stages; stop it at any time and go on with --resume."""
     from giantleap.training.curriculum import read_config
-    from giantleap.training.run import open_place, train
+    from giantleap.training.run import open_distributed_context, train
 
     with _faults_in_one_line():
         plan = read_config(config)
-        with open_place(_own_device(device)) as place:
+        with open_distributed_context(_own_device(device)) as place:
             written = train(plan, out, place, resume=resume, stop_after=stop_after)
     if place.is_first:
         typer.echo(f"wrote {written}")
@@ -119,10 +119,10 @@ def transfer(
     device: DeviceOption = "auto",
 ) -> None:
     """Carry weights over to another VAE: new first and last convolutions, the rest kept, then a fine-tune."""
-    from giantleap.training.run import open_place
+    from giantleap.training.run import open_distributed_context
     from giantleap.training.transfer import transfer_and_train
 
-    with _faults_in_one_line(), open_place(_own_device(device)) as place:
+    with _faults_in_one_line(), open_distributed_context(_own_device(device)) as place:
         written = transfer_and_train(
             source, to_bundle, pairs, out, place, start=start, config=config, resume=resume, stop_after=stop_after
         )

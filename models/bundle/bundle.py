@@ -33,7 +33,7 @@ from giantleap.models.bundle.descriptor import (
 )
 from giantleap.models.bundle.digests import file_hash, weight_files
 from giantleap.models.latent_space import LatentSpace, read_vae_statistics
-from giantleap.models.lua.spec import SPEC_KEY, LuaSpec, grown_side, is_whole
+from giantleap.models.lua.spec import SPEC_KEY, LuaSpec, is_whole, scaled_size
 from giantleap.models.lua.statistics import StatisticsError, read_statistics
 
 DESCRIPTOR = "bundle.toml"
@@ -91,7 +91,7 @@ class Bundle:
 
     @property
     def about(self) -> About:
-        """Name, title, licence and provenance."""
+        """Name, title, license and provenance."""
         return self.descriptor.bundle
 
     @property
@@ -145,7 +145,7 @@ class Bundle:
 
     @property
     def lua(self) -> Path | None:
-        """The LUA weights, for `read_lua`; None where there are none (`why_not`)."""
+        """The LUA weights, for `read_lua`; None where there are none (`unavailable_reason`)."""
         return None if self.descriptor.lua is None else self.directory / self.descriptor.lua.file
 
     @property
@@ -187,9 +187,9 @@ class Bundle:
         index = json.loads((self.pipeline / "model_index.json").read_text(encoding="utf-8"))
         return str(index.get("_class_name", ""))
 
-    def why_not(self, method: Method) -> str:
+    def unavailable_reason(self, method: Method) -> str:
         """Why a method is not there, and what to do; empty where it is there."""
-        return self.descriptor.why_not(method)
+        return self.descriptor.unavailable_reason(method)
 
     def scales_of(self, method: Method) -> tuple[float, ...]:
         """The enlargements that a method offers, 1 among them; none where the method is not there.
@@ -236,7 +236,7 @@ class Bundle:
             MethodError: The bundle does not have this method.
             SizeError: The method does not reach the scale or the size; the message names the nearest that it does.
         """
-        if reason := self.why_not(method):
+        if reason := self.unavailable_reason(method):
             raise MethodError(f"method {method}: {reason}; it has {', '.join(self.methods)}")
         if scale not in self.scales_of(method):
             known = ", ".join(map(str, self.scales_of(method)))
@@ -245,16 +245,16 @@ class Bundle:
         (less_width, more_width), (less_height, more_height) = (
             nearest_sides(side / factor, limits, method) for side in (width_px, height_px)
         )
-        if (grown_side(less_width, factor), grown_side(less_height, factor)) == (width_px, height_px):
+        if (scaled_size(less_width, factor), scaled_size(less_height, factor)) == (width_px, height_px):
             return less_width, less_height
-        less = f"{grown_side(less_width, factor)}x{grown_side(less_height, factor)}"
-        more = f"{grown_side(more_width, factor)}x{grown_side(more_height, factor)}"
+        less = f"{scaled_size(less_width, factor)}x{scaled_size(less_height, factor)}"
+        more = f"{scaled_size(more_width, factor)}x{scaled_size(more_height, factor)}"
         nearest = less if less == more else f"{less} and {more}"
-        least, most = (grown_side(nearest_sides(side, limits, method)[0], factor) for side in (0, sys.maxsize))
+        least, most = (scaled_size(nearest_sides(side, limits, method)[0], factor) for side in (0, sys.maxsize))
         way = "drawn directly" if method == "direct" else f"at scale {scale}"
         raise SizeError(
             f"{width_px}x{height_px} px {way}: bundle {self.name} reaches sides from {least} to {most} px "
-            f"in steps of {grown_side(limits.multiple_px, factor)}; nearest: {nearest}"
+            f"in steps of {scaled_size(limits.multiple_px, factor)}; nearest: {nearest}"
         )
 
     def _source(self, section: VaeSource | None) -> ModelSource | None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from giantleap.models.latent_space import LATENT_SPACES, LatentSpace, Packing
-from giantleap.models.lua.spec import grown_side, is_whole, to_scale
+from giantleap.models.lua.spec import is_whole, scaled_size, to_scale
 
 Method = Literal["lua", "direct", "bicubic", "swinir"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -37,14 +37,14 @@ class _Section(BaseModel):
 class About(_Section):
     """`[bundle]`: `provenance` tells where the weights come from and what they were trained on.
 
-    `licence_notes` says what the licences ask of whoever serves the bundle, where their names alone do not.
+    `license_notes` says what the licenses ask of whoever serves the bundle, where their names alone do not.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     title: Text
-    licence: Text
+    license: Text
     provenance: Text
-    licence_notes: Text | None = None
+    license_notes: Text | None = None
 
 
 class Source(_Section):
@@ -254,21 +254,21 @@ class Descriptor(_Section):
 
     def _check_default_method(self) -> None:
         method, scale = self.defaults.method, self.defaults.scale
-        if reason := self.why_not(method):
+        if reason := self.unavailable_reason(method):
             raise ValueError(f"defaults.method is {method}, but {reason}; name another of {', '.join(self.methods)}")
         scales = self.scales_of(method)
         if scale not in scales:
             raise ValueError(f"defaults.scale {scale} is not among the scales {scales} of method {method}")
-        for side_px in (grown_side(side, scale) for side in self._base_sides_px):
+        for side_px in (scaled_size(side, scale) for side in self._base_sides_px):
             if method == "direct" and side_px > (self.limits.max_direct_px or 0):
                 raise ValueError(f"defaults: {side_px} px exceed limits.max_direct_px {self.limits.max_direct_px}")
 
     @property
     def methods(self) -> tuple[Method, ...]:
         """The ways to a large image that this bundle has."""
-        return tuple(method for method in METHODS if not self.why_not(method))
+        return tuple(method for method in METHODS if not self.unavailable_reason(method))
 
-    def why_not(self, method: Method) -> str:
+    def unavailable_reason(self, method: Method) -> str:
         """Why a method is not there, and what to do; empty where it is there."""
         name = self.bundle.name
         if method == "lua" and self.lua is None:
@@ -289,7 +289,7 @@ class Descriptor(_Section):
 
     def scales_of(self, method: Method) -> tuple[float, ...]:
         """The enlargements that a method offers, with 1, which leaves upscaling out; none where it is not there."""
-        if self.why_not(method):
+        if self.unavailable_reason(method):
             return ()
         lua: set[float] = set() if self.lua is None else set(self.lua.scales)
         if method == "lua":
@@ -304,10 +304,10 @@ def nearest_sides(side_px: float, limits: Limits, method: Method = "lua") -> tup
 
     With method "direct" the base model draws the final image, up to `limits.max_direct_px`.
     """
-    step, most_px = limits.multiple_px, limits.max_base_px
+    step, max_px = limits.multiple_px, limits.max_base_px
     if method == "direct" and limits.max_direct_px is not None:
-        most_px = limits.max_direct_px
-    first, last = -(-limits.min_base_px // step), most_px // step
+        max_px = limits.max_direct_px
+    first, last = -(-limits.min_base_px // step), max_px // step
     less = min(max(int(side_px // step), first), last)
     more = min(max(int(-(-side_px // step)), first), last)
     return less * step, more * step

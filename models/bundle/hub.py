@@ -173,7 +173,7 @@ def _refusal(hub_id: str, revision: str, status: int | None, name: str = "") -> 
     what = f"{hub_id}: {name}" if name else hub_id
     if status in (401, 403):
         return (
-            f"{what}: the hub refuses access: agree to the licence on its page of {hub_id}, then set HF_TOKEN or run "
+            f"{what}: the hub refuses access: agree to the license on its page of {hub_id}, then set HF_TOKEN or run "
             "`hf auth login`; where that was done, there is no such model"
         )
     if status == 404:

@@ -1,8 +1,8 @@
 """What runs LUA: one small protocol, and `open_engine` which builds the engine that a setting names.
 
 `torch` runs the network as PyTorch has it, on a CPU in the prepared form of `models/engines/cpu.py`. The others are in
-modules of their own, whose libraries are imported only when they are asked for; those that run exported artefacts get
-them as `Artefact`, checked by whoever calls. An engine that cannot run here as asked is an error and never another
+modules of their own, whose libraries are imported only when they are asked for; those that run exported artifacts get
+them as `Artifact`, checked by whoever calls. An engine that cannot run here as asked is an error and never another
 engine.
 """
 
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from giantleap.models.engines.cpu import LatentUpscaler, prepare_lua
-from giantleap.models.engines.packed_lua import PreparedLua
+from giantleap.models.engines.packed_lua import PackedLua
 from giantleap.models.lua.network import Lua, check_latent, pad_to_window
-from giantleap.models.lua.spec import LuaSpec, grown_side
+from giantleap.models.lua.spec import LuaSpec, scaled_size
 
 EngineName = Literal["torch", "torch-compile", "onnx", "tensorrt", "aoti"]
-ArtefactEngineName = Literal["onnx", "tensorrt", "aoti"]
+ArtifactEngineName = Literal["onnx", "tensorrt", "aoti"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 Runner = Callable[[Tensor], Tensor]
@@ -35,7 +35,7 @@ class EngineError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A range of input shapes that an artefact was tuned for, each [batch, height, width] in latent pixels."""
+    """A range of input shapes that an artifact was tuned for, each [batch, height, width] in latent pixels."""
 
     name: str
     least: tuple[int, int, int]
@@ -47,7 +47,7 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
-class Artefact:
+class Artifact:
     """An exported LUA of one scale.
 
     Args:
@@ -91,16 +91,16 @@ def open_engine(
     net: Lua,
     device: torch.device,
     dtype: torch.dtype,
-    artefacts: Mapping[int, Artefact] | None = None,
+    artifacts: Mapping[int, Artifact] | None = None,
 ) -> Engine:
     """Loads an engine.
 
     Args:
         name: Which.
-        net: The network; engines that run artefacts take only its spec.
+        net: The network; engines that run artifacts take only its spec.
         device: Where it is to run.
-        dtype: The compute type; an artefact has its own.
-        artefacts: By scale, for the engines that run them; one for each scale of the network.
+        dtype: The compute type; an artifact has its own.
+        artifacts: By scale, for the engines that run them; one for each scale of the network.
 
     Raises:
         EngineError: it cannot run here.
@@ -114,11 +114,11 @@ def open_engine(
         from giantleap.models.engines.compiled import CompileEngine
 
         return CompileEngine.open(net, device, dtype)
-    given = artefacts or {}
+    given = artifacts or {}
     missing = [scale for scale in net.spec.scales if scale not in given]
     if missing:
-        raise EngineError(f"engine {name} has no artefact for x{missing[0]}")
-    return ArtefactEngine.open(name, net.spec, given, device)
+        raise EngineError(f"engine {name} has no artifact for x{missing[0]}")
+    return ArtifactEngine.open(name, net.spec, given, device)
 
 
 class TorchEngine:
@@ -150,7 +150,7 @@ class TorchEngine:
     @property
     def prepared(self) -> bool:
         """Whether the network runs in the form for a CPU."""
-        return isinstance(self._net, PreparedLua)
+        return isinstance(self._net, PackedLua)
 
     @torch.inference_mode()
     def run(self, latent: Tensor, scale: float) -> Tensor:
@@ -165,7 +165,7 @@ class TorchEngine:
         self._net = None
 
 
-class ArtefactEngine:
+class ArtifactEngine:
     """Exported graphs, one per scale; padding and cropping are done here.
 
     Args:
@@ -183,14 +183,14 @@ class ArtefactEngine:
 
     @classmethod
     def open(
-        cls, name: ArtefactEngineName, spec: LuaSpec, artefacts: Mapping[int, Artefact], device: torch.device
-    ) -> "ArtefactEngine":
-        """Loads one artefact per scale of the spec.
+        cls, name: ArtifactEngineName, spec: LuaSpec, artifacts: Mapping[int, Artifact], device: torch.device
+    ) -> "ArtifactEngine":
+        """Loads one artifact per scale of the spec.
 
         Raises:
             EngineError: a library, a provider or a GPU is missing, or a file cannot be loaded.
         """
-        open_one: Callable[[Artefact, torch.device], Runner] = open_package
+        open_one: Callable[[Artifact, torch.device], Runner] = open_package
         if name == "onnx":
             from giantleap.models.engines.onnx_runtime import open_graph as open_one
         elif name == "tensorrt":
@@ -198,7 +198,7 @@ class ArtefactEngine:
 
             open_one = partial(PlanRunner, load_tensorrt(device))
         with on_device(device):
-            return cls(name, spec, {scale: open_one(artefacts[scale], device) for scale in spec.scales}, device)
+            return cls(name, spec, {scale: open_one(artifacts[scale], device) for scale in spec.scales}, device)
 
     @torch.inference_mode()
     def run(self, latent: Tensor, scale: float) -> Tensor:
@@ -210,7 +210,7 @@ class ArtefactEngine:
         padded = pad_to_window(latent.to(self._device, torch.float32), self.spec.window).contiguous()
         with on_device(self._device):
             grown = self._runners[int(scale)](padded)
-        return grown[..., : grown_side(height, scale), : grown_side(width, scale)]
+        return grown[..., : scaled_size(height, scale), : scaled_size(width, scale)]
 
     def close(self) -> None:
         """As `Engine.close`."""
@@ -222,7 +222,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def open_package(artefact: Artefact, device: torch.device) -> Runner:
+def open_package(artifact: Artifact, device: torch.device) -> Runner:
     """A package of AOTInductor, on a device of the kind that it was compiled for.
 
     It holds machine code: only a file whose digest is known may get here.
@@ -232,9 +232,9 @@ def open_package(artefact: Artefact, device: torch.device) -> Runner:
     """
     try:
         index = (device.index or 0) if device.type == "cuda" else -1
-        compiled = torch._inductor.aoti_load_package(str(artefact.path), device_index=index)
+        compiled = torch._inductor.aoti_load_package(str(artifact.path), device_index=index)
     except (RuntimeError, OSError, ValueError) as error:
-        raise EngineError(f"{artefact.path} cannot be loaded: {first_line(error)}") from error
+        raise EngineError(f"{artifact.path} cannot be loaded: {first_line(error)}") from error
     return lambda latent: compiled(latent)
 
 
@@ -249,7 +249,7 @@ def choose_profile(profiles: Sequence[Profile], shape: tuple[int, int, int]) -> 
             return index
     batch, height, width = shape
     raise ValueError(
-        f"no profile of the artefact holds {batch} latents of {height}x{width}; most are {profiles[-1].most}"
+        f"no profile of the artifact holds {batch} latents of {height}x{width}; most are {profiles[-1].most}"
     )
 
 

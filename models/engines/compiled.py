@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from giantleap.models.engines.base import EngineError, EngineName, first_line, on_device
-from giantleap.models.engines.packed_lua import Grids, PreparedLua
+from giantleap.models.engines.packed_lua import Grids, PackedLua
 from giantleap.models.lua.network import Lua, check_latent, pad_to_window
-from giantleap.models.lua.spec import grown_side
+from giantleap.models.lua.spec import scaled_size
 
 GRAPHS_KEPT = 16
 _CAPTURE_WARMUPS = 3
-_MOST_COMPILED = 64  # for all scales; torch's own limit of 8 is passed by two scales at odd sizes, in silence
+_MAX_COMPILED = 64  # for all scales; torch's own limit of 8 is passed by two scales at odd sizes, in silence
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class CompileEngine:
 
     name: EngineName = "torch-compile"
 
-    def __init__(self, net: PreparedLua, device: torch.device) -> None:
+    def __init__(self, net: PackedLua, device: torch.device) -> None:
         self.spec = net.spec
         self._net = net
         self._device = device
@@ -59,13 +59,13 @@ class CompileEngine:
 
     @classmethod
     def open(cls, net: Lua, device: torch.device, dtype: torch.dtype, width_multiple: int = 1) -> "CompileEngine":
-        """Nothing is compiled yet; `width_multiple` is as in `PreparedLua`.
+        """Nothing is compiled yet; `width_multiple` is as in `PackedLua`.
 
         Raises:
             EngineError: there is no compiler for the device.
         """
         require_compiler(device)
-        return cls(PreparedLua(net.to(device), dtype, packed=False, width_multiple=width_multiple), device)
+        return cls(PackedLua(net.to(device), dtype, packed=False, width_multiple=width_multiple), device)
 
     @torch.inference_mode()
     def run(self, latent: Tensor, scale: float) -> Tensor:
@@ -81,7 +81,7 @@ class CompileEngine:
                 grown = self._replay(padded, int(scale))
             else:
                 grown = self._compute(int(scale), *self._open_sizes(padded))
-        return grown[..., : grown_side(height, scale), : grown_side(width, scale)]
+        return grown[..., : scaled_size(height, scale), : scaled_size(width, scale)]
 
     def _open_sizes(self, padded: Tensor) -> tuple[Tensor, Grids]:
         """What the network takes, told to the compiler as of any size; it keeps a batch of 1 for a case of its own."""
@@ -95,7 +95,7 @@ class CompileEngine:
         return padded, grids
 
     def _compute(self, scale: int, padded: Tensor, grids: Grids) -> Tensor:
-        with torch._dynamo.config.patch(recompile_limit=_MOST_COMPILED):
+        with torch._dynamo.config.patch(recompile_limit=_MAX_COMPILED):
             return self._compiled[scale](padded, grids)
 
     def _replay(self, padded: Tensor, scale: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from giantleap.models.engines.packed_layers import PackedLinear
-from giantleap.models.engines.packed_lua import PreparedLua
+from giantleap.models.engines.packed_lua import PackedLua
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec
 
@@ -67,7 +67,7 @@ def prepare_lua(net: Lua, device: torch.device, dtype: torch.dtype) -> LatentUps
         return net
     if why_not_prepared(device, dtype) is not None or not packed_is_faster(net.spec, dtype):
         return net
-    prepared = PreparedLua(net, dtype)
+    prepared = PackedLua(net, dtype)
     check_prepared(prepared, net)
     return prepared
 
@@ -79,11 +79,11 @@ def packed_is_faster(spec: LuaSpec, dtype: torch.dtype) -> bool:
         weight, bias = torch.randn(3 * spec.embed_dim, spec.embed_dim, dtype=dtype), x.new_zeros(3 * spec.embed_dim)
         packed = PackedLinear.pack(weight, bias, dtype)
         runs: Sequence[Callable[[], Tensor]] = (lambda: packed(x), lambda: F.linear(x, weight, bias))
-        packed_s, plain_s = _least_seconds(runs)
+        packed_s, plain_s = _min_seconds(runs)
     return packed_s <= 1.1 * plain_s  # a tie goes to the packed form, which saves more than this layer shows
 
 
-def _least_seconds(runs: Sequence[Callable[[], Tensor]]) -> list[float]:
+def _min_seconds(runs: Sequence[Callable[[], Tensor]]) -> list[float]:
     """The least time of each, interleaved; the first of each is thrown away."""
     least = [float("inf")] * len(runs)
     for number in range(_TRIAL_RUNS + 1):
@@ -96,7 +96,7 @@ def _least_seconds(runs: Sequence[Callable[[], Tensor]]) -> list[float]:
 
 
 @torch.inference_mode()
-def check_prepared(prepared: PreparedLua, net: Lua) -> None:
+def check_prepared(prepared: PackedLua, net: Lua) -> None:
     """Compares the two on noise of two by three windows, at every scale.
 
     Raises:

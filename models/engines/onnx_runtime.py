@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from giantleap.models.engines.base import Artefact, EngineError, Runner, first_line
+from giantleap.models.engines.base import Artifact, EngineError, Runner, first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -44,7 +44,7 @@ def runtime_errors() -> tuple[type[Exception], ...]:
     return (*own, RuntimeError, ValueError)
 
 
-def open_graph(artefact: Artefact, device: torch.device) -> Runner:
+def open_graph(artifact: Artifact, device: torch.device) -> Runner:
     """Loads a graph.
 
     Raises:
@@ -56,27 +56,27 @@ def open_graph(artefact: Artefact, device: torch.device) -> Runner:
     options.intra_op_num_threads = torch.get_num_threads()
     wanted, chosen = PROVIDERS[device.type], choose_provider(device)
     try:
-        session = ort.InferenceSession(str(artefact.path), options, providers=chosen)
+        session = ort.InferenceSession(str(artifact.path), options, providers=chosen)
     except runtime_errors() as error:
-        raise EngineError(f"onnxruntime cannot load {artefact.path}: {first_line(error)}") from error
+        raise EngineError(f"onnxruntime cannot load {artifact.path}: {first_line(error)}") from error
     session.disable_fallback()
     started = session.get_providers()
     if started[0] != wanted:
-        raise EngineError(f"onnxruntime started {artefact.path.name} on {started[0]}; {wanted} was asked for")
+        raise EngineError(f"onnxruntime started {artifact.path.name} on {started[0]}; {wanted} was asked for")
     names = ([each.name for each in session.get_inputs()], [each.name for each in session.get_outputs()])
-    if names != ([artefact.input], [artefact.output]):
+    if names != ([artifact.input], [artifact.output]):
         raise EngineError(
-            f"{artefact.path}: found inputs {names[0]} and outputs {names[1]}; "
-            f"expected {artefact.input} and {artefact.output}"
+            f"{artifact.path}: found inputs {names[0]} and outputs {names[1]}; "
+            f"expected {artifact.input} and {artifact.output}"
         )
 
     def run_on_cpu(latent: Tensor) -> Tensor:
-        (answer,) = session.run([artefact.output], {artefact.input: latent.numpy()})
+        (answer,) = session.run([artifact.output], {artifact.input: latent.numpy()})
         return torch.from_numpy(answer)
 
     def run_on_gpu(latent: Tensor) -> Tensor:
         torch.cuda.current_stream(device).synchronize()  # onnxruntime works on a stream of its own
-        return run_bound(session, artefact, latent)
+        return run_bound(session, artifact, latent)
 
     return run_on_gpu if device.type == "cuda" else run_on_cpu
 
@@ -90,15 +90,15 @@ def choose_provider(device: torch.device) -> list[Any]:
     return [(provider, {"device_id": device.index or 0, "use_tf32": 0})] if device.type == "cuda" else [provider]
 
 
-def run_bound(session: Any, artefact: Artefact, latent: Tensor) -> Tensor:
+def run_bound(session: Any, artifact: Artifact, latent: Tensor) -> Tensor:
     """Runs a graph from and to the memory of the latent's device, with no copy by way of the CPU.
 
     **Shape** [batch, channels, h, w], contiguous, float32 -> what the graph makes of it.
     """
     binding = session.io_binding()
     kind, index = latent.device.type, latent.device.index or 0
-    binding.bind_input(artefact.input, kind, index, "float32", list(latent.shape), latent.data_ptr())
-    binding.bind_output(artefact.output, kind, index)
+    binding.bind_input(artifact.input, kind, index, "float32", list(latent.shape), latent.data_ptr())
+    binding.bind_output(artifact.output, kind, index)
     session.run_with_iobinding(binding)
     binding.synchronize_outputs()
     (answer,) = binding.get_outputs()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from giantleap.models.allocator import keep_freed_memory
 from giantleap.models.engines.packed_layers import Layout, Norm, fold_norm
 from giantleap.models.lua.network import Lua, ScaleHead, check_latent, pad_to_window
-from giantleap.models.lua.spec import grown_side
+from giantleap.models.lua.spec import scaled_size
 from giantleap.models.lua.swin import ResidualGroup, SwinBlock, shift_mask
 
 HEAD_DIM_MULTIPLE = 8  # 30 -> 32: zeros that cost 3 % in the linear layers and save 8 to 14 % of the attention
@@ -167,7 +167,7 @@ def _fused(parts: Tensor, bias: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
 
-class PreparedLua:
+class PackedLua:
     """A `Lua` ready to run; later changes of its weights are not seen, and it may be thrown away.
 
     Args:
@@ -211,7 +211,7 @@ class PreparedLua:
         height, width = latent.shape[-2:]
         padded = pad_to_window(latent.float(), self.spec.window)
         grown = self.core(padded, self.grids_of(padded), int(scale))
-        return grown[..., : grown_side(height, scale), : grown_side(width, scale)]
+        return grown[..., : scaled_size(height, scale), : scaled_size(width, scale)]
 
     def core(self, latent: Tensor, grids: Grids, scale: int) -> Tensor:
         """As `Lua.core`; `grids` are those of `grids_of`."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from giantleap.models.engines.cpu import LatentUpscaler, prepare_lua
-from giantleap.models.engines.packed_lua import PreparedLua
+from giantleap.models.engines.packed_lua import PackedLua
 from giantleap.models.lua.checkpoints import CheckpointError, read_lua
 
 RGB_CHANNELS = 3
@@ -119,7 +119,7 @@ class PixelUpscaler:
     @property
     def prepared(self) -> bool:
         """Whether all networks run in the form for a CPU."""
-        return all(isinstance(net, PreparedLua) for net in self.nets.values())
+        return all(isinstance(net, PackedLua) for net in self.nets.values())
 
     @property
     def scales(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from giantleap.models.engines.base import Artefact, EngineError, choose_profile
+from giantleap.models.engines.base import Artifact, EngineError, choose_profile
 
 
 def load_tensorrt(device: torch.device) -> Any:
@@ -44,25 +44,25 @@ class PlanRunner:
 
     Args:
         trt: The module `tensorrt`.
-        artefact: The plan, with its profiles.
+        artifact: The plan, with its profiles.
         device: A GPU, of the model that the plan was built for.
 
     Raises:
         EngineError: the plan is for another GPU or version, or has other profiles than its manifest.
     """
 
-    def __init__(self, trt: Any, artefact: Artefact, device: torch.device) -> None:
-        self._artefact, self._device = artefact, device
+    def __init__(self, trt: Any, artifact: Artifact, device: torch.device) -> None:
+        self._artifact, self._device = artifact, device
         self._stream = torch.cuda.Stream(device)
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))  # must outlive the engine
         with torch.cuda.device(device):
-            engine = self._runtime.deserialize_cuda_engine(artefact.path.read_bytes())
+            engine = self._runtime.deserialize_cuda_engine(artifact.path.read_bytes())
         if engine is None:
-            raise EngineError(f"TensorRT cannot load {artefact.path}: it was built for another GPU or version")
-        if engine.num_optimization_profiles != len(artefact.profiles):
+            raise EngineError(f"TensorRT cannot load {artifact.path}: it was built for another GPU or version")
+        if engine.num_optimization_profiles != len(artifact.profiles):
             raise EngineError(
-                f"{artefact.path} has {engine.num_optimization_profiles} profiles; "
-                f"its manifest names {len(artefact.profiles)}"
+                f"{artifact.path} has {engine.num_optimization_profiles} profiles; "
+                f"its manifest names {len(artifact.profiles)}"
             )
         self._engine = engine
         self._allocation = trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE  # not for the largest profile
@@ -73,39 +73,39 @@ class PlanRunner:
 
         **Raises** ValueError: no profile holds the size.
         """
-        most = max(profile.most[0] for profile in self._artefact.profiles)
+        most = max(profile.most[0] for profile in self._artifact.profiles)
         return torch.cat([self._run(part) for part in latent.split(most)]) if len(latent) > most else self._run(latent)
 
     def _run(self, latent: Tensor) -> Tensor:
         batch, _, height, width = latent.shape
-        index = choose_profile(self._artefact.profiles, (batch, height, width))
+        index = choose_profile(self._artifact.profiles, (batch, height, width))
         slot = self._slots.get(index) or self._open_slot(index, latent.shape[1])
         caller = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
             slot.given[: latent.numel()].view(latent.shape).copy_(latent)
             latent.record_stream(self._stream)
-            if not slot.context.set_input_shape(self._artefact.input, tuple(latent.shape)):
-                raise EngineError(f"{self._artefact.path.name} does not take the shape {list(latent.shape)}")
-            shape = tuple(slot.context.get_tensor_shape(self._artefact.output))
+            if not slot.context.set_input_shape(self._artifact.input, tuple(latent.shape)):
+                raise EngineError(f"{self._artifact.path.name} does not take the shape {list(latent.shape)}")
+            shape = tuple(slot.context.get_tensor_shape(self._artifact.output))
             if not slot.context.execute_async_v3(self._stream.cuda_stream):
-                raise RuntimeError(f"TensorRT failed in {self._artefact.path.name}")
+                raise RuntimeError(f"TensorRT failed in {self._artifact.path.name}")
             answer = slot.answer[: torch.Size(shape).numel()].view(shape).clone()
         caller.wait_stream(self._stream)
         answer.record_stream(caller)
         return answer
 
     def _open_slot(self, index: int, channels: int) -> Slot:
-        batch, height, width = self._artefact.profiles[index].most
+        batch, height, width = self._artifact.profiles[index].most
         context = self._engine.create_execution_context(self._allocation)
         if not context.set_optimization_profile_async(index, self._stream.cuda_stream):
-            raise EngineError(f"TensorRT refuses profile {self._artefact.profiles[index].name}")
-        context.set_input_shape(self._artefact.input, (batch, channels, height, width))
-        elements = torch.Size(tuple(context.get_tensor_shape(self._artefact.output))).numel()
+            raise EngineError(f"TensorRT refuses profile {self._artifact.profiles[index].name}")
+        context.set_input_shape(self._artifact.input, (batch, channels, height, width))
+        elements = torch.Size(tuple(context.get_tensor_shape(self._artifact.output))).numel()
         given = torch.empty(batch * channels * height * width, device=self._device)
         answer = torch.empty(elements, device=self._device)
-        context.set_tensor_address(self._artefact.input, given.data_ptr())
-        context.set_tensor_address(self._artefact.output, answer.data_ptr())
+        context.set_tensor_address(self._artifact.input, given.data_ptr())
+        context.set_tensor_address(self._artifact.output, answer.data_ptr())
         self._stream.synchronize()
         slot = self._slots[index] = Slot(context, given, answer)
         return slot

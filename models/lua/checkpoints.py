@@ -46,7 +46,7 @@ def write_lua(path: Path, net: Lua, metadata: Mapping[str, str] | None = None) -
     Args:
         path: Where to; its directory must exist.
         net: The network, on any device and in any dtype.
-        metadata: Further words for the header, such as provenance and licence.
+        metadata: Further words for the header, such as provenance and license.
 
     Raises:
         CheckpointError: A weight is NaN or infinite, or `metadata` uses the key that holds the spec.

@@ -30,7 +30,7 @@ def limit_softly(values: Tensor, bound: Tensor) -> Tensor:
     return torch.where(values.abs() <= knee, values, torch.copysign(bent, values))
 
 
-class Guard:
+class LatentClamp:
     """The bound of one LUA.
 
     With mean m and deviation s of the large latents, r of the residual at this scale, all per channel, and k `sigmas`:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from giantleap.models.lua.spec import LIIF_POINTS, LuaSpec, grown_side
+from giantleap.models.lua.spec import LIIF_POINTS, LuaSpec, scaled_size
 
 HIDDEN_LAYERS = 4
 
@@ -74,7 +74,7 @@ class LiifHead(nn.Module):
         **Shape** [batch, embed_dim, height, width] -> [batch, channels, scale * height, scale * width].
         """
         batch, _, height, width = x.shape
-        out_height, out_width = grown_side(height, scale), grown_side(width, scale)
+        out_height, out_width = scaled_size(height, scale), scaled_size(width, scale)
         rows, columns = Corners.build(height, out_height, x), Corners.build(width, out_width, x)
         entry = self.entry(x)
         tokens = entry.permute(0, 2, 3, 1).reshape(batch * height * width, -1)

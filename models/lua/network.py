@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from giantleap.models.lua.liif import LiifHead
-from giantleap.models.lua.spec import PRESETS, LuaSpec, grown_side, is_whole, preset
+from giantleap.models.lua.spec import PRESETS, LuaSpec, is_whole, preset, scaled_size
 from giantleap.models.lua.swin import (
     BiasCache,
     ResidualGroup,
@@ -147,7 +147,7 @@ class Lua(nn.Module):
         height, width = latent.shape[-2:]
         padded = pad_to_window(latent, self.spec.window)
         grown = self._core(padded, scales)
-        return {s: y[..., : grown_side(height, s), : grown_side(width, s)] for s, y in grown.items()}
+        return {s: y[..., : scaled_size(height, s), : scaled_size(width, s)] for s, y in grown.items()}
 
     def core(self, latent: Tensor, scale: float) -> Tensor:
         """The exportable part: height and width must be multiples of the window, and nothing is checked.

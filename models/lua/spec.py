@@ -123,7 +123,7 @@ def to_scale(value: float) -> float:
     return int(value) if math.isfinite(value) and value == int(value) else value
 
 
-def grown_side(side: int, scale: float) -> int:
+def scaled_size(side: int, scale: float) -> int:
     """`scale` times a side, in pixels of either space; whole where `is_whole` holds, else the nearest."""
     return scale * side if isinstance(scale, int) else round(scale * side)
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
-from giantleap.models.lua.spec import LuaSpec, grown_side
+from giantleap.models.lua.spec import LuaSpec, scaled_size
 from giantleap.models.memory.activations import (
     denoiser_elements,
     encoder_elements,
@@ -51,7 +51,7 @@ class UnknownMemoryError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Workload:
     """What runs on the device at one time: the items of one batch.
 
     Args:
@@ -146,7 +146,7 @@ class MemoryPlan:
         kept_bytes = self.weights_bytes - self.base_bytes if finishes(stages) else drawing_bytes
         return replace(self, stages=stages, weights_bytes=kept_bytes)
 
-    def estimate(self, work: Work, memory_bytes: int | None = None) -> Estimate:
+    def estimate(self, work: Workload, memory_bytes: int | None = None) -> Estimate:
         """What a batch needs.
 
         Args:
@@ -164,11 +164,11 @@ class MemoryPlan:
         except (ValueError, KeyError) as error:
             raise UnknownMemoryError(f"bundle {self.name}: {error}") from error
 
-    def fits(self, work: Work, memory_bytes: int) -> bool:
+    def fits(self, work: Workload, memory_bytes: int) -> bool:
         """Whether the device is large enough. Raises: as `estimate`."""
         return self.estimate(work, memory_bytes).peak_bytes <= memory_bytes
 
-    def most_items(self, work: Work, memory_bytes: int) -> int:
+    def max_items(self, work: Workload, memory_bytes: int) -> int:
         """How many items of this kind fit at once, up to the given number; at least one.
 
         Raises:
@@ -177,7 +177,7 @@ class MemoryPlan:
         fitting = (items for items in range(work.items, 1, -1) if self.fits(replace(work, items=items), memory_bytes))
         return next(fitting, 1)
 
-    def _stages(self, work: Work, memory_bytes: int | None) -> dict[Stage, int]:
+    def _stages(self, work: Workload, memory_bytes: int | None) -> dict[Stage, int]:
         stages: dict[Stage, int] = {}
         unit_px = self.stride_px * self.side_multiple
         latent_height, latent_width = (-(-side // unit_px) * self.side_multiple for side in reversed(work.base_px))
@@ -195,11 +195,11 @@ class MemoryPlan:
         if work.decode is not None and not pixels_alone:
             factor = work.scale if enlarges and work.method != "swinir" else 1
             budget_bytes = None if memory_bytes is None else max(0, memory_bytes - self.weights_bytes)
-            sides = (grown_side(latent_height, factor), grown_side(latent_width, factor))
+            sides = (scaled_size(latent_height, factor), scaled_size(latent_width, factor))
             stages["decode"] = self._decode_bytes(work.decode, work.items, *sides, budget_bytes)
         return stages
 
-    def _encode_bytes(self, work: Work, latent_height: int, latent_width: int) -> int:
+    def _encode_bytes(self, work: Workload, latent_height: int, latent_width: int) -> int:
         batch = (
             work.items if work.source == "prompt and image" else 1
         )  # `giantleap.models.route.Route.embed` takes one at a time
@@ -207,7 +207,7 @@ class MemoryPlan:
         elements = encoder_elements(self.vae, height_px, width_px) + 3 * height_px * width_px
         return batch * elements * ELEMENT_BYTES[self.vae_dtype]
 
-    def _generate_bytes(self, work: Work, latent_height: int, latent_width: int) -> int:
+    def _generate_bytes(self, work: Workload, latent_height: int, latent_width: int) -> int:
         batch = guided_batch(self.denoiser, work.items, work.guidance_scale)
         elements = denoiser_elements(self.denoiser, batch, latent_height, latent_width, self.dtype)
         tokens = prompt_tokens(self.denoiser)
@@ -215,9 +215,9 @@ class MemoryPlan:
         latents = (batch + 2 * work.items) * self.channels * latent_height * latent_width
         return (max(elements, *texts) + latents if texts else elements + latents) * ELEMENT_BYTES[self.dtype]
 
-    def _upscale_bytes(self, work: Work, latent_height: int, latent_width: int) -> int:
+    def _upscale_bytes(self, work: Workload, latent_height: int, latent_width: int) -> int:
         if work.method == "bicubic":
-            pixels = grown_side(latent_height, work.scale) * grown_side(latent_width, work.scale)
+            pixels = scaled_size(latent_height, work.scale) * scaled_size(latent_width, work.scale)
             return 4 * work.items * self.channels * pixels
         if work.method == "swinir":
             return self._pixel_upscale_bytes(work)
@@ -230,7 +230,7 @@ class MemoryPlan:
             return prepared_lua_bytes(spec, batch, height, width, int(scale), self.dtype)
         return lua_bytes(spec, batch, height, width, scale, self.dtype, self.device)
 
-    def _pixel_upscale_bytes(self, work: Work) -> int:
+    def _pixel_upscale_bytes(self, work: Workload) -> int:
         """One image after the other, in tiles where it is large; the enlarged image is whole."""
         scale = int(work.scale)
         spec = self.swinir.get(scale) if scale == work.scale else None
@@ -278,7 +278,7 @@ class MemoryPlan:
 
 
 def largest_fit(
-    work: Work, on_grid: Callable[[int, int], tuple[int, int]], fits: Callable[[Work], bool]
+    work: Workload, on_grid: Callable[[int, int], tuple[int, int]], fits: Callable[[Workload], bool]
 ) -> tuple[int, int] | None:
     """The largest final size of about the same aspect that fits, up to the one asked for; None if none does.
 

@@ -19,10 +19,10 @@ from fastapi import FastAPI
 from giantleap.service.api.compat import kserve as front_kserve
 from giantleap.service.api.compat import openai as front_openai
 from giantleap.service.api.compat import remote_vae as front_remote_vae
-from giantleap.service.api.dependencies import Serving
-from giantleap.service.api.middleware.authentication import Guard
-from giantleap.service.api.middleware.request_context import Edge
-from giantleap.service.api.middleware.security_headers import SafeHeaders, allow_origins
+from giantleap.service.api.dependencies import AppState
+from giantleap.service.api.middleware.authentication import AuthenticationMiddleware
+from giantleap.service.api.middleware.request_context import RequestContextMiddleware
+from giantleap.service.api.middleware.security_headers import SecurityHeadersMiddleware, allow_origins
 from giantleap.service.api.openapi import describe
 from giantleap.service.api.problems import handle_errors
 from giantleap.service.api.routes import create as routes_create
@@ -31,15 +31,15 @@ from giantleap.service.api.routes import jobs as routes_jobs
 from giantleap.service.api.routes import put as routes_put
 from giantleap.service.auth import open_keys
 from giantleap.service.jobqueue.client import AsyncRedis, open_async_redis
-from giantleap.service.jobqueue.producer import Broker
-from giantleap.service.jobs.planning import read_served
+from giantleap.service.jobqueue.producer import JobProducer
+from giantleap.service.jobs.planning import load_bundles
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import Tracing, open_tracing
 from giantleap.service.webhooks.sender import WebhookSender
 
 
-def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracing | None = None) -> FastAPI:
+def create_app(settings: Settings, broker: JobProducer | None = None, tracing: Tracing | None = None) -> FastAPI:
     """The application. Bundles are read here, so that a wrong one stops the start; Redis is opened with the app.
 
     Args:
@@ -61,11 +61,11 @@ def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracin
         if settings.redis_url is None:
             raise ValueError("redis_url is not set; the API needs the Redis that its workers use")
         client = open_async_redis(settings.redis_url)
-        broker = Broker(client, settings)
+        broker = JobProducer(client, settings)
     sender = None
     if client is not None and settings.webhook_secret is not None:
         sender = WebhookSender(client, settings, metrics)
-    serving = Serving(settings, read_served(settings), broker, metrics, asyncio.Event())
+    serving = AppState(settings, load_bundles(settings), broker, metrics, asyncio.Event())
 
     app = FastAPI(
         title="Giantleap",
@@ -76,10 +76,10 @@ def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracin
     )
     app.state.serving = serving
     # Each is laid around those before it: a request meets the last one first.
-    app.add_middleware(Guard, keys=open_keys(settings), broker=broker, origins=settings.cors_origins)
+    app.add_middleware(AuthenticationMiddleware, keys=open_keys(settings), broker=broker, origins=settings.cors_origins)
     allow_origins(app, settings.cors_origins)
-    app.add_middleware(Edge, max_body_bytes=settings.max_body_bytes, metrics=metrics, tracing=spans)
-    app.add_middleware(SafeHeaders)
+    app.add_middleware(RequestContextMiddleware, max_body_bytes=settings.max_body_bytes, metrics=metrics, tracing=spans)
+    app.add_middleware(SecurityHeadersMiddleware)
     handle_errors(app)
     for routes in (routes_create, routes_put, routes_jobs, routes_health, front_openai, front_kserve, front_remote_vae):
         app.include_router(routes.router)
@@ -89,7 +89,7 @@ def create_app(settings: Settings, broker: Broker | None = None, tracing: Tracin
 
 @asynccontextmanager
 async def opened(
-    serving: Serving, client: AsyncRedis | None, sender: WebhookSender | None, spans: Tracing, app: FastAPI
+    serving: AppState, client: AsyncRedis | None, sender: WebhookSender | None, spans: Tracing, app: FastAPI
 ) -> AsyncGenerator[None]:
     """Opens what an app works with, and closes it, its own Redis `client` included, when the app ends."""
     await serving.broker.open()

@@ -7,33 +7,33 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from giantleap.service.jobqueue.producer import Broker
-from giantleap.service.jobs.capacity import Place, find_places
-from giantleap.service.jobs.planning import Served
+from giantleap.service.jobqueue.producer import JobProducer
+from giantleap.service.jobs.capacity import DeviceShare, find_places
+from giantleap.service.jobs.planning import ServedBundle
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class AppState:
     """One API process: its settings, the bundles it accepts jobs for, the queue, and whether it is stopping."""
 
     settings: Settings
-    bundles: dict[str, Served]
-    broker: Broker
+    bundles: dict[str, ServedBundle]
+    broker: JobProducer
     metrics: Metrics
     stopping: asyncio.Event
 
-    def places(self, name: str) -> tuple[Place, ...]:
+    def places(self, name: str) -> tuple[DeviceShare, ...]:
         """Devices on which jobs of a bundle may run, as far as they are known; costs no round trip."""
         memory = {each: served.memory for each, served in self.bundles.items()}
         return find_places(name, memory, self.broker.devices, self.settings)
 
 
-async def get_serving(request: Request) -> Serving:
-    """The `Serving` of the app that the request came to. A coroutine: a plain function would cost a thread."""
-    serving: Serving = request.app.state.serving
+async def get_app_state(request: Request) -> AppState:
+    """The `AppState` of the app that the request came to. A coroutine: a plain function would cost a thread."""
+    serving: AppState = request.app.state.serving
     return serving
 
 
-ServingDep = Annotated[Serving, Depends(get_serving)]
+AppStateDep = Annotated[AppState, Depends(get_app_state)]

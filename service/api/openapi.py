@@ -13,7 +13,7 @@ from fastapi.openapi.utils import get_openapi
 
 from giantleap.service import errors
 from giantleap.service.api.compat.errors import front_error
-from giantleap.service.api.dependencies import Serving
+from giantleap.service.api.dependencies import AppState
 from giantleap.service.api.middleware.authentication import OPEN_PATHS
 from giantleap.service.api.problems import PROBLEM_TYPE, InvalidFields, problem_body
 from giantleap.service.api.schemas import GenerateRequest, OutputFormat, Problem, to_job_body, to_model_body
@@ -84,7 +84,7 @@ _EXAMPLES: tuple[errors.GiantleapError, ...] = (
 )
 
 
-def describe_answers(good: Responses, *statuses: int) -> Responses:
+def describe_responses(good: Responses, *statuses: int) -> Responses:
     """The responses of a route: its good ones, and a problem for each other status that it may answer."""
     content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     described = dict(good)
@@ -209,7 +209,7 @@ def _example_job() -> JobRecord:
     return JobRecord(job, JobState.SUCCEEDED, 1, begun_s, ended_s, stages=stages, results=files)
 
 
-def _add_examples(document: dict[str, Any], serving: Serving) -> None:
+def _add_examples(document: dict[str, Any], serving: AppState) -> None:
     """Requests to start from, a job that has ended, and the bundle as it is served here."""
     document["components"]["schemas"]["JobBody"]["examples"] = [to_job_body(_example_job()).model_dump(mode="json")]
     requests = {name: {"summary": name, "value": request} for name, request in _REQUESTS.items()}

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 PROBLEM_TYPE = "application/problem+json"
 CLIENT_GONE = 499
-_MOST_FIELDS = 32
+_MAX_FIELDS = 32
 _RETRY_LATER_S = 5
 _BY_CODE: dict[str, type[GiantleapError]] = {
     kind.code: kind
@@ -70,14 +70,14 @@ _REDIS_REFUSES = (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyEr
 
 
 class InvalidFields(InvalidRequest):
-    """Values that are not valid, with the field and the reason of each, as far as `_MOST_FIELDS` go."""
+    """Values that are not valid, with the field and the reason of each, as far as `_MAX_FIELDS` go."""
 
     def __init__(self, fields: tuple[tuple[str, str], ...]) -> None:
-        told = [f"{name}: {reason}" for name, reason in fields[:_MOST_FIELDS]]
-        if len(fields) > _MOST_FIELDS:
-            told.append(f"and {len(fields) - _MOST_FIELDS} more")
+        told = [f"{name}: {reason}" for name, reason in fields[:_MAX_FIELDS]]
+        if len(fields) > _MAX_FIELDS:
+            told.append(f"and {len(fields) - _MAX_FIELDS} more")
         super().__init__("; ".join(told))
-        self.fields = fields[:_MOST_FIELDS]
+        self.fields = fields[:_MAX_FIELDS]
 
 
 def to_reason(item: Mapping[str, Any]) -> str:

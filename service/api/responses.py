@@ -27,7 +27,7 @@ def job_answer(
     return Response(body.model_dump_json(), status, job_headers(record) | (headers or {}), JSON_TYPE)
 
 
-def file_answer(record: JobRecord, content: bytes, index: int, headers: dict[str, str] | None = None) -> Response:
+def file_response(record: JobRecord, content: bytes, index: int, headers: dict[str, str] | None = None) -> Response:
     """The bytes of one result."""
     result = record.results[index]
     sent = job_headers(record) | (headers or {})
@@ -39,7 +39,7 @@ def file_answer(record: JobRecord, content: bytes, index: int, headers: dict[str
     return Response(content, 200, sent, result.content_type)
 
 
-def failed_answer(request: Request, record: JobRecord) -> Response:
+def failed_response(request: Request, record: JobRecord) -> Response:
     """The problem of a job that failed or was canceled."""
     if record.state is JobState.CANCELED:
         error: GiantleapError = Conflict("the job was canceled; post it again to run it")

@@ -20,7 +20,7 @@ from giantleap.service.settings import Settings
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 PriorityName = Literal["high", "low"]
-LARGEST_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 
 WebhookEvent = Literal["succeeded", "failed", "canceled"]
 SideField = Annotated[int | None, Field(ge=1, le=65_536, examples=[256])]
@@ -64,7 +64,7 @@ class GenerateRequest(BaseModel):
         None, ge=0.0, le=100.0, allow_inf_nan=False, description="Weight of the prompt; 1 or less: no guidance."
     )
     seed: int | None = Field(
-        None, ge=0, le=LARGEST_SEED, description="Seed of the first image, the next ones follow; drawn if left out."
+        None, ge=0, le=MAX_SEED, description="Seed of the first image, the next ones follow; drawn if left out."
     )
     num_images: int = Field(1, ge=1, description="Images of this job.")
     bundle: str | None = Field(None, max_length=128, description="Name of a bundle; the first one if left out.")
@@ -222,7 +222,7 @@ class ModelBody(BaseModel):
 
     name: str = Field(description="What a request's bundle is compared with.")
     title: str = Field(description="What it draws, in a line.")
-    licence: str = Field(description="Of the base model.")
+    license: str = Field(description="Of the base model.")
     provenance: str = Field(description="Where its weights come from.")
     method: Method = Field(description="The method by default.")
     methods: dict[Method, list[int | float]] = Field(
@@ -264,11 +264,11 @@ def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
     return ModelBody(
         name=bundle.name,
         title=bundle.about.title,
-        licence=bundle.about.licence,
+        license=bundle.about.license,
         provenance=bundle.about.provenance,
         method=defaults.method,
         methods={method: list(bundle.scales_of(method)) for method in bundle.methods},
-        unavailable={method: reason for method in METHODS if (reason := bundle.why_not(method))},
+        unavailable={method: reason for method in METHODS if (reason := bundle.unavailable_reason(method))},
         decodes=list(bundle.decodes),
         from_image=bundle.from_image,
         negative_prompt=bundle.takes_negative_prompt,

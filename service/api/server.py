@@ -10,7 +10,7 @@ from asyncio.events import TimerHandle
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MOST_HEAD_BYTES = 128 << 10
+MAX_HEAD_BYTES = 128 << 10
 HEAD_TIMEOUT_S = 60.0
 _REFUSAL = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
@@ -34,7 +34,7 @@ class BoundedHttp(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._unread_bytes += len(data)
         super().data_received(data)  # its callbacks below set the count back
-        if self._unread_bytes > MOST_HEAD_BYTES or self._head_bytes > MOST_HEAD_BYTES:
+        if self._unread_bytes > MAX_HEAD_BYTES or self._head_bytes > MAX_HEAD_BYTES:
             self._refuse()
 
     def on_message_begin(self) -> None:
@@ -50,24 +50,24 @@ class BoundedHttp(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._unread_bytes = 0
         self._head_bytes += len(name) + len(value)
-        if self._head_bytes > MOST_HEAD_BYTES:
+        if self._head_bytes > MAX_HEAD_BYTES:
             return  # no more is kept; the connection ends when the bytes at hand are parsed
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._unread_bytes = 0
         self._stop_timer()
-        if self._head_bytes <= MOST_HEAD_BYTES:
+        if self._head_bytes <= MAX_HEAD_BYTES:
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._unread_bytes = 0
-        if self._head_bytes <= MOST_HEAD_BYTES:
+        if self._head_bytes <= MAX_HEAD_BYTES:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._unread_bytes = 0
-        if self._head_bytes <= MOST_HEAD_BYTES:
+        if self._head_bytes <= MAX_HEAD_BYTES:
             super().on_message_complete()
 
     def _refuse(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fastapi import Request
 
-from giantleap.service.api.dependencies import Serving
+from giantleap.service.api.dependencies import AppState
 from giantleap.service.api.middleware.authentication import require_scope
 from giantleap.service.auth import Caller, Scope
 from giantleap.service.jobqueue.producer import Enqueued
@@ -25,13 +25,13 @@ async def caller_of(request: Request) -> Caller:
 
 
 async def admit(
-    request: Request, serving: Serving, job: Job, blob: bytes | None, idempotency_key: str | None
+    request: Request, serving: AppState, job: Job, blob: bytes | None, idempotency_key: str | None
 ) -> Enqueued:
     """Puts a job in the queue in the name of the request's caller.
 
     Raises:
         Forbidden: the caller's key lacks the scope of this kind of job.
-        GiantleapError: as `Broker.enqueue`.
+        GiantleapError: as `JobProducer.enqueue`.
     """
     caller = await caller_of(request)
     require_scope(caller, _SCOPES[job.params.kind])

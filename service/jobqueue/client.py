@@ -124,7 +124,8 @@ def _read_hosts(text: str, default_port: int) -> tuple[tuple[str, int], ...]:
 
 
 def open_redis(url: str, patience_s: float = _PATIENCE_S) -> SyncRedis:
-    """A client for threads, as `Claims` wants it: bounded timeouts, a few quick retries; longer outages are waited for.
+    """A client for threads, as `JobConsumer` wants it: bounded timeouts, a few quick retries; longer outages are waited
+    for.
 
     Effects: a cluster is asked for its nodes at once; everything else connects with its first command.
 

@@ -21,7 +21,7 @@ _KEPT = 4096
 _LOG = logging.getLogger(__name__)
 
 
-class JobEnds:
+class CompletionListener:
     """The ends of jobs that were published on a channel, the last of them, and who waits for one."""
 
     def __init__(self, redis: AsyncRedis, channel: str) -> None:
@@ -31,7 +31,7 @@ class JobEnds:
         self._outcomes: dict[str, str] = {}
 
     async def listen(self) -> None:
-        """For ever; after a lost connection it connects again, and `Broker.wait` polls meanwhile."""
+        """For ever; after a lost connection it connects again, and `JobProducer.wait` polls meanwhile."""
         delay_s = 0.1
         while True:
             try:

@@ -42,7 +42,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Drawn:
+class BaseLatents:
     """What another worker did of a job to generate before it handed it over; the claim's body holds the latents.
 
     Args:
@@ -66,10 +66,10 @@ class Claim:
     stream: str
     message_id: str
     delivery: int
-    drawn: Drawn | None = None
+    drawn: BaseLatents | None = None
 
 
-class Claims:
+class JobConsumer:
     """The claims of one worker process. Its methods may be called from several threads."""
 
     def __init__(
@@ -358,7 +358,7 @@ class Claims:
             return None
         claim = Claim(read, None, self._keys.stream(lane.decode()), message.decode(), delivery)
         if isinstance(claim.job.params, GenerateParams) and f"{FINISH}:" in claim.stream:
-            drawn = Drawn(json.loads(stages), tuple(json.loads(warnings)))
+            drawn = BaseLatents(json.loads(stages), tuple(json.loads(warnings)))
             return dataclasses.replace(claim, drawn=drawn)
         return claim
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from giantleap.service.jobs.job import JobRecord
 
-MOST_PER_PAGE = 100
+MAX_PER_PAGE = 100
 CURSOR_PATTERN = r"^[0-9]{1,17}$"  # \d would also be the digits of other scripts
 
 # ARGV: limits, owner, state or '', most records, place to go on after or ''. Replies {records as of READ, the place to

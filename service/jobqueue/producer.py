@@ -34,7 +34,7 @@ from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue import scripts_producer as scripts_broker
 from giantleap.service.jobqueue.blobs import run_with_input
 from giantleap.service.jobqueue.client import LOST, AsyncRedis, check_client, is_passing
-from giantleap.service.jobqueue.completions import JobEnds
+from giantleap.service.jobqueue.completions import CompletionListener
 from giantleap.service.jobqueue.keys import FINISH, Keys
 from giantleap.service.jobqueue.listing import LIST, Page
 from giantleap.service.jobqueue.records import read_record
@@ -81,7 +81,7 @@ def retry_after_s(stats: QueueStats) -> int:
     return min(600, max(1, math.ceil(begun_s + waits_s)))
 
 
-class Broker:
+class JobProducer:
     """Everything the API does with the queue. Safe to share between all tasks of one event loop."""
 
     def __init__(self, redis: AsyncRedis, settings: Settings) -> None:
@@ -99,7 +99,7 @@ class Broker:
         self._list_devices = redis.register_script(scripts.PRELUDE + scripts_broker.DEVICES)
         self._list = redis.register_script(scripts.PRELUDE + LIST)
         self._devices: tuple[Device, ...] = ()
-        self._ends = JobEnds(redis, self._keys.done_channel)
+        self._ends = CompletionListener(redis, self._keys.done_channel)
         self._refusal: tuple[int, float] = (1, -math.inf)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -165,7 +165,7 @@ class Broker:
         await self._answer(self._redis.ping())
 
     async def enqueue(
-        self, job: Job, body: bytes | None = None, idempotency_key: str | None = None, most_live: int | None = None
+        self, job: Job, body: bytes | None = None, idempotency_key: str | None = None, max_live: int | None = None
     ) -> Enqueued:
         """Puts a job in the queue, or finds the one that is there already under the same key or the same id.
 
@@ -174,13 +174,13 @@ class Broker:
         idempotency key is returned even where its record has expired. A key is the owner's: another owner's is another.
 
         Args:
-            most_live: Jobs of the same owner that may be queued or running at once, this one included.
+            max_live: Jobs of the same owner that may be queued or running at once, this one included.
 
         Raises:
             InvalidRequest: the key or the id belongs to a job that asks for something else.
             QueueFull: `queue_limit` jobs are queued, running or waiting for a retry, or their latent pixels and those
                 of this job are more than `queue_limit_latent_px`.
-            TooManyJobs: `most_live` jobs of the owner are.
+            TooManyJobs: `max_live` jobs of the owner are.
             StorageFull: the input does not fit beside the inputs of live jobs, whatever result is evicted.
             NotReady: Redis does not answer.
         """
@@ -189,7 +189,7 @@ class Broker:
         if idempotency_key is not None:
             keys.append(self._keys.idempotency(idempotency_key, job.owner))
         args: list[str | bytes] = [self._limits, job.id, job.bundle, job.priority.value, job.to_json(), digest]
-        args += [job.owner, str(-1 if most_live is None else most_live)]
+        args += [job.owner, str(-1 if max_live is None else max_live)]
         self._ends.forget(job.id)
         extra = _extra(job, len(body or b""))
         verdict, job_id, number, start_s = await self._answer(self._put(keys, args, extra, body))
@@ -204,7 +204,7 @@ class Broker:
             )
         if verdict == b"busy":
             raise TooManyJobs(
-                f"{number} jobs of this key are queued or running, {most_live} are allowed; wait for one to end.",
+                f"{number} jobs of this key are queued or running, {max_live} are allowed; wait for one to end.",
                 retry_after_s=await self._retry_after_s(),
             )
         if verdict == b"storage":

@@ -89,7 +89,7 @@ local function position(id)
 end
 
 -- Seconds that a job of the queue usually runs, else one of any; nil before the first has ended.
-local function usual_s(queue)
+local function median_duration_s(queue)
   local recent = redis.call('LRANGE', P .. ':durations:' .. queue, 0, -1)
   if #recent == 0 then recent = redis.call('LRANGE', P .. ':durations', 0, 30) end
   for i, text in ipairs(recent) do recent[i] = tonumber(text) end
@@ -104,7 +104,7 @@ local function live_workers(stages)
 end
 
 -- The workers that take from a queue, and the jobs that they run: where none is of other stages only, all of them.
-local function hands_of(queue)
+local function capacity_of(queue)
   local others = live_workers(string.sub(queue, -7) == '+finish' and 'generate' or 'upscale,decode')
   if others == 0 then return live_workers(), redis.call('SCARD', P .. ':running') end
   local running = 0
@@ -118,7 +118,7 @@ end
 local function start_s(id, rank)
   if rank < 0 then return '' end
   local queue = queue_of(id)
-  local each_s, workers, running = usual_s(queue), hands_of(queue)
+  local each_s, workers, running = median_duration_s(queue), capacity_of(queue)
   if workers <= 0 or not each_s then return '' end
   return string.format('%.3f', math.max(0, rank + running + 1 - workers) * each_s / workers)
 end

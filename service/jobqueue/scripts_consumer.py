@@ -13,7 +13,7 @@ local function owns()
 end
 
 -- A worker that lost the reply sends again: it is told what its first call did.
-local function settled_before() return get(id, 'settled') == token and 1 or 0 end
+local function already_settled() return get(id, 'settled') == token and 1 or 0 end
 local function settle()
   redis.call('HSET', job_key(id), 'settled', token)
   drop_message(lane, message)
@@ -203,7 +203,7 @@ local function refuse(code)
   if upload ~= '' then redis.call('UNLINK', upload) end
   return code
 end
-if not owns() then return refuse(settled_before()) end
+if not owns() then return refuse(already_settled()) end
 if past(ARGV[8]) then return refuse(0) end
 if upload ~= '' and redis.call('HLEN', upload) ~= files + 1 then return refuse(-2) end
 if not make_room(bytes - get_number(id, 'input_bytes')) then return refuse(-1) end
@@ -232,7 +232,7 @@ HAND_OVER = (
     _OWNER
     + """
 local stages, warnings, latents, held = ARGV[7], ARGV[8], ARGV[10], get_number(id, 'input_bytes')
-if not owns() then return settled_before() end
+if not owns() then return already_settled() end
 if past(stages) then return 0 end
 if get(id, 'cancel') then
   close_job(id, 'canceled', stages)
@@ -259,7 +259,7 @@ return 1
 FAIL = (
     _OWNER
     + """
-if not owns() then return settled_before() end
+if not owns() then return already_settled() end
 local error, retryable, stages, starts = ARGV[7], ARGV[8] == '1', ARGV[9], tonumber(delivery)
 if past(stages) then return 0 end
 if get(id, 'cancel') then
@@ -282,7 +282,7 @@ return 1
 FINISH_CANCELED = (
     _OWNER
     + """
-if not owns() then return settled_before() end
+if not owns() then return already_settled() end
 if past(ARGV[7]) then return 1 end
 close_job(id, 'canceled', ARGV[7])
 settle()

@@ -9,7 +9,7 @@
 # full_px, busy, storage; upload: it may come in, but its input is not there.
 ENQUEUE = """
 local id, bundle, priority, job, digest, upload = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[9]
-local owner, most_live = ARGV[7], tonumber(ARGV[8])
+local owner, max_live = ARGV[7], tonumber(ARGV[8])
 local caller_key, extra = KEYS[2], cjson.decode(ARGV[10] or '{}')
 local latent_px, cancel_after_s, input_bytes = extra.latent_px or 0, extra.cancel_after_s, extra.input_bytes or 0
 
@@ -38,13 +38,13 @@ local queued_px = tonumber(redis.call('GET', P .. ':queued_px') or 0)
 local over_px = C.queue_limit_latent_px > 0 and queued_px + latent_px > C.queue_limit_latent_px
 if over_px and queued_px > 0 then return refuse('full_px', id, queued_px) end
 local live = P .. ':live:' .. owner
-if most_live >= 0 and redis.call('SCARD', live) >= most_live then
+if max_live >= 0 and redis.call('SCARD', live) >= max_live then
   -- Every end of a job takes it out of the set; one whose record went in another way must not count for ever.
   for _, known in ipairs(redis.call('SMEMBERS', live)) do
     local state = get(known, 'state')
     if not state or is_final(state) then redis.call('SREM', live, known) end
   end
-  if redis.call('SCARD', live) >= most_live then return refuse('busy', id, redis.call('SCARD', live)) end
+  if redis.call('SCARD', live) >= max_live then return refuse('busy', id, redis.call('SCARD', live)) end
 end
 if input_bytes > 0 then
   if upload == '' or redis.call('STRLEN', upload) ~= input_bytes then return refuse('upload', id, -1) end
@@ -136,7 +136,7 @@ for _, lane in ipairs(redis.call('SMEMBERS', P .. ':lanes')) do
   queued[#queued + 1] = redis.call('ZCARD', key)
   local queue = string.match(lane, '^(.*):')
   medians[#medians + 1] = queue
-  medians[#medians + 1] = tostring(usual_s(queue) or '')
+  medians[#medians + 1] = tostring(median_duration_s(queue) or '')
   local first = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
   if first[2] then oldest_us = math.min(oldest_us, tonumber(first[2])) end
 end

@@ -12,14 +12,14 @@ from types import MappingProxyType
 
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import nearest_sides
-from giantleap.models.lua.spec import LuaSpec, grown_side
+from giantleap.models.lua.spec import LuaSpec, scaled_size
 from giantleap.models.memory.activations import lua_kept_bytes
 from giantleap.models.memory.from_bundle import read_memory_plan
-from giantleap.models.memory.plan import DeviceKind, MemoryPlan, UnknownMemoryError, Work, largest_fit
+from giantleap.models.memory.plan import DeviceKind, MemoryPlan, UnknownMemoryError, Workload, largest_fit
 from giantleap.models.stages import draws, finishes
 from giantleap.models.vae.strip_plan import ELEMENT_BYTES
 from giantleap.service.errors import DoesNotFit
-from giantleap.service.jobs.devices import Device, Loaded
+from giantleap.service.jobs.devices import Device, LoadedBundle
 from giantleap.service.jobs.job import GenerateParams, JobParams
 from giantleap.service.settings import Settings
 
@@ -42,7 +42,7 @@ class BundleMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DeviceShare:
     """A device on which jobs of one bundle run, or the stages of them that its plan names.
 
     Args:
@@ -60,7 +60,7 @@ class Place:
         """What is left for the bundle, its weights included."""
         return self.memory_bytes - self.others_bytes
 
-    def fits(self, work: Work) -> bool:
+    def fits(self, work: Workload) -> bool:
         """Raises: UnknownMemoryError: there is no estimate."""
         return self.plan.fits(work, self.own_bytes)
 
@@ -87,7 +87,7 @@ def with_lua(plan: MemoryPlan, lua: LuaSpec | None) -> MemoryPlan:
 
 def find_places(
     name: str, bundles: Mapping[str, BundleMemory], devices: Sequence[Device], settings: Settings
-) -> tuple[Place, ...]:
+) -> tuple[DeviceShare, ...]:
     """Where jobs of a bundle may run; none where that is not known.
 
     Args:
@@ -105,7 +105,7 @@ def find_places(
         if loaded is not None and loaded.dtype in bundles[name].plans:
             plan = with_lua(bundles[name].plans[loaded.dtype], loaded.lua)
             plan = replace(plan, device=device.kind, prepared=loaded.prepared).of_stages(device.stages)
-            places.append(Place(plan, given_bytes or device.memory_bytes, loaded.others_bytes))
+            places.append(DeviceShare(plan, given_bytes or device.memory_bytes, loaded.others_bytes))
     return tuple(places)
 
 
@@ -128,7 +128,7 @@ def _supposed(kind: DeviceKind, memory_bytes: int, bundles: Mapping[str, BundleM
 
 def share_device(
     dtypes: Mapping[str, str], plans: Mapping[str, Mapping[str, MemoryPlan]], luas: Mapping[str, LuaSpec | None] = _NONE
-) -> dict[str, Loaded]:
+) -> dict[str, LoadedBundle]:
     """What each of the bundles on one device leaves to the others.
 
     Args:
@@ -141,13 +141,15 @@ def share_device(
         for name, dtype in dtypes.items()
     }
     all_bytes = sum(weights_bytes.values())
-    return {name: Loaded(dtype, all_bytes - weights_bytes[name], luas.get(name)) for name, dtype in dtypes.items()}
+    return {
+        name: LoadedBundle(dtype, all_bytes - weights_bytes[name], luas.get(name)) for name, dtype in dtypes.items()
+    }
 
 
-def to_work(params: JobParams, bundle: Bundle) -> Work:
+def to_workload(params: JobParams, bundle: Bundle) -> Workload:
     """One image of a job."""
     if isinstance(params, GenerateParams):
-        return Work(
+        return Workload(
             params.width_px,
             params.height_px,
             params.scale,
@@ -159,12 +161,12 @@ def to_work(params: JobParams, bundle: Bundle) -> Work:
     decode = params.decode if params.output == "image" else None
     if params.image_width_px is not None and params.image_height_px is not None:
         width_px, height_px = params.image_width_px, params.image_height_px
-        width_px, height_px = grown_side(width_px, params.scale), grown_side(height_px, params.scale)
-        return Work(width_px, height_px, params.scale, params.method, decode, source="image")
+        width_px, height_px = scaled_size(width_px, params.scale), scaled_size(height_px, params.scale)
+        return Workload(width_px, height_px, params.scale, params.method, decode, source="image")
     stride_px = bundle.latent_space.stride_px
-    return Work(
-        grown_side(stride_px * params.latent_width, params.scale),
-        grown_side(stride_px * params.latent_height, params.scale),
+    return Workload(
+        scaled_size(stride_px * params.latent_width, params.scale),
+        scaled_size(stride_px * params.latent_height, params.scale),
         params.scale,
         params.method,
         decode,
@@ -172,7 +174,7 @@ def to_work(params: JobParams, bundle: Bundle) -> Work:
     )
 
 
-def too_small(work: Work, places: Sequence[Place]) -> list[Place]:
+def insufficient(work: Workload, places: Sequence[DeviceShare]) -> list[DeviceShare]:
     """The places that all refuse a half of the work's stages; none where each half fits one, or no place is known.
 
     Raises:
@@ -185,7 +187,9 @@ def too_small(work: Work, places: Sequence[Place]) -> list[Place]:
     return []
 
 
-def largest_size(work: Work, bundle: Bundle, places: Sequence[Place], max_image_px: int) -> tuple[int, int] | None:
+def largest_size(
+    work: Workload, bundle: Bundle, places: Sequence[DeviceShare], max_image_px: int
+) -> tuple[int, int] | None:
     """Final width and height of the largest image of about this aspect that is allowed and fits a device.
 
     Raises:
@@ -196,27 +200,27 @@ def largest_size(work: Work, bundle: Bundle, places: Sequence[Place], max_image_
         width_px, height_px = (_side_on_grid(side_px, work, bundle) for side_px in (width_px, height_px))
         return width_px, height_px
 
-    def fits(smaller: Work) -> bool:
+    def fits(smaller: Workload) -> bool:
         if smaller.width_px * smaller.height_px > max_image_px:
             return False
-        return not too_small(smaller, places)
+        return not insufficient(smaller, places)
 
     return largest_fit(work, on_grid, fits)
 
 
-def _side_on_grid(side_px: int, work: Work, bundle: Bundle) -> int:
+def _side_on_grid(side_px: int, work: Workload, bundle: Bundle) -> int:
     factor = 1 if work.method == "direct" else work.scale
     if work.source in ("prompt", "prompt and image"):
         limits = bundle.limits_at(work.scale, work.method)
-        return grown_side(nearest_sides(side_px / factor, limits, work.method)[0], factor)
+        return scaled_size(nearest_sides(side_px / factor, limits, work.method)[0], factor)
     base_px = bundle.latent_space.stride_px if work.source == "latent" else 1
     if not isinstance(work.scale, int):
         base_px = bundle.whole_px(bundle.latent_space.multiple_px, work.scale)
-    unit_px = grown_side(base_px, work.scale)
+    unit_px = scaled_size(base_px, work.scale)
     return max(side_px // unit_px, 1) * unit_px
 
 
-def largest_note(work: Work, bundle: Bundle, places: Sequence[Place], max_image_px: int) -> str:
+def largest_note(work: Workload, bundle: Bundle, places: Sequence[DeviceShare], max_image_px: int) -> str:
     """What a refusal adds: the largest size that is allowed and fits; empty where there is none."""
     try:
         size = largest_size(work, bundle, places, max_image_px)
@@ -225,15 +229,15 @@ def largest_note(work: Work, bundle: Bundle, places: Sequence[Place], max_image_
     return "" if size is None else f"; the largest size that fits is {size[0]}x{size[1]} px"
 
 
-def require_fit(params: JobParams, bundle: Bundle, places: Sequence[Place], max_image_px: int) -> None:
+def check_capacity(params: JobParams, bundle: Bundle, places: Sequence[DeviceShare], max_image_px: int) -> None:
     """Accepts a job of which one image at a time fits a device, and a job of which that cannot be told.
 
     Raises:
         DoesNotFit: no device is large enough.
     """
-    work = to_work(params, bundle)
+    work = to_workload(params, bundle)
     try:
-        small = too_small(work, places)
+        small = insufficient(work, places)
         if not small:
             return
         size = largest_size(work, bundle, places, max_image_px)
@@ -255,9 +259,9 @@ def require_fit(params: JobParams, bundle: Bundle, places: Sequence[Place], max_
     )
 
 
-def most_items(params: JobParams, bundle: Bundle, place: Place, items: int) -> int:
+def max_items(params: JobParams, bundle: Bundle, place: DeviceShare, items: int) -> int:
     """How many images of a job run at once in a place, up to `items`; at least one."""
     try:
-        return place.plan.most_items(replace(to_work(params, bundle), items=items), place.own_bytes)
+        return place.plan.max_items(replace(to_workload(params, bundle), items=items), place.own_bytes)
     except UnknownMemoryError:
         return items

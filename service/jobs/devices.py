@@ -24,7 +24,7 @@ _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedBundle:
     """A bundle on a device.
 
     Args:
@@ -53,7 +53,7 @@ class Device:
 
     kind: DeviceKind
     memory_bytes: int
-    bundles: Mapping[str, Loaded] = field(default_factory=dict)
+    bundles: Mapping[str, LoadedBundle] = field(default_factory=dict)
     stages: Stages = WHOLE
 
     def to_json(self) -> str:
@@ -80,7 +80,7 @@ class Device:
         try:
             values = json.loads(text)
             bundles = {
-                str(name): Loaded(
+                str(name): LoadedBundle(
                     str(said["dtype"]),
                     int(said["others_bytes"]),
                     None if said["lua"] is None else LuaSpec.from_json(said["lua"]),

@@ -48,26 +48,26 @@ def is_image(body: bytes, content_type: str | None) -> bool:
     return declared.startswith("image/") or (unsaid and _type_of(body) != "")
 
 
-def check_image(body: bytes, content_type: str | None, most_px: int) -> ImageSize:
+def check_image(body: bytes, content_type: str | None, max_px: int) -> ImageSize:
     """The size of an image that `read_image` will read; its header is checked before a pixel is decoded.
 
     Args:
         body: The file.
         content_type: As declared; None or application/octet-stream leaves it to the first bytes.
-        most_px: Most pixels it may have.
+        max_px: Most pixels it may have.
 
     Raises:
         UnsupportedMediaType: another format than PNG, JPEG or WebP, or an animation.
         MalformedRequest: the bytes are damaged, cut off, or not of the declared type.
-        PayloadTooLarge: more pixels than `most_px`.
+        PayloadTooLarge: more pixels than `max_px`.
     """
     _check_type(body, content_type)
     with _DECODES:
-        pixels = read_image(body, most_px)
+        pixels = read_image(body, max_px)
     return ImageSize(pixels.shape[1], pixels.shape[0])
 
 
-def read_image(body: bytes, most_px: int) -> Pixels:
+def read_image(body: bytes, max_px: int) -> Pixels:
     """The pixels of an image in RGB, upright; what is transparent is laid on white.
 
     Returns:
@@ -76,28 +76,28 @@ def read_image(body: bytes, most_px: int) -> Pixels:
     Raises:
         UnsupportedMediaType: an animation.
         MalformedRequest: the bytes are damaged or cut off.
-        PayloadTooLarge: more pixels than `most_px`.
+        PayloadTooLarge: more pixels than `max_px`.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the stricter one
             opened = Image.open(io.BytesIO(body), formats=_FORMATS)
         with opened as image:
-            if image.width * image.height > most_px:
+            if image.width * image.height > max_px:
                 raise PayloadTooLarge(
-                    f"the image has {image.width}x{image.height} pixels; at most {most_px} in all are allowed"
+                    f"the image has {image.width}x{image.height} pixels; at most {max_px} in all are allowed"
                 )
             if getattr(image, "n_frames", 1) > 1:
                 raise UnsupportedMediaType("the image is animated; send a single frame")
             image.load()
             return np.array(to_rgb(image))  # a copy, which may be written to: torch warns of others
     except Image.DecompressionBombError as error:
-        raise PayloadTooLarge(f"the image has far more pixels than the {most_px} that are allowed") from error
+        raise PayloadTooLarge(f"the image has far more pixels than the {max_px} that are allowed") from error
     except _DAMAGED as error:
         raise MalformedRequest("the image is damaged or cut off; send a complete PNG, JPEG or WebP file") from error
 
 
-def fit_image(body: bytes, most_px: int, width_px: int, height_px: int) -> bytes:
+def fit_image(body: bytes, max_px: int, width_px: int, height_px: int) -> bytes:
     """A PNG file of the image at another size, its sides stretched where the shapes differ.
 
     Raises:
@@ -105,7 +105,7 @@ def fit_image(body: bytes, most_px: int, width_px: int, height_px: int) -> bytes
     """
     _check_type(body, None)
     with _DECODES:
-        image = Image.fromarray(read_image(body, most_px)).resize((width_px, height_px), Image.Resampling.LANCZOS)
+        image = Image.fromarray(read_image(body, max_px)).resize((width_px, height_px), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

@@ -1,6 +1,6 @@
 """Turns what was asked into what will run: defaults of the bundle, its limits and those of the settings, all checked.
 
-Pure functions of values, apart from `read_served`; `giantleap.service.api.routes.create` enqueues what they return.
+Pure functions of values, apart from `load_bundles`; `giantleap.service.api.routes.create` enqueues what they return.
 Nothing here imports torch.
 """
 
@@ -13,10 +13,17 @@ from giantleap.models.bundle.bundle import Bundle, BundleError, SizeError, read_
 from giantleap.models.bundle.descriptor import DecodeName, Method, nearest_sides
 from giantleap.models.bundle.vocabulary import PromptWords, read_prompt_words
 from giantleap.models.latent_space import LatentSpace, LatentSpaceError
-from giantleap.models.lua.spec import grown_side, is_whole
+from giantleap.models.lua.spec import is_whole, scaled_size
 from giantleap.service.api.problems import InvalidFields
 from giantleap.service.api.schemas import GenerateRequest, OutputFormat, UpscaleQuery
-from giantleap.service.jobs.capacity import BundleMemory, Place, largest_note, read_memory, require_fit, to_work
+from giantleap.service.jobs.capacity import (
+    BundleMemory,
+    DeviceShare,
+    check_capacity,
+    largest_note,
+    read_memory,
+    to_workload,
+)
 from giantleap.service.jobs.images import ImageSize, check_image, is_image
 from giantleap.service.jobs.job import GenerateParams, JobParams, UpscaleParams
 from giantleap.service.jobs.latents import Values, read_values, require_finite, to_blob
@@ -24,13 +31,13 @@ from giantleap.service.settings import Settings
 from giantleap.service.worker.batching import LatentGrid, count_items, output_latent_px
 
 DEFAULT_STRENGTH = 0.6
-_MOST_WORD_WARNINGS = 32
+_MAX_WORD_WARNINGS = 32
 
 Check = tuple[bool, str, str]  # whether something is wrong, the field to blame, and what is wrong with it
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedBundle:
     """A bundle that jobs may name; `words` is None where its vocabulary is open."""
 
     bundle: Bundle
@@ -38,18 +45,18 @@ class Served:
     memory: BundleMemory
 
 
-def read_served(settings: Settings) -> dict[str, Served]:
+def load_bundles(settings: Settings) -> dict[str, ServedBundle]:
     """The bundles of the settings by name, the default first.
 
     Raises:
         BundleError: one cannot be served, or two have the same name.
     """
-    served: dict[str, Served] = {}
+    served: dict[str, ServedBundle] = {}
     for directory in settings.bundle:
         bundle = read_bundle(directory)
         if bundle.name in served:
             raise BundleError(f"{directory}: a bundle named {bundle.name} is served already; names must differ")
-        served[bundle.name] = Served(bundle, _read_words(bundle), read_memory(bundle))
+        served[bundle.name] = ServedBundle(bundle, _read_words(bundle), read_memory(bundle))
     return served
 
 
@@ -62,7 +69,7 @@ def _read_words(bundle: Bundle) -> PromptWords | None:
         raise BundleError(f"bundle {bundle.name}: {error}") from error
 
 
-def choose_served(bundles: Mapping[str, Served], name: str | None) -> Served:
+def select_bundle(bundles: Mapping[str, ServedBundle], name: str | None) -> ServedBundle:
     """The bundle that was named, or the default.
 
     Raises:
@@ -81,7 +88,7 @@ def plan_generate(
     settings: Settings,
     seed: int,
     output_format: OutputFormat,
-    places: Sequence[Place] = (),
+    places: Sequence[DeviceShare] = (),
 ) -> GenerateParams:
     """What to draw: the bundle's defaults where the request is silent, everything within the limits.
 
@@ -99,8 +106,8 @@ def plan_generate(
         prompt=asked.prompt,
         negative_prompt=asked.negative_prompt or "",
         scale=scale,
-        width_px=asked.width or grown_side(defaults.base_width_px, scale),
-        height_px=asked.height or grown_side(defaults.base_height_px, scale),
+        width_px=asked.width or scaled_size(defaults.base_width_px, scale),
+        height_px=asked.height or scaled_size(defaults.base_height_px, scale),
         steps=asked.steps or defaults.steps,
         guidance_scale=defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale,
         seed=seed,
@@ -125,7 +132,7 @@ def plan_generate(
             _no_base_size(params, bundle),
         )
     )
-    require_fit(params, bundle, places, settings.max_image_px)
+    check_capacity(params, bundle, places, settings.max_image_px)
     return params
 
 
@@ -176,7 +183,7 @@ def choose_method(bundle: Bundle, asked: Method | None) -> Method:
         InvalidFields: the bundle does not have it.
     """
     method = bundle.defaults.method if asked is None else asked
-    if reason := bundle.why_not(method):
+    if reason := bundle.unavailable_reason(method):
         raise InvalidFields((("method", f"{method}: {reason}; there are {', '.join(bundle.methods)}"),))
     return method
 
@@ -218,7 +225,7 @@ def total_latent_px(params: JobParams, bundle: Bundle) -> int:
     return count_items(params) * output_latent_px(params, grid)
 
 
-def warn_of_words(served: Served, params: GenerateParams) -> tuple[str, ...]:
+def warn_of_words(served: ServedBundle, params: GenerateParams) -> tuple[str, ...]:
     """A warning for each word of the prompts that the bundle does not know, up to a number that fits an answer."""
     if served.words is None:
         return ()
@@ -226,10 +233,10 @@ def warn_of_words(served: Served, params: GenerateParams) -> tuple[str, ...]:
         dict.fromkeys(served.words.unknown_words(params.prompt) + served.words.unknown_words(params.negative_prompt))
     )
     warnings = [
-        f"bundle {served.bundle.name} does not know the word {word!r:.80}" for word in unknown[:_MOST_WORD_WARNINGS]
+        f"bundle {served.bundle.name} does not know the word {word!r:.80}" for word in unknown[:_MAX_WORD_WARNINGS]
     ]
-    if len(unknown) > _MOST_WORD_WARNINGS:
-        warnings.append(f"bundle {served.bundle.name} does not know {len(unknown) - _MOST_WORD_WARNINGS} more words")
+    if len(unknown) > _MAX_WORD_WARNINGS:
+        warnings.append(f"bundle {served.bundle.name} does not know {len(unknown) - _MAX_WORD_WARNINGS} more words")
     return tuple(warnings)
 
 
@@ -240,7 +247,7 @@ def prepare_upscale(
     bundle: Bundle,
     settings: Settings,
     output_format: OutputFormat,
-    places: Sequence[Place] = (),
+    places: Sequence[DeviceShare] = (),
 ) -> tuple[UpscaleParams, bytes]:
     """What to enlarge, and the job's input blob, from a body that holds a latent or an image.
 
@@ -254,10 +261,10 @@ def prepare_upscale(
     if is_image(body, content_type):
         size = check_image(body, content_type, settings.max_image_px)
         params = plan_upscale_image(asked, size, bundle, settings, output_format, places)
-        require_fit(params, bundle, places, settings.max_image_px)
+        check_capacity(params, bundle, places, settings.max_image_px)
         return params, body
     params, latent = plan_upscale(asked, read_values(body, content_type), bundle, settings, output_format, places)
-    require_fit(params, bundle, places, settings.max_image_px)
+    check_capacity(params, bundle, places, settings.max_image_px)
     return params, to_blob(latent)
 
 
@@ -267,7 +274,7 @@ def plan_upscale_image(
     bundle: Bundle,
     settings: Settings,
     output_format: OutputFormat,
-    places: Sequence[Place] = (),
+    places: Sequence[DeviceShare] = (),
 ) -> UpscaleParams:
     """How to enlarge an image: encode it to the posterior mean, enlarge the latent, decode; `swinir` takes it as it is.
 
@@ -320,7 +327,7 @@ def plan_upscale(
     bundle: Bundle,
     settings: Settings,
     output_format: OutputFormat,
-    places: Sequence[Place] = (),
+    places: Sequence[DeviceShare] = (),
 ) -> tuple[UpscaleParams, Values]:
     """What to enlarge, and the raw latent that is enlarged.
 
@@ -398,7 +405,7 @@ def is_one_frame(shape: Sequence[int], space: LatentSpace) -> bool:
 
 
 def _upscale_checks(
-    params: UpscaleParams, bundle: Bundle, settings: Settings, places: Sequence[Place]
+    params: UpscaleParams, bundle: Bundle, settings: Settings, places: Sequence[DeviceShare]
 ) -> tuple[Check, ...]:
     """What holds for a latent and for an image."""
     to_latent = params.output == "latent" and params.method == "swinir" and params.scale > 1
@@ -415,8 +422,10 @@ def _too_many(field: str, images: int, settings: Settings) -> Check:
     return images > most, field, f"asks for {images} images; at most {most} are made by one job"
 
 
-def _too_large(field: str, params: JobParams, bundle: Bundle, settings: Settings, places: Sequence[Place]) -> Check:
-    work, most = to_work(params, bundle), settings.max_image_px
+def _too_large(
+    field: str, params: JobParams, bundle: Bundle, settings: Settings, places: Sequence[DeviceShare]
+) -> Check:
+    work, most = to_workload(params, bundle), settings.max_image_px
     image_px = work.width_px * work.height_px
     note = largest_note(work, bundle, places, most) if image_px > most else ""
     return image_px > most, field, f"makes an image of {image_px} pixels; at most {most} are allowed{note}"

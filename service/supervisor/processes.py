@@ -1,7 +1,7 @@
 """The processes of one host as the supervisor runs them: started, started again when they end, replaced one by one.
 
-Nothing here waits: `giantleap.service.supervisor.supervisor` calls `Fleet.keep` and `Fleet.roll` again and again. What
-only the supervisor knows, restarts and reloads, is written to a file that `/metrics` reads
+Nothing here waits: `giantleap.service.supervisor.supervisor` calls `ProcessManager.keep` and `ProcessManager.roll`
+again and again. What only the supervisor knows, restarts and reloads, is written to a file that `/metrics` reads
 (`giantleap.service.telemetry.metrics.HostCollector`).
 """
 
@@ -23,12 +23,12 @@ from giantleap.service.worker.watchdog import HUNG
 log = logging.getLogger(__name__)
 
 _HEALTHY_AFTER_S = 30.0
-_MOST_CRASHES = 5
+_MAX_CRASHES = 5
 _KILL_AFTER_S = 5.0
 
 
 @dataclass(slots=True)
-class Child:
+class ManagedProcess:
     """One supervised process: what it runs, how often it has crashed since it last stayed up, whether it ever worked.
 
     `ready_fd` is the pipe on which the process that runs will say that it works.
@@ -61,7 +61,7 @@ class Child:
 
 
 @dataclass(slots=True)
-class Successor:
+class Replacement:
     """A process that will take a child's place once it says on its pipe that it is ready."""
 
     process: subprocess.Popen[bytes]
@@ -90,7 +90,7 @@ def to_reason(code: int) -> str:
     return "killed" if code < 0 else "crashed" if code else "stopped"
 
 
-class Fleet:
+class ProcessManager:
     """The processes of one host.
 
     Args:
@@ -103,7 +103,7 @@ class Fleet:
 
     def __init__(
         self,
-        children: Sequence[Child],
+        children: Sequence[ManagedProcess],
         launch: Launch,
         lifeline_fd: int,
         shared_dir: Path,
@@ -118,9 +118,9 @@ class Fleet:
         self._restarts: dict[str, Counter[str]] = {"api": Counter(), "worker": Counter()}
         self._reload_successful = True
         self._reloaded_at_s = 0.0
-        self._to_replace: list[Child] = []
-        self._replaced: list[Child] = []
-        self._successor: Successor | None = None
+        self._to_replace: list[ManagedProcess] = []
+        self._replaced: list[ManagedProcess] = []
+        self._successor: Replacement | None = None
         self._retiring: list[tuple[subprocess.Popen[bytes], float]] = []
 
     def keep(self) -> int | None:
@@ -141,14 +141,14 @@ class Fleet:
                     return given_up
         return None
 
-    def _plan_restart(self, child: Child, code: int) -> int | None:
+    def _plan_restart(self, child: ManagedProcess, code: int) -> int | None:
         if code == BAD_CONFIGURATION:
             log.error("%s cannot start: its configuration is wrong (see above)", child.name)
             return BAD_CONFIGURATION
         self._restarts[child.role][to_reason(code)] += 1
         self._write_state()
         child.crashes, delay_s = plan_restart(child.crashes, time.monotonic() - child.started_at_s)
-        if child.crashes > _MOST_CRASHES and not child.has_worked:
+        if child.crashes > _MAX_CRASHES and not child.has_worked:
             log.error("%s ended %d times in a row, last with code %d: giving up", child.name, child.crashes, code)
             return 1
         log.warning("%s ended with code %d; starting it again in %.0f s", child.name, code, delay_s)
@@ -202,7 +202,7 @@ class Fleet:
         elif select.select([successor.ready_fd], [], [], 0)[0] and os.read(successor.ready_fd, 1):
             self._hand_over(child, successor)
 
-    def _hand_over(self, child: Child, successor: Successor) -> None:
+    def _hand_over(self, child: ManagedProcess, successor: Replacement) -> None:
         if child.process is not None:
             child.process.terminate()
             grace_s = self._launch.grace_s if self._next is None else max(self._launch.grace_s, self._next.grace_s)
@@ -226,16 +226,16 @@ class Fleet:
             log.info("going back to the settings from before for %d processes", len(self._to_replace))
         self.note_reload(False)
 
-    def _start_successor(self, child: Child) -> Successor:
+    def _start_successor(self, child: ManagedProcess) -> Replacement:
         process, ready_fd = self._start(child, self._next or self._launch)
-        return Successor(process, time.monotonic(), ready_fd)
+        return Replacement(process, time.monotonic(), ready_fd)
 
     def _drop_successor(self) -> None:
         if self._successor is not None:
             os.close(self._successor.ready_fd)
         self._successor = None
 
-    def _start(self, child: Child, launch: Launch) -> tuple[subprocess.Popen[bytes], int]:
+    def _start(self, child: ManagedProcess, launch: Launch) -> tuple[subprocess.Popen[bytes], int]:
         """The process, and the pipe on which it will say that it works."""
         ready_read, ready_write = os.pipe()
         try:

@@ -1,11 +1,12 @@
 """Keeps the processes of one host alive: embedded Redis, API processes and workers; stops them all together.
 
 SIGHUP reads the settings again (`reload`) and replaces the processes one by one: a new one gets the new settings and
-reads bundles and artefacts as they now lie on disk, and only when it is ready does the old one drain (`Fleet.roll`).
+reads bundles and artifacts as they now lie on disk, and only when it is ready does the old one drain
+(`ProcessManager.roll`).
 
 Children are separate Python processes that run `giantleap api` and `giantleap worker`. Each holds the read end of a
 pipe whose write end only this process has: when this process ends, however it ends, the pipe closes and
-the child stops itself (`stop_with_parent`), so that nothing is orphaned even after kill -9.
+the child stops itself (`exit_with_parent`), so that nothing is orphaned even after kill -9.
 """
 
 import contextlib
@@ -22,9 +23,9 @@ from urllib.parse import urlsplit
 
 from giantleap.models.stages import WHOLE
 from giantleap.service.errors import BadConfiguration
-from giantleap.service.settings import Settings, strip_settings, take_settings, to_environment, to_lines
+from giantleap.service.settings import Settings, format_errors, merge_reloadable, to_environment, without_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
-from giantleap.service.supervisor.processes import Child, Fleet, Launch
+from giantleap.service.supervisor.processes import Launch, ManagedProcess, ProcessManager
 
 log = logging.getLogger(__name__)
 
@@ -67,16 +68,16 @@ def serve_api(settings: Settings, reread: Callable[[], Settings]) -> int:
         return _supervise(settings, reread, settings.redis_url or "", children, None, stack)
 
 
-def _api_children(settings: Settings, listener: socket.socket) -> list[Child]:
+def _api_children(settings: Settings, listener: socket.socket) -> list[ManagedProcess]:
     fd = listener.fileno()
     return [
-        Child(f"api-{number}", ("api", "--listen-fd", str(fd)), keep_fds=(fd,))
+        ManagedProcess(f"api-{number}", ("api", "--listen-fd", str(fd)), keep_fds=(fd,))
         for number in range(settings.api_processes)
     ]
 
 
-def _worker(number: int) -> Child:
-    return Child(f"worker-{number}", ("worker", "--number", str(number)))
+def _worker(number: int) -> ManagedProcess:
+    return ManagedProcess(f"worker-{number}", ("worker", "--number", str(number)))
 
 
 @contextlib.contextmanager
@@ -95,7 +96,7 @@ def _supervise(
     settings: Settings,
     reread: Callable[[], Settings],
     redis_url: str,
-    children: Sequence[Child],
+    children: Sequence[ManagedProcess],
     redis: EmbeddedRedis | None,
     stack: contextlib.ExitStack,
 ) -> int:
@@ -111,9 +112,9 @@ def _supervise(
     def to_launch(chosen: Settings) -> Launch:
         own = to_environment(chosen.model_copy(update={"redis_url": redis_url}))
         shared = {"PROMETHEUS_MULTIPROC_DIR": metrics_dir}
-        return Launch(strip_settings(os.environ) | own | shared, chosen.drain_grace_s)
+        return Launch(without_settings(os.environ) | own | shared, chosen.drain_grace_s)
 
-    fleet = Fleet(children, to_launch(settings), lifeline_read, Path(metrics_dir))
+    fleet = ProcessManager(children, to_launch(settings), lifeline_read, Path(metrics_dir))
     stack.callback(fleet.stop)
     fleet.note_reload(True)
     on_terminal = os.isatty(0)
@@ -143,7 +144,7 @@ def _supervise(
 
 
 def reload(
-    settings: Settings, reread: Callable[[], Settings], to_launch: Callable[[Settings], Launch], fleet: Fleet
+    settings: Settings, reread: Callable[[], Settings], to_launch: Callable[[Settings], Launch], fleet: ProcessManager
 ) -> None:
     """Read the settings again and have every process replaced by one that has them.
 
@@ -159,27 +160,27 @@ def reload(
     try:
         read = reread()
     except ValueError as error:
-        log.error("settings not reloaded, the old ones stay: %s", "; ".join(to_lines(error)))
+        log.error("settings not reloaded, the old ones stay: %s", "; ".join(format_errors(error)))
         fleet.note_reload(False)
         return
     except BadConfiguration as error:
         log.error("settings not reloaded, the old ones stay: %s", error.detail)
         fleet.note_reload(False)
         return
-    chosen, fixed = take_settings(settings, read)
+    chosen, fixed = merge_reloadable(settings, read)
     if fixed:
         log.warning("changed, but only a restart takes it over: %s", ", ".join(fixed))
     fleet.ask_roll(to_launch(chosen))
 
 
-def say_ready(ready_fd: int | None) -> None:
+def notify_ready(ready_fd: int | None) -> None:
     """Tell the supervisor that this process can take over; nothing where it does not ask. Effects: closes the pipe."""
     if ready_fd is not None:
         os.write(ready_fd, b"1")
         os.close(ready_fd)
 
 
-def stop_with_parent(lifeline_fd: int, grace_s: float) -> None:
+def exit_with_parent(lifeline_fd: int, grace_s: float) -> None:
     """Watch the pipe to the supervisor from a daemon thread; when it closes, end this process, at the latest by force.
 
     Effects: SIGTERM to this process when the supervisor is gone; `os._exit(1)` after `grace_s` more seconds.

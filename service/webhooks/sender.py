@@ -30,7 +30,7 @@ from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.webhooks.targets import CheckedBackend, TargetRefused, read_target
 
 EVENTS = ("succeeded", "failed", "canceled")
-MOST_ATTEMPTS = 10
+MAX_ATTEMPTS = 10
 _ATTEMPT_S = 15.0
 _LEASE_S = 60.0
 _POLL_S = 1.0
@@ -187,7 +187,7 @@ class WebhookSender:
         """Takes what is due, as many as may be sent at once; waits where that many are under way."""
         while len(self._sending) >= _AT_ONCE:
             await asyncio.wait(self._sending, return_when=asyncio.FIRST_COMPLETED)
-        args: list[str | int] = [self._limits, _AT_ONCE - len(self._sending), int(_LEASE_S * 1000), MOST_ATTEMPTS]
+        args: list[str | int] = [self._limits, _AT_ONCE - len(self._sending), int(_LEASE_S * 1000), MAX_ATTEMPTS]
         rows = await self._take(keys=self._tag, args=args)
         for name, attempt, *texts in rows:
             url, job_id, state, bundle, finished_at_s, error = (text.decode() for text in texts)
@@ -204,7 +204,7 @@ class WebhookSender:
         """
         reason = await self._post(delivery)
         delay_ms, outcome = -1, "delivered"
-        if reason is not None and delivery.attempt >= MOST_ATTEMPTS:
+        if reason is not None and delivery.attempt >= MAX_ATTEMPTS:
             delay_ms, outcome = -2, "dropped"
         elif reason is not None:
             delay_ms, outcome = int(1000 * retry_delay_s(delivery.attempt, self._first_delay_s)), "retried"

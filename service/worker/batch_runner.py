@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from giantleap.models.device import StageClock, is_out_of_memory
-from giantleap.models.generator import DrawItem, image_seed
+from giantleap.models.generator import GenerationItem, image_seed
 from giantleap.models.images import CONTENT_TYPES, to_image_bytes, to_signed
 from giantleap.models.route import Route, finite_items
 from giantleap.service.errors import EngineFault, GiantleapError, JobFailed
-from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobs.images import Pixels, read_image
 from giantleap.service.jobs.job import GenerateParams, JobError, JobParams, ResultFile, UpscaleParams
 from giantleap.service.jobs.latents import LATENT_TENSOR, SAFETENSORS_TYPE
@@ -119,7 +119,7 @@ class BatchRun:
     def __init__(
         self,
         route: Route,
-        claims: Claims,
+        claims: JobConsumer,
         drain: Drain,
         trace: BatchTrace,
         watchdog: Watchdog | None = None,
@@ -242,11 +242,11 @@ class BatchRun:
         return Stop.CANCELED if item.claim.job.id in self._canceled_ids else Stop.RELEASED
 
 
-def _draw_item(item: Item) -> DrawItem:
+def _draw_item(item: Item) -> GenerationItem:
     params = item.claim.job.params
     assert isinstance(params, GenerateParams)
     width_px, height_px = params.base_size_px
-    drawn = DrawItem(
+    drawn = GenerationItem(
         prompt=params.prompt,
         negative_prompt=params.negative_prompt,
         seed=image_seed(params.seed, item.index),

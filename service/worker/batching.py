@@ -7,7 +7,7 @@ a batch is `giantleap.service.worker.loop`; why batches look so is in `docs/deci
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from giantleap.models.lua.spec import grown_side
+from giantleap.models.lua.spec import scaled_size
 from giantleap.service.jobqueue.consumer import Claim
 from giantleap.service.jobs.job import GenerateParams, JobParams
 
@@ -40,7 +40,7 @@ def output_latent_px(params: JobParams, grid: LatentGrid) -> int:
     if isinstance(params, GenerateParams):
         return (params.width_px // grid.stride_px) * (params.height_px // grid.stride_px)
     height, width = _padded(params.latent_height, grid), _padded(params.latent_width, grid)
-    return grown_side(height, params.scale) * grown_side(width, params.scale)
+    return scaled_size(height, params.scale) * scaled_size(width, params.scale)
 
 
 def batch_key(bundle: str, params: JobParams, grid: LatentGrid, drawn: bool = False) -> BatchKey:

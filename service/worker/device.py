@@ -14,7 +14,7 @@ from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.engines.base import TorchEngine
 from giantleap.models.memory.plan import DeviceKind
 from giantleap.models.route import Route
-from giantleap.service.jobs.capacity import Place, find_places, read_memory, share_device
+from giantleap.service.jobs.capacity import DeviceShare, find_places, read_memory, share_device
 from giantleap.service.jobs.devices import Device, machine_memory_bytes, usable_bytes
 from giantleap.service.settings import Settings
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def find_device(
     bundles: Mapping[str, Bundle], routes: Mapping[str, Route], settings: Settings
-) -> tuple[Device, dict[str, Place]]:
+) -> tuple[Device, dict[str, DeviceShare]]:
     """This worker's device, and the share of it that each bundle has whose memory can be told."""
     memory = {name: read_memory(bundle) for name, bundle in bundles.items()}
     plans = {

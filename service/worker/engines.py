@@ -1,6 +1,6 @@
-"""Opens a bundle with the engine that the settings name, after checking the exported artefacts that it runs.
+"""Opens a bundle with the engine that the settings name, after checking the exported artifacts that it runs.
 
-The check is `giantleap.export.manifest.check_manifest`: artefacts that are damaged, or were made from another bundle or
+The check is `giantleap.export.manifest.check_manifest`: artifacts that are damaged, or were made from another bundle or
 for another machine, are refused with the command that builds the right ones. Imports torch.
 """
 
@@ -11,9 +11,9 @@ import torch
 
 from giantleap.export.machine import read_machine
 from giantleap.export.manifest import FILE, check_manifest
-from giantleap.export.manifest import Artefact as Exported
+from giantleap.export.manifest import Artifact as Exported
 from giantleap.models.bundle.bundle import Bundle
-from giantleap.models.engines.base import Artefact, EngineError, Profile
+from giantleap.models.engines.base import Artifact, EngineError, Profile
 from giantleap.models.engines.onnx_runtime import load_onnxruntime
 from giantleap.models.engines.tensorrt_runtime import load_tensorrt
 from giantleap.models.route import Route
@@ -25,19 +25,19 @@ def open_route(bundle: Bundle, settings: Settings, device: torch.device, dtype: 
     """Load a bundle, as far as the stages of the settings need it; nothing runs yet.
 
     Raises:
-        ValueError: as `find_artefacts`, as `giantleap.models.engines.base.open_engine`, or as `Route.open`.
+        ValueError: as `find_artifacts`, as `giantleap.models.engines.base.open_engine`, or as `Route.open`.
         OSError: the pipeline lacks a file.
     """
-    artefacts = find_artefacts(bundle, settings, device) if finishes(settings.stages) else {}
-    return Route.open(bundle, device, dtype, settings.engine, artefacts, settings.stages)
+    artifacts = find_artifacts(bundle, settings, device) if finishes(settings.stages) else {}
+    return Route.open(bundle, device, dtype, settings.engine, artifacts, settings.stages)
 
 
-def find_artefacts(bundle: Bundle, settings: Settings, device: torch.device) -> Mapping[int, Artefact]:
+def find_artifacts(bundle: Bundle, settings: Settings, device: torch.device) -> Mapping[int, Artifact]:
     """The exported LUA of a bundle by scale; none for an engine that runs none, or a bundle without LUA.
 
     Raises:
         EngineError: the engine's library, provider or GPU is missing.
-        ArtefactError: the artefacts are missing, damaged, or not for this bundle or machine.
+        ArtifactError: the artifacts are missing, damaged, or not for this bundle or machine.
     """
     engine = settings.engine
     if bundle.lua is None or engine == "torch" or engine == "torch-compile":
@@ -46,23 +46,23 @@ def find_artefacts(bundle: Bundle, settings: Settings, device: torch.device) -> 
         load_onnxruntime(device)
     elif engine == "tensorrt":
         load_tensorrt(device)
-    directory = artefact_directory(bundle, settings)
+    directory = artifact_directory(bundle, settings)
     scales = [scale for scale in bundle.scales_of("lua")[1:] if isinstance(scale, int)]
     if len(scales) < len(bundle.scales_of("lua")[1:]):
         raise EngineError(f"engine {engine} runs no LIIF head: set the engine to torch")
     manifest = check_manifest(directory, bundle, engine=engine, scales=scales, machine=read_machine(device))
     found = {scale: manifest.get("lua", scale) for scale in scales}
-    return {scale: _to_artefact(directory, each) for scale, each in found.items() if each is not None}
+    return {scale: _to_artifact(directory, each) for scale, each in found.items() if each is not None}
 
 
-def artefact_directory(bundle: Bundle, settings: Settings) -> Path:
-    """Where a bundle's artefacts lie: the directory of the settings or, where several bundles share it, one below."""
+def artifact_directory(bundle: Bundle, settings: Settings) -> Path:
+    """Where a bundle's artifacts lie: the directory of the settings or, where several bundles share it, one below."""
     if settings.engine_dir is None:
         return settings.data_dir / "exports" / f"{bundle.name}-{settings.engine}-fp32"
     own = settings.engine_dir / bundle.name
     return own if len(settings.bundle) > 1 or (own / FILE).is_file() else settings.engine_dir
 
 
-def _to_artefact(directory: Path, exported: Exported) -> Artefact:
+def _to_artifact(directory: Path, exported: Exported) -> Artifact:
     profiles = tuple(Profile(each.name, each.least, each.most) for each in exported.profiles)
-    return Artefact(directory / exported.file, exported.input, exported.output, profiles)
+    return Artifact(directory / exported.file, exported.input, exported.output, profiles)

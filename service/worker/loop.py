@@ -24,8 +24,8 @@ from giantleap.models.route import Route
 from giantleap.models.stages import finishes
 from giantleap.service.errors import BadConfiguration, DoesNotFit, StorageFull
 from giantleap.service.jobqueue.client import open_redis
-from giantleap.service.jobqueue.consumer import Claim, Claims
-from giantleap.service.jobs.capacity import Place, most_items, require_fit
+from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobs.capacity import DeviceShare, check_capacity, max_items
 from giantleap.service.jobs.job import GenerateParams, Job, JobError, JobState, UpscaleParams
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.logs import log_fields
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 _BLOCK_S = 1.0
 _NO_BUNDLES: Mapping[str, Bundle] = MappingProxyType({})
-_NO_PLACES: Mapping[str, Place] = MappingProxyType({})
+_NO_PLACES: Mapping[str, DeviceShare] = MappingProxyType({})
 _PROTOCOL_RUNS = 20
 Status = JobState | Literal["handed over"]
 
@@ -100,7 +100,7 @@ def run_worker(
         routes[name].vae.budget_bytes = max(0, place.own_bytes - place.plan.weights_bytes)
     client = open_redis(redis_url)
     consumer = f"{platform.node()}-{os.getpid()}"
-    claims = Claims(client, settings, tuple(routes), consumer, device, settings.stages)
+    claims = JobConsumer(client, settings, tuple(routes), consumer, device, settings.stages)
     claims.open()
     log.info("worker ready", extra={"fields": {"bundles": sorted(routes), "stages": settings.stages}})
     watchdog = Watchdog(settings.step_timeout_s)
@@ -139,12 +139,12 @@ class Worker:
         self,
         routes: Mapping[str, Route],
         grids: Mapping[str, LatentGrid],
-        claims: Claims,
+        claims: JobConsumer,
         metrics: Metrics,
         settings: Settings,
         drain: Drain,
         bundles: Mapping[str, Bundle] = _NO_BUNDLES,
-        places: Mapping[str, Place] = _NO_PLACES,
+        places: Mapping[str, DeviceShare] = _NO_PLACES,
         tracing: Tracing | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
@@ -194,7 +194,7 @@ class Worker:
             return
         route, items = self._routes[job.bundle], to_items(batch)
         try:
-            most_items = self._most_items(job)
+            max_items = self._max_items(job)
         except DoesNotFit as error:  # the API did not know this device, or it has more bundles than thought
             for claim in batch:
                 self._end(claim, [to_job_error(error)], {}, len(items), len(batch))
@@ -210,7 +210,7 @@ class Worker:
             to_the_end = finishes(self._settings.stages)
             run = BatchRun(route, self._claims, self._drain, trace, self._watchdog, to_the_end)
             try:
-                outcomes = run.run(items, most_items)
+                outcomes = run.run(items, max_items)
             finally:
                 if self._watchdog is not None:
                     self._watchdog.rest()
@@ -223,7 +223,7 @@ class Worker:
         for claim, ended in _by_claim(batch, outcomes):
             self._end(claim, ended, stages_s, len(items), len(batch))
 
-    def _most_items(self, job: Job) -> int:
+    def _max_items(self, job: Job) -> int:
         """How many images of a job may be on the device at once.
 
         Raises:
@@ -235,8 +235,8 @@ class Worker:
         if place is None:
             return most
         bundle = self._bundles[job.bundle]
-        require_fit(job.params, bundle, [place], self._settings.max_image_px)
-        return most_items(job.params, bundle, place, most)
+        check_capacity(job.params, bundle, [place], self._settings.max_image_px)
+        return max_items(job.params, bundle, place, most)
 
     def _end(
         self,
@@ -309,7 +309,7 @@ class Worker:
         return [
             f"the {name} is {lost} tokens longer than the text encoder takes; its end was ignored"
             for name, text in (("prompt", params.prompt), ("negative prompt", params.negative_prompt))
-            if (lost := route.generator.lost_tokens(text)) > 0
+            if (lost := route.generator.truncated_tokens(text)) > 0
         ]
 
     def _record(self, claim: Claim, status: Status | None, stages_s: Mapping[str, float], batch_items: int) -> None:

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from giantleap.models.bundle.descriptor import Method
-from giantleap.models.generator import DrawItem
-from giantleap.models.lua.spec import grown_side
+from giantleap.models.generator import GenerationItem
+from giantleap.models.lua.spec import scaled_size
 from giantleap.models.route import Route, run_once
 
 WARMUPS = 20
@@ -91,7 +91,7 @@ def measure_protocol(
         raise ValueError(f"scale {scale}: this bundle has {route.scales_of(method)} by method {method}")
     if runs < 1 or warmups < 0:
         raise ValueError(f"runs is {runs} and warmups {warmups}; at least one run counts")
-    item = DrawItem("", "", _SEED, width_px, height_px, steps, _GUIDANCE_SCALE)
+    item = GenerationItem("", "", _SEED, width_px, height_px, steps, _GUIDANCE_SCALE)
     times_s: dict[str, list[float]] = {}
     for run in range(warmups + runs):
         stages_s = run_once(route, item, scale, method).stages_s
@@ -103,7 +103,7 @@ def measure_protocol(
         bundle=route.name,
         method=method,
         scale=scale,
-        image_px=f"{grown_side(width_px, scale)}x{grown_side(height_px, scale)}",
+        image_px=f"{scaled_size(width_px, scale)}x{scaled_size(height_px, scale)}",
         steps=steps,
         warmups=warmups,
         runs=runs,

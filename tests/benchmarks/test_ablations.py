@@ -77,7 +77,7 @@ def run_of(variant: str, seed: int, psnr_db: float) -> dict[str, Any]:
 
 def test_the_page_has_means_spreads_and_both_orders() -> None:
     runs = [run_of("full", 0, 24.0), run_of("full", 1, 25.0), run_of("liif", 0, 30.0)]
-    page = ablations.to_page(record_of(runs))
+    page = ablations.to_markdown(record_of(runs))
     assert "| I + II + III, both heads (joint) | 24.50 ± 0.71 | 32.54 | 0.5000 ± 0.0000 | - | 27.94 | - |" in page
     assert "  - here: I + II + III, LIIF head > I + II + III, both heads (joint)\n" in page
     assert "LPIPS, which the paper gives as well, is not measured" in page
@@ -98,5 +98,5 @@ def test_results_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
 
 def test_the_page_in_the_documentation_is_that_of_the_stored_results() -> None:
     record = json.loads(RESULTS.read_text())
-    assert (ROOT / "docs" / "ablations.md").read_text() == ablations.to_page(record)
+    assert (ROOT / "docs" / "ablations.md").read_text() == ablations.to_markdown(record)
     assert {(run["variant"], run["seed"]) for run in record["runs"]} == {(v.key, s) for v in VARIANTS for s in range(3)}

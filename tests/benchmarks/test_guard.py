@@ -7,7 +7,7 @@ from torch import Tensor
 from benchmarks.guard import BROKEN_SHARE, changes, judge, measure_case, reach, summarize, to_table
 from giantleap.models.images import psnr_db
 from giantleap.models.latent_space import LATENT_SPACES
-from giantleap.models.lua.clamp import Guard
+from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import Lua, LuaSpec
 from giantleap.models.lua.statistics import LatentStatistics
 
@@ -52,7 +52,7 @@ def test_the_guard_mends_what_only_the_adapter_broke() -> None:
         torch.manual_seed(0)
         lua = Lua(LuaSpec(16, 12, (1,), 2, window=4, num_feat=8, bicubic_skip=True)).eval()
         torch.nn.init.constant_(lua.heads["x2"].conv_last.bias, 5.0)  # an adapter that runs away
-    guards = {2.0: Guard(STATISTICS, 2.0, torch.device("cpu"))}
+    guards = {2.0: LatentClamp(STATISTICS, 2.0, torch.device("cpu"))}
     small = 0.1 * torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     case = measure_case(Block(), lua, guards, small, 2)  # type: ignore[arg-type]
     assert case["off"]["is_broken"] and not case["2"]["is_broken"] and not case["bicubic"]["is_broken"]

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.load import FIGURES, judge, part_of, summarise, to_form, used_cpu_s
 from benchmarks.load_client import Load, run_closed, run_open, to_request
-from benchmarks.load_compare import to_lines
-from benchmarks.load_docs import PAGE, to_page
+from benchmarks.load_compare import format_errors
+from benchmarks.load_docs import PAGE, to_markdown
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "load.json"
 PARTS_MS = {"cpu_api_ms": 0.75, "cpu_worker_ms": 0.2, "cpu_redis_ms": 0.3}
@@ -105,7 +105,7 @@ def test_processor_time_is_split_by_what_a_process_is() -> None:
 def test_two_checkouts_are_compared_round_by_round() -> None:
     before = {"no-op, 1": [dict.fromkeys(FIGURES, value) for value in (1.0, 2.0, 4.0)]}
     after = {"no-op, 1": [dict.fromkeys(FIGURES, value) for value in (2.0, 1.0, 1.0)]}
-    lines = to_lines(before, after)
+    lines = format_errors(before, after)
     assert "| no-op, 1 | cpu_redis_ms | 2.00 | 1.00 | 0.50 |" in lines and len(lines) == 2 + len(FIGURES)
 
 
@@ -127,7 +127,7 @@ def report() -> dict:
 
 
 def test_page_has_the_figures_and_the_ratios() -> None:
-    page = to_page(report())
+    page = to_markdown(report())
     assert "| Ray Serve | no-op, 1 client | 6 | 9 | 150 | 1.25 | 4.00 | 4.00 |" in page
     assert "The ratio of the two p99 is 1.60. 90.0 % were refused" in page
     assert "| no-op, 1 client | 1.5 | 3 | 600 | 1.25 | 0.75 | 0.2 | 0.3 |" in page
@@ -135,11 +135,11 @@ def test_page_has_the_figures_and_the_ratios() -> None:
 
 
 def test_page_without_peers_names_none() -> None:
-    assert "Beside other servers" not in to_page(report() | {"peers": {}})
+    assert "Beside other servers" not in to_markdown(report() | {"peers": {}})
 
 
 def test_stored_page_is_made_from_the_stored_report() -> None:
-    assert PAGE.read_text() == to_page(json.loads(RESULTS.read_text()))
+    assert PAGE.read_text() == to_markdown(json.loads(RESULTS.read_text()))
 
 
 def test_form_holds_the_file_whole() -> None:

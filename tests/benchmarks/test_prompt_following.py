@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.prompt_following import CHOICES, SLOTS, Judge, object_core, read_colour, score, train_judge
-from giantleap.training.pocket.captions import COLOURS, Slots, draw_prompts
+from benchmarks.prompt_following import CHOICES, SLOTS, Judge, object_core, read_color, score, train_judge
+from giantleap.training.pocket.captions import COLORS, Slots, draw_prompts
 from giantleap.training.pocket.scenes import PALETTE, draw_scene, render
 
 
@@ -19,28 +19,28 @@ def images(asked: list[Slots]) -> torch.Tensor:
     return render([draw_scene(np.random.default_rng([3, i]), slots) for i, slots in enumerate(asked)], 128)[0]
 
 
-def test_colours_of_true_renders_are_read_without_error(images: torch.Tensor, asked: list[Slots]) -> None:
+def test_colors_of_true_renders_are_read_without_error(images: torch.Tensor, asked: list[Slots]) -> None:
     shares = score(images, asked, Judge().eval())
-    assert shares["floor"] == shares["sky"] == shares["colour"] == 1.0
+    assert shares["floor"] == shares["sky"] == shares["color"] == 1.0
 
 
-def test_colours_of_other_pictures_score_at_chance(images: torch.Tensor, asked: list[Slots]) -> None:
+def test_colors_of_other_pictures_score_at_chance(images: torch.Tensor, asked: list[Slots]) -> None:
     shares = score(images.roll(1, 0), asked, Judge().eval())
-    assert max(shares["floor"], shares["sky"], shares["colour"]) < 0.5
+    assert max(shares["floor"], shares["sky"], shares["color"]) < 0.5
 
 
-def test_an_object_at_the_wrong_place_loses_its_colour(asked: list[Slots]) -> None:
+def test_an_object_at_the_wrong_place_loses_its_color(asked: list[Slots]) -> None:
     moved = [
-        Slots(s.shape, s.colour, s.floor, s.sky, "right" if s.position == "left" else "left", s.size) for s in asked
+        Slots(s.shape, s.color, s.floor, s.sky, "right" if s.position == "left" else "left", s.size) for s in asked
     ]
     pictures, _ = render([draw_scene(np.random.default_rng([4, i]), slots) for i, slots in enumerate(moved)], 128)
-    assert score(pictures, asked, Judge().eval())["colour"] < 0.2
+    assert score(pictures, asked, Judge().eval())["color"] < 0.2
 
 
-@pytest.mark.parametrize("colour", COLOURS)
-def test_a_shaded_palette_colour_is_read_as_itself(colour: str) -> None:
-    pixels = torch.tensor([PALETTE[colour]]) * torch.linspace(0.55, 1.0, 20).unsqueeze(1)
-    assert read_colour(pixels, (0.5, 0.65, 0.8, 1.0)) == colour
+@pytest.mark.parametrize("color", COLORS)
+def test_a_shaded_palette_color_is_read_as_itself(color: str) -> None:
+    pixels = torch.tensor([PALETTE[color]]) * torch.linspace(0.55, 1.0, 20).unsqueeze(1)
+    assert read_color(pixels, (0.5, 0.65, 0.8, 1.0)) == color
 
 
 def test_core_of_an_object_lies_inside_every_jittered_mask(asked: list[Slots]) -> None:

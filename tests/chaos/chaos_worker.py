@@ -12,13 +12,13 @@ import time
 
 from giantleap.models.stages import DRAWING
 from giantleap.service.jobqueue.client import open_redis
-from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
 from giantleap.service.settings import read_settings
 
 LONG_SEED = 424_242
 LONG_S = 10.0
-MOST_CLAIMS = 3
+MAX_CLAIMS = 3
 
 
 def work(claim: Claim) -> None:
@@ -34,7 +34,7 @@ def work(claim: Claim) -> None:
 def main(journal: str) -> None:
     settings = read_settings()
     assert settings.redis_url is not None
-    claims = Claims(open_redis(settings.redis_url), settings, ["paper"], "chaos", stages=settings.stages)
+    claims = JobConsumer(open_redis(settings.redis_url), settings, ["paper"], "chaos", stages=settings.stages)
     claims.open()
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
@@ -43,7 +43,7 @@ def main(journal: str) -> None:
         os.write(file, f"{what} {claim.job.id} {claim.delivery} {os.getpid()} {time.monotonic():.6f}\n".encode())
 
     while True:
-        for claim in claims.claim(MOST_CLAIMS, 0.5):
+        for claim in claims.claim(MAX_CLAIMS, 0.5):
             note("start", claim)
             work(claim)
             content = f"{claim.job.id} {claim.delivery} {os.getpid()}".encode()

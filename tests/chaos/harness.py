@@ -40,7 +40,7 @@ class Note(NamedTuple):
 
 
 @dataclass
-class Fleet:
+class ProcessManager:
     """An API process and workers, started with the settings' environment; they run the stages of `pools` in turn."""
 
     settings: Settings

@@ -24,7 +24,7 @@ from giantleap.models.stages import DRAWING, FINISHING, WHOLE, Stages
 from giantleap.service.jobqueue.client import LOST
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.settings import read_settings
-from tests.chaos.harness import ROOT, Clients, Fleet, free_port
+from tests.chaos.harness import ROOT, Clients, ProcessManager, free_port
 from tests.chaos.judge import Verdict, judge
 from tests.chaos.stores import OneServer, Replicated, Store, open_store
 from tests.service.paper_bundle import write_paper_bundle
@@ -55,7 +55,7 @@ class Run:
             max_deliveries=10,
             log_level="error",
         )
-        self.fleet = Fleet(settings, root / "journal", pools)
+        self.fleet = ProcessManager(settings, root / "journal", pools)
         self.clients = Clients(f"http://127.0.0.1:{settings.port}", jobs, SEED)
         self.done: Counter[str] = Counter()
         self._frozen = asyncio.Event()

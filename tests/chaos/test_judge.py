@@ -8,9 +8,9 @@ import pytest
 import redis
 
 from giantleap.service.jobqueue.client import open_async_redis, open_redis
-from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.keys import Keys
-from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import GenerateParams, Job, Priority, ResultFile
 from giantleap.service.settings import Settings, read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
@@ -30,12 +30,12 @@ def run_jobs(settings: Settings) -> list[Note]:
 
     async def enqueue() -> None:
         async with open_async_redis(settings.redis_url or "") as client:
-            broker = Broker(client, settings)
+            broker = JobProducer(client, settings)
             for job_id in JOBS:
                 await broker.enqueue(Job(job_id, "paper", Priority.HIGH, time.time(), params))
 
     asyncio.run(enqueue())
-    worker = Claims(open_redis(settings.redis_url), settings, ["paper"], "w")
+    worker = JobConsumer(open_redis(settings.redis_url), settings, ["paper"], "w")
     notes = []
     for claim in worker.claim(3, 30.0):
         content = f"{claim.job.id} {claim.delivery} 1".encode()

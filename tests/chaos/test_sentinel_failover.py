@@ -11,8 +11,8 @@ import pytest
 
 from giantleap.service.errors import NotFound, NotReady
 from giantleap.service.jobqueue.client import open_async_redis, open_redis
-from giantleap.service.jobqueue.consumer import Claims
-from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobqueue.consumer import JobConsumer
+from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import GenerateParams, Job, JobState, Priority, ResultFile
 from giantleap.service.settings import Settings, read_settings
 from tests.service.redis_groups import Server, sentinels
@@ -42,7 +42,7 @@ def working(settings: Settings) -> Iterator[None]:
 
     def work() -> None:
         assert settings.redis_url is not None
-        claims = Claims(open_redis(settings.redis_url), settings, ["pocket"], "w")
+        claims = JobConsumer(open_redis(settings.redis_url), settings, ["pocket"], "w")
         claims.open()
         while not stop.is_set():
             for claim in claims.claim(4, 0.5):
@@ -63,7 +63,7 @@ def working(settings: Settings) -> Iterator[None]:
 class Load:
     """Enqueues jobs without pause and keeps when each was acknowledged."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: JobProducer) -> None:
         self.broker = broker
         self.accepted_s: dict[str, float] = {}
         self.refused = 0
@@ -92,7 +92,7 @@ def test_jobs_outlive_a_failover_but_for_those_of_its_last_moment(options: tuple
     async def scenario(master: Server, settings: Settings) -> None:
         assert settings.redis_url is not None
         client = open_async_redis(settings.redis_url)
-        broker = Broker(client, settings)
+        broker = JobProducer(client, settings)
         await broker.open()
         load = Load(broker)
         loads = [asyncio.create_task(load.run()) for _ in range(3)]
@@ -133,7 +133,7 @@ def test_what_the_replica_has_not_got_is_lost_with_the_master(tmp_path: Path) ->
     async def scenario(master: Server, replica: Server, settings: Settings) -> None:
         assert settings.redis_url is not None
         client = open_async_redis(settings.redis_url)
-        broker = Broker(client, settings)
+        broker = JobProducer(client, settings)
         await broker.open()
         kept, lost = make_job(), make_job()
         await broker.enqueue(kept)
@@ -164,7 +164,7 @@ def test_a_master_that_needs_a_replica_refuses_jobs_without_one(tmp_path: Path) 
     async def scenario(replica: Server, settings: Settings) -> None:
         assert settings.redis_url is not None
         client = open_async_redis(settings.redis_url)
-        broker = Broker(client, settings)
+        broker = JobProducer(client, settings)
         await broker.open()
         await broker.enqueue(make_job())
         replica.kill()

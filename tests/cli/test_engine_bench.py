@@ -25,9 +25,9 @@ def test_every_engine_is_timed_or_says_why_not(
     assert ended.exit_code == 0, ended.output
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     timed = {(row["engine"], row["dtype"]): row for row in rows if row["reason"] is None}
-    assert set(timed) == {("torch", "float32"), ("torch", "bfloat16"), ("onnx", "artefact")}
+    assert set(timed) == {("torch", "float32"), ("torch", "bfloat16"), ("onnx", "artifact")}
     assert timed["torch", "float32"]["ratio"] == 1 and timed["torch", "float32"]["max_error"] == 0
-    assert timed["onnx", "artefact"]["max_error"] < 1e-4 and timed["onnx", "artefact"]["psnr_db"] > 60
+    assert timed["onnx", "artifact"]["max_error"] < 1e-4 and timed["onnx", "artifact"]["psnr_db"] > 60
     assert timed["torch", "bfloat16"]["max_error"] > 0 and timed["torch", "bfloat16"]["latent"] == "8x8"
     reasons = {row["engine"]: row["reason"] for row in rows if row["reason"] is not None}
     assert set(reasons) == {"torch-compile", "tensorrt", "aoti"}
@@ -45,8 +45,8 @@ def test_calls_take_turns_and_warmups_do_not_count() -> None:
 
 def test_the_fastest_of_a_scale_comes_first() -> None:
     slow, fast = (EngineRow("torch", name, 2, "8x8", ms, ms, 1.0, 0.0) for name, ms in (("slow", 9.0), ("fast", 3.0)))
-    lines = to_table([EngineRow("aoti", "artefact", reason="not here"), slow, fast]).splitlines()
-    assert [line.split()[1] for line in lines] == ["type", "fast", "slow", "artefact"]
+    lines = to_table([EngineRow("aoti", "artifact", reason="not here"), slow, fast]).splitlines()
+    assert [line.split()[1] for line in lines] == ["type", "fast", "slow", "artifact"]
 
 
 def test_the_95th_percentile_of_twenty_calls_is_not_their_longest() -> None:

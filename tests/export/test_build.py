@@ -1,4 +1,4 @@
-"""From the command to artefacts that run: any batch and size, no PyTorch in them, and nothing where it failed."""
+"""From the command to artifacts that run: any batch and size, no PyTorch in them, and nothing where it failed."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from giantleap.cli.main import app
 from giantleap.export.build import Request, check_directory, export_bundle, new_directory, open_reference
 from giantleap.export.graphs import trace
-from giantleap.export.manifest import FILE, ArtefactError, check_manifest, read_manifest
+from giantleap.export.manifest import FILE, ArtifactError, check_manifest, read_manifest
 from giantleap.export.onnx_files import REFUSED_OPERATORS, check_graph, open_onnx, write_onnx
 from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle, write_bundle
 from giantleap.models.bundle.digests import file_hashes
@@ -81,10 +81,10 @@ def test_the_command_leaves_one_graph_per_head_and_a_manifest(bundle: Bundle, ex
     assert sorted(each.name for each in exported.iterdir()) == ["decoder.onnx", "lua_x2.onnx", "lua_x4.onnx", FILE]
     manifest = check_manifest(exported, bundle, engine="onnx", precision="fp32", scales=(2, 4), decoder=True)
     assert manifest.scales == (2, 4) and manifest.spec["window"] == WINDOW
-    for artefact in manifest.artefacts:
-        assert artefact.parity.max_error <= 1e-4 and len(artefact.parity.cases) >= 4
-        assert artefact.parity.psnr_db is not None and artefact.parity.psnr_db >= 60
-        assert artefact.opset == 20
+    for artifact in manifest.artifacts:
+        assert artifact.parity.max_error <= 1e-4 and len(artifact.parity.cases) >= 4
+        assert artifact.parity.psnr_db is not None and artifact.parity.psnr_db >= 60
+        assert artifact.opset == 20
     lua = manifest.get("lua", 2)
     assert lua is not None and lua.trtexec is not None and "--onnx=lua_x2.onnx" in lua.trtexec
     assert {"torch", "onnx", "onnxruntime", "onnxscript"} <= set(manifest.versions)
@@ -152,11 +152,11 @@ def test_the_check_compares_anew(bundle: Bundle, exported: Path, tmp_path: Path)
     copied = tmp_path / "copy"
     shutil.copytree(exported, copied)
     values = json.loads((copied / FILE).read_text())
-    first, second = (values["artefacts"][index] for index in (0, 1))
+    first, second = (values["artifacts"][index] for index in (0, 1))
     (copied / "lua_x2.onnx").write_bytes((copied / "lua_x4.onnx").read_bytes())
     first["files"]["lua_x2.onnx"] = second["files"]["lua_x4.onnx"]
     (copied / FILE).write_text(json.dumps(values))
-    with pytest.raises(ArtefactError, match=r"lua_x2\.onnx: at batch 1, .* the artefact answers .*; build it with"):
+    with pytest.raises(ArtifactError, match=r"lua_x2\.onnx: at batch 1, .* the artifact answers .*; build it with"):
         check_directory(copied, bundle, CPU)
 
 
@@ -171,7 +171,7 @@ def test_a_failed_comparison_leaves_what_was_there(bundle: Bundle, exported: Pat
     write_bundle(directory, bundle.descriptor.model_copy(update={"files": file_hashes(directory)}))
     shutil.copytree(exported, target)
     before = file_contents(target)
-    with pytest.raises(ArtefactError, match=r"^decoder\.onnx: differs from PyTorch by .*; allowed are 1\.00e-03"):
+    with pytest.raises(ArtifactError, match=r"^decoder\.onnx: differs from PyTorch by .*; allowed are 1\.00e-03"):
         export_bundle(Request(read_bundle(directory), "onnx", "fp32", target, parts=("decoder",)))
     assert file_contents(target) == before
     assert sorted(each.name for each in tmp_path.iterdir()) == ["bright", "out"]
@@ -224,7 +224,7 @@ def test_a_directory_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").touch()
     for target in (tmp_path / "photos", tmp_path / "photos" / "one.jpg"):
-        with pytest.raises(ArtefactError, match="no export"), new_directory(target):
+        with pytest.raises(ArtifactError, match="no export"), new_directory(target):
             raise AssertionError("unreachable")
     assert (tmp_path / "photos" / "one.jpg").exists()
 
@@ -261,16 +261,16 @@ def test_a_graph_with_a_constant_size_or_control_flow_is_refused() -> None:
     check_graph(graph(["batch", 4, "height", "width"]), "g.onnx")
     for sizes in (["batch", 4, 8, "width"], [2, 4, "height", "width"], ["batch", 4, "height"]):
         with pytest.raises(
-            ArtefactError, match=r"g\.onnx: latent has the shape .*; batch, height and width must be open"
+            ArtifactError, match=r"g\.onnx: latent has the shape .*; batch, height and width must be open"
         ):
             check_graph(graph(sizes), "g.onnx")
-    with pytest.raises(ArtefactError, match="holds the operators NonZero"):
+    with pytest.raises(ArtifactError, match="holds the operators NonZero"):
         check_graph(graph(["batch", 4, "height", "width"], "NonZero"), "g.onnx")
 
 
 def test_what_onnxruntime_cannot_run_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
-    with pytest.raises(ArtefactError, match=r"onnxruntime cannot run broken\.onnx on cpu: ") as caught:
+    with pytest.raises(ArtifactError, match=r"onnxruntime cannot run broken\.onnx on cpu: ") as caught:
         open_onnx(tmp_path / "broken.onnx", CPU)
     assert "\n" not in str(caught.value)
 
@@ -279,7 +279,7 @@ def test_another_provider_than_asked_is_an_error(exported: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         assert session(exported / "lua_x2.onnx").get_providers() == ["CPUExecutionProvider"]
         return
-    with pytest.raises(ArtefactError, match="has no CUDAExecutionProvider"):
+    with pytest.raises(ArtifactError, match="has no CUDAExecutionProvider"):
         open_onnx(exported / "lua_x2.onnx", torch.device("cuda:0"))
 
 

@@ -10,7 +10,7 @@ import torch
 from giantleap.export.aoti import open_aoti, write_aoti
 from giantleap.export.build import Request, check_directory, export_bundle
 from giantleap.export.graphs import DecoderGraph, trace
-from giantleap.export.manifest import ArtefactError, Precision
+from giantleap.export.manifest import ArtifactError, Precision
 from giantleap.export.onnx_files import open_onnx, write_onnx
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.vae.decode import decode_plain
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 def test_a_damaged_package_is_refused(tmp_path: Path) -> None:
     (tmp_path / "lua_x2.pt2").write_bytes(b"no package")
-    with pytest.raises(ArtefactError, match=r"lua_x2\.pt2 cannot be loaded"):
+    with pytest.raises(ArtifactError, match=r"lua_x2\.pt2 cannot be loaded"):
         open_aoti(tmp_path / "lua_x2.pt2", torch.device("cpu"))
 
 
@@ -46,7 +46,7 @@ def test_compiled_code_agrees_with_pytorch(tmp_path: Path) -> None:
     bundle = read_bundle(tmp_path / "tiny")
     manifest = export_bundle(Request(bundle, "aoti", "fp32", tmp_path / "out", (2,)))
     assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["lua_x2.pt2", "manifest.json"]
-    assert manifest.artefacts[0].parity.max_error <= 1e-4 and manifest.machine.cpu_capability is not None
+    assert manifest.artifacts[0].parity.max_error <= 1e-4 and manifest.machine.cpu_capability is not None
     check_directory(tmp_path / "out", bundle, CPU)
 
 
@@ -56,7 +56,7 @@ def test_compiled_code_agrees_with_pytorch(tmp_path: Path) -> None:
 def test_half_types_run_in_onnxruntime(tmp_path: Path, precision: Precision) -> None:
     write_tiny_bundle(tmp_path / "tiny")
     manifest = export_bundle(Request(read_bundle(tmp_path / "tiny"), "onnx", precision, tmp_path / "out", (2,)))
-    parity = manifest.artefacts[0].parity
+    parity = manifest.artifacts[0].parity
     assert 1e-5 < parity.max_error < parity.allowed_error and parity.psnr_db is not None and parity.psnr_db > 50
 
 

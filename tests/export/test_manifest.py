@@ -1,4 +1,4 @@
-"""Artefacts of other weights, another engine or another machine are refused, with the command that builds them."""
+"""Artifacts of other weights, another engine or another machine are refused, with the command that builds them."""
 
 import json
 import shlex
@@ -10,8 +10,8 @@ import pytest
 
 from giantleap.export.manifest import (
     FILE,
-    Artefact,
-    ArtefactError,
+    Artifact,
+    ArtifactError,
     Case,
     Machine,
     Manifest,
@@ -44,7 +44,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return read_bundle(directory)
 
 
-def artefact(directory: Path, name: str = "lua_x2.onnx", scale: int | None = 2) -> Artefact:
+def artifact(directory: Path, name: str = "lua_x2.onnx", scale: int | None = 2) -> Artifact:
     """One whose graph is a file of a few bytes: nothing here runs it."""
     (directory / name).write_bytes(name.encode())
     case = Case(batch=1, latent_height=8, latent_width=8, max_error=1e-6, mean_error=1e-7, reference_rms=1.0)
@@ -57,7 +57,7 @@ def artefact(directory: Path, name: str = "lua_x2.onnx", scale: int | None = 2) 
         device="cpu",
         cases=(case,),
     )
-    return Artefact(
+    return Artifact(
         part="decoder" if scale is None else "lua",
         scale=scale,
         file=name,
@@ -89,7 +89,7 @@ def written(directory: Path, bundle: Bundle, /, **changes: object) -> Manifest:
         "machine": GPU,
         "versions": {"torch": "2.13.0"},
         "command": "giantleap export",
-        "artefacts": (artefact(directory), artefact(directory, "lua_x4.onnx", 4)),
+        "artifacts": (artifact(directory), artifact(directory, "lua_x4.onnx", 4)),
     }
     manifest = Manifest.model_validate(values | changes)
     (directory / FILE).write_text(manifest.to_json())
@@ -107,7 +107,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path, bundle: Bundle) ->
 
 def test_the_refusal_names_the_command_that_builds_what_was_asked_for(tmp_path: Path, bundle: Bundle) -> None:
     written(tmp_path, bundle)
-    with pytest.raises(ArtefactError, match="artefacts of engine onnx; asked for tensorrt") as caught:
+    with pytest.raises(ArtifactError, match="artifacts of engine onnx; asked for tensorrt") as caught:
         check_manifest(tmp_path, bundle, engine="tensorrt", precision="bf16", scales=(2,), decoder=True)
     words = shlex.split(str(caught.value).split("build it with: ")[1])
     assert (
@@ -121,48 +121,48 @@ def test_the_refusal_names_the_command_that_builds_what_was_asked_for(tmp_path: 
 
 @pytest.mark.parametrize("name", ["other.onnx", "../lua_x2.onnx", "/etc/passwd"])
 def test_what_an_engine_opens_is_among_the_files_with_a_digest(tmp_path: Path, bundle: Bundle, name: str) -> None:
-    opened = artefact(tmp_path).model_copy(update={"file": name})
+    opened = artifact(tmp_path).model_copy(update={"file": name})
     (tmp_path / "other.onnx").write_bytes(b"never looked at")
-    written(tmp_path, bundle, artefacts=(opened,))
-    with pytest.raises(ArtefactError, match="has no digest in the manifest"):
+    written(tmp_path, bundle, artifacts=(opened,))
+    with pytest.raises(ArtifactError, match="has no digest in the manifest"):
         check_manifest(tmp_path, bundle, engine="onnx")
 
 
 def test_a_directory_without_or_with_a_damaged_manifest_is_refused(tmp_path: Path, bundle: Bundle) -> None:
-    with pytest.raises(ArtefactError, match=r"manifest\.json is missing; build it with: giantleap export"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json is missing; build it with: giantleap export"):
         check_manifest(tmp_path, bundle, engine="onnx")
     manifest = written(tmp_path, bundle)
     for damaged in (
         "{",
         json.dumps({"format": 1}),
         json.dumps(manifest.model_dump() | {"format": 2}),
-        json.dumps(manifest.model_dump() | {"artefacts": []}),
+        json.dumps(manifest.model_dump() | {"artifacts": []}),
         json.dumps(manifest.model_dump() | {"more": 1}),
     ):
         (tmp_path / FILE).write_text(damaged)
-        with pytest.raises(ArtefactError, match="damaged or of another version"):
+        with pytest.raises(ArtifactError, match="damaged or of another version"):
             check_manifest(tmp_path, bundle, engine="onnx")
     (tmp_path / FILE).write_bytes(b"\xff\xfe{")
-    with pytest.raises(ArtefactError, match="damaged"):
+    with pytest.raises(ArtifactError, match="damaged"):
         check_manifest(tmp_path, bundle, engine="onnx")
 
 
 @pytest.mark.parametrize(
     ("changes", "asked", "reason"),
     [
-        ({"bundle": "other"}, {}, "artefacts of bundle other; this is bundle tiny"),
-        ({}, {"precision": "fp16"}, "artefacts of precision fp32; asked for fp16"),
+        ({"bundle": "other"}, {}, "artifacts of bundle other; this is bundle tiny"),
+        ({}, {"precision": "fp16"}, "artifacts of precision fp32; asked for fp16"),
         ({"weights": {"lua.safetensors": "0" * 64}}, {}, "made from lua.safetensors with sha256 000000000000"),
         ({"weights": {}}, {}, "made from lua.safetensors with sha256 none"),
         ({}, {"scales": (2, 8)}, "lua_x8.onnx was not exported"),
         ({}, {"decoder": True}, "decoder.onnx was not exported"),
     ],
 )
-def test_artefacts_of_something_else_are_refused(
+def test_artifacts_of_something_else_are_refused(
     tmp_path: Path, bundle: Bundle, changes: dict[str, object], asked: dict[str, object], reason: str
 ) -> None:
     written(tmp_path, bundle, **changes)
-    with pytest.raises(ArtefactError, match=reason):
+    with pytest.raises(ArtifactError, match=reason):
         check_manifest(tmp_path, bundle, engine="onnx", **asked)  # type: ignore[arg-type]
 
 
@@ -170,36 +170,36 @@ def test_a_decoder_belongs_to_the_weights_and_the_settings_of_its_vae(tmp_path: 
     weights = bundle_weights(bundle, ("decoder",))
     assert set(weights) == {"pipeline/vae/config.json", "pipeline/vae/diffusion_pytorch_model.safetensors"}
     for name in weights:
-        artefacts = (artefact(tmp_path, "decoder.onnx", None),)
-        written(tmp_path, bundle, artefacts=artefacts, weights=weights | {name: "1" * 64})
-        with pytest.raises(ArtefactError, match=f"made from {name} with sha256 111111111111"):
+        artifacts = (artifact(tmp_path, "decoder.onnx", None),)
+        written(tmp_path, bundle, artifacts=artifacts, weights=weights | {name: "1" * 64})
+        with pytest.raises(ArtifactError, match=f"made from {name} with sha256 111111111111"):
             check_manifest(tmp_path, bundle, engine="onnx", decoder=True)
 
 
 def test_a_file_that_changed_or_vanished_is_refused(tmp_path: Path, bundle: Bundle) -> None:
     written(tmp_path, bundle)
     (tmp_path / "lua_x4.onnx").write_bytes(b"lua_x4.onnX")
-    with pytest.raises(ArtefactError, match=r"lua_x4\.onnx is damaged: sha256"):
+    with pytest.raises(ArtifactError, match=r"lua_x4\.onnx is damaged: sha256"):
         check_manifest(tmp_path, bundle, engine="onnx")
     (tmp_path / "lua_x4.onnx").unlink()
-    with pytest.raises(ArtefactError, match=r"lua_x4\.onnx is missing"):
+    with pytest.raises(ArtifactError, match=r"lua_x4\.onnx is missing"):
         check_manifest(tmp_path, bundle, engine="onnx")
 
 
 def test_a_manifest_reaches_no_file_outside_its_directory(tmp_path: Path, bundle: Bundle) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()
-    outside = artefact(tmp_path)
-    one = artefact(inner).model_copy(update={"files": {"../lua_x2.onnx": outside.files["lua_x2.onnx"]}})
-    written(inner, bundle, artefacts=(one,))
-    with pytest.raises(ArtefactError, match="is missing"):
+    outside = artifact(tmp_path)
+    one = artifact(inner).model_copy(update={"files": {"../lua_x2.onnx": outside.files["lua_x2.onnx"]}})
+    written(inner, bundle, artifacts=(one,))
+    with pytest.raises(ArtifactError, match="is missing"):
         check_manifest(inner, bundle, engine="onnx")
 
 
 def test_compiled_code_for_another_device_is_built_anew_for_this_one(tmp_path: Path, bundle: Bundle) -> None:
     written(tmp_path, bundle, engine="aoti")
     here = Machine(platform=GPU.platform, device="cpu", cpu_capability="AVX512", torch=GPU.torch)
-    with pytest.raises(ArtefactError, match=r"for device cuda; this machine has cpu; build it with: .* --device cpu$"):
+    with pytest.raises(ArtifactError, match=r"for device cuda; this machine has cpu; build it with: .* --device cpu$"):
         check_manifest(tmp_path, bundle, engine="aoti", machine=here)
 
 
@@ -224,7 +224,7 @@ def test_a_plan_runs_only_on_its_gpu_and_tensorrt(
 ) -> None:
     written(tmp_path, bundle, engine="tensorrt")
     check_manifest(tmp_path, bundle, engine="tensorrt", machine=GPU)
-    with pytest.raises(ArtefactError, match=reason):
+    with pytest.raises(ArtifactError, match=reason):
         check_manifest(tmp_path, bundle, engine="tensorrt", machine=GPU.model_copy(update=change))
 
 
@@ -235,12 +235,12 @@ def test_compatible_plans_run_on_more_gpus(tmp_path: Path, bundle: Bundle) -> No
     b200 = GPU.model_copy(update={"gpu": "NVIDIA B200", "compute_capability": "10.0"})
     same = written(tmp_path, bundle, engine="tensorrt", compatibility="same_compute_capability")
     check_machine(same, h100)
-    with pytest.raises(ArtefactError, match="compute_capability"):
+    with pytest.raises(ArtifactError, match="compute_capability"):
         check_machine(same, l40s)
     wide = written(tmp_path, bundle, engine="tensorrt", compatibility="ampere_plus")
     for machine in (h100, l40s, b200):
         check_machine(wide, machine)
-    with pytest.raises(ArtefactError, match=r"8\.0 and above; this machine has 7\.5"):
+    with pytest.raises(ArtifactError, match=r"8\.0 and above; this machine has 7\.5"):
         check_machine(wide, t4)
 
 
@@ -249,7 +249,7 @@ def test_compiled_code_runs_only_on_its_processor_and_torch(tmp_path: Path, bund
     manifest = written(tmp_path, bundle, engine="aoti", machine=cpu)
     check_machine(manifest, cpu.model_copy(update={"tensorrt": "10.13.0"}))
     for change in ({"cpu_capability": "AVX2"}, {"torch": "2.12.0"}, {"platform": "linux-aarch64"}, {"device": "cuda"}):
-        with pytest.raises(ArtefactError, match=f"aoti artefact built for {next(iter(change))}"):
+        with pytest.raises(ArtifactError, match=f"aoti artifact built for {next(iter(change))}"):
             check_machine(manifest, cpu.model_copy(update=change))
 
 

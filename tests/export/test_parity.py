@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from giantleap.export.manifest import ArtefactError, Parity, Precision
+from giantleap.export.manifest import ArtifactError, Parity, Precision
 from giantleap.export.parity import CASES, Runner, choose_cases, compare, sample_latents
 from giantleap.export.tensorrt_plans import plan_profiles
-from giantleap.models.images import MOST_PSNR_DB
+from giantleap.models.images import MAX_PSNR_DB
 
 CHANNELS = 4
 STATISTICS = torch.tensor([0.0, 1.0, -1.0, 0.5]), torch.tensor([1.0, 2.0, 0.5, 1.0])
@@ -22,17 +22,17 @@ def to_image(latent: Tensor) -> Tensor:
     return latent[:, :3].tanh()
 
 
-def run(artefact: Runner, precision: Precision = "fp32", decodes: bool = True) -> Parity:
+def run(artifact: Runner, precision: Precision = "fp32", decodes: bool = True) -> Parity:
     image = to_image if decodes else None
-    return compare("lua", precision, artefact, doubled, image, choose_cases(8), STATISTICS, torch.device("cpu"))
+    return compare("lua", precision, artifact, doubled, image, choose_cases(8), STATISTICS, torch.device("cpu"))
 
 
-def test_an_equal_artefact_passes_with_its_figures() -> None:
+def test_an_equal_artifact_passes_with_its_figures() -> None:
     parity = run(lambda latent: doubled(latent) + 1e-5)
     assert parity.max_error == pytest.approx(1e-5, rel=0.1) and parity.mean_error == pytest.approx(1e-5, rel=0.1)
     assert parity.allowed_error == 1e-4 and parity.psnr_db is not None and parity.psnr_db > 90
     assert [(c.batch, c.latent_height, c.latent_width) for c in parity.cases] == [*choose_cases(8)]
-    assert run(doubled).psnr_db == MOST_PSNR_DB and run(doubled, decodes=False).psnr_db is None
+    assert run(doubled).psnr_db == MAX_PSNR_DB and run(doubled, decodes=False).psnr_db is None
 
 
 def test_the_cases_leave_the_traced_batch_and_size() -> None:
@@ -56,21 +56,21 @@ def test_a_batch_that_became_a_constant_is_found() -> None:
         return doubled(latent) if latent.shape[0] == 2 else doubled(latent).roll(1, dims=-1)
 
     with pytest.raises(
-        ArtefactError, match=r"differs from PyTorch by .* at batch \d, latents of .*; allowed are 1\.00e-04"
+        ArtifactError, match=r"differs from PyTorch by .* at batch \d, latents of .*; allowed are 1\.00e-04"
     ):
         run(as_if_two)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_a_single_wrong_case_is_enough(batch: int) -> None:
-    with pytest.raises(ArtefactError, match=f"at batch {batch}"):
+    with pytest.raises(ArtifactError, match=f"at batch {batch}"):
         run(lambda latent: doubled(latent) + (2e-4 if latent.shape[0] == batch else 0))
 
 
 def test_another_shape_or_a_nan_is_found() -> None:
-    with pytest.raises(ArtefactError, match=r"answers \[1, 4, 8, 8\], not \[1, 4, 16, 16\]"):
+    with pytest.raises(ArtifactError, match=r"answers \[1, 4, 8, 8\], not \[1, 4, 16, 16\]"):
         run(lambda latent: latent)
-    with pytest.raises(ArtefactError, match="not finite in fp16"):
+    with pytest.raises(ArtifactError, match="not finite in fp16"):
         run(lambda latent: doubled(latent) * float("nan"), "fp16")
 
 
@@ -94,11 +94,11 @@ def test_half_types_may_differ_by_a_share_of_the_values_but_not_in_the_image() -
         )
 
     assert run(noisy(1e-3), "fp16").max_error > 1e-3
-    with pytest.raises(ArtefactError, match="differs from PyTorch"):
+    with pytest.raises(ArtifactError, match="differs from PyTorch"):
         run(noisy(1e-3), "fp32")
-    with pytest.raises(ArtefactError, match="differs from PyTorch"):
+    with pytest.raises(ArtifactError, match="differs from PyTorch"):
         run(noisy(0.5), "bf16")
-    with pytest.raises(ArtefactError, match="dB from PyTorch's; at least 50 dB"):
+    with pytest.raises(ArtifactError, match="dB from PyTorch's; at least 50 dB"):
         run(lambda latent: doubled(latent) + 0.03, "fp16")
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from giantleap.export.build import Request, export_bundle
-from giantleap.export.manifest import ArtefactError, Profile
+from giantleap.export.manifest import ArtifactError, Profile
 from giantleap.export.tensorrt_plans import (
     SIDES,
     PlanOptions,
@@ -128,7 +128,7 @@ def test_sides_of_profiles_are_whole_windows() -> None:
         assert all(side % 12 == 0 for side in (*profile.least[1:], *profile.best[1:], *profile.most[1:]))
     assert len(plan_profiles(16, 1, (60, 64))) == 1, "two sides that round to one window grid are one profile"
     for batch, sides in ((0, SIDES), (1, ()), (1, (0,))):
-        with pytest.raises(ArtefactError, match="at least 1"):
+        with pytest.raises(ArtifactError, match="at least 1"):
             plan_profiles(8, batch, sides)
 
 
@@ -139,7 +139,7 @@ def test_the_smallest_profile_that_holds_a_shape_is_chosen() -> None:
     ]
     assert chosen == [0, 0, 1, 1, 2]
     for shape in ((5, 8, 8), (1, 264, 8), (1, 8, 4)):
-        with pytest.raises(ArtefactError, match=r"no profile holds a batch of .*; most are \(4, 256, 256\)"):
+        with pytest.raises(ArtifactError, match=r"no profile holds a batch of .*; most are \(4, 256, 256\)"):
             choose_profile(profiles, *shape)
 
 
@@ -176,17 +176,17 @@ def test_the_timing_cache_is_kept_between_builds(tmp_path: Path) -> None:
 
 
 def test_what_tensorrt_refuses_is_said() -> None:
-    with pytest.raises(ArtefactError, match=r"cannot read lua_x2\.onnx: error 0; error 1"):
+    with pytest.raises(ArtifactError, match=r"cannot read lua_x2\.onnx: error 0; error 1"):
         build(FakeTensorRt(reads=False))
-    with pytest.raises(ArtefactError, match=r"could not build a plan of lua_x2\.onnx"):
+    with pytest.raises(ArtifactError, match=r"could not build a plan of lua_x2\.onnx"):
         build(FakeTensorRt(builds=False))
-    with pytest.raises(ArtefactError, match="refuses profile 64"):
+    with pytest.raises(ArtifactError, match="refuses profile 64"):
         build(FakeTensorRt(takes_profiles=False))
-    with pytest.raises(ArtefactError, match=r"sees an input of \(2, 16, -1, -1\); expected \(-1, 16, -1, -1\)"):
+    with pytest.raises(ArtifactError, match=r"sees an input of \(2, 16, -1, -1\); expected \(-1, 16, -1, -1\)"):
         build(FakeTensorRt(shape=(2, 16, -1, -1)))
     other = FakeTensorRt()
     other.inputs = ["latent", "mask"]
-    with pytest.raises(ArtefactError, match=r"sees the inputs \['latent', 'mask'\]"):
+    with pytest.raises(ArtifactError, match=r"sees the inputs \['latent', 'mask'\]"):
         build(other)
 
 
@@ -209,7 +209,7 @@ def test_the_same_plan_can_be_built_by_trtexec() -> None:
 def test_without_the_library_or_a_gpu_nothing_is_built_and_nothing_is_left(tmp_path: Path) -> None:
     write_tiny_bundle(tmp_path / "tiny")
     request = Request(read_bundle(tmp_path / "tiny"), "tensorrt", "bf16", tmp_path / "out", device=torch.device("cpu"))
-    with pytest.raises(ArtefactError, match=r"package tensorrt is missing|this machine has none|asked for device cpu"):
+    with pytest.raises(ArtifactError, match=r"package tensorrt is missing|this machine has none|asked for device cpu"):
         export_bundle(request)
     assert [each.name for each in tmp_path.iterdir()] == ["tiny"]
 
@@ -231,5 +231,5 @@ def test_a_plan_agrees_with_pytorch_on_this_gpu(tmp_path: Path, precision: Any) 
         options,
     )
     manifest = export_bundle(request)
-    assert manifest.artefacts[0].parity.device == "cuda" and options.timing_cache is not None
+    assert manifest.artifacts[0].parity.device == "cuda" and options.timing_cache is not None
     assert options.timing_cache.is_file() and manifest.machine.compute_capability is not None

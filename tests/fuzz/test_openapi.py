@@ -20,7 +20,7 @@ from schemathesis.generation import GenerationMode
 
 from giantleap.service.api.app import create_app
 from giantleap.service.api.openapi import describe
-from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
 from giantleap.service.settings import read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
@@ -61,7 +61,7 @@ def make_results(claim: Claim) -> list[tuple[ResultFile, bytes]]:
     return [(ResultFile(f"image/{kind}", len(content), 1, 8, 8), content) for content in contents]
 
 
-def end_with_files(claims: Claims, claim: Claim) -> None:
+def end_with_files(claims: JobConsumer, claim: Claim) -> None:
     claims.finish(claim, make_results(claim), {}, ())
 
 

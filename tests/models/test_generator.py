@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.generator import DrawItem, Generator
+from giantleap.models.generator import GenerationItem, Generator
 from tests.tiny_bundle import SCALING_FACTOR
 
-ITEM = DrawItem("a red sphere", "", seed=1, width_px=64, height_px=48, steps=4, guidance_scale=3.0)
+ITEM = GenerationItem("a red sphere", "", seed=1, width_px=64, height_px=48, steps=4, guidance_scale=3.0)
 OTHERS = [replace(ITEM, prompt="a blue cube on the left", seed=2), replace(ITEM, negative_prompt="green", seed=3)]
 
 
@@ -22,7 +22,7 @@ def generator(tiny_bundle_dir: Path) -> Generator:
     return Generator.open(read_bundle(tiny_bundle_dir), torch.device("cpu"), torch.float32)
 
 
-def draw(generator: Generator, *items: DrawItem) -> list[Tensor]:
+def draw(generator: Generator, *items: GenerationItem) -> list[Tensor]:
     latents = generator.draw(items, lambda step, steps: None, set)
     assert all(latent is not None for latent in latents)
     return [latent for latent in latents if latent is not None]
@@ -106,9 +106,9 @@ def test_drawing_does_not_touch_the_global_generator(generator: Generator) -> No
 
 
 def test_tokens_beyond_the_text_encoder_are_counted(generator: Generator) -> None:
-    assert generator.lost_tokens("a red sphere") == 0
-    assert generator.lost_tokens("red " * 30) == 0, "32 tokens with start and end"
-    assert generator.lost_tokens("red " * 35) == 5
+    assert generator.truncated_tokens("a red sphere") == 0
+    assert generator.truncated_tokens("red " * 30) == 0, "32 tokens with start and end"
+    assert generator.truncated_tokens("red " * 35) == 5
 
 
 def test_a_prompt_that_is_cut_off_is_drawn_and_not_printed(

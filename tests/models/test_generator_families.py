@@ -25,7 +25,7 @@ from giantleap.models.bundle.descriptor import (
     VaeSource,
     Vocabulary,
 )
-from giantleap.models.generator import FAMILIES, DrawItem, Generator
+from giantleap.models.generator import FAMILIES, GenerationItem, Generator
 from giantleap.models.latent_space import LATENT_SPACES, LatentSpace
 from tests.tiny_pipelines import (
     tiny_flux1,
@@ -118,7 +118,7 @@ class Family:
     name: str
     case: Case
     generator: Generator
-    item: DrawItem
+    item: GenerationItem
 
     @property
     def pipeline(self) -> Any:
@@ -129,7 +129,7 @@ def build(name: str) -> Family:
     case = CASES[name]
     pipeline = case.build()
     pipeline.set_progress_bar_config(disable=True)
-    item = DrawItem(SHORT, "", 1, WIDTH_PX, HEIGHT_PX, STEPS, case.guidance_scale)
+    item = GenerationItem(SHORT, "", 1, WIDTH_PX, HEIGHT_PX, STEPS, case.guidance_scale)
     return Family(name, case, Generator(pipeline, case.space), item)
 
 
@@ -151,7 +151,7 @@ def image_family(request: pytest.FixtureRequest) -> Family:
     return replace(made, item=replace(made.item, steps=4, init_image=start, strength=0.5))
 
 
-def draw(generator: Generator, *items: DrawItem) -> list[Tensor]:
+def draw(generator: Generator, *items: GenerationItem) -> list[Tensor]:
     latents = generator.draw(items, lambda step, steps: None, set)
     assert all(latent is not None for latent in latents)
     return [latent for latent in latents if latent is not None]
@@ -272,11 +272,11 @@ def test_a_canceled_item_leaves_the_other_as_it_is(family: Family) -> None:
 @EVERY
 def test_tokens_that_are_cut_off_are_counted(family: Family) -> None:
     prompt, lost = family.case.overflow
-    assert family.generator.lost_tokens(prompt) == lost
-    assert family.generator.lost_tokens(SHORT) == 0
+    assert family.generator.truncated_tokens(prompt) == lost
+    assert family.generator.truncated_tokens(SHORT) == 0
     if lost:
-        assert family.generator.lost_tokens(prompt[lost:]) == 0
-        assert family.generator.lost_tokens(prompt[lost - 1 :]) == 1
+        assert family.generator.truncated_tokens(prompt[lost:]) == 0
+        assert family.generator.truncated_tokens(prompt[lost - 1 :]) == 1
 
 
 def test_what_is_counted_as_cut_off_is_not_drawn(family: Family) -> None:
@@ -479,7 +479,7 @@ def saved(directory: Path, stock: Any, space: LatentSpace, **sections: Any) -> B
     }
     descriptor = Descriptor(
         **{
-            "bundle": About(name="tiny", title="Tiny", licence="Apache-2.0", provenance="Random weights."),
+            "bundle": About(name="tiny", title="Tiny", license="Apache-2.0", provenance="Random weights."),
             "pipeline": PipelineSource(path="pipeline"),
             "latent_space": LatentSpaceSource(
                 **{"name": space.name} | ({} if space.name in LATENT_SPACES else numbers)
@@ -503,7 +503,7 @@ def test_a_saved_pipeline_draws_the_same_without_a_network(family: Family, tmp_p
     opened = Generator.open(bundle, torch.device("cpu"), torch.float32)
     assert type(opened.pipeline) is type(family.pipeline)
     check_close(draw(opened, family.item)[0], expected)
-    assert opened.lost_tokens(family.case.overflow[0]) == family.case.overflow[1]
+    assert opened.truncated_tokens(family.case.overflow[0]) == family.case.overflow[1]
 
 
 def test_a_bundle_may_name_another_scheduler_and_another_vae(tmp_path: Path, offline: list[Any]) -> None:

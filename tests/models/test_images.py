@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from giantleap.models.images import CONTENT_TYPES, MOST_PSNR_DB, psnr_db, to_image_bytes
+from giantleap.models.images import CONTENT_TYPES, MAX_PSNR_DB, psnr_db, to_image_bytes
 
 
 @pytest.fixture
@@ -64,5 +64,5 @@ def test_psnr_is_of_what_is_shown_and_a_number_wherever_there_is_an_image() -> N
     image = torch.zeros(1, 3, 4, 4)
     assert psnr_db(image - 1.0, image + 1.0) == pytest.approx(0.0)
     assert psnr_db(image + 0.2, image) == pytest.approx(20.0, abs=1e-4)
-    assert psnr_db(image + 9.0, image + 1.0) == MOST_PSNR_DB and psnr_db(image, image, 100.0) == 100.0
+    assert psnr_db(image + 9.0, image + 1.0) == MAX_PSNR_DB and psnr_db(image, image, 100.0) == 100.0
     assert psnr_db(image * math.nan, image) == -math.inf

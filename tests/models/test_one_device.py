@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.published_swinir import PublishedForward
-from giantleap.models.engines.packed_lua import Grid, Grids, PreparedLua
+from giantleap.models.engines.packed_lua import Grid, Grids, PackedLua
 from giantleap.models.engines.swinir import PixelUpscaler
-from giantleap.models.lua.clamp import Guard
+from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec
 from giantleap.models.lua.statistics import LatentStatistics
@@ -69,7 +69,7 @@ def test_the_prepared_network_makes_everything_where_its_input_is(
     net = Lua(SPEC).eval().to(META)
     grids = Grids.build(2, 8, 12, SPEC.window, torch.empty(0, dtype=torch.bfloat16))  # which windows it masks is data
     with OneDevice(), torch.inference_mode():
-        prepared = PreparedLua(net, torch.bfloat16, packed=False, width_multiple=width_multiple)
+        prepared = PackedLua(net, torch.bfloat16, packed=False, width_multiple=width_multiple)
         grown = prepared.core(on_meta(2, 4, 8, 12), _to_meta(grids), 4)
     assert (grown.device, grown.dtype, list(grown.shape)) == (META, torch.float32, [2, 4, 32, 48])
 
@@ -89,7 +89,7 @@ def test_the_yardstick_of_the_engines_has_its_buffers_where_the_network_is() -> 
 
 
 def test_the_guard_makes_everything_where_its_input_is() -> None:
-    guard = Guard(LatentStatistics((0.0, 1.0), (1.0, 2.0), {2: (0.5, 0.5)}, 8), 4.0, META)
+    guard = LatentClamp(LatentStatistics((0.0, 1.0), (1.0, 2.0), {2: (0.5, 0.5)}, 8), 4.0, META)
     with OneDevice(), torch.inference_mode():
         assert guard.limit(on_meta(1, 2, 3, 5), on_meta(1, 2, 6, 10), 2).device == META
 

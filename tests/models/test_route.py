@@ -10,11 +10,13 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import BundleError, read_bundle
 from giantleap.models.device import StageClock, choose_device, choose_dtype, is_out_of_memory
-from giantleap.models.generator import DrawItem
+from giantleap.models.generator import GenerationItem
 from giantleap.models.route import Route, finite_items, run_once
 
 CPU = torch.device("cpu")
-ITEM = DrawItem("a red sphere on a green floor", "", seed=1, width_px=64, height_px=48, steps=4, guidance_scale=3.0)
+ITEM = GenerationItem(
+    "a red sphere on a green floor", "", seed=1, width_px=64, height_px=48, steps=4, guidance_scale=3.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +24,12 @@ def route(tiny_bundle_dir: Path) -> Route:
     return Route.open(read_bundle(tiny_bundle_dir), CPU, torch.float32)
 
 
-def draw(route: Route, *items: DrawItem) -> list[Tensor]:
+def draw(route: Route, *items: GenerationItem) -> list[Tensor]:
     latents = route.generate(items, lambda step, steps: None, set)
     return [latent for latent in latents if latent is not None]
 
 
-def images_of(route: Route, scale: int, *items: DrawItem) -> list[Tensor]:
+def images_of(route: Route, scale: int, *items: GenerationItem) -> list[Tensor]:
     images = route.decode_items(route.upscale_items(draw(route, *items), scale))
     assert all(image is not None for image in images)
     return [image for image in images if image is not None]

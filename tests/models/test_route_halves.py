@@ -10,13 +10,15 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.descriptor import Method
-from giantleap.models.generator import DrawItem, Generator
+from giantleap.models.generator import GenerationItem, Generator
 from giantleap.models.route import Route
 from giantleap.models.stages import DRAWING, FINISHING, WHOLE, draws, finishes
 from giantleap.models.vae.autoencoder import VaeError, read_vae_model
 
 CPU = torch.device("cpu")
-ITEM = DrawItem("a red sphere on a green floor", "", seed=1, width_px=64, height_px=48, steps=4, guidance_scale=3.0)
+ITEM = GenerationItem(
+    "a red sphere on a green floor", "", seed=1, width_px=64, height_px=48, steps=4, guidance_scale=3.0
+)
 
 
 @pytest.fixture(scope="module")

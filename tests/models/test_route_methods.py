@@ -13,11 +13,13 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.descriptor import METHODS, Method
-from giantleap.models.generator import DrawItem
+from giantleap.models.generator import GenerationItem
 from giantleap.models.route import Route, run_once, stages_of
 
 CPU = torch.device("cpu")
-ITEM = DrawItem("a red sphere on a green floor", "", seed=1, width_px=64, height_px=48, steps=2, guidance_scale=3.0)
+ITEM = GenerationItem(
+    "a red sphere on a green floor", "", seed=1, width_px=64, height_px=48, steps=2, guidance_scale=3.0
+)
 PIXELS = np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
 
 
@@ -30,7 +32,7 @@ def unmeasured(stage: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def draw(route: Route, item: DrawItem = ITEM) -> Tensor:
+def draw(route: Route, item: GenerationItem = ITEM) -> Tensor:
     (latent,) = route.generate([item], lambda step, steps: None, set)
     assert latent is not None
     return latent
@@ -104,7 +106,7 @@ def test_a_route_without_weights_refuses_their_methods(route: Route) -> None:
 
 
 def test_one_run_of_direct_draws_at_the_final_size(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[DrawItem] = []
+    drawn: list[GenerationItem] = []
     generate = route.generate
     monkeypatch.setattr(
         route, "generate", lambda items, on_step, canceled: drawn.extend(items) or generate(items, on_step, canceled)

@@ -94,7 +94,7 @@ class FakeBroker:
         self.is_open = False
 
     async def enqueue(
-        self, job: Job, body: bytes | None = None, idempotency_key: str | None = None, most_live: int | None = None
+        self, job: Job, body: bytes | None = None, idempotency_key: str | None = None, max_live: int | None = None
     ) -> Enqueued:
         self._require_up()
         if self.refusal is not None:

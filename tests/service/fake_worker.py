@@ -16,7 +16,7 @@ import redis
 
 from giantleap.models.stages import DRAWING, WHOLE, Stages
 from giantleap.service.jobqueue.client import open_redis
-from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
 from giantleap.service.settings import read_settings
 
@@ -44,7 +44,7 @@ def main(url: str, prefix: str, visibility_s: float, stages: Stages = WHOLE) -> 
         key_prefix=prefix, visibility_timeout_s=visibility_s, retry_backoff_s=0.1, job_ttl_s=600, queue_limit=100_000
     )
     client = open_redis(url)
-    worker = Claims(client, settings, ["pocket"], "fake", stages=stages)
+    worker = JobConsumer(client, settings, ["pocket"], "fake", stages=stages)
     worker.open()
 
     def note(what: str, job_id: str) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.device import PeakMemory, StageClock
-from giantleap.models.generator import DrawItem
+from giantleap.models.generator import GenerationItem
 from giantleap.service.errors import StorageFull
-from giantleap.service.jobqueue.consumer import Claim, Drawn
+from giantleap.service.jobqueue.consumer import BaseLatents, Claim
 from giantleap.service.jobs.job import (
     GenerateParams,
     Job,
@@ -122,7 +122,7 @@ class FakeClaims:
         if claim.job.id in self.lost_ids:
             return None
         assert claim.job.id not in self.handed_over, "a job is handed over once"
-        self.handed_over[claim.job.id] = replace(claim, body=latents, drawn=Drawn(dict(stages), tuple(warnings)))
+        self.handed_over[claim.job.id] = replace(claim, body=latents, drawn=BaseLatents(dict(stages), tuple(warnings)))
         return JobState.QUEUED
 
     def fail(self, claim: Claim, error: JobError, stages: Mapping[str, float]) -> bool:
@@ -155,14 +155,14 @@ class FakeRoute:
     engine: str = "fake"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     generator: SimpleNamespace = field(
-        default_factory=lambda: SimpleNamespace(lost_tokens=lambda text: max(0, len(text.split()) - 30))
+        default_factory=lambda: SimpleNamespace(truncated_tokens=lambda text: max(0, len(text.split()) - 30))
     )
 
     def clock(self) -> StageClock:
         return StageClock(self.device)
 
     def generate(
-        self, items: Sequence[DrawItem], on_step: Callable[[int, int], None], canceled: Callable[[], set[int]]
+        self, items: Sequence[GenerationItem], on_step: Callable[[int, int], None], canceled: Callable[[], set[int]]
     ) -> list[Tensor | None]:
         self.batches.append(len(items))
         prompts = [item.prompt for item in items]

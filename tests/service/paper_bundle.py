@@ -16,7 +16,7 @@ _DESCRIPTOR = """
 [bundle]
 name = "{name}"
 title = "Paper"
-licence = "Apache-2.0"
+license = "Apache-2.0"
 provenance = "written by a test"
 [pipeline]
 path = "pipeline"

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
-from giantleap.models.generator import DrawItem
+from giantleap.models.generator import GenerationItem
 from giantleap.service.jobqueue.client import open_redis
-from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.settings import read_settings
 from giantleap.service.telemetry.logs import configure_logging
 from giantleap.service.telemetry.metrics import Metrics
@@ -30,7 +30,7 @@ class Route(FakeRoute):
     stop = threading.Event()
 
     def generate(
-        self, items: Sequence[DrawItem], on_step: Callable[[int, int], None], canceled: Callable[[], set[int]]
+        self, items: Sequence[GenerationItem], on_step: Callable[[int, int], None], canceled: Callable[[], set[int]]
     ) -> list[Tensor | None]:
         if any("hang" in item.prompt for item in items):
             time.sleep(3600)
@@ -46,7 +46,7 @@ def main(url: str, prefix: str, limit_s: float, grace_s: float) -> None:
     stop = Route.stop
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     route = Route(on_step=lambda step: time.sleep(0.05), name="pocket")
-    claims = Claims(open_redis(url), settings, ["pocket"], "route")
+    claims = JobConsumer(open_redis(url), settings, ["pocket"], "route")
     watchdog = Watchdog(limit_s)
     claims.open()
     watchdog.open()

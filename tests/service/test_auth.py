@@ -13,7 +13,16 @@ from typer.testing import CliRunner
 
 from giantleap.cli.main import app
 from giantleap.service import auth
-from giantleap.service.auth import Caller, KeyRing, KeysFileError, Scope, check_door, find_caller, new_key, read_keys
+from giantleap.service.auth import (
+    Caller,
+    KeyRing,
+    KeysFileError,
+    Scope,
+    check_auth_config,
+    find_caller,
+    new_key,
+    read_keys,
+)
 from giantleap.service.settings import read_settings
 
 ENTRY = '[[key]]\nname = "alice"\nsha256 = "{sha256}"\nscopes = ["generate"]\n'
@@ -166,9 +175,9 @@ def test_listening_beyond_the_machine_without_keys_is_warned_of(
 ) -> None:
     path.write_text(entry("k"))
     with caplog.at_level(logging.WARNING):
-        check_door(read_settings(host=host, api_keys_file=path))
+        check_auth_config(read_settings(host=host, api_keys_file=path))
         assert caplog.text == ""
-        check_door(read_settings(host=host))
+        check_auth_config(read_settings(host=host))
     assert ("without API keys" in caplog.text) == warns
 
 

@@ -11,11 +11,11 @@ from giantleap.cli.options import BAD_CONFIGURATION
 from giantleap.service.settings import (
     NEEDS_RESTART,
     Settings,
+    format_errors,
+    merge_reloadable,
     read_settings,
-    strip_settings,
-    take_settings,
     to_environment,
-    to_lines,
+    without_settings,
 )
 
 VARIABLE = "GIANTLEAP_SETTINGS_FILE"
@@ -44,7 +44,7 @@ def test_the_file_gives_what_nothing_else_says(path: Path, monkeypatch: pytest.M
 def test_a_child_gets_what_its_parent_read_and_not_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, str(path))
     settings = read_settings()
-    environment = strip_settings(os.environ) | to_environment(settings)
+    environment = without_settings(os.environ) | to_environment(settings)
     path.write_text("queue_limit = 9\n")
     for name in [name for name in os.environ if name.startswith("GIANTLEAP_")]:
         monkeypatch.delenv(name)
@@ -73,7 +73,7 @@ def test_what_is_wrong_is_named_without_its_value(path: Path, text: str, told: s
     path.write_text(text)
     with pytest.raises(ValueError) as raised:
         read_settings(settings_file=path)
-    lines = "\n".join(to_lines(raised.value))
+    lines = "\n".join(format_errors(raised.value))
     assert told in lines and "hunter2" not in lines + str(raised.value)
 
 
@@ -92,5 +92,5 @@ def test_a_file_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
 def test_what_needs_a_restart_exists_and_stays(path: Path) -> None:
     assert set(NEEDS_RESTART) < set(Settings.model_fields)
     running = read_settings(queue_limit=5)
-    chosen, changed = take_settings(running, read_settings(queue_limit=6, worker_processes=3))
+    chosen, changed = merge_reloadable(running, read_settings(queue_limit=6, worker_processes=3))
     assert (chosen.queue_limit, chosen.worker_processes, changed) == (6, 1, ["worker_processes"])

@@ -5,16 +5,16 @@ import threading
 from collections.abc import Callable, Iterator
 
 from giantleap.service.jobqueue.client import open_redis
-from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.settings import Settings
 
 
 @contextlib.contextmanager
-def thread_worker(settings: Settings, bundle: str, end: Callable[[Claims, Claim], None]) -> Iterator[None]:
+def thread_worker(settings: Settings, bundle: str, end: Callable[[JobConsumer, Claim], None]) -> Iterator[None]:
     """Takes jobs of a bundle one after the other until the block ends; `end` is to finish or to fail each."""
     assert settings.redis_url is not None
     redis = open_redis(settings.redis_url)
-    claims = Claims(redis, settings, (bundle,), "thread-worker")
+    claims = JobConsumer(redis, settings, (bundle,), "thread-worker")
     stop = threading.Event()
 
     def run() -> None:

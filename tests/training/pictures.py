@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def write_pictures(folder: Path, count: int, width_px: int, height_px: int) -> None:
-    """Writes soft coloured noise as PNG, `picture-0.png` and so on; the same each time."""
+    """Writes soft colored noise as PNG, `picture-0.png` and so on; the same each time."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         rng = np.random.default_rng(number)

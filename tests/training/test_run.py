@@ -24,12 +24,12 @@ from giantleap.training.data.frozen_vae import read_vae
 from giantleap.training.data.pairs_store import PairsStore
 from giantleap.training.data.prepare import PrepareConfig, prepare
 from giantleap.training.evaluation.held_out import evaluate
-from giantleap.training.run import DivergedError, Place, train
+from giantleap.training.run import DistributedContext, DivergedError, train
 from tests.training.killed import Killed
 from tests.training.pictures import write_pictures
 
 CPU = torch.device("cpu")
-PLACE = Place(CPU)
+PLACE = DistributedContext(CPU)
 LUA_SPEC = {"embed_dim": 12, "depths": [2], "num_heads": 2, "window": 4, "num_feat": 8}
 
 

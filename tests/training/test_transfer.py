@@ -23,7 +23,7 @@ from giantleap.training.curriculum import ConfigError
 from giantleap.training.data.pairs_store import PairsStore
 from giantleap.training.data.prepare import PrepareConfig, prepare
 from giantleap.training.pocket.bundle import write_vae_bundle
-from giantleap.training.run import Place
+from giantleap.training.run import DistributedContext
 from giantleap.training.transfer import (
     STAGES,
     LatentMaps,
@@ -37,7 +37,7 @@ from giantleap.training.transfer import (
 from tests.training.pictures import write_pictures
 
 CPU = torch.device("cpu")
-PLACE = Place(CPU)
+PLACE = DistributedContext(CPU)
 SPEC = LuaSpec(16, 12, (2,), 2, window=4, num_feat=8, bicubic_skip=True, latent_norm=True)
 CONFIG = """
 precision = "float32"

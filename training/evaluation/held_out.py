@@ -16,7 +16,7 @@ from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.data.pairs_store import PairsStore
 
 SAMPLES = 4  # tiles on a sheet
-MOST_DB = 100.0  # that one tile counts for: a mean is to say something of the others
+MAX_DB = 100.0  # that one tile counts for: a mean is to say something of the others
 
 
 @torch.no_grad()
@@ -41,10 +41,10 @@ def evaluate(net: Lua, vae: Vae, store: PairsStore, tiles: Sequence[int]) -> tup
             picture = vae.decode(grown).clamp(-1.0, 1.0)
             size = (target.shape[-2], target.shape[-1])
             bicubic = F.interpolate(vae.decode(latents[scale]), size=size, mode="bicubic").clamp(-1.0, 1.0)
-            psnr = psnr_db(picture, target, MOST_DB)
+            psnr = psnr_db(picture, target, MAX_DB)
             scores.setdefault(f"x{scale}_held_out_latent_l1", []).append(float((grown - latents[1]).abs().mean()))
             scores.setdefault(f"x{scale}_held_out_psnr_db", []).append(psnr)
-            scores.setdefault(f"x{scale}_held_out_gain_db", []).append(psnr - psnr_db(bicubic, target, MOST_DB))
+            scores.setdefault(f"x{scale}_held_out_gain_db", []).append(psnr - psnr_db(bicubic, target, MAX_DB))
             pictures += [bicubic, picture]
         if len(rows) < SAMPLES:
             rows.append(torch.cat(pictures, dim=3)[0].cpu())

@@ -29,7 +29,7 @@ CELL_PX = 256
 HEAD_PX = 18
 PLOT_PX = (460, 280)
 MARGIN_PX = (12, 22, 12, 18)  # left, top, right, bottom
-COLOURS = {"target": "#000000", "small": "#1f77b4", "bicubic latent": "#ff7f0e", "bicubic pixels": "#1f77b4"}
+COLORS = {"target": "#000000", "small": "#1f77b4", "bicubic latent": "#ff7f0e", "bicubic pixels": "#1f77b4"}
 OTHERS = ("#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2")
 
 
@@ -140,8 +140,8 @@ def draw_densities(title: str, curves: Mapping[str, Floats]) -> Image.Image:
     others = iter(OTHERS * len(curves))
     xs = left + width * (grid - grid[0]) / (grid[-1] - grid[0])
     for number, (kind, values) in enumerate(densities.items()):
-        colour = COLOURS.get(kind) or next(others)
+        color = COLORS.get(kind) or next(others)
         ys = top + height * (1.0 - values / most)
-        pen.line([(float(x), float(y)) for x, y in zip(xs, ys, strict=True)], fill=colour, width=2)
-        pen.text((left + width - 130, top + 4 + 13 * number), kind, fill=colour)
+        pen.line([(float(x), float(y)) for x, y in zip(xs, ys, strict=True)], fill=color, width=2)
+        pen.text((left + width - 130, top + 4 + 13 * number), kind, fill=color)
     return plot

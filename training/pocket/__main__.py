@@ -161,7 +161,7 @@ def pack(
         autoencoder.register_to_config(_name_or_path="giantleap/pocket")  # no path of this machine in the bundle
         autoencoder.save_pretrained(bundle / "vae")
     if lua_file is not None:
-        provenance = {"trained_by": "python -m giantleap.training.pocket lua", "licence": "Apache-2.0"}
+        provenance = {"trained_by": "python -m giantleap.training.pocket lua", "license": "Apache-2.0"}
         write_lua(bundle / LUA_FILE, read_lua(lua_file).half(), provenance)
     for file in swinir or ():
         shutil.copyfile(file, bundle / file.name)

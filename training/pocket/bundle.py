@@ -48,7 +48,7 @@ def write_descriptor(directory: Path) -> None:
             bundle=About(
                 name="pocket",
                 title="Simple scenes of 128 px, drawn from a closed vocabulary",
-                licence="Apache-2.0",
+                license="Apache-2.0",
                 provenance=PROVENANCE,
             ),
             pipeline=PipelineSource(path="."),
@@ -87,7 +87,7 @@ def write_vae_bundle(directory: Path, vae_dir: Path, name: str) -> None:
     write_bundle(
         directory,
         Descriptor(
-            bundle=About(name=name, title="A VAE alone, to train with", licence="Apache-2.0", provenance=provenance),
+            bundle=About(name=name, title="A VAE alone, to train with", license="Apache-2.0", provenance=provenance),
             pipeline=PipelineSource(path="."),
             latent_space=LatentSpaceSource(
                 name=name,

@@ -1,6 +1,6 @@
 """The language of the pocket model: what can be asked for, and the many ways to say it.
 
-A prompt fills up to six slots: shape, colour, size and position of one object, colour of the floor, colour of the sky.
+A prompt fills up to six slots: shape, color, size and position of one object, color of the floor, color of the sky.
 This module owns the words, writes captions with free order and missing parts, and draws seeded random prompts. What a
 slot looks like is in `training/pocket/scenes.py`; how the words become tokens is in `training/pocket/tokenizer.py`.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "black")
+COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "white", "black")
 SHAPES = ("sphere", "cube", "cone", "cylinder")
 POSITIONS = ("left", "centre", "right")
 SIZES = ("small", "medium", "large")
@@ -46,7 +46,7 @@ class Slots:
     """What one picture shows. `None` means that the caption leaves it open."""
 
     shape: str | None
-    colour: str | None
+    color: str | None
     floor: str | None
     sky: str | None
     position: str | None
@@ -56,16 +56,16 @@ class Slots:
 def known_words() -> tuple[str, ...]:
     """Every word that the vocabulary holds as one token, in a fixed order."""
     synonyms = tuple(word for words in SYNONYMS.values() for word in words)
-    return tuple(dict.fromkeys((*COLOURS, *SHAPES, *POSITIONS, *SIZES, *synonyms, *FILLERS)))
+    return tuple(dict.fromkeys((*COLORS, *SHAPES, *POSITIONS, *SIZES, *synonyms, *FILLERS)))
 
 
 def draw_slots(rng: np.random.Generator) -> Slots:
-    """Fill all six slots at random; the object never has the colour of the floor or of the sky."""
-    floor, sky = str(rng.choice(COLOURS)), str(rng.choice(COLOURS))
-    free = [colour for colour in COLOURS if colour not in (floor, sky)]
+    """Fill all six slots at random; the object never has the color of the floor or of the sky."""
+    floor, sky = str(rng.choice(COLORS)), str(rng.choice(COLORS))
+    free = [color for color in COLORS if color not in (floor, sky)]
     return Slots(
         shape=str(rng.choice(SHAPES)),
-        colour=str(rng.choice(free)),
+        color=str(rng.choice(free)),
         floor=floor,
         sky=sky,
         position=str(rng.choice(POSITIONS)),
@@ -122,11 +122,11 @@ def mirror(slots: Slots) -> Slots:
     """The slots of the picture flipped left to right."""
     swapped = {"left": "right", "right": "left"}
     position = swapped.get(slots.position, slots.position) if slots.position else None
-    return Slots(slots.shape, slots.colour, slots.floor, slots.sky, position, slots.size)
+    return Slots(slots.shape, slots.color, slots.floor, slots.sky, position, slots.size)
 
 
 def _object_words(slots: Slots, with_size: bool = True) -> str:
-    words = (slots.size if with_size else None, slots.colour, slots.shape)
+    words = (slots.size if with_size else None, slots.color, slots.shape)
     return " ".join(word for word in words if word)
 
 
@@ -161,7 +161,7 @@ def _say_synonyms(slots: Slots, rng: np.random.Generator) -> Slots:
     def say(word: str | None) -> str | None:
         return str(rng.choice(SYNONYMS[word])) if word in SYNONYMS else word
 
-    return Slots(say(slots.shape), slots.colour, slots.floor, slots.sky, say(slots.position), say(slots.size))
+    return Slots(say(slots.shape), slots.color, slots.floor, slots.sky, say(slots.position), say(slots.size))
 
 
 def _insert_noise(caption: str, rng: np.random.Generator) -> str:
@@ -173,4 +173,4 @@ def _insert_noise(caption: str, rng: np.random.Generator) -> str:
 
 
 def _values(slots: Slots) -> tuple[str | None, ...]:
-    return (slots.shape, slots.colour, slots.floor, slots.sky, slots.position, slots.size)
+    return (slots.shape, slots.color, slots.floor, slots.sky, slots.position, slots.size)

@@ -38,19 +38,19 @@ def fractal_noise(rng: np.random.Generator, size_px: int, slope: float) -> Float
 
 @dataclass(frozen=True)
 class Palette:
-    """The colours of one picture: leaves scatter round a base colour, mostly in lightness."""
+    """The colors of one picture: leaves scatter round a base color, mostly in lightness."""
 
     base: Floats
     contrast: float
     saturation: float
 
     def draw(self, rng: np.random.Generator) -> Floats:
-        """Draws an RGB colour in [0, 1]; three leaves in four stay nearer to the base."""
+        """Draws an RGB color in [0, 1]; three leaves in four stay nearer to the base."""
         spread = self.contrast * (1.0 if rng.random() < 0.25 else rng.uniform(0.1, 1.0))
         lightness = rng.uniform(-0.5, 0.5) - 0.4 * (float(self.base.mean()) - 0.5)
         chroma = rng.normal(0.0, self.saturation, 3)
-        colour = self.base + spread * (lightness + chroma - chroma.mean())
-        clipped: Floats = np.clip(colour, 0.0, 1.0).astype(np.float32)
+        color = self.base + spread * (lightness + chroma - chroma.mean())
+        clipped: Floats = np.clip(color, 0.0, 1.0).astype(np.float32)
         return clipped
 
 
@@ -126,13 +126,13 @@ def _paint(rng: np.random.Generator, canvas: Floats, radius_px: float, palette: 
     dy, dx = np.broadcast_arrays(dy, dx)
     softness_px = 1.0 if rng.random() < 0.7 else float(rng.uniform(1.0, 1.0 + 0.1 * radius_px))
     cover = np.clip(_inside(rng, dy, dx, radius_px) / np.float32(softness_px) + 0.5, 0.0, 1.0)
-    colour = palette.draw(rng)[None, None, :]
+    color = palette.draw(rng)[None, None, :]
     if radius_px > 3.0 and rng.random() < 0.75:
         contrast = np.float32(np.exp(rng.uniform(np.log(0.01), np.log(0.2))))
         tint = np.float32(1.0) + rng.normal(0.0, 0.3, 3).astype(np.float32)
-        colour = colour + contrast * _pattern(rng, dy, dx, radius_px, noise)[:, :, None] * tint
+        color = color + contrast * _pattern(rng, dy, dx, radius_px, noise)[:, :, None] * tint
     area = canvas[top:bottom, left:right]
-    area += cover[:, :, None] * (colour - area)
+    area += cover[:, :, None] * (color - area)
 
 
 def _expose(rng: np.random.Generator, image: Floats, noise: list[Floats]) -> Floats:

@@ -1,8 +1,8 @@
 """Photo-like views of the procedural pictures, in many sizes, and the encoded pairs that the pocket LUA trains on.
 
 The VAE's group norms average over the whole picture, so pairs are whole pictures of the sizes met in use. Leaves
-are sharp and grainy everywhere while photographs have blurred parts, soft shading and strong colours: `draw_view`
-enlarges, shrinks, stretches, mixes, blurs and colours them. `training/pocket/lua.py` trains on what is written here.
+are sharp and grainy everywhere while photographs have blurred parts, soft shading and strong colors: `draw_view`
+enlarges, shrinks, stretches, mixes, blurs and colors them. `training/pocket/lua.py` trains on what is written here.
 """
 
 import math
@@ -80,7 +80,7 @@ def _soft_mask(rng: np.random.Generator, height: int, width: int) -> Tensor:
     return torch.sigmoid(steepness * F.interpolate(field, size=(height, width), mode="bicubic"))
 
 
-def _colour(rng: np.random.Generator, image: Tensor) -> Tensor:
+def _color(rng: np.random.Generator, image: Tensor) -> Tensor:
     """Turns the hue, scales the saturation, bends the tone curve, tints; [1, 3, h, w] in [0, 1]."""
     grey = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     luma = (image * grey).sum(dim=1, keepdim=True)
@@ -106,7 +106,7 @@ def draw_view(rng: np.random.Generator, leaves: Pixels, height: int, width: int)
         image = mask * image + (1.0 - mask) * _blur(behind, math.exp(rng.uniform(0.0, math.log(12.0))))
     if rng.random() < 0.3:
         image = _blur(image, rng.uniform(0.7, 3.0))
-    image = _colour(rng, image)
+    image = _color(rng, image)
     if rng.random() < 0.4:
         grain = torch.from_numpy(rng.standard_normal(image.shape, dtype=np.float32))
         image = (image + rng.uniform(0.0, 0.02) * grain).clamp(0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Captioned ray-cast scenes: one object on a coloured floor under a coloured sky, with the object's mask.
+"""Captioned ray-cast scenes: one object on a colored floor under a colored sky, with the object's mask.
 
 A scene is a value (`Scene`), drawn from a seed and rendered by closed-form ray intersections, many at a time. The
 camera is fixed but for small jitters, so that a slot such as "left" or "large" has one meaning in the frame. Captions
@@ -87,8 +87,8 @@ def render(scenes: list[Scene], image_px: int = 128, samples: int = 2) -> tuple[
     masks = torch.empty(len(scenes), 1, image_px, image_px)
     for shape in {str(scene.slots.shape) for scene in scenes}:
         index = [i for i, scene in enumerate(scenes) if scene.slots.shape == shape]
-        colour, mask = _cast(shape, [scenes[i] for i in index], side)
-        images[index] = torch.nn.functional.avg_pool2d(colour, samples)
+        color, mask = _cast(shape, [scenes[i] for i in index], side)
+        images[index] = torch.nn.functional.avg_pool2d(color, samples)
         masks[index] = torch.nn.functional.avg_pool2d(mask, samples)
     return images.clamp(0, 1), masks
 
@@ -102,7 +102,7 @@ def _albedo(scenes: list[Scene], slot: str) -> Tensor:
 
 
 def _cast(shape: str, scenes: list[Scene], side: int) -> tuple[Tensor, Tensor]:
-    """One colour per ray for scenes of one shape. The camera is at (0, 1, 0), looks along z, and the floor is y = 0."""
+    """One color per ray for scenes of one shape. The camera is at (0, 1, 0), looks along z, and the floor is y = 0."""
     axis = (torch.arange(side, dtype=torch.float32) + 0.5) / side
     v, u = axis.view(1, side, 1), axis.view(1, 1, side)
     horizon, foot = _column(scenes, "horizon_y"), _column(scenes, "foot_y")
@@ -126,7 +126,7 @@ def _cast(shape: str, scenes: list[Scene], side: int) -> tuple[Tensor, Tensor]:
     haze = 0.14 * (v / horizon).clamp(0, 1).unsqueeze(1)
     sky = _albedo(scenes, "sky") * (1 - haze) + haze * 0.9
     facing = sum((n * part for n, part in zip(normal, light, strict=True)), full).clamp(min=0)
-    solid = _albedo(scenes, "colour") * (AMBIENT + (1 - AMBIENT) * facing).unsqueeze(1)
+    solid = _albedo(scenes, "color") * (AMBIENT + (1 - AMBIENT) * facing).unsqueeze(1)
     seen = (t < floor_t).unsqueeze(1)
     background = torch.where(floor_t.isfinite().unsqueeze(1), floor, sky)
     return torch.where(seen, solid, background) * _column(scenes, "gain").unsqueeze(1), seen.float()

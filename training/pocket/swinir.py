@@ -154,7 +154,7 @@ def write_swinir(path: Path, net: Lua) -> None:
         )
         weights[name] = value.half().contiguous()
     partial = path.with_suffix(".partial")
-    provenance = {"trained_by": "python -m giantleap.training.pocket swinir", "licence": "Apache-2.0"}
+    provenance = {"trained_by": "python -m giantleap.training.pocket swinir", "license": "Apache-2.0"}
     save_file(weights, partial, provenance)
     partial.chmod(0o644)  # safetensors gives 0600
     partial.rename(path)

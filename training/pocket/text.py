@@ -36,7 +36,7 @@ LATENT_CHANNELS = 16
 LATENT_SIDE = 16  # 128 px at stride 8
 TEXT_WIDTH = 128
 FLOW_SHIFT = 3.0  # the sampler's noise levels lean to high noise by this factor
-EARLY_SHIFTS = (3.0, 8.0)  # of the training samples, half each: where colours and the object's place are decided
+EARLY_SHIFTS = (3.0, 8.0)  # of the training samples, half each: where colors and the object's place are decided
 LATE_SHIFTS = (3.0, 1.0)  # once those are learned: edges and clean areas
 LATE_FROM = 0.72  # of the run
 COMPASS_WEIGHT = 0.2
@@ -185,7 +185,7 @@ def draw_sigma(
 ) -> Tensor:
     """Logit-normal noise levels, as in arXiv 2403.03206 section 3.1, shifted to where the caption is needed.
 
-    A colour that fills a third of the frame can be read off the noisy latent itself until almost nothing but noise is
+    A color that fills a third of the frame can be read off the noisy latent itself until almost nothing but noise is
     left, so only high levels teach the network to listen to the text.
 
     **Shape**: (count,).

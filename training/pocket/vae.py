@@ -125,7 +125,7 @@ class Pool:
 
 
 class PcaTeacher:
-    """Principal components of 8 x 8 colour blocks, as one strided convolution and its inverse."""
+    """Principal components of 8 x 8 color blocks, as one strided convolution and its inverse."""
 
     def __init__(self, images: Tensor, channels: int = LATENT_CHANNELS) -> None:
         """Fits `channels` components on images [n, 3, height, width] whose sides are multiples of 8."""

@@ -16,23 +16,23 @@ import numpy as np
 from fastapi import APIRouter, Header, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from giantleap.models.lua.spec import grown_side
+from giantleap.models.lua.spec import scaled_size
 from giantleap.service.api.compat.errors import KSERVE_PATH
 from giantleap.service.api.compat.shared_job import (
     TermsDep,
-    answer_headers,
     describe_errors,
-    find_served,
+    find_bundle,
     new_job,
-    plan_beside,
-    read_form,
     read_results,
+    response_headers,
+    run_in_thread_if_large,
     run_job,
     stack_latents,
     to_fields,
+    validate_as,
     wrap_tensor,
 )
-from giantleap.service.api.dependencies import Serving, ServingDep
+from giantleap.service.api.dependencies import AppState, AppStateDep
 from giantleap.service.api.negotiation import JSON_TYPE, LONGEST_CANCEL_AFTER_S
 from giantleap.service.api.openapi import file_content
 from giantleap.service.api.problems import InvalidFields
@@ -41,14 +41,14 @@ from giantleap.service.api.schemas import OutputFormat, Scale, UpscaleQuery
 from giantleap.service.errors import MalformedRequest, NotReady, PayloadTooLarge, UnsupportedMediaType
 from giantleap.service.jobs.job import JobRecord, Priority, UpscaleParams
 from giantleap.service.jobs.latents import OCTETS_TYPE, SAFETENSORS_TYPE
-from giantleap.service.jobs.planning import Served, prepare_upscale
+from giantleap.service.jobs.planning import ServedBundle, prepare_upscale
 
 router = APIRouter(prefix=KSERVE_PATH, tags=["KServe v2"])
 
 # JSON numbers take up to 30 times their size once parsed; a latent that is larger than this goes as bytes.
-MOST_JSON_BYTES = 8 << 20
-MOST_JSON_VALUES = 1 << 20
-MOST_JSON_NAMES = 1024
+MAX_JSON_BYTES = 8 << 20
+MAX_JSON_VALUES = 1 << 20
+MAX_JSON_NAMES = 1024
 _DATATYPES = {"FP32": "F32", "FP16": "F16", "BF16": "BF16"}
 
 
@@ -176,30 +176,30 @@ async def get_live() -> ServerLive:
 
 
 @router.get("/health/ready", responses=describe_errors(KServeError, 503))
-async def get_ready(serving: ServingDep) -> ServerReady:
+async def get_ready(serving: AppStateDep) -> ServerReady:
     """Requests are accepted and run."""
     await _require_ready(serving)
     return ServerReady(ready=True)
 
 
 @router.get("/models/{model}", responses=describe_errors(KServeError, 404))
-async def get_model(model: str, serving: ServingDep) -> ModelMetadata:
+async def get_model(model: str, serving: AppStateDep) -> ModelMetadata:
     """The tensors of a bundle: raw latents, and files of images."""
-    bundle = find_served(serving, model).bundle
+    bundle = find_bundle(serving, model).bundle
     latent = TensorMetadata(name="latent", datatype="FP32", shape=[-1, bundle.latent_space.channels, -1, -1])
     image = TensorMetadata(name="image", datatype="BYTES", shape=[-1])
     return ModelMetadata(name=model, versions=[], platform="giantleap", inputs=[latent], outputs=[latent, image])
 
 
 @router.get("/models/{model}/ready", responses=describe_errors(KServeError, 404, 503))
-async def get_model_ready(model: str, serving: ServingDep) -> ModelReady:
+async def get_model_ready(model: str, serving: AppStateDep) -> ModelReady:
     """Requests for this bundle are accepted and run."""
-    find_served(serving, model)
+    find_bundle(serving, model)
     await _require_ready(serving)
     return ModelReady(name=model, ready=True)
 
 
-async def _require_ready(serving: Serving) -> None:
+async def _require_ready(serving: AppState) -> None:
     if reasons := await find_reasons(serving):
         raise NotReady("; ".join(reasons))
 
@@ -216,17 +216,19 @@ _EITHER_FORM: dict[str, Any] = {JSON_TYPE: {"schema": {"type": "object"}}} | fil
 async def post_infer(
     model: str,
     request: Request,
-    serving: ServingDep,
+    serving: AppStateDep,
     terms: TermsDep,
     inference_header_content_length: Annotated[
         int | None, Header(ge=0, description="Bytes of the JSON, where a tensor follows it.")
     ] = None,
 ) -> Response:
     """Enlarge a latent: to the larger latent, or decoded once to images."""
-    served = find_served(serving, model)
+    served = find_bundle(serving, model)
     _require_type(request)
     body = await request.body()
-    inference = await plan_beside(len(body), plan_infer, body, inference_header_content_length, served, serving)
+    inference = await run_in_thread_if_large(
+        len(body), plan_infer, body, inference_header_content_length, served, serving
+    )
     priority = Priority.LOW if inference.asked.parameters.priority == 2 else Priority.HIGH
     deadline_s = choose_deadline(terms.cancel_after_s, inference.asked.parameters.timeout)
     job = new_job(served, inference.params, deadline_s, priority)
@@ -261,7 +263,7 @@ def choose_deadline(cancel_after_s: float | None, timeout_us: int | None) -> flo
     return timeout_us / 1e6
 
 
-def plan_infer(body: bytes, json_bytes: int | None, served: Served, serving: Serving) -> Inference:
+def plan_infer(body: bytes, json_bytes: int | None, served: ServedBundle, serving: AppState) -> Inference:
     """Read and check the whole request.
 
     Args:
@@ -278,16 +280,16 @@ def plan_infer(body: bytes, json_bytes: int | None, served: Served, serving: Ser
     dtype = _DATATYPES[tensor.datatype]
     latent = wrap_tensor(dtype, tensor.shape, _tensor_bytes(tensor, body, json_bytes))
     own = parameters.model_dump(exclude_none=True, exclude={"priority", "timeout", "binary_data_output"})
-    query = read_form(UpscaleQuery, own | {"output": output.name})
+    query = validate_as(UpscaleQuery, own | {"output": output.name})
     bundle, settings = served.bundle, serving.settings
     file_format = parameters.output_format or "png"
     params, blob = prepare_upscale(
         query, latent, SAFETENSORS_TYPE, bundle, settings, file_format, serving.places(bundle.name)
     )
     inference = Inference(asked, params, blob)
-    pixels = grown_side(params.latent_height, params.scale) * grown_side(params.latent_width, params.scale)
+    pixels = scaled_size(params.latent_height, params.scale) * scaled_size(params.latent_width, params.scale)
     values = params.batch_items * params.channels * pixels
-    if output.name == "latent" and not inference.binary and values > MOST_JSON_VALUES:
+    if output.name == "latent" and not inference.binary and values > MAX_JSON_VALUES:
         raise InvalidFields((("outputs", f"would be {values} JSON numbers; ask for binary_data"),))
     return inference
 
@@ -296,10 +298,10 @@ def _read_request(body: bytes, json_bytes: int | None) -> InferRequest:
     text = body if json_bytes is None else body[:json_bytes]
     if json_bytes is not None and json_bytes > len(body):
         raise MalformedRequest(f"Inference-Header-Content-Length is {json_bytes}; the body has {len(body)} bytes")
-    if len(text) > MOST_JSON_BYTES:
-        raise PayloadTooLarge(f"the JSON has {len(text)} bytes; at most {MOST_JSON_BYTES}; send the tensor as bytes")
-    if text.count(b":") > MOST_JSON_NAMES:
-        raise PayloadTooLarge(f"the JSON has more than the {MOST_JSON_NAMES} names that are allowed")
+    if len(text) > MAX_JSON_BYTES:
+        raise PayloadTooLarge(f"the JSON has {len(text)} bytes; at most {MAX_JSON_BYTES}; send the tensor as bytes")
+    if text.count(b":") > MAX_JSON_NAMES:
+        raise PayloadTooLarge(f"the JSON has more than the {MAX_JSON_NAMES} names that are allowed")
     try:
         return InferRequest.model_validate_json(text)
     except ValidationError as error:
@@ -363,7 +365,7 @@ def write_infer(inference: Inference, record: JobRecord, results: list[bytes]) -
     if inference.asked.id is not None:
         answer["id"] = inference.asked.id
     text = json.dumps(answer).encode()
-    headers = answer_headers(record)
+    headers = response_headers(record)
     if inference.binary:
         headers["Inference-Header-Content-Length"] = str(len(text))
     return Response(text + following, 200, headers, OCTETS_TYPE if inference.binary else JSON_TYPE)

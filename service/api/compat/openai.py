@@ -20,30 +20,30 @@ from starlette.responses import StreamingResponse
 from giantleap.models.bundle.descriptor import Method
 from giantleap.service.api.compat.errors import OPENAI_PATH
 from giantleap.service.api.compat.shared_job import (
-    Terms,
+    CompatOptions,
     TermsDep,
     abandon_job,
-    answer_headers,
     describe_errors,
-    find_served,
+    find_bundle,
     finish_job,
     new_job,
-    read_form,
     read_results,
+    response_headers,
     run_job,
+    validate_as,
 )
-from giantleap.service.api.dependencies import Serving, ServingDep
+from giantleap.service.api.dependencies import AppState, AppStateDep
 from giantleap.service.api.negotiation import JSON_TYPE
 from giantleap.service.api.openapi import IMAGE_TYPES, file_content
 from giantleap.service.api.problems import InvalidFields, problem_response
-from giantleap.service.api.routes.create import draw_seed, require_json
+from giantleap.service.api.routes.create import random_seed, require_json
 from giantleap.service.api.routes.jobs import RecordDep, get_result
 from giantleap.service.api.schemas import GenerateRequest, OutputFormat, Scale
 from giantleap.service.api.sse import EVENT_STREAM_TYPE, HEARTBEAT_S
 from giantleap.service.api.submission import admit
 from giantleap.service.errors import GiantleapError
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord
-from giantleap.service.jobs.planning import choose_served, plan_generate, warn_of_words
+from giantleap.service.jobs.planning import plan_generate, select_bundle, warn_of_words
 
 router = APIRouter(prefix=OPENAI_PATH, tags=["OpenAI"])
 
@@ -123,15 +123,15 @@ class OpenAIModels(BaseModel):
 
 
 @router.get("/models")
-async def list_models(serving: ServingDep) -> OpenAIModels:
+async def list_models(serving: AppStateDep) -> OpenAIModels:
     """The bundles that requests may name, the default first."""
     return OpenAIModels(data=[OpenAIModel(id=name) for name in serving.bundles])
 
 
 @router.get("/models/{model}", responses=describe_errors(OpenAIError, 404))
-async def get_model(model: str, serving: ServingDep) -> OpenAIModel:
+async def get_model(model: str, serving: AppStateDep) -> OpenAIModel:
     """One bundle."""
-    return OpenAIModel(id=find_served(serving, model).bundle.name)
+    return OpenAIModel(id=find_bundle(serving, model).bundle.name)
 
 
 @router.post(
@@ -144,7 +144,7 @@ async def get_model(model: str, serving: ServingDep) -> OpenAIModel:
     ),
     dependencies=[Depends(require_json)],
 )
-async def post_generation(request: Request, body: ImagesRequest, serving: ServingDep, terms: TermsDep) -> Response:
+async def post_generation(request: Request, body: ImagesRequest, serving: AppStateDep, terms: TermsDep) -> Response:
     """Draw a prompt; the images come as base64 text, by URL, or as an event."""
     job, key = plan_job(body, serving, terms), terms.key
     if body.stream:
@@ -161,7 +161,7 @@ async def post_generation(request: Request, body: ImagesRequest, serving: Servin
     else:
         data = await asyncio.to_thread(to_data, ended, await read_results(serving, ended))
     answer = ImagesAnswer(created=created_s(ended), data=data, **describe_images(ended))
-    return Response(answer.model_dump_json(exclude_none=True), 200, answer_headers(ended), JSON_TYPE)
+    return Response(answer.model_dump_json(exclude_none=True), 200, response_headers(ended), JSON_TYPE)
 
 
 @router.get(
@@ -172,14 +172,14 @@ async def post_generation(request: Request, body: ImagesRequest, serving: Servin
 async def get_content(
     request: Request,
     record: RecordDep,
-    serving: ServingDep,
+    serving: AppStateDep,
     index: Annotated[int, Query(ge=0, le=9999, description="Which image, from 0.")] = 0,
 ) -> Response:
     """The file of an image that was answered by URL."""
     return await get_result(request, record, serving, index)
 
 
-def plan_job(body: ImagesRequest, serving: Serving, terms: Terms) -> Job:
+def plan_job(body: ImagesRequest, serving: AppState, terms: CompatOptions) -> Job:
     """The request as a job.
 
     Raises:
@@ -205,10 +205,10 @@ def plan_job(body: ImagesRequest, serving: Serving, terms: Terms) -> Job:
         "scale": body.scale,
         "method": body.method,
     }
-    asked = read_form(GenerateRequest, values, _NAMES)
-    seed = draw_seed(terms.key) if asked.seed is None else asked.seed
+    asked = validate_as(GenerateRequest, values, _NAMES)
+    seed = random_seed(terms.key) if asked.seed is None else asked.seed
     try:
-        served = choose_served(serving.bundles, asked.bundle)
+        served = select_bundle(serving.bundles, asked.bundle)
         bundle = served.bundle
         places = serving.places(bundle.name)
         params = plan_generate(asked, bundle, serving.settings, seed, asked.output_format or "png", places)
@@ -218,7 +218,7 @@ def plan_job(body: ImagesRequest, serving: Serving, terms: Terms) -> Job:
 
 
 async def stream_generation(
-    request: Request, serving: Serving, job_id: str, key: str | None, heartbeat_s: float = HEARTBEAT_S
+    request: Request, serving: AppState, job_id: str, key: str | None, heartbeat_s: float = HEARTBEAT_S
 ) -> AsyncGenerator[str]:
     """One event `image_generation.completed` for each image, or one `error`; comments while there is nothing to say.
 
@@ -244,7 +244,7 @@ async def stream_generation(
 
 
 async def _to_events(
-    request: Request, serving: Serving, ending: "asyncio.Future[JobRecord | Response]"
+    request: Request, serving: AppState, ending: "asyncio.Future[JobRecord | Response]"
 ) -> list[tuple[str, dict[str, Any]]]:
     try:
         ended = ending.result()

@@ -24,18 +24,18 @@ from giantleap.models.latent_space import LatentSpace, LatentSpaceError
 from giantleap.service.api.compat.errors import REMOTE_VAE_PATH
 from giantleap.service.api.compat.shared_job import (
     TermsDep,
-    answer_headers,
     describe_errors,
-    find_served,
+    find_bundle,
     new_job,
-    plan_beside,
-    read_form,
     read_results,
+    response_headers,
+    run_in_thread_if_large,
     run_job,
     stack_latents,
+    validate_as,
     wrap_tensor,
 )
-from giantleap.service.api.dependencies import Serving, ServingDep
+from giantleap.service.api.dependencies import AppState, AppStateDep
 from giantleap.service.api.openapi import file_content
 from giantleap.service.api.problems import InvalidFields
 from giantleap.service.api.schemas import OutputFormat, Scale, UpscaleQuery
@@ -101,17 +101,19 @@ class DecodeQuery(ScalingQuery):
     openapi_extra={"requestBody": {"required": True, "content": file_content(TENSOR_TYPE, OCTETS_TYPE)}},
 )
 async def post_decode(
-    bundle: str, request: Request, query: Annotated[DecodeQuery, Query()], serving: ServingDep, terms: TermsDep
+    bundle: str, request: Request, query: Annotated[DecodeQuery, Query()], serving: AppStateDep, terms: TermsDep
 ) -> Response:
     """Decode a latent once, as it is or enlarged."""
-    served = find_served(serving, bundle)
+    served = find_bundle(serving, bundle)
     _require_type(request, TENSOR_TYPE, OCTETS_TYPE)
     body = await request.body()
     # diffusers asks for "pil" but accepts only tensors where it postprocesses the image itself.
     floats = query.output_type == "pil" and request.headers.get("accept") == TENSOR_TYPE
     as_tensor = floats or query.output_type == "pt"
     file_format: OutputFormat = "png" if as_tensor or query.image_format == "png" else "jpeg"
-    params, blob = await plan_beside(len(body), plan_decode, query, body, served.bundle, serving, file_format)
+    params, blob = await run_in_thread_if_large(
+        len(body), plan_decode, query, body, served.bundle, serving, file_format
+    )
     if not as_tensor and params.batch_items != 1:
         raise InvalidFields((("shape", f"has {params.batch_items} latents; a file holds one image; ask for pt"),))
     ended = await run_job(request, serving, new_job(served, params, terms.cancel_after_s), blob, terms.key)
@@ -119,13 +121,13 @@ async def post_decode(
         return ended
     results = await read_results(serving, ended)
     if not as_tensor:
-        return Response(results[0], 200, answer_headers(ended), ended.results[0].content_type)
+        return Response(results[0], 200, response_headers(ended), ended.results[0].content_type)
     form: PixelForm = "zero_one" if floats else "bytes" if query.partial_postprocess else "minus_one_one"
     return tensor_answer(ended, await asyncio.to_thread(to_tensor, results, form))
 
 
 def plan_decode(
-    query: DecodeQuery, body: bytes, bundle: Bundle, serving: Serving, file_format: OutputFormat
+    query: DecodeQuery, body: bytes, bundle: Bundle, serving: AppState, file_format: OutputFormat
 ) -> tuple[UpscaleParams, bytes]:
     """What to decode, and the job's input blob.
 
@@ -146,7 +148,7 @@ def plan_decode(
         size = {}
     asked = {"scale": query.scale, "method": query.method, "decode": query.decode, "scaled": scaled}
     return prepare_upscale(
-        read_form(UpscaleQuery, asked | size),
+        validate_as(UpscaleQuery, asked | size),
         tensor,
         SAFETENSORS_TYPE,
         bundle,
@@ -197,7 +199,7 @@ def to_tensor(files: list[bytes], form: PixelForm) -> npt.NDArray[np.generic]:
 
 def tensor_answer(record: JobRecord, tensor: npt.NDArray[np.generic]) -> Response:
     """The tensor's bytes; `shape` and `dtype` are headers."""
-    headers = answer_headers(record) | {"shape": json.dumps(list(tensor.shape)), "dtype": tensor.dtype.name}
+    headers = response_headers(record) | {"shape": json.dumps(list(tensor.shape)), "dtype": tensor.dtype.name}
     return Response(tensor.tobytes(), 200, headers, TENSOR_TYPE)
 
 
@@ -208,10 +210,10 @@ def tensor_answer(record: JobRecord, tensor: npt.NDArray[np.generic]) -> Respons
     openapi_extra={"requestBody": {"required": True, "content": file_content("image/png", OCTETS_TYPE)}},
 )
 async def post_encode(
-    bundle: str, request: Request, query: Annotated[EncodeQuery, Query()], serving: ServingDep, terms: TermsDep
+    bundle: str, request: Request, query: Annotated[EncodeQuery, Query()], serving: AppStateDep, terms: TermsDep
 ) -> Response:
     """Encode an image file to its posterior mean: float32 [1, C, h, w], raw, or scaled where the factors are sent."""
-    served = find_served(serving, bundle)
+    served = find_bundle(serving, bundle)
     if query.shape is not None or query.dtype is not None:
         raise UnsupportedMediaType("the image is a tensor; send an image file: PNG, JPEG or WebP")
     scaled = query.scaling_factor is not None
@@ -227,13 +229,13 @@ async def post_encode(
     return tensor_answer(ended, ((latent - space.shift) * space.scale if scaled else latent).astype("<f4"))
 
 
-def plan_encode(body: bytes, content_type: str, bundle: Bundle, serving: Serving) -> tuple[UpscaleParams, bytes]:
+def plan_encode(body: bytes, content_type: str, bundle: Bundle, serving: AppState) -> tuple[UpscaleParams, bytes]:
     """The image as a job that ends with its latent.
 
     Raises:
         GiantleapError: it is no image file, too large, or has sides that make no whole latent.
     """
-    query = read_form(UpscaleQuery, {"scale": 1, "output": "latent"})
+    query = validate_as(UpscaleQuery, {"scale": 1, "output": "latent"})
     places = serving.places(bundle.name)
     params, blob = prepare_upscale(query, body, content_type, bundle, serving.settings, "png", places)
     width_px, height_px, multiple_px = params.image_width_px, params.image_height_px, bundle.latent_space.multiple_px

@@ -21,11 +21,11 @@ from fastapi import Depends, Header, Request, Response
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from giantleap.service.api.dependencies import Serving, ServingDep
+from giantleap.service.api.dependencies import AppState, AppStateDep
 from giantleap.service.api.openapi import Responses
 from giantleap.service.api.problems import InvalidFields, to_reason
-from giantleap.service.api.responses import failed_answer, job_headers, job_problem, warnings_header
-from giantleap.service.api.routes.create import read_asked, wait_for_job
+from giantleap.service.api.responses import failed_response, job_headers, job_problem, warnings_header
+from giantleap.service.api.routes.create import read_submit_options, wait_for_job
 from giantleap.service.api.submission import admit
 from giantleap.service.errors import (
     DeadlinePassed,
@@ -37,12 +37,12 @@ from giantleap.service.errors import (
 )
 from giantleap.service.jobs.job import Job, JobParams, JobRecord, JobState, Priority
 from giantleap.service.jobs.latents import LATENT_TENSOR, SAFETENSORS_TYPE, Floats, read_latent
-from giantleap.service.jobs.planning import Served, total_latent_px
+from giantleap.service.jobs.planning import ServedBundle, total_latent_px
 from giantleap.service.telemetry.tracing import current_traceparent
 
 _SMALL_BODY_BYTES = 1 << 20
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_MOST_DIMS = 5
+_MAX_DIMS = 5
 
 Form = TypeVar("Form", bound=BaseModel)
 Answer = TypeVar("Answer")
@@ -50,36 +50,36 @@ Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class CompatOptions:
     """What a client of any front may say of its job in headers: the key to find it by, and its deadline."""
 
     key: str | None = None
     cancel_after_s: float | None = None
 
 
-async def read_terms(
-    serving: ServingDep,
+async def read_compat_options(
+    serving: AppStateDep,
     idempotency_key: Annotated[
         str | None, Header(description="Posting again with the same key finds the first job.")
     ] = None,
     cancel_after: Annotated[
         str | None, Header(description="Seconds after which the job fails unless it has ended.")
     ] = None,
-) -> Terms:
+) -> CompatOptions:
     """Idempotency-Key and Cancel-After, checked as those of /generate.
 
     Raises:
         MalformedRequest: one of them cannot be read.
         NotReady: this process is stopping.
     """
-    asked = await read_asked(serving, idempotency_key=idempotency_key, cancel_after=cancel_after)
-    return Terms(asked.idempotency_key, asked.cancel_after_s)
+    asked = await read_submit_options(serving, idempotency_key=idempotency_key, cancel_after=cancel_after)
+    return CompatOptions(asked.idempotency_key, asked.cancel_after_s)
 
 
-TermsDep = Annotated[Terms, Depends(read_terms)]
+TermsDep = Annotated[CompatOptions, Depends(read_compat_options)]
 
 
-def find_served(serving: Serving, name: str) -> Served:
+def find_bundle(serving: AppState, name: str) -> ServedBundle:
     """The bundle that a path names.
 
     Raises:
@@ -90,7 +90,7 @@ def find_served(serving: Serving, name: str) -> Served:
     return serving.bundles[name]
 
 
-def read_form(form: type[Form], values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> Form:
+def validate_as(form: type[Form], values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> Form:
     """The values as one of our own requests.
 
     Args:
@@ -126,8 +126,8 @@ def wrap_tensor(dtype: str, shape: Sequence[int], data: bytes) -> bytes:
         InvalidRequest: the shape has a bad number of dimensions, or a side below 1.
         MalformedRequest: shape and dtype do not fit the number of bytes.
     """
-    if not 1 <= len(shape) <= _MOST_DIMS or min(shape) < 1:
-        raise InvalidRequest(f"the tensor's shape has {len(shape)} sides; send 2 to {_MOST_DIMS}, all of them positive")
+    if not 1 <= len(shape) <= _MAX_DIMS or min(shape) < 1:
+        raise InvalidRequest(f"the tensor's shape has {len(shape)} sides; send 2 to {_MAX_DIMS}, all of them positive")
     # The product of hostile sides may be too long to print.
     if math.prod(shape) * ITEM_BYTES[dtype] != len(data):
         raise MalformedRequest(f"the tensor has {len(data)} bytes, which its shape and datatype do not make")
@@ -138,7 +138,7 @@ def wrap_tensor(dtype: str, shape: Sequence[int], data: bytes) -> bytes:
     return b"".join((len(header).to_bytes(8, "little"), header, data))
 
 
-async def plan_beside(
+async def run_in_thread_if_large(
     size_bytes: int,
     plan: Callable[Arguments, Answer],
     *args: Arguments.args,
@@ -151,7 +151,7 @@ async def plan_beside(
 
 
 def new_job(
-    served: Served,
+    served: ServedBundle,
     params: JobParams,
     cancel_after_s: float | None,
     priority: Priority = Priority.HIGH,
@@ -172,7 +172,7 @@ def new_job(
 
 
 async def run_job(
-    request: Request, serving: Serving, job: Job, blob: bytes | None, key: str | None
+    request: Request, serving: AppState, job: Job, blob: bytes | None, key: str | None
 ) -> JobRecord | Response:
     """Enqueue and wait: the record of a job that succeeded, or the answer that says why it did not.
 
@@ -187,9 +187,9 @@ async def run_job(
 
 
 async def finish_job(
-    request: Request, serving: Serving, job_id: str, key: str | None, created: Job | None = None
+    request: Request, serving: AppState, job_id: str, key: str | None, created: Job | None = None
 ) -> JobRecord | Response:
-    """As `run_job`, of a job that was enqueued; `created` as for `Broker.wait`."""
+    """As `run_job`, of a job that was enqueued; `created` as for `JobProducer.wait`."""
     longest_s = serving.settings.wait_timeout_s
     try:
         record = await wait_for_job(request, serving, job_id, longest_s, created)
@@ -199,7 +199,7 @@ async def finish_job(
     if record.state is JobState.SUCCEEDED:
         return record
     if record.state.final:
-        return failed_answer(request, record)
+        return failed_response(request, record)
     await abandon_job(serving, job_id, key)
     error: GiantleapError = DeadlinePassed(f"the job did not finish within {longest_s:.0f} s")
     if serving.stopping.is_set():
@@ -207,13 +207,13 @@ async def finish_job(
     return job_problem(request, record, error)
 
 
-async def abandon_job(serving: Serving, job_id: str, key: str | None) -> None:
+async def abandon_job(serving: AppState, job_id: str, key: str | None) -> None:
     """Cancel the job of a client that will get no result, unless its key lets it come back."""
     if key is None:
         await serving.broker.cancel(job_id)
 
 
-async def read_results(serving: Serving, record: JobRecord) -> list[bytes]:
+async def read_results(serving: AppState, record: JobRecord) -> list[bytes]:
     """Every file that the job made.
 
     Raises:
@@ -235,7 +235,7 @@ def stack_latents(results: Sequence[bytes]) -> Floats:
     return np.stack([read_latent(file, SAFETENSORS_TYPE) for file in results])
 
 
-def answer_headers(record: JobRecord) -> dict[str, str]:
+def response_headers(record: JobRecord) -> dict[str, str]:
     """The headers of a front's good answer: those of every answer about a job, and the warnings."""
     headers = job_headers(record)
     warnings = warnings_header((*record.job.warnings, *record.warnings))

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from giantleap.service.api.problems import problem_response
-from giantleap.service.auth import EVERYBODY, Caller, KeyRing, Scope, read_presented
+from giantleap.service.auth import ANONYMOUS, Caller, KeyRing, Scope, presented_keys
 from giantleap.service.errors import (
     Forbidden,
     GiantleapError,
@@ -28,17 +28,17 @@ from giantleap.service.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
-from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobqueue.producer import JobProducer
 
 OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
-MOST_HEADERS = 100
-MOST_HEADER_BYTES = 32 << 10
-MOST_JSON_PARTS = 16_384
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 32 << 10
+MAX_JSON_PARTS = 16_384
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _CREATING = frozenset({"POST", "PUT"})
 
 
-class Guard:
+class AuthenticationMiddleware:
     """Names the caller of each request in `request.state.caller`, or answers in its stead.
 
     Args:
@@ -46,7 +46,7 @@ class Guard:
         origins: Sites whose pages may call (`Settings.cors_origins`).
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing | None, broker: Broker, origins: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing | None, broker: JobProducer, origins: tuple[str, ...]) -> None:
         self.app = app
         self.keys = keys
         self.broker = broker
@@ -72,8 +72,8 @@ class Guard:
     async def _admit(self, request: Request) -> Caller:
         path = path_of(request)
         if self.keys is None or path in OPEN_PATHS:
-            return EVERYBODY
-        presented = read_presented(request.scope["headers"])
+            return ANONYMOUS
+        presented = presented_keys(request.scope["headers"])
         if len(presented) > 1:
             raise Unauthorized("the request carries different keys; send one, in Authorization or in X-API-Key")
         caller = self.keys.find(next(iter(presented), ""))
@@ -142,10 +142,10 @@ def check_headers(request: Request) -> None:
     headers = request.scope["headers"]
     size_bytes = len(request.scope.get("raw_path") or b"") + len(request.scope["query_string"])
     size_bytes += sum(len(name) + len(value) for name, value in headers)
-    if len(headers) > MOST_HEADERS or size_bytes > MOST_HEADER_BYTES:
+    if len(headers) > MAX_HEADERS or size_bytes > MAX_HEADER_BYTES:
         raise HeadersTooLarge(
-            f"{len(headers)} headers, with the address {size_bytes} bytes; {MOST_HEADERS} headers of "
-            f"{MOST_HEADER_BYTES} bytes are allowed"
+            f"{len(headers)} headers, with the address {size_bytes} bytes; {MAX_HEADERS} headers of "
+            f"{MAX_HEADER_BYTES} bytes are allowed"
         )
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
         raise UnsupportedMediaType("the body is compressed; send it as it is")
@@ -168,8 +168,8 @@ def bounded_json(request: Request, receive: Receive) -> Receive:
         body = message.get("body", b"")
         # Inside a text they count too, but no text of a request is long and has many: base64 has none.
         parts += body.count(b",") + body.count(b"[") + body.count(b"{")
-        if parts > MOST_JSON_PARTS:
-            raise PayloadTooLarge(f"the JSON has more than the {MOST_JSON_PARTS} commas and brackets that are allowed")
+        if parts > MAX_JSON_PARTS:
+            raise PayloadTooLarge(f"the JSON has more than the {MAX_JSON_PARTS} commas and brackets that are allowed")
         return message
 
     return receive_counted

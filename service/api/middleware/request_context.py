@@ -28,7 +28,7 @@ _QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 log = logging.getLogger(__name__)
 
 
-class Edge:
+class RequestContextMiddleware:
     """The outermost layer of the app: each request passes it once, on its way in and out."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: Metrics, tracing: Tracing) -> None:

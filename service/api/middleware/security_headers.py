@@ -40,7 +40,7 @@ _TELL = (
 )
 
 
-class SafeHeaders:
+class SecurityHeadersMiddleware:
     """Adds the headers to every answer. A route may say itself how long its answer is kept; else nobody keeps it."""
 
     def __init__(self, app: ASGIApp) -> None:

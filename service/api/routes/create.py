@@ -20,17 +20,17 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from giantleap.service.api.dependencies import Serving, ServingDep
+from giantleap.service.api.dependencies import AppState, AppStateDep
 from giantleap.service.api.negotiation import JSON_TYPE, Preference, choose_answer, read_cancel_after, read_preference
 from giantleap.service.api.openapi import (
     IMAGE_FORMATS,
     IMAGE_TYPES,
-    describe_answers,
+    describe_responses,
     file_content,
     upload_request_body,
 )
 from giantleap.service.api.problems import InvalidFields
-from giantleap.service.api.responses import failed_answer, file_answer, job_answer, job_problem, job_url
+from giantleap.service.api.responses import failed_response, file_response, job_answer, job_problem, job_url
 from giantleap.service.api.schemas import GenerateRequest, JobBody, OutputFormat, UpscaleQuery
 from giantleap.service.api.submission import admit
 from giantleap.service.errors import (
@@ -45,10 +45,10 @@ from giantleap.service.jobs.images import fit_image, is_image, read_base64
 from giantleap.service.jobs.job import GenerateParams, Job, JobParams, JobRecord, JobState, Priority, Webhook
 from giantleap.service.jobs.latents import SAFETENSORS_TYPE
 from giantleap.service.jobs.planning import (
-    Served,
-    choose_served,
+    ServedBundle,
     plan_generate,
     prepare_upscale,
+    select_bundle,
     total_latent_px,
     warn_of_words,
 )
@@ -68,7 +68,7 @@ _CANCEL_AGAIN_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SubmitOptions:
     """How a client wants its answer: the headers that all routes share, whether it cancels by leaving, its job id."""
 
     accept: str | None
@@ -79,8 +79,8 @@ class Asked:
     job_id: str | None = None
 
 
-async def read_asked(
-    serving: ServingDep,
+async def read_submit_options(
+    serving: AppStateDep,
     accept: Annotated[str | None, Header(description="An image type for the file itself, else JSON.")] = None,
     prefer: Annotated[str | None, Header(description="respond-async, or wait=N seconds.")] = None,
     idempotency_key: Annotated[
@@ -92,7 +92,7 @@ async def read_asked(
     cancel_after: Annotated[
         str | None, Header(description="Seconds after which the job fails unless it has ended.")
     ] = None,
-) -> Asked:
+) -> SubmitOptions:
     """Read the shared headers.
 
     Raises:
@@ -104,10 +104,10 @@ async def read_asked(
     if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
         raise MalformedRequest("Idempotency-Key must be 1 to 255 printable ASCII characters without spaces")
     preference = read_preference(prefer, serving.settings.wait_timeout_s)
-    return Asked(accept, preference, idempotency_key, cancel_on_disconnect, read_cancel_after(cancel_after))
+    return SubmitOptions(accept, preference, idempotency_key, cancel_on_disconnect, read_cancel_after(cancel_after))
 
 
-AskedDep = Annotated[Asked, Depends(read_asked)]
+SubmitOptionsDep = Annotated[SubmitOptions, Depends(read_submit_options)]
 
 
 async def require_json(request: Request) -> None:
@@ -126,16 +126,18 @@ ACCEPTED = {"model": JobBody, "description": "Queued; Location is where to follo
 @router.post(
     "/generate",
     response_model=JobBody,
-    responses=describe_answers({200: {"content": file_content(*IMAGE_TYPES)}, 202: ACCEPTED}, *PROBLEMS),
+    responses=describe_responses({200: {"content": file_content(*IMAGE_TYPES)}, 202: ACCEPTED}, *PROBLEMS),
     dependencies=[Depends(require_json)],
 )
-async def post_generate(request: Request, body: GenerateRequest, asked: AskedDep, serving: ServingDep) -> Response:
+async def post_generate(
+    request: Request, body: GenerateRequest, asked: SubmitOptionsDep, serving: AppStateDep
+) -> Response:
     """Draw a prompt: generate a small latent, enlarge it, decode it once."""
-    served = choose_served(serving.bundles, body.bundle)
+    served = select_bundle(serving.bundles, body.bundle)
     answer_type, output_format = _choose_format(asked.accept, body.output_format)
     if answer_type != JSON_TYPE and body.num_images != 1:
         raise InvalidFields((("num_images", f"is {body.num_images}; an answer that is a file holds one image"),))
-    seed = body.seed if body.seed is not None else draw_seed(asked.idempotency_key or asked.job_id)
+    seed = body.seed if body.seed is not None else random_seed(asked.idempotency_key or asked.job_id)
     params = plan_generate(
         body, served.bundle, serving.settings, seed, output_format, serving.places(served.bundle.name)
     )
@@ -159,16 +161,16 @@ def _prepare_start(text: str, params: GenerateParams, settings: Settings) -> byt
 @router.post(
     "/upscale",
     response_model=JobBody,
-    responses=describe_answers(
+    responses=describe_responses(
         {200: {"content": file_content(*IMAGE_TYPES, SAFETENSORS_TYPE)}, 202: ACCEPTED}, *PROBLEMS
     ),
     openapi_extra=upload_request_body(),
 )
 async def post_upscale(
-    request: Request, query: Annotated[UpscaleQuery, Query()], asked: AskedDep, serving: ServingDep
+    request: Request, query: Annotated[UpscaleQuery, Query()], asked: SubmitOptionsDep, serving: AppStateDep
 ) -> Response:
     """Enlarge a latent (safetensors or .npy) or an image; decode it once, or answer the larger latent."""
-    served = choose_served(serving.bundles, query.bundle)
+    served = select_bundle(serving.bundles, query.bundle)
     answer_type, output_format = _choose_format(asked.accept, query.output_format, query.output)
     body, content_type = await _read_upload(request)
     places = serving.places(served.bundle.name)
@@ -205,7 +207,7 @@ async def _read_upload(request: Request) -> tuple[bytes, str | None]:
         raise MalformedRequest("the form cannot be read; send one file, and options in the query") from error
 
 
-def draw_seed(idempotency_key: str | None) -> int:
+def random_seed(idempotency_key: str | None) -> int:
     """A random seed; under an idempotency key one that a repeat of the request draws again."""
     if idempotency_key is None:
         return secrets.randbelow(_DRAWN_SEED_LIMIT)
@@ -244,8 +246,8 @@ async def require_webhook(webhook: Webhook | None, settings: Settings) -> None:
 
 
 def _new_job(
-    asked: Asked,
-    served: Served,
+    asked: SubmitOptions,
+    served: ServedBundle,
     priority: str,
     params: JobParams,
     webhook: Webhook | None,
@@ -266,7 +268,7 @@ def _new_job(
 
 
 async def _run(
-    request: Request, serving: Serving, job: Job, blob: bytes | None, asked: Asked, answer_type: str
+    request: Request, serving: AppState, job: Job, blob: bytes | None, asked: SubmitOptions, answer_type: str
 ) -> Response:
     """Enqueue, wait as long as was asked for, and answer with what there is then."""
     enqueued = await admit(request, serving, job, blob, asked.idempotency_key)
@@ -286,17 +288,17 @@ async def _run(
     if not record.state.final:
         return _unfinished(request, serving, record, asked, timeout_s)
     if record.state is not JobState.SUCCEEDED:
-        return failed_answer(request, record)
+        return failed_response(request, record)
     headers = _applied(asked) | {"Vary": "Accept, Prefer"}
     if answer_type == JSON_TYPE:
         return job_answer(request, record, headers=headers)
     content = await serving.broker.read_result(record.job.id, 0)
     if content is None:
         raise NotFound("the result was dropped to make room before it was read; post the job again")
-    return file_answer(record, content, 0, headers)
+    return file_response(record, content, 0, headers)
 
 
-async def _get(serving: Serving, job_id: str) -> JobRecord:
+async def _get(serving: AppState, job_id: str) -> JobRecord:
     record = await serving.broker.get(job_id)
     if record is None:
         raise NotFound("the job of this Idempotency-Key has expired; use a new key")
@@ -304,14 +306,14 @@ async def _get(serving: Serving, job_id: str) -> JobRecord:
 
 
 async def wait_for_job(
-    request: Request, serving: Serving, job_id: str, timeout_s: float, created: Job | None = None
+    request: Request, serving: AppState, job_id: str, timeout_s: float, created: Job | None = None
 ) -> JobRecord:
     """The job's record once it is final, the time is up, or this process stops (seen within `_STOP_SEEN_S`).
 
     Effects: leaves no task behind, however it ends.
 
     Args:
-        created: As for `Broker.wait`.
+        created: As for `JobProducer.wait`.
 
     Raises:
         ClientDisconnect: the client went away; the job goes on.
@@ -349,17 +351,19 @@ async def _wait_for_disconnect(request: Request) -> None:
         pass
 
 
-def _accepted(request: Request, record: JobRecord, asked: Asked) -> Response:
+def _accepted(request: Request, record: JobRecord, asked: SubmitOptions) -> Response:
     headers = {"Location": job_url(request, record.job.id), "Vary": "Accept, Prefer"} | _applied(asked)
     return job_answer(request, record, 202, headers)
 
 
-def _applied(asked: Asked) -> dict[str, str]:
+def _applied(asked: SubmitOptions) -> dict[str, str]:
     applied = asked.preference.applied
     return {} if applied is None else {"Preference-Applied": applied}
 
 
-def _unfinished(request: Request, serving: Serving, record: JobRecord, asked: Asked, waited_s: float) -> Response:
+def _unfinished(
+    request: Request, serving: AppState, record: JobRecord, asked: SubmitOptions, waited_s: float
+) -> Response:
     """The answer when the wait ended before the job did; the job goes on."""
     if serving.stopping.is_set():
         return job_problem(request, record, NotReady("this process is stopping; the job goes on", retry_after_s=1))

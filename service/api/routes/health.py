@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter, Request, Response
 
-from giantleap.service.api.dependencies import ServingDep
-from giantleap.service.api.openapi import describe_answers
+from giantleap.service.api.dependencies import AppStateDep
+from giantleap.service.api.openapi import describe_responses
 from giantleap.service.api.problems import problem_response
 from giantleap.service.api.schemas import ModelBody, Ready, to_model_body
 from giantleap.service.errors import NotReady
@@ -14,7 +14,7 @@ router = APIRouter(tags=["service"])
 
 
 @router.get("/models")
-async def get_models(serving: ServingDep) -> list[ModelBody]:
+async def get_models(serving: AppStateDep) -> list[ModelBody]:
     """The bundles that jobs may name, the default first."""
     return [to_model_body(served.bundle, serving.settings) for served in serving.bundles.values()]
 
@@ -25,8 +25,8 @@ async def get_live() -> dict[str, bool]:
     return {"live": True}
 
 
-@router.get("/readyz", response_model=Ready, responses=describe_answers({}, 503))
-async def get_ready(request: Request, serving: ServingDep) -> Ready | Response:
+@router.get("/readyz", response_model=Ready, responses=describe_responses({}, 503))
+async def get_ready(request: Request, serving: AppStateDep) -> Ready | Response:
     """Jobs are accepted and run: Redis answers, workers of all stages live, this process is not stopping."""
     reasons = await find_reasons(serving)
     if not reasons:
@@ -34,7 +34,7 @@ async def get_ready(request: Request, serving: ServingDep) -> Ready | Response:
     return problem_response(NotReady("; ".join(reasons)), request, reasons=reasons)
 
 
-async def find_reasons(serving: ServingDep) -> list[str]:
+async def find_reasons(serving: AppStateDep) -> list[str]:
     """Why no job should be sent here; empty when ready."""
     if serving.stopping.is_set():
         return ["this process is stopping"]
@@ -47,7 +47,7 @@ async def find_reasons(serving: ServingDep) -> list[str]:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def get_metrics(serving: ServingDep) -> Response:
+async def get_metrics(serving: AppStateDep) -> Response:
     """Prometheus metrics of all processes of this host, and the queue as it is now."""
     try:
         stats = await serving.broker.stats()

@@ -6,15 +6,15 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
-from giantleap.service.api.dependencies import ServingDep
-from giantleap.service.api.openapi import IMAGE_TYPES, describe_answers, file_content
-from giantleap.service.api.responses import failed_answer, file_answer, job_answer, job_problem
+from giantleap.service.api.dependencies import AppStateDep
+from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content
+from giantleap.service.api.responses import failed_response, file_response, job_answer, job_problem
 from giantleap.service.api.schemas import JobBody, JobsBody, to_job_body
 from giantleap.service.api.sse import EVENT_STREAM_TYPE, read_last_event_id, stream_events
 from giantleap.service.api.submission import caller_of
 from giantleap.service.auth import Caller
 from giantleap.service.errors import Conflict, NotFound
-from giantleap.service.jobqueue.listing import CURSOR_PATTERN, MOST_PER_PAGE
+from giantleap.service.jobqueue.listing import CURSOR_PATTERN, MAX_PER_PAGE
 from giantleap.service.jobs.job import JobRecord, JobState
 from giantleap.service.jobs.latents import SAFETENSORS_TYPE
 
@@ -32,7 +32,7 @@ _UNKNOWN = "no such job: it never was, or its time to live has passed"
 JobId = Annotated[str, Path(description="The job's id, a UUID in lower case.")]
 
 
-async def get_record(job_id: JobId, serving: ServingDep, caller: Annotated[Caller, Depends(caller_of)]) -> JobRecord:
+async def get_record(job_id: JobId, serving: AppStateDep, caller: Annotated[Caller, Depends(caller_of)]) -> JobRecord:
     """The job that the path names.
 
     Raises:
@@ -44,13 +44,13 @@ async def get_record(job_id: JobId, serving: ServingDep, caller: Annotated[Calle
     return record
 
 
-@router.get("/jobs", response_model=JobsBody, responses=describe_answers({}, 422, 503))
+@router.get("/jobs", response_model=JobsBody, responses=describe_responses({}, 422, 503))
 async def list_jobs(
     request: Request,
-    serving: ServingDep,
+    serving: AppStateDep,
     caller: Annotated[Caller, Depends(caller_of)],
     status: Annotated[JobState | None, Query(description="Only jobs of this state.")] = None,
-    limit: Annotated[int, Query(ge=1, le=MOST_PER_PAGE, description="Most jobs of one page.")] = 20,
+    limit: Annotated[int, Query(ge=1, le=MAX_PER_PAGE, description="Most jobs of one page.")] = 20,
     cursor: Annotated[str | None, Query(pattern=CURSOR_PATTERN, description="next_cursor of the page before.")] = None,
 ) -> JobsBody:
     """The caller's own jobs, newest first, as long as their records live."""
@@ -62,7 +62,7 @@ async def list_jobs(
 RecordDep = Annotated[JobRecord, Depends(get_record)]
 
 
-@router.get("/jobs/{job_id}", response_model=JobBody, responses=describe_answers({}, 404, 503))
+@router.get("/jobs/{job_id}", response_model=JobBody, responses=describe_responses({}, 404, 503))
 async def get_job(request: Request, record: RecordDep) -> Response:
     """The job's state."""
     return job_answer(request, record)
@@ -71,17 +71,17 @@ async def get_job(request: Request, record: RecordDep) -> Response:
 @router.get(
     "/jobs/{job_id}/result",
     response_class=Response,
-    responses=describe_answers({200: {"content": file_content(*IMAGE_TYPES, SAFETENSORS_TYPE)}}, 404, 409, 422, 503),
+    responses=describe_responses({200: {"content": file_content(*IMAGE_TYPES, SAFETENSORS_TYPE)}}, 404, 409, 422, 503),
 )
 async def get_result(
     request: Request,
     record: RecordDep,
-    serving: ServingDep,
+    serving: AppStateDep,
     index: Annotated[int, Query(ge=0, le=9999, description="Which result, from 0.")] = 0,
 ) -> Response:
     """The bytes of one result. 409 before the job has succeeded; the job's own problem where it failed."""
     if record.state in (JobState.FAILED, JobState.CANCELED):
-        return failed_answer(request, record)
+        return failed_response(request, record)
     if not record.state.final:
         return job_problem(request, record, Conflict(f"the job is {record.state}; wait until it has succeeded"))
     if index >= len(record.results):
@@ -89,17 +89,17 @@ async def get_result(
     content = await serving.broker.read_result(record.job.id, index)
     if content is None:
         raise NotFound("the result was dropped to make room, or its time to live has passed; post the job again")
-    return file_answer(record, content, index)
+    return file_response(record, content, index)
 
 
 @router.get(
     "/jobs/{job_id}/events",
     response_class=StreamingResponse,
-    responses=describe_answers({200: {"content": {EVENT_STREAM_TYPE: EVENTS}}}, 400, 404, 503),
+    responses=describe_responses({200: {"content": {EVENT_STREAM_TYPE: EVENTS}}}, 400, 404, 503),
 )
 async def get_events(
     record: RecordDep,
-    serving: ServingDep,
+    serving: AppStateDep,
     last_event_id: Annotated[str | None, Header(description="Resume after this event.")] = None,
 ) -> Response:
     """Progress as server-sent events: queued, started, step, stage, retrying, done; the stream ends after done."""
@@ -111,9 +111,9 @@ async def get_events(
     )
 
 
-@router.delete("/jobs/{job_id}", response_model=JobBody, responses=describe_answers({}, 404, 409, 503))
-@router.post("/jobs/{job_id}/cancel", response_model=JobBody, responses=describe_answers({}, 404, 409, 503))
-async def cancel_job(request: Request, record: RecordDep, serving: ServingDep) -> Response:
+@router.delete("/jobs/{job_id}", response_model=JobBody, responses=describe_responses({}, 404, 409, 503))
+@router.post("/jobs/{job_id}/cancel", response_model=JobBody, responses=describe_responses({}, 404, 409, 503))
+async def cancel_job(request: Request, record: RecordDep, serving: AppStateDep) -> Response:
     """Cancel the job: at once where it waits, after the current step where it runs. Safe to repeat."""
     canceled = await serving.broker.cancel(record.job.id)
     if canceled is None:

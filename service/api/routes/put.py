@@ -9,11 +9,11 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
 
-from giantleap.service.api.dependencies import ServingDep
+from giantleap.service.api.dependencies import AppStateDep
 from giantleap.service.api.negotiation import JSON_TYPE
-from giantleap.service.api.openapi import IMAGE_TYPES, describe_answers, file_content, upload_request_body
+from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content, upload_request_body
 from giantleap.service.api.problems import InvalidFields, to_reason
-from giantleap.service.api.routes.create import ACCEPTED, PROBLEMS, AskedDep, post_generate, post_upscale
+from giantleap.service.api.routes.create import ACCEPTED, PROBLEMS, SubmitOptionsDep, post_generate, post_upscale
 from giantleap.service.api.routes.jobs import JOB_ID, JobId
 from giantleap.service.api.schemas import GenerateRequest, JobBody, UpscaleQuery
 from giantleap.service.errors import MalformedRequest
@@ -32,7 +32,7 @@ def _request_body() -> dict[str, object]:
 @router.put(
     "/jobs/{job_id}",
     response_model=JobBody,
-    responses=describe_answers(
+    responses=describe_responses(
         {200: {"content": file_content(*IMAGE_TYPES, SAFETENSORS_TYPE)}, 202: ACCEPTED}, *PROBLEMS
     ),
     openapi_extra=_request_body(),
@@ -41,8 +41,8 @@ async def put_job(
     request: Request,
     job_id: JobId,
     query: Annotated[UpscaleQuery, Query()],
-    asked: AskedDep,
-    serving: ServingDep,
+    asked: SubmitOptionsDep,
+    serving: AppStateDep,
 ) -> Response:
     """Make a job under a UUID of your own: JSON as of /generate, a latent or an image as of /upscale."""
     if not JOB_ID.fullmatch(job_id):

@@ -28,7 +28,7 @@ LUA = LuaSpec(4, 4, (1,), 1, window=2, num_feat=1)
 def values_of(directory: Path) -> Values:
     files = file_hashes(directory)
     return {
-        "bundle": {"name": "tiny", "title": 'A "tiny" one\nwith ü', "licence": "Apache-2.0", "provenance": "random"},
+        "bundle": {"name": "tiny", "title": 'A "tiny" one\nwith ü', "license": "Apache-2.0", "provenance": "random"},
         "pipeline": {"path": "."},
         "latent_space": {"name": "own", "channels": 4, "stride_px": 8, "scale": 0.5},
         "lua": {"file": "lua.safetensors", "scales": (2, 4), "sha256": files["lua.safetensors"]},
@@ -124,7 +124,7 @@ def put(section: str, **content: Any) -> Callable[[Values], object]:
         (put("limits", multiple_px=12), "limits.multiple_px 12 is no multiple of 8"),
         (put("limits", min_base_px=120, max_base_px=127), "no multiple of 16 from 120 to 127"),
         (put("bundle", name="No Name"), r"bundle\.name"),
-        (put("bundle", licence=""), r"bundle\.licence"),
+        (put("bundle", license=""), r"bundle\.license"),
         (put("pipeline", hub_id="a/b"), "either path or hub_id"),
         (lambda values: values.update(pipeline={"hub_id": "a/b"}), "revision is required with hub_id"),
         (put("pipeline", path="../elsewhere"), r"pipeline\.path: '\.\./elsewhere' leaves the bundle"),
@@ -230,7 +230,7 @@ def test_lua_of_another_shape_is_refused_when_it_is_known_only_after_reading(dir
 
 def tiny_bundle() -> Bundle:
     values = {
-        "bundle": {"name": "tiny", "title": "t", "licence": "l", "provenance": "p"},
+        "bundle": {"name": "tiny", "title": "t", "license": "l", "provenance": "p"},
         "pipeline": {"path": "."},
         "latent_space": {"name": "sdxl"},
         "lua": {"file": "lua.safetensors", "scales": (2, 4), "sha256": "0" * 64},

@@ -35,7 +35,7 @@ Values = dict[str, Any]
 def values(**change: Any) -> Values:
     """A descriptor with all methods; a section that is None is left out."""
     whole: Values = {
-        "bundle": {"name": "some", "title": "t", "licence": "l", "provenance": "p"},
+        "bundle": {"name": "some", "title": "t", "license": "l", "provenance": "p"},
         "pipeline": {"hub_id": "maker/model", "revision": "main"},
         "latent_space": {"name": "sdxl"},
         "lua": {"file": "lua.safetensors", "scales": (2,), "sha256": SHA},
@@ -67,7 +67,7 @@ def test_each_method_has_its_scales() -> None:
     assert [whole.scales_of(method) for method in METHODS] == [(1, 2), (1, 2, 4), (1, 2, 4), (1, 4)]
     assert whole.scales == (1, 2, 4)
     assert whole.swinir == {4: Path("nowhere/up/x4.pth")} and whole.lua == Path("nowhere/lua.safetensors")
-    assert not any(whole.why_not(method) for method in METHODS)
+    assert not any(whole.unavailable_reason(method) for method in METHODS)
 
 
 def test_bicubic_is_always_there_and_the_others_say_why_not() -> None:
@@ -80,7 +80,7 @@ def test_bicubic_is_always_there_and_the_others_say_why_not() -> None:
         ("swinir", r"no SwinIR weights: .*\[swinir\]"),
     )
     for method, words in reasons:
-        assert re.search(words, bare.why_not(method)) and bare.scales_of(method) == ()
+        assert re.search(words, bare.unavailable_reason(method)) and bare.scales_of(method) == ()
         with pytest.raises(
             MethodError, match=f"method {method}: bundle some|method {method}: the base model"
         ) as refusal:
@@ -100,7 +100,7 @@ def test_bicubic_is_always_there_and_the_others_say_why_not() -> None:
     ],
 )
 def test_a_bundle_without_lua_says_where_one_comes_from(source: Values, words: str) -> None:
-    assert words in bundle(lua=None, lua_source=source, defaults=defaults(method="direct")).why_not("lua")
+    assert words in bundle(lua=None, lua_source=source, defaults=defaults(method="direct")).unavailable_reason("lua")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_the_sizes_that_a_refusal_names_are_reached(width: int, height: int, sca
 def test_what_is_written_is_read_again_with_every_section(tmp_path: Path) -> None:
     said = Descriptor.model_validate(
         values(
-            bundle=values()["bundle"] | {"licence_notes": "ask first"},
+            bundle=values()["bundle"] | {"license_notes": "ask first"},
             pipeline=values()["pipeline"] | {"dtype": "bfloat16", "scheduler": "DDIMScheduler", "variant": "fp16"},
             vae={"hub_id": "maker/vae", "revision": "1"},
             tiny_vae={"hub_id": "maker/tiny", "revision": "2"},
@@ -244,14 +244,14 @@ def test_a_changed_swinir_file_is_found(tmp_path: Path) -> None:
 def test_every_shipped_descriptor_is_read_without_its_pipeline(directory: Path) -> None:
     shipped = read_bundle(directory)
     assert shipped.name == directory.name
-    assert shipped.about.licence and "bicubic" in shipped.methods and "direct" in shipped.methods
+    assert shipped.about.license and "bicubic" in shipped.methods and "direct" in shipped.methods
     assert shipped.limits.multiple_px % shipped.latent_space.multiple_px == 0
     assert tomllib.loads(to_toml(shipped.descriptor)) == tomllib.loads((directory / "bundle.toml").read_text())
     if isinstance(shipped.pipeline, str):
-        assert shipped.lua is None and shipped.why_not("lua")
+        assert shipped.lua is None and shipped.unavailable_reason("lua")
         assert shipped.dtype in ("bfloat16", "float16") and shipped.revision == "main"
         page = (BUNDLES.parent / "docs" / "bundles" / f"{shipped.name}.md").read_text()
-        assert shipped.pipeline in page and shipped.about.licence in page
+        assert shipped.pipeline in page and shipped.about.license in page
 
 
 def test_the_released_lua_is_named_for_flux1_only() -> None:

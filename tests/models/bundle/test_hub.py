@@ -98,7 +98,7 @@ def test_other_bytes_than_the_hub_names_are_refused(server: FakeHub, tmp_path: P
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(401, "HF_TOKEN"), (403, "agree to the licence"), (404, "no such"), (410, "status 410"), (503, "broke off")],
+    [(401, "HF_TOKEN"), (403, "agree to the license"), (404, "no such"), (410, "status 410"), (503, "broke off")],
 )
 def test_a_refused_file_says_what_to_do(server: FakeHub, tmp_path: Path, status: int, words: str) -> None:
     server.statuses["unet/model.safetensors"] = status

@@ -61,7 +61,7 @@ def repositories() -> dict[str, Repository]:
 
 def descriptor(**change: Any) -> Descriptor:
     values: dict[str, Any] = {
-        "bundle": {"name": "some", "title": "t", "licence": "l", "provenance": "p", "licence_notes": "n"},
+        "bundle": {"name": "some", "title": "t", "license": "l", "provenance": "p", "license_notes": "n"},
         "pipeline": {"hub_id": PIPELINE, "revision": "main", "dtype": "bfloat16", "variant": "fp16"},
         "vae": {"hub_id": VAE, "revision": "main"},
         "tiny_vae": {"hub_id": TINY, "revision": "main"},
@@ -151,7 +151,7 @@ def test_released_lua_weights_become_ours_and_the_default_method(pull: Pull, tmp
 def test_without_published_lua_weights_the_bundle_says_so_and_keeps_its_method(pull: Pull) -> None:
     done = pull(lua_source={"train": "`giantleap train`"})
     assert done.methods == ("direct", "bicubic") and done.defaults.method == "bicubic"
-    assert "train your own: `giantleap train`" in done.why_not("lua")
+    assert "train your own: `giantleap train`" in done.unavailable_reason("lua")
 
 
 def test_weights_beside_the_descriptor_come_along(pull: Pull, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_an_interrupted_pull_goes_on_at_the_same_commit(pull: Pull, server: Fake
     came = len(server.fetched)
     server.statuses.clear()
     with pytest.raises(BundleError, match="pull of bundle some"):
-        pull(bundle={"name": "other", "title": "t", "licence": "l", "provenance": "p"})
+        pull(bundle={"name": "other", "title": "t", "license": "l", "provenance": "p"})
     done = pull()
     check_files(done)
     assert done.descriptor.origin["pipeline"].endswith(first)

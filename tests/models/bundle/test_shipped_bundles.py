@@ -13,7 +13,7 @@ from diffusers import AutoencoderTiny
 from giantleap.models.bundle.bundle import Bundle, check_files, read_bundle
 from giantleap.models.bundle.hub import Hub
 from giantleap.models.bundle.pull import pull_bundle
-from giantleap.models.generator import DrawItem
+from giantleap.models.generator import GenerationItem
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec
 from giantleap.models.route import Route
@@ -84,7 +84,7 @@ def test_a_shipped_bundle_is_pulled_and_draws(name: str, tmp_path: Path, monkeyp
 
     route = Route.open(bundle, torch.device("cpu"), torch.float32)
     defaults = bundle.defaults
-    item = DrawItem("a red sphere", "", 0, 64, 64, 1, defaults.guidance_scale)
+    item = GenerationItem("a red sphere", "", 0, 64, 64, 1, defaults.guidance_scale)
     (latent,) = route.generate([item], lambda step, steps: None, set)
     assert latent is not None and latent.shape == (bundle.latent_space.channels, 8, 8)
     for decode in bundle.decodes:

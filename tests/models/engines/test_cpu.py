@@ -15,7 +15,7 @@ from giantleap.models.engines.cpu import (
     prepare_lua,
     why_not_prepared,
 )
-from giantleap.models.engines.packed_lua import GRIDS_KEPT, Grid, PreparedBlock, PreparedLua
+from giantleap.models.engines.packed_lua import GRIDS_KEPT, Grid, PackedLua, PreparedBlock
 from giantleap.models.lua.spec import LuaSpec
 from tests.random_lua import random_lua
 
@@ -37,7 +37,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("size", [(1, 8, 8), (2, 13, 21), (3, 16, 3)], ids=str)
 def test_prepared_form_equals_the_network(name: str, size: tuple[int, int, int]) -> None:
     net = random_lua(SPECS[name])
-    prepared = PreparedLua(net, torch.float32)
+    prepared = PackedLua(net, torch.float32)
     batch, height, width = size
     latent = torch.randn(batch, net.spec.channels, height, width)
     for scale in net.spec.scales:
@@ -56,7 +56,7 @@ def test_bfloat16_is_close() -> None:
     latent = torch.randn(2, 4, 12, 16)
     with torch.no_grad():
         expected = net(latent, 2)
-    found = PreparedLua(net, torch.bfloat16)(latent, 2)
+    found = PackedLua(net, torch.bfloat16)(latent, 2)
     assert found.dtype == torch.float32
     assert 0 < relative_error(found, expected) < 0.05
 
@@ -68,7 +68,7 @@ def test_portions_and_both_attentions_change_nothing(
 ) -> None:
     monkeypatch.setattr(PreparedBlock, "attends_plainly", lambda block: plainly)
     net = random_lua(SPECS["tiny"])
-    prepared = PreparedLua(net, torch.float32)
+    prepared = PackedLua(net, torch.float32)
     for blocks, _ in prepared.groups:
         for block in blocks:
             block.tokens_at_once = tokens_at_once
@@ -79,8 +79,8 @@ def test_portions_and_both_attentions_change_nothing(
 
 def test_the_fused_kernel_attends_in_float32_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     net = random_lua(SPECS["tiny"])
-    block = PreparedLua(net, torch.float32).groups[0][0][0]
-    compiled = PreparedLua(net, torch.float32, packed=False).groups[0][0][0]
+    block = PackedLua(net, torch.float32).groups[0][0][0]
+    compiled = PackedLua(net, torch.float32, packed=False).groups[0][0][0]
     chosen = []
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
@@ -89,7 +89,7 @@ def test_the_fused_kernel_attends_in_float32_on_one_thread(monkeypatch: pytest.M
 
 
 def test_portions_are_of_free_windows_or_of_masked_ones() -> None:
-    prepared = PreparedLua(random_lua(SPECS["tiny"]), torch.float32)
+    prepared = PackedLua(random_lua(SPECS["tiny"]), torch.float32)
     grids = prepared.grids_of(torch.zeros(2, 4, 12, 16))
     _, shifted = prepared.groups[0][0]
     shifted.tokens_at_once = 5 * 16
@@ -101,13 +101,13 @@ def test_portions_are_of_free_windows_or_of_masked_ones() -> None:
 def test_plain_layers_of_any_width_compute_the_same(width_multiple: int) -> None:
     net = random_lua(SPECS["window 8, skip"])
     latent = torch.randn(2, 16, 20, 9)
-    prepared = PreparedLua(net, torch.float32, packed=False, width_multiple=width_multiple)
+    prepared = PackedLua(net, torch.float32, packed=False, width_multiple=width_multiple)
     with torch.no_grad():
         assert relative_error(prepared(latent, 4), net(latent, 4)) < 2e-5
 
 
 def test_autocast_around_it_changes_nothing() -> None:
-    prepared = PreparedLua(random_lua(SPECS["tiny"]), torch.float32)
+    prepared = PackedLua(random_lua(SPECS["tiny"]), torch.float32)
     latent = torch.randn(1, 4, 8, 8)
     expected = prepared(latent, 2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -123,7 +123,7 @@ def test_grid_sorts_the_windows_that_the_mask_touches_to_the_end() -> None:
 
 
 def test_no_more_than_a_few_sizes_are_remembered() -> None:
-    prepared = PreparedLua(random_lua(SPECS["tiny"]), torch.float32)
+    prepared = PackedLua(random_lua(SPECS["tiny"]), torch.float32)
     for width in range(1, GRIDS_KEPT + 3):
         prepared(torch.zeros(1, 4, 4, 4 * width), 2)
     assert len(prepared._grids) == GRIDS_KEPT
@@ -135,7 +135,7 @@ def test_no_more_than_a_few_sizes_are_remembered() -> None:
 )
 def test_what_the_network_refuses_is_refused(shape: tuple[int, ...], scale: int, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        PreparedLua(random_lua(SPECS["tiny"]), torch.float32)(torch.zeros(shape), scale)
+        PackedLua(random_lua(SPECS["tiny"]), torch.float32)(torch.zeros(shape), scale)
 
 
 def test_the_network_itself_runs_where_it_cannot_be_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,11 +151,11 @@ def test_the_network_itself_runs_where_it_cannot_be_prepared(monkeypatch: pytest
 def test_the_network_itself_runs_where_packing_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     net = random_lua(SPECS["tiny"])
     seconds = [2.0, 1.0]
-    monkeypatch.setattr(engine_cpu, "_least_seconds", lambda runs: seconds)
+    monkeypatch.setattr(engine_cpu, "_min_seconds", lambda runs: seconds)
     assert not packed_is_faster(net.spec, torch.float32)
     assert prepare_lua(net, CPU, torch.float32) is net
     seconds[0] = 1.0
-    assert isinstance(prepare_lua(net, CPU, torch.float32), PreparedLua)
+    assert isinstance(prepare_lua(net, CPU, torch.float32), PackedLua)
 
 
 def test_the_trial_leaves_the_random_numbers_of_others_alone() -> None:
@@ -168,7 +168,7 @@ def test_the_trial_leaves_the_random_numbers_of_others_alone() -> None:
 
 def test_a_form_that_computes_something_else_is_refused() -> None:
     net = random_lua(SPECS["window 8, skip"])
-    prepared = PreparedLua(net, torch.float32)
+    prepared = PackedLua(net, torch.float32)
     check_prepared(prepared, net)
     other = copy.deepcopy(net)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_a_form_that_computes_something_else_is_refused() -> None:
 
 def test_the_check_sees_a_wrong_shift_mask() -> None:
     net = random_lua(SPECS["tiny"])
-    prepared = PreparedLua(net, torch.float32)
+    prepared = PackedLua(net, torch.float32)
     window = net.spec.window
     grids = prepared.grids_of(torch.zeros(2, 4, 2 * window, 3 * window))
     shifted = replace(grids.shifted, mask=torch.zeros_like(grids.shifted.mask))

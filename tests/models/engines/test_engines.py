@@ -15,8 +15,8 @@ from giantleap.export.graphs import LuaGraph, trace
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.engines.base import (
     ENGINES,
-    Artefact,
-    ArtefactEngine,
+    Artifact,
+    ArtifactEngine,
     Engine,
     EngineError,
     Profile,
@@ -25,7 +25,7 @@ from giantleap.models.engines.base import (
     open_engine,
     open_package,
 )
-from giantleap.models.engines.compiled import _MOST_COMPILED, CompileEngine, fill_batch, require_compiler
+from giantleap.models.engines.compiled import _MAX_COMPILED, CompileEngine, fill_batch, require_compiler
 from giantleap.models.engines.onnx_runtime import load_onnxruntime, open_graph
 from giantleap.models.engines.tensorrt_runtime import load_tensorrt
 from giantleap.models.lua.checkpoints import read_lua
@@ -46,8 +46,8 @@ def net(tiny_bundle_dir: Path) -> Lua:
 
 
 @pytest.fixture
-def graphs(tiny_onnx_dir: Path) -> dict[int, Artefact]:
-    return {scale: Artefact(tiny_onnx_dir / f"lua_x{scale}.onnx", "latent", "enlarged") for scale in (2, 4)}
+def graphs(tiny_onnx_dir: Path) -> dict[int, Artifact]:
+    return {scale: Artifact(tiny_onnx_dir / f"lua_x{scale}.onnx", "latent", "enlarged") for scale in (2, 4)}
 
 
 def assert_answers_as(engine: Engine, net: Lua, bound: float, scales: tuple[int, ...] = (2, 4)) -> None:
@@ -79,14 +79,14 @@ def test_torch_runs_a_plain_network_in_its_dtype(net: Lua) -> None:
     assert_answers_as(engine, net, 0.03)
 
 
-def test_onnx_answers_as_the_network(net: Lua, graphs: dict[int, Artefact]) -> None:
+def test_onnx_answers_as_the_network(net: Lua, graphs: dict[int, Artifact]) -> None:
     engine = open_engine("onnx", net, CPU, torch.float32, graphs)
     assert engine.name == "onnx" and engine.spec == net.spec
     assert_answers_as(engine, net, 2e-5)
 
 
 @pytest.mark.parametrize("name", ["torch", "onnx"])
-def test_what_the_network_refuses_every_engine_refuses(net: Lua, graphs: dict[int, Artefact], name: Any) -> None:
+def test_what_the_network_refuses_every_engine_refuses(net: Lua, graphs: dict[int, Artifact], name: Any) -> None:
     engine = open_engine(name, net, CPU, torch.float32, graphs)
     for shape, scale in (((1, 3, 8, 8), 2), ((16, 8, 8), 2), ((1, 16, 8, 8), 3)):
         with pytest.raises(ValueError, match="LUA"):
@@ -94,7 +94,7 @@ def test_what_the_network_refuses_every_engine_refuses(net: Lua, graphs: dict[in
 
 
 @pytest.mark.parametrize("name", ["torch", "onnx"])
-def test_a_closed_engine_runs_no_more(net: Lua, graphs: dict[int, Artefact], name: Any) -> None:
+def test_a_closed_engine_runs_no_more(net: Lua, graphs: dict[int, Artifact], name: Any) -> None:
     engine = open_engine(name, net, CPU, torch.float32, graphs)
     engine.close()
     with pytest.raises(EngineError, match="closed"):
@@ -107,7 +107,7 @@ def test_the_settings_name_the_engines_that_there_are() -> None:
 
 
 @pytest.mark.parametrize("name", ["onnx", "tensorrt", "aoti"])
-def test_an_artefact_is_needed_for_every_scale(net: Lua, graphs: dict[int, Artefact], name: Any) -> None:
+def test_an_artifact_is_needed_for_every_scale(net: Lua, graphs: dict[int, Artifact], name: Any) -> None:
     with pytest.raises(EngineError, match="x4"):
         open_engine(name, net, CPU, torch.float32, {2: graphs[2]})
 
@@ -120,7 +120,7 @@ def test_onnx_needs_the_provider_of_the_device(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_onnx_started_on_another_provider_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, graphs: dict[int, Artefact]
+    monkeypatch: pytest.MonkeyPatch, graphs: dict[int, Artifact]
 ) -> None:
     started = onnxruntime.InferenceSession
 
@@ -133,13 +133,13 @@ def test_onnx_started_on_another_provider_is_an_error(
         open_graph(graphs[2], CPU)
 
 
-def test_onnx_refuses_a_damaged_file_and_one_of_other_names(tmp_path: Path, graphs: dict[int, Artefact]) -> None:
+def test_onnx_refuses_a_damaged_file_and_one_of_other_names(tmp_path: Path, graphs: dict[int, Artifact]) -> None:
     damaged = tmp_path / "lua_x2.onnx"
     damaged.write_bytes(graphs[2].path.read_bytes()[:1000])
     with pytest.raises(EngineError, match="cannot load"):
-        open_graph(Artefact(damaged, "latent", "enlarged"), CPU)
+        open_graph(Artifact(damaged, "latent", "enlarged"), CPU)
     with pytest.raises(EngineError, match="expected latent and image"):
-        open_graph(Artefact(graphs[2].path, "latent", "image"), CPU)
+        open_graph(Artifact(graphs[2].path, "latent", "image"), CPU)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_missing_library_is_named_with_what_installs_it(
         load(device)
 
 
-def test_tensorrt_is_for_a_gpu(net: Lua, graphs: dict[int, Artefact]) -> None:
+def test_tensorrt_is_for_a_gpu(net: Lua, graphs: dict[int, Artifact]) -> None:
     with pytest.raises(EngineError, match="GPU"):
         open_engine("tensorrt", net, CPU, torch.float32, graphs)
 
@@ -175,7 +175,7 @@ def test_a_damaged_package_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lua_x2.pt2"
     path.write_bytes(b"no package")
     with pytest.raises(EngineError, match=r"lua_x2\.pt2"):
-        open_package(Artefact(path, "latent", "enlarged"), CPU)
+        open_package(Artifact(path, "latent", "enlarged"), CPU)
 
 
 @pytest.mark.parametrize(("batch", "filled"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8)])
@@ -209,14 +209,14 @@ def test_what_cannot_be_compiled_is_no_silent_detour(net: Lua, monkeypatch: pyte
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr("giantleap.models.engines.compiled.require_compiler", lambda device: None)
     assert_answers_as(CompileEngine.open(net, CPU, torch.float32), net, 2e-5)
-    assert set(limits) == {_MOST_COMPILED} and torch._dynamo.config.recompile_limit < _MOST_COMPILED
+    assert set(limits) == {_MAX_COMPILED} and torch._dynamo.config.recompile_limit < _MAX_COMPILED
 
 
 @pytest.mark.slow
 def test_compiled_answers_as_the_network(net: Lua, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = CompileEngine.open(net, CPU, torch.float32)
     assert_answers_as(engine, net, 2e-5)
-    monkeypatch.setattr("giantleap.models.engines.compiled._MOST_COMPILED", 1)
+    monkeypatch.setattr("giantleap.models.engines.compiled._MAX_COMPILED", 1)
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         engine.run(torch.zeros(2, 16, 4, 4), 2)
     engine.close()
@@ -226,9 +226,9 @@ def test_compiled_answers_as_the_network(net: Lua, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_aoti_answers_as_the_network(net: Lua, tmp_path: Path) -> None:
-    artefacts = {}
+    artifacts = {}
     for scale in (2, 4):
         path = tmp_path / f"lua_x{scale}.pt2"
         write_aoti(trace(LuaGraph(net, scale, "fp32"), 16, net.spec.window, fused_attention=True), path)
-        artefacts[scale] = Artefact(path, "latent", "enlarged")
-    assert_answers_as(ArtefactEngine.open("aoti", net.spec, artefacts, CPU), net, 2e-5)
+        artifacts[scale] = Artifact(path, "latent", "enlarged")
+    assert_answers_as(ArtifactEngine.open("aoti", net.spec, artifacts, CPU), net, 2e-5)

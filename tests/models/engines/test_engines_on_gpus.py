@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from giantleap.models.engines.base import Artefact, ArtefactEngine, EngineError, Profile, open_package
+from giantleap.models.engines.base import Artifact, ArtifactEngine, EngineError, Profile, open_package
 from giantleap.models.engines.compiled import CompileEngine
 from giantleap.models.engines.onnx_runtime import choose_provider, run_bound
-from giantleap.models.engines.packed_lua import PreparedLua
+from giantleap.models.engines.packed_lua import PackedLua
 from giantleap.models.engines.tensorrt_runtime import PlanRunner
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec
@@ -35,7 +35,7 @@ def enlarge(latent: Tensor) -> Tensor:
 
 
 def test_a_graph_is_captured_on_its_own_gpu_and_bothers_no_other_thread(cuda: FakeCuda) -> None:
-    engine = CompileEngine(PreparedLua(Lua(SPEC).eval(), torch.float32, packed=False), SECOND)
+    engine = CompileEngine(PackedLua(Lua(SPEC).eval(), torch.float32, packed=False), SECOND)
     ran_on: list[torch.device] = []
     engine._compiled[2] = lambda latent, grids: ran_on.append(cuda.device) or enlarge(latent)  # type: ignore[func-returns-value]
     latent = torch.randn(3, 4, 8, 8)
@@ -48,7 +48,7 @@ def test_a_graph_is_captured_on_its_own_gpu_and_bothers_no_other_thread(cuda: Fa
 
 
 def test_graphs_of_all_sizes_share_their_memory(cuda: FakeCuda) -> None:
-    engine = CompileEngine(PreparedLua(Lua(SPEC).eval(), torch.float32, packed=False), SECOND)
+    engine = CompileEngine(PackedLua(Lua(SPEC).eval(), torch.float32, packed=False), SECOND)
     engine._compiled[2] = lambda latent, grids: enlarge(latent)
     with torch.inference_mode():
         for shape in ((1, 4, 4, 4), (3, 4, 8, 8), (4, 4, 8, 8), (1, 4, 4, 4)):
@@ -59,7 +59,7 @@ def test_graphs_of_all_sizes_share_their_memory(cuda: FakeCuda) -> None:
 
 
 def test_a_compiled_engine_makes_its_gpu_the_current_one(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = CompileEngine(PreparedLua(Lua(SPEC).eval(), torch.float32, packed=False), SECOND)
+    engine = CompileEngine(PackedLua(Lua(SPEC).eval(), torch.float32, packed=False), SECOND)
     monkeypatch.setattr(Tensor, "to", lambda tensor, device, dtype: tensor)
     seen: list[torch.device] = []
     monkeypatch.setattr(engine, "_replay", lambda latent, scale: seen.append(cuda.device) or enlarge(latent))
@@ -71,11 +71,11 @@ def test_a_package_is_loaded_onto_its_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     asked: list[int] = []
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path, device_index: asked.append(device_index))
     for device in (SECOND, torch.device("cuda"), CPU):
-        open_package(Artefact(Path("lua_x2.pt2"), "latent", "enlarged"), device)
+        open_package(Artifact(Path("lua_x2.pt2"), "latent", "enlarged"), device)
     assert asked == [1, 0, -1], "-1 is what the loader takes for a CPU"
 
 
-def test_artefacts_are_opened_and_run_on_their_gpu(
+def test_artifacts_are_opened_and_run_on_their_gpu(
     cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[torch.device] = []
@@ -85,7 +85,7 @@ def test_artefacts_are_opened_and_run_on_their_gpu(
         return lambda latent: seen.append(cuda.device) or enlarge(latent)  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
-    engine = ArtefactEngine.open("aoti", SPEC, {2: Artefact(tmp_path / "lua_x2.pt2", "latent", "enlarged")}, SECOND)
+    engine = ArtifactEngine.open("aoti", SPEC, {2: Artifact(tmp_path / "lua_x2.pt2", "latent", "enlarged")}, SECOND)
     monkeypatch.setattr(Tensor, "to", lambda tensor, device, dtype: tensor)
     engine.run(torch.randn(1, 4, 4, 4), 2)
     assert seen == [SECOND, SECOND] and cuda.device == torch.device("cuda:0")
@@ -97,20 +97,20 @@ def test_onnxruntime_takes_its_gpu_and_keeps_float32_whole() -> None:
 
 
 def test_onnxruntime_runs_from_and_to_the_memory_of_the_tensors(tiny_onnx_dir: Path) -> None:
-    artefact = Artefact(tiny_onnx_dir / "lua_x2.onnx", "latent", "enlarged")
-    session = onnxruntime.InferenceSession(str(artefact.path), providers=choose_provider(CPU))
+    artifact = Artifact(tiny_onnx_dir / "lua_x2.onnx", "latent", "enlarged")
+    session = onnxruntime.InferenceSession(str(artifact.path), providers=choose_provider(CPU))
     latent = torch.randn(2, 16, 4, 8)
     (expected,) = session.run(None, {"latent": latent.numpy()})
-    assert torch.equal(run_bound(session, artefact, latent), torch.from_numpy(expected))
+    assert torch.equal(run_bound(session, artifact, latent), torch.from_numpy(expected))
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Artefact:
+def plan(tmp_path: Path) -> Artifact:
     (tmp_path / "lua_x2.plan").write_bytes(b"plan")
-    return Artefact(tmp_path / "lua_x2.plan", "latent", "enlarged", PROFILES)
+    return Artifact(tmp_path / "lua_x2.plan", "latent", "enlarged", PROFILES)
 
 
-def test_a_plan_answers_in_the_profile_of_each_size(cuda: FakeCuda, plan: Artefact) -> None:
+def test_a_plan_answers_in_the_profile_of_each_size(cuda: FakeCuda, plan: Artifact) -> None:
     trt = FakeTensorRt(cuda, enlarge, len(PROFILES))
     runner = PlanRunner(trt, plan, SECOND)
     for shape in ((1, 4, 8, 8), (2, 4, 4, 8), (1, 4, 8, 16), (2, 4, 16, 16), (1, 4, 4, 4)):
@@ -124,7 +124,7 @@ def test_a_plan_answers_in_the_profile_of_each_size(cuda: FakeCuda, plan: Artefa
     assert "default" in runner._stream.waits and runner._stream.name in cuda.stream.waits
 
 
-def test_a_batch_above_the_profiles_runs_in_parts(cuda: FakeCuda, plan: Artefact) -> None:
+def test_a_batch_above_the_profiles_runs_in_parts(cuda: FakeCuda, plan: Artifact) -> None:
     trt = FakeTensorRt(cuda, enlarge, len(PROFILES))
     latent = torch.randn(5, 4, 8, 8)
     assert torch.equal(PlanRunner(trt, plan, SECOND)(latent), enlarge(latent))
@@ -134,18 +134,18 @@ def test_a_batch_above_the_profiles_runs_in_parts(cuda: FakeCuda, plan: Artefact
 
 
 def test_contexts_of_a_plan_are_made_on_its_gpu(
-    cuda: FakeCuda, plan: Artefact, monkeypatch: pytest.MonkeyPatch
+    cuda: FakeCuda, plan: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trt = FakeTensorRt(cuda, enlarge, len(PROFILES))
     monkeypatch.setattr("giantleap.models.engines.tensorrt_runtime.load_tensorrt", lambda device: trt)
-    engine = ArtefactEngine.open("tensorrt", SPEC, {2: plan}, SECOND)
+    engine = ArtifactEngine.open("tensorrt", SPEC, {2: plan}, SECOND)
     monkeypatch.setattr(Tensor, "to", lambda tensor, device, dtype: tensor)
     latent = torch.randn(2, 4, 7, 5)
     assert engine.run(latent, 2).shape == (2, 4, 14, 10)
     assert [context.made_on for context in trt.contexts] == [SECOND]
 
 
-def test_a_plan_of_another_gpu_or_with_other_profiles_is_refused(cuda: FakeCuda, plan: Artefact) -> None:
+def test_a_plan_of_another_gpu_or_with_other_profiles_is_refused(cuda: FakeCuda, plan: Artifact) -> None:
     with pytest.raises(EngineError, match="has 1 profiles; its manifest names 2"):
         PlanRunner(FakeTensorRt(cuda, enlarge, 1), plan, SECOND)
     plan.path.write_bytes(b"of another GPU")

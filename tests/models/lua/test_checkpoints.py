@@ -113,10 +113,10 @@ def test_any_network_survives_the_file(
 
 def test_spec_and_metadata_are_in_the_header(tmp_path: Path) -> None:
     path = tmp_path / "lua.safetensors"
-    write_lua(path, random_lua(SMALL), {"licence": "Apache-2.0"})
+    write_lua(path, random_lua(SMALL), {"license": "Apache-2.0"})
     with safe_open(path, "pt") as file:
         header = file.metadata()
-    assert header["licence"] == "Apache-2.0"
+    assert header["license"] == "Apache-2.0"
     assert json.loads(header[SPEC_KEY])["window"] == 3
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from giantleap.models.bundle.bundle import BundleError, read_bundle
 from giantleap.models.bundle.digests import file_hashes
 from giantleap.models.lua.checkpoints import read_lua, write_lua
-from giantleap.models.lua.clamp import KNEE, Guard, limit_softly
+from giantleap.models.lua.clamp import KNEE, LatentClamp, limit_softly
 from giantleap.models.lua.statistics import STATISTICS_KEY, LatentStatistics, StatisticsError, read_statistics
 from giantleap.models.route import Route
 from tests.tiny_bundle import LATENT_CHANNELS
@@ -22,7 +22,7 @@ from tests.tiny_bundle import LATENT_CHANNELS
 CPU = torch.device("cpu")
 STATISTICS = LatentStatistics((0.5, -2.0), (1.0, 3.0), {2: (0.25, 1.0), 4: (0.5, 1.5)}, tiles=7)
 SIGMAS = 4.0
-GUARD = Guard(STATISTICS, SIGMAS, CPU)
+GUARD = LatentClamp(STATISTICS, SIGMAS, CPU)
 MEAN, STD = (torch.tensor(values).view(2, 1, 1) for values in (STATISTICS.mean, STATISTICS.std))
 
 
@@ -115,7 +115,7 @@ def test_a_scale_between_takes_the_next_larger_statistics() -> None:
 @pytest.mark.parametrize("sigmas", [0.0, -1.0, float("nan")])
 def test_sigmas_must_be_positive(sigmas: float) -> None:
     with pytest.raises(ValueError, match="positive"):
-        Guard(STATISTICS, sigmas, CPU)
+        LatentClamp(STATISTICS, sigmas, CPU)
 
 
 def test_statistics_survive_the_header(tmp_path: Path, tiny_bundle_dir: Path) -> None:

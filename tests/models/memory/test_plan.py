@@ -29,7 +29,7 @@ from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import LuaFile, Method, PipelineSource, VaeSource
 from giantleap.models.engines import swinir as pixel_upscale
 from giantleap.models.engines.base import TorchEngine
-from giantleap.models.engines.packed_lua import TOKENS_AT_ONCE, PreparedBlock, PreparedLua
+from giantleap.models.engines.packed_lua import TOKENS_AT_ONCE, PackedLua, PreparedBlock
 from giantleap.models.engines.swinir import PixelUpscaler
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import Lua
@@ -49,7 +49,7 @@ from giantleap.models.memory.activations import (
     video_tiled_elements,
 )
 from giantleap.models.memory.from_bundle import choose_vae_dtype, read_header, read_memory_plan
-from giantleap.models.memory.plan import TILE_PX, MemoryPlan, UnknownMemoryError, Work, largest_fit
+from giantleap.models.memory.plan import TILE_PX, MemoryPlan, UnknownMemoryError, Workload, largest_fit
 from giantleap.models.route import Route
 from giantleap.models.vae import autoencoder as vae
 from giantleap.service.settings import POCKET_BUNDLE
@@ -208,7 +208,7 @@ def test_a_lua_prepared_for_a_cpu_needs_what_the_plan_says(
     name: str, scale: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    net = PreparedLua(Lua(LUAS[name]).eval(), torch.float32)
+    net = PackedLua(Lua(LUAS[name]).eval(), torch.float32)
     for batch, height, width in ((1, 24, 32), (2, 30, 16)):
         latent = torch.zeros(batch, 16, height, width)
         net(latent, scale)  # the indices of a size are kept
@@ -222,7 +222,7 @@ def test_prepared_in_bfloat16_it_keeps_the_scores_of_some_windows(
     size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Plain layers: not every CPU has oneDNN's bfloat16. What attends is chosen by the block.
-    net = PreparedLua(Lua(LUAS["pocket"]).eval(), torch.bfloat16, packed=False)
+    net = PackedLua(Lua(LUAS["pocket"]).eval(), torch.bfloat16, packed=False)
     monkeypatch.setattr(PreparedBlock, "attends_plainly", lambda block: True)
     for blocks, _ in net.groups:
         for block in blocks:
@@ -319,17 +319,17 @@ def plan(pocket: Bundle, route: Route) -> MemoryPlan:
 @pytest.mark.parametrize(
     "work",
     [
-        Work(192, 192, 2),
-        Work(384, 256, 4, items=2),
-        Work(256, 192, 2, method="bicubic", items=2),
-        Work(256, 192, 2, method="direct", decode="tiled"),
-        Work(320, 256, 2, method="swinir"),
-        Work(128, 96, 1, guidance_scale=1.0),
+        Workload(192, 192, 2),
+        Workload(384, 256, 4, items=2),
+        Workload(256, 192, 2, method="bicubic", items=2),
+        Workload(256, 192, 2, method="direct", decode="tiled"),
+        Workload(320, 256, 2, method="swinir"),
+        Workload(128, 96, 1, guidance_scale=1.0),
     ],
     ids=lambda work: f"{work.method}-{work.width_px}x{work.height_px}-x{work.scale}",
 )
 def test_every_stage_of_a_job_is_within_a_quarter_of_what_was_measured(
-    route: Route, plan: MemoryPlan, work: Work
+    route: Route, plan: MemoryPlan, work: Workload
 ) -> None:
     estimate = plan.estimate(work)
     found, expected = dict(estimate.stages), measure_stages(route, work, "cpu")
@@ -341,12 +341,12 @@ def test_every_stage_of_a_job_is_within_a_quarter_of_what_was_measured(
 
 def test_an_image_is_encoded_and_pixels_that_swinir_enlarges_are_not(route: Route, plan: MemoryPlan) -> None:
     image = torch.zeros(150, 200, 3, dtype=torch.uint8).numpy()
-    found = plan.estimate(Work(400, 300, 2, source="image")).stages
+    found = plan.estimate(Workload(400, 300, 2, source="image")).stages
     assert found["encode"] == pytest.approx(live_bytes(lambda: route.embed(image)), rel=QUARTER)
     assert list(found) == ["encode", "upscale", "decode"]
-    assert list(plan.estimate(Work(400, 300, 2, source="image", method="swinir")).stages) == ["upscale"]
-    assert list(plan.estimate(Work(400, 300, 2, source="latent", decode=None)).stages) == ["upscale"]
-    assert list(plan.estimate(Work(256, 256, 2, source="prompt and image")).stages)[:2] == ["encode", "generate"]
+    assert list(plan.estimate(Workload(400, 300, 2, source="image", method="swinir")).stages) == ["upscale"]
+    assert list(plan.estimate(Workload(400, 300, 2, source="latent", decode=None)).stages) == ["upscale"]
+    assert list(plan.estimate(Workload(256, 256, 2, source="prompt and image")).stages)[:2] == ["encode", "generate"]
 
 
 def loaded_bytes(*models: Any) -> int:
@@ -392,11 +392,11 @@ def test_a_lua_file_that_does_not_tell_its_shape_leaves_the_other_methods(pocket
     lua = LuaFile(file="lua.pth", scales=(2, 4), sha256="0" * 64)
     bundle = Bundle(tmp_path, pocket.descriptor.model_copy(update={"lua": lua, "swinir": None}))
     plan = read_memory_plan(bundle, "cpu", "float32")
-    assert plan.estimate(Work(256, 256, 2, method="bicubic")).peak_bytes > plan.weights_bytes
+    assert plan.estimate(Workload(256, 256, 2, method="bicubic")).peak_bytes > plan.weights_bytes
     with pytest.raises(UnknownMemoryError, match="does not tell its shape"):
-        plan.estimate(Work(256, 256, 2))
+        plan.estimate(Workload(256, 256, 2))
     told = read_memory_plan(bundle, "cpu", "float32", PRESETS["pocket"])
-    assert told.estimate(Work(256, 256, 2)).stages["upscale"] > 0
+    assert told.estimate(Workload(256, 256, 2)).stages["upscale"] > 0
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -436,9 +436,9 @@ def test_a_spec_is_read_off_our_own_file_and_off_a_published_layout(tmp_path: Pa
 # What fits
 
 
-def to_grid(multiple_px: int, least_px: int) -> Callable[[int, int], tuple[int, int]]:
+def to_grid(multiple_px: int, min_px: int) -> Callable[[int, int], tuple[int, int]]:
     def on_grid(width_px: int, height_px: int) -> tuple[int, int]:
-        width_px, height_px = (max(side // multiple_px * multiple_px, least_px) for side in (width_px, height_px))
+        width_px, height_px = (max(side // multiple_px * multiple_px, min_px) for side in (width_px, height_px))
         return width_px, height_px
 
     return on_grid
@@ -449,10 +449,10 @@ METHODS: tuple[Method, ...] = ("lua", "direct", "bicubic", "swinir")
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_largest_size_fits_and_the_next_on_the_grid_does_not(plan: MemoryPlan, method: Method) -> None:
-    asked = Work(8192, 4096, 2, method=method)
+    asked = Workload(8192, 4096, 2, method=method)
     memory_bytes = plan.weights_bytes + 600 * MIB
 
-    def fits(work: Work) -> bool:
+    def fits(work: Workload) -> bool:
         return plan.fits(work, memory_bytes)
 
     found = largest_fit(asked, to_grid(64, 128), fits)
@@ -465,14 +465,14 @@ def test_the_largest_size_fits_and_the_next_on_the_grid_does_not(plan: MemoryPla
 
 
 def test_a_size_that_fits_is_given_back_and_nothing_where_the_weights_alone_do_not() -> None:
-    asked = Work(1024, 512, 2)
+    asked = Workload(1024, 512, 2)
     assert largest_fit(asked, to_grid(64, 128), lambda work: True) == (1024, 512)
     assert largest_fit(asked, to_grid(64, 128), lambda work: False) is None
     assert largest_fit(replace(asked, height_px=128), to_grid(64, 128), lambda work: work.width_px <= 256) == (256, 128)
 
 
 def test_a_smaller_device_decodes_in_strips_before_it_refuses(plan: MemoryPlan) -> None:
-    plan, work = replace(plan, device="cuda"), Work(512, 512, 2, method="bicubic")
+    plan, work = replace(plan, device="cuda"), Workload(512, 512, 2, method="bicubic")
     whole_bytes = plan.estimate(work).stages["decode"]
     assert plan.estimate(work, plan.weights_bytes + whole_bytes).stages["decode"] == whole_bytes
     memory_bytes = plan.weights_bytes + 3 * whole_bytes // 4
@@ -482,18 +482,18 @@ def test_a_smaller_device_decodes_in_strips_before_it_refuses(plan: MemoryPlan) 
 
 
 def test_so_many_items_run_at_once_as_fit(plan: MemoryPlan) -> None:
-    work = Work(512, 512, 1, decode=None, items=8)
+    work = Workload(512, 512, 1, decode=None, items=8)
     three_bytes = plan.estimate(replace(work, items=3)).peak_bytes
-    assert plan.most_items(work, three_bytes) == 3
-    assert plan.most_items(work, three_bytes - 1) == 2
-    assert plan.most_items(work, 10**12) == 8
-    assert plan.most_items(work, 1) == 1  # never none: whether one fits is asked before
+    assert plan.max_items(work, three_bytes) == 3
+    assert plan.max_items(work, three_bytes - 1) == 2
+    assert plan.max_items(work, 10**12) == 8
+    assert plan.max_items(work, 1) == 1  # never none: whether one fits is asked before
 
 
 def test_more_items_pixels_or_scale_never_need_less(plan: MemoryPlan) -> None:
-    small = plan.estimate(Work(256, 256, 2))
+    small = plan.estimate(Workload(256, 256, 2))
     for change in ({"items": 2}, {"width_px": 512}, {"guidance_scale": 9.0}):
-        larger = plan.estimate(replace(Work(256, 256, 2), **change))
+        larger = plan.estimate(replace(Workload(256, 256, 2), **change))
         assert all(larger.stages[stage] >= small.stages[stage] for stage in small.stages)
 
 

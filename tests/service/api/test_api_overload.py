@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from giantleap.service.api.app import create_app
-from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
 from giantleap.service.settings import Settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
@@ -46,7 +46,7 @@ def work(claim: Claim) -> tuple[ResultFile, bytes]:
     return ResultFile("application/x-safetensors", len(content)), content
 
 
-def end_slowly(claims: Claims, claim: Claim) -> None:
+def end_slowly(claims: JobConsumer, claim: Claim) -> None:
     """Takes `JOB_S` for each job, and tells of a step."""
     claims.emit(claim, "step", {"step": 1, "steps": 1})
     time.sleep(JOB_S)

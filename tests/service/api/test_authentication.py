@@ -13,7 +13,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from giantleap.service.api.middleware.authentication import MOST_HEADER_BYTES, MOST_HEADERS, OPEN_PATHS
+from giantleap.service.api.middleware.authentication import MAX_HEADER_BYTES, MAX_HEADERS, OPEN_PATHS
 from giantleap.service.auth import new_key
 from giantleap.service.jobs.job import JobEvent, JobState
 from tests.service.fake_broker import stay_queued, succeed
@@ -292,9 +292,9 @@ async def test_the_queue_is_told_the_keys_own_limit_of_jobs(callers: Callers, br
     given = []
     plain = broker.enqueue
 
-    async def enqueue(job: Any, body: Any = None, key: Any = None, most_live: int | None = None) -> Any:
-        given.append(most_live)
-        return await plain(job, body, key, most_live)
+    async def enqueue(job: Any, body: Any = None, key: Any = None, max_live: int | None = None) -> Any:
+        given.append(max_live)
+        return await plain(job, body, key, max_live)
 
     broker.enqueue = enqueue  # type: ignore[method-assign]
     for name in ("slow", "alice"):
@@ -405,12 +405,12 @@ async def test_the_page_of_the_documentation_may_load_what_it_needs(client: http
 
 
 async def test_too_many_or_too_long_headers_are_refused(callers: Callers) -> None:
-    many = {f"X-Extra-{number}": "1" for number in range(MOST_HEADERS)}
+    many = {f"X-Extra-{number}": "1" for number in range(MAX_HEADERS)}
     for path in ("/generate", "/v2/models/paper/infer"):
-        for headers in (many, {"X-Long": "x" * MOST_HEADER_BYTES}):
+        for headers in (many, {"X-Long": "x" * MAX_HEADER_BYTES}):
             answer = await callers.ask("alice", "POST", path, headers=headers, json={"prompt": PROMPT})
             assert answer.status_code == 431, answer.text
-    few = {f"X-Extra-{number}": "1" for number in range(MOST_HEADERS - 20)}
+    few = {f"X-Extra-{number}": "1" for number in range(MAX_HEADERS - 20)}
     assert (await callers.ask("alice", "GET", "/models", headers=few)).status_code == 200
 
 

@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from giantleap.service.errors import InvalidRequest, TooManyJobs
-from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobs.job import Job, JobError
 from giantleap.service.settings import Settings
@@ -36,8 +36,8 @@ def live_count(client: redis.Redis, settings: Settings, owner: str) -> int:
     return int(client.scard(f"{Keys(settings.key_prefix).tag}:live:{owner}"))  # type: ignore[arg-type]
 
 
-async def test_the_limit_of_live_jobs_is_exact_under_32_concurrent_requests(open_broker: Any, own: JobMaker) -> None:
-    async with open_broker() as broker:
+async def test_the_limit_of_live_jobs_is_exact_under_32_concurrent_requests(open_producer: Any, own: JobMaker) -> None:
+    async with open_producer() as broker:
         tries = [broker.enqueue(own("alice"), None, None, 5) for _ in range(32)]
         tries += [broker.enqueue(own("bob"), None, None, 2) for _ in range(8)]
         done = await asyncio.gather(*tries, return_exceptions=True)
@@ -49,15 +49,15 @@ async def test_the_limit_of_live_jobs_is_exact_under_32_concurrent_requests(open
 
 @pytest.mark.parametrize("end", ["finish", "fail", "cancel queued", "cancel running"])
 async def test_every_end_of_a_job_makes_room_for_another(
-    end: str, open_broker: Any, open_claims: Callable[..., Claims], own: JobMaker
+    end: str, open_producer: Any, open_consumer: Callable[..., JobConsumer], own: JobMaker
 ) -> None:
-    async with open_broker() as broker:
+    async with open_producer() as broker:
         first = own("alice")
         await broker.enqueue(first, None, None, 1)
         with pytest.raises(TooManyJobs, match="1 are allowed"):
             await broker.enqueue(own("alice"), None, None, 1)
         if end != "cancel queued":
-            worker = open_claims()
+            worker = open_consumer()
             (claim,) = await asyncio.to_thread(worker.claim, 1, 30.0)
             with pytest.raises(TooManyJobs):  # a running job counts too
                 await broker.enqueue(own("alice"), None, None, 1)
@@ -74,15 +74,15 @@ async def test_every_end_of_a_job_makes_room_for_another(
 
 
 async def test_a_job_that_waits_for_a_retry_or_killed_its_workers_is_counted_until_it_ends(
-    open_broker: Any,
-    open_claims: Callable[..., Claims],
+    open_producer: Any,
+    open_consumer: Callable[..., JobConsumer],
     own: JobMaker,
     redis_client: redis.Redis,
     settings: Settings,
 ) -> None:
-    async with open_broker() as broker:
+    async with open_producer() as broker:
         await broker.enqueue(own("alice"), None, None, 1)
-        worker = open_claims(max_deliveries=2, retry_backoff_s=0.0)
+        worker = open_consumer(max_deliveries=2, retry_backoff_s=0.0)
         for left in (1, 0):
             (claim,) = await asyncio.to_thread(worker.claim, 1, 30.0)
             assert live_count(redis_client, settings, "alice") == 1
@@ -92,9 +92,9 @@ async def test_a_job_that_waits_for_a_retry_or_killed_its_workers_is_counted_unt
 
 
 async def test_a_record_that_vanished_does_not_count_for_ever(
-    open_broker: Any, own: JobMaker, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, own: JobMaker, redis_client: redis.Redis, settings: Settings
 ) -> None:
-    async with open_broker() as broker:
+    async with open_producer() as broker:
         lost = own("alice")
         await broker.enqueue(lost, None, None, 1)
         redis_client.delete(Keys(settings.key_prefix).job(lost.id))
@@ -102,16 +102,16 @@ async def test_a_record_that_vanished_does_not_count_for_ever(
         assert live_count(redis_client, settings, "alice") == 1
 
 
-async def test_a_repeat_is_found_although_the_owner_has_no_room(open_broker: Any, own: JobMaker) -> None:
-    async with open_broker() as broker:
+async def test_a_repeat_is_found_although_the_owner_has_no_room(open_producer: Any, own: JobMaker) -> None:
+    async with open_producer() as broker:
         job = own("alice")
         await broker.enqueue(job, None, "k", 1)
         again = await broker.enqueue(own("alice"), None, "k", 1)
     assert (again.job_id, again.created) == (job.id, False)
 
 
-async def test_an_idempotency_key_is_its_owners(open_broker: Any, own: JobMaker) -> None:
-    async with open_broker() as broker:
+async def test_an_idempotency_key_is_its_owners(open_producer: Any, own: JobMaker) -> None:
+    async with open_producer() as broker:
         jobs = {owner: own(owner) for owner in ("alice", "bob", "")}
         for owner, job in jobs.items():
             enqueued = await broker.enqueue(job, None, "same", None)
@@ -121,8 +121,8 @@ async def test_an_idempotency_key_is_its_owners(open_broker: Any, own: JobMaker)
             await broker.enqueue(taken, None, None, None)
 
 
-async def test_the_owner_is_read_back_with_the_job(open_broker: Any, own: JobMaker) -> None:
-    async with open_broker() as broker:
+async def test_the_owner_is_read_back_with_the_job(open_producer: Any, own: JobMaker) -> None:
+    async with open_producer() as broker:
         job = own("alice")
         await broker.enqueue(job)
         record = await broker.get(job.id)
@@ -135,9 +135,9 @@ def test_a_record_from_before_there_were_keys_has_no_owner(make_job: JobMaker) -
 
 
 async def test_requests_above_the_rate_wait_for_their_turn(
-    open_broker: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
-    async with open_broker() as broker:
+    async with open_producer() as broker:
         waits_s = await asyncio.gather(*(broker.spend("alice", 1) for _ in range(32)))
         assert sorted(wait_s > 0 for wait_s in waits_s) == [False] + [True] * 31
         assert all(wait_s == 0 or 0 < wait_s <= 60 for wait_s in waits_s)
@@ -149,7 +149,7 @@ async def test_requests_above_the_rate_wait_for_their_turn(
         assert await broker.spend("alice", 1) == 0 and await broker.spend("alice", 1) > 0
 
 
-async def test_a_minutes_requests_may_come_at_once_and_then_one_each_interval(open_broker: Any) -> None:
-    async with open_broker() as broker:
+async def test_a_minutes_requests_may_come_at_once_and_then_one_each_interval(open_producer: Any) -> None:
+    async with open_producer() as broker:
         waits_s = [await broker.spend("alice", 2) for _ in range(3)]
     assert waits_s[:2] == [0, 0] and 0 < waits_s[2] <= 30

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from redis.exceptions import OutOfMemoryError
 
-from giantleap.service.api.middleware.request_context import Edge, read_request_id
+from giantleap.service.api.middleware.request_context import RequestContextMiddleware, read_request_id
 from giantleap.service.api.problems import InvalidFields, from_job_error, handle_errors
 from giantleap.service.errors import Conflict, EngineFault, GiantleapError, NotReady, QueueFull
 from giantleap.service.jobs.job import JobError
@@ -30,7 +30,7 @@ class Body(BaseModel):
 
 def build_app(metrics: Metrics) -> FastAPI:
     app = FastAPI()
-    app.add_middleware(Edge, max_body_bytes=1000, metrics=metrics, tracing=Tracing())
+    app.add_middleware(RequestContextMiddleware, max_body_bytes=1000, metrics=metrics, tracing=Tracing())
     handle_errors(app)
     errors: dict[str, Exception] = {
         "conflict": Conflict("running"),

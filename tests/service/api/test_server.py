@@ -8,7 +8,7 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from giantleap.service.api.server import HEAD_TIMEOUT_S, MOST_HEAD_BYTES, BoundedHttp
+from giantleap.service.api.server import HEAD_TIMEOUT_S, MAX_HEAD_BYTES, BoundedHttp
 from tests.service.live_server import live_server
 from tests.waiting import wait_until
 
@@ -82,7 +82,7 @@ def test_a_head_without_an_end_closes_the_connection(start: bytes, piece: bytes,
 
 def test_a_head_just_over_the_limit_is_431(url: str) -> None:
     with connect(url) as client:
-        client.sendall(HEAD + b"X-A: " + b"b" * MOST_HEAD_BYTES + b"\r\n\r\n")
+        client.sendall(HEAD + b"X-A: " + b"b" * MAX_HEAD_BYTES + b"\r\n\r\n")
         assert read_to_end(client).startswith(b"HTTP/1.1 431")
 
 

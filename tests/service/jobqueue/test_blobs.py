@@ -24,12 +24,12 @@ def uploads(client: redis.Redis, keys: Keys) -> list[bytes]:
 
 
 def test_a_refused_job_leaves_no_input(
-    open_broker: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     keys = Keys(settings.key_prefix)
 
     async def scenario() -> None:
-        async with open_broker(queue_limit=1) as producer:
+        async with open_producer(queue_limit=1) as producer:
             taken = make_job()
             assert (await producer.enqueue(taken, b"abc")).created
             assert not (await producer.enqueue(taken, b"abc")).created
@@ -43,10 +43,10 @@ def test_a_refused_job_leaves_no_input(
     asyncio.run(scenario())
 
 
-def test_after_a_refusal_a_job_with_an_input_comes_in(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+def test_after_a_refusal_a_job_with_an_input_comes_in(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker(queue_limit=1) as producer:
-            worker = open_claims(queue_limit=1)
+        async with open_producer(queue_limit=1) as producer:
+            worker = open_consumer(queue_limit=1)
             await producer.enqueue(make_job(), b"abc")
             with pytest.raises(QueueFull):
                 await producer.enqueue(make_job(), b"xyz")
@@ -61,11 +61,11 @@ def test_after_a_refusal_a_job_with_an_input_comes_in(open_broker: Any, open_cla
 
 
 def test_a_server_that_forgot_the_scripts_is_given_them_again(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
-            worker, job = open_claims(), make_job()
+        async with open_producer() as producer:
+            worker, job = open_consumer(), make_job()
             redis_client.script_flush()
             assert (await producer.enqueue(job, b"abc")).created
             [claim] = worker.claim(1, 30.0)
@@ -93,13 +93,13 @@ def test_what_no_script_took_expires(redis_client: redis.Redis, settings: Settin
 
 
 def test_results_that_did_not_arrive_whole_end_no_job(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     keys = Keys(settings.key_prefix)
 
     async def scenario() -> None:
-        async with open_broker() as producer:
-            worker, job = open_claims(), make_job()
+        async with open_producer() as producer:
+            worker, job = open_consumer(), make_job()
             await producer.enqueue(job)
             [claim] = worker.claim(1, 30.0)
             text = scripts.PRELUDE + scripts_claims.FINISH

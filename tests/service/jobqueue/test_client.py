@@ -12,9 +12,9 @@ import redis
 
 from giantleap.service.errors import BadConfiguration, NotReady
 from giantleap.service.jobqueue.client import is_passing, open_async_redis, open_redis, read_address, run_script
-from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobqueue.keys import Keys
-from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import Job, JobError, JobState, ResultFile
 from giantleap.service.settings import Settings, read_settings
 from tests.service.redis_groups import Server, cluster, free_ports, is_whole
@@ -115,7 +115,7 @@ def prefix_on(node: int, nodes: list[Server]) -> str:
     return next(n for n in names if nodes[0].client.execute_command("CLUSTER", "KEYSLOT", Keys(n).tag) in share)
 
 
-def claim_one(claims: Claims) -> Claim:
+def claim_one(claims: JobConsumer) -> Claim:
     deadline_s = time.monotonic() + 60
     while time.monotonic() < deadline_s:
         if claimed := claims.claim(1, 1.0):
@@ -123,7 +123,7 @@ def claim_one(claims: Claims) -> Claim:
     raise AssertionError("nothing to claim")
 
 
-def end(claims: Claims, bodies: list[bytes | None]) -> None:
+def end(claims: JobConsumer, bodies: list[bytes | None]) -> None:
     """One job succeeds with an event and a result, one fails, one is handed back."""
     for ended in ("finish", "fail", "release"):
         claim = claim_one(claims)
@@ -147,12 +147,12 @@ def test_the_whole_life_of_jobs_on_a_cluster(
     assert settings.redis_url is not None
     client, claims = (
         open_async_redis(settings.redis_url),
-        Claims(open_redis(settings.redis_url), settings, ["pocket"], "w"),
+        JobConsumer(open_redis(settings.redis_url), settings, ["pocket"], "w"),
     )
     monkeypatch.setattr("giantleap.service.jobqueue.producer._POLL_S", 300.0)  # a wait that ends is one that was woken
 
     async def scenario() -> None:
-        broker = Broker(client, settings)
+        broker = JobProducer(client, settings)
         await broker.open()
         claims.open()
 
@@ -185,7 +185,7 @@ def test_the_whole_life_of_jobs_on_a_cluster(
     assert [port for port in names if any(key.startswith(keys.tag) for key in names[port])] == [nodes[node].port]
 
 
-async def _closing(scenario: Any, client: Any, claims: Claims) -> None:
+async def _closing(scenario: Any, client: Any, claims: JobConsumer) -> None:
     try:
         await scenario()
     finally:
@@ -198,10 +198,10 @@ def test_a_node_that_dies_and_returns_is_waited_for(nodes: list[Server], make_jo
     assert settings.redis_url is not None
     client, claims = (
         open_async_redis(settings.redis_url),
-        Claims(open_redis(settings.redis_url), settings, ["pocket"], "w"),
+        JobConsumer(open_redis(settings.redis_url), settings, ["pocket"], "w"),
     )
 
-    async def accept(broker: Broker, job: Job) -> None:
+    async def accept(broker: JobProducer, job: Job) -> None:
         deadline_s = time.monotonic() + 60
         while True:
             try:
@@ -212,7 +212,7 @@ def test_a_node_that_dies_and_returns_is_waited_for(nodes: list[Server], make_jo
                 await asyncio.sleep(0.05)
 
     async def scenario() -> None:
-        broker = Broker(client, settings)
+        broker = JobProducer(client, settings)
         await broker.open()
         claims.open()
         before, after = make_job(), make_job()
@@ -245,7 +245,7 @@ def test_a_cluster_that_is_away_is_not_ready_and_its_password_is_not_told(
     async def scenario() -> None:
         client = open_async_redis(url)
         with pytest.raises(NotReady) as refused:
-            await Broker(client, settings).ping()
+            await JobProducer(client, settings).ping()
         assert SECRET not in str(refused.value)
         await client.aclose()
 
@@ -261,11 +261,11 @@ def test_a_worker_whose_redis_is_full_keeps_its_results_until_there_is_room(
     settings = read_settings(redis_url=f"redis://127.0.0.1:{server.port}/0", visibility_timeout_s=10, job_ttl_s=60)
     client, claims = (
         open_async_redis(str(settings.redis_url)),
-        Claims(open_redis(str(settings.redis_url)), settings, ["pocket"], "w"),
+        JobConsumer(open_redis(str(settings.redis_url)), settings, ["pocket"], "w"),
     )
 
     async def scenario() -> None:
-        broker = Broker(client, settings)
+        broker = JobProducer(client, settings)
         await broker.open()
         claims.open()
         job = make_job()

@@ -16,7 +16,7 @@ from giantleap.models.stages import DRAWING, FINISHING, WHOLE
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue import scripts_producer as scripts_broker
 from giantleap.service.jobqueue.client import open_redis
-from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobqueue.keys import Keys, claim_order
 from giantleap.service.jobs.job import Job, JobError, JobState, Priority, ResultFile
 from giantleap.service.settings import Settings
@@ -71,23 +71,23 @@ def make_stale(redis_client: redis.Redis) -> Callable[[Claim], None]:
     return age
 
 
-def take_one(worker: Claims, within_s: float = 5.0) -> Claim:
+def take_one(worker: JobConsumer, within_s: float = 5.0) -> Claim:
     [claim] = worker.claim(1, within_s)
     return claim
 
 
-def test_claim_is_exclusive_between_workers(put: Put, open_claims: Any, settings: Settings) -> None:
+def test_claim_is_exclusive_between_workers(put: Put, open_consumer: Any, settings: Settings) -> None:
     jobs = [put((Priority.HIGH, Priority.LOW)[n % 2]) for n in range(120)]
     seen: list[str] = []
 
-    def work(worker: Claims) -> None:
+    def work(worker: JobConsumer) -> None:
         while batch := worker.claim(3, 0.2):
             for claim in batch:
                 seen.append(claim.job.id)
                 assert worker.finish(claim, [(PNG, b"png")], {}, [])
 
     # Leases that a stall of a busy machine does not outlast: this is about two that claim at once.
-    workers = [open_claims(visibility_timeout_s=20.0) for _ in range(6)]
+    workers = [open_consumer(visibility_timeout_s=20.0) for _ in range(6)]
     threads = [threading.Thread(target=work, args=(worker,)) for worker in workers]
     for thread in threads:
         thread.start()
@@ -97,12 +97,12 @@ def test_claim_is_exclusive_between_workers(put: Put, open_claims: Any, settings
 
 
 def test_claim_takes_no_more_than_it_was_asked_for(
-    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings
+    put: Put, open_consumer: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     for priority in Priority:
         for _ in range(3):
             put(priority)
-    worker = open_claims()
+    worker = open_consumer()
     assert len(worker.claim(4, 0.0)) == 4
     streams = [Keys(settings.key_prefix).stream(f"pocket:{priority.value}") for priority in Priority]
     assert sum(redis_client.xpending(stream, "workers")["pending"] for stream in streams) == 4
@@ -110,10 +110,10 @@ def test_claim_takes_no_more_than_it_was_asked_for(
     assert worker.claim(4, 0.0) == []
 
 
-def test_high_priority_goes_first_in_order_of_arrival(put: Put, open_claims: Any) -> None:
+def test_high_priority_goes_first_in_order_of_arrival(put: Put, open_consumer: Any) -> None:
     lows = [put(Priority.LOW) for _ in range(2)]
     highs = [put(Priority.HIGH) for _ in range(3)]
-    worker = open_claims()
+    worker = open_consumer()
     assert [take_one(worker).job for _ in range(5)] == highs + lows
 
 
@@ -134,28 +134,28 @@ def test_a_worker_of_all_stages_takes_from_both_queues_in_turn_and_others_from_t
     assert claim_order(("a", "b"), 2, FINISHING) == ["a+finish:high", "b+finish:high", "a+finish:low", "b+finish:low"]
 
 
-def test_low_priority_is_not_starved_by_a_steady_flow_of_high(put: Put, open_claims: Any) -> None:
+def test_low_priority_is_not_starved_by_a_steady_flow_of_high(put: Put, open_consumer: Any) -> None:
     lows = [put(Priority.LOW) for _ in range(2)]
     for _ in range(16):
         put(Priority.HIGH)
-    worker = open_claims()
+    worker = open_consumer()
     order = [take_one(worker).job for _ in range(16)]
     assert [n for n, job in enumerate(order) if job in lows] == [7, 15]
 
 
-def test_bundles_take_turns_and_strange_ones_are_left_alone(put: Put, open_claims: Any) -> None:
+def test_bundles_take_turns_and_strange_ones_are_left_alone(put: Put, open_consumer: Any) -> None:
     for _ in range(3):
         put(bundle="a")
         put(bundle="b")
         put(bundle="elsewhere")
-    worker = open_claims(bundles=("a", "b"))
+    worker = open_consumer(bundles=("a", "b"))
     order = [take_one(worker).job.bundle for _ in range(6)]
     assert order == ["a", "b", "a", "b", "a", "b"]
     assert worker.claim(8, 0.0) == []
 
 
-def test_idle_claim_wakes_as_soon_as_a_job_comes(put: Put, open_claims: Any) -> None:
-    worker = open_claims()
+def test_idle_claim_wakes_as_soon_as_a_job_comes(put: Put, open_consumer: Any) -> None:
+    worker = open_consumer()
     delays_s = []
     for _ in range(3):
         timer = threading.Timer(0.15, put)
@@ -168,16 +168,16 @@ def test_idle_claim_wakes_as_soon_as_a_job_comes(put: Put, open_claims: Any) -> 
     assert sorted(delays_s)[0] < 0.5, "woken by the message, not by the poll each second"
 
 
-def test_idle_claim_returns_nothing_after_its_time(open_claims: Any) -> None:
-    worker = open_claims()
+def test_idle_claim_returns_nothing_after_its_time(open_consumer: Any) -> None:
+    worker = open_consumer()
     started_s = time.perf_counter()
     assert worker.claim(1, 0.4) == []
     assert 0.35 < time.perf_counter() - started_s < 20.0
 
 
-def test_idle_claim_outlives_a_master_that_becomes_a_replica(open_claims: Any, redis_client: redis.Redis) -> None:
+def test_idle_claim_outlives_a_master_that_becomes_a_replica(open_consumer: Any, redis_client: redis.Redis) -> None:
     """Such a server ends what blocks with UNBLOCKED, as this command of an administrator does."""
-    worker: Claims = open_claims()
+    worker: JobConsumer = open_consumer()
 
     def blocked() -> list[int]:
         return [int(each["id"]) for each in redis_client.client_list() if each["cmd"] == "xread"]
@@ -192,20 +192,20 @@ def test_idle_claim_outlives_a_master_that_becomes_a_replica(open_claims: Any, r
     assert ended > 0
 
 
-def test_claim_carries_the_input_and_the_job_unchanged(put: Put, open_claims: Any) -> None:
+def test_claim_carries_the_input_and_the_job_unchanged(put: Put, open_consumer: Any) -> None:
     latent = bytes(range(256)) * 4096
     job = put(body=latent, prompt="snow \u2603 over \U0001f3d4")
-    claim = take_one(open_claims())
+    claim = take_one(open_consumer())
     assert claim.job == job
     assert claim.body == latent
     assert claim.delivery == 1
 
 
 def test_a_job_whose_input_is_gone_is_passed_over(
-    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings
+    put: Put, open_consumer: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     """A deadline may end a job between its claim and the reading of its input."""
-    gone, worker = put(body=b"latent"), open_claims()
+    gone, worker = put(body=b"latent"), open_consumer()
     redis_client.delete(Keys(settings.key_prefix).input(gone.id))
     assert worker.claim(1, 0.3) == []
     job = put()
@@ -213,9 +213,9 @@ def test_a_job_whose_input_is_gone_is_passed_over(
 
 
 def test_a_job_of_a_newer_version_ends_no_worker(
-    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings
+    put: Put, open_consumer: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
-    newer, worker = put(), open_claims()
+    newer, worker = put(), open_consumer()
     record = Keys(settings.key_prefix).job(newer.id)
     text = json.loads(redis_client.hget(record, "job") or "")
     redis_client.hset(record, "job", json.dumps(text | {"params": text["params"] | {"unheard_of": 1}}))
@@ -225,21 +225,21 @@ def test_a_job_of_a_newer_version_ends_no_worker(
     assert redis_client.hget(record, "state") == b"processing", "it goes stale, for a worker that can read it"
 
 
-def test_stale_claim_goes_first_to_another_worker(put: Put, open_claims: Any, make_stale: Any) -> None:
+def test_stale_claim_goes_first_to_another_worker(put: Put, open_consumer: Any, make_stale: Any) -> None:
     stuck = put(Priority.LOW, body=b"latent")
-    dead = take_one(open_claims(lease=False))
+    dead = take_one(open_consumer(lease=False))
     assert dead.job == stuck
     make_stale(dead)
     put(Priority.HIGH)
-    again = take_one(open_claims())
+    again = take_one(open_consumer())
     assert (again.job, again.body, again.delivery) == (stuck, b"latent", 2)
 
 
 def test_late_write_after_a_lost_lease_changes_nothing(
-    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings, state_of: Any, make_stale: Any
+    put: Put, open_consumer: Any, redis_client: redis.Redis, settings: Settings, state_of: Any, make_stale: Any
 ) -> None:
     job = put()
-    slow, quick = open_claims(lease=False), open_claims()
+    slow, quick = open_consumer(lease=False), open_consumer()
     late = take_one(slow)
     make_stale(late)
     owned = take_one(quick)
@@ -258,17 +258,17 @@ def test_late_write_after_a_lost_lease_changes_nothing(
     assert state_of(job) == "succeeded"
 
 
-def test_lease_is_kept_past_the_visibility_timeout(put: Put, open_claims: Any) -> None:
+def test_lease_is_kept_past_the_visibility_timeout(put: Put, open_consumer: Any) -> None:
     put()
-    worker, rival = open_claims(visibility_timeout_s=2.0), open_claims(visibility_timeout_s=2.0)
+    worker, rival = open_consumer(visibility_timeout_s=2.0), open_consumer(visibility_timeout_s=2.0)
     claim = take_one(worker)
     assert rival.claim(1, 3.6) == []
     assert worker.finish(claim, [], {}, [])
 
 
-def test_heartbeat_does_not_take_a_lost_job_back(put: Put, open_claims: Any, make_stale: Any) -> None:
+def test_heartbeat_does_not_take_a_lost_job_back(put: Put, open_consumer: Any, make_stale: Any) -> None:
     put()
-    worker, rival = open_claims(lease=False), open_claims()
+    worker, rival = open_consumer(lease=False), open_consumer()
     late = take_one(worker)
     make_stale(late)
     owned = take_one(rival)
@@ -280,11 +280,11 @@ def test_heartbeat_does_not_take_a_lost_job_back(put: Put, open_claims: Any, mak
 
 
 def test_leases_are_kept_again_after_an_error_that_nobody_foresaw(
-    open_claims: Any, redis_client: redis.Redis, settings: Settings
+    open_consumer: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     """The thread that keeps them must not die while its worker goes on: another would take each of its jobs."""
     workers = f"{Keys(settings.key_prefix).tag}:workers"
-    open_claims()
+    open_consumer()
     redis_client.set(workers, "somebody's")  # no set: every heartbeat fails
     time.sleep(0.8)  # three of them
     redis_client.delete(workers)
@@ -295,9 +295,9 @@ def test_leases_are_kept_again_after_an_error_that_nobody_foresaw(
     assert redis_client.zcard(workers) == 1
 
 
-def test_worker_does_not_claim_anew_what_it_still_holds(put: Put, open_claims: Any, make_stale: Any) -> None:
+def test_worker_does_not_claim_anew_what_it_still_holds(put: Put, open_consumer: Any, make_stale: Any) -> None:
     put()
-    worker = open_claims(lease=False)
+    worker = open_consumer(lease=False)
     claim = take_one(worker)
     make_stale(claim)
     assert worker.claim(1, 0.0) == []
@@ -305,20 +305,20 @@ def test_worker_does_not_claim_anew_what_it_still_holds(put: Put, open_claims: A
 
 
 def test_restarted_worker_of_the_same_name_cannot_end_the_old_claim(
-    put: Put, open_claims: Any, make_stale: Any
+    put: Put, open_consumer: Any, make_stale: Any
 ) -> None:
     put()
-    old = take_one(open_claims(lease=False, consumer="host-1"))
+    old = take_one(open_consumer(lease=False, consumer="host-1"))
     make_stale(old)
-    reborn = open_claims(consumer="host-1")
+    reborn = open_consumer(consumer="host-1")
     assert not reborn.finish(old, [], {}, [])
     assert take_one(reborn).delivery == 2
 
 
-def test_finish_repeated_after_a_lost_reply_says_what_it_did(put: Put, open_claims: Any) -> None:
+def test_finish_repeated_after_a_lost_reply_says_what_it_did(put: Put, open_consumer: Any) -> None:
     put()
     put()
-    worker = open_claims()
+    worker = open_consumer()
     one, two = worker.claim(2, 1.0)
     assert worker.finish(one, [(PNG, b"png")], {}, [])
     assert worker.finish(one, [(PNG, b"png")], {}, [])
@@ -328,10 +328,10 @@ def test_finish_repeated_after_a_lost_reply_says_what_it_did(put: Put, open_clai
 
 
 def test_retry_waits_twice_as_long_each_time_and_ends_in_the_dead_letters(
-    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings, state_of: Any
+    put: Put, open_consumer: Any, redis_client: redis.Redis, settings: Settings, state_of: Any
 ) -> None:
     job = put(body=b"latent")
-    worker = open_claims(retry_backoff_s=0.2)
+    worker = open_consumer(retry_backoff_s=0.2)
     waits_s = []
     for delivery in (1, 2, 3):
         started_s = time.perf_counter()
@@ -350,10 +350,10 @@ def test_retry_waits_twice_as_long_each_time_and_ends_in_the_dead_letters(
 
 
 def test_error_that_is_not_retryable_fails_at_once(
-    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings, state_of: Any
+    put: Put, open_consumer: Any, redis_client: redis.Redis, settings: Settings, state_of: Any
 ) -> None:
     job = put()
-    worker = open_claims()
+    worker = open_consumer()
     assert worker.fail(take_one(worker), JobError("invalid_request", "NaN in the latent"), {"generate": 0.1})
     assert state_of(job) == "failed"
     assert redis_client.xlen(Keys(settings.key_prefix).dead) == 1
@@ -361,14 +361,14 @@ def test_error_that_is_not_retryable_fails_at_once(
 
 
 def test_job_started_too_often_is_dead_lettered_and_the_next_one_runs(
-    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings, state_of: Any, make_stale: Any
+    put: Put, open_consumer: Any, redis_client: redis.Redis, settings: Settings, state_of: Any, make_stale: Any
 ) -> None:
     poison, healthy = put(), put()
     for delivery in (1, 2):
-        claim = take_one(open_claims(lease=False, max_deliveries=2))
+        claim = take_one(open_consumer(lease=False, max_deliveries=2))
         assert (claim.job, claim.delivery) == (poison, delivery)
         make_stale(claim)
-    claim = take_one(open_claims(max_deliveries=2))
+    claim = take_one(open_consumer(max_deliveries=2))
     assert claim.job == healthy
     assert state_of(poison) == "failed"
     assert b"2 times" in redis_client.hget(Keys(settings.key_prefix).job(poison.id), "error")
@@ -376,10 +376,10 @@ def test_job_started_too_often_is_dead_lettered_and_the_next_one_runs(
 
 
 def test_cancel_flag_of_running_work_is_seen_and_ends_it(
-    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings, state_of: Any
+    put: Put, open_consumer: Any, redis_client: redis.Redis, settings: Settings, state_of: Any
 ) -> None:
     jobs = [put() for _ in range(3)]
-    worker = open_claims()
+    worker = open_consumer()
     batch = worker.claim(3, 1.0)
     assert worker.canceled(batch) == set()
     cancel = redis_client.register_script(scripts.PRELUDE + scripts_broker.CANCEL)
@@ -393,11 +393,11 @@ def test_cancel_flag_of_running_work_is_seen_and_ends_it(
 
 
 def test_canceled_job_is_neither_retried_nor_redelivered(
-    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings, state_of: Any, make_stale: Any
+    put: Put, open_consumer: Any, redis_client: redis.Redis, settings: Settings, state_of: Any, make_stale: Any
 ) -> None:
     jobs = [put() for _ in range(3)]
-    worker = open_claims()
-    stuck = take_one(open_claims(lease=False))
+    worker = open_consumer()
+    stuck = take_one(open_consumer(lease=False))
     failing, handed_back = worker.claim(2, 1.0)
     cancel = redis_client.register_script(scripts.PRELUDE + scripts_broker.CANCEL)
     for job in jobs:
@@ -410,9 +410,11 @@ def test_canceled_job_is_neither_retried_nor_redelivered(
     assert [state_of(job) for job in jobs] == [JobState.CANCELED.value] * 3
 
 
-def test_released_work_is_first_for_the_next_worker_and_not_counted(put: Put, open_claims: Any, state_of: Any) -> None:
+def test_released_work_is_first_for_the_next_worker_and_not_counted(
+    put: Put, open_consumer: Any, state_of: Any
+) -> None:
     job = put(Priority.LOW)
-    leaving, staying = open_claims(), open_claims()
+    leaving, staying = open_consumer(), open_consumer()
     claim = take_one(leaving)
     put(Priority.HIGH)
     leaving.release([claim])
@@ -424,9 +426,9 @@ def test_released_work_is_first_for_the_next_worker_and_not_counted(put: Put, op
 
 
 def test_closed_worker_is_no_longer_counted_as_alive(
-    open_claims: Any, redis_client: redis.Redis, settings: Settings
+    open_consumer: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
-    worker = open_claims()
+    worker = open_consumer()
     key = f"{Keys(settings.key_prefix).tag}:workers"
     assert redis_client.zcard(key) == 1
     worker.close()
@@ -434,16 +436,16 @@ def test_closed_worker_is_no_longer_counted_as_alive(
 
 
 def test_claim_without_redis_returns_nothing_in_its_time(settings: Settings) -> None:
-    worker = Claims(open_redis("redis://127.0.0.1:1/0"), settings, ["pocket"], "w")
+    worker = JobConsumer(open_redis("redis://127.0.0.1:1/0"), settings, ["pocket"], "w")
     started_s = time.perf_counter()
     assert worker.claim(1, 0.5) == []
     assert 0.4 < time.perf_counter() - started_s < 30.0
 
 
 def test_claim_goes_on_after_redis_forgot_scripts_and_streams(
-    put: Put, open_claims: Any, redis_client: redis.Redis, settings: Settings
+    put: Put, open_consumer: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
-    worker = open_claims()
+    worker = open_consumer()
     redis_client.script_flush()
     redis_client.delete(*redis_client.scan_iter(match=f"{Keys(settings.key_prefix).tag}*"))
     assert worker.claim(1, 0.1) == []
@@ -451,13 +453,13 @@ def test_claim_goes_on_after_redis_forgot_scripts_and_streams(
     assert take_one(worker).job == job
 
 
-def test_impossible_claims_are_refused(open_claims: Any, settings: Settings, redis_url: str) -> None:
+def test_impossible_claims_are_refused(open_consumer: Any, settings: Settings, redis_url: str) -> None:
     with pytest.raises(ValueError, match="max_jobs"):
-        open_claims(lease=False).claim(0, 0.0)
+        open_consumer(lease=False).claim(0, 0.0)
     with pytest.raises(ValueError, match="bundle"):
-        open_claims(bundles=(), lease=False)
+        open_consumer(bundles=(), lease=False)
     with (
         redis.Redis.from_url(redis_url, decode_responses=True) as text_client,
         pytest.raises(ValueError, match="decode"),
     ):
-        Claims(text_client, settings, ["pocket"], "w")
+        JobConsumer(text_client, settings, ["pocket"], "w")

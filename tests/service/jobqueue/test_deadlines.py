@@ -33,9 +33,9 @@ def assert_overdue(record: JobRecord | None) -> None:
     assert not record.error.retryable and not record.cancel_requested
 
 
-def test_a_queued_job_fails_at_its_deadline_and_its_waiter_is_told(open_broker: Any, make_job: Any) -> None:
+def test_a_queued_job_fails_at_its_deadline_and_its_waiter_is_told(open_producer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             job, other = due(make_job(), 0.3), make_job()
             await producer.enqueue(job, b"latent")
             await producer.enqueue(other)
@@ -50,15 +50,15 @@ def test_a_queued_job_fails_at_its_deadline_and_its_waiter_is_told(open_broker: 
 
 
 def test_a_job_past_its_deadline_is_never_claimed(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             late, live = due(make_job(), 600.0), due(make_job(), 600.0)
             await producer.enqueue(late)
             await producer.enqueue(live)
             pass_deadline(redis_client, settings, late)
-            assert [claim.job for claim in open_claims().claim(8, 1.0)] == [live]
+            assert [claim.job for claim in open_consumer().claim(8, 1.0)] == [live]
             assert_overdue(await producer.get(late.id))
 
     asyncio.run(scenario())
@@ -66,11 +66,11 @@ def test_a_job_past_its_deadline_is_never_claimed(
 
 @pytest.mark.parametrize("end", ["finish", "fail", "cancel"])
 def test_work_that_ends_after_the_deadline_counts_for_nothing(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings, end: str
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings, end: str
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
-            worker = open_claims(visibility_timeout_s=30.0)
+        async with open_producer() as producer:
+            worker = open_consumer(visibility_timeout_s=30.0)
             job = due(make_job(), 600.0)
             await producer.enqueue(job, b"latent")
             [claim] = worker.claim(1, 1.0)
@@ -93,11 +93,11 @@ def test_work_that_ends_after_the_deadline_counts_for_nothing(
 
 
 def test_a_running_job_of_a_worker_that_hangs_ends_at_its_deadline(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
-            worker = open_claims(visibility_timeout_s=30.0)
+        async with open_producer() as producer:
+            worker = open_consumer(visibility_timeout_s=30.0)
             job = due(make_job(), 600.0)
             await producer.enqueue(job)
             [claim] = worker.claim(1, 1.0)
@@ -111,14 +111,14 @@ def test_a_running_job_of_a_worker_that_hangs_ends_at_its_deadline(
     asyncio.run(scenario())
 
 
-def test_a_job_that_ends_in_time_keeps_its_result(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+def test_a_job_that_ends_in_time_keeps_its_result(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             job = due(make_job(), 600.0)
             await producer.enqueue(job)
             record = await producer.get(job.id)
             assert record is not None and record.deadline_left_s is not None and 500 < record.deadline_left_s <= 600
-            worker = open_claims()
+            worker = open_consumer()
             [claim] = worker.claim(1, 1.0)
             assert claim.job == job
             assert worker.finish(claim, [(PNG, b"png")], {}, [])
@@ -129,14 +129,14 @@ def test_a_job_that_ends_in_time_keeps_its_result(open_broker: Any, open_claims:
 
 
 def test_a_deadline_whose_record_is_gone_stops_no_claim(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             job, deadlines = make_job(), f"{Keys(settings.key_prefix).tag}:deadlines"
             await producer.enqueue(job)
             redis_client.zadd(deadlines, {"no-such-job": 1})
-            assert [claim.job for claim in open_claims().claim(8, 1.0)] == [job]
+            assert [claim.job for claim in open_consumer().claim(8, 1.0)] == [job]
             assert redis_client.zcard(deadlines) == 0
 
     asyncio.run(scenario())

@@ -13,8 +13,8 @@ import redis
 
 from giantleap.service.api.app import create_app
 from giantleap.service.jobqueue.client import open_async_redis, open_redis
-from giantleap.service.jobqueue.consumer import Claim, Claims
-from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import ResultFile
 from giantleap.service.settings import Settings, read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
@@ -72,7 +72,7 @@ async def test_requests_get_503_with_retry_after_and_reading_goes_on(full_settin
 def test_a_worker_waits_until_there_is_memory_and_then_ends_its_jobs(full_settings: Settings, make_job: Any) -> None:
     assert full_settings.redis_url is not None
     client = open_redis(full_settings.redis_url)
-    worker = Claims(client, full_settings, ["pocket"], "w")
+    worker = JobConsumer(client, full_settings, ["pocket"], "w")
     worker.open()
     try:
         first, second = make_job(), make_job()
@@ -101,6 +101,6 @@ def test_a_worker_waits_until_there_is_memory_and_then_ends_its_jobs(full_settin
 async def enqueue(settings: Settings, *jobs: Any) -> None:
     assert settings.redis_url is not None
     async with open_async_redis(settings.redis_url) as client:
-        producer = Broker(client, settings)
+        producer = JobProducer(client, settings)
         for job in jobs:
             await producer.enqueue(job)

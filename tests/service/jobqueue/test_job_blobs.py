@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from giantleap.service.errors import StorageFull
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue import scripts_producer as scripts_broker
-from giantleap.service.jobqueue.consumer import Claim, Claims
+from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobs.job import JobError, ResultFile
 from giantleap.service.settings import Settings
@@ -40,7 +40,7 @@ class BlobAccount(RuleBasedStateMachine):
         changes = {"key_prefix": f"blobs-{uuid.uuid4().hex[:8]}", "blob_budget_bytes": BUDGET_BYTES}
         self.settings = self.base.model_copy(update=changes)
         self.keys = Keys(self.settings.key_prefix)
-        self.worker = Claims(self.client, self.settings, ["pocket"], "w")
+        self.worker = JobConsumer(self.client, self.settings, ["pocket"], "w")
         self.known: list[str] = []
         self.inputs: dict[str, int] = {}
         self.results: dict[str, int] = {}
@@ -154,11 +154,11 @@ def test_account_is_exact_in_every_random_life(settings: Settings, redis_client:
 
 
 def test_oldest_results_make_room_for_new_ones_and_live_inputs_never_do(
-    open_broker: Any, open_claims: Any, make_job: Any
+    open_producer: Any, open_consumer: Any, make_job: Any
 ) -> None:
     async def scenario() -> None:
-        async with open_broker(blob_budget_bytes=10) as producer:
-            worker = open_claims(blob_budget_bytes=10)
+        async with open_producer(blob_budget_bytes=10) as producer:
+            worker = open_consumer(blob_budget_bytes=10)
             jobs = [make_job() for _ in range(4)]
             for job in jobs[:2]:
                 await producer.enqueue(job)
@@ -181,10 +181,10 @@ def test_oldest_results_make_room_for_new_ones_and_live_inputs_never_do(
     asyncio.run(scenario())
 
 
-def test_expired_results_give_their_bytes_back(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+def test_expired_results_give_their_bytes_back(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker(job_ttl_s=3) as producer:
-            worker = open_claims(job_ttl_s=3)
+        async with open_producer(job_ttl_s=3) as producer:
+            worker = open_consumer(job_ttl_s=3)
             job = make_job()
             await producer.enqueue(job)
             [claim] = worker.claim(1, 1.0)
@@ -199,14 +199,14 @@ def test_expired_results_give_their_bytes_back(open_broker: Any, open_claims: An
     asyncio.run(scenario())
 
 
-def test_large_blobs_pass_unchanged(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+def test_large_blobs_pass_unchanged(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     large = uuid.uuid4().bytes * (1 << 20)
 
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             job = make_job()
             await producer.enqueue(job, large)
-            worker = open_claims()
+            worker = open_consumer()
             started_s = time.perf_counter()
             [claim] = worker.claim(1, 1.0)
             assert claim.body == large

@@ -19,9 +19,9 @@ from giantleap.service.settings import Settings
 PNG = ResultFile("image/png", 3)
 
 
-def test_pages_go_through_an_owners_jobs_from_the_newest(open_broker: Any, make_job: Any) -> None:
+def test_pages_go_through_an_owners_jobs_from_the_newest(open_producer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             jobs = [dataclasses.replace(make_job(), owner="ann") for _ in range(7)]
             for job in jobs:
                 await producer.enqueue(job)
@@ -40,14 +40,14 @@ def test_pages_go_through_an_owners_jobs_from_the_newest(open_broker: Any, make_
 
 
 def test_a_page_of_one_state_and_what_is_gone_is_forgotten(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             jobs = [make_job() for _ in range(4)]
             for job in jobs:
                 await producer.enqueue(job)
-            worker = open_claims()
+            worker = open_consumer()
             done = worker.claim(2, 1.0)
             for claim in done:
                 worker.finish(claim, [(PNG, b"png")], {}, [])
@@ -77,20 +77,20 @@ def test_the_index_is_capped_and_expires(make_job: Any, redis_client: redis.Redi
 
 
 def test_start_is_estimated_from_the_jobs_before_it_and_the_median_of_its_bundle(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker(visibility_timeout_s=60.0) as producer:
+        async with open_producer(visibility_timeout_s=60.0) as producer:
             first = await producer.enqueue(make_job())
             assert first.estimated_start_s is None, "no worker, and nothing has ended"
-            worker = open_claims(visibility_timeout_s=60.0)
+            worker = open_consumer(visibility_timeout_s=60.0)
             assert (await producer.enqueue(make_job())).estimated_start_s is None, "nothing has ended"
             for bundle, seconds in (("pocket", (1, 4, 100)), ("other", (50,))):
                 redis_client.rpush(f"{Keys(settings.key_prefix).tag}:durations:{bundle}", *seconds)
             assert len(worker.claim(1, 1.0)) == 1
             added = await producer.enqueue(make_job())
             assert (added.queue_position, added.estimated_start_s) == (1, 8.0), "one that runs and one that waits, 4 s"
-            open_claims(consumer="second", visibility_timeout_s=60.0)
+            open_consumer(consumer="second", visibility_timeout_s=60.0)
             record = await producer.get(added.job_id)
             assert record is not None and record.estimated_start_s == 2.0, (
                 "one must end first, and two workers end them"
@@ -100,13 +100,13 @@ def test_start_is_estimated_from_the_jobs_before_it_and_the_median_of_its_bundle
 
 
 def test_jobs_of_one_batch_share_its_time_in_the_estimates(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     tag = Keys(settings.key_prefix).tag
 
     async def scenario() -> None:
-        async with open_broker(visibility_timeout_s=60.0) as producer:
-            worker = open_claims(visibility_timeout_s=60.0)
+        async with open_producer(visibility_timeout_s=60.0) as producer:
+            worker = open_consumer(visibility_timeout_s=60.0)
             for _ in range(5):
                 await producer.enqueue(make_job())
             claims = worker.claim(5, 1.0)
@@ -134,12 +134,14 @@ def test_retry_after_counts_a_waiting_job_with_the_median_of_its_bundle() -> Non
     assert retry_after_s(unknown) == 600
 
 
-def test_latent_pixels_are_limited_exactly_and_given_back(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+def test_latent_pixels_are_limited_exactly_and_given_back(
+    open_producer: Any, open_consumer: Any, make_job: Any
+) -> None:
     def job_of(latent_px: int) -> Any:
         return dataclasses.replace(make_job(), latent_px=latent_px)
 
     async def scenario() -> None:
-        async with open_broker(queue_limit_latent_px=100) as producer:
+        async with open_producer(queue_limit_latent_px=100) as producer:
             alone = job_of(150)
             assert (await producer.enqueue(alone)).created, "a job may exceed the limit alone"
             await producer.cancel(alone.id)
@@ -151,7 +153,7 @@ def test_latent_pixels_are_limited_exactly_and_given_back(open_broker: Any, open
             assert (await producer.enqueue(job_of(10))).created
             with pytest.raises(QueueFull, match="latent pixels"):
                 await producer.enqueue(job_of(1))
-            worker = open_claims()
+            worker = open_consumer()
             [claim] = worker.claim(1, 1.0)
             with pytest.raises(QueueFull, match="latent pixels"):
                 await producer.enqueue(job_of(1))

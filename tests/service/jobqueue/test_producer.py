@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from giantleap.service.errors import InvalidRequest, MalformedRequest, NotFound, NotReady, QueueFull, StorageFull
 from giantleap.service.jobqueue.client import open_async_redis
 from giantleap.service.jobqueue.keys import Keys
-from giantleap.service.jobqueue.producer import Broker, retry_after_s
+from giantleap.service.jobqueue.producer import JobProducer, retry_after_s
 from giantleap.service.jobs.job import JobError, JobEvent, JobState, Priority, QueueStats, ResultFile
 from giantleap.service.settings import Settings
 from giantleap.service.supervisor.embedded_redis import find_bundled_server
@@ -35,13 +35,13 @@ def snapshot(client: redis.Redis, settings: Settings) -> dict[bytes, bytes | Non
     return {key: client.dump(key) for key in client.scan_iter(match=f"{{{settings.key_prefix}}}*")}
 
 
-async def read_events(producer: Broker, job_id: str, last_event_id: str = "0-0") -> list[JobEvent]:
+async def read_events(producer: JobProducer, job_id: str, last_event_id: str = "0-0") -> list[JobEvent]:
     return [event async for event in producer.events(job_id, last_event_id)]
 
 
-def test_enqueued_job_is_read_back_whole(open_broker: Any, make_job: Any) -> None:
+def test_enqueued_job_is_read_back_whole(open_producer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             job = dataclasses.replace(make_job(), warnings=("unknown word: zorp",))
             done = await producer.enqueue(job)
             record = await producer.get(job.id)
@@ -56,9 +56,9 @@ def test_enqueued_job_is_read_back_whole(open_broker: Any, make_job: Any) -> Non
     asyncio.run(scenario())
 
 
-def test_queue_position_counts_high_priority_before_low(open_broker: Any, make_job: Any) -> None:
+def test_queue_position_counts_high_priority_before_low(open_producer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             low = make_job(Priority.LOW)
             await producer.enqueue(low)
             positions = [(await producer.enqueue(make_job())).queue_position for _ in range(3)]
@@ -70,10 +70,10 @@ def test_queue_position_counts_high_priority_before_low(open_broker: Any, make_j
 
 
 def test_repeated_enqueue_of_one_job_adds_it_once(
-    open_broker: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             job = make_job()
             replies = [await producer.enqueue(job, b"latent") for _ in range(3)]
             assert [reply.created for reply in replies] == [True, False, False]
@@ -87,10 +87,10 @@ def test_repeated_enqueue_of_one_job_adds_it_once(
 
 
 def test_over_the_limit_nothing_is_written(
-    open_broker: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker(queue_limit=2) as producer:
+        async with open_producer(queue_limit=2) as producer:
             await producer.enqueue(make_job())
             await producer.enqueue(make_job(Priority.LOW, bundle="other"))
             before = snapshot(redis_client, settings)
@@ -103,10 +103,10 @@ def test_over_the_limit_nothing_is_written(
 
 
 def test_over_the_blob_budget_nothing_is_written(
-    open_broker: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker(blob_budget_bytes=10) as producer:
+        async with open_producer(blob_budget_bytes=10) as producer:
             await producer.enqueue(make_job(), b"12345678")
             before = snapshot(redis_client, settings)
             with pytest.raises(StorageFull):
@@ -116,15 +116,15 @@ def test_over_the_blob_budget_nothing_is_written(
     asyncio.run(scenario())
 
 
-def test_limit_is_exact_under_concurrent_producers(open_broker: Any, make_job: Any) -> None:
-    async def try_one(producer: Broker, priority: Priority) -> bool:
+def test_limit_is_exact_under_concurrent_producers(open_producer: Any, make_job: Any) -> None:
+    async def try_one(producer: JobProducer, priority: Priority) -> bool:
         try:
             return (await producer.enqueue(make_job(priority))).created
         except QueueFull:
             return False
 
     async def scenario() -> None:
-        async with open_broker(queue_limit=32) as one, open_broker(queue_limit=32) as two:
+        async with open_producer(queue_limit=32) as one, open_producer(queue_limit=32) as two:
             tries = [try_one((one, two)[n % 2], (Priority.HIGH, Priority.LOW)[n // 2 % 2]) for n in range(96)]
             accepted = await asyncio.gather(*tries)
             assert sum(accepted) == 32
@@ -133,11 +133,11 @@ def test_limit_is_exact_under_concurrent_producers(open_broker: Any, make_job: A
     asyncio.run(scenario())
 
 
-def test_delayed_retries_count_against_the_limit(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+def test_delayed_retries_count_against_the_limit(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker(queue_limit=1) as producer:
+        async with open_producer(queue_limit=1) as producer:
             await producer.enqueue(make_job())
-            worker = open_claims(retry_backoff_s=60.0)
+            worker = open_consumer(retry_backoff_s=60.0)
             [claim] = worker.claim(1, 1.0)
             assert worker.fail(claim, JobError("engine_fault", "lost device", retryable=True))
             with pytest.raises(QueueFull):
@@ -147,10 +147,10 @@ def test_delayed_retries_count_against_the_limit(open_broker: Any, open_claims: 
 
 
 def test_concurrent_retries_under_one_key_make_one_job(
-    open_broker: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as one, open_broker() as two:
+        async with open_producer() as one, open_producer() as two:
             tries = [(one, two)[n % 2].enqueue(make_job(), b"latent", idempotency_key="order 66") for n in range(40)]
             replies = await asyncio.gather(*tries)
             assert len({reply.job_id for reply in replies}) == 1
@@ -160,9 +160,9 @@ def test_concurrent_retries_under_one_key_make_one_job(
     asyncio.run(scenario())
 
 
-def test_a_key_with_another_payload_is_refused(open_broker: Any, make_job: Any) -> None:
+def test_a_key_with_another_payload_is_refused(open_producer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             first = await producer.enqueue(make_job(seed=1), b"latent", idempotency_key="k")
             with pytest.raises(InvalidRequest):
                 await producer.enqueue(make_job(seed=2), b"latent", idempotency_key="k")
@@ -175,10 +175,10 @@ def test_a_key_with_another_payload_is_refused(open_broker: Any, make_job: Any) 
 
 
 def test_canceled_queued_job_is_final_at_once_and_never_claimed(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             gone, kept = make_job(), make_job()
             await producer.enqueue(gone, b"latent")
             await producer.enqueue(kept)
@@ -192,7 +192,7 @@ def test_canceled_queued_job_is_final_at_once_and_never_claimed(
             assert (await producer.stats()).blob_bytes == 0
             stream = Keys(settings.key_prefix).stream("pocket:high")
             assert redis_client.xlen(stream) == 2, "the message stays, so that the group's lag stays known"
-            assert [claim.job.id for claim in open_claims().claim(8, 1.0)] == [kept.id]
+            assert [claim.job.id for claim in open_consumer().claim(8, 1.0)] == [kept.id]
             assert redis_client.xlen(stream) == 1
             [group] = redis_client.xinfo_groups(stream)
             assert group.get("lag", 0) == 0, "null where the server cannot tell"
@@ -200,12 +200,12 @@ def test_canceled_queued_job_is_final_at_once_and_never_claimed(
     asyncio.run(scenario())
 
 
-def test_cancel_leaves_a_final_job_as_it_is(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+def test_cancel_leaves_a_final_job_as_it_is(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             job = make_job()
             await producer.enqueue(job)
-            worker = open_claims()
+            worker = open_consumer()
             [claim] = worker.claim(1, 1.0)
             assert worker.finish(claim, [(PNG, b"png")], {"decode": 0.5}, ["late warning"])
             before = await producer.get(job.id)
@@ -218,10 +218,10 @@ def test_cancel_leaves_a_final_job_as_it_is(open_broker: Any, open_claims: Any, 
 
 
 def test_a_crowd_is_refused_without_a_look_at_the_queue_for_each(
-    open_broker: Any, make_job: Any, monkeypatch: pytest.MonkeyPatch
+    open_producer: Any, make_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        async with open_broker(queue_limit=1) as producer:
+        async with open_producer(queue_limit=1) as producer:
             await producer.enqueue(make_job())
             looks = 0
             stats = producer.stats
@@ -241,13 +241,13 @@ def test_a_crowd_is_refused_without_a_look_at_the_queue_for_each(
     asyncio.run(scenario())
 
 
-def test_wait_wakes_at_once_when_the_job_ends(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+def test_wait_wakes_at_once_when_the_job_ends(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             jobs = [make_job() for _ in range(5)]
             for job in jobs:
                 await producer.enqueue(job)
-            worker = open_claims()
+            worker = open_consumer()
             waits = [asyncio.create_task(producer.wait(job.id, 30.0)) for job in jobs]
             await asyncio.sleep(0.2)
             lags_s = []
@@ -263,13 +263,13 @@ def test_wait_wakes_at_once_when_the_job_ends(open_broker: Any, open_claims: Any
 
 
 def test_wait_for_a_new_job_takes_its_end_from_the_message(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings,
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     channel = Keys(settings.key_prefix).done_channel
 
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             deadline_s = time.monotonic() + 30.0
             while redis_client.pubsub_numsub(channel)[0][1] == 0:
                 assert time.monotonic() < deadline_s
@@ -282,7 +282,7 @@ def test_wait_for_a_new_job_takes_its_end_from_the_message(
                 return await get(job_id)
 
             monkeypatch.setattr(producer, "get", counted)
-            worker = open_claims()
+            worker = open_consumer()
             early, late = make_job(), make_job()
             await producer.enqueue(early)
             [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
@@ -305,11 +305,11 @@ def test_wait_for_a_new_job_takes_its_end_from_the_message(
 
 
 def test_wait_takes_no_end_of_an_earlier_job_under_the_same_id(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
-            worker, job = open_claims(), make_job()
+        async with open_producer() as producer:
+            worker, job = open_consumer(), make_job()
             await producer.enqueue(job)
             [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
             await asyncio.to_thread(worker.fail, claim, JobError("job_failed", "it cannot be drawn"))
@@ -322,14 +322,14 @@ def test_wait_takes_no_end_of_an_earlier_job_under_the_same_id(
 
 
 def test_wait_for_a_new_job_outlives_a_message_that_never_comes(
-    open_broker: Any, open_claims: Any, make_job: Any, monkeypatch: pytest.MonkeyPatch
+    open_producer: Any, open_consumer: Any, make_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             monkeypatch.setattr(producer._ends, "note", lambda told: None)
             job = make_job()
             await producer.enqueue(job)
-            worker = open_claims()
+            worker = open_consumer()
             [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
             await asyncio.to_thread(worker.finish, claim, [(PNG, b"png")], {}, [])
             assert (await producer.wait(job.id, 30.0, created=job)).state is JobState.SUCCEEDED
@@ -337,9 +337,9 @@ def test_wait_for_a_new_job_outlives_a_message_that_never_comes(
     asyncio.run(scenario())
 
 
-def test_wait_gives_the_latest_record_at_its_timeout(open_broker: Any, make_job: Any) -> None:
+def test_wait_gives_the_latest_record_at_its_timeout(open_producer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             job = make_job()
             await producer.enqueue(job)
             started_s = time.perf_counter()
@@ -352,13 +352,13 @@ def test_wait_gives_the_latest_record_at_its_timeout(open_broker: Any, make_job:
 
 
 def test_waiters_share_one_connection(
-    open_broker: Any, make_job: Any, redis_client: redis.Redis, start_server: Any
+    open_producer: Any, make_job: Any, redis_client: redis.Redis, start_server: Any
 ) -> None:
     def subscribed() -> int:
         return sum(int(client["sub"]) for client in redis_client.client_list())
 
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             job = make_job()
             await producer.enqueue(job)
             await asyncio.to_thread(wait_until, lambda: subscribed() == 1, "the broker listens")
@@ -370,13 +370,15 @@ def test_waiters_share_one_connection(
     asyncio.run(scenario())
 
 
-def test_events_resume_after_any_of_them_and_end_after_done(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+def test_events_resume_after_any_of_them_and_end_after_done(
+    open_producer: Any, open_consumer: Any, make_job: Any
+) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             job = make_job()
             await producer.enqueue(job)
             live = asyncio.create_task(read_events(producer, job.id))
-            worker = open_claims()
+            worker = open_consumer()
             [claim] = await asyncio.to_thread(worker.claim, 1, 1.0)
             for step in (1, 2):
                 worker.emit(claim, "step", {"step": step, "steps": 2})
@@ -392,9 +394,9 @@ def test_events_resume_after_any_of_them_and_end_after_done(open_broker: Any, op
     asyncio.run(scenario())
 
 
-def test_events_refuse_a_malformed_id_and_an_unknown_job(open_broker: Any, make_job: Any) -> None:
+def test_events_refuse_a_malformed_id_and_an_unknown_job(open_producer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             job = make_job()
             await producer.enqueue(job)
             for bad in ("$", "later", "1-2-3", "", "-"):
@@ -407,13 +409,13 @@ def test_events_refuse_a_malformed_id_and_an_unknown_job(open_broker: Any, make_
 
 
 def test_event_stream_keeps_no_more_than_its_limit_and_always_the_end(
-    open_broker: Any, open_claims: Any, make_job: Any
+    open_producer: Any, open_consumer: Any, make_job: Any
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             job = make_job()
             await producer.enqueue(job)
-            worker = open_claims(event_limit=16)
+            worker = open_consumer(event_limit=16)
             [claim] = worker.claim(1, 1.0)
             for step in range(40):
                 worker.emit(claim, "step", {"step": step, "steps": 40})
@@ -425,10 +427,10 @@ def test_event_stream_keeps_no_more_than_its_limit_and_always_the_end(
     asyncio.run(scenario())
 
 
-def test_stats_count_jobs_in_every_place(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+def test_stats_count_jobs_in_every_place(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
-            worker = open_claims(retry_backoff_s=60.0)
+        async with open_producer() as producer:
+            worker = open_consumer(retry_backoff_s=60.0)
             for _ in range(4):
                 await producer.enqueue(make_job(), b"1234")
             retried, dead, done, _running = worker.claim(4, 1.0)
@@ -450,11 +452,11 @@ def test_stats_count_jobs_in_every_place(open_broker: Any, open_claims: Any, mak
 
 
 def test_every_key_has_a_ttl_or_a_known_cap_once_jobs_are_final(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
-            worker = open_claims()
+        async with open_producer() as producer:
+            worker = open_consumer()
             for n in range(4):
                 await producer.enqueue(make_job(), b"1234", idempotency_key=str(n))
             done, failed, canceled, stopped = worker.claim(4, 1.0)
@@ -476,8 +478,8 @@ def test_every_key_has_a_ttl_or_a_known_cap_once_jobs_are_final(
 
 
 def test_no_log_line_and_no_dead_letter_holds_a_prompt(
-    open_broker: Any,
-    open_claims: Any,
+    open_producer: Any,
+    open_consumer: Any,
     make_job: Any,
     redis_client: redis.Redis,
     settings: Settings,
@@ -486,12 +488,12 @@ def test_no_log_line_and_no_dead_letter_holds_a_prompt(
     caplog.set_level(logging.DEBUG)
 
     async def scenario() -> None:
-        async with open_broker(queue_limit=1) as producer:
+        async with open_producer(queue_limit=1) as producer:
             await producer.enqueue(make_job(prompt="violet secret"))
             with pytest.raises(QueueFull) as refused:
                 await producer.enqueue(make_job(prompt="violet secret"))
             assert "violet" not in refused.value.detail
-            slow, quick = open_claims(lease=False), open_claims()
+            slow, quick = open_consumer(lease=False), open_consumer()
             [late] = slow.claim(1, 1.0)
             await asyncio.sleep(1.1)
             [claim] = quick.claim(1, 3.0)
@@ -507,7 +509,7 @@ def test_no_log_line_and_no_dead_letter_holds_a_prompt(
 def test_unreachable_redis_is_not_ready(settings: Settings, make_job: Any) -> None:
     async def scenario() -> None:
         async with open_async_redis("redis://127.0.0.1:1/0") as client:
-            producer = Broker(client, settings)
+            producer = JobProducer(client, settings)
             with pytest.raises(NotReady):
                 await producer.open()
             with pytest.raises(NotReady):

@@ -17,7 +17,7 @@ import redis
 from giantleap.service.errors import NotReady
 from giantleap.service.jobqueue.client import open_async_redis
 from giantleap.service.jobqueue.keys import Keys
-from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import Job, JobState
 from giantleap.service.settings import Settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
@@ -45,18 +45,18 @@ def start_worker(settings: Settings, redis_url: str) -> Iterator[StartWorker]:
         worker.wait()
 
 
-def put(open_broker: Any, jobs: list[Job]) -> None:
+def put(open_producer: Any, jobs: list[Job]) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             for job in jobs:
                 await producer.enqueue(job)
 
     asyncio.run(scenario())
 
 
-def await_all(open_broker: Any, jobs: list[Job], within_s: float) -> list[JobState]:
+def await_all(open_producer: Any, jobs: list[Job], within_s: float) -> list[JobState]:
     async def scenario() -> list[JobState]:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             return [record.state for record in await asyncio.gather(*(producer.wait(job.id, within_s) for job in jobs))]
 
     return asyncio.run(scenario())
@@ -101,31 +101,36 @@ def sleeps(make_job: Any, number: int, milliseconds: int) -> list[Job]:
 
 
 def test_job_of_a_killed_worker_is_finished_once_by_another(
-    open_broker: Any, make_job: Any, start_worker: StartWorker, log: Log, redis_client: redis.Redis, settings: Settings
+    open_producer: Any,
+    make_job: Any,
+    start_worker: StartWorker,
+    log: Log,
+    redis_client: redis.Redis,
+    settings: Settings,
 ) -> None:
     [job] = jobs = sleeps(make_job, 1, 800)
-    put(open_broker, jobs)
+    put(open_producer, jobs)
     victim = start_worker()
     log.await_count("start", 1)
     heir = start_worker()
     victim.kill()
-    assert await_all(open_broker, jobs, 20.0) == [JobState.SUCCEEDED]
+    assert await_all(open_producer, jobs, 20.0) == [JobState.SUCCEEDED]
     assert log.count("start") == {job.id: 2}
     assert log.done_events(job) == 1
     assert redis_client.hgetall(Keys(settings.key_prefix).result(job.id)) == {b"0": f"{job.id} by {heir.pid}".encode()}
 
 
 def test_twenty_jobs_all_finish_once_though_the_worker_is_killed_in_the_middle(
-    open_broker: Any, make_job: Any, start_worker: StartWorker, log: Log
+    open_producer: Any, make_job: Any, start_worker: StartWorker, log: Log
 ) -> None:
     jobs = sleeps(make_job, 20, 60)
-    put(open_broker, jobs)
+    put(open_producer, jobs)
     victim = start_worker()
     log.await_count("start", 8)
     victim.kill()
     victim.wait()
     start_worker()
-    assert await_all(open_broker, jobs, 30.0) == [JobState.SUCCEEDED] * 20
+    assert await_all(open_producer, jobs, 30.0) == [JobState.SUCCEEDED] * 20
     assert [log.done_events(job) for job in jobs] == [1] * 20
     starts = log.count("start")
     assert set(starts) == {job.id for job in jobs}
@@ -133,27 +138,27 @@ def test_twenty_jobs_all_finish_once_though_the_worker_is_killed_in_the_middle(
 
 
 def test_no_job_runs_twice_between_processes(
-    open_broker: Any, make_job: Any, start_worker: StartWorker, log: Log
+    open_producer: Any, make_job: Any, start_worker: StartWorker, log: Log
 ) -> None:
     jobs = sleeps(make_job, 90, 2)
     for _ in range(3):
         start_worker(visibility_s=10.0)  # a busy machine may hold a process up for a second
-    put(open_broker, jobs)
-    assert await_all(open_broker, jobs, 30.0) == [JobState.SUCCEEDED] * 90
+    put(open_producer, jobs)
+    assert await_all(open_producer, jobs, 30.0) == [JobState.SUCCEEDED] * 90
     log.await_count("end", 90)
     assert log.count("start") == log.count("end") == Counter(job.id for job in jobs)
 
 
 @pytest.mark.parametrize(("kind", "visibility_s"), [("sleep", 2.0), ("compute", 2.0), ("hold-gil", 3.0)])
 def test_work_longer_than_the_visibility_timeout_runs_once(
-    kind: str, visibility_s: float, open_broker: Any, make_job: Any, start_worker: StartWorker, log: Log
+    kind: str, visibility_s: float, open_producer: Any, make_job: Any, start_worker: StartWorker, log: Log
 ) -> None:
     """C calls that hold the GIL one after the other delay a heartbeat by several of them: each is a sixth here."""
     job = make_job(negative_prompt=kind, steps=int(2300 * visibility_s))
-    put(open_broker, [job])
+    put(open_producer, [job])
     start_worker(visibility_s=visibility_s)
     start_worker(visibility_s=visibility_s)
-    assert await_all(open_broker, [job], 30.0) == [JobState.SUCCEEDED]
+    assert await_all(open_producer, [job], 30.0) == [JobState.SUCCEEDED]
     assert log.count("start") == {job.id: 1}
     assert log.done_events(job) == 1
 
@@ -161,27 +166,32 @@ def test_work_longer_than_the_visibility_timeout_runs_once(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sleep", "compute", "hold-gil"])
 def test_work_of_16_s_under_5_s_visibility_runs_once(
-    kind: str, open_broker: Any, make_job: Any, start_worker: StartWorker, log: Log
+    kind: str, open_producer: Any, make_job: Any, start_worker: StartWorker, log: Log
 ) -> None:
     job = make_job(negative_prompt=kind, steps=16_000)
-    put(open_broker, [job])
+    put(open_producer, [job])
     start_worker(visibility_s=5.0)
     start_worker(visibility_s=5.0)
-    assert await_all(open_broker, [job], 60.0) == [JobState.SUCCEEDED]
+    assert await_all(open_producer, [job], 60.0) == [JobState.SUCCEEDED]
     assert log.count("start") == {job.id: 1}
 
 
 def test_job_that_kills_its_worker_each_time_is_capped_and_the_queue_goes_on(
-    open_broker: Any, make_job: Any, start_worker: StartWorker, log: Log, redis_client: redis.Redis, settings: Settings
+    open_producer: Any,
+    make_job: Any,
+    start_worker: StartWorker,
+    log: Log,
+    redis_client: redis.Redis,
+    settings: Settings,
 ) -> None:
     poison = make_job(negative_prompt="die")
     healthy = sleeps(make_job, 3, 10)
-    put(open_broker, [poison, *healthy])
+    put(open_producer, [poison, *healthy])
     for start in range(1, settings.max_deliveries + 1):
         start_worker()
         log.await_starts(poison, start)
     start_worker()
-    states = await_all(open_broker, [poison, *healthy], 30.0)
+    states = await_all(open_producer, [poison, *healthy], 30.0)
     assert states == [JobState.FAILED, *[JobState.SUCCEEDED] * 3]
     assert log.count("start")[poison.id] == settings.max_deliveries
     [(_, letter)] = redis_client.xrange(Keys(settings.key_prefix).dead)
@@ -189,7 +199,7 @@ def test_job_that_kills_its_worker_each_time_is_capped_and_the_queue_goes_on(
     assert b"its worker was lost" in letter[b"error"]
 
 
-async def await_empty(producer: Broker, within_s: float = 30.0) -> None:
+async def await_empty(producer: JobProducer, within_s: float = 30.0) -> None:
     """A cancelled producer leaves jobs that landed without its knowing: they end after the last one it knows of."""
     deadline_s = time.monotonic() + within_s
     while (left := await producer.stats()) and left.processing + left.delayed + sum(left.queued.values()):
@@ -200,7 +210,7 @@ async def await_empty(producer: Broker, within_s: float = 30.0) -> None:
 class Load:
     """Enqueues jobs without pause and keeps the time at which each was acknowledged."""
 
-    def __init__(self, producer: Broker, make_job: Any) -> None:
+    def __init__(self, producer: JobProducer, make_job: Any) -> None:
         self._producer = producer
         self._make_job = make_job
         self.acknowledged_s: dict[str, float] = {}
@@ -234,7 +244,7 @@ def test_killed_redis_comes_back_with_everything_it_promised(
 
     async def scenario() -> None:
         async with open_async_redis(url) as client:
-            producer = Broker(client, changed)
+            producer = JobProducer(client, changed)
             await producer.open()
             load = Load(producer, make_job)
             loads = [asyncio.create_task(load.run()) for _ in range(3)]

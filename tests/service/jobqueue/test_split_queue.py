@@ -11,9 +11,9 @@ import redis
 
 from giantleap.models.stages import DRAWING, FINISHING
 from giantleap.service.errors import StorageFull
-from giantleap.service.jobqueue.consumer import Claim, Claims, Drawn
+from giantleap.service.jobqueue.consumer import BaseLatents, Claim, JobConsumer
 from giantleap.service.jobqueue.keys import Keys
-from giantleap.service.jobqueue.producer import Broker, retry_after_s
+from giantleap.service.jobqueue.producer import JobProducer, retry_after_s
 from giantleap.service.jobs.job import Job, JobError, JobState, Priority, QueueStats, ResultFile, UpscaleParams
 from giantleap.service.settings import Settings
 
@@ -48,7 +48,7 @@ def make_stale(redis_client: redis.Redis) -> Callable[[Claim], None]:
     return age
 
 
-def take_one(worker: Claims) -> Claim:
+def take_one(worker: JobConsumer) -> Claim:
     [claim] = worker.claim(1, 5.0)
     return claim
 
@@ -67,11 +67,11 @@ def leftovers(client: redis.Redis, settings: Settings) -> list[str]:
 
 
 def test_a_drawn_job_is_finished_by_another_worker_with_all_that_the_first_knew(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
-            drawer, finisher = open_claims(stages=DRAWING), open_claims(stages=FINISHING)
+        async with open_producer() as broker:
+            drawer, finisher = open_consumer(stages=DRAWING), open_consumer(stages=FINISHING)
             job = make_job(Priority.LOW)
             await broker.enqueue(job, b"a picture to start from")
             assert finisher.claim(1, 0.0) == [], "nothing to finish yet"
@@ -85,7 +85,7 @@ def test_a_drawn_job_is_finished_by_another_worker_with_all_that_the_first_knew(
             assert drawer.claim(1, 0.0) == [], "it draws nothing twice"
             second = take_one(finisher)
             assert (second.job, second.body, second.delivery) == (job, b"latents", 1)
-            assert second.drawn == Drawn(STAGES, ("cut off",))
+            assert second.drawn == BaseLatents(STAGES, ("cut off",))
             assert finisher.finish(second, [(PNG, b"png")], STAGES | {"decode": 0.5}, ["cut off"])
             ended = await read(broker, job)
             assert (ended.state, ended.warnings) == (JobState.SUCCEEDED, ("cut off",))
@@ -98,20 +98,20 @@ def test_a_drawn_job_is_finished_by_another_worker_with_all_that_the_first_knew(
     assert leftovers(redis_client, settings) == []
 
 
-async def read(broker: Broker, job: Job) -> Any:
+async def read(broker: JobProducer, job: Job) -> Any:
     record = await broker.get(job.id)
     assert record is not None
     return record
 
 
 def test_what_needs_no_drawing_goes_to_the_finish_queue_once_there_is_one(
-    open_broker: Any, open_claims: Any, make_upscale: Any
+    open_producer: Any, open_consumer: Any, make_upscale: Any
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             early, late = make_upscale(), make_upscale()
             await broker.enqueue(early, b"latent 1")
-            drawer, finisher = open_claims(stages=DRAWING), open_claims(stages=FINISHING)
+            drawer, finisher = open_consumer(stages=DRAWING), open_consumer(stages=FINISHING)
             await broker.enqueue(late, b"latent 2")
             assert take_one(finisher).job == late
             passed_on = take_one(drawer)
@@ -124,11 +124,16 @@ def test_what_needs_no_drawing_goes_to_the_finish_queue_once_there_is_one(
 
 
 def test_without_split_pools_there_is_no_finish_queue(
-    open_broker: Any, open_claims: Any, make_upscale: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any,
+    open_consumer: Any,
+    make_upscale: Any,
+    make_job: Any,
+    redis_client: redis.Redis,
+    settings: Settings,
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
-            worker = open_claims()
+        async with open_producer() as broker:
+            worker = open_consumer()
             jobs = [make_job(), make_upscale(), make_job()]
             for job in jobs:
                 await broker.enqueue(job)
@@ -138,10 +143,10 @@ def test_without_split_pools_there_is_no_finish_queue(
     assert not list(redis_client.scan_iter(f"{Keys(settings.key_prefix).tag}:*+finish*"))
 
 
-def test_a_worker_of_all_stages_helps_both_halves(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+def test_a_worker_of_all_stages_helps_both_halves(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
-            drawer, whole = open_claims(stages=DRAWING), open_claims()
+        async with open_producer() as broker:
+            drawer, whole = open_consumer(stages=DRAWING), open_consumer()
             jobs = [make_job() for _ in range(2)]
             for job in jobs:
                 await broker.enqueue(job)
@@ -154,12 +159,17 @@ def test_a_worker_of_all_stages_helps_both_halves(open_broker: Any, open_claims:
 
 
 def test_a_late_hand_over_writes_nothing(
-    open_broker: Any, open_claims: Any, make_job: Any, make_stale: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any,
+    open_consumer: Any,
+    make_job: Any,
+    make_stale: Any,
+    redis_client: redis.Redis,
+    settings: Settings,
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
-            slow, quick = open_claims(lease=False, stages=DRAWING), open_claims(stages=DRAWING)
-            finisher = open_claims(stages=FINISHING)
+        async with open_producer() as broker:
+            slow, quick = open_consumer(lease=False, stages=DRAWING), open_consumer(stages=DRAWING)
+            finisher = open_consumer(stages=FINISHING)
             job = make_job()
             await broker.enqueue(job)
             late = take_one(slow)
@@ -182,23 +192,28 @@ def test_a_late_hand_over_writes_nothing(
 
 
 def test_a_job_that_kills_whoever_finishes_it_is_dead_lettered_whatever_the_drawing_took(
-    open_broker: Any, open_claims: Any, make_job: Any, make_stale: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any,
+    open_consumer: Any,
+    make_job: Any,
+    make_stale: Any,
+    redis_client: redis.Redis,
+    settings: Settings,
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             job = make_job()
             await broker.enqueue(job)
             for delivery in (1, 2, 3):
-                claim = take_one(drawer := open_claims(lease=False, stages=DRAWING))
+                claim = take_one(drawer := open_consumer(lease=False, stages=DRAWING))
                 assert claim.delivery == delivery
                 if delivery < 3:
                     make_stale(claim)
             drawer.hand_over(claim, b"latents", STAGES, [])
             for delivery in (1, 2, 3):
-                claim = take_one(open_claims(lease=False, stages=FINISHING))
+                claim = take_one(open_consumer(lease=False, stages=FINISHING))
                 assert (claim.delivery, claim.body) == (delivery, b"latents"), "the drawing is not done again"
                 make_stale(claim)
-            assert open_claims(stages=FINISHING).claim(1, 0.0) == []
+            assert open_consumer(stages=FINISHING).claim(1, 0.0) == []
             record = await read(broker, job)
             assert record.state is JobState.FAILED and record.error is not None and "3 times" in record.error.detail
             assert record.stages == STAGES, "what was done is not forgotten"
@@ -208,15 +223,15 @@ def test_a_job_that_kills_whoever_finishes_it_is_dead_lettered_whatever_the_draw
     assert leftovers(redis_client, settings) == []
 
 
-def test_a_retry_of_the_finish_waits_in_the_finish_queue(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+def test_a_retry_of_the_finish_waits_in_the_finish_queue(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
-            drawer, finisher = open_claims(stages=DRAWING), open_claims(stages=FINISHING)
+        async with open_producer() as broker:
+            drawer, finisher = open_consumer(stages=DRAWING), open_consumer(stages=FINISHING)
             await broker.enqueue(make_job())
             drawer.hand_over(take_one(drawer), b"latents", STAGES, ["cut off"])
             assert finisher.fail(take_one(finisher), JobError("engine_fault", "lost device", retryable=True))
             again = take_one(finisher)
-            assert (again.delivery, again.body, again.drawn) == (2, b"latents", Drawn(STAGES, ("cut off",)))
+            assert (again.delivery, again.body, again.drawn) == (2, b"latents", BaseLatents(STAGES, ("cut off",)))
             finisher.release([again])
             assert take_one(finisher).delivery == 2
 
@@ -224,11 +239,11 @@ def test_a_retry_of_the_finish_waits_in_the_finish_queue(open_broker: Any, open_
 
 
 def test_a_job_that_nobody_wants_any_more_ends_at_the_hand_over_or_while_it_waits(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
-            drawer, finisher = open_claims(stages=DRAWING), open_claims(stages=FINISHING)
+        async with open_producer() as broker:
+            drawer, finisher = open_consumer(stages=DRAWING), open_consumer(stages=FINISHING)
             running, waiting = make_job(), make_job()
             overdue = replace(make_job(), cancel_after_s=600.0)
             for job in (running, waiting, overdue):
@@ -250,12 +265,12 @@ def test_a_job_that_nobody_wants_any_more_ends_at_the_hand_over_or_while_it_wait
 
 
 def test_latents_count_in_the_byte_budget_in_place_of_the_input(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker(blob_budget_bytes=1000) as broker:
-            drawer = open_claims(stages=DRAWING, blob_budget_bytes=1000)
-            finisher = open_claims(stages=FINISHING, blob_budget_bytes=1000)
+        async with open_producer(blob_budget_bytes=1000) as broker:
+            drawer = open_consumer(stages=DRAWING, blob_budget_bytes=1000)
+            finisher = open_consumer(stages=FINISHING, blob_budget_bytes=1000)
             await broker.enqueue(make_job(), bytes(400))
             claim = take_one(drawer)
             with pytest.raises(StorageFull, match="1001 bytes"):
@@ -272,10 +287,10 @@ def test_latents_count_in_the_byte_budget_in_place_of_the_input(
     assert leftovers(redis_client, settings) == []
 
 
-def test_the_limit_positions_and_times_count_both_queues(open_broker: Any, open_claims: Any, make_job: Any) -> None:
+def test_the_limit_positions_and_times_count_both_queues(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker(queue_limit=4) as broker:
-            drawers, finisher = [open_claims(stages=DRAWING) for _ in range(2)], open_claims(stages=FINISHING)
+        async with open_producer(queue_limit=4) as broker:
+            drawers, finisher = [open_consumer(stages=DRAWING) for _ in range(2)], open_consumer(stages=FINISHING)
             jobs = [make_job() for _ in range(4)]
             for job in jobs:
                 await broker.enqueue(job)
@@ -312,10 +327,10 @@ def test_retry_after_is_that_of_the_slower_half() -> None:
     assert retry_after_s(replace(stats, drawing_workers=4, finishing_workers=1, queue_median_s={"a": 1.0})) == 90
 
 
-def test_a_worker_that_leaves_is_counted_in_no_half(open_broker: Any, open_claims: Any) -> None:
+def test_a_worker_that_leaves_is_counted_in_no_half(open_producer: Any, open_consumer: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
-            worker = open_claims(stages=FINISHING)
+        async with open_producer() as broker:
+            worker = open_consumer(stages=FINISHING)
             assert (await broker.stats()).finishing_workers == 1
             worker.close()
             stats = await broker.stats()
@@ -325,14 +340,14 @@ def test_a_worker_that_leaves_is_counted_in_no_half(open_broker: Any, open_claim
 
 
 def test_a_record_of_an_older_version_is_claimed_as_before(
-    open_broker: Any, open_claims: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             job = make_job()
             await broker.enqueue(job)
             assert b"part" not in redis_client.hgetall(Keys(settings.key_prefix).job(job.id))
-            drawer = open_claims(stages=DRAWING)
+            drawer = open_consumer(stages=DRAWING)
             assert take_one(drawer).job == job
 
     asyncio.run(scenario())

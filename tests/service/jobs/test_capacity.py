@@ -28,20 +28,20 @@ from giantleap.service.api.problems import from_job_error
 from giantleap.service.api.schemas import GenerateRequest
 from giantleap.service.errors import DoesNotFit
 from giantleap.service.jobqueue.client import open_redis
-from giantleap.service.jobqueue.consumer import Claims
-from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobqueue.consumer import JobConsumer
+from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.capacity import (
     BundleMemory,
-    Place,
+    DeviceShare,
+    check_capacity,
     find_places,
     largest_note,
-    most_items,
+    max_items,
     read_memory,
-    require_fit,
     share_device,
-    to_work,
+    to_workload,
 )
-from giantleap.service.jobs.devices import Device, Loaded, machine_memory_bytes, usable_bytes
+from giantleap.service.jobs.devices import Device, LoadedBundle, machine_memory_bytes, usable_bytes
 from giantleap.service.jobs.job import UpscaleParams
 from giantleap.service.jobs.planning import plan_generate
 from giantleap.service.settings import POCKET_BUNDLE, Settings, read_settings
@@ -50,7 +50,7 @@ from giantleap.service.worker.batch_runner import Drain
 from giantleap.service.worker.batching import LatentGrid
 from giantleap.service.worker.device import find_device
 from giantleap.service.worker.loop import Worker
-from tests.redis_fixtures import BrokerOpener
+from tests.redis_fixtures import ProducerOpener
 from tests.service.fake_broker import FakeBroker
 from tests.service.fakes import GENERATE, FakeClaims, FakeRoute, make_claim
 from tests.waiting import wait_until
@@ -88,15 +88,17 @@ def plan(memory: BundleMemory) -> MemoryPlan:
     return memory.plans["float32"]
 
 
-def small_device(memory_bytes: int = 2048 * MIB, **others: Loaded) -> Device:
-    return Device("cpu", memory_bytes, {"large": Loaded("float32", 0), **others})
+def small_device(memory_bytes: int = 2048 * MIB, **others: LoadedBundle) -> Device:
+    return Device("cpu", memory_bytes, {"large": LoadedBundle("float32", 0), **others})
 
 
 # Devices
 
 
 def test_a_device_comes_back_from_its_json(plan: MemoryPlan) -> None:
-    device = Device("cuda", 24 << 30, {"a": Loaded("bfloat16", 5, plan.lua, prepared=True), "b": Loaded("float32", 7)})
+    device = Device(
+        "cuda", 24 << 30, {"a": LoadedBundle("bfloat16", 5, plan.lua, prepared=True), "b": LoadedBundle("float32", 7)}
+    )
     assert Device.from_json(device.to_json()) == device
 
 
@@ -131,8 +133,8 @@ def test_a_bundle_has_what_the_others_leave(bundle: Bundle, plan: MemoryPlan, me
         plan.weights_bytes,
         half.weights_bytes + plan.weights_bytes,
     ]
-    alone, beside = Place(plan, 1000 * MIB), Place(plan, 1000 * MIB, others_bytes=400 * MIB)
-    work = to_work(replace(LARGE, width_px=1024, height_px=1024), bundle)
+    alone, beside = DeviceShare(plan, 1000 * MIB), DeviceShare(plan, 1000 * MIB, others_bytes=400 * MIB)
+    work = to_workload(replace(LARGE, width_px=1024, height_px=1024), bundle)
     assert alone.fits(work) and not replace(beside, others_bytes=950 * MIB).fits(work)
     assert beside.own_bytes == 600 * MIB
 
@@ -140,8 +142,8 @@ def test_a_bundle_has_what_the_others_leave(bundle: Bundle, plan: MemoryPlan, me
 def test_places_are_those_of_the_workers_that_serve_the_bundle(memory: BundleMemory) -> None:
     devices = [
         small_device(1000),
-        Device("cuda", 3000, {"large": Loaded("bfloat16", 7, prepared=True)}),
-        Device("cuda", 9000, {"another": Loaded("bfloat16", 0)}),
+        Device("cuda", 3000, {"large": LoadedBundle("bfloat16", 7, prepared=True)}),
+        Device("cuda", 9000, {"another": LoadedBundle("bfloat16", 0)}),
     ]
     places = find_places("large", {"large": memory}, devices, read_settings())
     assert [(p.memory_bytes, p.others_bytes, p.plan.device, p.plan.dtype, p.plan.prepared) for p in places] == [
@@ -167,7 +169,7 @@ def test_the_setting_counts_before_what_workers_say_and_without_any(memory: Bund
 
 def test_the_lua_that_only_a_worker_can_read_is_planned_with(memory: BundleMemory, plan: MemoryPlan) -> None:
     blind = BundleMemory({"float32": replace(plan, lua=None)})
-    device = Device("cpu", 1000, {"large": Loaded("float32", 0, plan.lua)})
+    device = Device("cpu", 1000, {"large": LoadedBundle("float32", 0, plan.lua)})
     (place,) = find_places("large", {"large": blind}, [device], read_settings())
     assert place.plan.lua == plan.lua and place.plan.weights_bytes > plan.weights_bytes
 
@@ -178,9 +180,9 @@ def test_the_lua_that_only_a_worker_can_read_is_planned_with(memory: BundleMemor
 def test_a_job_that_fits_is_accepted_and_one_that_does_not_is_refused_with_the_size_that_does(
     bundle: Bundle, plan: MemoryPlan
 ) -> None:
-    place = Place(plan, 2048 * MIB)
+    place = DeviceShare(plan, 2048 * MIB)
     with pytest.raises(DoesNotFit) as caught:
-        require_fit(LARGE, bundle, [place], LIMIT_PX)
+        check_capacity(LARGE, bundle, [place], LIMIT_PX)
     error = caught.value
     assert error.largest_px is not None and error.needed_bytes is not None
     width_px, height_px = error.largest_px
@@ -188,23 +190,23 @@ def test_a_job_that_fits_is_accepted_and_one_that_does_not_is_refused_with_the_s
     assert error.device_bytes == 2048 * MIB < error.needed_bytes
     for part in ("8192x8192 px", str(error.needed_bytes), str(2048 * MIB), f"{width_px}x{height_px} px"):
         assert part in error.detail
-    require_fit(replace(LARGE, width_px=width_px, height_px=height_px), bundle, [place], LIMIT_PX)
+    check_capacity(replace(LARGE, width_px=width_px, height_px=height_px), bundle, [place], LIMIT_PX)
     with pytest.raises(DoesNotFit):
-        require_fit(replace(LARGE, width_px=width_px + 128, height_px=height_px + 128), bundle, [place], LIMIT_PX)
+        check_capacity(replace(LARGE, width_px=width_px + 128, height_px=height_px + 128), bundle, [place], LIMIT_PX)
 
 
 def test_the_largest_device_counts_and_an_unknown_one_refuses_nothing(bundle: Bundle, plan: MemoryPlan) -> None:
-    small, roomy = Place(plan, 2048 * MIB), Place(plan, 64 << 30)
-    require_fit(LARGE, bundle, [small, roomy], LIMIT_PX)
-    require_fit(LARGE, bundle, [], LIMIT_PX)
-    require_fit(LARGE, bundle, [Place(replace(plan, lua=None), 1)], LIMIT_PX)
+    small, roomy = DeviceShare(plan, 2048 * MIB), DeviceShare(plan, 64 << 30)
+    check_capacity(LARGE, bundle, [small, roomy], LIMIT_PX)
+    check_capacity(LARGE, bundle, [], LIMIT_PX)
+    check_capacity(LARGE, bundle, [DeviceShare(replace(plan, lua=None), 1)], LIMIT_PX)
     with pytest.raises(DoesNotFit, match=str(2049 * MIB)):
-        require_fit(LARGE, bundle, [small, Place(plan, 2049 * MIB)], LIMIT_PX)
+        check_capacity(LARGE, bundle, [small, DeviceShare(plan, 2049 * MIB)], LIMIT_PX)
 
 
 def test_where_not_even_the_least_size_fits_the_refusal_says_so(bundle: Bundle, plan: MemoryPlan) -> None:
     with pytest.raises(DoesNotFit, match=f"no size fits beside {plan.weights_bytes} bytes of weights") as caught:
-        require_fit(LARGE, bundle, [Place(plan, plan.weights_bytes)], LIMIT_PX)
+        check_capacity(LARGE, bundle, [DeviceShare(plan, plan.weights_bytes)], LIMIT_PX)
     assert caught.value.largest_px is None
 
 
@@ -212,7 +214,7 @@ def test_where_not_even_the_least_size_fits_the_refusal_says_so(bundle: Bundle, 
 def test_the_size_that_is_offered_is_accepted(bundle: Bundle, plan: MemoryPlan, method: str) -> None:
     asked = GenerateRequest.model_validate({"prompt": "a", "width": 8192, "height": 4096, "scale": 4, "method": method})
     settings = read_settings(max_image_px=LIMIT_PX)
-    places = [Place(plan, 1024 * MIB)]
+    places = [DeviceShare(plan, 1024 * MIB)]
     with pytest.raises(DoesNotFit) as caught:
         plan_generate(asked, bundle, settings, 1, "png", places)
     assert caught.value.largest_px is not None
@@ -223,31 +225,31 @@ def test_the_size_that_is_offered_is_accepted(bundle: Bundle, plan: MemoryPlan, 
 
 def test_an_upscale_is_planned_by_its_latent_or_image(bundle: Bundle, plan: MemoryPlan) -> None:
     latent = UpscaleParams(4, "pocket16", 2, 16, 100, 50, "image", "png")
-    assert (to_work(latent, bundle).width_px, to_work(latent, bundle).height_px) == (1600, 3200)
-    assert to_work(latent, bundle).source == "latent"
-    assert to_work(replace(latent, output="latent"), bundle).decode is None
-    image = to_work(replace(latent, image_width_px=393, image_height_px=799), bundle)
+    assert (to_workload(latent, bundle).width_px, to_workload(latent, bundle).height_px) == (1600, 3200)
+    assert to_workload(latent, bundle).source == "latent"
+    assert to_workload(replace(latent, output="latent"), bundle).decode is None
+    image = to_workload(replace(latent, image_width_px=393, image_height_px=799), bundle)
     assert (image.width_px, image.height_px, image.source) == (1572, 3196, "image")
     with pytest.raises(DoesNotFit) as caught:
-        require_fit(replace(latent, latent_height=1000), bundle, [Place(plan, 300 * MIB)], LIMIT_PX)
+        check_capacity(replace(latent, latent_height=1000), bundle, [DeviceShare(plan, 300 * MIB)], LIMIT_PX)
     assert caught.value.largest_px is not None
     assert all(side_px % 32 == 0 for side_px in caught.value.largest_px)
-    start = to_work(replace(GENERATE, strength=0.5), bundle)
+    start = to_workload(replace(GENERATE, strength=0.5), bundle)
     assert start.source == "prompt and image"
 
 
 def test_a_limit_on_pixels_names_the_largest_size_as_well(bundle: Bundle, plan: MemoryPlan) -> None:
-    work = to_work(LARGE, bundle)
+    work = to_workload(LARGE, bundle)
     assert largest_note(work, bundle, [], 1024**2) == "; the largest size that fits is 1024x1024 px"
-    assert largest_note(work, bundle, [Place(replace(plan, lua=None), 1)], 1024**2).endswith("1024x1024 px")
-    narrow = largest_note(work, bundle, [Place(plan, 200 * MIB)], 2048**2)
+    assert largest_note(work, bundle, [DeviceShare(replace(plan, lua=None), 1)], 1024**2).endswith("1024x1024 px")
+    narrow = largest_note(work, bundle, [DeviceShare(plan, 200 * MIB)], 2048**2)
     assert int(narrow.split()[-2].split("x")[0]) < 2048
 
 
 # Over HTTP
 
 
-def app_of(settings: Settings, broker: FakeBroker | Broker) -> httpx.ASGITransport:
+def app_of(settings: Settings, broker: FakeBroker | JobProducer) -> httpx.ASGITransport:
     return httpx.ASGITransport(create_app(settings, broker))  # type: ignore[arg-type]
 
 
@@ -285,14 +287,14 @@ async def test_an_upscale_to_8192_px_is_refused_as_well(client: httpx.AsyncClien
 
 @pytest.mark.anyio
 async def test_two_hundred_refusals_leave_the_queue_alone_and_take_less_than_50_ms(
-    directory: Path, settings: Settings, open_broker: BrokerOpener, redis_client: redis.Redis
+    directory: Path, settings: Settings, open_producer: ProducerOpener, redis_client: redis.Redis
 ) -> None:
     served = settings.model_copy(update={"bundle": (directory,), "max_image_px": LIMIT_PX})
-    worker = Claims(open_redis(str(served.redis_url)), served, ("large",), "w", small_device())
+    worker = JobConsumer(open_redis(str(served.redis_url)), served, ("large",), "w", small_device())
     worker.open()
     try:
         async with (
-            open_broker() as broker,
+            open_producer() as broker,
             httpx.AsyncClient(transport=app_of(served, broker), base_url="http://giantleap") as client,
         ):
             before = redis_state(redis_client, served.key_prefix)
@@ -328,12 +330,12 @@ def redis_state(client: redis.Redis, prefix: str) -> dict[bytes, int]:
 
 @pytest.mark.anyio
 async def test_the_api_learns_the_devices_of_live_workers_and_forgets_those_that_left(
-    settings: Settings, open_broker: BrokerOpener, redis_client: redis.Redis
+    settings: Settings, open_producer: ProducerOpener, redis_client: redis.Redis
 ) -> None:
-    async with open_broker() as broker:
+    async with open_producer() as broker:
         assert broker.devices == ()
         workers = [
-            Claims(open_redis(str(settings.redis_url)), settings, ("pocket",), f"w{n}", device)
+            JobConsumer(open_redis(str(settings.redis_url)), settings, ("pocket",), f"w{n}", device)
             for n, device in enumerate((small_device(111), small_device(222), None))
         ]
         for worker in workers:
@@ -358,12 +360,12 @@ async def test_the_api_learns_the_devices_of_live_workers_and_forgets_those_that
 
 @pytest.mark.anyio
 async def test_a_device_that_cannot_be_read_is_left_out(
-    settings: Settings, open_broker: BrokerOpener, redis_client: redis.Redis
+    settings: Settings, open_producer: ProducerOpener, redis_client: redis.Redis
 ) -> None:
-    worker = Claims(open_redis(str(settings.redis_url)), settings, ("pocket",), "w", small_device(5))
+    worker = JobConsumer(open_redis(str(settings.redis_url)), settings, ("pocket",), "w", small_device(5))
     worker.open()
     try:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             (name,) = redis_client.hkeys(f"{{{settings.key_prefix}}}:devices")
             assert isinstance(name, bytes)
             redis_client.zadd(f"{{{settings.key_prefix}}}:workers", {"odd": time.time() * 1000 + 60_000})
@@ -383,7 +385,7 @@ def worker_of(bundle: Bundle, plan: MemoryPlan) -> Iterator[Any]:
         stop = threading.Event()
         claims.on_empty = stop.set
         settings = read_settings(max_image_px=LIMIT_PX, batch_budget_latent_px=10**9)
-        place = Place(plan, memory_bytes)
+        place = DeviceShare(plan, memory_bytes)
         metrics = Metrics(CollectorRegistry())
         grids = {"tiny": LatentGrid(8, 8)}
         return Worker(
@@ -412,13 +414,13 @@ def test_a_worker_refuses_what_its_device_cannot_hold_and_lives_on(worker_of: An
 
 def test_a_worker_cuts_a_batch_to_what_its_device_holds(worker_of: Any, bundle: Bundle, plan: MemoryPlan) -> None:
     params = replace(GENERATE, width_px=512, height_px=512, scale=1)
-    three_bytes = plan.estimate(replace(to_work(params, bundle), items=3, decode=None)).peak_bytes
-    assert most_items(params, bundle, Place(plan, three_bytes), 8) == 3
+    three_bytes = plan.estimate(replace(to_workload(params, bundle), items=3, decode=None)).peak_bytes
+    assert max_items(params, bundle, DeviceShare(plan, three_bytes), 8) == 3
     claims = FakeClaims([make_claim(f"job-{n}", params) for n in range(8)])
     route = FakeRoute()
     worker_of(claims, route, three_bytes).run()
     assert route.batches == [3, 3, 2] and len(claims.finished) == 8
-    assert most_items(params, bundle, Place(replace(plan, denoiser={}), three_bytes), 8) == 8
+    assert max_items(params, bundle, DeviceShare(replace(plan, denoiser={}), three_bytes), 8) == 8
 
 
 def test_a_worker_finds_the_share_of_each_bundle(bundle: Bundle, plan: MemoryPlan) -> None:
@@ -427,8 +429,8 @@ def test_a_worker_finds_the_share_of_each_bundle(bundle: Bundle, plan: MemoryPla
     assert (device.kind, device.memory_bytes) == ("cpu", 1000 * MIB)
     assert isinstance(route.lua, TorchEngine) and route.pixel is not None
     prepared = route.lua.prepared and route.pixel.prepared  # which form is faster differs between machines
-    assert places["large"] == Place(replace(plan, prepared=prepared), 1000 * MIB)
-    assert device.bundles["large"] == Loaded("float32", 0, route.lua.spec, prepared)
+    assert places["large"] == DeviceShare(replace(plan, prepared=prepared), 1000 * MIB)
+    assert device.bundles["large"] == LoadedBundle("float32", 0, route.lua.spec, prepared)
     found, _ = find_device({"large": bundle}, {"large": route}, read_settings())
     assert found.memory_bytes == usable_bytes("cpu", machine_memory_bytes())
     assert json.loads(device.to_json())["bundles"]["large"]["dtype"] == "float32"

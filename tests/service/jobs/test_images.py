@@ -117,7 +117,7 @@ def test_few_images_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     """A body of some kilobytes may be an image that takes a quarter of a gigabyte while it is read."""
     lock, running, seen = threading.Lock(), 0, []
 
-    def read(body: bytes, most_px: int) -> Any:
+    def read(body: bytes, max_px: int) -> Any:
         nonlocal running
         with lock:
             running += 1

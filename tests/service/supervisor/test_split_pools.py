@@ -25,9 +25,9 @@ from giantleap.models.stages import DRAWING, FINISHING, WHOLE, Stages
 from giantleap.service.api.app import create_app
 from giantleap.service.errors import BadConfiguration, DoesNotFit
 from giantleap.service.jobqueue.keys import Keys
-from giantleap.service.jobqueue.producer import Broker
-from giantleap.service.jobs.capacity import Place, require_fit, to_work
-from giantleap.service.jobs.devices import Device, Loaded, missing_stages
+from giantleap.service.jobqueue.producer import JobProducer
+from giantleap.service.jobs.capacity import DeviceShare, check_capacity, to_workload
+from giantleap.service.jobs.devices import Device, LoadedBundle, missing_stages
 from giantleap.service.jobs.job import Job, JobRecord, JobState, UpscaleParams
 from giantleap.service.settings import POCKET_BUNDLE, Settings, read_settings
 from giantleap.service.supervisor.supervisor import serve
@@ -98,7 +98,7 @@ def asked_jobs(make_job: Any) -> list[tuple[Job, bytes | None]]:
     return jobs
 
 
-async def run_jobs(broker: Broker, jobs: list[tuple[Job, bytes | None]]) -> list[tuple[JobRecord, list[bytes]]]:
+async def run_jobs(broker: JobProducer, jobs: list[tuple[Job, bytes | None]]) -> list[tuple[JobRecord, list[bytes]]]:
     """Each record once it is final, and its results."""
     for job, body in jobs:
         await broker.enqueue(job, body)
@@ -110,9 +110,9 @@ async def run_jobs(broker: Broker, jobs: list[tuple[Job, bytes | None]]) -> list
     return ended
 
 
-def test_two_pools_give_the_answers_of_one_to_the_bit(tiny: Settings, open_broker: Any, make_job: Any) -> None:
+def test_two_pools_give_the_answers_of_one_to_the_bit(tiny: Settings, open_producer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker(visibility_timeout_s=20.0) as broker:
+        async with open_producer(visibility_timeout_s=20.0) as broker:
             with running(tiny, WHOLE):
                 expected = await run_jobs(broker, asked_jobs(make_job))
             jobs = asked_jobs(make_job)
@@ -174,10 +174,10 @@ def pool(redis_client: redis.Redis, settings: Settings) -> Iterator[Pool]:
 
 
 def test_a_killed_drawer_is_drawn_again_and_a_killed_finisher_only_finished_again(
-    pool: Pool, open_broker: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
+    pool: Pool, open_producer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async def scenario() -> None:
-        async with open_broker(visibility_timeout_s=2.0) as broker:
+        async with open_producer(visibility_timeout_s=2.0) as broker:
             job = make_job(negative_prompt="hold")
             await broker.enqueue(job, b"a picture to start from")
             victim = pool.start(DRAWING)
@@ -210,7 +210,7 @@ def test_a_killed_drawer_is_drawn_again_and_a_killed_finisher_only_finished_agai
 
 
 def loaded(stages: Stages, *names: str) -> Device:
-    return Device("cpu", 1 << 30, {name: Loaded("float32", 0) for name in names}, stages)
+    return Device("cpu", 1 << 30, {name: LoadedBundle("float32", 0) for name in names}, stages)
 
 
 def test_a_half_without_a_worker_is_named() -> None:
@@ -259,15 +259,17 @@ def test_each_half_plans_memory_for_its_own_weights_and_stages(pocket: Bundle) -
     assert both_bytes == whole.weights_bytes + whole.vae_weights_bytes, "both have the VAE"
     assert drawing.of_stages(DRAWING) == drawing and whole.of_stages(WHOLE) == whole
     params = replace(GENERATE, width_px=256, height_px=256, strength=0.5)
-    found = {plan.stages: set(plan.estimate(to_work(params, pocket)).stages) for plan in (whole, drawing, finishing)}
+    found = {
+        plan.stages: set(plan.estimate(to_workload(params, pocket)).stages) for plan in (whole, drawing, finishing)
+    }
     assert found == {
         WHOLE: {"encode", "generate", "upscale", "decode"},
         DRAWING: {"encode", "generate"},
         FINISHING: {"upscale", "decode"},
     }
     image = replace(UPSCALE, channels=16, image_width_px=64, image_height_px=64)
-    assert set(finishing.estimate(to_work(image, pocket)).stages) == {"encode", "upscale", "decode"}
-    assert not drawing.estimate(to_work(image, pocket)).stages
+    assert set(finishing.estimate(to_workload(image, pocket)).stages) == {"encode", "upscale", "decode"}
+    assert not drawing.estimate(to_workload(image, pocket)).stages
 
 
 def test_a_job_needs_a_place_for_each_half(pocket: Bundle) -> None:
@@ -275,21 +277,21 @@ def test_a_job_needs_a_place_for_each_half(pocket: Bundle) -> None:
     drawing, finishing = (whole.of_stages(stages) for stages in HALVES)
     large = replace(GENERATE, width_px=1024, height_px=1024, method="direct", scale=2)
 
-    def fits(*places: Place) -> bool:
+    def fits(*places: DeviceShare) -> bool:
         try:
-            require_fit(large, pocket, places, 10**9)
+            check_capacity(large, pocket, places, 10**9)
         except DoesNotFit:
             return False
         return True
 
     roomy, tight = 1 << 40, 1
-    assert fits(Place(drawing, roomy), Place(finishing, roomy))
-    assert not fits(Place(drawing, roomy), Place(finishing, tight)), "nobody can finish it"
-    assert not fits(Place(drawing, tight), Place(finishing, roomy)), "nobody can draw it"
-    assert fits(Place(drawing, tight), Place(finishing, roomy), Place(whole, roomy))
-    assert fits(Place(drawing, roomy)), "a half without a worker is not known to be too small"
+    assert fits(DeviceShare(drawing, roomy), DeviceShare(finishing, roomy))
+    assert not fits(DeviceShare(drawing, roomy), DeviceShare(finishing, tight)), "nobody can finish it"
+    assert not fits(DeviceShare(drawing, tight), DeviceShare(finishing, roomy)), "nobody can draw it"
+    assert fits(DeviceShare(drawing, tight), DeviceShare(finishing, roomy), DeviceShare(whole, roomy))
+    assert fits(DeviceShare(drawing, roomy)), "a half without a worker is not known to be too small"
     with pytest.raises(DoesNotFit) as caught:
-        require_fit(large, pocket, [Place(drawing, roomy), Place(finishing, 7)], 10**9)
+        check_capacity(large, pocket, [DeviceShare(drawing, roomy), DeviceShare(finishing, 7)], 10**9)
     assert caught.value.device_bytes == 7, "the device that refuses"
 
 

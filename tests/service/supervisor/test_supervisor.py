@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from giantleap.cli.options import BAD_CONFIGURATION
 from giantleap.service.errors import BadConfiguration
 from giantleap.service.settings import Settings, read_settings, to_environment
-from giantleap.service.supervisor.processes import Child, Fleet, Launch, plan_restart, to_reason
+from giantleap.service.supervisor.processes import Launch, ManagedProcess, ProcessManager, plan_restart, to_reason
 from giantleap.service.supervisor.supervisor import open_listener, reload
 from giantleap.service.telemetry.metrics import HostCollector
 from giantleap.service.worker.watchdog import HUNG
@@ -93,8 +93,8 @@ def test_the_listener_is_inherited_by_children() -> None:
 def test_a_child_stops_when_the_pipe_to_its_parent_closes() -> None:
     child = (
         "import signal, sys, threading; stop = threading.Event();"
-        "from giantleap.service.supervisor.supervisor import stop_with_parent;"
-        "signal.signal(signal.SIGTERM, lambda *_: stop.set()); stop_with_parent(int(sys.argv[1]), 5.0);"
+        "from giantleap.service.supervisor.supervisor import exit_with_parent;"
+        "signal.signal(signal.SIGTERM, lambda *_: stop.set()); exit_with_parent(int(sys.argv[1]), 5.0);"
         "print('up', flush=True); sys.exit(0 if stop.wait(60) else 3)"
     )
     read_fd, write_fd = os.pipe()
@@ -136,9 +136,12 @@ class FakeFleet:
         self.log, self.code = directory / "log", directory / "log.code"
         script = directory / "child.py"
         script.write_text(FAKE_CHILD)
-        self.children = [Child("api-0", ("api",)), *(Child(f"worker-{n}", ("worker",)) for n in (0, 1))]
+        self.children = [
+            ManagedProcess("api-0", ("api",)),
+            *(ManagedProcess(f"worker-{n}", ("worker",)) for n in (0, 1)),
+        ]
         self.directory = directory
-        self.fleet = Fleet(self.children, self.launch(), lifeline_fd, directory, (sys.executable, str(script)))
+        self.fleet = ProcessManager(self.children, self.launch(), lifeline_fd, directory, (sys.executable, str(script)))
 
     def launch(self, **variables: str) -> Launch:
         return Launch({**os.environ, "FLEET_LOG": str(self.log), **variables}, 60.0)
@@ -263,7 +266,7 @@ def test_a_process_that_ends_during_a_replacement_comes_back_with_the_settings_t
         assert set(fake.values().values()) == {"new"}
 
 
-def _kill(child: Child) -> None:
+def _kill(child: ManagedProcess) -> None:
     assert child.process is not None
     child.process.kill()
     child.process.wait()

@@ -23,7 +23,7 @@ from opentelemetry.trace import StatusCode
 from prometheus_client import CollectorRegistry
 
 from giantleap.service.api.app import create_app
-from giantleap.service.jobqueue.consumer import Claims
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import Job
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.logs import JsonFormatter, log_fields
@@ -112,7 +112,7 @@ def fake_worker(settings: Settings, tracing: Tracing) -> Iterator[None]:
     """The real loop on the real queue with a route of our own, in a thread."""
     assert settings.redis_url is not None
     client, stop = redis.Redis.from_url(settings.redis_url, socket_timeout=10), threading.Event()
-    claims = Claims(client, settings, ("paper",), "traced-worker")
+    claims = JobConsumer(client, settings, ("paper",), "traced-worker")
     claims.open()
     grids = {"paper": LatentGrid(stride_px=8, window=4)}
     drain = Drain(stop, 30.0)

@@ -98,8 +98,8 @@ def verify(secret: str, headers: dict[str, str], body: bytes) -> None:
 
 
 def test_each_end_of_a_job_is_told_signed_and_once(
-    open_broker: Any,
-    open_claims: Any,
+    open_producer: Any,
+    open_consumer: Any,
     make_job: Any,
     receiver: Receiver,
     settings: Settings,
@@ -107,12 +107,12 @@ def test_each_end_of_a_job_is_told_signed_and_once(
     redis_client: redis.Redis,
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             jobs = [told(make_job(), receiver) for _ in range(3)]
             for job in jobs:
                 await producer.enqueue(job)
             await producer.cancel(jobs[2].id)
-            worker = open_claims()
+            worker = open_consumer()
             first, second = worker.claim(2, 1.0)
             worker.finish(first, [(PNG, b"png")], {}, [])
             worker.fail(second, JobError("engine_fault", "NaN"))
@@ -136,10 +136,15 @@ def test_each_end_of_a_job_is_told_signed_and_once(
 
 
 def test_only_the_states_that_were_asked_for_are_told(
-    open_broker: Any, open_claims: Any, make_job: Any, receiver: Receiver, settings: Settings, redis_client: redis.Redis
+    open_producer: Any,
+    open_consumer: Any,
+    make_job: Any,
+    receiver: Receiver,
+    settings: Settings,
+    redis_client: redis.Redis,
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             quiet, plain = told(make_job(), receiver, ("failed",)), make_job()
             loud = told(make_job(), receiver, ("failed", "canceled"))
             for job in (quiet, plain, loud):
@@ -152,7 +157,7 @@ def test_only_the_states_that_were_asked_for_are_told(
 
 
 def test_a_receiver_that_fails_is_asked_again_with_the_same_body(
-    open_broker: Any,
+    open_producer: Any,
     make_job: Any,
     receiver: Receiver,
     settings: Settings,
@@ -162,7 +167,7 @@ def test_a_receiver_that_fails_is_asked_again_with_the_same_body(
     receiver.answers = [500, 302, 404]
 
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             await end_one(producer, told(make_job(), receiver))
             async with senders(settings, metrics):
                 await asyncio.to_thread(receiver.wait_for, 4, lambda: waiting(redis_client, settings) == 0)
@@ -174,21 +179,21 @@ def test_a_receiver_that_fails_is_asked_again_with_the_same_body(
 
 
 def test_a_delivery_is_given_up_after_so_many_attempts_and_kept_in_the_dead_list(
-    open_broker: Any,
+    open_producer: Any,
     make_job: Any,
     settings: Settings,
     metrics: Metrics,
     redis_client: redis.Redis,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(webhooks, "MOST_ATTEMPTS", 3)
+    monkeypatch.setattr(webhooks, "MAX_ATTEMPTS", 3)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     dead = f"{Keys(settings.key_prefix).tag}:webhooks_dead"
 
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             webhook = Webhook(f"http://127.0.0.1:{port}/", EVENTS)
             job = await end_one(producer, dataclasses.replace(make_job(), webhook=webhook))
             async with senders(settings, metrics), asyncio.timeout(60):
@@ -209,7 +214,7 @@ def test_a_delivery_is_given_up_after_so_many_attempts_and_kept_in_the_dead_list
     ids=["it became private", "it was taken off the list"],
 )
 def test_a_target_that_is_not_allowed_any_more_is_never_connected_to(
-    open_broker: Any,
+    open_producer: Any,
     make_job: Any,
     receiver: Receiver,
     settings: Settings,
@@ -217,7 +222,7 @@ def test_a_target_that_is_not_allowed_any_more_is_never_connected_to(
     changes: dict[str, Any],
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             await end_one(producer, told(make_job(), receiver))
             async with senders(settings, metrics, **changes):
                 await wait_for_retries(metrics, 2)
@@ -227,13 +232,13 @@ def test_a_target_that_is_not_allowed_any_more_is_never_connected_to(
 
 
 def test_a_receiver_that_never_answers_costs_one_bounded_attempt(
-    open_broker: Any, make_job: Any, settings: Settings, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+    open_producer: Any, make_job: Any, settings: Settings, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webhooks, "_ATTEMPT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
 
         async def scenario() -> None:
-            async with open_broker() as producer:
+            async with open_producer() as producer:
                 webhook = Webhook(f"http://127.0.0.1:{silent.getsockname()[1]}/", EVENTS)
                 await end_one(producer, dataclasses.replace(make_job(), webhook=webhook))
                 async with senders(settings, metrics):
@@ -244,10 +249,15 @@ def test_a_receiver_that_never_answers_costs_one_bounded_attempt(
 
 
 def test_what_a_lost_sender_had_taken_is_sent_by_another_when_its_lease_ends(
-    open_broker: Any, make_job: Any, receiver: Receiver, settings: Settings, metrics: Metrics, redis_client: redis.Redis
+    open_producer: Any,
+    make_job: Any,
+    receiver: Receiver,
+    settings: Settings,
+    metrics: Metrics,
+    redis_client: redis.Redis,
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as producer:
+        async with open_producer() as producer:
             await end_one(producer, told(make_job(), receiver))
             assert settings.redis_url is not None
             async with open_async_redis(settings.redis_url) as client:

@@ -1,4 +1,4 @@
-"""A worker with exported artefacts gives the same images; where artefacts or libraries do not fit, none starts."""
+"""A worker with exported artifacts gives the same images; where artifacts or libraries do not fit, none starts."""
 
 import asyncio
 import io
@@ -25,10 +25,10 @@ from giantleap.export.manifest import FILE
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.engines.base import EngineError
 from giantleap.service.errors import BadConfiguration
-from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import Job, JobState
 from giantleap.service.settings import Settings, to_environment
-from giantleap.service.worker.engines import artefact_directory, find_artefacts, open_route
+from giantleap.service.worker.engines import artifact_directory, find_artifacts, open_route
 from giantleap.service.worker.loop import run_worker
 from tests.service.worker.test_loop_redis import running_worker, upscale_job
 
@@ -49,8 +49,8 @@ def onnx_settings(torch_settings: Settings, tiny_onnx_dir: Path) -> Settings:
 
 
 @pytest.fixture
-def artefacts_copy(tiny_onnx_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_onnx_dir, tmp_path / "artefacts"))
+def artifacts_copy(tiny_onnx_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_onnx_dir, tmp_path / "artifacts"))
 
 
 def psnr_db(found: NDArray[Any], expected: NDArray[Any], peak: float) -> float:
@@ -58,7 +58,7 @@ def psnr_db(found: NDArray[Any], expected: NDArray[Any], peak: float) -> float:
     return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
 
 
-async def read(broker: Broker, job: Job) -> bytes:
+async def read(broker: JobProducer, job: Job) -> bytes:
     record = await broker.wait(job.id, TIMEOUT_S)
     assert record.state is JobState.SUCCEEDED, record.error
     content = await broker.read_result(job.id, 0)
@@ -67,10 +67,10 @@ async def read(broker: Broker, job: Job) -> bytes:
 
 
 def test_onnx_serves_the_images_and_latents_that_torch_serves(
-    torch_settings: Settings, onnx_settings: Settings, open_broker: Any, make_job: Any
+    torch_settings: Settings, onnx_settings: Settings, open_producer: Any, make_job: Any
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             served: dict[str, tuple[NDArray[Any], ...]] = {}
             for settings in (torch_settings, onnx_settings):
                 jobs = [make_job(bundle="tiny", scale=s, width_px=64 * s, height_px=64 * s, seed=3) for s in (2, 4)]
@@ -98,14 +98,14 @@ def refusal(settings: Settings) -> str:
     return caught.value.detail
 
 
-def test_a_damaged_artefact_stops_the_worker_with_the_command_that_rebuilds_it(
-    onnx_settings: Settings, artefacts_copy: Path
+def test_a_damaged_artifact_stops_the_worker_with_the_command_that_rebuilds_it(
+    onnx_settings: Settings, artifacts_copy: Path
 ) -> None:
-    path = artefacts_copy / "lua_x4.onnx"
+    path = artifacts_copy / "lua_x4.onnx"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    settings = onnx_settings.model_copy(update={"engine_dir": artefacts_copy})
+    settings = onnx_settings.model_copy(update={"engine_dir": artifacts_copy})
     command = [sys.executable, "-m", "giantleap", "worker"]
     ended = subprocess.run(command, env=_environment(settings), capture_output=True, text=True, timeout=TIMEOUT_S)
     assert ended.returncode == 2
@@ -119,14 +119,14 @@ def _environment(settings: Settings) -> dict[str, str]:
     return kept | to_environment(settings)
 
 
-def test_artefacts_of_another_bundle_stop_the_worker(onnx_settings: Settings, artefacts_copy: Path) -> None:
-    manifest = json.loads((artefacts_copy / FILE).read_text())
-    (artefacts_copy / FILE).write_text(json.dumps(manifest | {"bundle": "other"}))
-    line = refusal(onnx_settings.model_copy(update={"engine_dir": artefacts_copy}))
-    assert "artefacts of bundle other" in line and "giantleap export" in line
+def test_artifacts_of_another_bundle_stop_the_worker(onnx_settings: Settings, artifacts_copy: Path) -> None:
+    manifest = json.loads((artifacts_copy / FILE).read_text())
+    (artifacts_copy / FILE).write_text(json.dumps(manifest | {"bundle": "other"}))
+    line = refusal(onnx_settings.model_copy(update={"engine_dir": artifacts_copy}))
+    assert "artifacts of bundle other" in line and "giantleap export" in line
 
 
-def test_missing_artefacts_stop_the_worker(onnx_settings: Settings, tmp_path: Path) -> None:
+def test_missing_artifacts_stop_the_worker(onnx_settings: Settings, tmp_path: Path) -> None:
     line = refusal(onnx_settings.model_copy(update={"engine_dir": tmp_path}))
     assert FILE in line and "giantleap export" in line
 
@@ -143,17 +143,17 @@ def test_tensorrt_without_gpu_or_library_stops_the_worker(
     assert "GPU" in refusal(settings)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(EngineError, match="package tensorrt"):
-        find_artefacts(read_bundle(settings.bundle[0]), settings, torch.device("cuda:0"))
+        find_artifacts(read_bundle(settings.bundle[0]), settings, torch.device("cuda:0"))
 
 
-def test_where_artefacts_are_looked_for(torch_settings: Settings, tmp_path: Path) -> None:
+def test_where_artifacts_are_looked_for(torch_settings: Settings, tmp_path: Path) -> None:
     bundle = read_bundle(torch_settings.bundle[0])
     settings = torch_settings.model_copy(update={"engine": "onnx", "data_dir": tmp_path})
-    assert artefact_directory(bundle, settings) == tmp_path / "exports" / "tiny-onnx-fp32"
+    assert artifact_directory(bundle, settings) == tmp_path / "exports" / "tiny-onnx-fp32"
     alone = settings.model_copy(update={"engine_dir": tmp_path})
-    assert artefact_directory(bundle, alone) == tmp_path
+    assert artifact_directory(bundle, alone) == tmp_path
     among = alone.model_copy(update={"bundle": (*alone.bundle, tmp_path)})
-    assert artefact_directory(bundle, among) == tmp_path / "tiny"
+    assert artifact_directory(bundle, among) == tmp_path / "tiny"
 
 
 def test_the_route_says_which_engine_it_runs(onnx_settings: Settings, torch_settings: Settings) -> None:
@@ -162,5 +162,5 @@ def test_the_route_says_which_engine_it_runs(onnx_settings: Settings, torch_sett
         assert open_route(bundle, settings, CPU, torch.float32).engine == settings.engine
 
 
-def test_torch_takes_no_artefacts(torch_settings: Settings) -> None:
-    assert find_artefacts(read_bundle(torch_settings.bundle[0]), torch_settings, CPU) == {}
+def test_torch_takes_no_artifacts(torch_settings: Settings) -> None:
+    assert find_artifacts(read_bundle(torch_settings.bundle[0]), torch_settings, CPU) == {}

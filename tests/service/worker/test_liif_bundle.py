@@ -15,7 +15,7 @@ from prometheus_client import generate_latest
 from safetensors.numpy import load, save
 
 from giantleap.export.build import Request, export_bundle
-from giantleap.export.manifest import ArtefactError
+from giantleap.export.manifest import ArtifactError
 from giantleap.models.bundle.bundle import BundleError, read_bundle
 from giantleap.models.bundle.digests import file_hash
 from giantleap.models.engines.base import ENGINES, EngineError, open_engine
@@ -26,7 +26,7 @@ from giantleap.service.api.app import create_app
 from giantleap.service.jobs.job import GenerateParams, Job, UpscaleParams
 from giantleap.service.settings import Settings, read_settings
 from giantleap.service.telemetry.metrics import Metrics
-from giantleap.service.worker.engines import find_artefacts
+from giantleap.service.worker.engines import find_artifacts
 from tests.service.fake_broker import FakeBroker
 from tests.service.live_server import live_server
 from tests.service.worker.test_loop_redis import TIMEOUT_S, running_worker
@@ -176,8 +176,8 @@ def test_only_the_engine_torch_runs_it_and_it_is_not_exported(liif_dir: Path, tm
         assert torch.equal(engine.run(torch.ones(1, 16, 4, 6), 1.5), net(torch.ones(1, 16, 4, 6), 1.5))
     bundle = read_bundle(liif_dir)
     with pytest.raises(EngineError, match="runs no LIIF head"):
-        find_artefacts(bundle, read_settings(bundle=(liif_dir,), engine="onnx"), CPU)
-    with pytest.raises(ArtefactError, match="LIIF head, which is not exported"):
+        find_artifacts(bundle, read_settings(bundle=(liif_dir,), engine="onnx"), CPU)
+    with pytest.raises(ArtifactError, match="LIIF head, which is not exported"):
         export_bundle(Request(bundle, "onnx", "fp32", tmp_path / "onnx"))
     assert not (tmp_path / "onnx").exists()
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from giantleap.cli.demo import free_port
 from giantleap.service.errors import BadConfiguration
-from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import Job, JobState, Priority, UpscaleParams
 from giantleap.service.settings import Settings
 from giantleap.service.worker.loop import run_worker
@@ -54,14 +54,14 @@ def running_worker(settings: Settings) -> Iterator[threading.Event]:
     assert not errors, errors
 
 
-async def ready(broker: Broker) -> None:
+async def ready(broker: JobProducer) -> None:
     deadline_s = time.monotonic() + TIMEOUT_S
     while (await broker.stats()).live_workers == 0:
         assert time.monotonic() < deadline_s, "the worker never became ready"
         await asyncio.sleep(0.02)
 
 
-async def result_of(broker: Broker, job: Job, index: int = 0) -> bytes:
+async def result_of(broker: JobProducer, job: Job, index: int = 0) -> bytes:
     content = await broker.read_result(job.id, index)
     assert content is not None
     return content
@@ -75,10 +75,10 @@ def upscale_job(height: int, width: int) -> tuple[Job, bytes]:
 
 
 def test_jobs_become_images_and_latents_with_progress(
-    worker_settings: Settings, open_broker: Any, make_job: Any
+    worker_settings: Settings, open_producer: Any, make_job: Any
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             drawn = [make_job(bundle="tiny", width_px=128, height_px=128, seed=seed) for seed in (1, 2, 1)]
             large = make_job(bundle="tiny", scale=4, width_px=256, height_px=128, num_images=2, output_format="webp")
             upscaled, body = upscale_job(5, 7)
@@ -111,10 +111,10 @@ def test_jobs_become_images_and_latents_with_progress(
 
 
 def test_a_running_job_is_canceled_between_steps_and_the_next_one_runs(
-    worker_settings: Settings, open_broker: Any, make_job: Any
+    worker_settings: Settings, open_producer: Any, make_job: Any
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             long_job = make_job(bundle="tiny", width_px=128, height_px=128, steps=1000)
             after = make_job(bundle="tiny", width_px=128, height_px=128, steps=2)
             with running_worker(worker_settings):
@@ -136,10 +136,10 @@ def test_a_running_job_is_canceled_between_steps_and_the_next_one_runs(
 
 
 def test_a_stop_past_its_grace_hands_the_job_to_the_next_worker(
-    worker_settings: Settings, open_broker: Any, make_job: Any
+    worker_settings: Settings, open_producer: Any, make_job: Any
 ) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             job = make_job(bundle="tiny", width_px=128, height_px=128, steps=80)
             await broker.enqueue(job)
             impatient = worker_settings.model_copy(update={"drain_grace_s": 0.0})
@@ -156,9 +156,11 @@ def test_a_stop_past_its_grace_hands_the_job_to_the_next_worker(
     asyncio.run(scenario())
 
 
-def test_one_bad_input_fails_alone_among_jobs_that_share_its_batch(worker_settings: Settings, open_broker: Any) -> None:
+def test_one_bad_input_fails_alone_among_jobs_that_share_its_batch(
+    worker_settings: Settings, open_producer: Any
+) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             jobs = [upscale_job(height, 8) for height in (5, 6, 7)]
             await broker.enqueue(*jobs[0])
             await broker.enqueue(jobs[1][0], b"this is no tensor")
@@ -172,9 +174,9 @@ def test_one_bad_input_fails_alone_among_jobs_that_share_its_batch(worker_settin
     asyncio.run(scenario())
 
 
-def test_a_stop_while_loading_claims_nothing(worker_settings: Settings, open_broker: Any, make_job: Any) -> None:
+def test_a_stop_while_loading_claims_nothing(worker_settings: Settings, open_producer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             job = make_job(bundle="tiny", width_px=128, height_px=128)
             await broker.enqueue(job)
             with running_worker(worker_settings) as stop:
@@ -198,13 +200,13 @@ def test_a_stop_while_measuring_the_protocol_is_seen_after_the_run(
 
 
 def test_a_worker_alone_answers_for_itself_on_its_metrics_port(
-    worker_settings: Settings, open_broker: Any, make_job: Any, monkeypatch: pytest.MonkeyPatch
+    worker_settings: Settings, open_producer: Any, make_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     settings = worker_settings.model_copy(update={"metrics_port": free_port()})
 
     async def scenario() -> str:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             job = make_job(bundle="tiny", width_px=128, height_px=128)
             await broker.enqueue(job)
             with running_worker(settings):
@@ -236,12 +238,12 @@ def test_a_wrong_bundle_stops_the_worker_before_it_signs_on(worker_settings: Set
 
 
 def test_a_prompt_never_reaches_the_log(
-    worker_settings: Settings, open_broker: Any, make_job: Any, caplog: pytest.LogCaptureFixture
+    worker_settings: Settings, open_producer: Any, make_job: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
 
     async def scenario() -> None:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             job = make_job(bundle="tiny", width_px=128, height_px=128, prompt="a purple zeppelin", steps=2)
             crashing = dataclasses.replace(job, id="crashing", params=dataclasses.replace(job.params, height_px=36))
             await broker.enqueue(job)

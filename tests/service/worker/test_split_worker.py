@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.route import Route
 from giantleap.models.stages import DRAWING, FINISHING, WHOLE, Stages
-from giantleap.service.jobqueue.consumer import Claim, Drawn
+from giantleap.service.jobqueue.consumer import BaseLatents, Claim
 from giantleap.service.jobs.job import GenerateParams
 from giantleap.service.settings import POCKET_BUNDLE, Settings
 from giantleap.service.telemetry.logs import JsonFormatter
@@ -114,7 +114,7 @@ def test_a_drawing_worker_passes_on_what_needs_no_drawing() -> None:
 
 
 def test_drawn_jobs_and_others_never_share_a_batch() -> None:
-    fresh, drawn = make_claim("fresh"), replace(make_claim("drawn"), drawn=Drawn({}, ()))
+    fresh, drawn = make_claim("fresh"), replace(make_claim("drawn"), drawn=BaseLatents({}, ()))
     assert plan_batch([fresh, drawn], GRIDS, 8, 10**6) == [[fresh], [drawn]]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.device import StageClock
-from giantleap.models.generator import DrawItem
+from giantleap.models.generator import GenerationItem
 from giantleap.models.route import stages_of
 from giantleap.service.worker.timing import measure_protocol, to_statistics, to_table
 
@@ -31,7 +31,7 @@ class TickingClock(StageClock):
 @dataclass
 class TimedRoute:
     times_s: Iterator[float]
-    drawn: list[DrawItem] = field(default_factory=list)
+    drawn: list[GenerationItem] = field(default_factory=list)
     scaled: list[int] = field(default_factory=list)
     name: str = "tiny"
     engine: str = "fake"
@@ -41,7 +41,7 @@ class TimedRoute:
     def clock(self) -> StageClock:
         return TickingClock(self.times_s)
 
-    def base_latents(self, item: DrawItem, clock: StageClock) -> list[Tensor]:
+    def base_latents(self, item: GenerationItem, clock: StageClock) -> list[Tensor]:
         self.drawn.append(item)
         with clock.measure("generate"):
             return [torch.zeros(4, 2, 2)]

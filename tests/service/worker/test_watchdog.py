@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from giantleap.service.jobqueue.consumer import Claims
-from giantleap.service.jobqueue.producer import Broker
+from giantleap.service.jobqueue.consumer import JobConsumer
+from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import JobState
 from giantleap.service.settings import Settings, read_settings
 from giantleap.service.telemetry.metrics import Metrics
@@ -137,7 +137,7 @@ def start_worker(settings: Settings, redis_url: str) -> Iterator[StartWorker]:
         worker.communicate()
 
 
-async def started(broker: Broker, job_id: str) -> None:
+async def started(broker: JobProducer, job_id: str) -> None:
     """Until it is drawn: what is only claimed when SIGTERM comes goes back to the queue."""
     async with asyncio.timeout(TIMEOUT_S):
         async for event in broker.events(job_id):
@@ -146,12 +146,12 @@ async def started(broker: Broker, job_id: str) -> None:
 
 
 def test_a_hung_worker_ends_itself_and_its_job_goes_to_the_dead_letters(
-    open_broker: Any, make_job: Any, start_worker: StartWorker, open_claims: Any
+    open_producer: Any, make_job: Any, start_worker: StartWorker, open_consumer: Any
 ) -> None:
     job = make_job(prompt="hang, a secret")
 
     async def scenario() -> None:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             await broker.enqueue(job)
             worker = start_worker(limit_s=0.5, grace_s=0)
             _, log = await asyncio.to_thread(worker.communicate, timeout=TIMEOUT_S)
@@ -159,7 +159,7 @@ def test_a_hung_worker_ends_itself_and_its_job_goes_to_the_dead_letters(
             assert "no progress" in log and job.id in log and '"generate"' in log and "secret" not in log
             record = await broker.get(job.id)
             assert record.state is JobState.PROCESSING and record.deliveries == 1
-            heir: Claims = open_claims(max_deliveries=1, visibility_timeout_s=2.0)
+            heir: JobConsumer = open_consumer(max_deliveries=1, visibility_timeout_s=2.0)
             deadline_s = time.monotonic() + TIMEOUT_S
             while not (await broker.get(job.id)).state.final:
                 assert time.monotonic() < deadline_s
@@ -175,12 +175,12 @@ def test_a_hung_worker_ends_itself_and_its_job_goes_to_the_dead_letters(
     ("prompt", "steps", "grace_s", "state"), [("patient", 4, 60.0, "succeeded"), ("long", 10_000, 0.2, "queued")]
 )
 def test_sigterm_finishes_or_hands_back_and_exits_with_zero(
-    prompt: str, steps: int, grace_s: float, state: str, open_broker: Any, make_job: Any, start_worker: StartWorker
+    prompt: str, steps: int, grace_s: float, state: str, open_producer: Any, make_job: Any, start_worker: StartWorker
 ) -> None:
     running, waiting = make_job(prompt=prompt, steps=steps), make_job()
 
     async def scenario() -> None:
-        async with open_broker() as broker:
+        async with open_producer() as broker:
             await broker.enqueue(running)
             await broker.enqueue(waiting)
             worker = start_worker(limit_s=600, grace_s=grace_s)

@@ -16,7 +16,7 @@ def test_same_seed_draws_the_same_picture() -> None:
     assert (first != other).mean() > 0.5
 
 
-def test_pictures_have_contrast_and_colour() -> None:
+def test_pictures_have_contrast_and_color() -> None:
     pictures = np.stack([draw_leaves(np.random.default_rng((0, i)), 64) for i in range(12)]).astype(float)
     assert pictures.std(axis=(1, 2)).mean() > 15.0
     assert np.abs(pictures[..., 0] - pictures[..., 2]).mean() > 5.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from giantleap.training.pocket.captions import (
-    COLOURS,
+    COLORS,
     SHAPES,
     Slots,
     draw_prompts,
@@ -22,8 +22,8 @@ from giantleap.training.pocket.scenes import PALETTE, draw_scene, plain_scene, r
 SLOTS = Slots("sphere", "red", "green", "blue", "left", "large")
 
 
-def test_palette_holds_every_colour_word() -> None:
-    assert tuple(PALETTE) == COLOURS
+def test_palette_holds_every_color_word() -> None:
+    assert tuple(PALETTE) == COLORS
 
 
 def test_scene_depends_on_its_seed_alone() -> None:
@@ -32,15 +32,15 @@ def test_scene_depends_on_its_seed_alone() -> None:
     assert draw_scene(np.random.default_rng([3, 6])) != first
 
 
-def test_object_never_has_the_colour_of_its_background() -> None:
+def test_object_never_has_the_color_of_its_background() -> None:
     rng = np.random.default_rng(0)
     drawn = [draw_slots(rng) for _ in range(300)]
-    assert all(slots.colour not in (slots.floor, slots.sky) for slots in drawn)
+    assert all(slots.color not in (slots.floor, slots.sky) for slots in drawn)
     assert {slots.shape for slots in drawn} == set(SHAPES)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_floor_sky_and_object_have_their_colours(shape: str) -> None:
+def test_floor_sky_and_object_have_their_colors(shape: str) -> None:
     image, mask = render([plain_scene(replace(SLOTS, shape=shape))], 64)
     assert image.shape == (1, 3, 64, 64) and mask.shape == (1, 1, 64, 64)
     inside = image[0][:, mask[0, 0] > 0.99].mean(1)
@@ -97,13 +97,13 @@ def test_pool_round_trips_and_an_unfinished_one_is_refused(tmp_path: Path) -> No
 
 def test_plain_caption_says_every_slot_once() -> None:
     assert to_caption(SLOTS) == "a large red sphere on a green floor under a blue sky, on the left"
-    assert to_caption(replace(SLOTS, colour="orange", size=None, position=None)).startswith("an orange sphere on a")
+    assert to_caption(replace(SLOTS, color="orange", size=None, position=None)).startswith("an orange sphere on a")
 
 
 def test_varied_captions_never_contradict_their_slots() -> None:
     rng = np.random.default_rng(1)
     captions = [vary_caption(SLOTS, rng) for _ in range(400)]
-    wrong = (set(COLOURS) - {"red", "green", "blue"}) | {"right", "centre", "small", "cube", "cone", "cylinder"}
+    wrong = (set(COLORS) - {"red", "green", "blue"}) | {"right", "centre", "small", "cube", "cone", "cylinder"}
     assert not any(wrong & set(caption.replace(",", "").split()) for caption in captions)
     assert len(set(captions)) > 100
     assert any("green" not in caption for caption in captions)

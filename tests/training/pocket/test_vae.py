@@ -36,10 +36,8 @@ def test_crops_are_seeded_and_in_range(pictures: Pictures) -> None:
     assert not torch.equal(first, pictures.crops(np.random.default_rng(2), 6, 32))
 
 
-@pytest.mark.parametrize(("channels", "most_error"), [(16, 0.2), (4, 0.4)])
-def test_teacher_codes_are_centred_and_rebuild_the_picture(
-    pictures: Pictures, channels: int, most_error: float
-) -> None:
+@pytest.mark.parametrize(("channels", "max_error"), [(16, 0.2), (4, 0.4)])
+def test_teacher_codes_are_centred_and_rebuild_the_picture(pictures: Pictures, channels: int, max_error: float) -> None:
     images = pictures.crops(np.random.default_rng(0), 64, 32)
     teacher = PcaTeacher(images, channels)
     codes = teacher.encode(images)
@@ -47,7 +45,7 @@ def test_teacher_codes_are_centred_and_rebuild_the_picture(
     assert float(codes.mean(dim=(0, 2, 3)).abs().max()) < 1e-3
     assert float(codes.square().mean()) == pytest.approx(1.0, abs=0.01)
     error = (teacher.decode(codes) - images).square().mean()
-    assert float(error) < most_error * float(images.var())
+    assert float(error) < max_error * float(images.var())
 
 
 def test_residual_branches_start_at_zero() -> None:
