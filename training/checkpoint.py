@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from giantleap.training.data.pairs_store import replace_file
-from giantleap.training.pocket.optim import Ema
+from giantleap.training.optim import Ema
 
 FORMAT = 1
 HEADER = "giantleap.training"

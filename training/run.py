@@ -43,7 +43,7 @@ from giantleap.training.data.frozen_vae import decode_target, decode_with_gradie
 from giantleap.training.data.pairs_store import PairsStore
 from giantleap.training.evaluation.held_out import evaluate
 from giantleap.training.guard_statistics import guard_statistics
-from giantleap.training.pocket.optim import Ema
+from giantleap.training.optim import Ema
 from giantleap.training.run_log import Log, open_log
 
 PURE_EMA = 10**9  # as if so many updates were done: the average's decay without its warm-up

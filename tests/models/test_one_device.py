@@ -19,7 +19,7 @@ from giantleap.models.lua.statistics import LatentStatistics
 from giantleap.models.vae.decode import decode_exact, decode_plain
 from giantleap.models.vae.strip_plan import DecoderShape, plan_decode
 from giantleap.training import losses
-from giantleap.training.pocket.optim import to_orthogonal
+from giantleap.training.optim import to_orthogonal
 from tests.models.vae.test_decode import make_vae
 from tests.one_device import META, MixedDevicesError, OneDevice
 

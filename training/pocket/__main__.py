@@ -15,10 +15,10 @@ import typer
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.training.optim import Budget
 from giantleap.training.pocket.bundle import LUA_FILE, write_descriptor, write_vae_bundle
 from giantleap.training.pocket.decoder import freeze_encoder, train_decoder
 from giantleap.training.pocket.lua import train_lua
-from giantleap.training.pocket.optim import Budget
 from giantleap.training.pocket.pairs import write_pairs
 from giantleap.training.pocket.parallel import run_peers
 from giantleap.training.pocket.swinir import PICTURE_PX, train_swinir

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from giantleap.training.losses import reconstruction
-from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW, cosine_rate
+from giantleap.training.optim import Budget, Ema, MuonAdamW, cosine_rate
 from giantleap.training.pocket.state import TrainState, smoothed
 from giantleap.training.pocket.vae import SAVE_EVERY_S, Pool, train_steps, validate, write_vae
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import PRESETS, Lua
 from giantleap.training.losses import downsampled_l1, eagle, fourier_l1, high_frequency_l1
-from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW, cosine_rate
+from giantleap.training.optim import Budget, Ema, MuonAdamW, cosine_rate
 from giantleap.training.pocket.pairs import SCALES, Pairs, read_pairs, shrink
 from giantleap.training.pocket.state import TrainState, smoothed
 from giantleap.training.pocket.vae import psnr_db, train_steps, write_log

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW
+from giantleap.training.optim import Budget, Ema, MuonAdamW
 
 
 @dataclass

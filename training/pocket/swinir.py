@@ -22,8 +22,8 @@ from tqdm import tqdm
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua, LuaSpec, ScaleHead
 from giantleap.models.lua.released_layouts import RGB_MEAN
+from giantleap.training.optim import Budget, Ema, MuonAdamW, cosine_rate
 from giantleap.training.pocket.lua import shrink
-from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW, cosine_rate
 from giantleap.training.pocket.state import TrainState, smoothed
 from giantleap.training.pocket.vae import Pictures, Pool, psnr_db, train_steps, write_log
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from giantleap.training.optim import Budget, Ema, MuonAdamW, cosine_rate
 from giantleap.training.pocket.captions import Slots, mirror, to_caption, vary_caption
-from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW, cosine_rate
 from giantleap.training.pocket.scenes import read_pool
 from giantleap.training.pocket.state import TrainState
 from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_tokenizer

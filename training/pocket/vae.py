@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from giantleap.training.losses import reconstruction
+from giantleap.training.optim import Budget, Ema, MuonAdamW, cosine_rate
 from giantleap.training.pocket.leaves import read_leaf_pool
-from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW, cosine_rate
 from giantleap.training.pocket.parallel import Peers
 from giantleap.training.pocket.scenes import draw_scene, render
 from giantleap.training.pocket.state import TrainState, smoothed

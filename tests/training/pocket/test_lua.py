@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import PRESETS, Lua
+from giantleap.training.optim import Budget
 from giantleap.training.pocket.leaves import draw_leaves
 from giantleap.training.pocket.lua import (
     STAGES,
@@ -25,7 +26,6 @@ from giantleap.training.pocket.lua import (
     train_lua,
     validate,
 )
-from giantleap.training.pocket.optim import Budget
 from giantleap.training.pocket.pairs import Pairs, draw_view, read_pairs, shrink, write_pairs
 from giantleap.training.pocket.vae import Pictures, make_vae
 

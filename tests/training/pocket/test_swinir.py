@@ -15,9 +15,9 @@ from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.engines.swinir import PixelUpscaler
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua
+from giantleap.training.optim import Budget
 from giantleap.training.pocket.leaves import draw_leaves
 from giantleap.training.pocket.lua import shrink
-from giantleap.training.pocket.optim import Budget
 from giantleap.training.pocket.swinir import (
     PicturePairs,
     make_pairs,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from giantleap.training.optim import Budget
 from giantleap.training.pocket import text as pocket_text
 from giantleap.training.pocket.captions import known_words
-from giantleap.training.pocket.optim import Budget
 from giantleap.training.pocket.scenes import write_pool
 from giantleap.training.pocket.text import (
     EARLY_SHIFTS,

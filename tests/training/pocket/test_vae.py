@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+from giantleap.training.optim import Budget
 from giantleap.training.pocket.decoder import fold_statistics, freeze_encoder, measure_codes, train_decoder
 from giantleap.training.pocket.leaves import draw_leaves
-from giantleap.training.pocket.optim import Budget
 from giantleap.training.pocket.parallel import Peers, run_peers
 from giantleap.training.pocket.vae import PcaTeacher, Pictures, Pool, make_vae, psnr_db, train_vae, vae_loss
 

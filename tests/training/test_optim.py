@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from giantleap.training.pocket.optim import Budget, Ema, MuonAdamW, cosine_rate, to_orthogonal
+from giantleap.training.optim import Budget, Ema, MuonAdamW, cosine_rate, to_orthogonal
 from giantleap.training.pocket.state import TrainState
 
 
