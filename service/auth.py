@@ -18,16 +18,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from giantleap.service.errors import BadConfiguration
+from giantleap.service.errors import BadConfiguration, Forbidden
 from giantleap.service.settings import Settings
 
 log = logging.getLogger(__name__)
 
 KEY_PREFIX = "gl_"
+OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
+"""Paths that need no key. Every other path does: a new route is closed until it is listed here."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _LONGEST_KEY_CHARS = 512
 _LARGEST_FILE_BYTES = 4 << 20
@@ -89,6 +91,14 @@ class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
     key: Annotated[list[_Entry], Field(min_length=1)]
+
+
+def require_scope(caller: Caller, scope: Scope) -> None:
+    """Raises:
+    Forbidden: the caller's key lacks it.
+    """
+    if scope not in caller.scopes:
+        raise Forbidden(f"this needs a key with the scope {scope}", scope=scope)
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:

@@ -4,6 +4,15 @@ Raised where a request or a job goes wrong, turned into RFC 9457 problem documen
 (`giantleap.service.api.app`) and into job failures in the worker loop (`giantleap.service.worker.loop`).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+EXIT_BAD_CONFIGURATION = 2
+"""Exit code of a process whose settings, bundle or engine are wrong: a restart cannot help."""
+EXIT_HUNG = 75
+"""Exit code of a worker that ended itself because a step hung."""
+_MAX_FIELDS = 32
+
 
 class GiantleapError(Exception):
     """Base of every error that a caller of the service may see.
@@ -68,6 +77,17 @@ class InvalidRequest(GiantleapError):
     code, status, title = "invalid_request", 422, "The request's values are not valid"
 
 
+class InvalidFields(InvalidRequest):
+    """Values that are not valid, with the field and the reason of each, as far as `_MAX_FIELDS` go."""
+
+    def __init__(self, fields: tuple[tuple[str, str], ...]) -> None:
+        told = [f"{name}: {reason}" for name, reason in fields[:_MAX_FIELDS]]
+        if len(fields) > _MAX_FIELDS:
+            told.append(f"and {len(fields) - _MAX_FIELDS} more")
+        super().__init__("; ".join(told))
+        self.fields = fields[:_MAX_FIELDS]
+
+
 class DoesNotFit(GiantleapError):
     """A job that no device can hold, in bytes and with the largest final size that fits, where there is one."""
 
@@ -127,3 +147,10 @@ class BadConfiguration(GiantleapError):
     """What the settings name cannot be run: a process that meets this ends, and starting it again cannot help."""
 
     code, title = "bad_configuration", "The configuration cannot be run"
+
+
+def to_reason(item: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in words for whoever sent the field."""
+    if item["type"] == "extra_forbidden":
+        return "is no field of this request"
+    return "is required" if item["type"] == "missing" else str(item["msg"])

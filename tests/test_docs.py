@@ -17,9 +17,9 @@ from giantleap.cli.main import app
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.descriptor import from_toml
 from giantleap.models.latent_space import LATENT_SPACES
-from giantleap.service.api.problems import InvalidFields
-from giantleap.service.api.schemas import GenerateRequest
+from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.planning import plan_generate
+from giantleap.service.jobs.requests import GenerateRequest
 from giantleap.service.settings import POCKET_BUNDLE, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent

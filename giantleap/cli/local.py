@@ -25,12 +25,12 @@ from giantleap.cli.options import (
     stop_if_on_hub,
 )
 from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
-from giantleap.service.api.schemas import GenerateRequest, UpscaleQuery
 from giantleap.service.errors import GiantleapError
 from giantleap.service.jobs.images import fit_image, read_image
 from giantleap.service.jobs.job import GenerateParams
 from giantleap.service.jobs.latents import LATENT_TENSOR
 from giantleap.service.jobs.planning import choose_method, choose_scale, plan_generate, prepare_upscale
+from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 from giantleap.service.settings import Settings
 
 if TYPE_CHECKING:

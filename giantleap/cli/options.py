@@ -6,11 +6,9 @@ import typer
 
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.service.errors import EXIT_BAD_CONFIGURATION
 from giantleap.service.settings import Settings, format_errors, read_settings
 from giantleap.service.telemetry.logs import configure_logging
-
-BAD_CONFIGURATION = 2
-"""Exit code of a process whose settings, bundle or engine are wrong: a restart cannot help."""
 
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on [GIANTLEAP_HOST].")]
 PortOption = Annotated[int | None, typer.Option(help="Port to listen on [GIANTLEAP_PORT].")]
@@ -44,4 +42,4 @@ def stop_if_on_hub(bundle: Bundle) -> None:
 def stop(*lines: str) -> NoReturn:
     for line in lines:
         typer.echo(f"giantleap: {line}", err=True)
-    raise typer.Exit(BAD_CONFIGURATION)
+    raise typer.Exit(EXIT_BAD_CONFIGURATION)

@@ -14,12 +14,14 @@ from fastapi.openapi.utils import get_openapi
 from giantleap.service import errors
 from giantleap.service.api.compat.errors import front_error
 from giantleap.service.api.dependencies import AppState
-from giantleap.service.api.middleware.authentication import OPEN_PATHS
-from giantleap.service.api.problems import PROBLEM_TYPE, InvalidFields, problem_body
-from giantleap.service.api.schemas import GenerateRequest, OutputFormat, Problem, to_job_body, to_model_body
+from giantleap.service.api.problems import PROBLEM_TYPE, problem_body
+from giantleap.service.api.schemas import Problem, to_job_body, to_model_body
+from giantleap.service.auth import OPEN_PATHS
+from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.images import INPUT_IMAGE_TYPES
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord, JobState, Priority, ResultFile
 from giantleap.service.jobs.latents import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
+from giantleap.service.jobs.requests import GenerateRequest, OutputFormat
 
 Responses = dict[int | str, dict[str, Any]]
 

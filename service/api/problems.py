@@ -27,6 +27,7 @@ from giantleap.service.errors import (
     DoesNotFit,
     EngineFault,
     GiantleapError,
+    InvalidFields,
     InvalidRequest,
     JobFailed,
     MalformedRequest,
@@ -37,6 +38,7 @@ from giantleap.service.errors import (
     QueueFull,
     StorageFull,
     UnsupportedMediaType,
+    to_reason,
 )
 from giantleap.service.jobs.job import JobError
 
@@ -44,7 +46,6 @@ log = logging.getLogger(__name__)
 
 PROBLEM_TYPE = "application/problem+json"
 CLIENT_GONE = 499
-_MAX_FIELDS = 32
 _RETRY_LATER_S = 5
 _BY_CODE: dict[str, type[GiantleapError]] = {
     kind.code: kind
@@ -67,24 +68,6 @@ _BY_CODE: dict[str, type[GiantleapError]] = {
 }
 # What Redis itself refuses for now; that it cannot be reached is a NotReady of `giantleap.service.jobqueue.producer`.
 _REDIS_REFUSES = (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError)
-
-
-class InvalidFields(InvalidRequest):
-    """Values that are not valid, with the field and the reason of each, as far as `_MAX_FIELDS` go."""
-
-    def __init__(self, fields: tuple[tuple[str, str], ...]) -> None:
-        told = [f"{name}: {reason}" for name, reason in fields[:_MAX_FIELDS]]
-        if len(fields) > _MAX_FIELDS:
-            told.append(f"and {len(fields) - _MAX_FIELDS} more")
-        super().__init__("; ".join(told))
-        self.fields = fields[:_MAX_FIELDS]
-
-
-def to_reason(item: Mapping[str, Any]) -> str:
-    """One of pydantic's errors in words for whoever sent the field."""
-    if item["type"] == "extra_forbidden":
-        return "is no field of this request"
-    return "is required" if item["type"] == "missing" else str(item["msg"])
 
 
 def problem_body(error: GiantleapError, request_id: str, **members: Any) -> dict[str, Any]:

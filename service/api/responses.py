@@ -6,9 +6,9 @@ from fastapi import Request, Response
 
 from giantleap.service.api.negotiation import JSON_TYPE
 from giantleap.service.api.problems import from_job_error, problem_response
-from giantleap.service.api.schemas import stages_s, to_job_body
+from giantleap.service.api.schemas import to_job_body
 from giantleap.service.errors import Conflict, GiantleapError, JobFailed
-from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState
+from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState, stages_s
 
 # Proxies refuse headers of some kilobytes.
 _WARNINGS_HEADER_BYTES = 2048

@@ -1,131 +1,19 @@
-"""The JSON forms of the HTTP interface, as pydantic models: requests, the job body, bundles, health, problems.
+"""The JSON responses of the HTTP interface, as pydantic models: jobs, bundles, health, problems.
 
-Values are checked here for form (types, ranges that never change); `giantleap.service.jobs.planning` checks them
-against the bundle and the settings. Times are RFC 3339 in UTC, durations seconds, sizes of images pixels of the final
-image.
+Requests are in `giantleap.service.jobs.requests`. Times are RFC 3339 in UTC, durations are seconds, image sizes are
+pixels of the final image.
 """
 
-from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, Field
 
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import METHODS, DecodeName, Method
 from giantleap.models.latent_space import Packing
-from giantleap.models.lua.spec import to_scale
 from giantleap.service.api.problems import from_job_error, problem_body
-from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState, Priority
+from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState, Priority, stages_s, to_rfc3339
 from giantleap.service.settings import Settings
-
-OutputFormat = Literal["png", "jpeg", "webp"]
-PriorityName = Literal["high", "low"]
-MAX_SEED = 2**63 - 1
-
-WebhookEvent = Literal["succeeded", "failed", "canceled"]
-SideField = Annotated[int | None, Field(ge=1, le=65_536, examples=[256])]
-
-
-Scale = Annotated[float, Field(ge=1, le=64, allow_inf_nan=False), AfterValidator(to_scale)]
-DecodeField: Any = Field(
-    "exact",
-    description="exact: the whole image at once, in strips where memory asks for it, to the same result; tiled: "
-    "overlapping tiles, which changes the image; tiny: a fast preview by a small decoder, where the bundle has one.",
-)
-
-
-class WebhookRequest(BaseModel):
-    """Where to post a signed note when the job has ended."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    url: str = Field(min_length=1, max_length=2048, description="http or https; an address that is not public: 422.")
-    events: Annotated[tuple[WebhookEvent, ...], Field(min_length=1, max_length=3, strict=False)] = Field(
-        ("succeeded", "failed", "canceled"), description="The final states that are told."
-    )
-
-
-class GenerateRequest(BaseModel):
-    """A prompt to draw. What is left out takes the bundle's default (`GET /models` lists them)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    prompt: Annotated[
-        str, StringConstraints(min_length=1, pattern=r"\S"), Field(examples=["a red sphere on a green floor"])
-    ] = Field(description="What to draw.")
-    negative_prompt: str | None = Field(None, description="What to keep away from.")
-    scale: Scale | None = Field(
-        None, examples=[2], description="Enlargement of the base latent; 1: none. The bundle lists them."
-    )
-    width: SideField = Field(None, description="Width of the final image, pixels.")
-    height: SideField = Field(None, description="Height of the final image, pixels.")
-    steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps.")
-    guidance_scale: float | None = Field(
-        None, ge=0.0, le=100.0, allow_inf_nan=False, description="Weight of the prompt; 1 or less: no guidance."
-    )
-    seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, description="Seed of the first image, the next ones follow; drawn if left out."
-    )
-    num_images: int = Field(1, ge=1, description="Images of this job.")
-    bundle: str | None = Field(None, max_length=128, description="Name of a bundle; the first one if left out.")
-    output_format: OutputFormat | None = Field(
-        None, description="File format; if left out, the one that Accept names, else png."
-    )
-    priority: PriorityName = Field("high", description="high is claimed before low.")
-    method: Method | None = Field(
-        None,
-        description="lua: enlarge the latent, decode once; bicubic: the same by interpolation; swinir: decode, then "
-        "enlarge pixels; direct: draw at the final size. The bundle's default if left out; never replaced by another.",
-    )
-    decode: DecodeName = DecodeField
-    init_image: str | None = Field(
-        None,
-        min_length=1,
-        description="Image to start from, PNG, JPEG or WebP as base64, also as a data: URL; resized to the base size.",
-    )
-    strength: float | None = Field(
-        None,
-        gt=0.0,
-        le=1.0,
-        allow_inf_nan=False,
-        description="How far to leave init_image: its share of the steps is run. 0.6 if left out.",
-    )
-    webhook: WebhookRequest | None = Field(None, description="Whom to tell when the job has ended.")
-
-
-class UpscaleQuery(BaseModel):
-    """How to read and enlarge the latent or the image in the body."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    scale: Scale | None = Field(None, description="Enlargement; the bundle's default if left out.")
-    latent_space: str | None = Field(
-        None, max_length=64, description="Latent space of the tensor; it must be the bundle's."
-    )
-    scaled: bool = Field(
-        False,
-        description="true: as a diffusion pipeline hands it out, (raw - shift) x scale; false: raw VAE latent.",
-    )
-    bundle: str | None = Field(None, max_length=128, description="Name of a bundle; the first one if left out.")
-    output: Literal["image", "latent"] = Field("image", description="Decode the result, or answer the raw latent.")
-    output_format: OutputFormat | None = Field(
-        None, description="File format of an image; if left out, the one that Accept names, else png."
-    )
-    priority: PriorityName = Field("high", description="high is claimed before low.")
-    method: Literal["lua", "bicubic", "swinir"] | None = Field(
-        None, description="As of /generate; swinir enlarges the pixels of an image as they are."
-    )
-    decode: DecodeName = DecodeField
-    width: SideField = Field(None, description="Only for a packed tensor: width of its own image, pixels.")
-    height: SideField = Field(None, description="Only for a packed tensor: height of its own image, pixels.")
-    webhook_url: str | None = Field(
-        None, min_length=1, max_length=2048, description="Where to post a signed note when the job has ended."
-    )
-    webhook_events: str | None = Field(
-        None,
-        pattern="^(succeeded|failed|canceled)(,(succeeded|failed|canceled)){0,2}$",
-        description="The final states that are told, comma-separated; all if left out.",
-    )
 
 
 class FieldProblem(BaseModel):
@@ -341,15 +229,3 @@ def to_job_body(record: JobRecord, root_path: str = "") -> JobBody:
         cancel_url=f"{url}/cancel",
         error=problem_body(from_job_error(record.error), job.id) if record.error is not None else None,
     )
-
-
-def to_rfc3339(time_s: float) -> str:
-    """A Unix time as RFC 3339 in UTC with milliseconds."""
-    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def stages_s(record: JobRecord) -> dict[str, float]:
-    """Seconds of each stage in order, the wait in the queue first."""
-    if record.started_at_s is None or "queue" in record.stages:
-        return dict(record.stages)
-    return {"queue": max(0.0, record.started_at_s - record.job.created_at_s), **record.stages}

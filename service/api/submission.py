@@ -9,8 +9,7 @@ from dataclasses import replace
 from fastapi import Request
 
 from giantleap.service.api.dependencies import AppState
-from giantleap.service.api.middleware.authentication import require_scope
-from giantleap.service.auth import Caller, Scope
+from giantleap.service.auth import Caller, Scope, require_scope
 from giantleap.service.jobqueue.producer import Enqueued
 from giantleap.service.jobs.job import Job
 

@@ -7,6 +7,7 @@ Everything here is pure; `giantleap.service.jobqueue.producer` (API side) and `g
 import hashlib
 import json
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Literal, Self
 
@@ -238,3 +239,15 @@ class QueueStats:
     queue_median_s: dict[str, float] = field(default_factory=dict)
     drawing_workers: int = 0
     finishing_workers: int = 0
+
+
+def to_rfc3339(time_s: float) -> str:
+    """A Unix time as RFC 3339 in UTC with milliseconds."""
+    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def stages_s(record: JobRecord) -> dict[str, float]:
+    """Seconds of each stage in order, the wait in the queue first."""
+    if record.started_at_s is None or "queue" in record.stages:
+        return dict(record.stages)
+    return {"queue": max(0.0, record.started_at_s - record.job.created_at_s), **record.stages}

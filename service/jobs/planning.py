@@ -14,8 +14,7 @@ from giantleap.models.bundle.descriptor import DecodeName, Method, nearest_sides
 from giantleap.models.bundle.vocabulary import PromptWords, read_prompt_words
 from giantleap.models.latent_space import LatentSpace, LatentSpaceError
 from giantleap.models.lua.spec import is_whole, scaled_size
-from giantleap.service.api.problems import InvalidFields
-from giantleap.service.api.schemas import GenerateRequest, OutputFormat, UpscaleQuery
+from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.capacity import (
     BundleMemory,
     DeviceShare,
@@ -24,11 +23,12 @@ from giantleap.service.jobs.capacity import (
     read_memory,
     to_workload,
 )
+from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px
 from giantleap.service.jobs.images import ImageSize, check_image, is_image
 from giantleap.service.jobs.job import GenerateParams, JobParams, UpscaleParams
 from giantleap.service.jobs.latents import Values, read_values, require_finite, to_blob
+from giantleap.service.jobs.requests import GenerateRequest, OutputFormat, UpscaleQuery
 from giantleap.service.settings import Settings
-from giantleap.service.worker.batching import LatentGrid, count_items, output_latent_px
 
 DEFAULT_STRENGTH = 0.6
 _MAX_WORD_WARNINGS = 32

@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from giantleap.cli.options import BAD_CONFIGURATION
+from giantleap.service.errors import EXIT_BAD_CONFIGURATION, EXIT_HUNG
 from giantleap.service.telemetry.metrics import HostState, write_host_state
-from giantleap.service.worker.watchdog import HUNG
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ def plan_restart(crashes: int, ran_s: float) -> tuple[int, float]:
 
 def to_reason(code: int) -> str:
     """Why a process ended, from its exit code, as a label: hung, killed, crashed or stopped."""
-    if code == HUNG:
+    if code == EXIT_HUNG:
         return "hung"
     return "killed" if code < 0 else "crashed" if code else "stopped"
 
@@ -142,9 +141,9 @@ class ProcessManager:
         return None
 
     def _plan_restart(self, child: ManagedProcess, code: int) -> int | None:
-        if code == BAD_CONFIGURATION:
+        if code == EXIT_BAD_CONFIGURATION:
             log.error("%s cannot start: its configuration is wrong (see above)", child.name)
-            return BAD_CONFIGURATION
+            return EXIT_BAD_CONFIGURATION
         self._restarts[child.role][to_reason(code)] += 1
         self._write_state()
         child.crashes, delay_s = plan_restart(child.crashes, time.monotonic() - child.started_at_s)

@@ -21,10 +21,10 @@ import httpcore
 import httpx
 import redis
 
-from giantleap.service.api.schemas import to_rfc3339
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.client import LOST, AsyncRedis
 from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobs.job import to_rfc3339
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.webhooks.targets import CheckedBackend, TargetRefused, read_target

@@ -23,11 +23,11 @@ from giantleap.models.images import CONTENT_TYPES, to_image_bytes, to_signed
 from giantleap.models.route import Route, finite_items
 from giantleap.service.errors import EngineFault, GiantleapError, JobFailed
 from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobs.grid import count_items
 from giantleap.service.jobs.images import Pixels, read_image
 from giantleap.service.jobs.job import GenerateParams, JobError, JobParams, ResultFile, UpscaleParams
 from giantleap.service.jobs.latents import LATENT_TENSOR, SAFETENSORS_TYPE
 from giantleap.service.telemetry.tracing import BatchTrace
-from giantleap.service.worker.batching import count_items
 from giantleap.service.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)

@@ -7,19 +7,11 @@ a batch is `giantleap.service.worker.loop`; why batches look so is in `docs/deci
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from giantleap.models.lua.spec import scaled_size
 from giantleap.service.jobqueue.consumer import Claim
+from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px
 from giantleap.service.jobs.job import GenerateParams, JobParams
 
 BatchKey = tuple[str | int | float | None, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LatentGrid:
-    """What turns image sizes of a bundle into latent sizes: pixels per latent pixel, and the upscaler's window."""
-
-    stride_px: int
-    window: int
 
 
 @dataclass(slots=True)
@@ -28,19 +20,6 @@ class _OpenBatch:
     claims: list[Claim] = field(default_factory=list)
     items: int = 0
     latent_px: int = 0
-
-
-def count_items(params: JobParams) -> int:
-    """How many images a job asks for."""
-    return params.num_images if isinstance(params, GenerateParams) else params.batch_items
-
-
-def output_latent_px(params: JobParams, grid: LatentGrid) -> int:
-    """Latent pixels of one item after upscaling, as the device sees them: an upscale job's are padded."""
-    if isinstance(params, GenerateParams):
-        return (params.width_px // grid.stride_px) * (params.height_px // grid.stride_px)
-    height, width = _padded(params.latent_height, grid), _padded(params.latent_width, grid)
-    return scaled_size(height, params.scale) * scaled_size(width, params.scale)
 
 
 def batch_key(bundle: str, params: JobParams, grid: LatentGrid, drawn: bool = False) -> BatchKey:
@@ -56,7 +35,7 @@ def batch_key(bundle: str, params: JobParams, grid: LatentGrid, drawn: bool = Fa
         return ("drawn", *shared, params.width_px, params.height_px)
     if isinstance(params, GenerateParams):
         return (*shared, params.width_px, params.height_px, params.steps, params.guidance_scale, params.strength)
-    size = (_padded(params.latent_width, grid), _padded(params.latent_height, grid))
+    size = (grid.padded(params.latent_width), grid.padded(params.latent_height))
     return (*shared, *size, params.output, params.image_width_px is not None)
 
 
@@ -99,7 +78,3 @@ def plan_batch(
 def slice_items(item_latent_px: int, budget_items: int, budget_latent_px: int) -> int:
     """How many items of this size may run at once; at least one."""
     return max(1, min(budget_items, budget_latent_px // max(1, item_latent_px)))
-
-
-def _padded(side: int, grid: LatentGrid) -> int:
-    return -(-side // grid.window) * grid.window

@@ -26,6 +26,7 @@ from giantleap.service.errors import BadConfiguration, DoesNotFit, StorageFull
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobs.capacity import DeviceShare, check_capacity, max_items
+from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px
 from giantleap.service.jobs.job import GenerateParams, Job, JobError, JobState, UpscaleParams
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.logs import log_fields
@@ -42,7 +43,7 @@ from giantleap.service.worker.batch_runner import (
     to_job_error,
     to_latents_blob,
 )
-from giantleap.service.worker.batching import LatentGrid, count_items, output_latent_px, plan_batch, slice_items
+from giantleap.service.worker.batching import plan_batch, slice_items
 from giantleap.service.worker.device import find_device
 from giantleap.service.worker.engines import open_route
 from giantleap.service.worker.timing import WARMUPS, measure_protocol
@@ -74,7 +75,7 @@ def run_worker(
 
     Effects: loads the bundles onto the device; signs on at Redis when ready and off at the end; serves /metrics if a
     port is set. Returns normally after a stop, having finished or handed back every claim. Ends the process with the
-    code `giantleap.service.worker.watchdog.HUNG` where a step makes no progress.
+    code `giantleap.service.errors.EXIT_HUNG` where a step makes no progress.
 
     Raises:
         BadConfiguration: a bundle, a checkpoint, the device, the dtype or the engine does not fit.

@@ -1,7 +1,7 @@
 """Ends a worker process whose work makes no progress, so that its leases run out and its jobs go to another.
 
 A lease thread cannot tell a long step from a hung one: it renews for both. `giantleap.service.worker.batch_runner`
-marks every stage and step here; a mark that grows older than the limit ends the process with the code `HUNG`, without
+marks every stage and step here; a mark that grows older than the limit ends the process with `EXIT_HUNG`, without
 any clean-up that could hang too. Loading, warm-ups and measuring are not watched: nothing is marked then. A call that
 never gives the GIL back stops this thread as it stops the lease thread: its jobs go to another worker, the process
 stays.
@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-HUNG = 75
-"""Exit code of a worker that ended itself because a step hung."""
+from giantleap.service.errors import EXIT_HUNG
 
 _CHECKS_PER_LIMIT = 4
 log = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ class Watchdog:
         for handler in logging.getLogger().handlers:
             with suppress(ValueError, OSError):  # a stream that is closed or full must not keep the process
                 handler.flush()
-        self._end(HUNG)
+        self._end(EXIT_HUNG)
         return True
 
     def _watch(self) -> None:

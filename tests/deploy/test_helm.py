@@ -219,7 +219,7 @@ def test_pods_live_longer_than_their_drain(manifests: list[Manifest]) -> None:
 
 
 def test_probes_ask_what_is_there(manifests: list[Manifest]) -> None:
-    from giantleap.service.api.middleware.authentication import OPEN_PATHS
+    from giantleap.service.auth import OPEN_PATHS
 
     for deployment in of_kind(manifests, "Deployment"):
         (container,) = pod_of(deployment)["containers"]

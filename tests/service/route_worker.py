@@ -16,11 +16,11 @@ from torch import Tensor
 from giantleap.models.generator import GenerationItem
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
+from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.settings import read_settings
 from giantleap.service.telemetry.logs import configure_logging
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.worker.batch_runner import Drain
-from giantleap.service.worker.batching import LatentGrid
 from giantleap.service.worker.loop import Worker
 from giantleap.service.worker.watchdog import Watchdog
 from tests.service.fakes import STRIDE_PX, FakeRoute

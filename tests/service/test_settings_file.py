@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from giantleap.cli.options import BAD_CONFIGURATION
+from giantleap.service.errors import EXIT_BAD_CONFIGURATION
 from giantleap.service.settings import (
     NEEDS_RESTART,
     Settings,
@@ -85,7 +85,7 @@ def test_a_file_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
-    assert ended.returncode == BAD_CONFIGURATION
+    assert ended.returncode == EXIT_BAD_CONFIGURATION
     assert ended.stderr.endswith("none.toml: No such file or directory\n") and "Traceback" not in ended.stderr
 
 

@@ -35,13 +35,12 @@ from giantleap.service.api.compat.shared_job import (
 from giantleap.service.api.dependencies import AppState, AppStateDep
 from giantleap.service.api.negotiation import JSON_TYPE, LONGEST_CANCEL_AFTER_S
 from giantleap.service.api.openapi import file_content
-from giantleap.service.api.problems import InvalidFields
 from giantleap.service.api.routes.health import find_reasons
-from giantleap.service.api.schemas import OutputFormat, Scale, UpscaleQuery
-from giantleap.service.errors import MalformedRequest, NotReady, PayloadTooLarge, UnsupportedMediaType
+from giantleap.service.errors import InvalidFields, MalformedRequest, NotReady, PayloadTooLarge, UnsupportedMediaType
 from giantleap.service.jobs.job import JobRecord, Priority, UpscaleParams
 from giantleap.service.jobs.latents import OCTETS_TYPE, SAFETENSORS_TYPE
 from giantleap.service.jobs.planning import ServedBundle, prepare_upscale
+from giantleap.service.jobs.requests import OutputFormat, Scale, UpscaleQuery
 
 router = APIRouter(prefix=KSERVE_PATH, tags=["KServe v2"])
 

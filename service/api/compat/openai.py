@@ -35,15 +35,15 @@ from giantleap.service.api.compat.shared_job import (
 from giantleap.service.api.dependencies import AppState, AppStateDep
 from giantleap.service.api.negotiation import JSON_TYPE
 from giantleap.service.api.openapi import IMAGE_TYPES, file_content
-from giantleap.service.api.problems import InvalidFields, problem_response
+from giantleap.service.api.problems import problem_response
 from giantleap.service.api.routes.create import random_seed, require_json
 from giantleap.service.api.routes.jobs import RecordDep, get_result
-from giantleap.service.api.schemas import GenerateRequest, OutputFormat, Scale
 from giantleap.service.api.sse import EVENT_STREAM_TYPE, HEARTBEAT_S
 from giantleap.service.api.submission import admit
-from giantleap.service.errors import GiantleapError
+from giantleap.service.errors import GiantleapError, InvalidFields
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord
 from giantleap.service.jobs.planning import plan_generate, select_bundle, warn_of_words
+from giantleap.service.jobs.requests import GenerateRequest, OutputFormat, Scale
 
 router = APIRouter(prefix=OPENAI_PATH, tags=["OpenAI"])
 

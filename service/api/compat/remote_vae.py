@@ -37,12 +37,11 @@ from giantleap.service.api.compat.shared_job import (
 )
 from giantleap.service.api.dependencies import AppState, AppStateDep
 from giantleap.service.api.openapi import file_content
-from giantleap.service.api.problems import InvalidFields
-from giantleap.service.api.schemas import OutputFormat, Scale, UpscaleQuery
-from giantleap.service.errors import InvalidRequest, UnsupportedMediaType
+from giantleap.service.errors import InvalidFields, InvalidRequest, UnsupportedMediaType
 from giantleap.service.jobs.job import JobRecord, UpscaleParams
 from giantleap.service.jobs.latents import OCTETS_TYPE, SAFETENSORS_TYPE, read_latent, to_blob
 from giantleap.service.jobs.planning import prepare_upscale
+from giantleap.service.jobs.requests import OutputFormat, Scale, UpscaleQuery
 
 router = APIRouter(prefix=REMOTE_VAE_PATH, tags=["remote VAE"])
 

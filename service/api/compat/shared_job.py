@@ -23,17 +23,18 @@ from starlette.requests import ClientDisconnect
 
 from giantleap.service.api.dependencies import AppState, AppStateDep
 from giantleap.service.api.openapi import Responses
-from giantleap.service.api.problems import InvalidFields, to_reason
 from giantleap.service.api.responses import failed_response, job_headers, job_problem, warnings_header
 from giantleap.service.api.routes.create import read_submit_options, wait_for_job
 from giantleap.service.api.submission import admit
 from giantleap.service.errors import (
     DeadlinePassed,
     GiantleapError,
+    InvalidFields,
     InvalidRequest,
     MalformedRequest,
     NotFound,
     NotReady,
+    to_reason,
 )
 from giantleap.service.jobs.job import Job, JobParams, JobRecord, JobState, Priority
 from giantleap.service.jobs.latents import LATENT_TENSOR, SAFETENSORS_TYPE, Floats, read_latent

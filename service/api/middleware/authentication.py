@@ -8,7 +8,6 @@ its owner's alone is not decided here but in `giantleap.service.api.submission`.
 
 import math
 from collections.abc import Mapping
-from typing import Final
 
 import redis.exceptions
 from starlette.datastructures import Headers
@@ -17,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from giantleap.service.api.problems import problem_response
-from giantleap.service.auth import ANONYMOUS, Caller, KeyRing, Scope, presented_keys
+from giantleap.service.auth import ANONYMOUS, OPEN_PATHS, Caller, KeyRing, Scope, presented_keys, require_scope
 from giantleap.service.errors import (
     Forbidden,
     GiantleapError,
@@ -30,7 +29,6 @@ from giantleap.service.errors import (
 )
 from giantleap.service.jobqueue.producer import JobProducer
 
-OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 << 10
 MAX_JSON_PARTS = 16_384
@@ -115,14 +113,6 @@ def scope_of(method: str, path: str) -> Scope | None:
 def is_counted(method: str, path: str) -> bool:
     """Whether a request counts against its key's rate: those that ask for work do, reading and canceling is free."""
     return method in _CREATING and not path.endswith("/cancel")
-
-
-def require_scope(caller: Caller, scope: Scope) -> None:
-    """Raises:
-    Forbidden: the caller's key lacks it.
-    """
-    if scope not in caller.scopes:
-        raise Forbidden(f"this needs a key with the scope {scope}", scope=scope)
 
 
 def challenge(error: GiantleapError) -> Mapping[str, str]:

@@ -29,13 +29,13 @@ from giantleap.service.api.openapi import (
     file_content,
     upload_request_body,
 )
-from giantleap.service.api.problems import InvalidFields
 from giantleap.service.api.responses import failed_response, file_response, job_answer, job_problem, job_url
-from giantleap.service.api.schemas import GenerateRequest, JobBody, OutputFormat, UpscaleQuery
+from giantleap.service.api.schemas import JobBody
 from giantleap.service.api.submission import admit
 from giantleap.service.errors import (
     DeadlinePassed,
     GiantleapError,
+    InvalidFields,
     MalformedRequest,
     NotFound,
     NotReady,
@@ -52,6 +52,7 @@ from giantleap.service.jobs.planning import (
     total_latent_px,
     warn_of_words,
 )
+from giantleap.service.jobs.requests import GenerateRequest, OutputFormat, UpscaleQuery
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.tracing import current_traceparent
 from giantleap.service.webhooks.sender import EVENTS

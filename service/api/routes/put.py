@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from giantleap.service.api.dependencies import AppStateDep
 from giantleap.service.api.negotiation import JSON_TYPE
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content, upload_request_body
-from giantleap.service.api.problems import InvalidFields, to_reason
 from giantleap.service.api.routes.create import ACCEPTED, PROBLEMS, SubmitOptionsDep, post_generate, post_upscale
 from giantleap.service.api.routes.jobs import JOB_ID, JobId
-from giantleap.service.api.schemas import GenerateRequest, JobBody, UpscaleQuery
-from giantleap.service.errors import MalformedRequest
+from giantleap.service.api.schemas import JobBody
+from giantleap.service.errors import InvalidFields, MalformedRequest, to_reason
 from giantleap.service.jobs.latents import SAFETENSORS_TYPE
+from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 
 router = APIRouter(tags=["create"])
 

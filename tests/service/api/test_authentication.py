@@ -13,8 +13,8 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from giantleap.service.api.middleware.authentication import MAX_HEADER_BYTES, MAX_HEADERS, OPEN_PATHS
-from giantleap.service.auth import new_key
+from giantleap.service.api.middleware.authentication import MAX_HEADER_BYTES, MAX_HEADERS
+from giantleap.service.auth import OPEN_PATHS, new_key
 from giantleap.service.jobs.job import JobEvent, JobState
 from tests.service.fake_broker import stay_queued, succeed
 from tests.service.front_fakes import LATENT, FileBroker, build_app

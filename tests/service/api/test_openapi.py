@@ -11,8 +11,8 @@ from jsonschema import Draft202012Validator
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.service import errors
 from giantleap.service.api.openapi import _EXAMPLES, _REQUESTS
-from giantleap.service.api.schemas import GenerateRequest
 from giantleap.service.jobs.planning import plan_generate
+from giantleap.service.jobs.requests import GenerateRequest
 from giantleap.service.settings import POCKET_BUNDLE, read_settings
 
 API_PAGE = Path(__file__).resolve().parents[3] / "docs" / "api.md"

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from redis.exceptions import OutOfMemoryError
 
 from giantleap.service.api.middleware.request_context import RequestContextMiddleware, read_request_id
-from giantleap.service.api.problems import InvalidFields, from_job_error, handle_errors
-from giantleap.service.errors import Conflict, EngineFault, GiantleapError, NotReady, QueueFull
+from giantleap.service.api.problems import from_job_error, handle_errors
+from giantleap.service.errors import Conflict, EngineFault, GiantleapError, InvalidFields, NotReady, QueueFull
 from giantleap.service.jobs.job import JobError
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import Tracing

@@ -25,7 +25,6 @@ from giantleap.models.memory.plan import MemoryPlan
 from giantleap.models.route import Route
 from giantleap.service.api.app import create_app
 from giantleap.service.api.problems import from_job_error
-from giantleap.service.api.schemas import GenerateRequest
 from giantleap.service.errors import DoesNotFit
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
@@ -42,12 +41,13 @@ from giantleap.service.jobs.capacity import (
     to_workload,
 )
 from giantleap.service.jobs.devices import Device, LoadedBundle, machine_memory_bytes, usable_bytes
+from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import UpscaleParams
 from giantleap.service.jobs.planning import plan_generate
+from giantleap.service.jobs.requests import GenerateRequest
 from giantleap.service.settings import POCKET_BUNDLE, Settings, read_settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.worker.batch_runner import Drain
-from giantleap.service.worker.batching import LatentGrid
 from giantleap.service.worker.device import find_device
 from giantleap.service.worker.loop import Worker
 from tests.redis_fixtures import ProducerOpener

@@ -13,13 +13,11 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from giantleap.cli.options import BAD_CONFIGURATION
-from giantleap.service.errors import BadConfiguration
+from giantleap.service.errors import EXIT_BAD_CONFIGURATION, EXIT_HUNG, BadConfiguration
 from giantleap.service.settings import Settings, read_settings, to_environment
 from giantleap.service.supervisor.processes import Launch, ManagedProcess, ProcessManager, plan_restart, to_reason
 from giantleap.service.supervisor.supervisor import open_listener, reload
 from giantleap.service.telemetry.metrics import HostCollector
-from giantleap.service.worker.watchdog import HUNG
 
 
 def _giantleap(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -54,14 +52,14 @@ def test_serve_ends_at_once_when_a_bundle_is_missing(tmp_path: Path) -> None:
     ended = _giantleap(
         "serve", "--port", "0", "--data-dir", str(tmp_path / "data"), GIANTLEAP_BUNDLE=str(tmp_path / "none")
     )
-    assert ended.returncode == BAD_CONFIGURATION
+    assert ended.returncode == EXIT_BAD_CONFIGURATION
     assert "bundle.toml is missing" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_serve_says_when_its_port_is_taken(tmp_path: Path) -> None:
     with open_listener("127.0.0.1", 0) as taken:
         ended = _giantleap("serve", "--port", str(taken.getsockname()[1]), "--data-dir", str(tmp_path))
-    assert ended.returncode == BAD_CONFIGURATION
+    assert ended.returncode == EXIT_BAD_CONFIGURATION
     assert "cannot listen" in ended.stderr and "Traceback" not in ended.stderr
     assert "Address already in use; --host and --port" in ended.stderr
 
@@ -74,12 +72,12 @@ def test_the_command_tells_its_version() -> None:
 @pytest.mark.parametrize("command", ["api", "worker"])
 def test_the_parts_ask_for_a_redis(command: str) -> None:
     ended = _giantleap(command)
-    assert ended.returncode == BAD_CONFIGURATION and "GIANTLEAP_REDIS_URL" in ended.stderr
+    assert ended.returncode == EXIT_BAD_CONFIGURATION and "GIANTLEAP_REDIS_URL" in ended.stderr
 
 
 def test_a_misspelt_setting_is_refused() -> None:
     ended = _giantleap("models", GIANTLEAP_QUEU_LIMIT="3")
-    assert ended.returncode == BAD_CONFIGURATION and "GIANTLEAP_QUEU_LIMIT" in ended.stderr
+    assert ended.returncode == EXIT_BAD_CONFIGURATION and "GIANTLEAP_QUEU_LIMIT" in ended.stderr
 
 
 def test_the_listener_is_inherited_by_children() -> None:
@@ -334,4 +332,4 @@ def test_restarts_are_counted_by_role_and_by_why_a_process_ended(tmp_path: Path)
 
 
 def test_an_exit_code_says_why() -> None:
-    assert [to_reason(code) for code in (HUNG, -9, 1, 0)] == ["hung", "killed", "crashed", "stopped"]
+    assert [to_reason(code) for code in (EXIT_HUNG, -9, 1, 0)] == ["hung", "killed", "crashed", "stopped"]

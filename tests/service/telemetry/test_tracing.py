@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry
 
 from giantleap.service.api.app import create_app
 from giantleap.service.jobqueue.consumer import JobConsumer
+from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import Job
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.logs import JsonFormatter, log_fields
@@ -36,7 +37,6 @@ from giantleap.service.telemetry.tracing import (
     trace_id_of,
 )
 from giantleap.service.worker.batch_runner import Drain
-from giantleap.service.worker.batching import LatentGrid
 from giantleap.service.worker.loop import Worker
 from tests.service.fakes import GENERATE, FakeClaims, FakeRoute, make_claim
 from tests.service.live_server import live_server

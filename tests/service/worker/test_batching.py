@@ -7,15 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from giantleap.service.jobqueue.consumer import Claim
+from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px
 from giantleap.service.jobs.job import JobParams
-from giantleap.service.worker.batching import (
-    LatentGrid,
-    batch_key,
-    count_items,
-    output_latent_px,
-    plan_batch,
-    slice_items,
-)
+from giantleap.service.worker.batching import batch_key, plan_batch, slice_items
 from tests.service.fakes import GENERATE, UPSCALE, make_claim
 
 GRIDS = {"tiny": LatentGrid(stride_px=8, window=4), "other": LatentGrid(stride_px=16, window=8)}

@@ -13,12 +13,12 @@ from PIL import Image
 from prometheus_client import CollectorRegistry
 
 from giantleap.models.generator import image_seed
+from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import JobParams
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.logs import JsonFormatter
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.worker.batch_runner import Drain
-from giantleap.service.worker.batching import LatentGrid
 from giantleap.service.worker.loop import Worker, choose_gpu, run_worker
 from tests.service.fakes import GENERATE, UPSCALE, FakeClaims, FakeRoute, make_claim
 

@@ -15,12 +15,13 @@ from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.route import Route
 from giantleap.models.stages import DRAWING, FINISHING, WHOLE, Stages
 from giantleap.service.jobqueue.consumer import BaseLatents, Claim
+from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import GenerateParams
 from giantleap.service.settings import POCKET_BUNDLE, Settings
 from giantleap.service.telemetry.logs import JsonFormatter
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.worker.batch_runner import Drain
-from giantleap.service.worker.batching import LatentGrid, plan_batch
+from giantleap.service.worker.batching import plan_batch
 from giantleap.service.worker.loop import Worker, to_grid
 from tests.service.fakes import GENERATE, UPSCALE, FakeClaims, FakeRoute, make_claim
 

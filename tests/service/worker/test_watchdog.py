@@ -15,16 +15,17 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from giantleap.service.errors import EXIT_HUNG
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.producer import JobProducer
+from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import JobState
 from giantleap.service.settings import Settings, read_settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import Tracing
 from giantleap.service.worker.batch_runner import BatchRun, Drain, to_items
-from giantleap.service.worker.batching import LatentGrid
 from giantleap.service.worker.loop import Worker
-from giantleap.service.worker.watchdog import HUNG, Watchdog
+from giantleap.service.worker.watchdog import Watchdog
 from tests.service.fakes import GENERATE, STRIDE_PX, FakeClaims, FakeRoute, make_claim
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,11 +53,11 @@ def test_only_an_old_mark_ends_the_process(caplog: pytest.LogCaptureFixture) -> 
     watchdog.mark("generate", ["b", "a"])
     clock.now_s += 10.5
     with caplog.at_level(logging.CRITICAL):
-        assert watchdog.check() and codes == [HUNG]
+        assert watchdog.check() and codes == [EXIT_HUNG]
     assert caplog.records[0].fields == {"stage": "generate", "job_ids": ["a", "b"], "limit_s": 10.0}  # type: ignore[attr-defined]
     watchdog.rest()
     clock.now_s += 1000
-    assert not watchdog.check() and codes == [HUNG]
+    assert not watchdog.check() and codes == [EXIT_HUNG]
 
 
 def test_the_thread_looks_by_itself() -> None:
@@ -155,7 +156,7 @@ def test_a_hung_worker_ends_itself_and_its_job_goes_to_the_dead_letters(
             await broker.enqueue(job)
             worker = start_worker(limit_s=0.5, grace_s=0)
             _, log = await asyncio.to_thread(worker.communicate, timeout=TIMEOUT_S)
-            assert worker.returncode == HUNG
+            assert worker.returncode == EXIT_HUNG
             assert "no progress" in log and job.id in log and '"generate"' in log and "secret" not in log
             record = await broker.get(job.id)
             assert record.state is JobState.PROCESSING and record.deliveries == 1

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from giantleap.service.api.compat.errors import front_error
-from giantleap.service.api.problems import InvalidFields, problem_body
+from giantleap.service.api.problems import problem_body
+from giantleap.service.errors import InvalidFields
 
 PROBLEM = problem_body(InvalidFields((("n", "is 0"), ("size", "is odd"))), "r-1")
 ROUTES = {
