@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("benchmarks", "export", "giantleap/cli", "models", "service", "training")
 MAY_IMPORT = {
     "models": {"models"},
-    "service": {"models", "service"},
+    "service": {"export", "models", "service"},
     "export": {"export", "models"},
     "training": {"models", "training"},
     "cli": {"cli", "export", "models", "service", "training"},
