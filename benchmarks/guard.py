@@ -103,7 +103,7 @@ def read_inputs(route: Route, scale: int) -> dict[str, Tensor]:
         centre = photo[..., top : top + SIDE_PX, top : top + SIDE_PX]
         inputs[name] = route.vae.encode(shrink(centre, scale))
     items = [GenerationItem(words, "", seed, 128, 128, 12, 3.0) for seed, words in enumerate(PROMPTS)]
-    drawn = route.generate(items, lambda step, steps: None, set)
+    drawn = route.generate(items)
     return inputs | {item.prompt: latent[None] for item, latent in zip(items, drawn, strict=True) if latent is not None}
 
 

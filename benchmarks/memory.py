@@ -271,7 +271,7 @@ def measure_stages(route: Route, work: Workload, device: str) -> dict[str, int]:
     images: list[Tensor | None] = []
 
     def generate() -> None:
-        drawn = route.generate([item] * work.items, lambda step, steps: None, set)
+        drawn = route.generate([item] * work.items)
         latents.extend(latent for latent in drawn if latent is not None)
 
     stages["generate"] = measure_peak(generate, device)

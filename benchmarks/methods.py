@@ -47,8 +47,8 @@ def _draw(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int, meth
     factor = scale if method == "direct" else 1
     width_px, height_px = factor * defaults.base_width_px, factor * defaults.base_height_px
     item = GenerationItem(prompt, "", seed, width_px, height_px, defaults.steps, defaults.guidance_scale)
-    latents = [latent for latent in route.generate([item], lambda step, steps: None, set) if latent is not None]
-    _, (image,) = route.finish(latents, scale, method, "exact", route.clock().measure)
+    latents = [latent for latent in route.generate([item]) if latent is not None]
+    _, (image,) = route.upscale_and_decode(latents, scale, method, "exact", route.clock())
     if image is None:
         raise RuntimeError(f"{method} x{scale} of {prompt!r} has values that are not finite")
     return image

@@ -5,22 +5,43 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
+
+StageName = Literal["generate", "vae_encode", "upscale", "decode", "encode"]
+
+
+class StageObserver(Protocol):
+    """What sees each stage of a batch begin and end: a clock, a trace, a progress report."""
+
+    def measure(self, stage: StageName) -> AbstractContextManager[None]:
+        """A context manager that the stage runs in."""
+        ...
+
+
+class NoObserver:
+    """A `StageObserver` that does nothing."""
+
+    def measure(self, stage: StageName) -> AbstractContextManager[None]:
+        """A context manager without effect."""
+        return nullcontext()
 
 
 @dataclass(slots=True)
 class StageClock:
-    """Seconds per stage of one batch. The device is synchronised at both ends, so that its work is counted."""
+    """A `StageObserver` that adds up seconds per stage of one batch.
+
+    It synchronizes the device before and after each stage, so that the time includes the device's work.
+    """
 
     device: torch.device
     stages_s: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
+    def measure(self, stage: StageName) -> Iterator[None]:
         """Add the time of the block to `stage`, also when the block raises."""
         synchronize(self.device)
         started_s = time.perf_counter()

@@ -41,8 +41,8 @@ from transformers.utils import logging as transformers_logging
 from giantleap.models.bundle.bundle import Bundle, BundleError, ModelSource
 from giantleap.models.latent_space import LatentSpace
 
-StepWatcher = Callable[[int, int], None]
-CancelCheck = Callable[[], set[int]]
+StepCallback = Callable[[int, int], None]
+CancelCheck = Callable[[int], bool]
 
 SEED_LIMIT = 2**63
 
@@ -156,7 +156,7 @@ class Generator:
         return cls(pipeline.to(device), bundle.latent_space)
 
     @property
-    def can_start_from_image(self) -> bool:
+    def supports_init_image(self) -> bool:
         """Whether items may have an `init_image`."""
         return self.family.image_pipeline is not None
 
@@ -165,8 +165,14 @@ class Generator:
         """Whether items may have a negative prompt."""
         return self.family.no_negative is not None
 
-    def draw(self, items: Sequence[GenerationItem], on_step: StepWatcher, canceled: CancelCheck) -> list[Tensor | None]:
-        """Draw a batch.
+    def generate(
+        self,
+        items: Sequence[GenerationItem],
+        *,
+        on_step: StepCallback | None = None,
+        is_canceled: CancelCheck | None = None,
+    ) -> list[Tensor | None]:
+        """Generate the raw latents of a batch.
 
         A seed gives the same latent on every device and in every batch, up to rounding: each item has a generator of
         its own on the CPU. A pipeline that cannot keep to that with prompts of different lengths draws one by one.
@@ -174,8 +180,8 @@ class Generator:
         Args:
             items: At least one; all of one size, number of steps, guidance and strength.
             on_step: Called after each denoising step with (steps done, steps).
-            canceled: Asked after each step for the indices of items that nobody wants any more. When that is all of
-                them the rest of the steps is left out.
+            is_canceled: Called after each step, and after `on_step`, with the index of each item: whether its result
+                is no longer wanted. Once all items are canceled the remaining steps are skipped.
 
         Returns:
             A raw float32 latent per item, None for a canceled one.
@@ -194,8 +200,10 @@ class Generator:
             pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any], *, run: list[int]
         ) -> dict[str, Any]:
             steps = pipeline.num_timesteps
-            on_step(runs.index(run) * steps + step + 1, len(runs) * steps)
-            gone.update(canceled())
+            if on_step is not None:
+                on_step(runs.index(run) * steps + step + 1, len(runs) * steps)
+            if is_canceled is not None:
+                gone.update(index for index in range(len(items)) if is_canceled(index))
             if gone.issuperset(run):
                 pipeline._interrupt = True  # diffusers' own way to stop; the next call sets it back
             return {}
@@ -227,7 +235,7 @@ class Generator:
             raise ValueError(f"{name} takes no negative prompt")
         if item.init_image is None:
             return
-        if not self.can_start_from_image:
+        if not self.supports_init_image:
             raise ValueError(f"{name} cannot start from an image: diffusers has no image-to-image pipeline for it")
         if tuple(item.init_image.shape) != (3, item.height_px, item.width_px):
             raise ValueError(

@@ -105,7 +105,7 @@ class LatentSpace:
         return {"none": 4, "flux": 3, "rows": 3, "frame": 5}[self.packing]
 
     @property
-    def needs_size(self) -> bool:
+    def is_packed(self) -> bool:
         """Whether a scaled latent does not tell its own height and width: its pixels are one row of tokens."""
         return self.scaled_dims == 3
 

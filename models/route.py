@@ -5,8 +5,7 @@ stages are methods of their own, because an upscale job starts at the second one
 which order a method runs them is in `stages_of`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, Self
 
@@ -18,10 +17,18 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import Bundle, check_files
 from giantleap.models.bundle.descriptor import DecodeName, Method
-from giantleap.models.device import PeakMemory, StageClock, free_cache, peak_memory, reset_peak_memory
+from giantleap.models.device import (
+    NoObserver,
+    PeakMemory,
+    StageClock,
+    StageObserver,
+    free_cache,
+    peak_memory,
+    reset_peak_memory,
+)
 from giantleap.models.engines.base import Artifact, Engine, EngineName, open_engine
 from giantleap.models.engines.swinir import PixelUpscaler
-from giantleap.models.generator import CancelCheck, GenerationItem, Generator, StepWatcher
+from giantleap.models.generator import CancelCheck, GenerationItem, Generator, StepCallback
 from giantleap.models.images import to_signed
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.clamp import LatentClamp
@@ -31,7 +38,7 @@ from giantleap.models.lua.statistics import read_statistics
 from giantleap.models.stages import WHOLE, Stages, draws, finishes
 from giantleap.models.vae.autoencoder import Vae, read_tiny, read_vae_model
 
-STAGES = ("generate", "upscale", "decode", "encode")
+NO_OBSERVER = NoObserver()
 
 
 def stages_of(method: Method, scale: float) -> tuple[Literal["upscale", "decode"], ...]:
@@ -159,23 +166,27 @@ class Route:
         """A clock for the stages of one batch."""
         return StageClock(self.device)
 
-    def base_latents(self, item: GenerationItem, clock: StageClock) -> list[Tensor]:
+    def generate_latents(self, item: GenerationItem, clock: StageClock) -> list[Tensor]:
         """The raw latent of one item, drawn and timed; noise of its size where nothing is drawn."""
         if not draws(self.stages):
             sides = [side_px // self.vae.latent_space.stride_px for side_px in (item.height_px, item.width_px)]
             return [torch.randn(self.vae.latent_space.channels, *sides, device=self.device)]
         with clock.measure("generate"):
-            drawn = self.generate([item], lambda step, steps: None, set)
+            drawn = self.generate([item])
         return [latent for latent in drawn if latent is not None]
 
     def generate(
-        self, items: Sequence[GenerationItem], on_step: StepWatcher, canceled: CancelCheck
+        self,
+        items: Sequence[GenerationItem],
+        *,
+        on_step: StepCallback | None = None,
+        is_canceled: CancelCheck | None = None,
     ) -> list[Tensor | None]:
-        """Draw raw latents; see `Generator.draw`."""
-        return self.generator.draw(items, on_step, canceled)
+        """Generate raw latents; see `Generator.generate`."""
+        return self.generator.generate(items, on_step=on_step, is_canceled=is_canceled)
 
     @torch.inference_mode()
-    def embed(self, pixels: NDArray[np.uint8]) -> Tensor:
+    def encode_image(self, pixels: NDArray[np.uint8]) -> Tensor:
         """The raw latent of an image, its posterior mean; sides that fill no whole latent repeat their last pixels.
 
         **Shape** [height_px, width_px, 3] -> [channels, h, w], float32.
@@ -275,7 +286,7 @@ class Route:
         item = GenerationItem("", "", 0, width_px, height_px, steps, 2.0)
         if not finishes(self.stages):
             clock = self.clock()
-            self.base_latents(item, clock)
+            self.generate_latents(item, clock)
             return {("direct", 1): clock.stages_s}
         methods: list[Method] = ["lua" if self.lua is not None else "bicubic"]
         if self.pixel is not None:
@@ -284,13 +295,13 @@ class Route:
         runs = [run for run in runs if run != ("swinir", 1)]  # the same as the first method's
         return {(method, scale): run_once(self, item, scale, method).stages_s for method, scale in runs}
 
-    def finish(
+    def upscale_and_decode(
         self,
         latents: list[Tensor],
         scale: float,
-        method: Method,
-        decode: DecodeName | None,
-        measure: Callable[[str], AbstractContextManager[None]],
+        method: Method = "lua",
+        decode: DecodeName | None = "exact",
+        observer: StageObserver = NO_OBSERVER,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """From base latents to images, by the stages of a method.
 
@@ -299,7 +310,7 @@ class Route:
             scale: One of `scales_of(method)`.
             method: How they become large.
             decode: How they become images; None leaves them latents.
-            measure: Each stage runs inside `measure(stage)`; `StageClock.measure` is one.
+            observer: Sees each stage; a `StageClock` times them.
 
         Returns:
             The enlarged latents, and the images as `decode` gives them, none without it.
@@ -308,7 +319,7 @@ class Route:
         for stage in stages_of(method, scale):
             if decode is None and stage == "decode":
                 continue
-            with measure(stage):
+            with observer.measure(stage):
                 if stage == "decode" and decode is not None:
                     images = self.decode_items(latents, decode)
                 elif method == "swinir":
@@ -317,25 +328,25 @@ class Route:
                     latents = self.upscale_items(latents, scale, method)
         return latents, images
 
-    def finish_images(
+    def upscale_images(
         self,
         given: Sequence[NDArray[np.uint8]],
         scale: float,
-        method: Method,
-        decode: DecodeName | None,
-        measure: Callable[[str], AbstractContextManager[None]],
+        method: Method = "lua",
+        decode: DecodeName | None = "exact",
+        observer: StageObserver = NO_OBSERVER,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """From images to larger ones: encoded and then as `finish`; by `swinir` their pixels, with no latent between.
+        """From images to larger ones; by `swinir` their pixels are enlarged, with no latent between.
 
         **Shape** each [height_px, width_px, 3] -> [scale * height_px, scale * width_px, 3], uint8, on the CPU; a latent
         is that of the image filled up to whole latents.
         """
         if method == "swinir" and scale > 1:
-            with measure("upscale"):
+            with observer.measure("upscale"):
                 return [], self.upscale_pixels([torch.from_numpy(pixels) for pixels in given], scale)
-        with measure("vae_encode"):
-            embedded = [self.embed(pixels) for pixels in given]
-        latents, images = self.finish(embedded, scale, method, decode, measure)
+        with observer.measure("vae_encode"):
+            encoded = [self.encode_image(pixels) for pixels in given]
+        latents, images = self.upscale_and_decode(encoded, scale, method, decode, observer)
         sides = [(scaled_size(pixels.shape[0], scale), scaled_size(pixels.shape[1], scale)) for pixels in given]
         cut = [
             None if image is None else image[:height, :width].contiguous()
@@ -379,5 +390,5 @@ def run_once(route: Route, item: GenerationItem, scale: float, method: Method = 
     clock = route.clock()
     if method == "direct":
         item = replace(item, width_px=scaled_size(item.width_px, scale), height_px=scaled_size(item.height_px, scale))
-    route.finish(route.base_latents(item, clock), scale, method, "exact", clock.measure)
+    route.upscale_and_decode(route.generate_latents(item, clock), scale, method, "exact", clock)
     return clock

@@ -130,9 +130,9 @@ def _draw_once(route: "Route", bundle: Bundle, method: Method, say: Callable[[st
     item = GenerationItem("", "", 0, width_px, height_px, 1, defaults.guidance_scale)
     clock = route.clock()
     with clock.measure("generate"):
-        drawn = route.generate([item], lambda step, steps: None, set)
+        drawn = route.generate([item])
     latents = [latent for latent in drawn if latent is not None]
-    _, images = route.finish(latents, scale, method, "exact", clock.measure)
+    _, images = route.upscale_and_decode(latents, scale, method, "exact", clock)
     if not images or images[0] is None:
         raise ValueError("the decoded image holds values that are not finite")
     height, width = images[0].shape[:2]

@@ -180,7 +180,7 @@ def _split(label: str) -> tuple[str, str]:
 def _draw(route: Route, bundle: Bundle) -> Tensor:
     said = bundle.defaults
     item = GenerationItem("", "", 0, said.base_width_px, said.base_height_px, said.steps, said.guidance_scale)
-    (latent,) = route.generate([item], lambda step, steps: None, set)
+    (latent,) = route.generate([item])
     if latent is None:
         raise ValueError(f"bundle {bundle.name} drew no latent")
     return latent[None].float()

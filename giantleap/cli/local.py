@@ -104,7 +104,7 @@ def generate(
     route = _route(settings, served)
     clock = route.clock()
     latent = _draw(route, _to_item(params, fitted), clock)
-    _, images = route.finish([latent], params.scale, params.method, params.decode, clock.measure)
+    _, images = route.upscale_and_decode([latent], params.scale, params.method, params.decode, clock)
     _write_image(out, output_format, images[0], clock)
 
 
@@ -130,7 +130,7 @@ def _draw(route: "Route", item: "GenerationItem", clock: "StageClock") -> "Tenso
     from tqdm import tqdm
 
     with tqdm(total=item.steps, desc="generate", unit="step") as bar, clock.measure("generate"):
-        (latent,) = route.generate([item], lambda step, steps: _advance(bar, step), set)
+        (latent,) = route.generate([item], on_step=lambda step, steps: _advance(bar, step))
     if latent is None:
         stop("the drawing was canceled")
     return latent
@@ -178,11 +178,11 @@ def upscale(
 
     route = _route(settings, served)
     clock = route.clock()
-    how = (params.scale, params.method, None if as_latent else params.decode, clock.measure)
+    how = (params.scale, params.method, None if as_latent else params.decode, clock)
     if params.image_width_px is None:
-        latents, images = route.finish(list(load(blob)[LATENT_TENSOR]), *how)
+        latents, images = route.upscale_and_decode(list(load(blob)[LATENT_TENSOR]), *how)
     else:
-        latents, images = route.finish_images([read_image(blob, settings.max_image_px)], *how)
+        latents, images = route.upscale_images([read_image(blob, settings.max_image_px)], *how)
     if as_latent:
         save_file({LATENT_TENSOR: latents[0].contiguous()}, out)
         _report(out, clock.stages_s)

@@ -170,7 +170,7 @@ class Bundle:
         return ("exact", "tiled") if self.descriptor.tiny_vae is None else ("exact", "tiled", "tiny")
 
     @property
-    def from_image(self) -> bool:
+    def supports_init_image(self) -> bool:
         """Whether the pipeline also starts from an image; one on the hub tells only when it is loaded."""
         return self.pipeline_class is None or self.pipeline_class in IMAGE_TO_IMAGE
 

@@ -158,7 +158,7 @@ def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
         methods={method: list(bundle.scales_of(method)) for method in bundle.methods},
         unavailable={method: reason for method in METHODS if (reason := bundle.unavailable_reason(method))},
         decodes=list(bundle.decodes),
-        from_image=bundle.from_image,
+        from_image=bundle.supports_init_image,
         negative_prompt=bundle.takes_negative_prompt,
         scales=list(bundle.scales),
         steps=defaults.steps,

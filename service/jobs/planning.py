@@ -164,7 +164,7 @@ def _step_checks(params: GenerateParams, bundle: Bundle) -> tuple[Check, ...]:
     return (
         (steps > most, "steps", f"is {steps}; bundle {bundle.name} takes at most {most}"),
         (
-            strength is not None and not bundle.from_image,
+            strength is not None and not bundle.supports_init_image,
             "init_image",
             f"is not taken: the pipeline of bundle {bundle.name} starts from noise only",
         ),
@@ -379,7 +379,7 @@ def _to_raw(asked: UpscaleQuery, tensor: Values, space: LatentSpace) -> Values:
     Raises:
         InvalidFields: it is no latent of this space, or not finite.
     """
-    packed = asked.scaled and space.needs_size
+    packed = asked.scaled and space.is_packed
     if not asked.scaled and is_one_frame(tensor.shape, space):
         tensor = tensor.squeeze(-3)
     if (asked.width is not None or asked.height is not None) and not packed:

@@ -8,16 +8,15 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import partial
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from giantleap.models.device import StageClock, is_out_of_memory
+from giantleap.models.device import StageClock, StageName, is_out_of_memory
 from giantleap.models.generator import GenerationItem, image_seed
 from giantleap.models.images import CONTENT_TYPES, to_image_bytes, to_signed
 from giantleap.models.route import Route, finite_items
@@ -180,39 +179,44 @@ class BatchRun:
         def on_step(step: int, steps: int) -> None:
             self._mark("generate", items)
             self._emit(items, "step", {"step": step, "steps": steps})
-
-        def canceled() -> set[int]:
             self._poll_canceled(items)
-            return {index for index, item in enumerate(items) if self._is_stopped(item)}
 
-        with self._stage("generate", items):
-            return self._route.generate([_draw_item(item) for item in items], on_step, canceled)
+        with self.measure_items("generate", items):
+            return self._route.generate(
+                [_draw_item(item) for item in items],
+                on_step=on_step,
+                is_canceled=lambda index: self._is_stopped(items[index]),
+            )
 
     def _enlarge(self, items: Sequence[Item], latents: Sequence[Tensor]) -> list[Outcome]:
         """From raw latents to files, by the stages of the batch's method."""
         params = items[0].claim.job.params
         decode = params.decode if _wants_images(params) else None
-        stage = partial(self._stage, items=items)
-        return self._encode(items, *self._route.finish(list(latents), params.scale, params.method, decode, stage))
+        observer = _BatchObserver(self, items)
+        return self._encode(
+            items,
+            *self._route.upscale_and_decode(list(latents), params.scale, params.method, decode, observer),
+        )
 
     def _enlarge_images(self, items: Sequence[Item]) -> list[Outcome]:
         """From images of clients to files."""
         params = items[0].claim.job.params
         decode = params.decode if _wants_images(params) else None
-        stage = partial(self._stage, items=items)
+        observer = _BatchObserver(self, items)
         given = [_read_pixels(item) for item in items]
-        return self._encode(items, *self._route.finish_images(given, params.scale, params.method, decode, stage))
+        return self._encode(items, *self._route.upscale_images(given, params.scale, params.method, decode, observer))
 
     def _encode(
         self, items: Sequence[Item], latents: Sequence[Tensor], images: Sequence[Tensor | None]
     ) -> list[Outcome]:
-        with self._stage("encode", items):
+        with self.measure_items("encode", items):
             if _wants_images(items[0].claim.job.params):
                 return [_image_output(item, image) for item, image in zip(items, images, strict=True)]
             return [_latent_output(item, latent) for item, latent in zip(items, latents, strict=True)]
 
     @contextmanager
-    def _stage(self, name: str, items: Sequence[Item]) -> Iterator[None]:
+    def measure_items(self, name: StageName, items: Sequence[Item]) -> Iterator[None]:
+        """Time one stage of some items, trace it and report it to the clients."""
         self._mark(name, items)
         with self._trace.stage(name, [item.claim.job.id for item in items]), self.clock.measure(name):
             yield
@@ -240,6 +244,17 @@ class BatchRun:
 
     def _stop_of(self, item: Item) -> Stop:
         return Stop.CANCELED if item.claim.job.id in self._canceled_ids else Stop.RELEASED
+
+
+@dataclass(frozen=True, slots=True)
+class _BatchObserver:
+    """The `StageObserver` of the items that the route runs together."""
+
+    run: BatchRun
+    items: Sequence[Item]
+
+    def measure(self, stage: StageName) -> AbstractContextManager[None]:
+        return self.run.measure_items(stage, self.items)
 
 
 def _draw_item(item: Item) -> GenerationItem:

@@ -23,7 +23,7 @@ def generator(tiny_bundle_dir: Path) -> Generator:
 
 
 def draw(generator: Generator, *items: GenerationItem) -> list[Tensor]:
-    latents = generator.draw(items, lambda step, steps: None, set)
+    latents = generator.generate(items)
     assert all(latent is not None for latent in latents)
     return [latent for latent in latents if latent is not None]
 
@@ -57,21 +57,23 @@ def test_latents_are_raw(generator: Generator) -> None:
 
 def test_every_step_is_told_with_the_number_of_steps(generator: Generator) -> None:
     told: list[tuple[int, int]] = []
-    generator.draw([ITEM, OTHERS[0]], lambda step, steps: told.append((step, steps)), set)
+    generator.generate([ITEM, OTHERS[0]], on_step=lambda step, steps: told.append((step, steps)))
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_drawing_stops_once_every_item_is_canceled(generator: Generator) -> None:
     told: list[int] = []
-    latents = generator.draw(
-        [ITEM, OTHERS[0]], lambda step, steps: told.append(step), lambda: {0} if len(told) < 2 else {1}
+    latents = generator.generate(
+        [ITEM, OTHERS[0]],
+        on_step=lambda step, steps: told.append(step),
+        is_canceled=lambda index: index == 0 or len(told) > 1,
     )
     assert told == [1, 2] and latents == [None, None]
 
 
 def test_a_canceled_batch_leaves_nothing_behind(generator: Generator) -> None:
     (before,) = draw(generator, ITEM)
-    generator.draw([ITEM], lambda step, steps: None, lambda: {0})
+    generator.generate([ITEM], is_canceled=lambda index: index == 0)
     torch.testing.assert_close(draw(generator, ITEM)[0], before, rtol=0, atol=0)
 
 
@@ -81,13 +83,13 @@ def test_a_batch_that_raised_leaves_nothing_behind(generator: Generator) -> None
 
     (before,) = draw(generator, ITEM)
     with pytest.raises(RuntimeError, match="on purpose"):
-        generator.draw([ITEM], fail, set)
+        generator.generate([ITEM], on_step=fail)
     torch.testing.assert_close(draw(generator, ITEM)[0], before, rtol=0, atol=0)
 
 
 def test_a_canceled_item_leaves_its_neighbour_unchanged(generator: Generator) -> None:
     both = draw(generator, ITEM, OTHERS[0])
-    gone, stays = generator.draw([ITEM, OTHERS[0]], lambda step, steps: None, lambda: {0})
+    gone, stays = generator.generate([ITEM, OTHERS[0]], is_canceled=lambda index: index == 0)
     assert gone is None and stays is not None
     torch.testing.assert_close(stays, both[1], rtol=0, atol=0)
 

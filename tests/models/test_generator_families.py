@@ -152,7 +152,7 @@ def image_family(request: pytest.FixtureRequest) -> Family:
 
 
 def draw(generator: Generator, *items: GenerationItem) -> list[Tensor]:
-    latents = generator.draw(items, lambda step, steps: None, set)
+    latents = generator.generate(items)
     assert all(latent is not None for latent in latents)
     return [latent for latent in latents if latent is not None]
 
@@ -244,8 +244,8 @@ def test_guidance_reaches_the_model(family: Family) -> None:
 
 def test_steps_are_told_from_one_to_all(family: Family) -> None:
     told: list[tuple[int, int]] = []
-    family.generator.draw(
-        [family.item, replace(family.item, seed=2)], lambda step, steps: told.append((step, steps)), set
+    family.generator.generate(
+        [family.item, replace(family.item, seed=2)], on_step=lambda step, steps: told.append((step, steps))
     )
     steps = STEPS * (1 if family.generator.family.batches else 2)
     assert told == [(step, steps) for step in range(1, steps + 1)]
@@ -256,7 +256,7 @@ def test_a_canceled_batch_stops_at_the_next_step(family: Family) -> None:
     results: list[list[Tensor | None]] = []
     one_step = denoiser_calls(family.pipeline, lambda: draw(family.generator, replace(family.item, steps=1)))
     canceled = denoiser_calls(
-        family.pipeline, lambda: results.append(family.generator.draw(items, lambda step, steps: None, lambda: {0, 1}))
+        family.pipeline, lambda: results.append(family.generator.generate(items, is_canceled=lambda index: True))
     )
     assert results == [[None, None]] and canceled == one_step
 
@@ -264,7 +264,7 @@ def test_a_canceled_batch_stops_at_the_next_step(family: Family) -> None:
 def test_a_canceled_item_leaves_the_other_as_it_is(family: Family) -> None:
     items = [family.item, replace(family.item, prompt=LONG, seed=2)]
     both = draw(family.generator, *items)
-    gone, kept = family.generator.draw(items, lambda step, steps: None, lambda: {0})
+    gone, kept = family.generator.generate(items, is_canceled=lambda index: index == 0)
     assert gone is None and kept is not None
     torch.testing.assert_close(kept, both[1], rtol=0, atol=0)
 
@@ -357,8 +357,8 @@ def test_strength_says_how_much_of_the_image_stays(image_family: Family) -> None
     told: list[tuple[int, int]] = []
     results = {}
     for strength in (0.25, 0.5, 1.0):
-        (results[strength],) = generator.draw(
-            [replace(item, strength=strength)], lambda step, steps: told.append((step, steps)), set
+        (results[strength],) = generator.generate(
+            [replace(item, strength=strength)], on_step=lambda step, steps: told.append((step, steps))
         )
     assert told == [(1, 1), (1, 2), (2, 2), (1, 4), (2, 4), (3, 4), (4, 4)]
     assert item.init_image is not None
@@ -388,8 +388,8 @@ def test_two_images_in_a_batch_do_not_mix(image_family: Family) -> None:
 
 def test_a_batch_that_starts_from_images_stops_when_canceled(image_family: Family) -> None:
     told: list[int] = []
-    latents = image_family.generator.draw(
-        [image_family.item], lambda step, steps: told.append(step), lambda: {0} if told else set()
+    latents = image_family.generator.generate(
+        [image_family.item], on_step=lambda step, steps: told.append(step), is_canceled=lambda index: bool(told)
     )
     assert told == [1] and latents == [None]
 
@@ -411,7 +411,7 @@ def test_the_vae_keeps_its_type_when_an_image_is_encoded(image_family: Family) -
 
 def test_what_cannot_start_from_an_image_says_so(family: Family) -> None:
     item = replace(family.item, init_image=torch.zeros(3, HEIGHT_PX, WIDTH_PX), strength=0.5)
-    if family.generator.can_start_from_image:
+    if family.generator.supports_init_image:
         assert draw(family.generator, replace(item, steps=2))
         return
     with pytest.raises(ValueError, match="cannot start from an image"):

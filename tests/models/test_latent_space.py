@@ -164,8 +164,8 @@ def test_a_size_is_a_whole_number_of_what_the_pipeline_makes(
 def test_only_tokens_need_the_size_of_their_image(name: str) -> None:
     space = COMPLETE[name]
     scaled = space.from_raw(torch.zeros(1, space.channels, 4, 4))
-    assert space.needs_size == (scaled.ndim == 3)
-    if space.needs_size:
+    assert space.is_packed == (scaled.ndim == 3)
+    if space.is_packed:
         with pytest.raises(LatentSpaceError, match="size of the image in pixels"):
             space.to_raw(scaled)
     else:

@@ -25,7 +25,7 @@ def route(tiny_bundle_dir: Path) -> Route:
 
 
 def draw(route: Route, *items: GenerationItem) -> list[Tensor]:
-    latents = route.generate(items, lambda step, steps: None, set)
+    latents = route.generate(items)
     return [latent for latent in latents if latent is not None]
 
 

@@ -43,7 +43,7 @@ def test_every_stage_is_in_one_half() -> None:
 
 
 def finish(route: Route, latents: list[Tensor], scale: float, method: Method) -> tuple[list[Tensor], Tensor]:
-    grown, images = route.finish(latents, scale, method, "exact", route.clock().measure)
+    grown, images = route.upscale_and_decode(latents, scale, method, "exact", route.clock())
     assert images[0] is not None
     return grown, images[0]
 
@@ -54,7 +54,7 @@ def test_two_halves_make_the_image_of_the_whole(
 ) -> None:
     drawing, finishing = halves
     item = replace(ITEM, init_image=torch.zeros(3, 48, 64), strength=0.5) if method == "lua" else ITEM
-    whole, drawn = (each.base_latents(item, each.clock()) for each in (route, drawing))
+    whole, drawn = (each.generate_latents(item, each.clock()) for each in (route, drawing))
     assert torch.equal(whole[0], drawn[0])
     expected, found = finish(route, whole, scale, method), finish(finishing, drawn, scale, method)
     assert torch.equal(expected[0][0], found[0][0]) and torch.equal(expected[1], found[1])
@@ -67,7 +67,7 @@ def test_each_half_holds_only_what_its_stages_need(route: Route, halves: tuple[R
     with pytest.raises(VaeError, match="only draws"):
         drawing.decode(torch.zeros(1, 16, 8, 8))
     with pytest.raises(ValueError, match="draws nothing"):
-        finishing.generate([ITEM], lambda step, steps: None, set)
+        finishing.generate([ITEM])
     assert set(drawing.warm(64, 64, 1)) == {("direct", 1)}
     warmed = finishing.warm(64, 64, 1)
     assert set(warmed) == set(route.warm(64, 64, 1)), "every network at every scale"

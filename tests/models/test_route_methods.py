@@ -1,8 +1,7 @@
 """The four ways to a large image, from the same base latent, and images that come in: real, tiny networks."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.descriptor import METHODS, Method
+from giantleap.models.device import StageName
 from giantleap.models.generator import GenerationItem
 from giantleap.models.route import Route, run_once, stages_of
 
@@ -28,30 +28,27 @@ def route(tiny_bundle_dir: Path) -> Route:
     return Route.open(read_bundle(tiny_bundle_dir), CPU, torch.float32)
 
 
-def unmeasured(stage: str) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
 def draw(route: Route, item: GenerationItem = ITEM) -> Tensor:
-    (latent,) = route.generate([item], lambda step, steps: None, set)
+    (latent,) = route.generate([item])
     assert latent is not None
     return latent
 
 
-def recorder(stages: list[str]) -> Callable[[str], AbstractContextManager[None]]:
-    def measure(stage: str) -> AbstractContextManager[None]:
-        stages.append(stage)
-        return nullcontext()
+@dataclass
+class Recorder:
+    stages: list[StageName] = field(default_factory=list)
 
-    return measure
+    def measure(self, stage: StageName) -> AbstractContextManager[None]:
+        self.stages.append(stage)
+        return nullcontext()
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [1, 2, 4])
 def test_every_method_gives_the_final_size_by_its_own_stages(route: Route, method: Method, scale: int) -> None:
     item = replace(ITEM, width_px=64 * scale, height_px=48 * scale) if method == "direct" else ITEM
-    stages: list[str] = []
-    _, (image,) = route.finish([draw(route, item)], scale, method, "exact", recorder(stages))
+    recorder = Recorder()
+    _, (image,) = route.upscale_and_decode([draw(route, item)], scale, method, "exact", recorder)
     assert image is not None and image.dtype == torch.uint8 and tuple(image.shape) == (48 * scale, 64 * scale, 3)
     expected = {
         "lua": ["upscale", "decode"],
@@ -59,12 +56,12 @@ def test_every_method_gives_the_final_size_by_its_own_stages(route: Route, metho
         "swinir": ["decode", "upscale"],
         "direct": ["decode"],
     }
-    assert stages == (expected[method] if scale > 1 else ["decode"]) == list(stages_of(method, scale))
+    assert recorder.stages == (expected[method] if scale > 1 else ["decode"]) == list(stages_of(method, scale))
 
 
 def test_the_methods_start_from_one_latent_and_end_in_four_images(route: Route) -> None:
     latent = draw(route)
-    images = [route.finish([latent], 2, method, "exact", unmeasured)[1][0] for method in ("lua", "bicubic", "swinir")]
+    images = [route.upscale_and_decode([latent], 2, method, "exact")[1][0] for method in ("lua", "bicubic", "swinir")]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         a, b = images[first], images[second]
         assert a is not None and b is not None and (a.int() - b.int()).abs().float().mean() > 0.5
@@ -73,7 +70,7 @@ def test_the_methods_start_from_one_latent_and_end_in_four_images(route: Route) 
 
 def test_bicubic_is_the_interpolation_of_the_latent(route: Route) -> None:
     latent = draw(route)
-    (grown,), _ = route.finish([latent], 4, "bicubic", None, unmeasured)
+    (grown,), _ = route.upscale_and_decode([latent], 4, "bicubic", None)
     assert torch.equal(grown, F.interpolate(latent[None], scale_factor=4.0, mode="bicubic")[0])
 
 
@@ -83,7 +80,7 @@ def test_swinir_sees_the_decoded_base_image(route: Route, monkeypatch: pytest.Mo
     upscale = route.pixel.upscale
     monkeypatch.setattr(route.pixel, "upscale", lambda images, scale: seen.append(images) or upscale(images, scale))
     latent = draw(route)
-    route.finish([latent], 2, "swinir", "exact", unmeasured)
+    route.upscale_and_decode([latent], 2, "swinir", "exact")
     (base,) = route.decode(latent[None])
     assert base is not None
     torch.testing.assert_close(seen[0], base.permute(2, 0, 1)[None] / 255)
@@ -108,27 +105,25 @@ def test_a_route_without_weights_refuses_their_methods(route: Route) -> None:
 def test_one_run_of_direct_draws_at_the_final_size(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[GenerationItem] = []
     generate = route.generate
-    monkeypatch.setattr(
-        route, "generate", lambda items, on_step, canceled: drawn.extend(items) or generate(items, on_step, canceled)
-    )
+    monkeypatch.setattr(route, "generate", lambda items: drawn.extend(items) or generate(items))
     assert set(run_once(route, ITEM, 2, "direct").stages_s) == {"generate", "decode"}
     assert (drawn[0].width_px, drawn[0].height_px) == (128, 96)
 
 
 @pytest.mark.parametrize("method", ["lua", "bicubic", "swinir"])
 def test_an_image_comes_back_enlarged_at_exactly_its_size(route: Route, method: Method) -> None:
-    stages: list[str] = []
-    latents, (image, other) = route.finish_images([PIXELS, 255 - PIXELS], 2, method, "exact", recorder(stages))
+    recorder = Recorder()
+    latents, (image, other) = route.upscale_images([PIXELS, 255 - PIXELS], 2, method, "exact", recorder)
     assert image is not None and other is not None and tuple(image.shape) == (90, 140, 3)
     assert (image.int() - other.int()).abs().float().mean() > 1
     if method == "swinir":
-        assert stages == ["upscale"] and latents == []
+        assert recorder.stages == ["upscale"] and latents == []
     else:
-        assert stages == ["vae_encode", "upscale", "decode"] and tuple(latents[0].shape) == (16, 12, 18)
+        assert recorder.stages == ["vae_encode", "upscale", "decode"] and tuple(latents[0].shape) == (16, 12, 18)
 
 
 def test_an_image_is_encoded_to_the_posterior_mean_of_whole_latents(route: Route) -> None:
-    latent = route.embed(PIXELS)
+    latent = route.encode_image(PIXELS)
     padded = np.pad(PIXELS, ((0, 3), (0, 2), (0, 0)), mode="edge")
     image = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
@@ -137,5 +132,5 @@ def test_an_image_is_encoded_to_the_posterior_mean_of_whole_latents(route: Route
 
 
 def test_an_image_may_stay_a_latent(route: Route) -> None:
-    (latent,), images = route.finish_images([PIXELS], 2, "lua", None, unmeasured)
+    (latent,), images = route.upscale_images([PIXELS], 2, "lua", None)
     assert images == [] and tuple(latent.shape) == (16, 12, 18)

@@ -1,7 +1,6 @@
 """Fakes of our own for the worker's tests: jobs, a queue in memory and a route without a network."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
-from giantleap.models.device import PeakMemory, StageClock
-from giantleap.models.generator import GenerationItem
+from giantleap.models.device import PeakMemory, StageClock, StageObserver
+from giantleap.models.generator import CancelCheck, GenerationItem, StepCallback
 from giantleap.service.errors import StorageFull
 from giantleap.service.jobqueue.consumer import BaseLatents, Claim
 from giantleap.service.jobs.job import (
@@ -162,7 +161,7 @@ class FakeRoute:
         return StageClock(self.device)
 
     def generate(
-        self, items: Sequence[GenerationItem], on_step: Callable[[int, int], None], canceled: Callable[[], set[int]]
+        self, items: Sequence[GenerationItem], *, on_step: StepCallback, is_canceled: CancelCheck
     ) -> list[Tensor | None]:
         self.batches.append(len(items))
         prompts = [item.prompt for item in items]
@@ -175,28 +174,28 @@ class FakeRoute:
             self.steps_run += 1
             self.on_step(step)
             on_step(step, items[0].steps)
-            gone |= canceled()
+            gone |= {index for index in range(len(items)) if is_canceled(index)}
             if len(gone) == len(items):
                 break
         side = items[0].width_px // STRIDE_PX
         latents = [torch.full((4, side, side), float(i.seed if i.prompt != "nan" else "nan")) for i in items]
         return [None if index in gone else latent for index, latent in enumerate(latents)]
 
-    def finish(
+    def upscale_and_decode(
         self,
         latents: list[Tensor],
         scale: int,
         method: Method,
         decode: DecodeName | None,
-        measure: Callable[[str], AbstractContextManager[None]],
+        observer: StageObserver,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         self.finished.append((method, scale, decode))
         images: list[Tensor | None] = []
         if scale > 1:
-            with measure("upscale"):
+            with observer.measure("upscale"):
                 latents = [latent.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for latent in latents]
         if decode is not None:
-            with measure("decode"):
+            with observer.measure("decode"):
                 images = [self._decode(latent) for latent in latents]
         return latents, images
 

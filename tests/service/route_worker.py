@@ -8,12 +8,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
-from giantleap.models.generator import GenerationItem
+from giantleap.models.generator import CancelCheck, GenerationItem, StepCallback
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.grid import LatentGrid
@@ -30,14 +30,14 @@ class Route(FakeRoute):
     stop = threading.Event()
 
     def generate(
-        self, items: Sequence[GenerationItem], on_step: Callable[[int, int], None], canceled: Callable[[], set[int]]
+        self, items: Sequence[GenerationItem], *, on_step: StepCallback, is_canceled: CancelCheck
     ) -> list[Tensor | None]:
         if any("hang" in item.prompt for item in items):
             time.sleep(3600)
         if any("patient" in item.prompt for item in items):
             on_step(0, items[0].steps)  # says that the draw has begun
             self.stop.wait(600)
-        return super().generate(items, on_step, canceled)
+        return super().generate(items, on_step=on_step, is_canceled=is_canceled)
 
 
 def main(url: str, prefix: str, limit_s: float, grace_s: float) -> None:

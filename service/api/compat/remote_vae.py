@@ -137,7 +137,7 @@ def plan_decode(
     require_factors(query, bundle.latent_space, scaled)
     tensor = wrap_tensor(_DTYPES[query.dtype], query.shape, body)
     size = {"width": query.width, "height": query.height}
-    if not scaled and bundle.latent_space.needs_size and query.height is not None:
+    if not scaled and bundle.latent_space.is_packed and query.height is not None:
         # Scaled back by the client, but still packed.
         plain = replace(bundle.latent_space, scale=1.0, shift=0.0, mean=None, std=None, statistics_in_vae=False)
         try:

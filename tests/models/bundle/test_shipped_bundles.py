@@ -85,11 +85,11 @@ def test_a_shipped_bundle_is_pulled_and_draws(name: str, tmp_path: Path, monkeyp
     route = Route.open(bundle, torch.device("cpu"), torch.float32)
     defaults = bundle.defaults
     item = GenerationItem("a red sphere", "", 0, 64, 64, 1, defaults.guidance_scale)
-    (latent,) = route.generate([item], lambda step, steps: None, set)
+    (latent,) = route.generate([item])
     assert latent is not None and latent.shape == (bundle.latent_space.channels, 8, 8)
     for decode in bundle.decodes:
         clock = route.clock()
-        _, (image,) = route.finish([latent], defaults.scale, defaults.method, decode, clock.measure)
+        _, (image,) = route.upscale_and_decode([latent], defaults.scale, defaults.method, decode, clock)
         assert image is not None and image.shape == (128, 128, 3), decode
 
     pipeline = route.generator.pipeline

@@ -342,7 +342,7 @@ def test_every_stage_of_a_job_is_within_a_quarter_of_what_was_measured(
 def test_an_image_is_encoded_and_pixels_that_swinir_enlarges_are_not(route: Route, plan: MemoryPlan) -> None:
     image = torch.zeros(150, 200, 3, dtype=torch.uint8).numpy()
     found = plan.estimate(Workload(400, 300, 2, source="image")).stages
-    assert found["encode"] == pytest.approx(live_bytes(lambda: route.embed(image)), rel=QUARTER)
+    assert found["encode"] == pytest.approx(live_bytes(lambda: route.encode_image(image)), rel=QUARTER)
     assert list(found) == ["encode", "upscale", "decode"]
     assert list(plan.estimate(Workload(400, 300, 2, source="image", method="swinir")).stages) == ["upscale"]
     assert list(plan.estimate(Workload(400, 300, 2, source="latent", decode=None)).stages) == ["upscale"]

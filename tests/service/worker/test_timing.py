@@ -1,7 +1,7 @@
 """The paper's protocol on a fake route: what is warm-up, what counts, and that the figures are those of the runs."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
-from giantleap.models.device import StageClock
+from giantleap.models.device import StageClock, StageName, StageObserver
 from giantleap.models.generator import GenerationItem
 from giantleap.models.route import stages_of
 from giantleap.service.worker.timing import measure_protocol, to_statistics, to_table
@@ -23,7 +23,7 @@ class TickingClock(StageClock):
         super().__init__(torch.device("cpu"))
         self._times_s = times_s
 
-    def measure(self, stage: str) -> AbstractContextManager[None]:
+    def measure(self, stage: StageName) -> AbstractContextManager[None]:
         self.stages_s[stage] = next(self._times_s)
         return nullcontext()
 
@@ -41,7 +41,7 @@ class TimedRoute:
     def clock(self) -> StageClock:
         return TickingClock(self.times_s)
 
-    def base_latents(self, item: GenerationItem, clock: StageClock) -> list[Tensor]:
+    def generate_latents(self, item: GenerationItem, clock: StageClock) -> list[Tensor]:
         self.drawn.append(item)
         with clock.measure("generate"):
             return [torch.zeros(4, 2, 2)]
@@ -49,17 +49,17 @@ class TimedRoute:
     def scales_of(self, method: Method) -> tuple[int, ...]:
         return (1, 2, 4) if method == "lua" else (1, 2)
 
-    def finish(
+    def upscale_and_decode(
         self,
         latents: list[Tensor],
         scale: int,
         method: Method,
         decode: DecodeName | None,
-        measure: Callable[[str], AbstractContextManager[None]],
+        observer: StageObserver,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         self.scaled.append(scale)
         for stage in stages_of(method, scale):
-            with measure(stage):
+            with observer.measure(stage):
                 pass
         return latents, []
 
