@@ -56,8 +56,8 @@ local function get(id, field) return redis.call('HGET', job_key(id), field) end
 local function get_number(id, field) return tonumber(get(id, field) or 0) end
 local function is_final(state) return state == 'succeeded' or state == 'failed' or state == 'canceled' end
 
--- The queue in which a job waits; its part is '' or '+finish' (`giantleap.service.jobqueue.keys`), and none in a record
-of before. local function queue_of(id)
+-- The queue in which a job waits; its part is '' or '+finish', and none in a record of before.
+local function queue_of(id)
   local bundle, part = unpack(redis.call('HMGET', job_key(id), 'bundle', 'part'))
   return bundle .. (part or '')
 end
