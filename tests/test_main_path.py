@@ -104,7 +104,7 @@ def test_diffusers_remote_vae_encodes_and_decodes_back(url: str) -> None:
     back = remote_decode(f"{url}/remote_vae/pocket/decode", latent, do_scaling=False, image_format="png")
     assert np.abs(np.asarray(back, np.float64) - np.asarray(image, np.float64)).mean() < 8, "the VAE's own loss"
     large = remote_decode(f"{url}/remote_vae/pocket/decode?scale=2", latent, do_scaling=False)
-    assert large.size == (2 * BASE_PX, 2 * BASE_PX)
+    assert isinstance(large, Image.Image) and large.size == (2 * BASE_PX, 2 * BASE_PX)
 
 
 def test_words_that_the_bundle_does_not_know_are_reported(url: str) -> None:

@@ -1,6 +1,7 @@
 """A bundle of random weights, small enough to be written and run in a second, in the layout of a real one."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -67,7 +68,7 @@ def write_tiny_lua(path: Path, seed: int = 0) -> None:
         torch.manual_seed(seed)
         net = Lua(spec)
         for head in net.heads.values():
-            torch.nn.init.normal_(head.conv_last.weight, std=0.1)
+            torch.nn.init.normal_(head.get_parameter("conv_last.weight"), std=0.1)
     write_lua(path, net)
 
 
@@ -125,7 +126,7 @@ def write_tiny_pipeline(directory: Path, seed: int = 0) -> None:
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-    StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,
         tokenizer=tokenizer,
@@ -134,4 +135,5 @@ def write_tiny_pipeline(directory: Path, seed: int = 0) -> None:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(directory, safe_serialization=True)
+    )
+    pipeline.save_pretrained(directory, safe_serialization=True)

@@ -236,7 +236,7 @@ def tiny_z_image() -> ZImagePipeline:
     """Z-Image: Qwen 3, latents in a list, guidance counted from 0 instead of 1."""
     with _seeded():
         tokenizer = _qwen_tokenizer()
-        transformer = ZImageTransformer2DModel(
+        transformer: Any = ZImageTransformer2DModel(
             dim=WIDTH,
             n_layers=2,
             n_refiner_layers=1,
@@ -280,13 +280,15 @@ def tiny_qwen_image_21() -> QwenImage21Pipeline:
                 )
             ).eval(),
             processor=TextProcessor(tokenizer),
-            transformer=QwenImage21Transformer2DModel(
-                num_layers=2,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                context_in_dim=WIDTH,
-                axes_dims_rope=(4, 4, 8),
-            ).eval(),
+            transformer=_for_inference(
+                QwenImage21Transformer2DModel(
+                    num_layers=2,
+                    attention_head_dim=16,
+                    num_attention_heads=2,
+                    context_in_dim=WIDTH,
+                    axes_dims_rope=(4, 4, 8),
+                )
+            ),
         )
 
 
@@ -312,30 +314,36 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-def _image_vae(latent_channels: int, **config: Any) -> AutoencoderKL:
-    return AutoencoderKL(
+def _for_inference(network: Any) -> Any:
+    """The network in evaluation mode. Type checkers see empty classes here: diffusers imports them lazily."""
+    return network.eval()
+
+
+def _image_vae(latent_channels: int, **config: Any) -> Any:
+    network = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 8, 8),
         norm_num_groups=4,
         latent_channels=latent_channels,
         **config,
-    ).eval()
+    )
+    return _for_inference(network)
 
 
-def _flow_vae(**config: Any) -> AutoencoderKL:
+def _flow_vae(**config: Any) -> Any:
     return _image_vae(16, use_quant_conv=False, use_post_quant_conv=False, **config)
 
 
-def _flux2_vae() -> AutoencoderKLFlux2:
-    vae = AutoencoderKLFlux2(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1).eval()
+def _flux2_vae() -> Any:
+    vae = _for_inference(AutoencoderKLFlux2(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1))
     torch.nn.init.normal_(vae.bn.running_mean)
     torch.nn.init.uniform_(vae.bn.running_var, 0.5, 4.0)
     return vae
 
 
-def _unet(channels: int, **config: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+def _unet(channels: int, **config: Any) -> Any:
+    network = UNet2DConditionModel(
         sample_size=8,
         in_channels=channels,
         out_channels=channels,
@@ -346,11 +354,12 @@ def _unet(channels: int, **config: Any) -> UNet2DConditionModel:
         layers_per_block=1,
         attention_head_dim=8,
         **config,
-    ).eval()
+    )
+    return _for_inference(network)
 
 
-def _flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
-    return Flux2Transformer2DModel(
+def _flux2_transformer(guidance_embeds: bool) -> Any:
+    network = Flux2Transformer2DModel(
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -358,7 +367,8 @@ def _flux2_transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
         joint_attention_dim=3 * WIDTH,
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=guidance_embeds,
-    ).eval()
+    )
+    return _for_inference(network)
 
 
 def _shifting_scheduler() -> FlowMatchEulerDiscreteScheduler:
@@ -381,8 +391,8 @@ def _clip_config() -> CLIPTextConfig:
     )
 
 
-def _t5_encoder(width: int) -> T5EncoderModel:
-    return T5EncoderModel(
+def _t5_encoder(width: int) -> Any:
+    network = T5EncoderModel(
         T5Config(
             vocab_size=len(_t5_tokenizer()),
             d_model=width,
@@ -392,7 +402,8 @@ def _t5_encoder(width: int) -> T5EncoderModel:
             num_heads=2,
             is_decoder=False,
         )
-    ).eval()
+    )
+    return _for_inference(network)
 
 
 def _decoder_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -415,7 +426,7 @@ def _vl_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return _decoder_config(tokenizer) | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
 
 
-def _image_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+def _image_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {
         "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         "video_token_id": tokenizer.convert_tokens_to_ids("<|video_pad|>"),

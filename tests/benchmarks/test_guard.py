@@ -51,7 +51,7 @@ def test_the_guard_mends_what_only_the_adapter_broke() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         lua = Lua(LuaSpec(16, 12, (1,), 2, window=4, num_feat=8, bicubic_skip=True)).eval()
-        torch.nn.init.constant_(lua.heads["x2"].conv_last.bias, 5.0)  # an adapter that runs away
+        torch.nn.init.constant_(lua.heads["x2"].get_parameter("conv_last.bias"), 5.0)  # an adapter that runs away
     guards = {2.0: LatentClamp(STATISTICS, 2.0, torch.device("cpu"))}
     small = 0.1 * torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     case = measure_case(Block(), lua, guards, small, 2)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,7 +110,7 @@ def test_two_checkouts_are_compared_round_by_round() -> None:
     assert "| no-op, 1 | cpu_redis_ms | 2.00 | 1.00 | 0.50 |" in lines and len(lines) == 2 + len(FIGURES)
 
 
-def report() -> dict:
+def report() -> dict[str, Any]:
     run = {"p50_ms": 1.5, "p99_ms": 3.0, "per_s": 600.0, "cpu_ms": 1.25} | PARTS_MS
     ours = {name: run for name in ("no-op, 1", "no-op, 8", "no-op, 64", "128 KiB", "512 KiB", "2 MiB")}
     overload = {

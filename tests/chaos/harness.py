@@ -64,8 +64,9 @@ class ProcessManager:
             self.start_worker(self.pools[number % len(self.pools)])
 
     def start_worker(self, stages: Stages) -> None:
-        command, environment = [sys.executable, str(WORKER), str(self.journal)], {"GIANTLEAP_STAGES": stages}
-        self.workers.append(subprocess.Popen(command, env=self._environment | environment, cwd=ROOT))
+        command = [sys.executable, str(WORKER), str(self.journal)]
+        environment = {**self._environment, "GIANTLEAP_STAGES": stages}
+        self.workers.append(subprocess.Popen(command, env=environment, cwd=ROOT))
         self._stages[self.workers[-1].pid] = stages
 
     def kill_worker(self, worker: "subprocess.Popen[bytes]") -> None:

@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import redis
 
@@ -64,21 +65,24 @@ def _read(client: redis.Redis, names: Sequence[str]) -> list[dict[bytes, bytes]]
 
 
 def _done_events(client: redis.Redis, keys: Keys, job_id: str) -> int:
-    return sum(fields[b"name"] == b"done" for _, fields in client.xrange(keys.events(job_id)))
+    events: Any = client.xrange(keys.events(job_id))
+    return sum(fields[b"name"] == b"done" for _, fields in events)
 
 
 def _is_own_result(client: redis.Redis, keys: Keys, job_id: str, record: dict[bytes, bytes]) -> bool:
     """One result, which names this job and the start that the record counts as its last."""
-    results = client.hgetall(keys.result(job_id))
+    results: Any = client.hgetall(keys.result(job_id))
     if list(results) != [b"0"] or len(json.loads(record.get(b"results", b"[]"))) != 1:
         return False
     named_id, delivery, _ = results[b"0"].decode().split()
-    return named_id == job_id and delivery == record[b"deliveries"].decode()
+    return bool(named_id == job_id and delivery == record[b"deliveries"].decode())
 
 
 def _find_leaks(client: redis.Redis, keys: Keys) -> Iterable[str]:
     """What a queue without a live job must not hold."""
-    sizes = {b"set": client.scard, b"zset": client.zcard, b"list": client.llen, b"hash": client.hlen}
+    sizes: dict[object, Callable[[Any], int]] = {
+        b"set": client.scard, b"zset": client.zcard, b"list": client.llen, b"hash": client.hlen
+    }  # fmt: skip
     live = ("running", "delayed", "deadlines", "queued:", "live:", "input:")
     for name in client.scan_iter(f"{keys.tag}:*", count=1000):
         kind, short = client.type(name), name.decode().removeprefix(f"{keys.tag}:")

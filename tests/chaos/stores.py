@@ -138,7 +138,7 @@ class Replicated:
     def _knows_all(self, port: int) -> bool:
         with contextlib.suppress(redis.ConnectionError, redis.TimeoutError), _client(port) as client:
             state = client.sentinel_master(SERVICE)
-            return state["num-other-sentinels"] == 2 and state["num-slaves"] == 2
+            return bool(state["num-other-sentinels"] == 2 and state["num-slaves"] == 2)
         return False
 
 

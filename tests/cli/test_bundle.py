@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from giantleap.cli.main import app
 from giantleap.models.bundle.bundle import check_files, read_bundle, write_bundle

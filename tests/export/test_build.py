@@ -259,7 +259,8 @@ def test_a_graph_with_a_constant_size_or_control_flow_is_refused() -> None:
         return helper.make_graph([node], "graph", values[:1], values[1:])
 
     check_graph(graph(["batch", 4, "height", "width"]), "g.onnx")
-    for sizes in (["batch", 4, 8, "width"], [2, 4, "height", "width"], ["batch", 4, "height"]):
+    wrong: list[list[int | str]] = [["batch", 4, 8, "width"], [2, 4, "height", "width"], ["batch", 4, "height"]]
+    for sizes in wrong:
         with pytest.raises(
             ArtifactError, match=r"g\.onnx: latent has the shape .*; batch, height and width must be open"
         ):

@@ -43,8 +43,8 @@ def test_half_types_round_the_network_but_neither_statistics_nor_skip(precision:
     with torch.inference_mode():
         assert (graph(latent) - net.core(latent, 2)).abs().max() > 0
         for head in (graph.head, net.heads["x2"]):
-            torch.nn.init.zeros_(head.conv_last.weight)
-            torch.nn.init.zeros_(head.conv_last.bias)
+            torch.nn.init.zeros_(head.get_parameter("conv_last.weight"))
+            torch.nn.init.zeros_(head.get_parameter("conv_last.bias"))
         found = graph(latent)
         assert found.dtype == torch.float32
         assert torch.allclose(found, net.core(latent, 2), atol=1e-6), "what is left is not the network's"

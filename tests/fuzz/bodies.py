@@ -20,7 +20,7 @@ CHANNELS = 16
 SAFETENSORS, NPY, OCTETS = "application/x-safetensors", "application/x-npy", "application/octet-stream"
 _TYPES = (SAFETENSORS, NPY, OCTETS, "image/png", "image/jpeg", "image/webp", "application/json", "text/plain", "", "//")
 _SHAPES = ((CHANNELS, 4, 4), (1, CHANNELS, 4, 6), (3, CHANNELS, 4, 4), (CHANNELS, 6, 4))
-_QUERIES = (
+_QUERIES: tuple[dict[str, str], ...] = (
     {}, {"output": "latent"}, {"scale": "4"}, {"scaled": "true"}, {"output_format": "webp"}, {"method": "bicubic"},
     {"method": "swinir"}, {"decode": "tiled"}, {"scale": "0"}, {"scale": "1e9"}, {"scale": "-1"}, {"scale": "NaN"},
     {"bundle": "../../etc/passwd"}, {"bundle": "\x00"}, {"width": "64", "height": "99999999999"}, {"output": "latent",

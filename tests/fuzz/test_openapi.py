@@ -16,6 +16,7 @@ from hypothesis import settings as examples
 from hypothesis.errors import Unsatisfiable
 from safetensors.numpy import load, save
 from schemathesis.checks import content_type_conformance, response_schema_conformance, status_code_conformance
+from schemathesis.core.result import Ok
 from schemathesis.generation import GenerationMode
 
 from giantleap.service.api.app import create_app
@@ -53,7 +54,8 @@ def make_results(claim: Claim) -> list[tuple[ResultFile, bytes]]:
     elif params.output == "image":
         contents, kind = [to_file(claim.job, index) for index in range(params.batch_items)], params.output_format
     elif params.image_width_px is None:
-        latent = load(claim.body or b"")["latent"].repeat(params.scale, 2).repeat(params.scale, 3)
+        latent, scale = load(claim.body or b"")["latent"], int(params.scale)
+        latent = latent.repeat(scale, 2).repeat(scale, 3)
         files = [save({"latent": item.copy()}) for item in latent]
         return [(ResultFile("application/x-safetensors", len(file)), file) for file in files]
     else:
@@ -85,8 +87,9 @@ def send_examples(document: dict[str, Any], url: str, number: int) -> int:
     """Sends `number` requests to each operation, half as the document says; how many answers were looked at."""
     schema = schemathesis.openapi.from_dict(document)
     answers = 0
-    for found in schema.get_all_operations():
-        operation = found.ok()
+    for each in schema.get_all_operations():
+        assert isinstance(each, Ok), each
+        operation = each.ok()
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
 
             @examples(
@@ -98,7 +101,7 @@ def send_examples(document: dict[str, Any], url: str, number: int) -> int:
                 suppress_health_check=list(HealthCheck),
             )
             @given(case=operation.as_strategy(mode))
-            def send(case: schemathesis.Case) -> None:
+            def send(case: schemathesis.Case[Any]) -> None:
                 nonlocal answers
                 answer = case.call(base_url=url, session=session, timeout=60)
                 assert answer.status_code < 500 or answer.status_code in MAY_FAIL, (

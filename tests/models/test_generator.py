@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_a_seed_draws_the_same_latent_alone_and_in_a_batch(generator: Generator)
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"prompt": "a blue cube"}, {"negative_prompt": "red"}, {"steps": 5}])
-def test_what_is_asked_for_changes_the_latent(generator: Generator, change: dict[str, object]) -> None:
+def test_what_is_asked_for_changes_the_latent(generator: Generator, change: dict[str, Any]) -> None:
     (plain,), (changed,) = draw(generator, ITEM), draw(generator, replace(ITEM, **change))
     assert (plain - changed).abs().max() > 1e-3
 
@@ -95,7 +96,7 @@ def test_a_canceled_item_leaves_its_neighbour_unchanged(generator: Generator) ->
 
 
 @pytest.mark.parametrize("change", [{"width_px": 32}, {"height_px": 32}, {"steps": 2}, {"guidance_scale": 1.0}])
-def test_items_that_cannot_share_a_batch_are_refused(generator: Generator, change: dict[str, object]) -> None:
+def test_items_that_cannot_share_a_batch_are_refused(generator: Generator, change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="share"):
         draw(generator, ITEM, replace(ITEM, **change))
 

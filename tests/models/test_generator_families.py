@@ -168,7 +168,8 @@ def decode(pipeline: Any, raw: Tensor) -> Tensor:
     with torch.no_grad():
         image = pipeline.vae.decode(raw[None, :, None] if video else raw[None], return_dict=False)[0]
     image = image[:, :, 0] if video else image
-    return (image[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
+    shown: Tensor = (image[0] / 2 + 0.5).clamp(0, 1)
+    return shown.permute(1, 2, 0)
 
 
 def stock_image(family: Family, **arguments: Any) -> Tensor:
@@ -470,7 +471,7 @@ def saved(directory: Path, stock: Any, space: LatentSpace, **sections: Any) -> B
     """A bundle around a pipeline, which is written to the directory as its authors would."""
     stock.save_pretrained(directory / "pipeline", safe_serialization=True)
     side_px = 2 * space.multiple_px
-    numbers = {
+    numbers: dict[str, Any] = {
         "channels": space.channels,
         "stride_px": space.stride_px,
         "scale": space.scale,
@@ -508,7 +509,8 @@ def test_a_saved_pipeline_draws_the_same_without_a_network(family: Family, tmp_p
 
 def test_a_bundle_may_name_another_scheduler_and_another_vae(tmp_path: Path, offline: list[Any]) -> None:
     made = build("sd15")
-    other = tiny_sd15().vae
+    pipeline: Any = tiny_sd15()
+    other = pipeline.vae
     torch.nn.init.normal_(other.decoder.conv_out.weight)
     other.save_pretrained(tmp_path / "vae", safe_serialization=True)
     bundle = saved(
@@ -519,7 +521,8 @@ def test_a_bundle_may_name_another_scheduler_and_another_vae(tmp_path: Path, off
         vae=VaeSource(path="vae"),
     )
     opened = Generator.open(bundle, torch.device("cpu"), torch.float32)
-    assert isinstance(opened.pipeline.scheduler, EulerDiscreteScheduler)
+    scheduler: Any = opened.pipeline.scheduler
+    assert isinstance(scheduler, EulerDiscreteScheduler)
     assert opened.pipeline.scheduler.config.beta_end == made.pipeline.scheduler.config.beta_end
     torch.testing.assert_close(opened.pipeline.vae.decoder.conv_out.weight, other.decoder.conv_out.weight)
     scheduler = EulerDiscreteScheduler.from_pretrained(tmp_path / "pipeline" / "scheduler")
@@ -530,8 +533,8 @@ def test_a_bundle_may_name_another_scheduler_and_another_vae(tmp_path: Path, off
 def test_a_bundle_may_name_a_variant_of_the_weights(tmp_path: Path, offline: list[Any]) -> None:
     made = build("sd15")
     bundle = saved(tmp_path, made.pipeline, made.case.space, pipeline=PipelineSource(path="pipeline", variant="fp16"))
-    half = tiny_sd15().to(torch.float16)
-    half.save_pretrained(tmp_path / "pipeline", safe_serialization=True, variant="fp16")
+    half: Any = tiny_sd15()
+    half.to(torch.float16).save_pretrained(tmp_path / "pipeline", safe_serialization=True, variant="fp16")
     opened = Generator.open(bundle, torch.device("cpu"), torch.float32)
     weight = made.pipeline.unet.conv_in.weight
     torch.testing.assert_close(opened.pipeline.unet.conv_in.weight, weight.half().float(), rtol=0, atol=0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.published_swinir import PublishedForward
 from giantleap.models.engines.packed_lua import Grid, Grids, PackedLua
@@ -75,11 +75,12 @@ def test_the_prepared_network_makes_everything_where_its_input_is(
 
 
 def _to_meta(grids: Grids) -> Grids:
-    def moved(grid: Grid) -> Grid:
+    def moved(grid: Any) -> Any:
+        if isinstance(grid, Tensor):
+            return grid.to(META)
         return Grid(grid.gather.to(META), grid.scatter.to(META), grid.mask.to(META))
 
-    given = {each.name: getattr(grids, each.name) for each in fields(grids)}
-    return Grids(**{name: moved(one) if isinstance(one, Grid) else one.to(META) for name, one in given.items()})
+    return Grids(**{each.name: moved(getattr(grids, each.name)) for each in fields(grids)})
 
 
 def test_the_yardstick_of_the_engines_has_its_buffers_where_the_network_is() -> None:
@@ -96,7 +97,8 @@ def test_the_guard_makes_everything_where_its_input_is() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decodes_make_everything_where_their_input_is(dtype: torch.dtype) -> None:
-    vae = make_vae().to(META, dtype)
+    vae = make_vae()
+    nn.Module.to(vae, META, dtype)
     latents = on_meta(2, 4, 8, 12, dtype=dtype)
     plan = plan_decode(DecoderShape.from_config(vae.config), 8, 12, "float32", strip_bytes=4096)
     with OneDevice(), torch.inference_mode():

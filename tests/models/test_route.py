@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,7 +142,12 @@ def test_warming_runs_every_scale_at_the_size_that_was_asked_for(route: Route) -
 def test_one_run_is_one_decode(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     decode = route.vae.decode
-    monkeypatch.setattr(route.vae, "decode", lambda z, **given: shapes.append(tuple(z.shape)) or decode(z, **given))
+
+    def record(latents: Tensor, **options: Any) -> Tensor:
+        shapes.append(tuple(latents.shape))
+        return decode(latents, **options)
+
+    monkeypatch.setattr(route.vae, "decode", record)
     run_once(route, ITEM, 4)
     assert shapes == [(1, 16, 24, 32)], "at the enlarged size, and only there"
 

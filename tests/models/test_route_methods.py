@@ -1,5 +1,6 @@
 """The four ways to a large image, from the same base latent, and images that come in: real, tiny networks."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,7 +79,12 @@ def test_swinir_sees_the_decoded_base_image(route: Route, monkeypatch: pytest.Mo
     assert route.pixel is not None
     seen: list[Tensor] = []
     upscale = route.pixel.upscale
-    monkeypatch.setattr(route.pixel, "upscale", lambda images, scale: seen.append(images) or upscale(images, scale))
+
+    def record(images: Tensor, scale: int) -> Tensor:
+        seen.append(images)
+        return upscale(images, scale)
+
+    monkeypatch.setattr(route.pixel, "upscale", record)
     latent = draw(route)
     route.upscale_and_decode([latent], 2, "swinir", "exact")
     (base,) = route.decode(latent[None])
@@ -105,7 +111,12 @@ def test_a_route_without_weights_refuses_their_methods(route: Route) -> None:
 def test_one_run_of_direct_draws_at_the_final_size(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[GenerationItem] = []
     generate = route.generate
-    monkeypatch.setattr(route, "generate", lambda items: drawn.extend(items) or generate(items))
+
+    def record(items: Sequence[GenerationItem]) -> list[Tensor | None]:
+        drawn.extend(items)
+        return generate(items)
+
+    monkeypatch.setattr(route, "generate", record)
     assert set(run_once(route, ITEM, 2, "direct").stages_s) == {"generate", "decode"}
     assert (drawn[0].width_px, drawn[0].height_px) == (128, 96)
 

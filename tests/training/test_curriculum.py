@@ -99,7 +99,7 @@ def test_a_pixel_loss_without_pictures_is_an_error_and_not_zero() -> None:
     latent = torch.zeros(1, 4, 8, 8)
     for stage in ("II", "III"):
         with pytest.raises(ValueError, match="no decoded pictures"):
-            loss_terms(PAPER[stage].weights, latent, latent, None, None)  # type: ignore[index]
+            loss_terms(PAPER[stage].weights, latent, latent, None, None)
 
 
 def test_a_run_knows_the_stage_of_each_step() -> None:

@@ -19,7 +19,7 @@ from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.training import run as run_module
 from giantleap.training.checkpoint import TrainingStateError, checkpoints_in, read_checkpoint
-from giantleap.training.curriculum import PAPER, ConfigError, RunConfig, StageName, read_config
+from giantleap.training.curriculum import PAPER, ConfigError, RunConfig, StageName, loss_terms, read_config
 from giantleap.training.data.frozen_vae import read_vae
 from giantleap.training.data.pairs_store import PairsStore
 from giantleap.training.data.prepare import PrepareConfig, prepare
@@ -158,7 +158,7 @@ def test_random_numbers_of_an_update_do_not_depend_on_what_was_run_before(
     def disturb(*arguments: Any, **named: Any) -> dict[str, torch.Tensor]:
         return {name: term * torch.rand(()) for name, term in before(*arguments, **named).items()}
 
-    before = run_module.loss_terms
+    before = loss_terms
     monkeypatch.setattr(run_module, "loss_terms", disturb)
     config = config_of(tiny_bundle_dir, pairs, evaluate_every=1)
     train(config, tmp_path / "whole", PLACE, stop_after=3)
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
         terms = before(*arguments, **named)
         return terms if calls < 15 else {name: term * torch.nan for name, term in terms.items()}
 
-    before = run_module.loss_terms
+    before = loss_terms
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "loss_terms", break_at_the_sixth)
         with pytest.raises(DivergedError, match=r"last good checkpoint is .*step-"):
@@ -282,7 +282,7 @@ def test_nothing_is_clamped_before_a_loss(stage: StageName, pairs: Path, tiny_bu
     vae.model.decoder.conv_out.bias.fill_(50.0)
     net = run_module._build(config, bundle, store)
     for head in net.heads.values():
-        torch.nn.init.constant_(head.conv_last.bias, 50.0)
+        torch.nn.init.constant_(head.get_parameter("conv_last.bias"), 50.0)
     sums = run_module._backward(config, PAPER[stage], net, vae, store.read([0, 1]), (2, 4), 1)
     assert float(sums["loss"]) > 0
     for name, weight in net.named_parameters():

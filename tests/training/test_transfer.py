@@ -68,7 +68,7 @@ def make_net(spec: LuaSpec = SPEC) -> Lua:
     return net.eval()
 
 
-def statistics(channels: int) -> dict[str, Tensor]:
+def statistics(channels: int) -> dict[str, Any]:
     return {"mean": torch.linspace(-1.0, 1.0, channels), "std": torch.linspace(0.5, 2.0, channels)}
 
 
@@ -144,7 +144,7 @@ def test_offsets_of_the_maps_count_inside_and_not_beside_a_skip() -> None:
         net = make_net(replace(SPEC, bicubic_skip=has_skip, latent_norm=False))
         maps = LatentMaps(identity, offset, identity, -offset)
         moved = transfer(net, 16, **statistics(16), start="fit", maps=maps)
-        shift = moved.heads["x2"].conv_last.bias - net.heads["x2"].conv_last.bias
+        shift = moved.heads["x2"].get_parameter("conv_last.bias") - net.heads["x2"].get_parameter("conv_last.bias")
         torch.testing.assert_close(shift, torch.zeros(16) if has_skip else -offset)
         shown = moved.conv_first(torch.zeros(1, 16, 5, 5))[0, :, 2, 2]
         torch.testing.assert_close(shown, net.conv_first(offset.view(1, -1, 1, 1).expand(1, 16, 5, 5))[0, :, 2, 2])

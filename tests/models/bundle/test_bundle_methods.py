@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from giantleap.models.bundle.bundle import (
     Bundle,
     BundleError,
-    Descriptor,
-    Method,
     MethodError,
     ModelSource,
     SizeError,
@@ -23,7 +21,7 @@ from giantleap.models.bundle.bundle import (
     read_bundle,
     write_bundle,
 )
-from giantleap.models.bundle.descriptor import METHODS, to_toml
+from giantleap.models.bundle.descriptor import METHODS, Descriptor, Method, to_toml
 from giantleap.models.bundle.digests import file_hash
 
 BUNDLES = Path(__file__).parents[3] / "bundles"
@@ -49,7 +47,8 @@ def values(**change: Any) -> Values:
 
 
 def defaults(**change: Any) -> Values:
-    return values()["defaults"] | change
+    content: Values = values()["defaults"] | change
+    return content
 
 
 def limits(**change: Any) -> Values:

@@ -204,7 +204,12 @@ def test_what_cannot_be_compiled_is_no_silent_detour(net: Lua, monkeypatch: pyte
 
     def compiled(core: Any, fullgraph: bool) -> Any:
         assert fullgraph, "else torch goes on without the compiler past a limit of 8, or where it cannot follow"
-        return lambda *given: limits.append(torch._dynamo.config.recompile_limit) or core(*given)
+
+        def run(*arguments: Any) -> Any:
+            limits.append(torch._dynamo.config.recompile_limit)
+            return core(*arguments)
+
+        return run
 
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr("giantleap.models.engines.compiled.require_compiler", lambda device: None)

@@ -37,7 +37,12 @@ def enlarge(latent: Tensor) -> Tensor:
 def test_a_graph_is_captured_on_its_own_gpu_and_bothers_no_other_thread(cuda: FakeCuda) -> None:
     engine = CompileEngine(PackedLua(Lua(SPEC).eval(), torch.float32, packed=False), SECOND)
     ran_on: list[torch.device] = []
-    engine._compiled[2] = lambda latent, grids: ran_on.append(cuda.device) or enlarge(latent)  # type: ignore[func-returns-value]
+
+    def compiled(latent: Tensor, grids: object) -> Tensor:
+        ran_on.append(cuda.device)
+        return enlarge(latent)
+
+    engine._compiled[2] = compiled
     latent = torch.randn(3, 4, 8, 8)
     with torch.inference_mode(), torch.cuda.device(SECOND):
         answer = engine._replay(latent, 2)
@@ -62,7 +67,12 @@ def test_a_compiled_engine_makes_its_gpu_the_current_one(cuda: FakeCuda, monkeyp
     engine = CompileEngine(PackedLua(Lua(SPEC).eval(), torch.float32, packed=False), SECOND)
     monkeypatch.setattr(Tensor, "to", lambda tensor, device, dtype: tensor)
     seen: list[torch.device] = []
-    monkeypatch.setattr(engine, "_replay", lambda latent, scale: seen.append(cuda.device) or enlarge(latent))
+
+    def replay(latent: Tensor, scale: float) -> Tensor:
+        seen.append(cuda.device)
+        return enlarge(latent)
+
+    monkeypatch.setattr(engine, "_replay", replay)
     engine.run(torch.randn(1, 4, 4, 4), 2)
     assert seen == [SECOND]
 
@@ -82,7 +92,11 @@ def test_artifacts_are_opened_and_run_on_their_gpu(
 
     def load(path: str, device_index: int) -> Any:
         seen.append(cuda.device)
-        return lambda latent: seen.append(cuda.device) or enlarge(latent)  # type: ignore[func-returns-value]
+        return run
+
+    def run(latent: Tensor) -> Tensor:
+        seen.append(cuda.device)
+        return enlarge(latent)
 
     monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
     engine = ArtifactEngine.open("aoti", SPEC, {2: Artifact(tmp_path / "lua_x2.pt2", "latent", "enlarged")}, SECOND)
@@ -121,7 +135,8 @@ def test_a_plan_answers_in_the_profile_of_each_size(cuda: FakeCuda, plan: Artifa
     for context in trt.contexts:
         assert {device for device, _, _ in context.runs} == {SECOND}
         assert {stream for _, stream, _ in context.runs} == {runner._stream.cuda_stream}
-    assert "default" in runner._stream.waits and runner._stream.name in cuda.stream.waits
+    stream: Any = runner._stream
+    assert "default" in stream.waits and stream.name in cuda.stream.waits
 
 
 def test_a_batch_above_the_profiles_runs_in_parts(cuda: FakeCuda, plan: Artifact) -> None:

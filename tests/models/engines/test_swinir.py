@@ -26,7 +26,7 @@ class CountingNet(Lua):
         super().__init__(spec)
         self.seen: list[tuple[int, ...]] = []
 
-    def forward_scales(self, latent: Tensor, scales: Sequence[int]) -> dict[int, Tensor]:
+    def forward_scales(self, latent: Tensor, scales: Sequence[float]) -> dict[float, Tensor]:
         self.seen.append(tuple(latent.shape))
         return super().forward_scales(latent, scales)
 
@@ -39,7 +39,7 @@ def build(scale: int) -> CountingNet:
         for parameter in net.parameters():
             parameter.normal_(0.0, 0.2)
         head = net.heads[f"x{scale}"]
-        head.conv_last.weight.mul_(0.2)  # type: ignore[union-attr,operator]  # so that few pixels are clamped
+        head.get_parameter("conv_last.weight").mul_(0.2)  # so that few pixels are clamped
     return net
 
 
@@ -62,7 +62,8 @@ def upscaler(net: Lua, tile_px: int = TILE_PX, halo_px: int = HALO_PX) -> PixelU
 
 def whole(net: Lua, images: Tensor) -> Tensor:
     with torch.no_grad():
-        return net(images, net.spec.scales[0]).clamp(0.0, 1.0)
+        enlarged: Tensor = net(images, net.spec.scales[0])
+    return enlarged.clamp(0.0, 1.0)
 
 
 def test_published_files_are_opened_by_scale(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_what_does_not_fit_is_refused(images: Tensor, scale: int, words: str) ->
 def test_results_are_clamped_floats_without_a_gradient() -> None:
     net = build(2)
     with torch.no_grad():
-        net.heads["x2"].conv_last.bias.copy_(torch.tensor([-5.0, 0.0, 5.0]))  # type: ignore[union-attr,operator]
+        net.heads["x2"].get_parameter("conv_last.bias").copy_(torch.tensor([-5.0, 0.0, 5.0]))
     grown = upscaler(net).upscale(torch.rand(1, 3, 8, 8, dtype=torch.float64), 2)
     assert grown.dtype == torch.float32
     assert not grown.requires_grad

@@ -32,10 +32,11 @@ def published_values(head: LiifHead, features: Tensor, scale: float) -> Tensor:
     """The published computation point by point, in its coordinates: the picture spans -1 to 1 each way."""
     _, _, height, width = features.shape
     unfolded = F.unfold(features, 3, padding=1).view(1, -1, height, width)
-    decoder = nn.Sequential(nn.Linear(unfolded.shape[1] + 4, len(head.entry.bias)), nn.ReLU())
+    entry = nn.Linear(unfolded.shape[1] + 4, head.entry.out_channels)
     with torch.no_grad():
-        decoder[0].weight.copy_(torch.cat([head.entry.weight.flatten(1), head.place.weight], dim=1))
-        decoder[0].bias.copy_(head.entry.bias)
+        entry.weight.copy_(torch.cat([head.entry.weight.flatten(1), head.place.weight], dim=1))
+        entry.bias.copy_(head.entry.get_parameter("bias"))
+    decoder = nn.Sequential(entry, nn.ReLU())
     for layer in head.hidden:
         decoder.extend([layer, nn.ReLU()])
     decoder.append(head.last)

@@ -30,14 +30,15 @@ TOLERANCE = 1e-4
 def make_vae(channels: tuple[int, ...] = (16, 24, 32), groups: int = 8, seed: int = 0, **changes: Any) -> AutoencoderKL:
     """A small decoder whose norms and biases are not trivial."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL(
+    vae: AutoencoderKL = AutoencoderKL(
         block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         norm_num_groups=groups,
         sample_size=64,
         **changes,
-    ).eval()
+    )
+    vae.eval()
     for module in vae.decoder.modules():
         if isinstance(module, nn.GroupNorm):
             nn.init.normal_(module.weight, 1.0, 0.3)
@@ -108,7 +109,7 @@ def test_the_latents_are_left_as_they_were(vae: AutoencoderKL) -> None:
 
 def test_statistics_hold_when_a_mean_is_far_above_the_deviation() -> None:
     vae = make_vae(seed=3)
-    nn.init.constant_(vae.decoder.conv_in.bias, 300.0)
+    nn.init.constant_(vae.decoder.get_parameter("conv_in.bias"), 300.0)
     latents = latents_of(vae, 20, 20)
     plain, exact = decode_plain(vae, latents), decode_in_strips(vae, latents, 4_000)
     truth = decode_plain(vae.double(), latents.double())
@@ -138,7 +139,7 @@ def test_short_types_err_no_more_than_plain_does(dtype: torch.dtype) -> None:
     vae = make_vae(seed=4)
     latents = latents_of(vae, 12, 12)
     truth = decode_plain(vae, latents)
-    vae.to(dtype)
+    nn.Module.to(vae, dtype)
     plain, exact = (decode(vae, latents.to(dtype)) for decode in (decode_plain, decode_exact))
     assert exact.dtype == dtype
     assert (exact - truth).float().std() <= 1.2 * (plain - truth).float().std()
@@ -205,7 +206,8 @@ def test_the_full_size_decoder_needs_less_than_half_and_what_the_plan_says() -> 
 
 
 def test_no_tensor_of_a_4096_px_decode_reaches_two_to_the_31_elements() -> None:
-    vae = full_size_on_meta().to(torch.bfloat16)
+    vae = full_size_on_meta()
+    nn.Module.to(vae, torch.bfloat16)
     latents = torch.randn(1, 4, 512, 512, device="meta", dtype=torch.bfloat16)
     plan = plan_decode(DecoderShape.from_config(vae.config), 512, 512, "bfloat16", strip_bytes=2**29)
     with LiveStorage() as live:
@@ -229,28 +231,33 @@ class OwnConvolution(nn.Conv2d):
     """Computes who knows what."""
 
 
-class OwnProcessor(AttnProcessor2_0):  # type: ignore[misc]
+class OwnProcessor(AttnProcessor2_0):
     """As above."""
 
 
+def resnet_of(vae: AutoencoderKL) -> Any:
+    return vae.decoder.get_submodule("up_blocks.0.resnets.0")
+
+
 def change_convolution(vae: AutoencoderKL) -> None:
-    vae.decoder.up_blocks[0].resnets[0].conv1 = OwnConvolution(32, 32, 3, padding=1)
+    resnet_of(vae).conv1 = OwnConvolution(32, 32, 3, padding=1)
 
 
 def change_stride(vae: AutoencoderKL) -> None:
-    vae.decoder.up_blocks[0].resnets[0].conv1 = nn.Conv2d(32, 32, 3, padding=2, dilation=2)
+    resnet_of(vae).conv1 = nn.Conv2d(32, 32, 3, padding=2, dilation=2)
 
 
 def change_kernel(vae: AutoencoderKL) -> None:
-    vae.decoder.up_blocks[0].resnets[0].conv1 = nn.Conv2d(32, 32, 1)
+    resnet_of(vae).conv1 = nn.Conv2d(32, 32, 1)
 
 
 def change_forward(vae: AutoencoderKL) -> None:
-    vae.decoder.conv_out.forward = lambda rows: rows[:, :3]
+    setattr(vae.decoder.conv_out, "forward", lambda rows: rows[:, :3])  # noqa: B010
 
 
 def change_processor(vae: AutoencoderKL) -> None:
-    vae.decoder.mid_block.attentions[0].set_processor(OwnProcessor())
+    attention: Any = vae.decoder.get_submodule("mid_block.attentions.0")
+    attention.set_processor(OwnProcessor())
 
 
 def add_hook(vae: AutoencoderKL) -> None:
@@ -258,11 +265,13 @@ def add_hook(vae: AutoencoderKL) -> None:
 
 
 def change_output_scale(vae: AutoencoderKL) -> None:
-    vae.decoder.mid_block.resnets[0].output_scale_factor = 2.0
+    resnet: Any = vae.decoder.get_submodule("mid_block.resnets.0")
+    resnet.output_scale_factor = 2.0
 
 
 def change_activation(vae: AutoencoderKL) -> None:
-    vae.decoder.mid_block.resnets[0].nonlinearity = nn.GELU()
+    resnet: Any = vae.decoder.get_submodule("mid_block.resnets.0")
+    resnet.nonlinearity = nn.GELU()
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_what_is_not_there_is_refused(changes: dict[str, str], why: str, picture
 
 
 def test_pictures_that_lie_elsewhere_are_refused() -> None:
-    cells = [None, {"bytes": b"12345", "path": "https://example.com/0.png"}]
+    cells: list[Any] = [None, {"bytes": b"12345", "path": "https://example.com/0.png"}]
     features = Features({"image": Image(decode=False)})
     assert list(row_sizes(Dataset.from_dict({"image": cells}, features=features), HubSource("far"))) == [0, 5]
     cells.append({"bytes": None, "path": "https://example.com/1.png"})

@@ -206,7 +206,7 @@ def test_what_cannot_be_measured_is_refused(pictures: Path, tiny_bundle_dir: Pat
             evaluate(EvaluateConfig(tiny_bundle_dir, tmp_path / "out", images=pictures, lua=weights), CPU)
     net = read_lua(tiny_bundle_dir / "lua.safetensors")
     for head in net.heads.values():
-        torch.nn.init.constant_(head.conv_last.weight, 3e38)  # finite weights, infinite latents
+        torch.nn.init.constant_(head.get_parameter("conv_last.weight"), 3e38)  # finite weights, infinite latents
     write_lua(tmp_path / "far.safetensors", net)
     with pytest.raises(EvaluationError, match=r"far x2, picture-0\.png: .* not finite"):
         evaluate(

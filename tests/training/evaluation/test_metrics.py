@@ -71,7 +71,8 @@ def gaussian(count: int, mean: Tensor, covariance: Tensor, seed: int) -> Tensor:
     x = normal(count, len(mean), seed=seed)
     x = x - x.mean(dim=0)
     x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T @ x / (count - 1))).T
-    return x @ torch.linalg.cholesky(covariance).T + mean
+    sample: Tensor = x @ torch.linalg.cholesky(covariance).T + mean
+    return sample
 
 
 def test_fid_is_the_frechet_distance_of_two_known_gaussians() -> None:

@@ -91,7 +91,7 @@ def test_pool_round_trips_and_an_unfinished_one_is_refused(tmp_path: Path) -> No
     assert images.shape == (9, 3, 32, 32) and len(slots) == 9
     assert np.abs(images[8] / 255 - picture[0].numpy()).max() < 0.01
     (tmp_path / "done.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"training\.scenes"):
+    with pytest.raises(FileNotFoundError, match=r"training\.pocket\.scenes"):
         read_pool(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """The text-to-latent training learns, resumes, and leaves a pipeline that stock diffusers opens."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_sampler_follows_the_velocity_of_the_loss_back_to_the_latent() -> None:
     latent, noise = torch.randn(1, 16, 4, 4), torch.randn(1, 16, 4, 4)
     sample = noise
     for timestep in scheduler.timesteps:
-        sample = scheduler.step(noise - latent, timestep, sample).prev_sample
+        (sample,) = scheduler.step(noise - latent, timestep, sample, return_dict=False)
     assert torch.allclose(sample, latent, atol=0.02)
 
 
@@ -122,7 +123,7 @@ def test_noise_levels_lean_to_high_noise_until_the_late_part() -> None:
 
 @pytest.fixture
 def vae_folder(tmp_path: Path) -> Path:
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 4, 4),

@@ -60,7 +60,7 @@ def test_loss_moves_encoder_and_decoder(pictures: Pictures, progress: float, cha
     torch.manual_seed(0)
     images = pictures.crops(np.random.default_rng(0), 4, 32)
     vae = make_vae(channels)
-    assert vae.config.latent_channels == channels
+    assert vae.config["latent_channels"] == channels
     loss, _ = vae_loss(vae, PcaTeacher(images, channels), images, progress)
     torch.autograd.backward(loss)
     for part in (vae.encoder, vae.decoder):
