@@ -2,7 +2,7 @@
 
 `python -m benchmarks.ablations` (`make ablations`) draws procedural pictures, makes pairs of them with the pocket
 bundle's frozen VAE, trains every variant with every seed through `training/run.py`, and measures each on the six
-held-out photographs of `benchmarks/photos.py`. A result is kept as soon as it is there, in
+held-out photographs of `benchmarks/quality/photos.py`. A result is kept as soon as it is there, in
 `benchmarks/results/ablations.json`; a run that was killed goes on with the first that is missing. `docs/ablations.md`
 is written from the file.
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
-from benchmarks.photos import psnr_db, read_photos
+from benchmarks.quality.photos import psnr_db, read_photos
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua

@@ -4,7 +4,7 @@
 in a process of its own, so that its resident memory is its own. Live bytes are counted on shapes alone
 (`benchmarks/live_storage.py`), which costs no arithmetic and reaches sizes that do not fit here. Timing does not depend
 on the weights' values; the difference of the tiled decode does, and is that of random weights. On a GPU:
-`benchmarks/gpu_check.py`.
+`benchmarks/gpu_check/run.py`.
 """
 
 import argparse

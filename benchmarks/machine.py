@@ -6,14 +6,14 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-import torch
-
 PACKAGES = ("torch", "diffusers")
 PHOTO_PACKAGES = (*PACKAGES, "scikit-image", "scikit-learn")  # the last two hold the photographs
 
 
 def read_machine(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     """Processor, load, system and the versions of these packages, at this moment."""
+    import torch  # here, so that the help of a benchmark does not load it
+
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

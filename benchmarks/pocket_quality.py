@@ -1,8 +1,8 @@
-"""Measures what the pocket bundle reaches against the floors that were asked for, and stores it with the machine.
+"""Measure the quality of the pocket bundle against its floors.
 
-`python -m benchmarks.pocket_quality` prints photographs (VAE and LUA, `benchmarks/photos.py`) and prompt following
-(`benchmarks/prompt_following.py`), writes `benchmarks/results/pocket_quality.json` and `docs/pocket_photos.png`,
-and ends with 1 when a floor is missed.
+`python -m benchmarks.pocket_quality` measures photographs (VAE and LUA, `benchmarks/quality/photos.py`) and prompt
+following (`benchmarks/quality/prompt_following.py`), writes `benchmarks/results/pocket_quality.json` and
+`docs/pocket_photos.png`, and ends with status 1 when a floor is missed.
 """
 
 import json
@@ -15,8 +15,8 @@ import typer
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
-from benchmarks.photos import SCALES, PhotoScores, measure_photos
-from benchmarks.prompt_following import Following, measure
+from benchmarks.quality.photos import SCALES, PhotoScores, measure_photos
+from benchmarks.quality.prompt_following import Following, measure
 from giantleap.models.lua.checkpoints import read_lua
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
-from benchmarks.photos import SCALES, psnr_db, read_photos
+from benchmarks.quality.photos import SCALES, psnr_db, read_photos
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import Lua
@@ -134,7 +134,7 @@ class Photo:
 
 @torch.no_grad()
 def read_photo_latents(vae: Vae) -> list[Photo]:
-    """Encodes the photographs once for all variants; small versions as in `benchmarks/photos.py`."""
+    """Encodes the photographs once for all variants; small versions as in `benchmarks/quality/photos.py`."""
     photos = []
     for original in tqdm(read_photos().values(), desc="photographs"):
         small = {scale: vae.encode(shrink(original, scale)) for scale in SCALES}

@@ -1,4 +1,4 @@
-"""How long a LUA of full depth takes to export, and in how much memory: `python -m benchmarks.export_presets`.
+"""How long a LUA of full depth takes to export, and in how much memory: `python -m benchmarks.engines.export_presets`.
 
 Random weights, each preset in a process of its own, so that the peak of memory is its own. Every graph is compared with
 PyTorch as any export is. The result goes to `benchmarks/results/export_presets.json`.
@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).resolve().parent / "results" / "export_presets.json"
+RESULT = Path(__file__).resolve().parents[1] / "results" / "export_presets.json"
 PRESETS = ("medium", "release")
 CHANNELS = (4, 16)
 # Batch, rows and columns in windows: other batches and sizes than the traced ones, few enough for a full depth.

@@ -1,8 +1,8 @@
-"""What one portion of a Swin block costs on this CPU, part by part, and the alternatives that lost.
+"""Time the parts of one Swin block on this CPU, with the alternatives that were slower.
 
-`python -m benchmarks.engine_parts` prints microseconds for 512 tokens a thread at the width of the preset `medium` (180
-channels, 6 heads, windows of 64 tokens): the least of several means, since neighbours only ever add. With
-`--threads 2` a part that makes full use of both takes as long as on one.
+`python -m benchmarks.engines.parts` prints microseconds per 512 tokens and thread at the width of the preset `medium`
+(180 channels, 6 heads, windows of 64 tokens). Each figure is the minimum of several means, because other processes can
+only add time. With `--threads 2`, a part that scales perfectly takes as long as on one thread.
 """
 
 import time

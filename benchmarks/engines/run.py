@@ -5,31 +5,30 @@ and on two, a 128x128 one of 16, and the pixel-space SwinIR (3 channels) on 64x6
 own, so that none runs on memory that another has warmed, and the processes run in turns. Ratios are of the same turn:
 of processor time on one thread, which neighbours on the machine disturb least, and of time by the clock on several,
 since threads that wait for each other take processor time. On the pocket bundle, its decoded images in bfloat16 and
-float32 are compared. Figures go to
-`benchmarks/results/engines.json`; status 1 when a target is missed.
+float32 are compared. Figures go to `benchmarks/results/engines.json`; status 1 when a target is missed.
+The command line is in `benchmarks/engines/__main__.py`.
 """
 
-import json
 import multiprocessing
 import os
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import typer
 from torch import Tensor
 
+from benchmarks.engines.published_swinir import PublishedForward
+from benchmarks.engines.report import CASES, MAX_ERROR, MIN_PSNR_DB, TARGETS, VARIANTS, Case, Row, line
 from benchmarks.machine import read_machine
-from benchmarks.published_swinir import PublishedForward
 from giantleap.export.graphs import LuaGraph, trace
 from giantleap.export.manifest import INPUT, OUTPUTS
 from giantleap.export.onnx_files import write_onnx
@@ -45,39 +44,7 @@ from giantleap.service.settings import POCKET_BUNDLE
 
 CPU = torch.device("cpu")
 SCALE = 2
-RESULTS = Path("benchmarks/results/engines.json")
-PAGE = Path("docs/engines.md")
-MARKS = ("<!-- benchmarks.engines -->\n", "<!-- end -->\n")
-MAX_ERROR = 1e-4  # of float32 variants, absolute; the published forward's deviation is printed beside it
-MIN_PSNR_DB = 45.0
-TARGETS = {  # least speed over the published forward in float32, by case and variant
-    ("latent 64", "torch float32"): 2.3,
-    ("latent 128", "torch float32"): 2.0,
-    ("latent 64", "torch bfloat16"): 3.5,
-    ("latent 128", "torch bfloat16"): 3.5,
-    ("latent 64", "onnx float32"): 1.9,
-    ("latent 128", "onnx float32"): 1.9,
-}
-VARIANTS = (
-    "published float32", "published bfloat16", "module float32", "torch float32", "torch bfloat16", "onnx float32",
-)  # fmt: skip
 Run = Callable[[Tensor], Tensor]
-
-
-class Case(NamedTuple):
-    """A latent (or image) of `channels` and `side` squared, on so many threads of torch and onnxruntime."""
-
-    channels: int
-    side: int
-    threads: int = 1
-
-
-CASES = {
-    "latent 64": Case(4, 64),
-    "latent 64, 2 threads": Case(4, 64, threads=2),
-    "latent 128": Case(16, 128),
-    "pixels 64": Case(RGB_CHANNELS, 64),
-}
 
 
 class Sample(NamedTuple):
@@ -86,28 +53,6 @@ class Sample(NamedTuple):
     wall_s: float
     cpu_s: float
     page_faults: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One variant in one case. The `ratio` that counts is `cpu_ratio` on one thread, `wall_ratio` on several.
-
-    Errors are to the published forward in float32, whose answer has the deviation `std`.
-    """
-
-    case: str
-    variant: str
-    runs: int
-    median_ms: float
-    median_cpu_ms: float
-    page_faults: int
-    ratio: float
-    cpu_ratio: float
-    wall_ratio: float
-    max_error: float
-    std: float
-    target: float | None
-    met: bool | None
 
 
 def random_net(channels: int) -> Lua:
@@ -259,68 +204,37 @@ def measure_pocket() -> list[dict[str, Any]]:
     return rows
 
 
-def line(row: Row) -> str:
-    target = "" if row.target is None else f"  asked {row.target:.1f}: {'met' if row.met else 'MISSED'}"
-    return (
-        f"{row.case:<21}{row.variant:<20}{row.median_ms:>9.1f} ms{row.median_cpu_ms:>9.1f} ms cpu{row.ratio:>7.2f}x"
-        f" ({row.cpu_ratio:.2f} cpu, {row.wall_ratio:.2f} wall)  error {row.max_error:.1e}"
-        f"  {row.page_faults} faults{target}"
-    )
+def measure(
+    cases: Sequence[str], runs: int, warmups: int, onnx: bool, report_line: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure these cases and the pocket bundle.
 
-
-def to_markdown(record: Mapping[str, Any]) -> str:
-    """The table of the page `docs/engines.md` from what is in the JSON file."""
-    about = record["machine"]
-    lines = [
-        f"{about['model']}, {about['cores']} cores, load {about['load_1min']:.1f}, "
-        f"torch {about['versions']['torch']}, "
-        f"onnxruntime {about['versions']['onnxruntime']}, {about['measured_at'][:10]}.",
-        "",
-        "| case | variant | ms, median | ratio | asked | largest error |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in record["rows"]:
-        asked = "" if row["target"] is None else f"{row['target']:.1f}, {'met' if row['met'] else 'missed'}"
-        cells = (f"{row['median_ms']:.0f}", f"{row['ratio']:.2f}", asked, f"{row['max_error']:.0e}")
-        lines.append(f"| {row['case']} | {row['variant']} | {' | '.join(cells)} |")
-    lines += ["", "Images of the pocket bundle, against LUA in float32 (asked: 45 dB):", ""]
-    lines += [f"- x{each['scale']}, {each['variant']}: {each['psnr_db']:.1f} dB" for each in record["pocket"]]
-    return "\n".join(lines) + "\n"
-
-
-def write_page(record: Mapping[str, Any], page: Path) -> None:
-    """Put the table between the page's marks."""
-    before, rest = page.read_text().split(MARKS[0])
-    page.write_text(before + MARKS[0] + to_markdown(record) + MARKS[1] + rest.split(MARKS[1])[1])
-
-
-def main(
-    runs: Annotated[int, typer.Option(help="Runs that count, of every variant.", min=1)] = 9,
-    warmups: Annotated[int, typer.Option(help="Runs thrown away first.", min=0)] = 2,
-    case: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(CASES)}; may be repeated.")] = None,
-    onnx: Annotated[bool, typer.Option(help="Export and run ONNX graphs at full depth, which takes minutes.")] = True,
-    out: Annotated[Path, typer.Option(help="Where the figures go; the default also renews docs/engines.md.")] = RESULTS,
-) -> None:
-    """Measure, print the table, write the JSON."""
+    Args:
+        cases: Names from `CASES`.
+        runs: Counted runs per variant.
+        warmups: Runs per variant that are thrown away first.
+        onnx: Whether to export and run ONNX graphs at full depth, which takes minutes.
+        report_line: Receives each printed line as soon as it is known.
+    """
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        for each in case or list(CASES):
-            channels = CASES[each].channels
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name in cases:
+            channels = CASES[name].channels
             exports = onnx and channels != RGB_CHANNELS
             if exports and not graph_path(folder, channels).exists():
-                _run_apart(write_graph, folder, channels)
+                _run_in_process(write_graph, folder, channels)
             variants = VARIANTS if exports else VARIANTS[:-1]
-            rows += measure_case(each, variants, folder, warmups, runs)
-            for row in rows[-len(variants) :]:
-                typer.echo(line(row))
+            measured = measure_case(name, variants, folder, warmups, runs)
+            rows += measured
+            for row in measured:
+                report_line(line(row))
     torch.set_num_threads(1)
     pocket = measure_pocket()
     for image in pocket:
-        typer.echo(f"pocket x{image['scale']} {image['variant']:<16} decoded image {image['psnr_db']:.1f} dB")
-    versions = {name: version(name) for name in ("torch", "onnxruntime", "onnx")}
-    about = read_machine() | {
-        "versions": versions,
+        report_line(f"pocket x{image['scale']} {image['variant']:<16} decoded image {image['psnr_db']:.1f} dB")
+    machine = read_machine() | {
+        "versions": {name: version(name) for name in ("torch", "onnxruntime", "onnx")},
         "model": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
@@ -328,16 +242,10 @@ def main(
         "warmups": warmups,
         "preset": "medium",
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": about, "rows": [asdict(row) for row in rows], "pocket": pocket}
-    out.write_text(json.dumps(record, indent=2) + "\n")
-    if out == RESULTS:
-        write_page(record, PAGE)
-    if any(row.met is False for row in rows) or not all(image["met"] for image in pocket):
-        raise typer.Exit(1)
+    return {"machine": machine, "rows": [asdict(row) for row in rows], "pocket": pocket}
 
 
-def _run_apart(work: Callable[..., None], *arguments: object) -> None:
+def _run_in_process(work: Callable[..., None], *arguments: object) -> None:
     """In a process of its own.
 
     Raises:
@@ -354,7 +262,3 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [each for each in info.read_text().splitlines() if each.startswith("model name")] if info.exists() else []
     return names[0].partition(":")[2].strip() if names else "unknown"
-
-
-if __name__ == "__main__":
-    typer.run(main)

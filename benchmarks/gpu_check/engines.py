@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.published_swinir import PublishedForward
+from benchmarks.engines.published_swinir import PublishedForward
 from giantleap.cli.engine_bench import Timing, interleave
 from giantleap.export.graphs import LuaGraph, trace
 from giantleap.export.manifest import INPUT, OUTPUTS, Precision

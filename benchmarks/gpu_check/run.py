@@ -2,8 +2,8 @@
 
 `python -m benchmarks.gpu_check decode` times full-size SDXL and FLUX.1 decoders with random weights by the paper's
 protocol (batch 1, 20 warm-ups, median) and measures the peak of allocated memory. `engines` times every engine of LUA
-(`benchmarks/gpu_engines.py`). Without CUDA both refuse. The same figures of a CPU: `benchmarks/decode.py` and
-`benchmarks/engines.py`.
+(`benchmarks/gpu_check/engines.py`). Without CUDA both refuse. The same figures of a CPU: `benchmarks/decode.py` and
+`benchmarks/engines/run.py`.
 """
 
 import itertools
@@ -21,9 +21,9 @@ import typer
 from torch import Tensor
 
 from benchmarks.decode import METHODS, STRIDE_PX, build_decoder, random_latents, run_decode
-from benchmarks.gpu_engines import VARIANTS, EngineCase, EngineFigures, measure_matrix_rate
-from benchmarks.gpu_engines import line as engine_line
-from benchmarks.gpu_engines import measure_case as measure_engine_case
+from benchmarks.gpu_check.engines import VARIANTS, EngineCase, EngineFigures, measure_matrix_rate
+from benchmarks.gpu_check.engines import line as engine_line
+from benchmarks.gpu_check.engines import measure_case as measure_engine_case
 from benchmarks.machine import read_machine
 from giantleap.models.lua.network import preset as lua_preset
 from giantleap.models.vae.decode import decode_exact
@@ -247,7 +247,3 @@ def engines(
     out.write_text(json.dumps({"machine": about, "rows": [row.to_record() for row in rows]}, indent=2) + "\n")
     if any(row.target is not None and (row.ratio or 0.0) < row.target for row in rows):
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    app()

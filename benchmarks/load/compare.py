@@ -1,6 +1,6 @@
 """What a change does to the service's own cost: two checkouts side by side, each request run on one after the other.
 
-`python -m benchmarks.load_compare BEFORE AFTER` starts the service of both directories, with this interpreter, and
+`python -m benchmarks.load.compare BEFORE AFTER` starts the service of both directories, with this interpreter, and
 takes turns between them for `--rounds` rounds. Printed are medians of the rounds and of the ratios after / before
 within a round. On a busy machine the processor time for a request is worth reading, the times are hardly.
 """
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.load import FIGURES, measure_run, our_system
+from benchmarks.load.run import FIGURES, measure_run, our_system
 
 _SERVE = """
 import sys
-from benchmarks.load_service import run_service
+from benchmarks.load.service import run_service
 with run_service() as port:
     print(port, flush=True)
     sys.stdin.read()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "load.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "load.md"
 _NAMES = {"giantleap": "Giantleap", "litserve": "LitServe", "bentoml": "BentoML", "ray": "Ray Serve"}
 _COLUMNS = {
     "p50_ms": "p50 ms",

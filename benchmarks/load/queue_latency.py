@@ -1,8 +1,8 @@
-"""How long the queue itself takes: enqueue to result with an idle worker, and jobs per second as a backlog drains.
+"""Measure the queue alone: enqueue to result with an idle worker, and jobs per second while a backlog drains.
 
-`python -m benchmarks.queue_latency` starts an embedded server for each `appendfsync` policy and one worker process that
-does no work, prints the figures with machine and versions and writes them to `benchmarks/results/queue_latency.json`.
-On a busy machine run it under `chrt -f 10`, else it measures the neighbours.
+`python -m benchmarks.load.queue_latency` starts an embedded server for each `appendfsync` policy and one worker process
+that does no work. It prints the figures with machine and versions and writes them to
+`benchmarks/results/queue_latency.json`. On a busy machine run it under `chrt -f 10`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from giantleap.service.jobs.job import GenerateParams, Job, Priority, ResultFile
 from giantleap.service.settings import Settings, read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
 
-RESULTS = Path(__file__).parent / "results" / "queue_latency.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "queue_latency.json"
 RESULT_BYTES = 64 * 1024
 WARM_UP = 20
 
@@ -83,7 +83,7 @@ async def measure_enqueue(producer: JobProducer, number: int) -> tuple[list[Job]
 
 
 async def measure_policy(url: str, name: str, number: int, backlog: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.queue_latency", "--serve", url]
+    command = [sys.executable, "-m", "benchmarks.load.queue_latency", "--serve", url]
     async with open_async_redis(url) as client:
         producer = JobProducer(client, settings_for(url))
         await producer.open()

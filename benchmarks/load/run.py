@@ -28,12 +28,12 @@ import uvloop
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from benchmarks.load_client import Load, median_of, run_closed, run_open, to_request
-from benchmarks.load_docs import PAGE, to_markdown
-from benchmarks.load_service import PEER_NAMES, SPREAD, peer_python, run_peer, run_service
+from benchmarks.load.client import Load, median_of, run_closed, run_open, to_request
+from benchmarks.load.page import PAGE, to_markdown
+from benchmarks.load.service import PEER_NAMES, SPREAD, peer_python, run_peer, run_service
 from giantleap.service.supervisor.embedded_redis import find_server
 
-RESULTS = Path(__file__).parent / "results" / "load.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "load.json"
 OURS = "giantleap"
 CLIENTS = (1, 8, 64)
 WARM_UP = 200
@@ -125,7 +125,7 @@ def part_of(command: list[str]) -> str:
     """Which of `PARTS` a process is, by its command line."""
     if any("redis" in word for word in command[:4]):
         return "redis"
-    return "worker" if "benchmarks.load_service" in command else "api"
+    return "worker" if "benchmarks.load.service" in command else "api"
 
 
 def to_figures(load: Load) -> dict[str, float]:
@@ -271,7 +271,3 @@ def main() -> None:
     print(page)
     if options.docs_only or options.out.resolve() == RESULTS.resolve():  # the page is of the stored report only
         PAGE.write_text(page)
-
-
-if __name__ == "__main__":
-    main()

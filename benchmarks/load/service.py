@@ -29,7 +29,7 @@ from giantleap.service.jobs.latents import SAFETENSORS_TYPE
 from giantleap.service.settings import Settings, read_settings, to_environment
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".peers"
 PEER_NAMES = ("litserve", "bentoml", "ray")
 SPREAD = 0.2
@@ -52,7 +52,7 @@ def run_service(workers: int = 1, work_ms: float = 0.0, **changes: object) -> It
         settings = read_settings(redis_url=redis.start(data_dir), key_prefix="load", port=free_port(), **changes)
         environment = {**os.environ, **to_environment(settings)}
         api = [sys.executable, "-m", "giantleap", "api"]
-        worker = [sys.executable, "-m", "benchmarks.load_service", str(workers), str(work_ms)]
+        worker = [sys.executable, "-m", "benchmarks.load.service", str(workers), str(work_ms)]
         started = [stack.enter_context(run_process(command, environment)) for command in (api, worker)]
         await_answer(started, settings.port, "/readyz")
         yield settings.port

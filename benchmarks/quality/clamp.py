@@ -1,9 +1,10 @@
-"""Compares the guard of LUA off and on: on latents like those of the training, and on ones from outside.
+"""Compare LUA with and without the latent clamp, on latents like those of the training and on others.
 
-`python -m benchmarks.guard` writes `benchmarks/results/guard.json`. Statistics come from procedural pictures
-(`training/pocket/pairs.py`), latents from the six photographs (`benchmarks/photos.py`) and from drawings of the bundle.
-An image is *broken* when a value is not finite or more than 1 % of its pixels have a channel beyond 1.5, where [-1, 1]
-is visible. The bicubic latent of the same input is decoded as well: what is broken there, no bound on LUA can mend.
+`python -m benchmarks.quality.clamp` writes `benchmarks/results/guard.json`. The statistics come from procedural
+pictures (`training/pocket/pairs.py`), the latents from the six photographs (`benchmarks/quality/photos.py`) and from
+images that the bundle generates. An image is *broken* when a value is not finite or more than 1 % of its pixels have a
+channel beyond 1.5, where [-1, 1] is visible. The bicubic latent of the same input is decoded as well: where that is
+broken too, the input itself is out of range and no clamp on LUA helps.
 """
 
 import json
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
-from benchmarks.photos import read_photos
+from benchmarks.quality.photos import read_photos
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.generator import GenerationItem
 from giantleap.models.images import psnr_db

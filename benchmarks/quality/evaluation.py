@@ -1,8 +1,8 @@
-"""Evaluates the pocket bundle on the six held-out photographs, as `giantleap train evaluate` does.
+"""Evaluate the pocket bundle on the six held-out photographs, as `giantleap train evaluate` does.
 
-`python -m benchmarks.evaluation` writes `benchmarks/results/evaluation.json`; the report, the sheet and the plots of
-distributions go to `out/evaluation`. The networks of LPIPS, FID, KID and CLIP score are measured where their weights
-are given, and named as not available where not.
+`python -m benchmarks.quality.evaluation` writes `benchmarks/results/evaluation.json`; the report, the sheet and the
+plots of distributions go to `out/evaluation`. LPIPS, FID, KID and CLIP score are measured where the weights of their
+networks are given, and listed as not available where not.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 import typer
 from PIL import Image
 
-from benchmarks.photos import read_photos
+from benchmarks.quality.photos import read_photos
 from giantleap.training.evaluation.evaluate import EvaluateConfig, evaluate
 from giantleap.training.evaluation.feature_extractors import open_networks
 from giantleap.training.evaluation.metrics import to_levels

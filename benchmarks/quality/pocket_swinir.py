@@ -1,8 +1,8 @@
-"""Measures the pocket bundle's pixel-space SwinIRs on the six held-out photographs, and what tiling changes.
+"""Measure the pocket bundle's pixel-space SwinIR on the six held-out photographs, and the effect of tiling.
 
-`python -m benchmarks.pocket_swinir` prints PSNR against bicubic on the same small picture, once clean and once as the
-pocket VAE decodes it (which is what the method `swinir` enlarges), the difference of tiles from the whole, and of
-bfloat16 from float32. It writes `benchmarks/results/pocket_swinir.json`.
+`python -m benchmarks.quality.pocket_swinir` prints PSNR against bicubic on the same small picture, once clean and once
+as the pocket VAE decodes it (which is the input of the method `swinir`), the difference between tiled and untiled, and
+between bfloat16 and float32. It writes `benchmarks/results/pocket_swinir.json`.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
-from benchmarks.photos import SCALES, psnr_db, read_photos
+from benchmarks.quality.photos import SCALES, psnr_db, read_photos
 from giantleap.models.engines.swinir import HALO_PX, PixelUpscaler
 from giantleap.training.pocket.lua import shrink
 

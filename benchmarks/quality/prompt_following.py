@@ -3,7 +3,7 @@
 Floor and sky are read from fixed strips, the object's color from the pixels where an object of the asked shape, size
 and position must be, shape, position and size by a small network that is trained here on true renders. A wrong place
 thus counts against the color too. The same measure on true renders of the same prompts, as rendered and after the
-VAE's round trip, is the ceiling. `python -m benchmarks.prompt_following bundles/pocket` prints the table.
+VAE's round trip, is the ceiling. `python -m benchmarks.quality.prompt_following bundles/pocket` prints the table.
 """
 
 import argparse

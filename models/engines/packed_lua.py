@@ -5,7 +5,7 @@ one gather takes tokens from the window order of a block to that of the next, in
 the windows that the shift mask touches last, so that the others share one bias. On a CPU linear layers and convolutions
 are packed for oneDNN once (`models/engines/packed_layers.py`), and a block runs some windows at a time, which stay in
 the cache. `models/engines/cpu.py` says where that form is used; the one with plain layers is what
-`models/engines/compiled.py` compiles. `benchmarks/engines.py` measures.
+`models/engines/compiled.py` compiles. `benchmarks/engines/run.py` measures.
 """
 
 from collections import OrderedDict
@@ -128,12 +128,12 @@ class PreparedBlock:
         qkv = self.qkv(self.norm1(x)).view(-1, self.window**2, 3, self.heads, self.head_dim)
         attend = self._attend_plainly if self.attends_plainly() else self._attend_fused
         y = attend(qkv.permute(2, 0, 3, 1, 4), mask).transpose(1, 2).reshape(len(x), -1)
-        x = self.proj(y).add_(x)  # oneDNN's own fused addition is no faster: `benchmarks/engine_parts.py`
+        x = self.proj(y).add_(x)  # oneDNN's own fused addition is no faster: `benchmarks/engines/parts.py`
         torch.add(self.fc2(self.fc1(self.norm2(x))), x, out=out)
 
     def attends_plainly(self) -> bool:
         """Whether two products beat the fused kernel: on Zen 5 in bfloat16 by 1.6 times, in float32 where there is more
-        than one thread, of which it makes poor use (`benchmarks/engine_parts.py`).
+        than one thread, of which it makes poor use (`benchmarks/engines/parts.py`).
         """
         return self.packed and (self.dtype == torch.bfloat16 or torch.get_num_threads() > 1)
 

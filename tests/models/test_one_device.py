@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.published_swinir import PublishedForward
+from benchmarks.engines.published_swinir import PublishedForward
 from giantleap.models.engines.packed_lua import Grid, Grids, PackedLua
 from giantleap.models.engines.swinir import PixelUpscaler
 from giantleap.models.lua.clamp import LatentClamp

@@ -3,7 +3,7 @@
 The result is a stock `StableDiffusionPipeline`. That pipeline hands the UNet nothing but the token states, so the
 global sense of a caption reaches it through `addition_embed_type="text"` (attention-pooled tokens added to the time
 embedding) and the local sense through cross-attention. Captions come from `training/pocket/captions.py`, pictures from
-`training/pocket/scenes.py`; `benchmarks/prompt_following.py` measures what was learned.
+`training/pocket/scenes.py`; `benchmarks/quality/prompt_following.py` measures what was learned.
 """
 
 import copy

@@ -6,8 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.gpu_check import app
-from benchmarks.gpu_engines import (
+from benchmarks.engines.published_swinir import PublishedForward
+from benchmarks.gpu_check.engines import (
     TARGETS,
     EngineCase,
     Variant,
@@ -17,7 +17,7 @@ from benchmarks.gpu_engines import (
     measure_matrix_rate,
     target_of,
 )
-from benchmarks.published_swinir import PublishedForward
+from benchmarks.gpu_check.run import app
 from giantleap.models.lua.network import Lua, preset
 from giantleap.models.lua.spec import LuaSpec
 from tests.random_lua import random_lua

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.load import FIGURES, judge, part_of, summarise, to_form, used_cpu_s
-from benchmarks.load_client import Load, run_closed, run_open, to_request
-from benchmarks.load_compare import format_errors
-from benchmarks.load_docs import PAGE, to_markdown
+from benchmarks.load.client import Load, run_closed, run_open, to_request
+from benchmarks.load.compare import format_errors
+from benchmarks.load.page import PAGE, to_markdown
+from benchmarks.load.run import FIGURES, judge, part_of, summarise, to_form, used_cpu_s
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "load.json"
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "load.json"
 PARTS_MS = {"cpu_api_ms": 0.75, "cpu_worker_ms": 0.2, "cpu_redis_ms": 0.3}
 
 
@@ -98,7 +98,7 @@ def test_summary_is_the_median_of_the_rounds_and_aims_are_compared() -> None:
 
 def test_processor_time_is_split_by_what_a_process_is() -> None:
     assert part_of(["/usr/bin/redis-server 127.0.0.1:6379"]) == "redis"
-    assert part_of([sys.executable, "-m", "benchmarks.load_service", "1", "0.0"]) == "worker"
+    assert part_of([sys.executable, "-m", "benchmarks.load.service", "1", "0.0"]) == "worker"
     assert part_of([sys.executable, "-m", "giantleap", "api"]) == "api"
     assert set(used_cpu_s()) == {"api", "worker", "redis"}
 

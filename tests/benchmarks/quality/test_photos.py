@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.photos import draw_routes, mean_scores, psnr_db, read_photos, score, write_photo_sheet
 from benchmarks.pocket_quality import Floor, judge_photos, photo_table
+from benchmarks.quality.photos import draw_routes, mean_scores, psnr_db, read_photos, score, write_photo_sheet
 from giantleap.models.lua.network import Lua, LuaSpec
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.prompt_following import CHOICES, SLOTS, Judge, object_core, read_color, score, train_judge
+from benchmarks.quality.prompt_following import CHOICES, SLOTS, Judge, object_core, read_color, score, train_judge
 from giantleap.training.pocket.captions import COLORS, Slots, draw_prompts
 from giantleap.training.pocket.scenes import PALETTE, draw_scene, render
 
