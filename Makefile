@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test slow check security audit format lint types quality ablations chaos fuzz fronts peers deploy-check clean
+.PHONY: help demo serve test slow check security audit format lint types quality ablations chaos fuzz compat peers deploy-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,8 +41,8 @@ chaos: $(VENV)/.dev ## Kill workers and Redis under thousands of jobs (minutes) 
 fuzz: $(VENV)/.dev ## Send 20,000 broken requests and many that the OpenAPI document allows (minutes)
 	$(BIN)/python -m benchmarks.checks fuzz
 
-fronts: $(VENV)/.dev ## Use the openai, tritonclient and diffusers clients on a running service
-	$(BIN)/python -m benchmarks.checks fronts
+compat: $(VENV)/.dev ## Use the openai, tritonclient and diffusers clients on a running service
+	$(BIN)/python -m benchmarks.checks compat
 
 peers: $(VENV)/.dev ## Install LitServe, BentoML and Ray Serve below .peers and measure the service beside them
 	$(BIN)/python benchmarks/peers/install.py

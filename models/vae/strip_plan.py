@@ -177,7 +177,7 @@ def prefers_strips(
     """Whether an exact decode of this size is better done in strips than whole: the image is the same.
 
     In strips where the whole decode exceeds the budget or makes a tensor that a kernel cannot index, and where strips
-    were measured to be faster (docs/lab.md): on a CPU in float32 from `STRIPS_FASTER_PX` on.
+    were measured to be faster (docs/lab/vae.md): on a CPU in float32 from `STRIPS_FASTER_PX` on.
 
     Args:
         shape: Of the decoder.

@@ -2,7 +2,7 @@
 vae|freeze|decoder|pairs|lua|text|swinir|pack`.
 
 Run them in that order; each one is seeded, shows its progress and goes on with `--resume` where it was stopped.
-Nothing is trained here: the commands hand their options to the modules of the same name. `docs/lab.md` tells how
+Nothing is trained here: the commands hand their options to the modules of the same name. `docs/lab/` tells how
 long each took and what it reached.
 """
 

@@ -1,10 +1,13 @@
-"""Trains the pocket VAE, a stock diffusers AutoencoderKL of stride 8 with 16 channels, on procedural images only.
+"""Train the pocket VAE, a stock diffusers AutoencoderKL of stride 8 with 16 channels, on procedural images only.
 
-First the encoder learns the principal components of 8 x 8 blocks while the decoder learns to invert them (the PCA
-teacher); then both are trained end to end; then the codes are folded to zero mean and unit deviation per channel
-and the encoder is frozen, so that the trainings that live in its latent space may start; last the decoder alone is
-trained on. `training/pocket/__main__.py` holds the commands, `docs/lab.md` the figures. With another number of channels
-it makes the VAE that `benchmarks/transfer.py` carries the adapter over to.
+1. The encoder learns the principal components of 8 x 8 blocks while the decoder learns to invert them (PCA teacher).
+2. Encoder and decoder are trained end to end.
+3. The codes are normalized to zero mean and unit deviation per channel (folded into the weights), and the encoder is
+   frozen. Other networks can be trained in this latent space from here on.
+4. The decoder alone is trained further.
+
+`training/pocket/__main__.py` holds the commands, `docs/lab/vae.md` the figures. With another number of channels this
+module trains the target VAE of `benchmarks/transfer.py`.
 """
 
 import json

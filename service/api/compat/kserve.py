@@ -1,8 +1,8 @@
 """KServe v2, the Open Inference Protocol: a latent in, the larger latent or its images out, over the same jobs.
 
 A bundle is a model. Its one input is `latent`; of its two outputs, `latent` and `image`, a request gets the one that it
-names. Tensors are JSON numbers or follow the JSON as bytes (the binary tensor extension). `docs/fronts.md` has the
-parameters.
+names. Tensors are JSON numbers or follow the JSON as bytes (the binary tensor extension).
+`docs/compatibility.md` lists the parameters.
 """
 
 import asyncio

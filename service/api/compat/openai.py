@@ -1,7 +1,7 @@
 """The OpenAI form of image generation, over the same jobs: generations, their files by URL, and the list of models.
 
 Fields of ours stand beside those of OpenAI (`scale`, `seed`, ...). A field that could not be honored is refused, except
-`user`, which changes nothing there either. `docs/fronts.md` says which is which.
+`user`, which changes nothing there either. `docs/compatibility.md` says which is which.
 """
 
 import asyncio
