@@ -249,7 +249,7 @@ def test_every_shipped_descriptor_is_read_without_its_pipeline(directory: Path) 
     if isinstance(shipped.pipeline, str):
         assert shipped.lua is None and shipped.unavailable_reason("lua")
         assert shipped.dtype in ("bfloat16", "float16") and shipped.revision == "main"
-        page = (BUNDLES.parent / "docs" / "bundles" / f"{shipped.name}.md").read_text()
+        page = (BUNDLES.parent / "docs" / "bundles" / "README.md").read_text()
         assert shipped.pipeline in page and shipped.about.license in page
 
 
