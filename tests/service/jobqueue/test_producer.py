@@ -17,10 +17,9 @@ from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.producer import JobProducer, retry_after_s
 from giantleap.service.jobs.job import JobError, JobEvent, JobState, Priority, QueueStats, ResultFile
 from giantleap.service.settings import Settings
-from giantleap.service.supervisor.embedded_redis import find_bundled_server
+from tests.redis_fixtures import SERVERS
 from tests.waiting import wait_until
 
-SERVERS = ["system", "bundled"] if find_bundled_server() else ["system"]
 PNG = ResultFile("image/png", 3, seed=7)
 
 

