@@ -29,10 +29,10 @@ serve: $(VENV)/.run ## Install and run the service on http://127.0.0.1:8000 unti
 	$(BIN)/giantleap serve
 
 test: $(VENV)/.dev ## Install and run every test (starts its own Redis)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not chaos and not fuzz"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not chaos and not fuzz and not deploy"
 
 slow: $(VENV)/.dev ## Run the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu and not chaos and not fuzz"
+	$(BIN)/python -m pytest -m "slow and not gpu and not chaos and not fuzz and not deploy"
 
 chaos: $(VENV)/.dev ## Kill workers and Redis under thousands of jobs (minutes) and store the report
 	$(BIN)/python -m pytest -s -m chaos
