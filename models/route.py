@@ -35,8 +35,8 @@ from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import pad_to_window
 from giantleap.models.lua.spec import scaled_size
 from giantleap.models.lua.statistics import read_statistics
-from giantleap.models.stages import WHOLE, Stages, draws, finishes
 from giantleap.models.vae.autoencoder import Vae, read_tiny, read_vae_model
+from giantleap.models.worker_role import WorkerRole
 
 NO_OBSERVER = NoObserver()
 
@@ -61,7 +61,7 @@ class Route:
         dtype: The compute type.
         guard: What bounds LUA's outputs, whatever the engine; None where nothing does.
         lua_scales: Those that the bundle serves; none: those of the network's heads.
-        stages: Which of them run here.
+        role: Which stages run here.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Route:
         dtype: torch.dtype,
         guard: LatentClamp | None = None,
         lua_scales: Sequence[float] = (),
-        stages: Stages = WHOLE,
+        role: WorkerRole = WorkerRole.ALL,
     ) -> None:
         self.name = name
         self._generator = generator
@@ -86,7 +86,7 @@ class Route:
         self.dtype = dtype
         self.guard = guard
         self.lua_scales = tuple(lua_scales)
-        self.stages = stages
+        self.role = role
 
     @classmethod
     def open(
@@ -96,7 +96,7 @@ class Route:
         dtype: torch.dtype,
         engine: EngineName = "torch",
         artifacts: Mapping[int, Artifact] | None = None,
-        stages: Stages = WHOLE,
+        role: WorkerRole = WorkerRole.ALL,
     ) -> Self:
         """Load what the stages need of all that the bundle names; nothing runs yet (`warm`).
 
@@ -106,7 +106,7 @@ class Route:
             dtype: The compute type.
             engine: What runs LUA.
             artifacts: Its exported graphs by scale, for the engines that run them; checked by the caller.
-            stages: To draw: the pipeline, with the VAE's encoder. To finish: the VAE and the upscalers.
+            role: `GENERATE` loads the pipeline with the VAE's encoder, `DECODE` the VAE and the upscalers, `ALL` both.
 
         Raises:
             EngineError: the engine cannot run here.
@@ -117,22 +117,22 @@ class Route:
         """
         check_files(bundle)
         lua, guard = None, None
-        if bundle.lua is not None and finishes(stages):
+        if bundle.lua is not None and role.loads_decoder:
             net = read_lua(bundle.lua)
             bundle.check_lua(net.spec)
             lua = open_engine(engine, net, device, dtype, artifacts)
             if bundle.guard_sigmas is not None:
                 guard = LatentClamp(read_statistics(bundle.lua), bundle.guard_sigmas, device)
-        pixel = PixelUpscaler.open(bundle.swinir, device, dtype) if bundle.swinir and finishes(stages) else None
-        generator = Generator.open(bundle, device, dtype) if draws(stages) else None
+        pixel = PixelUpscaler.open(bundle.swinir, device, dtype) if bundle.swinir and role.loads_decoder else None
+        generator = Generator.open(bundle, device, dtype) if role.loads_pipeline else None
         space = bundle.latent_space if generator is None else generator.latent_space
         model = read_vae_model(bundle, device, dtype) if generator is None else generator.pipeline.vae
-        tiny = read_tiny(bundle.tiny_vae, device, dtype) if bundle.tiny_vae and finishes(stages) else None
+        tiny = read_tiny(bundle.tiny_vae, device, dtype) if bundle.tiny_vae and role.loads_decoder else None
         vae = Vae(model, space, dtype=dtype, tiny=tiny)
-        if not finishes(stages):
+        if not role.loads_decoder:
             vae.drop_decoder()
         scales = bundle.scales_of("lua")[1:]
-        return cls(bundle.name, generator, lua, pixel, vae, device, dtype, guard, scales, stages)
+        return cls(bundle.name, generator, lua, pixel, vae, device, dtype, guard, scales, role)
 
     @property
     def generator(self) -> Generator:
@@ -141,7 +141,7 @@ class Route:
         **Raises** ValueError: nothing is drawn here.
         """
         if self._generator is None:
-            raise ValueError(f"bundle {self.name}: this process runs {self.stages} and draws nothing")
+            raise ValueError(f"bundle {self.name}: a worker of role {self.role} generates no latents")
         return self._generator
 
     @property
@@ -168,7 +168,7 @@ class Route:
 
     def generate_latents(self, item: GenerationItem, clock: StageClock) -> list[Tensor]:
         """The raw latent of one item, drawn and timed; noise of its size where nothing is drawn."""
-        if not draws(self.stages):
+        if not self.role.loads_pipeline:
             sides = [side_px // self.vae.latent_space.stride_px for side_px in (item.height_px, item.width_px)]
             return [torch.randn(self.vae.latent_space.channels, *sides, device=self.device)]
         with clock.measure("generate"):
@@ -284,7 +284,7 @@ class Route:
             Seconds per stage, by method and scale.
         """
         item = GenerationItem("", "", 0, width_px, height_px, steps, 2.0)
-        if not finishes(self.stages):
+        if not self.role.loads_decoder:
             clock = self.clock()
             self.generate_latents(item, clock)
             return {("direct", 1): clock.stages_s}

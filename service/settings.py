@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from giantleap.models.stages import WHOLE, Stages
+from giantleap.models.worker_role import WorkerRole
 
 POCKET_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "pocket"
 _PREFIX = "GIANTLEAP_"
@@ -27,7 +27,7 @@ NEEDS_RESTART = (
     "port",
     "api_processes",
     "worker_processes",
-    "stages",
+    "role",
 )
 """What a running supervisor cannot take over: sockets, processes and data that it has already."""
 _PAGE_DEFAULTS = {
@@ -55,10 +55,10 @@ class Settings(BaseSettings):
     port: int = Field(8000, description="Port the API listens on.", ge=0, le=65535)
     api_processes: int = Field(1, description="API processes that `serve` and `api` start.", ge=1, le=64)
     worker_processes: int = Field(1, description="Worker processes that `serve` starts.", ge=1, le=64)
-    stages: Stages = Field(
-        WHOLE,
-        description="Stages that a worker runs: all, or in pools of their own `generate` and `upscale,decode`; `serve` "
-        "runs whole workers only.",
+    role: WorkerRole = Field(
+        WorkerRole.ALL,
+        description="What a worker runs: `all`, or in pools of their own `generate` and `decode` (upscale and decode); "
+        "`serve` runs workers of role `all` only.",
     )
 
     bundle: Annotated[tuple[Path, ...], NoDecode] = Field(
@@ -189,8 +189,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _protocol_is_whole(self) -> Self:
-        if self.measure_protocol and self.stages != WHOLE:
-            raise ValueError("measure_protocol: the protocol times every stage; it needs a worker of all stages")
+        if self.measure_protocol and self.role is not WorkerRole.ALL:
+            raise ValueError("measure_protocol: the protocol times every stage; it needs a worker of role all")
         return self
 
 

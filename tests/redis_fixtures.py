@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
-from giantleap.models.stages import WHOLE, Stages
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobqueue.client import open_async_redis, open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.producer import JobProducer
@@ -131,12 +131,12 @@ def open_consumer(settings: Settings) -> Iterator[ConsumerOpener]:
         bundles: tuple[str, ...] = ("pocket",),
         lease: bool = True,
         consumer: str = "w",
-        stages: Stages = WHOLE,
+        role: WorkerRole = WorkerRole.ALL,
         **changes: Any,
     ) -> JobConsumer:
         changed = settings.model_copy(update=changes)
         assert changed.redis_url is not None
-        worker = JobConsumer(open_redis(changed.redis_url), changed, bundles, consumer, stages=stages)
+        worker = JobConsumer(open_redis(changed.redis_url), changed, bundles, consumer, role=role)
         if lease:
             worker.open()
             opened.append(worker)

@@ -26,7 +26,7 @@ from giantleap.cli.options import (
     LifelineOption,
     PortOption,
     RedisOption,
-    StagesOption,
+    RoleOption,
     settings_from,
     stop,
     stop_if_on_hub,
@@ -176,13 +176,13 @@ def worker(
     redis_url: RedisOption = None,
     bundle: BundleOption = None,
     device: DeviceOption = None,
-    stages: StagesOption = None,
+    role: RoleOption = None,
     lifeline_fd: LifelineOption = None,
     ready_fd: LifelineOption = None,
     number: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Run one worker (one process per device) against an existing Redis."""
-    settings = settings_from(redis_url=redis_url, bundle=bundle, device=device, stages=stages)
+    settings = settings_from(redis_url=redis_url, bundle=bundle, device=device, role=role)
     if settings.redis_url is None:
         stop("no Redis given: set GIANTLEAP_REDIS_URL, or use `giantleap serve`, which brings its own")
     try:

@@ -15,8 +15,8 @@ PortOption = Annotated[int | None, typer.Option(help="Port to listen on [GIANTLE
 RedisOption = Annotated[str | None, typer.Option(help="Redis to use [GIANTLEAP_REDIS_URL].")]
 BundleOption = Annotated[str | None, typer.Option(help="Bundle directory [GIANTLEAP_BUNDLE].")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto [GIANTLEAP_DEVICE].")]
-StagesOption = Annotated[
-    str | None, typer.Option(help="All, or only `generate` or `upscale,decode`; all must be run [GIANTLEAP_STAGES].")
+RoleOption = Annotated[
+    str | None, typer.Option(help="`all`, or one half of the route: `generate` or `decode` [GIANTLEAP_ROLE].")
 ]
 MethodOption = Annotated[Method | None, typer.Option(help="How images become large; none: the bundle's default.")]
 DecodeOption = Annotated[DecodeName, typer.Option(help="exact, or a decode that changes the image: tiled, tiny.")]

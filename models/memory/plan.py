@@ -26,7 +26,6 @@ from giantleap.models.memory.activations import (
     video_decoder_elements,
     video_tiled_elements,
 )
-from giantleap.models.stages import WHOLE, Stages, draws, finishes
 from giantleap.models.vae.strip_plan import (
     ELEMENT_BYTES,
     DecodeBudgetError,
@@ -35,6 +34,7 @@ from giantleap.models.vae.strip_plan import (
     plan_decode,
     prefers_strips,
 )
+from giantleap.models.worker_role import WorkerRole
 
 DeviceKind = Literal["cpu", "cuda"]
 Stage = Literal["encode", "generate", "upscale", "decode"]
@@ -116,7 +116,7 @@ class MemoryPlan:
         prepared: Whether the upscalers run in the form for a CPU, which needs less; a worker finds out which is faster.
         base_bytes: Of the weights, those that only draw: the pipeline without its VAE.
         vae_weights_bytes: Of the weights, those of the VAE.
-        stages: That are run there.
+        role: Of the worker there.
     """
 
     name: str
@@ -136,15 +136,15 @@ class MemoryPlan:
     prepared: bool = False
     base_bytes: int = 0
     vae_weights_bytes: int = 0
-    stages: Stages = WHOLE
+    role: WorkerRole = WorkerRole.ALL
 
-    def of_stages(self, stages: Stages) -> Self:
+    def of_role(self, role: WorkerRole) -> Self:
         """The plan of a worker that runs only these; one that draws counts its VAE whole, also the decoder."""
-        if stages == self.stages:
+        if role is self.role:
             return self
         drawing_bytes = self.base_bytes + self.vae_weights_bytes
-        kept_bytes = self.weights_bytes - self.base_bytes if finishes(stages) else drawing_bytes
-        return replace(self, stages=stages, weights_bytes=kept_bytes)
+        kept_bytes = self.weights_bytes - self.base_bytes if role.loads_decoder else drawing_bytes
+        return replace(self, role=role, weights_bytes=kept_bytes)
 
     def estimate(self, work: Workload, memory_bytes: int | None = None) -> Estimate:
         """What a batch needs.
@@ -182,12 +182,12 @@ class MemoryPlan:
         unit_px = self.stride_px * self.side_multiple
         latent_height, latent_width = (-(-side // unit_px) * self.side_multiple for side in reversed(work.base_px))
         pixels_alone = work.source == "image" and work.method == "swinir" and work.scale > 1
-        starts_here = draws(self.stages) if work.source == "prompt and image" else finishes(self.stages)
+        starts_here = self.role.loads_pipeline if work.source == "prompt and image" else self.role.loads_decoder
         if work.source in ("image", "prompt and image") and starts_here and not pixels_alone:
             stages["encode"] = self._encode_bytes(work, latent_height, latent_width)
-        if work.source in ("prompt", "prompt and image") and draws(self.stages):
+        if work.source in ("prompt", "prompt and image") and self.role.loads_pipeline:
             stages["generate"] = self._generate_bytes(work, latent_height, latent_width)
-        if not finishes(self.stages):
+        if not self.role.loads_decoder:
             return stages
         enlarges = work.scale > 1 and work.method != "direct"
         if enlarges:

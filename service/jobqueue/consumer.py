@@ -21,7 +21,7 @@ from typing import Any
 import redis
 from redis.typing import KeyT, StreamIdT
 
-from giantleap.models.stages import WHOLE, Stages
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import NotReady, StorageFull
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue import scripts_consumer as scripts_claims
@@ -79,7 +79,7 @@ class JobConsumer:
         bundles: Sequence[str],
         consumer: str,
         device: Device | None = None,
-        stages: Stages = WHOLE,
+        role: WorkerRole = WorkerRole.ALL,
     ) -> None:
         if not bundles:
             raise ValueError("no bundle was given; a worker serves at least one")
@@ -90,8 +90,8 @@ class JobConsumer:
         # A name of its own for each start: a new process must never pass the fence of the one it replaces.
         self._consumer = f"{consumer}-{uuid.uuid4().hex[:8]}"
         self._device = "" if device is None else device.to_json()
-        self._stages = stages
-        self._only = "" if stages == WHOLE else stages
+        self._role = role
+        self._only = "" if role is WorkerRole.ALL else role.value
         self._keys = Keys(settings.key_prefix)
         self._limits = scripts.limits(settings)
         self._open = self._register(scripts_claims.OPEN)
@@ -143,8 +143,8 @@ class JobConsumer:
         """At most `max_jobs` jobs, at once if there are any, else the first that come within `block_s`.
 
         Due retries go back to their streams, then stale messages are taken, then high priority, then low; each
-        eighth claim takes low first, so that a steady flow of high priority does not starve it. A worker of some stages
-        only takes from its own queues (`giantleap.service.jobqueue.keys.queues_of`).
+        eighth claim takes low first, so that a steady flow of high priority does not starve it. A worker of one half
+        of the route takes only from its own queues (`giantleap.service.jobqueue.keys.queues_of`).
 
         Effects: one atomic script per attempt; each job returned is in state processing, counted as started, and
         its lease is kept until it is ended or released. Canceled jobs and jobs started too often are closed on the
@@ -316,7 +316,7 @@ class JobConsumer:
 
     def _lanes(self) -> list[str]:
         """Every lane of this worker in the order of the next claim."""
-        return claim_order(self._bundles, self._turn, self._stages)
+        return claim_order(self._bundles, self._turn, self._role)
 
     def _lane(self, claim: Claim) -> str:
         return claim.stream.removeprefix(self._keys.stream(""))

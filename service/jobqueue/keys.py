@@ -23,7 +23,7 @@ The Lua scripts in `giantleap.service.jobqueue.scripts` build the same names fro
 | {tag}:live:<owner>              | set    | jobs of one API key that have not ended           | queue limit           |
 | {tag}:rate:<owner>              | string | when the key's requests are paid for (GCRA), us   | TTL                   |
 | {tag}:workers                   | zset   | live workers, by last heartbeat                   | swept by each beat    |
-| {tag}:workers:<stages>          | zset   | those of them that run only these stages          | swept by each beat    |
+| {tag}:workers:<role>            | zset   | those of them that run only one half of the route | swept by each beat    |
 | {tag}:devices                   | hash   | what each live worker's device holds, JSON        | swept by each beat    |
 | {tag}:durations, :durations:<queue> | list | seconds of the last jobs (of their part there)  | 100, 31 entries       |
 | {tag}:queued_px                 | string | latent pixels of the jobs that live               | one number            |
@@ -39,7 +39,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from giantleap.models.stages import Stages, draws, finishes
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobs.job import Priority
 
 GROUP = "workers"
@@ -102,20 +102,20 @@ def to_bundle(queue: str) -> str:
     return queue.removesuffix(FINISH)
 
 
-def queues_of(bundle: str, stages: Stages) -> list[str]:
-    """The queues of a bundle from which a worker of these stages takes."""
-    return [f"{bundle}{FINISH}"] * finishes(stages) + [bundle] * draws(stages)
+def queues_of(bundle: str, role: WorkerRole) -> list[str]:
+    """The queues of a bundle from which a worker of this role takes."""
+    return [f"{bundle}{FINISH}"] * role.loads_decoder + [bundle] * role.loads_pipeline
 
 
-def claim_order(bundles: Sequence[str], turn: int, stages: Stages) -> list[str]:
+def claim_order(bundles: Sequence[str], turn: int, role: WorkerRole) -> list[str]:
     """The lanes in the order in which claim number `turn` of a worker takes from them.
 
     High priority comes before low, but in each `LOW_FIRST_EVERY`-th claim after it. The bundle that is first rotates,
-    and so does, for a worker of all stages, the queue of a bundle that is first: neither can starve the other.
+    and so does, for a worker of role all, the queue of a bundle that is first: neither can starve the other.
     """
     round_ = turn + turn // LOW_FIRST_EVERY  # else what is first at one low turn would be first at every other
     shift = round_ % len(bundles)
-    queues = [queues_of(bundle, stages) for bundle in (*bundles[shift:], *bundles[:shift])]
+    queues = [queues_of(bundle, role) for bundle in (*bundles[shift:], *bundles[:shift])]
     if round_ // len(bundles) % 2:
         queues = [list(reversed(each)) for each in queues]
     priorities = [Priority.HIGH, Priority.LOW]

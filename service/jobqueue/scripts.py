@@ -97,7 +97,7 @@ local function median_duration_s(queue)
   return recent[math.ceil(#recent / 2)]
 end
 
--- All that live, or those that run only these stages (`giantleap.models.stages`).
+-- All live workers, or those of one role (`giantleap.models.worker_role`).
 local function live_workers(stages)
   local key = stages and P .. ':workers:' .. stages or P .. ':workers'
   return redis.call('ZCOUNT', key, now_ms - C.visibility_ms, '+inf')
@@ -105,7 +105,7 @@ end
 
 -- The workers that take from a queue, and the jobs that they run: where none is of other stages only, all of them.
 local function capacity_of(queue)
-  local others = live_workers(string.sub(queue, -7) == '+finish' and 'generate' or 'upscale,decode')
+  local others = live_workers(string.sub(queue, -7) == '+finish' and 'generate' or 'decode')
   if others == 0 then return live_workers(), redis.call('SCARD', P .. ':running') end
   local running = 0
   for _, lane in ipairs({queue .. ':high', queue .. ':low'}) do

@@ -143,7 +143,7 @@ end
 return {queued, redis.call('SCARD', P .. ':running'), redis.call('ZCARD', P .. ':delayed'),
   redis.call('XLEN', P .. ':dead'), now_us - oldest_us,
   live_workers(), redis.call('LRANGE', P .. ':durations', 0, -1), blob_bytes(), medians,
-  live_workers('generate'), live_workers('upscale,decode')}
+  live_workers('generate'), live_workers('decode')}
 """
 
 # ARGV: limits. Replies the device JSON of each live worker.

@@ -16,7 +16,6 @@ from giantleap.models.lua.spec import LuaSpec, scaled_size
 from giantleap.models.memory.activations import lua_kept_bytes
 from giantleap.models.memory.from_bundle import read_memory_plan
 from giantleap.models.memory.plan import DeviceKind, MemoryPlan, UnknownMemoryError, Workload, largest_fit
-from giantleap.models.stages import draws, finishes
 from giantleap.models.vae.strip_plan import ELEMENT_BYTES
 from giantleap.service.errors import DoesNotFit
 from giantleap.service.jobs.devices import Device, LoadedBundle
@@ -104,7 +103,7 @@ def find_places(
         loaded = device.bundles.get(name)
         if loaded is not None and loaded.dtype in bundles[name].plans:
             plan = with_lua(bundles[name].plans[loaded.dtype], loaded.lua)
-            plan = replace(plan, device=device.kind, prepared=loaded.prepared).of_stages(device.stages)
+            plan = replace(plan, device=device.kind, prepared=loaded.prepared).of_role(device.role)
             places.append(DeviceShare(plan, given_bytes or device.memory_bytes, loaded.others_bytes))
     return tuple(places)
 
@@ -180,8 +179,11 @@ def insufficient(work: Workload, places: Sequence[DeviceShare]) -> list[DeviceSh
     Raises:
         UnknownMemoryError: there is no estimate.
     """
-    for runs in (draws, finishes):
-        able = [place for place in places if runs(place.plan.stages)]
+    halves = (
+        [place for place in places if place.plan.role.loads_pipeline],
+        [place for place in places if place.plan.role.loads_decoder],
+    )
+    for able in halves:
         if able and not any(place.fits(work) for place in able):
             return able
     return []

@@ -15,7 +15,7 @@ from typing import Self, get_args
 
 from giantleap.models.lua.spec import LuaSpec
 from giantleap.models.memory.plan import DeviceKind
-from giantleap.models.stages import DRAWING, FINISHING, WHOLE, Stages, draws, finishes
+from giantleap.models.worker_role import WorkerRole
 
 # Of the whole: on a GPU the driver and the libraries keep about half a gigabyte and the allocator some gaps; a
 # machine's memory also holds the process itself, Redis with its blobs and the API.
@@ -48,13 +48,13 @@ class Device:
         kind: A CPU or a GPU.
         memory_bytes: That weights and feature maps may take.
         bundles: What is loaded, by name.
-        stages: That the worker runs.
+        role: Of the worker.
     """
 
     kind: DeviceKind
     memory_bytes: int
     bundles: Mapping[str, LoadedBundle] = field(default_factory=dict)
-    stages: Stages = WHOLE
+    role: WorkerRole = WorkerRole.ALL
 
     def to_json(self) -> str:
         """As one line."""
@@ -67,7 +67,7 @@ class Device:
             }
             for name, loaded in self.bundles.items()
         }
-        said = {"kind": self.kind, "memory_bytes": self.memory_bytes, "bundles": bundles, "stages": self.stages}
+        said = {"kind": self.kind, "memory_bytes": self.memory_bytes, "bundles": bundles, "role": self.role}
         return json.dumps(said)
 
     @classmethod
@@ -90,23 +90,20 @@ class Device:
             }
             if values["kind"] not in get_args(DeviceKind):
                 raise ValueError(f"kind {values['kind']!r}")
-            stages = values.get("stages", WHOLE)  # before there were others, workers did not say
-            if stages not in get_args(Stages):
-                raise ValueError(f"stages {stages!r}")
-            return cls(values["kind"], int(values["memory_bytes"]), bundles, stages)
+            return cls(values["kind"], int(values["memory_bytes"]), bundles, WorkerRole(values["role"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no device: {text!r:.200}") from error
 
 
-def missing_stages(devices: Iterable[Device]) -> list[str]:
-    """What keeps jobs of a bundle from ending: half of its stages is run by none of the workers that have it."""
-    found: dict[str, list[Stages]] = {}
+def missing_roles(devices: Iterable[Device]) -> list[str]:
+    """Why jobs of a bundle cannot finish: no worker that serves it generates, or none decodes."""
+    roles: dict[str, list[WorkerRole]] = {}
     for device in devices:
         for name in device.bundles:
-            found.setdefault(name, []).append(device.stages)
-    missing = [(name, DRAWING) for name, stages in found.items() if not any(map(draws, stages))]
-    missing += [(name, FINISHING) for name, stages in found.items() if not any(map(finishes, stages))]
-    return [f"no worker runs {stages} of bundle {name}" for name, stages in sorted(missing)]
+            roles.setdefault(name, []).append(device.role)
+    missing = [(name, WorkerRole.GENERATE) for name, each in roles.items() if not any(r.loads_pipeline for r in each)]
+    missing += [(name, WorkerRole.DECODE) for name, each in roles.items() if not any(r.loads_decoder for r in each)]
+    return [f"no worker of role {role} serves bundle {name}" for name, role in sorted(missing)]
 
 
 def usable_bytes(kind: DeviceKind, total_bytes: int) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from giantleap.models.stages import WHOLE
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import BadConfiguration
 from giantleap.service.settings import Settings, format_errors, merge_reloadable, to_environment, without_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
@@ -40,14 +40,14 @@ def serve(settings: Settings, reread: Callable[[], Settings]) -> int:
         reread: Reads them again, for SIGHUP; raises ValueError or BadConfiguration.
 
     Raises:
-        BadConfiguration: the workers would be of some stages only.
+        BadConfiguration: the role of the workers is not `all`.
         OSError: the port is taken.
         NotReady: the embedded Redis did not start, or not again.
     """
-    if settings.stages != WHOLE:
+    if settings.role is not WorkerRole.ALL:
         raise BadConfiguration(
-            f"stages: `serve` runs workers of all stages, {settings.stages} was asked for; run `giantleap api`, and "
-            "`giantleap worker --stages` for each pool"
+            f"role: `serve` runs workers of role all, not {settings.role}; run `giantleap api`, and "
+            "`giantleap worker --role` for each pool"
         )
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(open_listener(settings.host, settings.port))

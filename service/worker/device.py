@@ -27,7 +27,7 @@ def find_device(
     """This worker's device, and the share of it that each bundle has whose memory can be told."""
     memory = {name: read_memory(bundle) for name, bundle in bundles.items()}
     plans = {
-        name: {dtype: plan.of_stages(settings.stages) for dtype, plan in each.plans.items()}
+        name: {dtype: plan.of_role(settings.role) for dtype, plan in each.plans.items()}
         for name, each in memory.items()
     }
     dtypes = {name: str(route.dtype).removeprefix("torch.") for name, route in routes.items()}
@@ -36,7 +36,7 @@ def find_device(
         name: replace(each, prepared=_is_prepared(routes[name]))
         for name, each in share_device(dtypes, plans, luas).items()
     }
-    device = Device(*_find_memory(next(iter(routes.values())).device, settings), loaded, settings.stages)
+    device = Device(*_find_memory(next(iter(routes.values())).device, settings), loaded, settings.role)
     fields = {"device": device.kind, "memory_bytes": device.memory_bytes}
     log.info("worker plans memory", extra={"fields": fields})
     found = {name: find_places(name, memory, [device], settings) for name in bundles}

@@ -17,19 +17,18 @@ from giantleap.models.engines.base import Artifact, EngineError, Profile
 from giantleap.models.engines.onnx_runtime import load_onnxruntime
 from giantleap.models.engines.tensorrt_runtime import load_tensorrt
 from giantleap.models.route import Route
-from giantleap.models.stages import finishes
 from giantleap.service.settings import Settings
 
 
 def open_route(bundle: Bundle, settings: Settings, device: torch.device, dtype: torch.dtype) -> Route:
-    """Load a bundle, as far as the stages of the settings need it; nothing runs yet.
+    """Load a bundle, as far as the role of the settings needs it; nothing runs yet.
 
     Raises:
         ValueError: as `find_artifacts`, as `giantleap.models.engines.base.open_engine`, or as `Route.open`.
         OSError: the pipeline lacks a file.
     """
-    artifacts = find_artifacts(bundle, settings, device) if finishes(settings.stages) else {}
-    return Route.open(bundle, device, dtype, settings.engine, artifacts, settings.stages)
+    artifacts = find_artifacts(bundle, settings, device) if settings.role.loads_decoder else {}
+    return Route.open(bundle, device, dtype, settings.engine, artifacts, settings.role)
 
 
 def find_artifacts(bundle: Bundle, settings: Settings, device: torch.device) -> Mapping[int, Artifact]:

@@ -21,7 +21,6 @@ from prometheus_client import start_http_server
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.route import Route
-from giantleap.models.stages import finishes
 from giantleap.service.errors import BadConfiguration, DoesNotFit, StorageFull
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import Claim, JobConsumer
@@ -101,9 +100,9 @@ def run_worker(
         routes[name].vae.budget_bytes = max(0, place.own_bytes - place.plan.weights_bytes)
     client = open_redis(redis_url)
     consumer = f"{platform.node()}-{os.getpid()}"
-    claims = JobConsumer(client, settings, tuple(routes), consumer, device, settings.stages)
+    claims = JobConsumer(client, settings, tuple(routes), consumer, device, settings.role)
     claims.open()
-    log.info("worker ready", extra={"fields": {"bundles": sorted(routes), "stages": settings.stages}})
+    log.info("worker ready", extra={"fields": {"bundles": sorted(routes), "role": settings.role}})
     watchdog = Watchdog(settings.step_timeout_s)
     watchdog.open()
     if on_ready is not None:
@@ -189,7 +188,7 @@ class Worker:
     def run_batch(self, batch: Sequence[Claim]) -> None:
         """Run one batch and end each of its jobs, or hand it over to a worker that finishes."""
         job = batch[0].job
-        if isinstance(job.params, UpscaleParams) and not finishes(self._settings.stages):
+        if isinstance(job.params, UpscaleParams) and not self._settings.role.loads_decoder:
             for claim in batch:  # put in before any worker had split the work: there is nothing to draw
                 self._claims.hand_over(claim, None, {}, [])
             return
@@ -208,7 +207,7 @@ class Worker:
             self._tracing.batch(jobs, _trace_attributes(job, route, len(items))) as trace,
             log_fields(job_ids=[each.id for each in jobs], trace_ids=trace_ids),
         ):
-            to_the_end = finishes(self._settings.stages)
+            to_the_end = self._settings.role.loads_decoder
             run = BatchRun(route, self._claims, self._drain, trace, self._watchdog, to_the_end)
             try:
                 outcomes = run.run(items, max_items)

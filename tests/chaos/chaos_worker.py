@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-from giantleap.models.stages import DRAWING
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
@@ -34,7 +34,7 @@ def work(claim: Claim) -> None:
 def main(journal: str) -> None:
     settings = read_settings()
     assert settings.redis_url is not None
-    claims = JobConsumer(open_redis(settings.redis_url), settings, ["paper"], "chaos", stages=settings.stages)
+    claims = JobConsumer(open_redis(settings.redis_url), settings, ["paper"], "chaos", role=settings.role)
     claims.open()
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
@@ -47,7 +47,7 @@ def main(journal: str) -> None:
             note("start", claim)
             work(claim)
             content = f"{claim.job.id} {claim.delivery} {os.getpid()}".encode()
-            if settings.stages == DRAWING:
+            if settings.role is WorkerRole.GENERATE:
                 latents = content if isinstance(claim.job.params, GenerateParams) else None
                 handed = claims.hand_over(claim, latents, {}, ())
                 note("refused" if handed is None else "handed", claim)

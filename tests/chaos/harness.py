@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 from safetensors.numpy import save
 
-from giantleap.models.stages import WHOLE, Stages
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.settings import Settings, to_environment
 from tests.chaos.chaos_worker import LONG_SEED
 
@@ -41,17 +41,17 @@ class Note(NamedTuple):
 
 @dataclass
 class ProcessManager:
-    """An API process and workers, started with the settings' environment; they run the stages of `pools` in turn."""
+    """An API process and workers, started with the settings' environment; their roles are those of `pools` in turn."""
 
     settings: Settings
     journal: Path
-    pools: tuple[Stages, ...] = (WHOLE,)
+    pools: tuple[WorkerRole, ...] = (WorkerRole.ALL,)
     workers: list["subprocess.Popen[bytes]"] = field(default_factory=list)
     killed_pids: list[int] = field(default_factory=list)
     _api: "subprocess.Popen[bytes] | None" = None
     _notes: list[Note] = field(default_factory=list)
     _read_bytes: int = 0
-    _stages: dict[int, Stages] = field(default_factory=dict)
+    _roles: dict[int, WorkerRole] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._environment = {**os.environ, **to_environment(self.settings), "PYTHONPATH": str(ROOT)}
@@ -63,11 +63,11 @@ class ProcessManager:
         for number in range(workers):
             self.start_worker(self.pools[number % len(self.pools)])
 
-    def start_worker(self, stages: Stages) -> None:
+    def start_worker(self, role: WorkerRole) -> None:
         command = [sys.executable, str(WORKER), str(self.journal)]
-        environment = {**self._environment, "GIANTLEAP_STAGES": stages}
+        environment = {**self._environment, "GIANTLEAP_ROLE": role}
         self.workers.append(subprocess.Popen(command, env=environment, cwd=ROOT))
-        self._stages[self.workers[-1].pid] = stages
+        self._roles[self.workers[-1].pid] = role
 
     def kill_worker(self, worker: "subprocess.Popen[bytes]") -> None:
         """SIGKILL, and another of its pool in its place."""
@@ -76,7 +76,7 @@ class ProcessManager:
         worker.wait()
         self.workers.remove(worker)
         self.killed_pids.append(worker.pid)
-        self.start_worker(self._stages[worker.pid])
+        self.start_worker(self._roles[worker.pid])
 
     def stop(self) -> None:
         for worker in self.workers:

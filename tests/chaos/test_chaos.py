@@ -20,7 +20,7 @@ import psutil
 import pytest
 import redis
 
-from giantleap.models.stages import DRAWING, FINISHING, WHOLE, Stages
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobqueue.client import LOST
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.settings import read_settings
@@ -44,7 +44,7 @@ _END_S = 300.0
 class Run:
     """One run: its processes, its clients, and what was done to them."""
 
-    def __init__(self, store: Store, root: Path, jobs: int, pools: tuple[Stages, ...] = (WHOLE,)) -> None:
+    def __init__(self, store: Store, root: Path, jobs: int, pools: tuple[WorkerRole, ...] = (WorkerRole.ALL,)) -> None:
         self.store, self.jobs = store, jobs
         settings = read_settings(
             redis_url=store.url,
@@ -196,7 +196,7 @@ def test_every_accepted_job_ends_exactly_once(tmp_path: Path) -> None:
 def test_every_job_of_split_pools_ends_exactly_once(tmp_path: Path) -> None:
     store = OneServer(tmp_path / "redis")
     try:
-        run = Run(store, tmp_path, jobs=500, pools=(DRAWING, FINISHING))
+        run = Run(store, tmp_path, jobs=500, pools=(WorkerRole.GENERATE, WorkerRole.DECODE))
         verdict = run.execute(kills=10, harms=1)
         run.report(verdict, "SplitPools", handed_over=run.fleet.count("handed"))
     finally:

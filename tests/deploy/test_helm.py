@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from giantleap.models.stages import DRAWING, FINISHING
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobqueue.client import read_address
 from giantleap.service.jobqueue.keys import Keys, lane, queues_of
 from giantleap.service.jobs.job import Priority
@@ -296,21 +296,21 @@ def test_the_scaler_counts_the_streams_that_the_service_writes(name: str, kind: 
         assert all(isinstance(value, str) for value in trigger["metadata"].values()), "KEDA takes strings"
 
 
-def test_split_pools_run_their_own_stages_and_are_scaled_by_their_own_queues() -> None:
+def test_split_pools_have_their_own_roles_and_are_scaled_by_their_own_queues() -> None:
     manifests = render(SPLIT)
     found = {each["metadata"]["name"]: env_of(each) for each in of_kind(manifests, "Deployment")}
-    assert "GIANTLEAP_STAGES" not in found["prod-giantleap-api"]
+    assert "GIANTLEAP_ROLE" not in found["prod-giantleap-api"]
     keys, (bundle,) = Keys(Settings.model_fields["key_prefix"].default), (each["name"] for each in SPLIT["bundles"])
-    for pool, stages in (("draw", DRAWING), ("finish", FINISHING)):
-        assert found[f"prod-giantleap-worker-{pool}"]["GIANTLEAP_STAGES"] == stages
+    for pool, role in (("draw", WorkerRole.GENERATE), ("finish", WorkerRole.DECODE)):
+        assert found[f"prod-giantleap-worker-{pool}"]["GIANTLEAP_ROLE"] == role
         (scaled,) = (
             each for each in of_kind(manifests, "ScaledObject") if each["metadata"]["name"].endswith(f"-{pool}")
         )
         streams = [trigger["metadata"]["stream"] for trigger in scaled["spec"]["triggers"]]
-        (queue,) = queues_of(bundle, stages)
+        (queue,) = queues_of(bundle, role)
         assert streams == [keys.stream(lane(queue, priority)) for priority in Priority]
-    whole = render(SPLIT | {"pools": [SPLIT["pools"][0] | {"stages": ""}]})
-    assert "GIANTLEAP_STAGES" not in env_of(of_kind(whole, "Deployment")[1]), "a pool of all stages needs no other"
+    whole = render(SPLIT | {"pools": [SPLIT["pools"][0] | {"role": ""}]})
+    assert "GIANTLEAP_ROLE" not in env_of(of_kind(whole, "Deployment")[1]), "a pool of role all needs no other"
 
 
 def test_pools_serve_their_own_bundles_and_the_api_all() -> None:
@@ -370,10 +370,10 @@ def test_metrics_are_scraped_where_they_are_served_and_rules_are_those_that_are_
         ({"replicas": 3}, "replicas"),
         ({"ingress": {"enabled": True}}, "host"),
         ({"pools": [{"name": "a", "resources": {}, "autoscaling": {"minReplicas": 0}}]}, "minReplicas"),
-        ({"pools": [{"name": "a", "resources": {}, "stages": "decode"}]}, "stages"),
-        ({"pools": [{"name": "a", "resources": {}, "stages": "generate"}]}, "none runs upscale,decode"),
-        ({"pools": [{"name": "a", "resources": {}, "stages": "upscale,decode"}]}, "none runs generate"),
-        ({"settings": {"GIANTLEAP_STAGES": "generate"}}, "set by the chart"),
+        ({"pools": [{"name": "a", "resources": {}, "role": "draw"}]}, "role"),
+        ({"pools": [{"name": "a", "resources": {}, "role": "generate"}]}, "none has role decode"),
+        ({"pools": [{"name": "a", "resources": {}, "role": "decode"}]}, "none has role generate"),
+        ({"settings": {"GIANTLEAP_ROLE": "generate"}}, "set by the chart"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused(wrong: dict[str, Any], said: str) -> None:

@@ -12,8 +12,8 @@ from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.descriptor import Method
 from giantleap.models.generator import GenerationItem, Generator
 from giantleap.models.route import Route
-from giantleap.models.stages import DRAWING, FINISHING, WHOLE, draws, finishes
 from giantleap.models.vae.autoencoder import VaeError, read_vae_model
+from giantleap.models.worker_role import WorkerRole
 
 CPU = torch.device("cpu")
 ITEM = GenerationItem(
@@ -29,17 +29,20 @@ def route(tiny_bundle_dir: Path) -> Route:
 @pytest.fixture(scope="module")
 def halves(tiny_bundle_dir: Path) -> tuple[Route, Route]:
     bundle = read_bundle(tiny_bundle_dir)
-    drawing, finishing = (Route.open(bundle, CPU, torch.float32, stages=stages) for stages in (DRAWING, FINISHING))
+    drawing, finishing = (
+        Route.open(bundle, CPU, torch.float32, role=role) for role in (WorkerRole.GENERATE, WorkerRole.DECODE)
+    )
     return drawing, finishing
 
 
 def test_every_stage_is_in_one_half() -> None:
-    assert [(draws(stages), finishes(stages)) for stages in (WHOLE, DRAWING, FINISHING)] == [
+    assert [
+        (role.loads_pipeline, role.loads_decoder) for role in (WorkerRole.ALL, WorkerRole.GENERATE, WorkerRole.DECODE)
+    ] == [
         (True, True),
         (True, False),
         (False, True),
     ]
-    assert f"{DRAWING},{FINISHING}" == WHOLE
 
 
 def finish(route: Route, latents: list[Tensor], scale: float, method: Method) -> tuple[list[Tensor], Tensor]:
@@ -60,13 +63,13 @@ def test_two_halves_make_the_image_of_the_whole(
     assert torch.equal(expected[0][0], found[0][0]) and torch.equal(expected[1], found[1])
 
 
-def test_each_half_holds_only_what_its_stages_need(route: Route, halves: tuple[Route, Route]) -> None:
+def test_each_half_holds_only_what_its_role_needs(route: Route, halves: tuple[Route, Route]) -> None:
     drawing, finishing = halves
     assert drawing.lua is None and drawing.pixel is None and drawing.vae.model.decoder is None
     assert drawing.vae.model.encoder is not None, "a drawing may start from an image"
     with pytest.raises(VaeError, match="only draws"):
         drawing.decode(torch.zeros(1, 16, 8, 8))
-    with pytest.raises(ValueError, match="draws nothing"):
+    with pytest.raises(ValueError, match="generates no latents"):
         finishing.generate([ITEM])
     assert set(drawing.warm(64, 64, 1)) == {("direct", 1)}
     warmed = finishing.warm(64, 64, 1)

@@ -1,6 +1,6 @@
 """A worker process without a model, for tests that kill it: runs each job as its parameters say until it is killed.
 
-`python fake_worker.py <url> <prefix> <visibility s> [<stages>]`; a job's `negative_prompt` names the work and `steps`
+`python fake_worker.py <url> <prefix> <visibility s> [<role>]`; a job's `negative_prompt` names the work and `steps`
 its milliseconds; `hold` goes on until the key `<prefix>-go` is there. Each start and end of work is noted in the list
 `<prefix>-log` as `<what> <job id> <pid>`.
 """
@@ -14,7 +14,7 @@ import time
 
 import redis
 
-from giantleap.models.stages import DRAWING, WHOLE, Stages
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
@@ -39,12 +39,12 @@ def work(kind: str, seconds: float, hold_s: float) -> None:
         raise ValueError(f"unknown work {kind!r}")
 
 
-def main(url: str, prefix: str, visibility_s: float, stages: Stages = WHOLE) -> None:
+def main(url: str, prefix: str, visibility_s: float, role: WorkerRole = WorkerRole.ALL) -> None:
     settings = read_settings(
         key_prefix=prefix, visibility_timeout_s=visibility_s, retry_backoff_s=0.1, job_ttl_s=600, queue_limit=100_000
     )
     client = open_redis(url)
-    worker = JobConsumer(client, settings, ["pocket"], "fake", stages=stages)
+    worker = JobConsumer(client, settings, ["pocket"], "fake", role=role)
     worker.open()
 
     def note(what: str, job_id: str) -> None:
@@ -64,7 +64,7 @@ def main(url: str, prefix: str, visibility_s: float, stages: Stages = WHOLE) -> 
             else:
                 work(claim.job.params.negative_prompt, claim.job.params.steps / 1000, hold_s=visibility_s / 6)
             result = f"{claim.job.id} by {os.getpid()}".encode()
-            if stages == DRAWING:
+            if role is WorkerRole.GENERATE:
                 if worker.hand_over(claim, result, {"generate": 1.0}, []):
                     note("handed", claim.job.id)
             elif worker.finish(claim, [(ResultFile("text/plain", len(result)), result)], {}, []):
@@ -72,4 +72,4 @@ def main(url: str, prefix: str, visibility_s: float, stages: Stages = WHOLE) -> 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), *sys.argv[4:])  # type: ignore[arg-type]
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), *map(WorkerRole, sys.argv[4:]))

@@ -7,7 +7,7 @@ from giantleap.service.api.openapi import describe_responses
 from giantleap.service.api.problems import problem_response
 from giantleap.service.api.schemas import ModelBody, Ready, to_model_body
 from giantleap.service.errors import NotReady
-from giantleap.service.jobs.devices import missing_stages
+from giantleap.service.jobs.devices import missing_roles
 from giantleap.service.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["service"])
@@ -27,7 +27,7 @@ async def get_live() -> dict[str, bool]:
 
 @router.get("/readyz", response_model=Ready, responses=describe_responses({}, 503))
 async def get_ready(request: Request, serving: AppStateDep) -> Ready | Response:
-    """Jobs are accepted and run: Redis answers, workers of all stages live, this process is not stopping."""
+    """Jobs are accepted and run: Redis answers, workers for every stage live, this process is not stopping."""
     reasons = await find_reasons(serving)
     if not reasons:
         return Ready(ready=True, reasons=[])
@@ -43,7 +43,7 @@ async def find_reasons(serving: AppStateDep) -> list[str]:
         await serving.broker.read_devices()
     except NotReady:
         return ["Redis cannot be reached"]
-    return missing_stages(serving.broker.devices) if stats.live_workers else ["no worker is ready"]
+    return missing_roles(serving.broker.devices) if stats.live_workers else ["no worker is ready"]
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 
-from giantleap.models.stages import DRAWING, FINISHING, WHOLE
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue import scripts_producer as scripts_broker
 from giantleap.service.jobqueue.client import open_redis
@@ -117,7 +117,7 @@ def test_high_priority_goes_first_in_order_of_arrival(put: Put, open_consumer: A
 
 
 def test_each_eighth_claim_takes_low_first_and_bundles_take_turns_at_being_first() -> None:
-    orders = [claim_order(("a", "b"), turn, DRAWING) for turn in range(16)]
+    orders = [claim_order(("a", "b"), turn, WorkerRole.GENERATE) for turn in range(16)]
     assert [turn for turn, order in enumerate(orders) if order[0].endswith(":low")] == [7, 15]
     assert orders[0] == ["a:high", "b:high", "a:low", "b:low"] and orders[1][0] == "b:high"
     assert orders[7] == ["b:low", "a:low", "b:high", "a:high"]
@@ -126,11 +126,16 @@ def test_each_eighth_claim_takes_low_first_and_bundles_take_turns_at_being_first
 
 
 def test_a_worker_of_all_stages_takes_from_both_queues_in_turn_and_others_from_their_own() -> None:
-    orders = [claim_order(("a",), turn, WHOLE) for turn in range(16)]
+    orders = [claim_order(("a",), turn, WorkerRole.ALL) for turn in range(16)]
     assert orders[0] == ["a+finish:high", "a:high", "a+finish:low", "a:low"]
     assert orders[1] == ["a:high", "a+finish:high", "a:low", "a+finish:low"]
     assert orders[7] == ["a:low", "a+finish:low", "a:high", "a+finish:high"] and orders[15][0] == "a+finish:low"
-    assert claim_order(("a", "b"), 2, FINISHING) == ["a+finish:high", "b+finish:high", "a+finish:low", "b+finish:low"]
+    assert claim_order(("a", "b"), 2, WorkerRole.DECODE) == [
+        "a+finish:high",
+        "b+finish:high",
+        "a+finish:low",
+        "b+finish:low",
+    ]
 
 
 def test_low_priority_is_not_starved_by_a_steady_flow_of_high(put: Put, open_consumer: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import redis
 
-from giantleap.models.stages import DRAWING, FINISHING
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import StorageFull
 from giantleap.service.jobqueue.consumer import BaseLatents, Claim, JobConsumer
 from giantleap.service.jobqueue.keys import Keys
@@ -71,7 +71,7 @@ def test_a_drawn_job_is_finished_by_another_worker_with_all_that_the_first_knew(
 ) -> None:
     async def scenario() -> None:
         async with open_producer() as broker:
-            drawer, finisher = open_consumer(stages=DRAWING), open_consumer(stages=FINISHING)
+            drawer, finisher = open_consumer(role=WorkerRole.GENERATE), open_consumer(role=WorkerRole.DECODE)
             job = make_job(Priority.LOW)
             await broker.enqueue(job, b"a picture to start from")
             assert finisher.claim(1, 0.0) == [], "nothing to finish yet"
@@ -111,7 +111,7 @@ def test_what_needs_no_drawing_goes_to_the_finish_queue_once_there_is_one(
         async with open_producer() as broker:
             early, late = make_upscale(), make_upscale()
             await broker.enqueue(early, b"latent 1")
-            drawer, finisher = open_consumer(stages=DRAWING), open_consumer(stages=FINISHING)
+            drawer, finisher = open_consumer(role=WorkerRole.GENERATE), open_consumer(role=WorkerRole.DECODE)
             await broker.enqueue(late, b"latent 2")
             assert take_one(finisher).job == late
             passed_on = take_one(drawer)
@@ -146,7 +146,7 @@ def test_without_split_pools_there_is_no_finish_queue(
 def test_a_worker_of_all_stages_helps_both_halves(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     async def scenario() -> None:
         async with open_producer() as broker:
-            drawer, whole = open_consumer(stages=DRAWING), open_consumer()
+            drawer, whole = open_consumer(role=WorkerRole.GENERATE), open_consumer()
             jobs = [make_job() for _ in range(2)]
             for job in jobs:
                 await broker.enqueue(job)
@@ -168,8 +168,8 @@ def test_a_late_hand_over_writes_nothing(
 ) -> None:
     async def scenario() -> None:
         async with open_producer() as broker:
-            slow, quick = open_consumer(lease=False, stages=DRAWING), open_consumer(stages=DRAWING)
-            finisher = open_consumer(stages=FINISHING)
+            slow, quick = open_consumer(lease=False, role=WorkerRole.GENERATE), open_consumer(role=WorkerRole.GENERATE)
+            finisher = open_consumer(role=WorkerRole.DECODE)
             job = make_job()
             await broker.enqueue(job)
             late = take_one(slow)
@@ -204,16 +204,16 @@ def test_a_job_that_kills_whoever_finishes_it_is_dead_lettered_whatever_the_draw
             job = make_job()
             await broker.enqueue(job)
             for delivery in (1, 2, 3):
-                claim = take_one(drawer := open_consumer(lease=False, stages=DRAWING))
+                claim = take_one(drawer := open_consumer(lease=False, role=WorkerRole.GENERATE))
                 assert claim.delivery == delivery
                 if delivery < 3:
                     make_stale(claim)
             drawer.hand_over(claim, b"latents", STAGES, [])
             for delivery in (1, 2, 3):
-                claim = take_one(open_consumer(lease=False, stages=FINISHING))
+                claim = take_one(open_consumer(lease=False, role=WorkerRole.DECODE))
                 assert (claim.delivery, claim.body) == (delivery, b"latents"), "the drawing is not done again"
                 make_stale(claim)
-            assert open_consumer(stages=FINISHING).claim(1, 0.0) == []
+            assert open_consumer(role=WorkerRole.DECODE).claim(1, 0.0) == []
             record = await read(broker, job)
             assert record.state is JobState.FAILED and record.error is not None and "3 times" in record.error.detail
             assert record.stages == STAGES, "what was done is not forgotten"
@@ -226,7 +226,7 @@ def test_a_job_that_kills_whoever_finishes_it_is_dead_lettered_whatever_the_draw
 def test_a_retry_of_the_finish_waits_in_the_finish_queue(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     async def scenario() -> None:
         async with open_producer() as broker:
-            drawer, finisher = open_consumer(stages=DRAWING), open_consumer(stages=FINISHING)
+            drawer, finisher = open_consumer(role=WorkerRole.GENERATE), open_consumer(role=WorkerRole.DECODE)
             await broker.enqueue(make_job())
             drawer.hand_over(take_one(drawer), b"latents", STAGES, ["cut off"])
             assert finisher.fail(take_one(finisher), JobError("engine_fault", "lost device", retryable=True))
@@ -243,7 +243,7 @@ def test_a_job_that_nobody_wants_any_more_ends_at_the_hand_over_or_while_it_wait
 ) -> None:
     async def scenario() -> None:
         async with open_producer() as broker:
-            drawer, finisher = open_consumer(stages=DRAWING), open_consumer(stages=FINISHING)
+            drawer, finisher = open_consumer(role=WorkerRole.GENERATE), open_consumer(role=WorkerRole.DECODE)
             running, waiting = make_job(), make_job()
             overdue = replace(make_job(), cancel_after_s=600.0)
             for job in (running, waiting, overdue):
@@ -269,8 +269,8 @@ def test_latents_count_in_the_byte_budget_in_place_of_the_input(
 ) -> None:
     async def scenario() -> None:
         async with open_producer(blob_budget_bytes=1000) as broker:
-            drawer = open_consumer(stages=DRAWING, blob_budget_bytes=1000)
-            finisher = open_consumer(stages=FINISHING, blob_budget_bytes=1000)
+            drawer = open_consumer(role=WorkerRole.GENERATE, blob_budget_bytes=1000)
+            finisher = open_consumer(role=WorkerRole.DECODE, blob_budget_bytes=1000)
             await broker.enqueue(make_job(), bytes(400))
             claim = take_one(drawer)
             with pytest.raises(StorageFull, match="1001 bytes"):
@@ -290,7 +290,10 @@ def test_latents_count_in_the_byte_budget_in_place_of_the_input(
 def test_the_limit_positions_and_times_count_both_queues(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
     async def scenario() -> None:
         async with open_producer(queue_limit=4) as broker:
-            drawers, finisher = [open_consumer(stages=DRAWING) for _ in range(2)], open_consumer(stages=FINISHING)
+            drawers, finisher = (
+                [open_consumer(role=WorkerRole.GENERATE) for _ in range(2)],
+                open_consumer(role=WorkerRole.DECODE),
+            )
             jobs = [make_job() for _ in range(4)]
             for job in jobs:
                 await broker.enqueue(job)
@@ -330,7 +333,7 @@ def test_retry_after_is_that_of_the_slower_half() -> None:
 def test_a_worker_that_leaves_is_counted_in_no_half(open_producer: Any, open_consumer: Any) -> None:
     async def scenario() -> None:
         async with open_producer() as broker:
-            worker = open_consumer(stages=FINISHING)
+            worker = open_consumer(role=WorkerRole.DECODE)
             assert (await broker.stats()).finishing_workers == 1
             worker.close()
             stats = await broker.stats()
@@ -347,7 +350,7 @@ def test_a_record_of_an_older_version_is_claimed_as_before(
             job = make_job()
             await broker.enqueue(job)
             assert b"part" not in redis_client.hgetall(Keys(settings.key_prefix).job(job.id))
-            drawer = open_consumer(stages=DRAWING)
+            drawer = open_consumer(role=WorkerRole.GENERATE)
             assert take_one(drawer).job == job
 
     asyncio.run(scenario())

@@ -21,13 +21,13 @@ from PIL import Image
 
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.memory.from_bundle import read_memory_plan
-from giantleap.models.stages import DRAWING, FINISHING, WHOLE, Stages
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.api.app import create_app
 from giantleap.service.errors import BadConfiguration, DoesNotFit
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.capacity import DeviceShare, check_capacity, to_workload
-from giantleap.service.jobs.devices import Device, LoadedBundle, missing_stages
+from giantleap.service.jobs.devices import Device, LoadedBundle, missing_roles
 from giantleap.service.jobs.job import Job, JobRecord, JobState, UpscaleParams
 from giantleap.service.settings import POCKET_BUNDLE, Settings, read_settings
 from giantleap.service.supervisor.supervisor import serve
@@ -41,25 +41,25 @@ ROOT = Path(__file__).resolve().parents[3]
 FAKE_WORKER = Path(__file__).parents[1] / "fake_worker.py"
 TIMEOUT_S = 120.0
 MIB = 1 << 20
-HALVES: tuple[Stages, ...] = (DRAWING, FINISHING)
+HALVES: tuple[WorkerRole, ...] = (WorkerRole.GENERATE, WorkerRole.DECODE)
 
 
 @contextmanager
-def running(settings: Settings, *pools: Stages) -> Iterator[None]:
+def running(settings: Settings, *pools: WorkerRole) -> Iterator[None]:
     """A ready worker in a thread for each of the pools; fails the test when one raised or did not stop."""
     stop, ready, threads = threading.Event(), threading.Semaphore(0), []
     errors: list[BaseException] = []
 
-    def run(stages: Stages) -> None:
+    def run(role: WorkerRole) -> None:
         try:
-            run_worker(settings.model_copy(update={"stages": stages}), stop, on_ready=ready.release)
+            run_worker(settings.model_copy(update={"role": role}), stop, on_ready=ready.release)
         except BaseException as error:  # noqa: BLE001 - handed to the test's own thread
             errors.append(error)
             ready.release()
 
     try:
-        for stages in pools:  # one after the other: the libraries that load models are not made for threads
-            threads.append(threading.Thread(target=run, args=(stages,)))
+        for role in pools:  # one after the other: the libraries that load models are not made for threads
+            threads.append(threading.Thread(target=run, args=(role,)))
             threads[-1].start()
             assert ready.acquire(timeout=TIMEOUT_S) and not errors, errors
         yield
@@ -113,14 +113,14 @@ async def run_jobs(broker: JobProducer, jobs: list[tuple[Job, bytes | None]]) ->
 def test_two_pools_give_the_answers_of_one_to_the_bit(tiny: Settings, open_producer: Any, make_job: Any) -> None:
     async def scenario() -> None:
         async with open_producer(visibility_timeout_s=20.0) as broker:
-            with running(tiny, WHOLE):
+            with running(tiny, WorkerRole.ALL):
                 expected = await run_jobs(broker, asked_jobs(make_job))
             jobs = asked_jobs(make_job)
             with running(tiny, *HALVES):
                 found = await run_jobs(broker, jobs)
                 await broker.read_devices()
-                assert sorted(device.stages for device in broker.devices) == sorted(HALVES)
-                assert missing_stages(broker.devices) == []
+                assert sorted(device.role for device in broker.devices) == sorted(HALVES)
+                assert missing_roles(broker.devices) == []
             for (whole, files), (split, split_files) in zip(expected, found, strict=True):
                 assert whole.state is split.state is JobState.SUCCEEDED, split.error
                 assert split_files == files and len(files) == len(whole.results) and split.results == whole.results
@@ -144,8 +144,8 @@ class Pool:
         self._url = str(settings.redis_url)
         self.started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, stages: Stages) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, str(FAKE_WORKER), self._url, self._prefix, "2.0", stages]
+    def start(self, role: WorkerRole) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, str(FAKE_WORKER), self._url, self._prefix, "2.0", role]
         self.started.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT))
         return self.started[-1]
 
@@ -180,18 +180,18 @@ def test_a_killed_drawer_is_drawn_again_and_a_killed_finisher_only_finished_agai
         async with open_producer(visibility_timeout_s=2.0) as broker:
             job = make_job(negative_prompt="hold")
             await broker.enqueue(job, b"a picture to start from")
-            victim = pool.start(DRAWING)
+            victim = pool.start(WorkerRole.GENERATE)
             pool.await_note("start", victim)
             victim.kill()
-            drawer = pool.start(DRAWING)
+            drawer = pool.start(WorkerRole.GENERATE)
             pool.await_note("start", drawer)
             pool.go(True)
             pool.await_note("handed", drawer)
             pool.go(False)
-            second_victim = pool.start(FINISHING)
+            second_victim = pool.start(WorkerRole.DECODE)
             pool.await_note("start", second_victim)
             second_victim.kill()
-            finisher = pool.start(FINISHING)
+            finisher = pool.start(WorkerRole.DECODE)
             pool.await_note("start", finisher)
             pool.go(True)
             record = await broker.wait(job.id, 60.0)
@@ -209,41 +209,42 @@ def test_a_killed_drawer_is_drawn_again_and_a_killed_finisher_only_finished_agai
     assert not list(redis_client.scan_iter(f"{tag}:input:*")) and not redis_client.exists(f"{tag}:running")
 
 
-def loaded(stages: Stages, *names: str) -> Device:
-    return Device("cpu", 1 << 30, {name: LoadedBundle("float32", 0) for name in names}, stages)
+def loaded(role: WorkerRole, *names: str) -> Device:
+    return Device("cpu", 1 << 30, {name: LoadedBundle("float32", 0) for name in names}, role)
 
 
 def test_a_half_without_a_worker_is_named() -> None:
-    assert missing_stages([]) == missing_stages([loaded(WHOLE, "a", "b")]) == []
-    assert missing_stages([loaded(DRAWING, "a"), loaded(FINISHING, "a"), loaded(WHOLE, "b")]) == []
-    assert missing_stages([loaded(DRAWING, "a", "b"), loaded(FINISHING, "b", "c")]) == [
-        "no worker runs upscale,decode of bundle a",
-        "no worker runs generate of bundle c",
+    assert missing_roles([]) == missing_roles([loaded(WorkerRole.ALL, "a", "b")]) == []
+    assert (
+        missing_roles([loaded(WorkerRole.GENERATE, "a"), loaded(WorkerRole.DECODE, "a"), loaded(WorkerRole.ALL, "b")])
+        == []
+    )
+    assert missing_roles([loaded(WorkerRole.GENERATE, "a", "b"), loaded(WorkerRole.DECODE, "b", "c")]) == [
+        "no worker of role decode serves bundle a",
+        "no worker of role generate serves bundle c",
     ]
 
 
 def test_the_service_is_ready_when_both_halves_are(tmp_path: Path) -> None:
-    broker = FakeBroker(devices=(loaded(DRAWING, "paper"),))
+    broker = FakeBroker(devices=(loaded(WorkerRole.GENERATE, "paper"),))
     app = create_app(read_settings(bundle=(write_paper_bundle(tmp_path / "paper"),)), broker)  # type: ignore[arg-type]
 
     async def scenario() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
             answer = await client.get("/readyz")
             assert answer.status_code == 503
-            assert answer.json()["reasons"] == ["no worker runs upscale,decode of bundle paper"]
-            broker.devices = (loaded(DRAWING, "paper"), loaded(FINISHING, "paper"))
+            assert answer.json()["reasons"] == ["no worker of role decode serves bundle paper"]
+            broker.devices = (loaded(WorkerRole.GENERATE, "paper"), loaded(WorkerRole.DECODE, "paper"))
             assert (await client.get("/readyz")).status_code == 200
 
     asyncio.run(scenario())
 
 
-def test_a_device_of_another_version_runs_all_stages_and_one_of_unknown_stages_is_refused() -> None:
-    text = loaded(FINISHING, "a").to_json()
-    assert Device.from_json(text).stages == FINISHING
-    old = text.replace(f', "stages": "{FINISHING}"', "")
-    assert Device.from_json(old).stages == WHOLE
-    with pytest.raises(ValueError, match="stages"):
-        Device.from_json(text.replace(FINISHING, "decode"))
+def test_a_device_of_an_unknown_role_is_refused() -> None:
+    text = loaded(WorkerRole.DECODE, "a").to_json()
+    assert Device.from_json(text).role is WorkerRole.DECODE
+    with pytest.raises(ValueError, match="draw"):
+        Device.from_json(text.replace('"decode"', '"draw"'))
 
 
 @pytest.fixture(scope="module")
@@ -253,19 +254,17 @@ def pocket() -> Bundle:
 
 def test_each_half_plans_memory_for_its_own_weights_and_stages(pocket: Bundle) -> None:
     whole = read_memory_plan(pocket, "cpu", "float32")
-    drawing, finishing = (whole.of_stages(stages) for stages in HALVES)
+    drawing, finishing = (whole.of_role(role) for role in HALVES)
     assert 0 < drawing.weights_bytes < whole.weights_bytes and 0 < finishing.weights_bytes < whole.weights_bytes
     both_bytes = drawing.weights_bytes + finishing.weights_bytes
     assert both_bytes == whole.weights_bytes + whole.vae_weights_bytes, "both have the VAE"
-    assert drawing.of_stages(DRAWING) == drawing and whole.of_stages(WHOLE) == whole
+    assert drawing.of_role(WorkerRole.GENERATE) == drawing and whole.of_role(WorkerRole.ALL) == whole
     params = replace(GENERATE, width_px=256, height_px=256, strength=0.5)
-    found = {
-        plan.stages: set(plan.estimate(to_workload(params, pocket)).stages) for plan in (whole, drawing, finishing)
-    }
+    found = {plan.role: set(plan.estimate(to_workload(params, pocket)).stages) for plan in (whole, drawing, finishing)}
     assert found == {
-        WHOLE: {"encode", "generate", "upscale", "decode"},
-        DRAWING: {"encode", "generate"},
-        FINISHING: {"upscale", "decode"},
+        WorkerRole.ALL: {"encode", "generate", "upscale", "decode"},
+        WorkerRole.GENERATE: {"encode", "generate"},
+        WorkerRole.DECODE: {"upscale", "decode"},
     }
     image = replace(UPSCALE, channels=16, image_width_px=64, image_height_px=64)
     assert set(finishing.estimate(to_workload(image, pocket)).stages) == {"encode", "upscale", "decode"}
@@ -274,7 +273,7 @@ def test_each_half_plans_memory_for_its_own_weights_and_stages(pocket: Bundle) -
 
 def test_a_job_needs_a_place_for_each_half(pocket: Bundle) -> None:
     whole = read_memory_plan(pocket, "cpu", "float32")
-    drawing, finishing = (whole.of_stages(stages) for stages in HALVES)
+    drawing, finishing = (whole.of_role(role) for role in HALVES)
     large = replace(GENERATE, width_px=1024, height_px=1024, method="direct", scale=2)
 
     def fits(*places: DeviceShare) -> bool:
@@ -295,14 +294,14 @@ def test_a_job_needs_a_place_for_each_half(pocket: Bundle) -> None:
     assert caught.value.device_bytes == 7, "the device that refuses"
 
 
-@pytest.mark.parametrize("wrong", ["decode", "upscale", "generate,decode", "decode,upscale", ""])
-def test_other_stages_are_refused(wrong: str) -> None:
-    with pytest.raises(ValueError, match=r"stages\n.*'generate,upscale,decode', 'generate' or 'upscale,decode'"):
-        read_settings(stages=wrong)
+@pytest.mark.parametrize("wrong", ["upscale", "generate,decode", "ALL", ""])
+def test_other_roles_are_refused(wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"role\n.*'all', 'generate' or 'decode'"):
+        read_settings(role=wrong)
 
 
-def test_what_needs_all_stages_says_so() -> None:
+def test_what_needs_role_all_says_so() -> None:
     with pytest.raises(ValueError, match="measure_protocol"):
-        read_settings(stages=DRAWING, measure_protocol=True)
-    with pytest.raises(BadConfiguration, match="worker --stages"):
-        serve(read_settings(stages=FINISHING), read_settings)
+        read_settings(role=WorkerRole.GENERATE, measure_protocol=True)
+    with pytest.raises(BadConfiguration, match="worker --role"):
+        serve(read_settings(role=WorkerRole.DECODE), read_settings)

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.route import Route
-from giantleap.models.stages import DRAWING, FINISHING, WHOLE, Stages
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobqueue.consumer import BaseLatents, Claim
 from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import GenerateParams
@@ -29,10 +29,10 @@ GRIDS = {"tiny": LatentGrid(stride_px=8, window=4)}
 CPU = torch.device("cpu")
 
 
-def run_all(route: Any, claims: FakeClaims, stages: Stages, grids: dict[str, LatentGrid] = GRIDS) -> Metrics:
+def run_all(route: Any, claims: FakeClaims, role: WorkerRole, grids: dict[str, LatentGrid] = GRIDS) -> Metrics:
     stop = threading.Event()
     claims.on_empty = stop.set
-    settings, metrics = Settings(stages=stages), Metrics(CollectorRegistry())
+    settings, metrics = Settings(role=role), Metrics(CollectorRegistry())
     Worker({"tiny": route}, grids, claims, metrics, settings, Drain(stop, 30.0)).run()  # type: ignore[arg-type]
     return metrics
 
@@ -44,7 +44,7 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
 def test_a_drawing_worker_hands_over_every_image_and_finishes_none() -> None:
     claims = FakeClaims([make_claim(f"job-{n}", replace(GENERATE, seed=n, num_images=2)) for n in (10, 20)])
     route = FakeRoute()
-    metrics = run_all(route, claims, DRAWING)
+    metrics = run_all(route, claims, WorkerRole.GENERATE)
     assert route.batches == [4] and not route.finished and not claims.finished
     for name, seed in (("job-10", 10), ("job-20", 20)):
         handed = claims.handed_over[name]
@@ -60,10 +60,10 @@ def test_what_was_handed_over_is_finished_in_batches_with_both_workers_times_and
     prompts = ["zeppelin " * 33, "a red sphere", "a red sphere"]
     jobs = [replace(GENERATE, prompt=prompt, seed=n, steps=2 + n) for n, prompt in enumerate(prompts)]
     drawing = FakeClaims([make_claim(f"job-{n}", job) for n, job in enumerate(jobs)])
-    run_all(FakeRoute(), drawing, DRAWING)
+    run_all(FakeRoute(), drawing, WorkerRole.GENERATE)
     assert len(drawing.handed_over) == 3
     route, finishing = FakeRoute(), FakeClaims(list(drawing.handed_over.values()))
-    metrics = run_all(route, finishing, FINISHING)
+    metrics = run_all(route, finishing, WorkerRole.DECODE)
     assert not route.batches, "nothing is drawn again"
     assert route.finished == [("lua", 2, "exact")], "one batch: what only drawing needs to share no longer counts"
     for n in range(3):
@@ -91,7 +91,7 @@ def test_a_job_that_fails_while_it_is_drawn_is_not_handed_over() -> None:
         full_ids={"full"},
         lost_ids={"lost"},
     )
-    metrics = run_all(FakeRoute(), claims, DRAWING)
+    metrics = run_all(FakeRoute(), claims, WorkerRole.GENERATE)
     assert set(claims.handed_over) == {"fine"}
     assert claims.failed["bad"].code == "engine_error" and claims.canceled_ids == ["gone"]
     assert claims.failed["full"].code == "storage_full" and claims.failed["full"].retryable
@@ -100,16 +100,16 @@ def test_a_job_that_fails_while_it_is_drawn_is_not_handed_over() -> None:
 
 def test_an_image_that_is_not_finite_fails_where_it_is_decoded() -> None:
     drawing = FakeClaims([make_claim("good"), make_claim("bad", replace(GENERATE, prompt="nan"))])
-    run_all(FakeRoute(), drawing, DRAWING)
+    run_all(FakeRoute(), drawing, WorkerRole.GENERATE)
     finishing = FakeClaims(list(drawing.handed_over.values()))
-    run_all(FakeRoute(), finishing, FINISHING)
+    run_all(FakeRoute(), finishing, WorkerRole.DECODE)
     assert set(finishing.finished) == {"good"} and "not finite" in finishing.failed["bad"].detail
 
 
 def test_a_drawing_worker_passes_on_what_needs_no_drawing() -> None:
     claims = FakeClaims([make_claim("latent", UPSCALE, b"any"), make_claim("draw")])
     route = FakeRoute()
-    run_all(route, claims, DRAWING)
+    run_all(route, claims, WorkerRole.GENERATE)
     assert set(claims.handed_over) == {"latent", "draw"} and claims.handed_over["latent"].body is None
     assert route.batches == [1] and not route.finished
 
@@ -121,7 +121,9 @@ def test_drawn_jobs_and_others_never_share_a_batch() -> None:
 
 def test_a_hand_over_is_one_log_line_that_says_so(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    run_all(FakeRoute(), FakeClaims([make_claim("job", replace(GENERATE, prompt="a purple zeppelin"))]), DRAWING)
+    run_all(
+        FakeRoute(), FakeClaims([make_claim("job", replace(GENERATE, prompt="a purple zeppelin"))]), WorkerRole.GENERATE
+    )
     lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
     (line,) = [line for line in lines if line["message"].startswith("job ")]
     assert (line["message"], line["status"], line["job_id"]) == ("job handed over", "handed over", "job")
@@ -133,26 +135,26 @@ def pocket_claims(params: GenerateParams) -> list[Claim]:
 
 
 @pytest.fixture(scope="module")
-def pocket() -> dict[Stages, Route]:
+def pocket() -> dict[WorkerRole, Route]:
     bundle = read_bundle(POCKET_BUNDLE)
-    every: tuple[Stages, ...] = (WHOLE, DRAWING, FINISHING)
-    return {stages: Route.open(bundle, CPU, torch.float32, stages=stages) for stages in every}
+    every: tuple[WorkerRole, ...] = (WorkerRole.ALL, WorkerRole.GENERATE, WorkerRole.DECODE)
+    return {role: Route.open(bundle, CPU, torch.float32, role=role) for role in every}
 
 
 @pytest.mark.parametrize(("method", "scale"), [("lua", 2), ("lua", 1), ("swinir", 2), ("direct", 2)])
 def test_the_pocket_bundle_gives_the_same_bytes_whole_and_split(
-    pocket: dict[Stages, Route], method: Any, scale: int
+    pocket: dict[WorkerRole, Route], method: Any, scale: int
 ) -> None:
     sides_px = 64 * scale
     params = replace(
         GENERATE, prompt="a red sphere", steps=2, scale=scale, method=method, width_px=sides_px, height_px=sides_px
     )
-    grids = {"tiny": to_grid(read_bundle(POCKET_BUNDLE), pocket[WHOLE])}
+    grids = {"tiny": to_grid(read_bundle(POCKET_BUNDLE), pocket[WorkerRole.ALL])}
     whole, drawing = FakeClaims(pocket_claims(params)), FakeClaims(pocket_claims(params))
-    run_all(pocket[WHOLE], whole, WHOLE, grids)
-    run_all(pocket[DRAWING], drawing, DRAWING, grids)
+    run_all(pocket[WorkerRole.ALL], whole, WorkerRole.ALL, grids)
+    run_all(pocket[WorkerRole.GENERATE], drawing, WorkerRole.GENERATE, grids)
     finishing = FakeClaims(list(drawing.handed_over.values()))
-    run_all(pocket[FINISHING], finishing, FINISHING, grids)
+    run_all(pocket[WorkerRole.DECODE], finishing, WorkerRole.DECODE, grids)
     assert len(whole.finished) == 2 and finishing.finished == whole.finished
     assert finishing.stages.keys() == whole.stages.keys()
     assert set(finishing.stages["job-1"]) == set(whole.stages["job-1"])

@@ -50,9 +50,9 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- define "giantleap.checkStages" -}}
 {{- range $bundle := .Values.bundles -}}
 {{- $served := list -}}
-{{- range $.Values.pools }}{{ if or (not .bundles) (has $bundle.name .bundles) }}{{ $served = append $served (.stages | default "generate,upscale,decode") }}{{ end }}{{ end -}}
-{{- range $half := list "generate" "upscale,decode" -}}
-{{- if and $served (not (has $half $served)) (not (has "generate,upscale,decode" $served)) }}{{ fail (printf "pools: none runs %s of bundle %s" $half $bundle.name) }}{{ end -}}
+{{- range $.Values.pools }}{{ if or (not .bundles) (has $bundle.name .bundles) }}{{ $served = append $served (.role | default "all") }}{{ end }}{{ end -}}
+{{- range $half := list "generate" "decode" -}}
+{{- if and $served (not (has $half $served)) (not (has "all" $served)) }}{{ fail (printf "pools: none has role %s for bundle %s" $half $bundle.name) }}{{ end -}}
 {{- end -}}
 {{- end -}}
 {{- end }}
@@ -60,7 +60,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{/* Environment of API and workers. Takes (dict "root" $ "bundles" names "own" settings of the pool). */}}
 {{- define "giantleap.env" -}}
 {{- $root := .root -}}
-{{- $reserved := list "GIANTLEAP_REDIS_URL" "GIANTLEAP_KEY_PREFIX" "GIANTLEAP_BUNDLE" "GIANTLEAP_DRAIN_GRACE_S" "GIANTLEAP_HOST" "GIANTLEAP_PORT" "GIANTLEAP_METRICS_PORT" "GIANTLEAP_API_PROCESSES" "GIANTLEAP_API_KEYS_FILE" "GIANTLEAP_OTLP_ENDPOINT" "GIANTLEAP_DATA_DIR" "GIANTLEAP_STAGES" -}}
+{{- $reserved := list "GIANTLEAP_REDIS_URL" "GIANTLEAP_KEY_PREFIX" "GIANTLEAP_BUNDLE" "GIANTLEAP_DRAIN_GRACE_S" "GIANTLEAP_HOST" "GIANTLEAP_PORT" "GIANTLEAP_METRICS_PORT" "GIANTLEAP_API_PROCESSES" "GIANTLEAP_API_KEYS_FILE" "GIANTLEAP_OTLP_ENDPOINT" "GIANTLEAP_DATA_DIR" "GIANTLEAP_ROLE" -}}
 {{- with $root.Values.redis.passwordSecret }}{{ if .name }}
 - name: REDIS_PASSWORD
   valueFrom:
