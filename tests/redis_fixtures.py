@@ -20,7 +20,7 @@ from giantleap.service.settings import Settings, read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_server, find_system_server
 
 if TYPE_CHECKING:
-    from tests.service.front_fakes import FileBroker
+    from tests.service.front_fakes import FileProducer
 
 # Of the two kinds of server, `make deploy-check` alone needs one that pip does not install.
 SERVERS = ["bundled", pytest.param("system", marks=pytest.mark.deploy)]
@@ -105,7 +105,7 @@ def make_job() -> JobMaker:
 
 @pytest.fixture
 def open_producer(settings: Settings) -> ProducerOpener:
-    """An async context manager that gives an open broker; keywords replace settings."""
+    """An async context manager that gives an open producer; keywords replace settings."""
 
     @asynccontextmanager
     async def opened(**changes: Any) -> Any:
@@ -124,7 +124,7 @@ def open_producer(settings: Settings) -> ProducerOpener:
 
 @pytest.fixture
 def open_consumer(settings: Settings) -> Iterator[ConsumerOpener]:
-    """Opens claims that are closed after the test. `lease=False` leaves the lease thread out: a worker that hangs."""
+    """Opens consumers, closed after the test. `lease=False` starts no lease thread: a worker that hangs."""
     opened: list[JobConsumer] = []
 
     def make(
@@ -149,27 +149,27 @@ def open_consumer(settings: Settings) -> Iterator[ConsumerOpener]:
 
 @pytest.fixture(scope="session")
 def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    """The bundles of `write_front_bundles`, for tests of the API over a broker in memory; read-only."""
+    """The bundles of `write_front_bundles`, for tests of the API over a producer in memory; read-only."""
     from tests.service.front_fakes import write_front_bundles  # which imports the API
 
     return write_front_bundles(tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture(scope="module")
-def live(bundle_dirs: tuple[Path, ...]) -> "Iterator[tuple[FileBroker, str]]":
-    """A broker in memory, and the URL of the API over it; `FileBroker.reset` makes it new for each test."""
-    from tests.service.front_fakes import FileBroker, build_app
+def live(bundle_dirs: tuple[Path, ...]) -> "Iterator[tuple[FileProducer, str]]":
+    """A producer in memory, and the URL of the API over it; `FileProducer.reset` makes it new for each test."""
+    from tests.service.front_fakes import FileProducer, build_app
     from tests.service.live_server import live_server
 
-    broker = FileBroker()
-    with live_server(build_app(broker, bundle_dirs)) as url:
-        yield broker, url
+    producer = FileProducer()
+    with live_server(build_app(producer, bundle_dirs)) as url:
+        yield producer, url
 
 
 @pytest.fixture(scope="module")
 def document(bundle_dirs: tuple[Path, ...]) -> dict[str, Any]:
     """The OpenAPI document as a client reads it."""
-    from tests.service.front_fakes import FileBroker, build_app
+    from tests.service.front_fakes import FileProducer, build_app
 
-    found: dict[str, Any] = json.loads(json.dumps(build_app(FileBroker(), bundle_dirs).openapi()))
+    found: dict[str, Any] = json.loads(json.dumps(build_app(FileProducer(), bundle_dirs).openapi()))
     return found

@@ -50,7 +50,7 @@ def serve(url: str) -> None:
     worker.open()
     while True:
         for claim in worker.claim(8, 1.0):
-            worker.finish(claim, [(ResultFile("image/png", len(blob)), blob)], {}, [])
+            worker.complete(claim, [(ResultFile("image/png", len(blob)), blob)], {}, [])
 
 
 async def measure_latency(producer: JobProducer, number: int, name: str) -> list[float]:

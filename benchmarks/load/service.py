@@ -138,13 +138,15 @@ def work(settings: Settings, workers: int, work_ms: float) -> None:
 
     def run() -> None:
         dice = random.Random(uuid.uuid4().hex)
-        claims = JobConsumer(open_redis(settings.redis_url or ""), settings, (bundle,), f"load-{uuid.uuid4().hex[:8]}")
-        claims.open()
+        consumer = JobConsumer(
+            open_redis(settings.redis_url or ""), settings, (bundle,), f"load-{uuid.uuid4().hex[:8]}"
+        )
+        consumer.open()
         while True:
-            for claim in claims.claim(1 if work_ms else 8, 1.0):
+            for claim in consumer.claim(1 if work_ms else 8, 1.0):
                 if work_ms:
                     time.sleep(work_ms * dice.uniform(1 - SPREAD, 1 + SPREAD) / 1000)
-                claims.finish(claim, to_results(claim, blobs), {}, ())
+                consumer.complete(claim, to_results(claim, blobs), {}, ())
 
     threads = [threading.Thread(target=run) for _ in range(workers)]
     for thread in threads:

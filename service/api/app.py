@@ -39,12 +39,12 @@ from giantleap.service.telemetry.tracing import Tracing, open_tracing
 from giantleap.service.webhooks.sender import WebhookSender
 
 
-def create_app(settings: Settings, broker: JobProducer | None = None, tracing: Tracing | None = None) -> FastAPI:
+def create_app(settings: Settings, producer: JobProducer | None = None, tracing: Tracing | None = None) -> FastAPI:
     """The application. Bundles are read here, so that a wrong one stops the start; Redis is opened with the app.
 
     Args:
-        settings: All of them; `redis_url` must be set unless a broker is given.
-        broker: The queue; none: one on `settings.redis_url`, opened and closed with the app.
+        settings: All of them; `redis_url` must be set unless a producer is given.
+        producer: The queue; none: one on `settings.redis_url`, opened and closed with the app.
         tracing: Where spans go, closed with the app; none: as the settings say.
 
     Raises:
@@ -57,15 +57,15 @@ def create_app(settings: Settings, broker: JobProducer | None = None, tracing: T
     metrics.set_started("api")
     spans = open_tracing(settings.otlp_endpoint, "api") if tracing is None else tracing
     client = None
-    if broker is None:
+    if producer is None:
         if settings.redis_url is None:
             raise ValueError("redis_url is not set; the API needs the Redis that its workers use")
         client = open_async_redis(settings.redis_url)
-        broker = JobProducer(client, settings)
+        producer = JobProducer(client, settings)
     sender = None
     if client is not None and settings.webhook_secret is not None:
         sender = WebhookSender(client, settings, metrics)
-    serving = AppState(settings, load_bundles(settings), broker, metrics, asyncio.Event())
+    serving = AppState(settings, load_bundles(settings), producer, metrics, asyncio.Event())
 
     app = FastAPI(
         title="Giantleap",
@@ -76,7 +76,9 @@ def create_app(settings: Settings, broker: JobProducer | None = None, tracing: T
     )
     app.state.serving = serving
     # Each is laid around those before it: a request meets the last one first.
-    app.add_middleware(AuthenticationMiddleware, keys=open_keys(settings), broker=broker, origins=settings.cors_origins)
+    app.add_middleware(
+        AuthenticationMiddleware, keys=open_keys(settings), producer=producer, origins=settings.cors_origins
+    )
     allow_origins(app, settings.cors_origins)
     app.add_middleware(RequestContextMiddleware, max_body_bytes=settings.max_body_bytes, metrics=metrics, tracing=spans)
     app.add_middleware(SecurityHeadersMiddleware)
@@ -92,7 +94,7 @@ async def opened(
     serving: AppState, client: AsyncRedis | None, sender: WebhookSender | None, spans: Tracing, app: FastAPI
 ) -> AsyncGenerator[None]:
     """Opens what an app works with, and closes it, its own Redis `client` included, when the app ends."""
-    await serving.broker.open()
+    await serving.producer.open()
     try:
         if sender is not None:
             sender.open()
@@ -101,7 +103,7 @@ async def opened(
     finally:
         if sender is not None:
             await sender.close()
-        await serving.broker.close()
+        await serving.producer.close()
         if client is not None:
             await client.aclose()
         await asyncio.to_thread(spans.close)

@@ -20,14 +20,14 @@ class AppState:
 
     settings: Settings
     bundles: dict[str, ServedBundle]
-    broker: JobProducer
+    producer: JobProducer
     metrics: Metrics
     stopping: asyncio.Event
 
     def places(self, name: str) -> tuple[DeviceShare, ...]:
         """Devices on which jobs of a bundle may run, as far as they are known; costs no round trip."""
         memory = {each: served.memory for each, served in self.bundles.items()}
-        return find_places(name, memory, self.broker.devices, self.settings)
+        return find_places(name, memory, self.producer.devices, self.settings)
 
 
 async def get_app_state(request: Request) -> AppState:

@@ -35,4 +35,4 @@ async def admit(
     caller = await caller_of(request)
     require_scope(caller, _SCOPES[job.params.kind])
     owned = replace(job, owner=caller.name)
-    return await serving.broker.enqueue(owned, blob, idempotency_key, caller.max_jobs)
+    return await serving.producer.enqueue(owned, blob, idempotency_key, caller.max_jobs)

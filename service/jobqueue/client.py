@@ -31,7 +31,7 @@ from giantleap.service.errors import BadConfiguration, NotReady
 SyncRedis = redis.Redis | redis.RedisCluster
 AsyncRedis = redis.asyncio.Redis | redis.asyncio.RedisCluster
 
-LOST = (
+REDIS_UNAVAILABLE = (
     redis.ConnectionError,
     redis.TimeoutError,
     ReadOnlyError,
@@ -160,14 +160,14 @@ def _open_cluster(address: Address, options: dict[str, Any], patience_s: float) 
         nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.hosts]
         try:
             return redis.RedisCluster(startup_nodes=nodes, ssl=address.tls, **options)
-        except LOST as error:
+        except REDIS_UNAVAILABLE as error:
             if time.monotonic() >= deadline_s:
                 raise NotReady(f"no node of the Redis cluster answered for {patience_s:.0f} s") from error
             time.sleep(_PAUSE_S)
 
 
 def open_async_redis(url: str) -> AsyncRedis:
-    """A client for asyncio, as the broker wants it: as `open_redis`, with room for a connection per event reader.
+    """A client for asyncio, as the producer wants it: as `open_redis`, with room for a connection per event reader.
 
     Effects: none; it connects with its first command.
 
@@ -209,15 +209,15 @@ def check_client(client: SyncRedis | AsyncRedis) -> float:
 
 
 def run_script(script: Script, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
-    """Runs a script for a worker, as `run_patiently` runs a command.
+    """Runs a script for a worker, as `run_command` runs a command.
 
     A script meets a refusal at its first write, so nothing was written, and a worker that waits keeps its results.
     """
-    return run_patiently(lambda: script(list(keys), list(args)))
+    return run_command(lambda: script(list(keys), list(args)))
 
 
-def run_patiently(command: Callable[[], Any]) -> Any:
-    """Runs a command for a worker; a refusal that passes by itself comes as `redis.ConnectionError`, one of LOST.
+def run_command(command: Callable[[], Any]) -> Any:
+    """Runs a command for a worker; a temporary refusal is raised as `redis.ConnectionError`.
 
     Such are `NOREPLICAS` (fewer than `min-replicas-to-write` are there) and a server whose memory or disk is full.
     """

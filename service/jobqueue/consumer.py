@@ -23,10 +23,9 @@ from redis.typing import KeyT, StreamIdT
 
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import NotReady, StorageFull
-from giantleap.service.jobqueue import scripts
-from giantleap.service.jobqueue import scripts_consumer as scripts_claims
+from giantleap.service.jobqueue import scripts, scripts_consumer
 from giantleap.service.jobqueue.blobs import run_with_results
-from giantleap.service.jobqueue.client import LOST, SyncRedis, check_client, run_patiently, run_script
+from giantleap.service.jobqueue.client import REDIS_UNAVAILABLE, SyncRedis, check_client, run_command, run_script
 from giantleap.service.jobqueue.keys import FINISH, Keys, claim_order
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.job import GenerateParams, Job, JobError, JobState, ResultFile
@@ -58,7 +57,7 @@ class BaseLatents:
 class Claim:
     """A job that this worker holds. `delivery` counts its starts, this one included, and fences late writes.
 
-    They are counted anew when the job is handed over. `body` is the input blob, or the raw latents where `drawn`.
+    The count restarts when the job is transferred. `body` is the input blob, or, with `base_latents`, the raw latents.
     """
 
     job: Job
@@ -66,7 +65,7 @@ class Claim:
     stream: str
     message_id: str
     delivery: int
-    drawn: BaseLatents | None = None
+    base_latents: BaseLatents | None = None
 
 
 class JobConsumer:
@@ -94,17 +93,17 @@ class JobConsumer:
         self._only = "" if role is WorkerRole.ALL else role.value
         self._keys = Keys(settings.key_prefix)
         self._limits = scripts.limits(settings)
-        self._open = self._register(scripts_claims.OPEN)
-        self._close = self._register(scripts_claims.CLOSE)
-        self._claim = self._register(scripts_claims.CLAIM)
-        self._renew = self._register(scripts_claims.RENEW)
-        self._emit = self._register(scripts_claims.EMIT)
-        self._stopped = self._register(scripts_claims.STOPPED)
-        self._finish = redis.register_script(scripts.PRELUDE + scripts_claims.FINISH)
-        self._hand_over = self._register(scripts_claims.HAND_OVER)
-        self._fail = self._register(scripts_claims.FAIL)
-        self._finish_canceled = self._register(scripts_claims.FINISH_CANCELED)
-        self._release = self._register(scripts_claims.RELEASE)
+        self._open = self._register(scripts_consumer.OPEN)
+        self._close = self._register(scripts_consumer.CLOSE)
+        self._claim = self._register(scripts_consumer.CLAIM)
+        self._renew = self._register(scripts_consumer.RENEW)
+        self._emit = self._register(scripts_consumer.EMIT)
+        self._stopped = self._register(scripts_consumer.STOPPED)
+        self._finish = redis.register_script(scripts.PRELUDE + scripts_consumer.FINISH)
+        self._transfer = self._register(scripts_consumer.HAND_OVER)
+        self._fail = self._register(scripts_consumer.FAIL)
+        self._cancel = self._register(scripts_consumer.FINISH_CANCELED)
+        self._release = self._register(scripts_consumer.RELEASE)
         self._held: dict[tuple[str, str], Claim] = {}
         self._ending: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
@@ -123,7 +122,7 @@ class JobConsumer:
             NotReady: Redis did not answer for two minutes.
         """
         args = [self._limits, self._consumer, self._device, self._only, *self._lanes()]
-        self._patiently(lambda: self._open(self._tag(), args))
+        self._retry_until_available(lambda: self._open(self._tag(), args))
         self._stop.clear()
         self._lease = threading.Thread(target=self._keep_leases, name="lease", daemon=True)
         self._lease.start()
@@ -136,7 +135,7 @@ class JobConsumer:
             self._lease = None
         try:
             self._close(self._tag(), [self._limits, self._consumer, self._only, *self._lanes()])
-        except LOST as error:
+        except REDIS_UNAVAILABLE as error:
             _LOG.warning("could not sign off (%s); the heartbeat will run out", type(error).__name__)
 
     def claim(self, max_jobs: int, block_s: float) -> list[Claim]:
@@ -150,7 +149,7 @@ class JobConsumer:
         its lease is kept until it is ended or released. Canceled jobs and jobs started too often are closed on the
         way. Where Redis is away it waits and tries again, and returns nothing after `block_s`. A reply lost on the
         way costs the job one delivery: another claim takes it when it is stale. Every job returned must be ended by
-        finish, fail, finish_canceled or release: until then it is renewed.
+        finish, fail, cancel or release: until then it is renewed.
 
         Raises:
             NotReady: jobs were claimed, but Redis did not give their inputs for two minutes.
@@ -167,7 +166,7 @@ class JobConsumer:
                     return claims
                 if last_ids:  # none where jobs were taken that had ended meanwhile
                     self._await_message(last_ids, min(left_s, due_s, self._block_cap_s))
-            except LOST as error:
+            except REDIS_UNAVAILABLE as error:
                 self._failures += 1
                 pause_s = _backoff_s(self._failures)
                 _LOG.warning("claim lost Redis (%s); again in %.1f s", type(error).__name__, pause_s)
@@ -179,22 +178,22 @@ class JobConsumer:
         """Adds a progress event. Effects: none where the claim is lost; dropped with a warning where Redis is away."""
         try:
             self._emit(self._tag(), [*self._owner(claim), name, json.dumps(data)])
-        except LOST as error:
+        except REDIS_UNAVAILABLE as error:
             _LOG.warning("event %s of job %s dropped (%s)", name, claim.job.id, type(error).__name__)
 
-    def canceled(self, claims: Sequence[Claim]) -> set[str]:
+    def find_canceled(self, claims: Sequence[Claim]) -> set[str]:
         """Ids of those jobs whose cancel flag is set or whose deadline has passed, in one round trip.
 
         None, with a warning, where Redis is away.
         """
         try:
             stopped = self._stopped(self._tag(), [self._limits, *(claim.job.id for claim in claims)])
-        except LOST as error:
+        except REDIS_UNAVAILABLE as error:
             _LOG.warning("cancel flags not read (%s)", type(error).__name__)
             return set()
         return {job_id.decode() for job_id in stopped}
 
-    def finish(
+    def complete(
         self,
         claim: Claim,
         results: Sequence[tuple[ResultFile, bytes]],
@@ -218,12 +217,12 @@ class JobConsumer:
         upload = self._keys.upload(f"{self._consumer}:{claim.job.id}") if size_bytes else ""
         rest = [files, json.dumps(dict(stages)), json.dumps(list(warnings)), str(batch_jobs)]
         rest += [upload, str(len(blobs)), str(size_bytes)]
-        code = self._end(claim, partial(self._run_finish, upload, blobs), rest)
+        code = self._settle(claim, partial(self._send_results, upload, blobs), rest)
         if code < 0:
             raise self._no_room("results", size_bytes)
         return code == 1
 
-    def hand_over(
+    def transfer(
         self,
         claim: Claim,
         latents: bytes | None,
@@ -242,7 +241,7 @@ class JobConsumer:
                 draw: then the input stays what it is.
             stages: Seconds so far.
             warnings: For the caller of the job.
-            batch_jobs: As for `finish`.
+            batch_jobs: As for `complete`.
 
         Returns:
             Queued or canceled; None where the claim was lost or the deadline has passed: then nothing is written.
@@ -252,7 +251,7 @@ class JobConsumer:
             NotReady: Redis did not answer for two minutes.
         """
         texts = [json.dumps(dict(stages)), json.dumps(list(warnings)), str(batch_jobs)]
-        code = self._end(claim, self._hand_over, [*texts, latents or b""])
+        code = self._settle(claim, self._transfer, [*texts, latents or b""])
         if code < 0:
             raise self._no_room("latents", len(latents or b""))
         return (None, JobState.QUEUED, JobState.CANCELED)[code]
@@ -274,15 +273,15 @@ class JobConsumer:
             NotReady: Redis did not answer for two minutes.
         """
         rest = [json.dumps(dataclasses.asdict(error)), "1" if error.retryable else "0", json.dumps(dict(stages))]
-        return self._end(claim, self._fail, rest) == 1
+        return self._settle(claim, self._fail, rest) == 1
 
-    def finish_canceled(self, claim: Claim, stages: Mapping[str, float] = _NO_STAGES) -> bool:
+    def cancel(self, claim: Claim, stages: Mapping[str, float] = _NO_STAGES) -> bool:
         """Ends a job that `canceled` named; False where the claim was lost. One past its deadline has failed.
 
         Raises:
             NotReady: Redis did not answer for two minutes.
         """
-        return self._end(claim, self._finish_canceled, [json.dumps(dict(stages))]) == 1
+        return self._settle(claim, self._cancel, [json.dumps(dict(stages))]) == 1
 
     def release(self, claims: Sequence[Claim]) -> None:
         """Hands work back at a drain: it is first in line for the next worker and this start is not counted.
@@ -293,18 +292,18 @@ class JobConsumer:
             self._drop(claim)
             try:
                 self._release(self._tag(), self._owner(claim))
-            except LOST as error:
+            except REDIS_UNAVAILABLE as error:
                 _LOG.warning("job %s not handed back (%s); it goes stale", claim.job.id, type(error).__name__)
 
     def _register(self, text: str) -> RunScript:
         return partial(run_script, self._redis.register_script(scripts.PRELUDE + text))
 
-    def _run_finish(self, upload: str, blobs: Sequence[bytes], keys: Sequence[str], args: Sequence[str]) -> int:
+    def _send_results(self, upload: str, blobs: Sequence[bytes], keys: Sequence[str], args: Sequence[str]) -> int:
         """One attempt at the script FINISH, with the results in front of it where there are any."""
         if not upload:
             code: int = run_script(self._finish, keys, args)
         else:
-            code = run_patiently(lambda: run_with_results(self._redis, self._finish, upload, blobs, keys, args))
+            code = run_command(lambda: run_with_results(self._redis, self._finish, upload, blobs, keys, args))
         return code
 
     def _tag(self) -> list[str]:
@@ -358,13 +357,13 @@ class JobConsumer:
             return None
         claim = Claim(read, None, self._keys.stream(lane.decode()), message.decode(), delivery)
         if isinstance(claim.job.params, GenerateParams) and f"{FINISH}:" in claim.stream:
-            drawn = BaseLatents(json.loads(stages), tuple(json.loads(warnings)))
-            return dataclasses.replace(claim, drawn=drawn)
+            base_latents = BaseLatents(json.loads(stages), tuple(json.loads(warnings)))
+            return dataclasses.replace(claim, base_latents=base_latents)
         return claim
 
     def _with_body(self, claim: Claim) -> Claim | None:
         """The claim with its input; None where the input is gone, for then another worker has ended the job."""
-        body = self._patiently(lambda: self._redis.get(self._keys.input(claim.job.id)))
+        body = self._retry_until_available(lambda: self._redis.get(self._keys.input(claim.job.id)))
         if body is None:
             self._drop(claim)
             return None
@@ -372,14 +371,14 @@ class JobConsumer:
 
     def _await_message(self, last_ids: LastIds, block_s: float) -> None:
         """Returns when a stream has a newer message than the claim script saw. It only looks: nothing is claimed."""
-        run_patiently(lambda: self._redis.xread(last_ids, count=1, block=max(1, int(block_s * 1000))))
+        run_command(lambda: self._redis.xread(last_ids, count=1, block=max(1, int(block_s * 1000))))
 
-    def _end(self, claim: Claim, script: RunScript, rest: Sequence[str | bytes]) -> int:
+    def _settle(self, claim: Claim, script: RunScript, rest: Sequence[str | bytes]) -> int:
         key = (claim.stream, claim.message_id)
         with self._lock:
             self._ending.add(key)
         try:
-            code: int = self._patiently(lambda: script(self._tag(), [*self._owner(claim), *rest]))
+            code: int = self._retry_until_available(lambda: script(self._tag(), [*self._owner(claim), *rest]))
             if code >= 0:
                 self._drop(claim)
         except NotReady:
@@ -404,14 +403,14 @@ class JobConsumer:
         if lost:
             _LOG.warning("the lease of job %s was lost", claim.job.id)
 
-    def _patiently(self, call: Callable[[], Any]) -> Any:
+    def _retry_until_available(self, call: Callable[[], Any]) -> Any:
         """Runs `call` until Redis answers, with growing pauses, for two minutes at most."""
         deadline_s = time.monotonic() + _PATIENCE_S
         failures = 0
         while True:
             try:
                 return call()
-            except LOST as error:
+            except REDIS_UNAVAILABLE as error:
                 if time.monotonic() >= deadline_s:
                     raise NotReady(f"Redis did not answer for {_PATIENCE_S:.0f} s; it must be reachable.") from error
                 failures += 1
@@ -432,7 +431,10 @@ class JobConsumer:
             try:
                 lost = {job_id.decode() for job_id in self._renew(self._tag(), args)}
                 pause_s = period_s
-            except (*LOST, redis.RedisError) as error:  # whatever it is: without this thread each job goes to another
+            except (
+                *REDIS_UNAVAILABLE,
+                redis.RedisError,
+            ) as error:  # whatever it is: without this thread each job goes to another
                 _LOG.warning("leases not renewed (%s)", type(error).__name__)
                 pause_s = min(period_s, 0.5)
                 continue

@@ -1,7 +1,7 @@
 """The list of a caller's own jobs, newest first, in pages: the script that reads one, and what it gives.
 
-The index is kept by `scripts_broker.ENQUEUE`; a job leaves it when its record has expired, and the oldest leave it
-beyond its cap. `giantleap.service.jobqueue.producer.Broker.list_jobs` runs the script.
+The index is kept by `scripts_producer.ENQUEUE`; a job leaves it when its record has expired, and the oldest leave it
+beyond its cap. `giantleap.service.jobqueue.producer.JobProducer.list_jobs` runs the script.
 """
 
 from dataclasses import dataclass

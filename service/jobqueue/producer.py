@@ -30,10 +30,9 @@ from giantleap.service.errors import (
     StorageFull,
     TooManyJobs,
 )
-from giantleap.service.jobqueue import scripts
-from giantleap.service.jobqueue import scripts_producer as scripts_broker
+from giantleap.service.jobqueue import scripts, scripts_producer
 from giantleap.service.jobqueue.blobs import run_with_input
-from giantleap.service.jobqueue.client import LOST, AsyncRedis, check_client, is_passing
+from giantleap.service.jobqueue.client import REDIS_UNAVAILABLE, AsyncRedis, check_client, is_passing
 from giantleap.service.jobqueue.completions import CompletionListener
 from giantleap.service.jobqueue.keys import FINISH, Keys
 from giantleap.service.jobqueue.listing import LIST, Page
@@ -90,16 +89,16 @@ class JobProducer:
         self._settings = settings
         self._keys = Keys(settings.key_prefix)
         self._limits = scripts.limits(settings)
-        self._enqueue = redis.register_script(scripts.PRELUDE + scripts_broker.ENQUEUE)
-        self._spend = redis.register_script(scripts.PRELUDE + scripts_broker.SPEND)
-        self._read = redis.register_script(scripts.PRELUDE + scripts_broker.READ)
-        self._cancel = redis.register_script(scripts.PRELUDE + scripts_broker.CANCEL)
-        self._end_overdue = redis.register_script(scripts.PRELUDE + scripts_broker.END_OVERDUE)
-        self._stats = redis.register_script(scripts.PRELUDE + scripts_broker.STATS)
-        self._list_devices = redis.register_script(scripts.PRELUDE + scripts_broker.DEVICES)
+        self._enqueue = redis.register_script(scripts.PRELUDE + scripts_producer.ENQUEUE)
+        self._acquire_rate_limit = redis.register_script(scripts.PRELUDE + scripts_producer.SPEND)
+        self._read = redis.register_script(scripts.PRELUDE + scripts_producer.READ)
+        self._cancel = redis.register_script(scripts.PRELUDE + scripts_producer.CANCEL)
+        self._end_overdue = redis.register_script(scripts.PRELUDE + scripts_producer.END_OVERDUE)
+        self._stats = redis.register_script(scripts.PRELUDE + scripts_producer.STATS)
+        self._list_devices = redis.register_script(scripts.PRELUDE + scripts_producer.DEVICES)
         self._list = redis.register_script(scripts.PRELUDE + LIST)
         self._devices: tuple[Device, ...] = ()
-        self._ends = CompletionListener(redis, self._keys.done_channel)
+        self._completions = CompletionListener(redis, self._keys.done_channel)
         self._refusal: tuple[int, float] = (1, -math.inf)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -114,7 +113,7 @@ class JobProducer:
         await self.ping()
         mine = (
             self._enqueue,
-            self._spend,
+            self._acquire_rate_limit,
             self._read,
             self._cancel,
             self._end_overdue,
@@ -126,7 +125,7 @@ class JobProducer:
             await self._answer(self._redis.script_load(script.script))
         await self.read_devices()
         self._tasks = [
-            asyncio.create_task(self._ends.listen(), name="job-done-listener"),
+            asyncio.create_task(self._completions.listen(), name="job-done-listener"),
             asyncio.create_task(self._watch_devices(), name="device-watcher"),
         ]
 
@@ -190,7 +189,7 @@ class JobProducer:
             keys.append(self._keys.idempotency(idempotency_key, job.owner))
         args: list[str | bytes] = [self._limits, job.id, job.bundle, job.priority.value, job.to_json(), digest]
         args += [job.owner, str(-1 if max_live is None else max_live)]
-        self._ends.forget(job.id)
+        self._completions.discard(job.id)
         extra = _extra(job, len(body or b""))
         verdict, job_id, number, start_s = await self._answer(self._put(keys, args, extra, body))
         if verdict in (b"full", b"full_px"):
@@ -236,7 +235,7 @@ class JobProducer:
             raise redis.ConnectionError("the input did not arrive whole")
         return reply
 
-    async def spend(self, owner: str, per_minute: int) -> float:
+    async def acquire_rate_limit(self, owner: str, per_minute: int) -> float:
         """Pays for one request of an owner that may send so many a minute: 0, or the seconds until the next may come.
 
         Effects: one atomic script; its key goes by itself when the owner has been still. A refused request costs
@@ -245,7 +244,9 @@ class JobProducer:
         Raises:
             NotReady: Redis does not answer.
         """
-        wait_us: int = await self._answer(self._spend(keys=[self._keys.tag], args=[self._limits, owner, per_minute]))
+        wait_us: int = await self._answer(
+            self._acquire_rate_limit(keys=[self._keys.tag], args=[self._limits, owner, per_minute])
+        )
         return wait_us / 1e6
 
     async def get(self, job_id: str) -> JobRecord | None:
@@ -293,7 +294,7 @@ class JobProducer:
         """The final record as soon as there is one, or the latest record after `timeout_s`.
 
         Args:
-            created: The job, where this broker has just put it in: it is not read but when a poll is due, for the
+            created: The job, where this producer has just put it in: it is not read but when a poll is due, for the
                 message of its end says how it ended. Not for a job with a deadline, which only a read knows.
 
         Raises:
@@ -301,10 +302,10 @@ class JobProducer:
             NotReady: Redis does not answer at the end of the time; before that it is waited for.
         """
         deadline_s = asyncio.get_running_loop().time() + timeout_s
-        with self._ends.waiter(job_id) as wake:
+        with self._completions.waiter(job_id) as wake:
             if created is not None:
                 await _woken(wake, min(_POLL_S, timeout_s))
-                record = self._ends.record_of(created)
+                record = self._completions.completed_record(created)
                 if record is not None:
                     return record
             while True:
@@ -394,7 +395,7 @@ class JobProducer:
     async def _answer(self, command: Awaitable[Any]) -> Any:
         try:
             return await command
-        except LOST as error:
+        except REDIS_UNAVAILABLE as error:
             raise _to_not_ready(error) from error
         except redis.ResponseError as error:
             if is_passing(error):

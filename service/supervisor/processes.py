@@ -199,9 +199,9 @@ class ProcessManager:
             self._drop_successor()
             self._give_up_roll()
         elif select.select([successor.ready_fd], [], [], 0)[0] and os.read(successor.ready_fd, 1):
-            self._hand_over(child, successor)
+            self._transfer(child, successor)
 
-    def _hand_over(self, child: ManagedProcess, successor: Replacement) -> None:
+    def _transfer(self, child: ManagedProcess, successor: Replacement) -> None:
         if child.process is not None:
             child.process.terminate()
             grace_s = self._launch.grace_s if self._next is None else max(self._launch.grace_s, self._next.grace_s)

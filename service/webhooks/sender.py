@@ -22,7 +22,7 @@ import httpx
 import redis
 
 from giantleap.service.jobqueue import scripts
-from giantleap.service.jobqueue.client import LOST, AsyncRedis
+from giantleap.service.jobqueue.client import REDIS_UNAVAILABLE, AsyncRedis
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobs.job import to_rfc3339
 from giantleap.service.settings import Settings
@@ -124,7 +124,7 @@ class WebhookSender:
     """One task that posts what is due. Safe to run in every API process.
 
     Args:
-        redis: The client of the broker; it stays open.
+        redis: The client of the producer; it stays open.
         settings: The secret must be set.
         metrics: Where attempts are counted.
         backend: How to connect; none: to checked addresses, as the settings allow.
@@ -178,7 +178,7 @@ class WebhookSender:
             taken = 0
             try:
                 taken = await self._start_due()
-            except (redis.RedisError, *LOST) as error:
+            except (redis.RedisError, *REDIS_UNAVAILABLE) as error:
                 _LOG.warning("webhooks not read (%s)", type(error).__name__)
             if taken == 0:
                 await asyncio.sleep(_POLL_S)
@@ -212,7 +212,7 @@ class WebhookSender:
         if reason is not None:
             fields = {"job_id": delivery.job_id, "attempt": delivery.attempt, "reason": reason, "outcome": outcome}
             _LOG.warning("webhook not taken", extra={"fields": fields})
-        with contextlib.suppress(redis.RedisError, *LOST):
+        with contextlib.suppress(redis.RedisError, *REDIS_UNAVAILABLE):
             args: list[str | int] = [self._limits, delivery.id, delivery.attempt, delay_ms, reason or ""]
             await self._settle(keys=self._tag, args=args)
 

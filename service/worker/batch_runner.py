@@ -108,7 +108,7 @@ class BatchRun:
 
     Args:
         route: The loaded bundle.
-        claims: Where progress goes and cancel flags come from.
+        consumer: Where progress goes and cancel flags come from.
         drain: When to give up.
         trace: Where each stage is written.
         watchdog: Where progress is marked: each stage and each denoising step.
@@ -118,7 +118,7 @@ class BatchRun:
     def __init__(
         self,
         route: Route,
-        claims: JobConsumer,
+        consumer: JobConsumer,
         drain: Drain,
         trace: BatchTrace,
         watchdog: Watchdog | None = None,
@@ -129,7 +129,7 @@ class BatchRun:
         self.clock: StageClock = route.clock()
         self._trace = trace
         self._route = route
-        self._claims = claims
+        self._consumer = consumer
         self._drain = drain
         self._canceled_ids: set[str] = set()
 
@@ -173,7 +173,7 @@ class BatchRun:
 
     def _latents(self, items: Sequence[Item]) -> list[Tensor | None]:
         """The raw latent of each item: drawn, or read from the job's input or from what another worker drew."""
-        if isinstance(items[0].claim.job.params, UpscaleParams) or items[0].claim.drawn is not None:
+        if isinstance(items[0].claim.job.params, UpscaleParams) or items[0].claim.base_latents is not None:
             return [_read_latent(item) for item in items]
 
         def on_step(step: int, steps: int) -> None:
@@ -232,11 +232,13 @@ class BatchRun:
 
     def _emit(self, items: Sequence[Item], name: str, data: dict[str, object]) -> None:
         for claim in {item.claim.job.id: item.claim for item in items}.values():
-            self._claims.emit(claim, name, data)
+            self._consumer.emit(claim, name, data)
             self._touch()
 
     def _poll_canceled(self, items: Sequence[Item]) -> None:
-        self._canceled_ids |= self._claims.canceled(list({item.claim.job.id: item.claim for item in items}.values()))
+        self._canceled_ids |= self._consumer.find_canceled(
+            list({item.claim.job.id: item.claim for item in items}.values())
+        )
         self._touch()
 
     def _is_stopped(self, item: Item) -> bool:

@@ -60,7 +60,7 @@ def plan_batch(
     batches: list[_OpenBatch] = []
     for claim in claims:
         params, grid = claim.job.params, grids[claim.job.bundle]
-        key, items = batch_key(claim.job.bundle, params, grid, claim.drawn is not None), count_items(params)
+        key, items = batch_key(claim.job.bundle, params, grid, claim.base_latents is not None), count_items(params)
         latent_px = items * output_latent_px(params, grid)
         for batch in batches:
             fits = batch.items + items <= budget_items and batch.latent_px + latent_px <= budget_latent_px

@@ -99,9 +99,9 @@ def run_worker(
     for name, place in places.items():
         routes[name].vae.budget_bytes = max(0, place.own_bytes - place.plan.weights_bytes)
     client = open_redis(redis_url)
-    consumer = f"{platform.node()}-{os.getpid()}"
-    claims = JobConsumer(client, settings, tuple(routes), consumer, device, settings.role)
-    claims.open()
+    consumer_name = f"{platform.node()}-{os.getpid()}"
+    consumer = JobConsumer(client, settings, tuple(routes), consumer_name, device, settings.role)
+    consumer.open()
     log.info("worker ready", extra={"fields": {"bundles": sorted(routes), "role": settings.role}})
     watchdog = Watchdog(settings.step_timeout_s)
     watchdog.open()
@@ -110,10 +110,10 @@ def run_worker(
     try:
         grids = {name: to_grid(bundle, routes[name]) for name, bundle in bundles.items()}
         drain = Drain(stop, settings.drain_grace_s)
-        Worker(routes, grids, claims, metrics, settings, drain, bundles, places, tracing, watchdog).run()
+        Worker(routes, grids, consumer, metrics, settings, drain, bundles, places, tracing, watchdog).run()
     finally:
         watchdog.close()
-        claims.close()
+        consumer.close()
         tracing.close()
         client.close()
     log.info("worker stopped")
@@ -125,7 +125,7 @@ class Worker:
     Args:
         routes: The loaded bundles by name.
         grids: Their latent grids by name.
-        claims: An open queue.
+        consumer: An open queue.
         metrics: Where work is counted.
         settings: Budgets and retry caps.
         drain: When to stop.
@@ -139,7 +139,7 @@ class Worker:
         self,
         routes: Mapping[str, Route],
         grids: Mapping[str, LatentGrid],
-        claims: JobConsumer,
+        consumer: JobConsumer,
         metrics: Metrics,
         settings: Settings,
         drain: Drain,
@@ -154,7 +154,7 @@ class Worker:
         self._places = places
         self._routes = routes
         self._grids = grids
-        self._claims = claims
+        self._consumer = consumer
         self._metrics = metrics
         self._settings = settings
         self._drain = drain
@@ -162,15 +162,15 @@ class Worker:
     def run(self) -> None:
         """Claim, plan and run until the drain is asked for; hands back what was claimed and not begun."""
         while not self._drain.is_asked():
-            claims = self._apart(self._claims.claim(self._settings.batch_items, _BLOCK_S))
+            claims = self._apart(self._consumer.claim(self._settings.batch_items, _BLOCK_S))
             for claim in claims:
-                if claim.delivery == 1 and claim.drawn is None:
+                if claim.delivery == 1 and claim.base_latents is None:
                     self._tracing.waited(claim.job, time.time())
                     self._metrics.observe_wait(claim.job.priority, max(0.0, time.time() - claim.job.created_at_s))
             batches = plan_batch(claims, self._grids, self._settings.batch_items, self._settings.batch_budget_latent_px)
             for batch in batches:
                 if self._drain.is_asked():
-                    self._claims.release(batch)
+                    self._consumer.release(batch)
                 else:
                     self.run_batch(batch)
 
@@ -182,7 +182,7 @@ class Worker:
         again = next((claim for claim in claims if claim.delivery > 1), None)
         if again is None:
             return claims
-        self._claims.release([claim for claim in claims if claim is not again])
+        self._consumer.release([claim for claim in claims if claim is not again])
         return [again]
 
     def run_batch(self, batch: Sequence[Claim]) -> None:
@@ -190,7 +190,7 @@ class Worker:
         job = batch[0].job
         if isinstance(job.params, UpscaleParams) and not self._settings.role.loads_decoder:
             for claim in batch:  # put in before any worker had split the work: there is nothing to draw
-                self._claims.hand_over(claim, None, {}, [])
+                self._consumer.transfer(claim, None, {}, [])
             return
         route, items = self._routes[job.bundle], to_items(batch)
         try:
@@ -208,7 +208,7 @@ class Worker:
             log_fields(job_ids=[each.id for each in jobs], trace_ids=trace_ids),
         ):
             to_the_end = self._settings.role.loads_decoder
-            run = BatchRun(route, self._claims, self._drain, trace, self._watchdog, to_the_end)
+            run = BatchRun(route, self._consumer, self._drain, trace, self._watchdog, to_the_end)
             try:
                 outcomes = run.run(items, max_items)
             finally:
@@ -255,24 +255,24 @@ class Worker:
         if errors:
             status, owned = self._fail(claim, errors[0], stages_s)
         elif Stop.CANCELED in outcomes:
-            status, owned = JobState.CANCELED, self._claims.finish_canceled(claim, stages_s)
+            status, owned = JobState.CANCELED, self._consumer.cancel(claim, stages_s)
         elif Stop.RELEASED in outcomes:
-            self._claims.release([claim])
+            self._consumer.release([claim])
             return
         elif latents:
-            status, owned = self._hand_over(claim, latents, stages_s, batch_jobs)
+            status, owned = self._transfer(claim, latents, stages_s, batch_jobs)
         else:
             status, owned = self._finish(claim, outputs, stages_s, batch_jobs)
         if not owned:
             self._metrics.count_fenced()
         self._record(claim, status if owned else None, stages_s, batch_items)
 
-    def _hand_over(
+    def _transfer(
         self, claim: Claim, latents: Sequence[Latent], stages_s: Mapping[str, float], batch_jobs: int
     ) -> tuple[Status, bool]:
         blob = to_latents_blob(latents)
         try:
-            state = self._claims.hand_over(claim, blob, stages_s, self._warnings(claim), batch_jobs)
+            state = self._consumer.transfer(claim, blob, stages_s, self._warnings(claim), batch_jobs)
         except StorageFull as error:
             return self._fail(claim, to_job_error(error), stages_s)
         return JobState.CANCELED if state is JobState.CANCELED else "handed over", state is not None
@@ -282,7 +282,7 @@ class Worker:
     ) -> tuple[JobState, bool]:
         files = [(output.file, output.content) for output in outputs]
         try:
-            owned = self._claims.finish(claim, files, stages_s, self._warnings(claim), batch_jobs)
+            owned = self._consumer.complete(claim, files, stages_s, self._warnings(claim), batch_jobs)
         except StorageFull as error:
             return self._fail(claim, to_job_error(error), stages_s)
         if owned:
@@ -292,7 +292,7 @@ class Worker:
         return JobState.SUCCEEDED, owned
 
     def _fail(self, claim: Claim, error: JobError, stages_s: Mapping[str, float]) -> tuple[JobState, bool]:
-        owned = self._claims.fail(claim, error, stages_s)
+        owned = self._consumer.fail(claim, error, stages_s)
         self._metrics.count_failure(claim.job.bundle, error.code)
         if owned and error.retryable and claim.delivery < self._settings.max_deliveries:
             self._metrics.count_retry(claim.job.bundle)
@@ -302,8 +302,8 @@ class Worker:
     def _warnings(self, claim: Claim) -> list[str]:
         """What the tokenizer of the pipeline knows and the API process does not."""
         params, route = claim.job.params, self._routes[claim.job.bundle]
-        if claim.drawn is not None:
-            return list(claim.drawn.warnings)
+        if claim.base_latents is not None:
+            return list(claim.base_latents.warnings)
         if not isinstance(params, GenerateParams):
             return []
         return [
@@ -338,7 +338,7 @@ class Worker:
 
 def _with_drawing(claim: Claim, stages_s: Mapping[str, float]) -> dict[str, float]:
     """The stage times of a job, with those of the worker that drew it."""
-    before_s = {} if claim.drawn is None else claim.drawn.stages_s
+    before_s = {} if claim.base_latents is None else claim.base_latents.stages_s
     return {stage: before_s.get(stage, 0.0) + stages_s.get(stage, 0.0) for stage in (*before_s, *stages_s)}
 
 

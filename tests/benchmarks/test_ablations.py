@@ -65,7 +65,7 @@ def test_a_picture_scores_best_against_itself() -> None:
     assert 15 < worse["psnr_db"] < 35 and worse["ssim"] < 1
 
 
-def record_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def completed_record(runs: list[dict[str, Any]]) -> dict[str, Any]:
     shipped = json.loads(RESULTS.read_text())
     return {**shipped, "runs": runs}
 
@@ -77,7 +77,7 @@ def run_of(variant: str, seed: int, psnr_db: float) -> dict[str, Any]:
 
 def test_the_page_has_means_spreads_and_both_orders() -> None:
     runs = [run_of("full", 0, 24.0), run_of("full", 1, 25.0), run_of("liif", 0, 30.0)]
-    page = ablations.to_markdown(record_of(runs))
+    page = ablations.to_markdown(completed_record(runs))
     assert "| I + II + III, both heads (joint) | 24.50 ± 0.71 | 32.54 | 0.5000 ± 0.0000 | - | 27.94 | - |" in page
     assert "  - here: I + II + III, LIIF head > I + II + III, both heads (joint)\n" in page
     assert "LPIPS, which the paper gives as well, is not measured" in page

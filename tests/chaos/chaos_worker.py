@@ -25,7 +25,7 @@ def work(claim: Claim) -> None:
     params = claim.job.params
     if not isinstance(params, GenerateParams):
         time.sleep(0.002)
-    elif params.seed == LONG_SEED and claim.delivery == 1 and claim.drawn is None:
+    elif params.seed == LONG_SEED and claim.delivery == 1 and claim.base_latents is None:
         time.sleep(LONG_S)
     else:
         time.sleep(2 * params.steps / 1000)
@@ -34,8 +34,8 @@ def work(claim: Claim) -> None:
 def main(journal: str) -> None:
     settings = read_settings()
     assert settings.redis_url is not None
-    claims = JobConsumer(open_redis(settings.redis_url), settings, ["paper"], "chaos", role=settings.role)
-    claims.open()
+    consumer = JobConsumer(open_redis(settings.redis_url), settings, ["paper"], "chaos", role=settings.role)
+    consumer.open()
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def note(what: str, claim: Claim) -> None:
@@ -43,17 +43,17 @@ def main(journal: str) -> None:
         os.write(file, f"{what} {claim.job.id} {claim.delivery} {os.getpid()} {time.monotonic():.6f}\n".encode())
 
     while True:
-        for claim in claims.claim(MAX_CLAIMS, 0.5):
+        for claim in consumer.claim(MAX_CLAIMS, 0.5):
             note("start", claim)
             work(claim)
             content = f"{claim.job.id} {claim.delivery} {os.getpid()}".encode()
             if settings.role is WorkerRole.GENERATE:
                 latents = content if isinstance(claim.job.params, GenerateParams) else None
-                handed = claims.hand_over(claim, latents, {}, ())
+                handed = consumer.transfer(claim, latents, {}, ())
                 note("refused" if handed is None else "handed", claim)
                 continue
             note("ending", claim)
-            ended = claims.finish(claim, [(ResultFile("image/png", len(content)), content)], {}, ())
+            ended = consumer.complete(claim, [(ResultFile("image/png", len(content)), content)], {}, ())
             note("accepted" if ended else "refused", claim)
 
 

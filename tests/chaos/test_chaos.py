@@ -21,7 +21,7 @@ import pytest
 import redis
 
 from giantleap.models.worker_role import WorkerRole
-from giantleap.service.jobqueue.client import LOST
+from giantleap.service.jobqueue.client import REDIS_UNAVAILABLE
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.settings import read_settings
 from tests.chaos.harness import ROOT, Clients, ProcessManager, free_port
@@ -176,7 +176,7 @@ def patiently(call: Callable[[], Any]) -> Any:
     """None while Redis is away: it is killed meanwhile."""
     try:
         return call()
-    except LOST:
+    except REDIS_UNAVAILABLE:
         return None
 
 
@@ -198,7 +198,7 @@ def test_every_job_of_split_pools_ends_exactly_once(tmp_path: Path) -> None:
     try:
         run = Run(store, tmp_path, jobs=500, pools=(WorkerRole.GENERATE, WorkerRole.DECODE))
         verdict = run.execute(kills=10, harms=1)
-        run.report(verdict, "SplitPools", handed_over=run.fleet.count("handed"))
+        run.report(verdict, "SplitPools", transferred=run.fleet.count("handed"))
     finally:
         store.stop()
     assert run.done == {"worker kills": 10, "Redis kills": 1, "frozen workers": 1}

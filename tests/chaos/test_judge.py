@@ -30,16 +30,16 @@ def run_jobs(settings: Settings) -> list[Note]:
 
     async def enqueue() -> None:
         async with open_async_redis(settings.redis_url or "") as client:
-            broker = JobProducer(client, settings)
+            producer = JobProducer(client, settings)
             for job_id in JOBS:
-                await broker.enqueue(Job(job_id, "paper", Priority.HIGH, time.time(), params))
+                await producer.enqueue(Job(job_id, "paper", Priority.HIGH, time.time(), params))
 
     asyncio.run(enqueue())
     worker = JobConsumer(open_redis(settings.redis_url), settings, ["paper"], "w")
     notes = []
     for claim in worker.claim(3, 30.0):
         content = f"{claim.job.id} {claim.delivery} 1".encode()
-        assert worker.finish(claim, [(ResultFile("image/png", len(content)), content)], {}, ())
+        assert worker.complete(claim, [(ResultFile("image/png", len(content)), content)], {}, ())
         notes += [Note(what, claim.job.id, claim.delivery, 1, 0.0) for what in ("start", "ending", "accepted")]
     return notes
 

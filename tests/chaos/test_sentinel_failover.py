@@ -42,13 +42,13 @@ def working(settings: Settings) -> Iterator[None]:
 
     def work() -> None:
         assert settings.redis_url is not None
-        claims = JobConsumer(open_redis(settings.redis_url), settings, ["pocket"], "w")
-        claims.open()
+        consumer = JobConsumer(open_redis(settings.redis_url), settings, ["pocket"], "w")
+        consumer.open()
         while not stop.is_set():
-            for claim in claims.claim(4, 0.5):
+            for claim in consumer.claim(4, 0.5):
                 result = claim.job.id.encode()
-                claims.finish(claim, [(ResultFile("text/plain", len(result)), result)], {}, [])
-        claims.close()
+                consumer.complete(claim, [(ResultFile("text/plain", len(result)), result)], {}, [])
+        consumer.close()
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -63,8 +63,8 @@ def working(settings: Settings) -> Iterator[None]:
 class Load:
     """Enqueues jobs without pause and keeps when each was acknowledged."""
 
-    def __init__(self, broker: JobProducer) -> None:
-        self.broker = broker
+    def __init__(self, producer: JobProducer) -> None:
+        self.producer = producer
         self.accepted_s: dict[str, float] = {}
         self.refused = 0
         self.stopping = False
@@ -73,7 +73,7 @@ class Load:
         while not self.stopping:
             job = make_job()
             try:
-                await self.broker.enqueue(job)
+                await self.producer.enqueue(job)
                 self.accepted_s[job.id] = time.monotonic()
             except NotReady:
                 self.refused += 1
@@ -92,9 +92,9 @@ def test_jobs_outlive_a_failover_but_for_those_of_its_last_moment(options: tuple
     async def scenario(master: Server, settings: Settings) -> None:
         assert settings.redis_url is not None
         client = open_async_redis(settings.redis_url)
-        broker = JobProducer(client, settings)
-        await broker.open()
-        load = Load(broker)
+        producer = JobProducer(client, settings)
+        await producer.open()
+        load = Load(producer)
         loads = [asyncio.create_task(load.run()) for _ in range(3)]
         await await_accepted(load, 0.0, 100)
         master.kill()
@@ -107,20 +107,20 @@ def test_jobs_outlive_a_failover_but_for_those_of_its_last_moment(options: tuple
         lost, first_s = [], min(accepted_s for accepted_s in load.accepted_s.values() if accepted_s > killed_s + 0.5)
         for job_id, accepted_s in load.accepted_s.items():
             try:
-                record = await broker.wait(job_id, 120.0)
+                record = await producer.wait(job_id, 120.0)
             except NotFound:
                 lost.append(accepted_s)
                 continue
             assert record.state is JobState.SUCCEEDED
-            assert await broker.read_result(job_id, 0) == job_id.encode()
-            assert [event.name async for event in broker.events(job_id)].count("done") == 1
+            assert await producer.read_result(job_id, 0) == job_id.encode()
+            assert [event.name async for event in producer.events(job_id)].count("done") == 1
         print(
             f"\nfailover: {len(load.accepted_s)} accepted, {load.refused} refused, first one after "
             f"{first_s - killed_s:.1f} s, {len(lost)} lost, all within "
             f"{max((killed_s - each for each in lost), default=0.0):.3f} s before the kill"
         )
         assert all(killed_s - 1.0 < each <= killed_s + 0.5 for each in lost), "only what was not yet replicated"
-        await broker.close()
+        await producer.close()
         await client.aclose()
 
     with sentinels(tmp_path, *options) as (master, _, watchers):
@@ -133,13 +133,13 @@ def test_what_the_replica_has_not_got_is_lost_with_the_master(tmp_path: Path) ->
     async def scenario(master: Server, replica: Server, settings: Settings) -> None:
         assert settings.redis_url is not None
         client = open_async_redis(settings.redis_url)
-        broker = JobProducer(client, settings)
-        await broker.open()
+        producer = JobProducer(client, settings)
+        await producer.open()
         kept, lost = make_job(), make_job()
-        await broker.enqueue(kept)
+        await producer.enqueue(kept)
         assert master.client.wait(1, 30_000) == 1
         replica.kill()
-        await broker.enqueue(lost)
+        await producer.enqueue(lost)
         master.kill()
         replica.start()
         await asyncio.to_thread(
@@ -148,12 +148,12 @@ def test_what_the_replica_has_not_got_is_lost_with_the_master(tmp_path: Path) ->
         deadline_s = time.monotonic() + 60
         while True:
             try:
-                records = [await broker.get(kept.id), await broker.get(lost.id)]
+                records = [await producer.get(kept.id), await producer.get(lost.id)]
                 break
             except NotReady:
                 assert time.monotonic() < deadline_s
         assert records[0] is not None and records[1] is None, "acknowledged, and gone"
-        await broker.close()
+        await producer.close()
         await client.aclose()
 
     with sentinels(tmp_path) as (master, replica, watchers):
@@ -164,24 +164,24 @@ def test_a_master_that_needs_a_replica_refuses_jobs_without_one(tmp_path: Path) 
     async def scenario(replica: Server, settings: Settings) -> None:
         assert settings.redis_url is not None
         client = open_async_redis(settings.redis_url)
-        broker = JobProducer(client, settings)
-        await broker.open()
-        await broker.enqueue(make_job())
+        producer = JobProducer(client, settings)
+        await producer.open()
+        await producer.enqueue(make_job())
         replica.kill()
         deadline_s = time.monotonic() + 60
         with pytest.raises(NotReady):
             while time.monotonic() < deadline_s:
-                await broker.enqueue(make_job())
+                await producer.enqueue(make_job())
                 await asyncio.sleep(0.1)
         replica.start()
         while True:
             try:
-                await broker.enqueue(make_job())
+                await producer.enqueue(make_job())
                 break
             except NotReady:
                 assert time.monotonic() < deadline_s + 60
                 await asyncio.sleep(0.1)
-        await broker.close()
+        await producer.close()
         await client.aclose()
 
     with sentinels(tmp_path, *NEEDS_REPLICA) as (_, replica, watchers):

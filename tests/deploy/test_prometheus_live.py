@@ -13,7 +13,7 @@ import yaml
 from giantleap.cli.demo import free_port
 from giantleap.service.api.app import create_app
 from giantleap.service.settings import read_settings
-from tests.service.fake_broker import FakeBroker
+from tests.service.fake_producer import FakeProducer
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
 
@@ -44,9 +44,9 @@ def wait_for(url: str, text: str) -> dict[str, Any]:
 def test_prometheus_scrapes_the_api_and_evaluates_the_rules(tmp_path: Path) -> None:
     binary = shutil.which("prometheus")
     assert binary is not None, "prometheus is missing: apt-get install prometheus"
-    broker = FakeBroker()
-    broker.live_workers = 0
-    app = create_app(read_settings(bundle=(write_paper_bundle(tmp_path / "paper"),)), broker)  # type: ignore[arg-type]
+    producer = FakeProducer()
+    producer.live_workers = 0
+    app = create_app(read_settings(bundle=(write_paper_bundle(tmp_path / "paper"),)), producer)  # type: ignore[arg-type]
     config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
     shutil.copy(ROOT / "deploy" / "prometheus" / "rules.yml", tmp_path)
     port = free_port()

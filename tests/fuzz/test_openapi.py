@@ -25,7 +25,7 @@ from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
 from giantleap.service.settings import read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
-from tests.service.fake_broker import FakeBroker
+from tests.service.fake_producer import FakeProducer
 from tests.service.front_fakes import to_file
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
@@ -36,8 +36,8 @@ MAY_FAIL = (503, 504)  # not ready, a full store, a deadline: documented, and no
 
 
 def read_document(root: Path) -> dict[str, Any]:
-    """The OpenAPI document; a broker in memory will do, nothing is asked."""
-    app = create_app(read_settings(bundle=(write_paper_bundle(root),)), FakeBroker())  # type: ignore[arg-type]
+    """The OpenAPI document; a producer in memory will do, nothing is asked."""
+    app = create_app(read_settings(bundle=(write_paper_bundle(root),)), FakeProducer())  # type: ignore[arg-type]
     return describe(app)
 
 
@@ -63,8 +63,8 @@ def make_results(claim: Claim) -> list[tuple[ResultFile, bytes]]:
     return [(ResultFile(f"image/{kind}", len(content), 1, 8, 8), content) for content in contents]
 
 
-def end_with_files(claims: JobConsumer, claim: Claim) -> None:
-    claims.finish(claim, make_results(claim), {}, ())
+def end_with_files(consumer: JobConsumer, claim: Claim) -> None:
+    consumer.complete(claim, make_results(claim), {}, ())
 
 
 @pytest.fixture(scope="module")

@@ -57,9 +57,9 @@ async def run(settings: Settings, numbers: range) -> tuple[Counter[str], list[in
     """What became of each request, and the process' memory (bytes) after each tenth of them."""
     assert settings.redis_url is not None
     client = open_async_redis(settings.redis_url)
-    broker = JobProducer(client, settings)
-    await broker.open()
-    app: FastAPI = create_app(settings, broker)
+    producer = JobProducer(client, settings)
+    await producer.open()
+    app: FastAPI = create_app(settings, producer)
     ends: Counter[str] = Counter()
     rss_bytes = []
     process = psutil.Process()
@@ -74,7 +74,7 @@ async def run(settings: Settings, numbers: range) -> tuple[Counter[str], list[in
         if (number + 1) % (len(numbers) // 10) == 0:
             gc.collect()
             rss_bytes.append(process.memory_info().rss)
-    await broker.close()
+    await producer.close()
     await client.aclose()
     return ends, rss_bytes
 

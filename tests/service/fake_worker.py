@@ -65,9 +65,9 @@ def main(url: str, prefix: str, visibility_s: float, role: WorkerRole = WorkerRo
                 work(claim.job.params.negative_prompt, claim.job.params.steps / 1000, hold_s=visibility_s / 6)
             result = f"{claim.job.id} by {os.getpid()}".encode()
             if role is WorkerRole.GENERATE:
-                if worker.hand_over(claim, result, {"generate": 1.0}, []):
+                if worker.transfer(claim, result, {"generate": 1.0}, []):
                     note("handed", claim.job.id)
-            elif worker.finish(claim, [(ResultFile("text/plain", len(result)), result)], {}, []):
+            elif worker.complete(claim, [(ResultFile("text/plain", len(result)), result)], {}, []):
                 note("end", claim.job.id)
 
 

@@ -55,7 +55,7 @@ def make_claim(name: str, params: JobParams = GENERATE, body: bytes | None = Non
 
 
 @dataclass
-class FakeClaims:
+class FakeConsumer:
     """Hands out the given claims once and remembers what became of each, in the order of the calls."""
 
     waiting: list[Claim] = field(default_factory=list)
@@ -65,7 +65,7 @@ class FakeClaims:
     on_empty: Callable[[], None] = lambda: None
 
     finished: dict[str, list[tuple[ResultFile, bytes]]] = field(default_factory=dict)
-    handed_over: dict[str, Claim] = field(default_factory=dict)
+    transferred: dict[str, Claim] = field(default_factory=dict)
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, JobError] = field(default_factory=dict)
     canceled_ids: list[str] = field(default_factory=list)
@@ -84,11 +84,11 @@ class FakeClaims:
     def emit(self, claim: Claim, name: str, data: Mapping[str, object]) -> None:
         self.events.append((claim.job.id, name, dict(data)))
 
-    def canceled(self, claims: Sequence[Claim]) -> set[str]:
+    def find_canceled(self, claims: Sequence[Claim]) -> set[str]:
         self.polls += 1
         return {c.job.id for c in claims if self.polls > self.cancel_after_polls.get(c.job.id, 10**9)}
 
-    def finish(
+    def complete(
         self,
         claim: Claim,
         results: Sequence[tuple[ResultFile, bytes]],
@@ -107,7 +107,7 @@ class FakeClaims:
         self.warnings[claim.job.id] = list(warnings)
         return True
 
-    def hand_over(
+    def transfer(
         self,
         claim: Claim,
         latents: bytes | None,
@@ -120,15 +120,17 @@ class FakeClaims:
             raise StorageFull("no room")
         if claim.job.id in self.lost_ids:
             return None
-        assert claim.job.id not in self.handed_over, "a job is handed over once"
-        self.handed_over[claim.job.id] = replace(claim, body=latents, drawn=BaseLatents(dict(stages), tuple(warnings)))
+        assert claim.job.id not in self.transferred, "a job is handed over once"
+        self.transferred[claim.job.id] = replace(
+            claim, body=latents, base_latents=BaseLatents(dict(stages), tuple(warnings))
+        )
         return JobState.QUEUED
 
     def fail(self, claim: Claim, error: JobError, stages: Mapping[str, float]) -> bool:
         self.failed[claim.job.id] = error
         return claim.job.id not in self.lost_ids
 
-    def finish_canceled(self, claim: Claim, stages: Mapping[str, float]) -> bool:
+    def cancel(self, claim: Claim, stages: Mapping[str, float]) -> bool:
         self.canceled_ids.append(claim.job.id)
         return claim.job.id not in self.lost_ids
 

@@ -1,4 +1,4 @@
-"""What the tests of the compatible fronts share: an app over a broker in memory that hands out real files."""
+"""What the tests of the compatible fronts share: an app over a producer in memory that hands out real files."""
 
 import io
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from safetensors.numpy import load, save
 from giantleap.service.api.app import create_app
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord, UpscaleParams
 from giantleap.service.settings import read_settings
-from tests.service.fake_broker import FakeBroker, succeed
+from tests.service.fake_producer import FakeProducer, succeed
 from tests.service.paper_bundle import CHANNELS, write_paper_bundle
 
 STAGES = "queue;dur=250.0, generate;dur=1000.0, upscale;dur=250.0, decode;dur=125.0, encode;dur=125.0"
@@ -22,7 +22,7 @@ STRIDE_PX = 8
 
 
 @dataclass
-class FileBroker(FakeBroker):
+class FileProducer(FakeProducer):
     """Results are what the job asks for, without a network: a latent's pixels repeated, or an image of noise."""
 
     files: dict[str, list[bytes]] = field(default_factory=dict)
@@ -96,7 +96,7 @@ def write_wan_bundle(root: Path) -> Path:
     return bundle
 
 
-def build_app(broker: FakeBroker, bundle_dirs: tuple[Path, ...], **changes: object) -> FastAPI:
+def build_app(producer: FakeProducer, bundle_dirs: tuple[Path, ...], **changes: object) -> FastAPI:
     """The real app; `changes` are settings."""
     given = {"bundle": bundle_dirs, "max_body_bytes": 1 << 20, "max_image_px": 512 * 512, "max_prompt_chars": 200}
-    return create_app(read_settings(**given | changes), broker)  # type: ignore[arg-type]
+    return create_app(read_settings(**given | changes), producer)  # type: ignore[arg-type]

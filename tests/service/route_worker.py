@@ -46,13 +46,13 @@ def main(url: str, prefix: str, limit_s: float, grace_s: float) -> None:
     stop = Route.stop
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     route = Route(on_step=lambda step: time.sleep(0.05), name="pocket")
-    claims = JobConsumer(open_redis(url), settings, ["pocket"], "route")
+    consumer = JobConsumer(open_redis(url), settings, ["pocket"], "route")
     watchdog = Watchdog(limit_s)
-    claims.open()
+    consumer.open()
     watchdog.open()
     metrics, grids = Metrics(CollectorRegistry()), {"pocket": LatentGrid(STRIDE_PX, 1)}
-    Worker({"pocket": route}, grids, claims, metrics, settings, Drain(stop, grace_s), watchdog=watchdog).run()  # type: ignore[dict-item]
-    claims.close()
+    Worker({"pocket": route}, grids, consumer, metrics, settings, Drain(stop, grace_s), watchdog=watchdog).run()  # type: ignore[dict-item]
+    consumer.close()
 
 
 if __name__ == "__main__":

@@ -14,15 +14,15 @@ def thread_worker(settings: Settings, bundle: str, end: Callable[[JobConsumer, C
     """Takes jobs of a bundle one after the other until the block ends; `end` is to finish or to fail each."""
     assert settings.redis_url is not None
     redis = open_redis(settings.redis_url)
-    claims = JobConsumer(redis, settings, (bundle,), "thread-worker")
+    consumer = JobConsumer(redis, settings, (bundle,), "thread-worker")
     stop = threading.Event()
 
     def run() -> None:
         while not stop.is_set():
-            for claim in claims.claim(1, 0.1):
-                end(claims, claim)
+            for claim in consumer.claim(1, 0.1):
+                end(consumer, claim)
 
-    claims.open()
+    consumer.open()
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
@@ -30,5 +30,5 @@ def thread_worker(settings: Settings, bundle: str, end: Callable[[JobConsumer, C
     finally:
         stop.set()
         thread.join(30)
-        claims.close()
+        consumer.close()
         redis.close()

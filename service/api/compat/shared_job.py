@@ -211,7 +211,7 @@ async def finish_job(
 async def abandon_job(serving: AppState, job_id: str, key: str | None) -> None:
     """Cancel the job of a client that will get no result, unless its key lets it come back."""
     if key is None:
-        await serving.broker.cancel(job_id)
+        await serving.producer.cancel(job_id)
 
 
 async def read_results(serving: AppState, record: JobRecord) -> list[bytes]:
@@ -220,7 +220,7 @@ async def read_results(serving: AppState, record: JobRecord) -> list[bytes]:
     Raises:
         NotFound: one was dropped to make room.
     """
-    read = (serving.broker.read_result(record.job.id, index) for index in range(len(record.results)))
+    read = (serving.producer.read_result(record.job.id, index) for index in range(len(record.results)))
     found = await asyncio.gather(*read)
     contents = [content for content in found if content is not None]
     if len(contents) != len(found):

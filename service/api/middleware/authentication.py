@@ -44,10 +44,10 @@ class AuthenticationMiddleware:
         origins: Sites whose pages may call (`Settings.cors_origins`).
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing | None, broker: JobProducer, origins: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing | None, producer: JobProducer, origins: tuple[str, ...]) -> None:
         self.app = app
         self.keys = keys
-        self.broker = broker
+        self.producer = producer
         self.origins = frozenset(origins)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
@@ -83,7 +83,7 @@ class AuthenticationMiddleware:
         if wanted is not None:
             require_scope(caller, wanted)
         if caller.requests_per_minute is not None and is_counted(request.method, path):
-            wait_s = await self.broker.spend(caller.name, caller.requests_per_minute)
+            wait_s = await self.producer.acquire_rate_limit(caller.name, caller.requests_per_minute)
             if wait_s > 0:
                 raise RateLimited(
                     f"this key may send {caller.requests_per_minute} requests a minute; wait as Retry-After says",

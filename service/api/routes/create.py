@@ -284,7 +284,7 @@ async def _run(
         record = await wait_for_job(request, serving, enqueued.job_id, timeout_s, created)
     except ClientDisconnect:
         if asked.cancel_on_disconnect:
-            await serving.broker.cancel(enqueued.job_id)
+            await serving.producer.cancel(enqueued.job_id)
         raise
     if not record.state.final:
         return _unfinished(request, serving, record, asked, timeout_s)
@@ -293,14 +293,14 @@ async def _run(
     headers = _applied(asked) | {"Vary": "Accept, Prefer"}
     if answer_type == JSON_TYPE:
         return job_answer(request, record, headers=headers)
-    content = await serving.broker.read_result(record.job.id, 0)
+    content = await serving.producer.read_result(record.job.id, 0)
     if content is None:
         raise NotFound("the result was dropped to make room before it was read; post the job again")
     return file_response(record, content, 0, headers)
 
 
 async def _get(serving: AppState, job_id: str) -> JobRecord:
-    record = await serving.broker.get(job_id)
+    record = await serving.producer.get(job_id)
     if record is None:
         raise NotFound("the job of this Idempotency-Key has expired; use a new key")
     return record
@@ -319,7 +319,7 @@ async def wait_for_job(
     Raises:
         ClientDisconnect: the client went away; the job goes on.
     """
-    waiting = asyncio.create_task(serving.broker.wait(job_id, timeout_s, created))
+    waiting = asyncio.create_task(serving.producer.wait(job_id, timeout_s, created))
     # The body has been read: all that can still come from the client is that it goes away.
     leaving = asyncio.create_task(_wait_for_disconnect(request))
     tasks = (waiting, leaving)

@@ -39,18 +39,18 @@ async def find_reasons(serving: AppStateDep) -> list[str]:
     if serving.stopping.is_set():
         return ["this process is stopping"]
     try:
-        stats = await serving.broker.stats()
-        await serving.broker.read_devices()
+        stats = await serving.producer.stats()
+        await serving.producer.read_devices()
     except NotReady:
         return ["Redis cannot be reached"]
-    return missing_roles(serving.broker.devices) if stats.live_workers else ["no worker is ready"]
+    return missing_roles(serving.producer.devices) if stats.live_workers else ["no worker is ready"]
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def get_metrics(serving: AppStateDep) -> Response:
     """Prometheus metrics of all processes of this host, and the queue as it is now."""
     try:
-        stats = await serving.broker.stats()
+        stats = await serving.producer.stats()
     except NotReady:
         stats = None
     return Response(serving.metrics.render(stats), media_type=CONTENT_TYPE)

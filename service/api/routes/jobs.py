@@ -38,7 +38,7 @@ async def get_record(job_id: JobId, serving: AppStateDep, caller: Annotated[Call
     Raises:
         NotFound: there is none, the id is no UUID, or the job is another key's.
     """
-    record = await serving.broker.get(job_id) if JOB_ID.fullmatch(job_id) else None
+    record = await serving.producer.get(job_id) if JOB_ID.fullmatch(job_id) else None
     if record is None or not caller.sees(record.job.owner):
         raise NotFound(_UNKNOWN)
     return record
@@ -54,7 +54,7 @@ async def list_jobs(
     cursor: Annotated[str | None, Query(pattern=CURSOR_PATTERN, description="next_cursor of the page before.")] = None,
 ) -> JobsBody:
     """The caller's own jobs, newest first, as long as their records live."""
-    page = await serving.broker.list_jobs(caller.name, status, limit, cursor)
+    page = await serving.producer.list_jobs(caller.name, status, limit, cursor)
     root_path = request.scope.get("root_path", "")
     return JobsBody(jobs=[to_job_body(record, root_path) for record in page.records], next_cursor=page.next_cursor)
 
@@ -86,7 +86,7 @@ async def get_result(
         return job_problem(request, record, Conflict(f"the job is {record.state}; wait until it has succeeded"))
     if index >= len(record.results):
         raise NotFound(f"the job has {len(record.results)} results, counted from 0; there is no {index}")
-    content = await serving.broker.read_result(record.job.id, index)
+    content = await serving.producer.read_result(record.job.id, index)
     if content is None:
         raise NotFound("the result was dropped to make room, or its time to live has passed; post the job again")
     return file_response(record, content, index)
@@ -103,7 +103,7 @@ async def get_events(
     last_event_id: Annotated[str | None, Header(description="Resume after this event.")] = None,
 ) -> Response:
     """Progress as server-sent events: queued, started, step, stage, retrying, done; the stream ends after done."""
-    events = serving.broker.events(record.job.id, read_last_event_id(last_event_id))
+    events = serving.producer.events(record.job.id, read_last_event_id(last_event_id))
     return StreamingResponse(
         stream_events(events, serving.stopping),
         media_type=EVENT_STREAM_TYPE,
@@ -115,7 +115,7 @@ async def get_events(
 @router.post("/jobs/{job_id}/cancel", response_model=JobBody, responses=describe_responses({}, 404, 409, 503))
 async def cancel_job(request: Request, record: RecordDep, serving: AppStateDep) -> Response:
     """Cancel the job: at once where it waits, after the current step where it runs. Safe to repeat."""
-    canceled = await serving.broker.cancel(record.job.id)
+    canceled = await serving.producer.cancel(record.job.id)
     if canceled is None:
         raise NotFound(_UNKNOWN)
     if canceled.state in (JobState.SUCCEEDED, JobState.FAILED):

@@ -20,7 +20,7 @@ from giantleap.service.api.sse import read_last_event_id, stream_events, to_bloc
 from giantleap.service.errors import MalformedRequest, NotReady
 from giantleap.service.jobs.job import GenerateParams, Job, JobEvent, Priority
 from giantleap.service.settings import Settings, read_settings
-from tests.service.fake_broker import FakeBroker, stay_queued
+from tests.service.fake_producer import FakeProducer, stay_queued
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
 
@@ -56,30 +56,30 @@ def parse(text: str) -> list[JobEvent]:
     return events
 
 
-async def collect(broker: FakeBroker, bundle_dir: Path, headers: dict[str, str] | None = None) -> httpx.Response:
+async def collect(producer: FakeProducer, bundle_dir: Path, headers: dict[str, str] | None = None) -> httpx.Response:
     job = stored_job()
-    broker.records[job.id] = stay_queued(job)
-    app = create_app(read_settings(bundle=(bundle_dir,)), broker)  # type: ignore[arg-type]
+    producer.records[job.id] = stay_queued(job)
+    app = create_app(read_settings(bundle=(bundle_dir,)), producer)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         return await client.get(f"/jobs/{job.id}/events", headers=headers)
 
 
 async def test_every_event_is_told_in_order(bundle_dir: Path) -> None:
-    broker = FakeBroker(event_list=EVENTS)
-    answer = await collect(broker, bundle_dir)
+    producer = FakeProducer(event_list=EVENTS)
+    answer = await collect(producer, bundle_dir)
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["cache-control"] == "no-store"
     assert parse(answer.text) == EVENTS and "retry: " in answer.text
-    assert broker.open_events == 0
+    assert producer.open_events == 0
 
 
 async def test_a_client_resumes_after_the_last_event_that_it_got(bundle_dir: Path) -> None:
-    answer = await collect(FakeBroker(event_list=EVENTS), bundle_dir, {"Last-Event-ID": "12-0"})
+    answer = await collect(FakeProducer(event_list=EVENTS), bundle_dir, {"Last-Event-ID": "12-0"})
     assert parse(answer.text) == EVENTS[3:]
 
 
 async def test_an_id_of_another_stream_is_malformed(bundle_dir: Path) -> None:
-    answer = await collect(FakeBroker(event_list=EVENTS), bundle_dir, {"Last-Event-ID": "nonsense"})
+    answer = await collect(FakeProducer(event_list=EVENTS), bundle_dir, {"Last-Event-ID": "nonsense"})
     assert answer.status_code == 400 and answer.headers["content-type"] == "application/problem+json"
     assert read_last_event_id(None) == read_last_event_id("") == "0-0"
     for bad in ("1", "1-", "$", "1-2\n", "9" * 30 + "-0", "9" * 20 + "-0", "0-" + "9" * 20):
@@ -94,50 +94,50 @@ def test_a_block_holds_one_line_of_data() -> None:
 
 
 async def test_a_quiet_stream_is_kept_alive() -> None:
-    broker = FakeBroker(event_list=EVENTS[:1], endless_events=True)
-    stream = stream_events(broker.events("job"), asyncio.Event(), heartbeat_s=0.02)
+    producer = FakeProducer(event_list=EVENTS[:1], endless_events=True)
+    stream = stream_events(producer.events("job"), asyncio.Event(), heartbeat_s=0.02)
     blocks = [await anext(stream) for _ in range(5)]
     assert parse("".join(blocks)) == EVENTS[:1]
     assert blocks[-2:] == [": heartbeat\n\n"] * 2
     await stream.aclose()
-    assert broker.open_events == 0, "the source was closed with the stream"
+    assert producer.open_events == 0, "the source was closed with the stream"
 
 
 async def test_a_stream_ends_when_the_process_stops() -> None:
-    broker, stopping = FakeBroker(endless_events=True), asyncio.Event()
-    stream = stream_events(broker.events("job"), stopping)
+    producer, stopping = FakeProducer(endless_events=True), asyncio.Event()
+    stream = stream_events(producer.events("job"), stopping)
     await anext(stream)
     pending = asyncio.ensure_future(anext(stream, "end"))
     await asyncio.sleep(0.02)
     stopping.set()
     assert await asyncio.wait_for(pending, 60) == "end"
-    assert broker.open_events == 0
+    assert producer.open_events == 0
 
 
 async def test_a_stream_whose_store_is_lost_ends_for_the_client_to_come_back() -> None:
-    broker = FakeBroker(event_list=EVENTS[:2], endless_events=True)
-    stream = stream_events(broker.events("job"), asyncio.Event())
+    producer = FakeProducer(event_list=EVENTS[:2], endless_events=True)
+    stream = stream_events(producer.events("job"), asyncio.Event())
     blocks = [await anext(stream) for _ in range(3)]
-    broker.outage = NotReady("Redis does not answer")
+    producer.outage = NotReady("Redis does not answer")
     blocks += [block async for block in stream]
     assert parse("".join(blocks)) == EVENTS[:2] and blocks[-1].startswith(": not_ready")
 
 
 async def test_a_client_that_leaves_closes_its_stream(bundle_dir: Path) -> None:
     job = stored_job()
-    broker = FakeBroker(event_list=EVENTS[:1], endless_events=True, records={job.id: stay_queued(job)})
-    app = create_app(read_settings(bundle=(bundle_dir,)), broker)  # type: ignore[arg-type]
+    producer = FakeProducer(event_list=EVENTS[:1], endless_events=True, records={job.id: stay_queued(job)})
+    app = create_app(read_settings(bundle=(bundle_dir,)), producer)  # type: ignore[arg-type]
     with live_server(app) as url:
         async with httpx.AsyncClient() as client:
             async with client.stream("GET", f"{url}/jobs/{job.id}/events", timeout=60) as answer:
                 lines = answer.aiter_lines()
                 while await anext(lines) != "event: queued":
                     pass
-                assert broker.open_events == 1
+                assert producer.open_events == 1
             deadline_s = time.monotonic() + 60
-            while broker.open_events and time.monotonic() < deadline_s:
+            while producer.open_events and time.monotonic() < deadline_s:
                 await asyncio.sleep(0.01)
-    assert broker.open_events == 0
+    assert producer.open_events == 0
 
 
 async def test_events_come_through_redis_as_they_happen(settings: Settings, bundle_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Jobs over HTTP: ids that clients make, deadlines, webhooks and the list, over a broker in memory and a real queue."""
+"""Jobs over HTTP: client ids, deadlines, webhooks and the list, over a producer in memory and a real queue."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from giantleap.service.auth import new_key
 from giantleap.service.jobs.job import JobState, Webhook
 from giantleap.service.settings import Settings, read_settings, to_environment
 from giantleap.service.webhooks import sender as webhooks
-from tests.service.fake_broker import FakeBroker, stay_queued
+from tests.service.fake_producer import FakeProducer, stay_queued
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import BASE_PX, CHANNELS, write_paper_bundle
 from tests.service.webhook_receiver import webhook_receiver
@@ -38,14 +38,14 @@ def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def broker() -> FakeBroker:
-    return FakeBroker()
+def producer() -> FakeProducer:
+    return FakeProducer()
 
 
 @pytest.fixture
-def app(bundle_dir: Path, broker: FakeBroker) -> FastAPI:
+def app(bundle_dir: Path, producer: FakeProducer) -> FastAPI:
     settings = read_settings(bundle=(bundle_dir,), webhook_secret=SECRET)
-    return create_app(settings, broker)  # type: ignore[arg-type]
+    return create_app(settings, producer)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -64,20 +64,20 @@ def assert_problem(answer: httpx.Response, status: int, code: str, field: str | 
 
 
 async def test_put_makes_a_job_of_either_kind_under_the_clients_id(
-    client: httpx.AsyncClient, broker: FakeBroker
+    client: httpx.AsyncClient, producer: FakeProducer
 ) -> None:
     drawn, enlarged = str(uuid.uuid4()), str(uuid.uuid4())
     answer = await client.put(f"/jobs/{drawn}", json={"prompt": "a"})
     assert answer.status_code == 200 and answer.json()["id"] == drawn
     answer = await client.put(f"/jobs/{enlarged}?scale=2", content=LATENT, headers=SAFETENSORS | ASYNC)
     assert answer.status_code == 202 and answer.headers["location"] == f"/jobs/{enlarged}"
-    assert [(job.id, job.params.kind) for job in broker.jobs] == [(drawn, "generate"), (enlarged, "upscale")]
+    assert [(job.id, job.params.kind) for job in producer.jobs] == [(drawn, "generate"), (enlarged, "upscale")]
     assert (await client.get(f"/jobs/{drawn}")).json()["status"] == "succeeded"
     image = await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a"}, headers={"Accept": "image/png"})
     assert image.status_code == 200 and image.headers["content-type"] == "image/png"
 
 
-async def test_put_refuses_what_it_cannot_mean(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_put_refuses_what_it_cannot_mean(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     path, body = f"/jobs/{uuid.uuid4()}", {"prompt": "a"}
     for bad in ("7", str(uuid.uuid4()).upper(), "x" * 36):
         assert_problem(await client.put(f"/jobs/{bad}", json=body), 422, "invalid_request", "job_id")
@@ -92,14 +92,16 @@ async def test_put_refuses_what_it_cannot_mean(client: httpx.AsyncClient, broker
     assert_problem(
         await client.put(path, content=b"a", headers={"Content-Type": "text/html"}), 415, "unsupported_media_type"
     )
-    assert broker.jobs == []
+    assert producer.jobs == []
 
 
 # --- Cancel-After
 
 
 @pytest.mark.parametrize("path", ["/generate", "/upscale", "put"])
-async def test_cancel_after_becomes_the_jobs_deadline(client: httpx.AsyncClient, broker: FakeBroker, path: str) -> None:
+async def test_cancel_after_becomes_the_jobs_deadline(
+    client: httpx.AsyncClient, producer: FakeProducer, path: str
+) -> None:
     headers = {"Cancel-After": "30"}
     if path == "/upscale":
         answer = await client.post(path, content=LATENT, headers=headers | SAFETENSORS)
@@ -108,7 +110,7 @@ async def test_cancel_after_becomes_the_jobs_deadline(client: httpx.AsyncClient,
     else:
         answer = await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a"}, headers=headers)
     assert answer.status_code == 200
-    assert [job.cancel_after_s for job in broker.jobs] == [30.0]
+    assert [job.cancel_after_s for job in producer.jobs] == [30.0]
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "soon", "", "1e3", "604801", "9" * 40, "٣"])
@@ -117,10 +119,10 @@ async def test_a_cancel_after_that_is_no_time_is_refused(client: httpx.AsyncClie
     assert_problem(answer, 400, "malformed_request")
 
 
-async def test_a_job_counts_its_latent_pixels(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_a_job_counts_its_latent_pixels(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     await client.post("/generate", json={"prompt": "a", "scale": 2, "num_images": 3})
     await client.post("/upscale?scale=2", content=LATENT, headers=SAFETENSORS)
-    drawn, enlarged = broker.jobs
+    drawn, enlarged = producer.jobs
     assert drawn.latent_px == 3 * (2 * BASE_PX // 8) ** 2
     assert enlarged.latent_px == 4 * 4 * 6
 
@@ -128,7 +130,7 @@ async def test_a_job_counts_its_latent_pixels(client: httpx.AsyncClient, broker:
 # --- webhooks
 
 
-async def test_a_webhook_reaches_the_job(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_a_webhook_reaches_the_job(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     url = "https://8.8.8.8/hook"
     answer = await client.post("/generate", json={"prompt": "a", "webhook": {"url": url, "events": ["failed"]}})
     assert answer.status_code == 200 and url not in answer.text
@@ -137,7 +139,7 @@ async def test_a_webhook_reaches_the_job(client: httpx.AsyncClient, broker: Fake
     await client.post("/upscale", params=query, content=LATENT, headers=SAFETENSORS)
     every = ("succeeded", "failed", "canceled")
     events = [("failed",), every, ("failed", "canceled")]
-    assert [job.webhook for job in broker.jobs] == [Webhook(url, each) for each in events]
+    assert [job.webhook for job in producer.jobs] == [Webhook(url, each) for each in events]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ async def test_a_webhook_reaches_the_job(client: httpx.AsyncClient, broker: Fake
     ],
 )
 async def test_a_webhook_into_the_own_network_is_refused(
-    client: httpx.AsyncClient, broker: FakeBroker, url: str
+    client: httpx.AsyncClient, producer: FakeProducer, url: str
 ) -> None:
     answer = await client.post("/generate", json={"prompt": "a", "webhook": {"url": url}})
     assert_problem(answer, 422, "invalid_request", "webhook")
@@ -163,12 +165,12 @@ async def test_a_webhook_into_the_own_network_is_refused(
     assert_problem(answer, 422, "invalid_request", "webhook")
     answer = await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a", "webhook": {"url": url}})
     assert_problem(answer, 422, "invalid_request", "webhook")
-    assert broker.jobs == []
+    assert producer.jobs == []
 
 
-async def test_a_webhook_to_a_host_that_is_not_listed_is_refused(bundle_dir: Path, broker: FakeBroker) -> None:
+async def test_a_webhook_to_a_host_that_is_not_listed_is_refused(bundle_dir: Path, producer: FakeProducer) -> None:
     settings = read_settings(bundle=(bundle_dir,), webhook_secret=SECRET, webhook_hosts="8.8.8.8,.example.org")
-    app = create_app(settings, broker)  # type: ignore[arg-type]
+    app = create_app(settings, producer)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         for url, status in (("https://8.8.4.4/", 422), ("https://8.8.8.8.evil.net/", 422), ("https://8.8.8.8/", 200)):
             answer = await client.post("/generate", json={"prompt": "a", "webhook": {"url": url}})
@@ -176,7 +178,7 @@ async def test_a_webhook_to_a_host_that_is_not_listed_is_refused(bundle_dir: Pat
             if status == 422:
                 assert_problem(answer, 422, "invalid_request", "webhook")
                 assert "not on the list" in answer.text and url not in answer.text
-    assert len(broker.jobs) == 1
+    assert len(producer.jobs) == 1
 
 
 @pytest.mark.parametrize("hosts", ["https://example.org", "example.org:443", "*.example.org", "a/b", ".", "::1"])
@@ -186,17 +188,17 @@ def test_a_host_of_the_list_is_a_plain_name(hosts: str) -> None:
 
 
 async def test_a_webhook_without_a_secret_or_of_unknown_events_is_refused(
-    bundle_dir: Path, client: httpx.AsyncClient, broker: FakeBroker
+    bundle_dir: Path, client: httpx.AsyncClient, producer: FakeProducer
 ) -> None:
     for webhook in ({"url": "https://8.8.8.8/", "events": ["started"]}, {"url": "https://8.8.8.8/", "events": []}, {}):
         answer = await client.post("/generate", json={"prompt": "a", "webhook": webhook})
         assert_problem(answer, 422, "invalid_request")
-    app = create_app(read_settings(bundle=(bundle_dir,)), broker)  # type: ignore[arg-type]
+    app = create_app(read_settings(bundle=(bundle_dir,)), producer)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as plain:
         answer = await plain.post("/generate", json={"prompt": "a", "webhook": {"url": "https://8.8.8.8/"}})
         assert_problem(answer, 422, "invalid_request", "webhook")
         assert "GIANTLEAP_WEBHOOK_SECRET" in answer.text
-    assert broker.jobs == []
+    assert producer.jobs == []
 
 
 def test_the_secret_is_hidden_but_reaches_child_processes(bundle_dir: Path) -> None:
@@ -208,9 +210,9 @@ def test_the_secret_is_hidden_but_reaches_child_processes(bundle_dir: Path) -> N
 # --- the list
 
 
-async def test_jobs_are_listed_newest_first_by_state(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_jobs_are_listed_newest_first_by_state(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     ids = [(await client.post("/generate", json={"prompt": "a"})).json()["id"] for _ in range(3)]
-    broker.end = stay_queued
+    producer.end = stay_queued
     waiting = (await client.post("/generate", json={"prompt": "a"}, headers=ASYNC)).json()["id"]
     body = (await client.get("/jobs")).json()
     assert [job["id"] for job in body["jobs"]] == [waiting, *reversed(ids)] and body["next_cursor"] is None

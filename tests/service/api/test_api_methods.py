@@ -14,7 +14,7 @@ from PIL import Image
 from giantleap.service.api.app import create_app
 from giantleap.service.jobs.job import GenerateParams, UpscaleParams
 from giantleap.service.settings import read_settings
-from tests.service.fake_broker import FakeBroker
+from tests.service.fake_producer import FakeProducer
 from tests.service.paper_bundle import write_paper_bundle
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
@@ -47,14 +47,14 @@ def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
 
 
 @pytest.fixture
-def broker() -> FakeBroker:
-    return FakeBroker()
+def producer() -> FakeProducer:
+    return FakeProducer()
 
 
 @pytest.fixture
-async def client(bundle_dirs: tuple[Path, ...], broker: FakeBroker) -> AsyncIterator[httpx.AsyncClient]:
+async def client(bundle_dirs: tuple[Path, ...], producer: FakeProducer) -> AsyncIterator[httpx.AsyncClient]:
     settings = read_settings(bundle=bundle_dirs, max_body_bytes=1 << 20, max_image_px=512 * 512)
-    app = create_app(settings, broker)  # type: ignore[arg-type]
+    app = create_app(settings, producer)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         yield client
 
@@ -87,27 +87,27 @@ def assert_refused(answer: httpx.Response, field: str, *words: str) -> None:
 )
 async def test_a_method_reaches_the_job_and_is_named_in_the_answer(
     client: httpx.AsyncClient,
-    broker: FakeBroker,
+    producer: FakeProducer,
     asked: dict[str, Any],
     base_px: tuple[int, int],
     final_px: tuple[int, int],
 ) -> None:
     answer = await generate(client, **asked)
-    (job,) = broker.jobs
+    (job,) = producer.jobs
     assert isinstance(job.params, GenerateParams)
     assert job.params.base_size_px == base_px and (job.params.width_px, job.params.height_px) == final_px
     assert job.params.method == answer.headers["x-method"] == answer.json()["method"] == asked.get("method", "lua")
 
 
 async def test_a_method_that_is_not_there_is_refused_with_the_reason(
-    client: httpx.AsyncClient, broker: FakeBroker
+    client: httpx.AsyncClient, producer: FakeProducer
 ) -> None:
     assert_refused(await generate(client, method="swinir"), "method", "no SwinIR weights", "lua, direct, bicubic")
     assert_refused(await generate(client, bundle="plain", method="lua"), "method", "no LUA weights")
     assert_refused(await generate(client, bundle="plain", method="direct"), "method", "max_direct_px")
     assert_refused(await generate(client, method="magic"), "method")
     assert_refused(await upscale(client, method="direct"), "method")
-    assert broker.jobs == []
+    assert producer.jobs == []
     assert (await generate(client, bundle="plain")).json()["method"] == "bicubic", "the descriptor's own default"
 
 
@@ -120,10 +120,10 @@ async def test_the_bundles_say_what_they_have(client: httpx.AsyncClient) -> None
 
 
 async def test_a_negative_prompt_is_refused_where_the_pipeline_takes_none(
-    client: httpx.AsyncClient, broker: FakeBroker
+    client: httpx.AsyncClient, producer: FakeProducer
 ) -> None:
     assert_refused(await generate(client, bundle="plain", negative_prompt="red"), "negative_prompt", "leave it out")
-    assert broker.jobs == []
+    assert producer.jobs == []
     for asked in ({"negative_prompt": "red"}, {"bundle": "plain", "negative_prompt": ""}):
         assert (await generate(client, **asked)).status_code == 200
 
@@ -134,28 +134,28 @@ async def test_sizes_of_a_method_are_its_own(client: httpx.AsyncClient) -> None:
     assert_refused(await generate(client, method="lua", width=130, height=128), "width", "128x128 and 160x128")
 
 
-async def test_a_decode_that_changes_the_image_is_labelled(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_a_decode_that_changes_the_image_is_labelled(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     answer = await generate(client, decode="tiled")
-    assert answer.headers["x-decode"] == answer.json()["decode"] == broker.jobs[0].params.decode == "tiled"
+    assert answer.headers["x-decode"] == answer.json()["decode"] == producer.jobs[0].params.decode == "tiled"
     assert_refused(await generate(client, decode="tiny"), "decode", "exact, tiled")
     assert_refused(await upscale(client, decode="tiny"), "decode")
 
 
 @pytest.mark.parametrize(("kind", "body"), [("image/png", PNG), ("application/octet-stream", PNG)])
 async def test_an_image_becomes_a_job_of_whole_latents(
-    client: httpx.AsyncClient, broker: FakeBroker, kind: str, body: bytes
+    client: httpx.AsyncClient, producer: FakeProducer, kind: str, body: bytes
 ) -> None:
     answer = await upscale(client, body, kind, scale=4, output_format="jpeg")
-    (job,) = broker.jobs
+    (job,) = producer.jobs
     assert answer.status_code == 200 and isinstance(job.params, UpscaleParams)
     assert (job.params.image_width_px, job.params.image_height_px) == (70, 45)
     assert (job.params.latent_width, job.params.latent_height, job.params.method) == (9, 6, "lua")
-    assert broker.blobs[job.id] == PNG
+    assert producer.blobs[job.id] == PNG
 
 
-async def test_an_image_may_come_as_the_one_file_of_a_form(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_an_image_may_come_as_the_one_file_of_a_form(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     good = await client.post("/upscale", files={"image": ("a.png", PNG, "image/png")})
-    assert good.status_code == 200 and broker.blobs[broker.jobs[0].id] == PNG
+    assert good.status_code == 200 and producer.blobs[producer.jobs[0].id] == PNG
     two = [("image", ("a.png", PNG, "image/png")), ("image", ("b.png", PNG, "image/png"))]
     for bad in (
         await client.post("/upscale", files=two),
@@ -165,10 +165,10 @@ async def test_an_image_may_come_as_the_one_file_of_a_form(client: httpx.AsyncCl
     ):
         assert bad.status_code == 400 and bad.json()["code"] == "malformed_request"
     large = await client.post("/upscale", files={"image": ("a.png", bytes(1 << 20), "image/png")})
-    assert large.status_code == 413 and len(broker.jobs) == 1
+    assert large.status_code == 413 and len(producer.jobs) == 1
 
 
-async def test_images_are_refused_before_anything_is_queued(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_images_are_refused_before_anything_is_queued(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     assert_refused(await upscale(client, scaled=True), "scaled", "image")
     assert_refused(await upscale(client, latent_space="paper"), "latent_space")
     assert_refused(await upscale(client, width=64, height=64), "width")
@@ -176,26 +176,28 @@ async def test_images_are_refused_before_anything_is_queued(client: httpx.AsyncC
     assert (await upscale(client, to_png(np.zeros((600, 600, 3), np.uint8)), scale=1)).status_code == 413
     assert (await upscale(client, PNG[:50])).status_code == 400
     assert (await upscale(client, PNG, "image/gif")).status_code == 415
-    assert broker.jobs == []
+    assert producer.jobs == []
 
 
-async def test_a_drawing_starts_from_an_image_at_the_base_size(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_a_drawing_starts_from_an_image_at_the_base_size(
+    client: httpx.AsyncClient, producer: FakeProducer
+) -> None:
     answer = await generate(client, init_image=TEXT, strength=0.5, width=192, height=128)
-    (job,) = broker.jobs
+    (job,) = producer.jobs
     assert answer.status_code == 200 and isinstance(job.params, GenerateParams) and job.params.strength == 0.5
-    with Image.open(io.BytesIO(broker.blobs[job.id])) as kept:
+    with Image.open(io.BytesIO(producer.blobs[job.id])) as kept:
         assert kept.format == "PNG" and kept.size == job.params.base_size_px == (96, 64)
         expected = Image.fromarray(PIXELS).resize((96, 64), Image.Resampling.LANCZOS)
         np.testing.assert_array_equal(np.asarray(kept), np.asarray(expected))
     await generate(client, init_image=f"data:image/png;base64,{TEXT}")
-    assert broker.jobs[1].params.strength == 0.6  # type: ignore[union-attr]
+    assert producer.jobs[1].params.strength == 0.6  # type: ignore[union-attr]
 
 
-async def test_a_start_that_cannot_be_used_is_refused(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_a_start_that_cannot_be_used_is_refused(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     assert_refused(await generate(client, strength=0.5), "strength", "init_image")
     assert_refused(await generate(client, init_image=TEXT, strength=0.1, steps=8), "strength", "no step")
     assert_refused(await generate(client, init_image="no base64!"), "init_image", "base64")
     assert_refused(await generate(client, init_image=base64.b64encode(PNG[:40]).decode()), "init_image", "damaged")
     assert_refused(await generate(client, init_image=TEXT, bundle="plain"), "init_image", "starts from noise")
     assert_refused(await generate(client, init_image=TEXT, strength=0), "strength")
-    assert broker.jobs == []
+    assert producer.jobs == []

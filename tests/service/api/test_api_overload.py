@@ -46,11 +46,11 @@ def work(claim: Claim) -> tuple[ResultFile, bytes]:
     return ResultFile("application/x-safetensors", len(content)), content
 
 
-def end_slowly(claims: JobConsumer, claim: Claim) -> None:
+def end_slowly(consumer: JobConsumer, claim: Claim) -> None:
     """Takes `JOB_S` for each job, and tells of a step."""
-    claims.emit(claim, "step", {"step": 1, "steps": 1})
+    consumer.emit(claim, "step", {"step": 1, "steps": 1})
     time.sleep(JOB_S)
-    claims.finish(claim, [work(claim)], STAGES, ())
+    consumer.complete(claim, [work(claim)], STAGES, ())
 
 
 def paper_worker(settings: Settings) -> contextlib.AbstractContextManager[None]:

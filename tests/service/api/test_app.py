@@ -1,4 +1,4 @@
-"""The HTTP contract, over a broker in memory: what is asked becomes a job, the job an answer, a fault a problem."""
+"""The HTTP contract, over a producer in memory: what is asked becomes a job, the job an answer, a fault a problem."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from giantleap.service.api.app import create_app
 from giantleap.service.errors import NotReady, QueueFull, StorageFull
 from giantleap.service.jobs.job import JobState, Priority
 from giantleap.service.settings import Settings, read_settings
-from tests.service.fake_broker import IMAGE, FakeBroker, fail, stay_queued, succeed
+from tests.service.fake_producer import IMAGE, FakeProducer, fail, stay_queued, succeed
 from tests.service.paper_bundle import BASE_PX, CHANNELS
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
@@ -41,13 +41,13 @@ def settings(bundle_dirs: tuple[Path, ...]) -> Settings:
 
 
 @pytest.fixture
-def broker() -> FakeBroker:
-    return FakeBroker()
+def producer() -> FakeProducer:
+    return FakeProducer()
 
 
 @pytest.fixture
-def app(settings: Settings, broker: FakeBroker) -> FastAPI:
-    return create_app(settings, broker)  # type: ignore[arg-type]
+def app(settings: Settings, producer: FakeProducer) -> FastAPI:
+    return create_app(settings, producer)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -80,10 +80,10 @@ def assert_problem(answer: httpx.Response, status: int, code: str, field: str | 
 # --- generate: what runs
 
 
-async def test_what_is_left_out_takes_the_bundles_defaults(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_what_is_left_out_takes_the_bundles_defaults(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     answer = await generate(client)
     assert answer.status_code == 200
-    (job,) = broker.jobs
+    (job,) = producer.jobs
     assert job.bundle == "paper" and job.priority is Priority.HIGH and uuid.UUID(job.id).version == 4
     params = dataclasses.asdict(job.params)
     seed = params.pop("seed")
@@ -105,7 +105,7 @@ async def test_what_is_left_out_takes_the_bundles_defaults(client: httpx.AsyncCl
     }
 
 
-async def test_every_field_reaches_the_job(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_every_field_reaches_the_job(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     asked = {
         "negative_prompt": "floor",
         "scale": 4,
@@ -118,7 +118,7 @@ async def test_every_field_reaches_the_job(client: httpx.AsyncClient, broker: Fa
         "output_format": "webp",
     }
     assert (await generate(client, **asked, bundle="flux", priority="low")).status_code == 200
-    (job,) = broker.jobs
+    (job,) = producer.jobs
     params = dataclasses.asdict(job.params)
     params["width"], params["height"] = params["width_px"], params["height_px"]
     assert {name: params[name] for name in asked} == asked
@@ -166,19 +166,19 @@ async def test_seeds_are_drawn_anew_for_each_job(client: httpx.AsyncClient) -> N
     ],
 )
 async def test_bad_values_are_named_and_enqueue_nothing(
-    client: httpx.AsyncClient, broker: FakeBroker, field: str, value: object
+    client: httpx.AsyncClient, producer: FakeProducer, field: str, value: object
 ) -> None:
     answer = await generate(client, **{field: value})
     assert_problem(answer, 422, "invalid_request", field)
-    assert not broker.records
+    assert not producer.records
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
-async def test_guidance_must_be_finite(client: httpx.AsyncClient, broker: FakeBroker, number: str) -> None:
+async def test_guidance_must_be_finite(client: httpx.AsyncClient, producer: FakeProducer, number: str) -> None:
     body = f'{{"prompt": "a", "guidance_scale": {number}}}'
     answer = await client.post("/generate", content=body, headers={"Content-Type": "application/json"})
     assert_problem(answer, 422, "invalid_request", "guidance_scale")
-    assert not broker.records
+    assert not producer.records
 
 
 async def test_several_bad_values_are_named_at_once(client: httpx.AsyncClient) -> None:
@@ -190,8 +190,8 @@ async def test_a_size_out_of_reach_names_the_nearest(client: httpx.AsyncClient) 
     assert "128x128" in (await generate(client, width=130, height=130)).json()["detail"]
 
 
-async def test_images_over_the_pixel_limit_are_refused(settings: Settings, broker: FakeBroker) -> None:
-    app = create_app(settings.model_copy(update={"max_image_px": 128 * 128}), broker)  # type: ignore[arg-type]
+async def test_images_over_the_pixel_limit_are_refused(settings: Settings, producer: FakeProducer) -> None:
+    app = create_app(settings.model_copy(update={"max_image_px": 128 * 128}), producer)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         assert (await generate(client, scale=2)).status_code == 200
         assert_problem(await generate(client, scale=4), 422, "invalid_request", "width")
@@ -210,13 +210,13 @@ async def test_another_content_type_is_unsupported(client: httpx.AsyncClient, co
     assert_problem(answer, 415, "unsupported_media_type")
 
 
-async def test_a_body_over_the_limit_is_refused(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_a_body_over_the_limit_is_refused(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     answer = await generate(client, prompt="x" * (1 << 21))
     assert_problem(answer, 413, "payload_too_large")
-    assert not broker.records
+    assert not producer.records
 
 
-async def test_unknown_words_are_warnings_and_not_errors(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_unknown_words_are_warnings_and_not_errors(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     answer = await generate(client, prompt="a red zeppelin, naïve", negative_prompt="gloom")
     warnings = answer.json()["warnings"]
     assert all(any(word in warning for warning in warnings) for word in ("zeppelin", "naïve", "gloom"))
@@ -236,9 +236,9 @@ async def test_warnings_of_a_long_prompt_fit_a_header(client: httpx.AsyncClient)
 # --- generate: how it is answered
 
 
-async def test_the_job_is_answered_by_default(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_the_job_is_answered_by_default(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     answer = await generate(client, seed=7, num_images=2)
-    body, (job,) = answer.json(), broker.jobs
+    body, (job,) = answer.json(), producer.jobs
     url = f"/jobs/{job.id}"
     assert answer.headers["x-job-id"] == body["id"] == job.id
     assert body["status"] == "succeeded" and body["kind"] == "generate" and body["error"] is None
@@ -265,11 +265,11 @@ async def test_stage_times_are_sent_in_milliseconds(client: httpx.AsyncClient) -
     ],
 )
 async def test_an_image_is_answered_where_accept_asks(
-    client: httpx.AsyncClient, broker: FakeBroker, accept: str, output_format: str | None, sent: str
+    client: httpx.AsyncClient, producer: FakeProducer, accept: str, output_format: str | None, sent: str
 ) -> None:
     answer = await generate(client, {"Accept": accept}, output_format=output_format, seed=9)
     assert (answer.status_code, answer.headers["content-type"], answer.content) == (200, sent, IMAGE)
-    assert answer.headers["x-seed"] == "9" and answer.headers["x-job-id"] == broker.jobs[0].id
+    assert answer.headers["x-seed"] == "9" and answer.headers["x-job-id"] == producer.jobs[0].id
     assert answer.headers["server-timing"].startswith("queue;dur=") and "Accept" in answer.headers["vary"]
 
 
@@ -283,49 +283,51 @@ async def test_an_image_is_answered_where_accept_asks(
     ],
 )
 async def test_an_answer_that_cannot_be_given_enqueues_nothing(
-    client: httpx.AsyncClient, broker: FakeBroker, accept: str, fields: dict[str, Any], status: int, code: str
+    client: httpx.AsyncClient, producer: FakeProducer, accept: str, fields: dict[str, Any], status: int, code: str
 ) -> None:
     assert_problem(await generate(client, {"Accept": accept}, **fields), status, code)
-    assert not broker.records
+    assert not producer.records
 
 
-async def test_respond_async_answers_at_once(client: httpx.AsyncClient, broker: FakeBroker) -> None:
-    broker.end = stay_queued
+async def test_respond_async_answers_at_once(client: httpx.AsyncClient, producer: FakeProducer) -> None:
+    producer.end = stay_queued
     answer = await generate(client, ASYNC)
-    (job,) = broker.jobs
+    (job,) = producer.jobs
     assert answer.status_code == 202
     assert answer.headers["location"] == f"/jobs/{job.id}" == answer.json()["status_url"]
     assert answer.headers["preference-applied"] == "respond-async"
     assert answer.json()["status"] == "queued" and answer.json()["queue_position"] == 0
 
 
-async def test_wait_answers_the_job_after_so_many_seconds(client: httpx.AsyncClient, broker: FakeBroker) -> None:
-    broker.end = stay_queued
+async def test_wait_answers_the_job_after_so_many_seconds(client: httpx.AsyncClient, producer: FakeProducer) -> None:
+    producer.end = stay_queued
     answer = await generate(client, {"Prefer": "wait=1", "Accept": "image/png"})
     assert answer.status_code == 202 and answer.headers["preference-applied"] == "wait=1"
     assert answer.json()["queue_position"] == 3 and "location" in answer.headers
-    broker.end = succeed
+    producer.end = succeed
     finished = await generate(client, {"Prefer": "wait=1", "Accept": "image/png"})
     assert finished.status_code == 200 and finished.headers["preference-applied"] == "wait=1"
 
 
-async def test_a_wait_that_is_too_long_ends_in_504_and_the_job_goes_on(settings: Settings, broker: FakeBroker) -> None:
-    broker.end = stay_queued
-    app = create_app(settings.model_copy(update={"wait_timeout_s": 0.05}), broker)  # type: ignore[arg-type]
+async def test_a_wait_that_is_too_long_ends_in_504_and_the_job_goes_on(
+    settings: Settings, producer: FakeProducer
+) -> None:
+    producer.end = stay_queued
+    app = create_app(settings.model_copy(update={"wait_timeout_s": 0.05}), producer)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         answer = await generate(client)
         assert_problem(answer, 504, "deadline_passed")
-        (job,) = broker.jobs
+        (job,) = producer.jobs
         assert answer.json()["job_id"] == job.id == answer.headers["x-job-id"]
         assert (await client.get(answer.json()["status_url"])).json()["status"] == "queued"
 
 
-async def test_a_failed_job_is_a_problem_that_names_it(client: httpx.AsyncClient, broker: FakeBroker) -> None:
-    broker.end = fail
+async def test_a_failed_job_is_a_problem_that_names_it(client: httpx.AsyncClient, producer: FakeProducer) -> None:
+    producer.end = fail
     for accept in ("image/png", "application/json"):
         answer = await generate(client, {"Accept": accept})
         assert_problem(answer, 500, "engine_fault")
-        assert answer.json()["job_id"] == broker.jobs[-1].id and answer.json()["retryable"] is True
+        assert answer.json()["job_id"] == producer.jobs[-1].id and answer.json()["retryable"] is True
     body = (await client.get(answer.json()["status_url"])).json()
     assert body["status"] == "failed" and body["error"]["code"] == "engine_fault"
     assert_problem(await client.get(f"{body['status_url']}/result"), 500, "engine_fault")
@@ -334,10 +336,10 @@ async def test_a_failed_job_is_a_problem_that_names_it(client: httpx.AsyncClient
 # --- idempotency, refusals, outages
 
 
-async def test_a_repeat_under_the_same_key_is_the_same_job(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_a_repeat_under_the_same_key_is_the_same_job(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     key = {"Idempotency-Key": "abc-1"}
     first, second = await generate(client, key), await generate(client, key)
-    assert first.json() == second.json() and len(broker.records) == 1
+    assert first.json() == second.json() and len(producer.records) == 1
     assert (await generate(client, key | ASYNC)).json()["id"] == first.json()["id"]
     assert_problem(await generate(client, key, steps=3), 422, "invalid_request")
     assert (await generate(client, {"Idempotency-Key": "abc-2"})).json()["seed"] != first.json()["seed"]
@@ -348,22 +350,22 @@ async def test_a_key_that_cannot_be_kept_is_malformed(client: httpx.AsyncClient,
     assert_problem(await generate(client, {"Idempotency-Key": key}), 400, "malformed_request")
 
 
-async def test_a_full_queue_says_when_to_come_back(client: httpx.AsyncClient, broker: FakeBroker) -> None:
-    broker.refusal = QueueFull("32 jobs wait", retry_after_s=12)
+async def test_a_full_queue_says_when_to_come_back(client: httpx.AsyncClient, producer: FakeProducer) -> None:
+    producer.refusal = QueueFull("32 jobs wait", retry_after_s=12)
     for answer in (await generate(client), await generate(client, ASYNC), await upscale(client)):
         assert_problem(answer, 429, "queue_full")
         assert answer.headers["retry-after"] == "12"
-    broker.refusal = StorageFull("1 GiB is used")
+    producer.refusal = StorageFull("1 GiB is used")
     answer = await upscale(client)
     assert_problem(answer, 503, "storage_full")
     assert int(answer.headers["retry-after"]) >= 1
 
 
 async def test_everything_but_livez_and_metrics_says_that_redis_is_away(
-    client: httpx.AsyncClient, broker: FakeBroker
+    client: httpx.AsyncClient, producer: FakeProducer
 ) -> None:
     job_id = (await generate(client)).json()["id"]
-    broker.outage = NotReady("Redis does not answer")
+    producer.outage = NotReady("Redis does not answer")
     answers = [
         await generate(client),
         await upscale(client),
@@ -380,25 +382,25 @@ async def test_everything_but_livez_and_metrics_says_that_redis_is_away(
     assert "giantleap_queue_reachable 0" in (await client.get("/metrics")).text
 
 
-async def test_a_client_that_leaves_leaves_no_task_behind(app: FastAPI, broker: FakeBroker) -> None:
-    broker.end = stay_queued
+async def test_a_client_that_leaves_leaves_no_task_behind(app: FastAPI, producer: FakeProducer) -> None:
+    producer.end = stay_queued
     for path, state in (("/generate", JobState.QUEUED), ("/generate?cancel_on_disconnect=true", JobState.CANCELED)):
         before = asyncio.all_tasks()
         leave = asyncio.Event()
         call = asyncio.create_task(post_and_leave(app, path, leave))
-        while not broker.waits:
+        while not producer.waits:
             await asyncio.sleep(0.005)
         leave.set()
         status = await asyncio.wait_for(call, 60)
-        assert status == 499 and broker.waits == 0
+        assert status == 499 and producer.waits == 0
         assert asyncio.all_tasks() == before
-        assert broker.records[broker.jobs[-1].id].state is state
+        assert producer.records[producer.jobs[-1].id].state is state
 
 
 async def test_a_client_that_leaves_is_let_go_though_a_cancel_was_swallowed(settings: Settings) -> None:
     """As redis-py does where it is just connecting: the request would hold on until its longest wait was over."""
 
-    class Stubborn(FakeBroker):
+    class Stubborn(FakeProducer):
         async def wait(self, job_id: str, timeout_s: float, created: bool = False) -> Any:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(600)
@@ -435,28 +437,28 @@ async def post_and_leave(app: FastAPI, path: str, leave: asyncio.Event) -> int:
 
 
 async def test_a_stopping_process_lets_go_of_waiting_requests(
-    app: FastAPI, client: httpx.AsyncClient, broker: FakeBroker
+    app: FastAPI, client: httpx.AsyncClient, producer: FakeProducer
 ) -> None:
-    broker.end = stay_queued
+    producer.end = stay_queued
     call = asyncio.create_task(generate(client))
-    while not broker.waits:
+    while not producer.waits:
         await asyncio.sleep(0.005)
     app.state.serving.stopping.set()
     answer = await asyncio.wait_for(call, 60)
     assert_problem(answer, 503, "not_ready")
-    assert answer.json()["job_id"] == broker.jobs[0].id and broker.waits == 0
+    assert answer.json()["job_id"] == producer.jobs[0].id and producer.waits == 0
     assert_problem(await generate(client), 503, "not_ready")
-    assert len(broker.records) == 1
+    assert len(producer.records) == 1
     assert (await client.get("/readyz")).json()["reasons"] == ["this process is stopping"]
 
 
 # --- upscale
 
 
-async def test_a_raw_latent_becomes_a_job(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_a_raw_latent_becomes_a_job(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     answer = await upscale(client, scale=4, output_format="webp", priority="low")
     assert answer.status_code == 200 and answer.json()["seed"] is None and answer.json()["kind"] == "upscale"
-    (job,) = broker.jobs
+    (job,) = producer.jobs
     assert job.priority is Priority.LOW
     assert dataclasses.asdict(job.params) == {
         "scale": 4,
@@ -474,45 +476,47 @@ async def test_a_raw_latent_becomes_a_job(client: httpx.AsyncClient, broker: Fak
         "one_frame": False,
         "kind": "upscale",
     }
-    np.testing.assert_array_equal(load(broker.blobs[job.id])["latent"], LATENT[None])
+    np.testing.assert_array_equal(load(producer.blobs[job.id])["latent"], LATENT[None])
 
 
-async def test_a_large_latent_is_read_like_a_small_one(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_a_large_latent_is_read_like_a_small_one(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     latent = np.random.default_rng(1).standard_normal((4, CHANNELS, 64, 64)).astype(np.float32)
     assert latent.nbytes >= 1 << 20
     assert (await upscale(client, latent, scale=1)).status_code == 200
-    np.testing.assert_array_equal(load(broker.blobs[broker.jobs[0].id])["latent"], latent)
+    np.testing.assert_array_equal(load(producer.blobs[producer.jobs[0].id])["latent"], latent)
     latent[3, 0, 0, 0] = np.inf
     assert_problem(await upscale(client, latent, scale=1), 422, "invalid_request")
 
 
-async def test_a_scaled_latent_is_made_raw(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_a_scaled_latent_is_made_raw(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     assert (await upscale(client, LATENT[None], scaled="true", latent_space="paper")).status_code == 200
-    np.testing.assert_allclose(load(broker.blobs[broker.jobs[0].id])["latent"], LATENT[None] / 0.5 + 0.25, rtol=1e-6)
+    np.testing.assert_allclose(
+        load(producer.blobs[producer.jobs[0].id])["latent"], LATENT[None] / 0.5 + 0.25, rtol=1e-6
+    )
 
 
-async def test_a_packed_latent_is_unpacked(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_a_packed_latent_is_unpacked(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     packed = LATENT_SPACES["flux1"].from_raw(LATENT[None])
     query = {"bundle": "flux", "scaled": "true", "width": 48, "height": 32}
     for latent in (packed, packed[0]):
         assert (await upscale(client, latent, **query)).status_code == 200
-        np.testing.assert_allclose(load(broker.blobs[broker.jobs[-1].id])["latent"], LATENT[None], atol=1e-5)
+        np.testing.assert_allclose(load(producer.blobs[producer.jobs[-1].id])["latent"], LATENT[None], atol=1e-5)
     assert_problem(await upscale(client, packed, bundle="flux", scaled="true"), 422, "invalid_request", "body")
     assert_problem(await upscale(client, packed, **query | {"width": 64}), 422, "invalid_request", "body")
 
 
 async def test_npy_and_unnamed_bodies_are_read_too(
-    client: httpx.AsyncClient, broker: FakeBroker, tmp_path: Path
+    client: httpx.AsyncClient, producer: FakeProducer, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "latent.npy", LATENT)
     content = (tmp_path / "latent.npy").read_bytes()
     for content_type in ("application/x-npy", "application/octet-stream"):
         answer = await client.post("/upscale", content=content, headers={"Content-Type": content_type})
         assert answer.status_code == 200
-        np.testing.assert_array_equal(load(broker.blobs[answer.json()["id"]])["latent"], LATENT[None])
+        np.testing.assert_array_equal(load(producer.blobs[answer.json()["id"]])["latent"], LATENT[None])
 
 
-async def test_the_latent_itself_is_answered_where_asked(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_the_latent_itself_is_answered_where_asked(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     answer = await upscale(client, headers={"Accept": "application/x-safetensors"}, output="latent")
     assert answer.status_code == 200 and answer.headers["content-type"] == "application/x-safetensors"
     assert answer.content == IMAGE and "x-seed" not in answer.headers
@@ -539,22 +543,24 @@ async def test_the_latent_itself_is_answered_where_asked(client: httpx.AsyncClie
     ],
 )
 async def test_bad_latents_are_named_and_enqueue_nothing(
-    client: httpx.AsyncClient, broker: FakeBroker, query: dict[str, Any], latent: np.ndarray, field: str
+    client: httpx.AsyncClient, producer: FakeProducer, query: dict[str, Any], latent: np.ndarray, field: str
 ) -> None:
     assert_problem(await upscale(client, latent, **query), 422, "invalid_request", field)
-    assert not broker.records
+    assert not producer.records
 
 
-async def test_values_that_overflow_when_made_raw_are_refused(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_values_that_overflow_when_made_raw_are_refused(
+    client: httpx.AsyncClient, producer: FakeProducer
+) -> None:
     latent = LATENT.copy()
     latent[0, 0, 0] = 3e38
     assert_problem(await upscale(client, latent, scaled="true"), 422, "invalid_request")
     latent[0, 0, 0] = np.nan
     assert_problem(await upscale(client, latent), 422, "invalid_request")
-    assert not broker.records
+    assert not producer.records
 
 
-async def test_bodies_that_are_no_latent_are_refused(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_bodies_that_are_no_latent_are_refused(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     for content, content_type, status, code in (
         (b"{}", "application/json", 415, "unsupported_media_type"),
         (b"", "application/x-safetensors", 400, "malformed_request"),
@@ -565,13 +571,13 @@ async def test_bodies_that_are_no_latent_are_refused(client: httpx.AsyncClient, 
     ):
         answer = await client.post("/upscale", content=content, headers={"Content-Type": content_type})
         assert_problem(answer, status, code)
-    assert not broker.records
+    assert not producer.records
 
 
-async def test_several_latents_do_not_fit_one_file(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_several_latents_do_not_fit_one_file(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     batch = np.stack([LATENT, LATENT])
     assert_problem(await upscale(client, batch, headers={"Accept": "image/png"}), 422, "invalid_request", "body")
-    assert not broker.records
+    assert not producer.records
     assert len((await upscale(client, batch)).json()["results"]) == 2
 
 
@@ -594,23 +600,23 @@ async def test_unknown_jobs_are_not_found(client: httpx.AsyncClient, job_id: str
         assert_problem(await client.request(method, f"/jobs/{job_id}{suffix}"), 404, "not_found")
 
 
-async def test_results_before_the_end_are_a_conflict(client: httpx.AsyncClient, broker: FakeBroker) -> None:
-    broker.end = stay_queued
+async def test_results_before_the_end_are_a_conflict(client: httpx.AsyncClient, producer: FakeProducer) -> None:
+    producer.end = stay_queued
     url = (await generate(client, ASYNC)).json()["status_url"]
     assert_problem(await client.get(f"{url}/result"), 409, "conflict")
 
 
 @pytest.mark.parametrize(("method", "suffix"), [("DELETE", ""), ("POST", "/cancel")])
 async def test_cancel_ends_a_job_and_may_be_repeated(
-    client: httpx.AsyncClient, broker: FakeBroker, method: str, suffix: str
+    client: httpx.AsyncClient, producer: FakeProducer, method: str, suffix: str
 ) -> None:
-    broker.end = stay_queued
+    producer.end = stay_queued
     url = (await generate(client, ASYNC)).json()["status_url"]
     for _ in range(2):
         answer = await client.request(method, url + suffix)
         assert answer.status_code == 200 and answer.json()["status"] == "canceled"
     assert_problem(await client.get(f"{url}/result"), 409, "conflict")
-    broker.end = succeed
+    producer.end = succeed
     finished = (await generate(client)).json()["status_url"]
     assert_problem(await client.request(method, finished + suffix), 409, "conflict")
 
@@ -630,9 +636,9 @@ async def test_models_say_what_may_be_asked(client: httpx.AsyncClient) -> None:
     assert (first["base_width"], first["max_steps"], first["max_image_pixels"]) == (64, 50, 512 * 512)
 
 
-async def test_ready_means_that_a_worker_lives(client: httpx.AsyncClient, broker: FakeBroker) -> None:
+async def test_ready_means_that_a_worker_lives(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     assert (await client.get("/readyz")).json() == {"ready": True, "reasons": []}
-    broker.live_workers = 0
+    producer.live_workers = 0
     answer = await client.get("/readyz")
     assert_problem(answer, 503, "not_ready")
     assert answer.json()["reasons"] == ["no worker is ready"]
@@ -645,10 +651,10 @@ async def test_metrics_hold_the_queue_and_the_requests(client: httpx.AsyncClient
     assert 'route="/generate"' in answer.text and "giantleap_queue_limit 32" in answer.text
 
 
-async def test_the_app_opens_and_closes_the_queue(app: FastAPI, broker: FakeBroker) -> None:
+async def test_the_app_opens_and_closes_the_queue(app: FastAPI, producer: FakeProducer) -> None:
     async with app.router.lifespan_context(app):
-        assert broker.is_open
-    assert not broker.is_open
+        assert producer.is_open
+    assert not producer.is_open
 
 
 async def test_openapi_documents_every_route_and_its_problems(client: httpx.AsyncClient) -> None:
@@ -676,9 +682,9 @@ async def test_openapi_documents_every_route_and_its_problems(client: httpx.Asyn
 
 def test_bundles_must_be_readable_and_have_names_of_their_own(tmp_path: Path, bundle_dirs: tuple[Path, ...]) -> None:
     with pytest.raises(BundleError, match="named paper"):
-        create_app(read_settings(bundle=(bundle_dirs[0], bundle_dirs[0])), FakeBroker())  # type: ignore[arg-type]
+        create_app(read_settings(bundle=(bundle_dirs[0], bundle_dirs[0])), FakeProducer())  # type: ignore[arg-type]
     with pytest.raises(BundleError, match="no bundle"):
-        create_app(read_settings(bundle=(tmp_path,)), FakeBroker())  # type: ignore[arg-type]
+        create_app(read_settings(bundle=(tmp_path,)), FakeProducer())  # type: ignore[arg-type]
 
 
 def test_the_api_needs_a_redis(settings: Settings) -> None:

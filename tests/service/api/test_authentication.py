@@ -16,8 +16,8 @@ from fastapi import FastAPI
 from giantleap.service.api.middleware.authentication import MAX_HEADER_BYTES, MAX_HEADERS
 from giantleap.service.auth import OPEN_PATHS, new_key
 from giantleap.service.jobs.job import JobEvent, JobState
-from tests.service.fake_broker import stay_queued, succeed
-from tests.service.front_fakes import LATENT, FileBroker, build_app
+from tests.service.fake_producer import stay_queued, succeed
+from tests.service.front_fakes import LATENT, FileProducer, build_app
 from tests.service.live_server import live_server
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
@@ -67,13 +67,13 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path
 
 
 @pytest.fixture
-def broker() -> FileBroker:
-    return FileBroker()
+def producer() -> FileProducer:
+    return FileProducer()
 
 
 @pytest.fixture
-def app(broker: FileBroker, bundle_dirs: tuple[Path, ...], keys: tuple[dict[str, str], Path]) -> FastAPI:
-    return build_app(broker, bundle_dirs, api_keys_file=keys[1])
+def app(producer: FileProducer, bundle_dirs: tuple[Path, ...], keys: tuple[dict[str, str], Path]) -> FastAPI:
+    return build_app(producer, bundle_dirs, api_keys_file=keys[1])
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def assert_refused(answer: httpx.Response, path: str, status: int, code: str) ->
 
 @pytest.mark.parametrize("work", WORK)
 async def test_work_without_a_key_is_refused_in_the_form_of_its_front(
-    work: str, client: httpx.AsyncClient, broker: FileBroker
+    work: str, client: httpx.AsyncClient, producer: FileProducer
 ) -> None:
     _, path, sent = WORK[work]
     for headers in ({}, {"Authorization": "Bearer gl_wrong"}, {"Authorization": "Basic YTpi"}, {"X-API-Key": ""}):
@@ -124,7 +124,7 @@ async def test_work_without_a_key_is_refused_in_the_form_of_its_front(
         assert_refused(answer, path, 401, "unauthorized")
         assert answer.headers["www-authenticate"].startswith("Bearer")
         assert "gl_wrong" not in answer.text
-    assert not broker.records
+    assert not producer.records
 
 
 async def test_every_route_but_the_open_ones_asks_for_a_key(app: FastAPI, client: httpx.AsyncClient) -> None:
@@ -143,7 +143,7 @@ async def test_every_route_but_the_open_ones_asks_for_a_key(app: FastAPI, client
 @pytest.mark.parametrize(
     "path", ["/models", "//livez", "/jobs/../livez", "/livez/../models", "/livez;/models", "/%6codels"]
 )
-def test_no_spelling_of_a_path_leads_past_the_door(path: str, live: tuple[FileBroker, str, dict[str, str]]) -> None:
+def test_no_spelling_of_a_path_leads_past_the_door(path: str, live: tuple[FileProducer, str, dict[str, str]]) -> None:
     connection = http.client.HTTPConnection(live[1].removeprefix("http://"), timeout=60)  # sends paths as they are
     connection.request("GET", path)
     assert connection.getresponse().status == 401
@@ -151,7 +151,7 @@ def test_no_spelling_of_a_path_leads_past_the_door(path: str, live: tuple[FileBr
 
 
 @pytest.mark.parametrize("work", WORK)
-async def test_work_needs_its_scope(work: str, callers: Callers, broker: FileBroker) -> None:
+async def test_work_needs_its_scope(work: str, callers: Callers, producer: FileProducer) -> None:
     scope, path, sent = WORK[work]
     for name, scopes in SCOPES.items():
         if scope in scopes or name == "slow":
@@ -159,22 +159,22 @@ async def test_work_needs_its_scope(work: str, callers: Callers, broker: FileBro
         answer = await callers.ask(name, "POST", path, **sent)
         assert_refused(answer, path, 403, "forbidden")
         assert 'error="insufficient_scope"' in answer.headers["www-authenticate"]
-    assert not broker.records
+    assert not producer.records
     if work != "upscale":  # what is sent there is no latent
         allowed = {"generate": "drawer", "upscale": "enlarger"}[scope]
         answer = await callers.ask(allowed, "POST", path, **sent)
         assert answer.status_code == 200, answer.text
-        assert [job.owner for job in broker.jobs] == [allowed]
+        assert [job.owner for job in producer.jobs] == [allowed]
 
 
-async def test_the_kind_of_the_job_decides_where_the_path_does_not(callers: Callers, broker: FileBroker) -> None:
+async def test_the_kind_of_the_job_decides_where_the_path_does_not(callers: Callers, producer: FileProducer) -> None:
     # As a route would that makes jobs of both kinds: the check before the queue knows the job itself.
     from giantleap.service.api.submission import admit
     from giantleap.service.auth import Caller, Scope
     from giantleap.service.errors import Forbidden
 
     await callers.ask("alice", "POST", "/generate", json={"prompt": PROMPT})
-    (job,) = broker.jobs
+    (job,) = producer.jobs
     request = Any
     request = type("Request", (), {"state": type("State", (), {"caller": Caller("x", frozenset({Scope.UPSCALE}))})})
     with pytest.raises(Forbidden):
@@ -217,16 +217,16 @@ def job_routes(app: FastAPI) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("queued", [True, False])
 async def test_a_job_of_another_key_is_as_unknown_as_one_that_never_was(
-    queued: bool, app: FastAPI, callers: Callers, broker: FileBroker
+    queued: bool, app: FastAPI, callers: Callers, producer: FileProducer
 ) -> None:
     if queued:
-        broker.end = stay_queued
+        producer.end = stay_queued
     posted = await callers.ask(
         "alice", "POST", "/generate", json={"prompt": PROMPT}, headers={"Prefer": "respond-async"}
     )
     assert posted.status_code == 202
     job_id = posted.json()["id"]
-    broker.event_list = [JobEvent("1-0", "done", {"state": "succeeded"})]
+    producer.event_list = [JobEvent("1-0", "done", {"state": "succeeded"})]
     routes = job_routes(app)
     assert len(routes) >= 6 and ("GET", "/v1/images/{job_id}/content") in routes
     for method, path in routes:
@@ -237,7 +237,7 @@ async def test_a_job_of_another_key_is_as_unknown_as_one_that_never_was(
             assert theirs.status_code == never.status_code == 404, (method, path)
             told = [_without_ids(answer) for answer in (theirs, never)]
             assert told[0] == told[1], (method, path)
-    assert broker.records[job_id].state is (JobState.QUEUED if queued else JobState.SUCCEEDED), "nothing was canceled"
+    assert producer.records[job_id].state is (JobState.QUEUED if queued else JobState.SUCCEEDED), "nothing was canceled"
     for name in ("root", "alice"):
         for method, path in routes:
             answer = await callers.ask(name, method, path.format(job_id=job_id))
@@ -251,33 +251,33 @@ def _without_ids(answer: httpx.Response) -> tuple[Any, ...]:
     return body, kept
 
 
-async def test_an_idempotency_key_does_not_lead_to_another_keys_job(callers: Callers, broker: FileBroker) -> None:
+async def test_an_idempotency_key_does_not_lead_to_another_keys_job(callers: Callers, producer: FileProducer) -> None:
     ids = []
     for name in ("alice", "bob", "alice"):
         sent = {"json": {"prompt": PROMPT, "seed": 1}, "headers": {"Idempotency-Key": "same"}}
         ids.append((await callers.ask(name, "POST", "/generate", **sent)).json()["id"])
-    assert ids[0] == ids[2] != ids[1] and len(broker.records) == 2
+    assert ids[0] == ids[2] != ids[1] and len(producer.records) == 2
 
 
-async def test_without_keys_everybody_may_do_everything(bundle_dirs: tuple[Path, ...], broker: FileBroker) -> None:
-    app = build_app(broker, bundle_dirs)
+async def test_without_keys_everybody_may_do_everything(bundle_dirs: tuple[Path, ...], producer: FileProducer) -> None:
+    app = build_app(producer, bundle_dirs)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         headers = {"Authorization": "Bearer none"}  # as the openai client sends one in any case
         job_id = (await client.post("/generate", json={"prompt": PROMPT}, headers=headers)).json()["id"]
-        assert broker.jobs[0].owner == ""
+        assert producer.jobs[0].owner == ""
         for path in (f"/jobs/{job_id}", "/metrics", "/models", f"/v1/images/{job_id}/content"):
             assert (await client.get(path)).status_code == 200
 
 
-async def test_a_key_that_asks_too_fast_waits(callers: Callers, broker: FileBroker) -> None:
+async def test_a_key_that_asks_too_fast_waits(callers: Callers, producer: FileProducer) -> None:
     for _ in range(2):
         assert (await callers.ask("slow", "POST", "/generate", json={"prompt": PROMPT})).status_code == 200
     for _, path, sent in WORK.values():
         answer = await callers.ask("slow", "POST", path, **sent)
         assert_refused(answer, path, 429, "rate_limited")
         assert answer.headers["retry-after"] == "2"
-    assert len(broker.records) == 2
-    job_id = broker.jobs[0].id
+    assert len(producer.records) == 2
+    job_id = producer.jobs[0].id
     for method, path in (("GET", f"/jobs/{job_id}"), ("POST", f"/jobs/{job_id}/cancel"), ("GET", "/models")):
         assert (await callers.ask("slow", method, path)).status_code in (200, 409), "reading is free"
     assert (await callers.ask("alice", "POST", "/generate", json={"prompt": PROMPT})).status_code == 200
@@ -288,15 +288,15 @@ async def test_bad_requests_count_against_the_rate_too(callers: Callers) -> None
         assert (await callers.ask("slow", "POST", "/generate", json={})).status_code == status
 
 
-async def test_the_queue_is_told_the_keys_own_limit_of_jobs(callers: Callers, broker: FileBroker) -> None:
+async def test_the_queue_is_told_the_keys_own_limit_of_jobs(callers: Callers, producer: FileProducer) -> None:
     given = []
-    plain = broker.enqueue
+    plain = producer.enqueue
 
     async def enqueue(job: Any, body: Any = None, key: Any = None, max_live: int | None = None) -> Any:
         given.append(max_live)
         return await plain(job, body, key, max_live)
 
-    broker.enqueue = enqueue  # type: ignore[method-assign]
+    producer.enqueue = enqueue  # type: ignore[method-assign]
     for name in ("slow", "alice"):
         await callers.ask(name, "POST", "/generate", json={"prompt": PROMPT})
         await callers.ask(name, "POST", "/v1/images/generations", json={"prompt": PROMPT})
@@ -306,13 +306,13 @@ async def test_the_queue_is_told_the_keys_own_limit_of_jobs(callers: Callers, br
 @pytest.fixture(scope="module")
 def live(
     bundle_dirs: tuple[Path, ...], keys: tuple[dict[str, str], Path]
-) -> Iterator[tuple[FileBroker, str, dict[str, str]]]:
-    broker = FileBroker()
-    with live_server(build_app(broker, bundle_dirs, api_keys_file=keys[1])) as url:
-        yield broker, url, keys[0]
+) -> Iterator[tuple[FileProducer, str, dict[str, str]]]:
+    producer = FileProducer()
+    with live_server(build_app(producer, bundle_dirs, api_keys_file=keys[1])) as url:
+        yield producer, url, keys[0]
 
 
-def test_the_openai_client_draws_with_its_key_and_says_why_not(live: tuple[FileBroker, str, dict[str, str]]) -> None:
+def test_the_openai_client_draws_with_its_key_and_says_why_not(live: tuple[FileProducer, str, dict[str, str]]) -> None:
     _, url, keys = live
 
     def client(key: str) -> openai.OpenAI:
@@ -346,7 +346,7 @@ def test_the_openai_client_draws_with_its_key_and_says_why_not(live: tuple[FileB
 @pytest.mark.parametrize("head", ["Transfer-Encoding: chunked", "Content-Length: 99999999999"])
 @pytest.mark.parametrize("path", ["/upscale", "/nothing"])
 def test_a_refused_body_is_not_read_to_its_end(
-    head: str, path: str, live: tuple[FileBroker, str, dict[str, str]]
+    head: str, path: str, live: tuple[FileProducer, str, dict[str, str]]
 ) -> None:
     host, _, port = live[1].removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=60) as client:
@@ -424,10 +424,10 @@ async def test_a_compressed_body_is_refused(encoding: str, callers: Callers) -> 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])
 async def test_a_page_of_another_site_may_not_act_through_a_visitors_browser(
-    site: str, bundle_dirs: tuple[Path, ...], broker: FileBroker
+    site: str, bundle_dirs: tuple[Path, ...], producer: FileProducer
 ) -> None:
-    app = build_app(broker, bundle_dirs, cors_origins="https://app.example.org")
-    broker.end = succeed
+    app = build_app(producer, bundle_dirs, cors_origins="https://app.example.org")
+    producer.end = succeed
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         for origin, status in (("https://evil.example", 403), ("null", 403), ("https://app.example.org", 200)):
             headers = {"Sec-Fetch-Site": site, "Origin": origin}
@@ -448,10 +448,12 @@ async def test_a_page_of_another_site_may_not_act_through_a_visitors_browser(
         assert (await client.delete(f"/jobs/{job_id}", headers={"Sec-Fetch-Site": site})).status_code == 403
 
 
-async def test_over_plain_http_a_page_is_known_by_its_origin(bundle_dirs: tuple[Path, ...], broker: FileBroker) -> None:
+async def test_over_plain_http_a_page_is_known_by_its_origin(
+    bundle_dirs: tuple[Path, ...], producer: FileProducer
+) -> None:
     """A browser says `Sec-Fetch-Site` only to https and to loopback; the origin of a post it says everywhere."""
-    app = build_app(broker, bundle_dirs, cors_origins="https://app.example.org")
-    broker.end = succeed
+    app = build_app(producer, bundle_dirs, cors_origins="https://app.example.org")
+    producer.end = succeed
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap:8000") as client:
         for origin, status in (
             ("http://evil.example", 403),
@@ -466,9 +468,9 @@ async def test_over_plain_http_a_page_is_known_by_its_origin(bundle_dirs: tuple[
 
 
 async def test_a_page_that_may_call_may_send_every_header_of_a_route(
-    bundle_dirs: tuple[Path, ...], broker: FileBroker
+    bundle_dirs: tuple[Path, ...], producer: FileProducer
 ) -> None:
-    app = build_app(broker, bundle_dirs, cors_origins="https://app.example.org")
+    app = build_app(producer, bundle_dirs, cors_origins="https://app.example.org")
     operations = [operation for path in app.openapi()["paths"].values() for operation in path.values()]
     described = [each for operation in operations for each in operation.get("parameters", ()) if each["in"] == "header"]
     asked = sorted({each["name"] for each in described} | {"authorization", "content-type", "x-api-key"})

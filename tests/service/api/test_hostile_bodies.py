@@ -17,7 +17,7 @@ from PIL import Image
 from giantleap.service.errors import GiantleapError
 from giantleap.service.jobs import images as images_in
 from giantleap.service.jobs.latents import read_latent
-from tests.service.front_fakes import FileBroker, build_app
+from tests.service.front_fakes import FileProducer, build_app
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -40,13 +40,13 @@ ADDRESSES = (
 
 
 @pytest.fixture
-def broker() -> FileBroker:
-    return FileBroker()
+def producer() -> FileProducer:
+    return FileProducer()
 
 
 @pytest.fixture
-async def client(broker: FileBroker, bundle_dirs: tuple[Path, ...]) -> AsyncIterator[httpx.AsyncClient]:
-    app = build_app(broker, bundle_dirs)
+async def client(producer: FileProducer, bundle_dirs: tuple[Path, ...]) -> AsyncIterator[httpx.AsyncClient]:
+    app = build_app(producer, bundle_dirs)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         yield client
 
@@ -72,12 +72,12 @@ def nested(depth: int, opening: str, closing: str) -> bytes:
     ids=lambda body: f"{body[:12]!r} {len(body)}",
 )
 async def test_deep_and_wide_json_is_refused(
-    path: str, body: bytes, client: httpx.AsyncClient, broker: FileBroker
+    path: str, body: bytes, client: httpx.AsyncClient, producer: FileProducer
 ) -> None:
     answer = await client.post(path, content=body, headers=JSON)
     assert answer.status_code in (400, 413, 422), answer.text[:200]
     assert len(answer.content) < 8 << 10
-    assert not broker.records
+    assert not producer.records
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/images/generations", "/v2/models/paper/infer"])
@@ -87,7 +87,7 @@ async def test_json_of_too_many_parts_is_not_parsed(path: str, client: httpx.Asy
     assert answer.status_code == 413, answer.text
 
 
-async def test_a_large_image_as_base64_is_no_hostile_json(client: httpx.AsyncClient, broker: FileBroker) -> None:
+async def test_a_large_image_as_base64_is_no_hostile_json(client: httpx.AsyncClient, producer: FileProducer) -> None:
     image = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 480, 3), np.uint8)).save(image, "png")
     text = base64.b64encode(image.getvalue()).decode()
@@ -132,16 +132,16 @@ def file_part(number: int = 0, more: str = "") -> str:
     ids=["two files", "many files", "many fields", "long head", "many heads", "no boundary", "long boundary", "none"],
 )
 async def test_a_form_is_one_file_with_a_plain_head(
-    sent: dict[str, Any], client: httpx.AsyncClient, broker: FileBroker
+    sent: dict[str, Any], client: httpx.AsyncClient, producer: FileProducer
 ) -> None:
     answer = await client.post("/upscale", **sent)
     assert answer.status_code in (400, 415), answer.text
-    assert not broker.records
+    assert not producer.records
 
 
 @pytest.mark.parametrize("text", ADDRESSES)
 async def test_an_address_where_an_image_belongs_is_refused_and_not_opened(
-    text: str, client: httpx.AsyncClient, broker: FileBroker, monkeypatch: pytest.MonkeyPatch
+    text: str, client: httpx.AsyncClient, producer: FileProducer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def opened(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError(f"opened {args[:1]}")
@@ -152,16 +152,18 @@ async def test_an_address_where_an_image_belongs_is_refused_and_not_opened(
     monkeypatch.undo()
     assert answer.status_code == 422, answer.text
     assert [error["field"] for error in answer.json()["errors"]] == ["init_image"]
-    assert text not in answer.text and not broker.records
+    assert text not in answer.text and not producer.records
 
 
 @pytest.mark.parametrize("text", ADDRESSES)
-async def test_an_address_is_no_bundle_and_no_body(text: str, client: httpx.AsyncClient, broker: FileBroker) -> None:
+async def test_an_address_is_no_bundle_and_no_body(
+    text: str, client: httpx.AsyncClient, producer: FileProducer
+) -> None:
     assert (await client.post("/generate", json={"prompt": PROMPT, "bundle": text})).status_code == 422
     assert (await client.post("/upscale", params={"bundle": text}, content=b"x" * 100)).status_code in (415, 422)
     assert (await client.post("/upscale", content=text.encode())).status_code in (400, 415)
     assert (await client.post("/v1/images/generations", json={"prompt": PROMPT, "model": text})).status_code == 422
-    assert not broker.records
+    assert not producer.records
 
 
 def zipped_png(width_px: int, height_px: int, data: bytes) -> bytes:
@@ -246,12 +248,12 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-async def test_a_tensor_bomb_is_refused(name: str, client: httpx.AsyncClient, broker: FileBroker) -> None:
+async def test_a_tensor_bomb_is_refused(name: str, client: httpx.AsyncClient, producer: FileProducer) -> None:
     for content_type in (SAFETENSORS, "application/x-npy", "application/octet-stream"):
         headers = {"Content-Type": content_type}
         answer = await client.post("/upscale", content=BOMBS[name], headers=headers)
         assert answer.status_code in (400, 415, 422), answer.text
-    assert not broker.records
+    assert not producer.records
 
 
 @pytest.mark.parametrize("name", BOMBS)

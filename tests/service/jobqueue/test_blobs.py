@@ -51,7 +51,7 @@ def test_after_a_refusal_a_job_with_an_input_comes_in(open_producer: Any, open_c
             with pytest.raises(QueueFull):
                 await producer.enqueue(make_job(), b"xyz")
             [claim] = worker.claim(1, 30.0)
-            assert worker.finish(claim, [(PNG, b"png")], {}, [])
+            assert worker.complete(claim, [(PNG, b"png")], {}, [])
             last = make_job()
             await producer.enqueue(last, b"last")
             [claim] = worker.claim(1, 30.0)
@@ -70,7 +70,7 @@ def test_a_server_that_forgot_the_scripts_is_given_them_again(
             assert (await producer.enqueue(job, b"abc")).created
             [claim] = worker.claim(1, 30.0)
             redis_client.script_flush()
-            assert worker.finish(claim, [(PNG, b"png"), (PNG, b"gnp")], {}, [])
+            assert worker.complete(claim, [(PNG, b"png"), (PNG, b"gnp")], {}, [])
             assert await producer.read_result(job.id, 1) == b"gnp"
 
     asyncio.run(scenario())
@@ -107,6 +107,6 @@ def test_results_that_did_not_arrive_whole_end_no_job(
             assert redis_client.register_script(text)([keys.tag], args) == -2
             record = await producer.get(job.id)
             assert record is not None and not record.state.final
-            assert worker.finish(claim, [(PNG, b"png")], {}, [])
+            assert worker.complete(claim, [(PNG, b"png")], {}, [])
 
     asyncio.run(scenario())

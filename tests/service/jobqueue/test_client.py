@@ -115,27 +115,27 @@ def prefix_on(node: int, nodes: list[Server]) -> str:
     return next(n for n in names if nodes[0].client.execute_command("CLUSTER", "KEYSLOT", Keys(n).tag) in share)
 
 
-def claim_one(claims: JobConsumer) -> Claim:
+def claim_one(consumer: JobConsumer) -> Claim:
     deadline_s = time.monotonic() + 60
     while time.monotonic() < deadline_s:
-        if claimed := claims.claim(1, 1.0):
+        if claimed := consumer.claim(1, 1.0):
             return claimed[0]
     raise AssertionError("nothing to claim")
 
 
-def end(claims: JobConsumer, bodies: list[bytes | None]) -> None:
+def end(consumer: JobConsumer, bodies: list[bytes | None]) -> None:
     """One job succeeds with an event and a result, one fails, one is handed back."""
-    for ended in ("finish", "fail", "release"):
-        claim = claim_one(claims)
+    for ended in ("complete", "fail", "release"):
+        claim = claim_one(consumer)
         bodies.append(claim.body)
-        if ended == "finish":
-            claims.emit(claim, "step", {"step": 1, "steps": 1})
-            assert claims.canceled([claim]) == set()
-            assert claims.finish(claim, [(ResultFile("text/plain", 3), b"abc")], {}, [])
+        if ended == "complete":
+            consumer.emit(claim, "step", {"step": 1, "steps": 1})
+            assert consumer.find_canceled([claim]) == set()
+            assert consumer.complete(claim, [(ResultFile("text/plain", 3), b"abc")], {}, [])
         elif ended == "fail":
-            assert claims.fail(claim, JobError("job_failed", "no"), {})
+            assert consumer.fail(claim, JobError("job_failed", "no"), {})
         else:
-            claims.release([claim])
+            consumer.release([claim])
 
 
 @pytest.mark.parametrize("node", [0, 1, 2])
@@ -145,92 +145,92 @@ def test_the_whole_life_of_jobs_on_a_cluster(
     settings = cluster_settings(nodes, prefix_on(node, nodes))
     keys = Keys(settings.key_prefix)
     assert settings.redis_url is not None
-    client, claims = (
+    client, consumer = (
         open_async_redis(settings.redis_url),
         JobConsumer(open_redis(settings.redis_url), settings, ["pocket"], "w"),
     )
     monkeypatch.setattr("giantleap.service.jobqueue.producer._POLL_S", 300.0)  # a wait that ends is one that was woken
 
     async def scenario() -> None:
-        broker = JobProducer(client, settings)
-        await broker.open()
-        claims.open()
+        producer = JobProducer(client, settings)
+        await producer.open()
+        consumer.open()
 
         def subscribed() -> bool:
             return any(dict(each.client.pubsub_numsub(keys.done_channel))[keys.done_channel] for each in nodes)
 
-        await asyncio.to_thread(wait_until, subscribed, "the broker listens")
+        await asyncio.to_thread(wait_until, subscribed, "the producer listens")
         done, failed, handed = jobs = [make_job() for _ in range(3)]
-        assert (await broker.enqueue(done, b"input", idempotency_key="k")).created
-        assert not (await broker.enqueue(done, b"input", idempotency_key="k")).created
+        assert (await producer.enqueue(done, b"input", idempotency_key="k")).created
+        assert not (await producer.enqueue(done, b"input", idempotency_key="k")).created
         for job in jobs[1:]:
-            await broker.enqueue(job)
-        waiting = asyncio.create_task(broker.wait(done.id, 200.0))
+            await producer.enqueue(job)
+        waiting = asyncio.create_task(producer.wait(done.id, 200.0))
         bodies: list[bytes | None] = []
-        await asyncio.to_thread(end, claims, bodies)
+        await asyncio.to_thread(end, consumer, bodies)
         assert (await asyncio.wait_for(waiting, 60)).state is JobState.SUCCEEDED
         assert bodies == [b"input", None, None]
-        assert await broker.read_result(done.id, 0) == b"abc"
-        assert [event.name async for event in broker.events(done.id)] == ["queued", "started", "step", "done"]
-        record = await broker.get(failed.id)
+        assert await producer.read_result(done.id, 0) == b"abc"
+        assert [event.name async for event in producer.events(done.id)] == ["queued", "started", "step", "done"]
+        record = await producer.get(failed.id)
         assert record is not None and record.state is JobState.FAILED
-        canceled = await broker.cancel(handed.id)
+        canceled = await producer.cancel(handed.id)
         assert canceled is not None and canceled.state is JobState.CANCELED
-        stats = await broker.stats()
+        stats = await producer.stats()
         assert (stats.live_workers, stats.processing, stats.dead_lettered) == (1, 0, 1)
-        await broker.close()
+        await producer.close()
 
-    asyncio.run(_closing(scenario, client, claims))
+    asyncio.run(_closing(scenario, client, consumer))
     names = {each.port: each.client.keys("*") for each in nodes}
     assert [port for port in names if any(key.startswith(keys.tag) for key in names[port])] == [nodes[node].port]
 
 
-async def _closing(scenario: Any, client: Any, claims: JobConsumer) -> None:
+async def _closing(scenario: Any, client: Any, consumer: JobConsumer) -> None:
     try:
         await scenario()
     finally:
-        await asyncio.to_thread(claims.close)
+        await asyncio.to_thread(consumer.close)
         await client.aclose()
 
 
 def test_a_node_that_dies_and_returns_is_waited_for(nodes: list[Server], make_job: Any) -> None:
     settings = cluster_settings(nodes, prefix_on(1, nodes))
     assert settings.redis_url is not None
-    client, claims = (
+    client, consumer = (
         open_async_redis(settings.redis_url),
         JobConsumer(open_redis(settings.redis_url), settings, ["pocket"], "w"),
     )
 
-    async def accept(broker: JobProducer, job: Job) -> None:
+    async def accept(producer: JobProducer, job: Job) -> None:
         deadline_s = time.monotonic() + 60
         while True:
             try:
-                await broker.enqueue(job)
+                await producer.enqueue(job)
                 return
             except NotReady:
                 assert time.monotonic() < deadline_s, "the cluster is whole again"
                 await asyncio.sleep(0.05)
 
     async def scenario() -> None:
-        broker = JobProducer(client, settings)
-        await broker.open()
-        claims.open()
+        producer = JobProducer(client, settings)
+        await producer.open()
+        consumer.open()
         before, after = make_job(), make_job()
-        await broker.enqueue(before)
+        await producer.enqueue(before)
         await asyncio.sleep(1.5)  # appendfsync everysec: what is older is on disk
         nodes[1].kill()
         with pytest.raises(NotReady):
-            await broker.enqueue(after)
+            await producer.enqueue(after)
         nodes[1].start()
         await asyncio.to_thread(wait_until, lambda: all(map(is_whole, nodes)), "the cluster is whole")
-        await accept(broker, after)
+        await accept(producer, after)
         for job in (before, after):
-            claim = await asyncio.to_thread(claim_one, claims)
-            assert claim.job.id == job.id and await asyncio.to_thread(claims.finish, claim, [], {}, [])
-        assert (await broker.wait(after.id, 60)).state is JobState.SUCCEEDED
-        await broker.close()
+            claim = await asyncio.to_thread(claim_one, consumer)
+            assert claim.job.id == job.id and await asyncio.to_thread(consumer.complete, claim, [], {}, [])
+        assert (await producer.wait(after.id, 60)).state is JobState.SUCCEEDED
+        await producer.close()
 
-    asyncio.run(_closing(scenario, client, claims))
+    asyncio.run(_closing(scenario, client, consumer))
 
 
 def test_a_cluster_that_is_away_is_not_ready_and_its_password_is_not_told(
@@ -259,20 +259,20 @@ def test_a_worker_whose_redis_is_full_keeps_its_results_until_there_is_room(
     server = Server(tmp_path_factory.mktemp("full") / "server", free_ports(1)[0], "maxmemory-policy noeviction")
     server.start()
     settings = read_settings(redis_url=f"redis://127.0.0.1:{server.port}/0", visibility_timeout_s=10, job_ttl_s=60)
-    client, claims = (
+    client, consumer = (
         open_async_redis(str(settings.redis_url)),
         JobConsumer(open_redis(str(settings.redis_url)), settings, ["pocket"], "w"),
     )
 
     async def scenario() -> None:
-        broker = JobProducer(client, settings)
-        await broker.open()
-        claims.open()
+        producer = JobProducer(client, settings)
+        await producer.open()
+        consumer.open()
         job = make_job()
-        await broker.enqueue(job)
-        claim = await asyncio.to_thread(claim_one, claims)
+        await producer.enqueue(job)
+        claim = await asyncio.to_thread(claim_one, consumer)
         server.client.config_set("maxmemory", 1)
-        ending = asyncio.create_task(asyncio.to_thread(claims.finish, claim, [(ResultFile("a", 1), b"a")], {}, []))
+        ending = asyncio.create_task(asyncio.to_thread(consumer.complete, claim, [(ResultFile("a", 1), b"a")], {}, []))
         before = server.client.info("commandstats")["cmdstat_evalsha"]["failed_calls"]
         await asyncio.to_thread(
             wait_until,
@@ -282,10 +282,10 @@ def test_a_worker_whose_redis_is_full_keeps_its_results_until_there_is_room(
         assert not ending.done()
         server.client.config_set("maxmemory", 0)
         assert await asyncio.wait_for(ending, 60)
-        assert await broker.read_result(job.id, 0) == b"a"
-        await broker.close()
+        assert await producer.read_result(job.id, 0) == b"a"
+        await producer.close()
 
     try:
-        asyncio.run(_closing(scenario, client, claims))
+        asyncio.run(_closing(scenario, client, consumer))
     finally:
         server.kill()

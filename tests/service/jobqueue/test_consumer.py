@@ -13,8 +13,7 @@ import pytest
 import redis
 
 from giantleap.models.worker_role import WorkerRole
-from giantleap.service.jobqueue import scripts
-from giantleap.service.jobqueue import scripts_producer as scripts_broker
+from giantleap.service.jobqueue import scripts, scripts_producer
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobqueue.keys import Keys, claim_order
@@ -36,8 +35,8 @@ def redis_url(request: pytest.FixtureRequest, start_server: Any) -> str:
 
 @pytest.fixture
 def put(settings: Settings, redis_client: redis.Redis, make_job: Any) -> Iterator[Put]:
-    """Enqueues a job through the script that the broker uses, without an event loop."""
-    script = redis_client.register_script(scripts.PRELUDE + scripts_broker.ENQUEUE)
+    """Enqueues a job through the script that the producer uses, without an event loop."""
+    script = redis_client.register_script(scripts.PRELUDE + scripts_producer.ENQUEUE)
 
     def enqueue(priority: Priority = Priority.HIGH, body: bytes | None = None, **rest: Any) -> Job:
         job: Job = make_job(priority, **rest)
@@ -83,7 +82,7 @@ def test_claim_is_exclusive_between_workers(put: Put, open_consumer: Any, settin
         while batch := worker.claim(3, 0.2):
             for claim in batch:
                 seen.append(claim.job.id)
-                assert worker.finish(claim, [(PNG, b"png")], {}, [])
+                assert worker.complete(claim, [(PNG, b"png")], {}, [])
 
     # Leases that a stall of a busy machine does not outlast: this is about two that claim at once.
     workers = [open_consumer(visibility_timeout_s=20.0) for _ in range(6)]
@@ -168,7 +167,7 @@ def test_idle_claim_wakes_as_soon_as_a_job_comes(put: Put, open_consumer: Any) -
         claim = take_one(worker)
         delays_s.append(time.perf_counter() - started_s - 0.15)
         timer.join()
-        worker.finish(claim, [], {}, [])
+        worker.complete(claim, [], {}, [])
     assert sorted(delays_s)[0] < 0.5, "woken by the message, not by the poll each second"
 
 
@@ -250,14 +249,14 @@ def test_late_write_after_a_lost_lease_changes_nothing(
     keys = Keys(settings.key_prefix)
     before = [redis_client.dump(key) for key in (keys.job(job.id), keys.events(job.id))]
     slow.emit(late, "step", {"step": 1, "steps": 4})
-    assert not slow.finish(late, [(PNG, b"old")], {"decode": 1.0}, ["old"])
+    assert not slow.complete(late, [(PNG, b"old")], {"decode": 1.0}, ["old"])
     assert not slow.fail(late, FLAKY)
-    assert not slow.finish_canceled(late)
+    assert not slow.cancel(late)
     slow.release([late])
     assert [redis_client.dump(key) for key in (keys.job(job.id), keys.events(job.id))] == before
     assert redis_client.exists(keys.result(job.id)) == 0
-    assert quick.finish(owned, [(PNG, b"new")], {}, [])
-    assert not slow.finish(late, [(PNG, b"old")], {}, [])
+    assert quick.complete(owned, [(PNG, b"new")], {}, [])
+    assert not slow.complete(late, [(PNG, b"old")], {}, [])
     assert redis_client.hgetall(keys.result(job.id)) == {b"0": b"new"}
     assert state_of(job) == "succeeded"
 
@@ -267,7 +266,7 @@ def test_lease_is_kept_past_the_visibility_timeout(put: Put, open_consumer: Any)
     worker, rival = open_consumer(visibility_timeout_s=2.0), open_consumer(visibility_timeout_s=2.0)
     claim = take_one(worker)
     assert rival.claim(1, 3.6) == []
-    assert worker.finish(claim, [], {}, [])
+    assert worker.complete(claim, [], {}, [])
 
 
 def test_heartbeat_does_not_take_a_lost_job_back(put: Put, open_consumer: Any, make_stale: Any) -> None:
@@ -278,8 +277,8 @@ def test_heartbeat_does_not_take_a_lost_job_back(put: Put, open_consumer: Any, m
     owned = take_one(rival)
     worker.open()
     time.sleep(0.8)
-    assert not worker.finish(late, [], {}, [])
-    assert rival.finish(owned, [], {}, [])
+    assert not worker.complete(late, [], {}, [])
+    assert rival.complete(owned, [], {}, [])
     worker.close()
 
 
@@ -305,7 +304,7 @@ def test_worker_does_not_claim_anew_what_it_still_holds(put: Put, open_consumer:
     claim = take_one(worker)
     make_stale(claim)
     assert worker.claim(1, 0.0) == []
-    assert worker.finish(claim, [], {}, [])
+    assert worker.complete(claim, [], {}, [])
 
 
 def test_restarted_worker_of_the_same_name_cannot_end_the_old_claim(
@@ -315,7 +314,7 @@ def test_restarted_worker_of_the_same_name_cannot_end_the_old_claim(
     old = take_one(open_consumer(lease=False, consumer="host-1"))
     make_stale(old)
     reborn = open_consumer(consumer="host-1")
-    assert not reborn.finish(old, [], {}, [])
+    assert not reborn.complete(old, [], {}, [])
     assert take_one(reborn).delivery == 2
 
 
@@ -324,8 +323,8 @@ def test_finish_repeated_after_a_lost_reply_says_what_it_did(put: Put, open_cons
     put()
     worker = open_consumer()
     one, two = worker.claim(2, 1.0)
-    assert worker.finish(one, [(PNG, b"png")], {}, [])
-    assert worker.finish(one, [(PNG, b"png")], {}, [])
+    assert worker.complete(one, [(PNG, b"png")], {}, [])
+    assert worker.complete(one, [(PNG, b"png")], {}, [])
     assert worker.fail(two, FLAKY)
     assert worker.fail(two, FLAKY)
     assert take_one(worker).delivery == 2
@@ -385,15 +384,15 @@ def test_cancel_flag_of_running_work_is_seen_and_ends_it(
     jobs = [put() for _ in range(3)]
     worker = open_consumer()
     batch = worker.claim(3, 1.0)
-    assert worker.canceled(batch) == set()
-    cancel = redis_client.register_script(scripts.PRELUDE + scripts_broker.CANCEL)
+    assert worker.find_canceled(batch) == set()
+    cancel = redis_client.register_script(scripts.PRELUDE + scripts_producer.CANCEL)
     cancel([Keys(settings.key_prefix).tag], [scripts.limits(settings), jobs[1].id])
-    assert worker.canceled(batch) == {jobs[1].id}
+    assert worker.find_canceled(batch) == {jobs[1].id}
     assert state_of(jobs[1]) == "processing"
-    assert worker.finish_canceled(batch[1], {"generate": 0.1})
+    assert worker.cancel(batch[1], {"generate": 0.1})
     assert state_of(jobs[1]) == "canceled"
-    assert worker.finish(batch[0], [], {}, [])
-    assert worker.finish(batch[2], [], {}, [])
+    assert worker.complete(batch[0], [], {}, [])
+    assert worker.complete(batch[2], [], {}, [])
 
 
 def test_canceled_job_is_neither_retried_nor_redelivered(
@@ -403,7 +402,7 @@ def test_canceled_job_is_neither_retried_nor_redelivered(
     worker = open_consumer()
     stuck = take_one(open_consumer(lease=False))
     failing, handed_back = worker.claim(2, 1.0)
-    cancel = redis_client.register_script(scripts.PRELUDE + scripts_broker.CANCEL)
+    cancel = redis_client.register_script(scripts.PRELUDE + scripts_producer.CANCEL)
     for job in jobs:
         cancel([Keys(settings.key_prefix).tag], [scripts.limits(settings), job.id])
     assert worker.fail(failing, FLAKY)
@@ -423,10 +422,10 @@ def test_released_work_is_first_for_the_next_worker_and_not_counted(
     put(Priority.HIGH)
     leaving.release([claim])
     assert state_of(job) == "queued"
-    assert not leaving.finish(claim, [], {}, [])
+    assert not leaving.complete(claim, [], {}, [])
     again = take_one(staying)
     assert (again.job, again.delivery) == (job, 1)
-    assert staying.finish(again, [], {}, [])
+    assert staying.complete(again, [], {}, [])
 
 
 def test_closed_worker_is_no_longer_counted_as_alive(

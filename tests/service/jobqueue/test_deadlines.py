@@ -21,7 +21,7 @@ def due(job: Job, after_s: float) -> Job:
 
 
 def pass_deadline(client: redis.Redis, settings: Settings, job: Job) -> None:
-    """Moves the deadline of a job into the past, without asking the broker, which would end the job."""
+    """Moves the deadline of a job into the past, without asking the producer, which would end the job."""
     keys = Keys(settings.key_prefix)
     assert client.hset(keys.job(job.id), "deadline_ms", 1) == 0, "it had a deadline"
     client.zadd(f"{keys.tag}:deadlines", {job.id: 1})
@@ -74,15 +74,15 @@ def test_work_that_ends_after_the_deadline_counts_for_nothing(
             job = due(make_job(), 600.0)
             await producer.enqueue(job, b"latent")
             [claim] = worker.claim(1, 1.0)
-            assert worker.canceled([claim]) == set(), "nothing stops it before"
+            assert worker.find_canceled([claim]) == set(), "nothing stops it before"
             pass_deadline(redis_client, settings, job)
-            assert worker.canceled([claim]) == {job.id}, "seen at a step, before anyone else looked"
+            assert worker.find_canceled([claim]) == {job.id}, "seen at a step, before anyone else looked"
             if end == "finish":
-                assert not worker.finish(claim, [(PNG, b"png")], {}, [])
+                assert not worker.complete(claim, [(PNG, b"png")], {}, [])
             elif end == "fail":
                 assert not worker.fail(claim, JobError("engine_fault", "lost device", retryable=True))
             else:
-                assert worker.finish_canceled(claim)
+                assert worker.cancel(claim)
             assert_overdue(await producer.get(job.id))
             assert await producer.read_result(job.id, 0) is None
             assert redis_client.xlen(Keys(settings.key_prefix).stream("pocket:high")) == 0
@@ -105,7 +105,7 @@ def test_a_running_job_of_a_worker_that_hangs_ends_at_its_deadline(
             assert_overdue(await producer.wait(job.id, 60.0))
             worker.emit(claim, "step", {"step": 1, "steps": 4})
             assert [event.name async for event in producer.events(job.id)][-1] == "done", "nothing comes after it"
-            assert not worker.finish(claim, [(PNG, b"png")], {}, [])
+            assert not worker.complete(claim, [(PNG, b"png")], {}, [])
             assert_overdue(await producer.get(job.id))
 
     asyncio.run(scenario())
@@ -121,7 +121,7 @@ def test_a_job_that_ends_in_time_keeps_its_result(open_producer: Any, open_consu
             worker = open_consumer()
             [claim] = worker.claim(1, 1.0)
             assert claim.job == job
-            assert worker.finish(claim, [(PNG, b"png")], {}, [])
+            assert worker.complete(claim, [(PNG, b"png")], {}, [])
             record = await producer.get(job.id)
             assert record is not None and record.state is JobState.SUCCEEDED
 

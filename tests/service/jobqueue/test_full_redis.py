@@ -82,7 +82,7 @@ def test_a_worker_waits_until_there_is_memory_and_then_ends_its_jobs(full_settin
         assert worker.claim(1, 0.2) == []
         worker.emit(claim, "step", {"step": 1, "steps": 4})
         ended: list[bool] = []
-        ending = threading.Thread(target=lambda: ended.append(worker.finish(claim, [(PNG, b"png")], {}, [])))
+        ending = threading.Thread(target=lambda: ended.append(worker.complete(claim, [(PNG, b"png")], {}, [])))
         ending.start()
         ending.join(0.3)
         assert ending.is_alive() and ended == [], "it waits"
@@ -91,7 +91,7 @@ def test_a_worker_waits_until_there_is_memory_and_then_ends_its_jobs(full_settin
         assert ended == [True]
         left: list[Claim] = worker.claim(1, 30.0)
         assert [claim.job.id for claim in left] == [second.id]
-        assert worker.finish(left[0], [(PNG, b"png")], {}, [])
+        assert worker.complete(left[0], [(PNG, b"png")], {}, [])
     finally:
         set_full(full_settings, False)
         worker.close()

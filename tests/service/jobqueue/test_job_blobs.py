@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from giantleap.service.errors import StorageFull
-from giantleap.service.jobqueue import scripts
-from giantleap.service.jobqueue import scripts_producer as scripts_broker
+from giantleap.service.jobqueue import scripts, scripts_producer
 from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobs.job import JobError, ResultFile
@@ -69,7 +68,7 @@ class BlobAccount(RuleBasedStateMachine):
             self.client.set(upload, b"i" * size_bytes)
         extra = json.dumps({"input_bytes": size_bytes})
         args = [job.id, "pocket", "high", job.to_json(), "digest", "", -1, upload, extra]
-        verdict = self.call(scripts_broker.ENQUEUE, *args)[0]
+        verdict = self.call(scripts_producer.ENQUEUE, *args)[0]
         self.known.append(job.id)
         assert verdict == (b"created" if self.make_room(size_bytes) else b"storage")
         if verdict == b"created":
@@ -92,9 +91,9 @@ class BlobAccount(RuleBasedStateMachine):
         files = [file_of(b"r" * size) for size in sizes_bytes]
         if not self.make_room(sum(sizes_bytes) - own_bytes):
             with pytest.raises(StorageFull):
-                self.worker.finish(claim, files, {}, [])
+                self.worker.complete(claim, files, {}, [])
             return
-        assert self.worker.finish(claim, files, {}, [])
+        assert self.worker.complete(claim, files, {}, [])
         self.running.remove(claim)
         del self.inputs[claim.job.id]
         if sum(sizes_bytes):
@@ -111,7 +110,7 @@ class BlobAccount(RuleBasedStateMachine):
     @rule(pick=st.integers(0))
     def cancel_queued(self, pick: int) -> None:
         job_id = self.queued.pop(pick % len(self.queued))
-        self.call(scripts_broker.CANCEL, job_id)
+        self.call(scripts_producer.CANCEL, job_id)
         del self.inputs[job_id]
 
     @rule()
@@ -119,7 +118,7 @@ class BlobAccount(RuleBasedStateMachine):
         assume(self.results)
         oldest = next(iter(self.results))
         self.client.zadd(f"{self.keys.tag}:blob_results", {oldest: 0})
-        self.call(scripts_broker.STATS)
+        self.call(scripts_producer.STATS)
         del self.results[oldest]
 
     @invariant()
@@ -163,7 +162,7 @@ def test_oldest_results_make_room_for_new_ones_and_live_inputs_never_do(
             for job in jobs[:2]:
                 await producer.enqueue(job)
                 [claim] = worker.claim(1, 1.0)
-                assert worker.finish(claim, [file_of(b"abc")], {}, [])
+                assert worker.complete(claim, [file_of(b"abc")], {}, [])
             await producer.enqueue(jobs[2], b"12345678")
             assert await producer.read_result(jobs[0].id, 0) is None, "evicted for the input"
             assert await producer.read_result(jobs[1].id, 0) is None
@@ -172,8 +171,8 @@ def test_oldest_results_make_room_for_new_ones_and_live_inputs_never_do(
             [claim] = worker.claim(1, 1.0)
             assert claim.body == b"12345678"
             with pytest.raises(StorageFull):
-                worker.finish(claim, [file_of(b"x" * 11)], {}, [])
-            assert worker.finish(claim, [file_of(b"1234"), file_of(b"567890")], {}, []), "its own input made room"
+                worker.complete(claim, [file_of(b"x" * 11)], {}, [])
+            assert worker.complete(claim, [file_of(b"1234"), file_of(b"567890")], {}, []), "its own input made room"
             assert await producer.read_result(jobs[2].id, 1) == b"567890"
             assert await producer.read_result(jobs[2].id, 2) is None
             assert (await producer.stats()).blob_bytes == 10
@@ -188,7 +187,7 @@ def test_expired_results_give_their_bytes_back(open_producer: Any, open_consumer
             job = make_job()
             await producer.enqueue(job)
             [claim] = worker.claim(1, 1.0)
-            worker.finish(claim, [file_of(b"abc")], {}, [])
+            worker.complete(claim, [file_of(b"abc")], {}, [])
             assert (await producer.stats()).blob_bytes == 3
             async with asyncio.timeout(60):
                 while (await producer.stats()).blob_bytes:
@@ -210,7 +209,7 @@ def test_large_blobs_pass_unchanged(open_producer: Any, open_consumer: Any, make
             started_s = time.perf_counter()
             [claim] = worker.claim(1, 1.0)
             assert claim.body == large
-            assert worker.finish(claim, [file_of(large)], {}, [])
+            assert worker.complete(claim, [file_of(large)], {}, [])
             assert time.perf_counter() - started_s < 60.0
             assert await producer.read_result(job.id, 0) == large
 

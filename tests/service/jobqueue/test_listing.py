@@ -9,8 +9,7 @@ import pytest
 import redis
 
 from giantleap.service.errors import QueueFull
-from giantleap.service.jobqueue import scripts
-from giantleap.service.jobqueue import scripts_producer as scripts_broker
+from giantleap.service.jobqueue import scripts, scripts_producer
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.producer import retry_after_s
 from giantleap.service.jobs.job import JobState, Priority, QueueStats, ResultFile
@@ -50,7 +49,7 @@ def test_a_page_of_one_state_and_what_is_gone_is_forgotten(
             worker = open_consumer()
             done = worker.claim(2, 1.0)
             for claim in done:
-                worker.finish(claim, [(PNG, b"png")], {}, [])
+                worker.complete(claim, [(PNG, b"png")], {}, [])
             page = await producer.list_jobs("", JobState.SUCCEEDED)
             assert {record.job.id for record in page.records} == {claim.job.id for claim in done}
             assert [r.job.id for r in (await producer.list_jobs("", JobState.QUEUED)).records] == [
@@ -68,7 +67,7 @@ def test_a_page_of_one_state_and_what_is_gone_is_forgotten(
 def test_the_index_is_capped_and_expires(make_job: Any, redis_client: redis.Redis, settings: Settings) -> None:
     keys = Keys(settings.key_prefix)
     limits = json.dumps(json.loads(scripts.limits(settings)) | {"list_limit": 3})
-    script = redis_client.register_script(scripts.PRELUDE + scripts_broker.ENQUEUE)
+    script = redis_client.register_script(scripts.PRELUDE + scripts_producer.ENQUEUE)
     jobs = [make_job() for _ in range(5)]
     for job in jobs:
         script([keys.tag], [limits, job.id, "pocket", "high", job.to_json(), "digest", "", "-1", b""])
@@ -114,8 +113,8 @@ def test_jobs_of_one_batch_share_its_time_in_the_estimates(
             for claim in claims:
                 redis_client.hset(f"{tag}:job:{claim.job.id}", "begun_s", seconds - 4000)
             for claim in claims[:4]:
-                assert worker.finish(claim, [], {}, [], batch_jobs=4)
-            assert worker.hand_over(claims[4], b"latents", {}, [], batch_jobs=2) is JobState.QUEUED
+                assert worker.complete(claim, [], {}, [], batch_jobs=4)
+            assert worker.transfer(claims[4], b"latents", {}, [], batch_jobs=2) is JobState.QUEUED
             shares = [float(text) for text in redis_client.lrange(f"{tag}:durations:pocket", 0, -1)]
             assert shares == pytest.approx([2000] + 4 * [1000], abs=60)
             assert [float(text) for text in redis_client.lrange(f"{tag}:durations", 0, -1)] == shares[1:]
@@ -157,7 +156,7 @@ def test_latent_pixels_are_limited_exactly_and_given_back(
             [claim] = worker.claim(1, 1.0)
             with pytest.raises(QueueFull, match="latent pixels"):
                 await producer.enqueue(job_of(1))
-            worker.finish(claim, [], {}, [])
+            worker.complete(claim, [], {}, [])
             assert (await producer.enqueue(job_of(30))).created
             assert (await producer.enqueue(make_job())).created, "a job without latent pixels is not counted"
 

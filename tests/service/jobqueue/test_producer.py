@@ -206,7 +206,7 @@ def test_cancel_leaves_a_final_job_as_it_is(open_producer: Any, open_consumer: A
             await producer.enqueue(job)
             worker = open_consumer()
             [claim] = worker.claim(1, 1.0)
-            assert worker.finish(claim, [(PNG, b"png")], {"decode": 0.5}, ["late warning"])
+            assert worker.complete(claim, [(PNG, b"png")], {"decode": 0.5}, ["late warning"])
             before = await producer.get(job.id)
             assert await producer.cancel(job.id) == before
             assert before is not None and not before.cancel_requested
@@ -251,7 +251,7 @@ def test_wait_wakes_at_once_when_the_job_ends(open_producer: Any, open_consumer:
             await asyncio.sleep(0.2)
             lags_s = []
             for claim in await asyncio.to_thread(worker.claim, 5, 1.0):
-                await asyncio.to_thread(worker.finish, claim, [(PNG, b"png")], {}, [])
+                await asyncio.to_thread(worker.complete, claim, [(PNG, b"png")], {}, [])
                 started_s = time.perf_counter()
                 record = await waits[[job.id for job in jobs].index(claim.job.id)]
                 lags_s.append(time.perf_counter() - started_s)
@@ -285,8 +285,8 @@ def test_wait_for_a_new_job_takes_its_end_from_the_message(
             early, late = make_job(), make_job()
             await producer.enqueue(early)
             [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
-            await asyncio.to_thread(worker.finish, claim, [(PNG, b"png")], {"encode": 0.5}, ["a word of warning"])
-            while early.id not in producer._ends._outcomes:
+            await asyncio.to_thread(worker.complete, claim, [(PNG, b"png")], {"encode": 0.5}, ["a word of warning"])
+            while early.id not in producer._completions._outcomes:
                 assert time.monotonic() < deadline_s
                 await asyncio.sleep(0.01)
             told = await producer.wait(early.id, 600.0, created=early)
@@ -325,12 +325,12 @@ def test_wait_for_a_new_job_outlives_a_message_that_never_comes(
 ) -> None:
     async def scenario() -> None:
         async with open_producer() as producer:
-            monkeypatch.setattr(producer._ends, "note", lambda told: None)
+            monkeypatch.setattr(producer._completions, "on_completion", lambda told: None)
             job = make_job()
             await producer.enqueue(job)
             worker = open_consumer()
             [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
-            await asyncio.to_thread(worker.finish, claim, [(PNG, b"png")], {}, [])
+            await asyncio.to_thread(worker.complete, claim, [(PNG, b"png")], {}, [])
             assert (await producer.wait(job.id, 30.0, created=job)).state is JobState.SUCCEEDED
 
     asyncio.run(scenario())
@@ -360,7 +360,7 @@ def test_waiters_share_one_connection(
         async with open_producer() as producer:
             job = make_job()
             await producer.enqueue(job)
-            await asyncio.to_thread(wait_until, lambda: subscribed() == 1, "the broker listens")
+            await asyncio.to_thread(wait_until, lambda: subscribed() == 1, "the producer listens")
             waits = [asyncio.create_task(producer.wait(job.id, 0.5)) for _ in range(20)]
             await asyncio.sleep(0.25)
             assert subscribed() == 1 and redis_client.info("clients")["blocked_clients"] == 0
@@ -382,7 +382,7 @@ def test_events_resume_after_any_of_them_and_end_after_done(
             for step in (1, 2):
                 worker.emit(claim, "step", {"step": step, "steps": 2})
                 await asyncio.sleep(0.02)
-            worker.finish(claim, [], {}, [])
+            worker.complete(claim, [], {}, [])
             events = await asyncio.wait_for(live, 30.0)
             assert [event.name for event in events] == ["queued", "started", "step", "step", "done"]
             assert events[2].data == {"step": 1, "steps": 2}
@@ -418,7 +418,7 @@ def test_event_stream_keeps_no_more_than_its_limit_and_always_the_end(
             [claim] = worker.claim(1, 1.0)
             for step in range(40):
                 worker.emit(claim, "step", {"step": step, "steps": 40})
-            worker.finish(claim, [], {}, [])
+            worker.complete(claim, [], {}, [])
             events = await read_events(producer, job.id)
             assert len(events) == 16
             assert events[-1].name == "done"
@@ -435,7 +435,7 @@ def test_stats_count_jobs_in_every_place(open_producer: Any, open_consumer: Any,
             retried, dead, done, _running = worker.claim(4, 1.0)
             worker.fail(retried, JobError("engine_fault", "lost device", retryable=True))
             worker.fail(dead, JobError("invalid_request", "NaN in the latent"))
-            worker.finish(done, [(PNG, b"png")], {}, [])
+            worker.complete(done, [(PNG, b"png")], {}, [])
             await producer.enqueue(make_job(Priority.LOW))
             await asyncio.sleep(0.05)
             stats = await producer.stats()
@@ -459,11 +459,11 @@ def test_every_key_has_a_ttl_or_a_known_cap_once_jobs_are_final(
             for n in range(4):
                 await producer.enqueue(make_job(), b"1234", idempotency_key=str(n))
             done, failed, canceled, stopped = worker.claim(4, 1.0)
-            worker.finish(done, [(PNG, b"png")], {}, [])
+            worker.complete(done, [(PNG, b"png")], {}, [])
             worker.fail(failed, JobError("invalid_request", "NaN in the latent"))
             await producer.cancel(stopped.job.id)
-            worker.finish_canceled(canceled)
-            worker.finish_canceled(stopped)
+            worker.cancel(canceled)
+            worker.cancel(stopped)
 
     asyncio.run(scenario())
     tag = f"{{{settings.key_prefix}}}"
@@ -496,7 +496,7 @@ def test_no_log_line_and_no_dead_letter_holds_a_prompt(
             [late] = slow.claim(1, 1.0)
             await asyncio.sleep(1.1)
             [claim] = quick.claim(1, 3.0)
-            assert not slow.finish(late, [], {}, [])
+            assert not slow.complete(late, [], {}, [])
             quick.fail(claim, JobError("invalid_request", "NaN in the latent"))
 
     asyncio.run(scenario())

@@ -51,8 +51,8 @@ from giantleap.service.worker.batch_runner import Drain
 from giantleap.service.worker.device import find_device
 from giantleap.service.worker.loop import Worker
 from tests.redis_fixtures import ProducerOpener
-from tests.service.fake_broker import FakeBroker
-from tests.service.fakes import GENERATE, FakeClaims, FakeRoute, make_claim
+from tests.service.fake_producer import FakeProducer
+from tests.service.fakes import GENERATE, FakeConsumer, FakeRoute, make_claim
 from tests.waiting import wait_until
 
 MIB = 2**20
@@ -249,8 +249,8 @@ def test_a_limit_on_pixels_names_the_largest_size_as_well(bundle: Bundle, plan: 
 # Over HTTP
 
 
-def app_of(settings: Settings, broker: FakeBroker | JobProducer) -> httpx.ASGITransport:
-    return httpx.ASGITransport(create_app(settings, broker))  # type: ignore[arg-type]
+def app_of(settings: Settings, producer: FakeProducer | JobProducer) -> httpx.ASGITransport:
+    return httpx.ASGITransport(create_app(settings, producer))  # type: ignore[arg-type]
 
 
 def settings_of(directory: Path, **changes: Any) -> Settings:
@@ -259,11 +259,11 @@ def settings_of(directory: Path, **changes: Any) -> Settings:
 
 @pytest.fixture
 async def client(directory: Path) -> AsyncIterator[httpx.AsyncClient]:
-    broker = FakeBroker(devices=(small_device(),))
-    transport = app_of(settings_of(directory), broker)
+    producer = FakeProducer(devices=(small_device(),))
+    transport = app_of(settings_of(directory), producer)
     async with httpx.AsyncClient(transport=transport, base_url="http://giantleap") as client:
         yield client
-    assert not broker.jobs
+    assert not producer.jobs
 
 
 @pytest.mark.anyio
@@ -294,8 +294,8 @@ async def test_two_hundred_refusals_leave_the_queue_alone_and_take_less_than_50_
     worker.open()
     try:
         async with (
-            open_producer() as broker,
-            httpx.AsyncClient(transport=app_of(served, broker), base_url="http://giantleap") as client,
+            open_producer() as producer,
+            httpx.AsyncClient(transport=app_of(served, producer), base_url="http://giantleap") as client,
         ):
             before = redis_state(redis_client, served.key_prefix)
             body = {"prompt": "a red ball", "width": 8192, "height": 8192, "scale": 4}
@@ -307,7 +307,7 @@ async def test_two_hundred_refusals_leave_the_queue_alone_and_take_less_than_50_
                 computed_s.append(time.thread_time() - cpu_s)
                 assert answer.status_code == 422 and answer.json()["code"] == "does_not_fit"
             assert redis_state(redis_client, served.key_prefix) == before
-            stats = await broker.stats()
+            stats = await producer.stats()
             assert (sum(stats.queued.values()), stats.processing, stats.delayed) == (0, 0, 0)
     finally:
         worker.close()
@@ -332,30 +332,30 @@ def redis_state(client: redis.Redis, prefix: str) -> dict[bytes, int]:
 async def test_the_api_learns_the_devices_of_live_workers_and_forgets_those_that_left(
     settings: Settings, open_producer: ProducerOpener, redis_client: redis.Redis
 ) -> None:
-    async with open_producer() as broker:
-        assert broker.devices == ()
+    async with open_producer() as producer:
+        assert producer.devices == ()
         workers = [
             JobConsumer(open_redis(str(settings.redis_url)), settings, ("pocket",), f"w{n}", device)
             for n, device in enumerate((small_device(111), small_device(222), None))
         ]
         for worker in workers:
             worker.open()
-        await broker.read_devices()
-        assert sorted(device.memory_bytes for device in broker.devices) == [111, 222]
+        await producer.read_devices()
+        assert sorted(device.memory_bytes for device in producer.devices) == [111, 222]
         workers[0].close()
-        await broker.read_devices()
-        assert [device.memory_bytes for device in broker.devices] == [222]
+        await producer.read_devices()
+        assert [device.memory_bytes for device in producer.devices] == [222]
         key = f"{{{settings.key_prefix}}}:devices"
         redis_client.hset(key, "dead", small_device(333).to_json())
-        await broker.read_devices()
-        assert [device.memory_bytes for device in broker.devices] == [222], "the dead one has no heartbeat"
+        await producer.read_devices()
+        assert [device.memory_bytes for device in producer.devices] == [222], "the dead one has no heartbeat"
         wait_until(lambda: not redis_client.hexists(key, "dead"))  # the next heartbeat sweeps it away
         redis_client.delete(key)  # as after a loss of Redis: the next heartbeat brings it back
         wait_until(lambda: redis_client.hlen(key) == 1)
         for worker in workers[1:]:
             worker.close()
-        await broker.read_devices()
-        assert broker.devices == () and redis_client.hlen(key) == 0
+        await producer.read_devices()
+        assert producer.devices == () and redis_client.hlen(key) == 0
 
 
 @pytest.mark.anyio
@@ -365,13 +365,13 @@ async def test_a_device_that_cannot_be_read_is_left_out(
     worker = JobConsumer(open_redis(str(settings.redis_url)), settings, ("pocket",), "w", small_device(5))
     worker.open()
     try:
-        async with open_producer() as broker:
+        async with open_producer() as producer:
             (name,) = redis_client.hkeys(f"{{{settings.key_prefix}}}:devices")
             assert isinstance(name, bytes)
             redis_client.zadd(f"{{{settings.key_prefix}}}:workers", {"odd": time.time() * 1000 + 60_000})
             redis_client.hset(f"{{{settings.key_prefix}}}:devices", "odd", "{}")
-            await broker.read_devices()
-            assert [device.memory_bytes for device in broker.devices] == [5]
+            await producer.read_devices()
+            assert [device.memory_bytes for device in producer.devices] == [5]
     finally:
         worker.close()
 
@@ -381,9 +381,9 @@ async def test_a_device_that_cannot_be_read_is_left_out(
 
 @pytest.fixture
 def worker_of(bundle: Bundle, plan: MemoryPlan) -> Iterator[Any]:
-    def make(claims: FakeClaims, route: FakeRoute, memory_bytes: int) -> Worker:
+    def make(consumer: FakeConsumer, route: FakeRoute, memory_bytes: int) -> Worker:
         stop = threading.Event()
-        claims.on_empty = stop.set
+        consumer.on_empty = stop.set
         settings = read_settings(max_image_px=LIMIT_PX, batch_budget_latent_px=10**9)
         place = DeviceShare(plan, memory_bytes)
         metrics = Metrics(CollectorRegistry())
@@ -391,7 +391,7 @@ def worker_of(bundle: Bundle, plan: MemoryPlan) -> Iterator[Any]:
         return Worker(
             {"tiny": route},  # type: ignore[dict-item]
             grids,
-            claims,  # type: ignore[arg-type]
+            consumer,  # type: ignore[arg-type]
             metrics,
             settings,
             Drain(stop, 1.0),
@@ -403,23 +403,23 @@ def worker_of(bundle: Bundle, plan: MemoryPlan) -> Iterator[Any]:
 
 
 def test_a_worker_refuses_what_its_device_cannot_hold_and_lives_on(worker_of: Any) -> None:
-    claims = FakeClaims([make_claim("large", LARGE), make_claim("small")])
+    consumer = FakeConsumer([make_claim("large", LARGE), make_claim("small")])
     route = FakeRoute()
-    worker_of(claims, route, 2048 * MIB).run()
-    error = claims.failed["large"]
+    worker_of(consumer, route, 2048 * MIB).run()
+    error = consumer.failed["large"]
     assert error.code == "does_not_fit" and not error.retryable and "the largest size that fits" in error.detail
     assert isinstance(from_job_error(error), DoesNotFit)
-    assert list(claims.finished) == ["small"] and route.batches == [1]
+    assert list(consumer.finished) == ["small"] and route.batches == [1]
 
 
 def test_a_worker_cuts_a_batch_to_what_its_device_holds(worker_of: Any, bundle: Bundle, plan: MemoryPlan) -> None:
     params = replace(GENERATE, width_px=512, height_px=512, scale=1)
     three_bytes = plan.estimate(replace(to_workload(params, bundle), items=3, decode=None)).peak_bytes
     assert max_items(params, bundle, DeviceShare(plan, three_bytes), 8) == 3
-    claims = FakeClaims([make_claim(f"job-{n}", params) for n in range(8)])
+    consumer = FakeConsumer([make_claim(f"job-{n}", params) for n in range(8)])
     route = FakeRoute()
-    worker_of(claims, route, three_bytes).run()
-    assert route.batches == [3, 3, 2] and len(claims.finished) == 8
+    worker_of(consumer, route, three_bytes).run()
+    assert route.batches == [3, 3, 2] and len(consumer.finished) == 8
     assert max_items(params, bundle, DeviceShare(replace(plan, denoiser={}), three_bytes), 8) == 8
 
 

@@ -13,8 +13,8 @@ from safetensors.numpy import load, save
 
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.service.jobs.planning import is_one_frame
-from tests.service.fakes import UPSCALE, FakeClaims, FakeRoute, make_claim
-from tests.service.front_fakes import LATENT, FileBroker, build_app, write_wan_bundle
+from tests.service.fakes import UPSCALE, FakeConsumer, FakeRoute, make_claim
+from tests.service.front_fakes import LATENT, FileProducer, build_app, write_wan_bundle
 from tests.service.worker.test_loop import run_all
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
@@ -30,13 +30,13 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-def broker() -> FileBroker:
-    return FileBroker()
+def producer() -> FileProducer:
+    return FileProducer()
 
 
 @pytest.fixture
-async def client(broker: FileBroker, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    app = build_app(broker, (write_wan_bundle(tmp_path),))
+async def client(producer: FileProducer, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    app = build_app(producer, (write_wan_bundle(tmp_path),))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         yield client
 
@@ -50,12 +50,12 @@ async def enlarge(client: httpx.AsyncClient, latent: np.ndarray, scaled: bool = 
 @pytest.mark.parametrize("latent", [FRAME, FRAME[None]], ids=["frame", "batch"])
 @pytest.mark.parametrize("scaled", [False, True])
 async def test_one_frame_is_taken_and_answered_in_kind(
-    client: httpx.AsyncClient, broker: FileBroker, latent: np.ndarray, scaled: bool
+    client: httpx.AsyncClient, producer: FileProducer, latent: np.ndarray, scaled: bool
 ) -> None:
     answer = await enlarge(client, latent, scaled)
     assert answer.status_code == 200, answer.text
     raw = WAN.to_raw(LATENT[:, :, None]) if scaled else LATENT
-    np.testing.assert_allclose(broker.latent_of(), raw, rtol=1e-5)
+    np.testing.assert_allclose(producer.latent_of(), raw, rtol=1e-5)
     larger = load(answer.content)["latent"]
     assert larger.shape == (16, 1, 8, 12)
     again = await enlarge(client, larger)
@@ -69,7 +69,7 @@ async def test_a_raw_latent_without_a_frame_is_answered_without_one(client: http
 
 @pytest.mark.parametrize("shape", [(1, 16, 2, 4, 6), (1, 8, 1, 4, 6), (8, 1, 4, 6), (1, 1, 16, 4, 6)])
 async def test_another_video_is_refused_with_the_form_that_is_taken(
-    client: httpx.AsyncClient, broker: FileBroker, shape: tuple[int, ...]
+    client: httpx.AsyncClient, producer: FileProducer, shape: tuple[int, ...]
 ) -> None:
     answer = await enlarge(client, np.zeros(shape, np.float32))
     assert answer.status_code == 422
@@ -78,7 +78,7 @@ async def test_another_video_is_refused_with_the_form_that_is_taken(
     assert (
         "[batch, 16, latent_height, latent_width]" in problem["reason"] and "[batch, 16, 1, h, w]" in problem["reason"]
     )
-    assert not broker.records
+    assert not producer.records
 
 
 def test_only_spaces_of_videos_have_frames() -> None:
@@ -90,9 +90,11 @@ def test_only_spaces_of_videos_have_frames() -> None:
 def test_the_workers_result_has_the_frame_where_the_input_had_it() -> None:
     body = safetensors.torch.save({"latent": torch.full((1, 4, 4, 4), 5.0)})
     asked = replace(UPSCALE, output="latent")
-    claims = FakeClaims([make_claim("video", replace(asked, one_frame=True), body), make_claim("image", asked, body)])
-    run_all(FakeRoute(), claims)
+    consumer = FakeConsumer(
+        [make_claim("video", replace(asked, one_frame=True), body), make_claim("image", asked, body)]
+    )
+    run_all(FakeRoute(), consumer)
     shapes = {
-        name: tuple(safetensors.torch.load(files[0][1])["latent"].shape) for name, files in claims.finished.items()
+        name: tuple(safetensors.torch.load(files[0][1])["latent"].shape) for name, files in consumer.finished.items()
     }
     assert shapes == {"video": (4, 1, 8, 8), "image": (4, 8, 8)}

@@ -38,7 +38,7 @@ from giantleap.service.telemetry.tracing import (
 )
 from giantleap.service.worker.batch_runner import Drain
 from giantleap.service.worker.loop import Worker
-from tests.service.fakes import GENERATE, FakeClaims, FakeRoute, make_claim
+from tests.service.fakes import GENERATE, FakeConsumer, FakeRoute, make_claim
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
 
@@ -112,14 +112,14 @@ def fake_worker(settings: Settings, tracing: Tracing) -> Iterator[None]:
     """The real loop on the real queue with a route of our own, in a thread."""
     assert settings.redis_url is not None
     client, stop = redis.Redis.from_url(settings.redis_url, socket_timeout=10), threading.Event()
-    claims = JobConsumer(client, settings, ("paper",), "traced-worker")
-    claims.open()
+    consumer = JobConsumer(client, settings, ("paper",), "traced-worker")
+    consumer.open()
     grids = {"paper": LatentGrid(stride_px=8, window=4)}
     drain = Drain(stop, 30.0)
     worker = Worker(
         {"paper": FakeRoute(name="paper")},
         grids,
-        claims,
+        consumer,
         Metrics(CollectorRegistry()),
         settings,
         drain,
@@ -132,7 +132,7 @@ def fake_worker(settings: Settings, tracing: Tracing) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(60)
-        claims.close()
+        consumer.close()
         client.close()
     assert not thread.is_alive(), "the worker did not stop"
 
@@ -146,7 +146,7 @@ def test_one_trace_from_the_request_to_the_last_stage(
     (api, api_spans), (worker, worker_spans) = open_memory(), open_memory()
     caplog.handler.setFormatter(JsonFormatter())
     with (
-        caplog.at_level(logging.INFO, "service"),
+        caplog.at_level(logging.INFO, "giantleap.service"),
         live_server(create_app(settings, tracing=api)) as url,
         fake_worker(settings, worker),
     ):
@@ -194,20 +194,20 @@ def test_one_trace_from_the_request_to_the_last_stage(
     assert PROMPT not in told and "sphere" not in told
 
 
-def run_batch(claims: FakeClaims) -> list[ReadableSpan]:
+def run_batch(consumer: FakeConsumer) -> list[ReadableSpan]:
     tracing, exporter = open_memory()
     stop = threading.Event()
-    claims.on_empty = stop.set
+    consumer.on_empty = stop.set
     grids = {"tiny": LatentGrid(stride_px=8, window=4)}
     metrics, drain = Metrics(CollectorRegistry()), Drain(stop, 30.0)
-    Worker({"tiny": FakeRoute()}, grids, claims, metrics, Settings(), drain, tracing=tracing).run()  # type: ignore[arg-type,dict-item]
+    Worker({"tiny": FakeRoute()}, grids, consumer, metrics, Settings(), drain, tracing=tracing).run()  # type: ignore[arg-type,dict-item]
     return list(exporter.get_finished_spans())
 
 
 def test_a_batch_is_in_the_trace_of_each_of_its_jobs_and_links_the_others() -> None:
     parents = [f"00-{number:032x}-{number:016x}-01" for number in (1, 2, 3)]
     waiting = [make_claim(f"job-{number}", traceparent=parent) for number, parent in enumerate(parents)]
-    spans = run_batch(FakeClaims(waiting))
+    spans = run_batch(FakeConsumer(waiting))
     for number in (1, 2, 3):
         own = [span for span in spans if trace_of(span) == f"{number:032x}"]
         assert sorted(span.name for span in own) == ["decode", "encode", "generate", "queue", "run", "upscale"]
@@ -219,7 +219,7 @@ def test_a_batch_is_in_the_trace_of_each_of_its_jobs_and_links_the_others() -> N
 def test_a_job_that_fails_says_so_in_its_own_trace_only() -> None:
     good, bad = f"00-{1:032x}-{1:016x}-01", f"00-{2:032x}-{2:016x}-01"
     crash = make_claim("bad", replace(GENERATE, prompt="crash"), traceparent=bad)
-    spans = run_batch(FakeClaims([make_claim("good", traceparent=good), crash]))
+    spans = run_batch(FakeConsumer([make_claim("good", traceparent=good), crash]))
     runs = {span.context.trace_id: span for span in spans if span.name == "run" and span.context is not None}
     assert runs[1].status.status_code is StatusCode.UNSET
     assert runs[2].status.status_code is StatusCode.ERROR
@@ -227,7 +227,7 @@ def test_a_job_that_fails_says_so_in_its_own_trace_only() -> None:
 
 
 def test_a_trace_that_its_client_does_not_sample_is_not_sent() -> None:
-    spans = run_batch(FakeClaims([make_claim("job", traceparent=SENT[:-2] + "00")]))
+    spans = run_batch(FakeConsumer([make_claim("job", traceparent=SENT[:-2] + "00")]))
     assert spans == []
 
 

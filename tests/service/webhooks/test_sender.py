@@ -114,7 +114,7 @@ def test_each_end_of_a_job_is_told_signed_and_once(
             await producer.cancel(jobs[2].id)
             worker = open_consumer()
             first, second = worker.claim(2, 1.0)
-            worker.finish(first, [(PNG, b"png")], {}, [])
+            worker.complete(first, [(PNG, b"png")], {}, [])
             worker.fail(second, JobError("engine_fault", "NaN"))
             async with senders(settings, metrics, 3):
                 await asyncio.to_thread(receiver.wait_for, 3, lambda: waiting(redis_client, settings) == 0)

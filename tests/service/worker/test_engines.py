@@ -58,10 +58,10 @@ def psnr_db(found: NDArray[Any], expected: NDArray[Any], peak: float) -> float:
     return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
 
 
-async def read(broker: JobProducer, job: Job) -> bytes:
-    record = await broker.wait(job.id, TIMEOUT_S)
+async def read(producer: JobProducer, job: Job) -> bytes:
+    record = await producer.wait(job.id, TIMEOUT_S)
     assert record.state is JobState.SUCCEEDED, record.error
-    content = await broker.read_result(job.id, 0)
+    content = await producer.read_result(job.id, 0)
     assert content is not None
     return content
 
@@ -70,18 +70,18 @@ def test_onnx_serves_the_images_and_latents_that_torch_serves(
     torch_settings: Settings, onnx_settings: Settings, open_producer: Any, make_job: Any
 ) -> None:
     async def scenario() -> None:
-        async with open_producer() as broker:
+        async with open_producer() as producer:
             served: dict[str, tuple[NDArray[Any], ...]] = {}
             for settings in (torch_settings, onnx_settings):
                 jobs = [make_job(bundle="tiny", scale=s, width_px=64 * s, height_px=64 * s, seed=3) for s in (2, 4)]
                 upscaled, body = upscale_job(5, 7)
                 for job in jobs:
-                    await broker.enqueue(job)
+                    await producer.enqueue(job)
                 upscaled = replace(upscaled, id=f"{settings.engine}-latent")
-                await broker.enqueue(upscaled, body)
+                await producer.enqueue(upscaled, body)
                 with running_worker(settings):
-                    images = [np.asarray(Image.open(io.BytesIO(await read(broker, job)))) for job in jobs]
-                    latent = safetensors.torch.load(await read(broker, upscaled))["latent"]
+                    images = [np.asarray(Image.open(io.BytesIO(await read(producer, job)))) for job in jobs]
+                    latent = safetensors.torch.load(await read(producer, upscaled))["latent"]
                 served[settings.engine] = (*images, latent.numpy())
             for found, expected in zip(served["onnx"][:2], served["torch"][:2], strict=True):
                 assert found.shape == expected.shape and psnr_db(found, expected, 255) >= 60

@@ -27,7 +27,7 @@ from giantleap.service.jobs.job import GenerateParams, Job, UpscaleParams
 from giantleap.service.settings import Settings, read_settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.worker.engines import find_artifacts
-from tests.service.fake_broker import FakeBroker
+from tests.service.fake_producer import FakeProducer
 from tests.service.live_server import live_server
 from tests.service.worker.test_loop_redis import TIMEOUT_S, running_worker
 from tests.tiny_bundle import LATENT_CHANNELS, WINDOW
@@ -58,13 +58,13 @@ def liif_dir(tiny_bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def broker() -> FakeBroker:
-    return FakeBroker()
+def producer() -> FakeProducer:
+    return FakeProducer()
 
 
 @pytest.fixture
-async def client(liif_dir: Path, broker: FakeBroker) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(read_settings(bundle=(liif_dir,)), broker)  # type: ignore[arg-type]
+async def client(liif_dir: Path, producer: FakeProducer) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(read_settings(bundle=(liif_dir,)), producer)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         yield client
 
@@ -97,10 +97,10 @@ def test_the_service_draws_and_enlarges_by_one_and_a_half_and_by_three(settings:
 @pytest.mark.anyio
 @pytest.mark.parametrize(("said", "scale", "side_px"), [(1.5, 1.5, 96), (3, 3, 192), (2.0, 2, 128), (None, 2, 128)])
 async def test_a_scale_is_the_bundles_own_number(
-    client: httpx.AsyncClient, broker: FakeBroker, said: float | None, scale: float, side_px: int
+    client: httpx.AsyncClient, producer: FakeProducer, said: float | None, scale: float, side_px: int
 ) -> None:
     answer = await client.post("/generate", json={"prompt": "a red sphere", "scale": said})
-    (job,) = broker.jobs
+    (job,) = producer.jobs
     assert isinstance(job.params, GenerateParams)
     assert (job.params.width_px, job.params.base_size_px) == (side_px, (64, 64))
     assert f'"scale":{scale},' in answer.text, "2, not 2.0"
@@ -127,18 +127,18 @@ async def test_the_bundle_lists_its_scales(client: httpx.AsyncClient) -> None:
     ],
 )
 async def test_what_makes_no_whole_latents_or_is_not_there_is_refused(
-    client: httpx.AsyncClient, broker: FakeBroker, asked: dict[str, Any], field: str, reason: str
+    client: httpx.AsyncClient, producer: FakeProducer, asked: dict[str, Any], field: str, reason: str
 ) -> None:
     answer = await client.post("/generate", json={"prompt": "a red sphere", **asked})
     assert answer.status_code == 422
     assert [error["field"] for error in answer.json()["errors"]] == [field]
     assert reason in answer.text
-    assert broker.jobs == []
+    assert producer.jobs == []
 
 
 @pytest.mark.anyio
 async def test_a_latent_or_an_image_that_would_not_stay_whole_is_refused(
-    client: httpx.AsyncClient, broker: FakeBroker
+    client: httpx.AsyncClient, producer: FakeProducer
 ) -> None:
     answer = await client.post("/upscale", params={"scale": 1.5}, content=latent_body(6, 7), headers=LATENT)
     assert answer.status_code == 422 and "which scale 1.5 makes no whole one" in answer.text
@@ -154,7 +154,7 @@ async def test_a_latent_or_an_image_that_would_not_stay_whole_is_refused(
         answer = await client.post("/upscale", params={"scale": 1.5}, content=picture.getvalue(), headers=kind)
         assert (answer.status_code == 200) is is_taken, answer.text
         assert is_taken or "send sides in multiples of 16 px" in answer.text
-    assert all(isinstance(job.params, UpscaleParams) and job.params.scale == 1.5 for job in broker.jobs)
+    assert all(isinstance(job.params, UpscaleParams) and job.params.scale == 1.5 for job in producer.jobs)
 
 
 def test_labels_keep_whole_scales_whole() -> None:

@@ -20,24 +20,24 @@ from giantleap.service.telemetry.logs import JsonFormatter
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.worker.batch_runner import Drain
 from giantleap.service.worker.loop import Worker, choose_gpu, run_worker
-from tests.service.fakes import GENERATE, UPSCALE, FakeClaims, FakeRoute, make_claim
+from tests.service.fakes import GENERATE, UPSCALE, FakeConsumer, FakeRoute, make_claim
 
 GRIDS = {"tiny": LatentGrid(stride_px=8, window=4)}
 
 
 def open_worker(
-    route: FakeRoute, claims: FakeClaims, stop: threading.Event | None = None, **changes: object
+    route: FakeRoute, consumer: FakeConsumer, stop: threading.Event | None = None, **changes: object
 ) -> tuple[Worker, Metrics]:
     stop = stop or threading.Event()
-    claims.on_empty = stop.set
+    consumer.on_empty = stop.set
     settings = Settings(**changes)
     metrics = Metrics(CollectorRegistry())
     drain = Drain(stop, settings.drain_grace_s)
-    return Worker({"tiny": route}, GRIDS, claims, metrics, settings, drain), metrics
+    return Worker({"tiny": route}, GRIDS, consumer, metrics, settings, drain), metrics
 
 
-def run_all(route: FakeRoute, claims: FakeClaims, **changes: object) -> Metrics:
-    worker, metrics = open_worker(route, claims, **changes)
+def run_all(route: FakeRoute, consumer: FakeConsumer, **changes: object) -> Metrics:
+    worker, metrics = open_worker(route, consumer, **changes)
     worker.run()
     return metrics
 
@@ -58,196 +58,196 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 def test_jobs_of_one_kind_run_together_and_each_gets_its_own_images() -> None:
-    claims = FakeClaims([make_claim(f"job-{n}", replace(GENERATE, seed=n, num_images=2)) for n in (10, 20, 30)])
+    consumer = FakeConsumer([make_claim(f"job-{n}", replace(GENERATE, seed=n, num_images=2)) for n in (10, 20, 30)])
     route = FakeRoute()
-    metrics = run_all(route, claims)
+    metrics = run_all(route, consumer)
     assert route.batches == [6]
-    assert claims.batch_jobs == {"job-10": 3, "job-20": 3, "job-30": 3}, "jobs, not images"
-    found = {name: [pixel(content) for _, content in files] for name, files in claims.finished.items()}
+    assert consumer.batch_jobs == {"job-10": 3, "job-20": 3, "job-30": 3}, "jobs, not images"
+    found = {name: [pixel(content) for _, content in files] for name, files in consumer.finished.items()}
     assert found == {"job-10": [10, 11], "job-20": [20, 21], "job-30": [30, 31]}
-    assert [file.seed for file, _ in claims.finished["job-20"]] == [20, 21]
+    assert [file.seed for file, _ in consumer.finished["job-20"]] == [20, 21]
     assert sample(metrics, "giantleap_images_total", bundle="tiny", scale="2") == 6
     assert sample(metrics, "giantleap_pixels_total", bundle="tiny", scale="2") == 6 * 64 * 64
 
 
 def test_every_stage_is_timed_and_told() -> None:
-    claims = FakeClaims([make_claim("job")])
-    metrics = run_all(FakeRoute(), claims)
-    assert set(claims.stages["job"]) == {"generate", "upscale", "decode", "encode"}
-    assert [e[2]["step"] for e in claims.events if e[1] == "step"] == [1, 2, 3]
-    assert [e[2]["stage"] for e in claims.events if e[1] == "stage"] == ["generate", "upscale", "decode", "encode"]
-    for stage in claims.stages["job"]:
+    consumer = FakeConsumer([make_claim("job")])
+    metrics = run_all(FakeRoute(), consumer)
+    assert set(consumer.stages["job"]) == {"generate", "upscale", "decode", "encode"}
+    assert [e[2]["step"] for e in consumer.events if e[1] == "step"] == [1, 2, 3]
+    assert [e[2]["stage"] for e in consumer.events if e[1] == "stage"] == ["generate", "upscale", "decode", "encode"]
+    for stage in consumer.stages["job"]:
         labels = {"stage": stage, "bundle": "tiny", "method": "lua", "scale": "2", "engine": "fake", "warmup": "false"}
         assert sample(metrics, "giantleap_stage_duration_seconds_count", **labels) == 1
     assert sample(metrics, "giantleap_peak_memory_bytes", device="cpu", source="process_rss") == 1000
 
 
 def test_scale_one_is_not_upscaled() -> None:
-    claims = FakeClaims([make_claim("job", replace(GENERATE, scale=1))])
-    run_all(FakeRoute(), claims)
-    assert set(claims.stages["job"]) == {"generate", "decode", "encode"}
-    assert pixel(claims.finished["job"][0][1]) == 1
+    consumer = FakeConsumer([make_claim("job", replace(GENERATE, scale=1))])
+    run_all(FakeRoute(), consumer)
+    assert set(consumer.stages["job"]) == {"generate", "decode", "encode"}
+    assert pixel(consumer.finished["job"][0][1]) == 1
 
 
 def test_a_job_that_crashes_its_batch_fails_alone() -> None:
     prompts = ["a", "b", "crash", "d"]
-    claims = FakeClaims([make_claim(p, replace(GENERATE, prompt=p, seed=n)) for n, p in enumerate(prompts)])
+    consumer = FakeConsumer([make_claim(p, replace(GENERATE, prompt=p, seed=n)) for n, p in enumerate(prompts)])
     route = FakeRoute()
-    metrics = run_all(route, claims)
+    metrics = run_all(route, consumer)
     assert route.batches == [4, 1, 1, 1, 1]
-    assert {name: pixel(files[0][1]) for name, files in claims.finished.items()} == {"a": 0, "b": 1, "d": 3}
-    assert claims.failed["crash"].code == "engine_error" and not claims.failed["crash"].retryable
-    assert "bad prompt" not in claims.failed["crash"].detail, "the text of an unforeseen error may quote the input"
+    assert {name: pixel(files[0][1]) for name, files in consumer.finished.items()} == {"a": 0, "b": 1, "d": 3}
+    assert consumer.failed["crash"].code == "engine_error" and not consumer.failed["crash"].retryable
+    assert "bad prompt" not in consumer.failed["crash"].detail, "the text of an unforeseen error may quote the input"
     jobs = {"kind": "generate", "bundle": "tiny"}
     assert sample(metrics, "giantleap_jobs_total", **jobs, status="succeeded") == 3
     assert sample(metrics, "giantleap_jobs_total", **jobs, status="failed") == 1
 
 
 def test_an_image_that_is_not_finite_fails_its_job_and_no_other() -> None:
-    claims = FakeClaims([make_claim("good"), make_claim("bad", named("bad", "nan"))])
+    consumer = FakeConsumer([make_claim("good"), make_claim("bad", named("bad", "nan"))])
     route = FakeRoute()
-    run_all(route, claims)
+    run_all(route, consumer)
     assert route.batches == [2], "nothing is run again"
-    assert set(claims.finished) == {"good"} and set(claims.failed) == {"bad"}
-    assert "not finite" in claims.failed["bad"].detail
+    assert set(consumer.finished) == {"good"} and set(consumer.failed) == {"bad"}
+    assert "not finite" in consumer.failed["bad"].detail
 
 
 def test_one_bad_image_fails_its_whole_job_with_no_partial_result() -> None:
     latents = torch.ones(2, 4, 4, 4)
     latents[1] = float("nan")
     body = safetensors.torch.save({"latent": latents})
-    claims = FakeClaims([make_claim("job", replace(UPSCALE, batch_items=2), body)])
-    run_all(FakeRoute(), claims)
-    assert not claims.finished and "not finite" in claims.failed["job"].detail
+    consumer = FakeConsumer([make_claim("job", replace(UPSCALE, batch_items=2), body)])
+    run_all(FakeRoute(), consumer)
+    assert not consumer.finished and "not finite" in consumer.failed["job"].detail
 
 
 def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits() -> None:
-    claims = FakeClaims([make_claim(f"job-{n}", replace(GENERATE, seed=n)) for n in range(8)])
+    consumer = FakeConsumer([make_claim(f"job-{n}", replace(GENERATE, seed=n)) for n in range(8)])
     route = FakeRoute(fits=2)
-    run_all(route, claims)
+    run_all(route, consumer)
     assert route.batches == [8, 4, 2, 2, 4, 2, 2]
-    assert [pixel(claims.finished[f"job-{n}"][0][1]) for n in range(8)] == list(range(8))
+    assert [pixel(consumer.finished[f"job-{n}"][0][1]) for n in range(8)] == list(range(8))
     assert route.freed == 3, "the cache is given back after each failure"
 
 
 def test_a_job_that_never_fits_fails_retryably_and_its_neighbours_succeed() -> None:
-    claims = FakeClaims([make_claim("a"), make_claim("huge", named("huge", "huge")), make_claim("c")])
-    metrics = run_all(FakeRoute(), claims)
-    assert set(claims.finished) == {"a", "c"}
-    assert claims.failed["huge"].code == "engine_fault" and claims.failed["huge"].retryable
+    consumer = FakeConsumer([make_claim("a"), make_claim("huge", named("huge", "huge")), make_claim("c")])
+    metrics = run_all(FakeRoute(), consumer)
+    assert set(consumer.finished) == {"a", "c"}
+    assert consumer.failed["huge"].code == "engine_fault" and consumer.failed["huge"].retryable
     assert sample(metrics, "giantleap_retries_total", bundle="tiny") == 1
     assert sample(metrics, "giantleap_jobs_total", kind="generate", bundle="tiny", status="failed") is None
 
 
 def test_the_last_attempt_of_a_retryable_failure_counts_as_failed() -> None:
     claim = replace(make_claim("huge", named("huge", "huge")), delivery=3)
-    metrics = run_all(FakeRoute(), FakeClaims([claim]), max_deliveries=3)
+    metrics = run_all(FakeRoute(), FakeConsumer([claim]), max_deliveries=3)
     assert sample(metrics, "giantleap_jobs_total", kind="generate", bundle="tiny", status="failed") == 1
 
 
 def test_a_job_that_was_started_before_runs_alone_for_it_may_be_what_ended_its_worker() -> None:
     """Else each end of the worker would count against all that it had claimed, and they would be given up with it."""
     first, again, other = (make_claim(name, named(name)) for name in ("first", "again", "other"))
-    claims = FakeClaims([first, replace(again, delivery=2), replace(other, delivery=2)])
-    run_all(FakeRoute(), claims)
-    assert list(claims.finished) == ["again"] and claims.batch_jobs == {"again": 1}
-    assert claims.released_ids == ["first", "other"], "the next claim has them, and this start is not counted"
+    consumer = FakeConsumer([first, replace(again, delivery=2), replace(other, delivery=2)])
+    run_all(FakeRoute(), consumer)
+    assert list(consumer.finished) == ["again"] and consumer.batch_jobs == {"again": 1}
+    assert consumer.released_ids == ["first", "other"], "the next claim has them, and this start is not counted"
 
 
 def test_a_lost_device_ends_the_process_rather_than_fail_the_jobs() -> None:
     def lose(step: int) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access", 700)
 
-    claims = FakeClaims([make_claim("a"), make_claim("b")])
+    consumer = FakeConsumer([make_claim("a"), make_claim("b")])
     with pytest.raises(torch.AcceleratorError):
-        run_all(FakeRoute(on_step=lose), claims)
-    assert not claims.failed and not claims.finished, "the leases bring the jobs to another worker"
+        run_all(FakeRoute(on_step=lose), consumer)
+    assert not consumer.failed and not consumer.finished, "the leases bring the jobs to another worker"
 
 
 def test_a_job_larger_than_the_budget_runs_in_slices() -> None:
-    claims = FakeClaims([make_claim("job", replace(GENERATE, num_images=4, seed=5))])
+    consumer = FakeConsumer([make_claim("job", replace(GENERATE, num_images=4, seed=5))])
     route = FakeRoute()
-    run_all(route, claims, batch_budget_latent_px=100)
+    run_all(route, consumer, batch_budget_latent_px=100)
     assert route.batches == [1, 1, 1, 1]
-    assert [pixel(content) for _, content in claims.finished["job"]] == [5, 6, 7, 8]
+    assert [pixel(content) for _, content in consumer.finished["job"]] == [5, 6, 7, 8]
 
 
 def test_a_canceled_job_stops_after_the_step_at_which_it_was_seen() -> None:
-    claims = FakeClaims([make_claim("job", replace(GENERATE, steps=50))], cancel_after_polls={"job": 3})
+    consumer = FakeConsumer([make_claim("job", replace(GENERATE, steps=50))], cancel_after_polls={"job": 3})
     route = FakeRoute()
-    metrics = run_all(route, claims)
+    metrics = run_all(route, consumer)
     assert route.steps_run == 3, "one poll before the batch, one after each step"
-    assert claims.canceled_ids == ["job"] and not claims.finished
+    assert consumer.canceled_ids == ["job"] and not consumer.finished
     assert sample(metrics, "giantleap_jobs_total", kind="generate", bundle="tiny", status="canceled") == 1
 
 
 def test_a_canceled_job_does_not_disturb_its_neighbours() -> None:
     both = [make_claim("gone"), make_claim("stays", replace(GENERATE, seed=7))]
-    claims = FakeClaims(both, cancel_after_polls={"gone": 1})
+    consumer = FakeConsumer(both, cancel_after_polls={"gone": 1})
     route = FakeRoute()
-    run_all(route, claims)
-    assert claims.canceled_ids == ["gone"] and pixel(claims.finished["stays"][0][1]) == 7
+    run_all(route, consumer)
+    assert consumer.canceled_ids == ["gone"] and pixel(consumer.finished["stays"][0][1]) == 7
     assert route.steps_run == 3
 
 
 def test_a_job_canceled_before_its_batch_costs_nothing() -> None:
-    claims = FakeClaims([make_claim("gone")], cancel_after_polls={"gone": 0})
+    consumer = FakeConsumer([make_claim("gone")], cancel_after_polls={"gone": 0})
     route = FakeRoute()
-    run_all(route, claims)
-    assert route.batches == [] and claims.canceled_ids == ["gone"]
+    run_all(route, consumer)
+    assert route.batches == [] and consumer.canceled_ids == ["gone"]
 
 
 def test_a_lost_lease_is_counted_and_not_recorded_as_success() -> None:
-    claims = FakeClaims([make_claim("lost"), make_claim("kept")], lost_ids={"lost"})
-    metrics = run_all(FakeRoute(), claims)
-    assert set(claims.finished) == {"kept"}
+    consumer = FakeConsumer([make_claim("lost"), make_claim("kept")], lost_ids={"lost"})
+    metrics = run_all(FakeRoute(), consumer)
+    assert set(consumer.finished) == {"kept"}
     assert sample(metrics, "giantleap_fenced_total") == 1
     assert sample(metrics, "giantleap_jobs_total", kind="generate", bundle="tiny", status="succeeded") == 1
     assert sample(metrics, "giantleap_images_total", bundle="tiny", scale="2") == 1
 
 
 def test_results_that_do_not_fit_fail_retryably() -> None:
-    claims = FakeClaims([make_claim("job")], full_ids={"job"})
-    run_all(FakeRoute(), claims)
-    assert claims.failed["job"].code == "storage_full" and claims.failed["job"].retryable
+    consumer = FakeConsumer([make_claim("job")], full_ids={"job"})
+    run_all(FakeRoute(), consumer)
+    assert consumer.failed["job"].code == "storage_full" and consumer.failed["job"].retryable
 
 
 def test_a_stop_finishes_what_runs_and_hands_back_what_waits() -> None:
     stop = threading.Event()
-    claims = FakeClaims([make_claim("runs"), make_claim("waits", replace(GENERATE, steps=4))])
+    consumer = FakeConsumer([make_claim("runs"), make_claim("waits", replace(GENERATE, steps=4))])
     route = FakeRoute(on_step=lambda step: stop.set())
-    worker, _ = open_worker(route, claims, stop)
+    worker, _ = open_worker(route, consumer, stop)
     worker.run()
-    assert set(claims.finished) == {"runs"} and claims.released_ids == ["waits"]
+    assert set(consumer.finished) == {"runs"} and consumer.released_ids == ["waits"]
 
 
 def test_a_stop_past_its_grace_hands_back_what_runs() -> None:
     stop = threading.Event()
-    claims = FakeClaims([make_claim("runs", replace(GENERATE, steps=50))])
+    consumer = FakeConsumer([make_claim("runs", replace(GENERATE, steps=50))])
     route = FakeRoute(on_step=lambda step: stop.set())
-    worker, metrics = open_worker(route, claims, stop, drain_grace_s=0)
+    worker, metrics = open_worker(route, consumer, stop, drain_grace_s=0)
     worker.run()
-    assert route.steps_run == 1 and claims.released_ids == ["runs"]
-    assert not claims.finished and not claims.failed and not claims.canceled_ids
+    assert route.steps_run == 1 and consumer.released_ids == ["runs"]
+    assert not consumer.finished and not consumer.failed and not consumer.canceled_ids
     assert sample(metrics, "giantleap_fenced_total") == 0
 
 
 def test_nothing_is_claimed_after_a_stop() -> None:
     stop = threading.Event()
     stop.set()
-    claims = FakeClaims([make_claim("job")])
-    worker, _ = open_worker(FakeRoute(), claims, stop)
+    consumer = FakeConsumer([make_claim("job")])
+    worker, _ = open_worker(FakeRoute(), consumer, stop)
     worker.run()
-    assert len(claims.waiting) == 1
+    assert len(consumer.waiting) == 1
 
 
 def test_a_latent_result_is_not_decoded() -> None:
     body = safetensors.torch.save({"latent": torch.full((2, 4, 3, 4), 5.0)})
     params = replace(UPSCALE, batch_items=2, latent_height=3, output="latent")
-    claims = FakeClaims([make_claim("job", params, body)])
-    run_all(FakeRoute(), claims)
-    assert set(claims.stages["job"]) == {"upscale", "encode"}
-    files = claims.finished["job"]
+    consumer = FakeConsumer([make_claim("job", params, body)])
+    run_all(FakeRoute(), consumer)
+    assert set(consumer.stages["job"]) == {"upscale", "encode"}
+    files = consumer.finished["job"]
     assert [file.content_type for file, _ in files] == ["application/x-safetensors"] * 2
     for file, content in files:
         enlarged = safetensors.torch.load(content)["latent"]
@@ -257,25 +257,25 @@ def test_a_latent_result_is_not_decoded() -> None:
 
 def test_an_input_that_cannot_be_read_fails_alone() -> None:
     good = safetensors.torch.save({"latent": torch.full((1, 4, 4, 4), 9.0)})
-    claims = FakeClaims([make_claim("good", UPSCALE, good), make_claim("bad", UPSCALE, b"no tensor")])
-    run_all(FakeRoute(), claims)
-    assert pixel(claims.finished["good"][0][1]) == 9
-    assert set(claims.failed) == {"bad"}
+    consumer = FakeConsumer([make_claim("good", UPSCALE, good), make_claim("bad", UPSCALE, b"no tensor")])
+    run_all(FakeRoute(), consumer)
+    assert pixel(consumer.finished["good"][0][1]) == 9
+    assert set(consumer.failed) == {"bad"}
 
 
 def test_a_prompt_that_is_cut_off_is_warned_of() -> None:
-    claims = FakeClaims([make_claim("long", named("long", "zeppelin " * 33)), make_claim("short")])
-    run_all(FakeRoute(), claims)
-    assert claims.warnings["short"] == []
-    (warning,) = claims.warnings["long"]
+    consumer = FakeConsumer([make_claim("long", named("long", "zeppelin " * 33)), make_claim("short")])
+    run_all(FakeRoute(), consumer)
+    assert consumer.warnings["short"] == []
+    (warning,) = consumer.warnings["long"]
     assert "3 tokens" in warning and "zeppelin" not in warning
 
 
 def test_one_log_line_per_job_holds_its_times_and_never_its_prompt(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     prompts = {"fine": "a purple zeppelin", "bad": "crash"}
-    claims = FakeClaims([make_claim(name, named(name, prompt)) for name, prompt in prompts.items()])
-    run_all(FakeRoute(), claims)
+    consumer = FakeConsumer([make_claim(name, named(name, prompt)) for name, prompt in prompts.items()])
+    run_all(FakeRoute(), consumer)
     lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
     ended = [line for line in lines if line["message"] == "job ended"]
     assert {line["job_id"]: line["status"] for line in ended} == {"fine": "succeeded", "bad": "failed"}

@@ -54,15 +54,15 @@ def running_worker(settings: Settings) -> Iterator[threading.Event]:
     assert not errors, errors
 
 
-async def ready(broker: JobProducer) -> None:
+async def ready(producer: JobProducer) -> None:
     deadline_s = time.monotonic() + TIMEOUT_S
-    while (await broker.stats()).live_workers == 0:
+    while (await producer.stats()).live_workers == 0:
         assert time.monotonic() < deadline_s, "the worker never became ready"
         await asyncio.sleep(0.02)
 
 
-async def result_of(broker: JobProducer, job: Job, index: int = 0) -> bytes:
-    content = await broker.read_result(job.id, index)
+async def result_of(producer: JobProducer, job: Job, index: int = 0) -> bytes:
+    content = await producer.read_result(job.id, index)
     assert content is not None
     return content
 
@@ -78,34 +78,34 @@ def test_jobs_become_images_and_latents_with_progress(
     worker_settings: Settings, open_producer: Any, make_job: Any
 ) -> None:
     async def scenario() -> None:
-        async with open_producer() as broker:
+        async with open_producer() as producer:
             drawn = [make_job(bundle="tiny", width_px=128, height_px=128, seed=seed) for seed in (1, 2, 1)]
             large = make_job(bundle="tiny", scale=4, width_px=256, height_px=128, num_images=2, output_format="webp")
             upscaled, body = upscale_job(5, 7)
             for job in (*drawn, large):
-                await broker.enqueue(job)
-            await broker.enqueue(upscaled, body)
+                await producer.enqueue(job)
+            await producer.enqueue(upscaled, body)
             with running_worker(worker_settings):
-                records = [await broker.wait(job.id, TIMEOUT_S) for job in (*drawn, large, upscaled)]
+                records = [await producer.wait(job.id, TIMEOUT_S) for job in (*drawn, large, upscaled)]
             assert [record.state for record in records] == [JobState.SUCCEEDED] * 5
 
-            images = [Image.open(io.BytesIO(await result_of(broker, job))) for job in drawn]
+            images = [Image.open(io.BytesIO(await result_of(producer, job))) for job in drawn]
             assert [image.size for image in images] == [(128, 128)] * 3
             assert images[0].tobytes() == images[2].tobytes() != images[1].tobytes(), "a seed is an image"
 
-            pair = [Image.open(io.BytesIO(await result_of(broker, large, index))) for index in (0, 1)]
+            pair = [Image.open(io.BytesIO(await result_of(producer, large, index))) for index in (0, 1)]
             assert [(image.format, image.size) for image in pair] == [("WEBP", (256, 128))] * 2
             assert [file.seed for file in records[3].results] == [7, 8]
 
-            enlarged = safetensors.torch.load(await result_of(broker, upscaled))["latent"]
+            enlarged = safetensors.torch.load(await result_of(producer, upscaled))["latent"]
             assert enlarged.shape == (16, 10, 14) and enlarged.isfinite().all()
 
             assert set(records[0].stages) == {"generate", "upscale", "decode", "encode"}
             assert all(0 < duration_s < TIMEOUT_S for duration_s in records[0].stages.values())
-            events = [event async for event in broker.events(drawn[0].id)]
+            events = [event async for event in producer.events(drawn[0].id)]
             assert [event.data["step"] for event in events if event.name == "step"] == [1, 2, 3, 4]
             assert events[-1].name == "done"
-            assert (await broker.stats()).live_workers == 0, "the worker signed off"
+            assert (await producer.stats()).live_workers == 0, "the worker signed off"
 
     asyncio.run(scenario())
 
@@ -114,21 +114,21 @@ def test_a_running_job_is_canceled_between_steps_and_the_next_one_runs(
     worker_settings: Settings, open_producer: Any, make_job: Any
 ) -> None:
     async def scenario() -> None:
-        async with open_producer() as broker:
+        async with open_producer() as producer:
             long_job = make_job(bundle="tiny", width_px=128, height_px=128, steps=1000)
             after = make_job(bundle="tiny", width_px=128, height_px=128, steps=2)
             with running_worker(worker_settings):
-                await ready(broker)
-                await broker.enqueue(long_job)
-                async for event in broker.events(long_job.id):
+                await ready(producer)
+                await producer.enqueue(long_job)
+                async for event in producer.events(long_job.id):
                     if event.name == "step":
                         break
-                await broker.cancel(long_job.id)
-                canceled = await broker.wait(long_job.id, TIMEOUT_S)
-                await broker.enqueue(after)
-                ended = await broker.wait(after.id, TIMEOUT_S)
+                await producer.cancel(long_job.id)
+                canceled = await producer.wait(long_job.id, TIMEOUT_S)
+                await producer.enqueue(after)
+                ended = await producer.wait(after.id, TIMEOUT_S)
             assert canceled.state is JobState.CANCELED and not canceled.results
-            steps = [event async for event in broker.events(long_job.id) if event.name == "step"]
+            steps = [event async for event in producer.events(long_job.id) if event.name == "step"]
             assert steps[-1].data["step"] < 1000
             assert ended.state is JobState.SUCCEEDED
 
@@ -139,18 +139,18 @@ def test_a_stop_past_its_grace_hands_the_job_to_the_next_worker(
     worker_settings: Settings, open_producer: Any, make_job: Any
 ) -> None:
     async def scenario() -> None:
-        async with open_producer() as broker:
+        async with open_producer() as producer:
             job = make_job(bundle="tiny", width_px=128, height_px=128, steps=80)
-            await broker.enqueue(job)
+            await producer.enqueue(job)
             impatient = worker_settings.model_copy(update={"drain_grace_s": 0.0})
             with running_worker(impatient):
-                async for event in broker.events(job.id):
+                async for event in producer.events(job.id):
                     if event.name == "step":
                         break
-            handed_back = await broker.get(job.id)
+            handed_back = await producer.get(job.id)
             assert handed_back is not None and handed_back.state is JobState.QUEUED
             with running_worker(worker_settings):
-                record = await broker.wait(job.id, TIMEOUT_S)
+                record = await producer.wait(job.id, TIMEOUT_S)
             assert record.state is JobState.SUCCEEDED and record.deliveries == 1, "a drain is no failed start"
 
     asyncio.run(scenario())
@@ -160,13 +160,13 @@ def test_one_bad_input_fails_alone_among_jobs_that_share_its_batch(
     worker_settings: Settings, open_producer: Any
 ) -> None:
     async def scenario() -> None:
-        async with open_producer() as broker:
+        async with open_producer() as producer:
             jobs = [upscale_job(height, 8) for height in (5, 6, 7)]
-            await broker.enqueue(*jobs[0])
-            await broker.enqueue(jobs[1][0], b"this is no tensor")
-            await broker.enqueue(*jobs[2])
+            await producer.enqueue(*jobs[0])
+            await producer.enqueue(jobs[1][0], b"this is no tensor")
+            await producer.enqueue(*jobs[2])
             with running_worker(worker_settings):
-                records = [await broker.wait(job.id, TIMEOUT_S) for job, _ in jobs]
+                records = [await producer.wait(job.id, TIMEOUT_S) for job, _ in jobs]
             assert [str(record.state) for record in records] == ["succeeded", "failed", "succeeded"]
             assert records[1].error is not None and records[1].error.code == "engine_error"
             assert records[1].deliveries == 1, "what cannot succeed is not tried again"
@@ -176,12 +176,12 @@ def test_one_bad_input_fails_alone_among_jobs_that_share_its_batch(
 
 def test_a_stop_while_loading_claims_nothing(worker_settings: Settings, open_producer: Any, make_job: Any) -> None:
     async def scenario() -> None:
-        async with open_producer() as broker:
+        async with open_producer() as producer:
             job = make_job(bundle="tiny", width_px=128, height_px=128)
-            await broker.enqueue(job)
+            await producer.enqueue(job)
             with running_worker(worker_settings) as stop:
                 stop.set()
-            record = await broker.get(job.id)
+            record = await producer.get(job.id)
             assert record is not None and record.state is JobState.QUEUED and record.deliveries == 0
 
     asyncio.run(scenario())
@@ -206,11 +206,11 @@ def test_a_worker_alone_answers_for_itself_on_its_metrics_port(
     settings = worker_settings.model_copy(update={"metrics_port": free_port()})
 
     async def scenario() -> str:
-        async with open_producer() as broker:
+        async with open_producer() as producer:
             job = make_job(bundle="tiny", width_px=128, height_px=128)
-            await broker.enqueue(job)
+            await producer.enqueue(job)
             with running_worker(settings):
-                await broker.wait(job.id, TIMEOUT_S)
+                await producer.wait(job.id, TIMEOUT_S)
                 return await asyncio.to_thread(read_metrics, settings, 'status="succeeded"')
 
     text = asyncio.run(scenario())
@@ -243,13 +243,13 @@ def test_a_prompt_never_reaches_the_log(
     caplog.set_level("DEBUG")
 
     async def scenario() -> None:
-        async with open_producer() as broker:
+        async with open_producer() as producer:
             job = make_job(bundle="tiny", width_px=128, height_px=128, prompt="a purple zeppelin", steps=2)
             crashing = dataclasses.replace(job, id="crashing", params=dataclasses.replace(job.params, height_px=36))
-            await broker.enqueue(job)
-            await broker.enqueue(crashing)
+            await producer.enqueue(job)
+            await producer.enqueue(crashing)
             with running_worker(worker_settings):
-                states = [(await broker.wait(name, TIMEOUT_S)).state for name in (job.id, "crashing")]
+                states = [(await producer.wait(name, TIMEOUT_S)).state for name in (job.id, "crashing")]
             assert states == [JobState.SUCCEEDED, JobState.FAILED]
 
     asyncio.run(scenario())

@@ -23,17 +23,17 @@ from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.worker.batch_runner import Drain
 from giantleap.service.worker.batching import plan_batch
 from giantleap.service.worker.loop import Worker, to_grid
-from tests.service.fakes import GENERATE, UPSCALE, FakeClaims, FakeRoute, make_claim
+from tests.service.fakes import GENERATE, UPSCALE, FakeConsumer, FakeRoute, make_claim
 
 GRIDS = {"tiny": LatentGrid(stride_px=8, window=4)}
 CPU = torch.device("cpu")
 
 
-def run_all(route: Any, claims: FakeClaims, role: WorkerRole, grids: dict[str, LatentGrid] = GRIDS) -> Metrics:
+def run_all(route: Any, consumer: FakeConsumer, role: WorkerRole, grids: dict[str, LatentGrid] = GRIDS) -> Metrics:
     stop = threading.Event()
-    claims.on_empty = stop.set
+    consumer.on_empty = stop.set
     settings, metrics = Settings(role=role), Metrics(CollectorRegistry())
-    Worker({"tiny": route}, grids, claims, metrics, settings, Drain(stop, 30.0)).run()  # type: ignore[arg-type]
+    Worker({"tiny": route}, grids, consumer, metrics, settings, Drain(stop, 30.0)).run()  # type: ignore[arg-type]
     return metrics
 
 
@@ -42,34 +42,34 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 def test_a_drawing_worker_hands_over_every_image_and_finishes_none() -> None:
-    claims = FakeClaims([make_claim(f"job-{n}", replace(GENERATE, seed=n, num_images=2)) for n in (10, 20)])
+    consumer = FakeConsumer([make_claim(f"job-{n}", replace(GENERATE, seed=n, num_images=2)) for n in (10, 20)])
     route = FakeRoute()
-    metrics = run_all(route, claims, WorkerRole.GENERATE)
-    assert route.batches == [4] and not route.finished and not claims.finished
+    metrics = run_all(route, consumer, WorkerRole.GENERATE)
+    assert route.batches == [4] and not route.finished and not consumer.finished
     for name, seed in (("job-10", 10), ("job-20", 20)):
-        handed = claims.handed_over[name]
+        handed = consumer.transferred[name]
         latents = safetensors.torch.load(handed.body or b"")["latent"]
         assert latents.shape == (2, 4, 4, 4) and latents.dtype == torch.float32
         assert [latent[0, 0, 0].item() for latent in latents] == [seed, seed + 1]
-        assert handed.drawn is not None and set(handed.drawn.stages_s) == {"generate"}
-    assert [event[2]["stage"] for event in claims.events if event[1] == "stage"] == ["generate"] * 2
+        assert handed.base_latents is not None and set(handed.base_latents.stages_s) == {"generate"}
+    assert [event[2]["stage"] for event in consumer.events if event[1] == "stage"] == ["generate"] * 2
     assert sample(metrics, "giantleap_jobs_total", kind="generate", bundle="tiny", status="succeeded") is None
 
 
 def test_what_was_handed_over_is_finished_in_batches_with_both_workers_times_and_warnings() -> None:
     prompts = ["zeppelin " * 33, "a red sphere", "a red sphere"]
     jobs = [replace(GENERATE, prompt=prompt, seed=n, steps=2 + n) for n, prompt in enumerate(prompts)]
-    drawing = FakeClaims([make_claim(f"job-{n}", job) for n, job in enumerate(jobs)])
+    drawing = FakeConsumer([make_claim(f"job-{n}", job) for n, job in enumerate(jobs)])
     run_all(FakeRoute(), drawing, WorkerRole.GENERATE)
-    assert len(drawing.handed_over) == 3
-    route, finishing = FakeRoute(), FakeClaims(list(drawing.handed_over.values()))
+    assert len(drawing.transferred) == 3
+    route, finishing = FakeRoute(), FakeConsumer(list(drawing.transferred.values()))
     metrics = run_all(route, finishing, WorkerRole.DECODE)
     assert not route.batches, "nothing is drawn again"
     assert route.finished == [("lua", 2, "exact")], "one batch: what only drawing needs to share no longer counts"
     for n in range(3):
         assert set(finishing.stages[f"job-{n}"]) == {"generate", "upscale", "decode", "encode"}
         assert [file.seed for file, _ in finishing.finished[f"job-{n}"]] == [n]
-    drawn_s = drawing.handed_over["job-0"].drawn
+    drawn_s = drawing.transferred["job-0"].base_latents
     assert drawn_s is not None and finishing.stages["job-0"]["generate"] == drawn_s.stages_s["generate"]
     assert "3 tokens" in finishing.warnings["job-0"][0] and finishing.warnings["job-1"] == []
     assert sample(metrics, "giantleap_jobs_total", kind="generate", bundle="tiny", status="succeeded") == 3
@@ -79,7 +79,7 @@ def test_what_was_handed_over_is_finished_in_batches_with_both_workers_times_and
 
 
 def test_a_job_that_fails_while_it_is_drawn_is_not_handed_over() -> None:
-    claims = FakeClaims(
+    consumer = FakeConsumer(
         [
             make_claim("fine"),
             make_claim("bad", replace(GENERATE, prompt="crash")),
@@ -91,38 +91,40 @@ def test_a_job_that_fails_while_it_is_drawn_is_not_handed_over() -> None:
         full_ids={"full"},
         lost_ids={"lost"},
     )
-    metrics = run_all(FakeRoute(), claims, WorkerRole.GENERATE)
-    assert set(claims.handed_over) == {"fine"}
-    assert claims.failed["bad"].code == "engine_error" and claims.canceled_ids == ["gone"]
-    assert claims.failed["full"].code == "storage_full" and claims.failed["full"].retryable
+    metrics = run_all(FakeRoute(), consumer, WorkerRole.GENERATE)
+    assert set(consumer.transferred) == {"fine"}
+    assert consumer.failed["bad"].code == "engine_error" and consumer.canceled_ids == ["gone"]
+    assert consumer.failed["full"].code == "storage_full" and consumer.failed["full"].retryable
     assert sample(metrics, "giantleap_fenced_total") == 1
 
 
 def test_an_image_that_is_not_finite_fails_where_it_is_decoded() -> None:
-    drawing = FakeClaims([make_claim("good"), make_claim("bad", replace(GENERATE, prompt="nan"))])
+    drawing = FakeConsumer([make_claim("good"), make_claim("bad", replace(GENERATE, prompt="nan"))])
     run_all(FakeRoute(), drawing, WorkerRole.GENERATE)
-    finishing = FakeClaims(list(drawing.handed_over.values()))
+    finishing = FakeConsumer(list(drawing.transferred.values()))
     run_all(FakeRoute(), finishing, WorkerRole.DECODE)
     assert set(finishing.finished) == {"good"} and "not finite" in finishing.failed["bad"].detail
 
 
 def test_a_drawing_worker_passes_on_what_needs_no_drawing() -> None:
-    claims = FakeClaims([make_claim("latent", UPSCALE, b"any"), make_claim("draw")])
+    consumer = FakeConsumer([make_claim("latent", UPSCALE, b"any"), make_claim("draw")])
     route = FakeRoute()
-    run_all(route, claims, WorkerRole.GENERATE)
-    assert set(claims.handed_over) == {"latent", "draw"} and claims.handed_over["latent"].body is None
+    run_all(route, consumer, WorkerRole.GENERATE)
+    assert set(consumer.transferred) == {"latent", "draw"} and consumer.transferred["latent"].body is None
     assert route.batches == [1] and not route.finished
 
 
 def test_drawn_jobs_and_others_never_share_a_batch() -> None:
-    fresh, drawn = make_claim("fresh"), replace(make_claim("drawn"), drawn=BaseLatents({}, ()))
+    fresh, drawn = make_claim("fresh"), replace(make_claim("drawn"), base_latents=BaseLatents({}, ()))
     assert plan_batch([fresh, drawn], GRIDS, 8, 10**6) == [[fresh], [drawn]]
 
 
 def test_a_hand_over_is_one_log_line_that_says_so(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     run_all(
-        FakeRoute(), FakeClaims([make_claim("job", replace(GENERATE, prompt="a purple zeppelin"))]), WorkerRole.GENERATE
+        FakeRoute(),
+        FakeConsumer([make_claim("job", replace(GENERATE, prompt="a purple zeppelin"))]),
+        WorkerRole.GENERATE,
     )
     lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
     (line,) = [line for line in lines if line["message"].startswith("job ")]
@@ -150,10 +152,10 @@ def test_the_pocket_bundle_gives_the_same_bytes_whole_and_split(
         GENERATE, prompt="a red sphere", steps=2, scale=scale, method=method, width_px=sides_px, height_px=sides_px
     )
     grids = {"tiny": to_grid(read_bundle(POCKET_BUNDLE), pocket[WorkerRole.ALL])}
-    whole, drawing = FakeClaims(pocket_claims(params)), FakeClaims(pocket_claims(params))
+    whole, drawing = FakeConsumer(pocket_claims(params)), FakeConsumer(pocket_claims(params))
     run_all(pocket[WorkerRole.ALL], whole, WorkerRole.ALL, grids)
     run_all(pocket[WorkerRole.GENERATE], drawing, WorkerRole.GENERATE, grids)
-    finishing = FakeClaims(list(drawing.handed_over.values()))
+    finishing = FakeConsumer(list(drawing.transferred.values()))
     run_all(pocket[WorkerRole.DECODE], finishing, WorkerRole.DECODE, grids)
     assert len(whole.finished) == 2 and finishing.finished == whole.finished
     assert finishing.stages.keys() == whole.stages.keys()

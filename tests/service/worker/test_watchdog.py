@@ -26,7 +26,7 @@ from giantleap.service.telemetry.tracing import Tracing
 from giantleap.service.worker.batch_runner import BatchRun, Drain, to_items
 from giantleap.service.worker.loop import Worker
 from giantleap.service.worker.watchdog import Watchdog
-from tests.service.fakes import GENERATE, STRIDE_PX, FakeClaims, FakeRoute, make_claim
+from tests.service.fakes import GENERATE, STRIDE_PX, FakeConsumer, FakeRoute, make_claim
 
 ROOT = Path(__file__).resolve().parents[3]
 WORKER = Path(__file__).parents[1] / "route_worker.py"
@@ -80,10 +80,10 @@ class Marks(Watchdog):
 
 
 def test_every_stage_and_step_is_progress() -> None:
-    marks, claims = Marks(), FakeClaims()
+    marks, consumer = Marks(), FakeConsumer()
     drain = Drain(threading.Event(), 0)
     with Tracing().batch([], {}) as trace:
-        run = BatchRun(FakeRoute(), claims, drain, trace, marks)  # type: ignore[arg-type]
+        run = BatchRun(FakeRoute(), consumer, drain, trace, marks)  # type: ignore[arg-type]
         run.run(to_items([make_claim("a", GENERATE)]), 8)
     assert marks.seen == ["generate"] * (1 + GENERATE.steps) + ["upscale", "decode", "encode"]
 
@@ -92,10 +92,14 @@ def test_a_worker_that_waits_for_work_is_not_hung() -> None:
     clock, codes = Clock(), []
     watchdog = Watchdog(10.0, codes.append, clock)
     grids, metrics = {"tiny": LatentGrid(STRIDE_PX, 1)}, Metrics(CollectorRegistry())
-    claims, route, drain = FakeClaims(), FakeRoute(on_step=lambda step: watchdog.check()), Drain(threading.Event(), 0)
-    worker = Worker({"tiny": route}, grids, claims, metrics, read_settings(), drain, watchdog=watchdog)  # type: ignore[dict-item, arg-type]
+    consumer, route, drain = (
+        FakeConsumer(),
+        FakeRoute(on_step=lambda step: watchdog.check()),
+        Drain(threading.Event(), 0),
+    )
+    worker = Worker({"tiny": route}, grids, consumer, metrics, read_settings(), drain, watchdog=watchdog)  # type: ignore[dict-item, arg-type]
     worker.run_batch([make_claim("a")])
-    assert list(claims.finished) == ["a"]
+    assert list(consumer.finished) == ["a"]
     clock.now_s += 1000
     assert not watchdog.check() and not codes
 
@@ -105,19 +109,19 @@ def test_a_redis_that_answers_slowly_is_not_a_hung_step() -> None:
     clock, codes = Clock(), []
     watchdog = Watchdog(60.0, codes.append, clock)
 
-    class SlowClaims(FakeClaims):
+    class SlowConsumer(FakeConsumer):
         def emit(self, *event: Any) -> None:
             clock.now_s += 50
             assert not watchdog.check()
 
-        def canceled(self, claims: Any) -> set[str]:
+        def find_canceled(self, claims: Any) -> set[str]:
             clock.now_s += 50
             assert not watchdog.check()
             return set()
 
-    drain, claims = Drain(threading.Event(), 0), SlowClaims()
+    drain, consumer = Drain(threading.Event(), 0), SlowConsumer()
     with Tracing().batch([], {}) as trace:
-        run = BatchRun(FakeRoute(), claims, drain, trace, watchdog)  # type: ignore[arg-type]
+        run = BatchRun(FakeRoute(), consumer, drain, trace, watchdog)  # type: ignore[arg-type]
         run.run(to_items([make_claim(name, GENERATE) for name in "abc"]), 8)
     assert not codes
 
@@ -138,10 +142,10 @@ def start_worker(settings: Settings, redis_url: str) -> Iterator[StartWorker]:
         worker.communicate()
 
 
-async def started(broker: JobProducer, job_id: str) -> None:
+async def started(producer: JobProducer, job_id: str) -> None:
     """Until it is drawn: what is only claimed when SIGTERM comes goes back to the queue."""
     async with asyncio.timeout(TIMEOUT_S):
-        async for event in broker.events(job_id):
+        async for event in producer.events(job_id):
             if event.name == "step":
                 return
 
@@ -152,22 +156,22 @@ def test_a_hung_worker_ends_itself_and_its_job_goes_to_the_dead_letters(
     job = make_job(prompt="hang, a secret")
 
     async def scenario() -> None:
-        async with open_producer() as broker:
-            await broker.enqueue(job)
+        async with open_producer() as producer:
+            await producer.enqueue(job)
             worker = start_worker(limit_s=0.5, grace_s=0)
             _, log = await asyncio.to_thread(worker.communicate, timeout=TIMEOUT_S)
             assert worker.returncode == EXIT_HUNG
             assert "no progress" in log and job.id in log and '"generate"' in log and "secret" not in log
-            record = await broker.get(job.id)
+            record = await producer.get(job.id)
             assert record.state is JobState.PROCESSING and record.deliveries == 1
             heir: JobConsumer = open_consumer(max_deliveries=1, visibility_timeout_s=2.0)
             deadline_s = time.monotonic() + TIMEOUT_S
-            while not (await broker.get(job.id)).state.final:
+            while not (await producer.get(job.id)).state.final:
                 assert time.monotonic() < deadline_s
                 assert await asyncio.to_thread(heir.claim, 1, 0.2) == []
-            record = await broker.get(job.id)
+            record = await producer.get(job.id)
             assert record.state is JobState.FAILED and "its worker was lost" in record.error.detail
-            assert (await broker.stats()).dead_lettered == 1
+            assert (await producer.stats()).dead_lettered == 1
 
     asyncio.run(scenario())
 
@@ -181,17 +185,17 @@ def test_sigterm_finishes_or_hands_back_and_exits_with_zero(
     running, waiting = make_job(prompt=prompt, steps=steps), make_job()
 
     async def scenario() -> None:
-        async with open_producer() as broker:
-            await broker.enqueue(running)
-            await broker.enqueue(waiting)
+        async with open_producer() as producer:
+            await producer.enqueue(running)
+            await producer.enqueue(waiting)
             worker = start_worker(limit_s=600, grace_s=grace_s)
-            await started(broker, running.id)
+            await started(producer, running.id)
             worker.send_signal(signal.SIGTERM)
             _, log = await asyncio.to_thread(worker.communicate, timeout=TIMEOUT_S)
             assert worker.returncode == 0, log
-            record, left = await broker.get(running.id), await broker.get(waiting.id)
+            record, left = await producer.get(running.id), await producer.get(waiting.id)
             assert str(record.state) == state and record.deliveries == (1 if state == "succeeded" else 0)
             assert left.state is JobState.QUEUED and left.deliveries == 0, "nothing new was begun"
-            assert (await broker.stats()).live_workers == 0
+            assert (await producer.stats()).live_workers == 0
 
     asyncio.run(scenario())

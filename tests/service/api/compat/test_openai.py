@@ -17,8 +17,8 @@ from fastapi import FastAPI, Request
 from giantleap.service.api.compat.openai import stream_generation
 from giantleap.service.errors import NotReady, QueueFull
 from giantleap.service.jobs.job import GenerateParams, Job, JobState
-from tests.service.fake_broker import expire, fail, stay_queued
-from tests.service.front_fakes import STAGES, FileBroker, build_app, read_pixels
+from tests.service.fake_producer import expire, fail, stay_queued
+from tests.service.front_fakes import STAGES, FileProducer, build_app, read_pixels
 from tests.service.live_server import live_server
 from tests.waiting import wait_until
 
@@ -28,23 +28,23 @@ PROMPT = "a red sphere on a green floor"
 
 
 @pytest.fixture
-def broker(live: tuple[FileBroker, str]) -> FileBroker:
+def producer(live: tuple[FileProducer, str]) -> FileProducer:
     return live[0].reset()
 
 
 @pytest.fixture
-def url(live: tuple[FileBroker, str], broker: FileBroker) -> str:
+def url(live: tuple[FileProducer, str], producer: FileProducer) -> str:
     return live[1]
 
 
 @pytest.fixture(scope="module")
-def client(live: tuple[FileBroker, str]) -> Iterator[openai.OpenAI]:
+def client(live: tuple[FileProducer, str]) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{live[1]}/v1", api_key="none", max_retries=0, timeout=60) as client:
         yield client
 
 
-def params_of(broker: FileBroker) -> GenerateParams:
-    params = broker.jobs[-1].params
+def params_of(producer: FileProducer) -> GenerateParams:
+    params = producer.jobs[-1].params
     assert isinstance(params, GenerateParams)
     return params
 
@@ -62,67 +62,67 @@ def assert_error(answer: httpx.Response, status: int, code: str, param: str | No
     assert PROMPT not in answer.text
 
 
-def test_images_come_as_base64_with_their_size(client: openai.OpenAI, broker: FileBroker) -> None:
+def test_images_come_as_base64_with_their_size(client: openai.OpenAI, producer: FileProducer) -> None:
     answer = client.images.generate(model="flux", prompt=PROMPT, n=2, size="256x128", output_format="webp", user="me")
     files = [base64.b64decode(image.b64_json or "") for image in answer.data or []]
-    (job,) = broker.jobs
-    assert files == broker.files[job.id] and len(files) == 2 and read_pixels(files[1]).shape == (128, 256, 3)
+    (job,) = producer.jobs
+    assert files == producer.files[job.id] and len(files) == 2 and read_pixels(files[1]).shape == (128, 256, 3)
     assert (answer.size, answer.output_format, answer.background) == ("256x128", "webp", "opaque")
     assert abs(answer.created - job.created_at_s) < 60
-    assert job.bundle == "flux" and (params_of(broker).prompt, params_of(broker).output_format) == (PROMPT, "webp")
+    assert job.bundle == "flux" and (params_of(producer).prompt, params_of(producer).output_format) == (PROMPT, "webp")
 
 
-def test_what_is_left_out_takes_the_bundles_defaults(client: openai.OpenAI, broker: FileBroker) -> None:
+def test_what_is_left_out_takes_the_bundles_defaults(client: openai.OpenAI, producer: FileProducer) -> None:
     answer = client.images.generate(prompt=PROMPT, size="auto", quality="standard", background="auto")
-    assert answer.size == "128x128" and broker.jobs[0].bundle == "paper"
-    params = params_of(broker)
+    assert answer.size == "128x128" and producer.jobs[0].bundle == "paper"
+    params = params_of(producer)
     assert (params.scale, params.steps, params.guidance_scale, params.num_images) == (2, 8, 3.0, 1)
     assert (params.output_format, params.method, params.negative_prompt) == ("png", "lua", "")
 
 
-def test_our_own_fields_reach_the_job(client: openai.OpenAI, broker: FileBroker) -> None:
+def test_our_own_fields_reach_the_job(client: openai.OpenAI, producer: FileProducer) -> None:
     ours = {"negative_prompt": "floor", "num_inference_steps": 3, "guidance_scale": 2, "seed": 7, "scale": 4}
     answer = client.images.generate(prompt=PROMPT, n=2, extra_body=ours | {"method": "bicubic"})
-    params = params_of(broker)
+    params = params_of(producer)
     assert (params.negative_prompt, params.steps, params.guidance_scale) == ("floor", 3, 2.0)
     assert (params.seed, params.scale, params.method, params.width_px) == (7, 4, "bicubic", 256)
     assert [image.seed for image in answer.data or []] == [7, 8]  # type: ignore[attr-defined]
 
 
-def test_an_image_by_url_is_read_from_the_server(client: openai.OpenAI, broker: FileBroker) -> None:
+def test_an_image_by_url_is_read_from_the_server(client: openai.OpenAI, producer: FileProducer) -> None:
     answer = client.images.generate(prompt=PROMPT, n=2, response_format="url", output_format="jpeg")
-    for image, file in zip(answer.data or [], broker.files[broker.jobs[0].id], strict=True):
+    for image, file in zip(answer.data or [], producer.files[producer.jobs[0].id], strict=True):
         assert image.b64_json is None and image.url is not None
         content = httpx.get(image.url, verify=False)
         assert (content.content, content.headers["content-type"]) == (file, "image/jpeg")
-        assert content.headers["x-job-id"] == broker.jobs[0].id
+        assert content.headers["x-job-id"] == producer.jobs[0].id
 
 
-def test_the_models_are_the_bundles(client: openai.OpenAI, broker: FileBroker) -> None:
+def test_the_models_are_the_bundles(client: openai.OpenAI, producer: FileProducer) -> None:
     assert [(model.id, model.object) for model in client.models.list()] == [("paper", "model"), ("flux", "model")]
     assert client.models.retrieve("flux").id == "flux"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("unknown")
 
 
-def test_the_answer_has_the_headers_of_a_job(client: openai.OpenAI, broker: FileBroker) -> None:
+def test_the_answer_has_the_headers_of_a_job(client: openai.OpenAI, producer: FileProducer) -> None:
     raw = client.images.with_raw_response.generate(prompt="a red zeppelin", extra_headers={"X-Request-Id": "r-1"})
-    assert raw.headers["x-job-id"] == broker.jobs[0].id and raw.headers["server-timing"] == STAGES
+    assert raw.headers["x-job-id"] == producer.jobs[0].id and raw.headers["server-timing"] == STAGES
     assert raw.headers["x-request-id"] == "r-1" and "zeppelin" in raw.headers["x-warnings"]
 
 
-def test_a_repeat_under_the_same_key_is_the_same_job(client: openai.OpenAI, broker: FileBroker) -> None:
+def test_a_repeat_under_the_same_key_is_the_same_job(client: openai.OpenAI, producer: FileProducer) -> None:
     key = {"Idempotency-Key": "k-1"}
     first, second = (client.images.generate(prompt=PROMPT, extra_headers=key) for _ in range(2))
-    assert first == second and len(broker.records) == 1
+    assert first == second and len(producer.records) == 1
 
 
-def test_a_deadline_comes_by_header(client: openai.OpenAI, broker: FileBroker) -> None:
+def test_a_deadline_comes_by_header(client: openai.OpenAI, producer: FileProducer) -> None:
     client.images.generate(prompt=PROMPT, extra_headers={"Cancel-After": "9"})
-    assert [job.cancel_after_s for job in broker.jobs] == [9.0]
+    assert [job.cancel_after_s for job in producer.jobs] == [9.0]
     with pytest.raises(openai.BadRequestError, match="Cancel-After"):
         client.images.generate(prompt=PROMPT, extra_headers={"Cancel-After": "0"})
-    broker.end = expire
+    producer.end = expire
     with pytest.raises(openai.InternalServerError, match="did not end in time") as raised:
         client.with_options(max_retries=0).images.generate(prompt=PROMPT, extra_headers={"Cancel-After": "1"})
     assert raised.value.status_code == 504 and raised.value.code == "deadline_passed"
@@ -162,33 +162,33 @@ def test_a_deadline_comes_by_header(client: openai.OpenAI, broker: FileBroker) -
     ],
 )
 def test_bad_values_are_named_as_openai_names_them(
-    url: str, broker: FileBroker, body: dict[str, Any], param: str
+    url: str, producer: FileProducer, body: dict[str, Any], param: str
 ) -> None:
     assert_error(post(url, **body), 422, "invalid_request", param)
-    assert not broker.records
+    assert not producer.records
 
 
-def test_limits_hold(url: str, client: openai.OpenAI, broker: FileBroker) -> None:
+def test_limits_hold(url: str, client: openai.OpenAI, producer: FileProducer) -> None:
     with pytest.raises(openai.APIStatusError) as too_large:
         client.images.generate(prompt="x" * (1 << 20))
     assert too_large.value.status_code == 413 and too_large.value.code == "payload_too_large"
-    broker.refusal = QueueFull("32 jobs wait", retry_after_s=17)
+    producer.refusal = QueueFull("32 jobs wait", retry_after_s=17)
     for stream in (False, True):
         with pytest.raises(openai.RateLimitError, match="32 jobs wait") as full:
             client.images.generate(prompt=PROMPT, stream=stream)  # type: ignore[call-overload]
         assert (full.value.type, full.value.code) == ("rate_limit_error", "queue_full")
         assert full.value.response.headers["retry-after"] == "17"
-    assert not broker.records
+    assert not producer.records
 
 
 def test_pixels_over_the_limit_are_refused(bundle_dirs: tuple[Path, ...]) -> None:
-    broker = FileBroker()
-    with live_server(build_app(broker, bundle_dirs, max_image_px=128 * 128)) as url:
+    producer = FileProducer()
+    with live_server(build_app(producer, bundle_dirs, max_image_px=128 * 128)) as url:
         assert_error(post(url, scale=4), 422, "invalid_request", "size")
-        assert not broker.records
+        assert not producer.records
 
 
-def test_other_faults_have_the_same_shape(url: str, broker: FileBroker) -> None:
+def test_other_faults_have_the_same_shape(url: str, producer: FileProducer) -> None:
     assert_error(httpx.get(f"{url}/v1/unknown"), 404, "not_found")
     assert_error(httpx.get(f"{url}/v1/images/{uuid.uuid4()}/content"), 404, "not_found")
     assert_error(httpx.get(f"{url}/v1/images/generations"), 405, "method_not_allowed")
@@ -199,86 +199,86 @@ def test_other_faults_have_the_same_shape(url: str, broker: FileBroker) -> None:
         headers = {"Content-Type": content_type}
         answer = httpx.post(f"{url}/v1/images/generations", content=content, headers=headers, verify=False)
         assert_error(answer, status, code)
-    broker.outage = NotReady("Redis cannot be reached")
+    producer.outage = NotReady("Redis cannot be reached")
     assert_error(post(url), 503, "not_ready")
     assert post(url).json()["error"]["type"] == "server_error"
 
 
-def test_a_failed_job_is_the_clients_exception(client: openai.OpenAI, broker: FileBroker) -> None:
-    broker.end = fail
+def test_a_failed_job_is_the_clients_exception(client: openai.OpenAI, producer: FileProducer) -> None:
+    producer.end = fail
     with pytest.raises(openai.InternalServerError, match="out of memory") as failed:
         client.images.generate(prompt=PROMPT)
-    assert failed.value.code == "engine_fault" and failed.value.response.headers["x-job-id"] == broker.jobs[0].id
+    assert failed.value.code == "engine_fault" and failed.value.response.headers["x-job-id"] == producer.jobs[0].id
 
 
-def test_a_stream_completes_with_each_image_and_no_partial_one(client: openai.OpenAI, broker: FileBroker) -> None:
+def test_a_stream_completes_with_each_image_and_no_partial_one(client: openai.OpenAI, producer: FileProducer) -> None:
     with client.images.generate(prompt=PROMPT, n=2, stream=True, partial_images=2, size="256x128") as stream:
         assert stream.response.headers["content-type"].startswith("text/event-stream")
         events = list(stream)
-    assert stream.response.headers["x-job-id"] == broker.jobs[0].id
+    assert stream.response.headers["x-job-id"] == producer.jobs[0].id
     assert [event.type for event in events] == ["image_generation.completed"] * 2
-    assert [base64.b64decode(event.b64_json) for event in events] == broker.files[broker.jobs[0].id]
+    assert [base64.b64decode(event.b64_json) for event in events] == producer.files[producer.jobs[0].id]
     assert {(event.size, event.output_format, event.background) for event in events} == {("256x128", "png", "opaque")}
 
 
-def test_a_stream_waits_until_the_job_ends(client: openai.OpenAI, broker: FileBroker) -> None:
-    broker.end = stay_queued
+def test_a_stream_waits_until_the_job_ends(client: openai.OpenAI, producer: FileProducer) -> None:
+    producer.end = stay_queued
     with client.images.generate(prompt=PROMPT, stream=True) as stream:
-        (job,) = broker.jobs
-        broker.records[job.id] = broker.work(job)
+        (job,) = producer.jobs
+        producer.records[job.id] = producer.work(job)
         (event,) = stream
-    assert base64.b64decode(event.b64_json) == broker.files[job.id][0]
+    assert base64.b64decode(event.b64_json) == producer.files[job.id][0]
 
 
-def test_a_stream_of_a_failed_job_raises_in_the_client(client: openai.OpenAI, broker: FileBroker) -> None:
-    broker.end = fail
+def test_a_stream_of_a_failed_job_raises_in_the_client(client: openai.OpenAI, producer: FileProducer) -> None:
+    producer.end = fail
     with client.images.generate(prompt=PROMPT, stream=True) as stream, pytest.raises(openai.APIError, match="memory"):
         list(stream)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_cancels_its_job(url: str, broker: FileBroker, stream: bool) -> None:
-    broker.end = stay_queued
+def test_a_client_that_leaves_cancels_its_job(url: str, producer: FileProducer, stream: bool) -> None:
+    producer.end = stay_queued
     leaving = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
     body = json.dumps({"prompt": PROMPT, "stream": stream})
     leaving.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
-    wait_until(lambda: broker.waits == 1)
+    wait_until(lambda: producer.waits == 1)
     leaving.close()
-    wait_until(lambda: broker.records[broker.jobs[0].id].state is JobState.CANCELED, "its job is canceled")
-    wait_until(lambda: broker.waits == 0, "nobody waits any more")
-    assert [record.state for record in broker.records.values()] == [JobState.CANCELED]
+    wait_until(lambda: producer.records[producer.jobs[0].id].state is JobState.CANCELED, "its job is canceled")
+    wait_until(lambda: producer.waits == 0, "nobody waits any more")
+    assert [record.state for record in producer.records.values()] == [JobState.CANCELED]
 
 
-def test_a_client_with_a_key_may_leave_and_come_back(url: str, broker: FileBroker) -> None:
-    broker.end = stay_queued
+def test_a_client_with_a_key_may_leave_and_come_back(url: str, producer: FileProducer) -> None:
+    producer.end = stay_queued
     with (
         httpx.Client(timeout=60, verify=False, headers={"Idempotency-Key": "k-2"}) as client,
         client.stream("POST", f"{url}/v1/images/generations", json={"prompt": PROMPT, "stream": True}),
     ):
-        wait_until(lambda: broker.waits == 1)
-    wait_until(lambda: broker.waits == 0)
-    assert [record.state for record in broker.records.values()] == [JobState.QUEUED]
+        wait_until(lambda: producer.waits == 1)
+    wait_until(lambda: producer.waits == 0)
+    assert [record.state for record in producer.records.values()] == [JobState.QUEUED]
 
 
 async def test_a_silent_stream_sends_comments_until_the_image(bundle_dirs: tuple[Path, ...]) -> None:
-    broker = FileBroker()
-    app = build_app(broker, bundle_dirs)
-    job = await enqueue(app, broker)
+    producer = FileProducer()
+    app = build_app(producer, bundle_dirs)
+    job = await enqueue(app, producer)
     blocks = stream_generation(request_of(), app.state.serving, job.id, None, heartbeat_s=0.01)
     assert [await anext(blocks) for _ in range(2)] == [": waiting\n\n"] * 2
-    broker.records[job.id] = broker.work(job)
+    producer.records[job.id] = producer.work(job)
     rest = [block async for block in blocks if not block.startswith(":")]
     assert len(rest) == 1 and rest[0].startswith("event: image_generation.completed\ndata: {")
 
 
 async def test_a_stream_ends_with_the_deadline(bundle_dirs: tuple[Path, ...]) -> None:
-    broker = FileBroker()
-    app = build_app(broker, bundle_dirs, wait_timeout_s=0.05)
-    job = await enqueue(app, broker)
+    producer = FileProducer()
+    app = build_app(producer, bundle_dirs, wait_timeout_s=0.05)
+    job = await enqueue(app, producer)
     *_, last = [block async for block in stream_generation(request_of(), app.state.serving, job.id, None)]
     name, data, *_ = last.splitlines()
     assert name == "event: error" and json.loads(data.removeprefix("data: "))["error"]["code"] == "deadline_passed"
-    assert broker.records[job.id].state is JobState.CANCELED
+    assert producer.records[job.id].state is JobState.CANCELED
 
 
 def request_of() -> Request:
@@ -292,10 +292,10 @@ def request_of() -> Request:
     return request
 
 
-async def enqueue(app: FastAPI, broker: FileBroker) -> Job:
+async def enqueue(app: FastAPI, producer: FileProducer) -> Job:
     """A job that nobody runs."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         await client.post("/generate", json={"prompt": PROMPT}, headers={"Prefer": "respond-async"})
-    (job,) = broker.jobs
-    broker.records[job.id] = stay_queued(job)
+    (job,) = producer.jobs
+    producer.records[job.id] = stay_queued(job)
     return job

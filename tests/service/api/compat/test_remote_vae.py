@@ -16,11 +16,11 @@ from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.service.api.compat.remote_vae import to_tensor
 from giantleap.service.errors import QueueFull
 from giantleap.service.jobs.job import UpscaleParams
-from tests.service.fake_broker import expire, fail
+from tests.service.fake_producer import expire, fail
 from tests.service.front_fakes import (
     LATENT,
     STAGES,
-    FileBroker,
+    FileProducer,
     build_app,
     read_pixels,
     write_wan_bundle,
@@ -40,12 +40,12 @@ SENT = {"shape": list(LATENT.shape), "dtype": "float32"}
 
 
 @pytest.fixture
-def broker(live: tuple[FileBroker, str]) -> FileBroker:
+def producer(live: tuple[FileProducer, str]) -> FileProducer:
     return live[0].reset()
 
 
 @pytest.fixture
-def url(live: tuple[FileBroker, str], broker: FileBroker) -> str:
+def url(live: tuple[FileProducer, str], producer: FileProducer) -> str:
     return f"{live[1]}/remote_vae/paper/decode"
 
 
@@ -60,90 +60,90 @@ def assert_error(answer: httpx.Response, status: int, *words: str) -> None:
     assert all(word in answer.json()["error"] for word in words), answer.text
 
 
-def made_file(broker: FileBroker) -> bytes:
-    return broker.files[broker.jobs[-1].id][0]
+def made_file(producer: FileProducer) -> bytes:
+    return producer.files[producer.jobs[-1].id][0]
 
 
-def test_an_image_is_decoded_at_its_own_size(url: str, broker: FileBroker) -> None:
+def test_an_image_is_decoded_at_its_own_size(url: str, producer: FileProducer) -> None:
     image = remote_decode(url, TENSOR, scaling_factor=SCALE, shift_factor=SHIFT)
     assert image.size == (48, 32) and image.format == "jpeg"
-    np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(broker)))
-    (job,) = broker.jobs
+    np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(producer)))
+    (job,) = producer.jobs
     assert isinstance(job.params, UpscaleParams) and (job.params.scale, job.params.output) == (1, "image")
-    np.testing.assert_allclose(broker.latent_of(), LATENT / SCALE + SHIFT, rtol=1e-6)
+    np.testing.assert_allclose(producer.latent_of(), LATENT / SCALE + SHIFT, rtol=1e-6)
 
 
-def test_the_endpoints_own_scale_enlarges(url: str, broker: FileBroker) -> None:
+def test_the_endpoints_own_scale_enlarges(url: str, producer: FileProducer) -> None:
     image = remote_decode(f"{url}?scale=4&method=bicubic", TENSOR, do_scaling=False, image_format="png")
     assert image.size == (192, 128) and image.format == "png"
-    assert (broker.jobs[0].params.scale, broker.jobs[0].params.method) == (4, "bicubic")
-    np.testing.assert_array_equal(broker.latent_of(), LATENT)
+    assert (producer.jobs[0].params.scale, producer.jobs[0].params.method) == (4, "bicubic")
+    np.testing.assert_array_equal(producer.latent_of(), LATENT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_keeps_its_values(url: str, broker: FileBroker, dtype: torch.dtype) -> None:
+def test_half_precision_keeps_its_values(url: str, producer: FileProducer, dtype: torch.dtype) -> None:
     remote_decode(url, TENSOR.to(dtype), do_scaling=False)
-    np.testing.assert_array_equal(broker.latent_of(), TENSOR.to(dtype).float().numpy())
+    np.testing.assert_array_equal(producer.latent_of(), TENSOR.to(dtype).float().numpy())
 
 
-def test_without_factors_the_bundles_own_scaling_is_undone(url: str, broker: FileBroker) -> None:
+def test_without_factors_the_bundles_own_scaling_is_undone(url: str, producer: FileProducer) -> None:
     remote_decode(url, TENSOR)  # diffusers then says do_scaling=True
-    np.testing.assert_allclose(broker.latent_of(), LATENT / SCALE + SHIFT, rtol=1e-6)
+    np.testing.assert_allclose(producer.latent_of(), LATENT / SCALE + SHIFT, rtol=1e-6)
 
 
-def test_packed_latents_are_unpacked_scaled_or_not(url: str, broker: FileBroker) -> None:
+def test_packed_latents_are_unpacked_scaled_or_not(url: str, producer: FileProducer) -> None:
     tokens, size = torch.from_numpy(LATENT.reshape(1, 6, 4 * CHANNELS)), {"height": 32, "width": 48}
     flux = url.replace("paper", "flux")
     remote_decode(flux, tokens, scaling_factor=FLUX.scale, shift_factor=FLUX.shift, **size)
     expected = FLUX.to_raw(tokens.numpy(), 32, 48)
-    np.testing.assert_allclose(broker.latent_of(), expected, rtol=1e-6)
+    np.testing.assert_allclose(producer.latent_of(), expected, rtol=1e-6)
     remote_decode(flux, tokens / FLUX.scale + FLUX.shift, do_scaling=False, **size)
-    np.testing.assert_allclose(broker.latent_of(), expected, rtol=1e-5)
+    np.testing.assert_allclose(producer.latent_of(), expected, rtol=1e-5)
 
 
-def test_a_tensor_of_bytes_has_the_images_pixels(url: str, broker: FileBroker) -> None:
+def test_a_tensor_of_bytes_has_the_images_pixels(url: str, producer: FileProducer) -> None:
     batch = torch.cat([TENSOR, TENSOR])
     pixels = remote_decode(url, batch, output_type="pt", return_type="pt", partial_postprocess=True)
     assert pixels.dtype == torch.uint8 and pixels.shape == (2, 32, 48, 3)
-    for image, file in zip(pixels.numpy(), broker.files[broker.jobs[0].id], strict=True):
+    for image, file in zip(pixels.numpy(), producer.files[producer.jobs[0].id], strict=True):
         np.testing.assert_array_equal(image, read_pixels(file))
 
 
-def test_a_tensor_of_floats_postprocesses_to_the_same_pixels(url: str, broker: FileBroker) -> None:
+def test_a_tensor_of_floats_postprocesses_to_the_same_pixels(url: str, producer: FileProducer) -> None:
     tensor = remote_decode(url, TENSOR, output_type="pt", return_type="pt")
     assert tensor.dtype == torch.float16 and tensor.shape == (1, 3, 32, 48)
     assert tensor.min() >= -1 and tensor.max() <= 1 and tensor.min() < -0.9
     image = VaeImageProcessor().postprocess(tensor.float(), output_type="pil")[0]
-    np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(broker)))
+    np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(producer)))
     image = remote_decode(url, TENSOR, processor=VaeImageProcessor(), output_type="pt", return_type="pil")
-    np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(broker)))
+    np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(producer)))
     (image,) = remote_decode(url, TENSOR, processor=VaeImageProcessor(), output_type="pil")
-    np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(broker)))
+    np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(producer)))
 
 
-def test_the_answer_has_the_headers_of_a_job(url: str, broker: FileBroker) -> None:
+def test_the_answer_has_the_headers_of_a_job(url: str, producer: FileProducer) -> None:
     answer = post(url)
     assert answer.status_code == 200 and answer.headers["content-type"] == "image/jpeg"
-    assert answer.headers["x-job-id"] == broker.jobs[0].id and answer.headers["server-timing"] == STAGES
+    assert answer.headers["x-job-id"] == producer.jobs[0].id and answer.headers["server-timing"] == STAGES
 
 
-def test_an_image_is_encoded_to_its_latent(url: str, broker: FileBroker) -> None:
+def test_an_image_is_encoded_to_its_latent(url: str, producer: FileProducer) -> None:
     encode, image = url.replace("decode", "encode"), Image.new("RGB", (48, 32), (7, 7, 7))
     latent = remote_encode(encode, image)
     assert latent.dtype == torch.float32 and latent.shape == (1, CHANNELS, 4, 6) and (latent == 7).all()
-    (job,) = broker.jobs
+    (job,) = producer.jobs
     assert isinstance(job.params, UpscaleParams) and (job.params.scale, job.params.output) == (1, "latent")
     scaled = remote_encode(encode, image, scaling_factor=SCALE, shift_factor=SHIFT)
     assert ((scaled - (7 - SHIFT) * SCALE).abs() < 1e-6).all()
 
 
-def test_deadline_and_key_come_by_header(url: str, broker: FileBroker) -> None:
+def test_deadline_and_key_come_by_header(url: str, producer: FileProducer) -> None:
     headers = {"Content-Type": "tensor/binary", "Cancel-After": "9", "Idempotency-Key": "k-4"}
     given = {"params": SENT, "content": LATENT.tobytes(), "timeout": 60, "verify": False}
     answers = [httpx.post(url, headers=headers, **given) for _ in range(2)]
     assert answers[0].status_code == 200 and answers[0].content == answers[1].content
-    assert [job.cancel_after_s for job in broker.jobs] == [9.0]
-    broker.end = expire
+    assert [job.cancel_after_s for job in producer.jobs] == [9.0]
+    producer.end = expire
     late = httpx.post(url, headers=headers | {"Idempotency-Key": "k-5"}, **given)
     assert_error(late, 504, "did not end in time")
     image = io.BytesIO()
@@ -153,17 +153,17 @@ def test_deadline_and_key_come_by_header(url: str, broker: FileBroker) -> None:
         url.replace("/decode", "/encode"), content=image.getvalue(), headers=headers, timeout=60, verify=False
     )
     assert_error(encoded, 504, "did not end in time")
-    assert broker.jobs[-1].cancel_after_s == 8.0
+    assert producer.jobs[-1].cancel_after_s == 8.0
 
 
-def test_what_cannot_be_encoded_is_refused(url: str, broker: FileBroker) -> None:
+def test_what_cannot_be_encoded_is_refused(url: str, producer: FileProducer) -> None:
     encode = url.replace("decode", "encode")
     for refused in (torch.zeros(1, 3, 32, 48), Image.new("RGB", (50, 32)), Image.new("RGB", (1024, 512))):
         with pytest.raises(RuntimeError, match="image"):
             remote_encode(encode, refused)
     with pytest.raises(RuntimeError, match=r"scaling_factor: is 0\.3"):
         remote_encode(encode, Image.new("RGB", (48, 32)), scaling_factor=0.3, shift_factor=SHIFT)
-    assert not broker.records
+    assert not producer.records
 
 
 @pytest.mark.parametrize(
@@ -188,27 +188,27 @@ def test_what_cannot_be_encoded_is_refused(url: str, broker: FileBroker) -> None
     ],
 )
 def test_bad_values_are_refused_and_enqueue_nothing(
-    url: str, broker: FileBroker, query: dict[str, Any], status: int, word: str
+    url: str, producer: FileProducer, query: dict[str, Any], status: int, word: str
 ) -> None:
     assert_error(post(url, **query), status, word)
-    assert not broker.records
+    assert not producer.records
 
 
 def test_a_video_of_one_frame_is_a_latent_of_a_video_vae(tmp_path: Path) -> None:
-    broker = FileBroker()
-    with live_server(build_app(broker, (write_wan_bundle(tmp_path),))) as server:
+    producer = FileProducer()
+    with live_server(build_app(producer, (write_wan_bundle(tmp_path),))) as server:
         url = f"{server}/remote_vae/paper/decode"
         remote_decode(url, TENSOR[:, :, None])
-        np.testing.assert_allclose(broker.latent_of(), LATENT_SPACES["wan21"].to_raw(LATENT[:, :, None]), rtol=1e-5)
+        np.testing.assert_allclose(producer.latent_of(), LATENT_SPACES["wan21"].to_raw(LATENT[:, :, None]), rtol=1e-5)
         remote_decode(url, TENSOR[:, :, None], do_scaling=False)
-        np.testing.assert_array_equal(broker.latent_of(), LATENT)
+        np.testing.assert_array_equal(producer.latent_of(), LATENT)
         with pytest.raises(RuntimeError, match=r"takes raw latents .* or a video of one frame \[batch, 16, 1, h, w\]"):
             remote_decode(url, TENSOR[:, :, None].repeat(1, 1, 3, 1, 1), do_scaling=False)
         with pytest.raises(RuntimeError, match="means nothing"):
             remote_decode(url, TENSOR[:, :, None], scaling_factor=1.0)
 
 
-def test_limits_hold(url: str, broker: FileBroker) -> None:
+def test_limits_hold(url: str, producer: FileProducer) -> None:
     with pytest.raises(RuntimeError, match="payload_too_large"):
         remote_decode(url, torch.zeros(1, CHANNELS, 160, 160))
     with pytest.raises(RuntimeError, match="pixels; at most"):
@@ -217,21 +217,21 @@ def test_limits_hold(url: str, broker: FileBroker) -> None:
         remote_decode(url, torch.full_like(TENSOR, torch.nan))
     with pytest.raises(RuntimeError, match="ask for pt"):
         remote_decode(url, torch.cat([TENSOR, TENSOR]))
-    broker.refusal = QueueFull("32 jobs wait", retry_after_s=17)
+    producer.refusal = QueueFull("32 jobs wait", retry_after_s=17)
     with pytest.raises(RuntimeError, match="queue_full"):
         remote_decode(url, TENSOR)
     answer = post(url)
     assert_error(answer, 429, "32 jobs wait")
     assert answer.headers["retry-after"] == "17"
-    assert not broker.records
+    assert not producer.records
 
 
-def test_other_faults_have_the_same_shape(url: str, broker: FileBroker) -> None:
+def test_other_faults_have_the_same_shape(url: str, producer: FileProducer) -> None:
     assert_error(post(url.replace("paper", "unknown")), 404, "paper, flux")
     assert_error(post(url + "/more"), 404)
     plain = httpx.post(url, params=SENT, content=b"x", headers={"Content-Type": "text/plain"}, verify=False)
     assert_error(plain, 415, "text/plain")
-    broker.end = fail
+    producer.end = fail
     with pytest.raises(RuntimeError, match="out of memory"):
         remote_decode(url, TENSOR)
 

@@ -1,5 +1,4 @@
-"""A broker without Redis: the verbs of `giantleap.service.jobqueue.producer.Broker` in memory, with jobs that end as
-the test says."""
+"""A fake `giantleap.service.jobqueue.producer.JobProducer` in memory; each test scripts how its jobs end."""
 
 import asyncio
 import hashlib
@@ -65,7 +64,7 @@ def stay_queued(job: Job) -> JobRecord:
 
 
 @dataclass
-class FakeBroker:
+class FakeProducer:
     """Every enqueued job becomes `end(job)`; `refusal` is raised instead of an enqueue, `outage` by everything."""
 
     end: End = succeed
@@ -111,7 +110,7 @@ class FakeBroker:
             self.blobs[job.id] = body
         return Enqueued(job.id, created=True, queue_position=len(self.records) - 1)
 
-    async def spend(self, owner: str, per_minute: int) -> float:
+    async def acquire_rate_limit(self, owner: str, per_minute: int) -> float:
         self._require_up()
         self.spent.append(owner)
         return 1.5 if self.spent.count(owner) > per_minute else 0.0
