@@ -45,24 +45,24 @@ def to_summary(
     jobs = sum(run["jobs_accepted"] for run in chaos.values())
     rows = [
         (
-            "128 px drawn, enlarged to 512 px, decoded",
-            f"{lua['total']:.2f} s, of which the adapter {1000 * lua['upscale']:.0f} ms; the base model at 512 px: "
+            "generate at 128 px, upscale to 512 px, decode",
+            f"{lua['total']:.2f} s, adapter {1000 * lua['upscale']:.0f} ms of it; base model at 512 px: "
             f"{direct['total']:.2f} s",
             f"pocket bundle, {cores} CPU cores, `python -m benchmarks.methods`",
         ),
         (
-            "the pocket adapter on photographs",
-            f"{over_pixels} over resizing the decoded image, {over_latent} over resizing the latent",
-            "PSNR, `make quality`, [below](#the-pocket-bundle-measured)",
+            "pocket adapter on photographs",
+            f"{over_pixels} over bicubic on the decoded image, {over_latent} over bicubic on the latent",
+            "PSNR, `make quality`, [below](#the-pocket-bundle)",
         ),
         (
-            "the service's own part of a request",
-            f"{service['no-op, 1']['p50_ms']:.1f} ms (median), on disk before it is acknowledged; "
+            "overhead of the service per request",
+            f"{service['no-op, 1']['p50_ms']:.1f} ms (median) with a durable write; "
             f"{service['no-op, 8']['per_s']:.0f} requests/s from 8 clients",
             "[docs/load.md](docs/load.md), beside LitServe, BentoML and Ray Serve",
         ),
         (
-            f"{jobs:,} jobs under {kills} kills of workers and Redis",
+            f"{jobs:,} jobs through {kills} kills of workers and Redis",
             f"{lost} lost or ended twice",
             "`make chaos`",
         ),
@@ -81,7 +81,7 @@ def to_quality_table(report: Mapping[str, Any]) -> str:
         )
         for floor in report["floors"]
     ]
-    return _table(("figure", "reached", "asked for", ""), rows)
+    return _table(("figure", "reached", "target", ""), rows)
 
 
 _DIGITS = {"dB": 2, "%": 1}

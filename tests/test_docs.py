@@ -1,5 +1,6 @@
-"""The pages keep their promises: links lead somewhere, commands and bodies are taken, figures are of the reports."""
+"""The documentation is true: links, commands, names and figures exist, in the pages and in the docstrings."""
 
+import ast
 import importlib
 import importlib.util
 import json
@@ -26,8 +27,43 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 ALL = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_DOTTED = re.compile(r"`(giantleap(?:\.[A-Za-z_]\w*)+)[`(]")
+_FILE = re.compile(
+    r"`((?:\.ci|benchmarks|bundles|deploy|docs|export|giantleap|models|service|tests|training)/[\w./-]*\w\.\w+)`"
+)
+_TEST = re.compile(r"`(test_\w+\.py)`")
 _FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_COMMAND = re.compile(r"^\$? ?(?:[A-Z_]+=\S+ )*(?:torchrun \S+ \S+ -m service\.cli|giantleap) (.*)$")
+_COMMAND = re.compile(r"^\$? ?(?:[A-Z_]+=\S+ )*(?:torchrun \S+ \S+ -m giantleap\.cli\.main|giantleap) (.*)$")
+
+
+def _is_defined(name: str) -> bool:
+    """Whether a dotted name is a package, a module, or a name that a module or a class of it defines."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:length])
+        if path.with_suffix(".py").exists() or (path / "__init__.py").exists():
+            source = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+            body: list[ast.stmt] = ast.parse(source.read_text()).body
+            for part in parts[length:]:
+                found = [node for node in body if part in _names(node)]
+                if not found:
+                    return False
+                body = found[0].body if isinstance(found[0], ast.ClassDef) else []
+            return True
+    return False
+
+
+def _names(node: ast.stmt) -> list[str]:
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            return [node.name]
+        case ast.Assign():
+            return [target.id for target in node.targets if isinstance(target, ast.Name)]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+        case ast.Import() | ast.ImportFrom():
+            return [alias.asname or alias.name for alias in node.names]
+    return []
 
 
 def _blocks(text: str) -> Iterator[str]:
@@ -57,11 +93,15 @@ def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
 
 
 @ALL
-def test_pages_named_in_the_text_exist(page: Path) -> None:
-    for name in re.findall(
-        r"`((?:docs|benchmarks|deploy|models|service|training|export)/[\w./-]+\.\w+)`", page.read_text()
-    ):
-        assert (ROOT / name).exists(), name
+def test_files_and_tests_named_in_the_pages_exist(page: Path) -> None:
+    text = page.read_text()
+    assert [name for name in _FILE.findall(text) if not (ROOT / name).exists()] == []
+    assert [name for name in _TEST.findall(text) if not list((ROOT / "tests").rglob(name))] == []
+
+
+@ALL
+def test_names_of_code_in_the_pages_exist(page: Path) -> None:
+    assert [name for name in _DOTTED.findall(page.read_text()) if not _is_defined(name)] == []
 
 
 def _check_options(words: list[str]) -> None:
@@ -196,23 +236,3 @@ def test_figures_are_those_of_the_reports(page: str, figures: Any) -> None:
     text = " ".join((ROOT / "docs" / page).read_text().split())
     for figure in figures():
         assert " ".join(figure.split()) in text, figure
-
-
-def _resolve(name: str) -> bool:
-    """Whether a dotted name is a module, or something in one."""
-    parts, found = name.split("."), None
-    for length in range(1, len(parts) + 1):
-        if found is not None and hasattr(found, parts[length - 1]):
-            found = getattr(found, parts[length - 1])
-        else:
-            try:
-                found = importlib.import_module(".".join(parts[:length]))
-            except ModuleNotFoundError:
-                return False
-    return True
-
-
-@pytest.mark.parametrize("name", ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/training.md", "docs/export.md"])
-def test_functions_named_in_the_guides_exist(name: str) -> None:
-    named = re.findall(r"`((?:models|service|training|export)(?:\.[A-Za-z_]\w*)+)[`(]", (ROOT / name).read_text())
-    assert [each for each in named if not _resolve(each)] == []
