@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "models.device",
         "models.images",
         "models.rgb",
-        "models.stages",
+        "models.worker_role",
     ),
     ("models.lua",),
     ("models.latent_space",),
