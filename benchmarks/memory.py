@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.live_storage import LiveStorage
 from benchmarks.machine import read_machine
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.engines.base import TorchEngine
+from giantleap.models.engines.eager import TorchEngine
 from giantleap.models.generator import GenerationItem
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import PRESETS, scaled_size

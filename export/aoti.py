@@ -1,18 +1,13 @@
-"""AOTInductor: compiles a traced program to a library for one kind of machine, and runs it without Python code.
-
-A .pt2 file holds machine code that is loaded into the process: only files whose digest the manifest knows are opened.
-"""
+"""AOTInductor: compiles a traced program to machine code for one kind of device, a .pt2 file."""
 
 import platform
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 
-from giantleap.export.manifest import INPUT, OUTPUTS, ArtifactError
-from giantleap.models.engines.base import Artifact, EngineError, first_line, open_package
+from giantleap.export.manifest import ArtifactError
+from giantleap.models.engines.base import first_line
 
 # What `torch.backends.cpu.get_cpu_capability` says, which the manifest compares, as compilers name it.
 _LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
@@ -45,15 +40,3 @@ def write_aoti(program: ExportedProgram, path: Path) -> tuple[Path, ...]:
             f"AOTInductor could not compile {path.name} (is g++ there?): {first_line(error)}"
         ) from error
     return (path,)
-
-
-def open_aoti(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function that runs the compiled program, on a device of the kind that it was compiled for.
-
-    Raises:
-        ArtifactError: The file is damaged or of another version of torch.
-    """
-    try:
-        return open_package(Artifact(path, INPUT, OUTPUTS["lua"]), device)
-    except EngineError as error:
-        raise ArtifactError(str(error)) from error

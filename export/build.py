@@ -17,20 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from giantleap.export.aoti import open_aoti, write_aoti
+from giantleap.export.aoti import write_aoti
 from giantleap.export.graphs import DTYPES, DecoderGraph, LuaGraph, trace
 from giantleap.export.machine import read_machine, read_versions
 from giantleap.export.manifest import (
     FILE,
     INPUT,
     OUTPUTS,
-    Artifact,
     ArtifactError,
-    Engine,
+    ArtifactRecord,
     Manifest,
     Part,
     Precision,
-    Profile,
     artifact_name,
     bundle_weights,
     check_manifest,
@@ -38,19 +36,15 @@ from giantleap.export.manifest import (
     read_manifest,
     vae_directory,
 )
-from giantleap.export.onnx_files import OPSETS, open_onnx, write_onnx
-from giantleap.export.parity import Runner, choose_cases, compare
-from giantleap.export.tensorrt_plans import (
-    PlanOptions,
-    build_plan,
-    load_tensorrt,
-    open_plan,
-    plan_profiles,
-    trtexec_line,
-)
+from giantleap.export.onnx_files import OPSETS, write_onnx
+from giantleap.export.parity import choose_cases, compare
+from giantleap.export.tensorrt_plans import PlanOptions, build_plan, plan_profiles, trtexec_line
 from giantleap.models.bundle.bundle import Bundle, check_files
 from giantleap.models.bundle.digests import file_hash
-from giantleap.models.engines.base import on_device
+from giantleap.models.device import on_device
+from giantleap.models.engines.artifacts import open_runner
+from giantleap.models.engines.base import Artifact, ArtifactEngineName, EngineError, Profile, Runner
+from giantleap.models.engines.tensorrt_runtime import load_tensorrt
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.vae.autoencoder import choose_vae_dtype, read_vae_model
@@ -73,7 +67,7 @@ class Request:
     """
 
     bundle: Bundle
-    engine: Engine
+    engine: ArtifactEngineName
     precision: Precision
     directory: Path
     scales: Sequence[int] = ()
@@ -144,7 +138,7 @@ def export_bundle(request: Request, say: Callable[[str], object] = lambda line: 
             artifacts.append(_export_part(request, reference, folder, part, scale))
             say(describe(artifacts[-1]))
         manifest = Manifest(
-            format=1,
+            format=2,
             bundle=request.bundle.name,
             engine=request.engine,
             precision=request.precision,
@@ -175,15 +169,15 @@ def check_directory(
     check_files(bundle)
     found = check_manifest(directory, bundle, engine=read_manifest(directory).engine, machine=read_machine(device))
     reference = open_reference(bundle, found.parts, device)
-    for artifact in found.artifacts:
-        cases = choose_cases(artifact.side_multiple, artifact.profiles)
+    for record in found.artifacts:
+        cases = choose_cases(record.side_multiple, record.profiles)
         try:
             with on_device(device):
-                run = _open(found.engine, directory / artifact.file, artifact.part, artifact.profiles, device)
-                parity = _compare(reference, artifact.part, artifact.scale, artifact.precision, run, cases)
-        except ArtifactError as error:
-            raise ArtifactError(f"{artifact.file}: {error}; build it with: {found.command}") from error
-        say(describe(artifact.model_copy(update={"parity": parity})))
+                run = open_runner(found.engine, record.locate(directory), device)
+                parity = _compare(reference, record.part, record.scale, record.precision, run, cases)
+        except EngineError as error:
+            raise ArtifactError(f"{record.file}: {error}; build it with: {found.command}") from error
+        say(describe(record.model_copy(update={"parity": parity})))
     return found
 
 
@@ -230,7 +224,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def describe(artifact: Artifact) -> str:
+def describe(artifact: ArtifactRecord) -> str:
     """One line with an artifact's size and how close it is to PyTorch."""
     parity = artifact.parity
     image = "" if parity.psnr_db is None else f", decoded image {parity.psnr_db:.1f} dB"
@@ -256,13 +250,11 @@ def _check_request(request: Request) -> tuple[int, ...]:
     if unknown:
         raise ArtifactError(f"bundle {bundle.name} has heads for scales {known}; asked for {unknown[0]}")
     if request.engine == "tensorrt":
-        load_tensorrt()
-        if request.device.type != "cuda":
-            raise ArtifactError(f"TensorRT runs on a GPU; asked for device {request.device}")
+        load_tensorrt(request.device)
     return tuple(sorted(set(request.scales))) or tuple(map(int, known))
 
 
-def _export_part(request: Request, reference: Reference, folder: Path, part: Part, scale: int | None) -> Artifact:
+def _export_part(request: Request, reference: Reference, folder: Path, part: Part, scale: int | None) -> ArtifactRecord:
     engine, space = request.engine, request.bundle.latent_space
     precision = _part_precision(part, request.precision, reference)
     graph, unit = _graph(reference, scale, precision)
@@ -277,12 +269,12 @@ def _export_part(request: Request, reference: Reference, folder: Path, part: Par
         written = write_aoti(program, path)
     else:
         written = (_write_plan(request, program, path, profiles),)
-    run = _open(engine, path, part, profiles, request.device)
     try:
+        run = open_runner(engine, Artifact(path, INPUT, OUTPUTS[part], profiles), request.device)
         parity = _compare(reference, part, scale, precision, run, choose_cases(unit, profiles))
-    except ArtifactError as error:
+    except EngineError as error:
         raise ArtifactError(f"{path.name}: {error}") from error
-    return Artifact(
+    return ArtifactRecord(
         part=part,
         scale=scale,
         file=path.name,
@@ -322,7 +314,7 @@ def _trtexec(request: Request, part: Part, scale: int | None, unit: int, precisi
 
 
 def _write_plan(request: Request, program: Any, path: Path, profiles: Sequence[Profile]) -> Path:
-    trt = load_tensorrt()
+    trt = load_tensorrt(request.device)
     with tempfile.TemporaryDirectory() as scratch:
         graph = write_onnx(program, Path(scratch) / path.with_suffix(".onnx").name, OUTPUTS["lua"], request.precision)[
             0
@@ -330,14 +322,6 @@ def _write_plan(request: Request, program: Any, path: Path, profiles: Sequence[P
         channels = request.bundle.latent_space.channels
         path.write_bytes(build_plan(trt, graph, channels, profiles, request.precision, request.plan))
     return path
-
-
-def _open(engine: Engine, path: Path, part: Part, profiles: Sequence[Profile], device: torch.device) -> Runner:
-    if engine == "onnx":
-        return open_onnx(path, device)
-    if engine == "aoti":
-        return open_aoti(path, device)
-    return open_plan(load_tensorrt(), path, profiles, OUTPUTS[part])
 
 
 def _compare(

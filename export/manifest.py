@@ -20,42 +20,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.digests import file_hash
+from giantleap.models.engines.base import Artifact, ArtifactEngineName, EngineError, Profile
 
-Engine = Literal["onnx", "tensorrt", "aoti"]
 Precision = Literal["fp32", "fp16", "bf16"]
 Part = Literal["lua", "decoder"]
 Compatibility = Literal["none", "same_compute_capability", "ampere_plus"]
 
 FILE = "manifest.json"
-SUFFIXES: dict[Engine, str] = {"onnx": ".onnx", "tensorrt": ".plan", "aoti": ".pt2"}
+SUFFIXES: dict[ArtifactEngineName, str] = {"onnx": ".onnx", "tensorrt": ".plan", "aoti": ".pt2"}
 INPUT = "latent"
 OUTPUTS: dict[Part, str] = {"lua": "enlarged", "decoder": "image"}
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Size = Annotated[tuple[int, int, int], Field(strict=False)]
 Side = Annotated[int, Field(ge=1)]
 
 
-class ArtifactError(ValueError):
-    """Artifacts that must not be used here; the message says why, and the command that builds the right ones."""
+class ArtifactError(EngineError):
+    """Artifacts that must not be used here; the message says why and which command builds the right ones."""
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Profile(_Section):
-    """A range of input shapes that an engine was tuned for, each [batch, height, width] in latent pixels."""
-
-    name: str
-    least: Size
-    best: Size
-    most: Size
-
-    def holds(self, batch: int, height: int, width: int) -> bool:
-        """Whether an input of this shape is in the range."""
-        shape = (batch, height, width)
-        return all(low <= side <= high for low, side, high in zip(self.least, shape, self.most, strict=True))
 
 
 class Case(_Section):
@@ -81,7 +66,7 @@ class Parity(_Section):
     cases: Annotated[tuple[Case, ...], Field(strict=False)]
 
 
-class Artifact(_Section):
+class ArtifactRecord(_Section):
     """One graph: `file` is what an engine opens, `files` has every file that belongs to it.
 
     Input and output are float32 whatever the precision. Sides of the input are multiples of `side_multiple`: who runs
@@ -104,6 +89,10 @@ class Artifact(_Section):
     parity: Parity
     trtexec: str | None
 
+    def locate(self, directory: Path) -> Artifact:
+        """The artifact in the export directory, as an engine opens it."""
+        return Artifact(directory / self.file, self.input, self.output, self.profiles)
+
 
 class Machine(_Section):
     """What a compiled artifact depends on; `export/machine.py` reads it."""
@@ -120,9 +109,9 @@ class Machine(_Section):
 class Manifest(_Section):
     """Everything that is known about one export directory."""
 
-    format: Literal[1]
+    format: Literal[2]
     bundle: str
-    engine: Engine
+    engine: ArtifactEngineName
     precision: Precision
     latent_space: str
     spec: dict[str, Any]
@@ -131,9 +120,9 @@ class Manifest(_Section):
     machine: Machine
     versions: dict[str, str]
     command: str
-    artifacts: Annotated[tuple[Artifact, ...], Field(strict=False, min_length=1)]
+    artifacts: Annotated[tuple[ArtifactRecord, ...], Field(strict=False, min_length=1)]
 
-    def get(self, part: Part, scale: int | None = None) -> Artifact | None:
+    def get(self, part: Part, scale: int | None = None) -> ArtifactRecord | None:
         """The artifact of a part, for LUA of a scale; None where it was not exported."""
         return next((each for each in self.artifacts if (each.part, each.scale) == (part, scale)), None)
 
@@ -159,7 +148,7 @@ class Manifest(_Section):
         return cls.model_validate_json(text, strict=True)
 
 
-def artifact_name(engine: Engine, part: Part, scale: int | None = None) -> str:
+def artifact_name(engine: ArtifactEngineName, part: Part, scale: int | None = None) -> str:
     """The file that an engine opens: `lua_x2.onnx`, `decoder.onnx`."""
     return ("decoder" if part == "decoder" else f"lua_x{scale}") + SUFFIXES[engine]
 
@@ -167,7 +156,7 @@ def artifact_name(engine: Engine, part: Part, scale: int | None = None) -> str:
 def export_command(
     directory: Path,
     bundle: Bundle,
-    engine: Engine,
+    engine: ArtifactEngineName,
     precision: Precision,
     scales: Sequence[int] = (),
     parts: Sequence[Part] = (),
@@ -234,7 +223,7 @@ def check_manifest(
     directory: Path,
     bundle: Bundle,
     *,
-    engine: Engine,
+    engine: ArtifactEngineName,
     precision: Precision | None = None,
     scales: Sequence[int] = (),
     decoder: bool = False,
@@ -308,7 +297,7 @@ def _capability(machine: Machine) -> tuple[int, ...]:
     return tuple(int(digit) for digit in (machine.compute_capability or "0.0").split("."))
 
 
-def _check_origin(manifest: Manifest, bundle: Bundle, engine: Engine, precision: Precision | None) -> None:
+def _check_origin(manifest: Manifest, bundle: Bundle, engine: ArtifactEngineName, precision: Precision | None) -> None:
     if manifest.engine != engine:
         raise ArtifactError(f"artifacts of engine {manifest.engine}; asked for {engine}")
     if manifest.bundle != bundle.name:

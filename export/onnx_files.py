@@ -1,21 +1,19 @@
-"""ONNX: writes a traced program as a file that other engines can take, and runs it with onnxruntime."""
+"""ONNX: writes a traced program as a graph file that other engines can read."""
 
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from giantleap.export.manifest import INPUT, ArtifactError, Precision
 from giantleap.models.engines.base import first_line
-from giantleap.models.engines.onnx_runtime import PROVIDERS, choose_provider, runtime_errors
 
 # 20 is the first with Gelu, 22 the first whose Conv takes bfloat16.
 OPSETS: dict[Precision, int] = {"fp32": 20, "fp16": 20, "bf16": 22}
@@ -93,42 +91,6 @@ def check_graph(graph: Any, name: str) -> None:
         sizes = [each.dim_param or each.dim_value for each in value.type.tensor_type.shape.dim]
         if len(sizes) != 4 or any(isinstance(sizes[axis], int) for axis in (0, 2, 3)):
             raise ArtifactError(f"{name}: {value.name} has the shape {sizes}; batch, height and width must be open")
-
-
-def open_onnx(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function that runs the graph on exactly this device.
-
-    Raises:
-        ArtifactError: onnxruntime is missing, has no provider for the device or no kernel for an operator.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ArtifactError("onnxruntime is missing; install it with: pip install 'giantleap[cpu]'") from error
-    provider = PROVIDERS[device.type]
-    if provider not in onnxruntime.get_available_providers():
-        raise ArtifactError(
-            f"this onnxruntime has no {provider}; for a GPU: pip install 'giantleap[gpu]', else --device cpu"
-        )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    errors = runtime_errors()
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=choose_provider(device))
-    except errors as error:
-        raise ArtifactError(f"onnxruntime cannot run {path.name} on {device}: {first_line(error)}") from error
-    if session.get_providers()[0] != provider:
-        raise ArtifactError(f"onnxruntime runs {path.name} on {session.get_providers()[0]}, not on {provider}")
-
-    def run(latent: Tensor) -> Tensor:
-        try:
-            (output,) = session.run(None, {INPUT: latent.cpu().numpy()})
-        except errors as error:
-            raise ArtifactError(f"onnxruntime failed in {path.name}: {first_line(error)}") from error
-        return torch.from_numpy(output).to(latent.device)
-
-    return run
 
 
 @contextmanager

@@ -5,18 +5,16 @@ artifact counts before this. The reference is PyTorch in float32, whatever the a
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from giantleap.export.manifest import ArtifactError, Case, Parity, Part, Precision, Profile
+from giantleap.export.manifest import ArtifactError, Case, Parity, Part, Precision
+from giantleap.models.engines.base import Profile, Runner
 from giantleap.models.images import psnr_db
-
-Runner = Callable[[Tensor], Tensor]
-"""float32 [batch, channels, h, w] -> float32, on the same device."""
 
 # Beside float32 results of these sizes. In float32 the largest difference; in half types a share of the reference's
 # root mean square, because rounding is relative. A step of an 8-bit pixel is 7.8e-3 in [-1, 1].
@@ -42,8 +40,8 @@ def choose_cases(unit: int, profiles: Sequence[Profile] = ()) -> tuple[tuple[int
         return tuple((batch, rows * unit, columns * unit) for batch, rows, columns in CASES)
     cases: list[tuple[int, int, int]] = [(1, unit, unit)]
     for profile in profiles:
-        batch, height, width = profile.most
-        cases += [profile.best, (batch, unit * max(1, height // (2 * unit)), width)]
+        batch, height, width = profile.max_shape
+        cases += [profile.opt_shape, (batch, unit * max(1, height // (2 * unit)), width)]
     return tuple(dict.fromkeys(cases))
 
 

@@ -1,19 +1,17 @@
-"""TensorRT: builds a plan from an ONNX graph for ranges of shapes, and runs it. `tensorrt` is imported only here.
+"""TensorRT: builds a plan from an ONNX graph for ranges of shapes.
 
-Networks are strongly typed: the graph's own types decide the precision, the builder chooses only kernels. What has
-run on hardware and what has not is said in docs/export.md.
+Networks are strongly typed: the graph's types decide the precision, the builder only chooses kernels. docs/export.md
+lists what has run on hardware.
 """
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from giantleap.export.manifest import INPUT, ArtifactError, Compatibility, Precision, Profile
+from giantleap.export.manifest import INPUT, ArtifactError, Compatibility, Precision
+from giantleap.models.engines.base import Profile
 
 SIDES = (64, 128, 256)  # of a latent: 512, 1024 and 2048 px at a stride of 8
 _LEVELS: dict[Compatibility, tuple[str, str]] = {  # the member of the API, and the word of trtexec
@@ -51,24 +49,7 @@ def plan_profiles(window: int, max_batch: int, sides: Sequence[int] = SIDES) -> 
     if max_batch < 1 or not sides or min(sides) < 1:
         raise ArtifactError(f"profiles need a batch and sides of at least 1; found batch {max_batch}, sides {sides}")
     rounded = sorted({-(-side // window) * window for side in sides})
-    return tuple(
-        Profile(name=str(side), least=(1, window, window), best=(1, side, side), most=(max_batch, side, side))
-        for side in rounded
-    )
-
-
-def choose_profile(profiles: Sequence[Profile], batch: int, height: int, width: int) -> int:
-    """Index of the first profile that holds a shape.
-
-    Raises:
-        ArtifactError: None does; the message names the largest.
-    """
-    for index, profile in enumerate(profiles):
-        if profile.holds(batch, height, width):
-            return index
-    raise ArtifactError(
-        f"no profile holds a batch of {batch} latents of {height}x{width}; most are {profiles[-1].most}"
-    )
+    return tuple(Profile(str(side), (1, window, window), (1, side, side), (max_batch, side, side)) for side in rounded)
 
 
 def trtexec_line(
@@ -85,27 +66,12 @@ def trtexec_line(
     for index, profile in enumerate(profiles):
         words.append(f"--profile={index}")
         for word, (batch, height, width) in (
-            ("min", profile.least),
-            ("opt", profile.best),
-            ("max", profile.most),
+            ("min", profile.min_shape),
+            ("opt", profile.opt_shape),
+            ("max", profile.max_shape),
         ):
             words.append(f"--{word}Shapes={INPUT}:{batch}x{channels}x{height}x{width}")
     return shlex.join(words)
-
-
-def load_tensorrt() -> Any:
-    """The module `tensorrt`.
-
-    Raises:
-        ArtifactError: It is not installed, or this machine has no GPU.
-    """
-    try:
-        import tensorrt
-    except ImportError as error:
-        raise ArtifactError("the package tensorrt is missing; install it with: pip install 'giantleap[gpu]'") from error
-    if not torch.cuda.is_available():
-        raise ArtifactError("TensorRT builds on the GPU that it is to run on; this machine has none")
-    return tensorrt
 
 
 def build_plan(
@@ -159,40 +125,8 @@ def build_plan(
     return bytes(plan)
 
 
-def open_plan(trt: Any, path: Path, profiles: Sequence[Profile], output: str) -> Callable[[Tensor], Tensor]:
-    """A function that runs a plan on tensors of the current GPU, in the first profile that holds their shape.
-
-    Raises:
-        ArtifactError: The plan is not for this GPU or this version of TensorRT.
-    """
-    runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
-    engine = runtime.deserialize_cuda_engine(path.read_bytes())
-    if engine is None:
-        raise ArtifactError(f"TensorRT cannot load {path}; it was built for another GPU or version")
-    context = engine.create_execution_context()
-
-    def run(latent: Tensor) -> Tensor:
-        stream = torch.cuda.current_stream(latent.device)
-        latent = latent.contiguous()
-        batch, _, height, width = latent.shape
-        context.set_optimization_profile_async(choose_profile(profiles, batch, height, width), stream.cuda_stream)
-        if not context.set_input_shape(INPUT, tuple(latent.shape)):
-            raise ArtifactError(f"{path.name} does not take the shape {list(latent.shape)}")
-        answer = torch.empty(tuple(context.get_tensor_shape(output)), dtype=torch.float32, device=latent.device)
-        context.set_tensor_address(INPUT, latent.data_ptr())
-        context.set_tensor_address(output, answer.data_ptr())
-        if not context.execute_async_v3(stream.cuda_stream):
-            raise ArtifactError(f"TensorRT failed in {path.name}")
-        stream.synchronize()
-        return answer
-
-    # The runtime must outlive what it made, and Python sees no reason to keep it.
-    run.keep = (runtime, engine)  # type: ignore[attr-defined]
-    return run
-
-
 def _corners(profile: Profile) -> tuple[tuple[int, int, int], ...]:
-    return profile.least, profile.best, profile.most
+    return profile.min_shape, profile.opt_shape, profile.max_shape
 
 
 def _check_input(network: Any, channels: int) -> None:

@@ -66,6 +66,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one for libraries beside torch; without it they use the first GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def choose_device(name: str) -> torch.device:
     """The device that a setting names; `auto` is the first GPU where there is one, else the CPU.
 

@@ -26,7 +26,8 @@ from giantleap.models.device import (
     peak_memory,
     reset_peak_memory,
 )
-from giantleap.models.engines.base import Artifact, Engine, EngineName, open_engine
+from giantleap.models.engines.base import Artifact, Engine, EngineName
+from giantleap.models.engines.factory import open_engine
 from giantleap.models.engines.swinir import PixelUpscaler
 from giantleap.models.generator import CancelCheck, GenerationItem, Generator, StepCallback
 from giantleap.models.images import to_signed

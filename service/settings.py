@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from giantleap.models.engines.base import EngineName
 from giantleap.models.worker_role import WorkerRole
 
 POCKET_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "pocket"
@@ -65,7 +66,7 @@ class Settings(BaseSettings):
         (POCKET_BUNDLE,),
         description="Bundle directories to serve, comma-separated; the first is the default.",
     )
-    engine: Literal["torch", "torch-compile", "onnx", "tensorrt", "aoti"] = Field(
+    engine: EngineName = Field(
         "torch", description="What runs LUA: torch, torch-compile, or onnx, tensorrt, aoti on exported artifacts."
     )
     engine_dir: Path | None = Field(

@@ -31,8 +31,11 @@ def measure(preset_name: str, channels: int, scale: int) -> dict[str, Any]:
     import torch
 
     from giantleap.export.graphs import LuaGraph, trace
-    from giantleap.export.onnx_files import open_onnx, write_onnx
+    from giantleap.export.manifest import INPUT, OUTPUTS
+    from giantleap.export.onnx_files import write_onnx
     from giantleap.export.parity import compare
+    from giantleap.models.engines.base import Artifact
+    from giantleap.models.engines.onnx_runtime import open_graph
     from giantleap.models.lua.network import Lua, preset
 
     torch.set_num_threads(1)
@@ -48,7 +51,7 @@ def measure(preset_name: str, channels: int, scale: int) -> dict[str, Any]:
         parity = compare(
             "lua",
             "fp32",
-            open_onnx(path, torch.device("cpu")),
+            open_graph(Artifact(path, INPUT, OUTPUTS["lua"]), torch.device("cpu")),
             lambda latent: net.core(latent, scale),
             None,
             cases,

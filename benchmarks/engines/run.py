@@ -33,7 +33,9 @@ from giantleap.export.graphs import LuaGraph, trace
 from giantleap.export.manifest import INPUT, OUTPUTS
 from giantleap.export.onnx_files import write_onnx
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.engines.base import Artifact, ArtifactEngine, TorchEngine
+from giantleap.models.engines.artifacts import ArtifactEngine
+from giantleap.models.engines.base import Artifact
+from giantleap.models.engines.eager import TorchEngine
 from giantleap.models.engines.swinir import RGB_CHANNELS
 from giantleap.models.generator import GenerationItem
 from giantleap.models.images import psnr_db

@@ -26,8 +26,9 @@ from giantleap.export.manifest import INPUT, OUTPUTS, Precision
 from giantleap.export.onnx_files import write_onnx
 from giantleap.export.parity import whole_float32
 from giantleap.export.tensorrt_plans import PlanOptions, build_plan, plan_profiles
-from giantleap.models.engines.base import Artifact, Profile, TorchEngine
+from giantleap.models.engines.base import Artifact
 from giantleap.models.engines.compiled import CompileEngine
+from giantleap.models.engines.eager import TorchEngine
 from giantleap.models.engines.onnx_runtime import open_graph
 from giantleap.models.engines.packed_lua import PackedLua
 from giantleap.models.engines.tensorrt_runtime import PlanRunner, load_tensorrt
@@ -132,8 +133,7 @@ def _open_exported(variant: Variant, graph: Path, case: EngineCase, device: torc
     path = graph.with_suffix(".plan")
     if not path.exists():
         path.write_bytes(build_plan(trt, graph, case.spec.channels, profiles, PRECISIONS[case.dtype], options))
-    named = tuple(Profile(each.name, each.least, each.most) for each in profiles)
-    return PlanRunner(trt, Artifact(path, INPUT, OUTPUTS["lua"], named), device)
+    return PlanRunner(trt, Artifact(path, INPUT, OUTPUTS["lua"], profiles), device)
 
 
 def count_flops(run: Run, latent: Tensor) -> int:

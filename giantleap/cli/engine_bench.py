@@ -15,7 +15,8 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.device import synchronize
-from giantleap.models.engines.base import ENGINES, Engine, EngineName, open_engine
+from giantleap.models.engines.base import ENGINES, Engine, EngineName
+from giantleap.models.engines.factory import open_engine
 from giantleap.models.generator import GenerationItem
 from giantleap.models.images import psnr_db
 from giantleap.models.lua.checkpoints import read_lua

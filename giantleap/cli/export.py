@@ -9,13 +9,14 @@ from typing import Annotated, get_args
 import typer
 
 from giantleap.cli.options import BundleOption, DeviceOption, settings_from, stop
-from giantleap.export.manifest import ArtifactError, Compatibility, Engine, Part, Precision
+from giantleap.export.manifest import ArtifactError, Compatibility, Part, Precision
 from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
+from giantleap.models.engines.base import ArtifactEngineName
 from giantleap.service.settings import Settings
 
 app = typer.Typer(invoke_without_command=True, help="Artifacts for onnxruntime, TensorRT and AOTInductor.")
 
-EngineOption = Annotated[Engine, typer.Option(help="What is to run them.")]
+EngineOption = Annotated[ArtifactEngineName, typer.Option(help="What is to run them.")]
 PrecisionOption = Annotated[Precision, typer.Option(help="What the network computes in.")]
 ScaleOption = Annotated[list[int] | None, typer.Option("--scale", help="Scale heads; none: all of the bundle.")]
 PartOption = Annotated[list[str] | None, typer.Option("--part", help="lua, decoder (ONNX only) or both; none: lua.")]

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from giantleap.models.engines.base import EngineError, EngineName, first_line, on_device
+from giantleap.models.device import on_device
+from giantleap.models.engines.base import EngineError, EngineName, first_line
 from giantleap.models.engines.packed_lua import Grids, PackedLua
 from giantleap.models.lua.network import Lua, check_latent, pad_to_window
 from giantleap.models.lua.spec import scaled_size

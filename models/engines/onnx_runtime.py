@@ -1,9 +1,11 @@
-"""The engine `onnx`: an exported graph in onnxruntime, on the provider of the device or not at all.
+"""The engine `onnx`: an exported graph in onnxruntime, on the execution provider of the device and on no other.
 
-With a GPU onnxruntime itself keeps the arithmetic of shapes on the CPU, and would run there what its provider for CUDA
-has no kernel for.
+On a GPU onnxruntime keeps the arithmetic of shapes on the CPU; other operators without a CUDA kernel would run there
+too.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +17,10 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def load_onnxruntime(device: torch.device) -> Any:
-    """The module, which must have the provider of the device.
+    """Import onnxruntime and check that it has the provider of the device.
 
     Raises:
-        EngineError: it is not installed, or was built without that provider.
+        EngineError: It is not installed, or was built without that provider.
     """
     try:
         import onnxruntime
@@ -27,79 +29,88 @@ def load_onnxruntime(device: torch.device) -> Any:
         raise EngineError(
             f"engine onnx needs the package onnxruntime; install it with: pip install 'giantleap[{extra}]'"
         ) from error
-    wanted, present = PROVIDERS[device.type], onnxruntime.get_available_providers()
-    if wanted not in present:
+    provider, available = PROVIDERS[device.type], onnxruntime.get_available_providers()
+    if provider not in available:
         raise EngineError(
-            f"engine onnx on {device} needs {wanted}; this onnxruntime has {', '.join(present)} "
+            f"engine onnx on {device} needs {provider}; this onnxruntime has {', '.join(available)} "
             "(onnxruntime-gpu and onnxruntime exclude each other)"
         )
     return onnxruntime
 
 
-def runtime_errors() -> tuple[type[Exception], ...]:
-    """Every error of onnxruntime, which share no base of their own, and what its Python part raises."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as binding
-
-    own = [each for each in vars(binding).values() if isinstance(each, type) and issubclass(each, Exception)]
-    return (*own, RuntimeError, ValueError)
-
-
 def open_graph(artifact: Artifact, device: torch.device) -> Runner:
-    """Loads a graph.
+    """Load a graph.
 
     Raises:
-        EngineError: the library or its provider is missing, the file is damaged, or the provider did not start.
+        EngineError: The library or its provider is missing, the file is damaged, or the provider did not start.
     """
     ort = load_onnxruntime(device)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    wanted, chosen = PROVIDERS[device.type], choose_provider(device)
-    try:
-        session = ort.InferenceSession(str(artifact.path), options, providers=chosen)
-    except runtime_errors() as error:
-        raise EngineError(f"onnxruntime cannot load {artifact.path}: {first_line(error)}") from error
+    with _engine_errors(f"cannot load {artifact.path}"):
+        session = ort.InferenceSession(str(artifact.path), options, providers=choose_provider(device))
     session.disable_fallback()
     started = session.get_providers()
-    if started[0] != wanted:
-        raise EngineError(f"onnxruntime started {artifact.path.name} on {started[0]}; {wanted} was asked for")
-    names = ([each.name for each in session.get_inputs()], [each.name for each in session.get_outputs()])
+    if started[0] != PROVIDERS[device.type]:
+        raise EngineError(f"onnxruntime runs {artifact.path.name} on {started[0]}; expected {PROVIDERS[device.type]}")
+    names = ([value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()])
     if names != ([artifact.input], [artifact.output]):
         raise EngineError(
             f"{artifact.path}: found inputs {names[0]} and outputs {names[1]}; "
             f"expected {artifact.input} and {artifact.output}"
         )
 
-    def run_on_cpu(latent: Tensor) -> Tensor:
-        (answer,) = session.run([artifact.output], {artifact.input: latent.numpy()})
-        return torch.from_numpy(answer)
+    def run(latent: Tensor) -> Tensor:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # onnxruntime works on a stream of its own
+            return run_bound(session, artifact, latent)
+        with _engine_errors(f"failed in {artifact.path.name}"):
+            (output,) = session.run([artifact.output], {artifact.input: latent.numpy()})
+        return torch.from_numpy(output)
 
-    def run_on_gpu(latent: Tensor) -> Tensor:
-        torch.cuda.current_stream(device).synchronize()  # onnxruntime works on a stream of its own
-        return run_bound(session, artifact, latent)
-
-    return run_on_gpu if device.type == "cuda" else run_on_cpu
+    return run
 
 
 def choose_provider(device: torch.device) -> list[Any]:
-    """The provider of a device, as `InferenceSession` takes it: this GPU of several, and no TF32 in float32.
+    """The `providers` argument of `InferenceSession`: this GPU, and no TF32 in float32.
 
-    TF32, which onnxruntime has on by default, rounds what is multiplied to 10 bits of mantissa.
+    TF32, which onnxruntime has on by default, rounds the factors of products to 10 bits of mantissa.
     """
     provider = PROVIDERS[device.type]
     return [(provider, {"device_id": device.index or 0, "use_tf32": 0})] if device.type == "cuda" else [provider]
 
 
 def run_bound(session: Any, artifact: Artifact, latent: Tensor) -> Tensor:
-    """Runs a graph from and to the memory of the latent's device, with no copy by way of the CPU.
+    """Run a graph from and to the memory of the latent's device, without a copy through the CPU.
 
-    **Shape** [batch, channels, h, w], contiguous, float32 -> what the graph makes of it.
+    Args:
+        session: An `InferenceSession`.
+        artifact: Names its input and output.
+        latent: [batch, channels, h, w], contiguous, float32.
     """
     binding = session.io_binding()
     kind, index = latent.device.type, latent.device.index or 0
     binding.bind_input(artifact.input, kind, index, "float32", list(latent.shape), latent.data_ptr())
     binding.bind_output(artifact.output, kind, index)
-    session.run_with_iobinding(binding)
-    binding.synchronize_outputs()
-    (answer,) = binding.get_outputs()
-    return torch.utils.dlpack.from_dlpack(answer).clone()
+    with _engine_errors(f"failed in {artifact.path.name}"):
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+    (output,) = binding.get_outputs()
+    return torch.utils.dlpack.from_dlpack(output).clone()
+
+
+@contextmanager
+def _engine_errors(action: str) -> Iterator[None]:
+    try:
+        yield
+    except _runtime_errors() as error:
+        raise EngineError(f"onnxruntime {action}: {first_line(error)}") from error
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    """Every error of onnxruntime, which share no base class, and what its Python part raises."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as binding
+
+    own = [value for value in vars(binding).values() if isinstance(value, type) and issubclass(value, Exception)]
+    return (*own, RuntimeError, ValueError)

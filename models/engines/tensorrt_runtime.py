@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from giantleap.models.engines.base import Artifact, EngineError, choose_profile
+from giantleap.models.engines.base import Artifact, EngineError, Runner, choose_profile
 
 
 def load_tensorrt(device: torch.device) -> Any:
@@ -28,6 +28,15 @@ def load_tensorrt(device: torch.device) -> Any:
             "engine tensorrt needs the package tensorrt; install it with: pip install 'giantleap[gpu]'"
         ) from error
     return tensorrt
+
+
+def open_plan(artifact: Artifact, device: torch.device) -> Runner:
+    """Load a plan on a GPU.
+
+    Raises:
+        EngineError: As `load_tensorrt` and `PlanRunner`.
+    """
+    return PlanRunner(load_tensorrt(device), artifact, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +82,10 @@ class PlanRunner:
 
         **Raises** ValueError: no profile holds the size.
         """
-        most = max(profile.most[0] for profile in self._artifact.profiles)
-        return torch.cat([self._run(part) for part in latent.split(most)]) if len(latent) > most else self._run(latent)
+        max_batch = max(profile.max_shape[0] for profile in self._artifact.profiles)
+        if len(latent) <= max_batch:
+            return self._run(latent)
+        return torch.cat([self._run(part) for part in latent.split(max_batch)])
 
     def _run(self, latent: Tensor) -> Tensor:
         batch, _, height, width = latent.shape
@@ -96,7 +107,7 @@ class PlanRunner:
         return answer
 
     def _open_slot(self, index: int, channels: int) -> Slot:
-        batch, height, width = self._artifact.profiles[index].most
+        batch, height, width = self._artifact.profiles[index].max_shape
         context = self._engine.create_execution_context(self._allocation)
         if not context.set_optimization_profile_async(index, self._stream.cuda_stream):
             raise EngineError(f"TensorRT refuses profile {self._artifact.profiles[index].name}")

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from giantleap.models.bundle.bundle import Bundle
-from giantleap.models.engines.base import TorchEngine
+from giantleap.models.engines.eager import TorchEngine
 from giantleap.models.memory.plan import DeviceKind
 from giantleap.models.route import Route
 from giantleap.service.jobs.capacity import DeviceShare, find_places, read_memory, share_device

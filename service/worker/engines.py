@@ -11,9 +11,8 @@ import torch
 
 from giantleap.export.machine import read_machine
 from giantleap.export.manifest import FILE, check_manifest
-from giantleap.export.manifest import Artifact as Exported
 from giantleap.models.bundle.bundle import Bundle
-from giantleap.models.engines.base import Artifact, EngineError, Profile
+from giantleap.models.engines.base import Artifact, EngineError
 from giantleap.models.engines.onnx_runtime import load_onnxruntime
 from giantleap.models.engines.tensorrt_runtime import load_tensorrt
 from giantleap.models.route import Route
@@ -24,7 +23,7 @@ def open_route(bundle: Bundle, settings: Settings, device: torch.device, dtype: 
     """Load a bundle, as far as the role of the settings needs it; nothing runs yet.
 
     Raises:
-        ValueError: as `find_artifacts`, as `giantleap.models.engines.base.open_engine`, or as `Route.open`.
+        ValueError: as `find_artifacts`, as `giantleap.models.engines.factory.open_engine`, or as `Route.open`.
         OSError: the pipeline lacks a file.
     """
     artifacts = find_artifacts(bundle, settings, device) if settings.role.loads_decoder else {}
@@ -51,7 +50,7 @@ def find_artifacts(bundle: Bundle, settings: Settings, device: torch.device) -> 
         raise EngineError(f"engine {engine} runs no LIIF head: set the engine to torch")
     manifest = check_manifest(directory, bundle, engine=engine, scales=scales, machine=read_machine(device))
     found = {scale: manifest.get("lua", scale) for scale in scales}
-    return {scale: _to_artifact(directory, each) for scale, each in found.items() if each is not None}
+    return {scale: each.locate(directory) for scale, each in found.items() if each is not None}
 
 
 def artifact_directory(bundle: Bundle, settings: Settings) -> Path:
@@ -60,8 +59,3 @@ def artifact_directory(bundle: Bundle, settings: Settings) -> Path:
         return settings.data_dir / "exports" / f"{bundle.name}-{settings.engine}-fp32"
     own = settings.engine_dir / bundle.name
     return own if len(settings.bundle) > 1 or (own / FILE).is_file() else settings.engine_dir
-
-
-def _to_artifact(directory: Path, exported: Exported) -> Artifact:
-    profiles = tuple(Profile(each.name, each.least, each.most) for each in exported.profiles)
-    return Artifact(directory / exported.file, exported.input, exported.output, profiles)

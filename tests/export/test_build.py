@@ -21,9 +21,11 @@ from giantleap.cli.main import app
 from giantleap.export.build import Request, check_directory, export_bundle, new_directory, open_reference
 from giantleap.export.graphs import trace
 from giantleap.export.manifest import FILE, ArtifactError, check_manifest, read_manifest
-from giantleap.export.onnx_files import REFUSED_OPERATORS, check_graph, open_onnx, write_onnx
+from giantleap.export.onnx_files import REFUSED_OPERATORS, check_graph, write_onnx
 from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle, write_bundle
 from giantleap.models.bundle.digests import file_hashes
+from giantleap.models.engines.base import Artifact
+from giantleap.models.engines.onnx_runtime import open_graph
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua, pad_to_window
 from tests.tiny_bundle import WINDOW, write_tiny_bundle
@@ -247,7 +249,7 @@ def test_large_weights_go_beside_the_graph_and_belong_to_it(tmp_path: Path) -> N
     assert [each.name for each in files] == ["lua_x2.onnx", "lua_x2.onnx.data"] and all(
         each.is_file() for each in files
     )
-    run, latent = open_onnx(path, CPU), torch.randn(1, 4, 8, 24)
+    run, latent = open_graph(Artifact(path, "latent", "enlarged"), CPU), torch.randn(1, 4, 8, 24)
     with torch.inference_mode():
         assert (run(latent) - graph(latent)).abs().max() < 1e-5
 
@@ -267,21 +269,6 @@ def test_a_graph_with_a_constant_size_or_control_flow_is_refused() -> None:
             check_graph(graph(sizes), "g.onnx")
     with pytest.raises(ArtifactError, match="holds the operators NonZero"):
         check_graph(graph(["batch", 4, "height", "width"], "NonZero"), "g.onnx")
-
-
-def test_what_onnxruntime_cannot_run_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "broken.onnx").write_bytes(b"no graph")
-    with pytest.raises(ArtifactError, match=r"onnxruntime cannot run broken\.onnx on cpu: ") as caught:
-        open_onnx(tmp_path / "broken.onnx", CPU)
-    assert "\n" not in str(caught.value)
-
-
-def test_another_provider_than_asked_is_an_error(exported: Path) -> None:
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        assert session(exported / "lua_x2.onnx").get_providers() == ["CPUExecutionProvider"]
-        return
-    with pytest.raises(ArtifactError, match="has no CUDAExecutionProvider"):
-        open_onnx(exported / "lua_x2.onnx", torch.device("cuda:0"))
 
 
 def test_a_program_that_fixes_its_batch_does_not_get_as_far_as_a_file() -> None:

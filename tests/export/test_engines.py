@@ -7,23 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from giantleap.export.aoti import open_aoti, write_aoti
+from giantleap.export.aoti import write_aoti
 from giantleap.export.build import Request, check_directory, export_bundle
 from giantleap.export.graphs import DecoderGraph, trace
-from giantleap.export.manifest import ArtifactError, Precision
-from giantleap.export.onnx_files import open_onnx, write_onnx
+from giantleap.export.manifest import Precision
+from giantleap.export.onnx_files import write_onnx
 from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.engines.base import Artifact
+from giantleap.models.engines.onnx_runtime import open_graph
 from giantleap.models.vae.decode import decode_plain
 from tests.export.random_networks import random_vae
 from tests.tiny_bundle import write_tiny_bundle
 
 CPU = torch.device("cpu")
-
-
-def test_a_damaged_package_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "lua_x2.pt2").write_bytes(b"no package")
-    with pytest.raises(ArtifactError, match=r"lua_x2\.pt2 cannot be loaded"):
-        open_aoti(tmp_path / "lua_x2.pt2", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("capability", "level"), [("AVX2", "x86-64-v3"), ("AVX512", "x86-64-v4")])
@@ -67,7 +63,7 @@ def test_decoders_of_every_family_export(tmp_path: Path, name: str) -> None:
     vae = random_vae(name)
     path = tmp_path / "decoder.onnx"
     write_onnx(trace(DecoderGraph(vae, torch.float32), 4, 1), path, "image")
-    run = open_onnx(path, CPU)
+    run = open_graph(Artifact(path, "latent", "image"), CPU)
     for batch, height, width in ((1, 4, 4), (3, 5, 9), (8, 12, 7)):
         latent = torch.randn(batch, 4, height, width)
         assert (run(latent) - decode_plain(vae, latent)).abs().max() < 1e-4

@@ -10,13 +10,12 @@ import pytest
 
 from giantleap.export.manifest import (
     FILE,
-    Artifact,
     ArtifactError,
+    ArtifactRecord,
     Case,
     Machine,
     Manifest,
     Parity,
-    Profile,
     bundle_weights,
     check_machine,
     check_manifest,
@@ -24,6 +23,7 @@ from giantleap.export.manifest import (
 )
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.digests import file_hash
+from giantleap.models.engines.base import Profile
 from tests.tiny_bundle import write_tiny_bundle
 
 GPU = Machine(
@@ -44,7 +44,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return read_bundle(directory)
 
 
-def artifact(directory: Path, name: str = "lua_x2.onnx", scale: int | None = 2) -> Artifact:
+def artifact(directory: Path, name: str = "lua_x2.onnx", scale: int | None = 2) -> ArtifactRecord:
     """One whose graph is a file of a few bytes: nothing here runs it."""
     (directory / name).write_bytes(name.encode())
     case = Case(batch=1, latent_height=8, latent_width=8, max_error=1e-6, mean_error=1e-7, reference_rms=1.0)
@@ -57,7 +57,7 @@ def artifact(directory: Path, name: str = "lua_x2.onnx", scale: int | None = 2) 
         device="cpu",
         cases=(case,),
     )
-    return Artifact(
+    return ArtifactRecord(
         part="decoder" if scale is None else "lua",
         scale=scale,
         file=name,
@@ -69,7 +69,7 @@ def artifact(directory: Path, name: str = "lua_x2.onnx", scale: int | None = 2) 
         side_multiple=4,
         output_stride=2,
         opset=20,
-        profiles=(Profile(name="64", least=(1, 4, 4), best=(1, 64, 64), most=(8, 64, 64)),),
+        profiles=(Profile("64", (1, 4, 4), (1, 64, 64), (8, 64, 64)),),
         parity=parity,
         trtexec=None,
     )
@@ -78,7 +78,7 @@ def artifact(directory: Path, name: str = "lua_x2.onnx", scale: int | None = 2) 
 def written(directory: Path, bundle: Bundle, /, **changes: object) -> Manifest:
     """The manifest of a directory with the scales 2 and 4, as changed."""
     values = {
-        "format": 1,
+        "format": 2,
         "bundle": bundle.name,
         "engine": "onnx",
         "precision": "fp32",
@@ -134,8 +134,8 @@ def test_a_directory_without_or_with_a_damaged_manifest_is_refused(tmp_path: Pat
     manifest = written(tmp_path, bundle)
     for damaged in (
         "{",
-        json.dumps({"format": 1}),
-        json.dumps(manifest.model_dump() | {"format": 2}),
+        json.dumps({"format": 2}),
+        json.dumps(manifest.model_dump() | {"format": 1}),
         json.dumps(manifest.model_dump() | {"artifacts": []}),
         json.dumps(manifest.model_dump() | {"more": 1}),
     ):
@@ -254,11 +254,9 @@ def test_compiled_code_runs_only_on_its_processor_and_torch(tmp_path: Path, bund
 
 
 def test_a_profile_holds_what_lies_between_its_corners() -> None:
-    profile = Profile(name="64", least=(1, 8, 8), best=(1, 64, 64), most=(4, 64, 64))
-    assert profile.holds(1, 8, 64) and profile.holds(4, 64, 64)
-    assert not (
-        profile.holds(5, 64, 64) or profile.holds(1, 72, 64) or profile.holds(1, 64, 72) or profile.holds(1, 4, 8)
-    )
+    profile = Profile("64", (1, 8, 8), (1, 64, 64), (4, 64, 64))
+    assert profile.holds((1, 8, 64)) and profile.holds((4, 64, 64))
+    assert not any(map(profile.holds, ((5, 64, 64), (1, 72, 64), (1, 64, 72), (1, 4, 8))))
 
 
 def test_the_check_needs_no_torch() -> None:

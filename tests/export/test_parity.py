@@ -47,8 +47,8 @@ def test_every_profile_is_compared_at_its_best_and_at_its_largest_batch() -> Non
     cases = choose_cases(8, profiles)
     assert all(any(profile.holds(*case) for profile in profiles) for case in cases)
     for profile in profiles:
-        assert profile.best in cases
-        assert any(case[0] == 4 and case[2] == profile.most[2] and case[1] != case[2] for case in cases)
+        assert profile.opt_shape in cases
+        assert any(case[0] == 4 and case[2] == profile.max_shape[2] and case[1] != case[2] for case in cases)
 
 
 def test_a_batch_that_became_a_constant_is_found() -> None:

@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from giantleap.export.build import Request, export_bundle
-from giantleap.export.manifest import ArtifactError, Profile
+from giantleap.export.manifest import ArtifactError
 from giantleap.export.tensorrt_plans import (
     SIDES,
     PlanOptions,
     build_plan,
-    choose_profile,
     plan_profiles,
     trtexec_line,
 )
 from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.engines.base import EngineError, Profile, choose_profile
 from tests.tiny_bundle import write_tiny_bundle
 
 
@@ -118,14 +118,14 @@ def build(fake: FakeTensorRt, options: PlanOptions | None = None, precision: Any
 def test_profiles_reach_from_one_window_to_each_side() -> None:
     profiles = plan_profiles(8, max_batch=4)
     assert [profile.name for profile in profiles] == ["64", "128", "256"]
-    assert profiles[1] == Profile(name="128", least=(1, 8, 8), best=(1, 128, 128), most=(4, 128, 128))
+    assert profiles[1] == Profile("128", (1, 8, 8), (1, 128, 128), (4, 128, 128))
     assert SIDES == (64, 128, 256)
 
 
 def test_sides_of_profiles_are_whole_windows() -> None:
     assert [profile.name for profile in plan_profiles(16, 1, (24, 64))] == ["32", "64"]
     for profile in plan_profiles(12, 1):
-        assert all(side % 12 == 0 for side in (*profile.least[1:], *profile.best[1:], *profile.most[1:]))
+        assert all(side % 12 == 0 for side in (*profile.min_shape[1:], *profile.opt_shape[1:], *profile.max_shape[1:]))
     assert len(plan_profiles(16, 1, (60, 64))) == 1, "two sides that round to one window grid are one profile"
     for batch, sides in ((0, SIDES), (1, ()), (1, (0,))):
         with pytest.raises(ArtifactError, match="at least 1"):
@@ -135,12 +135,12 @@ def test_sides_of_profiles_are_whole_windows() -> None:
 def test_the_smallest_profile_that_holds_a_shape_is_chosen() -> None:
     profiles = plan_profiles(8, max_batch=4)
     chosen = [
-        choose_profile(profiles, *shape) for shape in ((1, 8, 8), (4, 64, 64), (1, 64, 72), (1, 128, 8), (2, 256, 136))
+        choose_profile(profiles, shape) for shape in ((1, 8, 8), (4, 64, 64), (1, 64, 72), (1, 128, 8), (2, 256, 136))
     ]
     assert chosen == [0, 0, 1, 1, 2]
     for shape in ((5, 8, 8), (1, 264, 8), (1, 8, 4)):
-        with pytest.raises(ArtifactError, match=r"no profile holds a batch of .*; most are \(4, 256, 256\)"):
-            choose_profile(profiles, *shape)
+        with pytest.raises(EngineError, match=r"no profile holds a batch of .*; the largest is \(4, 256, 256\)"):
+            choose_profile(profiles, shape)
 
 
 def test_the_builder_is_told_everything() -> None:
@@ -209,7 +209,7 @@ def test_the_same_plan_can_be_built_by_trtexec() -> None:
 def test_without_the_library_or_a_gpu_nothing_is_built_and_nothing_is_left(tmp_path: Path) -> None:
     write_tiny_bundle(tmp_path / "tiny")
     request = Request(read_bundle(tmp_path / "tiny"), "tensorrt", "bf16", tmp_path / "out", device=torch.device("cpu"))
-    with pytest.raises(ArtifactError, match=r"package tensorrt is missing|this machine has none|asked for device cpu"):
+    with pytest.raises(EngineError, match="tensorrt runs on a GPU; the device is cpu"):
         export_bundle(request)
     assert [each.name for each in tmp_path.iterdir()] == ["tiny"]
 

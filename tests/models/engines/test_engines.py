@@ -13,24 +13,16 @@ from torch import Tensor
 from giantleap.export.aoti import write_aoti
 from giantleap.export.graphs import LuaGraph, trace
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.engines.base import (
-    ENGINES,
-    Artifact,
-    ArtifactEngine,
-    Engine,
-    EngineError,
-    Profile,
-    TorchEngine,
-    choose_profile,
-    open_engine,
-    open_package,
-)
+from giantleap.models.engines.aoti_runtime import open_package
+from giantleap.models.engines.artifacts import ArtifactEngine
+from giantleap.models.engines.base import Artifact, Engine, EngineError, Profile, choose_profile
 from giantleap.models.engines.compiled import _MAX_COMPILED, CompileEngine, fill_batch, require_compiler
+from giantleap.models.engines.eager import TorchEngine
+from giantleap.models.engines.factory import open_engine
 from giantleap.models.engines.onnx_runtime import load_onnxruntime, open_graph
 from giantleap.models.engines.tensorrt_runtime import load_tensorrt
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua
-from giantleap.service.settings import Settings
 
 # The first test that takes the exported graphs waits for their export.
 pytestmark = pytest.mark.timeout(900)
@@ -101,11 +93,6 @@ def test_a_closed_engine_runs_no_more(net: Lua, graphs: dict[int, Artifact], nam
         engine.run(torch.zeros(1, 16, 4, 4), 2)
 
 
-def test_the_settings_name_the_engines_that_there_are() -> None:
-    choices = Settings.model_json_schema()["properties"]["engine"]["enum"]
-    assert tuple(choices) == ENGINES
-
-
 @pytest.mark.parametrize("name", ["onnx", "tensorrt", "aoti"])
 def test_an_artifact_is_needed_for_every_scale(net: Lua, graphs: dict[int, Artifact], name: Any) -> None:
     with pytest.raises(EngineError, match="x4"):
@@ -159,7 +146,10 @@ def test_tensorrt_is_for_a_gpu(net: Lua, graphs: dict[int, Artifact]) -> None:
 
 
 def test_the_first_profile_that_holds_a_shape_is_chosen() -> None:
-    profiles = [Profile("64", (1, 8, 8), (2, 64, 64)), Profile("128", (1, 8, 8), (2, 128, 128))]
+    profiles = [
+        Profile("64", (1, 8, 8), (1, 64, 64), (2, 64, 64)),
+        Profile("128", (1, 8, 8), (1, 128, 128), (2, 128, 128)),
+    ]
     assert [choose_profile(profiles, shape) for shape in ((1, 8, 8), (2, 64, 64), (1, 64, 72), (2, 128, 8))] == [
         0,
         0,
@@ -167,7 +157,7 @@ def test_the_first_profile_that_holds_a_shape_is_chosen() -> None:
         1,
     ]
     for shape in ((3, 8, 8), (1, 8, 136), (1, 4, 8)):
-        with pytest.raises(ValueError, match=r"128, 128"):
+        with pytest.raises(EngineError, match=r"no profile holds a batch of .*; the largest is \(2, 128, 128\)"):
             choose_profile(profiles, shape)
 
 

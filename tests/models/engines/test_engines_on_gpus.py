@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from giantleap.models.engines.base import Artifact, ArtifactEngine, EngineError, Profile, open_package
+from giantleap.models.engines.aoti_runtime import open_package
+from giantleap.models.engines.artifacts import ArtifactEngine
+from giantleap.models.engines.base import Artifact, EngineError, Profile
 from giantleap.models.engines.compiled import CompileEngine
 from giantleap.models.engines.onnx_runtime import choose_provider, run_bound
 from giantleap.models.engines.packed_lua import PackedLua
@@ -20,7 +22,7 @@ from tests.models.fake_gpu import FakeCuda, FakeTensorRt
 
 CPU, SECOND = torch.device("cpu"), torch.device("cuda:1")
 SPEC = LuaSpec(4, 12, (2,), 2, window=4, num_feat=8, scales=(2,))
-PROFILES = (Profile("8", (1, 4, 4), (2, 8, 8)), Profile("16", (1, 4, 4), (2, 16, 16)))
+PROFILES = (Profile("8", (1, 4, 4), (1, 8, 8), (2, 8, 8)), Profile("16", (1, 4, 4), (1, 16, 16), (2, 16, 16)))
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from benchmarks.memory import TRANSFORMERS, UNETS, build, config_of, measure_pea
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import LuaFile, Method, PipelineSource, VaeSource
 from giantleap.models.engines import swinir as pixel_upscale
-from giantleap.models.engines.base import TorchEngine
+from giantleap.models.engines.eager import TorchEngine
 from giantleap.models.engines.packed_lua import TOKENS_AT_ONCE, PackedLua, PreparedBlock
 from giantleap.models.engines.swinir import PixelUpscaler
 from giantleap.models.lua.checkpoints import read_lua, write_lua

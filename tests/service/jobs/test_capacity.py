@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from giantleap.models.bundle.bundle import Bundle, read_bundle, write_bundle
 from giantleap.models.bundle.descriptor import Limits
-from giantleap.models.engines.base import TorchEngine
+from giantleap.models.engines.eager import TorchEngine
 from giantleap.models.memory.plan import MemoryPlan
 from giantleap.models.route import Route
 from giantleap.service.api.app import create_app

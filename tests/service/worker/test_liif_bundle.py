@@ -18,7 +18,8 @@ from giantleap.export.build import Request, export_bundle
 from giantleap.export.manifest import ArtifactError
 from giantleap.models.bundle.bundle import BundleError, read_bundle
 from giantleap.models.bundle.digests import file_hash
-from giantleap.models.engines.base import ENGINES, EngineError, open_engine
+from giantleap.models.engines.base import ENGINES, EngineError
+from giantleap.models.engines.factory import open_engine
 from giantleap.models.lua.checkpoints import write_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec
