@@ -6,14 +6,11 @@ file.
 
 import io
 import math
-from typing import Literal
 
 from PIL import Image
 from torch import Tensor
 
-ImageFormat = Literal["png", "jpeg", "webp"]
-
-CONTENT_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+from giantleap.models.image_formats import ImageFormat
 
 # A low PNG level: here the time of encoding counts for more than the size of the file.
 _OPTIONS: dict[str, dict[str, int]] = {

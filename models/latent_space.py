@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 
+from giantleap.models.safetensors_header import FLOAT_DTYPES, read_header, to_floats
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
@@ -299,26 +301,20 @@ def read_vae_statistics(vae_directory: Path) -> tuple[tuple[float, ...], tuple[f
 
 
 def _read_tensors(path: Path, names: Sequence[str]) -> "dict[str, NDArray[np.float64]]":
-    """By hand, since the numpy side of safetensors refuses bfloat16, which is the upper half of a float32."""
-    found = {}
+    tensors = {}
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        data_at = file.tell()
+        header, data_at = read_header(file)
         for name in names:
             if name not in header:
                 continue
             first, last = header[name]["data_offsets"]
+            dtype = header[name]["dtype"]
+            if dtype not in FLOAT_DTYPES:
+                raise LatentSpaceError(f"{path}: {name} is stored as {dtype}; F32, F16 and BF16 are read")
             file.seek(data_at + first)
-            stored = file.read(last - first)
-            kind = header[name]["dtype"]
-            if kind == "BF16":
-                values = (np.frombuffer(stored, "<u2").astype("<u4") << 16).view("<f4")
-            elif kind in ("F16", "F32"):
-                values = np.frombuffer(stored, "<f2" if kind == "F16" else "<f4")
-            else:
-                raise LatentSpaceError(f"{path}: {name} is stored as {kind}; F32, F16 and BF16 are read")
-            found[name] = values.astype(np.float64)
-    return found
+            stored = np.frombuffer(file.read(last - first), FLOAT_DTYPES[dtype])
+            tensors[name] = to_floats(stored, dtype).astype(np.float64)
+    return tensors
 
 
 def _is_raw(space: LatentSpace, shape: Sequence[int]) -> bool:

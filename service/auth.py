@@ -1,9 +1,8 @@
-"""API keys: the file that lists them, who a request comes from, and what that caller may do.
+"""API keys: the file that lists them, and the callers that they identify with their scopes and limits.
 
-A key is 256 random bits, so its plain SHA-256 is safe to keep: guessing takes 2^255 tries, salt and a slow hash
-defend passwords that people choose (NIST SP 800-63B, 5.1.1.2: they are needed below 112 bits of entropy).
-`giantleap.service.api.middleware.authentication` asks for the key of each request; `giantleap.service.api.submission`
-says whose jobs a caller may see.
+A key is 256 random bits, so its plain SHA-256 is safe to store: guessing takes 2^255 tries. Salt and a slow hash
+protect passwords that people choose (NIST SP 800-63B, 5.1.1.2: they are needed below 112 bits of entropy).
+`giantleap.service.api.middleware.authentication` checks the key of each request.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from giantleap.service.errors import BadConfiguration, Forbidden
+from giantleap.service.errors import BadConfiguration, Forbidden, field_errors
 from giantleap.service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -31,13 +30,13 @@ KEY_PREFIX = "gl_"
 OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"})
 """Paths that need no key. Every other path does: a new route is closed until it is listed here."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-_LONGEST_KEY_CHARS = 512
-_LARGEST_FILE_BYTES = 4 << 20
-_LOOK_EVERY_S = 2.0
+_MAX_KEY_CHARS = 512
+_MAX_FILE_BYTES = 4 << 20
+_CHECK_EVERY_S = 2.0
 
 
 class Scope(StrEnum):
-    """What a key may do: draw, enlarge and decode, see and cancel the jobs of every key, read the metrics."""
+    """What a key may do: make /generate jobs, make /upscale jobs, see and cancel every job, read the metrics."""
 
     GENERATE = "generate"
     UPSCALE = "upscale"
@@ -47,9 +46,9 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: the name that its jobs carry, and its limits, None where it has none.
+    """The owner of a request: the name that its jobs carry, its scopes, and its limits (None: no limit).
 
-    Without arguments: everybody, where the service runs without keys.
+    Without arguments: the one caller of a service without keys.
     """
 
     name: str = ""
@@ -58,7 +57,7 @@ class Caller:
     max_jobs: int | None = None
 
     def sees(self, owner: str) -> bool:
-        """Whether jobs of this owner exist for the caller."""
+        """Whether the caller may see and cancel the jobs of an owner."""
         return Scope.ADMIN in self.scopes or owner == self.name
 
 
@@ -67,7 +66,7 @@ ANONYMOUS = Caller()
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """One entry of the file: the digest of a key, and who it stands for."""
+    """One entry of the file: the digest of a key, and its caller."""
 
     sha256: bytes
     caller: Caller
@@ -94,27 +93,29 @@ class _File(BaseModel):
 
 
 def require_scope(caller: Caller, scope: Scope) -> None:
-    """Raises:
-    Forbidden: the caller's key lacks it.
+    """Check that a caller's key has a scope.
+
+    Raises:
+        Forbidden: It does not.
     """
     if scope not in caller.scopes:
-        raise Forbidden(f"this needs a key with the scope {scope}", scope=scope)
+        raise Forbidden(f"the key lacks the scope {scope}; use a key that has it", scope=scope)
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
-    """The keys of a file. Several keys of one name are one caller: that is how a key is replaced without a gap.
+    """Read a file of keys. Several keys of one name are one caller, so that a key can be rotated without a gap.
 
-    Effects: logs a warning where others than the file's owner may read it.
+    Logs a warning where others than the owner of the file may read it.
 
     Raises:
-        KeysFileError: it cannot be read, is not TOML, has an unknown field, a bad value, no key or one key twice.
+        KeysFileError: It cannot be read, is not TOML, has an unknown field, a bad value, no key or one key twice.
     """
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(path.stat().st_mode)
-            text = file.read(_LARGEST_FILE_BYTES + 1)
-        if len(text) > _LARGEST_FILE_BYTES:
-            raise KeysFileError(f"{path} has more than {_LARGEST_FILE_BYTES} bytes")
+            text = file.read(_MAX_FILE_BYTES + 1)
+        if len(text) > _MAX_FILE_BYTES:
+            raise KeysFileError(f"{path} is too large; a key file may have at most {_MAX_FILE_BYTES} bytes")
         entries = _File.model_validate(tomllib.loads(text.decode())).key
     except OSError as error:
         raise KeysFileError(f"{path} cannot be read: {error.strerror}") from error
@@ -123,12 +124,12 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     except tomllib.TOMLDecodeError as error:
         raise KeysFileError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
-        wrong = ", ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise KeysFileError(f"{path}: {wrong}") from error
+        faults = ", ".join(f"{name}: {reason}" for name, reason in field_errors(error.errors(include_input=False)))
+        raise KeysFileError(f"{path}: {faults}") from error
     if len({entry.sha256 for entry in entries}) != len(entries):
-        raise KeysFileError(f"{path} holds one sha256 twice; each key stands once")
+        raise KeysFileError(f"{path} lists one sha256 twice; list each key once")
     if mode & 0o077:
-        log.warning("%s has mode %03o; only its owner needs to read it: chmod 600", path, mode)
+        log.warning("%s has mode %03o; others than its owner can read it: chmod 600", path, mode)
     return tuple(ApiKey(bytes.fromhex(entry.sha256), _to_caller(entry)) for entry in entries)
 
 
@@ -137,77 +138,79 @@ def _to_caller(entry: _Entry) -> Caller:
 
 
 def find_caller(keys: Iterable[ApiKey], presented: str) -> Caller | None:
-    """Whose key this is. Every entry is compared, each in a time that does not depend on where they differ."""
+    """The caller of a key, or None. Compares every entry in constant time, so that timing reveals nothing."""
     digest = hashlib.sha256(presented.encode(errors="surrogateescape")).digest()
-    found = None
+    caller = None
     for key in keys:
         if hmac.compare_digest(key.sha256, digest):
-            found = key.caller
-    return found
+            caller = key.caller
+    return caller
 
 
 def new_key() -> tuple[str, str]:
-    """A fresh key of 256 random bits, and its SHA-256 as the file holds it."""
+    """A new key of 256 random bits, and its SHA-256 as the file lists it."""
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     return key, hashlib.sha256(key.encode()).hexdigest()
 
 
 class KeyRing:
-    """The keys of a file as it is now: looked at every two seconds while requests come, read again when it changed."""
+    """The keys of a file, which is checked for changes every two seconds while requests come."""
 
     def __init__(self, path: Path, keys: tuple[ApiKey, ...], stamp: "_Stamp | None") -> None:
         self._path = path
         self._keys = keys
         self._stamp = stamp
-        self._look_at_s = time.monotonic() + _LOOK_EVERY_S
+        self._next_check_s = time.monotonic() + _CHECK_EVERY_S
 
     @classmethod
     def open(cls, path: Path) -> "KeyRing":
-        """Raises:
-        KeysFileError: as `read_keys`.
+        """Read the keys of a file.
+
+        Raises:
+            KeysFileError: As `read_keys`.
         """
-        stamp = _stamp(path)  # before the reading: what changes meanwhile is then seen as changed
+        stamp = _stamp(path)  # taken before reading, so that a change meanwhile is noticed later
         return cls(path, read_keys(path), stamp)
 
     def find(self, presented: str) -> Caller | None:
-        """Whose key this is, None where it is nobody's.
+        """The caller of a key, or None.
 
-        Effects: may read the file again. One that became wrong is logged and the keys from before stay.
+        May read the file again; if the file has become invalid, this is logged and the previous keys stay valid.
         """
-        if time.monotonic() >= self._look_at_s:
-            self._look_at_s = time.monotonic() + _LOOK_EVERY_S
-            self._look()
-        return find_caller(self._keys, presented) if 0 < len(presented) <= _LONGEST_KEY_CHARS else None
+        if time.monotonic() >= self._next_check_s:
+            self._next_check_s = time.monotonic() + _CHECK_EVERY_S
+            self._reload_if_changed()
+        return find_caller(self._keys, presented) if 0 < len(presented) <= _MAX_KEY_CHARS else None
 
-    def _look(self) -> None:
+    def _reload_if_changed(self) -> None:
         stamp = _stamp(self._path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
         try:
             self._keys = read_keys(self._path)
-            log.info("%d API keys read again from %s", len(self._keys), self._path)
+            log.info("%d API keys reloaded from %s", len(self._keys), self._path)
         except KeysFileError as error:
-            log.error("API keys not read again, those from before stay: %s", error)
+            log.error("API keys not reloaded, the previous ones stay valid: %s", error)
 
 
 _Stamp = tuple[int, int, int]
 
 
 def _stamp(path: Path) -> _Stamp | None:
-    """What changes with the file: written anew, or another one put in its place. None where there is none."""
+    """Changes when the file is written or replaced; None where there is no file."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def open_keys(settings: Settings) -> KeyRing | None:
-    """The keys that the settings name; None: the service is open to everybody who reaches it.
+    """The keys of the settings; None: the service runs without keys.
 
     Raises:
-        KeysFileError: as `read_keys`.
+        KeysFileError: As `read_keys`.
     """
     return None if settings.api_keys_file is None else KeyRing.open(settings.api_keys_file)
 
@@ -220,28 +223,28 @@ def _is_loopback(host: str) -> bool:
 
 
 def presented_keys(headers: Sequence[tuple[bytes, bytes]]) -> set[str]:
-    """The keys that a request's headers hold: `Authorization: Bearer KEY` and `X-API-Key: KEY`."""
-    found = set()
+    """The keys in a request's headers: `Authorization: Bearer KEY` and `X-API-Key: KEY`."""
+    presented = set()
     for name, value in headers:
         text = value.decode("latin-1").strip()
         if name == b"x-api-key":
-            found.add(text)
+            presented.add(text)
         elif name == b"authorization":
             scheme, _, key = text.partition(" ")
-            found.add(key.strip() if scheme.lower() == "bearer" else "")
-    return found
+            presented.add(key.strip() if scheme.lower() == "bearer" else "")
+    return presented
 
 
 def check_auth_config(settings: Settings) -> None:
-    """What `giantleap serve` and `giantleap api` do first: see that the keys can be read, or say that there are none.
+    """Check at start that the keys can be read; warn where there are none and the address is not loopback.
 
     Raises:
-        KeysFileError: as `read_keys`.
+        KeysFileError: As `read_keys`.
     """
     if settings.api_keys_file is not None:
         read_keys(settings.api_keys_file)
     elif not _is_loopback(settings.host):
         log.warning(
-            "listening on %s without API keys: everybody who reaches it may use it; set GIANTLEAP_API_KEYS_FILE",
+            "listening on %s without API keys: anyone who can connect may use it; set GIANTLEAP_API_KEYS_FILE",
             settings.host,
         )

@@ -1,23 +1,25 @@
-"""The one error tree of the service: each class carries its stable code, its HTTP status and whether a retry may help.
+"""The error tree of the service: each class has a stable code, an HTTP status and whether a retry may help.
 
-Raised where a request or a job goes wrong, turned into RFC 9457 problem documents at the API boundary
-(`giantleap.service.api.app`) and into job failures in the worker loop (`giantleap.service.worker.loop`).
+`giantleap.service.api.problems` turns an error into an RFC 9457 problem document, `giantleap.service.worker.loop` into
+the failure of a job.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
-EXIT_BAD_CONFIGURATION = 2
+EXIT_BAD_CONFIGURATION: Final = 2
 """Exit code of a process whose settings, bundle or engine are wrong: a restart cannot help."""
-EXIT_HUNG = 75
+EXIT_HUNG: Final = 75
 """Exit code of a worker that ended itself because a step hung."""
 _MAX_FIELDS = 32
+_MAX_FIELD_CHARS = 64
+_LOCATIONS = frozenset({"body", "query", "header", "path"})
 
 
 class GiantleapError(Exception):
-    """Base of every error that a caller of the service may see.
+    """Base of every error that a client may see.
 
-    `detail` states three facts: what came, what is allowed, what to do. It never holds a prompt or a secret.
+    `detail` says what was wrong, what was expected and what to do. It never holds a prompt or a secret.
     """
 
     code: str = "internal_error"
@@ -40,7 +42,7 @@ class Unauthorized(GiantleapError):
 
 
 class Forbidden(GiantleapError):
-    """A request that the key, or the page it came from, does not allow. `scope` is what the key lacks."""
+    """A request that the key, or the page that it came from, does not allow. `scope` is what the key lacks."""
 
     code, status, title = "forbidden", 403, "Not allowed"
 
@@ -78,13 +80,13 @@ class InvalidRequest(GiantleapError):
 
 
 class InvalidFields(InvalidRequest):
-    """Values that are not valid, with the field and the reason of each, as far as `_MAX_FIELDS` go."""
+    """Values that are not valid: (field, reason) pairs, at most 32 of them."""
 
-    def __init__(self, fields: tuple[tuple[str, str], ...]) -> None:
-        told = [f"{name}: {reason}" for name, reason in fields[:_MAX_FIELDS]]
+    def __init__(self, *fields: tuple[str, str]) -> None:
+        reasons = [f"{name}: {reason}" for name, reason in fields[:_MAX_FIELDS]]
         if len(fields) > _MAX_FIELDS:
-            told.append(f"and {len(fields) - _MAX_FIELDS} more")
-        super().__init__("; ".join(told))
+            reasons.append(f"and {len(fields) - _MAX_FIELDS} more")
+        super().__init__("; ".join(reasons))
         self.fields = fields[:_MAX_FIELDS]
 
 
@@ -132,7 +134,7 @@ class DeadlinePassed(GiantleapError):
 
 
 class JobFailed(GiantleapError):
-    """A job that ran and failed for good; `code` of the cause is kept in the job record."""
+    """A job that ran and failed for good; the job record keeps the `code` of the cause."""
 
     code, status, title = "job_failed", 500, "The job failed"
 
@@ -144,13 +146,34 @@ class EngineFault(GiantleapError):
 
 
 class BadConfiguration(GiantleapError):
-    """What the settings name cannot be run: a process that meets this ends, and starting it again cannot help."""
+    """The settings name something that cannot run: the process ends, and a restart cannot help."""
 
     code, title = "bad_configuration", "The configuration cannot be run"
 
 
-def to_reason(item: Mapping[str, Any]) -> str:
-    """One of pydantic's errors in words for whoever sent the field."""
-    if item["type"] == "extra_forbidden":
-        return "is no field of this request"
-    return "is required" if item["type"] == "missing" else str(item["msg"])
+def field_errors(
+    errors: Sequence[Mapping[str, Any]], names: Mapping[str, str] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """The errors of pydantic or FastAPI as (field, reason) pairs, without the values.
+
+    Args:
+        errors: Result of the `errors` method of a validation error.
+        names: Names of fields that the client calls otherwise.
+    """
+    fields = []
+    for error in errors:
+        # Cut, since the name of an unknown field is text of the client.
+        parts = [str(part) for part in error["loc"] if part not in _LOCATIONS]
+        name = ".".join(parts)[:_MAX_FIELD_CHARS] or "body"
+        reason = {"extra_forbidden": "is not a known field", "missing": "is required"}.get(error["type"])
+        fields.append(((names or {}).get(name, name), reason or str(error["msg"])))
+    return tuple(fields)
+
+
+def validation_problem(
+    errors: Sequence[Mapping[str, Any]], names: Mapping[str, str] | None = None
+) -> MalformedRequest | InvalidFields:
+    """The error of a request that did not validate; the arguments are those of `field_errors`."""
+    if any(error["type"] == "json_invalid" for error in errors):
+        return MalformedRequest("the body is not valid JSON")
+    return InvalidFields(*field_errors(errors, names))

@@ -1,7 +1,7 @@
 """Every setting of the service in one frozen tree, read from `GIANTLEAP_*` variables and a file, and passed down.
 
 Variables win over the file (`GIANTLEAP_SETTINGS_FILE`, TOML), options of a command over both. Only the supervisor reads
-the file again, at SIGHUP, and hands its children what it read as variables (`to_environment`).
+the file again, at SIGHUP, and passes the settings to its child processes as variables (`to_environment`).
 """
 
 import os
@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from giantleap.models.engines.base import EngineName
 from giantleap.models.worker_role import WorkerRole
+from giantleap.service.errors import field_errors
 
 POCKET_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "pocket"
 _PREFIX = "GIANTLEAP_"
@@ -30,7 +31,7 @@ NEEDS_RESTART = (
     "worker_processes",
     "role",
 )
-"""What a running supervisor cannot take over: sockets, processes and data that it has already."""
+"""Settings that a reload does not change: the running supervisor holds their sockets, processes and data."""
 _PAGE_DEFAULTS = {
     "bundle": "`bundles/pocket` of the installation",
     "data_dir": "`~/.giantleap`",
@@ -156,49 +157,42 @@ class Settings(BaseSettings):
         pattern=r"^https?://[^/?#\s]+$",
     )
 
-    @field_validator("bundle", mode="before")
+    @field_validator("bundle", "cors_origins", "webhook_hosts", mode="before")
     @classmethod
-    def _split_bundles(cls, value: object) -> object:
-        return (
-            tuple(Path(part.strip()) for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-        )
-
-    @field_validator("cors_origins", "webhook_hosts", mode="before")
-    @classmethod
-    def _split_names(cls, value: object) -> object:
+    def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @field_validator("cors_origins")
     @classmethod
     def _plain_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not all(re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+", origin) for origin in value):
-            raise ValueError("each is a scheme, a host and a port, such as https://app.example.org; no path, no *")
+            raise ValueError("an origin must be a scheme, a host and a port, as https://app.example.org; no path, no *")
         return value
 
     @field_validator("webhook_hosts")
     @classmethod
     def _plain_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not all(re.fullmatch(r"(\.?[A-Za-z0-9-]+)(\.[A-Za-z0-9-]+)*", host) for host in value):
-            raise ValueError("each is a host name, or a dot and the end of one; no scheme, no port, no *")
+            raise ValueError("a host must be a name, or a dot and the end of one; no scheme, no port, no *")
         return tuple(host.lower() for host in value)
 
     @model_validator(mode="after")
     def _bundles_given(self) -> Self:
         if not self.bundle:
-            raise ValueError("bundle: none was given; name at least one bundle directory")
+            raise ValueError("bundle is empty; name at least one bundle directory")
         return self
 
     @model_validator(mode="after")
     def _protocol_is_whole(self) -> Self:
         if self.measure_protocol and self.role is not WorkerRole.ALL:
-            raise ValueError("measure_protocol: the protocol times every stage; it needs a worker of role all")
+            raise ValueError("measure_protocol needs a worker of role all; leave role at its default")
         return self
 
 
 def to_environment(settings: Settings) -> dict[str, str]:
-    """The `GIANTLEAP_*` variables that make `read_settings` in a child process return the same settings.
+    """The `GIANTLEAP_*` variables with which `read_settings` in a child process returns the same settings.
 
-    The file is not among them: a child that read it too could find another text than its parent did.
+    The settings file is left out: it may have changed since the parent read it.
     """
     values = settings.model_dump(mode="json", exclude_none=True, exclude={"settings_file"})
     for name in values:  # a dump hides secrets
@@ -211,24 +205,24 @@ def to_environment(settings: Settings) -> dict[str, str]:
 
 
 def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are no settings."""
+    """The variables of an environment that are not settings."""
     return {name: value for name, value in environment.items() if not name.upper().startswith(_PREFIX)}
 
 
 def read_settings(**overrides: object) -> Settings:
-    """Settings: `overrides` first, then the environment, then the file that either names.
+    """Read the settings: `overrides` win over the environment, which wins over the settings file.
 
     Raises:
-        ValueError: a variable or a name in the file is unknown or has a bad value, or the file cannot be read; the
+        ValueError: A variable or a name in the file is unknown or has a bad value, or the file cannot be read; the
             message names it and holds no value.
     """
     known = {_PREFIX + name.upper() for name in Settings.model_fields}
-    given = {name.upper(): value for name, value in os.environ.items() if name.upper().startswith(_PREFIX)}
-    if unknown := sorted(given.keys() - known):
+    variables = {name.upper(): value for name, value in os.environ.items() if name.upper().startswith(_PREFIX)}
+    if unknown := sorted(variables.keys() - known):
         raise ValueError(f"unknown setting {', '.join(unknown)}; `giantleap settings` prints those that exist")
-    path = overrides.get("settings_file", given.get(_PREFIX + "SETTINGS_FILE"))
+    path = overrides.get("settings_file", variables.get(_PREFIX + "SETTINGS_FILE"))
     from_file = {} if path is None else _read_file(Path(str(path)))
-    unset = {name: value for name, value in from_file.items() if _PREFIX + name.upper() not in given}
+    unset = {name: value for name, value in from_file.items() if _PREFIX + name.upper() not in variables}
     return Settings(**(unset | overrides))  # type: ignore[arg-type]
 
 
@@ -237,31 +231,30 @@ def _read_file(path: Path) -> dict[str, object]:
         values = tomllib.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"settings file {path}: {error.strerror}") from None
-    except ValueError as error:  # of TOML or of UTF-8: where it went wrong, not what stands there
+    except ValueError as error:  # of TOML or UTF-8: the message has the place of the fault, not the text
         raise ValueError(f"settings file {path} is not TOML: {error}") from None
     if unknown := sorted(values.keys() - Settings.model_fields.keys() | values.keys() & {"settings_file"}):
-        raise ValueError(f"settings file {path}: no setting of a file is called {', '.join(unknown)}")
+        raise ValueError(f"settings file {path}: unknown setting {', '.join(unknown)}")
     for name, value in values.items():  # pydantic would take true for the number 1
         if isinstance(value, bool) and Settings.model_fields[name].annotation is not bool:
-            raise ValueError(f"settings file {path}: {name} is neither true nor false")
+            raise ValueError(f"settings file {path}: {name} must not be true or false")
     return values
 
 
 def format_errors(error: ValueError) -> list[str]:
-    """Why settings could not be read, one line for each setting, without its value."""
+    """Why settings could not be read: one line for each setting, without its value."""
     if not isinstance(error, ValidationError):
         return [str(error)]
-    return [
-        f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg']}" for item in error.errors(include_input=False)
-    ]
+    errors = field_errors(error.errors(include_input=False), {"body": "settings"})
+    return [f"{name}: {reason}" for name, reason in errors]
 
 
 def merge_reloadable(running: Settings, read: Settings) -> tuple[Settings, list[str]]:
-    """What processes are started with after a reload, and the names of changed settings that need a restart instead.
+    """The settings of processes that start after a reload, and the names of changed settings that need a restart.
 
     Args:
-        running: What the supervisor started with.
-        read: What it has read now.
+        running: Settings that the supervisor started with.
+        read: Settings that it has read now.
     """
     changed = [name for name in NEEDS_RESTART if getattr(read, name) != getattr(running, name)]
     return read.model_copy(update={name: getattr(running, name) for name in NEEDS_RESTART}), changed

@@ -98,7 +98,13 @@ def make_job() -> JobMaker:
             "num_images": 1,
             "output_format": "png",
         }
-        return Job(str(uuid.uuid4()), bundle, priority, time.time(), GenerateParams(**(values | params)))
+        return Job(
+            str(uuid.uuid4()),
+            bundle,
+            priority=priority,
+            created_at_s=time.time(),
+            params=GenerateParams(**(values | params)),
+        )
 
     return make
 

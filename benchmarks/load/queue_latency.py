@@ -36,7 +36,7 @@ WARM_UP = 20
 
 def make_job() -> Job:
     params = GenerateParams("a red ball", "", 2, 256, 256, 4, 1.0, 7, 1, "png")
-    return Job(str(uuid.uuid4()), "pocket", Priority.HIGH, time.time(), params)
+    return Job(str(uuid.uuid4()), "pocket", priority=Priority.HIGH, created_at_s=time.time(), params=params)
 
 
 def settings_for(url: str) -> Settings:

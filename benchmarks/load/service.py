@@ -25,7 +25,7 @@ from giantleap.models.allocator import keep_freed_memory
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobs.job import ResultFile, UpscaleParams
-from giantleap.service.jobs.latents import SAFETENSORS_TYPE
+from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
 from giantleap.service.settings import Settings, read_settings, to_environment
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from giantleap.models.device import StageClock
     from giantleap.models.generator import GenerationItem
-    from giantleap.models.images import ImageFormat
+    from giantleap.models.image_formats import ImageFormat
     from giantleap.models.route import Route
 
 

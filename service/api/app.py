@@ -32,7 +32,7 @@ from giantleap.service.api.routes import put as routes_put
 from giantleap.service.auth import open_keys
 from giantleap.service.jobqueue.client import AsyncRedis, open_async_redis
 from giantleap.service.jobqueue.producer import JobProducer
-from giantleap.service.jobs.planning import load_bundles
+from giantleap.service.jobs.bundles import load_bundles
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import Tracing, open_tracing

@@ -8,8 +8,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from giantleap.service.jobqueue.producer import JobProducer
+from giantleap.service.jobs.bundles import ServedBundle
 from giantleap.service.jobs.capacity import DeviceShare, find_places
-from giantleap.service.jobs.planning import ServedBundle
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 

@@ -6,8 +6,8 @@ Pure functions of header values; `giantleap.service.api.routes.create` acts on t
 from dataclasses import dataclass
 
 from giantleap.service.errors import MalformedRequest, NotAcceptable
+from giantleap.service.jobs.media_types import JSON_TYPE
 
-JSON_TYPE = "application/json"
 LONGEST_CANCEL_AFTER_S = 7 * 86_400
 
 

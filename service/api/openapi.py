@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from giantleap.models.image_formats import ImageFormat
 from giantleap.service import errors
 from giantleap.service.api.compat.errors import front_error
 from giantleap.service.api.dependencies import AppState
@@ -18,14 +19,13 @@ from giantleap.service.api.problems import PROBLEM_TYPE, problem_body
 from giantleap.service.api.schemas import Problem, to_job_body, to_model_body
 from giantleap.service.auth import OPEN_PATHS
 from giantleap.service.errors import InvalidFields
-from giantleap.service.jobs.images import INPUT_IMAGE_TYPES
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord, JobState, Priority, ResultFile
-from giantleap.service.jobs.latents import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
-from giantleap.service.jobs.requests import GenerateRequest, OutputFormat
+from giantleap.service.jobs.media_types import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
+from giantleap.service.jobs.requests import GenerateRequest
 
 Responses = dict[int | str, dict[str, Any]]
 
-IMAGE_FORMATS: dict[str, OutputFormat] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+IMAGE_FORMATS: dict[str, ImageFormat] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 IMAGE_TYPES = tuple(IMAGE_FORMATS)
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _WHOLE_NUMBER = {"schema": {"type": "integer"}, "description": "Seconds after which to try again."}
@@ -71,7 +71,7 @@ _EXAMPLES: tuple[errors.GiantleapError, ...] = (
     errors.Conflict("the job is processing; wait until it has succeeded"),
     errors.PayloadTooLarge("the body is larger than the 67108864 bytes that are allowed"),
     errors.UnsupportedMediaType("content type 'text/plain'; send application/json"),
-    InvalidFields((("scale", "is 3; bundle pocket has 1, 2, 4 by method lua"),)),
+    InvalidFields(("scale", "is 3; bundle pocket has 1, 2, 4 by method lua")),
     errors.DoesNotFit("the job needs 9000000000 bytes", needed_bytes=9_000_000_000, device_bytes=8_000_000_000),
     errors.QueueFull("256 jobs are queued or running, as many as are allowed"),
     errors.RateLimited("this key may send 60 requests a minute; wait as Retry-After says"),
@@ -104,7 +104,7 @@ def file_content(*media_types: str) -> dict[str, Any]:
 
 def upload_request_body() -> dict[str, Any]:
     """The body of /upscale, which FastAPI does not parse: a latent or an image, also as the one file of a form."""
-    content = file_content(SAFETENSORS_TYPE, NPY_TYPE, *INPUT_IMAGE_TYPES, OCTETS_TYPE)
+    content = file_content(SAFETENSORS_TYPE, NPY_TYPE, *IMAGE_TYPES, OCTETS_TYPE)
     form = {"type": "object", "properties": {"image": _BINARY["schema"]}, "required": ["image"]}
     return {"requestBody": {"required": True, "content": content | {"multipart/form-data": {"schema": form}}}}
 
@@ -204,11 +204,19 @@ def _describe_job_headers(answers: dict[str, Any]) -> None:
 
 def _example_job() -> JobRecord:
     params = GenerateParams(_PROMPT, "", 2, 256, 256, 12, 3.0, 7, 1, "png")
-    job = Job("9ffc72bd-eedb-4a4b-8709-584d01415be4", "pocket", Priority.HIGH, 1_795_284_206.202, params)
+    job = Job(
+        "9ffc72bd-eedb-4a4b-8709-584d01415be4",
+        "pocket",
+        priority=Priority.HIGH,
+        created_at_s=1_795_284_206.202,
+        params=params,
+    )
     stages = {"queue": 0.007, "generate": 0.31, "upscale": 0.007, "decode": 0.077, "encode": 0.007}
     files = (ResultFile("image/png", 60_214, 7, 256, 256),)
     begun_s, ended_s = job.created_at_s + 0.008, job.created_at_s + 0.42
-    return JobRecord(job, JobState.SUCCEEDED, 1, begun_s, ended_s, stages=stages, results=files)
+    return JobRecord(
+        job, JobState.SUCCEEDED, deliveries=1, started_at_s=begun_s, finished_at_s=ended_s, stages=stages, results=files
+    )
 
 
 def _add_examples(document: dict[str, Any], serving: AppState) -> None:

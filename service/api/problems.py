@@ -38,7 +38,7 @@ from giantleap.service.errors import (
     QueueFull,
     StorageFull,
     UnsupportedMediaType,
-    to_reason,
+    field_errors,
 )
 from giantleap.service.jobs.job import JobError
 
@@ -148,8 +148,7 @@ async def _validation(request: Request, error: Exception) -> Response:
     if any(item["type"] == "json_invalid" for item in found):
         at = next(item["loc"][-1] for item in found if item["type"] == "json_invalid")
         return problem_response(MalformedRequest(f"the body is not valid JSON, from character {at} on"), request)
-    fields = tuple((_field(item["loc"]), to_reason(item)) for item in found)
-    return problem_response(InvalidFields(fields), request)
+    return problem_response(InvalidFields(*field_errors(found)), request)
 
 
 def _field(location: tuple[int | str, ...]) -> str:

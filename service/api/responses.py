@@ -4,11 +4,11 @@ import json
 
 from fastapi import Request, Response
 
-from giantleap.service.api.negotiation import JSON_TYPE
 from giantleap.service.api.problems import from_job_error, problem_response
 from giantleap.service.api.schemas import to_job_body
 from giantleap.service.errors import Conflict, GiantleapError, JobFailed
-from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState, stages_s
+from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState
+from giantleap.service.jobs.media_types import JSON_TYPE
 
 # Proxies refuse headers of some kilobytes.
 _WARNINGS_HEADER_BYTES = 2048
@@ -60,7 +60,7 @@ def job_headers(record: JobRecord) -> dict[str, str]:
     headers = {"X-Job-Id": record.job.id, "X-Method": params.method, "X-Decode": params.decode}
     if isinstance(params, GenerateParams):
         headers["X-Seed"] = str(params.seed)
-    timing = ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in stages_s(record).items())
+    timing = ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in record.stages_s.items())
     if timing:
         headers["Server-Timing"] = timing
     return headers

@@ -12,7 +12,7 @@ from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import METHODS, DecodeName, Method
 from giantleap.models.latent_space import Packing
 from giantleap.service.api.problems import from_job_error, problem_body
-from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState, Priority, stages_s, to_rfc3339
+from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState, Priority, to_rfc3339
 from giantleap.service.settings import Settings
 
 
@@ -220,7 +220,7 @@ def to_job_body(record: JobRecord, root_path: str = "") -> JobBody:
         queue_position=record.queue_position,
         estimated_start_s=record.estimated_start_s,
         cancel_requested=record.cancel_requested,
-        stages=stages_s(record),
+        stages=record.stages_s,
         warnings=list(dict.fromkeys((*job.warnings, *record.warnings))),
         results=results,
         result_url=results[0].url if results else None,

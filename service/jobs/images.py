@@ -1,7 +1,7 @@
-"""Reads an image from a request, PNG, JPEG or WebP, and refuses what is damaged or would not fit before decoding it.
+"""Reads an image from a request, PNG, JPEG or WebP, and refuses damaged and too large ones.
 
 Works on bytes and numpy only, so that the API process needs no torch. The API checks an image with `check_image` and
-keeps the file as the job's input; the worker reads the same bytes with `read_image`.
+stores the file as the job's input; the worker reads the same bytes with `read_image`.
 """
 
 import binascii
@@ -18,16 +18,16 @@ from PIL import Image
 
 from giantleap.models.rgb import to_rgb
 from giantleap.service.errors import InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
+from giantleap.service.jobs.media_types import OCTETS_TYPE, read_media_type
 
 Pixels = npt.NDArray[np.uint8]
 
 DECODES_AT_ONCE = 4
-"""By the threads of one API process: an image of 16 million pixels, 75 kB as a file, takes up to 250 MB while it is
-read, and the default pool has up to 32 threads."""
+"""Images that the threads of one API process decode at once. An image of 16 million pixels, 75 kB as a file, takes up
+to 250 MB meanwhile, and the default thread pool has up to 32 threads."""
 _DECODES = threading.Semaphore(DECODES_AT_ONCE)
 
 _STARTS = {"image/png": (b"\x89PNG\r\n\x1a\n",), "image/jpeg": (b"\xff\xd8\xff",), "image/webp": (b"RIFF",)}
-INPUT_IMAGE_TYPES = tuple(_STARTS)
 _FORMATS = ("PNG", "JPEG", "WEBP")
 # What Pillow raises on a damaged file, by format and by place in it.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
@@ -35,31 +35,30 @@ _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, s
 
 @dataclass(frozen=True, slots=True)
 class ImageSize:
-    """Pixels of an image as it is shown: a rotation in its EXIF data is applied."""
+    """Size of an image as it is shown: with the rotation of its EXIF data."""
 
     width_px: int
     height_px: int
 
 
 def is_image(body: bytes, content_type: str | None) -> bool:
-    """Whether a body is meant as an image: by its declared type, or by its first bytes where that says nothing."""
-    declared = (content_type or "").partition(";")[0].strip().lower()
-    unsaid = declared in ("", "application/octet-stream")
-    return declared.startswith("image/") or (unsaid and _type_of(body) != "")
+    """Whether a body is meant as an image: by its declared type, or by its first bytes where the type says nothing."""
+    declared = read_media_type(content_type)
+    return declared.startswith("image/") or (declared in ("", OCTETS_TYPE) and _type_of(body) != "")
 
 
 def check_image(body: bytes, content_type: str | None, max_px: int) -> ImageSize:
-    """The size of an image that `read_image` will read; its header is checked before a pixel is decoded.
+    """Check that `read_image` can read an image, and return its size.
 
     Args:
         body: The file.
-        content_type: As declared; None or application/octet-stream leaves it to the first bytes.
-        max_px: Most pixels it may have.
+        content_type: Declared type; None or application/octet-stream: the first bytes decide.
+        max_px: Most pixels that the image may have.
 
     Raises:
-        UnsupportedMediaType: another format than PNG, JPEG or WebP, or an animation.
-        MalformedRequest: the bytes are damaged, cut off, or not of the declared type.
-        PayloadTooLarge: more pixels than `max_px`.
+        UnsupportedMediaType: Another format than PNG, JPEG or WebP, or an animation.
+        MalformedRequest: The bytes are damaged, cut off, or not of the declared type.
+        PayloadTooLarge: More pixels than `max_px`.
     """
     _check_type(body, content_type)
     with _DECODES:
@@ -68,40 +67,40 @@ def check_image(body: bytes, content_type: str | None, max_px: int) -> ImageSize
 
 
 def read_image(body: bytes, max_px: int) -> Pixels:
-    """The pixels of an image in RGB, upright; what is transparent is laid on white.
+    """The pixels of an image in RGB, upright, transparency on white; the size is checked before a pixel is decoded.
 
     Returns:
-        [height_px, width_px, 3], uint8.
+        Array [height_px, width_px, 3], uint8.
 
     Raises:
-        UnsupportedMediaType: an animation.
-        MalformedRequest: the bytes are damaged or cut off.
-        PayloadTooLarge: more pixels than `max_px`.
+        UnsupportedMediaType: An animation.
+        MalformedRequest: The bytes are damaged or cut off.
+        PayloadTooLarge: More pixels than `max_px`.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the stricter one
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
             opened = Image.open(io.BytesIO(body), formats=_FORMATS)
         with opened as image:
             if image.width * image.height > max_px:
                 raise PayloadTooLarge(
-                    f"the image has {image.width}x{image.height} pixels; at most {max_px} in all are allowed"
+                    f"the image has {image.width}x{image.height} pixels; send at most {max_px} in all"
                 )
             if getattr(image, "n_frames", 1) > 1:
-                raise UnsupportedMediaType("the image is animated; send a single frame")
+                raise UnsupportedMediaType("the image is animated; send one frame")
             image.load()
-            return np.array(to_rgb(image))  # a copy, which may be written to: torch warns of others
+            return np.array(to_rgb(image))  # a writable copy: torch warns of read-only arrays
     except Image.DecompressionBombError as error:
-        raise PayloadTooLarge(f"the image has far more pixels than the {max_px} that are allowed") from error
+        raise PayloadTooLarge(f"the image has too many pixels; send at most {max_px}") from error
     except _DAMAGED as error:
         raise MalformedRequest("the image is damaged or cut off; send a complete PNG, JPEG or WebP file") from error
 
 
 def fit_image(body: bytes, max_px: int, width_px: int, height_px: int) -> bytes:
-    """A PNG file of the image at another size, its sides stretched where the shapes differ.
+    """Resize an image, without keeping its aspect ratio, and return it as a PNG file.
 
     Raises:
-        MalformedRequest, UnsupportedMediaType, PayloadTooLarge: as `check_image`.
+        GiantleapError: As `check_image`.
     """
     _check_type(body, None)
     with _DECODES:
@@ -112,19 +111,19 @@ def fit_image(body: bytes, max_px: int, width_px: int, height_px: int) -> bytes:
 
 
 def read_base64(text: str) -> bytes:
-    """The bytes of base64 text, with or without a `data:` URL's head.
+    """Decode base64 text, with or without the head of a `data:` URL.
 
     Raises:
-        InvalidRequest: it is not base64.
+        InvalidRequest: It is not base64.
     """
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):
-            raise InvalidRequest("a data: URL of an image must be base64")
+            raise InvalidRequest("the data: URL is not base64; send data:image/png;base64,...")
     try:
         return b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidRequest("the image is not valid base64") from error
+        raise InvalidRequest("the image is not valid base64; send a PNG, JPEG or WebP file as base64") from error
 
 
 def _type_of(body: bytes) -> str:
@@ -135,11 +134,10 @@ def _type_of(body: bytes) -> str:
 
 
 def _check_type(body: bytes, content_type: str | None) -> None:
-    declared = (content_type or "application/octet-stream").partition(";")[0].strip().lower()
-    found = _type_of(body)
+    declared, actual = read_media_type(content_type) or OCTETS_TYPE, _type_of(body)
     if not body:
         raise MalformedRequest("the image is empty; send a PNG, JPEG or WebP file")
-    if not found or declared not in (*INPUT_IMAGE_TYPES, "application/octet-stream"):
-        raise UnsupportedMediaType(f"content type {declared[:80]!r}; images are sent as {', '.join(INPUT_IMAGE_TYPES)}")
-    if declared not in (found, "application/octet-stream"):
-        raise MalformedRequest(f"the image is declared as {declared} but starts like {found}")
+    if not actual or declared not in (*_STARTS, OCTETS_TYPE):
+        raise UnsupportedMediaType(f"the content type is {declared[:80]!r}; send an image as {', '.join(_STARTS)}")
+    if declared not in (actual, OCTETS_TYPE):
+        raise MalformedRequest(f"the image is declared as {declared} but starts like {actual}; correct one of them")

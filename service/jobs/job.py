@@ -1,23 +1,27 @@
-"""What a job is, as values: its parameters, its states, its record and its events, and their JSON form.
+"""Jobs as values: parameters, states, records and events, and the JSON form of a job.
 
-Everything here is pure; `giantleap.service.jobqueue.producer` (API side) and `giantleap.service.jobqueue.consumer`
-(worker side) store and move these values.
+`giantleap.service.jobqueue.producer` (API) and `giantleap.service.jobqueue.consumer` (worker) store and move them.
 """
 
 import hashlib
-import json
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, get_args
+
+from pydantic import Field, TypeAdapter
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.image_formats import ImageFormat
+
+FinalState = Literal["succeeded", "failed", "canceled"]
+FINAL_STATES: Final[tuple[FinalState, ...]] = get_args(FinalState)
 
 
 class JobState(StrEnum):
     """A job's life: queued -> processing -> one of the three final states.
 
-    A retry goes back to queued, and so does a job that one worker drew for another to finish.
+    A retry goes back to queued, and so does a job whose base latents one worker made for another to decode.
     """
 
     QUEUED = "queued"
@@ -28,7 +32,8 @@ class JobState(StrEnum):
 
     @property
     def final(self) -> bool:
-        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELED)
+        """Whether the job has ended."""
+        return self.value in FINAL_STATES
 
 
 class Priority(StrEnum):
@@ -38,21 +43,22 @@ class Priority(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GenerateParams:
-    """A prompt to draw. Sizes are of the final image; `base_size_px` is what the base model draws.
+    """Images to generate from a prompt.
 
-    With a `strength` the drawing starts from an image, the input blob: a PNG file of the base size.
+    Sizes are those of the final image; `base_size_px` is the size that the base model generates. With a `strength`
+    generation starts from an image, the job's input blob: a PNG file of the base size.
     """
 
     prompt: str
     negative_prompt: str
-    scale: float
+    scale: int | float
     width_px: int
     height_px: int
     steps: int
     guidance_scale: float
     seed: int
     num_images: int
-    output_format: Literal["png", "jpeg", "webp"]
+    output_format: ImageFormat
     method: Method = "lua"
     decode: DecodeName = "exact"
     strength: float | None = None
@@ -61,7 +67,7 @@ class GenerateParams:
 
     @property
     def base_size_px(self) -> tuple[int, int]:
-        """Width and height of the image that the base model draws."""
+        """Width and height of the image that the base model generates."""
         factor = 1 if self.method == "direct" else self.scale
         return round(self.width_px / factor), round(self.height_px / factor)
 
@@ -70,20 +76,20 @@ class GenerateParams:
 class UpscaleParams:
     """A latent [channels, latent_height, latent_width] or an image to enlarge.
 
-    The input blob of a latent is a safetensors file with one tensor `latent` of shape [B, C, h, w], already validated
-    and converted to the raw latent space by the API. That of an image, which has `image_width_px` and
-    `image_height_px`, is the checked file; the latent's size is then that of the image filled up to whole latents.
-    With `one_frame` it came as a video of one frame, and a latent that is answered is one, too: [C, 1, h, w].
+    The input blob of a latent is a safetensors file with one tensor `latent` of shape [B, C, h, w], which the API has
+    validated and converted to the raw latent space. The input blob of an image, which has `image_width_px` and
+    `image_height_px`, is the validated file; the latent size is then that of the image padded to whole latent pixels.
+    With `one_frame` the latent was sent as a video of one frame, and is returned as one: [C, 1, h, w].
     """
 
-    scale: float
+    scale: int | float
     latent_space: str
     batch_items: int
     channels: int
     latent_height: int
     latent_width: int
     output: Literal["image", "latent"]
-    output_format: Literal["png", "jpeg", "webp"]
+    output_format: ImageFormat
     method: Method = "lua"
     decode: DecodeName = "exact"
     image_width_px: int | None = None
@@ -98,30 +104,28 @@ JobParams = GenerateParams | UpscaleParams
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """Whom to tell that a job has ended; `events` are the final states that are told."""
+    """Where to post a notification when a job has ended; `events` are the final states to report."""
 
     url: str
-    events: tuple[str, ...]
-
-
-def _fields(value: "JobParams | Webhook | Job") -> dict[str, Any]:
-    """The fields by name. `dataclasses.asdict` copies every value as well, which took a twentieth of a request."""
-    return {name: getattr(value, name) for name in value.__dataclass_fields__}
+    events: tuple[FinalState, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request that was accepted: what the queue stores and the worker runs.
+    """An accepted request: what the queue stores and the worker runs.
 
-    `owner` is the name of the API key that asked for it, "" where the service runs without keys; `latent_px` the latent
-    pixels of all its images after upscaling; a job that has not ended `cancel_after_s` after it was accepted fails.
+    Attributes:
+        owner: Name of the API key that the request came with; "" where the service runs without keys.
+        latent_px: Latent pixels of all images of the job after upscaling.
+        cancel_after_s: The job fails unless it has ended so long after it was accepted.
     """
 
     id: str
     bundle: str
+    _: KW_ONLY
     priority: Priority
     created_at_s: float
-    params: JobParams
+    params: Annotated[JobParams, Field(discriminator="kind")]
     warnings: tuple[str, ...] = ()
     traceparent: str | None = None
     owner: str = ""
@@ -130,36 +134,25 @@ class Job:
     webhook: Webhook | None = None
 
     def to_json(self) -> str:
-        webhook = None if self.webhook is None else _fields(self.webhook)
-        return json.dumps(_fields(self) | {"params": _fields(self.params), "webhook": webhook}, separators=(",", ":"))
+        """The job as the queue stores it."""
+        return _JOB.dump_json(self).decode()
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
-        raw: dict[str, Any] = json.loads(text)
-        params, webhook = raw.pop("params"), raw.get("webhook")
-        kinds: dict[str, type[JobParams]] = {"generate": GenerateParams, "upscale": UpscaleParams}
-        return cls(
-            id=raw["id"],
-            bundle=raw["bundle"],
-            priority=Priority(raw["priority"]),
-            created_at_s=raw["created_at_s"],
-            params=kinds[params["kind"]](**params),
-            warnings=tuple(raw["warnings"]),
-            traceparent=raw.get("traceparent"),
-            owner=raw.get("owner", ""),
-            latent_px=raw.get("latent_px", 0),
-            cancel_after_s=raw.get("cancel_after_s"),
-            webhook=None if webhook is None else Webhook(webhook["url"], tuple(webhook["events"])),
-        )
+    def from_json(cls, text: str | bytes) -> "Job":
+        """The job of `to_json`; fields that an older version did not write take their defaults.
+
+        Raises:
+            ValueError: The text is not a job.
+        """
+        return _JOB.validate_json(text)
 
     def payload_sha256(self) -> str:
-        """Digest of who asked for what, without id and times: equal for two posts of the same request."""
-        asked = {"bundle": self.bundle, "priority": self.priority, **_fields(self.params)}
-        if self.owner:
-            asked["owner"] = self.owner
-        if self.webhook is not None:
-            asked["webhook"] = _fields(self.webhook)
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        """Digest of the request and its owner, without id and times: equal for two posts of the same request."""
+        return hashlib.sha256(_JOB.dump_json(self, include=_PAYLOAD)).hexdigest()
+
+
+_JOB: Final = TypeAdapter(Job)
+_PAYLOAD: Final = {"bundle", "priority", "params", "owner", "webhook"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +168,7 @@ class ResultFile:
 
 @dataclass(frozen=True, slots=True)
 class JobError:
-    """Why a job failed: the fields of `giantleap.service.errors.GiantleapError`, stored."""
+    """Why a job failed: the fields of a `giantleap.service.errors.GiantleapError`, as stored."""
 
     code: str
     detail: str
@@ -184,14 +177,16 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job as read back from the store. Times are Unix seconds; `stages` maps stage name to seconds.
+    """A job as read back from the store. Times are Unix seconds; `stages` maps the name of a stage to its seconds.
 
-    `estimated_start_s` is how long it will probably still wait; None where it does not wait, or nothing is known.
-    `deadline_left_s` is the time to its deadline when it was read, negative after it.
+    Attributes:
+        estimated_start_s: Probable wait until the job starts; None where it is not waiting or nothing is known.
+        deadline_left_s: Time to the job's deadline when the record was read; negative after the deadline.
     """
 
     job: Job
     state: JobState
+    _: KW_ONLY
     deliveries: int = 0
     started_at_s: float | None = None
     finished_at_s: float | None = None
@@ -204,13 +199,27 @@ class JobRecord:
     estimated_start_s: float | None = None
     deadline_left_s: float | None = None
 
+    @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """The warnings of the API and of the worker, each once."""
+        return tuple(dict.fromkeys((*self.job.warnings, *self.warnings)))
+
+    @property
+    def stages_s(self) -> dict[str, float]:
+        """Seconds of each stage in order, the wait in the queue first."""
+        if self.started_at_s is None or "queue" in self.stages:
+            return dict(self.stages)
+        return {"queue": max(0.0, self.started_at_s - self.job.created_at_s), **self.stages}
+
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """One entry of a job's progress stream. `id` is the stream id, used as the SSE event id.
+    """One entry of a job's progress stream.
 
-    `name` is one of: queued, started, step (data: step, steps), stage (data: stage, seconds), retrying, done
-    (data: state); `done` is always the last.
+    Attributes:
+        id: Id in the Redis stream, sent as the id of the server-sent event.
+        name: queued, started, step (data: step, steps), stage (data: stage, seconds), retrying, or done (data: state),
+            which is always the last.
     """
 
     id: str
@@ -222,8 +231,8 @@ class JobEvent:
 class QueueStats:
     """The queue at one moment, read from Redis in one round trip.
 
-    `queued` and the medians are by queue (`giantleap.service.jobqueue.keys`). Of the live workers `drawing_workers`
-    only draw and `finishing_workers` only upscale and decode.
+    `queued` and `queue_median_s` are by queue (`giantleap.service.jobqueue.keys`). Of the live workers,
+    `drawing_workers` only generate and `finishing_workers` only upscale and decode.
     """
 
     queued: dict[tuple[str, Priority], int]
@@ -244,10 +253,3 @@ class QueueStats:
 def to_rfc3339(time_s: float) -> str:
     """A Unix time as RFC 3339 in UTC with milliseconds."""
     return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def stages_s(record: JobRecord) -> dict[str, float]:
-    """Seconds of each stage in order, the wait in the queue first."""
-    if record.started_at_s is None or "queue" in record.stages:
-        return dict(record.stages)
-    return {"queue": max(0.0, record.started_at_s - record.job.created_at_s), **record.stages}

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.image_formats import ImageFormat
 from giantleap.models.lua.spec import to_scale
+from giantleap.service.jobs.job import FINAL_STATES, FinalState
 
-OutputFormat = Literal["png", "jpeg", "webp"]
 PriorityName = Literal["high", "low"]
 MAX_SEED = 2**63 - 1
+_ANY_STATE = "|".join(FINAL_STATES)
 
-WebhookEvent = Literal["succeeded", "failed", "canceled"]
 SideField = Annotated[int | None, Field(ge=1, le=65_536, examples=[256])]
 
 
@@ -33,8 +34,8 @@ class WebhookRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     url: str = Field(min_length=1, max_length=2048, description="http or https; an address that is not public: 422.")
-    events: Annotated[tuple[WebhookEvent, ...], Field(min_length=1, max_length=3, strict=False)] = Field(
-        ("succeeded", "failed", "canceled"), description="The final states that are told."
+    events: Annotated[tuple[FinalState, ...], Field(min_length=1, max_length=3, strict=False)] = Field(
+        FINAL_STATES, description="The final states that are told."
     )
 
 
@@ -61,7 +62,7 @@ class GenerateRequest(BaseModel):
     )
     num_images: int = Field(1, ge=1, description="Images of this job.")
     bundle: str | None = Field(None, max_length=128, description="Name of a bundle; the first one if left out.")
-    output_format: OutputFormat | None = Field(
+    output_format: ImageFormat | None = Field(
         None, description="File format; if left out, the one that Accept names, else png."
     )
     priority: PriorityName = Field("high", description="high is claimed before low.")
@@ -101,7 +102,7 @@ class UpscaleQuery(BaseModel):
     )
     bundle: str | None = Field(None, max_length=128, description="Name of a bundle; the first one if left out.")
     output: Literal["image", "latent"] = Field("image", description="Decode the result, or answer the raw latent.")
-    output_format: OutputFormat | None = Field(
+    output_format: ImageFormat | None = Field(
         None, description="File format of an image; if left out, the one that Accept names, else png."
     )
     priority: PriorityName = Field("high", description="high is claimed before low.")
@@ -116,6 +117,6 @@ class UpscaleQuery(BaseModel):
     )
     webhook_events: str | None = Field(
         None,
-        pattern="^(succeeded|failed|canceled)(,(succeeded|failed|canceled)){0,2}$",
+        pattern=f"^({_ANY_STATE})(,({_ANY_STATE})){{0,2}}$",
         description="The final states that are told, comma-separated; all if left out.",
     )

@@ -29,7 +29,6 @@ from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.webhooks.targets import CheckedBackend, TargetRefused, read_target
 
-EVENTS = ("succeeded", "failed", "canceled")
 MAX_ATTEMPTS = 10
 _ATTEMPT_S = 15.0
 _LEASE_S = 60.0

@@ -18,14 +18,16 @@ from torch import Tensor
 
 from giantleap.models.device import StageClock, StageName, is_out_of_memory
 from giantleap.models.generator import GenerationItem, image_seed
-from giantleap.models.images import CONTENT_TYPES, to_image_bytes, to_signed
+from giantleap.models.image_formats import CONTENT_TYPES
+from giantleap.models.images import to_image_bytes, to_signed
 from giantleap.models.route import Route, finite_items
 from giantleap.service.errors import EngineFault, GiantleapError, JobFailed
 from giantleap.service.jobqueue.consumer import Claim, JobConsumer
 from giantleap.service.jobs.grid import count_items
 from giantleap.service.jobs.images import Pixels, read_image
 from giantleap.service.jobs.job import GenerateParams, JobError, JobParams, ResultFile, UpscaleParams
-from giantleap.service.jobs.latents import LATENT_TENSOR, SAFETENSORS_TYPE
+from giantleap.service.jobs.latents import LATENT_TENSOR
+from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
 from giantleap.service.telemetry.tracing import BatchTrace
 from giantleap.service.worker.watchdog import Watchdog
 

@@ -32,7 +32,9 @@ def run_jobs(settings: Settings) -> list[Note]:
         async with open_async_redis(settings.redis_url or "") as client:
             producer = JobProducer(client, settings)
             for job_id in JOBS:
-                await producer.enqueue(Job(job_id, "paper", Priority.HIGH, time.time(), params))
+                await producer.enqueue(
+                    Job(job_id, "paper", priority=Priority.HIGH, created_at_s=time.time(), params=params)
+                )
 
     asyncio.run(enqueue())
     worker = JobConsumer(open_redis(settings.redis_url), settings, ["paper"], "w")

@@ -25,7 +25,7 @@ NEEDS_REPLICA = ("min-replicas-to-write 1", "min-replicas-max-lag 2")
 
 def make_job() -> Job:
     params = GenerateParams("a red ball", "", 2, 64, 64, 4, 1.0, 7, 1, "png")
-    return Job(f"job-{time.monotonic_ns()}", "pocket", Priority.HIGH, time.time(), params)
+    return Job(f"job-{time.monotonic_ns()}", "pocket", priority=Priority.HIGH, created_at_s=time.time(), params=params)
 
 
 def settings_of(watchers: list[Server]) -> Settings:

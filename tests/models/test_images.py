@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from giantleap.models.images import CONTENT_TYPES, MAX_PSNR_DB, ImageFormat, psnr_db, to_image_bytes
+from giantleap.models.image_formats import CONTENT_TYPES, ImageFormat
+from giantleap.models.images import MAX_PSNR_DB, psnr_db, to_image_bytes
 
 
 @pytest.fixture

@@ -72,10 +72,10 @@ def test_two_keys_of_one_name_are_one_caller(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "key: Field required"),
+        ("", "key: is required"),
         ("key = []", "key: "),
         ("[[key]]\n", "key.0.name"),
-        (entry("k") + "max_job = 1\n", "key.0.max_job: Extra"),
+        (entry("k") + "max_job = 1\n", "key.0.max_job: is not a known field"),
         (entry("k") + "max_jobs = 0\n", "key.0.max_jobs"),
         (entry("k") + 'max_jobs = "1"\n', "key.0.max_jobs"),
         (entry("k", "two words"), "key.0.name"),
@@ -108,8 +108,8 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(KeysFileError, match="UTF-8"):
         read_keys(path)
-    path.write_bytes(b"#" * (auth._LARGEST_FILE_BYTES + 1))
-    with pytest.raises(KeysFileError, match="more than"):
+    path.write_bytes(b"#" * (auth._MAX_FILE_BYTES + 1))
+    with pytest.raises(KeysFileError, match="too large"):
         read_keys(path)
 
 
@@ -125,7 +125,7 @@ def test_a_file_that_others_may_read_is_warned_of(
 
 
 def test_keys_are_read_again_when_the_file_changes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(auth, "_CHECK_EVERY_S", 0.0)
     path.write_text(entry("k1"))
     ring = KeyRing.open(path)
     assert ring.find("k1") is not None and ring.find("k2") is None
@@ -141,7 +141,7 @@ def test_keys_are_read_again_when_the_file_changes(path: Path, monkeypatch: pyte
 def test_a_file_that_became_wrong_keeps_the_keys_from_before(
     path: Path, wrong: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(auth, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(auth, "_CHECK_EVERY_S", 0.0)
     path.write_text(entry("k1"))
     ring = KeyRing.open(path)
     path.unlink() if wrong is None else path.write_text(wrong)
@@ -153,7 +153,7 @@ def test_a_file_that_became_wrong_keeps_the_keys_from_before(
 
 
 def test_the_file_is_not_looked_at_for_every_request(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "_LOOK_EVERY_S", 3600.0)
+    monkeypatch.setattr(auth, "_CHECK_EVERY_S", 3600.0)
     path.write_text(entry("k1"))
     ring = KeyRing.open(path)
     path.write_text(entry("k2"))

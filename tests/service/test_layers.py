@@ -9,7 +9,8 @@ import pytest
 SERVICE = Path(__file__).resolve().parents[2] / "service"
 PACKAGE = "giantleap.service"
 LAYERS = (
-    {"errors", "settings"},
+    {"errors"},
+    {"settings"},
     {"auth"},
     {"jobs"},
     {"jobqueue"},

@@ -16,6 +16,7 @@ import numpy as np
 from fastapi import APIRouter, Header, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from giantleap.models.image_formats import ImageFormat
 from giantleap.models.lua.spec import scaled_size
 from giantleap.service.api.compat.errors import KSERVE_PATH
 from giantleap.service.api.compat.shared_job import (
@@ -30,17 +31,18 @@ from giantleap.service.api.compat.shared_job import (
     stack_latents,
     to_fields,
     validate_as,
-    wrap_tensor,
 )
 from giantleap.service.api.dependencies import AppState, AppStateDep
-from giantleap.service.api.negotiation import JSON_TYPE, LONGEST_CANCEL_AFTER_S
+from giantleap.service.api.negotiation import LONGEST_CANCEL_AFTER_S
 from giantleap.service.api.openapi import file_content
 from giantleap.service.api.routes.health import find_reasons
 from giantleap.service.errors import InvalidFields, MalformedRequest, NotReady, PayloadTooLarge, UnsupportedMediaType
+from giantleap.service.jobs.bundles import ServedBundle
 from giantleap.service.jobs.job import JobRecord, Priority, UpscaleParams
-from giantleap.service.jobs.latents import OCTETS_TYPE, SAFETENSORS_TYPE
-from giantleap.service.jobs.planning import ServedBundle, prepare_upscale
-from giantleap.service.jobs.requests import OutputFormat, Scale, UpscaleQuery
+from giantleap.service.jobs.latents import wrap_tensor
+from giantleap.service.jobs.media_types import JSON_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
+from giantleap.service.jobs.planning import prepare_upscale
+from giantleap.service.jobs.requests import Scale, UpscaleQuery
 
 router = APIRouter(prefix=KSERVE_PATH, tags=["KServe v2"])
 
@@ -88,7 +90,7 @@ class InferParameters(_Form):
     decode: str | None = None
     width: int | None = None
     height: int | None = None
-    output_format: OutputFormat | None = Field(default=None, description="Of the output image; png if left out.")
+    output_format: ImageFormat | None = Field(default=None, description="Of the output image; png if left out.")
     priority: Literal[0, 1, 2] = Field(default=0, description="0 and 1: high; 2: low.")
     timeout: int | None = Field(
         default=None, ge=1, le=LONGEST_CANCEL_AFTER_S * 10**6, description="Deadline, microseconds, as Cancel-After."
@@ -258,7 +260,7 @@ def choose_deadline(cancel_after_s: float | None, timeout_us: int | None) -> flo
     if timeout_us is None:
         return cancel_after_s
     if cancel_after_s is not None:
-        raise InvalidFields((("parameters.timeout", "is beside the header Cancel-After; send one of them"),))
+        raise InvalidFields(("parameters.timeout", "is beside the header Cancel-After; send one of them"))
     return timeout_us / 1e6
 
 
@@ -275,7 +277,7 @@ def plan_infer(body: bytes, json_bytes: int | None, served: ServedBundle, servin
     asked = _read_request(body, json_bytes)
     tensor, parameters, output = asked.inputs[0], asked.parameters, asked.outputs[0]
     if output.name == "latent" and parameters.output_format is not None:
-        raise InvalidFields((("output_format", "is of images; leave it out with the output latent"),))
+        raise InvalidFields(("output_format", "is of images; leave it out with the output latent"))
     dtype = _DATATYPES[tensor.datatype]
     latent = wrap_tensor(dtype, tensor.shape, _tensor_bytes(tensor, body, json_bytes))
     own = parameters.model_dump(exclude_none=True, exclude={"priority", "timeout", "binary_data_output"})
@@ -289,7 +291,7 @@ def plan_infer(body: bytes, json_bytes: int | None, served: ServedBundle, servin
     pixels = scaled_size(params.latent_height, params.scale) * scaled_size(params.latent_width, params.scale)
     values = params.batch_items * params.channels * pixels
     if output.name == "latent" and not inference.binary and values > MAX_JSON_VALUES:
-        raise InvalidFields((("outputs", f"would be {values} JSON numbers; ask for binary_data"),))
+        raise InvalidFields(("outputs", f"would be {values} JSON numbers; ask for binary_data"))
     return inference
 
 
@@ -306,7 +308,7 @@ def _read_request(body: bytes, json_bytes: int | None) -> InferRequest:
     except ValidationError as error:
         if any(item["type"] == "json_invalid" for item in error.errors(include_input=False)):
             raise MalformedRequest("the request is not valid JSON") from error
-        raise InvalidFields(to_fields(error)) from error
+        raise InvalidFields(*to_fields(error)) from error
 
 
 def _tensor_bytes(tensor: InferInput, body: bytes, json_bytes: int | None) -> bytes:
@@ -321,13 +323,13 @@ def _tensor_bytes(tensor: InferInput, body: bytes, json_bytes: int | None) -> by
     if tensor.data is None or size_bytes is not None:
         raise MalformedRequest("the input has no data; a tensor as bytes needs Inference-Header-Content-Length")
     if tensor.datatype != "FP32":
-        raise InvalidFields((("inputs.0.datatype", f"is {tensor.datatype}, which has no JSON form; send bytes"),))
+        raise InvalidFields(("inputs.0.datatype", f"is {tensor.datatype}, which has no JSON form; send bytes"))
     try:
         values = np.asarray(tensor.data)
     except ValueError as error:
-        raise InvalidFields((("inputs.0.data", "has rows of different lengths"),)) from error
+        raise InvalidFields(("inputs.0.data", "has rows of different lengths")) from error
     if values.dtype.kind not in "iuf" or (values.ndim > 1 and list(values.shape) != tensor.shape):
-        raise InvalidFields((("inputs.0.data", "must be numbers, flat or nested as the shape says"),))
+        raise InvalidFields(("inputs.0.data", "must be numbers, flat or nested as the shape says"))
     with np.errstate(over="ignore"):  # what overflows is refused as not finite
         return values.astype("<f4").tobytes()
 

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
 from giantleap.models.bundle.descriptor import Method
+from giantleap.models.image_formats import ImageFormat
 from giantleap.service.api.compat.errors import OPENAI_PATH
 from giantleap.service.api.compat.shared_job import (
     CompatOptions,
@@ -33,7 +34,6 @@ from giantleap.service.api.compat.shared_job import (
     validate_as,
 )
 from giantleap.service.api.dependencies import AppState, AppStateDep
-from giantleap.service.api.negotiation import JSON_TYPE
 from giantleap.service.api.openapi import IMAGE_TYPES, file_content
 from giantleap.service.api.problems import problem_response
 from giantleap.service.api.routes.create import random_seed, require_json
@@ -41,9 +41,11 @@ from giantleap.service.api.routes.jobs import RecordDep, get_result
 from giantleap.service.api.sse import EVENT_STREAM_TYPE, HEARTBEAT_S
 from giantleap.service.api.submission import admit
 from giantleap.service.errors import GiantleapError, InvalidFields
+from giantleap.service.jobs.bundles import select_bundle
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord
-from giantleap.service.jobs.planning import plan_generate, select_bundle, warn_of_words
-from giantleap.service.jobs.requests import GenerateRequest, OutputFormat, Scale
+from giantleap.service.jobs.media_types import JSON_TYPE
+from giantleap.service.jobs.planning import plan_generate, warn_of_words
+from giantleap.service.jobs.requests import GenerateRequest, Scale
 
 router = APIRouter(prefix=OPENAI_PATH, tags=["OpenAI"])
 
@@ -69,7 +71,7 @@ class ImagesRequest(BaseModel):
         default=None, description="WIDTHxHEIGHT of the final image, pixels; auto: the bundle's."
     )
     response_format: Literal["b64_json", "url"] | None = Field(default=None, description="b64_json if left out.")
-    output_format: OutputFormat | None = Field(default=None, description="png if left out.")
+    output_format: ImageFormat | None = Field(default=None, description="png if left out.")
     quality: Literal["auto", "standard"] | None = Field(default=None, description="The bundle's steps.")
     background: Literal["auto", "opaque"] | None = Field(default=None, description="Images are opaque.")
     stream: bool | None = Field(default=None, description="Answer as events.")
@@ -106,7 +108,7 @@ class ImagesAnswer(BaseModel):
     created: int = Field(description="Unix time, seconds.")
     data: list[ImageData]
     size: str = Field(examples=["1024x1024"])
-    output_format: OutputFormat
+    output_format: ImageFormat
     background: Literal["opaque"] = "opaque"
 
 
@@ -187,9 +189,9 @@ def plan_job(body: ImagesRequest, serving: AppState, terms: CompatOptions) -> Jo
         DoesNotFit: no device can hold one image.
     """
     if body.stream and body.response_format == "url":
-        raise InvalidFields((("response_format", "is url; events carry b64_json"),))
+        raise InvalidFields(("response_format", "is url; events carry b64_json"))
     if body.partial_images is not None and not body.stream:
-        raise InvalidFields((("partial_images", "needs stream=true"),))
+        raise InvalidFields(("partial_images", "needs stream=true"))
     width, height = (None, None) if body.size in (None, "auto") else map(int, str(body.size).split("x"))
     values = {
         "prompt": body.prompt,
@@ -213,7 +215,7 @@ def plan_job(body: ImagesRequest, serving: AppState, terms: CompatOptions) -> Jo
         places = serving.places(bundle.name)
         params = plan_generate(asked, bundle, serving.settings, seed, asked.output_format or "png", places)
     except InvalidFields as error:
-        raise InvalidFields(tuple((_NAMES.get(name, name), reason) for name, reason in error.fields)) from error
+        raise InvalidFields(*tuple((_NAMES.get(name, name), reason) for name, reason in error.fields)) from error
     return new_job(served, params, terms.cancel_after_s, warnings=warn_of_words(served, params))
 
 

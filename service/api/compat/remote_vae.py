@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import DecodeName
+from giantleap.models.image_formats import ImageFormat
 from giantleap.models.latent_space import LatentSpace, LatentSpaceError
 from giantleap.service.api.compat.errors import REMOTE_VAE_PATH
 from giantleap.service.api.compat.shared_job import (
@@ -33,15 +34,15 @@ from giantleap.service.api.compat.shared_job import (
     run_job,
     stack_latents,
     validate_as,
-    wrap_tensor,
 )
 from giantleap.service.api.dependencies import AppState, AppStateDep
 from giantleap.service.api.openapi import file_content
 from giantleap.service.errors import InvalidFields, InvalidRequest, UnsupportedMediaType
 from giantleap.service.jobs.job import JobRecord, UpscaleParams
-from giantleap.service.jobs.latents import OCTETS_TYPE, SAFETENSORS_TYPE, read_latent, to_blob
+from giantleap.service.jobs.latents import read_latent, to_blob, wrap_tensor
+from giantleap.service.jobs.media_types import OCTETS_TYPE, SAFETENSORS_TYPE
 from giantleap.service.jobs.planning import prepare_upscale
-from giantleap.service.jobs.requests import OutputFormat, Scale, UpscaleQuery
+from giantleap.service.jobs.requests import Scale, UpscaleQuery
 
 router = APIRouter(prefix=REMOTE_VAE_PATH, tags=["remote VAE"])
 
@@ -109,12 +110,12 @@ async def post_decode(
     # diffusers asks for "pil" but accepts only tensors where it postprocesses the image itself.
     floats = query.output_type == "pil" and request.headers.get("accept") == TENSOR_TYPE
     as_tensor = floats or query.output_type == "pt"
-    file_format: OutputFormat = "png" if as_tensor or query.image_format == "png" else "jpeg"
+    file_format: ImageFormat = "png" if as_tensor or query.image_format == "png" else "jpeg"
     params, blob = await run_in_thread_if_large(
         len(body), plan_decode, query, body, served.bundle, serving, file_format
     )
     if not as_tensor and params.batch_items != 1:
-        raise InvalidFields((("shape", f"has {params.batch_items} latents; a file holds one image; ask for pt"),))
+        raise InvalidFields(("shape", f"has {params.batch_items} latents; a file holds one image; ask for pt"))
     ended = await run_job(request, serving, new_job(served, params, terms.cancel_after_s), blob, terms.key)
     if isinstance(ended, Response):
         return ended
@@ -126,7 +127,7 @@ async def post_decode(
 
 
 def plan_decode(
-    query: DecodeQuery, body: bytes, bundle: Bundle, serving: AppState, file_format: OutputFormat
+    query: DecodeQuery, body: bytes, bundle: Bundle, serving: AppState, file_format: ImageFormat
 ) -> tuple[UpscaleParams, bytes]:
     """What to decode, and the job's input blob.
 
@@ -143,7 +144,7 @@ def plan_decode(
         try:
             tensor = to_blob(plain.to_raw(_batched(read_latent(tensor, SAFETENSORS_TYPE)), query.height, query.width))
         except LatentSpaceError as error:
-            raise InvalidFields((("shape", str(error)),)) from error
+            raise InvalidFields(("shape", str(error))) from error
         size = {}
     asked = {"scale": query.scale, "method": query.method, "decode": query.decode, "scaled": scaled}
     return prepare_upscale(
@@ -181,7 +182,7 @@ def require_factors(query: ScalingQuery, space: LatentSpace, scaled: bool) -> No
         elif not math.isclose(query.shift_factor, space.shift, rel_tol=1e-3):
             found.append(("shift_factor", f"is {query.shift_factor}; latent space {space.name} has {space.shift}"))
     if found:
-        raise InvalidFields(tuple(found))
+        raise InvalidFields(*tuple(found))
 
 
 def to_tensor(files: list[bytes], form: PixelForm) -> npt.NDArray[np.generic]:

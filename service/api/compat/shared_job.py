@@ -7,8 +7,6 @@ job again.
 """
 
 import asyncio
-import json
-import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -30,15 +28,15 @@ from giantleap.service.errors import (
     DeadlinePassed,
     GiantleapError,
     InvalidFields,
-    InvalidRequest,
-    MalformedRequest,
     NotFound,
     NotReady,
-    to_reason,
+    field_errors,
 )
+from giantleap.service.jobs.bundles import ServedBundle
 from giantleap.service.jobs.job import Job, JobParams, JobRecord, JobState, Priority
-from giantleap.service.jobs.latents import LATENT_TENSOR, SAFETENSORS_TYPE, Floats, read_latent
-from giantleap.service.jobs.planning import ServedBundle, total_latent_px
+from giantleap.service.jobs.latents import Floats, read_latent
+from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
+from giantleap.service.jobs.planning import total_latent_px
 from giantleap.service.telemetry.tracing import current_traceparent
 
 _SMALL_BODY_BYTES = 1 << 20
@@ -103,40 +101,12 @@ def validate_as(form: type[Form], values: Mapping[str, Any], names: Mapping[str,
     try:
         return form.model_validate(values)
     except ValidationError as error:
-        raise InvalidFields(to_fields(error, names)) from error
+        raise InvalidFields(*to_fields(error, names)) from error
 
 
 def to_fields(error: ValidationError, names: Mapping[str, str] | None = None) -> tuple[tuple[str, str], ...]:
     """pydantic's errors as field and reason, without the values."""
-    found = []
-    for item in error.errors(include_url=False, include_input=False):
-        name = ".".join(map(str, item["loc"]))[:64] or "body"
-        found.append(((names or {}).get(name, name), to_reason(item)))
-    return tuple(found)
-
-
-def wrap_tensor(dtype: str, shape: Sequence[int], data: bytes) -> bytes:
-    """Bare bytes of a tensor as a safetensors file, so that they pass the checks of every other latent.
-
-    Args:
-        dtype: A key of `ITEM_BYTES`.
-        shape: As sent.
-        data: Little-endian, in C order.
-
-    Raises:
-        InvalidRequest: the shape has a bad number of dimensions, or a side below 1.
-        MalformedRequest: shape and dtype do not fit the number of bytes.
-    """
-    if not 1 <= len(shape) <= _MAX_DIMS or min(shape) < 1:
-        raise InvalidRequest(f"the tensor's shape has {len(shape)} sides; send 2 to {_MAX_DIMS}, all of them positive")
-    # The product of hostile sides may be too long to print.
-    if math.prod(shape) * ITEM_BYTES[dtype] != len(data):
-        raise MalformedRequest(f"the tensor has {len(data)} bytes, which its shape and datatype do not make")
-    header = json.dumps(
-        {LATENT_TENSOR: {"dtype": dtype, "shape": list(shape), "data_offsets": [0, len(data)]}}
-    ).encode()
-    header += b" " * (-len(header) % 8)
-    return b"".join((len(header).to_bytes(8, "little"), header, data))
+    return field_errors(error.errors(include_url=False, include_input=False), names)
 
 
 async def run_in_thread_if_large(
@@ -162,10 +132,10 @@ def new_job(
     return Job(
         str(uuid.uuid4()),
         served.bundle.name,
-        priority,
-        time.time(),
-        params,
-        tuple(warnings),
+        priority=priority,
+        created_at_s=time.time(),
+        params=params,
+        warnings=tuple(warnings),
         traceparent=current_traceparent(),
         latent_px=total_latent_px(params, served.bundle),
         cancel_after_s=cancel_after_s,

@@ -20,8 +20,9 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from giantleap.models.image_formats import ImageFormat
 from giantleap.service.api.dependencies import AppState, AppStateDep
-from giantleap.service.api.negotiation import JSON_TYPE, Preference, choose_answer, read_cancel_after, read_preference
+from giantleap.service.api.negotiation import Preference, choose_answer, read_cancel_after, read_preference
 from giantleap.service.api.openapi import (
     IMAGE_FORMATS,
     IMAGE_TYPES,
@@ -41,21 +42,23 @@ from giantleap.service.errors import (
     NotReady,
     UnsupportedMediaType,
 )
+from giantleap.service.jobs.bundles import ServedBundle, select_bundle
 from giantleap.service.jobs.images import fit_image, is_image, read_base64
-from giantleap.service.jobs.job import GenerateParams, Job, JobParams, JobRecord, JobState, Priority, Webhook
-from giantleap.service.jobs.latents import SAFETENSORS_TYPE
-from giantleap.service.jobs.planning import (
-    ServedBundle,
-    plan_generate,
-    prepare_upscale,
-    select_bundle,
-    total_latent_px,
-    warn_of_words,
+from giantleap.service.jobs.job import (
+    FINAL_STATES,
+    GenerateParams,
+    Job,
+    JobParams,
+    JobRecord,
+    JobState,
+    Priority,
+    Webhook,
 )
-from giantleap.service.jobs.requests import GenerateRequest, OutputFormat, UpscaleQuery
+from giantleap.service.jobs.media_types import JSON_TYPE, SAFETENSORS_TYPE
+from giantleap.service.jobs.planning import plan_generate, prepare_upscale, total_latent_px, warn_of_words
+from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.tracing import current_traceparent
-from giantleap.service.webhooks.sender import EVENTS
 from giantleap.service.webhooks.targets import TargetRefused, find_addresses, read_target
 
 router = APIRouter(tags=["create"])
@@ -137,7 +140,7 @@ async def post_generate(
     served = select_bundle(serving.bundles, body.bundle)
     answer_type, output_format = _choose_format(asked.accept, body.output_format)
     if answer_type != JSON_TYPE and body.num_images != 1:
-        raise InvalidFields((("num_images", f"is {body.num_images}; an answer that is a file holds one image"),))
+        raise InvalidFields(("num_images", f"is {body.num_images}; an answer that is a file holds one image"))
     seed = body.seed if body.seed is not None else random_seed(asked.idempotency_key or asked.job_id)
     params = plan_generate(
         body, served.bundle, serving.settings, seed, output_format, serving.places(served.bundle.name)
@@ -156,7 +159,7 @@ def _prepare_start(text: str, params: GenerateParams, settings: Settings) -> byt
     try:
         return fit_image(read_base64(text), settings.max_image_px, *params.base_size_px)
     except GiantleapError as error:
-        raise InvalidFields((("init_image", error.detail),)) from error
+        raise InvalidFields(("init_image", error.detail)) from error
 
 
 @router.post(
@@ -180,10 +183,11 @@ async def post_upscale(
     small = len(body) <= _SMALL_BODY_BYTES and not is_image(body, content_type)
     params, blob = prepare_upscale(*given) if small else await asyncio.to_thread(prepare_upscale, *given)
     if answer_type != JSON_TYPE and params.batch_items != 1:
-        raise InvalidFields((("body", f"holds {params.batch_items} latents; an answer that is a file holds one"),))
+        raise InvalidFields(("body", f"holds {params.batch_items} latents; an answer that is a file holds one"))
     webhook = None
     if query.webhook_url is not None:
-        webhook = Webhook(query.webhook_url, tuple((query.webhook_events or ",".join(EVENTS)).split(",")))
+        names = FINAL_STATES if query.webhook_events is None else query.webhook_events.split(",")
+        webhook = Webhook(query.webhook_url, tuple(state for state in FINAL_STATES if state in names))
     await require_webhook(webhook, serving.settings)
     job = _new_job(asked, served, query.priority, params, webhook)
     return await _run(request, serving, job, blob, asked, answer_type)
@@ -216,12 +220,12 @@ def random_seed(idempotency_key: str | None) -> int:
 
 
 def _choose_format(
-    accept: str | None, output_format: OutputFormat | None, output: str = "image"
-) -> tuple[str, OutputFormat]:
+    accept: str | None, output_format: ImageFormat | None, output: str = "image"
+) -> tuple[str, ImageFormat]:
     """The type of the answer, and the format of the image file where there is one."""
     if output == "latent":
         if output_format is not None:
-            raise InvalidFields((("output_format", "is of images; leave it out with output=latent"),))
+            raise InvalidFields(("output_format", "is of images; leave it out with output=latent"))
         return choose_answer(accept, (SAFETENSORS_TYPE,)), "png"
     offers = IMAGE_TYPES if output_format is None else (f"image/{output_format}",)
     answer_type = choose_answer(accept, offers)
@@ -237,13 +241,13 @@ async def require_webhook(webhook: Webhook | None, settings: Settings) -> None:
     if webhook is None:
         return
     if settings.webhook_secret is None:
-        raise InvalidFields((("webhook", "cannot be sent: the service has no GIANTLEAP_WEBHOOK_SECRET to sign it"),))
+        raise InvalidFields(("webhook", "cannot be sent: the service has no GIANTLEAP_WEBHOOK_SECRET to sign it"))
     try:
         target = read_target(webhook.url)
         allowed = settings.webhook_hosts
         await find_addresses(target.host, target.port, settings.webhook_allow_private, hosts=allowed)
     except TargetRefused as error:
-        raise InvalidFields((("webhook", f"the url {error}"),)) from error
+        raise InvalidFields(("webhook", f"the url {error}")) from error
 
 
 def _new_job(
@@ -257,10 +261,10 @@ def _new_job(
     return Job(
         asked.job_id or str(uuid.uuid4()),
         served.bundle.name,
-        Priority(priority),
-        time.time(),
-        params,
-        warnings,
+        priority=Priority(priority),
+        created_at_s=time.time(),
+        params=params,
+        warnings=warnings,
         traceparent=current_traceparent(),
         latent_px=total_latent_px(params, served.bundle),
         cancel_after_s=asked.cancel_after_s,

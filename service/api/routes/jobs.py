@@ -16,7 +16,7 @@ from giantleap.service.auth import Caller
 from giantleap.service.errors import Conflict, NotFound
 from giantleap.service.jobqueue.listing import CURSOR_PATTERN, MAX_PER_PAGE
 from giantleap.service.jobs.job import JobRecord, JobState
-from giantleap.service.jobs.latents import SAFETENSORS_TYPE
+from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
 
 router = APIRouter(tags=["jobs"])
 

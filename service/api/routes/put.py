@@ -10,13 +10,12 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
 
 from giantleap.service.api.dependencies import AppStateDep
-from giantleap.service.api.negotiation import JSON_TYPE
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content, upload_request_body
 from giantleap.service.api.routes.create import ACCEPTED, PROBLEMS, SubmitOptionsDep, post_generate, post_upscale
 from giantleap.service.api.routes.jobs import JOB_ID, JobId
 from giantleap.service.api.schemas import JobBody
-from giantleap.service.errors import InvalidFields, MalformedRequest, to_reason
-from giantleap.service.jobs.latents import SAFETENSORS_TYPE
+from giantleap.service.errors import InvalidFields, MalformedRequest, validation_problem
+from giantleap.service.jobs.media_types import JSON_TYPE, SAFETENSORS_TYPE
 from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 
 router = APIRouter(tags=["create"])
@@ -46,7 +45,7 @@ async def put_job(
 ) -> Response:
     """Make a job under a UUID of your own: JSON as of /generate, a latent or an image as of /upscale."""
     if not JOB_ID.fullmatch(job_id):
-        raise InvalidFields((("job_id", "is no UUID in lower case, such as uuidgen makes"),))
+        raise InvalidFields(("job_id", "is no UUID in lower case, such as uuidgen makes"))
     if asked.idempotency_key is not None:
         raise MalformedRequest("Idempotency-Key is for POST; here the id in the path has its part")
     asked = replace(asked, job_id=job_id)
@@ -55,7 +54,7 @@ async def put_job(
         return await post_upscale(request, query, asked, serving)
     if query.model_fields_set:
         fields = sorted(query.model_fields_set)
-        raise InvalidFields(tuple((name, "stands in the query; with a JSON body it belongs there") for name in fields))
+        raise InvalidFields(*tuple((name, "stands in the query; with a JSON body it belongs there") for name in fields))
     return await post_generate(request, _read_generate(await request.body()), asked, serving)
 
 
@@ -63,8 +62,4 @@ def _read_generate(body: bytes) -> GenerateRequest:
     try:
         return GenerateRequest.model_validate_json(body)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)
-        if any(item["type"] == "json_invalid" for item in found):
-            raise MalformedRequest("the body is not valid JSON") from error
-        fields = tuple((".".join(map(str, item["loc"]))[:64] or "body", to_reason(item)) for item in found)
-        raise InvalidFields(fields) from error
+        raise validation_problem(error.errors(include_url=False, include_input=False)) from error

@@ -43,7 +43,7 @@ def bundle_dir(tmp_path: Path) -> Path:
 
 def stored_job() -> Job:
     params = GenerateParams("a red sphere", "", 2, 128, 128, 8, 3.0, 1, 1, "png")
-    return Job(str(uuid.uuid4()), "paper", Priority.HIGH, time.time(), params)
+    return Job(str(uuid.uuid4()), "paper", priority=Priority.HIGH, created_at_s=time.time(), params=params)
 
 
 def parse(text: str) -> list[JobEvent]:

@@ -37,7 +37,7 @@ def build_app(metrics: Metrics) -> FastAPI:
         "full": QueueFull("full", retry_after_s=17),
         "plain-full": QueueFull("full"),
         "away": NotReady("Redis"),
-        "fields": InvalidFields((("width", "is 3"), ("steps", "is 0"))),
+        "fields": InvalidFields(*(("width", "is 3"), ("steps", "is 0"))),
         "memory": OutOfMemoryError(SECRET),
         "bug": RuntimeError(SECRET),
     }

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from giantleap.service.errors import GiantleapError, InvalidRequest, MalformedRequest, UnsupportedMediaType
-from giantleap.service.jobs.latents import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE, read_latent, read_values, to_blob
+from giantleap.service.jobs.latents import read_latent, read_values, to_blob
+from giantleap.service.jobs.media_types import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
 
 LATENT = np.random.default_rng(0).standard_normal((2, 4, 6, 5)).astype(np.float32)
 

@@ -17,11 +17,11 @@ from pydantic import SecretStr
 
 from giantleap.service.jobqueue.client import open_async_redis
 from giantleap.service.jobqueue.keys import Keys
-from giantleap.service.jobs.job import Job, JobError, ResultFile, Webhook
+from giantleap.service.jobs.job import FINAL_STATES, Job, JobError, ResultFile, Webhook
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.webhooks import sender as webhooks
-from giantleap.service.webhooks.sender import EVENTS, Delivery, WebhookSender, retry_delay_s, sign
+from giantleap.service.webhooks.sender import Delivery, WebhookSender, retry_delay_s, sign
 from tests.service.webhook_receiver import Receiver, webhook_receiver
 
 SECRET = "a secret of the operator"
@@ -59,7 +59,7 @@ async def senders(settings: Settings, metrics: Metrics, number: int = 1, **chang
         yield
 
 
-def told(job: Job, receiver: Receiver, events: tuple[str, ...] = EVENTS) -> Job:
+def told(job: Job, receiver: Receiver, events: tuple[str, ...] = FINAL_STATES) -> Job:
     return dataclasses.replace(job, webhook=Webhook(receiver.url, events))
 
 
@@ -194,7 +194,7 @@ def test_a_delivery_is_given_up_after_so_many_attempts_and_kept_in_the_dead_list
 
     async def scenario() -> None:
         async with open_producer() as producer:
-            webhook = Webhook(f"http://127.0.0.1:{port}/", EVENTS)
+            webhook = Webhook(f"http://127.0.0.1:{port}/", FINAL_STATES)
             job = await end_one(producer, dataclasses.replace(make_job(), webhook=webhook))
             async with senders(settings, metrics), asyncio.timeout(60):
                 while not redis_client.xlen(dead):
@@ -239,7 +239,7 @@ def test_a_receiver_that_never_answers_costs_one_bounded_attempt(
 
         async def scenario() -> None:
             async with open_producer() as producer:
-                webhook = Webhook(f"http://127.0.0.1:{silent.getsockname()[1]}/", EVENTS)
+                webhook = Webhook(f"http://127.0.0.1:{silent.getsockname()[1]}/", FINAL_STATES)
                 await end_one(producer, dataclasses.replace(make_job(), webhook=webhook))
                 async with senders(settings, metrics):
                     await wait_for_retries(metrics, 1)

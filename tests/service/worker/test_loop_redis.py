@@ -70,7 +70,7 @@ async def result_of(producer: JobProducer, job: Job, index: int = 0) -> bytes:
 def upscale_job(height: int, width: int) -> tuple[Job, bytes]:
     latent = torch.randn(1, 16, height, width, generator=torch.Generator().manual_seed(height))
     params = UpscaleParams(2, "tiny", 1, 16, height, width, "latent", "png")
-    job = Job(f"upscale-{height}-{width}", "tiny", Priority.LOW, time.time(), params)
+    job = Job(f"upscale-{height}-{width}", "tiny", priority=Priority.LOW, created_at_s=time.time(), params=params)
     return job, safetensors.torch.save({"latent": latent})
 
 

@@ -9,7 +9,7 @@ from giantleap.service.api.compat.errors import front_error
 from giantleap.service.api.problems import problem_body
 from giantleap.service.errors import InvalidFields
 
-PROBLEM = problem_body(InvalidFields((("n", "is 0"), ("size", "is odd"))), "r-1")
+PROBLEM = problem_body(InvalidFields(*(("n", "is 0"), ("size", "is odd"))), "r-1")
 ROUTES = {
     "/v1/images/generations": "OpenAIError",
     "/v1/images/{job_id}/content": "OpenAIError",
