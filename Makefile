@@ -1,10 +1,11 @@
-# Every target works on a fresh machine with Python 3.11 or newer, make and git; none needs root, a GPU or Docker.
+# Python 3.11 or newer, make and git are enough for every target but three: `deploy-check` says what else it needs, `compiler` and
+# `peers` need a C++ compiler. None needs root, a GPU or Docker.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test slow check security audit format lint types quality ablations chaos fuzz compat peers deploy-check clean
+.PHONY: help demo serve test slow compiler check security audit format lint types quality ablations chaos fuzz compat peers deploy-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,10 +30,13 @@ serve: $(VENV)/.run ## Install and run the service on http://127.0.0.1:8000 unti
 	$(BIN)/giantleap serve
 
 test: $(VENV)/.dev ## Install and run every test (starts its own Redis)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not chaos and not fuzz and not deploy"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not chaos and not fuzz and not deploy and not compiler"
 
 slow: $(VENV)/.dev ## Run the tests that take minutes
-	$(BIN)/python -m pytest -m "slow and not gpu and not chaos and not fuzz and not deploy"
+	$(BIN)/python -m pytest -m "slow and not gpu and not chaos and not fuzz"
+
+compiler: $(VENV)/.dev ## Run the tests of compiled code, which need a C++ compiler (minutes)
+	$(BIN)/python -m pytest -m "compiler and not gpu"
 
 chaos: $(VENV)/.dev ## Kill workers and Redis under thousands of jobs (minutes) and store the report
 	$(BIN)/python -m pytest -s -m chaos
@@ -56,6 +60,7 @@ format: $(VENV)/.dev ## Rewrite the code in the project's format
 lint: $(VENV)/.dev ## Check format and lint rules
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/codespell
 
 types: $(VENV)/.dev ## Check the types
 	$(BIN)/mypy
@@ -67,7 +72,7 @@ security: $(VENV)/.dev ## Look for unsafe code (bandit) and vulnerable dependenc
 audit: $(VENV)/.dev ## Fail where a dependency has a known vulnerability or could not be asked about
 	$(BIN)/python .ci/audit.py --strict
 
-check: lint types security test ## Everything that the continuous integration runs
+check: lint types security test ## Everything that needs only what pip installs; CI runs it and deploy-check
 
 quality: $(VENV)/.dev ## Measure the pocket bundle (minutes) and store the table
 	$(BIN)/python -m benchmarks.pocket_quality; status=$$?; $(BIN)/python -m benchmarks.readme_figures; exit $$status
@@ -75,7 +80,9 @@ quality: $(VENV)/.dev ## Measure the pocket bundle (minutes) and store the table
 ablations: $(VENV)/.dev ## Train and compare the variants of the paper's ablation tables (half an hour of one core)
 	$(BIN)/python -m benchmarks.ablations
 
-deploy-check: $(VENV)/.dev ## Check the Dockerfile, compose files, Helm chart, alert rules and dashboard
+deploy-check: $(VENV)/.dev ## Check what needs promtool, Helm or a system Redis: images, chart, alert rules, queue
+	@missing=`for tool in prometheus promtool redis-server; do command -v $$tool >/dev/null || printf ' %s' $$tool; done`; \
+	  [ -z "$$missing" ] || { echo "Not on the PATH:$$missing. Debian and Ubuntu: apt-get install prometheus redis-server"; exit 1; }
 	$(BIN)/python -m benchmarks.checks deploy
 
 clean: ## Remove the virtual environment and everything generated

@@ -19,6 +19,7 @@ from giantleap.service.jobs.job import Priority
 from giantleap.service.settings import Settings
 from tests.deploy.chart_helm import HelmMissing, HelmProgram, HelmRefused, find_helm
 
+pytestmark = pytest.mark.deploy
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHART = ROOT / "deploy" / "helm" / "giantleap"
 GPU: dict[str, Any] = yaml.safe_load((CHART / "values-gpu.yaml").read_text())

@@ -28,6 +28,7 @@ def stages() -> dict[str, tuple[str, str]]:
     return {head[2]: (head[1], part) for head, part in zip(heads, parts, strict=True) if head}
 
 
+@pytest.mark.deploy
 def test_hadolint_has_nothing_to_say() -> None:
     hadolint = Path(sys.executable).parent / "hadolint"
     ended = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=120, check=False)
@@ -135,6 +136,7 @@ def test_passwords_come_from_the_environment_file_and_are_in_no_command_line() -
         assert SERVICES[name]["environment"]["GIANTLEAP_REDIS_URL"].startswith("redis://:${REDIS_PASSWORD:?")
 
 
+@pytest.mark.deploy
 def test_redis_starts_with_the_password_of_its_file_and_hides_it(tmp_path: Path) -> None:
     """The container's own command line, with the paths of a test: the server asks for the password."""
     from giantleap.cli.demo import free_port

@@ -79,11 +79,13 @@ def check_query(query: str) -> None:
     assert len(found) == len(re.findall(r"giantleap[_:]", concrete)), f"a part of it was not read: {query}"
 
 
+@pytest.mark.deploy
 def test_promtool_accepts_the_configuration_and_the_rules() -> None:
     assert "SUCCESS" in promtool("check", "config", "prometheus.yml")
     promtool("check", "rules", "--lint-fatal", "rules.yml")
 
 
+@pytest.mark.deploy
 def test_the_rules_pass_their_unit_tests() -> None:
     assert "SUCCESS" in promtool("test", "rules", "rules_test.yml")
 

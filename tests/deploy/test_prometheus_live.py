@@ -40,7 +40,7 @@ def wait_for(url: str, text: str) -> dict[str, Any]:
     raise AssertionError(f"{text} stayed empty")
 
 
-@pytest.mark.slow
+@pytest.mark.deploy
 def test_prometheus_scrapes_the_api_and_evaluates_the_rules(tmp_path: Path) -> None:
     binary = shutil.which("prometheus")
     assert binary is not None, "prometheus is missing: apt-get install prometheus"

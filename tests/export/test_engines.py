@@ -35,7 +35,7 @@ def test_code_is_for_the_processors_that_the_manifest_names(
     assert given["inductor_configs"] == {"cpp.march": level}
 
 
-@pytest.mark.slow
+@pytest.mark.compiler
 @pytest.mark.timeout(1800)
 def test_compiled_code_agrees_with_pytorch(tmp_path: Path) -> None:
     write_tiny_bundle(tmp_path / "tiny")

@@ -207,7 +207,7 @@ def test_what_cannot_be_compiled_is_no_silent_detour(net: Lua, monkeypatch: pyte
     assert set(limits) == {_MAX_COMPILED} and torch._dynamo.config.recompile_limit < _MAX_COMPILED
 
 
-@pytest.mark.slow
+@pytest.mark.compiler
 def test_compiled_answers_as_the_network(net: Lua, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = CompileEngine.open(net, CPU, torch.float32)
     assert_answers_as(engine, net, 2e-5)
@@ -219,7 +219,7 @@ def test_compiled_answers_as_the_network(net: Lua, monkeypatch: pytest.MonkeyPat
         engine.run(torch.zeros(1, 16, 4, 4), 2)
 
 
-@pytest.mark.slow
+@pytest.mark.compiler
 def test_aoti_answers_as_the_network(net: Lua, tmp_path: Path) -> None:
     artifacts = {}
     for scale in (2, 4):
