@@ -7,6 +7,7 @@ file.
 import io
 import math
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -28,6 +29,18 @@ def to_signed(pixels: Tensor) -> Tensor:
     **Shape** [height_px, width_px, 3], uint8 -> [3, height_px, width_px], float32 in [-1, 1].
     """
     return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def to_pixels(values: Tensor) -> Tensor:
+    """Round images to bytes.
+
+    Args:
+        values: [batch, 3, height_px, width_px], clamped to [0, 1].
+
+    Returns:
+        [batch, height_px, width_px, 3], uint8, on the CPU.
+    """
+    return (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 def to_image_bytes(pixels: Tensor, output_format: ImageFormat) -> bytes:

@@ -7,6 +7,7 @@ which order a method runs them is in `stages_of`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
@@ -15,27 +16,27 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from giantleap.models.bundle.bundle import Bundle, check_files
+from giantleap.models.bundle.bundle import Bundle, BundleError, check_files, load_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.device import (
     NoObserver,
     PeakMemory,
     StageClock,
     StageObserver,
+    choose_device,
+    choose_dtype,
     free_cache,
     peak_memory,
     reset_peak_memory,
 )
 from giantleap.models.engines.base import Artifact, Engine, EngineName
-from giantleap.models.engines.factory import open_engine
 from giantleap.models.engines.swinir import PixelUpscaler
 from giantleap.models.generator import CancelCheck, GenerationItem, Generator, StepCallback
-from giantleap.models.images import to_signed
-from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.images import to_pixels, to_signed
 from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import pad_to_window
 from giantleap.models.lua.spec import scaled_size
-from giantleap.models.lua.statistics import read_statistics
+from giantleap.models.upscaler import open_lua
 from giantleap.models.vae.autoencoder import Vae, read_tiny, read_vae_model
 from giantleap.models.worker_role import WorkerRole
 
@@ -119,11 +120,7 @@ class Route:
         check_files(bundle)
         lua, guard = None, None
         if bundle.lua is not None and role.loads_decoder:
-            net = read_lua(bundle.lua)
-            bundle.check_lua(net.spec)
-            lua = open_engine(engine, net, device, dtype, artifacts)
-            if bundle.guard_sigmas is not None:
-                guard = LatentClamp(read_statistics(bundle.lua), bundle.guard_sigmas, device)
+            lua, guard = open_lua(bundle, bundle.lua, device, dtype, engine, artifacts)
         pixel = PixelUpscaler.open(bundle.swinir, device, dtype) if bundle.swinir and role.loads_decoder else None
         generator = Generator.open(bundle, device, dtype) if role.loads_pipeline else None
         space = bundle.latent_space if generator is None else generator.latent_space
@@ -374,14 +371,6 @@ def finite_items(batch: Tensor) -> list[bool]:
     return finite
 
 
-def to_pixels(values: Tensor) -> Tensor:
-    """Bytes of an image.
-
-    **Shape** [batch, 3, height_px, width_px] in [0, 1], clamped -> [batch, height_px, width_px, 3], uint8, on the CPU.
-    """
-    return (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-
-
 def run_once(route: Route, item: GenerationItem, scale: float, method: Method = "lua") -> StageClock:
     """One image through all stages, its pixels thrown away; the clock that timed them.
 
@@ -393,3 +382,26 @@ def run_once(route: Route, item: GenerationItem, scale: float, method: Method = 
         item = replace(item, width_px=scaled_size(item.width_px, scale), height_px=scaled_size(item.height_px, scale))
     route.upscale_and_decode(route.generate_latents(item, clock), scale, method, "exact", clock)
     return clock
+
+
+def load_route(
+    bundle: Bundle | Path | str, *, device: torch.device | str = "auto", dtype: torch.dtype | str = "auto"
+) -> Route:
+    """Load a bundle: its pipeline, its VAE and its upscalers.
+
+    Args:
+        bundle: A bundle, its directory or its name (`load_bundle`).
+        device: Where it runs; "auto" is the first GPU, else the CPU.
+        dtype: The compute type; "auto" is float32 on a CPU, on a GPU the type that the bundle names, else bfloat16.
+
+    Raises:
+        BundleError: The bundle cannot be read, its weights were not pulled, or a file differs from its digest.
+        ValueError: The device does not exist or cannot compute in that type, or as `Route.open`.
+        OSError: The pipeline lacks a file.
+    """
+    if not isinstance(bundle, Bundle):
+        bundle = load_bundle(bundle)
+    if isinstance(bundle.pipeline, str):
+        raise BundleError(f"bundle {bundle.name} is on the hub: run `giantleap bundle pull {bundle.name}` first")
+    chosen = choose_device(str(device))
+    return Route.open(bundle, chosen, choose_dtype(str(dtype).removeprefix("torch."), chosen, bundle.dtype))

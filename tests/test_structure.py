@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models.latent_space",),
     ("models.bundle",),
     ("models.engines", "models.vae"),
-    ("models.generator",),
+    ("models.generator", "models.upscaler"),
     ("models.memory",),
     ("models.route",),
     ("export", "training.data"),

@@ -42,7 +42,7 @@ Stage = Literal["encode", "generate", "upscale", "decode"]
 # Of `giantleap.models.engines.swinir`, which imports torch: an image of up to its square goes whole, a larger one in
 # tiles.
 TILE_PX = 512
-IMAGE_COPIES = 4  # float32 images alive while a decoded one becomes bytes (`giantleap.models.route.to_pixels`)
+IMAGE_COPIES = 4  # float32 images alive while a decoded one becomes bytes (`giantleap.models.images.to_pixels`)
 _ROUNDING = 1e-6  # of a pixel
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from diffusers.models.auto_model import AutoModel
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from PIL import Image
 from torch import Tensor
 
 from giantleap.models.bundle.bundle import Bundle, ModelSource
 from giantleap.models.bundle.descriptor import DecodeName
+from giantleap.models.images import to_pixels
 from giantleap.models.latent_space import LatentSpace
 from giantleap.models.vae.decode import (
     FRAME_CLASSES,
@@ -227,14 +229,36 @@ def _strip_shape(model: Any) -> DecoderShape | None:
     return DecoderShape.from_config(model.config)
 
 
-def _check_model(model: Any, space: LatentSpace) -> None:
+def decode_images(vae: Any, latents: Tensor) -> list[Image.Image]:
+    """Decode raw latents with the VAE of a diffusers pipeline; large ones in strips, which saves memory.
+
+    Args:
+        vae: `pipe.vae`, of one of the classes that `Vae` takes.
+        latents: Raw ones, [batch, channels, h, w], on any device.
+
+    Raises:
+        VaeError: The VAE is of another class.
+        ValueError: The latents have another shape, or an image has a value that is not finite.
+    """
+    channels, stride_px = _latent_layout(vae)
+    decoded = Vae(vae, LatentSpace(type(vae).__name__, channels, stride_px, scale=1.0)).decode(latents)
+    if not bool(decoded.isfinite().all()):
+        raise ValueError("a decoded image has values that are not finite; check the latents, or use another dtype")
+    return [Image.fromarray(pixels.numpy()) for pixels in to_pixels(decoded / 2 + 0.5)]
+
+
+def _latent_layout(model: Any) -> tuple[int, int]:
+    """Channels of a raw latent, and image pixels per latent pixel."""
     if isinstance(model, STRIP_CLASSES):
-        channels, stride_px = model.config["latent_channels"], 2 ** (len(model.config["block_out_channels"]) - 1)
-    elif isinstance(model, FRAME_CLASSES):
-        channels, stride_px = model.config["z_dim"], model.spatial_compression_ratio
-    else:
-        known = ", ".join(each.__name__ for each in (*STRIP_CLASSES, *FRAME_CLASSES))
-        raise VaeError(f"a VAE is one of {known}; found {type(model).__name__}")
+        return model.config["latent_channels"], 2 ** (len(model.config["block_out_channels"]) - 1)
+    if isinstance(model, FRAME_CLASSES):
+        return model.config["z_dim"], model.spatial_compression_ratio
+    known = ", ".join(cls.__name__ for cls in (*STRIP_CLASSES, *FRAME_CLASSES))
+    raise VaeError(f"a VAE is one of {known}; found {type(model).__name__}")
+
+
+def _check_model(model: Any, space: LatentSpace) -> None:
+    channels, stride_px = _latent_layout(model)
     if (channels, stride_px) != (space.channels, space.stride_px):
         raise VaeError(
             f"this {type(model).__name__} has {channels} latent channels and a stride of {stride_px} px; latent space "
