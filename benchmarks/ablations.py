@@ -1,12 +1,12 @@
-"""Trains the variants of the paper's ablation tables at pocket scale, with equal numbers of updates, and compares.
+"""Train and compare the variants of the paper's ablation tables at pocket scale, with equal numbers of updates.
 
 `python -m benchmarks.ablations` (`make ablations`) draws procedural pictures, makes pairs of them with the pocket
 bundle's frozen VAE, trains every variant with every seed through `training/run.py`, and measures each on the six
-held-out photographs of `benchmarks/quality/photos.py`. A result is kept as soon as it is there, in
-`benchmarks/results/ablations.json`; a run that was killed goes on with the first that is missing. `docs/ablations.md`
-is written from the file.
+held-out photographs of `benchmarks/quality/photos.py`. Each result is stored at once in
+`benchmarks/results/ablations.json`; a killed run continues with the first missing result. `docs/ablations.md` is
+written from that file.
 
-**Ref** arXiv 2511.10629, tables 3 and 4.
+References: arXiv 2511.10629, tables 3 and 4.
 """
 
 import json
@@ -54,16 +54,16 @@ LATENT_L1_ONLY = {"latent_l1": 1.0}
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table: what is trained, and what the paper reached with it.
+    """One row of a table: what is trained, and the paper's result.
 
-    Args:
-        key: In the file of results.
-        title: In the table.
+    Attributes:
+        key: Name in the results file.
+        title: Name in the table.
         stages: Names of the curriculum's stages; "L1" is stage I with the latent L1 alone.
-        paper: PSNR in dB by scale.
-        scales: The heads.
-        head: As `LuaSpec.head`.
-        batch: Of every stage; None for `BATCH`.
+        paper: The paper's PSNR in dB by scale.
+        scales: Scales of the heads.
+        head: `LuaSpec.head`.
+        batch: Batch size of every stage; None for `BATCH`.
     """
 
     key: str
@@ -92,7 +92,7 @@ HEADS = ("liif", "only_x2", "only_x4", "full")  # and 4
 
 
 def config_of(variant: Variant, updates: int, seed: int, bundle: Path, pairs: Path) -> RunConfig:
-    """The run of one variant: `updates` in all, shared evenly by its stages."""
+    """Return the run configuration of a variant: `updates` in total, shared evenly by its stages."""
     stages = []
     for name in variant.stages:
         stage: dict[str, Any] = {"name": "I", "weights": LATENT_L1_ONLY} if name == "L1" else {"name": name}
@@ -116,10 +116,9 @@ def config_of(variant: Variant, updates: int, seed: int, bundle: Path, pairs: Pa
 
 
 def make_pairs(out: Path, bundle: Path, pool: Path, count: int) -> None:
-    """Draws pictures and encodes them, once; what a kill left half done is done again.
+    """Draw and encode the pictures unless that is finished already.
 
-    Effects:
-        Copies the bundle to `out/bundle`, so that all variants have one VAE; writes `out/pictures` and `out/pairs`.
+    Copies the bundle to `out/bundle`, so that all variants use one VAE; writes `out/pictures` and `out/pairs`.
     """
     if (out / "pairs" / "summary.json").is_file():
         return
@@ -138,7 +137,7 @@ def make_pairs(out: Path, bundle: Path, pool: Path, count: int) -> None:
 
 @dataclass(frozen=True)
 class Photo:
-    """A photograph, its reductions as latents by scale, and what its own latent decodes to; pictures in [-1, 1]."""
+    """A photograph in [-1, 1], its reductions as latents by scale, and its VAE round trip."""
 
     original: Tensor
     small: Mapping[int, Tensor]
@@ -147,7 +146,7 @@ class Photo:
 
 @torch.no_grad()
 def encode_photos(vae: Any) -> dict[str, Photo]:
-    """The six photographs as `Photo`, by name."""
+    """Encode the six photographs, by name."""
 
     def encode(picture: Tensor) -> Tensor:
         latent: Tensor = vae.encode(picture).latent_dist.mode()
@@ -163,18 +162,18 @@ def encode_photos(vae: Any) -> dict[str, Photo]:
 
 @torch.no_grad()
 def decode_picture(vae: Any, latent: Tensor) -> Tensor:
-    """**Shape** [1, channels, h, w] -> [1, 3, 8 h, 8 w], clamped to [-1, 1]."""
+    """Decode [1, channels, h, w] to [1, 3, 8 h, 8 w], clamped to [-1, 1]."""
     picture: Tensor = vae.decode(latent).sample
     return picture.clamp(-1.0, 1.0)
 
 
 def enlarge(maps: Tensor, scale: int) -> Tensor:
-    """Bicubic, of latents or of pictures."""
+    """Upscale latents or pictures bicubically."""
     return F.interpolate(maps, scale_factor=float(scale), mode="bicubic")
 
 
 def ssim(picture: Tensor, original: Tensor) -> float:
-    """Structural similarity of pictures in [-1, 1], mean over channels (Wang et al. 2004, Gaussian windows)."""
+    """Return the SSIM of pictures in [-1, 1] (Wang et al. 2004, Gaussian windows), mean over channels."""
     one, two = (x[0].permute(1, 2, 0).double().numpy() for x in (picture, original))
     return float(
         structural_similarity(
@@ -184,7 +183,7 @@ def ssim(picture: Tensor, original: Tensor) -> float:
 
 
 def score(picture: Tensor, photo: Photo) -> dict[str, float]:
-    """PSNR in dB and SSIM against the photograph, PSNR against what its own latent decodes to."""
+    """Return PSNR in dB and SSIM against the photograph, and PSNR against its VAE round trip."""
     return {
         "psnr_db": psnr_db(picture, photo.original),
         "ssim": ssim(picture, photo.original),
@@ -193,13 +192,13 @@ def score(picture: Tensor, photo: Photo) -> dict[str, float]:
 
 
 def mean_of(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each figure."""
+    """Return the mean of each figure."""
     return {name: mean(each[name] for each in scores) for name in scores[0]}
 
 
 @torch.no_grad()
 def measure_net(net: Lua, vae: Any, photos: Mapping[str, Photo]) -> dict[str, dict[str, float]]:
-    """By scale, the mean over the photographs of `score`."""
+    """Return the mean of `score` over the photographs, by scale."""
     return {
         f"x{scale}": mean_of([score(decode_picture(vae, net(p.small[scale], scale)), p) for p in photos.values()])
         for scale in net.spec.scales
@@ -208,21 +207,21 @@ def measure_net(net: Lua, vae: Any, photos: Mapping[str, Photo]) -> dict[str, di
 
 @torch.no_grad()
 def measure_untrained(vae: Any, photos: Mapping[str, Photo]) -> dict[str, Any]:
-    """What the scores lie between: both bicubic enlargements, and the round trip of the large photograph."""
-    found: dict[str, Any] = {
+    """Return the baselines (both bicubic upscales) and the ceiling (the round trip of the large photograph)."""
+    result: dict[str, Any] = {
         "round_trip": mean_of([{**score(p.round_trip, p), "round_trip_psnr_db": 100.0} for p in photos.values()])
     }
     for scale in SCALES:
         pixel = [score(enlarge(decode_picture(vae, p.small[scale]), scale), p) for p in photos.values()]
         latent = [score(decode_picture(vae, enlarge(p.small[scale], scale)), p) for p in photos.values()]
-        found[f"x{scale}"] = {"decode_then_bicubic": mean_of(pixel), "bicubic_latent": mean_of(latent)}
-    return found
+        result[f"x{scale}"] = {"decode_then_bicubic": mean_of(pixel), "bicubic_latent": mean_of(latent)}
+    return result
 
 
 def run_one(
     variant: Variant, updates: int, seed: int, out: Path, vae: Any, photos: Mapping[str, Photo]
 ) -> dict[str, Any]:
-    """Trains and measures one variant with one seed; what a kill left of it is thrown away first."""
+    """Train and measure one variant with one seed; an unfinished earlier run is discarded first."""
     folder = out / "run"
     shutil.rmtree(folder, ignore_errors=True)
     started_s, started_wall_s = time.process_time(), time.monotonic()
@@ -235,7 +234,7 @@ def run_one(
 
 
 def settings_of(updates: int, bundle: Path, pairs: Path) -> dict[str, Any]:
-    """What all results of one file share."""
+    """Return the settings that all results of one file share."""
     return {
         "updates": updates,
         "net": NET,
@@ -248,39 +247,39 @@ def settings_of(updates: int, bundle: Path, pairs: Path) -> dict[str, Any]:
 
 
 def read_results(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured so far with these settings; nothing where there is no file.
+    """Return the results measured so far with these settings; an empty record if there is no file.
 
     Raises:
-        ValueError: The file is of other settings.
+        ValueError: The file was made with other settings.
     """
     if not path.is_file():
         return {"machine": read_machine(PHOTO_PACKAGES), "settings": dict(settings), "runs": []}
     record: dict[str, Any] = json.loads(path.read_text())
     if record["settings"] != settings:
-        raise ValueError(f"{path} holds results of other settings: move it away to begin anew")
+        raise ValueError(f"{path} holds results of other settings; move it away to start again")
     return record
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and sample deviation over the seeds."""
+    """Format mean and sample deviation over the seeds."""
     if not values:
         return "-"
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def order_of(keys: Sequence[str], values: Mapping[str, float]) -> str:
-    """Those that have a value, the best first."""
+    """List the titles of those that have a value, the best first."""
     titles = {variant.key: variant.title for variant in VARIANTS}
     return " > ".join(titles[key] for key in sorted((k for k in keys if k in values), key=lambda k: -values[k]))
 
 
 def to_markdown(record: Mapping[str, Any]) -> str:
-    """The whole of `docs/ablations.md`."""
+    """Return the text of `docs/ablations.md`."""
     lines = [
         PAGE_HEAD.format(**record["settings"], **record["settings"]["net"], **_words(record)),
         *_table(record, STAGES),
     ]
-    lines += ["", "## Heads (the paper's table 4)", "", *_table(record, HEADS), "", "## The order", ""]
+    lines += ["", "## Heads (the paper's table 4)", "", *_table(record, HEADS), "", "## Order", ""]
     for scale in SCALES:
         for name, keys in (("stages", STAGES), ("heads", HEADS)):
             ours = {key: mean(values) for key in keys if (values := _values(record, key, scale, "psnr_db"))}
@@ -331,51 +330,42 @@ Written by `python -m benchmarks.ablations` (`make ablations`); figures in `benc
 
 {runs} runs: each variant with {seeds} seeds, {updates} updates in all, shared evenly by its stages, and nothing else
 changed: {tiles} procedural tiles of {tile_px} px, the pocket bundle's frozen VAE, a network of width {embed_dim} with
-depths {depths} and a bicubic skip, Adam at 2e-3 with the paper's milestones, an average of decay 0.99, batches of 8
-(stage I) and 1 (II, III), bfloat16. PSNR in dB and SSIM are means over the six held-out photographs, decoded, against
-the photograph; ± is the sample deviation over seeds. {cpu_min:.0f} CPU minutes of training on {where}.
+depths {depths} and a bicubic skip, Adam at 2e-3 with the paper's milestones, EMA decay 0.99, batches of 8 (stage I) and
+1 (II, III), bfloat16. PSNR in dB and SSIM are means over the six held-out photographs; ± is the sample deviation over
+seeds. {cpu_min:.0f} CPU minutes on {where}. LPIPS is not measured: its weights were not available.
 
 | without training | x2 PSNR | x4 PSNR |
 |---|---|---|
 | bicubic latent, where every run starts | {latent_2:.2f} | {latent_4:.2f} |
-| decoded, then bicubic | {pixel_2:.2f} | {pixel_4:.2f} |
-| the VAE's round trip of the photograph, the ceiling | {ceiling:.2f} | {ceiling:.2f} |
-
-LPIPS, which the paper gives as well, is not measured: its weights are not here.
+| decode, then bicubic | {pixel_2:.2f} | {pixel_4:.2f} |
+| ceiling: VAE round trip of the photograph | {ceiling:.2f} | {ceiling:.2f} |
 
 ## Stages (the paper's table 3)
 """
-PAGE_TAIL = """## What this can say
+PAGE_TAIL = """## Interpretation
 
-The paper trains for 125,000 updates a stage on 3.8 million pairs of photographs, with a VAE of large capacity; these
-are runs of {updates} updates of a very small network, on drawn pictures, under a VAE whose round trip ends below the
-paper's figures. So absolute values do not compare, and an order here is one of learning speed in the first minute from
-a start at bicubic: it says which losses or which head gain most per update, not where training would end. Updates are
-equal; seconds are not (stages II and III decode: column CPU s), nor are tiles: an update of stage I sees 8 and one of
-II and III a single one, as the paper's see 2048 and 32. The row of the latent L1 with one tile an update, which the
-paper does not have, tells what that alone is worth. Each stage starts Adam afresh at the full rate and halves it three
-times, so three short stages are also three starts. The head of a specialist is trained in every update, each of two
-joint ones in four of five. A difference within the ± of either row is none.
+The paper trains 125,000 updates per stage on 3.8 million pairs of photographs. These are {updates} updates of a very
+small network on procedural pictures, under a VAE whose round trip is below the paper's figures. Absolute values do not
+compare; the order is one of learning speed from a bicubic start, not of where training would end. Updates are equal;
+seconds are not (stages II and III decode), nor are tiles: an update of stage I sees 8, of II and III one (the paper's:
+2048 and 32). The row with one tile per update isolates that effect. Each stage restarts Adam at the full rate. A
+specialist's head is trained in every update, each joint head in four of five. Differences within ± are not significant.
 """
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where pictures, pairs and the run in the making go.")] = Path(
-        "runs/ablations"
-    ),
+    out: Annotated[Path, typer.Option(help="Where pictures, pairs and the current run go.")] = Path("runs/ablations"),
     bundle: Annotated[Path, typer.Option(help="The bundle whose VAE is used.")] = Path("bundles/pocket"),
-    pool: Annotated[Path, typer.Option(help="Drawn pictures to cut from; filled when empty.")] = Path("runs/pool"),
-    results: Annotated[Path, typer.Option(help="Results so far and all of them at the end.")] = Path(
-        "benchmarks/results/ablations.json"
-    ),
+    pool: Annotated[Path, typer.Option(help="Pool of procedural pictures; filled when empty.")] = Path("runs/pool"),
+    results: Annotated[Path, typer.Option(help="The results file.")] = Path("benchmarks/results/ablations.json"),
     page: Annotated[Path, typer.Option(help="The table.")] = Path("docs/ablations.md"),
     updates: Annotated[
-        int, typer.Option(min=6, help="Of each variant, over all of its stages; a multiple of 6.")
+        int, typer.Option(min=6, help="Updates of each variant over all stages; a multiple of 6.")
     ] = 300,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    pictures: Annotated[int, typer.Option(min=1, help="Drawn for training.")] = 384,
+    pictures: Annotated[int, typer.Option(min=1, help="Number of training pictures.")] = 384,
 ) -> None:
-    """Trains what is missing, stores each result as it comes, writes the page."""
+    """Train the missing variants, store each result, write the page."""
     if updates % STEPS_SHARED_BY:
         raise typer.BadParameter(f"{updates} updates cannot be shared evenly by two and by three stages")
     torch.set_num_threads(1)
@@ -389,12 +379,12 @@ def main(
         for variant in VARIANTS:
             if any(run["variant"] == variant.key and run["seed"] == seed for run in record["runs"]):
                 continue
-            found = run_one(variant, updates, seed, out, vae, photos)
-            record["runs"].append(found)
+            result = run_one(variant, updates, seed, out, vae, photos)
+            record["runs"].append(result)
             replace_file(results, (json.dumps(record, indent=1) + "\n").encode())
-            line = [f"{name} {found[name]['psnr_db']:.2f} dB" for name in ("x2", "x4") if name in found]
+            line = [f"{name} {result[name]['psnr_db']:.2f} dB" for name in ("x2", "x4") if name in result]
             typer.echo(
-                f"{variant.key} seed {seed}: {', '.join(line)}, {found['cpu_s']:.0f} CPU s, {found['wall_s']:.0f} s"
+                f"{variant.key} seed {seed}: {', '.join(line)}, {result['cpu_s']:.0f} CPU s, {result['wall_s']:.0f} s"
             )
     replace_file(page, to_markdown(record).encode())
 

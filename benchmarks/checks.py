@@ -1,7 +1,7 @@
-"""Runs the tests of one subject and keeps what they found: `python -m benchmarks.checks compat` (or deploy, fuzz).
+"""Run the tests of one subject and store a report: `python -m benchmarks.checks compat` (or deploy, fuzz).
 
-The report, `benchmarks/results/checks_<subject>.json`, has each test with its seconds and what it recorded, and the
-versions of the clients or tools that it used. It is written also when a test fails, which gives status 1.
+The report, `benchmarks/results/checks_<subject>.json`, lists each test with its duration and recorded properties, and
+the versions of the clients or tools. It is also written when a test fails, with exit status 1.
 """
 
 import json
@@ -22,7 +22,7 @@ RESULTS = Path("benchmarks/results")
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is run: the arguments of pytest, and whose versions count."""
+    """The arguments of pytest, and the packages whose versions are reported."""
 
     arguments: tuple[str, ...]
     packages: tuple[str, ...]
@@ -38,10 +38,10 @@ SUBJECTS = {
 
 
 def read_junit(path: Path) -> dict[str, Any]:
-    """What pytest's `--junitxml` file says: counts, and each test with its outcome, seconds and recorded properties.
+    """Read pytest's `--junitxml` file: counts, and each test with its outcome, seconds and recorded properties.
 
     Raises:
-        ValueError: no test was run.
+        ValueError: No test was run.
     """
     tests = []
     for case in ElementTree.parse(path).iter("testcase"):
@@ -60,20 +60,20 @@ def read_junit(path: Path) -> dict[str, Any]:
 
 
 def main(subject: Annotated[str, typer.Argument(help=f"One of {', '.join(SUBJECTS)}.")]) -> None:
-    """Run, write the report, end as pytest ended."""
+    """Run the tests, write the report, exit with pytest's status."""
     if subject not in SUBJECTS:
-        raise typer.BadParameter(f"{subject!r} is none of {', '.join(SUBJECTS)}")
+        raise typer.BadParameter(f"unknown subject {subject!r}; expected one of {', '.join(SUBJECTS)}")
     chosen = SUBJECTS[subject]
     with tempfile.TemporaryDirectory() as place:
         junit = Path(place) / "junit.xml"
         ended = subprocess.run([sys.executable, "-m", "pytest", f"--junitxml={junit}", *chosen.arguments], check=False)
         if not junit.exists():
             raise typer.Exit(ended.returncode or 1)
-        found = read_junit(junit)
-    report = {"machine": read_machine(chosen.packages), "pytest": list(chosen.arguments)} | found
+        results = read_junit(junit)
+    report = {"machine": read_machine(chosen.packages), "pytest": list(chosen.arguments)} | results
     path = RESULTS / f"checks_{subject}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
-    typer.echo(f"{path}: {found['passed']} passed, {found['other']} not")
+    typer.echo(f"{path}: {results['passed']} passed, {results['other']} did not")
     raise typer.Exit(ended.returncode)
 
 

@@ -1,10 +1,9 @@
-"""Compares the ways to decode: time, memory and difference to the plain decode, with full-size random-weight decoders.
+"""Compare the decode methods (time, memory, difference to the plain decode) on full-size decoders with random weights.
 
 `python -m benchmarks.decode --px 512 1024` prints a table and writes `benchmarks/results/decode.json`. Each method runs
-in a process of its own, so that its resident memory is its own. Live bytes are counted on shapes alone
-(`benchmarks/live_storage.py`), which costs no arithmetic and reaches sizes that do not fit here. Timing does not depend
-on the weights' values; the difference of the tiled decode does, and is that of random weights. On a GPU:
-`benchmarks/gpu_check/run.py`.
+in a separate process, so that resident memory is its own. Live bytes are counted on the meta device
+(`benchmarks/live_storage.py`), which also covers sizes that do not fit in memory. Timing does not depend on the
+weights; the difference of the tiled decode does. On a GPU: `benchmarks/gpu_check/run.py`.
 """
 
 import argparse
@@ -70,10 +69,10 @@ VAE_CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class DecodeFigures:
-    """One method at one size. Differences are to the plain decode; None where there is nothing to compare.
+    """One method at one size. Differences are to the plain decode; None without a comparison.
 
-    `wall_s` and `cpu_s` are medians over the runs after a small warm-up; `rss_bytes` is what the process's resident
-    memory grew by; `live_bytes` and `largest_elements` are counted on shapes.
+    `wall_s` and `cpu_s` are medians over the runs after a small warm-up, `rss_bytes` is the growth of resident memory,
+    `live_bytes` and `largest_elements` are counted on the meta device.
     """
 
     method: DecodeMethod
@@ -89,7 +88,7 @@ class DecodeFigures:
 
 
 def build_decoder(family: str, method: DecodeMethod) -> Any:
-    """A full-size AutoencoderKL of a family, AutoencoderTiny for "tiny", with random weights, always the same ones."""
+    """Build the AutoencoderKL of a family (AutoencoderTiny for "tiny") at full size with fixed random weights."""
     torch.manual_seed(SEED)
     if method == "tiny":
         return AutoencoderTiny(latent_channels=VAE_CONFIGS[family]["latent_channels"]).eval()
@@ -97,7 +96,7 @@ def build_decoder(family: str, method: DecodeMethod) -> Any:
 
 
 def random_latents(family: str, image_px: int, device: str | torch.device = "cpu") -> Tensor:
-    """Random raw latents of one square image."""
+    """Return random raw latents of one square image."""
     side = image_px // STRIDE_PX
     generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(SEED)
     shape = (1, VAE_CONFIGS[family]["latent_channels"], side, side)
@@ -116,7 +115,7 @@ def run_decode(vae: Any, family: str, method: DecodeMethod, latents: Tensor) -> 
 
 
 def count_live(family: str, method: DecodeMethod, image_px: int, dtype: torch.dtype) -> LiveStorage:
-    """Peak of live tensors, on shapes alone."""
+    """Measure the peak of live tensors on the meta device."""
     with torch.device("meta"):
         vae = build_decoder(family, method).to(dtype)
     live = LiveStorage()
@@ -127,7 +126,7 @@ def count_live(family: str, method: DecodeMethod, image_px: int, dtype: torch.dt
 
 @dataclass(frozen=True)
 class Case:
-    """What all rows of a table share. Channels last is the memory format of the weights; strips choose their own."""
+    """Settings shared by all rows. `channels_last` is the memory format of the weights; strips choose their own."""
 
     family: str
     dtype: str
@@ -137,16 +136,13 @@ class Case:
 
     @property
     def options(self) -> list[str]:
-        """As options of the command line."""
+        """The settings as command-line options."""
         options = ["--family", self.family, "--dtype", self.dtype, "--threads", str(self.threads)]
         return [*options, "--runs", str(self.runs), *(["--channels-last"] if self.channels_last else [])]
 
 
 def run_child(case: Case, method: DecodeMethod, image_px: int, image_path: Path) -> dict[str, float]:
-    """Time and resident memory of one method in this process; the image goes to a file.
-
-    **Effects** writes `image_path`.
-    """
+    """Measure time and resident memory of one method in this process and write the image to `image_path`."""
     family, dtype = case.family, DTYPES[case.dtype]
     vae = build_decoder(family, method).to(dtype)
     if case.channels_last:
@@ -171,10 +167,10 @@ def run_child(case: Case, method: DecodeMethod, image_px: int, image_path: Path)
 
 
 def run_in_process(case: Case, method: DecodeMethod, image_px: int, image_path: Path) -> dict[str, Any]:
-    """`run_child` in a process of its own.
+    """Run `run_child` in a separate process.
 
     Raises:
-        RuntimeError: the process ended badly, with the end of what it said.
+        RuntimeError: The process failed; the message has the end of its output.
     """
     command = [sys.executable, "-m", "benchmarks.decode", *case.options, "--methods", method]
     command += ["--px", str(image_px), "--child", str(image_path)]
@@ -188,7 +184,7 @@ def run_in_process(case: Case, method: DecodeMethod, image_px: int, image_path: 
 def measure_size(
     case: Case, methods: Sequence[DecodeMethod], image_px: int, largest_run_px: int
 ) -> list[DecodeFigures]:
-    """All methods at one size; above `largest_run_px` only what shapes tell."""
+    """Measure all methods at one size; above `largest_run_px` only on the meta device."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "plain.safetensors"
@@ -220,14 +216,14 @@ def measure_size(
 
 
 def full_config(family: str, method: DecodeMethod) -> Mapping[str, Any]:
-    """The complete configuration of a family's decoder, without its weights."""
+    """Return the complete configuration of a family's decoder."""
     with torch.device("meta"):
         config: Mapping[str, Any] = build_decoder(family, method).config
     return config
 
 
 def compare(path: Path, plain: Path) -> tuple[float, float]:
-    """Largest and mean absolute difference of two stored images, of values in about [-1, 1]."""
+    """Return the largest and mean absolute difference of two stored images (about [-1, 1])."""
     difference = (load_file(path)["image"] - load_file(plain)["image"]).abs()
     return float(difference.max()), float(difference.mean())
 
@@ -239,7 +235,7 @@ HEADER = (
 
 
 def line(row: DecodeFigures) -> str:
-    """One row of the table; "largest" is the largest tensor in units of 2^31 elements."""
+    """Format one row; "largest" is the largest tensor in units of 2^31 elements."""
 
     def show(value: float | None, digits: int, unit: float = 1.0) -> str:
         return "-" if value is None else f"{value / unit:.{digits}f}"
@@ -254,7 +250,7 @@ def line(row: DecodeFigures) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures, prints, stores."""
+    """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--px", type=int, nargs="+", default=[512, 1024], help="Sides of the square images.")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -263,7 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--channels-last", action="store_true", help="Memory format of the weights.")
     parser.add_argument("--runs", type=int, default=1, help="Decodes per method and size; medians are printed.")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
-    parser.add_argument("--largest-run-px", type=int, default=1024, help="Above this size memory only, from shapes.")
+    parser.add_argument(
+        "--largest-run-px", type=int, default=1024, help="Above this size measure memory only, on the meta device."
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.json"))
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
-"""Measures the most bytes that tensors hold at one time, on any device and also on shapes alone (device "meta").
+"""Measure the peak bytes of live tensors on any device, including "meta".
 
-A process's resident memory knows nothing of which tensors are alive, and is not to be had for sizes that do not fit;
-this counts the storage of each operator's result until it dies. What an operator uses inside and gives back is not
-seen. Used by `benchmarks/decode.py` and by the tests that hold the estimates of `models/vae/strip_plan.py` to it.
+Unlike resident memory, this works for sizes that do not fit in memory: it counts the storage of each operator's result
+until it is freed. Memory that an operator uses only internally is not counted. Used by `benchmarks/decode.py` and by
+the tests that compare the estimates of `models/vae/strip_plan.py` with it.
 """
 
 import weakref
@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveStorage(TorchDispatchMode):
-    """Within the `with` block: `peak_bytes` of the storages that operators of the block made.
+    """Context manager that records `peak_bytes` of the storages created by operators inside the block.
 
-    What exists before (weights, inputs) does not count. `largest_elements` is of the largest tensor that was returned.
+    Existing tensors (weights, inputs) do not count. `largest_elements` is the size of the largest returned tensor.
     """
 
     def __init__(self) -> None:
@@ -30,13 +30,13 @@ class LiveStorage(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        inputs = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         shaped = _shape_alone(func, args, kwargs or {})
         result = func(*args, **(kwargs or {})) if shaped is None else shaped
         for tensor in _tensors(result):
             self.largest_elements = max(self.largest_elements, tensor.numel())
             storage = tensor.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self._watched:
+            if storage._cdata not in inputs and storage._cdata not in self._watched:
                 self._watch(storage)
         return result
 
@@ -53,12 +53,12 @@ class LiveStorage(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """Without those packed for oneDNN, whose bytes are no storage: weights that were made before."""
+    """Return the tensors of a tree, except weights packed for oneDNN, which have no storage."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
 
 
 def _shape_alone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result on "meta" where torch has no shape rule, or takes milliseconds for an obvious one; else None."""
+    """Return the meta result where torch has no shape rule or a slow one; else None."""
     if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
         return None
     if func is torch.ops.aten.batch_norm_update_stats.default:

@@ -1,4 +1,4 @@
-"""What figures were measured on: stands in every file of `benchmarks/results/`."""
+"""Describe the machine that figures were measured on; part of every file in `benchmarks/results/`."""
 
 import os
 import platform
@@ -7,12 +7,12 @@ from importlib.metadata import version
 from typing import Any
 
 PACKAGES = ("torch", "diffusers")
-PHOTO_PACKAGES = (*PACKAGES, "scikit-image", "scikit-learn")  # the last two hold the photographs
+PHOTO_PACKAGES = (*PACKAGES, "scikit-image", "scikit-learn")  # the last two contain the photographs
 
 
 def read_machine(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
-    """Processor, load, system and the versions of these packages, at this moment."""
-    import torch  # here, so that the help of a benchmark does not load it
+    """Return processor, load, system and the versions of these packages."""
+    import torch  # not at the top: `--help` of a benchmark must not load torch
 
     return {
         "processor": platform.processor() or platform.machine(),

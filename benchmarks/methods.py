@@ -1,8 +1,8 @@
-"""Draws a prompt by every method of a bundle, side by side at each scale, and times the stages of each.
+"""Generate one prompt by every method of a bundle at each scale, side by side, and time the stages.
 
 `python -m benchmarks.methods` writes `docs/methods.png` and `benchmarks/results/methods.json`. `lua`, `bicubic` and
-`swinir` start from the same base latent; `direct` is another drawing, at the final size. The times are those of
-`giantleap.service.worker.timing`, with fewer runs, the methods one after another.
+`swinir` start from the same base latent; `direct` generates another image at the final size. The times follow the
+protocol of `giantleap.service.worker.timing` with fewer runs, one method after another.
 """
 
 import json
@@ -30,7 +30,7 @@ CELL_PX = 256
 
 
 def draw_row(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int) -> dict[str, Tensor]:
-    """One prompt by every method that has the scale, after the base image.
+    """Generate one prompt by every method that has the scale, after the base image.
 
     Returns:
         Pixels [height_px, width_px, 3], uint8, by the name of the method; "base" is the image at scale 1.
@@ -55,7 +55,7 @@ def _draw(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int, meth
 
 
 def write_sheet(rows: Sequence[tuple[str, dict[str, Tensor]]], path: Path) -> None:
-    """One row per drawing, one column per method, all of the same part: the centre, `CELL_PX` wide in the largest."""
+    """Write one row per scale and one column per method, all of the same central crop."""
     columns = list(dict.fromkeys(name for _, images in rows for name in images))
     sheet = Image.new("RGB", (len(columns) * CELL_PX, len(rows) * (HEAD_PX + CELL_PX)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -74,14 +74,14 @@ def write_sheet(rows: Sequence[tuple[str, dict[str, Tensor]]], path: Path) -> No
 
 
 def to_cell(image: Image.Image, largest_px: int) -> Image.Image:
-    """The centre of the image at `CELL_PX`; pixels are repeated where it is smaller than the largest of its row."""
+    """Return the central crop at `CELL_PX`; pixels of images smaller than the row's largest are repeated."""
     side = min(image.width, CELL_PX * image.width // largest_px)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST)
 
 
 def time_methods(route: Route, bundle: Bundle, warmups: int, runs: int) -> list[ProtocolResult]:
-    """Every method at every scale above 1."""
+    """Time every method at every scale above 1."""
     defaults = bundle.defaults
     size = (defaults.base_width_px, defaults.base_height_px)
     return [
@@ -94,13 +94,13 @@ def time_methods(route: Route, bundle: Bundle, warmups: int, runs: int) -> list[
 def main(
     directory: Annotated[Path, typer.Option("--bundle", help="Bundle directory.")] = Path("bundles/pocket"),
     out: Annotated[Path, typer.Option(help="Where the times go.")] = Path("benchmarks/results/methods.json"),
-    sheet: Annotated[Path, typer.Option(help="Where the drawings go.")] = Path("docs/methods.png"),
+    sheet: Annotated[Path, typer.Option(help="Where the images go.")] = Path("docs/methods.png"),
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    warmups: Annotated[int, typer.Option(help="Runs thrown away first.")] = 2,
-    runs: Annotated[int, typer.Option(help="Runs that count.")] = 7,
+    warmups: Annotated[int, typer.Option(help="Uncounted runs.")] = 2,
+    runs: Annotated[int, typer.Option(help="Counted runs.")] = 7,
     times: Annotated[bool, typer.Option(help="Also time the methods (minutes).")] = True,
 ) -> None:
-    """Draws, times, prints, stores."""
+    """Generate, time, print the table, write the files."""
     torch.set_num_threads(threads)
     bundle = read_bundle(directory)
     device = choose_device("auto")

@@ -22,7 +22,7 @@ from giantleap.models.lua.checkpoints import read_lua
 
 @dataclass(frozen=True)
 class Floor:
-    """One figure beside the least that was asked for."""
+    """One figure and its required minimum."""
 
     name: str
     value: float
@@ -31,15 +31,17 @@ class Floor:
 
     @property
     def is_met(self) -> bool:
+        """Whether the value reaches the floor."""
         return self.value >= self.floor
 
     def line(self) -> str:
+        """Format one line."""
         verdict = "pass" if self.is_met else "FAIL"
         return f"{self.name:<34}{self.value:>8.2f} {self.unit:<3}{self.floor:>8.2f}   {verdict}"
 
 
 def judge_photos(mean: PhotoScores) -> list[Floor]:
-    """The floors of the VAE and of the LUA."""
+    """Compare VAE and LUA with their floors."""
     floors = [Floor("VAE round trip", mean.round_trip, 29.0, "dB")]
     for scale, pixel_floor, latent_floor in ((2, 0.9, 3.5), (4, 0.3, 3.0)):
         lua = mean.lua[scale]
@@ -51,13 +53,13 @@ def judge_photos(mean: PhotoScores) -> list[Floor]:
 
 
 def judge_prompts(following: Following) -> list[Floor]:
-    """The floors of prompt following, in per cent."""
-    asked = (("floor", 95.0), ("sky", 95.0), ("color", 85.0), ("shape", 70.0), ("position", 80.0))
-    return [Floor(f"prompt: {slot}", 100.0 * following.generated[slot], floor, "%") for slot, floor in asked]
+    """Compare prompt following with its floors, in percent."""
+    minimums = (("floor", 95.0), ("sky", 95.0), ("color", 85.0), ("shape", 70.0), ("position", 80.0))
+    return [Floor(f"prompt: {slot}", 100.0 * following.generated[slot], floor, "%") for slot, floor in minimums]
 
 
 def photo_table(scores: dict[str, PhotoScores]) -> str:
-    """One line per photograph, dB."""
+    """Format one line per photograph, in dB."""
     titles = [f"x{scale} {name}" for scale in SCALES for name in ("LUA", "pixel", "latent")]
     lines = [f"{'photo':<12}{'VAE':>8}" + "".join(f"{title:>11}" for title in titles)]
     for name, score in scores.items():
@@ -75,7 +77,7 @@ def main(
     prompts: Annotated[bool, typer.Option(help="Also measure prompt following (minutes).")] = True,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
-    """Measures, prints, stores; exit status 1 when a floor is missed."""
+    """Measure, print, write the JSON; exit status 1 when a floor is missed."""
     torch.set_num_threads(threads)
     vae = AutoencoderKL.from_pretrained(bundle / "vae").float().eval()
     photos = measure_photos(vae, read_lua(bundle / "lua.safetensors"), sheet)

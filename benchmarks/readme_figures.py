@@ -1,7 +1,7 @@
-"""The figures of the README, from the reports in `benchmarks/results/`: none of them is typed by hand.
+"""Write the figures of the README from the reports in `benchmarks/results/`.
 
-`python -m benchmarks.readme_figures` writes them between the README's marks; run it where a report was made anew. A
-test holds the README equal to the reports.
+Run `python -m benchmarks.readme_figures` after a report has changed: it replaces the blocks between the README's marks.
+A test compares README and reports.
 """
 
 import json
@@ -16,7 +16,7 @@ _END = "<!-- end -->\n"
 
 
 def to_blocks(results: Path) -> dict[str, str]:
-    """What stands behind each mark of the README, as Markdown.
+    """Return the Markdown block for each mark of the README.
 
     Args:
         results: Directory with `methods.json`, `load.json`, `chaos.json` and `pocket_quality.json`.
@@ -31,7 +31,7 @@ def to_blocks(results: Path) -> dict[str, str]:
 def to_summary(
     methods: Mapping[str, Any], load: Mapping[str, Any], chaos: Mapping[str, Any], quality: Mapping[str, Any]
 ) -> str:
-    """The handful of figures that a reader asks for first, each with the report that has the rest."""
+    """Return the table of the main figures, each with its command or report."""
     lua, direct = (_stages_s(methods, method, 4) for method in ("lua", "direct"))
     cores = methods["machine"]["cores"]
     gains_db = {floor["name"]: floor["value"] for floor in quality["floors"] if floor["unit"] == "dB"}
@@ -71,7 +71,7 @@ def to_summary(
 
 
 def to_quality_table(report: Mapping[str, Any]) -> str:
-    """Every figure of the pocket bundle beside what was asked for."""
+    """Return the table of the pocket bundle's figures and targets."""
     rows = [
         (
             floor["name"],
@@ -88,7 +88,7 @@ _DIGITS = {"dB": 2, "%": 1}
 
 
 def _stages_s(methods: Mapping[str, Any], method: str, scale: int) -> dict[str, float]:
-    """Median seconds of each stage."""
+    """Return the median seconds of each stage."""
     (found,) = (each for each in methods["results"] if (each["method"], each["scale"]) == (method, scale))
     return {name: times["median_s"] for name, times in found["stages"].items()}
 
@@ -104,7 +104,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def put_blocks(text: str, blocks: Mapping[str, str]) -> str:
-    """The text with each block between its mark and the next end."""
+    """Replace each block between its mark and the next end."""
     for name, block in blocks.items():
         mark = f"<!-- benchmarks.readme_figures: {name} -->\n"
         before, rest = text.split(mark)
@@ -113,7 +113,7 @@ def put_blocks(text: str, blocks: Mapping[str, str]) -> str:
 
 
 def main() -> None:
-    """Renews the README."""
+    """Update the README."""
     README.write_text(put_blocks(README.read_text(), to_blocks(RESULTS)))
 
 

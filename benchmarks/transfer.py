@@ -1,9 +1,9 @@
-"""Carries the pocket adapter over to a VAE with 4 channels, beside one trained from scratch for ten times as long.
+"""Transfer the pocket adapter to a VAE with 4 channels and compare with ten times as many steps from scratch.
 
-`python -m benchmarks.transfer` draws pictures, encodes them with the VAE of `--bundle` (docs/training.md, "Transfer",
-says how it is made), trains every variant with `training/run.py` (equal losses, batch and rate) and measures held-out
-pictures and six photographs. It goes on where it was stopped; `--only` trains one variant. Writes
-`benchmarks/results/transfer.json` and ends with 1 when the transferred adapter is more than 0.3 dB behind.
+`python -m benchmarks.transfer` draws pictures, encodes them with the VAE of `--bundle` (see docs/training.md,
+"Transfer"), trains every variant with `training/run.py` (equal losses, batch and rate) and measures held-out pictures
+and six photographs. It resumes where it was stopped; `--only` trains one variant. It writes
+`benchmarks/results/transfer.json` and exits with 1 when the transferred adapter is more than 0.3 dB behind.
 """
 
 import json
@@ -41,13 +41,13 @@ CPU = torch.device("cpu")
 TILE_PX = 256
 HELD_OUT = 32
 MAX_BEHIND_DB = 0.3
-TIMES = 10  # as many steps from scratch
-BEST: Start = "fit"  # the start that is judged; the others are there to choose it
+TIMES = 10  # times as many steps from scratch
+BEST: Start = "fit"  # the start that is compared with scratch
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One adapter: how it starts (None is from scratch) and how long it is trained."""
+    """One adapter: its start (None: from scratch) and its number of steps."""
 
     name: str
     start: Start | None
@@ -55,7 +55,7 @@ class Variant:
 
 
 def variants_of(steps: int) -> list[Variant]:
-    """What is compared."""
+    """Return the variants that are compared."""
     starts: tuple[Start, ...] = ("fit", "slice", "fresh")
     return [
         *(Variant(f"transfer_{start}", start, steps) for start in starts),
@@ -65,10 +65,7 @@ def variants_of(steps: int) -> list[Variant]:
 
 
 def write_pictures(folder: Path, pool: Pool, count: int) -> None:
-    """Draws pictures as the pocket adapter's own pairs are drawn; the last `HELD_OUT` are of another pool.
-
-    Effects: what is there already is not drawn again.
-    """
+    """Draw the missing pictures as for the pocket adapter's own pairs; the last `HELD_OUT` come from another pool."""
     folder.mkdir(parents=True, exist_ok=True)
     parts: tuple[tuple[Pictures, range], ...] = (
         (pool.read(0), range(count)),
@@ -88,7 +85,7 @@ def write_pictures(folder: Path, pool: Pool, count: int) -> None:
 
 
 def plan(bundle: Path, pairs: Path, start_file: Path | None, steps: int, rate: float, batch: int) -> RunConfig:
-    """The same for every variant but for the start and the length."""
+    """Return the run configuration; variants differ only in start and steps."""
     stage = {"name": "I", "steps": steps, "effective_batch": batch, "micro_batch": batch}
     values: dict[str, Any] = {
         "bundle": bundle,
@@ -104,12 +101,12 @@ def plan(bundle: Path, pairs: Path, start_file: Path | None, steps: int, rate: f
 
 
 def run_folder(variant: Variant, folder: Path, rate: float, batch: int) -> Path:
-    """Where its run lies: another one for every length, rate and batch, so that none is taken for another."""
+    """Return the folder of a run, distinct for every length, rate and batch."""
     return folder / f"{variant.name}_{variant.steps}x{batch}_{rate:g}"
 
 
 def run_variant(variant: Variant, folder: Path, source: Path, bundle: Path, rate: float, batch: int) -> Path:
-    """Trains one, or goes on; returns its weights. The transferred start is kept beside them as `start.safetensors`."""
+    """Train or resume one variant and return its weights; `start.safetensors` beside them is the transferred start."""
     out, pairs = run_folder(variant, folder, rate, batch), folder / "pairs"
     weights = out / "lua.safetensors"
     if weights.is_file():
@@ -125,7 +122,7 @@ def run_variant(variant: Variant, folder: Path, source: Path, bundle: Path, rate
 
 @dataclass(frozen=True)
 class Photo:
-    """One photograph as every variant needs it: itself, its small latents, the decoded small pictures enlarged."""
+    """One photograph, its small latents, and the PSNR of decode-then-bicubic by scale."""
 
     original: Tensor
     small: Mapping[int, Tensor]
@@ -134,7 +131,7 @@ class Photo:
 
 @torch.no_grad()
 def read_photo_latents(vae: Vae) -> list[Photo]:
-    """Encodes the photographs once for all variants; small versions as in `benchmarks/quality/photos.py`."""
+    """Encode the photographs once for all variants, reduced as in `benchmarks/quality/photos.py`."""
     photos = []
     for original in tqdm(read_photos().values(), desc="photographs"):
         small = {scale: vae.encode(shrink(original, scale)) for scale in SCALES}
@@ -145,29 +142,29 @@ def read_photo_latents(vae: Vae) -> list[Photo]:
 
 @torch.no_grad()
 def measure(net: Lua, vae: Vae, store: PairsStore, photos: Sequence[Photo]) -> dict[str, float]:
-    """PSNR in dB by scale: held-out pictures against the decoded large latent, photographs against the originals."""
+    """Return PSNR in dB: held-out pictures against the decoded large latent, photographs against the originals."""
     scores, _ = evaluate(net, vae, store, range(len(store) - HELD_OUT, len(store)))
     figures = {}
     for scale in SCALES:
-        found = [psnr_db(vae.decode(net(photo.small[scale], scale)), photo.original) for photo in photos]
+        values_db = [psnr_db(vae.decode(net(photo.small[scale], scale)), photo.original) for photo in photos]
         figures[f"held_out_x{scale}_db"] = scores[f"x{scale}_held_out_psnr_db"]
         figures[f"held_out_x{scale}_over_bicubic_db"] = scores[f"x{scale}_held_out_gain_db"]
-        figures[f"photos_x{scale}_db"] = fmean(found)
+        figures[f"photos_x{scale}_db"] = fmean(values_db)
         figures[f"photos_x{scale}_over_bicubic_db"] = fmean(
-            value - photo.bicubic_db[scale] for value, photo in zip(found, photos, strict=True)
+            value - photo.bicubic_db[scale] for value, photo in zip(values_db, photos, strict=True)
         )
     return {name: round(value, 3) for name, value in figures.items()}
 
 
 def judge(figures: Mapping[str, Mapping[str, float]], steps: int) -> dict[str, float]:
-    """How far the transferred adapter is ahead of the one from scratch, in dB; negative where it is behind."""
+    """Return the lead of the transferred adapter over scratch in dB; negative where it is behind."""
     moved, scratch = figures[f"transfer_{BEST} {steps}"], figures[f"scratch {TIMES * steps}"]
     names = [f"{kind}_x{scale}_db" for kind in ("held_out", "photos") for scale in SCALES]
     return {name: round(moved[name] - scratch[name], 3) for name in names}
 
 
 def table(figures: Mapping[str, Mapping[str, float]]) -> str:
-    """One line per variant."""
+    """Format one line per variant."""
     names = [f"{kind}_x{scale}_db" for kind in ("held_out", "photos") for scale in SCALES]
     lines = [f"{'':<22}" + "".join(f"{name:>17}" for name in names)]
     lines += [f"{each:<22}" + "".join(f"{row[name]:>17.2f}" for name in names) for each, row in figures.items()]
@@ -177,7 +174,7 @@ def table(figures: Mapping[str, Mapping[str, float]]) -> str:
 def collect(
     variants: list[Variant], folder: Path, bundle: Bundle, rate: float, batch: int
 ) -> dict[str, dict[str, float]]:
-    """The figures of every variant, and of the transferred starts before any training; kept beside the weights."""
+    """Return the figures of every variant and of every start before training, cached beside the weights."""
     vae, store = read_vae(bundle, CPU, torch.float32), PairsStore.open(folder / "pairs")
     photos: list[Photo] = []
     figures: dict[str, dict[str, float]] = {}
@@ -185,28 +182,28 @@ def collect(
         names = ["lua"] if variant.start is None else ["start", "lua"]
         for name in names:
             weights = run_folder(variant, folder, rate, batch) / f"{name}.safetensors"
-            kept = weights.with_suffix(".json")
-            if not kept.is_file():
+            cached = weights.with_suffix(".json")
+            if not cached.is_file():
                 photos = photos or read_photo_latents(vae)
-                replace_file(kept, json.dumps(measure(read_lua(weights), vae, store, photos)).encode())
+                replace_file(cached, json.dumps(measure(read_lua(weights), vae, store, photos)).encode())
             steps = variant.steps if name == "lua" else 0
-            figures[f"{variant.name} {steps}"] = {"steps": steps, **json.loads(kept.read_text())}
+            figures[f"{variant.name} {steps}"] = {"steps": steps, **json.loads(cached.read_text())}
     return figures
 
 
 def main(
     bundle: Annotated[Path, typer.Option(help="Bundle with the 4-channel VAE.")] = Path("runs/pocket4"),
-    source: Annotated[Path, typer.Option(help="Bundle whose adapter is carried over.")] = Path("bundles/pocket"),
+    source: Annotated[Path, typer.Option(help="Bundle whose adapter is transferred.")] = Path("bundles/pocket"),
     folder: Annotated[Path, typer.Option(help="Where pictures, pairs and runs go.")] = Path("runs/transfer"),
-    pool: Annotated[Path, typer.Option(help="Folder of the drawn pictures; filled when empty.")] = Path("runs/pool"),
+    pool: Annotated[Path, typer.Option(help="Pool of procedural pictures; filled when empty.")] = Path("runs/pool"),
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/transfer.json"),
-    pictures: Annotated[int, typer.Option(help="To train on.")] = 1600,
-    steps: Annotated[int, typer.Option(help="Of a transfer; from scratch ten times as many.")] = 250,
-    rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
-    batch: Annotated[int, typer.Option(help="Pictures of 256 px in one update.")] = 8,
+    pictures: Annotated[int, typer.Option(help="Number of training pictures.")] = 1600,
+    steps: Annotated[int, typer.Option(help="Steps of a transfer; from scratch ten times as many.")] = 250,
+    rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
+    batch: Annotated[int, typer.Option(help="Pictures per update.")] = 8,
     only: Annotated[str | None, typer.Option(help="Train this variant, then stop.")] = None,
 ) -> None:
-    """Trains, measures, prints, stores; exit status 1 when the transfer is more than 0.3 dB behind."""
+    """Train, measure, write the JSON; exit status 1 when the transfer is more than 0.3 dB behind."""
     torch.set_num_threads(1)
     write_pictures(folder / "pictures", Pool(pool, scene_count=160, scene_px=512), pictures)
     prepare(PrepareConfig(folder / "pictures", bundle, folder / "pairs", TILE_PX, TILE_PX), CPU, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Measures what the guard of a LUA needs (`models/lua/clamp.py`) over pairs of latents."""
+"""Measure the statistics of the latent clamp (`models/lua/clamp.py`) over pairs of latents."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,28 +13,27 @@ from giantleap.models.lua.spec import SPEC_KEY
 from giantleap.models.lua.statistics import STATISTICS_KEY, LatentStatistics, StatisticsError
 from giantleap.training.data.pairs_store import PairsStore
 
-TILES = 2048  # as many as make the deviations certain within a per cent or so, spread over all pairs
+TILES = 2048  # determines the deviations to about one percent
 
 
 def guard_statistics(store: PairsStore, scales: Sequence[int], tiles: int = TILES) -> LatentStatistics:
-    """Over evenly spread tiles of a store."""
+    """Measure over evenly spaced tiles of a store."""
     chosen = torch.linspace(0, len(store) - 1, min(tiles, len(store))).round().long().tolist()
     return measure_statistics((store.read([tile], (1, *scales)) for tile in chosen), scales)
 
 
 @torch.no_grad()
 def measure_statistics(batches: Iterable[Mapping[int, Tensor]], scales: Sequence[int]) -> LatentStatistics:
-    """Over batches of pairs, each by level: 1 the large latents, 2 and 4 the small ones of each scale.
+    """Measure over batches of pairs [tiles, channels, h / level, w / level] by level (1 large, 2 and 4 small).
 
-    **Shape** each [tiles, channels, h / level, w / level].
-
-    **Raises** StatisticsError: there is nothing, or a latent is not finite.
+    Raises:
+        StatisticsError: There are no pairs, or a latent is not finite.
     """
     count, tiles = 0, 0
     sums: dict[str, Tensor] = {}
 
     def add(name: str, values: Tensor) -> None:
-        # In double precision: the square of a mean is taken from a mean of squares.
+        # double precision, because the square of a mean is subtracted from a mean of squares
         total = values.double().sum(dim=(0, 2, 3))
         sums[name] = sums.get(name, torch.zeros_like(total)) + total
 
@@ -55,13 +54,14 @@ def measure_statistics(batches: Iterable[Mapping[int, Tensor]], scales: Sequence
 
 
 def add_statistics(weights: Path, store: PairsStore, out: Path) -> LatentStatistics:
-    """Writes weights of any known layout anew in our format, with statistics of these pairs in the header.
+    """Write weights of any known layout in our format, with statistics of these pairs in the header.
+
+    `out` may be the input file. Other header entries of our format are kept.
 
     Raises:
-        CheckpointError, FileNotFoundError: The weights cannot be read. StatisticsError: they have other channels.
-
-    Effects:
-        Replaces `out`, which may be the file itself. Other words in the header of a file of ours are kept.
+        CheckpointError: The weights cannot be read.
+        FileNotFoundError: There is no such file.
+        StatisticsError: The weights have other channels.
     """
     net = read_lua(weights)
     statistics = guard_statistics(store, net.spec.scales)
@@ -77,5 +77,5 @@ def add_statistics(weights: Path, store: PairsStore, out: Path) -> LatentStatist
 
 
 def to_values(vector: Tensor) -> tuple[float, ...]:
-    """Six digits, which is more than the deviations are certain to."""
+    """Round to six digits."""
     return tuple(float(f"{value:.6g}") for value in vector.tolist())

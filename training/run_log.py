@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: lines of JSON, sheets of pictures, TensorBoard. `training/run.py` writes it."""
+"""Log a training run: JSON lines, sample sheets, TensorBoard. Used by `training/run.py`."""
 
 import json
 from collections.abc import Mapping
@@ -17,18 +17,18 @@ LOG_FILE = "log.jsonl"
 
 @dataclass(frozen=True)
 class Log:
-    """`log.jsonl`, sample sheets, and TensorBoard's own files where asked for.
+    """`log.jsonl`, sample sheets, and optional TensorBoard files.
 
     Args:
         out: Directory of the run.
-        board: TensorBoard's writer; None for no such files.
+        board: TensorBoard writer, or None.
     """
 
     out: Path
     board: Any
 
     def write(self, line: Mapping[str, Any], volatile: Mapping[str, float]) -> None:
-        """Adds a line; `volatile` values differ from run to run."""
+        """Append a line; `volatile` values differ between runs."""
         with (self.out / LOG_FILE).open("a") as file:
             file.write(json.dumps({**line, **volatile}) + "\n")
         if self.board is not None:
@@ -38,6 +38,7 @@ class Log:
             self.board.flush()
 
     def write_sheet(self, step: int, sheet: Tensor) -> None:
+        """Write a sample sheet [3, height_px, width_px] in [-1, 1]."""
         levels = ((sheet + 1.0) * 127.5).round().byte()
         Image.fromarray(levels.permute(1, 2, 0).numpy()).save(self.out / "samples" / f"step-{step:09d}.png")
         if self.board is not None:
@@ -45,15 +46,15 @@ class Log:
 
 
 def open_log(out: Path, done: int, tensorboard: bool) -> Log:
-    """The log of a run that starts, or goes on.
+    """Open the log of a new or resumed run.
 
     Args:
         out: Directory of the run.
-        done: Updates that are in the checkpoint; lines of later ones, from before a kill, are dropped.
-        tensorboard: Needs the extra `train`.
+        done: Updates in the checkpoint; lines of later updates are dropped.
+        tensorboard: Whether to write TensorBoard files; needs the extra `train`.
 
     Raises:
-        ConfigError: TensorBoard is asked for and not installed.
+        ConfigError: TensorBoard is requested but not installed.
     """
     path = out / LOG_FILE
     (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ def open_log(out: Path, done: int, tensorboard: bool) -> Log:
 def _is_until(line: str, done: int) -> bool:
     try:
         return int(json.loads(line)["step"]) <= done
-    except ValueError:  # the last line of a killed process may be cut
+    except ValueError:  # the last line of a killed process may be incomplete
         return False
 
 

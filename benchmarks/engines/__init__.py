@@ -1,0 +1,1 @@
+"""LUA engines on a CPU: speed against the published SwinIR forward."""

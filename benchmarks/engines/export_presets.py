@@ -1,7 +1,7 @@
-"""How long a LUA of full depth takes to export, and in how much memory: `python -m benchmarks.engines.export_presets`.
+"""Measure time and memory of exporting LUA at full depth: `python -m benchmarks.engines.export_presets`.
 
-Random weights, each preset in a process of its own, so that the peak of memory is its own. Every graph is compared with
-PyTorch as any export is. The result goes to `benchmarks/results/export_presets.json`.
+Random weights; each preset runs in a separate process, so that peak memory is its own. Every graph is compared with
+PyTorch, as any export is. The result goes to `benchmarks/results/export_presets.json`.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from typing import Any
 RESULT = Path(__file__).resolve().parents[1] / "results" / "export_presets.json"
 PRESETS = ("medium", "release")
 CHANNELS = (4, 16)
-# Batch, rows and columns in windows: other batches and sizes than the traced ones, few enough for a full depth.
+# Batch, rows and columns in windows, different from the traced ones.
 CASES = ((1, 1, 1), (3, 1, 2), (1, 3, 2))
 
 
 def measure(preset_name: str, channels: int, scale: int) -> dict[str, Any]:
-    """Exports one graph in this process.
+    """Export one graph in this process.
 
     Returns:
-        Seconds of wall and processor time, peak memory, size and errors.
+        Wall and processor seconds, peak memory, size and errors.
     """
     import torch
 
@@ -74,7 +74,7 @@ def measure(preset_name: str, channels: int, scale: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs what the command line names, prints a line for each and writes the JSON."""
+    """Run the selected exports, print a line for each, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", action="append", choices=PRESETS)
     parser.add_argument("--channels", action="append", type=int)

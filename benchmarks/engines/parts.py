@@ -17,12 +17,12 @@ from giantleap.models.allocator import keep_freed_memory
 from giantleap.models.engines.packed_layers import PackedConv, PackedLinear
 
 WIDTH, HEADS, WINDOW_TOKENS, TOKENS_A_THREAD = 180, 6, 64, 512
-MAP_SIDE = 64  # of the maps that the convolution between two groups takes
+MAP_SIDE = 64  # side of the maps of the convolution between two groups
 _CALLS, _MEANS = 100, 15
 
 
 def min_us(call: Callable[[], object]) -> float:
-    """Microseconds by the clock."""
+    """Return the minimum over several means, in wall-clock microseconds."""
     means = []
     for _ in range(_MEANS):
         started_s = time.perf_counter()
@@ -33,11 +33,12 @@ def min_us(call: Callable[[], object]) -> float:
 
 
 def packed(out: int, into: int, gelu: bool = False) -> PackedLinear:
+    """Return a packed linear layer with random weights."""
     return PackedLinear.pack(torch.randn(out, into), torch.randn(out), torch.float32, gelu)
 
 
 class Attention:
-    """Of all windows and heads of a portion, from the output of `qkv` to the input of `proj`, in several ways."""
+    """Variants of attention over a portion, from the output of `qkv` to the input of `proj`."""
 
     def __init__(self, tokens: int, head_dim: int) -> None:
         self.windows, self.head_dim = tokens // WINDOW_TOKENS, head_dim
@@ -46,26 +47,28 @@ class Attention:
         self.bias = torch.randn(1, HEADS, WINDOW_TOKENS, WINDOW_TOKENS)
 
     def _joined(self, y: Tensor) -> Tensor:
-        """**Shape** [windows, heads, window^2, head_dim] -> [tokens, heads * head_dim]."""
+        """Reshape [windows, heads, window^2, head_dim] to [tokens, heads * head_dim]."""
         return y.transpose(1, 2).reshape(self.windows * WINDOW_TOKENS, -1)
 
     def fused(self) -> Tensor:
+        """Use the fused kernel."""
         q, k, v = self.qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self._joined(F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias, scale=1.0))
 
     def products(self) -> Tensor:
+        """Use two matrix products and a softmax."""
         q, k, v = self.qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
         return self._joined((q @ k.transpose(-2, -1)).add_(self.bias).softmax(-1) @ v)
 
     def products_base_2(self) -> Tensor:
-        """The softmax by powers of two, which torch computes faster than those of e."""
+        """Use a softmax of powers of two, which torch computes faster than those of e."""
         q, k, v = self.qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
         logits = (q @ k.transpose(-2, -1)).add_(self.bias)
         weights = logits.sub_(logits.amax(-1, keepdim=True)).exp2_()
         return self._joined((weights @ v).div_(weights.sum(-1, keepdim=True)))
 
     def grouped_convolutions(self) -> Tensor:
-        """As `products_base_2`, each product as a 1x1 convolution of oneDNN with a group for each window and head."""
+        """Do as `products_base_2`, each product as a 1x1 oneDNN convolution with one group per window and head."""
         q, k, v = self.qkv.unbind(2)
         groups, n = self.windows * HEADS, WINDOW_TOKENS
         keys = k.transpose(1, 2).reshape(groups * n, self.head_dim, 1, 1)
@@ -104,6 +107,7 @@ class Winograd:
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Convolve [1, channels, MAP_SIDE, MAP_SIDE]."""
         tiles = MAP_SIDE // 4
         patches = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unfold(1, 6, 4).unfold(2, 6, 4)
         spectrum = torch.mm(self.into, patches.permute(4, 5, 0, 1, 2, 3).reshape(36, -1)).view(36, tiles**2, -1)
@@ -113,7 +117,7 @@ class Winograd:
 
 
 def convolutions() -> dict[str, Callable[[], object]]:
-    """Of a whole map of MAP_SIDE x MAP_SIDE, whatever the threads."""
+    """Return the convolutions of a map of MAP_SIDE x MAP_SIDE, for any number of threads."""
     maps = torch.randn(1, WIDTH, MAP_SIDE, MAP_SIDE).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(WIDTH, WIDTH, 3, 3) / 40, torch.randn(WIDTH)
     direct, winograd = PackedConv.pack(weight, bias, [1, 1], torch.float32), Winograd(weight, bias)
@@ -122,7 +126,7 @@ def convolutions() -> dict[str, Callable[[], object]]:
 
 
 def cases(threads: int) -> dict[str, Callable[[], object]]:
-    """What is measured of a portion, by name."""
+    """Return the measured parts of a portion, by name."""
     count = threads * TOKENS_A_THREAD
     x, hidden, heads = torch.randn(count, WIDTH), torch.randn(count, 2 * WIDTH), torch.randn(count, 192)
     tokens, order = torch.randn(8 * count, WIDTH), torch.randperm(8 * count)[:count]
@@ -154,6 +158,7 @@ def cases(threads: int) -> dict[str, Callable[[], object]]:
 
 
 def main(threads: int = 1) -> None:
+    """Print the minimum time of every part."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")

@@ -1,9 +1,9 @@
-"""A plain SwinIR forward in the published manner: the yardstick of `benchmarks.engines`, and used nowhere else.
+"""A SwinIR forward as in the published code: the baseline of `benchmarks.engines`.
 
-It computes what `giantleap.models.lua.network.Lua` computes, from the same weights, the way the published code goes
-about it: the shift mask is rebuilt in every block whenever the input is not of the size that the network was built for
-(a LUA trained on patches never is), windows are rolled, cut and put back by copies, the position bias is gathered from
-its table in every call, attention is two matrix products around a softmax, and linear layers are those of `torch.nn`.
+It computes what `giantleap.models.lua.network.Lua` computes, from the same weights, as the published code does: the
+shift mask is rebuilt in every block when the input differs from the build-time size (always, for a LUA trained on
+patches), windows are rolled, cut and joined by copies, the position bias is gathered in every call, attention is two
+matrix products around a softmax, and linear layers are those of `torch.nn`.
 """
 
 import torch
@@ -15,23 +15,24 @@ from giantleap.models.lua.swin import MASK_VALUE, ResidualGroup, SwinBlock, Wind
 
 
 def cut_windows(x: Tensor, window: int) -> Tensor:
-    """**Shape** [batch, height, width, dim] -> [batch * windows, window, window, dim]."""
+    """Cut [batch, height, width, dim] into [batch * windows, window, window, dim]."""
     batch, height, width, dim = x.shape
     x = x.view(batch, height // window, window, width // window, window, dim)
     return x.permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, window, window, dim)
 
 
 def join_windows(windows: Tensor, window: int, height: int, width: int) -> Tensor:
-    """The inverse of `cut_windows`."""
+    """Invert `cut_windows`."""
     batch = windows.shape[0] // ((height // window) * (width // window))
     x = windows.view(batch, height // window, width // window, window, window, -1)
     return x.permute(0, 1, 3, 2, 4, 5).contiguous().view(batch, height, width, -1)
 
 
 def build_mask(height: int, width: int, window: int, shift: int) -> Tensor:
-    """Labels the nine regions of the shifted image one by one and compares the labels inside each window.
+    """Label the nine regions of the shifted image and compare the labels inside each window.
 
-    **Shape** [windows, window^2, window^2], 0 or -100.
+    Returns:
+        [windows, window^2, window^2], 0 or -100.
     """
     labels = torch.zeros(1, height, width, 1)
     cuts = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
@@ -46,10 +47,10 @@ def build_mask(height: int, width: int, window: int, shift: int) -> Tensor:
 
 
 class PublishedForward(nn.Module):
-    """The published way to run a `Lua`; inference only.
+    """Run a `Lua` the published way; inference only.
 
     Args:
-        net: Its weights are shared, not copied.
+        net: The network; its weights are shared, not copied.
     """
 
     def __init__(self, net: Lua) -> None:
@@ -62,7 +63,7 @@ class PublishedForward(nn.Module):
         self.register_buffer("index", index.to(next(net.parameters()).device))
 
     def forward(self, latent: Tensor, scale: int) -> Tensor:
-        """**Shape** [batch, channels, height, width] -> [batch, channels, scale * height, scale * width]."""
+        """Upscale [batch, channels, height, width] to [batch, channels, scale * height, scale * width]."""
         net, spec, w = self.net, self.net.spec, self.net.spec.window
         height, width = latent.shape[-2:]
         padded = F.pad(latent, (0, -width % w, 0, -height % w), mode="reflect")

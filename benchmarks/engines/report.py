@@ -13,7 +13,7 @@ PAGE = Path("docs/engines.md")
 MARKS = ("<!-- benchmarks.engines -->\n", "<!-- end -->\n")
 MAX_ERROR = 1e-4  # of float32 variants, absolute; the published forward's deviation is printed beside it
 MIN_PSNR_DB = 45.0
-TARGETS = {  # least speed over the published forward in float32, by case and variant
+TARGETS = {  # minimum speed-up over the published forward in float32, by case and variant
     ("latent 64", "torch float32"): 2.3,
     ("latent 128", "torch float32"): 2.0,
     ("latent 64", "torch bfloat16"): 3.5,
@@ -27,7 +27,7 @@ VARIANTS = (
 
 
 class Case(NamedTuple):
-    """A latent (or image) of `channels` and `side` squared, on so many threads of torch and onnxruntime."""
+    """A square latent or image, and the number of threads of torch and onnxruntime."""
 
     channels: int
     side: int
@@ -44,9 +44,9 @@ CASES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One variant in one case. The `ratio` that counts is `cpu_ratio` on one thread, `wall_ratio` on several.
+    """One variant in one case. `ratio` is `cpu_ratio` on one thread and `wall_ratio` on several.
 
-    Errors are to the published forward in float32, whose answer has the deviation `std`.
+    Errors are to the published forward in float32, whose output has the standard deviation `std`.
     """
 
     case: str
@@ -65,7 +65,8 @@ class Row:
 
 
 def line(row: Row) -> str:
-    target = "" if row.target is None else f"  asked {row.target:.1f}: {'met' if row.met else 'MISSED'}"
+    """Format one row for the terminal."""
+    target = "" if row.target is None else f"  target {row.target:.1f}: {'met' if row.met else 'MISSED'}"
     return (
         f"{row.case:<21}{row.variant:<20}{row.median_ms:>9.1f} ms{row.median_cpu_ms:>9.1f} ms cpu{row.ratio:>7.2f}x"
         f" ({row.cpu_ratio:.2f} cpu, {row.wall_ratio:.2f} wall)  error {row.max_error:.1e}"
@@ -74,26 +75,26 @@ def line(row: Row) -> str:
 
 
 def to_markdown(record: Mapping[str, Any]) -> str:
-    """The table of the page `docs/engines.md` from what is in the JSON file."""
+    """Return the table of `docs/engines.md` from the JSON record."""
     about = record["machine"]
     lines = [
         f"{about['model']}, {about['cores']} cores, load {about['load_1min']:.1f}, "
         f"torch {about['versions']['torch']}, "
         f"onnxruntime {about['versions']['onnxruntime']}, {about['measured_at'][:10]}.",
         "",
-        "| case | variant | ms, median | ratio | asked | largest error |",
+        "| case | variant | ms, median | ratio | target | largest error |",
         "|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
-        asked = "" if row["target"] is None else f"{row['target']:.1f}, {'met' if row['met'] else 'missed'}"
-        cells = (f"{row['median_ms']:.0f}", f"{row['ratio']:.2f}", asked, f"{row['max_error']:.0e}")
+        target = "" if row["target"] is None else f"{row['target']:.1f}, {'met' if row['met'] else 'missed'}"
+        cells = (f"{row['median_ms']:.0f}", f"{row['ratio']:.2f}", target, f"{row['max_error']:.0e}")
         lines.append(f"| {row['case']} | {row['variant']} | {' | '.join(cells)} |")
-    lines += ["", "Images of the pocket bundle, against LUA in float32 (asked: 45 dB):", ""]
+    lines += ["", "Images of the pocket bundle, against LUA in float32 (target: 45 dB):", ""]
     lines += [f"- x{each['scale']}, {each['variant']}: {each['psnr_db']:.1f} dB" for each in record["pocket"]]
     return "\n".join(lines) + "\n"
 
 
 def write_page(record: Mapping[str, Any], page: Path) -> None:
-    """Put the table between the page's marks."""
+    """Replace the table between the page's marks."""
     before, rest = page.read_text().split(MARKS[0])
     page.write_text(before + MARKS[0] + to_markdown(record) + MARKS[1] + rest.split(MARKS[1])[1])

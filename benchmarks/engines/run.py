@@ -1,12 +1,10 @@
-"""How fast LUA runs on this CPU, beside a plain SwinIR forward in the published manner with the same weights.
+"""Measure LUA on this CPU against the published SwinIR forward with the same weights.
 
 `python -m benchmarks.engines` takes the preset `medium` with random weights: a 64x64 latent of 4 channels on one thread
-and on two, a 128x128 one of 16, and the pixel-space SwinIR (3 channels) on 64x64 px. Each variant has a process of its
-own, so that none runs on memory that another has warmed, and the processes run in turns. Ratios are of the same turn:
-of processor time on one thread, which neighbours on the machine disturb least, and of time by the clock on several,
-since threads that wait for each other take processor time. On the pocket bundle, its decoded images in bfloat16 and
-float32 are compared. Figures go to `benchmarks/results/engines.json`; status 1 when a target is missed.
-The command line is in `benchmarks/engines/__main__.py`.
+and on two, a 128x128 one of 16, and the pixel-space SwinIR (3 channels) on 64x64 px. Each variant runs in a separate
+process, and the processes take turns. Ratios compare runs of the same turn: processor time on one thread (least
+disturbed by other processes), wall time on several (waiting threads use processor time). On the pocket bundle, decoded
+images in bfloat16 and float32 are compared. The command line is in `benchmarks/engines/__main__.py`.
 """
 
 import multiprocessing
@@ -50,7 +48,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 class Sample(NamedTuple):
-    """One run: seconds by the clock and of the processor, and page faults without disk access."""
+    """One run: wall and processor seconds, and minor page faults."""
 
     wall_s: float
     cpu_s: float
@@ -58,12 +56,13 @@ class Sample(NamedTuple):
 
 
 def random_net(channels: int) -> Lua:
-    """The preset `medium` with the scale 2, random weights, the same ones each time."""
+    """Return the preset `medium` at scale 2 with fixed random weights."""
     torch.manual_seed(0)
     return Lua(replace(preset("medium", channels), scales=(SCALE,))).eval()
 
 
 def graph_path(folder: Path, channels: int) -> Path:
+    """Return the path of an exported graph."""
     return folder / f"lua_{channels}.onnx"
 
 
@@ -74,10 +73,10 @@ def write_graph(folder: Path, channels: int) -> None:
 
 
 def open_variant(variant: str, channels: int, folder: Path) -> Run:
-    """One way to run the network.
+    """Open one way to run the network.
 
     Raises:
-        ValueError: there is no such variant, or onnxruntime is missing.
+        ValueError: The variant is unknown, or onnxruntime is missing.
     """
     net = random_net(channels)
     if variant.startswith("published"):
@@ -87,8 +86,8 @@ def open_variant(variant: str, channels: int, folder: Path) -> Run:
 
         def published_half(x: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
-                answer: Tensor = published(x, SCALE)
-            return answer.float()
+                output: Tensor = published(x, SCALE)
+            return output.float()
 
         return published_half
     if variant == "onnx float32":
@@ -97,13 +96,13 @@ def open_variant(variant: str, channels: int, folder: Path) -> Run:
     if variant == "module float32":
         return partial(TorchEngine(net, CPU, torch.float32).run, scale=SCALE)
     if variant not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; there are {VARIANTS}")
+        raise ValueError(f"unknown variant {variant!r}; expected one of {VARIANTS}")
     return partial(TorchEngine.open(net, CPU, getattr(torch, variant.split()[1])).run, scale=SCALE)
 
 
 @torch.inference_mode()
 def serve_variant(pipe: Connection, variant: str, case: Case, folder: Path) -> None:
-    """A variant's process: answers the first call with the latent that came out, every further one with its times."""
+    """Serve one variant over a pipe: the first reply is the output latent, every further one a `Sample`."""
     torch.set_num_threads(case.threads)
     run = open_variant(variant, case.channels, folder)
     latent = torch.randn(1, case.channels, case.side, case.side, generator=torch.Generator().manual_seed(1))
@@ -121,10 +120,10 @@ def _page_faults() -> int:
 
 
 def measure_case(name: str, variants: Sequence[str], folder: Path, warmups: int, runs: int) -> list[Row]:
-    """Rows of one case, the variants in turns; the first is the yardstick.
+    """Measure one case, the variants in turns; the first is the baseline.
 
     Raises:
-        EOFError: a variant's process died.
+        EOFError: A variant's process died.
     """
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
@@ -135,11 +134,11 @@ def measure_case(name: str, variants: Sequence[str], folder: Path, warmups: int,
         processes.append(context.Process(target=serve_variant, args=arguments, daemon=True))
         processes[-1].start()
         far.close()
-    answers = {variant: _ask(pipe) for variant, pipe in pipes.items()}
+    outputs = {variant: _request(pipe) for variant, pipe in pipes.items()}
     samples: dict[str, list[Sample]] = {variant: [] for variant in variants}
     for number in range(warmups + runs):
         for variant, pipe in pipes.items():
-            sample = _ask(pipe)
+            sample = _request(pipe)
             if number >= warmups:
                 samples[variant].append(sample)
     for pipe, process in zip(pipes.values(), processes, strict=True):
@@ -147,21 +146,21 @@ def measure_case(name: str, variants: Sequence[str], folder: Path, warmups: int,
         process.join()
     first = variants[0]
     return [
-        _to_row(name, variant, samples[variant], samples[first], answers[variant], answers[first])
+        _to_row(name, variant, samples[variant], samples[first], outputs[variant], outputs[first])
         for variant in variants
     ]
 
 
 def _to_row(
-    name: str, variant: str, samples: Sequence[Sample], yardstick: Sequence[Sample], answer: Any, expected: Any
+    name: str, variant: str, samples: Sequence[Sample], baseline: Sequence[Sample], output: Any, expected: Any
 ) -> Row:
-    """Ratios are of runs in the same turn, of which the median counts: the machine is not always equally fast."""
-    pairs = list(zip(samples, yardstick, strict=True))
+    """Summarize a variant; ratios are medians over runs of the same turn."""
+    pairs = list(zip(samples, baseline, strict=True))
     target = TARGETS.get((name, variant))
     cpu_ratio = statistics.median(first.cpu_s / own.cpu_s for own, first in pairs)
     wall_ratio = statistics.median(first.wall_s / own.wall_s for own, first in pairs)
     ratio = cpu_ratio if CASES[name].threads == 1 else wall_ratio
-    max_error = float(abs(answer - expected).max())
+    max_error = float(abs(output - expected).max())
     close = variant.endswith("bfloat16") or max_error <= MAX_ERROR
     return Row(
         case=name,
@@ -180,14 +179,14 @@ def _to_row(
     )
 
 
-def _ask(pipe: Connection) -> Any:
+def _request(pipe: Connection) -> Any:
     pipe.send(True)
     return pipe.recv()
 
 
 @torch.inference_mode()
 def measure_pocket() -> list[dict[str, Any]]:
-    """PSNR of the pocket bundle's decoded images, LUA in bfloat16 against LUA in float32, on latents that it drew."""
+    """Return the PSNR of the pocket bundle's decoded images, LUA in bfloat16 against float32, on generated latents."""
     bundle = read_bundle(POCKET_BUNDLE)
     assert bundle.lua is not None
     route, net = Route.open(bundle, CPU, torch.float32), read_lua(bundle.lua)
@@ -198,9 +197,9 @@ def measure_pocket() -> list[dict[str, Any]]:
     for scale in net.spec.scales:
         expected = route.vae.decode(net(latents, scale))
         for name, dtype in (("torch float32", torch.float32), ("torch bfloat16", torch.bfloat16)):
-            answer = TorchEngine.open(net, CPU, dtype).run(latents, scale)
+            output = TorchEngine.open(net, CPU, dtype).run(latents, scale)
             worst = min(
-                psnr_db(route.vae.decode(one[None]), image[None]) for one, image in zip(answer, expected, strict=True)
+                psnr_db(route.vae.decode(one[None]), image[None]) for one, image in zip(output, expected, strict=True)
             )
             rows.append({"scale": scale, "variant": name, "psnr_db": worst, "met": worst >= MIN_PSNR_DB})
     return rows
@@ -248,10 +247,10 @@ def measure(
 
 
 def _run_in_process(work: Callable[..., None], *arguments: object) -> None:
-    """In a process of its own.
+    """Run a function in a separate process.
 
     Raises:
-        RuntimeError: it failed; what it said is above.
+        RuntimeError: It failed; its output is above.
     """
     process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
     process.start()

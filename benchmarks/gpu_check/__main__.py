@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_check`: the measurements that need a GPU (`benchmarks/gpu_check/run.py`)."""
+"""`python -m benchmarks.gpu_check decode` or `engines`: measure on a GPU and write JSON."""
 
 from benchmarks.gpu_check.run import app
 

@@ -1,9 +1,9 @@
-"""What `python -m benchmarks.gpu_check engines` measures: every engine of LUA on one GPU, by the paper's protocol.
+"""Measure every engine of LUA on one GPU by the paper's protocol: `python -m benchmarks.gpu_check engines`.
 
-A case is a preset, latent size, scale, batch and dtype with random weights and inputs. Its variants run in turns: the
-published forward in float32 and in the dtype, the network under autocast (fused attention), the prepared form eager,
-compiled and replayed as CUDA graphs with and without rows padded to 64 channels, onnxruntime and TensorRT. What cannot
-run is a row that says why. It has not run on hardware; on a CPU its tests run the variants that need no GPU.
+A case is a preset, latent size, scale, batch and dtype with random weights and inputs. The variants are the published
+forward in float32 and in the dtype, the network under autocast (fused attention), the packed form eager, compiled and
+as CUDA graphs with and without rows padded to 64 channels, onnxruntime and TensorRT. A failure is a row with its
+reason. It has not run on a GPU; its tests run the variants that work on a CPU.
 """
 
 import copy
@@ -43,14 +43,14 @@ VARIANTS: tuple[Variant, ...] = (
 )  # fmt: skip
 PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PADDED_MULTIPLE = 64  # 180 -> 192: rows of 16-byte multiples for tensor cores
-TARGETS = {64: 5.0, 128: 3.0, 256: 2.2}  # least speed over "published" in bfloat16, batch 1, medium, x2, on an H200
+TARGETS = {64: 5.0, 128: 3.0, 256: 2.2}  # minimum speed-up over "published": bfloat16, batch 1, medium, x2, H200
 MATRIX_SIDE = 8192
 Run = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class EngineCase:
-    """Random weights of a spec, one scale, one input shape, one compute type."""
+    """One spec with random weights, one scale, one input shape, one compute type."""
 
     preset: str
     spec: LuaSpec
@@ -62,11 +62,11 @@ class EngineCase:
 
 @dataclass(frozen=True)
 class EngineFigures:
-    """One variant of one case; `error` says why there are no figures.
+    """One variant of one case; `error` is the reason for missing figures.
 
-    `ratio` is the speed over `published` in the same dtype, `ratio_float32` over `published float32`, `share` the part
-    of the card's own matrix-product rate in that dtype. `max_error` is to `published float32` without TF32, and `std`
-    the deviation of that answer.
+    `ratio` is the speed-up over `published` in the same dtype, `ratio_float32` over `published float32`, `share` the
+    fraction of the card's measured matrix-product rate in that dtype. `max_error` is to `published float32` without
+    TF32, and `std` the standard deviation of that output.
     """
 
     preset: str
@@ -86,15 +86,16 @@ class EngineFigures:
     error: str | None = None
 
     def to_record(self) -> dict[str, object]:
+        """Return the fields as a dict for JSON."""
         return asdict(self)
 
 
 @contextmanager
 def open_variant(variant: Variant, net: Lua, case: EngineCase, device: torch.device, folder: Path) -> Iterator[Run]:
-    """A variant's forward, freed at the end.
+    """Open a variant's forward; it is freed at the end.
 
     Raises:
-        ValueError: a library is missing, or an export or a build fails.
+        ValueError: A library is missing, or an export or a build fails.
     """
     scale, dtype, precision = case.scale, case.dtype, PRECISIONS[case.dtype]
     if variant == "published float32":
@@ -137,14 +138,14 @@ def _open_exported(variant: Variant, graph: Path, case: EngineCase, device: torc
 
 
 def count_flops(run: Run, latent: Tensor) -> int:
-    """Of one forward, a multiply and an add each; matrix products and convolutions only."""
+    """Count the FLOPs of one forward: multiplies and adds of matrix products and convolutions."""
     with FlopCounterMode(display=False) as counter:
         run(latent)
     return int(counter.get_total_flops())
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype, side: int = MATRIX_SIDE) -> float:
-    """FLOP/s of a square matrix product on random numbers: the roof of this card."""
+    """Return the FLOP/s of a square matrix product: the roofline of this card."""
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     timing = interleave({"product": lambda: left @ right}, 3, 10, device)["product"]
     return float(2 * side**3 / timing.median_s)
@@ -160,15 +161,15 @@ def measure_case(
     warmups: int = 20,
     runs: int = 20,
 ) -> list[EngineFigures]:
-    """All variants of one case; "published float32" and "published" must be among them.
+    """Measure all variants of one case; "published float32" and "published" must be among them.
 
-    One network is opened at a time, so variants are interleaved with the yardstick and not all with each other.
+    One network is open at a time: each variant is interleaved with the baseline.
     """
     torch.manual_seed(0)
     net = Lua(replace(case.spec, scales=(case.scale,))).eval().to(device)
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(case.batch, case.spec.channels, case.side, case.side, generator=generator).to(device)
-    yardstick = partial(PublishedForward(copy.deepcopy(net).to(case.dtype)), scale=case.scale)
+    baseline = partial(PublishedForward(copy.deepcopy(net).to(case.dtype)), scale=case.scale)
     with whole_float32():
         expected = PublishedForward(net)(latent, case.scale)
     flops = count_flops(partial(PublishedForward(net), scale=case.scale), latent)
@@ -181,9 +182,9 @@ def measure_case(
         try:
             with open_variant(variant, net, case, device, folder) as run:
                 max_error = float((run(latent) - expected).abs().max())
-                calls = {"yardstick": partial(yardstick, latent.to(case.dtype)), "variant": partial(run, latent)}
+                calls = {"baseline": partial(baseline, latent.to(case.dtype)), "variant": partial(run, latent)}
                 timings = interleave(calls, warmups, runs, device)
-        except (ValueError, RuntimeError) as error:  # missing libraries, too little memory, kernels that do not exist
+        except (ValueError, RuntimeError) as error:  # missing library, too little memory, missing kernel
             lines = str(error).splitlines() or [""]
             rows.append(replace(row, error=f"{type(error).__name__}: {lines[0][:300]}"))
             continue
@@ -194,7 +195,7 @@ def measure_case(
                 row,
                 median_ms=1e3 * timing.median_s,
                 p95_ms=1e3 * timing.p95_s,
-                ratio=_speed(timings["yardstick"], timing),
+                ratio=_speed(timings["baseline"], timing),
                 ratio_float32=None if float32_s is None else float32_s / timing.median_s,
                 share=flops / timing.median_s / matrix_rate,
                 max_error=max_error,
@@ -205,23 +206,23 @@ def measure_case(
     return rows
 
 
-def _speed(yardstick: Timing, timing: Timing) -> float:
-    return statistics.median(yardstick.wall_s) / timing.median_s
+def _speed(baseline: Timing, timing: Timing) -> float:
+    return statistics.median(baseline.wall_s) / timing.median_s
 
 
 def target_of(case: EngineCase, variant: Variant) -> float | None:
-    """What `compiled` and its padded form are asked for, where something is."""
-    asked = (case.preset, case.scale, case.batch, case.dtype) == ("medium", 2, 1, torch.bfloat16)
-    return TARGETS.get(case.side) if asked and variant in ("compiled", "compiled, padded") else None
+    """Return the target of `compiled` and its padded form, if there is one."""
+    has_target = (case.preset, case.scale, case.batch, case.dtype) == ("medium", 2, 1, torch.bfloat16)
+    return TARGETS.get(case.side) if has_target and variant in ("compiled", "compiled, padded") else None
 
 
 def line(row: EngineFigures) -> str:
-    """One row of the table."""
+    """Format one row."""
     head = f"{row.preset:<8}{row.side:>4} x{row.scale} b{row.batch} {row.dtype:<9}{row.variant:<18}"
     if row.error is not None or row.median_ms is None:
         return f"{head}{row.error}"
     target = (
-        "" if row.target is None else f"  asked {row.target}: {'met' if (row.ratio or 0) >= row.target else 'MISSED'}"
+        "" if row.target is None else f"  target {row.target}: {'met' if (row.ratio or 0) >= row.target else 'MISSED'}"
     )
     return (
         f"{head}{row.median_ms:>9.2f} ms{row.ratio:>7.2f}x{row.share:>8.1%} of the roof"

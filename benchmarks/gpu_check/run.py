@@ -1,8 +1,8 @@
-"""What only a GPU can tell, one subcommand each, as JSON in `benchmarks/results/` with the card, driver and versions.
+"""Measurements that need a GPU, one subcommand each, as JSON in `benchmarks/results/` with card, driver and versions.
 
 `python -m benchmarks.gpu_check decode` times full-size SDXL and FLUX.1 decoders with random weights by the paper's
 protocol (batch 1, 20 warm-ups, median) and measures the peak of allocated memory. `engines` times every engine of LUA
-(`benchmarks/gpu_check/engines.py`). Without CUDA both refuse. The same figures of a CPU: `benchmarks/decode.py` and
+(`benchmarks/gpu_check/engines.py`). Both exit with 2 without CUDA. On a CPU: `benchmarks/decode.py` and
 `benchmarks/engines/run.py`.
 """
 
@@ -34,7 +34,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 WARMUPS = 20
 RUNS = 20
-SLOW_S = 2.0  # a decode that takes longer is repeated less; every row says how often
+SLOW_S = 2.0  # longer decodes are repeated less often; every row has its counts
 SLOW_WARMUPS = 2
 SLOW_RUNS = 5
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -42,10 +42,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class GpuFigures:
-    """One decoder, method, size and dtype. `error` says why there are no figures, such as too little memory.
+    """One decoder, method, size and dtype. `error` is the reason for missing figures, such as too little memory.
 
-    `peak_bytes` is of allocated memory beyond weights and latents, `reserved_bytes` what the allocator took from the
-    card in all. Differences are to the plain decode of the same dtype.
+    `peak_bytes` is allocated memory beyond weights and latents, `reserved_bytes` the allocator's total. Differences are
+    to the plain decode of the same dtype.
     """
 
     family: str
@@ -65,10 +65,10 @@ class GpuFigures:
 
 
 def require_cuda() -> torch.device:
-    """The first GPU.
+    """Return the first GPU.
 
     Raises:
-        typer.Exit: with status 2, when there is none.
+        typer.Exit: With status 2 when there is none.
     """
     if not torch.cuda.is_available():
         typer.echo(
@@ -79,7 +79,7 @@ def require_cuda() -> torch.device:
 
 
 def card(device: torch.device) -> dict[str, Any]:
-    """The card, its driver and its libraries."""
+    """Describe the card, its driver and its libraries."""
     properties = torch.cuda.get_device_properties(device)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
@@ -94,7 +94,7 @@ def card(device: torch.device) -> dict[str, Any]:
 
 
 def time_runs(run: Callable[[], Tensor], device: torch.device) -> tuple[list[float], int]:
-    """Seconds of each counted run, device at rest at both ends, and the number of warm-ups before them."""
+    """Return the seconds of each counted run, synchronized at both ends, and the number of warm-ups."""
 
     def once() -> float:
         torch.cuda.synchronize(device)
@@ -103,7 +103,7 @@ def time_runs(run: Callable[[], Tensor], device: torch.device) -> tuple[list[flo
         torch.cuda.synchronize(device)
         return time.perf_counter() - started_s
 
-    once()  # chooses convolution kernels
+    once()  # selects convolution kernels
     slow = once() > SLOW_S
     warmups, runs = (SLOW_WARMUPS, SLOW_RUNS) if slow else (WARMUPS, RUNS)
     for _ in range(warmups - 2):
@@ -112,10 +112,10 @@ def time_runs(run: Callable[[], Tensor], device: torch.device) -> tuple[list[flo
 
 
 def measure_case(case: GpuFigures, vae: Any, device: torch.device, plain: Tensor | None) -> tuple[GpuFigures, Tensor]:
-    """Fill in one row; also the image.
+    """Measure one row; returns it and the image.
 
     Raises:
-        RuntimeError: of the decode, such as torch.OutOfMemoryError.
+        RuntimeError: The decode failed, for example with torch.OutOfMemoryError.
     """
     dtype = DTYPES[case.dtype]
     latents = random_latents(case.family, case.image_px).to(device, dtype)
@@ -153,7 +153,7 @@ def measure_case(case: GpuFigures, vae: Any, device: torch.device, plain: Tensor
 
 
 def cases_of(family: str, image_px: int, dtype: str, strips_mib: list[int]) -> list[GpuFigures]:
-    """The rows of one size: every method, and the exact one also with other strips."""
+    """Return the rows of one size: every method, and the exact one also with other strip sizes."""
     rows = [GpuFigures(family, method, None, image_px, dtype, 0, 0) for method in METHODS]
     return rows + [GpuFigures(family, "exact", strip_mib, image_px, dtype, 0, 0) for strip_mib in strips_mib]
 
@@ -162,14 +162,14 @@ def cases_of(family: str, image_px: int, dtype: str, strips_mib: list[int]) -> l
 def measure_size(
     family: str, image_px: int, dtype: str, strips_mib: list[int], device: torch.device
 ) -> list[GpuFigures]:
-    """All rows of one decoder, size and dtype; what cannot run is a row that says why."""
+    """Measure all rows of one decoder, size and dtype; a failure is a row with its reason."""
     done: list[GpuFigures] = []
     plain: Tensor | None = None
     for case in cases_of(family, image_px, dtype, strips_mib):
         vae = build_decoder(family, case.method).to(device, DTYPES[dtype])
         try:
             row, image = measure_case(case, vae, device, None if case.method == "tiny" else plain)
-        except RuntimeError as error:  # out of memory, or a kernel that cannot index so large a tensor: a finding
+        except RuntimeError as error:  # out of memory, or a tensor too large for a kernel: a result, too
             row = GpuFigures(**{**asdict(case), "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
         else:
             plain = image if case.method == "plain" else plain
@@ -181,7 +181,7 @@ def measure_size(
 
 
 def line(row: GpuFigures) -> str:
-    """One row of the table."""
+    """Format one row."""
     strips = "" if row.strip_mib is None else f" strips of {row.strip_mib} MiB"
     name = f"{row.family:<6}{row.image_px:>5} {row.dtype:<9}{row.method + strips:<24}"
     if row.error or row.median_s is None or row.peak_bytes is None:
@@ -203,7 +203,7 @@ def decode(
     strip_mib: Annotated[list[int] | None, typer.Option(help="More strip sizes of the exact decode.")] = None,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/gpu_decode.json"),
 ) -> None:
-    """Time and peak memory of plain, exact, tiled and tiny decodes; status 1 when an exact one could not run."""
+    """Measure plain, exact, tiled and tiny decodes; status 1 when an exact one could not run."""
     device = require_cuda()
     rows: list[GpuFigures] = []
     for name in family or ["sdxl", "flux1"]:
@@ -222,12 +222,12 @@ def engines(
     preset: Annotated[list[str] | None, typer.Option(help="medium or release; may be repeated.")] = None,
     latent: Annotated[list[int] | None, typer.Option(help="Side of the square latents; may be repeated.")] = None,
     scale: Annotated[list[int] | None, typer.Option(help="2 or 4; may be repeated.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="May be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or float16; may be repeated.")] = None,
-    channels: Annotated[int, typer.Option(help="Of the latents.")] = 4,
+    channels: Annotated[int, typer.Option(help="Channels of the latents.")] = 4,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/gpu_engines.json"),
 ) -> None:
-    """LUA by every engine that is installed; status 1 when a target of the H200 is missed."""
+    """Measure LUA with every installed engine; status 1 when a target of the H200 is missed."""
     device = require_cuda()
     types = [getattr(torch, name) for name in dtype or ["bfloat16", "float16"]]
     roofs = {each: measure_matrix_rate(device, each) for each in types}

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.load`: the service under load (`benchmarks/load/run.py`)."""
+"""`python -m benchmarks.load`: measure the service under load, write the JSON and docs/load.md."""
 
 from benchmarks.load.run import main
 

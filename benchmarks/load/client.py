@@ -1,7 +1,7 @@
-"""A small HTTP/1.1 client for load: keep-alive connections, one request at a time on each, times in milliseconds.
+"""A minimal HTTP/1.1 load client: keep-alive connections, one request at a time on each.
 
-It does as little as it can, so that what is timed is the server; the same bytes go to every server that is compared.
-`benchmarks.load` plans the runs.
+It does as little as possible, so that the server dominates the times; every compared server gets the same bytes.
+`benchmarks/load/run.py` plans the runs.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ from typing import cast
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One answer: its status, its headers by lower-case name and the time it took."""
+class Response:
+    """One response: status, headers by lower-case name, and time."""
 
     status: int
     headers: dict[str, str]
@@ -24,30 +24,32 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a run of requests gave: every time of a good answer, the other answers, and the seconds it took."""
+    """The result of a run: times of all 200 responses, the other responses, and the duration."""
 
     times_ms: list[float]
-    refused: list[Answer]
+    refused: list[Response]
     duration_s: float
     offered: int = 0
 
     @property
     def per_s(self) -> float:
+        """Successful responses per second."""
         return len(self.times_ms) / self.duration_s
 
     def quantile_ms(self, part: float) -> float:
-        """The value below which `part` of the times lie, by nearest rank."""
+        """Return the quantile `part` of the times, by nearest rank."""
         ordered = sorted(self.times_ms)
         return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
 
     @property
     def median_ms(self) -> float:
+        """Median time."""
         return statistics.median(self.times_ms)
 
 
 @dataclass(slots=True)
 class Connection(asyncio.Protocol):
-    """One connection. `ask` sends a request and waits for its whole answer."""
+    """One connection; `ask` sends a request and waits for the complete response."""
 
     _transport: asyncio.Transport | None = None
     _waiting: asyncio.Future[bytes] | None = None
@@ -56,13 +58,16 @@ class Connection(asyncio.Protocol):
     _body_bytes: int = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
+        """Store the transport."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transport is not a subclass
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Fail the pending request."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_exception(error or ConnectionResetError("the server closed the connection"))
 
     def data_received(self, data: bytes) -> None:
+        """Complete the pending request when its body is complete."""
         self._received += data
         if self._body_at < 0:
             end = self._received.find(b"\r\n\r\n")
@@ -77,10 +82,12 @@ class Connection(asyncio.Protocol):
             if self._waiting is not None and not self._waiting.done():
                 self._waiting.set_result(head)
 
-    async def ask(self, request: bytes) -> Answer:
-        """Raises:
-        ConnectionError: the server closed the connection.
-        ValueError: the answer has no Content-Length.
+    async def ask(self, request: bytes) -> Response:
+        """Send a request and wait for its response.
+
+        Raises:
+            ConnectionError: The server closed the connection.
+            ValueError: The response has no Content-Length.
         """
         assert self._transport is not None
         self._waiting = asyncio.get_running_loop().create_future()
@@ -90,9 +97,10 @@ class Connection(asyncio.Protocol):
         time_ms = 1000 * (time.perf_counter() - started_s)
         lines = head.decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-        return Answer(int(lines[0].split(" ")[1]), headers, time_ms)
+        return Response(int(lines[0].split(" ")[1]), headers, time_ms)
 
     def close(self) -> None:
+        """Close the connection."""
         if self._transport is not None:
             self._transport.close()
 
@@ -101,27 +109,28 @@ def _content_length(head: bytes) -> int:
     for line in head.lower().split(b"\r\n"):
         if line.startswith(b"content-length:"):
             return int(line[15:])
-    raise ValueError("an answer without Content-Length: this client does not read chunks")
+    raise ValueError("the response has no Content-Length; this client does not read chunked bodies")
 
 
 def to_request(path: str, body: bytes, headers: dict[str, str], method: str = "POST") -> bytes:
-    """The bytes of one request."""
+    """Return the bytes of one request."""
     sent = {"Host": "127.0.0.1", "Content-Length": str(len(body))} | headers
     lines = "".join(f"{name}: {value}\r\n" for name, value in sent.items())
     return f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode("latin-1") + body
 
 
 async def open_connections(port: int, number: int) -> list[Connection]:
+    """Open `number` connections."""
     loop = asyncio.get_running_loop()
     opened = [await loop.create_connection(Connection, "127.0.0.1", port) for _ in range(number)]
     return [connection for _, connection in opened]
 
 
 async def run_closed(port: int, request: bytes, clients: int, warm_up: int, seconds: float) -> Load:
-    """`clients` that each send the next request when the last one is answered.
+    """Run a closed loop: each of `clients` sends its next request when the last one is answered.
 
     Raises:
-        RuntimeError: an answer is not 200: nothing is measured on a server that refuses.
+        RuntimeError: A response is not 200.
     """
     connections = await open_connections(port, clients)
     try:
@@ -141,18 +150,18 @@ async def run_closed(port: int, request: bytes, clients: int, warm_up: int, seco
             connection.close()
 
 
-async def _require_good(connection: Connection, request: bytes) -> Answer:
-    answer = await connection.ask(request)
-    if answer.status != 200:
-        raise RuntimeError(f"status {answer.status}, 200 is expected")
-    return answer
+async def _require_good(connection: Connection, request: bytes) -> Response:
+    response = await connection.ask(request)
+    if response.status != 200:
+        raise RuntimeError(f"got status {response.status}, expected 200")
+    return response
 
 
 async def run_open(port: int, request: bytes, per_s: float, seconds: float, seed: int) -> Load:
-    """Requests at random moments (a Poisson process of `per_s`), whatever became of those before."""
+    """Run an open loop: requests arrive as a Poisson process of rate `per_s`, independent of responses."""
     free: list[Connection] = await open_connections(port, 16)
     opened = list(free)
-    answers: list[Answer] = []
+    responses: list[Response] = []
     tasks: list[asyncio.Task[None]] = []
     moments = random.Random(seed)
 
@@ -162,7 +171,7 @@ async def run_open(port: int, request: bytes, per_s: float, seconds: float, seed
             free.extend(fresh)
             opened.extend(fresh)
         connection = free.pop()
-        answers.append(await connection.ask(request))
+        responses.append(await connection.ask(request))
         free.append(connection)
 
     started_s = time.perf_counter()
@@ -175,10 +184,10 @@ async def run_open(port: int, request: bytes, per_s: float, seconds: float, seed
     duration_s = time.perf_counter() - started_s
     for connection in opened:
         connection.close()
-    good = [answer.time_ms for answer in answers if answer.status == 200]
-    return Load(good, [answer for answer in answers if answer.status != 200], duration_s, len(answers))
+    good = [response.time_ms for response in responses if response.status == 200]
+    return Load(good, [response for response in responses if response.status != 200], duration_s, len(responses))
 
 
 def median_of(runs: Sequence[float]) -> float:
-    """The median of the rounds, rounded to what means something."""
+    """Return the median of the rounds, rounded to three digits."""
     return round(statistics.median(runs), 3)

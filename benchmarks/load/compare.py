@@ -1,8 +1,8 @@
-"""What a change does to the service's own cost: two checkouts side by side, each request run on one after the other.
+"""Compare the service overhead of two checkouts, measured in turns.
 
-`python -m benchmarks.load.compare BEFORE AFTER` starts the service of both directories, with this interpreter, and
-takes turns between them for `--rounds` rounds. Printed are medians of the rounds and of the ratios after / before
-within a round. On a busy machine the processor time for a request is worth reading, the times are hardly.
+`python -m benchmarks.load.compare BEFORE AFTER` starts the service of both directories with this interpreter and
+alternates between them for `--rounds` rounds. It prints medians over the rounds, and medians of the ratios
+after / before within a round. On a busy machine read the processor times, not the wall times.
 """
 
 import argparse
@@ -29,7 +29,7 @@ Runs = dict[str, list[dict[str, float]]]
 
 @contextlib.contextmanager
 def serve(checkout: Path) -> Iterator[tuple[int, psutil.Process]]:
-    """The service of a checkout until the block ends: its port, and the process above all of its processes."""
+    """Run the service of a checkout; yields its port and its root process."""
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", _SERVE], cwd=checkout, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -44,22 +44,22 @@ def serve(checkout: Path) -> Iterator[tuple[int, psutil.Process]]:
 
 
 def measure(before: Path, after: Path, rounds: int, seconds: float) -> tuple[Runs, Runs]:
-    """The figures of both checkouts: for each run one of every round, the two in turn first."""
+    """Measure both checkouts in alternating order; per run one entry per round."""
     system = our_system()
-    wanted = {f"no-op, {clients}": (system.noop, clients) for clients in (1, 8, 64)}
-    wanted |= {name: (request, 1) for name, request in system.blobs.items()}
-    found: tuple[Runs, Runs] = ({name: [] for name in wanted}, {name: [] for name in wanted})
+    requests = {f"no-op, {clients}": (system.noop, clients) for clients in (1, 8, 64)}
+    requests |= {name: (request, 1) for name, request in system.blobs.items()}
+    runs: tuple[Runs, Runs] = ({name: [] for name in requests}, {name: [] for name in requests})
     with serve(before) as first, serve(after) as second:
         for number in range(rounds):
-            for name, (request, clients) in wanted.items():
+            for name, (request, clients) in requests.items():
                 for which in (0, 1) if number % 2 == 0 else (1, 0):
                     port, root = (first, second)[which]
-                    found[which][name].append(measure_run(port, request, clients, 20, seconds, root))
-    return found
+                    runs[which][name].append(measure_run(port, request, clients, 20, seconds, root))
+    return runs
 
 
 def format_errors(before: Runs, after: Runs) -> list[str]:
-    """A table in Markdown: of each run the figures before and after, and the median ratio."""
+    """Format a Markdown table with the figures before and after, and the median ratio, per run."""
     lines = ["| | figure | before | after | after / before |", "|---|---|---|---|---|"]
     for name, old in before.items():
         for figure in FIGURES:
@@ -72,9 +72,10 @@ def format_errors(before: Runs, after: Runs) -> list[str]:
 
 
 def main() -> None:
+    """Measure both checkouts and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="a checkout of the code as it was")
-    parser.add_argument("after", type=Path, help="a checkout of the code as it is")
+    parser.add_argument("before", type=Path, help="checkout of the old code")
+    parser.add_argument("after", type=Path, help="checkout of the new code")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each run")
     options = parser.parse_args()

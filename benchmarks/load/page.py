@@ -1,4 +1,4 @@
-"""`docs/load.md` from the report of `benchmarks.load`: no figure on the page is typed by hand."""
+"""Write `docs/load.md` from the report of `benchmarks.load`."""
 
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,16 @@ _COLUMNS = {
 }
 _TEXT = """# Load
 
-What the service itself costs, beside the work of its models: jobs whose worker does nothing, measured by
-`python -m benchmarks.load` ({command}) on {machine}, Python {python}, Redis {redis_server}, {date}. Everything, the
-client too, shares these cores. Load average before and after: {load}. Medians of {rounds} rounds of {seconds:g} s
-each, after {warm_up} requests of warm-up. This page is written by the script from `benchmarks/results/load.json`.
+Overhead of the service without the work of its models, measured by `python -m benchmarks.load` ({command}) on
+{machine}, Python {python}, Redis {redis_server}, {date}. Client and server share the cores. Load average before and
+after: {load}. Medians of {rounds} rounds of {seconds:g} s, after {warm_up} warm-up requests. Generated from
+`benchmarks/results/load.json`.
 
-A **durable no-op** is `POST /generate` that waits for its answer: read, checked, written to the append-only file with
-`appendfsync always`, claimed by a worker process, ended, and its record answered. A latent is `POST /upscale` with
-float16 values that come back as as many bytes. CPU is the processor time of all processes of the server, Redis and
-worker included, for one request.
+A **durable no-op** is a waiting `POST /generate`: parsed, written with `appendfsync always`, claimed and completed by a
+worker process, returned. A latent is `POST /upscale` in float16 with as many bytes back. CPU is the processor time per
+request of all server processes, Redis and worker included.
 
-## Aims
+## Targets
 
 {aims}
 
@@ -41,19 +40,18 @@ worker included, for one request.
 _PEERS = """
 ## Beside other servers
 
-The same client, the same machine, in turn in one run: {versions}. They keep a request in memory: one that was
-accepted is lost when the process dies, where Giantleap has it on disk. The ratio of p50 is theirs over ours, that of
-requests per second ours over theirs: above 1 Giantleap is ahead.
+Same client, same machine, in turns: {versions}. They keep requests in memory, so an accepted request is lost when the
+process dies; Giantleap has it on disk. Ratios above 1 mean that Giantleap is faster.
 
 {table}
 """
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """The page as Markdown."""
+    """Return the page."""
     ours = report["medians"]["giantleap"]
     columns = {name: title for name, title in _COLUMNS.items() if name in next(iter(ours.values()))}
-    rows = [[_run_name(run), *(found[name] for name in columns)] for run, found in ours.items()]
+    rows = [[_run_name(run), *(figures[name] for name in columns)] for run, figures in ours.items()]
     aims = [
         [name, each["aim"], each["reached"], "yes" if each["met"] else "no"] for name, each in report["aims"].items()
     ]
@@ -70,27 +68,27 @@ def to_markdown(report: dict[str, Any]) -> str:
         seconds=report["seconds"],
         warm_up=report["warm_up"],
         command="with `--peers`" if report["peers"] else "without peers",
-        aims=_table(["", "aim", "reached", "met"], aims),
+        aims=_table(["", "target", "reached", "met"], aims),
         ours=_table(["", *columns.values()], rows),
         overload=_overload(report["overload"]),
         peers=_peers(report) if report["peers"] else "",
     )
 
 
-def _overload(found: dict[str, Any]) -> str:
+def _overload(figures: dict[str, Any]) -> str:
     return (
-        f"{found['workers']} workers of {found['work_ms']:g} ms a job, give or take "
-        f"{100 * found['work_spread']:.0f} %, end {found['capacity_per_s']:g} jobs a second; "
-        f"{found['offered_per_s']:g} a second were offered, with a queue limit of {found['queue_limit']}.\n\n"
+        f"{figures['workers']} workers of {figures['work_ms']:g} ms per job, ± {100 * figures['work_spread']:.0f} %, "
+        f"complete {figures['capacity_per_s']:g} jobs/s; {figures['offered_per_s']:g} jobs/s were offered, with a "
+        f"queue limit of {figures['queue_limit']}.\n\n"
         + _table(
             ["", "p50 ms", "p99 ms"],
             [
-                ["one client, no other load", found["unloaded_p50_ms"], found["unloaded_p99_ms"]],
-                ["accepted under overload", found["accepted_p50_ms"], found["accepted_p99_ms"]],
+                ["one client, no other load", figures["unloaded_p50_ms"], figures["unloaded_p99_ms"]],
+                ["accepted under overload", figures["accepted_p50_ms"], figures["accepted_p99_ms"]],
             ],
         )
-        + f"\n\nThe ratio of the two p99 is {found['p99_ratio']:.2f}. {100 * found['refused_share']:.1f} % were "
-        f"refused with 429, all {found['refusals_with_retry_after']} of them with a whole number in `Retry-After`."
+        + f"\n\nThe p99 ratio is {figures['p99_ratio']:.2f}. {100 * figures['refused_share']:.1f} % were refused with "
+        f"429, all {figures['refusals_with_retry_after']} of them with an integer `Retry-After`."
     )
 
 
@@ -99,9 +97,9 @@ def _peers(report: dict[str, Any]) -> str:
     ours = medians["giantleap"]
     rows = []
     for name in report["peers"]:
-        for run, found in medians[name].items():
-            ratio, faster = found["p50_ms"] / ours[run]["p50_ms"], ours[run]["per_s"] / found["per_s"]
-            figures = [found["p50_ms"], found["p99_ms"], found["per_s"], found["cpu_ms"]]
+        for run, figures in medians[name].items():
+            ratio, faster = figures["p50_ms"] / ours[run]["p50_ms"], ours[run]["per_s"] / figures["per_s"]
+            figures = [figures["p50_ms"], figures["p99_ms"], figures["per_s"], figures["cpu_ms"]]
             rows.append([_NAMES[name], _run_name(run), *figures, f"{ratio:.2f}", f"{faster:.2f}"])
     versions = ", ".join(f"{_NAMES[name]} {version}" for name, version in report["peers"].items())
     header = ["", "", "p50 ms", "p99 ms", "per second", "CPU ms", "ratio of p50", "ratio per second"]

@@ -35,16 +35,18 @@ WARM_UP = 20
 
 
 def make_job() -> Job:
+    """Return a job."""
     params = GenerateParams("a red ball", "", 2, 256, 256, 4, 1.0, 7, 1, "png")
     return Job(str(uuid.uuid4()), "pocket", priority=Priority.HIGH, created_at_s=time.time(), params=params)
 
 
 def settings_for(url: str) -> Settings:
+    """Return the settings of this benchmark."""
     return read_settings(redis_url=url, key_prefix="bench", queue_limit=1_000_000, job_ttl_s=600)
 
 
 def serve(url: str) -> None:
-    """The worker process: ends each job at once with a result of `RESULT_BYTES`; runs until it is killed."""
+    """Run the worker process: complete each job at once with `RESULT_BYTES`, until killed."""
     blob = os.urandom(RESULT_BYTES)
     worker = JobConsumer(open_redis(url), settings_for(url), ["pocket"], "bench")
     worker.open()
@@ -54,7 +56,7 @@ def serve(url: str) -> None:
 
 
 async def measure_latency(producer: JobProducer, number: int, name: str) -> list[float]:
-    """Milliseconds from the call of enqueue to the result in hand, one job at a time."""
+    """Return the sorted milliseconds from enqueue to result, one job at a time."""
     times_ms = []
     for n in tqdm(range(number + WARM_UP), desc=f"{name}: latency", leave=False):
         job = make_job()
@@ -70,7 +72,7 @@ async def measure_latency(producer: JobProducer, number: int, name: str) -> list
 
 
 async def measure_enqueue(producer: JobProducer, number: int) -> tuple[list[Job], float]:
-    """The backlog, and acknowledged jobs per second with 32 producers in one process."""
+    """Enqueue a backlog with 32 concurrent producers; returns it and the jobs per second."""
     jobs = [make_job() for _ in range(number)]
     started_s = time.perf_counter()
 
@@ -83,6 +85,7 @@ async def measure_enqueue(producer: JobProducer, number: int) -> tuple[list[Job]
 
 
 async def measure_policy(url: str, name: str, number: int, backlog: int) -> dict[str, float]:
+    """Measure one server and `appendfsync` policy."""
     command = [sys.executable, "-m", "benchmarks.load.queue_latency", "--serve", url]
     async with open_async_redis(url) as client:
         producer = JobProducer(client, settings_for(url))
@@ -112,6 +115,7 @@ async def measure_policy(url: str, name: str, number: int, backlog: int) -> dict
 
 
 def main(number: int, backlog: int) -> None:
+    """Measure every server and policy, print and write the JSON."""
     report: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
         "real_time_scheduling": os.sched_getscheduler(0) == os.SCHED_FIFO,

@@ -1,10 +1,9 @@
-"""The service's own overhead under load: durable jobs without work, latents there and back, ten times too much.
+"""Measure the service overhead under load: durable no-op jobs, latents in and out, and a tenfold overload.
 
-`python -m benchmarks.load --out benchmarks/results/load.json` takes two minutes and runs the real API, queue and Redis
-(every write on disk before it is answered) on this machine, with workers that do nothing; `--peers` measures LitServe,
-BentoML and Ray Serve in turn with it (`make peers` installs them), which takes six. Rounds alternate between the
-systems; figures are medians of rounds. Where the report is the stored one, `docs/load.md` is written from it. Keep the
-machine idle meanwhile.
+`python -m benchmarks.load` takes two minutes and runs the real API, queue and Redis (every write on disk before its
+reply) on this machine, with workers that do no work; `--peers` also measures LitServe, BentoML and Ray Serve (`make
+peers` installs them), which takes six minutes. Rounds alternate between the systems; figures are medians of rounds.
+`docs/load.md` is written from the stored report. Keep the machine idle meanwhile.
 """
 
 import argparse
@@ -37,7 +36,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "load.json"
 OURS = "giantleap"
 CLIENTS = (1, 8, 64)
 WARM_UP = 200
-# Latents of 16 channels as float16: the sides of those of 512, 1024 and 2048 px.
+# 16 channels in float16: the latents of 512, 1024 and 2048 px.
 LATENTS = {"128 KiB": (64, 64), "512 KiB": (128, 128), "2 MiB": (256, 256)}
 PEER_BLOB = "512 KiB"
 WORKERS, WORK_MS, QUEUE_LIMIT, OVERLOAD = 4, 100.0, 6, 10
@@ -49,7 +48,7 @@ _EDGE = "3f1c9a"
 
 @dataclass(frozen=True)
 class System:
-    """What is measured: how it is started, and its requests by the name of the run."""
+    """A measured system: how to start it, and its requests by run name."""
 
     name: str
     run: Callable[[], AbstractContextManager[int]]
@@ -58,12 +57,12 @@ class System:
 
 
 def to_latent(side: tuple[int, int]) -> bytes:
-    """A safetensors file of one float16 latent [1, 16, h, w] of noise."""
+    """Return a safetensors file of one float16 noise latent [1, 16, h, w]."""
     return save({"latent": np.random.default_rng(0).standard_normal((1, 16, *side)).astype(np.float16)})
 
 
 def to_form(content: bytes) -> tuple[bytes, dict[str, str]]:
-    """A multipart form with one file called `file`, and its content type."""
+    """Return a multipart form with one file called `file`, and its headers."""
     head = f'--{_EDGE}\r\nContent-Disposition: form-data; name="file"; filename="latent"\r\n'
     head += "Content-Type: application/octet-stream\r\n\r\n"
     body = head.encode() + content + f"\r\n--{_EDGE}--\r\n".encode()
@@ -71,6 +70,7 @@ def to_form(content: bytes) -> tuple[bytes, dict[str, str]]:
 
 
 def our_system() -> System:
+    """Describe the service."""
     tensor = {"Content-Type": "application/x-safetensors", "Accept": "application/x-safetensors"}
     path = "/upscale?output=latent&scale=2"
     blobs = {name: to_request(path, to_latent(side), tensor) for name, side in LATENTS.items()}
@@ -79,7 +79,7 @@ def our_system() -> System:
 
 
 def peer_system(name: str) -> System:
-    """A peer takes the same latent as raw bytes where it can, else as the file of a form, and gives it back."""
+    """Describe a peer; it echoes the same latent, sent raw where it can, else as a form file."""
     latent = to_latent(LATENTS[PEER_BLOB])
     body, headers = (latent, {"Content-Type": "application/octet-stream"}) if name == "ray" else to_form(latent)
     noop = to_request("/noop", b'{"prompt": "a red sphere"}', _JSON)
@@ -87,7 +87,7 @@ def peer_system(name: str) -> System:
 
 
 def measure_round(system: System, seconds: float) -> dict[str, dict[str, float]]:
-    """One round of one system, freshly started: figures by the name of the run."""
+    """Measure one round of one freshly started system, by run name."""
     with system.run() as port:
         runs = {f"no-op, {clients}": (system.noop, clients, WARM_UP) for clients in CLIENTS}
         runs |= {name: (request, 1, 20) for name, request in system.blobs.items()}
@@ -97,11 +97,10 @@ def measure_round(system: System, seconds: float) -> dict[str, dict[str, float]]
 def measure_run(
     port: int, request: bytes, clients: int, warm_up: int, seconds: float, root: psutil.Process | None = None
 ) -> dict[str, float]:
-    """The figures of one run; `cpu_ms` is the processor time of every process of the server for one request.
+    """Measure one run.
 
-    The server is what runs below `root`, by default below this process.
-
-    So is `cpu_api_ms`, `cpu_worker_ms` and `cpu_redis_ms` of ours by its part; of a peer all of it is its API's.
+    `cpu_ms` is the processor time per request of all processes below `root` (default: this process); `cpu_api_ms`,
+    `cpu_worker_ms` and `cpu_redis_ms` are its parts. All of a peer counts as API.
     """
     before_s = used_cpu_s(root)
     load = uvloop.run(run_closed(port, request, clients, warm_up, seconds))
@@ -112,7 +111,7 @@ def measure_run(
 
 
 def used_cpu_s(root: psutil.Process | None = None) -> dict[str, float]:
-    """Of all processes below `root`, or this one, as long as they live, by the part of the service that they are."""
+    """Return the processor seconds of all live processes below `root`, by part of the service."""
     used_s = dict.fromkeys(PARTS, 0.0)
     for process in (root or psutil.Process()).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -122,13 +121,14 @@ def used_cpu_s(root: psutil.Process | None = None) -> dict[str, float]:
 
 
 def part_of(command: list[str]) -> str:
-    """Which of `PARTS` a process is, by its command line."""
+    """Return which of `PARTS` a process is, by its command line."""
     if any("redis" in word or "valkey" in word for word in command[:4]):
         return "redis"
     return "worker" if "benchmarks.load.service" in command else "api"
 
 
 def to_figures(load: Load) -> dict[str, float]:
+    """Return the figures of a load run."""
     return {
         "p50_ms": round(load.median_ms, 3),
         "p99_ms": round(load.quantile_ms(0.99), 3),
@@ -138,19 +138,21 @@ def to_figures(load: Load) -> dict[str, float]:
 
 
 def measure_overload(seconds: float) -> dict[str, Any]:
-    """Jobs of `WORK_MS` one at a time, then `OVERLOAD` times as many as the workers can end.
+    """Measure jobs of `WORK_MS` one at a time, then at `OVERLOAD` times the capacity of the workers.
 
     Raises:
-        RuntimeError: a refusal is not 429 with a whole number in Retry-After.
+        RuntimeError: A refusal is not 429 with an integer Retry-After.
     """
     capacity_per_s = WORKERS * 1000 / WORK_MS
     request = our_system().noop
     with run_service(WORKERS, WORK_MS, queue_limit=QUEUE_LIMIT) as port:
         calm = uvloop.run(run_closed(port, request, 1, 5, seconds))
         crowd = uvloop.run(run_open(port, request, OVERLOAD * capacity_per_s, seconds, seed=1))
-    for answer in crowd.refused:
-        if answer.status != 429 or not answer.headers.get("retry-after", "").isdigit():
-            raise RuntimeError(f"a refusal with status {answer.status} and headers {sorted(answer.headers)}")
+    for response in crowd.refused:
+        if response.status != 429 or not response.headers.get("retry-after", "").isdigit():
+            raise RuntimeError(
+                f"expected 429 with Retry-After, got status {response.status} and headers {sorted(response.headers)}"
+            )
     return {
         "workers": WORKERS,
         "work_ms": WORK_MS,
@@ -170,12 +172,12 @@ def measure_overload(seconds: float) -> dict[str, Any]:
 
 
 def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """The medians over the rounds."""
+    """Return the medians over the rounds."""
     return {run: {name: median_of([each[run][name] for each in rounds]) for name in FIGURES} for run in rounds[0]}
 
 
 def judge(ours: dict[str, dict[str, float]], overload: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The figures that were asked for, beside those reached."""
+    """Compare the figures with their targets."""
     aims = {
         "durable no-op p50 at 1 client, ms": (ours["no-op, 1"]["p50_ms"], "<=", 2.0),
         "durable no-ops per second at 8 clients": (ours["no-op, 8"]["per_s"], ">=", 1000.0),
@@ -189,6 +191,7 @@ def judge(ours: dict[str, dict[str, float]], overload: dict[str, Any]) -> dict[s
 
 
 def machine() -> dict[str, Any]:
+    """Describe the machine and the versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     server = subprocess.run([str(find_server()), "--version"], capture_output=True, text=True, check=True)
@@ -203,8 +206,10 @@ def machine() -> dict[str, Any]:
 
 
 def peer_versions() -> dict[str, str]:
-    """Raises:
-    FileNotFoundError: a peer is not installed.
+    """Return the installed version of every peer.
+
+    Raises:
+        FileNotFoundError: A peer is not installed.
     """
     code = "import sys, importlib.metadata; print(importlib.metadata.version(sys.argv[1]))"
     commands = {name: [str(peer_python(name)), "-c", code, name] for name in PEER_NAMES}
@@ -215,19 +220,19 @@ def peer_versions() -> dict[str, str]:
 
 
 def measure(with_peers: bool, rounds: int, seconds: float) -> dict[str, Any]:
-    """The whole report."""
+    """Measure everything and return the report."""
     versions = peer_versions() if with_peers else {}
     systems = [our_system(), *map(peer_system, versions)]
     load_before = os.getloadavg()
-    found: dict[str, list[dict[str, dict[str, float]]]] = {system.name: [] for system in systems}
+    rounds_by_system: dict[str, list[dict[str, dict[str, float]]]] = {system.name: [] for system in systems}
     with progress(rounds * len(systems) + 1) as step:
         for number in range(rounds):
             for system in systems:
                 step(f"round {number + 1}, {system.name}")
-                found[system.name].append(measure_round(system, seconds))
+                rounds_by_system[system.name].append(measure_round(system, seconds))
         step("overload")
         overload = measure_overload(4 * seconds)
-    medians = {name: summarise(each) for name, each in found.items()}
+    medians = {name: summarise(each) for name, each in rounds_by_system.items()}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **machine(),
@@ -240,12 +245,13 @@ def measure(with_peers: bool, rounds: int, seconds: float) -> dict[str, Any]:
         "medians": medians,
         "overload": overload,
         "aims": judge(medians[OURS], overload),
-        "by_round": found,
+        "by_round": rounds_by_system,
     }
 
 
 @contextlib.contextmanager
 def progress(steps: int) -> Iterator[Callable[[str], None]]:
+    """Show a progress bar; yields a function that advances it."""
     with tqdm(total=steps, bar_format="{n_fmt}/{total_fmt} {desc} {elapsed}") as bar:
 
         def step(what: str) -> None:
@@ -256,8 +262,9 @@ def progress(steps: int) -> Iterator[Callable[[str], None]]:
 
 
 def main() -> None:
+    """Measure, write the JSON and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes, or comes from")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON report to write, or to read with --docs-only")
     parser.add_argument("--peers", action="store_true", help="measure LitServe, BentoML and Ray Serve as well")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
@@ -269,5 +276,5 @@ def main() -> None:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
     page = to_markdown(json.loads(options.out.read_text()))
     print(page)
-    if options.docs_only or options.out.resolve() == RESULTS.resolve():  # the page is of the stored report only
+    if options.docs_only or options.out.resolve() == RESULTS.resolve():  # the page describes the stored report only
         PAGE.write_text(page)

@@ -1,8 +1,7 @@
-"""Starts what `benchmarks.load` measures: the service with workers that do no work, or a peer's server in its own
-environment, each on a loopback port of its own.
+"""Start the systems that `benchmarks.load` measures: the service without work, or a peer's server.
 
-The service is the real one: an embedded Redis that syncs every write to disk before it answers, `giantleap api`, and a
-process that claims and ends jobs as a worker does. A peer keeps its requests in memory only.
+The service is the real one: an embedded Redis that syncs every write to disk before its reply, `giantleap api`, and a
+process that claims and completes jobs as a worker does. A peer runs in its own environment, requests in memory.
 """
 
 import argparse
@@ -39,11 +38,12 @@ _STOP_TIMEOUT_S = 30.0
 
 @contextlib.contextmanager
 def run_service(workers: int = 1, work_ms: float = 0.0, **changes: object) -> Iterator[int]:
-    """The service until the block ends; yields its port. `changes` are settings.
+    """Run the service; yields its port.
 
     Args:
         workers: Threads that each run one job at a time.
-        work_ms: How long a job takes its worker, asleep, give or take `SPREAD` of it.
+        work_ms: Time that a job sleeps in its worker, plus or minus `SPREAD`.
+        **changes: Settings.
     """
     with contextlib.ExitStack() as stack:
         data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="giantleap-load-")))
@@ -60,10 +60,10 @@ def run_service(workers: int = 1, work_ms: float = 0.0, **changes: object) -> It
 
 @contextlib.contextmanager
 def run_peer(name: str) -> Iterator[int]:
-    """A peer's no-op server (`benchmarks/peers/`) until the block ends; yields its port.
+    """Run a peer's no-op server (`benchmarks/peers/`); yields its port.
 
     Raises:
-        FileNotFoundError: it is not installed.
+        FileNotFoundError: The peer is not installed.
     """
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL"))}
@@ -74,20 +74,20 @@ def run_peer(name: str) -> Iterator[int]:
 
 
 def peer_python(name: str) -> Path:
-    """The interpreter of a peer's environment.
+    """Return the interpreter of a peer's environment.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: The peer is not installed.
     """
     python = PEERS / name / "bin" / "python"
     if not python.exists():
-        raise FileNotFoundError(f"{name} is not installed in {PEERS}: run `make peers`, or leave --peers out")
+        raise FileNotFoundError(f"{name} is not installed in {PEERS}: run `make peers`, or omit --peers")
     return python
 
 
 @contextlib.contextmanager
 def run_process(command: list[str], environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process until the block ends; the end of its output is shown only where the block fails."""
+    """Run a process; the end of its output is shown only if the block fails."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=output)
         try:
@@ -106,11 +106,11 @@ def run_process(command: list[str], environment: dict[str, str]) -> Iterator["su
 
 
 def await_answer(processes: list["subprocess.Popen[bytes]"], port: int, path: str, body: bytes | None = None) -> None:
-    """Returns when the path answers 200.
+    """Wait until the path returns 200.
 
     Raises:
-        RuntimeError: one of the processes has ended.
-        TimeoutError: there is no answer within two minutes.
+        RuntimeError: One of the processes has ended.
+        TimeoutError: There is no such response within two minutes.
     """
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"Content-Type": "application/json"})
     deadline_s = time.monotonic() + _START_TIMEOUT_S
@@ -124,6 +124,7 @@ def await_answer(processes: list["subprocess.Popen[bytes]"], port: int, path: st
 
 
 def free_port() -> int:
+    """Return a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -131,7 +132,7 @@ def free_port() -> int:
 
 
 def work(settings: Settings, workers: int, work_ms: float) -> None:
-    """The worker process: ends each job after `work_ms`, a latent's with as many bytes as its tensor had; for ever."""
+    """Run the worker process: complete each job after `work_ms`; a latent returns as many bytes as its tensor had."""
     assert settings.redis_url is not None
     bundle = "pocket"
     blobs = {size_bytes: os.urandom(size_bytes) for size_bytes in (1 << 17, 1 << 19, 1 << 21)}
@@ -156,7 +157,7 @@ def work(settings: Settings, workers: int, work_ms: float) -> None:
 
 
 def to_results(claim: Claim, blobs: dict[int, bytes]) -> list[tuple[ResultFile, bytes]]:
-    """Nothing for a prompt; for a latent, which the API stores as float32, the bytes that it had as float16."""
+    """Return the results of a claim: none for a prompt, as many bytes as the float16 input for a latent."""
     params = claim.job.params
     if not isinstance(params, UpscaleParams):
         return []
@@ -165,7 +166,7 @@ def to_results(claim: Claim, blobs: dict[int, bytes]) -> list[tuple[ResultFile, 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The worker that does no work; settings come from the environment.")
+    parser = argparse.ArgumentParser(description="A worker that does no work; settings come from the environment.")
     parser.add_argument("workers", type=int)
     parser.add_argument("work_ms", type=float)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """BentoML's no-op service: `python bentoml_noop.py PORT`. /noop takes JSON, /blob a file of a form, which it returns.
 
-Runs in an environment of its own (`benchmarks/peers/install.py`), from where nothing of ours is imported.
+Runs in a separate environment (`benchmarks/peers/install.py`), where `giantleap` is not installed.
 """
 
 import os
@@ -12,12 +12,16 @@ import bentoml
 
 @bentoml.service(workers=1)
 class Noop:
+    """The no-op service."""
+
     @bentoml.api(route="/noop")  # type: ignore[untyped-decorator]
     def noop(self, prompt: str) -> dict[str, str]:
+        """Return at once."""
         return {"status": "succeeded"}
 
     @bentoml.api(route="/blob")  # type: ignore[untyped-decorator]
     def blob(self, file: Path) -> Path:
+        """Return the file."""
         return file
 
 

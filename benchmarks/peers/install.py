@@ -1,7 +1,7 @@
-"""Installs the peers of `benchmarks.load`, each pinned, into an environment of its own below `.peers/`.
+"""Install the pinned peers of `benchmarks.load`, each into its own environment below `.peers/`.
 
-`python benchmarks/peers/install.py` takes some minutes and 0.8 GB; what is there in the right version is left alone.
-None of them needs torch. Each line of `pins.txt` beside this file is one environment, named after its first package.
+`python benchmarks/peers/install.py` takes some minutes and 0.8 GB. Each line of `pins.txt` is one environment, named
+after its first package.
 """
 
 import subprocess
@@ -13,6 +13,7 @@ ENVIRONMENTS = HERE.parents[1] / ".peers"
 
 
 def main() -> None:
+    """Create every environment."""
     for line in (HERE / "pins.txt").read_text().splitlines():
         name = line.partition("==")[0].partition("[")[0]
         python = ENVIRONMENTS / name / "bin" / "python"

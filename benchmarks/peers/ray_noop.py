@@ -1,6 +1,6 @@
 """Ray Serve's no-op deployment: `python ray_noop.py PORT`. /noop takes JSON, /blob raw bytes, which it returns.
 
-Runs in an environment of its own (`benchmarks/peers/install.py`), from where nothing of ours is imported.
+Runs in a separate environment (`benchmarks/peers/install.py`), where `giantleap` is not installed.
 """
 
 import signal
@@ -15,7 +15,10 @@ from starlette.responses import JSONResponse, Response
 
 @serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.1})
 class Noop:
+    """The no-op deployment."""
+
     async def __call__(self, request: Request) -> Response:
+        """Return at once; /blob returns the body."""
         if request.url.path == "/blob":
             return Response(await request.body(), media_type="application/octet-stream")
         await request.json()

@@ -1,0 +1,1 @@
+"""Image quality of the pocket bundle."""

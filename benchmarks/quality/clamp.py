@@ -40,7 +40,7 @@ from giantleap.training.pocket.pairs import draw_view
 SCALES = (2, 4)
 FAR = 1.5
 BROKEN_SHARE = 0.01
-MAX_DB = 100.0  # of images that are equal
+MAX_DB = 100.0  # for equal images
 SIDE_PX = 256
 PROMPTS = ("a red sphere on a green floor under a blue sky", "a large yellow cube on a purple floor")
 FOREIGN = ("sdxl", "flux1")  # families whose factors a client may apply by mistake
@@ -49,7 +49,7 @@ Change = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def changes(statistics: LatentStatistics) -> dict[str, Change]:
-    """What makes a latent one from outside, by name."""
+    """Return the changes that take a latent out of distribution, by name."""
     std = torch.tensor(statistics.std).view(-1, 1, 1)
 
     def line(factor: float, offset: float = 0.0) -> Change:
@@ -61,25 +61,25 @@ def changes(statistics: LatentStatistics) -> dict[str, Change]:
     def permute(z: Tensor, generator: torch.Generator) -> Tensor:
         return z[:, torch.randperm(z.shape[1], generator=generator)]
 
-    made = {"as trained": line(1.0)}
-    made |= {f"scaled {factor:g}": line(factor) for factor in (1.5, 2.0, 4.0, 8.0)}
-    made |= {f"noisy {level}": noise(level) for level in (0.5, 0.7, 1.0, 2.0)}
+    by_name = {"as trained": line(1.0)}
+    by_name |= {f"scaled {factor:g}": line(factor) for factor in (1.5, 2.0, 4.0, 8.0)}
+    by_name |= {f"noisy {level}": noise(level) for level in (0.5, 0.7, 1.0, 2.0)}
     for space in (LATENT_SPACES[name] for name in FOREIGN):
-        made[f"family {space.name}: scaled as it"] = line(space.scale, -space.shift * space.scale)
-        made[f"family {space.name}: unscaled twice"] = line(1.0 / space.scale, space.shift)
-    return made | {"channels permuted": permute}
+        by_name[f"family {space.name}: scaled as it"] = line(space.scale, -space.shift * space.scale)
+        by_name[f"family {space.name}: unscaled twice"] = line(1.0 / space.scale, space.shift)
+    return by_name | {"channels permuted": permute}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One picture of one route: whether it is broken, the share of pixels that are far out."""
+    """One picture of one route: whether it is broken, and its share of far pixels."""
 
     is_broken: bool
     far_share: float
 
 
 def judge(picture: Tensor) -> Outcome:
-    """**Shape** [1, 3, height_px, width_px], not clamped."""
+    """Judge one picture [1, 3, height_px, width_px], not clamped."""
     share = float((picture.abs().amax(dim=1) > FAR).float().mean())
     finite = bool(picture.isfinite().all())
     return Outcome(not finite or share > BROKEN_SHARE, share)
@@ -87,7 +87,7 @@ def judge(picture: Tensor) -> Outcome:
 
 @torch.inference_mode()
 def measure_procedural(vae: Vae, pictures: int, side_px: int = SIDE_PX) -> LatentStatistics:
-    """Statistics over pictures like those that the pocket LUA was trained on, of a seed of their own."""
+    """Measure statistics over pictures like the pocket LUA's training data, with another seed."""
     rng = np.random.default_rng(20)
     pool = np.stack([draw_leaves(rng, 2 * side_px) for _ in range(max(1, pictures // 8))])
     views = (draw_view(rng, pool, side_px, side_px) for _ in range(pictures))
@@ -97,53 +97,55 @@ def measure_procedural(vae: Vae, pictures: int, side_px: int = SIDE_PX) -> Laten
 
 @torch.inference_mode()
 def read_inputs(route: Route, scale: int) -> dict[str, Tensor]:
-    """Small latents that the bundle meets: photographs' centres, shrunk, and its own drawings."""
+    """Return typical small latents: reduced centers of photographs, and generated latents."""
     inputs = {}
     for name, photo in read_photos().items():
         top = (photo.shape[-1] - SIDE_PX) // 2
-        centre = photo[..., top : top + SIDE_PX, top : top + SIDE_PX]
-        inputs[name] = route.vae.encode(shrink(centre, scale))
+        center = photo[..., top : top + SIDE_PX, top : top + SIDE_PX]
+        inputs[name] = route.vae.encode(shrink(center, scale))
     items = [GenerationItem(words, "", seed, 128, 128, 12, 3.0) for seed, words in enumerate(PROMPTS)]
-    drawn = route.generate(items)
-    return inputs | {item.prompt: latent[None] for item, latent in zip(items, drawn, strict=True) if latent is not None}
+    generated = route.generate(items)
+    return inputs | {
+        item.prompt: latent[None] for item, latent in zip(items, generated, strict=True) if latent is not None
+    }
 
 
 @torch.inference_mode()
 def measure_case(
-    vae: Vae, lua: Lua, guards: Mapping[float, LatentClamp], small: Tensor, scale: int
+    vae: Vae, lua: Lua, clamps: Mapping[float, LatentClamp], small: Tensor, scale: int
 ) -> dict[str, dict[str, float]]:
-    """One latent by every route: "bicubic", "off", and each number of sigmas."""
-    grown = lua(small, scale)
+    """Measure one latent by every route: "bicubic", "off", and each number of sigmas."""
+    upscaled = lua(small, scale)
     bicubic = F.interpolate(small, scale_factor=float(scale), mode="bicubic")
-    latents = {"bicubic": bicubic, "off": grown}
-    latents |= {f"{sigmas:g}": guard.limit(small, grown, scale) for sigmas, guard in guards.items()}
+    latents = {"bicubic": bicubic, "off": upscaled}
+    latents |= {f"{sigmas:g}": clamp.limit(small, upscaled, scale) for sigmas, clamp in clamps.items()}
     shown = {name: vae.decode(latent) for name, latent in latents.items()}
     return {
         name: {
             **asdict(judge(picture)),
             "psnr_to_bicubic_db": psnr_db(picture, shown["bicubic"], MAX_DB),
             "psnr_to_off_db": psnr_db(picture, shown["off"], MAX_DB),
-            "changed_share": float((latents[name] != grown).float().mean()),
+            "changed_share": float((latents[name] != upscaled).float().mean()),
         }
         for name, picture in shown.items()
     }
 
 
-def reach(statistics: LatentStatistics, small: Tensor, grown: Tensor, scale: int) -> dict[str, float]:
-    """How far a latent goes: its largest distance from the mean in s, and from the bicubic latent in r."""
+def reach(statistics: LatentStatistics, small: Tensor, upscaled: Tensor, scale: int) -> dict[str, float]:
+    """Return the largest distance from the mean in s, and from the bicubic latent in r."""
     mean, std, rms = (
         torch.tensor(values).view(-1, 1, 1)
         for values in (statistics.mean, statistics.std, statistics.residual_rms[scale])
     )
     base = F.interpolate(small, scale_factor=float(scale), mode="bicubic")
     return {
-        "sigmas": float(((torch.stack([base, grown]) - mean) / std).abs().max()),
-        "residuals": float(((grown - base) / rms).abs().max()),
+        "sigmas": float(((torch.stack([base, upscaled]) - mean) / std).abs().max()),
+        "residuals": float(((upscaled - base) / rms).abs().max()),
     }
 
 
 def summarize(cases: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """By route: rate of broken images, means of the rest, and the least PSNR against no guard."""
+    """Summarize by route: rate of broken images, means, and the minimum PSNR against no clamp."""
     return {
         name: {
             "broken_rate": float(np.mean([case[name]["is_broken"] for case in cases])),
@@ -157,16 +159,16 @@ def summarize(cases: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, f
 
 
 def to_table(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Rate of broken images and share of pixels far out, by input and route; below, what the guard costs as trained."""
+    """Format rates of broken images and far pixels by input and route, and the cost of the clamp as trained."""
     routes = list(next(iter(groups.values())))
     lines: list[str] = []
     for title, key in (("broken images, %", "broken_rate"), ("pixels far out, %", "far_share")):
         lines.append(f"{title:<34}" + "".join(f"{route:>9}" for route in routes))
         for name, row in groups.items():
             lines.append(f"{name:<34}" + "".join(f"{100 * row[route][key]:>9.1f}" for route in routes))
-    usual = groups["as trained"]
-    lines.append(f"{'as trained, least dB to off':<34}" + "".join(
-        f"{usual[route]['min_psnr_to_off_db']:>9.1f}" for route in routes
+    as_trained = groups["as trained"]
+    lines.append(f"{'as trained, min dB to off':<34}" + "".join(
+        f"{as_trained[route]['min_psnr_to_off_db']:>9.1f}" for route in routes
     ))  # fmt: skip
     return "\n".join(lines)
 
@@ -175,11 +177,11 @@ def main(
     directory: Annotated[Path, typer.Option("--bundle", help="Bundle directory.")] = Path("bundles/pocket"),
     lua: Annotated[Path | None, typer.Option(help="Other weights than the bundle's own.")] = None,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/guard.json"),
-    pictures: Annotated[int, typer.Option(min=1, help="Procedural pictures that the statistics are of.")] = 96,
-    sigmas: Annotated[list[float] | None, typer.Option(help="Guards to compare; may be repeated.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Procedural pictures for the statistics.")] = 96,
+    sigmas: Annotated[list[float] | None, typer.Option(help="Clamp widths to compare; may be repeated.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
-    """Measures, prints, stores."""
+    """Measure, print, write the JSON."""
     torch.set_num_threads(threads)
     bundle = read_bundle(directory)
     device = torch.device("cpu")
@@ -189,29 +191,29 @@ def main(
         raise typer.BadParameter(f"bundle {bundle.name} has no LUA weights")
     net = read_lua(path)
     statistics = measure_procedural(route.vae, pictures)
-    guards = {each: LatentClamp(statistics, each, device) for each in sigmas or [3.0, 6.0, 12.0, 24.0]}
+    clamps = {each: LatentClamp(statistics, each, device) for each in sigmas or [3.0, 6.0, 12.0, 24.0]}
     groups: dict[str, list[dict[str, dict[str, float]]]] = {}
-    usual: dict[str, dict[str, float]] = {}
+    as_trained: dict[str, dict[str, float]] = {}
     for scale in net.spec.scales:
         inputs = read_inputs(route, scale)
         with torch.inference_mode():
-            usual |= {f"x{scale} {name}": reach(statistics, z, net(z, scale), scale) for name, z in inputs.items()}
+            as_trained |= {f"x{scale} {name}": reach(statistics, z, net(z, scale), scale) for name, z in inputs.items()}
         for name, change in tqdm(changes(statistics).items(), desc=f"x{scale}"):
             generator = torch.Generator().manual_seed(scale)
             for small in inputs.values():
-                case = measure_case(route.vae, net, guards, change(small, generator), scale)
+                case = measure_case(route.vae, net, clamps, change(small, generator), scale)
                 groups.setdefault(name, []).append(case)
     table = {name: summarize(cases) for name, cases in groups.items()}
     typer.echo(to_table(table))
-    most = {unit: max(row[unit] for row in usual.values()) for unit in ("sigmas", "residuals")}
-    typer.echo(f"as trained, at most {most['sigmas']:.1f} s from the mean, {most['residuals']:.1f} r from bicubic")
+    maxima = {unit: max(row[unit] for row in as_trained.values()) for unit in ("sigmas", "residuals")}
+    typer.echo(f"as trained, at most {maxima['sigmas']:.1f} s from the mean, {maxima['residuals']:.1f} r from bicubic")
     record: dict[str, Any] = {
         "machine": read_machine(PHOTO_PACKAGES),
         "bundle": bundle.name,
         "rule": {"far": FAR, "broken_share": BROKEN_SHARE},
         "images_per_input": len(groups["as trained"]),
         "statistics": json.loads(statistics.to_json()),
-        "reach_as_trained": usual,
+        "reach_as_trained": as_trained,
         "inputs": table,
     }
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from giantleap.training.evaluation.report import to_markdown
 
 
 def write_photos(folder: Path) -> None:
-    """The photographs as PNG files; none of them changes by it."""
+    """Write the photographs as PNG files, lossless."""
     for name, photo in read_photos().items():
         Image.fromarray(to_levels(photo)[0].permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
 
@@ -37,16 +37,16 @@ def main(
     patch_px: Annotated[int, typer.Option(min=1, help="Side of the crops of patch FID and KID.")] = 256,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
-    """Measures, prints, stores."""
+    """Measure, print, write the JSON."""
     torch.set_num_threads(threads)
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder))
         config = EvaluateConfig(bundle, report, images=Path(folder), patch_px=patch_px)
-        found = evaluate(config, device, open_networks(inception, lpips, clip, device))
-    typer.echo(to_markdown(found))
+        results = evaluate(config, device, open_networks(inception, lpips, clip, device))
+    typer.echo(to_markdown(results))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=2) + "\n")
+    out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Measures a bundle's VAE and LUA on six real photographs that no training has seen.
+"""Measure a bundle's VAE and LUA on six real photographs that no training has seen.
 
-The honest rival of a latent upscaler is the decoded small picture enlarged in pixels: a VAE's latents break under
-resizing, so beating latent bicubic proves nothing. `benchmarks/pocket_quality.py` prints and judges the figures.
+The honest baseline of a latent upscaler is decode-then-bicubic: latents do not survive interpolation, so beating latent
+bicubic proves little. `benchmarks/pocket_quality.py` prints the figures and compares them with targets.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from giantleap.models.lua.network import Lua
 from giantleap.training.evaluation import metrics
 from giantleap.training.evaluation.cases import shrink
 
-MULTIPLE_PX = 32  # a quarter of the side must be a whole latent
+MULTIPLE_PX = 32  # a quarter of the side must be whole latents
 SCALES = (2, 4)
 CELL_PX = 128  # side of a crop on the contact sheet, shown twice as large
 
@@ -40,7 +40,7 @@ class PhotoScores:
 
 @dataclass(frozen=True)
 class PhotoRoutes:
-    """The decoded pictures of one photograph, each [1, 3, height, width] in [-1, 1], clamped."""
+    """Decoded pictures of one photograph, each [1, 3, height, width], clamped to [-1, 1]."""
 
     original: Tensor
     round_trip: Tensor
@@ -50,10 +50,10 @@ class PhotoRoutes:
 
 
 def read_photos() -> dict[str, Tensor]:
-    """Reads the photographs from the installed packages, without a network, as centre squares.
+    """Read the photographs from installed packages as center squares.
 
-    Shape:
-        each [1, 3, side, side] in [-1, 1], side a multiple of 32.
+    Returns:
+        Each [1, 3, side, side] in [-1, 1], side a multiple of 32.
     """
     sources: dict[str, Callable[[], NDArray[np.uint8]]] = {
         "astronaut": skimage.data.astronaut,
@@ -84,7 +84,7 @@ def _enlarge(maps: Tensor, scale: int) -> Tensor:
 
 @torch.no_grad()
 def draw_routes(vae: Any, lua: Lua, photo: Tensor) -> PhotoRoutes:
-    """Sends one photograph through every route; small versions are bicubic, antialiased, 8-bit."""
+    """Send one photograph through every route; small versions are antialiased bicubic in 8 bits."""
 
     def encode(picture: Tensor) -> Tensor:
         latent: Tensor = vae.encode(picture).latent_dist.mode()
@@ -105,7 +105,7 @@ def draw_routes(vae: Any, lua: Lua, photo: Tensor) -> PhotoRoutes:
 
 
 def score(routes: PhotoRoutes) -> PhotoScores:
-    """PSNR of every route."""
+    """Return the PSNR of every route."""
 
     def each(pictures: dict[int, Tensor]) -> dict[int, float]:
         return {scale: psnr_db(picture, routes.original) for scale, picture in pictures.items()}
@@ -119,7 +119,7 @@ def score(routes: PhotoRoutes) -> PhotoScores:
 
 
 def mean_scores(scores: list[PhotoScores]) -> PhotoScores:
-    """The mean of the decibels, photograph by photograph."""
+    """Return the mean over photographs of the decibels."""
 
     def each(name: str) -> dict[int, float]:
         return {scale: float(np.mean([getattr(s, name)[scale] for s in scores])) for scale in SCALES}
@@ -133,7 +133,7 @@ def mean_scores(scores: list[PhotoScores]) -> PhotoScores:
 
 
 def measure_photos(vae: Any, lua: Lua, sheet: Path | None = None) -> dict[str, PhotoScores]:
-    """Scores every photograph; `mean` holds the mean. Draws the contact sheet where a path is given."""
+    """Score every photograph and their `mean`; writes a contact sheet where a path is given."""
     routes = {name: draw_routes(vae, lua, photo) for name, photo in tqdm(read_photos().items(), desc="photos")}
     scores = {name: score(route) for name, route in routes.items()}
     if sheet is not None:
@@ -142,7 +142,7 @@ def measure_photos(vae: Any, lua: Lua, sheet: Path | None = None) -> dict[str, P
 
 
 def write_photo_sheet(routes: dict[str, PhotoRoutes], path: Path) -> None:
-    """Draws one row of centre crops per photograph, twice enlarged without smoothing."""
+    """Write one row of center crops per photograph, pixels doubled."""
     titles = ("x4 bicubic", "x4 LUA", "x2 bicubic", "x2 LUA", "VAE ceiling", "original")
     side, head = 2 * CELL_PX, 20
     sheet = Image.new("RGB", (len(titles) * side, head + len(routes) * side), "white")

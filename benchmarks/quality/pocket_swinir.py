@@ -30,14 +30,14 @@ HALOS_PX = (8, 16, HALO_PX, 48)
 
 @torch.no_grad()
 def measure_photo(vae: AutoencoderKL, upscaler: PixelUpscaler, photo: Tensor) -> dict[str, float]:
-    """PSNR in dB of SwinIR and of bicubic, on the clean and on the decoded small picture, at each scale."""
+    """Return the PSNR in dB of SwinIR and bicubic on the clean and the decoded small picture, by scale."""
     scores = {}
     for scale in SCALES:
         clean = shrink(photo, scale)
         decoded = vae.decode(vae.encode(clean).latent_dist.mode()).sample.clamp(-1.0, 1.0)
         for name, small in (("clean", clean), ("decoded", decoded)):
-            grown = upscaler.upscale(small / 2 + 0.5, scale) * 2.0 - 1.0
-            scores[f"x{scale} {name} swinir"] = psnr_db(grown, photo)
+            upscaled = upscaler.upscale(small / 2 + 0.5, scale) * 2.0 - 1.0
+            scores[f"x{scale} {name} swinir"] = psnr_db(upscaled, photo)
             scores[f"x{scale} {name} bicubic"] = psnr_db(
                 F.interpolate(small, scale_factor=scale, mode="bicubic"), photo
             )
@@ -45,7 +45,7 @@ def measure_photo(vae: AutoencoderKL, upscaler: PixelUpscaler, photo: Tensor) ->
 
 
 def measure_tiles(upscaler: PixelUpscaler, image: Tensor) -> list[dict[str, float]]:
-    """How far tiles of 192 px are from the whole picture, in levels of 255, for several halos."""
+    """Return the difference of tiles of 192 px to the whole picture for several halos, in 8-bit levels."""
     rows = []
     for scale in SCALES:
         whole = upscaler.upscale(image, scale)
@@ -67,7 +67,7 @@ def measure_tiles(upscaler: PixelUpscaler, image: Tensor) -> list[dict[str, floa
 
 
 def measure_dtypes(files: dict[int, Path], image: Tensor) -> list[dict[str, float]]:
-    """Time of one picture in both types on this CPU, and how far bfloat16 is from float32, in levels of 255."""
+    """Return the time of one picture in both dtypes, and the difference of bfloat16 in 8-bit levels."""
     single, half = (PixelUpscaler.open(files, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
     rows = []
     for scale in SCALES:
@@ -83,7 +83,7 @@ def measure_dtypes(files: dict[int, Path], image: Tensor) -> list[dict[str, floa
 
 
 def table(photos: dict[str, dict[str, float]]) -> str:
-    """One line per photograph: gain of SwinIR over bicubic, and its PSNR in brackets, dB."""
+    """Format one line per photograph: gain of SwinIR over bicubic and its PSNR, in dB."""
     kinds = [f"x{scale} {name}" for scale in SCALES for name in ("clean", "decoded")]
     lines = [f"{'photo':<12}" + "".join(f"{kind:>18}" for kind in kinds)]
     for name, scores in photos.items():
@@ -99,7 +99,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/pocket_swinir.json"),
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
-    """Measures, prints, stores."""
+    """Measure, print, write the JSON."""
     torch.set_num_threads(threads)
     vae = AutoencoderKL.from_pretrained(bundle / "vae").float().eval()
     files = {scale: bundle / f"swinir_x{scale}.safetensors" for scale in SCALES}

@@ -1,9 +1,9 @@
-"""Does the picture show what the prompt says? Seeded random prompts, one score per slot, the ceiling beside each.
+"""Measure whether images show their prompts: seeded random prompts, one score per slot, with its ceiling.
 
-Floor and sky are read from fixed strips, the object's color from the pixels where an object of the asked shape, size
-and position must be, shape, position and size by a small network that is trained here on true renders. A wrong place
-thus counts against the color too. The same measure on true renders of the same prompts, as rendered and after the
-VAE's round trip, is the ceiling. `python -m benchmarks.quality.prompt_following bundles/pocket` prints the table.
+Floor and sky are read from fixed strips; the object's color from the pixels where the requested object must be; shape,
+position and size by a small network trained here on true renders. A wrong position thus also counts against the color.
+The ceiling is the same measure on true renders of the prompts, before and after the VAE's round trip.
+`python -m benchmarks.quality.prompt_following bundles/pocket` prints the table.
 """
 
 import argparse
@@ -37,7 +37,7 @@ JUDGE_STEPS = 500
 
 @dataclass(frozen=True)
 class Following:
-    """Shares of prompts whose slot was read back rightly, in 0..1."""
+    """Shares of prompts whose slot was read back correctly, in 0..1."""
 
     generated: dict[str, float]
     render: dict[str, float]  # ceiling: true renders of the same prompts
@@ -47,7 +47,7 @@ class Following:
     guidance_scale: float
 
     def table(self) -> str:
-        """One line per slot, per cent."""
+        """Format one line per slot, in percent."""
         lines = [f"{'slot':<10}{'generated':>10}{'render':>10}{'round trip':>12}{'chance':>8}   (%, n = {self.count})"]
         for slot in SLOTS:
             values = (self.generated[slot], self.render[slot], self.round_trip[slot], 1 / len(CHOICES[slot]))
@@ -56,7 +56,7 @@ class Following:
 
 
 class Judge(nn.Module):
-    """A small convolutional network that names shape, position and size."""
+    """A small convolutional network that classifies shape, position and size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,13 +68,13 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({slot: nn.Linear(96, len(CHOICES[slot])) for slot in ("shape", "position", "size")})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """**Shape**: (B, 3, 64, 64) in 0..1 to (B, choices) for each slot."""
+        """Map images [batch, 3, 64, 64] in 0..1 to logits [batch, choices] per slot."""
         features = self.body(images * 2 - 1)
         return {slot: head(features) for slot, head in self.heads.items()}
 
 
 def train_judge(seed: int = 1, steps: int = JUDGE_STEPS) -> Judge:
-    """Train the judge on its own seeded renders, disturbed at random so that it looks at form, not at pixels."""
+    """Train the judge on seeded renders with random color, blur and noise augmentation."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -82,15 +82,15 @@ def train_judge(seed: int = 1, steps: int = JUDGE_STEPS) -> Judge:
     scenes = [draw_scene(np.random.default_rng([seed, 77, i])) for i in range(JUDGE_RENDERS)]
     images = torch.cat([render(scenes[i : i + 50], JUDGE_PX)[0] for i in range(0, len(scenes), 50)])
     labels = {s: torch.tensor([CHOICES[s].index(str(getattr(c.slots, s))) for c in scenes]) for s in judge.heads}
-    optimiser = torch.optim.AdamW(judge.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in tqdm(range(steps), desc="judge", unit="step"):
         index = torch.randint(0, len(scenes), (64,), generator=generator)
-        answers = judge(_disturb(images[index], generator))
-        losses = [F.cross_entropy(answers[slot], labels[slot][index]) for slot in answers]
+        predictions = judge(_disturb(images[index], generator))
+        losses = [F.cross_entropy(predictions[slot], labels[slot][index]) for slot in predictions]
         torch.autograd.backward(torch.stack(losses).sum())
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
     return judge.eval()
 
@@ -103,14 +103,14 @@ def _disturb(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def read_color(pixels: Tensor, shades: tuple[float, ...] = (1.0,)) -> str:
-    """The palette color that most pixels are nearest to. **Shape**: (N, 3) in 0..1."""
+    """Return the palette color nearest to most of the pixels [n, 3] in 0..1."""
     palette = torch.tensor([[c * shade for c in PALETTE[name]] for name in COLORS for shade in shades])
     votes = torch.cdist(pixels, palette).argmin(1) // len(shades)
     return COLORS[int(votes.bincount(minlength=len(COLORS)).argmax())]
 
 
 def object_core(slots: Slots, image_px: int) -> Tensor:
-    """The pixels the asked object covers, 4 % of the frame in from its edge. **Shape**: (image_px, image_px) bool."""
+    """Return the mask [image_px, image_px] of the requested object, eroded by 4 % of the frame."""
     _, mask = render([plain_scene(slots)], image_px)
     margin = max(1, round(0.04 * image_px))
     eroded = -F.max_pool2d(-mask, 2 * margin + 1, 1, margin)
@@ -124,37 +124,37 @@ def _strip(image: Tensor, rows: tuple[float, float]) -> Tensor:
 
 
 @torch.no_grad()
-def read_slots(images: Tensor, asked: list[Slots], judge: Judge) -> list[Slots]:
-    """What each picture shows, slot by slot. **Shape**: images (B, 3, px, px) in 0..1."""
+def read_slots(images: Tensor, expected: list[Slots], judge: Judge) -> list[Slots]:
+    """Read all slots of images [batch, 3, px, px] in 0..1."""
     small = F.interpolate(images, (JUDGE_PX, JUDGE_PX), mode="area")
-    answers = {slot: logits.argmax(1).tolist() for slot, logits in judge(small).items()}
+    predictions = {slot: logits.argmax(1).tolist() for slot, logits in judge(small).items()}
     seen = []
-    for index, (image, slots) in enumerate(zip(images, asked, strict=True)):
+    for index, (image, slots) in enumerate(zip(images, expected, strict=True)):
         core = object_core(slots, images.shape[-1])
         seen.append(
             Slots(
-                shape=SHAPES[answers["shape"][index]],
+                shape=SHAPES[predictions["shape"][index]],
                 color=read_color(image[:, core].T, SHADES),
                 floor=read_color(_strip(image, FLOOR_ROWS)),
                 sky=read_color(_strip(image, SKY_ROWS)),
-                position=POSITIONS[answers["position"][index]],
-                size=SIZES[answers["size"][index]],
+                position=POSITIONS[predictions["position"][index]],
+                size=SIZES[predictions["size"][index]],
             )
         )
     return seen
 
 
-def score(images: Tensor, asked: list[Slots], judge: Judge) -> dict[str, float]:
-    """Share of pictures whose slot is the asked one."""
-    seen = read_slots(images, asked, judge)
-    pairs = list(zip(seen, asked, strict=True))
+def score(images: Tensor, expected: list[Slots], judge: Judge) -> dict[str, float]:
+    """Return the share of images whose slot matches, by slot."""
+    seen = read_slots(images, expected, judge)
+    pairs = list(zip(seen, expected, strict=True))
     return {slot: float(np.mean([getattr(a, slot) == getattr(b, slot) for a, b in pairs])) for slot in SLOTS}
 
 
 def generate(
     pipeline: Any, prompts: list[str], steps: int, guidance_scale: float, seed: int, batch: int = 20
 ) -> Tensor:
-    """One picture per prompt; picture i has the noise of seed + i. **Shape**: (B, 3, px, px) in 0..1."""
+    """Generate one image per prompt with the noise of seed + i: [batch, 3, px, px] in 0..1."""
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in tqdm(range(0, len(prompts), batch), desc="generate", unit="batch"):
@@ -169,7 +169,7 @@ def generate(
 
 @torch.no_grad()
 def round_trip(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Encode and decode pictures in 0..1, a few at a time."""
+    """Encode and decode images in 0..1, a few at a time."""
     parts = [vae.decode(vae.encode(part * 2 - 1).latent_dist.mode()).sample for part in images.split(8)]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
@@ -179,16 +179,16 @@ def measure(
 ) -> Following:
     """Score a bundle over seeded random prompts, with both ceilings."""
     prompts = draw_prompts(count, seed)
-    asked = [slots for _, slots in prompts]
+    expected = [slots for _, slots in prompts]
     pipeline = DiffusionPipeline.from_pretrained(bundle)
     judge = train_judge()
     images = generate(pipeline, [text for text, _ in prompts], steps, guidance_scale, seed)
-    scenes = [draw_scene(np.random.default_rng([seed, 5, i]), slots) for i, slots in enumerate(asked)]
+    scenes = [draw_scene(np.random.default_rng([seed, 5, i]), slots) for i, slots in enumerate(expected)]
     truth = torch.cat([render(scenes[i : i + 20], images.shape[-1])[0] for i in range(0, count, 20)])
     return Following(
-        generated=score(images, asked, judge),
-        render=score(truth, asked, judge),
-        round_trip=score(round_trip(pipeline.vae, truth), asked, judge),
+        generated=score(images, expected, judge),
+        render=score(truth, expected, judge),
+        round_trip=score(round_trip(pipeline.vae, truth), expected, judge),
         count=count,
         steps=steps,
         guidance_scale=guidance_scale,
@@ -206,7 +206,7 @@ SHEET_PROMPTS = (
 
 
 def write_sheet(bundle: Path, path: Path, count: int, steps: int, guidance_scale: float, seed: int = 7) -> None:
-    """A contact sheet: hand-written prompts first, then random ones, each with its caption below."""
+    """Write a contact sheet: hand-written prompts first, then random ones, with captions."""
     drawn = [text for text, _ in draw_prompts(count - len(SHEET_PROMPTS), seed)]
     prompts = [*SHEET_PROMPTS, *drawn]
     images = generate(DiffusionPipeline.from_pretrained(bundle), prompts, steps, guidance_scale, seed)

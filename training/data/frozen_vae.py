@@ -1,8 +1,7 @@
-"""The VAE of a bundle as a training needs it: frozen, encoding to posterior means, decoding with a gradient.
+"""The frozen VAE of a bundle for training: encode to posterior means, decode with a gradient.
 
-`giantleap.models.vae.autoencoder.Vae.decode` serves and keeps no gradient; a pixel loss through it would train nothing
-and say nothing. `decode_with_gradient` here is the only decode that a loss may see, and it refuses to return what
-carries no gradient.
+`giantleap.models.vae.autoencoder.Vae.decode` keeps no gradient, so a pixel loss through it would train nothing.
+Losses use `decode_with_gradient`, which raises when no gradient passes.
 """
 
 import hashlib
@@ -20,18 +19,21 @@ from giantleap.models.vae.decode import FRAME_CLASSES
 
 
 class NoGradientError(RuntimeError):
-    """A decode for a loss that would train nothing."""
+    """A decode carries no gradient, so a loss on it would train nothing."""
 
 
 def read_vae(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Vae:
-    """Loads the VAE alone, frozen and in eval mode; of the pipeline nothing else is read.
+    """Load the VAE alone, frozen and in eval mode.
 
     Args:
-        dtype: What it is asked to compute in; `giantleap.models.vae.autoencoder.choose_vae_dtype` has the last word.
+        bundle: The bundle.
+        device: Where it runs.
+        dtype: Requested compute type; `giantleap.models.vae.autoencoder.choose_vae_dtype` may override it.
 
     Raises:
         BundleError: The VAE is still on the hub.
-        OSError: A file is missing. VaeError: it is not of the bundle's latent space.
+        OSError: A file is missing.
+        VaeError: The VAE does not match the bundle's latent space.
     """
     require_vae(bundle)
     model = read_vae_model(bundle, device, torch.float32).requires_grad_(False).eval()
@@ -39,7 +41,7 @@ def read_vae(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Vae:
 
 
 def require_vae(bundle: Bundle) -> Path:
-    """Where the VAE lies that the bundle decodes with.
+    """Return the directory of the bundle's VAE.
 
     Raises:
         BundleError: It is still on the hub.
@@ -52,7 +54,7 @@ def require_vae(bundle: Bundle) -> Path:
 
 
 def vae_hash(bundle: Bundle) -> str:
-    """One SHA-256 over the VAE's weight files: pairs and runs name it, so that they cannot be of two VAEs.
+    """Return one SHA-256 over the VAE's weight files; pairs and runs store it to detect a mismatch.
 
     Raises:
         BundleError: The VAE is still on the hub.
@@ -62,21 +64,21 @@ def vae_hash(bundle: Bundle) -> str:
 
 
 def decode_with_gradient(vae: Vae, raw: Tensor, is_checkpointed: bool = True) -> Tensor:
-    """Raw latents to pictures, differentiable in the latents; the VAE's own weights stay as they are.
+    """Decode raw latents to pictures, differentiable in the latents.
 
-    Pictures are decoded one after the other. With checkpoints the feature maps of one picture are alive at a time,
-    whatever the batch: the backward pass computes each picture's again.
+    Pictures are decoded one at a time. With checkpoints, the feature maps of only one picture are in memory at a time,
+    because the backward pass recomputes them.
 
     Args:
-        vae: Its weights are frozen (`read_vae`).
-        raw: Has a gradient.
+        vae: The frozen VAE (`read_vae`).
+        raw: Latents [batch, channels, h, w] that require a gradient.
+        is_checkpointed: Whether to recompute feature maps in the backward pass.
 
     Returns:
-        Pictures whose visible range is [-1, 1]; not clamped.
+        Pictures [batch, 3, stride * h, stride * w], float32, visible in [-1, 1], not clamped.
 
-    **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], float32.
-
-    **Raises** NoGradientError: the latents carry no gradient, or it is lost on the way.
+    Raises:
+        NoGradientError: The latents carry no gradient, or it is lost.
     """
     if not (torch.is_grad_enabled() and raw.requires_grad):
         raise NoGradientError("latents to decode for a loss carry no gradient: the loss would train nothing")
@@ -94,9 +96,9 @@ def decode_with_gradient(vae: Vae, raw: Tensor, is_checkpointed: bool = True) ->
 
 @torch.no_grad()
 def decode_target(vae: Vae, raw: Tensor) -> Tensor:
-    """The pictures that `decode_with_gradient` is compared with, by the same arithmetic; no gradient.
+    """Decode the targets with the same arithmetic as `decode_with_gradient`, without gradient.
 
-    **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], float32.
+    Maps [batch, channels, h, w] to [batch, 3, stride * h, stride * w], float32.
     """
     return torch.cat([_decode(vae, latent) for latent in raw.to(vae.device, vae.dtype).split(1)]).float()
 

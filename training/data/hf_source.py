@@ -1,8 +1,7 @@
-"""The rows of a Hugging Face data set as pictures for `training/data/prepare.py`: encoded bytes, in the order of the
-rows.
+"""Read the rows of a Hugging Face data set as encoded pictures for `training/data/prepare.py`, in order.
 
-The library `datasets` finds and keeps the data; nothing is decoded by it, so that a damaged picture costs its row alone
-and digests are those of the bytes as they are stored. It is in the extra `train`.
+The library `datasets` (extra `train`) locates and caches the data but does not decode it: a damaged picture affects
+only its row, and digests are those of the stored bytes.
 """
 
 from collections.abc import Iterator
@@ -12,20 +11,20 @@ from typing import Any
 
 from giantleap.training.data.pairs_store import PairsError
 
-ROWS_AT_ONCE = 1024  # of which the sizes are read
-SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a directory
+ROWS_AT_ONCE = 1024  # rows whose sizes are read at once
+SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """Which rows of which data set.
+    """A selection of rows of a data set.
 
-    Args:
-        name: Of a data set on the hub; or a directory that `save_to_disk` wrote, or one with parquet files or pictures.
-        split: Of the data set; parts such as "train[:1000]" too, but for what `save_to_disk` wrote.
-        column: Holds the pictures.
-        config: Of a data set that has several.
-        revision: Of one on the hub: a commit, a tag or a branch.
+    Attributes:
+        name: Name on the hub, or a directory: output of `save_to_disk`, parquet files, or pictures.
+        split: Split; a slice such as "train[:1000]" is allowed except for `save_to_disk` output.
+        column: Column of the pictures.
+        config: Configuration of a data set that has several.
+        revision: Commit, tag or branch on the hub.
     """
 
     name: str
@@ -46,10 +45,10 @@ class RowSource:
     size_bytes: int
 
     def read(self) -> bytes:
-        """The picture as it is stored.
+        """Return the picture's encoded bytes.
 
         Raises:
-            OSError: The row holds none, or the file that it names cannot be read.
+            OSError: The row has no picture, or its file cannot be read.
         """
         cell = self.rows[self.row][self.column]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
@@ -59,14 +58,11 @@ class RowSource:
 
 
 def list_rows(source: HubSource) -> list[RowSource]:
-    """A picture for each row, in the order of the rows.
+    """List one source per row, in order; `datasets` downloads or converts into its cache where needed.
 
     Raises:
-        PairsError: `datasets` is not installed, the data set, its split or column is not there, the column holds no
-            pictures, or a picture lies in a file elsewhere that is not of this machine.
-
-    Effects:
-        A data set that is not on disk in the library's own form is downloaded or converted into its cache.
+        PairsError: `datasets` is not installed; the data set, split or column does not exist; the column has no
+            pictures; or a picture is a file that is not on this machine.
     """
     try:
         import datasets
@@ -88,28 +84,24 @@ def list_rows(source: HubSource) -> list[RowSource]:
 
 
 def _open(datasets: Any, source: HubSource) -> Any:
-    """The rows, from the library's own files where the directory has them."""
+    """Open the rows, from `save_to_disk` files where the directory has them."""
     if not any((Path(source.name) / name).is_file() for name in SAVED):
         return datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
     if source.config is not None or source.revision is not None:
         raise ValueError("what save_to_disk wrote has neither configurations nor revisions")
     saved = datasets.load_from_disk(source.name)
     if isinstance(saved, datasets.Dataset):
-        saved = {str(saved.split or "train"): saved}  # a split that was saved alone keeps its name, if it has one
+        saved = {str(saved.split or "train"): saved}  # a split that was saved alone
     if source.split not in saved:
         raise ValueError(f"no such split; it has {', '.join(saved)}")
     return saved[source.split]
 
 
 def row_sizes(rows: Any, source: HubSource) -> Iterator[int]:
-    """The length of each row's picture in bytes, without reading it; 0 where there is none.
-
-    Args:
-        rows: Of the data set, whose column holds pictures that are not decoded.
-        source: What they are called.
+    """Return the size in bytes of each row's picture without reading it; 0 where there is none.
 
     Raises:
-        PairsError: A picture lies in a file that is not of this machine.
+        PairsError: A picture is a file that is not on this machine.
     """
     import pyarrow.compute
 
@@ -123,10 +115,10 @@ def row_sizes(rows: Any, source: HubSource) -> Iterator[int]:
 
 def _file_size(path: str | None, source: HubSource) -> int:
     if path is None:
-        return 0  # an empty row, which counts as damaged
+        return 0  # an empty row counts as damaged
     if "://" in path:
         raise PairsError(f"data set {source.name}: {path} is not a file of this machine; save the data set with it")
     try:
         return Path(path).stat().st_size
     except OSError:
-        return 0  # as a file that is gone: read_picture says so
+        return 0  # a missing file: `read_picture` reports it

@@ -1,8 +1,8 @@
-"""Pairs of latents on disk: shards of safetensors, a line of JSON for every tile and scale, one summary.
+"""Store pairs of latents on disk: safetensors shards, one JSON line per tile and scale, one summary.
 
-`training/data/prepare.py` writes shards, `training/run.py` reads them. A shard holds the tiles of a fixed list of
-pictures and is whole or not there: its lines are written first, its tensors last, both by renaming a finished file. The
-index follows from the shards alone, so whoever comes last writes the same one.
+`training/data/prepare.py` writes shards, `training/run.py` reads them. A shard has the tiles of a fixed list of
+pictures and is complete or absent: its lines are written first, its tensors last, both by renaming a finished file.
+The index is derived from the shards alone, so every process would write the same one.
 """
 
 import bisect
@@ -25,16 +25,16 @@ INDEX = "index.jsonl"
 SUMMARY = "summary.json"
 PLAN = "plan.json"
 FORMAT = 1
-LEVELS = (1, 2, 4)  # a tile as it is, and shrunk for each scale head
+LEVELS = (1, 2, 4)  # the tile, and its reduction for each scale head
 
 
 class PairsError(ValueError):
-    """Pairs that are missing, unfinished, damaged, or not those that were asked for."""
+    """Pairs are missing, unfinished, damaged, or do not match the request."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that is whole at any moment: the old content or the new one, also after a power cut."""
+    """Open a file for atomic replacement: it has the old or the new content, also after a power cut."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -48,33 +48,34 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """As `replacing`, at once."""
+    """Replace a file atomically by this content."""
     with replacing(path) as file:
         file.write(content)
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, in row-major order and its own type."""
+    """Return the SHA-256 of a tensor's bytes, row-major, in its own dtype."""
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
     return f"shard-{number:06d}.safetensors"
 
 
 def has_shard(folder: Path, number: int) -> bool:
-    """Whether this shard is finished."""
+    """Return whether this shard is finished."""
     return (folder / shard_name(number)).is_file()
 
 
 def write_shard(folder: Path, number: int, latents: Mapping[int, Tensor], lines: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one shard: first its lines, then its tensors, which make it count.
+    """Write one shard: first its lines, then its tensors, which mark it finished.
 
     Args:
-        latents: By level (1, 2 and 4); no entry where no picture gave a tile.
-        lines: One for each tile, in the tensors' order, and one for each picture that was skipped.
-
-    **Shape** latents [tiles, channels, h / level, w / level].
+        folder: Folder of the pairs.
+        number: Number of the shard.
+        latents: [tiles, channels, h / level, w / level] by level (1, 2 and 4); empty without tiles.
+        lines: One per tile, in the tensors' order, and one per skipped picture.
     """
     path = folder / shard_name(number)
     replace_file(path.with_suffix(".jsonl"), _to_lines(lines))
@@ -82,7 +83,7 @@ def write_shard(folder: Path, number: int, latents: Mapping[int, Tensor], lines:
 
 
 def write_index(folder: Path, shard_count: int) -> dict[str, Any]:
-    """Writes index and summary of finished shards; repeating it changes nothing.
+    """Write index and summary of finished shards; idempotent.
 
     Raises:
         PairsError: A shard is missing.
@@ -93,7 +94,7 @@ def write_index(folder: Path, shard_count: int) -> dict[str, Any]:
     shards: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     digest = hashlib.sha256()
-    with replacing(folder / INDEX) as file:  # line by line: the index of millions of tiles is gigabytes
+    with replacing(folder / INDEX) as file:  # line by line: an index of millions of tiles takes gigabytes
         for number in range(shard_count):
             lines = _read_lines((folder / shard_name(number)).with_suffix(".jsonl"))
             tiles = [line for line in lines if "skipped" not in line]
@@ -122,18 +123,18 @@ def _index_lines(shard: str, tiles: Sequence[Mapping[str, Any]]) -> Iterator[dic
 
 
 def read_index(folder: Path) -> list[dict[str, Any]]:
-    """Every line of the index: shard, place in it, source, its SHA-256, tile (row, column), scale, SHA-256."""
+    """Yield the index lines: shard, position, source, its SHA-256, tile (row, column), scale, SHA-256 of the latent."""
     return _read_lines(folder / INDEX)
 
 
 @dataclass(frozen=True)
 class PairsStore:
-    """Finished pairs, read tile by tile.
+    """Finished pairs, read by tile.
 
-    Args:
-        folder: Where they lie.
-        summary: What `write_index` wrote.
-        starts: Number of the first tile of each shard, and of all tiles at the end.
+    Attributes:
+        folder: Folder of the pairs.
+        summary: Content of `summary.json`.
+        starts: Number of the first tile of each shard, then the total.
     """
 
     folder: Path
@@ -142,10 +143,10 @@ class PairsStore:
 
     @classmethod
     def open(cls, folder: Path) -> "PairsStore":
-        """Opens pairs without reading tensors.
+        """Open pairs without reading tensors.
 
         Raises:
-            PairsError: They are missing or not finished, of another format, or empty.
+            PairsError: They are missing, unfinished, empty, or of another format.
         """
         try:
             summary = json.loads((folder / SUMMARY).read_text())
@@ -162,10 +163,7 @@ class PairsStore:
         return self.starts[-1]
 
     def read(self, tiles: Sequence[int], levels: Sequence[int] = LEVELS) -> dict[int, Tensor]:
-        """The latents of these tiles, by level.
-
-        **Shape** each [tiles, channels, h / level, w / level], float32.
-        """
+        """Read these tiles: [tiles, channels, h / level, w / level], float32, by level."""
         rows: dict[int, list[Tensor]] = {level: [] for level in levels}
         with ExitStack() as stack:
             files: dict[str, Any] = {}
@@ -183,7 +181,7 @@ class PairsStore:
         return self.summary["shards"][number]["file"], tile - self.starts[number]
 
     def check(self) -> None:
-        """Reads everything and compares it with its digests.
+        """Compare all tiles with their digests.
 
         Raises:
             PairsError: A tile differs.
@@ -195,7 +193,7 @@ class PairsStore:
                 raise PairsError(f"{self.folder / line['shard']}: tile {line['place']} x{line['scale']} is damaged")
 
     def statistics(self, count: int = 256) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each channel of the large latents, over the first tiles; both [channels]."""
+        """Return mean and deviation of each channel of the large latents over the first tiles; both [channels]."""
         large = self.read(range(min(count, len(self))), (1,))[1]
         return large.mean(dim=(0, 2, 3)), large.std(dim=(0, 2, 3))
 
@@ -205,5 +203,5 @@ def _to_lines(lines: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    # Not splitlines, which also cuts at characters that a file name may hold.
+    # not splitlines, which also splits at characters that a file name may contain
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

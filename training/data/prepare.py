@@ -1,9 +1,8 @@
-"""From photographs to pairs of latents: pictures, tar shards or a data set in, `training/data/pairs_store.py` out.
+"""Prepare pairs of latents from photographs: pictures, tar shards or a data set in, `training/data/pairs_store.py` out.
 
-Pictures with both sides long enough are cut into tiles that do not overlap; each tile is shrunk for every scale head
-and encoded to posterior means. The pictures in their order are dealt into shards; a shard that is there is never made
-again, so a run that was killed goes on where it was. Processes started by `torchrun`, on one machine or on several
-that share the folder, deal the shards among themselves.
+Large enough pictures are cut into tiles without overlap; each tile is reduced for every scale head and encoded to
+posterior means. The ordered pictures are divided into shards; a finished shard is never made again, so a killed run
+resumes. Processes started by `torchrun`, on machines that share the folder, divide the shards.
 """
 
 import hashlib
@@ -45,24 +44,24 @@ from giantleap.training.data.pairs_store import (
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READERS = 4  # threads that read and decompress pictures while tiles are encoded
-READ_AHEAD = 8  # pictures in memory beside those that are encoded
+READ_AHEAD = 8  # prefetched pictures
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What fixes the pairs.
+    """Settings that determine the pairs.
 
-    Args:
-        source: A folder; pictures and .tar files anywhere below it are read. Or one .tar file, or a data set.
+    Attributes:
+        source: A folder, read recursively for pictures and .tar files; one .tar file; or a data set.
         bundle: Directory of the bundle whose VAE encodes.
-        out: Where the pairs go.
-        min_side_px: Pictures with a shorter side are left out.
+        out: Folder of the pairs.
+        min_side_px: Pictures with a shorter side are skipped.
         tile_px: Side of a tile.
         batch: Tiles encoded at once.
-        pictures_per_shard: How much a kill can cost, at most.
-        dtype: Of the latents on disk.
+        pictures_per_shard: Pictures per shard, the most that a kill can lose.
+        dtype: Type of the latents on disk.
 
-    Ref: arXiv 2511.10629, section 4 (1440 px, tiles of 512 px, bicubic by 2 and 4).
+    References: arXiv 2511.10629, section 4 (1440 px, tiles of 512 px, bicubic by 2 and 4).
     """
 
     source: Path | HubSource
@@ -76,21 +75,26 @@ class PrepareConfig:
 
 
 class Source(Protocol):
-    """One picture that is not read yet."""
+    """A picture that can be read."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name in the index."""
+        ...
 
     @property
-    def size_bytes(self) -> int: ...
+    def size_bytes(self) -> int:
+        """Size of the encoded bytes."""
+        ...
 
     def read(self) -> bytes:
-        """All of its bytes, encoded. Raises OSError."""
+        """Return the encoded bytes; may raise OSError."""
+        ...
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A file, or a member of a tar file at a known place in it."""
+    """A file, or a member of a tar file at a known offset."""
 
     name: str
     path: Path
@@ -98,6 +102,7 @@ class FileSource:
     offset: int = 0
 
     def read(self) -> bytes:
+        """Return the encoded bytes; may raise OSError."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size_bytes)
@@ -105,7 +110,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class Report:
-    """What one process did in one call."""
+    """The work of one process in one call."""
 
     pictures: int
     tiles: int
@@ -115,14 +120,15 @@ class Report:
 
     @property
     def tiles_per_s(self) -> float:
+        """Tiles per second."""
         return self.tiles / self.spent_s if self.spent_s > 0 else 0.0
 
 
 def list_sources(source: Path | HubSource) -> tuple[Sequence[Source], list[str]]:
-    """Every picture in a fixed order, and the tar files that could not be read to their end.
+    """List every picture in a fixed order, and the tar files that end too early.
 
     Raises:
-        PairsError: There is no such folder or data set, or no picture in it.
+        PairsError: The folder or data set does not exist or has no picture.
     """
     if isinstance(source, HubSource):
         return list_rows(source), []
@@ -161,10 +167,10 @@ def _list_tar(path: Path, name: str) -> tuple[list[FileSource], bool]:
 
 
 def read_picture(source: Source) -> tuple[Image.Image | None, str, str]:
-    """Reads one picture.
+    """Read one picture.
 
     Returns:
-        The picture, upright and in RGB, or None where it is damaged; the SHA-256 of its bytes; what is wrong with it.
+        The picture, upright and in RGB, or None if damaged; the SHA-256 of its bytes; the reason it is damaged.
     """
     try:
         content = source.read()
@@ -179,10 +185,7 @@ def read_picture(source: Source) -> tuple[Image.Image | None, str, str]:
 
 
 def cut_tiles(picture: Image.Image, tile_px: int) -> dict[tuple[int, int], Tensor]:
-    """Tiles that do not overlap, by row and column from the top left; what remains at right and bottom is left out.
-
-    **Shape** each [3, tile_px, tile_px], in [-1, 1].
-    """
+    """Cut tiles [3, tile_px, tile_px] in [-1, 1] from the top left, by row and column, without overlap or remainder."""
     pixels = np.asarray(picture)
     rows, columns = pixels.shape[0] // tile_px, pixels.shape[1] // tile_px
     tiles = {}
@@ -194,17 +197,14 @@ def cut_tiles(picture: Image.Image, tile_px: int) -> dict[tuple[int, int], Tenso
 
 
 def shrink_tiles(tiles: Tensor, level: int) -> Tensor:
-    """Antialiased bicubic, without the overshoot that no picture has.
-
-    **Shape** [batch, 3, px, px] -> [batch, 3, px / level, px / level].
-    """
+    """Reduce [batch, 3, px, px] to [batch, 3, px / level, px / level]: antialiased bicubic, clamped."""
     if level == 1:
         return tiles
     return F.interpolate(tiles, scale_factor=1.0 / level, mode="bicubic", antialias=True).clamp(-1.0, 1.0)
 
 
 def encode_tiles(vae: Vae, tiles: Sequence[Tensor], config: PrepareConfig) -> dict[int, Tensor]:
-    """Posterior means of tiles and of the shrunk ones, by level, on the CPU in the type of the store."""
+    """Encode tiles and their reductions to posterior means, by level, on the CPU in the store's dtype."""
     parts: dict[int, list[Tensor]] = {level: [] for level in LEVELS}
     for start in range(0, len(tiles), config.batch):
         batch = torch.stack(list(tiles[start : start + config.batch])).to(vae.device)
@@ -216,15 +216,18 @@ def encode_tiles(vae: Vae, tiles: Sequence[Tensor], config: PrepareConfig) -> di
 def prepare(
     config: PrepareConfig, device: torch.device, dtype: torch.dtype = torch.float32, rank: int = 0, world_size: int = 1
 ) -> Report:
-    """Makes the shards of this process that are not there yet; the last process writes the index.
+    """Make the missing shards of this process; the last process writes the index.
 
     Args:
-        device, dtype: Of the VAE.
-        rank, world_size: Of this process; it makes every shard whose number leaves `rank` over `world_size`.
+        config: The settings.
+        device: Device of the VAE.
+        dtype: Compute type of the VAE.
+        rank: This process makes the shards with number % world_size == rank.
+        world_size: Number of processes.
 
     Raises:
-        PairsError: There is nothing to read, or `out` holds pairs of other pictures, settings or another VAE.
-        BundleError: As `read_bundle`.
+        PairsError: There is nothing to read, or `out` has pairs of other pictures, settings or another VAE.
+        BundleError: The bundle cannot be read.
         ValueError: An encoded tile is not finite.
     """
     bundle = read_bundle(config.bundle)
@@ -256,7 +259,7 @@ def prepare(
     is_finished = all(has_shard(config.out, number) for number in range(len(groups)))
     if is_finished:
         write_index(config.out, len(groups))
-        for leftover in config.out.glob(".shard-*.partial"):  # of processes that were killed
+        for leftover in config.out.glob(".shard-*.partial"):  # left by killed processes
             leftover.unlink(missing_ok=True)
     return Report(sum(len(groups[n]) for n in mine), tiles, spent_s, is_finished, tuple(skipped))
 
@@ -264,7 +267,7 @@ def prepare(
 def _make_shard(
     vae: Vae, sources: Sequence[Source], config: PrepareConfig, readers: ThreadPoolExecutor, bar: "tqdm[None]"
 ) -> tuple[dict[int, Tensor], list[dict[str, Any]]]:
-    """The latents and lines of one shard. The same for the same pictures, whenever and by whom it is made."""
+    """Return the latents and lines of one shard; they depend on the pictures alone."""
     parts: dict[int, list[Tensor]] = {level: [] for level in LEVELS}
     lines: list[dict[str, Any]] = []
     for source, (picture, digest, fault) in _read_ahead(sources, readers):
@@ -298,7 +301,7 @@ def _read_ahead(
 
 
 def _plan(config: PrepareConfig, sources: Sequence[Source], broken: Sequence[str]) -> dict[str, Any]:
-    """What must stay the same for the shards to belong together."""
+    """Return the settings that all shards must share."""
     listed = hashlib.sha256()
     for source in sources:
         listed.update(f"{source.name}\0{source.size_bytes}\n".encode())
@@ -328,5 +331,5 @@ def _check_plan(config: PrepareConfig, plan: dict[str, Any]) -> None:
 
 
 def count_skipped(report: Report) -> dict[str, int]:
-    """How many pictures were left out, by reason."""
+    """Count the skipped pictures by reason."""
     return {reason: sum(line["skipped"] == reason for line in report.skipped) for reason in ("corrupt", "small")}

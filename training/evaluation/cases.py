@@ -1,4 +1,4 @@
-"""What `giantleap train evaluate` measures on: pictures of a folder, or pairs that were held out, one at a time."""
+"""Cases of `giantleap train evaluate`: pictures of a folder, or held-out pairs, one at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from giantleap.training.evaluation.metrics import to_levels
 
 
 class EvaluationError(ValueError):
-    """An evaluation that cannot be made as asked."""
+    """The evaluation is not possible with these inputs."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Case:
 
 
 def read_pairs(folder: Path, bundle: Bundle, vae: Vae, limit: int | None) -> Iterator[Case]:
-    """The first pairs of a store, whose decoded large latents are the targets.
+    """Yield the first pairs of a store; the targets are the decoded large latents.
 
     Raises:
-        EvaluationError: They are of another VAE.
+        EvaluationError: They were made with another VAE.
         PairsError: The store cannot be read.
     """
     store = PairsStore.open(folder)
@@ -53,10 +53,10 @@ def read_pairs(folder: Path, bundle: Bundle, vae: Vae, limit: int | None) -> Ite
 def read_pictures(
     folder: Path, bundle: Bundle, vae: Vae, scales: Sequence[int], limit: int | None, crop_px: int | None
 ) -> Iterator[Case]:
-    """The first pictures of a folder, by name, with their captions; each is its own target.
+    """Yield the first pictures of a folder by name, with their captions; each is its own target.
 
     Raises:
-        EvaluationError: One is damaged or too small.
+        EvaluationError: A picture is damaged or too small.
     """
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     multiple_px = bundle.latent_space.multiple_px * max(scales)
@@ -69,10 +69,10 @@ def read_pictures(
 
 
 def read_picture(path: Path, crop_px: int | None, multiple_px: int) -> Tensor:
-    """The centre of a picture, upright, its sides multiples of `multiple_px`; [1, 3, height_px, width_px] in [-1, 1].
+    """Read the upright center of a picture, sides multiples of `multiple_px`: [1, 3, height_px, width_px] in [-1, 1].
 
     Raises:
-        EvaluationError: It is damaged or too small.
+        EvaluationError: The picture is damaged or too small.
     """
     try:
         with Image.open(path) as opened:
@@ -87,7 +87,7 @@ def read_picture(path: Path, crop_px: int | None, multiple_px: int) -> Tensor:
 
 
 def shrink(picture: Tensor, scale: int) -> Tensor:
-    """Antialiased bicubic, to 8-bit levels, as a file would hand it over; 1 gives the picture back."""
+    """Reduce a picture by an integer: antialiased bicubic, rounded to 8-bit levels; 1 returns it unchanged."""
     if scale == 1:
         return picture
     small = F.interpolate(picture, scale_factor=1.0 / scale, mode="bicubic", antialias=True)

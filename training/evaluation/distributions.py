@@ -1,9 +1,9 @@
-"""How far latents and pictures of a method lie from the true large ones, as table 5 of arXiv 2511.10629 compares them.
+"""Compare the distributions of latents and pictures with the true large ones, as table 5 of arXiv 2511.10629 does.
 
-Of every picture the mean and the deviation of each channel, pooled over channels and pictures (D.1). The paper gives
-one number per domain and no formula; ours: Wasserstein-1 and Jensen-Shannon divergence (to base 2, of kernel density
-estimates) of the pooled means and of the pooled deviations, their average as the one number, and the relative
-difference of the mean variance.
+The mean and deviation of each channel of every picture are pooled over channels and pictures (D.1). The paper gives one
+number per domain and no formula. Here: Wasserstein-1 distance and Jensen-Shannon divergence (base 2, kernel density
+estimates) of the pooled means and of the pooled deviations, their average, and the relative difference of the mean
+variance.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Floats = NDArray[np.float64]
-GRID = 1024  # points that densities are compared at
-TAIL = 4.0  # bandwidths of the kernel beyond the outermost sample
+GRID = 1024  # points at which densities are compared
+TAIL = 4.0  # kernel bandwidths beyond the outermost sample
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Of every picture the mean and the deviation of each channel; both [pictures, channels]."""
+    """Mean and deviation of each channel per picture; both [pictures, channels]."""
 
     means: Floats
     deviations: Floats
 
 
 def pool(pictures: Sequence[Tensor]) -> Pool:
-    """**Shape** each [1, channels, height, width]; heights and widths may differ."""
+    """Pool maps [1, channels, height, width]; heights and widths may differ."""
     means = np.stack([picture.double().mean(dim=(0, 2, 3)).cpu().numpy() for picture in pictures])
     deviations = [picture.double().std(dim=(0, 2, 3), correction=0).cpu().numpy() for picture in pictures]
     return Pool(means, np.stack(deviations))
@@ -35,7 +35,7 @@ def pool(pictures: Sequence[Tensor]) -> Pool:
 
 @dataclass(frozen=True)
 class Gap:
-    """Distances of two pools, in the units of the values; `jsd` in bits, `variance_gap` as a share."""
+    """Distances of two pools in the units of the values; `jsd` in bits, `variance_gap` relative."""
 
     wasserstein: float
     wasserstein_means: float
@@ -47,7 +47,7 @@ class Gap:
 
 
 def compare(found: Pool, expected: Pool) -> Gap:
-    """The gap between what a method made and the true ones."""
+    """Return the gap between a method's values and the true ones."""
     pairs = ((found.means, expected.means), (found.deviations, expected.deviations))
     w_means, w_deviations = (wasserstein(one.ravel(), two.ravel()) for one, two in pairs)
     jsd_means, jsd_deviations = (jensen_shannon(one.ravel(), two.ravel()) for one, two in pairs)
@@ -65,7 +65,7 @@ def compare(found: Pool, expected: Pool) -> Gap:
 
 
 def wasserstein(one: Floats, two: Floats) -> float:
-    """Wasserstein-1 distance of two samples: the area between their distribution functions; [n] and [m]."""
+    """Return the Wasserstein-1 distance of samples [n] and [m]: the area between their distribution functions."""
     values = np.sort(np.concatenate([one, two]))
     below_one, below_two = (np.searchsorted(np.sort(x), values[:-1], side="right") / len(x) for x in (one, two))
     area: np.float64 = np.sum(np.abs(below_one - below_two) * np.diff(values))
@@ -73,14 +73,14 @@ def wasserstein(one: Floats, two: Floats) -> float:
 
 
 def bandwidth(samples: Floats) -> float:
-    """Scott's rule for one dimension, with a floor for samples that are all alike."""
+    """Return Scott's bandwidth in one dimension, with a floor for constant samples."""
     spread = float(samples.std(ddof=1)) if len(samples) > 1 else 0.0
     least = 1e-6 * max(1.0, float(np.abs(samples).max()))
     return max(float(spread * len(samples) ** -0.2), least)
 
 
 def density(samples: Floats, grid: Floats) -> Floats:
-    """Gaussian kernel density estimate at the points of the grid."""
+    """Return the Gaussian kernel density estimate at the grid points."""
     width = bandwidth(samples)
     z = (grid[:, None] - samples[None]) / width
     estimate: Floats = np.exp(-0.5 * np.square(z)).mean(axis=1) / (width * np.sqrt(2.0 * np.pi))
@@ -88,17 +88,17 @@ def density(samples: Floats, grid: Floats) -> Floats:
 
 
 def grid_over(*samples: Floats) -> Floats:
-    """Points that hold nearly all of every sample's density."""
+    """Return grid points that cover nearly all of every sample's density."""
     low = min(float(each.min()) - TAIL * bandwidth(each) for each in samples)
     high = max(float(each.max()) + TAIL * bandwidth(each) for each in samples)
     return np.linspace(low, high, GRID)
 
 
 def jensen_shannon(one: Floats, two: Floats) -> float:
-    """Jensen-Shannon divergence of the samples' densities, in bits: 0 for equal ones, 1 for ones without overlap."""
+    """Return the Jensen-Shannon divergence of the samples' densities in bits: 0 if equal, 1 without overlap."""
     grid = grid_over(one, two)
     shares = [density(each, grid) for each in (one, two)]
-    if any(share.sum() == 0.0 for share in shares):  # a sample so narrow that it falls between the points
+    if any(share.sum() == 0.0 for share in shares):  # a sample so narrow that it falls between grid points
         return 0.0 if np.array_equal(np.sort(one), np.sort(two)) else 1.0
     p, q = (share / share.sum() for share in shares)
     middle = (p + q) / 2.0

@@ -1,9 +1,8 @@
-"""Measures LUA weights against bicubic, on pictures or on held-out pairs: `giantleap train evaluate`.
+"""Measure LUA weights against bicubic, on pictures or on held-out pairs: `giantleap train evaluate`.
 
-`evaluate` goes through the cases of `training/evaluation/cases.py` once: `Findings.add` enlarges each by every method,
-compares it with its target and keeps only features, channel statistics and a crop for the sheet.
-`training/evaluation/metrics.py` measures, `training/evaluation/distributions.py` compares distributions,
-`training/evaluation/report.py` writes what a person reads.
+`evaluate` iterates once over the cases of `training/evaluation/cases.py`: `Findings.add` upscales each by every method,
+compares it with its target and keeps features, channel statistics and a crop for the sheet. See
+`training/evaluation/metrics.py`, `training/evaluation/distributions.py` and `training/evaluation/report.py`.
 """
 
 import json
@@ -48,21 +47,21 @@ SHEET_ROWS = 8
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured on what.
+    """Settings of an evaluation.
 
-    Args:
+    Attributes:
         bundle: Directory of the bundle whose VAE encodes and decodes.
         out: Directory for report, sheet and plots.
-        images: Folder of pictures; a `.txt` of the same name beside one holds its caption. Or
-        pairs: what `giantleap train prepare` wrote; the target is then the decoded large latent.
-        lua: Weights to measure; none: the bundle's own.
-        limit: At most so many cases, the first ones.
-        crop_px: Pictures are cut to a centre square of this side first.
+        images: Folder of pictures; a `.txt` of the same name has the caption. Alternative to `pairs`.
+        pairs: Output of `giantleap train prepare`; the target is then the decoded large latent.
+        lua: Weights to measure; empty: the bundle's own.
+        limit: Maximum number of cases.
+        crop_px: Side of a center square that pictures are cut to first.
         patch_px: Side of the random crops of patch FID and KID.
         patches: Crops per picture.
-        kid_subsets: How many.
-        kid_subset_size: Samples in each; there must be as many.
-        seed: Of crops and subsets.
+        kid_subsets: Number of KID subsets.
+        kid_subset_size: Samples per subset.
+        seed: Seed of crops and subsets.
     """
 
     bundle: Path
@@ -81,7 +80,7 @@ class EvaluateConfig:
 
 @dataclass
 class Tally:
-    """What is kept of one method at one scale, case by case."""
+    """Results of one method at one scale, per case."""
 
     psnr_db: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
@@ -93,14 +92,16 @@ class Tally:
 
 @dataclass
 class Statistics:
-    """Of each kind of latents or pictures, one pool of each case; merged at the end."""
+    """One pool per case for each kind of latents or pictures; merged at the end."""
 
     pools: dict[str, list[Pool]] = field(default_factory=dict)
 
     def add(self, kind: str, values: Tensor) -> None:
+        """Add one pool."""
         self.pools.setdefault(kind, []).append(pool([values]))
 
     def merged(self) -> dict[str, Pool]:
+        """Return the merged pool of each kind."""
         return {
             kind: Pool(np.concatenate([p.means for p in pools]), np.concatenate([p.deviations for p in pools]))
             for kind, pools in self.pools.items()
@@ -109,22 +110,23 @@ class Statistics:
 
 @torch.inference_mode()
 def evaluate(config: EvaluateConfig, device: torch.device, networks: Networks | None = None) -> dict[str, Any]:
-    """Measures all weights; writes `evaluation.json`, `evaluation.md`, `sheet.png` and the plots into `config.out`.
+    """Measure all weights; write `evaluation.json`, `evaluation.md`, `sheet.png` and the plots into `config.out`.
 
     Args:
-        config: What is measured.
+        config: The settings.
         device: Where LUA and VAE run, in float32.
-        networks: For the perceptual metrics; none of them without.
+        networks: Networks of the perceptual metrics.
 
     Returns:
-        The report, as in `evaluation.json`.
+        The content of `evaluation.json`.
 
     Raises:
-        EvaluationError: There is nothing to measure, weights do not fit the bundle, or their output is not finite.
-        BundleError, CheckpointError, PairsError, VaeError, OSError: Something cannot be read.
-
-    Effects:
-        Replaces files of an earlier report in the same place.
+        EvaluationError: There is nothing to measure, weights do not match the bundle, or an output is not finite.
+        BundleError: The bundle cannot be read.
+        CheckpointError: Weights cannot be read.
+        PairsError: The pairs cannot be read.
+        VaeError: The VAE cannot be read.
+        OSError: A file cannot be read.
     """
     networks = networks or Networks()
     bundle = read_bundle(config.bundle)
@@ -153,7 +155,7 @@ def evaluate(config: EvaluateConfig, device: torch.device, networks: Networks | 
 
 
 def _read_nets(config: EvaluateConfig, bundle: Bundle, device: torch.device) -> dict[str, Lua]:
-    """By label: the name of the file, or its path where two have the same."""
+    """Read the networks by label: the file name, or the path where two are equal."""
     paths = config.lua or ((bundle.lua,) if bundle.lua is not None else ())
     if not paths:
         raise EvaluationError(f"bundle {bundle.name} has no LUA weights: name some with --lua")
@@ -182,7 +184,7 @@ def _cases(config: EvaluateConfig, bundle: Bundle, vae: Vae, scales: Sequence[in
 
 
 def _enlarge(vae: Vae, nets: Mapping[str, Lua], case: Case, scale: int) -> dict[str, tuple[Tensor | None, Tensor]]:
-    """By method the large latent, where there is one, and its picture in [-1, 1], not clamped."""
+    """Return, by method, the large latent if there is one, and its picture in [-1, 1], not clamped."""
     small = case.latents[scale]
     size = (case.target.shape[-2], case.target.shape[-1])
     bicubic = F.interpolate(small, scale_factor=float(scale), mode="bicubic")
@@ -200,11 +202,11 @@ def _enlarge(vae: Vae, nets: Mapping[str, Lua], case: Case, scale: int) -> dict[
 
 
 class Judge:
-    """Compares pictures with their targets, and remembers why a metric could not be measured.
+    """Compare pictures with their targets, and record why a metric is unavailable.
 
     Args:
-        config: Of the crops.
-        networks: For the perceptual metrics.
+        config: Settings of the crops.
+        networks: Networks of the perceptual metrics.
     """
 
     def __init__(self, config: EvaluateConfig, networks: Networks) -> None:
@@ -213,9 +215,9 @@ class Judge:
         self.missing: dict[str, str] = {}
 
     def add(self, tally: Tally, index: int, case: Case, image: Tensor, target: Tensor) -> None:
-        """**Shape** both [1, 3, height_px, width_px], uint8; `index` is the number of the case."""
+        """Add one uint8 picture and its target, both [1, 3, height_px, width_px], of case `index`."""
         image, target = image.cpu(), target.cpu()
-        tally.psnr_db.append(min(psnr_db(image, target), 100.0))  # so that a mean stays finite
+        tally.psnr_db.append(min(psnr_db(image, target), 100.0))  # keeps the mean finite
         tally.ssim.append(ssim(image, target))
         if isinstance(self.networks.distance, str):
             self.missing["lpips"] = self.networks.distance
@@ -230,7 +232,7 @@ class Judge:
         self.add_features(tally, index, image)
 
     def add_features(self, tally: Tally, index: int, image: Tensor) -> None:
-        """Of the whole picture, and of crops at places that are the same for every method."""
+        """Add features of the whole picture and of crops at positions equal for every method."""
         if isinstance(self.networks.features, str):
             self.missing["features"] = self.missing["patch_features"] = self.networks.features
             return
@@ -246,16 +248,16 @@ class Judge:
 
 @dataclass
 class Findings:
-    """What is kept of the cases, of which only one is in memory at a time.
+    """Results of all cases; only one case is in memory at a time.
 
-    Args:
-        judge: Measures.
+    Attributes:
+        judge: Compares pictures with targets.
         targets: Features of the targets.
-        tallies: Of each scale and method.
+        tallies: Results by scale and method.
         latents: Statistics of the latents, by kind.
-        pixels: Statistics of the pictures, in [0, 1], by kind.
+        pixels: Statistics of the pictures in [0, 1], by kind.
         rows: Names and pictures of the first cases, for the sheet.
-        count: Cases so far.
+        count: Number of cases so far.
     """
 
     judge: Judge
@@ -267,7 +269,7 @@ class Findings:
     count: int = 0
 
     def add(self, case: Case, vae: Vae, nets: Mapping[str, Lua], scales: Sequence[int]) -> None:
-        """Enlarges a case by every method and compares with its target."""
+        """Upscale a case by every method and compare with its target."""
         target = to_levels(case.target)
         self.latents.add("target", case.latents[1])
         self.pixels.add("target", target.float() / 255.0)
@@ -304,7 +306,7 @@ def _scores(
     targets: Tally,
     missing: Mapping[str, str],
 ) -> dict[str, dict[str, dict[str, Value]]]:
-    """By scale ("x1" for the round trip) and method, every metric."""
+    """Return every metric by scale ("x1" for the round trip) and method."""
     scores: dict[str, dict[str, dict[str, Value]]] = {}
     for (scale, method), tally in sorted(tallies.items(), key=lambda item: item[0][0]):
         row: dict[str, Value] = {"psnr_db": _mean(tally.psnr_db), "ssim": _mean(tally.ssim)}
@@ -323,7 +325,7 @@ def _scores(
 def _set_scores(
     config: EvaluateConfig, found: Sequence[Tensor], expected: Sequence[Tensor], reason: str | None
 ) -> dict[str, Value]:
-    """FID and KID of two lists of features."""
+    """Return FID and KID of two lists of features."""
     if reason is not None:
         return {name: not_available(reason) for name in ("fid", "kid", "kid_std")}
     features, targets = torch.cat(list(found)), torch.cat(list(expected))
@@ -341,7 +343,7 @@ def _set_scores(
 
 
 def not_available(reason: str) -> str:
-    """What stands in the place of a figure."""
+    """Return the text that replaces an unavailable figure."""
     return f"not available: {reason}"
 
 
@@ -350,7 +352,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _gaps(pools: Mapping[str, Pool]) -> dict[str, dict[str, float]]:
-    """Every kind against the targets."""
+    """Compare every kind with the targets."""
     return {kind: asdict(compare(found, pools["target"])) for kind, found in pools.items() if kind != "target"}
 
 
@@ -362,7 +364,7 @@ def _origin(
     count: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What was measured where, so that figures can be told apart."""
+    """Describe settings, weights and machine."""
     paths = config.lua or (bundle.lua,)
     return {
         "machine": read_machine(device),

@@ -1,7 +1,7 @@
-"""The networks that perceptual metrics look through: Inception for FID and KID, AlexNet for LPIPS, CLIP.
+"""Networks of the perceptual metrics: Inception for FID and KID, AlexNet for LPIPS, CLIP.
 
-None of their weights come with this package. Each opener takes a file, a directory or a hub id, and raises
-`NotAvailableError` with the reason where it cannot use it. Nothing is fetched that was not named.
+Their weights are not part of this package. Each opener takes a file, a directory or a hub id and raises
+`NotAvailableError` with the reason if it cannot use it. Nothing else is downloaded.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ _DAMAGE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeE
 
 
 def open_networks(inception: Path | None, lpips: Path | None, clip: str | None, device: torch.device) -> Networks:
-    """The networks that were named. One that cannot be used leaves its reason in its place, for the report."""
+    """Open the named networks; an unusable one is replaced by the reason, for the report."""
     given: dict[str, Any] = {}
     openers: dict[str, Callable[[], Any]] = {}
     if inception is not None:
@@ -37,7 +37,7 @@ def open_networks(inception: Path | None, lpips: Path | None, clip: str | None, 
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `.pth` or `.safetensors` file, without unpickling anything else."""
+    """Read the tensors of a `.pth` or `.safetensors` file, unpickling nothing else."""
     import pickle
 
     from safetensors.torch import load_file
@@ -54,7 +54,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 class Inception:
-    """Features of the last pooling of Inception v3 as FID is defined by (Heusel et al. 2017), 2048 of them.
+    """The 2048 features of Inception v3's last pooling, which define FID (Heusel et al. 2017).
 
     Args:
         path: The weights that torch-fidelity publishes (`weights-inception-2015-12-05-6726825d.pth`).
@@ -70,7 +70,7 @@ class Inception:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise NotAvailableError("Inception needs `pip install torch-fidelity`, with its torchvision") from error
-        # torch-fidelity unpickles whatever its file holds, so it gets one that holds these tensors and nothing else.
+        # torch-fidelity unpickles its file, so it gets a file of these tensors only.
         with tempfile.TemporaryDirectory() as folder:
             torch.save(state, Path(folder) / "tensors.pth")
             try:
@@ -83,7 +83,7 @@ class Inception:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """As `giantleap.training.evaluation.metrics.Features`."""
+        """See `giantleap.training.evaluation.metrics.Features`."""
         features: Tensor = self._net(images.to(self._device))[0].float().cpu()
         return features
 
@@ -91,21 +91,20 @@ class Inception:
 class Lpips:
     """LPIPS with AlexNet (Zhang et al. 2018, version 0.1): weighted distance of unit features after five ReLUs.
 
-    The weights of the distance come with torchmetrics; those of AlexNet are torchvision's
-    (`alexnet-owt-7be5be79.pth`).
+    The distance weights come with torchmetrics, AlexNet's from torchvision (`alexnet-owt-7be5be79.pth`).
 
     Args:
         path: The weights of AlexNet.
         device: Where it runs.
-        linear: The weights of the distance, where other than torchmetrics' own.
+        linear: Distance weights, if not torchmetrics'.
 
     Raises:
-        NotAvailableError: weights cannot be read or are of another network.
+        NotAvailableError: Weights cannot be read or belong to another network.
     """
 
     _SHIFT = (-0.030, -0.088, -0.188)
     _SCALE = (0.458, 0.448, 0.450)
-    _TAPS = (1, 4, 7, 9, 11)  # the ReLUs among the layers of `features`
+    _TAPS = (1, 4, 7, 9, 11)  # indices of the ReLUs in `features`
 
     def __init__(self, path: Path, device: torch.device, linear: Path | None = None) -> None:
         if linear is None:
@@ -139,7 +138,7 @@ class Lpips:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
-        """As `giantleap.training.evaluation.metrics.PairDistance`."""
+        """See `giantleap.training.evaluation.metrics.PairDistance`."""
         total = torch.zeros(len(images), device=self._device)
         for weight, one, two in zip(self._linear, self._look(images), self._look(targets), strict=True):
             total += F.conv2d((one - two).square(), weight).mean(dim=(1, 2, 3))
@@ -157,16 +156,16 @@ class Lpips:
 
 
 class ClipScore:
-    """100 times the cosine of a picture's and its caption's CLIP embeddings, at least 0 (Hessel et al. 2021), no 2.5.
+    """100 times the cosine of the CLIP embeddings of picture and caption, at least 0 (Hessel et al. 2021, without 2.5).
 
-    torchmetrics' own reads the outputs of an older transformers; the arithmetic is the same.
+    torchmetrics' version expects the outputs of an older transformers; the arithmetic is the same.
 
     Args:
-        name: A directory with a CLIP of transformers, or a hub id.
+        name: A directory with a transformers CLIP, or a hub id.
         device: Where it runs.
 
     Raises:
-        NotAvailableError: it cannot be read.
+        NotAvailableError: It cannot be read.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -184,7 +183,7 @@ class ClipScore:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """As `giantleap.training.evaluation.metrics.TextScore`."""
+        """See `giantleap.training.evaluation.metrics.TextScore`."""
         inputs = self._processor(
             text=list(texts), images=list(images), return_tensors="pt", padding=True, truncation=True
         ).to(self._device)

@@ -1,7 +1,6 @@
-"""Scores of average weights on tiles that a run never trains on, and pictures of the first of them.
+"""Score averaged weights on held-out tiles during a run, with sample pictures.
 
-`training/run.py` asks now and then while it trains; `training/evaluation/evaluate.py` is the thorough report on
-finished weights.
+`training/run.py` calls it periodically; `training/evaluation/evaluate.py` is the full report on finished weights.
 """
 
 from collections.abc import Sequence
@@ -16,19 +15,17 @@ from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.data.pairs_store import PairsStore
 
 SAMPLES = 4  # tiles on a sheet
-MAX_DB = 100.0  # that one tile counts for: a mean is to say something of the others
+MAX_DB = 100.0  # cap per tile, so that one perfect tile does not dominate the mean
 
 
 @torch.no_grad()
 def evaluate(net: Lua, vae: Vae, store: PairsStore, tiles: Sequence[int]) -> tuple[dict[str, float], Tensor]:
-    """Measures average weights on tiles that were held out.
+    """Measure averaged weights on held-out tiles.
 
     Returns:
-        By scale the latent L1, the PSNR in dB of the decoded picture against the decoded large latent, and what it
-        gains over decoding the small latent and enlarging its picture bicubically; and a sheet of the first tiles:
-        target, then bicubic and LUA for each scale.
-
-    **Shape** the sheet is [3, height_px, width_px], in [-1, 1].
+        By scale the latent L1, the PSNR in dB of the decoded picture against the decoded large latent, and its gain
+        over decode-then-bicubic; and a sheet [3, height_px, width_px] in [-1, 1] of the first tiles: target, then
+        bicubic and LUA for each scale.
     """
     scores: dict[str, list[float]] = {}
     rows: list[Tensor] = []

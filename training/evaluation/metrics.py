@@ -1,8 +1,7 @@
-"""What an evaluation measures: pairs of pictures (PSNR, SSIM) and sets of features (FID, KID).
+"""Metrics on pairs of pictures (PSNR, SSIM) and on sets of features (FID, KID).
 
-FID and KID take features that were extracted before, whatever the extractor
-(`training/evaluation/feature_extractors.py`). What cannot be measured is a `NotAvailableError` with its reason, and
-never a number.
+FID and KID take features of any extractor (`training/evaluation/feature_extractors.py`). A metric that cannot be
+computed raises `NotAvailableError` with the reason.
 """
 
 import math
@@ -15,72 +14,78 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-BORDER_PX = 2  # left out on each side of PSNR and SSIM, as the super-resolution field does
+BORDER_PX = 2  # excluded border for PSNR and SSIM, the convention in super-resolution
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 
 
 class NotAvailableError(RuntimeError):
-    """A metric without its weights, its package or enough samples."""
+    """A metric lacks its weights, its package or enough samples."""
 
 
 class Features(Protocol):
-    """Features of pictures for FID and KID."""
+    """Extractor of features for FID and KID."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name in the report."""
+        ...
 
     def __call__(self, images: Tensor) -> Tensor:
-        """**Shape** [n, 3, height_px, width_px], uint8 -> [n, d], float."""
+        """Map uint8 pictures [n, 3, height_px, width_px] to features [n, d], float."""
         ...
 
 
 class PairDistance(Protocol):
-    """A distance between two pictures, such as LPIPS."""
+    """Distance between two pictures, such as LPIPS."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name in the report."""
+        ...
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
-        """**Shape** both [n, 3, height_px, width_px], uint8 -> [n]."""
+        """Map two batches of uint8 pictures [n, 3, height_px, width_px] to distances [n]."""
         ...
 
 
 class TextScore(Protocol):
-    """How well a picture shows a text, such as CLIP score."""
+    """Agreement of pictures with texts, such as CLIP score."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name in the report."""
+        ...
 
     def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """**Shape** [n, 3, height_px, width_px], uint8 -> [n]."""
+        """Map uint8 pictures [n, 3, height_px, width_px] and texts to scores [n]."""
         ...
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What perceptual metrics look through; in place of a network, why there is none."""
+    """Networks of the perceptual metrics, or the reason why one is missing."""
 
     features: Features | str = "no weights were given (--inception)"
     distance: PairDistance | str = "no weights were given (--lpips)"
     text: TextScore | str = "no weights were given (--clip)"
 
     def names(self) -> dict[str, str | None]:
+        """Return the name of each network, None where it is missing."""
         each = {"features": self.features, "distance": self.distance, "text": self.text}
         return {key: None if isinstance(value, str) else value.name for key, value in each.items()}
 
 
 def to_levels(pictures: Tensor) -> Tensor:
-    """Pictures in [-1, 1] as the 8-bit levels that a file would hold; clamped."""
+    """Convert pictures in [-1, 1] to 8-bit levels, clamped."""
     return ((pictures.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 
 
 def psnr_db(image: Tensor, target: Tensor, border_px: int = BORDER_PX) -> float:
-    """Peak signal-to-noise ratio over all channels of RGB pictures in [0, 1]; infinite for equal ones.
+    """Return the peak signal-to-noise ratio of uint8 RGB pictures [n, 3, height_px, width_px]; infinite if equal.
 
-    **Shape** both [n, 3, height_px, width_px], uint8.
-
-    **Raises** ValueError: shapes differ, or nothing is left inside the border.
+    Raises:
+        ValueError: Shapes differ, or nothing is left inside the border.
     """
     inside, expected = (_inner(values, border_px).double() / 255.0 for values in _alike(image, target))
     mse = float((inside - expected).square().mean())
@@ -88,9 +93,10 @@ def psnr_db(image: Tensor, target: Tensor, border_px: int = BORDER_PX) -> float:
 
 
 def ssim(image: Tensor, target: Tensor, border_px: int = BORDER_PX) -> float:
-    """Structural similarity (Wang et al. 2004): Gaussian window of 11 px, sigma 1.5, RGB in [0, 1]; by torchmetrics.
+    """Return the structural similarity (Wang et al. 2004): Gaussian window of 11 px, sigma 1.5, RGB in [0, 1].
 
-    **Raises** ValueError: as `psnr_db`, or a side is below the window.
+    Raises:
+        ValueError: As `psnr_db`, or a side is below the window.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -117,7 +123,7 @@ def _inner(values: Tensor, border_px: int) -> Tensor:
 
 
 class _AsTheyAre(nn.Module):
-    """What torchmetrics takes for a feature network when the features are there already."""
+    """Identity in place of torchmetrics' feature network, for precomputed features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -128,14 +134,13 @@ class _AsTheyAre(nn.Module):
 
 
 def fid(features: Tensor, targets: Tensor) -> float:
-    """Frechet distance of the Gaussians that fit two sets of features (Heusel et al. 2017), by torchmetrics.
+    """Return the Frechet distance of Gaussians fitted to features [n, d] and [m, d] (Heusel et al. 2017).
 
-    With no more samples than features the covariances are singular and the value is biased upwards: it compares
-    methods on the same set, and nothing else.
+    With no more samples than features the covariances are singular and the value is biased upwards: it only compares
+    methods on the same set.
 
-    **Shape** [n, d] and [m, d].
-
-    **Raises** NotAvailableError: a set has less than two samples, or features that are not finite.
+    Raises:
+        NotAvailableError: A set has fewer than two samples or non-finite features.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -157,21 +162,21 @@ class Kid:
 def kid(
     features: Tensor, targets: Tensor, subsets: int = KID_SUBSETS, subset_size: int = KID_SUBSET_SIZE, seed: int = 0
 ) -> Kid:
-    """Squared maximum mean discrepancy with the cubic kernel (x.y / d + 1)^3 over random subsets, by torchmetrics.
+    """Return the squared maximum mean discrepancy of [n, d] and [m, d] over random subsets.
 
-    **Ref** Binkowski et al. 2018; unbiased, so it may be negative.
+    Cubic kernel (x.y / d + 1)^3, Binkowski et al. 2018; unbiased, so it may be negative. torch's generator state is
+    restored.
 
-    **Shape** [n, d] and [m, d].
-
-    **Raises** NotAvailableError: a subset would be larger than a set, or features are not finite.
-
-    **Effects** leaves torch's generator as it was.
+    Raises:
+        NotAvailableError: A subset would be larger than a set, or features are not finite.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     _check_features(features, targets, max(subset_size, 2), f"KID over subsets of {subset_size}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it keeps all features: they are in memory already
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # torchmetrics warns that it keeps all features; they are in memory already
         metric = KernelInceptionDistance(_AsTheyAre(features.shape[1]), subsets=subsets, subset_size=subset_size)
     metric.update(targets.double(), real=True)
     metric.update(features.double(), real=False)
@@ -194,9 +199,10 @@ def _check_features(features: Tensor, targets: Tensor, least: int, what: str) ->
 def crop_places(
     height_px: int, width_px: int, side_px: int, count: int, seed: int, index: int
 ) -> list[tuple[int, int]]:
-    """Top and left of random squares in the picture number `index`; the same for every method.
+    """Return top and left of random squares in picture `index`, equal for every method.
 
-    **Raises** NotAvailableError: the picture is smaller.
+    Raises:
+        NotAvailableError: The picture is smaller than a square.
     """
     if min(height_px, width_px) < side_px:
         raise NotAvailableError(f"patches of {side_px} px do not fit into a picture of {height_px}x{width_px} px")
@@ -207,5 +213,5 @@ def crop_places(
 
 
 def crop(image: Tensor, places: Sequence[tuple[int, int]], side_px: int) -> Tensor:
-    """**Shape** [1, 3, height_px, width_px] -> [places, 3, side_px, side_px]."""
+    """Crop [1, 3, height_px, width_px] to [places, 3, side_px, side_px]."""
     return torch.cat([image[..., top : top + side_px, left : left + side_px] for top, left in places])

@@ -1,4 +1,4 @@
-"""What a person reads of an evaluation: the Markdown report, a sheet of pictures, plots of distributions."""
+"""Write the Markdown report, the sheet of pictures and the plots of an evaluation."""
 
 import importlib.metadata
 import os
@@ -34,7 +34,7 @@ OTHERS = ("#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2")
 
 
 def read_machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine and the versions."""
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -47,7 +47,7 @@ def read_machine(device: torch.device) -> dict[str, Any]:
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """The report as tables; a metric that is not available is a dash, its reason below."""
+    """Format the report as tables; an unavailable metric is a dash with its reason below."""
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
@@ -92,7 +92,7 @@ def _gap_table(gaps: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def write_sheet(rows: Sequence[tuple[str, Mapping[str, Tensor]]], path: Path) -> None:
-    """One row per case, one column per method: centres of the pictures, [1, 3, height_px, width_px], uint8."""
+    """Write one row per case and one column per method: centers of uint8 pictures [1, 3, height_px, width_px]."""
     titles = list(rows[0][1])
     sheet = Image.new("RGB", (len(titles) * CELL_PX, len(rows) * (HEAD_PX + CELL_PX)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -112,7 +112,7 @@ def _to_cell(picture: Tensor) -> Image.Image:
 
 
 def write_distributions(latents: Mapping[str, Pool], pixels: Mapping[str, Pool], scale: int, path: Path) -> None:
-    """Densities of the pooled means and deviations at one scale, latents above pixels, as figure 10 of the paper."""
+    """Plot densities of the pooled means and deviations at one scale, latents above pixels (figure 10 of the paper)."""
     sheet = Image.new("RGB", (2 * PLOT_PX[0], 2 * PLOT_PX[1]), "white")
     for row, (domain, pools) in enumerate((("latents", latents), ("pixels", pixels))):
         prefix = f"x{scale} "
@@ -125,7 +125,7 @@ def write_distributions(latents: Mapping[str, Pool], pixels: Mapping[str, Pool],
 
 
 def draw_densities(title: str, curves: Mapping[str, Floats]) -> Image.Image:
-    """One panel: a curve for each sample, the highest as high as the panel."""
+    """Draw one panel with a curve per sample, scaled to the highest."""
     plot = Image.new("RGB", PLOT_PX, "white")
     pen = ImageDraw.Draw(plot)
     left, top, right, bottom = MARGIN_PX

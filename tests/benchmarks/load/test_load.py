@@ -73,7 +73,7 @@ def test_open_run_keeps_refusals_apart_with_their_headers() -> None:
 
     load = asyncio.run(scenario())
     assert load.offered == len(load.times_ms) + len(load.refused) > 20
-    assert {(answer.status, answer.headers["retry-after"]) for answer in load.refused} == {(429, "3")}
+    assert {(response.status, response.headers["retry-after"]) for response in load.refused} == {(429, "3")}
 
 
 def test_quantile_is_the_nearest_rank() -> None:
@@ -131,7 +131,7 @@ def report() -> dict[str, Any]:
 def test_page_has_the_figures_and_the_ratios() -> None:
     page = to_markdown(report())
     assert "| Ray Serve | no-op, 1 client | 6 | 9 | 150 | 1.25 | 4.00 | 4.00 |" in page
-    assert "The ratio of the two p99 is 1.60. 90.0 % were refused" in page
+    assert "The p99 ratio is 1.60. 90.0 % were refused" in page
     assert "| no-op, 1 client | 1.5 | 3 | 600 | 1.25 | 0.75 | 0.2 | 0.3 |" in page
     assert "{" not in page and "Ray Serve 2.60.0" in page
 
