@@ -1,8 +1,11 @@
 """The load benchmark: its client counts what a server answers, and its page says what its report says."""
 
 import asyncio
+import contextlib
 import json
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,45 +36,41 @@ async def answer_one_in(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
         await writer.drain()
 
 
-async def serve(refuse_every: int) -> tuple[asyncio.Server, int]:
+@asynccontextmanager
+async def serve(refuse_every: int) -> AsyncIterator[int]:
+    """The port of a server; it has closed every connection when this ends."""
+    handlers: set[asyncio.Task[None]] = set()
+
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             await answer_one_in(reader, writer, refuse_every)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
+        writer.close()
+        await writer.wait_closed()
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    return server, server.sockets[0].getsockname()[1]
+    def start(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handlers.add(asyncio.create_task(handle(reader, writer)))
+
+    async with await asyncio.start_server(start, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
+        await asyncio.gather(*handlers)
 
 
-def test_closed_run_counts_every_answer_of_every_client() -> None:
-    async def scenario() -> Load:
-        server, port = await serve(refuse_every=10**9)
-        async with server:
-            return await run_closed(port, to_request("/", b"x" * 9, {}), clients=3, warm_up=3, seconds=0.2)
-
-    load = asyncio.run(scenario())
+async def test_closed_run_counts_every_answer_of_every_client() -> None:
+    async with serve(refuse_every=10**9) as port:
+        load = await run_closed(port, to_request("/", b"x" * 9, {}), clients=3, warm_up=3, seconds=0.2)
     assert len(load.times_ms) > 3 and load.duration_s >= 0.2
     assert min(load.times_ms) <= load.median_ms <= load.quantile_ms(0.99) <= max(load.times_ms)
 
 
-def test_closed_run_ends_at_a_refusal() -> None:
-    async def scenario() -> None:
-        server, port = await serve(refuse_every=4)
-        async with server:
+async def test_closed_run_ends_at_a_refusal() -> None:
+    async with serve(refuse_every=4) as port:
+        with pytest.raises(RuntimeError, match="429"):
             await run_closed(port, to_request("/", b"", {}), clients=1, warm_up=1, seconds=60)
 
-    with pytest.raises(RuntimeError, match="429"):
-        asyncio.run(scenario())
 
-
-def test_open_run_keeps_refusals_apart_with_their_headers() -> None:
-    async def scenario() -> Load:
-        server, port = await serve(refuse_every=2)
-        async with server:
-            return await run_open(port, to_request("/", b"", {}), per_s=200, seconds=0.5, seed=1)
-
-    load = asyncio.run(scenario())
+async def test_open_run_keeps_refusals_apart_with_their_headers() -> None:
+    async with serve(refuse_every=2) as port:
+        load = await run_open(port, to_request("/", b"", {}), per_s=200, seconds=0.5, seed=1)
     assert load.offered == len(load.times_ms) + len(load.refused) > 20
     assert {(response.status, response.headers["retry-after"]) for response in load.refused} == {(429, "3")}
 
