@@ -19,8 +19,6 @@ from giantleap.service.settings import read_settings
 from tests.service.front_fakes import LATENT
 from tests.service.paper_bundle import write_paper_bundle
 
-pytestmark = pytest.mark.timeout(220)
-
 PROMPT = "a marmalade-zeppelin over a green floor"
 WORD = "marmalade"
 

@@ -24,8 +24,6 @@ from tests.service.fake_producer import FakeProducer, stay_queued
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
-
 EVENTS = [
     JobEvent("10-0", "queued", {"position": 2}),
     JobEvent("11-0", "started", {"delivery": 1}),

@@ -24,8 +24,6 @@ from tests.service.live_server import live_server
 from tests.service.paper_bundle import BASE_PX, CHANNELS, write_paper_bundle
 from tests.service.webhook_receiver import webhook_receiver
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
-
 ASYNC = {"Prefer": "respond-async"}
 SAFETENSORS = {"Content-Type": "application/x-safetensors"}
 LATENT = save({"latent": np.ones((CHANNELS, 4, 6), np.float32)})

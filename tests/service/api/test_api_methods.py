@@ -17,8 +17,6 @@ from giantleap.service.settings import read_settings
 from tests.service.fake_producer import FakeProducer
 from tests.service.paper_bundle import write_paper_bundle
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
-
 PIXELS = np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
 
 

@@ -20,8 +20,6 @@ from tests.service.live_server import live_server
 from tests.service.paper_bundle import CHANNELS, write_paper_bundle
 from tests.service.thread_worker import thread_worker
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
-
 CLIENTS = 64
 QUEUE_LIMIT = 32
 JOB_S = 0.02

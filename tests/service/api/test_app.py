@@ -26,8 +26,6 @@ from giantleap.service.settings import Settings, read_settings
 from tests.service.fake_producer import IMAGE, FakeProducer, fail, stay_queued, succeed
 from tests.service.paper_bundle import BASE_PX, CHANNELS
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
-
 PROMPT = "a red sphere on a green floor"
 FRONTS = ("/v1/", "/v2", "/remote_vae/")  # tests/service/api/compat/
 ASYNC = {"Prefer": "respond-async"}

@@ -20,8 +20,6 @@ from tests.service.fake_producer import stay_queued, succeed
 from tests.service.front_fakes import LATENT, FileProducer, build_app
 from tests.service.live_server import live_server
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
-
 PROMPT = "a red sphere on a green floor"
 SCOPES = {
     "alice": ["generate", "upscale"],

@@ -19,8 +19,6 @@ from giantleap.service.jobs import images as images_in
 from giantleap.service.jobs.latents import read_latent
 from tests.service.front_fakes import FileProducer, build_app
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
-
 PROMPT = "a red sphere on a green floor"
 JSON = {"Content-Type": "application/json"}
 SAFETENSORS = "application/x-safetensors"

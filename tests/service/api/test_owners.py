@@ -14,8 +14,6 @@ from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobs.job import Job, JobError
 from giantleap.service.settings import Settings
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
-
 JobMaker = Callable[..., Job]
 
 

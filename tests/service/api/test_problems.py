@@ -20,7 +20,6 @@ from giantleap.service.jobs.job import JobError
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import Tracing
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 SECRET = "a prompt that nobody else may read"
 
 

@@ -12,8 +12,6 @@ from giantleap.service.api.server import HEAD_TIMEOUT_S, MAX_HEAD_BYTES, Bounded
 from tests.service.live_server import live_server
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.timeout(120)
-
 
 class Hasty(BoundedHttp):
     head_timeout_s = 0.2

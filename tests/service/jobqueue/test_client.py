@@ -4,7 +4,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -115,6 +116,23 @@ def prefix_on(node: int, nodes: list[Server]) -> str:
     return next(n for n in names if nodes[0].client.execute_command("CLUSTER", "KEYSLOT", Keys(n).tag) in share)
 
 
+@asynccontextmanager
+async def opened(settings: Settings) -> AsyncIterator[tuple[JobProducer, JobConsumer]]:
+    """Both ends of a queue."""
+    assert settings.redis_url is not None
+    client = open_async_redis(settings.redis_url)
+    producer = JobProducer(client, settings)
+    consumer = JobConsumer(open_redis(settings.redis_url), settings, ["pocket"], "w")
+    await producer.open()
+    consumer.open()
+    try:
+        yield producer, consumer
+    finally:
+        await producer.close()
+        await asyncio.to_thread(consumer.close)
+        await client.aclose()
+
+
 def claim_one(consumer: JobConsumer) -> Claim:
     deadline_s = time.monotonic() + 60
     while time.monotonic() < deadline_s:
@@ -139,22 +157,14 @@ def end(consumer: JobConsumer, bodies: list[bytes | None]) -> None:
 
 
 @pytest.mark.parametrize("node", [0, 1, 2])
-def test_the_whole_life_of_jobs_on_a_cluster(
+async def test_the_whole_life_of_jobs_on_a_cluster(
     node: int, nodes: list[Server], make_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = cluster_settings(nodes, prefix_on(node, nodes))
     keys = Keys(settings.key_prefix)
-    assert settings.redis_url is not None
-    client, consumer = (
-        open_async_redis(settings.redis_url),
-        JobConsumer(open_redis(settings.redis_url), settings, ["pocket"], "w"),
-    )
     monkeypatch.setattr("giantleap.service.jobqueue.producer._POLL_S", 300.0)  # a wait that ends is one that was woken
 
-    async def scenario() -> None:
-        producer = JobProducer(client, settings)
-        await producer.open()
-        consumer.open()
+    async with opened(settings) as (producer, consumer):
 
         def subscribed() -> bool:
             return any(dict(each.client.pubsub_numsub(keys.done_channel))[keys.done_channel] for each in nodes)
@@ -178,28 +188,12 @@ def test_the_whole_life_of_jobs_on_a_cluster(
         assert canceled is not None and canceled.state is JobState.CANCELED
         stats = await producer.stats()
         assert (stats.live_workers, stats.processing, stats.dead_lettered) == (1, 0, 1)
-        await producer.close()
-
-    asyncio.run(_closing(scenario, client, consumer))
     names = {each.port: each.client.keys("*") for each in nodes}
     assert [port for port in names if any(key.startswith(keys.tag) for key in names[port])] == [nodes[node].port]
 
 
-async def _closing(scenario: Any, client: Any, consumer: JobConsumer) -> None:
-    try:
-        await scenario()
-    finally:
-        await asyncio.to_thread(consumer.close)
-        await client.aclose()
-
-
-def test_a_node_that_dies_and_returns_is_waited_for(nodes: list[Server], make_job: Any) -> None:
+async def test_a_node_that_dies_and_returns_is_waited_for(nodes: list[Server], make_job: Any) -> None:
     settings = cluster_settings(nodes, prefix_on(1, nodes))
-    assert settings.redis_url is not None
-    client, consumer = (
-        open_async_redis(settings.redis_url),
-        JobConsumer(open_redis(settings.redis_url), settings, ["pocket"], "w"),
-    )
 
     async def accept(producer: JobProducer, job: Job) -> None:
         deadline_s = time.monotonic() + 60
@@ -211,10 +205,7 @@ def test_a_node_that_dies_and_returns_is_waited_for(nodes: list[Server], make_jo
                 assert time.monotonic() < deadline_s, "the cluster is whole again"
                 await asyncio.sleep(0.05)
 
-    async def scenario() -> None:
-        producer = JobProducer(client, settings)
-        await producer.open()
-        consumer.open()
+    async with opened(settings) as (producer, consumer):
         before, after = make_job(), make_job()
         await producer.enqueue(before)
         await asyncio.sleep(1.5)  # appendfsync everysec: what is older is on disk
@@ -228,12 +219,9 @@ def test_a_node_that_dies_and_returns_is_waited_for(nodes: list[Server], make_jo
             claim = await asyncio.to_thread(claim_one, consumer)
             assert claim.job.id == job.id and await asyncio.to_thread(consumer.complete, claim, [], {}, [])
         assert (await producer.wait(after.id, 60)).state is JobState.SUCCEEDED
-        await producer.close()
-
-    asyncio.run(_closing(scenario, client, consumer))
 
 
-def test_a_cluster_that_is_away_is_not_ready_and_its_password_is_not_told(
+async def test_a_cluster_that_is_away_is_not_ready_and_its_password_is_not_told(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -241,51 +229,38 @@ def test_a_cluster_that_is_away_is_not_ready_and_its_password_is_not_told(
     with pytest.raises(NotReady, match="no node") as away:
         open_redis(url, patience_s=0)
     assert SECRET not in str(away.value)
-
-    async def scenario() -> None:
-        client = open_async_redis(url)
-        with pytest.raises(NotReady) as refused:
-            await JobProducer(client, settings).ping()
-        assert SECRET not in str(refused.value)
-        await client.aclose()
-
-    asyncio.run(scenario())
+    client = open_async_redis(url)
+    with pytest.raises(NotReady) as refused:
+        await JobProducer(client, settings).ping()
+    assert SECRET not in str(refused.value)
+    await client.aclose()
     assert SECRET not in caplog.text and os.environ.get("GIANTLEAP_REDIS_URL") is None
 
 
-def test_a_worker_whose_redis_is_full_keeps_its_results_until_there_is_room(
+async def test_a_worker_whose_redis_is_full_keeps_its_results_until_there_is_room(
     tmp_path_factory: pytest.TempPathFactory, make_job: Any
 ) -> None:
     server = Server(tmp_path_factory.mktemp("full") / "server", free_ports(1)[0], "maxmemory-policy noeviction")
     server.start()
     settings = read_settings(redis_url=f"redis://127.0.0.1:{server.port}/0", visibility_timeout_s=10, job_ttl_s=60)
-    client, consumer = (
-        open_async_redis(str(settings.redis_url)),
-        JobConsumer(open_redis(str(settings.redis_url)), settings, ["pocket"], "w"),
-    )
-
-    async def scenario() -> None:
-        producer = JobProducer(client, settings)
-        await producer.open()
-        consumer.open()
-        job = make_job()
-        await producer.enqueue(job)
-        claim = await asyncio.to_thread(claim_one, consumer)
-        server.client.config_set("maxmemory", 1)
-        ending = asyncio.create_task(asyncio.to_thread(consumer.complete, claim, [(ResultFile("a", 1), b"a")], {}, []))
-        before = server.client.info("commandstats")["cmdstat_evalsha"]["failed_calls"]
-        await asyncio.to_thread(
-            wait_until,
-            lambda: server.client.info("commandstats")["cmdstat_evalsha"]["failed_calls"] > before,
-            "the worker was refused",
-        )
-        assert not ending.done()
-        server.client.config_set("maxmemory", 0)
-        assert await asyncio.wait_for(ending, 60)
-        assert await producer.read_result(job.id, 0) == b"a"
-        await producer.close()
-
     try:
-        asyncio.run(_closing(scenario, client, consumer))
+        async with opened(settings) as (producer, consumer):
+            job = make_job()
+            await producer.enqueue(job)
+            claim = await asyncio.to_thread(claim_one, consumer)
+            server.client.config_set("maxmemory", 1)
+            ending = asyncio.create_task(
+                asyncio.to_thread(consumer.complete, claim, [(ResultFile("a", 1), b"a")], {}, [])
+            )
+            before = server.client.info("commandstats")["cmdstat_evalsha"]["failed_calls"]
+            await asyncio.to_thread(
+                wait_until,
+                lambda: server.client.info("commandstats")["cmdstat_evalsha"]["failed_calls"] > before,
+                "the worker was refused",
+            )
+            assert not ending.done()
+            server.client.config_set("maxmemory", 0)
+            assert await asyncio.wait_for(ending, 60)
+            assert await producer.read_result(job.id, 0) == b"a"
     finally:
         server.kill()

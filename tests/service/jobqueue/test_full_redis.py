@@ -1,6 +1,5 @@
 """A Redis that is out of memory and may evict nothing: a clear answer that passes, and workers that wait it out."""
 
-import asyncio
 import threading
 import uuid
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ from tests.redis_fixtures import SERVERS, server_binary
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 PNG = ResultFile("image/png", 3)
 
 
@@ -69,14 +67,16 @@ async def test_requests_get_503_with_retry_after_and_reading_goes_on(full_settin
             assert (await client.post("/generate", json={"prompt": "a"}, headers=headers)).status_code == 202
 
 
-def test_a_worker_waits_until_there_is_memory_and_then_ends_its_jobs(full_settings: Settings, make_job: Any) -> None:
+async def test_a_worker_waits_until_there_is_memory_and_then_ends_its_jobs(
+    full_settings: Settings, make_job: Any
+) -> None:
     assert full_settings.redis_url is not None
     client = open_redis(full_settings.redis_url)
     worker = JobConsumer(client, full_settings, ["pocket"], "w")
     worker.open()
     try:
         first, second = make_job(), make_job()
-        asyncio.run(enqueue(full_settings, first, second))
+        await enqueue(full_settings, first, second)
         [claim] = worker.claim(1, 1.0)
         set_full(full_settings, True)
         assert worker.claim(1, 0.2) == []

@@ -18,50 +18,44 @@ from giantleap.service.settings import Settings
 PNG = ResultFile("image/png", 3)
 
 
-def test_pages_go_through_an_owners_jobs_from_the_newest(open_producer: Any, make_job: Any) -> None:
-    async def scenario() -> None:
-        async with open_producer() as producer:
-            jobs = [dataclasses.replace(make_job(), owner="ann") for _ in range(7)]
-            for job in jobs:
-                await producer.enqueue(job)
-            await producer.enqueue(dataclasses.replace(make_job(), owner="bob"))
-            seen, cursor, sizes = [], None, []
-            while cursor is not None or not sizes:
-                page = await producer.list_jobs("ann", most=3, cursor=cursor)
-                seen += [record.job.id for record in page.records]
-                sizes.append(len(page.records))
-                cursor = page.next_cursor
-            assert seen == [job.id for job in reversed(jobs)]
-            assert sizes == [3, 3, 1]
-            assert (await producer.list_jobs("nobody")).records == ()
-
-    asyncio.run(scenario())
+async def test_pages_go_through_an_owners_jobs_from_the_newest(open_producer: Any, make_job: Any) -> None:
+    async with open_producer() as producer:
+        jobs = [dataclasses.replace(make_job(), owner="ann") for _ in range(7)]
+        for job in jobs:
+            await producer.enqueue(job)
+        await producer.enqueue(dataclasses.replace(make_job(), owner="bob"))
+        seen, cursor, sizes = [], None, []
+        while cursor is not None or not sizes:
+            page = await producer.list_jobs("ann", most=3, cursor=cursor)
+            seen += [record.job.id for record in page.records]
+            sizes.append(len(page.records))
+            cursor = page.next_cursor
+        assert seen == [job.id for job in reversed(jobs)]
+        assert sizes == [3, 3, 1]
+        assert (await producer.list_jobs("nobody")).records == ()
 
 
-def test_a_page_of_one_state_and_what_is_gone_is_forgotten(
+async def test_a_page_of_one_state_and_what_is_gone_is_forgotten(
     open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
-    async def scenario() -> None:
-        async with open_producer() as producer:
-            jobs = [make_job() for _ in range(4)]
-            for job in jobs:
-                await producer.enqueue(job)
-            worker = open_consumer()
-            done = worker.claim(2, 1.0)
-            for claim in done:
-                worker.complete(claim, [(PNG, b"png")], {}, [])
-            page = await producer.list_jobs("", JobState.SUCCEEDED)
-            assert {record.job.id for record in page.records} == {claim.job.id for claim in done}
-            assert [r.job.id for r in (await producer.list_jobs("", JobState.QUEUED)).records] == [
-                jobs[3].id,
-                jobs[2].id,
-            ]
-            keys = Keys(settings.key_prefix)
-            redis_client.delete(keys.job(jobs[0].id))
-            assert len((await producer.list_jobs("")).records) == 3
-            assert redis_client.zcard(f"{keys.tag}:jobs:") == 3
-
-    asyncio.run(scenario())
+    async with open_producer() as producer:
+        jobs = [make_job() for _ in range(4)]
+        for job in jobs:
+            await producer.enqueue(job)
+        worker = open_consumer()
+        done = worker.claim(2, 1.0)
+        for claim in done:
+            worker.complete(claim, [(PNG, b"png")], {}, [])
+        page = await producer.list_jobs("", JobState.SUCCEEDED)
+        assert {record.job.id for record in page.records} == {claim.job.id for claim in done}
+        assert [r.job.id for r in (await producer.list_jobs("", JobState.QUEUED)).records] == [
+            jobs[3].id,
+            jobs[2].id,
+        ]
+        keys = Keys(settings.key_prefix)
+        redis_client.delete(keys.job(jobs[0].id))
+        assert len((await producer.list_jobs("")).records) == 3
+        assert redis_client.zcard(f"{keys.tag}:jobs:") == 3
 
 
 def test_the_index_is_capped_and_expires(make_job: Any, redis_client: redis.Redis, settings: Settings) -> None:
@@ -75,52 +69,43 @@ def test_the_index_is_capped_and_expires(make_job: Any, redis_client: redis.Redi
     assert redis_client.pttl(f"{keys.tag}:jobs:") > 0
 
 
-def test_start_is_estimated_from_the_jobs_before_it_and_the_median_of_its_bundle(
+async def test_start_is_estimated_from_the_jobs_before_it_and_the_median_of_its_bundle(
     open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
-    async def scenario() -> None:
-        async with open_producer(visibility_timeout_s=60.0) as producer:
-            first = await producer.enqueue(make_job())
-            assert first.estimated_start_s is None, "no worker, and nothing has ended"
-            worker = open_consumer(visibility_timeout_s=60.0)
-            assert (await producer.enqueue(make_job())).estimated_start_s is None, "nothing has ended"
-            for bundle, seconds in (("pocket", (1, 4, 100)), ("other", (50,))):
-                redis_client.rpush(f"{Keys(settings.key_prefix).tag}:durations:{bundle}", *seconds)
-            assert len(worker.claim(1, 1.0)) == 1
-            added = await producer.enqueue(make_job())
-            assert (added.queue_position, added.estimated_start_s) == (1, 8.0), "one that runs and one that waits, 4 s"
-            open_consumer(consumer="second", visibility_timeout_s=60.0)
-            record = await producer.get(added.job_id)
-            assert record is not None and record.estimated_start_s == 2.0, (
-                "one must end first, and two workers end them"
-            )
-
-    asyncio.run(scenario())
+    async with open_producer(visibility_timeout_s=60.0) as producer:
+        first = await producer.enqueue(make_job())
+        assert first.estimated_start_s is None, "no worker, and nothing has ended"
+        worker = open_consumer(visibility_timeout_s=60.0)
+        assert (await producer.enqueue(make_job())).estimated_start_s is None, "nothing has ended"
+        for bundle, seconds in (("pocket", (1, 4, 100)), ("other", (50,))):
+            redis_client.rpush(f"{Keys(settings.key_prefix).tag}:durations:{bundle}", *seconds)
+        assert len(worker.claim(1, 1.0)) == 1
+        added = await producer.enqueue(make_job())
+        assert (added.queue_position, added.estimated_start_s) == (1, 8.0), "one that runs and one that waits, 4 s"
+        open_consumer(consumer="second", visibility_timeout_s=60.0)
+        record = await producer.get(added.job_id)
+        assert record is not None and record.estimated_start_s == 2.0, "one must end first, and two workers end them"
 
 
-def test_jobs_of_one_batch_share_its_time_in_the_estimates(
+async def test_jobs_of_one_batch_share_its_time_in_the_estimates(
     open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     tag = Keys(settings.key_prefix).tag
-
-    async def scenario() -> None:
-        async with open_producer(visibility_timeout_s=60.0) as producer:
-            worker = open_consumer(visibility_timeout_s=60.0)
-            for _ in range(5):
-                await producer.enqueue(make_job())
-            claims = worker.claim(5, 1.0)
-            seconds, _ = redis_client.time()
-            for claim in claims:
-                redis_client.hset(f"{tag}:job:{claim.job.id}", "begun_s", seconds - 4000)
-            for claim in claims[:4]:
-                assert worker.complete(claim, [], {}, [], batch_jobs=4)
-            assert worker.transfer(claims[4], b"latents", {}, [], batch_jobs=2) is JobState.QUEUED
-            shares = [float(text) for text in redis_client.lrange(f"{tag}:durations:pocket", 0, -1)]
-            assert shares == pytest.approx([2000] + 4 * [1000], abs=60)
-            assert [float(text) for text in redis_client.lrange(f"{tag}:durations", 0, -1)] == shares[1:]
-            assert (await producer.stats()).recent_job_median_s == pytest.approx(1000, abs=60)
-
-    asyncio.run(scenario())
+    async with open_producer(visibility_timeout_s=60.0) as producer:
+        worker = open_consumer(visibility_timeout_s=60.0)
+        for _ in range(5):
+            await producer.enqueue(make_job())
+        claims = worker.claim(5, 1.0)
+        seconds, _ = redis_client.time()
+        for claim in claims:
+            redis_client.hset(f"{tag}:job:{claim.job.id}", "begun_s", seconds - 4000)
+        for claim in claims[:4]:
+            assert worker.complete(claim, [], {}, [], batch_jobs=4)
+        assert worker.transfer(claims[4], b"latents", {}, [], batch_jobs=2) is JobState.QUEUED
+        shares = [float(text) for text in redis_client.lrange(f"{tag}:durations:pocket", 0, -1)]
+        assert shares == pytest.approx([2000] + 4 * [1000], abs=60)
+        assert [float(text) for text in redis_client.lrange(f"{tag}:durations", 0, -1)] == shares[1:]
+        assert (await producer.stats()).recent_job_median_s == pytest.approx(1000, abs=60)
 
 
 def test_retry_after_counts_a_waiting_job_with_the_median_of_its_bundle() -> None:
@@ -133,31 +118,28 @@ def test_retry_after_counts_a_waiting_job_with_the_median_of_its_bundle() -> Non
     assert retry_after_s(unknown) == 600
 
 
-def test_latent_pixels_are_limited_exactly_and_given_back(
+async def test_latent_pixels_are_limited_exactly_and_given_back(
     open_producer: Any, open_consumer: Any, make_job: Any
 ) -> None:
     def job_of(latent_px: int) -> Any:
         return dataclasses.replace(make_job(), latent_px=latent_px)
 
-    async def scenario() -> None:
-        async with open_producer(queue_limit_latent_px=100) as producer:
-            alone = job_of(150)
-            assert (await producer.enqueue(alone)).created, "a job may exceed the limit alone"
-            await producer.cancel(alone.id)
-            replies = await asyncio.gather(*(producer.enqueue(job_of(30)) for _ in range(8)), return_exceptions=True)
-            refused = [reply for reply in replies if isinstance(reply, BaseException)]
-            assert len(refused) == 5, "90 of 100"
-            for reply in refused:
-                assert isinstance(reply, QueueFull) and reply.retry_after_s is not None
-            assert (await producer.enqueue(job_of(10))).created
-            with pytest.raises(QueueFull, match="latent pixels"):
-                await producer.enqueue(job_of(1))
-            worker = open_consumer()
-            [claim] = worker.claim(1, 1.0)
-            with pytest.raises(QueueFull, match="latent pixels"):
-                await producer.enqueue(job_of(1))
-            worker.complete(claim, [], {}, [])
-            assert (await producer.enqueue(job_of(30))).created
-            assert (await producer.enqueue(make_job())).created, "a job without latent pixels is not counted"
-
-    asyncio.run(scenario())
+    async with open_producer(queue_limit_latent_px=100) as producer:
+        alone = job_of(150)
+        assert (await producer.enqueue(alone)).created, "a job may exceed the limit alone"
+        await producer.cancel(alone.id)
+        replies = await asyncio.gather(*(producer.enqueue(job_of(30)) for _ in range(8)), return_exceptions=True)
+        refused = [reply for reply in replies if isinstance(reply, BaseException)]
+        assert len(refused) == 5, "90 of 100"
+        for reply in refused:
+            assert isinstance(reply, QueueFull) and reply.retry_after_s is not None
+        assert (await producer.enqueue(job_of(10))).created
+        with pytest.raises(QueueFull, match="latent pixels"):
+            await producer.enqueue(job_of(1))
+        worker = open_consumer()
+        [claim] = worker.claim(1, 1.0)
+        with pytest.raises(QueueFull, match="latent pixels"):
+            await producer.enqueue(job_of(1))
+        worker.complete(claim, [], {}, [])
+        assert (await producer.enqueue(job_of(30))).created
+        assert (await producer.enqueue(make_job())).created, "a job without latent pixels is not counted"

@@ -45,21 +45,15 @@ def start_worker(settings: Settings, redis_url: str) -> Iterator[StartWorker]:
         worker.wait()
 
 
-def put(open_producer: Any, jobs: list[Job]) -> None:
-    async def scenario() -> None:
-        async with open_producer() as producer:
-            for job in jobs:
-                await producer.enqueue(job)
-
-    asyncio.run(scenario())
+async def enqueue_all(open_producer: Any, jobs: list[Job]) -> None:
+    async with open_producer() as producer:
+        for job in jobs:
+            await producer.enqueue(job)
 
 
-def await_all(open_producer: Any, jobs: list[Job], within_s: float) -> list[JobState]:
-    async def scenario() -> list[JobState]:
-        async with open_producer() as producer:
-            return [record.state for record in await asyncio.gather(*(producer.wait(job.id, within_s) for job in jobs))]
-
-    return asyncio.run(scenario())
+async def final_states(open_producer: Any, jobs: list[Job], within_s: float) -> list[JobState]:
+    async with open_producer() as producer:
+        return [record.state for record in await asyncio.gather(*(producer.wait(job.id, within_s) for job in jobs))]
 
 
 class Log:
@@ -74,13 +68,13 @@ class Log:
         lines = [line.decode().split() for line in self._client.lrange(self._key, 0, -1)]
         return Counter(job_id for name, job_id, _ in lines if name == what)
 
-    def await_count(self, what: str, number: int, within_s: float = 20.0) -> None:
+    def wait_for_count(self, what: str, number: int, within_s: float = 20.0) -> None:
         deadline_s = time.monotonic() + within_s
         while self.count(what).total() < number:
             assert time.monotonic() < deadline_s, f"{what}: {self.count(what).total()} of {number}"
             time.sleep(0.02)
 
-    def await_starts(self, job: Job, number: int, within_s: float = 20.0) -> None:
+    def wait_for_starts(self, job: Job, number: int, within_s: float = 20.0) -> None:
         deadline_s = time.monotonic() + within_s
         while self.count("start")[job.id] < number:
             assert time.monotonic() < deadline_s, f"{self.count('start')[job.id]} of {number} starts"
@@ -100,7 +94,7 @@ def sleeps(make_job: Any, number: int, milliseconds: int) -> list[Job]:
     return [make_job(negative_prompt="sleep", steps=milliseconds) for _ in range(number)]
 
 
-def test_job_of_a_killed_worker_is_finished_once_by_another(
+async def test_job_of_a_killed_worker_is_finished_once_by_another(
     open_producer: Any,
     make_job: Any,
     start_worker: StartWorker,
@@ -109,74 +103,74 @@ def test_job_of_a_killed_worker_is_finished_once_by_another(
     settings: Settings,
 ) -> None:
     [job] = jobs = sleeps(make_job, 1, 800)
-    put(open_producer, jobs)
+    await enqueue_all(open_producer, jobs)
     victim = start_worker()
-    log.await_count("start", 1)
+    log.wait_for_count("start", 1)
     heir = start_worker()
     victim.kill()
-    assert await_all(open_producer, jobs, 20.0) == [JobState.SUCCEEDED]
+    assert await final_states(open_producer, jobs, 200.0) == [JobState.SUCCEEDED]
     assert log.count("start") == {job.id: 2}
     assert log.done_events(job) == 1
     assert redis_client.hgetall(Keys(settings.key_prefix).result(job.id)) == {b"0": f"{job.id} by {heir.pid}".encode()}
 
 
-def test_twenty_jobs_all_finish_once_though_the_worker_is_killed_in_the_middle(
+async def test_twenty_jobs_all_finish_once_though_the_worker_is_killed_in_the_middle(
     open_producer: Any, make_job: Any, start_worker: StartWorker, log: Log
 ) -> None:
     jobs = sleeps(make_job, 20, 60)
-    put(open_producer, jobs)
+    await enqueue_all(open_producer, jobs)
     victim = start_worker()
-    log.await_count("start", 8)
+    log.wait_for_count("start", 8)
     victim.kill()
     victim.wait()
     start_worker()
-    assert await_all(open_producer, jobs, 30.0) == [JobState.SUCCEEDED] * 20
+    assert await final_states(open_producer, jobs, 200.0) == [JobState.SUCCEEDED] * 20
     assert [log.done_events(job) for job in jobs] == [1] * 20
     starts = log.count("start")
     assert set(starts) == {job.id for job in jobs}
     assert starts.total() <= 21, "only the job that was killed ran twice"
 
 
-def test_no_job_runs_twice_between_processes(
+async def test_no_job_runs_twice_between_processes(
     open_producer: Any, make_job: Any, start_worker: StartWorker, log: Log
 ) -> None:
     jobs = sleeps(make_job, 90, 2)
     for _ in range(3):
         start_worker(visibility_s=10.0)  # a busy machine may hold a process up for a second
-    put(open_producer, jobs)
-    assert await_all(open_producer, jobs, 30.0) == [JobState.SUCCEEDED] * 90
-    log.await_count("end", 90)
+    await enqueue_all(open_producer, jobs)
+    assert await final_states(open_producer, jobs, 200.0) == [JobState.SUCCEEDED] * 90
+    log.wait_for_count("end", 90)
     assert log.count("start") == log.count("end") == Counter(job.id for job in jobs)
 
 
 @pytest.mark.parametrize(("kind", "visibility_s"), [("sleep", 2.0), ("compute", 2.0), ("hold-gil", 3.0)])
-def test_work_longer_than_the_visibility_timeout_runs_once(
+async def test_work_longer_than_the_visibility_timeout_runs_once(
     kind: str, visibility_s: float, open_producer: Any, make_job: Any, start_worker: StartWorker, log: Log
 ) -> None:
     """C calls that hold the GIL one after the other delay a heartbeat by several of them: each is a sixth here."""
     job = make_job(negative_prompt=kind, steps=int(2300 * visibility_s))
-    put(open_producer, [job])
+    await enqueue_all(open_producer, [job])
     start_worker(visibility_s=visibility_s)
     start_worker(visibility_s=visibility_s)
-    assert await_all(open_producer, [job], 30.0) == [JobState.SUCCEEDED]
+    assert await final_states(open_producer, [job], 200.0) == [JobState.SUCCEEDED]
     assert log.count("start") == {job.id: 1}
     assert log.done_events(job) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sleep", "compute", "hold-gil"])
-def test_work_of_16_s_under_5_s_visibility_runs_once(
+async def test_work_of_16_s_under_5_s_visibility_runs_once(
     kind: str, open_producer: Any, make_job: Any, start_worker: StartWorker, log: Log
 ) -> None:
     job = make_job(negative_prompt=kind, steps=16_000)
-    put(open_producer, [job])
+    await enqueue_all(open_producer, [job])
     start_worker(visibility_s=5.0)
     start_worker(visibility_s=5.0)
-    assert await_all(open_producer, [job], 60.0) == [JobState.SUCCEEDED]
+    assert await final_states(open_producer, [job], 200.0) == [JobState.SUCCEEDED]
     assert log.count("start") == {job.id: 1}
 
 
-def test_job_that_kills_its_worker_each_time_is_capped_and_the_queue_goes_on(
+async def test_job_that_kills_its_worker_each_time_is_capped_and_the_queue_goes_on(
     open_producer: Any,
     make_job: Any,
     start_worker: StartWorker,
@@ -186,12 +180,12 @@ def test_job_that_kills_its_worker_each_time_is_capped_and_the_queue_goes_on(
 ) -> None:
     poison = make_job(negative_prompt="die")
     healthy = sleeps(make_job, 3, 10)
-    put(open_producer, [poison, *healthy])
+    await enqueue_all(open_producer, [poison, *healthy])
     for start in range(1, settings.max_deliveries + 1):
         start_worker()
-        log.await_starts(poison, start)
+        log.wait_for_starts(poison, start)
     start_worker()
-    states = await_all(open_producer, [poison, *healthy], 30.0)
+    states = await final_states(open_producer, [poison, *healthy], 200.0)
     assert states == [JobState.FAILED, *[JobState.SUCCEEDED] * 3]
     assert log.count("start")[poison.id] == settings.max_deliveries
     [(_, letter)] = redis_client.xrange(Keys(settings.key_prefix).dead)
@@ -199,7 +193,7 @@ def test_job_that_kills_its_worker_each_time_is_capped_and_the_queue_goes_on(
     assert b"its worker was lost" in letter[b"error"]
 
 
-async def await_empty(producer: JobProducer, within_s: float = 30.0) -> None:
+async def wait_until_empty(producer: JobProducer, within_s: float = 30.0) -> None:
     """A cancelled producer leaves jobs that landed without its knowing: they end after the last one it knows of."""
     deadline_s = time.monotonic() + within_s
     while (left := await producer.stats()) and left.processing + left.delayed + sum(left.queued.values()):
@@ -229,7 +223,7 @@ class Load:
 
 
 @pytest.mark.parametrize("appendfsync", ["always", "everysec"])
-def test_killed_redis_comes_back_with_everything_it_promised(
+async def test_killed_redis_comes_back_with_everything_it_promised(
     appendfsync: Literal["always", "everysec"],
     make_job: Any,
     start_worker: StartWorker,
@@ -242,7 +236,9 @@ def test_killed_redis_comes_back_with_everything_it_promised(
     port = int(url.rpartition(":")[2].removesuffix("/0"))
     changed = settings.model_copy(update={"redis_url": url, "queue_limit": 100_000, "job_ttl_s": 600})
 
-    async def scenario() -> None:
+    start_worker(url)
+    start_worker(url)
+    try:
         async with open_async_redis(url) as client:
             producer = JobProducer(client, changed)
             await producer.open()
@@ -271,12 +267,7 @@ def test_killed_redis_comes_back_with_everything_it_promised(
                 assert events.count("done") == 1
                 assert (await producer.read_result(job_id, 0) or b"").startswith(job_id.encode())
             assert (await waiting).state is JobState.SUCCEEDED, "a waiter outlives the outage"
-            await await_empty(producer)
+            await wait_until_empty(producer)
             await producer.close()
-
-    start_worker(url)
-    start_worker(url)
-    try:
-        asyncio.run(scenario())
     finally:
         server.stop()

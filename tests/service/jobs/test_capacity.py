@@ -266,7 +266,6 @@ async def client(directory: Path) -> AsyncIterator[httpx.AsyncClient]:
     assert not producer.jobs
 
 
-@pytest.mark.anyio
 async def test_a_refusal_is_a_problem_that_a_program_can_read(client: httpx.AsyncClient) -> None:
     answer = await client.post("/generate", json={"prompt": "a", "width": 8192, "height": 8192, "scale": 4})
     assert answer.status_code == 422
@@ -277,7 +276,6 @@ async def test_a_refusal_is_a_problem_that_a_program_can_read(client: httpx.Asyn
     assert f"{largest['width']}x{largest['height']} px" in problem["detail"]
 
 
-@pytest.mark.anyio
 async def test_an_upscale_to_8192_px_is_refused_as_well(client: httpx.AsyncClient) -> None:
     body = save({"latent": np.zeros((16, 256, 256), np.float32)})
     headers = {"Content-Type": "application/x-safetensors"}
@@ -285,7 +283,6 @@ async def test_an_upscale_to_8192_px_is_refused_as_well(client: httpx.AsyncClien
     assert answer.status_code == 422 and answer.json()["code"] == "does_not_fit"
 
 
-@pytest.mark.anyio
 async def test_two_hundred_refusals_leave_the_queue_alone_and_take_less_than_50_ms(
     directory: Path, settings: Settings, open_producer: ProducerOpener, redis_client: redis.Redis
 ) -> None:
@@ -328,7 +325,6 @@ def redis_state(client: redis.Redis, prefix: str) -> dict[bytes, int]:
 # Through Redis
 
 
-@pytest.mark.anyio
 async def test_the_api_learns_the_devices_of_live_workers_and_forgets_those_that_left(
     settings: Settings, open_producer: ProducerOpener, redis_client: redis.Redis
 ) -> None:
@@ -358,7 +354,6 @@ async def test_the_api_learns_the_devices_of_live_workers_and_forgets_those_that
         assert producer.devices == () and redis_client.hlen(key) == 0
 
 
-@pytest.mark.anyio
 async def test_a_device_that_cannot_be_read_is_left_out(
     settings: Settings, open_producer: ProducerOpener, redis_client: redis.Redis
 ) -> None:

@@ -17,8 +17,6 @@ from tests.service.fakes import UPSCALE, FakeConsumer, FakeRoute, make_claim
 from tests.service.front_fakes import LATENT, FileProducer, build_app, write_wan_bundle
 from tests.service.worker.test_loop import run_all
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
-
 WAN = LATENT_SPACES["wan21"]
 FRAME = LATENT[0][:, None]  # [C, 1, h, w]
 ASKED = {"Content-Type": "application/x-safetensors", "Accept": "application/x-safetensors"}

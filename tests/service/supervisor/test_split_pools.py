@@ -1,6 +1,5 @@
 """Split pools end to end: two workers with real networks beside a whole one, processes that are killed, readiness."""
 
-import asyncio
 import io
 import os
 import subprocess
@@ -110,30 +109,27 @@ async def run_jobs(producer: JobProducer, jobs: list[tuple[Job, bytes | None]]) 
     return ended
 
 
-def test_two_pools_give_the_answers_of_one_to_the_bit(tiny: Settings, open_producer: Any, make_job: Any) -> None:
-    async def scenario() -> None:
-        async with open_producer(visibility_timeout_s=20.0) as producer:
-            with running(tiny, WorkerRole.ALL):
-                expected = await run_jobs(producer, asked_jobs(make_job))
-            jobs = asked_jobs(make_job)
-            with running(tiny, *HALVES):
-                found = await run_jobs(producer, jobs)
-                await producer.read_devices()
-                assert sorted(device.role for device in producer.devices) == sorted(HALVES)
-                assert missing_roles(producer.devices) == []
-            for (whole, files), (split, split_files) in zip(expected, found, strict=True):
-                assert whole.state is split.state is JobState.SUCCEEDED, split.error
-                assert split_files == files and len(files) == len(whole.results) and split.results == whole.results
-                assert set(split.stages) == set(whole.stages) and split.warnings == whole.warnings
-            assert found[1][0].warnings, "what the drawing worker had to say came through"
-            names = [event.name async for event in producer.events(jobs[0][0].id)]
-            assert names[0] == "queued" and names[-1] == "done" and names.count("done") == 1
-            assert names.count("started") == names.count("queued") == 2
-            stages = [event.data["stage"] async for event in producer.events(jobs[0][0].id) if event.name == "stage"]
-            assert stages[0] == "generate" and stages[-1] == "encode" and stages.count("generate") == 2
-            assert (await producer.stats()).live_workers == 0
-
-    asyncio.run(scenario())
+async def test_two_pools_give_the_answers_of_one_to_the_bit(tiny: Settings, open_producer: Any, make_job: Any) -> None:
+    async with open_producer(visibility_timeout_s=20.0) as producer:
+        with running(tiny, WorkerRole.ALL):
+            expected = await run_jobs(producer, asked_jobs(make_job))
+        jobs = asked_jobs(make_job)
+        with running(tiny, *HALVES):
+            found = await run_jobs(producer, jobs)
+            await producer.read_devices()
+            assert sorted(device.role for device in producer.devices) == sorted(HALVES)
+            assert missing_roles(producer.devices) == []
+        for (whole, files), (split, split_files) in zip(expected, found, strict=True):
+            assert whole.state is split.state is JobState.SUCCEEDED, split.error
+            assert split_files == files and len(files) == len(whole.results) and split.results == whole.results
+            assert set(split.stages) == set(whole.stages) and split.warnings == whole.warnings
+        assert found[1][0].warnings, "what the drawing worker had to say came through"
+        names = [event.name async for event in producer.events(jobs[0][0].id)]
+        assert names[0] == "queued" and names[-1] == "done" and names.count("done") == 1
+        assert names.count("started") == names.count("queued") == 2
+        stages = [event.data["stage"] async for event in producer.events(jobs[0][0].id) if event.name == "stage"]
+        assert stages[0] == "generate" and stages[-1] == "encode" and stages.count("generate") == 2
+        assert (await producer.stats()).live_workers == 0
 
 
 class Pool:
@@ -173,36 +169,33 @@ def pool(redis_client: redis.Redis, settings: Settings) -> Iterator[Pool]:
         worker.wait()
 
 
-def test_a_killed_drawer_is_drawn_again_and_a_killed_finisher_only_finished_again(
+async def test_a_killed_drawer_is_drawn_again_and_a_killed_finisher_only_finished_again(
     pool: Pool, open_producer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
-    async def scenario() -> None:
-        async with open_producer(visibility_timeout_s=2.0) as producer:
-            job = make_job(negative_prompt="hold")
-            await producer.enqueue(job, b"a picture to start from")
-            victim = pool.start(WorkerRole.GENERATE)
-            pool.await_note("start", victim)
-            victim.kill()
-            drawer = pool.start(WorkerRole.GENERATE)
-            pool.await_note("start", drawer)
-            pool.go(True)
-            pool.await_note("handed", drawer)
-            pool.go(False)
-            second_victim = pool.start(WorkerRole.DECODE)
-            pool.await_note("start", second_victim)
-            second_victim.kill()
-            finisher = pool.start(WorkerRole.DECODE)
-            pool.await_note("start", finisher)
-            pool.go(True)
-            record = await producer.wait(job.id, 60.0)
-            assert record.state is JobState.SUCCEEDED and record.stages["generate"] == 1.0
-            assert await producer.read_result(job.id, 0) == f"{job.id} by {finisher.pid}".encode()
-            assert pool.notes("start") == [victim.pid, drawer.pid, second_victim.pid, finisher.pid]
-            assert pool.notes("handed") == [drawer.pid]
-            names = [event.name async for event in producer.events(job.id)]
-            assert names.count("done") == 1 and names.count("started") == 4
-
-    asyncio.run(scenario())
+    async with open_producer(visibility_timeout_s=2.0) as producer:
+        job = make_job(negative_prompt="hold")
+        await producer.enqueue(job, b"a picture to start from")
+        victim = pool.start(WorkerRole.GENERATE)
+        pool.await_note("start", victim)
+        victim.kill()
+        drawer = pool.start(WorkerRole.GENERATE)
+        pool.await_note("start", drawer)
+        pool.go(True)
+        pool.await_note("handed", drawer)
+        pool.go(False)
+        second_victim = pool.start(WorkerRole.DECODE)
+        pool.await_note("start", second_victim)
+        second_victim.kill()
+        finisher = pool.start(WorkerRole.DECODE)
+        pool.await_note("start", finisher)
+        pool.go(True)
+        record = await producer.wait(job.id, 60.0)
+        assert record.state is JobState.SUCCEEDED and record.stages["generate"] == 1.0
+        assert await producer.read_result(job.id, 0) == f"{job.id} by {finisher.pid}".encode()
+        assert pool.notes("start") == [victim.pid, drawer.pid, second_victim.pid, finisher.pid]
+        assert pool.notes("handed") == [drawer.pid]
+        names = [event.name async for event in producer.events(job.id)]
+        assert names.count("done") == 1 and names.count("started") == 4
     tag = Keys(settings.key_prefix).tag
     streams = list(redis_client.scan_iter(f"{tag}:stream:*"))
     assert len(streams) == 4 and not any(redis_client.xlen(stream) for stream in streams)
@@ -225,19 +218,15 @@ def test_a_half_without_a_worker_is_named() -> None:
     ]
 
 
-def test_the_service_is_ready_when_both_halves_are(tmp_path: Path) -> None:
+async def test_the_service_is_ready_when_both_halves_are(tmp_path: Path) -> None:
     producer = FakeProducer(devices=(loaded(WorkerRole.GENERATE, "paper"),))
     app = create_app(read_settings(bundle=(write_paper_bundle(tmp_path / "paper"),)), producer)  # type: ignore[arg-type]
-
-    async def scenario() -> None:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
-            answer = await client.get("/readyz")
-            assert answer.status_code == 503
-            assert answer.json()["reasons"] == ["no worker of role decode serves bundle paper"]
-            producer.devices = (loaded(WorkerRole.GENERATE, "paper"), loaded(WorkerRole.DECODE, "paper"))
-            assert (await client.get("/readyz")).status_code == 200
-
-    asyncio.run(scenario())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        answer = await client.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.json()["reasons"] == ["no worker of role decode serves bundle paper"]
+        producer.devices = (loaded(WorkerRole.GENERATE, "paper"), loaded(WorkerRole.DECODE, "paper"))
+        assert (await client.get("/readyz")).status_code == 200
 
 
 def test_a_device_of_an_unknown_role_is_refused() -> None:

@@ -97,7 +97,7 @@ def verify(secret: str, headers: dict[str, str], body: bytes) -> None:
     assert hmac.compare_digest(parts["v1"], hmac.new(secret.encode(), signed, hashlib.sha256).hexdigest())
 
 
-def test_each_end_of_a_job_is_told_signed_and_once(
+async def test_each_end_of_a_job_is_told_signed_and_once(
     open_producer: Any,
     open_consumer: Any,
     make_job: Any,
@@ -106,36 +106,33 @@ def test_each_end_of_a_job_is_told_signed_and_once(
     metrics: Metrics,
     redis_client: redis.Redis,
 ) -> None:
-    async def scenario() -> None:
-        async with open_producer() as producer:
-            jobs = [told(make_job(), receiver) for _ in range(3)]
-            for job in jobs:
-                await producer.enqueue(job)
-            await producer.cancel(jobs[2].id)
-            worker = open_consumer()
-            first, second = worker.claim(2, 1.0)
-            worker.complete(first, [(PNG, b"png")], {}, [])
-            worker.fail(second, JobError("engine_fault", "NaN"))
-            async with senders(settings, metrics, 3):
-                await asyncio.to_thread(receiver.wait_for, 3, lambda: waiting(redis_client, settings) == 0)
-            states = {}
-            for path, headers, body in receiver.got:
-                verify(SECRET, headers, body)
-                note = json.loads(body)
-                states[note["job"]["id"]] = note["job"]["status"]
-                assert path == "/hook?a=1" and headers["content-type"] == "application/json"
-                assert headers["host"] == receiver.url.split("/")[2]
-                assert note["type"] == headers["x-giantleap-event"] == f"job.{note['job']['status']}"
-                assert note["delivery"] == headers["x-giantleap-delivery"]
-                assert (note["job"]["error"] is not None) == (note["job"]["status"] == "failed")
-                assert note["job"]["finished_at"].endswith("Z") and "a red ball" not in body.decode()
-            assert states == {first.job.id: "succeeded", second.job.id: "failed", jobs[2].id: "canceled"}
-            assert len(receiver.got) == 3 and outcomes(metrics) == {"delivered": 3}
-
-    asyncio.run(scenario())
+    async with open_producer() as producer:
+        jobs = [told(make_job(), receiver) for _ in range(3)]
+        for job in jobs:
+            await producer.enqueue(job)
+        await producer.cancel(jobs[2].id)
+        worker = open_consumer()
+        first, second = worker.claim(2, 1.0)
+        worker.complete(first, [(PNG, b"png")], {}, [])
+        worker.fail(second, JobError("engine_fault", "NaN"))
+        async with senders(settings, metrics, 3):
+            await asyncio.to_thread(receiver.wait_for, 3, lambda: waiting(redis_client, settings) == 0)
+        states = {}
+        for path, headers, body in receiver.got:
+            verify(SECRET, headers, body)
+            note = json.loads(body)
+            states[note["job"]["id"]] = note["job"]["status"]
+            assert path == "/hook?a=1" and headers["content-type"] == "application/json"
+            assert headers["host"] == receiver.url.split("/")[2]
+            assert note["type"] == headers["x-giantleap-event"] == f"job.{note['job']['status']}"
+            assert note["delivery"] == headers["x-giantleap-delivery"]
+            assert (note["job"]["error"] is not None) == (note["job"]["status"] == "failed")
+            assert note["job"]["finished_at"].endswith("Z") and "a red ball" not in body.decode()
+        assert states == {first.job.id: "succeeded", second.job.id: "failed", jobs[2].id: "canceled"}
+        assert len(receiver.got) == 3 and outcomes(metrics) == {"delivered": 3}
 
 
-def test_only_the_states_that_were_asked_for_are_told(
+async def test_only_the_states_that_were_asked_for_are_told(
     open_producer: Any,
     open_consumer: Any,
     make_job: Any,
@@ -143,20 +140,17 @@ def test_only_the_states_that_were_asked_for_are_told(
     settings: Settings,
     redis_client: redis.Redis,
 ) -> None:
-    async def scenario() -> None:
-        async with open_producer() as producer:
-            quiet, plain = told(make_job(), receiver, ("failed",)), make_job()
-            loud = told(make_job(), receiver, ("failed", "canceled"))
-            for job in (quiet, plain, loud):
-                await end_one(producer, job)
-            [delivery] = redis_client.zrange(f"{Keys(settings.key_prefix).tag}:webhooks", 0, -1)
-            assert delivery.decode().startswith(loud.id)
-            assert redis_client.pttl(f"{Keys(settings.key_prefix).tag}:webhook:{delivery.decode()}") > 0
-
-    asyncio.run(scenario())
+    async with open_producer() as producer:
+        quiet, plain = told(make_job(), receiver, ("failed",)), make_job()
+        loud = told(make_job(), receiver, ("failed", "canceled"))
+        for job in (quiet, plain, loud):
+            await end_one(producer, job)
+        [delivery] = redis_client.zrange(f"{Keys(settings.key_prefix).tag}:webhooks", 0, -1)
+        assert delivery.decode().startswith(loud.id)
+        assert redis_client.pttl(f"{Keys(settings.key_prefix).tag}:webhook:{delivery.decode()}") > 0
 
 
-def test_a_receiver_that_fails_is_asked_again_with_the_same_body(
+async def test_a_receiver_that_fails_is_asked_again_with_the_same_body(
     open_producer: Any,
     make_job: Any,
     receiver: Receiver,
@@ -165,20 +159,16 @@ def test_a_receiver_that_fails_is_asked_again_with_the_same_body(
     redis_client: redis.Redis,
 ) -> None:
     receiver.answers = [500, 302, 404]
-
-    async def scenario() -> None:
-        async with open_producer() as producer:
-            await end_one(producer, told(make_job(), receiver))
-            async with senders(settings, metrics):
-                await asyncio.to_thread(receiver.wait_for, 4, lambda: waiting(redis_client, settings) == 0)
-            assert len({body for _, _, body in receiver.got}) == 1
-            assert {path for path, _, _ in receiver.got} == {"/hook?a=1"}, "a redirect is not followed"
-            assert outcomes(metrics) == {"retried": 3, "delivered": 1}
-
-    asyncio.run(scenario())
+    async with open_producer() as producer:
+        await end_one(producer, told(make_job(), receiver))
+        async with senders(settings, metrics):
+            await asyncio.to_thread(receiver.wait_for, 4, lambda: waiting(redis_client, settings) == 0)
+        assert len({body for _, _, body in receiver.got}) == 1
+        assert {path for path, _, _ in receiver.got} == {"/hook?a=1"}, "a redirect is not followed"
+        assert outcomes(metrics) == {"retried": 3, "delivered": 1}
 
 
-def test_a_delivery_is_given_up_after_so_many_attempts_and_kept_in_the_dead_list(
+async def test_a_delivery_is_given_up_after_so_many_attempts_and_kept_in_the_dead_list(
     open_producer: Any,
     make_job: Any,
     settings: Settings,
@@ -191,21 +181,17 @@ def test_a_delivery_is_given_up_after_so_many_attempts_and_kept_in_the_dead_list
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     dead = f"{Keys(settings.key_prefix).tag}:webhooks_dead"
-
-    async def scenario() -> None:
-        async with open_producer() as producer:
-            webhook = Webhook(f"http://127.0.0.1:{port}/", FINAL_STATES)
-            job = await end_one(producer, dataclasses.replace(make_job(), webhook=webhook))
-            async with senders(settings, metrics), asyncio.timeout(60):
-                while not redis_client.xlen(dead):
-                    await asyncio.sleep(0.02)
-            [(_, fields)] = redis_client.xrange(dead)
-            assert fields[b"delivery"].decode().startswith(job.id) and fields[b"reason"] == b"ConnectError"
-            assert waiting(redis_client, settings) == 0
-            assert list(redis_client.scan_iter(match=f"{Keys(settings.key_prefix).tag}:webhook:*")) == []
-            assert outcomes(metrics) == {"retried": 2, "dropped": 1}
-
-    asyncio.run(scenario())
+    async with open_producer() as producer:
+        webhook = Webhook(f"http://127.0.0.1:{port}/", FINAL_STATES)
+        job = await end_one(producer, dataclasses.replace(make_job(), webhook=webhook))
+        async with senders(settings, metrics), asyncio.timeout(60):
+            while not redis_client.xlen(dead):
+                await asyncio.sleep(0.02)
+        [(_, fields)] = redis_client.xrange(dead)
+        assert fields[b"delivery"].decode().startswith(job.id) and fields[b"reason"] == b"ConnectError"
+        assert waiting(redis_client, settings) == 0
+        assert list(redis_client.scan_iter(match=f"{Keys(settings.key_prefix).tag}:webhook:*")) == []
+        assert outcomes(metrics) == {"retried": 2, "dropped": 1}
 
 
 @pytest.mark.parametrize(
@@ -213,7 +199,7 @@ def test_a_delivery_is_given_up_after_so_many_attempts_and_kept_in_the_dead_list
     [{"webhook_allow_private": False}, {"webhook_hosts": ("hooks.example.org",)}],
     ids=["it became private", "it was taken off the list"],
 )
-def test_a_target_that_is_not_allowed_any_more_is_never_connected_to(
+async def test_a_target_that_is_not_allowed_any_more_is_never_connected_to(
     open_producer: Any,
     make_job: Any,
     receiver: Receiver,
@@ -221,34 +207,27 @@ def test_a_target_that_is_not_allowed_any_more_is_never_connected_to(
     metrics: Metrics,
     changes: dict[str, Any],
 ) -> None:
-    async def scenario() -> None:
-        async with open_producer() as producer:
-            await end_one(producer, told(make_job(), receiver))
-            async with senders(settings, metrics, **changes):
-                await wait_for_retries(metrics, 2)
-            assert receiver.got == []
-
-    asyncio.run(scenario())
+    async with open_producer() as producer:
+        await end_one(producer, told(make_job(), receiver))
+        async with senders(settings, metrics, **changes):
+            await wait_for_retries(metrics, 2)
+        assert receiver.got == []
 
 
-def test_a_receiver_that_never_answers_costs_one_bounded_attempt(
+async def test_a_receiver_that_never_answers_costs_one_bounded_attempt(
     open_producer: Any, make_job: Any, settings: Settings, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webhooks, "_ATTEMPT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-
-        async def scenario() -> None:
-            async with open_producer() as producer:
-                webhook = Webhook(f"http://127.0.0.1:{silent.getsockname()[1]}/", FINAL_STATES)
-                await end_one(producer, dataclasses.replace(make_job(), webhook=webhook))
-                async with senders(settings, metrics):
-                    await wait_for_retries(metrics, 1)
-                assert outcomes(metrics).keys() == {"retried"}
-
-        asyncio.run(scenario())
+        async with open_producer() as producer:
+            webhook = Webhook(f"http://127.0.0.1:{silent.getsockname()[1]}/", FINAL_STATES)
+            await end_one(producer, dataclasses.replace(make_job(), webhook=webhook))
+            async with senders(settings, metrics):
+                await wait_for_retries(metrics, 1)
+            assert outcomes(metrics).keys() == {"retried"}
 
 
-def test_what_a_lost_sender_had_taken_is_sent_by_another_when_its_lease_ends(
+async def test_what_a_lost_sender_had_taken_is_sent_by_another_when_its_lease_ends(
     open_producer: Any,
     make_job: Any,
     receiver: Receiver,
@@ -256,24 +235,21 @@ def test_what_a_lost_sender_had_taken_is_sent_by_another_when_its_lease_ends(
     metrics: Metrics,
     redis_client: redis.Redis,
 ) -> None:
-    async def scenario() -> None:
-        async with open_producer() as producer:
-            await end_one(producer, told(make_job(), receiver))
-            assert settings.redis_url is not None
-            async with open_async_redis(settings.redis_url) as client:
-                changed = settings.model_copy(update={"webhook_secret": SecretStr(SECRET)})
-                lost = WebhookSender(client, changed, metrics)
-                args = [lost._limits, 16, 60_000, 10]
-                [[delivery, attempt, *_]] = await lost._take(keys=lost._tag, args=args)
-                assert await lost._take(keys=lost._tag, args=args) == [], "out of sight"
-                redis_client.zadd(f"{Keys(settings.key_prefix).tag}:webhooks", {delivery: 0})  # the lease ends
-                async with senders(settings, metrics):
-                    await asyncio.to_thread(receiver.wait_for, 1, lambda: waiting(redis_client, settings) == 0)
-                late = [lost._limits, delivery, attempt, 0, ""]
-                assert await lost._settle(keys=lost._tag, args=late) == 0, "it was another's by then"
-                assert waiting(redis_client, settings) == 0
-
-    asyncio.run(scenario())
+    async with open_producer() as producer:
+        await end_one(producer, told(make_job(), receiver))
+        assert settings.redis_url is not None
+        async with open_async_redis(settings.redis_url) as client:
+            changed = settings.model_copy(update={"webhook_secret": SecretStr(SECRET)})
+            lost = WebhookSender(client, changed, metrics)
+            args = [lost._limits, 16, 60_000, 10]
+            [[delivery, attempt, *_]] = await lost._take(keys=lost._tag, args=args)
+            assert await lost._take(keys=lost._tag, args=args) == [], "out of sight"
+            redis_client.zadd(f"{Keys(settings.key_prefix).tag}:webhooks", {delivery: 0})  # the lease ends
+            async with senders(settings, metrics):
+                await asyncio.to_thread(receiver.wait_for, 1, lambda: waiting(redis_client, settings) == 0)
+            late = [lost._limits, delivery, attempt, 0, ""]
+            assert await lost._settle(keys=lost._tag, args=late) == 0, "it was another's by then"
+            assert waiting(redis_client, settings) == 0
 
 
 def test_signature_and_delays_are_as_documented() -> None:

@@ -92,20 +92,20 @@ def names(*answers: Sequence[str]) -> Any:
 @pytest.mark.parametrize(
     "found", [("127.0.0.1",), ("8.8.8.8", "10.0.0.1"), ("10.0.0.1", "8.8.8.8"), ("::ffff:127.0.0.1",), ()]
 )
-def test_one_address_that_is_not_public_is_enough(found: tuple[str, ...]) -> None:
+async def test_one_address_that_is_not_public_is_enough(found: tuple[str, ...]) -> None:
     with pytest.raises(TargetRefused):
-        asyncio.run(find_addresses("example.org", 80, False, names(found)))
+        await find_addresses("example.org", 80, False, names(found))
     if found:
-        assert asyncio.run(find_addresses("example.org", 80, True, names(found))) == list(found)
+        assert await find_addresses("example.org", 80, True, names(found)) == list(found)
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "::1"])
-def test_other_spellings_of_this_machine_are_refused(host: str) -> None:
+async def test_other_spellings_of_this_machine_are_refused(host: str) -> None:
     with pytest.raises(TargetRefused):
-        asyncio.run(find_addresses(host, 80, False))
+        await find_addresses(host, 80, False)
 
 
-def test_a_resolver_that_hangs_or_fails_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_resolver_that_hangs_or_fails_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     async def hang(host: str, port: int) -> Sequence[str]:
         await asyncio.sleep(600)
         return ()
@@ -116,7 +116,7 @@ def test_a_resolver_that_hangs_or_fails_is_a_refusal(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("giantleap.service.webhooks.targets._RESOLVE_S", 0.05)
     for resolve in (hang, fail):
         with pytest.raises(TargetRefused, match="does not resolve"):
-            asyncio.run(find_addresses("example.org", 80, False, resolve))
+            await find_addresses("example.org", 80, False, resolve)
 
 
 class Recorder(httpcore.AsyncNetworkBackend):
@@ -155,27 +155,24 @@ class RecordedStream(httpcore.AsyncNetworkStream):
         return None
 
 
-def post(backend: httpcore.AsyncNetworkBackend, url: str) -> int:
-    async def scenario() -> int:
-        async with httpcore.AsyncConnectionPool(network_backend=backend, max_keepalive_connections=0) as pool:
-            return (await pool.request("POST", url, content=b"x")).status
-
-    return asyncio.run(scenario())
+async def post(backend: httpcore.AsyncNetworkBackend, url: str) -> int:
+    async with httpcore.AsyncConnectionPool(network_backend=backend, max_keepalive_connections=0) as pool:
+        return (await pool.request("POST", url, content=b"x")).status
 
 
-def test_the_connection_goes_to_the_checked_address_and_tls_verifies_the_name() -> None:
+async def test_the_connection_goes_to_the_checked_address_and_tls_verifies_the_name() -> None:
     inner = Recorder("8.8.8.8")
     backend = CheckedBackend(False, names(("8.8.8.8", "8.8.4.4")), inner)
-    assert post(backend, "https://hooks.example.org/x") == 200
+    assert await post(backend, "https://hooks.example.org/x") == 200
     assert inner.connected == ["8.8.8.8", "8.8.4.4"], "addresses, never the name; the next one where one is gone"
     assert inner.verified == ["hooks.example.org"]
 
 
-def test_a_name_that_moves_into_the_own_network_after_the_check_is_not_connected_to() -> None:
+async def test_a_name_that_moves_into_the_own_network_after_the_check_is_not_connected_to() -> None:
     resolve, inner = names(("8.8.8.8",), ("127.0.0.1",)), Recorder()
-    assert asyncio.run(find_addresses("rebind.example.org", 80, False, resolve)) == ["8.8.8.8"]
+    assert await find_addresses("rebind.example.org", 80, False, resolve) == ["8.8.8.8"]
     with pytest.raises(TargetRefused):
-        post(CheckedBackend(False, resolve, inner), "http://rebind.example.org/")
+        await post(CheckedBackend(False, resolve, inner), "http://rebind.example.org/")
     assert inner.connected == []
 
 
@@ -199,7 +196,7 @@ def test_only_hosts_of_the_list_are_allowed(host: str, listed: bool) -> None:
     assert is_listed(host, hosts) == listed and is_listed(host, ())
 
 
-def test_a_host_that_is_not_on_the_list_is_not_even_resolved() -> None:
+async def test_a_host_that_is_not_on_the_list_is_not_even_resolved() -> None:
     asked: list[str] = []
 
     async def resolve(host: str, port: int) -> Sequence[str]:
@@ -209,11 +206,11 @@ def test_a_host_that_is_not_on_the_list_is_not_even_resolved() -> None:
     inner = Recorder()
     backend = CheckedBackend(True, resolve, inner, ("hooks.example.org",))
     with pytest.raises(TargetRefused, match="not on the list"):
-        post(backend, "http://other.example.org/")
+        await post(backend, "http://other.example.org/")
     assert asked == [] and inner.connected == []
-    assert post(backend, "http://hooks.example.org/") == 200 and inner.connected == ["8.8.8.8"]
+    assert await post(backend, "http://hooks.example.org/") == 200 and inner.connected == ["8.8.8.8"]
 
 
-def test_an_address_of_the_own_network_is_refused_although_its_host_is_on_the_list() -> None:
+async def test_an_address_of_the_own_network_is_refused_although_its_host_is_on_the_list() -> None:
     with pytest.raises(TargetRefused, match="not public"):
-        asyncio.run(find_addresses("hooks.example.org", 80, False, names(("10.0.0.1",)), ("hooks.example.org",)))
+        await find_addresses("hooks.example.org", 80, False, names(("10.0.0.1",)), ("hooks.example.org",))

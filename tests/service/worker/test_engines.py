@@ -1,6 +1,5 @@
 """A worker with exported artifacts gives the same images; where artifacts or libraries do not fit, none starts."""
 
-import asyncio
 import io
 import json
 import math
@@ -66,28 +65,25 @@ async def read(producer: JobProducer, job: Job) -> bytes:
     return content
 
 
-def test_onnx_serves_the_images_and_latents_that_torch_serves(
+async def test_onnx_serves_the_images_and_latents_that_torch_serves(
     torch_settings: Settings, onnx_settings: Settings, open_producer: Any, make_job: Any
 ) -> None:
-    async def scenario() -> None:
-        async with open_producer() as producer:
-            served: dict[str, tuple[NDArray[Any], ...]] = {}
-            for settings in (torch_settings, onnx_settings):
-                jobs = [make_job(bundle="tiny", scale=s, width_px=64 * s, height_px=64 * s, seed=3) for s in (2, 4)]
-                upscaled, body = upscale_job(5, 7)
-                for job in jobs:
-                    await producer.enqueue(job)
-                upscaled = replace(upscaled, id=f"{settings.engine}-latent")
-                await producer.enqueue(upscaled, body)
-                with running_worker(settings):
-                    images = [np.asarray(Image.open(io.BytesIO(await read(producer, job)))) for job in jobs]
-                    latent = safetensors.torch.load(await read(producer, upscaled))["latent"]
-                served[settings.engine] = (*images, latent.numpy())
-            for found, expected in zip(served["onnx"][:2], served["torch"][:2], strict=True):
-                assert found.shape == expected.shape and psnr_db(found, expected, 255) >= 60
-            assert np.abs(served["onnx"][2] - served["torch"][2]).max() < 1e-4
-
-    asyncio.run(scenario())
+    async with open_producer() as producer:
+        served: dict[str, tuple[NDArray[Any], ...]] = {}
+        for settings in (torch_settings, onnx_settings):
+            jobs = [make_job(bundle="tiny", scale=s, width_px=64 * s, height_px=64 * s, seed=3) for s in (2, 4)]
+            upscaled, body = upscale_job(5, 7)
+            for job in jobs:
+                await producer.enqueue(job)
+            upscaled = replace(upscaled, id=f"{settings.engine}-latent")
+            await producer.enqueue(upscaled, body)
+            with running_worker(settings):
+                images = [np.asarray(Image.open(io.BytesIO(await read(producer, job)))) for job in jobs]
+                latent = safetensors.torch.load(await read(producer, upscaled))["latent"]
+            served[settings.engine] = (*images, latent.numpy())
+        for found, expected in zip(served["onnx"][:2], served["torch"][:2], strict=True):
+            assert found.shape == expected.shape and psnr_db(found, expected, 255) >= 60
+        assert np.abs(served["onnx"][2] - served["torch"][2]).max() < 1e-4
 
 
 def refusal(settings: Settings) -> str:

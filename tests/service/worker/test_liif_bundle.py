@@ -78,7 +78,6 @@ def latent_body(height: int, width: int) -> bytes:
 LATENT = {"Content-Type": "application/x-safetensors"}
 
 
-@pytest.mark.timeout(300)
 def test_the_service_draws_and_enlarges_by_one_and_a_half_and_by_three(settings: Settings, liif_dir: Path) -> None:
     running = settings.model_copy(update={"bundle": (liif_dir,), "torch_threads": 1, "device": "cpu"})
     with running_worker(running), live_server(create_app(running)) as url, httpx.Client(timeout=TIMEOUT_S) as client:
@@ -95,7 +94,6 @@ def test_the_service_draws_and_enlarges_by_one_and_a_half_and_by_three(settings:
             assert latent.shape[-2:] == (6 * scale, 10 * scale) and np.isfinite(latent).all()
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize(("said", "scale", "side_px"), [(1.5, 1.5, 96), (3, 3, 192), (2.0, 2, 128), (None, 2, 128)])
 async def test_a_scale_is_the_bundles_own_number(
     client: httpx.AsyncClient, producer: FakeProducer, said: float | None, scale: float, side_px: int
@@ -108,14 +106,12 @@ async def test_a_scale_is_the_bundles_own_number(
     assert repr(job.params.scale) == repr(Job.from_json(job.to_json()).params.scale) == str(scale)
 
 
-@pytest.mark.anyio
 async def test_the_bundle_lists_its_scales(client: httpx.AsyncClient) -> None:
     answer = await client.get("/models")
     assert answer.json()[0]["methods"]["lua"] == [1, 1.5, 2, 3]
     assert '"lua":[1,1.5,2,3]' in answer.text
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("asked", "field", "reason"),
     [
@@ -137,7 +133,6 @@ async def test_what_makes_no_whole_latents_or_is_not_there_is_refused(
     assert producer.jobs == []
 
 
-@pytest.mark.anyio
 async def test_a_latent_or_an_image_that_would_not_stay_whole_is_refused(
     client: httpx.AsyncClient, producer: FakeProducer
 ) -> None:

@@ -150,52 +150,44 @@ async def started(producer: JobProducer, job_id: str) -> None:
                 return
 
 
-def test_a_hung_worker_ends_itself_and_its_job_goes_to_the_dead_letters(
+async def test_a_hung_worker_ends_itself_and_its_job_goes_to_the_dead_letters(
     open_producer: Any, make_job: Any, start_worker: StartWorker, open_consumer: Any
 ) -> None:
     job = make_job(prompt="hang, a secret")
-
-    async def scenario() -> None:
-        async with open_producer() as producer:
-            await producer.enqueue(job)
-            worker = start_worker(limit_s=0.5, grace_s=0)
-            _, log = await asyncio.to_thread(worker.communicate, timeout=TIMEOUT_S)
-            assert worker.returncode == EXIT_HUNG
-            assert "no progress" in log and job.id in log and '"generate"' in log and "secret" not in log
-            record = await producer.get(job.id)
-            assert record.state is JobState.PROCESSING and record.deliveries == 1
-            heir: JobConsumer = open_consumer(max_deliveries=1, visibility_timeout_s=2.0)
-            deadline_s = time.monotonic() + TIMEOUT_S
-            while not (await producer.get(job.id)).state.final:
-                assert time.monotonic() < deadline_s
-                assert await asyncio.to_thread(heir.claim, 1, 0.2) == []
-            record = await producer.get(job.id)
-            assert record.state is JobState.FAILED and "its worker was lost" in record.error.detail
-            assert (await producer.stats()).dead_lettered == 1
-
-    asyncio.run(scenario())
+    async with open_producer() as producer:
+        await producer.enqueue(job)
+        worker = start_worker(limit_s=0.5, grace_s=0)
+        _, log = await asyncio.to_thread(worker.communicate, timeout=TIMEOUT_S)
+        assert worker.returncode == EXIT_HUNG
+        assert "no progress" in log and job.id in log and '"generate"' in log and "secret" not in log
+        record = await producer.get(job.id)
+        assert record.state is JobState.PROCESSING and record.deliveries == 1
+        heir: JobConsumer = open_consumer(max_deliveries=1, visibility_timeout_s=2.0)
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while not (await producer.get(job.id)).state.final:
+            assert time.monotonic() < deadline_s
+            assert await asyncio.to_thread(heir.claim, 1, 0.2) == []
+        record = await producer.get(job.id)
+        assert record.state is JobState.FAILED and "its worker was lost" in record.error.detail
+        assert (await producer.stats()).dead_lettered == 1
 
 
 @pytest.mark.parametrize(
     ("prompt", "steps", "grace_s", "state"), [("patient", 4, 60.0, "succeeded"), ("long", 10_000, 0.2, "queued")]
 )
-def test_sigterm_finishes_or_hands_back_and_exits_with_zero(
+async def test_sigterm_finishes_or_hands_back_and_exits_with_zero(
     prompt: str, steps: int, grace_s: float, state: str, open_producer: Any, make_job: Any, start_worker: StartWorker
 ) -> None:
     running, waiting = make_job(prompt=prompt, steps=steps), make_job()
-
-    async def scenario() -> None:
-        async with open_producer() as producer:
-            await producer.enqueue(running)
-            await producer.enqueue(waiting)
-            worker = start_worker(limit_s=600, grace_s=grace_s)
-            await started(producer, running.id)
-            worker.send_signal(signal.SIGTERM)
-            _, log = await asyncio.to_thread(worker.communicate, timeout=TIMEOUT_S)
-            assert worker.returncode == 0, log
-            record, left = await producer.get(running.id), await producer.get(waiting.id)
-            assert str(record.state) == state and record.deliveries == (1 if state == "succeeded" else 0)
-            assert left.state is JobState.QUEUED and left.deliveries == 0, "nothing new was begun"
-            assert (await producer.stats()).live_workers == 0
-
-    asyncio.run(scenario())
+    async with open_producer() as producer:
+        await producer.enqueue(running)
+        await producer.enqueue(waiting)
+        worker = start_worker(limit_s=600, grace_s=grace_s)
+        await started(producer, running.id)
+        worker.send_signal(signal.SIGTERM)
+        _, log = await asyncio.to_thread(worker.communicate, timeout=TIMEOUT_S)
+        assert worker.returncode == 0, log
+        record, left = await producer.get(running.id), await producer.get(waiting.id)
+        assert str(record.state) == state and record.deliveries == (1 if state == "succeeded" else 0)
+        assert left.state is JobState.QUEUED and left.deliveries == 0, "nothing new was begun"
+        assert (await producer.stats()).live_workers == 0

@@ -28,8 +28,6 @@ from tests.service.front_fakes import (
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import CHANNELS
 
-pytestmark = pytest.mark.timeout(120)
-
 SHIFT, SCALE = 0.25, 0.5  # of the paper bundle's latent space
 INFER = "/v2/models/paper/infer"
 

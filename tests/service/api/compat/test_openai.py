@@ -22,8 +22,6 @@ from tests.service.front_fakes import STAGES, FileProducer, build_app, read_pixe
 from tests.service.live_server import live_server
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
-
 PROMPT = "a red sphere on a green floor"
 
 

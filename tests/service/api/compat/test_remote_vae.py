@@ -28,10 +28,7 @@ from tests.service.front_fakes import (
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import CHANNELS
 
-pytestmark = [
-    pytest.mark.timeout(120),
-    pytest.mark.filterwarnings("ignore:.*do_scaling.*deprecated:FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*do_scaling.*deprecated:FutureWarning")
 
 TENSOR = torch.from_numpy(LATENT)
 SCALE, SHIFT = 0.5, 0.25  # of the paper bundle's latent space
