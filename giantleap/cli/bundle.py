@@ -6,7 +6,6 @@ A bundle is named by its directory, or by its name: then it is the one that was 
 
 import os
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,24 +67,14 @@ def pull(
     to: Annotated[Path | None, typer.Option(help="Directory; else bundles/NAME below GIANTLEAP_DATA_DIR.")] = None,
 ) -> None:
     """Fetch everything that a bundle names from the Hugging Face hub; run again after a break, it goes on."""
-    from tqdm import tqdm
-
     from giantleap.models.bundle.hub import PUBLIC_HUB, Hub, HubError
     from giantleap.models.bundle.pull import pull_bundle
     from giantleap.models.lua.checkpoints import CheckpointError
 
     bundle = _read(_find(name, among_pulled=False))
     target = _pulled_dir() / bundle.name if to is None else to
-    bar: tqdm[None] = tqdm(unit="B", unit_scale=True, desc=bundle.name)
-
-    def progress(count: int, total: int) -> None:
-        if total != bar.total:
-            bar.reset(total)
-        bar.update(count)
-
     try:
-        with bar, closing(Hub(os.environ.get("HF_ENDPOINT", PUBLIC_HUB))) as hub:
-            done = pull_bundle(bundle, target, hub, progress, bar.write)
+        done = pull_bundle(bundle, target, Hub(os.environ.get("HF_ENDPOINT", PUBLIC_HUB)), typer.echo)
     except (BundleError, CheckpointError, HubError, OSError) as error:
         stop(str(error))
     typer.echo(f"bundle {done.name} is in {target}; serve it with: giantleap serve --bundle {target}")

@@ -82,16 +82,13 @@ def choose_model_files(names: Sequence[str], variant: str | None = None) -> list
     return configs + picked
 
 
-def pull_bundle(
-    bundle: Bundle, directory: Path, hub: Hub, progress: Callable[[int, int], object], say: Callable[[str], object]
-) -> Bundle:
+def pull_bundle(bundle: Bundle, directory: Path, hub: Hub, say: Callable[[str], object]) -> Bundle:
     """Fetch all parts of a bundle into a directory that then is a bundle itself; goes on with what is there already.
 
     Args:
         bundle: One whose pipeline is a hub id; weights that lie beside its descriptor are copied.
         directory: New, empty, or of an earlier pull of the same bundle.
         hub: Where from.
-        progress: Called with (bytes that came, bytes of the part).
         say: Called with a line for each part.
 
     Returns:
@@ -113,7 +110,7 @@ def pull_bundle(
         return done
     directory.mkdir(parents=True, exist_ok=True)
     lock = _open_lock(directory / LOCK, bundle.name)
-    _Pull(bundle, directory, hub, lock, progress, say).run()
+    _Pull(bundle, directory, hub, lock, say).run()
     return read_bundle(directory)
 
 
@@ -138,7 +135,6 @@ class _Pull:
     directory: Path
     hub: Hub
     lock: _Lock
-    progress: Callable[[int, int], object]
     say: Callable[[str], object]
 
     def run(self) -> None:
@@ -215,7 +211,7 @@ class _Pull:
             path = self.directory / part / name
             if not path.resolve().is_relative_to((self.directory / part).resolve()):
                 raise BundleError(f"{snapshot.hub_id}: the file name {name!r} leaves the directory")
-            digest = self.hub.fetch(snapshot, name, path, lambda count: self.progress(count, total))
+            digest = self.hub.fetch(snapshot, name, path)
             self.lock.files[f"{part}/{name}"] = digest
             self.lock.write()
 

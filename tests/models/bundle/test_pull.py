@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +85,8 @@ def bundle_of(directory: Path, **change: Any) -> Bundle:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda delay_s: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with serve_hub(repositories()) as hub:
         yield hub
 
@@ -97,8 +98,7 @@ Pull = Callable[..., Bundle]
 def pull(server: FakeHub, tmp_path: Path) -> Pull:
     def run(to: Path = tmp_path / "to", **change: Any) -> Bundle:
         source = tmp_path / f"source{len(list(tmp_path.iterdir()))}"
-        with closing(Hub(server.endpoint, first_delay_s=0.0)) as hub:
-            return pull_bundle(bundle_of(source, **change), to, hub, lambda count, total: None, lambda line: None)
+        return pull_bundle(bundle_of(source, **change), to, Hub(server.endpoint), lambda line: None)
 
     return run
 
@@ -241,8 +241,8 @@ def test_what_does_not_fit_is_refused(pull: Pull, server: FakeHub, tmp_path: Pat
 
 def test_a_local_bundle_needs_no_pull(pull: Pull, tmp_path: Path) -> None:
     done = pull()
-    with pytest.raises(BundleError, match="bundle some is a local one"), closing(Hub()) as hub:
-        pull_bundle(done, tmp_path / "again", hub, lambda count, total: None, print)
+    with pytest.raises(BundleError, match="bundle some is a local one"):
+        pull_bundle(done, tmp_path / "again", Hub(), print)
 
 
 def test_of_a_large_repository_only_the_parts_of_the_pipeline_come() -> None:
