@@ -2,7 +2,7 @@
 
 `python -m benchmarks.decode --px 512 1024` prints a table and writes `benchmarks/results/decode.json`. Each method runs
 in a separate process, so that resident memory is its own. Live bytes are counted on the meta device
-(`benchmarks/live_storage.py`), which also covers sizes that do not fit in memory. Timing does not depend on the
+(`models/live_storage.py`), which also covers sizes that do not fit in memory. Timing does not depend on the
 weights; the difference of the tiled decode does. On a GPU: `benchmarks/gpu_check/run.py`.
 """
 
@@ -28,9 +28,9 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.live_storage import LiveStorage
 from benchmarks.machine import read_machine
 from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.models.live_storage import LiveStorage
 from giantleap.models.vae.decode import decode_exact, decode_plain, decode_tiled, decode_tiny
 from giantleap.models.vae.strip_plan import DecodeMethod, estimate_peak_bytes
 

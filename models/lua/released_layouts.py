@@ -2,7 +2,7 @@
 
 Known are the authors' release (SwinIR trunk, heads under `heads.x2`, `heads.x4`) and single-head SwinIR files with
 the `pixelshuffle` upsampler, which become a LUA of one head. `models/lua/checkpoints.py` opens the files. Only names
-and shapes are looked at, so `models/memory/from_bundle.py` can ask with those of a file's header; no torch is imported.
+and shapes are read; no torch is imported.
 """
 
 import math

@@ -27,7 +27,7 @@ from giantleap.models.vae.decode import (
     encode_mean,
 )
 from giantleap.models.vae.decoder_check import UnknownDecoderError, check_decoder
-from giantleap.models.vae.strip_plan import DecoderShape, prefers_strips
+from giantleap.models.vae.strip_plan import DecoderShape, plan_decode, prefers_strips
 
 FREE_SHARE = 0.8  # of a GPU's free memory that a decode may be planned with: the estimates hold within a quarter
 
@@ -129,6 +129,19 @@ class Vae:
         if self.works_in_strips(tuple(raw.shape), budget_bytes):
             return decode_exact(self.model, raw, budget_bytes).float()
         return decode_plain(self.model, raw).float()
+
+    @torch.inference_mode()
+    def decode_in_strips(self, raw: Tensor) -> Tensor:
+        """As `decode` with "exact", but in strips at any size, as a large image is decoded.
+
+        A VAE that cannot work in strips decodes the whole image.
+        """
+        raw = self._prepare(raw)
+        if self._shape is None:
+            return decode_plain(self.model, raw).float()
+        dtype = str(self.dtype).removeprefix("torch.")
+        plan = plan_decode(self._shape, raw.shape[2], raw.shape[3], dtype, batch=len(raw), min_strip_bytes=0)
+        return decode_exact(self.model, raw, plan=plan).float()
 
     def encode(self, images: Tensor) -> Tensor:
         """Images to the mean of the posterior, which is what a raw latent is.

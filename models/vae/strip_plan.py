@@ -94,6 +94,7 @@ def plan_decode(
     batch: int = 1,
     budget_bytes: int | None = None,
     strip_bytes: int | None = None,
+    min_strip_bytes: int = MIN_STRIP_BYTES,
 ) -> DecodePlan:
     """Cut an exact decode of this size.
 
@@ -105,6 +106,7 @@ def plan_decode(
         batch: Images; they are decoded one after the other.
         budget_bytes: What may be in use at most; the strips shrink to fit.
         strip_bytes: Largest strip, to override the default.
+        min_strip_bytes: Smallest default strip.
 
     Raises:
         DecodeBudgetError: the budget is below what one-row strips need.
@@ -113,7 +115,7 @@ def plan_decode(
     element_bytes = _check(latent_height, latent_width, batch, dtype)
     largest_bytes = max(_stage_elements(shape, latent_height, latent_width)) * element_bytes
     if strip_bytes is None:
-        strip_bytes = min(MAX_STRIP_BYTES, max(MIN_STRIP_BYTES, largest_bytes // STRIPS_PER_MAP))
+        strip_bytes = min(MAX_STRIP_BYTES, max(min_strip_bytes, largest_bytes // STRIPS_PER_MAP))
     while True:
         rows = _strip_rows(shape, latent_height, latent_width, strip_bytes // element_bytes)
         peak, middle = _exact_elements(shape, latent_height, latent_width, rows, batch, dtype)
@@ -199,59 +201,6 @@ def prefers_strips(
         return True
     image_px = latent_height * latent_width * shape.stride_px**2
     return device == "cpu" and dtype == "float32" and image_px >= STRIPS_FASTER_PX
-
-
-def largest_fit(
-    vae_config: Mapping[str, Any],
-    latent_height: int,
-    latent_width: int,
-    dtype: str,
-    method: DecodeMethod,
-    budget_bytes: int,
-    *,
-    batch: int = 1,
-) -> tuple[int, int] | None:
-    """The latent that fits into a budget: the one asked for, else the largest of about its shape; None if none fits.
-
-    Args:
-        vae_config: As for `estimate_peak_bytes`.
-        latent_height: Asked for.
-        latent_width: Asked for.
-        dtype: That the decoder computes in.
-        method: How it decodes; the strips of "exact" shrink as far as needed.
-        budget_bytes: What the decode may use beyond weights and latents.
-        batch: Images decoded in one call.
-
-    Returns:
-        Latent height and width.
-
-    Raises:
-        ValueError: As `estimate_peak_bytes`.
-    """
-    longest = max(latent_height, latent_width)
-    estimate_peak_bytes(vae_config, 1, 1, dtype, method, batch=batch)  # refuses what is wrong at any size
-
-    def scaled(side: int) -> tuple[int, int]:
-        return max(latent_height * side // longest, 1), max(latent_width * side // longest, 1)
-
-    def fits(side: int) -> bool:
-        height, width = scaled(side)
-        if method != "exact":
-            return estimate_peak_bytes(vae_config, height, width, dtype, method, batch=batch) <= budget_bytes
-        try:
-            shape = DecoderShape.from_config(vae_config)
-            plan_decode(shape, height, width, dtype, batch=batch, budget_bytes=budget_bytes)
-        except DecodeBudgetError:
-            return False
-        return True
-
-    if fits(longest):
-        return latent_height, latent_width
-    small, large = 0, longest  # small fits, large does not
-    while large - small > 1:
-        middle = (small + large) // 2
-        small, large = (middle, large) if fits(middle) else (small, middle)
-    return scaled(small) if small else None
 
 
 def _check(latent_height: int, latent_width: int, batch: int, dtype: str) -> int:

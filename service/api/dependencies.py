@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.bundles import ServedBundle
-from giantleap.service.jobs.capacity import DeviceShare, find_places
+from giantleap.service.jobs.devices import Device
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 
@@ -24,10 +24,9 @@ class AppState:
     metrics: Metrics
     stopping: asyncio.Event
 
-    def places(self, name: str) -> tuple[DeviceShare, ...]:
+    def places(self, name: str) -> tuple[Device, ...]:
         """Devices on which jobs of a bundle may run, as far as they are known; costs no round trip."""
-        memory = {each: served.memory for each, served in self.bundles.items()}
-        return find_places(name, memory, self.producer.devices, self.settings)
+        return tuple(device for device in self.producer.devices if name in device.bundles)
 
 
 async def get_app_state(request: Request) -> AppState:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
 from giantleap.models.bundle.vocabulary import PromptWords, read_prompt_words
 from giantleap.service.errors import InvalidFields
-from giantleap.service.jobs.capacity import BundleMemory, read_memory
 from giantleap.service.settings import Settings
 
 
@@ -16,7 +15,6 @@ class ServedBundle:
 
     bundle: Bundle
     words: PromptWords | None
-    memory: BundleMemory
 
 
 def load_bundles(settings: Settings) -> dict[str, ServedBundle]:
@@ -30,7 +28,7 @@ def load_bundles(settings: Settings) -> dict[str, ServedBundle]:
         bundle = read_bundle(directory)
         if bundle.name in served:
             raise BundleError(f"{directory}: another bundle is named {bundle.name} too; names must differ")
-        served[bundle.name] = ServedBundle(bundle, _read_words(bundle), read_memory(bundle))
+        served[bundle.name] = ServedBundle(bundle, _read_words(bundle))
     return served
 
 

@@ -1,213 +1,161 @@
 """Whether a job fits a device that serves its bundle, and the largest size that does.
 
-`giantleap.service.jobs.planning` asks before anything is enqueued, with the devices of the live workers; a worker asks
-again for its own before it runs a batch. Pure functions of values, apart from `read_plans`; what a job needs is in
-`models/memory/plan.py`.
+`giantleap.service.jobs.planning` asks before a job is enqueued, with the devices of the live workers; a worker asks
+again for its own device before it runs a batch. Pure functions of values. A stage's peak comes from a measurement that
+the worker took at warm-up (`giantleap.service.worker.memory`); a stage that was not measured is not refused.
 """
 
-import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
+from typing import Literal
 
 from giantleap.models.bundle.bundle import Bundle
-from giantleap.models.bundle.descriptor import nearest_sides
-from giantleap.models.lua.spec import LuaSpec, scaled_size
-from giantleap.models.memory.activations import lua_kept_bytes
-from giantleap.models.memory.from_bundle import read_memory_plan
-from giantleap.models.memory.plan import DeviceKind, MemoryPlan, UnknownMemoryError, Workload, largest_fit
-from giantleap.models.vae.strip_plan import ELEMENT_BYTES
+from giantleap.models.bundle.descriptor import DecodeName, Method, nearest_sides
+from giantleap.models.lua.spec import scaled_size
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import DoesNotFit
-from giantleap.service.jobs.devices import Device, LoadedBundle
+from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.job import GenerateParams, JobParams
-from giantleap.service.settings import Settings
 
-log = logging.getLogger(__name__)
-
-_NONE: Mapping[str, LuaSpec | None] = MappingProxyType({})
-
-
-@dataclass(frozen=True, slots=True)
-class BundleMemory:
-    """What of a served bundle is needed to plan memory.
-
-    Args:
-        plans: For each dtype; none where the bundle's memory cannot be told.
-        dtype: The one that the bundle names for itself.
-    """
-
-    plans: Mapping[str, MemoryPlan]
-    dtype: str | None = None
+_IMAGE_BYTES_PER_PX = 48  # four float32 copies of three channels exist while an image becomes bytes
+_ROUNDING = 1e-6  # of a pixel
+_SEQUENTIAL = ("encode", "swinir")  # stages that run one image at a time
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceShare:
-    """A device on which jobs of one bundle run, or the stages of them that its plan names.
+class Workload:
+    """One image of a job.
 
     Args:
-        plan: Of the bundle, there.
-        memory_bytes: Of the device.
-        others_bytes: What other bundles take of it.
+        width_px: Of the final image.
+        height_px: Of the final image.
+        scale: Of the final image over the base image.
+        method: How the image is enlarged; "direct" generates at the final size.
+        decode: How the latent becomes an image; None leaves it a latent.
+        source: What the job starts from.
+        stride_px: Image pixels per latent pixel.
     """
 
-    plan: MemoryPlan
-    memory_bytes: int
-    others_bytes: int = 0
+    width_px: int
+    height_px: int
+    scale: float
+    method: Method
+    decode: DecodeName | None
+    source: Literal["prompt", "prompt and image", "latent", "image"]
+    stride_px: int
 
-    @property
-    def own_bytes(self) -> int:
-        """What is left for the bundle, its weights included."""
-        return self.memory_bytes - self.others_bytes
+    def stages(self, role: WorkerRole) -> dict[str, int]:
+        """The stages that a worker of this role runs, each with the pixels of the latent that enters it."""
+        factor = 1 if self.method == "direct" else self.scale
+        base_px, final_px = self._latent_px(factor), self._latent_px(1)
+        enlarges = factor > 1
+        pixels_only = self.source == "image" and self.method == "swinir" and enlarges
+        stages: dict[str, int] = {}
+        if self.source in ("prompt", "prompt and image") and role.loads_pipeline:
+            stages["generate"] = base_px
+        encodes_here = role.loads_pipeline if self.source == "prompt and image" else role.loads_decoder
+        if self.source in ("image", "prompt and image") and encodes_here and not pixels_only:
+            stages["encode"] = base_px
+        if not role.loads_decoder:
+            return stages
+        if enlarges:
+            stages[stage_name(self.method, self.scale)] = base_px
+        if self.decode is not None and not pixels_only:
+            stages[self.decode] = base_px if self.method == "swinir" else final_px
+        return stages
 
-    def fits(self, work: Workload) -> bool:
-        """Raises: UnknownMemoryError: there is no estimate."""
-        return self.plan.fits(work, self.own_bytes)
-
-
-def read_memory(bundle: Bundle) -> BundleMemory:
-    """Read a bundle's configurations and the headers of its weights.
-
-    Where its memory cannot be told, a line in the log says why; its jobs are accepted, and a worker that knows more
-    decides.
-    """
-    try:
-        return BundleMemory({dtype: read_memory_plan(bundle, "cpu", dtype) for dtype in ELEMENT_BYTES}, bundle.dtype)
-    except UnknownMemoryError as error:
-        log.info("memory of jobs is not planned: %s", error)
-        return BundleMemory({}, bundle.dtype)
-
-
-def with_lua(plan: MemoryPlan, lua: LuaSpec | None) -> MemoryPlan:
-    """The plan with the LUA that a worker found in a file which does not tell its shape without torch."""
-    if lua is None or plan.lua is not None:
-        return plan
-    return replace(plan, lua=lua, weights_bytes=plan.weights_bytes + lua_kept_bytes(lua))
-
-
-def find_places(
-    name: str, bundles: Mapping[str, BundleMemory], devices: Sequence[Device], settings: Settings
-) -> tuple[DeviceShare, ...]:
-    """Where jobs of a bundle may run; none where that is not known.
-
-    Args:
-        name: Of the bundle.
-        bundles: All that are served.
-        devices: Of the live workers; without any, the settings say what there is once they name a size.
-        settings: `device_memory_bytes` counts instead of what a worker found.
-    """
-    given_bytes = settings.device_memory_bytes
-    if not devices and given_bytes is not None:
-        devices = [_supposed(kind, given_bytes, bundles, settings) for kind in _kinds(settings.device)]
-    places = []
-    for device in devices:
-        loaded = device.bundles.get(name)
-        if loaded is not None and loaded.dtype in bundles[name].plans:
-            plan = with_lua(bundles[name].plans[loaded.dtype], loaded.lua)
-            plan = replace(plan, device=device.kind, prepared=loaded.prepared).of_role(device.role)
-            places.append(DeviceShare(plan, given_bytes or device.memory_bytes, loaded.others_bytes))
-    return tuple(places)
+    def _latent_px(self, factor: float) -> int:
+        width, height = (
+            math.ceil(math.ceil(side_px / factor - _ROUNDING) / self.stride_px)
+            for side_px in (self.width_px, self.height_px)
+        )
+        return width * height
 
 
-def _kinds(device: str) -> tuple[DeviceKind, ...]:
-    if device == "auto":
-        return ("cuda", "cpu")
-    return ("cpu",) if device == "cpu" else ("cuda",)
-
-
-def _supposed(kind: DeviceKind, memory_bytes: int, bundles: Mapping[str, BundleMemory], settings: Settings) -> Device:
-    """The device that the settings describe, with every bundle loaded as `giantleap.models.device.choose_dtype`
-    says."""
-    free = settings.dtype == "auto"
-    dtypes = {
-        name: settings.dtype if not free else "float32" if kind == "cpu" else memory.dtype or "bfloat16"
-        for name, memory in bundles.items()
-    }
-    return Device(kind, memory_bytes, share_device(dtypes, {name: memory.plans for name, memory in bundles.items()}))
-
-
-def share_device(
-    dtypes: Mapping[str, str], plans: Mapping[str, Mapping[str, MemoryPlan]], luas: Mapping[str, LuaSpec | None] = _NONE
-) -> dict[str, LoadedBundle]:
-    """What each of the bundles on one device leaves to the others.
-
-    Args:
-        dtypes: Of each bundle.
-        plans: Of each bundle, by dtype; one without counts nothing.
-        luas: What a worker knows of each bundle's LUA.
-    """
-    weights_bytes = {
-        name: with_lua(plans[name][dtype], luas.get(name)).weights_bytes if dtype in plans[name] else 0
-        for name, dtype in dtypes.items()
-    }
-    all_bytes = sum(weights_bytes.values())
-    return {
-        name: LoadedBundle(dtype, all_bytes - weights_bytes[name], luas.get(name)) for name, dtype in dtypes.items()
-    }
+def stage_name(method: Method, scale: float) -> str:
+    """The name under which a worker publishes the peak of an upscaler."""
+    return f"{method} x{scale:g}"
 
 
 def to_workload(params: JobParams, bundle: Bundle) -> Workload:
     """One image of a job."""
+    stride_px = bundle.latent_space.stride_px
     if isinstance(params, GenerateParams):
         return Workload(
-            params.width_px,
-            params.height_px,
-            params.scale,
-            params.method,
-            params.decode,
+            width_px=params.width_px,
+            height_px=params.height_px,
+            scale=params.scale,
+            method=params.method,
+            decode=params.decode,
             source="prompt" if params.strength is None else "prompt and image",
-            guidance_scale=params.guidance_scale,
+            stride_px=stride_px,
         )
-    decode = params.decode if params.output == "image" else None
     if params.image_width_px is not None and params.image_height_px is not None:
-        width_px, height_px = params.image_width_px, params.image_height_px
-        width_px, height_px = scaled_size(width_px, params.scale), scaled_size(height_px, params.scale)
-        return Workload(width_px, height_px, params.scale, params.method, decode, source="image")
-    stride_px = bundle.latent_space.stride_px
+        sides, from_image = (params.image_width_px, params.image_height_px), True
+    else:
+        sides, from_image = (stride_px * params.latent_width, stride_px * params.latent_height), False
     return Workload(
-        scaled_size(stride_px * params.latent_width, params.scale),
-        scaled_size(stride_px * params.latent_height, params.scale),
-        params.scale,
-        params.method,
-        decode,
-        source="latent",
+        width_px=scaled_size(sides[0], params.scale),
+        height_px=scaled_size(sides[1], params.scale),
+        scale=params.scale,
+        method=params.method,
+        decode=params.decode if params.output == "image" else None,
+        source="image" if from_image else "latent",
+        stride_px=stride_px,
     )
 
 
-def insufficient(work: Workload, places: Sequence[DeviceShare]) -> list[DeviceShare]:
-    """The places that all refuse a half of the work's stages; none where each half fits one, or no place is known.
+def required_bytes(work: Workload, bundle: str, device: Device, items: int = 1) -> int:
+    """Memory in use at the worst moment of a batch, weights included; stages run one after the other."""
+    peaks, needed_bytes = device.bundles[bundle], 0
+    for stage, latent_px in work.stages(device.role).items():
+        peak = peaks.get(stage)
+        if peak is None:
+            continue
+        one_by_one = stage.startswith(_SEQUENTIAL) or (stage == work.decode and device.kind == "cpu")
+        stage_bytes = peak.peak_bytes(latent_px if one_by_one else latent_px * items)
+        if peak.tile_px is not None and latent_px > peak.tile_px:
+            stage_bytes += _IMAGE_BYTES_PER_PX * work.width_px * work.height_px
+        needed_bytes = max(needed_bytes, stage_bytes)
+    return device.loaded_bytes + needed_bytes
 
-    Raises:
-        UnknownMemoryError: there is no estimate.
-    """
-    halves = (
-        [place for place in places if place.plan.role.loads_pipeline],
-        [place for place in places if place.plan.role.loads_decoder],
-    )
-    for able in halves:
-        if able and not any(place.fits(work) for place in able):
-            return able
+
+def fits(work: Workload, bundle: str, device: Device, items: int = 1) -> bool:
+    """Whether a batch of this many images fits the device."""
+    return required_bytes(work, bundle, device, items) <= device.memory_bytes
+
+
+def too_small(work: Workload, bundle: str, devices: Sequence[Device]) -> list[Device]:
+    """The devices that all refuse one half of the route; empty if each half fits a device or has no known device."""
+    generating = [device for device in devices if device.role.loads_pipeline]
+    decoding = [device for device in devices if device.role.loads_decoder]
+    for half in (generating, decoding):
+        if half and not any(fits(work, bundle, device) for device in half):
+            return half
     return []
 
 
 def largest_size(
-    work: Workload, bundle: Bundle, places: Sequence[DeviceShare], max_image_px: int
+    work: Workload, bundle: Bundle, devices: Sequence[Device], max_image_px: int
 ) -> tuple[int, int] | None:
-    """Final width and height of the largest image of about this aspect that is allowed and fits a device.
+    """Width and height of the largest final image of about this aspect ratio that is allowed and fits; None if none."""
+    longest = max(work.width_px, work.height_px)
 
-    Raises:
-        UnknownMemoryError: there is no estimate for this way.
-    """
+    def at(side_px: int) -> tuple[int, int]:
+        width_px = _side_on_grid(work.width_px * side_px // longest, work, bundle)
+        return width_px, _side_on_grid(work.height_px * side_px // longest, work, bundle)
 
-    def on_grid(width_px: int, height_px: int) -> tuple[int, int]:
-        width_px, height_px = (_side_on_grid(side_px, work, bundle) for side_px in (width_px, height_px))
-        return width_px, height_px
+    def is_possible(side_px: int) -> bool:
+        width_px, height_px = at(side_px)
+        smaller = replace(work, width_px=width_px, height_px=height_px)
+        return width_px * height_px <= max_image_px and not too_small(smaller, bundle.name, devices)
 
-    def fits(smaller: Workload) -> bool:
-        if smaller.width_px * smaller.height_px > max_image_px:
-            return False
-        return not insufficient(smaller, places)
-
-    return largest_fit(work, on_grid, fits)
+    small, large = 0, longest + 1  # small fits, large does not
+    while large - small > 1:
+        middle = (small + large) // 2
+        small, large = (middle, large) if is_possible(middle) else (small, middle)
+    return at(small) if small else None
 
 
 def _side_on_grid(side_px: int, work: Workload, bundle: Bundle) -> int:
@@ -215,42 +163,36 @@ def _side_on_grid(side_px: int, work: Workload, bundle: Bundle) -> int:
     if work.source in ("prompt", "prompt and image"):
         limits = bundle.limits_at(work.scale, work.method)
         return scaled_size(nearest_sides(side_px / factor, limits, work.method)[0], factor)
-    base_px = bundle.latent_space.stride_px if work.source == "latent" else 1
+    base_px = work.stride_px if work.source == "latent" else 1
     if not isinstance(work.scale, int):
         base_px = bundle.whole_px(bundle.latent_space.multiple_px, work.scale)
     unit_px = scaled_size(base_px, work.scale)
     return max(side_px // unit_px, 1) * unit_px
 
 
-def largest_note(work: Workload, bundle: Bundle, places: Sequence[DeviceShare], max_image_px: int) -> str:
-    """What a refusal adds: the largest size that is allowed and fits; empty where there is none."""
-    try:
-        size = largest_size(work, bundle, places, max_image_px)
-    except UnknownMemoryError:
-        size = largest_size(work, bundle, (), max_image_px)
+def largest_note(work: Workload, bundle: Bundle, devices: Sequence[Device], max_image_px: int) -> str:
+    """The end of a refusal: the largest size that is allowed and fits; empty if there is none."""
+    size = largest_size(work, bundle, devices, max_image_px)
     return "" if size is None else f"; the largest size that fits is {size[0]}x{size[1]} px"
 
 
-def check_capacity(params: JobParams, bundle: Bundle, places: Sequence[DeviceShare], max_image_px: int) -> None:
-    """Accepts a job of which one image at a time fits a device, and a job of which that cannot be told.
+def check_capacity(params: JobParams, bundle: Bundle, devices: Sequence[Device], max_image_px: int) -> None:
+    """Accepts a job if one image at a time fits a device, or if no device of the bundle is known.
 
     Raises:
         DoesNotFit: no device is large enough.
     """
     work = to_workload(params, bundle)
-    try:
-        small = insufficient(work, places)
-        if not small:
-            return
-        size = largest_size(work, bundle, places, max_image_px)
-    except UnknownMemoryError:
+    refusing = too_small(work, bundle.name, devices)
+    if not refusing:
         return
-    best = max(small, key=lambda place: place.own_bytes - place.plan.weights_bytes)
-    needed_bytes = best.others_bytes + best.plan.estimate(work, best.own_bytes).peak_bytes
+    size = largest_size(work, bundle, devices, max_image_px)
+    best = max(refusing, key=lambda device: device.memory_bytes - device.loaded_bytes)
+    needed_bytes = required_bytes(work, bundle.name, best)
     advice = (
         f"the largest size that fits is {size[0]}x{size[1]} px"
         if size is not None
-        else f"no size fits beside {best.others_bytes + best.plan.weights_bytes} bytes of weights"
+        else f"no size fits beside the {best.loaded_bytes} bytes in use once the bundles are loaded"
     )
     raise DoesNotFit(
         f"an image of {work.width_px}x{work.height_px} px by method {work.method} needs about {needed_bytes} bytes of "
@@ -261,9 +203,7 @@ def check_capacity(params: JobParams, bundle: Bundle, places: Sequence[DeviceSha
     )
 
 
-def max_items(params: JobParams, bundle: Bundle, place: DeviceShare, items: int) -> int:
-    """How many images of a job run at once in a place, up to `items`; at least one."""
-    try:
-        return place.plan.max_items(replace(to_workload(params, bundle), items=items), place.own_bytes)
-    except UnknownMemoryError:
-        return items
+def max_items(params: JobParams, bundle: Bundle, device: Device, items: int) -> int:
+    """How many images of a job fit the device at once, at most `items` and at least one."""
+    work = to_workload(params, bundle)
+    return next((n for n in range(items, 1, -1) if fits(work, bundle.name, device, n)), 1)

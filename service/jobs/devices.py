@@ -1,43 +1,53 @@
-"""What a worker's device holds: how much memory, of what kind, and which bundles in which dtype.
+"""What a worker publishes about its device: memory, bundles, and the measured peak of each stage.
 
-A worker writes it as JSON beside its heartbeat (`giantleap.service.jobqueue.consumer`); an API process reads those of
-the live workers every few seconds (`giantleap.service.jobqueue.producer`), so that `giantleap.service.jobs.capacity`
-can refuse a job that fits none of them without asking Redis. Nothing here imports torch.
+A worker writes it as JSON with its heartbeat (`giantleap.service.jobqueue.consumer`). An API process reads the devices
+of live workers every few seconds (`giantleap.service.jobqueue.producer`), so `giantleap.service.jobs.capacity` can
+refuse a job that fits none of them without a round trip to Redis. Nothing here imports torch.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self, get_args
+from typing import Literal, Self
 
-from giantleap.models.lua.spec import LuaSpec
-from giantleap.models.memory.plan import DeviceKind
+from pydantic import TypeAdapter
+
 from giantleap.models.worker_role import WorkerRole
 
-# Of the whole: on a GPU the driver and the libraries keep about half a gigabyte and the allocator some gaps; a
-# machine's memory also holds the process itself, Redis with its blobs and the API.
+DeviceKind = Literal["cpu", "cuda"]
+
+# Share of the total. On a GPU the driver and the libraries take about half a gigabyte and the allocator fragments; a
+# machine's memory also holds Redis with its blobs and the API.
 USABLE_SHARE: Mapping[DeviceKind, float] = MappingProxyType({"cuda": 0.95, "cpu": 0.75})
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedBundle:
-    """A bundle on a device.
+class StagePeak:
+    """Peak memory of one stage for one image, as a line through measured points: `fixed_bytes + bytes_per_px * px`.
 
     Args:
-        dtype: That its base model computes in.
-        others_bytes: What the other bundles of the device take of its memory.
-        lua: The spec of its LUA; None where it has none.
-        prepared: Whether its upscalers run in the form for a CPU (`models/engines/packed_lua.py`).
+        fixed_bytes: The part that does not depend on the size.
+        bytes_per_px: Per pixel of the latent that enters the stage.
+        tile_px: Latent pixels of the largest tile, if the stage works in tiles.
     """
 
-    dtype: str
-    others_bytes: int
-    lua: LuaSpec | None = None
-    prepared: bool = False
+    fixed_bytes: int
+    bytes_per_px: float
+    tile_px: int | None = None
+
+    @classmethod
+    def through(cls, small: tuple[int, int], large: tuple[int, int], tile_px: int | None = None) -> Self:
+        """The line through two points (latent pixels, peak bytes), with neither part below zero."""
+        (small_px, small_bytes), (large_px, large_bytes) = small, large
+        slope = max(0.0, (large_bytes - small_bytes) / (large_px - small_px))
+        return cls(max(0, int(large_bytes - slope * large_px)), slope, tile_px)
+
+    def peak_bytes(self, latent_px: int) -> int:
+        """Peak memory for a latent of this many pixels."""
+        return self.fixed_bytes + int(self.bytes_per_px * min(latent_px, self.tile_px or latent_px))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,53 +56,33 @@ class Device:
 
     Args:
         kind: A CPU or a GPU.
-        memory_bytes: That weights and feature maps may take.
-        bundles: What is loaded, by name.
-        role: Of the worker.
+        memory_bytes: What weights and activations may use.
+        loaded_bytes: In use once all bundles are loaded.
+        bundles: Measured stages of each loaded bundle, by bundle and stage (`giantleap.service.jobs.capacity`).
+        role: Role of the worker.
     """
 
     kind: DeviceKind
     memory_bytes: int
-    bundles: Mapping[str, LoadedBundle] = field(default_factory=dict)
+    loaded_bytes: int
+    bundles: Mapping[str, Mapping[str, StagePeak]] = field(default_factory=dict)
     role: WorkerRole = WorkerRole.ALL
 
     def to_json(self) -> str:
-        """As one line."""
-        bundles = {
-            name: {
-                "dtype": loaded.dtype,
-                "others_bytes": loaded.others_bytes,
-                "lua": None if loaded.lua is None else loaded.lua.to_json(),
-                "prepared": loaded.prepared,
-            }
-            for name, loaded in self.bundles.items()
-        }
-        said = {"kind": self.kind, "memory_bytes": self.memory_bytes, "bundles": bundles, "role": self.role}
-        return json.dumps(said)
+        """One line of JSON."""
+        return _ADAPTER.dump_json(self).decode()
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote.
+    def from_json(cls, text: str | bytes) -> "Device":
+        """Reads the output of `to_json`.
 
         Raises:
-            ValueError: it is something else, as a worker of another version may have written.
+            ValueError: the text is something else, such as the output of another version.
         """
-        try:
-            values = json.loads(text)
-            bundles = {
-                str(name): LoadedBundle(
-                    str(said["dtype"]),
-                    int(said["others_bytes"]),
-                    None if said["lua"] is None else LuaSpec.from_json(said["lua"]),
-                    bool(said["prepared"]),
-                )
-                for name, said in values["bundles"].items()
-            }
-            if values["kind"] not in get_args(DeviceKind):
-                raise ValueError(f"kind {values['kind']!r}")
-            return cls(values["kind"], int(values["memory_bytes"]), bundles, WorkerRole(values["role"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"no device: {text!r:.200}") from error
+        return _ADAPTER.validate_json(text)
+
+
+_ADAPTER = TypeAdapter(Device)
 
 
 def missing_roles(devices: Iterable[Device]) -> list[str]:
@@ -107,18 +97,18 @@ def missing_roles(devices: Iterable[Device]) -> list[str]:
 
 
 def usable_bytes(kind: DeviceKind, total_bytes: int) -> int:
-    """What jobs may take of a device."""
+    """The part of a device's memory that weights and activations may use."""
     return int(total_bytes * USABLE_SHARE[kind])
 
 
 def machine_memory_bytes() -> int:
-    """Memory of this machine, or of the control group (a container) that the process is in where that is less."""
+    """Memory of this machine, or of the control group (container) of the process if that is smaller."""
     total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CGROUP_LIMITS:
         try:
             limit = path.read_text().strip()
         except OSError:
             continue
-        if limit.isdigit():  # else "max"
+        if limit.isdigit():  # "max" means no limit
             total_bytes = min(total_bytes, int(limit))
     return total_bytes

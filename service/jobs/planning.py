@@ -15,11 +15,11 @@ from giantleap.models.lua.spec import is_whole, scaled_size
 from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.bundles import ServedBundle
 from giantleap.service.jobs.capacity import (
-    DeviceShare,
     check_capacity,
     largest_note,
     to_workload,
 )
+from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px
 from giantleap.service.jobs.images import ImageSize, check_image, is_image
 from giantleap.service.jobs.job import GenerateParams, JobParams, UpscaleParams
@@ -39,7 +39,7 @@ def plan_generate(
     settings: Settings,
     seed: int,
     output_format: ImageFormat,
-    places: Sequence[DeviceShare] = (),
+    places: Sequence[Device] = (),
 ) -> GenerateParams:
     """The parameters of a /generate job, with the bundle's defaults for what the request leaves out.
 
@@ -200,7 +200,7 @@ def prepare_upscale(
     bundle: Bundle,
     settings: Settings,
     output_format: ImageFormat,
-    places: Sequence[DeviceShare] = (),
+    places: Sequence[Device] = (),
 ) -> tuple[UpscaleParams, bytes]:
     """The parameters of an /upscale job and its input blob, from a body that holds a latent or an image.
 
@@ -227,7 +227,7 @@ def plan_upscale_image(
     bundle: Bundle,
     settings: Settings,
     output_format: ImageFormat,
-    places: Sequence[DeviceShare] = (),
+    places: Sequence[Device] = (),
 ) -> UpscaleParams:
     """The parameters of a job that enlarges an image.
 
@@ -286,7 +286,7 @@ def plan_upscale(
     bundle: Bundle,
     settings: Settings,
     output_format: ImageFormat,
-    places: Sequence[DeviceShare] = (),
+    places: Sequence[Device] = (),
 ) -> tuple[UpscaleParams, Values]:
     """The parameters of a job that enlarges a latent, and the raw latent.
 
@@ -365,7 +365,7 @@ def is_one_frame(shape: Sequence[int], space: LatentSpace) -> bool:
 
 
 def _upscale_checks(
-    params: UpscaleParams, bundle: Bundle, settings: Settings, places: Sequence[DeviceShare]
+    params: UpscaleParams, bundle: Bundle, settings: Settings, places: Sequence[Device]
 ) -> tuple[Check, ...]:
     """Checks that apply to latents and images."""
     to_latent = params.output == "latent" and params.method == "swinir" and params.scale > 1
@@ -382,9 +382,7 @@ def _too_many(field: str, images: int, settings: Settings) -> Check:
     return images > max_images, field, f"makes {images} images; one job makes at most {max_images}"
 
 
-def _too_large(
-    field: str, params: JobParams, bundle: Bundle, settings: Settings, places: Sequence[DeviceShare]
-) -> Check:
+def _too_large(field: str, params: JobParams, bundle: Bundle, settings: Settings, places: Sequence[Device]) -> Check:
     work, max_px = to_workload(params, bundle), settings.max_image_px
     image_px = work.width_px * work.height_px
     note = largest_note(work, bundle, places, max_px) if image_px > max_px else ""

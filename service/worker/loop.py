@@ -24,7 +24,8 @@ from giantleap.models.route import Route
 from giantleap.service.errors import BadConfiguration, DoesNotFit, StorageFull
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import Claim, JobConsumer
-from giantleap.service.jobs.capacity import DeviceShare, check_capacity, max_items
+from giantleap.service.jobs.capacity import check_capacity, max_items
+from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px
 from giantleap.service.jobs.job import GenerateParams, Job, JobError, JobState, UpscaleParams
 from giantleap.service.settings import Settings
@@ -43,8 +44,8 @@ from giantleap.service.worker.batch_runner import (
     to_latents_blob,
 )
 from giantleap.service.worker.batching import plan_batch, slice_items
-from giantleap.service.worker.device import find_device
 from giantleap.service.worker.engines import open_route
+from giantleap.service.worker.memory import measure_device
 from giantleap.service.worker.timing import WARMUPS, measure_protocol
 from giantleap.service.worker.watchdog import Watchdog
 
@@ -52,7 +53,6 @@ log = logging.getLogger(__name__)
 
 _BLOCK_S = 1.0
 _NO_BUNDLES: Mapping[str, Bundle] = MappingProxyType({})
-_NO_PLACES: Mapping[str, DeviceShare] = MappingProxyType({})
 _PROTOCOL_RUNS = 20
 Status = JobState | Literal["handed over"]
 
@@ -94,10 +94,10 @@ def run_worker(
     bundles, routes = _load(settings, metrics, stop)
     if stop.is_set():
         return
-    device, places = find_device(bundles, routes, settings)
+    device = measure_device(bundles, routes, settings)
     metrics.set_device_memory(str(next(iter(routes.values())).device), device.memory_bytes)
-    for name, place in places.items():
-        routes[name].vae.budget_bytes = max(0, place.own_bytes - place.plan.weights_bytes)
+    for route in routes.values():
+        route.vae.budget_bytes = max(0, device.memory_bytes - device.loaded_bytes)
     client = open_redis(redis_url)
     consumer_name = f"{platform.node()}-{os.getpid()}"
     consumer = JobConsumer(client, settings, tuple(routes), consumer_name, device, settings.role)
@@ -110,7 +110,7 @@ def run_worker(
     try:
         grids = {name: to_grid(bundle, routes[name]) for name, bundle in bundles.items()}
         drain = Drain(stop, settings.drain_grace_s)
-        Worker(routes, grids, consumer, metrics, settings, drain, bundles, places, tracing, watchdog).run()
+        Worker(routes, grids, consumer, metrics, settings, drain, bundles, device, tracing, watchdog).run()
     finally:
         watchdog.close()
         consumer.close()
@@ -130,7 +130,7 @@ class Worker:
         settings: Budgets and retry caps.
         drain: When to stop.
         bundles: The loaded bundles as read, by name.
-        places: Their share of the device's memory, by name; without one nothing is refused and no batch cut for it.
+        device: Its measured memory; without one no job is refused and no batch is split for it.
         tracing: Where spans go; none: nowhere.
         watchdog: What ends the process when a batch makes no progress; none: nothing does.
     """
@@ -144,14 +144,14 @@ class Worker:
         settings: Settings,
         drain: Drain,
         bundles: Mapping[str, Bundle] = _NO_BUNDLES,
-        places: Mapping[str, DeviceShare] = _NO_PLACES,
+        device: Device | None = None,
         tracing: Tracing | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
         self._watchdog = watchdog
         self._tracing = Tracing() if tracing is None else tracing
         self._bundles = bundles
-        self._places = places
+        self._device = device
         self._routes = routes
         self._grids = grids
         self._consumer = consumer
@@ -231,12 +231,11 @@ class Worker:
         """
         item_latent_px = output_latent_px(job.params, self._grids[job.bundle])
         most = slice_items(item_latent_px, self._settings.batch_items, self._settings.batch_budget_latent_px)
-        place = self._places.get(job.bundle)
-        if place is None:
+        if self._device is None:
             return most
         bundle = self._bundles[job.bundle]
-        check_capacity(job.params, bundle, [place], self._settings.max_image_px)
-        return max_items(job.params, bundle, place, most)
+        check_capacity(job.params, bundle, [self._device], self._settings.max_image_px)
+        return max_items(job.params, bundle, self._device, most)
 
     def _end(
         self,

@@ -10,8 +10,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from torch import Tensor, nn
 
-from benchmarks.live_storage import LiveStorage
 from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.models.live_storage import LiveStorage
 from giantleap.models.vae.decode import decode_exact, decode_plain, decode_tiled, decode_tiny
 from giantleap.models.vae.decoder_check import UnknownDecoderError
 from giantleap.models.vae.strip_plan import (

@@ -14,7 +14,6 @@ from giantleap.models.vae.strip_plan import (
     DecodeMethod,
     DecoderShape,
     estimate_peak_bytes,
-    largest_fit,
     plan_decode,
 )
 
@@ -84,25 +83,6 @@ def test_a_smaller_budget_gives_thinner_strips_and_is_kept() -> None:
 def test_a_budget_below_the_thinnest_strips_is_refused_with_both_figures() -> None:
     with pytest.raises(DecodeBudgetError, match=rf"needs \d+ bytes.*{GIB // 2} are allowed"):
         plan_decode(SDXL, 128, 128, "float32", budget_bytes=GIB // 2)
-
-
-@pytest.mark.parametrize("method", ["plain", "exact", "tiled"])
-def test_the_largest_size_that_fits_fits_and_the_next_one_does_not(method: DecodeMethod) -> None:
-    budget_bytes = 4 * GIB
-    found = largest_fit(SDXL_CONFIG, 2048, 1024, "float32", method, budget_bytes)
-    assert found is not None
-    height, width = found
-    assert abs(height - 2 * width) <= 1
-    assert largest_fit(SDXL_CONFIG, height, width, "float32", method, budget_bytes) == (height, width)
-    larger = largest_fit(SDXL_CONFIG, height + 2, width + 1, "float32", method, budget_bytes)
-    assert larger is not None and larger[0] < height + 2
-
-
-def test_a_size_that_fits_is_given_back_and_nothing_where_nothing_fits() -> None:
-    assert largest_fit(SDXL_CONFIG, 37, 64, "bfloat16", "exact", 4 * GIB) == (37, 64)
-    assert largest_fit(SDXL_CONFIG, 64, 64, "bfloat16", "exact", 1000) is None
-    with pytest.raises(ValueError, match="float64"):
-        largest_fit(SDXL_CONFIG, 64, 64, "float64", "exact", GIB)
 
 
 @pytest.mark.parametrize(("size", "dtype"), [((0, 8), "float32"), ((8, -1), "float32"), ((8, 8), "float64")])

@@ -1,11 +1,10 @@
 """Jobs that fit no device: where devices come from, what is refused, and that a refusal costs the queue nothing."""
 
-import json
 import shutil
 import statistics
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,33 +13,20 @@ import httpx
 import numpy as np
 import pytest
 import redis
-import torch
 from prometheus_client import CollectorRegistry
 from safetensors.numpy import save
 
 from giantleap.models.bundle.bundle import Bundle, read_bundle, write_bundle
 from giantleap.models.bundle.descriptor import Limits
-from giantleap.models.engines.eager import TorchEngine
-from giantleap.models.memory.plan import MemoryPlan
-from giantleap.models.route import Route
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.api.app import create_app
 from giantleap.service.api.problems import from_job_error
 from giantleap.service.errors import DoesNotFit
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.producer import JobProducer
-from giantleap.service.jobs.capacity import (
-    BundleMemory,
-    DeviceShare,
-    check_capacity,
-    find_places,
-    largest_note,
-    max_items,
-    read_memory,
-    share_device,
-    to_workload,
-)
-from giantleap.service.jobs.devices import Device, LoadedBundle, machine_memory_bytes, usable_bytes
+from giantleap.service.jobs.capacity import check_capacity, largest_note, max_items, required_bytes, to_workload
+from giantleap.service.jobs.devices import Device, StagePeak, machine_memory_bytes, usable_bytes
 from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import UpscaleParams
 from giantleap.service.jobs.planning import plan_generate
@@ -48,7 +34,6 @@ from giantleap.service.jobs.requests import GenerateRequest
 from giantleap.service.settings import POCKET_BUNDLE, Settings, read_settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.worker.batch_runner import Drain
-from giantleap.service.worker.device import find_device
 from giantleap.service.worker.loop import Worker
 from tests.redis_fixtures import ProducerOpener
 from tests.service.fake_producer import FakeProducer
@@ -78,27 +63,29 @@ def bundle(directory: Path) -> Bundle:
     return read_bundle(directory)
 
 
-@pytest.fixture(scope="module")
-def memory(bundle: Bundle) -> BundleMemory:
-    return read_memory(bundle)
+# Figures of the pocket bundle in float32 on a CPU, as its worker measures them.
+PEAKS = {
+    "generate": StagePeak(50_000, 7_300.0),
+    "encode": StagePeak(0, 17_000.0),
+    "lua x2": StagePeak(136_000, 2_430.0),
+    "lua x4": StagePeak(0, 8_300.0),
+    "bicubic x4": StagePeak(0, 1_088.0),
+    "exact": StagePeak(98_000, 9_216.0),
+    "swinir x2": StagePeak(1_400_000, 208_000.0, tile_px=4096),
+}
 
 
-@pytest.fixture(scope="module")
-def plan(memory: BundleMemory) -> MemoryPlan:
-    return memory.plans["float32"]
-
-
-def small_device(memory_bytes: int = 2048 * MIB, **others: LoadedBundle) -> Device:
-    return Device("cpu", memory_bytes, {"large": LoadedBundle("float32", 0), **others})
+def device_of(
+    memory_bytes: int = 2048 * MIB, role: WorkerRole = WorkerRole.ALL, loaded_bytes: int = 600 * MIB
+) -> Device:
+    return Device("cpu", memory_bytes, loaded_bytes, {"large": PEAKS}, role)
 
 
 # Devices
 
 
-def test_a_device_comes_back_from_its_json(plan: MemoryPlan) -> None:
-    device = Device(
-        "cuda", 24 << 30, {"a": LoadedBundle("bfloat16", 5, plan.lua, prepared=True), "b": LoadedBundle("float32", 7)}
-    )
+def test_a_device_comes_back_from_its_json() -> None:
+    device = Device("cuda", 24 << 30, 6 << 30, {"a": PEAKS, "b": {}}, WorkerRole.DECODE)
     assert Device.from_json(device.to_json()) == device
 
 
@@ -108,9 +95,10 @@ def test_a_device_comes_back_from_its_json(plan: MemoryPlan) -> None:
         "",
         "[]",
         "{}",
-        '{"kind": "tpu", "memory_bytes": 1, "bundles": {}}',
+        '{"kind": "tpu", "memory_bytes": 1, "loaded_bytes": 1, "bundles": {}}',
         '{"kind": "cpu", "memory_bytes": 1}',
-        '{"kind": "cpu", "memory_bytes": 1, "bundles": {"a": {"dtype": "float32"}}}',
+        '{"kind": "cpu", "memory_bytes": 1, "loaded_bytes": 1, "bundles": {"a": {"exact": {"fixed_bytes": 1}}}}',
+        '{"kind": "cpu", "memory_bytes": 1, "loaded_bytes": 1, "bundles": {}, "role": "draw"}',
     ],
 )
 def test_what_another_version_wrote_is_refused(text: str) -> None:
@@ -123,66 +111,57 @@ def test_jobs_may_take_less_than_the_whole_device() -> None:
     assert 64 * MIB < machine_memory_bytes() < 2**50
 
 
-def test_a_bundle_has_what_the_others_leave(bundle: Bundle, plan: MemoryPlan, memory: BundleMemory) -> None:
-    half = memory.plans["bfloat16"]
-    loaded = share_device(
-        {"a": "float32", "b": "bfloat16", "c": "float32"}, {"a": memory.plans, "b": memory.plans, "c": {}}
-    )
-    assert [loaded[name].others_bytes for name in "abc"] == [
-        half.weights_bytes,
-        plan.weights_bytes,
-        half.weights_bytes + plan.weights_bytes,
-    ]
-    alone, beside = DeviceShare(plan, 1000 * MIB), DeviceShare(plan, 1000 * MIB, others_bytes=400 * MIB)
+def test_a_peak_is_the_line_through_two_points() -> None:
+    line = StagePeak.through((100, 1500), (300, 3500))
+    assert line == StagePeak(500, 10.0) and line.peak_bytes(1000) == 10_500
+    assert StagePeak.through((100, 900), (300, 900)) == StagePeak(900, 0.0)
+    assert StagePeak.through((100, 100), (300, 1000)).fixed_bytes == 0, "a peak that grows faster than the size"
+    assert replace(line, tile_px=200).peak_bytes(1000) == 2500, "tiles bound the network, not the image"
+
+
+def test_each_role_runs_its_stages(bundle: Bundle) -> None:
+    start = to_workload(replace(LARGE, strength=0.5), bundle)
+    base_px, final_px = 256**2, 1024**2
+    expected = {"generate": base_px, "encode": base_px, "lua x4": base_px, "exact": final_px}
+    assert start.stages(WorkerRole.ALL) == expected
+    assert start.stages(WorkerRole.GENERATE) == {"generate": base_px, "encode": base_px}
+    assert start.stages(WorkerRole.DECODE) == {"lua x4": base_px, "exact": final_px}
+    direct = to_workload(replace(LARGE, method="direct"), bundle)
+    assert direct.stages(WorkerRole.ALL) == {"generate": final_px, "exact": final_px}
+    pixels = to_workload(replace(LARGE, method="swinir"), bundle)
+    assert pixels.stages(WorkerRole.DECODE) == {"swinir x4": base_px, "exact": base_px}
+    image = UpscaleParams(2, "pocket16", 1, 16, 16, 16, "image", "png", image_width_px=120, image_height_px=128)
+    assert to_workload(image, bundle).stages(WorkerRole.ALL) == {"encode": 240, "lua x2": 240, "exact": 960}
+    assert not to_workload(image, bundle).stages(WorkerRole.GENERATE)
+    assert set(to_workload(replace(image, method="swinir"), bundle).stages(WorkerRole.ALL)) == {"swinir x2"}
+    assert "exact" not in to_workload(replace(image, output="latent"), bundle).stages(WorkerRole.ALL)
+
+
+def test_the_largest_stage_counts_beside_what_is_loaded(bundle: Bundle) -> None:
     work = to_workload(replace(LARGE, width_px=1024, height_px=1024), bundle)
-    assert alone.fits(work) and not replace(beside, others_bytes=950 * MIB).fits(work)
-    assert beside.own_bytes == 600 * MIB
-
-
-def test_places_are_those_of_the_workers_that_serve_the_bundle(memory: BundleMemory) -> None:
-    devices = [
-        small_device(1000),
-        Device("cuda", 3000, {"large": LoadedBundle("bfloat16", 7, prepared=True)}),
-        Device("cuda", 9000, {"another": LoadedBundle("bfloat16", 0)}),
-    ]
-    places = find_places("large", {"large": memory}, devices, read_settings())
-    assert [(p.memory_bytes, p.others_bytes, p.plan.device, p.plan.dtype, p.plan.prepared) for p in places] == [
-        (1000, 0, "cpu", "float32", False),
-        (3000, 7, "cuda", "bfloat16", True),
-    ]
-    assert find_places("large", {"large": memory}, [], read_settings()) == ()
-    assert find_places("large", {"large": BundleMemory({})}, devices, read_settings()) == ()
-
-
-def test_the_setting_counts_before_what_workers_say_and_without_any(memory: BundleMemory) -> None:
-    settings = read_settings(device_memory_bytes=500)
-    assert [p.memory_bytes for p in find_places("large", {"large": memory}, [small_device(1000)], settings)] == [500]
-    unknown = find_places("large", {"large": memory}, [], settings)
-    assert {(p.plan.device, p.plan.dtype) for p in unknown} == {("cpu", "float32"), ("cuda", "bfloat16")}
-    named = find_places(
-        "large", {"large": replace(memory, dtype="float16")}, [], settings.model_copy(update={"device": "cuda:1"})
+    decode_bytes = PEAKS["exact"].peak_bytes(128 * 128)
+    assert required_bytes(work, "large", device_of(loaded_bytes=7)) == 7 + decode_bytes
+    assert required_bytes(work, "large", device_of(loaded_bytes=7), items=4) == 7 + decode_bytes, (
+        "a CPU decodes one by one"
     )
-    assert [(p.plan.device, p.plan.dtype) for p in named] == [("cuda", "float16")]
-    on_cpu = find_places("large", {"large": memory}, [], settings.model_copy(update={"device": "cpu"}))
-    assert [(p.plan.device, p.plan.dtype) for p in on_cpu] == [("cpu", "float32")]
+    on_gpu = Device("cuda", 1, 0, {"large": PEAKS})
+    assert required_bytes(work, "large", on_gpu, items=4) == PEAKS["exact"].peak_bytes(4 * 128 * 128)
 
 
-def test_the_lua_that_only_a_worker_can_read_is_planned_with(memory: BundleMemory, plan: MemoryPlan) -> None:
-    blind = BundleMemory({"float32": replace(plan, lua=None)})
-    device = Device("cpu", 1000, {"large": LoadedBundle("float32", 0, plan.lua)})
-    (place,) = find_places("large", {"large": blind}, [device], read_settings())
-    assert place.plan.lua == plan.lua and place.plan.weights_bytes > plan.weights_bytes
+def test_tiles_bound_the_network_and_the_image_still_counts(bundle: Bundle) -> None:
+    work = to_workload(replace(LARGE, scale=2, method="swinir", decode="tiled"), bundle)
+    assert (
+        required_bytes(work, "large", device_of(loaded_bytes=0)) == PEAKS["swinir x2"].peak_bytes(4096) + 48 * 8192**2
+    )
 
 
 # What is refused
 
 
-def test_a_job_that_fits_is_accepted_and_one_that_does_not_is_refused_with_the_size_that_does(
-    bundle: Bundle, plan: MemoryPlan
-) -> None:
-    place = DeviceShare(plan, 2048 * MIB)
+def test_a_job_that_fits_is_accepted_and_one_that_does_not_is_refused_with_the_size_that_does(bundle: Bundle) -> None:
+    device = device_of(2048 * MIB)
     with pytest.raises(DoesNotFit) as caught:
-        check_capacity(LARGE, bundle, [place], LIMIT_PX)
+        check_capacity(LARGE, bundle, [device], LIMIT_PX)
     error = caught.value
     assert error.largest_px is not None and error.needed_bytes is not None
     width_px, height_px = error.largest_px
@@ -190,59 +169,75 @@ def test_a_job_that_fits_is_accepted_and_one_that_does_not_is_refused_with_the_s
     assert error.device_bytes == 2048 * MIB < error.needed_bytes
     for part in ("8192x8192 px", str(error.needed_bytes), str(2048 * MIB), f"{width_px}x{height_px} px"):
         assert part in error.detail
-    check_capacity(replace(LARGE, width_px=width_px, height_px=height_px), bundle, [place], LIMIT_PX)
+    check_capacity(replace(LARGE, width_px=width_px, height_px=height_px), bundle, [device], LIMIT_PX)
     with pytest.raises(DoesNotFit):
-        check_capacity(replace(LARGE, width_px=width_px + 128, height_px=height_px + 128), bundle, [place], LIMIT_PX)
+        check_capacity(replace(LARGE, width_px=width_px + 128, height_px=height_px + 128), bundle, [device], LIMIT_PX)
 
 
-def test_the_largest_device_counts_and_an_unknown_one_refuses_nothing(bundle: Bundle, plan: MemoryPlan) -> None:
-    small, roomy = DeviceShare(plan, 2048 * MIB), DeviceShare(plan, 64 << 30)
+def test_the_largest_device_counts_and_an_unknown_one_refuses_nothing(bundle: Bundle) -> None:
+    small, roomy = device_of(2048 * MIB), device_of(64 << 30)
     check_capacity(LARGE, bundle, [small, roomy], LIMIT_PX)
     check_capacity(LARGE, bundle, [], LIMIT_PX)
-    check_capacity(LARGE, bundle, [DeviceShare(replace(plan, lua=None), 1)], LIMIT_PX)
+    check_capacity(LARGE, bundle, [Device("cpu", 2, 1, {"large": {}})], LIMIT_PX)
     with pytest.raises(DoesNotFit, match=str(2049 * MIB)):
-        check_capacity(LARGE, bundle, [small, DeviceShare(plan, 2049 * MIB)], LIMIT_PX)
+        check_capacity(LARGE, bundle, [small, device_of(2049 * MIB)], LIMIT_PX)
 
 
-def test_where_not_even_the_least_size_fits_the_refusal_says_so(bundle: Bundle, plan: MemoryPlan) -> None:
-    with pytest.raises(DoesNotFit, match=f"no size fits beside {plan.weights_bytes} bytes of weights") as caught:
-        check_capacity(LARGE, bundle, [DeviceShare(plan, plan.weights_bytes)], LIMIT_PX)
+def test_where_not_even_the_least_size_fits_the_refusal_says_so(bundle: Bundle) -> None:
+    with pytest.raises(DoesNotFit, match=f"no size fits beside the {600 * MIB} bytes in use") as caught:
+        check_capacity(LARGE, bundle, [device_of(600 * MIB)], LIMIT_PX)
     assert caught.value.largest_px is None
 
 
+def test_a_job_needs_a_device_for_each_half(bundle: Bundle) -> None:
+    def is_refused(*devices: Device) -> bool:
+        try:
+            check_capacity(LARGE, bundle, devices, LIMIT_PX)
+        except DoesNotFit:
+            return True
+        return False
+
+    roomy, tight = 64 << 30, 700 * MIB
+    generate, decode = WorkerRole.GENERATE, WorkerRole.DECODE
+    assert not is_refused(device_of(roomy, generate), device_of(roomy, decode))
+    assert is_refused(device_of(roomy, generate), device_of(tight, decode)), "no device can decode it"
+    assert is_refused(device_of(tight, generate), device_of(roomy, decode)), "no device can generate it"
+    assert not is_refused(device_of(tight, generate), device_of(roomy, decode), device_of(roomy))
+    assert not is_refused(device_of(roomy, generate)), "a half without a worker is not known to be too small"
+    with pytest.raises(DoesNotFit) as caught:
+        check_capacity(LARGE, bundle, [device_of(roomy, generate), device_of(tight, decode)], LIMIT_PX)
+    assert caught.value.device_bytes == tight, "the device that refuses"
+
+
 @pytest.mark.parametrize("method", ["lua", "direct", "bicubic"])
-def test_the_size_that_is_offered_is_accepted(bundle: Bundle, plan: MemoryPlan, method: str) -> None:
+def test_the_size_that_is_offered_is_accepted(bundle: Bundle, method: str) -> None:
     asked = GenerateRequest.model_validate({"prompt": "a", "width": 8192, "height": 4096, "scale": 4, "method": method})
     settings = read_settings(max_image_px=LIMIT_PX)
-    places = [DeviceShare(plan, 1024 * MIB)]
+    devices = [device_of(1024 * MIB)]
     with pytest.raises(DoesNotFit) as caught:
-        plan_generate(asked, bundle, settings, 1, "png", places)
+        plan_generate(asked, bundle, settings, 1, "png", devices)
     assert caught.value.largest_px is not None
     width_px, height_px = caught.value.largest_px
     smaller = asked.model_copy(update={"width": width_px, "height": height_px})
-    assert plan_generate(smaller, bundle, settings, 1, "png", places).width_px == width_px
+    assert plan_generate(smaller, bundle, settings, 1, "png", devices).width_px == width_px
 
 
-def test_an_upscale_is_planned_by_its_latent_or_image(bundle: Bundle, plan: MemoryPlan) -> None:
+def test_an_upscale_is_planned_by_its_latent_or_image(bundle: Bundle) -> None:
     latent = UpscaleParams(4, "pocket16", 2, 16, 100, 50, "image", "png")
-    assert (to_workload(latent, bundle).width_px, to_workload(latent, bundle).height_px) == (1600, 3200)
-    assert to_workload(latent, bundle).source == "latent"
-    assert to_workload(replace(latent, output="latent"), bundle).decode is None
+    work = to_workload(latent, bundle)
+    assert (work.width_px, work.height_px, work.source) == (1600, 3200, "latent")
     image = to_workload(replace(latent, image_width_px=393, image_height_px=799), bundle)
     assert (image.width_px, image.height_px, image.source) == (1572, 3196, "image")
     with pytest.raises(DoesNotFit) as caught:
-        check_capacity(replace(latent, latent_height=1000), bundle, [DeviceShare(plan, 300 * MIB)], LIMIT_PX)
+        check_capacity(replace(latent, latent_height=1000), bundle, [device_of(700 * MIB)], LIMIT_PX)
     assert caught.value.largest_px is not None
     assert all(side_px % 32 == 0 for side_px in caught.value.largest_px)
-    start = to_workload(replace(GENERATE, strength=0.5), bundle)
-    assert start.source == "prompt and image"
 
 
-def test_a_limit_on_pixels_names_the_largest_size_as_well(bundle: Bundle, plan: MemoryPlan) -> None:
+def test_a_limit_on_pixels_names_the_largest_size_as_well(bundle: Bundle) -> None:
     work = to_workload(LARGE, bundle)
     assert largest_note(work, bundle, [], 1024**2) == "; the largest size that fits is 1024x1024 px"
-    assert largest_note(work, bundle, [DeviceShare(replace(plan, lua=None), 1)], 1024**2).endswith("1024x1024 px")
-    narrow = largest_note(work, bundle, [DeviceShare(plan, 200 * MIB)], 2048**2)
+    narrow = largest_note(work, bundle, [device_of(700 * MIB)], 2048**2)
     assert int(narrow.split()[-2].split("x")[0]) < 2048
 
 
@@ -259,7 +254,7 @@ def settings_of(directory: Path, **changes: Any) -> Settings:
 
 @pytest.fixture
 async def client(directory: Path) -> AsyncIterator[httpx.AsyncClient]:
-    producer = FakeProducer(devices=(small_device(),))
+    producer = FakeProducer(devices=(device_of(),))
     transport = app_of(settings_of(directory), producer)
     async with httpx.AsyncClient(transport=transport, base_url="http://giantleap") as client:
         yield client
@@ -283,11 +278,11 @@ async def test_an_upscale_to_8192_px_is_refused_as_well(client: httpx.AsyncClien
     assert answer.status_code == 422 and answer.json()["code"] == "does_not_fit"
 
 
-async def test_two_hundred_refusals_leave_the_queue_alone_and_take_less_than_50_ms(
+async def test_two_hundred_refusals_leave_the_queue_alone_and_compute_less_than_50_ms(
     directory: Path, settings: Settings, open_producer: ProducerOpener, redis_client: redis.Redis
 ) -> None:
     served = settings.model_copy(update={"bundle": (directory,), "max_image_px": LIMIT_PX})
-    worker = JobConsumer(open_redis(str(served.redis_url)), served, ("large",), "w", small_device())
+    worker = JobConsumer(open_redis(str(served.redis_url)), served, ("large",), "w", device_of())
     worker.open()
     try:
         async with (
@@ -296,21 +291,18 @@ async def test_two_hundred_refusals_leave_the_queue_alone_and_take_less_than_50_
         ):
             before = redis_state(redis_client, served.key_prefix)
             body = {"prompt": "a red ball", "width": 8192, "height": 8192, "scale": 4}
-            took_s, computed_s = [], []
+            computed_s = []
             for _ in range(REFUSALS):
-                start_s, cpu_s = time.perf_counter(), time.thread_time()
+                started_s = time.thread_time()
                 answer = await client.post("/generate", json=body)
-                took_s.append(time.perf_counter() - start_s)
-                computed_s.append(time.thread_time() - cpu_s)
+                computed_s.append(time.thread_time() - started_s)
                 assert answer.status_code == 422 and answer.json()["code"] == "does_not_fit"
             assert redis_state(redis_client, served.key_prefix) == before
             stats = await producer.stats()
             assert (sum(stats.queued.values()), stats.processing, stats.delayed) == (0, 0, 0)
     finally:
         worker.close()
-    # 3 ms of computing. On the clock the quickest quarter counts: neighbours take the processors away for a while.
     assert statistics.median(computed_s) < 0.050
-    assert statistics.quantiles(took_s, n=4)[0] < 0.050
 
 
 def redis_state(client: redis.Redis, prefix: str) -> dict[bytes, int]:
@@ -332,7 +324,7 @@ async def test_the_api_learns_the_devices_of_live_workers_and_forgets_those_that
         assert producer.devices == ()
         workers = [
             JobConsumer(open_redis(str(settings.redis_url)), settings, ("pocket",), f"w{n}", device)
-            for n, device in enumerate((small_device(111), small_device(222), None))
+            for n, device in enumerate((device_of(111), device_of(222), None))
         ]
         for worker in workers:
             worker.open()
@@ -342,7 +334,7 @@ async def test_the_api_learns_the_devices_of_live_workers_and_forgets_those_that
         await producer.read_devices()
         assert [device.memory_bytes for device in producer.devices] == [222]
         key = f"{{{settings.key_prefix}}}:devices"
-        redis_client.hset(key, "dead", small_device(333).to_json())
+        redis_client.hset(key, "dead", device_of(333).to_json())
         await producer.read_devices()
         assert [device.memory_bytes for device in producer.devices] == [222], "the dead one has no heartbeat"
         wait_until(lambda: not redis_client.hexists(key, "dead"))  # the next heartbeat sweeps it away
@@ -357,7 +349,7 @@ async def test_the_api_learns_the_devices_of_live_workers_and_forgets_those_that
 async def test_a_device_that_cannot_be_read_is_left_out(
     settings: Settings, open_producer: ProducerOpener, redis_client: redis.Redis
 ) -> None:
-    worker = JobConsumer(open_redis(str(settings.redis_url)), settings, ("pocket",), "w", small_device(5))
+    worker = JobConsumer(open_redis(str(settings.redis_url)), settings, ("pocket",), "w", device_of(5))
     worker.open()
     try:
         async with open_producer() as producer:
@@ -374,58 +366,39 @@ async def test_a_device_that_cannot_be_read_is_left_out(
 # In the worker
 
 
-@pytest.fixture
-def worker_of(bundle: Bundle, plan: MemoryPlan) -> Iterator[Any]:
-    def make(consumer: FakeConsumer, route: FakeRoute, memory_bytes: int) -> Worker:
-        stop = threading.Event()
-        consumer.on_empty = stop.set
-        settings = read_settings(max_image_px=LIMIT_PX, batch_budget_latent_px=10**9)
-        place = DeviceShare(plan, memory_bytes)
-        metrics = Metrics(CollectorRegistry())
-        grids = {"tiny": LatentGrid(8, 8)}
-        return Worker(
-            {"tiny": route},  # type: ignore[dict-item]
-            grids,
-            consumer,  # type: ignore[arg-type]
-            metrics,
-            settings,
-            Drain(stop, 1.0),
-            {"tiny": bundle},
-            {"tiny": place},
-        )
-
-    yield make
+def run_worker(bundle: Bundle, consumer: FakeConsumer, route: FakeRoute, memory_bytes: int) -> None:
+    stop = threading.Event()
+    consumer.on_empty = stop.set
+    settings = read_settings(max_image_px=LIMIT_PX, batch_budget_latent_px=10**9)
+    worker = Worker(
+        {"tiny": route},  # type: ignore[dict-item]
+        {"tiny": LatentGrid(8, 8)},
+        consumer,  # type: ignore[arg-type]
+        Metrics(CollectorRegistry()),
+        settings,
+        Drain(stop, 1.0),
+        {"tiny": bundle},
+        device_of(memory_bytes),
+    )
+    worker.run()
 
 
-def test_a_worker_refuses_what_its_device_cannot_hold_and_lives_on(worker_of: Any) -> None:
+def test_a_worker_refuses_what_its_device_cannot_hold_and_lives_on(bundle: Bundle) -> None:
     consumer = FakeConsumer([make_claim("large", LARGE), make_claim("small")])
     route = FakeRoute()
-    worker_of(consumer, route, 2048 * MIB).run()
+    run_worker(bundle, consumer, route, 2048 * MIB)
     error = consumer.failed["large"]
     assert error.code == "does_not_fit" and not error.retryable and "the largest size that fits" in error.detail
     assert isinstance(from_job_error(error), DoesNotFit)
     assert list(consumer.finished) == ["small"] and route.batches == [1]
 
 
-def test_a_worker_cuts_a_batch_to_what_its_device_holds(worker_of: Any, bundle: Bundle, plan: MemoryPlan) -> None:
+def test_a_worker_cuts_a_batch_to_what_its_device_holds(bundle: Bundle) -> None:
     params = replace(GENERATE, width_px=512, height_px=512, scale=1)
-    three_bytes = plan.estimate(replace(to_workload(params, bundle), items=3, decode=None)).peak_bytes
-    assert max_items(params, bundle, DeviceShare(plan, three_bytes), 8) == 3
+    three_bytes = 600 * MIB + PEAKS["generate"].peak_bytes(3 * 64 * 64)
+    assert max_items(params, bundle, device_of(three_bytes), 8) == 3
     consumer = FakeConsumer([make_claim(f"job-{n}", params) for n in range(8)])
     route = FakeRoute()
-    worker_of(consumer, route, three_bytes).run()
+    run_worker(bundle, consumer, route, three_bytes)
     assert route.batches == [3, 3, 2] and len(consumer.finished) == 8
-    assert max_items(params, bundle, DeviceShare(replace(plan, denoiser={}), three_bytes), 8) == 8
-
-
-def test_a_worker_finds_the_share_of_each_bundle(bundle: Bundle, plan: MemoryPlan) -> None:
-    route = Route.open(bundle, torch.device("cpu"), torch.float32)
-    device, places = find_device({"large": bundle}, {"large": route}, read_settings(device_memory_bytes=1000 * MIB))
-    assert (device.kind, device.memory_bytes) == ("cpu", 1000 * MIB)
-    assert isinstance(route.lua, TorchEngine) and route.pixel is not None
-    prepared = route.lua.prepared and route.pixel.prepared  # which form is faster differs between machines
-    assert places["large"] == DeviceShare(replace(plan, prepared=prepared), 1000 * MIB)
-    assert device.bundles["large"] == LoadedBundle("float32", 0, route.lua.spec, prepared)
-    found, _ = find_device({"large": bundle}, {"large": route}, read_settings())
-    assert found.memory_bytes == usable_bytes("cpu", machine_memory_bytes())
-    assert json.loads(device.to_json())["bundles"]["large"]["dtype"] == "float32"
+    assert max_items(params, bundle, Device("cpu", 2, 1, {"large": {}}), 8) == 8

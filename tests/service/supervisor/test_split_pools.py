@@ -18,21 +18,17 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from giantleap.models.bundle.bundle import Bundle, read_bundle
-from giantleap.models.memory.from_bundle import read_memory_plan
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.api.app import create_app
-from giantleap.service.errors import BadConfiguration, DoesNotFit
+from giantleap.service.errors import BadConfiguration
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.producer import JobProducer
-from giantleap.service.jobs.capacity import DeviceShare, check_capacity, to_workload
-from giantleap.service.jobs.devices import Device, LoadedBundle, missing_roles
+from giantleap.service.jobs.devices import Device, missing_roles
 from giantleap.service.jobs.job import Job, JobRecord, JobState, UpscaleParams
-from giantleap.service.settings import POCKET_BUNDLE, Settings, read_settings
+from giantleap.service.settings import Settings, read_settings
 from giantleap.service.supervisor.supervisor import serve
 from giantleap.service.worker.loop import run_worker
 from tests.service.fake_producer import FakeProducer
-from tests.service.fakes import GENERATE, UPSCALE
 from tests.service.paper_bundle import write_paper_bundle
 from tests.waiting import wait_until
 
@@ -203,7 +199,7 @@ async def test_a_killed_drawer_is_drawn_again_and_a_killed_finisher_only_finishe
 
 
 def loaded(role: WorkerRole, *names: str) -> Device:
-    return Device("cpu", 1 << 30, {name: LoadedBundle("float32", 0) for name in names}, role)
+    return Device("cpu", 1 << 30, 0, {name: {} for name in names}, role)
 
 
 def test_a_half_without_a_worker_is_named() -> None:
@@ -234,53 +230,6 @@ def test_a_device_of_an_unknown_role_is_refused() -> None:
     assert Device.from_json(text).role is WorkerRole.DECODE
     with pytest.raises(ValueError, match="draw"):
         Device.from_json(text.replace('"decode"', '"draw"'))
-
-
-@pytest.fixture(scope="module")
-def pocket() -> Bundle:
-    return read_bundle(POCKET_BUNDLE)
-
-
-def test_each_half_plans_memory_for_its_own_weights_and_stages(pocket: Bundle) -> None:
-    whole = read_memory_plan(pocket, "cpu", "float32")
-    drawing, finishing = (whole.of_role(role) for role in HALVES)
-    assert 0 < drawing.weights_bytes < whole.weights_bytes and 0 < finishing.weights_bytes < whole.weights_bytes
-    both_bytes = drawing.weights_bytes + finishing.weights_bytes
-    assert both_bytes == whole.weights_bytes + whole.vae_weights_bytes, "both have the VAE"
-    assert drawing.of_role(WorkerRole.GENERATE) == drawing and whole.of_role(WorkerRole.ALL) == whole
-    params = replace(GENERATE, width_px=256, height_px=256, strength=0.5)
-    found = {plan.role: set(plan.estimate(to_workload(params, pocket)).stages) for plan in (whole, drawing, finishing)}
-    assert found == {
-        WorkerRole.ALL: {"encode", "generate", "upscale", "decode"},
-        WorkerRole.GENERATE: {"encode", "generate"},
-        WorkerRole.DECODE: {"upscale", "decode"},
-    }
-    image = replace(UPSCALE, channels=16, image_width_px=64, image_height_px=64)
-    assert set(finishing.estimate(to_workload(image, pocket)).stages) == {"encode", "upscale", "decode"}
-    assert not drawing.estimate(to_workload(image, pocket)).stages
-
-
-def test_a_job_needs_a_place_for_each_half(pocket: Bundle) -> None:
-    whole = read_memory_plan(pocket, "cpu", "float32")
-    drawing, finishing = (whole.of_role(role) for role in HALVES)
-    large = replace(GENERATE, width_px=1024, height_px=1024, method="direct", scale=2)
-
-    def fits(*places: DeviceShare) -> bool:
-        try:
-            check_capacity(large, pocket, places, 10**9)
-        except DoesNotFit:
-            return False
-        return True
-
-    roomy, tight = 1 << 40, 1
-    assert fits(DeviceShare(drawing, roomy), DeviceShare(finishing, roomy))
-    assert not fits(DeviceShare(drawing, roomy), DeviceShare(finishing, tight)), "nobody can finish it"
-    assert not fits(DeviceShare(drawing, tight), DeviceShare(finishing, roomy)), "nobody can draw it"
-    assert fits(DeviceShare(drawing, tight), DeviceShare(finishing, roomy), DeviceShare(whole, roomy))
-    assert fits(DeviceShare(drawing, roomy)), "a half without a worker is not known to be too small"
-    with pytest.raises(DoesNotFit) as caught:
-        check_capacity(large, pocket, [DeviceShare(drawing, roomy), DeviceShare(finishing, 7)], 10**9)
-    assert caught.value.device_bytes == 7, "the device that refuses"
 
 
 @pytest.mark.parametrize("wrong", ["upscale", "generate,decode", "ALL", ""])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.live_storage import LiveStorage
+from giantleap.models.live_storage import LiveStorage
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -1,8 +1,7 @@
-"""Measure the peak bytes of live tensors on any device, including "meta".
+"""Measures the largest number of bytes that tensors hold at one time, on a CPU or on shapes alone (device "meta").
 
-Unlike resident memory, this works for sizes that do not fit in memory: it counts the storage of each operator's result
-until it is freed. Memory that an operator uses only internally is not counted. Used by `benchmarks/decode.py` and by
-the tests that compare the estimates of `models/vae/strip_plan.py` with it.
+A CPU has no allocator statistics, and the resident memory of a process keeps buffers that were freed. This counts the
+storage of each operator's result until it is freed. Workspace that an operator allocates and frees inside is not seen.
 """
 
 import weakref
@@ -15,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveStorage(TorchDispatchMode):
-    """Context manager that records `peak_bytes` of the storages created by operators inside the block.
+    """Counts the storages that operators of a `with` block create; what existed before (weights, inputs) is left out.
 
-    Existing tensors (weights, inputs) do not count. `largest_elements` is the size of the largest returned tensor.
+    `peak_bytes` is the peak of their sum, `largest_elements` the size of the largest tensor that was returned.
     """
 
     def __init__(self) -> None:
@@ -30,13 +29,13 @@ class LiveStorage(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        inputs = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         shaped = _shape_alone(func, args, kwargs or {})
         result = func(*args, **(kwargs or {})) if shaped is None else shaped
         for tensor in _tensors(result):
             self.largest_elements = max(self.largest_elements, tensor.numel())
             storage = tensor.untyped_storage()
-            if storage._cdata not in inputs and storage._cdata not in self._watched:
+            if storage._cdata not in given and storage._cdata not in self._watched:
                 self._watch(storage)
         return result
 
@@ -53,12 +52,12 @@ class LiveStorage(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors of a tree, except weights packed for oneDNN, which have no storage."""
+    """The tensors of a tree, without weights packed for oneDNN, which have no storage."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
 
 
 def _shape_alone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the meta result where torch has no shape rule or a slow one; else None."""
+    """The result on "meta" where torch has no shape rule or a slow one; else None."""
     if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
         return None
     if func is torch.ops.aten.batch_norm_update_stats.default:

@@ -1,1 +1,0 @@
-"""How much device memory a request needs."""
