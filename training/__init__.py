@@ -1,1 +1,1 @@
-"""Training of the adapter for any VAE by the paper's curriculum. Start at `giantleap.training.run`."""
+"""Train the adapter for any VAE with the paper's curriculum; see `giantleap.training.run`."""

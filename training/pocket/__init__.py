@@ -1,1 +1,1 @@
-"""How the pocket bundle's weights are made: `python -m giantleap.training.pocket`."""
+"""Make the weights of the pocket bundle: `python -m giantleap.training.pocket`."""

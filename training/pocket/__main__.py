@@ -1,9 +1,7 @@
-"""The commands that make the pocket bundle: `python -m giantleap.training.pocket
-vae|freeze|decoder|pairs|lua|text|swinir|pack`.
+"""Commands that make the pocket bundle: `python -m giantleap.training.pocket COMMAND`.
 
-Run them in that order; each one is seeded, shows its progress and goes on with `--resume` where it was stopped.
-Nothing is trained here: the commands hand their options to the modules of the same name. `docs/lab/` tells how
-long each took and what it reached.
+Run vae, freeze, decoder, pairs, lua, text, swinir, pack in this order; each is seeded, shows its progress and resumes
+with `--resume`. The commands call the modules of the same names. `docs/lab/` has times and results.
 """
 
 import shutil
@@ -74,7 +72,7 @@ def decoder(
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
-    """Train the decoder on, encoder frozen."""
+    """Train the decoder further with the encoder frozen."""
     torch.set_num_threads(1)
     train_decoder(out, frozen, Pool(pool), _budget(minutes, steps, 20.0), seed, resume)
 
@@ -86,7 +84,7 @@ def pairs(
     pool: PoolFolder = RUNS / "pool",
     units: Annotated[int, typer.Option(help="How much, in squares of 256 px; the pictures have many sizes.")] = 14500,
 ) -> None:
-    """Encode the pictures that LUA trains on, and the held-out ones."""
+    """Encode the training and held-out pictures of LUA."""
     torch.set_num_threads(1)
     encoder = AutoencoderKL.from_pretrained(frozen).eval()
     encoder.to(memory_format=torch.channels_last)
@@ -139,7 +137,7 @@ def swinir(
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
-    """Train the pixel-space upscaler of one scale, the rival of LUA."""
+    """Train the pixel-space upscaler of one scale."""
     pictures = Pool(pool, scene_count=64, scene_px=PICTURE_PX, leaf_px=PICTURE_PX)
     train_swinir(out, vae_dir, pictures, scale, start, _budget(minutes, steps, 12.0), seed, resume)
 
@@ -152,13 +150,13 @@ def pack(
     text_dir: Annotated[Path | None, typer.Option(help="Pipeline, for example runs/text/pipeline.")] = None,
     swinir: Annotated[list[Path] | None, typer.Option(help="Files such as runs/swinir2/swinir_x2.safetensors.")] = None,
 ) -> None:
-    """Put what is given into the bundle, as float16 safetensors, and describe it; the rest stays as it is."""
+    """Copy the given parts into the bundle as float16 safetensors and write its descriptor; keep other parts."""
     if text_dir is not None:
         shutil.copytree(text_dir, bundle, ignore=shutil.ignore_patterns("vae"), dirs_exist_ok=True)
     if vae_dir is not None:
         shutil.rmtree(bundle / "vae", ignore_errors=True)
         autoencoder = AutoencoderKL.from_pretrained(vae_dir).half()
-        autoencoder.register_to_config(_name_or_path="giantleap/pocket")  # no path of this machine in the bundle
+        autoencoder.register_to_config(_name_or_path="giantleap/pocket")  # keep paths of this machine out of the bundle
         autoencoder.save_pretrained(bundle / "vae")
     if lua_file is not None:
         provenance = {"trained_by": "python -m giantleap.training.pocket lua", "license": "Apache-2.0"}
@@ -173,7 +171,7 @@ def vae_bundle(
     vae_dir: Annotated[Path, typer.Option(help="VAE, for example runs/vae4_frozen.")],
     out: Annotated[Path, typer.Option(help="Directory of the bundle; its name is the bundle's.")],
 ) -> None:
-    """Make a bundle of a VAE alone, for `giantleap train`."""
+    """Make a bundle of a VAE alone for `giantleap train`."""
     write_vae_bundle(out, vae_dir, out.name)
 
 

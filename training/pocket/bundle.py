@@ -1,7 +1,7 @@
-"""Writes the descriptor of the pocket bundle: what it is, where its weights come from, its limits and their digests.
+"""Write the descriptor of the pocket bundle: provenance, limits and digests.
 
 `python -m giantleap.training.pocket pack` calls it after every change of the weights. `write_vae_bundle` makes a bundle
-of a VAE alone, which is all that a training reads.
+of a VAE alone, which is all that training needs.
 """
 
 import json
@@ -36,10 +36,7 @@ PROVENANCE = (
 
 
 def write_descriptor(directory: Path) -> None:
-    """Write `bundle.toml` for the weights that lie in `directory`.
-
-    Effects: replaces the file that was there.
-    """
+    """Write or replace `bundle.toml` for the weights in `directory`."""
     hashes = file_hashes(directory)
     swinir = {key: name for key, name in SWINIR_FILES.items() if name in hashes}
     write_bundle(
@@ -55,9 +52,9 @@ def write_descriptor(directory: Path) -> None:
             latent_space=LatentSpaceSource(name="pocket16"),
             lua=LuaFile(file=LUA_FILE, scales=(2, 4), sha256=hashes.pop(LUA_FILE)),
             swinir=SwinirFiles(**swinir) if swinir else None,
-            # The network has only seen 128 px: at 64 px its pictures break, at 256 px it repeats the object.
+            # Trained at 128 px only: at 64 px images break, at 256 px the object repeats.
             defaults=Defaults(steps=12, guidance_scale=3.0, base_width_px=128, base_height_px=128),
-            # Larger ones repeat it as well; they are allowed directly so that the methods can be compared.
+            # Larger images repeat the object, too; they are allowed for comparing the methods.
             limits=Limits(min_base_px=96, max_base_px=192, multiple_px=32, max_steps=100, max_direct_px=512),
             vocabulary=Vocabulary(closed=True),
             files=hashes,
@@ -66,18 +63,16 @@ def write_descriptor(directory: Path) -> None:
 
 
 def write_vae_bundle(directory: Path, vae_dir: Path, name: str) -> None:
-    """Write a bundle that holds a VAE and nothing else, to train in its latent space; `giantleap serve` refuses it.
+    """Write a bundle of a VAE alone, to train in its latent space; `giantleap serve` refuses it.
 
     Args:
-        directory: Of the bundle.
+        directory: Directory of the bundle; its content is replaced.
         vae_dir: An AutoencoderKL of stride 8, written by diffusers.
-        name: Of the bundle and of its latent space.
-
-    Effects: replaces what the directory held.
+        name: Name of the bundle and of its latent space.
     """
     shutil.rmtree(directory, ignore_errors=True)
     vae = AutoencoderKL.from_pretrained(vae_dir).half()
-    vae.register_to_config(_name_or_path=f"giantleap/{name}")  # no path of this machine in the bundle
+    vae.register_to_config(_name_or_path=f"giantleap/{name}")  # keep paths of this machine out of the bundle
     vae.save_pretrained(directory / "vae")
     provenance = (
         "Trained from random weights by `python -m giantleap.training.pocket vae` on pictures that its own code draws."
@@ -96,7 +91,7 @@ def write_vae_bundle(directory: Path, vae_dir: Path, name: str) -> None:
                 scale=float(vae.config.scaling_factor),
             ),
             lua_source=LuaSource(train="giantleap train prepare, giantleap train transfer"),
-            # What a pipeline would need; there is none.
+            # placeholders for a pipeline that does not exist
             defaults=Defaults(
                 steps=1, guidance_scale=0.0, base_width_px=128, base_height_px=128, scale=1, method="bicubic"
             ),

@@ -1,8 +1,8 @@
-"""The language of the pocket model: what can be asked for, and the many ways to say it.
+"""The vocabulary of the pocket model, and its captions.
 
 A prompt fills up to six slots: shape, color, size and position of one object, color of the floor, color of the sky.
-This module owns the words, writes captions with free order and missing parts, and draws seeded random prompts. What a
-slot looks like is in `training/pocket/scenes.py`; how the words become tokens is in `training/pocket/tokenizer.py`.
+This module writes captions with free order and missing parts, and draws seeded random prompts.
+`training/pocket/scenes.py` renders the slots, `training/pocket/tokenizer.py` tokenizes the words.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ FILLERS = (
 
 @dataclass(frozen=True)
 class Slots:
-    """What one picture shows. `None` means that the caption leaves it open."""
+    """Content of one picture. `None`: the caption does not say."""
 
     shape: str | None
     color: str | None
@@ -54,13 +54,13 @@ class Slots:
 
 
 def known_words() -> tuple[str, ...]:
-    """Every word that the vocabulary holds as one token, in a fixed order."""
+    """Return every word that is one token, in a fixed order."""
     synonyms = tuple(word for words in SYNONYMS.values() for word in words)
     return tuple(dict.fromkeys((*COLORS, *SHAPES, *POSITIONS, *SIZES, *synonyms, *FILLERS)))
 
 
 def draw_slots(rng: np.random.Generator) -> Slots:
-    """Fill all six slots at random; the object never has the color of the floor or of the sky."""
+    """Draw all six slots at random; the object never has the color of floor or sky."""
     floor, sky = str(rng.choice(COLORS)), str(rng.choice(COLORS))
     free = [color for color in COLORS if color not in (floor, sky)]
     return Slots(
@@ -74,7 +74,7 @@ def draw_slots(rng: np.random.Generator) -> Slots:
 
 
 def to_caption(slots: Slots) -> str:
-    """The plain form: `a large red sphere on a green floor under a blue sky, on the left`."""
+    """Write the plain form: `a large red sphere on a green floor under a blue sky, on the left`."""
     parts = [_article(_object_words(slots))]
     if slots.floor:
         parts.append(f"on {_article(slots.floor)} floor")
@@ -86,9 +86,9 @@ def to_caption(slots: Slots) -> str:
 
 
 def vary_caption(slots: Slots, rng: np.random.Generator) -> str:
-    """Say the same in one of many ways: synonyms, other orders, left-out slots, now and then a word nobody knows.
+    """Write a variation: synonyms, other orders, missing slots, sometimes an unknown word.
 
-    Half of the captions keep the plain order with every slot, because the order is what makes learning quick.
+    Half of the captions keep the plain order with every slot, because a fixed order is learned faster.
     """
     slots = _say_synonyms(_drop_slots(slots, rng) if rng.random() < 0.35 else slots, rng)
     ground = "floor" if rng.random() < 0.8 else "ground"
@@ -112,14 +112,14 @@ def vary_caption(slots: Slots, rng: np.random.Generator) -> str:
 
 
 def draw_prompts(count: int, seed: int) -> list[tuple[str, Slots]]:
-    """Seeded random prompts in the plain form with all six slots, for measuring."""
+    """Draw seeded random prompts in the plain form with all six slots, for benchmarks."""
     rng = np.random.default_rng(seed)
     drawn = [draw_slots(rng) for _ in range(count)]
     return [(to_caption(slots), slots) for slots in drawn]
 
 
 def mirror(slots: Slots) -> Slots:
-    """The slots of the picture flipped left to right."""
+    """Return the slots of the mirrored picture."""
     swapped = {"left": "right", "right": "left"}
     position = swapped.get(slots.position, slots.position) if slots.position else None
     return Slots(slots.shape, slots.color, slots.floor, slots.sky, position, slots.size)
@@ -149,7 +149,7 @@ def _place_words(position: str, rng: np.random.Generator) -> str:
 
 
 def _drop_slots(slots: Slots, rng: np.random.Generator) -> Slots:
-    """Leave each slot out with probability 0.35; the shape goes only when the object's other words stay sensible."""
+    """Drop each slot with probability 0.35; the shape only when the remaining words make sense."""
     keep = rng.random(6) >= 0.35
     kept = [value if kept else None for value, kept in zip(_values(slots), keep, strict=True)]
     if kept[0] is None and (kept[1] or kept[5]):
@@ -165,7 +165,7 @@ def _say_synonyms(slots: Slots, rng: np.random.Generator) -> Slots:
 
 
 def _insert_noise(caption: str, rng: np.random.Generator) -> str:
-    """Put one made-up word in, so that an unknown word changes little."""
+    """Insert one made-up word, so that the model learns to ignore unknown words."""
     letters = rng.integers(0, 26, size=int(rng.integers(3, 8)))
     words = caption.split(" ")
     words.insert(int(rng.integers(0, len(words) + 1)), "".join(chr(97 + letter) for letter in letters))

@@ -1,8 +1,8 @@
-"""Freezes the pocket VAE's encoder with well-scaled codes, then trains the decoder alone for as long as it pays.
+"""Freeze the pocket VAE's encoder with normalized codes, then train the decoder alone.
 
-Freezing folds the codes' statistics into the last convolution of the encoder and the first of the decoder, so that
-a stock pipeline with `scaling_factor` 1 and no shift sees zero mean and unit deviation. From then on the latent
-space stands still, while a better decoder helps everything that is decoded. Comes after `training/pocket/vae.py`.
+Freezing folds the codes' statistics into the last convolution of the encoder and the first of the decoder, so that a
+stock pipeline with `scaling_factor` 1 and no shift sees zero mean and unit deviation. The latent space is fixed from
+here on. Follows `training/pocket/vae.py`.
 """
 
 import json
@@ -20,31 +20,23 @@ from giantleap.training.optim import Budget, Ema, MuonAdamW, cosine_rate
 from giantleap.training.pocket.state import TrainState, smoothed
 from giantleap.training.pocket.vae import SAVE_EVERY_S, Pool, train_steps, validate, write_vae
 
-CODE_NOISE = 0.015  # stands for what a diffusion model leaves in its latents
+CODE_NOISE = 0.015  # simulates the residual noise of a diffusion model
 EMA_DECAY = 0.997
-PEAK_SHARE = 0.35  # of the rates of the end-to-end run: a full restart would undo it
+PEAK_SHARE = 0.35  # factor on the end-to-end rates: a full restart would undo that run
 
 
 @torch.no_grad()
 def measure_codes(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel of the posterior means.
-
-    Shape:
-        images [n, 3, height, width] in [-1, 1]; returns two [channels].
-    """
+    """Return mean and deviation, both [channels], of the posterior means of images [n, 3, height, width] in [-1, 1]."""
     codes = torch.cat([vae.encode(part).latent_dist.mode() for part in tqdm(images.split(8), desc="codes")])
     return codes.mean(dim=(0, 2, 3)), codes.std(dim=(0, 2, 3))
 
 
 @torch.no_grad()
 def fold_statistics(vae: AutoencoderKL, mean: Tensor, deviation: Tensor) -> None:
-    """Rescales the codes to (code - mean) / deviation, in place, without changing what is decoded.
+    """Rescale the codes in place to (code - mean) / deviation, both [channels], without changing the decoded images.
 
-    Exact but for the outermost ring of latents: the decoder pads with zeros, which stood for zero and now stand
-    for `mean`.
-
-    Shape:
-        mean and deviation [channels].
+    Exact except for the outermost ring of latents: the decoder's zero padding meant zero and now means `mean`.
     """
     out, first = vae.encoder.conv_out, vae.decoder.conv_in
     assert out.bias is not None and first.bias is not None
@@ -57,10 +49,9 @@ def fold_statistics(vae: AutoencoderKL, mean: Tensor, deviation: Tensor) -> None
 
 
 def freeze_encoder(vae_dir: Path, out: Path, pool: Pool, seed: int, count: int = 256) -> dict[str, object]:
-    """Writes the folded VAE to `out` and, last, its figures to `out/READY` as JSON.
+    """Write the folded VAE to `out` and, last, its figures to `out/READY` as JSON.
 
-    Weights are rounded to float16 first, because that is what the bundle ships: a latent encoded today equals one
-    encoded by the shipped file.
+    Weights are rounded to float16 first, as the bundle ships them, so that latents equal those of the shipped file.
     """
     vae = AutoencoderKL.from_pretrained(vae_dir).eval()
     pictures, held_out = pool.read(seed), pool.read_held_out(seed)
@@ -81,9 +72,9 @@ def freeze_encoder(vae_dir: Path, out: Path, pool: Pool, seed: int, count: int =
 
 
 def batch_shape(progress: float, draw: float) -> tuple[int, int]:
-    """Batch and crop size in pixels; `draw` in 0..1 decides between small crops, which include scenes, and large.
+    """Return batch and crop size in pixels; `draw` in 0..1 selects small crops, which include scenes, or large ones.
 
-    The last large crops are nearly whole pictures, for the group norms' sake.
+    The last large crops are nearly whole pictures, because group norms average over the picture.
     """
     if progress < 0.3 or draw < 0.3:
         return 4, 128
@@ -93,10 +84,9 @@ def batch_shape(progress: float, draw: float) -> tuple[int, int]:
 def train_decoder(
     out: Path, frozen: Path, pool: Pool, budget: Budget, seed: int, resume: bool, muon_lr: float = 0.012 * PEAK_SHARE
 ) -> None:
-    """Trains the decoder on codes of the frozen encoder; writes `state.pt`, `log.jsonl` and the EMA as `vae/`.
+    """Train the decoder on codes of the frozen encoder; write `state.pt`, `log.jsonl` and the EMA as `vae/` in `out`.
 
-    Effects:
-        Overwrites the three in `out`; safe to stop at any time and to repeat with `resume`.
+    May be stopped at any time and resumed.
     """
     torch.manual_seed(seed)
     pictures, held_out = pool.read(seed), pool.read_held_out(seed)

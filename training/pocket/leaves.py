@@ -1,9 +1,9 @@
-"""Draws dead-leaves images: the only photographs-like pictures that the pocket VAE and LUA ever train on.
+"""Draw dead-leaves images, the photograph-like training pictures of the pocket VAE and LUA.
 
-A dead-leaves image is a pile of occluding shapes with power-law radii; it shares the scale invariance and the
-sharp edges of natural images (Lee, Mumford and Huang 2001). Leaves carry textures (1/f noise, stripes,
-checkers, gradients), and the finished picture is lit, blurred, shrunk and given sensor noise the way a camera
-would. `training/pocket/vae.py` and `training/pocket/lua.py` read pools of these images.
+A dead-leaves image is a pile of occluding shapes with power-law radii; it has the scale invariance and sharp edges of
+natural images (Lee, Mumford and Huang 2001). Leaves have textures (1/f noise, stripes, checkers, gradients), and the
+picture is lit, blurred, reduced and given sensor noise as by a camera. `training/pocket/vae.py` and
+`training/pocket/lua.py` read pools of these images.
 """
 
 import multiprocessing
@@ -25,7 +25,7 @@ MAX_LEAVES = 1500
 
 
 def fractal_noise(rng: np.random.Generator, size_px: int, slope: float) -> Floats:
-    """Draws a tileable noise field whose amplitude falls as 1/f**slope, zero mean and unit deviation."""
+    """Draw a tileable noise field with amplitude 1/f**slope, zero mean and unit deviation."""
     frequency_y = np.fft.fftfreq(size_px)[:, None]
     frequency_x = np.fft.rfftfreq(size_px)[None, :]
     radius = np.maximum(np.hypot(frequency_y, frequency_x), 1.0 / size_px)
@@ -38,14 +38,14 @@ def fractal_noise(rng: np.random.Generator, size_px: int, slope: float) -> Float
 
 @dataclass(frozen=True)
 class Palette:
-    """The colors of one picture: leaves scatter round a base color, mostly in lightness."""
+    """Colors of one picture: variations of a base color, mostly in lightness."""
 
     base: Floats
     contrast: float
     saturation: float
 
     def draw(self, rng: np.random.Generator) -> Floats:
-        """Draws an RGB color in [0, 1]; three leaves in four stay nearer to the base."""
+        """Draw an RGB color in [0, 1]; three in four are close to the base."""
         spread = self.contrast * (1.0 if rng.random() < 0.25 else rng.uniform(0.1, 1.0))
         lightness = rng.uniform(-0.5, 0.5) - 0.4 * (float(self.base.mean()) - 0.5)
         chroma = rng.normal(0.0, self.saturation, 3)
@@ -62,7 +62,7 @@ def _draw_palette(rng: np.random.Generator) -> Palette:
 
 
 def _inside(rng: np.random.Generator, dy: Floats, dx: Floats, radius_px: float) -> Floats:
-    """Signed distance in pixels, positive inside, of one random shape (ellipse, box, bar or polygon)."""
+    """Return the signed distance in pixels, positive inside, of a random shape (ellipse, box, bar, polygon)."""
     angle = rng.uniform(0.0, np.pi)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     along, across = dx * cos + dy * sin, dy * cos - dx * sin
@@ -87,7 +87,7 @@ def _inside(rng: np.random.Generator, dy: Floats, dx: Floats, radius_px: float) 
 
 
 def _pattern(rng: np.random.Generator, dy: Floats, dx: Floats, radius_px: float, noise: list[Floats]) -> Floats:
-    """A scalar texture of about unit deviation over a leaf's bounding box."""
+    """Return a scalar texture of about unit deviation over a leaf's bounding box."""
     kind = rng.random()
     if kind < 0.6:
         field = noise[int(rng.integers(len(noise)))]
@@ -113,7 +113,7 @@ def _pattern(rng: np.random.Generator, dy: Floats, dx: Floats, radius_px: float,
 
 
 def _paint(rng: np.random.Generator, canvas: Floats, radius_px: float, palette: Palette, noise: list[Floats]) -> None:
-    """Lays one leaf over the canvas in place."""
+    """Paint one leaf on the canvas, in place."""
     size_px = canvas.shape[0]
     centre_y, centre_x = rng.uniform(-0.3 * radius_px, size_px + 0.3 * radius_px, 2)
     reach = radius_px + 2.0
@@ -136,7 +136,7 @@ def _paint(rng: np.random.Generator, canvas: Floats, radius_px: float, palette: 
 
 
 def _expose(rng: np.random.Generator, image: Floats, noise: list[Floats]) -> Floats:
-    """Lights, blurs and noises the picture like a camera."""
+    """Light, blur and add noise to the picture like a camera."""
     size_px = image.shape[0]
     if rng.random() < 0.6:
         light = ndimage.zoom(noise[0][:8, :8], size_px / 8, order=1, mode="grid-wrap", grid_mode=True)
@@ -153,13 +153,10 @@ def _expose(rng: np.random.Generator, image: Floats, noise: list[Floats]) -> Flo
 
 
 def draw_leaves(rng: np.random.Generator, size_px: int) -> Pixels:
-    """Draws one square dead-leaves picture.
+    """Draw one dead-leaves picture [size_px, size_px, 3], uint8.
 
-    One picture in three is drawn at twice the size and shrunk, which gives detail finer than a pixel; one in
-    six is made of few large smooth leaves, which stands for skies, walls and rendered scenes.
-
-    Shape:
-        returns [size_px, size_px, 3], uint8.
+    One in three is drawn at twice the size and reduced, which gives subpixel detail; one in six has few large smooth
+    leaves, like skies and walls.
     """
     shrink = 2 if rng.random() < 0.33 else 1
     canvas_px = size_px * shrink
@@ -174,7 +171,7 @@ def draw_leaves(rng: np.random.Generator, size_px: int) -> Pixels:
     canvas[:] = palette.draw(rng)
     for _ in range(6 if smooth else 24):
         _paint(rng, canvas, canvas_px * float(rng.uniform(0.25, 0.7)), palette, noise)
-    # Inverse-CDF draw of radii with density r**-(power + 1) between low and high; large leaves mostly first.
+    # Inverse CDF of radii with density r**-(power + 1) between low and high; large leaves mostly first.
     uniform = rng.random(count)
     radii = (low**-power + uniform * (high**-power - low**-power)) ** (-1.0 / power)
     order = np.argsort(-radii * np.exp(rng.normal(0.0, 1.0, count)))
@@ -193,16 +190,12 @@ def _draw_one(task: tuple[int, int, int]) -> Pixels:
 
 
 def read_leaf_pool(folder: Path, count: int, size_px: int, seed: int, processes: int = 2) -> Pixels:
-    """Opens the pool of pictures for a seed, drawing it first when it is not on disk.
+    """Open the pool of a seed, drawing it first if it is not on disk (`leaves_<seed>_<size>_<count>.npy`).
 
-    Every picture depends on (seed, its index, size) alone, so pools are equal on every machine and for any
-    number of processes.
+    Every picture depends on (seed, index, size) alone, so pools are equal on every machine.
 
-    Effects:
-        Writes `leaves_<seed>_<size>_<count>.npy` into the folder, once.
-
-    Shape:
-        returns [count, size_px, size_px, 3], uint8, memory-mapped.
+    Returns:
+        [count, size_px, size_px, 3], uint8, memory-mapped.
     """
     path = folder / f"leaves_{seed}_{size_px}_{count}.npy"
     if not path.is_file():

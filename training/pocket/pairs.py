@@ -1,8 +1,8 @@
-"""Photo-like views of the procedural pictures, in many sizes, and the encoded pairs that the pocket LUA trains on.
+"""Photograph-like views of the procedural pictures, and the encoded pairs that the pocket LUA trains on.
 
-The VAE's group norms average over the whole picture, so pairs are whole pictures of the sizes met in use. Leaves
-are sharp and grainy everywhere while photographs have blurred parts, soft shading and strong colors: `draw_view`
-enlarges, shrinks, stretches, mixes, blurs and colors them. `training/pocket/lua.py` trains on what is written here.
+The VAE's group norms average over the whole picture, so pairs are whole pictures of the sizes used later. Leaves are
+sharp and grainy everywhere, while photographs have blurred parts, soft shading and strong colors: `draw_view` resizes,
+stretches, mixes, blurs and colors them. `training/pocket/lua.py` trains on the pairs.
 """
 
 import math
@@ -29,15 +29,15 @@ SIZES_PX: Sizes = (
     (512, 512),
 )  # height, width; equal shares of the pixels
 UNIT_PX = 256  # pictures are counted in squares of this side
-ENCODE_UNITS = 8  # what is encoded at once
+ENCODE_UNITS = 8  # encoded at once
 SCENE_SHARE = 0.12
-MIX_SHARE = 0.4  # of the views are two, joined along a soft edge
+MIX_SHARE = 0.4  # share of views that join two along a soft edge
 
 Pixels = NDArray[np.uint8]
 
 
 def shrink(images: Tensor, scale: int) -> Tensor:
-    """Antialiased bicubic, to 8-bit levels, as a camera or a browser would hand it over; [-1, 1]."""
+    """Reduce pictures in [-1, 1]: antialiased bicubic, rounded to 8-bit levels."""
     small = F.interpolate(images, scale_factor=1.0 / scale, mode="bicubic", antialias=True)
     return ((small.clamp(-1.0, 1.0) + 1.0) * 127.5).round() / 127.5 - 1.0
 
@@ -47,7 +47,7 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def _window(rng: np.random.Generator, pool: Pixels, height: int, width: int) -> Tensor:
-    """A random window of a random picture, flipped and turned, brought to the size asked for; [1, 3, h, w] in [0, 1].
+    """Return a random window of a random picture, flipped, turned and resized: [1, 3, h, w] in [0, 1].
 
     From a fifth of the size (a blurred enlargement) to twice the size; one in three is stretched up to 2.5 times.
     """
@@ -66,14 +66,14 @@ def _window(rng: np.random.Generator, pool: Pixels, height: int, width: int) -> 
 
 
 def _blur(image: Tensor, sigma_px: float) -> Tensor:
-    """About a Gaussian, by shrinking and enlarging."""
+    """Blur approximately like a Gaussian, by resizing."""
     height, width = image.shape[-2:]
     factor = max(1.0, 1.5 * sigma_px)
     return _resize(_resize(image, max(4, round(height / factor)), max(4, round(width / factor))), height, width)
 
 
 def _soft_mask(rng: np.random.Generator, height: int, width: int) -> Tensor:
-    """A few large blobs with edges from sharp to very soft; [1, 1, h, w] in [0, 1]."""
+    """Return a mask [1, 1, h, w] in [0, 1] of a few large blobs with sharp to very soft edges."""
     cells = int(rng.integers(3, 7))
     field = torch.from_numpy(rng.standard_normal((1, 1, cells, cells), dtype=np.float32))
     steepness = math.exp(rng.uniform(math.log(1.0), math.log(60.0)))
@@ -81,7 +81,7 @@ def _soft_mask(rng: np.random.Generator, height: int, width: int) -> Tensor:
 
 
 def _color(rng: np.random.Generator, image: Tensor) -> Tensor:
-    """Turns the hue, scales the saturation, bends the tone curve, tints; [1, 3, h, w] in [0, 1]."""
+    """Change hue, saturation, tone curve and tint of [1, 3, h, w] in [0, 1]."""
     grey = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     luma = (image * grey).sum(dim=1, keepdim=True)
     chroma = image - luma
@@ -94,11 +94,7 @@ def _color(rng: np.random.Generator, image: Tensor) -> Tensor:
 
 
 def draw_view(rng: np.random.Generator, leaves: Pixels, height: int, width: int) -> Tensor:
-    """Draws one photo-like picture from a pool of square leaves.
-
-    Shape:
-        returns [1, 3, height, width] in [-1, 1].
-    """
+    """Draw one photograph-like picture [1, 3, height, width] in [-1, 1] from a pool of square leaves."""
     image = _window(rng, leaves, height, width)
     if rng.random() < MIX_SHARE:
         behind = _window(rng, leaves, height, width)
@@ -114,7 +110,7 @@ def draw_view(rng: np.random.Generator, leaves: Pixels, height: int, width: int)
 
 
 def draw_scene_view(rng: np.random.Generator, scenes: Pixels, height: int, width: int) -> Tensor:
-    """A captioned scene, whole, as the pocket bundle draws them; [1, 3, height, width] in [-1, 1]."""
+    """Draw a whole captioned scene [1, 3, height, width] in [-1, 1]."""
     image = torch.from_numpy(np.array(scenes[rng.integers(len(scenes))])).permute(2, 0, 1)[None] / 255.0
     image = _resize(image, height, width)
     image = image.flip(3) if rng.random() < 0.5 else image
@@ -123,24 +119,24 @@ def draw_scene_view(rng: np.random.Generator, scenes: Pixels, height: int, width
 
 @dataclass(frozen=True)
 class Pairs:
-    """Encoded pictures of one size: `latents[1]` of the pictures, `latents[2]` and `latents[4]` of the shrunk ones."""
+    """Encoded pictures of one size: `latents[1]` at full size, `latents[2]` and `latents[4]` reduced."""
 
     latents: dict[int, Tensor]
     pictures: Pixels
 
     @property
     def units(self) -> float:
-        """Pixels of one picture, in squares of `UNIT_PX`."""
+        """Size of one picture in squares of `UNIT_PX`."""
         _, height, width, _ = self.pictures.shape
         return int(height) * int(width) / UNIT_PX**2
 
     def latents_at(self, places: NDArray[np.int64], scale: int) -> tuple[Tensor, Tensor]:
-        """The pairs at these places: small [n, 16, h / scale, w / scale], large [n, 16, h, w]."""
+        """Return the pairs at these indices: small [n, 16, h / scale, w / scale], large [n, 16, h, w]."""
         index = torch.from_numpy(places)
         return self.latents[scale][index].float(), self.latents[1][index].float()
 
     def pictures_at(self, places: NDArray[np.int64]) -> Tensor:
-        """The pictures at these places, [n, 3, 8 h, 8 w] in [-1, 1]."""
+        """Return the pictures at these indices, [n, 3, 8 h, 8 w] in [-1, 1]."""
         return torch.from_numpy(self.pictures[places]).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
@@ -148,10 +144,9 @@ class Pairs:
 def write_pairs(
     vae: AutoencoderKL, source: Pictures, folder: Path, units: int, seed: int, sizes_px: Sizes = SIZES_PX
 ) -> None:
-    """Draws views of every size, `units` squares of 256 px in all, and encodes each at full, half and quarter size.
+    """Draw views of every size, `units` squares of 256 px in total, and encode each at full, half and quarter size.
 
-    Effects:
-        Writes `<height>x<width>.npy` with the pictures and `.pt` with the latents, float16, into the folder.
+    Writes `<height>x<width>.npy` with the pictures and `.pt` with the latents in float16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for height, width in sizes_px:
@@ -173,7 +168,7 @@ def write_pairs(
             images = levels / 127.5 - 1.0
             for scale, latents in parts.items():
                 small = images if scale == 1 else shrink(images, scale)
-                # bfloat16 is 10 times faster here and moves a code by 0.2 to 0.9 % of its deviation.
+                # bfloat16 is 10 times faster here and changes a code by 0.2 to 0.9 % of its deviation.
                 with torch.autocast("cpu", torch.bfloat16):
                     latents.append(vae.encode(small).latent_dist.mode().half().contiguous())
         np.save(folder / f"{height}x{width}.npy", pictures, allow_pickle=False)
@@ -181,7 +176,7 @@ def write_pairs(
 
 
 def read_pairs(folder: Path) -> list[Pairs]:
-    """Opens what `write_pairs` wrote, one entry per size.
+    """Open the output of `write_pairs`, one entry per size.
 
     Raises:
         FileNotFoundError: There are no pairs in the folder.

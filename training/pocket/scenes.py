@@ -1,9 +1,8 @@
 """Captioned ray-cast scenes: one object on a colored floor under a colored sky, with the object's mask.
 
-A scene is a value (`Scene`), drawn from a seed and rendered by closed-form ray intersections, many at a time. The
-camera is fixed but for small jitters, so that a slot such as "left" or "large" has one meaning in the frame. Captions
-are in `training/pocket/captions.py`; the text-to-latent training that reads these pictures is
-`training/pocket/text.py`.
+A scene is a value (`Scene`), drawn from a seed and rendered in batches by closed-form ray intersections. The camera is
+fixed except for small jitters, so that a slot such as "left" or "large" has one meaning. Captions are in
+`training/pocket/captions.py`; `training/pocket/text.py` trains on these pictures.
 """
 
 import argparse
@@ -39,11 +38,11 @@ SHADOW = 0.58
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: its six slots and the jitters that no caption names."""
+    """One picture: its six slots and the jitters."""
 
     slots: Slots
     centre_x: float  # of the object, 0..1 across the frame
-    foot_y: float  # where the object's centre line meets the floor, 0 top .. 1 bottom
+    foot_y: float  # where the object's center line meets the floor, 0 top .. 1 bottom
     height: float  # of the object in frame heights
     yaw: float  # of the cube, radians
     horizon_y: float
@@ -53,7 +52,7 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, slots: Slots | None = None) -> Scene:
-    """Draw the jitters, and the slots too where none are given."""
+    """Draw the jitters, and the slots if none are given."""
     slots = slots or draw_slots(rng)
     return Scene(
         slots=slots,
@@ -69,18 +68,16 @@ def draw_scene(rng: np.random.Generator, slots: Slots | None = None) -> Scene:
 
 
 def plain_scene(slots: Slots) -> Scene:
-    """The scene of these slots with every jitter at its middle: where an object is expected in the frame."""
+    """Return the scene of these slots without jitter."""
     x, height = CENTRE_OF_POSITION[str(slots.position)], HEIGHT_OF_SIZE[str(slots.size)]
     return Scene(slots, x, 0.77, height, 0.785, 0.39, -0.6, -0.6, 1.0)
 
 
 def render(scenes: list[Scene], image_px: int = 128, samples: int = 2) -> tuple[Tensor, Tensor]:
-    """Ray-cast scenes that may have different shapes.
+    """Ray-cast scenes, which may have different shapes.
 
     Returns:
-        The pictures in 0..1 and the share of each pixel that the object covers.
-
-    **Shape**: (B, 3, image_px, image_px) and (B, 1, image_px, image_px).
+        Pictures [batch, 3, image_px, image_px] in 0..1 and object coverage [batch, 1, image_px, image_px].
     """
     side = image_px * samples
     images = torch.empty(len(scenes), 3, image_px, image_px)
@@ -102,7 +99,7 @@ def _albedo(scenes: list[Scene], slot: str) -> Tensor:
 
 
 def _cast(shape: str, scenes: list[Scene], side: int) -> tuple[Tensor, Tensor]:
-    """One color per ray for scenes of one shape. The camera is at (0, 1, 0), looks along z, and the floor is y = 0."""
+    """Return one color per ray for scenes of one shape; camera at (0, 1, 0) along z, floor at y = 0."""
     axis = (torch.arange(side, dtype=torch.float32) + 0.5) / side
     v, u = axis.view(1, side, 1), axis.view(1, 1, side)
     horizon, foot = _column(scenes, "horizon_y"), _column(scenes, "foot_y")
@@ -136,7 +133,7 @@ Vector = tuple[Tensor, Tensor, Tensor]
 
 
 def _hit(shape: str, origin: Vector, ray: Vector, height: Tensor, yaw: Tensor) -> tuple[Tensor, Vector]:
-    """Distance to the shape (infinite where missed) and the outer normal there; its foot is the origin of space."""
+    """Return the distance to the shape (infinite if missed) and the outer normal; the shape stands on the origin."""
     if shape == "sphere":
         return _hit_sphere(origin, ray, 0.46 * height)
     if shape == "cube":
@@ -147,7 +144,7 @@ def _hit(shape: str, origin: Vector, ray: Vector, height: Tensor, yaw: Tensor) -
 
 
 def _nearest_root(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Smaller root of a t^2 + 2 b t + c, infinite where there is none."""
+    """Return the smaller root of a t^2 + 2 b t + c, infinite if there is none."""
     square = b * b - a * c
     return torch.where(square > 0, (-b - square.clamp(min=0).sqrt()) / a, torch.inf)
 
@@ -214,9 +211,9 @@ def _hit_cone(origin: Vector, ray: Vector, height: Tensor, radius: Tensor) -> tu
 
 
 def write_pool(folder: Path, count: int, seed: int, image_px: int = 128) -> None:
-    """Render a pool of scenes: `images.npy` (count, 3, px, px) uint8 and `slots.jsonl`, one line per picture.
+    """Render a pool: `images.npy` [count, 3, px, px], uint8, and `slots.jsonl`, one line per picture.
 
-    Scene i depends on the seed and i alone. `done.json` is written last, so a half-written pool is never read.
+    Scene i depends on the seed and i alone. `done.json` is written last and marks a complete pool.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shape = (count, 3, image_px, image_px)
@@ -233,7 +230,7 @@ def write_pool(folder: Path, count: int, seed: int, image_px: int = 128) -> None
 
 
 def read_pool(folder: Path) -> tuple[np.ndarray, list[Slots]]:
-    """The pool's pictures (memory-mapped) and slots. Refuses a pool that was not finished."""
+    """Read the pictures (memory-mapped) and slots of a complete pool."""
     if not (folder / "done.json").exists():
         raise FileNotFoundError(
             f"{folder} holds no finished pool of scenes: run `python -m giantleap.training.pocket.scenes {folder}`"

@@ -1,8 +1,8 @@
-"""Trains the pocket bundle's two pixel-space SwinIRs: one network per scale, on procedural pictures only.
+"""Train the pocket bundle's pixel-space SwinIR networks, one per scale, on procedural pictures.
 
-In use they enlarge what the pocket VAE decoded, so half of the inputs went through that VAE and half are clean; the
-target is the drawn picture at full size, the loss L1. The network is the `Lua` of an RGB SwinIR, which starts as a
-bicubic enlargement; its file has the published single-head layout, which `models/engines/swinir.py` opens.
+In use they upscale images that the pocket VAE decoded, so half of the inputs pass that VAE and half are clean; the
+target is the picture at full size, the loss L1. The network is an RGB `Lua` that starts as bicubic interpolation; its
+file has the published single-head layout, which `models/engines/swinir.py` opens.
 """
 
 import math
@@ -33,28 +33,28 @@ PICTURE_PX = 512  # side of a drawn picture
 SMALL_PX = 128  # side of a small picture: the base image of the pocket bundle
 CROP_PX = 32  # side of a small crop: four windows
 BATCH = 8
-DECODED_SHARE = 0.5  # of the inputs
+DECODED_SHARE = 0.5  # share of the inputs
 PAIR_COUNT = {2: 1200, 4: 480}
 HELD_OUT_COUNT = 8
 ENCODE_BATCH = 4
 MUON_LR = 0.01
 EMA_DECAY = 0.998
 SAVE_EVERY_S = 90.0
-# Catmull-Rom at 0.75, 0.25 and 1.25 px, and mirrored; its fourth tap, -0.023, does not fit a 3x3 convolution.
+# Catmull-Rom at 0.75, 0.25 and 1.25 px; the fourth tap, -0.023, does not fit a 3x3 convolution.
 DOUBLING = ((0.2266, 0.8672, -0.0703), (-0.0703, 0.8672, 0.2266))
 
 
 def swinir_spec(scale: int) -> LuaSpec:
-    """One RGB network of 273 or 310 thousand weights; attention heads 16 wide train 1.4 times as fast as 8 wide."""
+    """Return the spec (273 or 310 thousand weights); heads of width 16 train 1.4 times as fast as of width 8."""
     return LuaSpec(3, 48, (4, 4), 3, window=8, num_feat=32, scales=(scale,), image_mean=RGB_MEAN)
 
 
 @torch.no_grad()
 def start_as_bicubic(net: Lua) -> None:
-    """Sets weights so that an untrained network enlarges nearly bicubically, as SwinIR has no skip around itself.
+    """Initialize the network as nearly bicubic interpolation, because SwinIR has no global skip.
 
     Three features carry red, green and blue past the blocks; six channels carry them and their negatives through the
-    LeakyReLU, since leaky(v) - leaky(-v) = 1.01 v; the convolutions before the pixel shuffles hold the taps.
+    LeakyReLU, since leaky(v) - leaky(-v) = 1.01 v; the convolutions before the pixel shuffles contain the taps.
     """
     rgb = torch.arange(3)
     head = cast(ScaleHead, net.heads[f"x{net.spec.scales[0]}"])
@@ -79,7 +79,7 @@ def start_as_bicubic(net: Lua) -> None:
 
 @dataclass(frozen=True)
 class PicturePairs:
-    """Large pictures [n, side, side, 3] and the same, shrunk: as drawn and as the VAE decodes them."""
+    """Large pictures [n, side, side, 3] and their reductions, clean and as the VAE decodes them."""
 
     large: Pixels
     clean: Pixels
@@ -87,13 +87,14 @@ class PicturePairs:
 
     @property
     def scale(self) -> int:
+        """Scale between small and large pictures."""
         return int(self.large.shape[1] // self.clean.shape[1])
 
     def draw(self, rng: np.random.Generator, count: int, crop_px: int) -> tuple[Tensor, Tensor]:
-        """Cuts aligned crops, mirrored and turned at random.
+        """Cut aligned crops, mirrored and turned at random.
 
-        Shape:
-            small [count, 3, crop_px, crop_px], large [count, 3, scale * crop_px, scale * crop_px]; in [0, 1].
+        Returns:
+            Small [count, 3, crop_px, crop_px] and large [count, 3, scale * crop_px, scale * crop_px], in [0, 1].
         """
         scale, last = self.scale, self.clean.shape[1] - crop_px
         small: list[Pixels] = []
@@ -111,19 +112,19 @@ class PicturePairs:
 
 
 def to_images(pixels: Pixels) -> Tensor:
-    """**Shape** [n, height, width, 3], 0 to 255 -> [n, 3, height, width] in [0, 1]."""
+    """Convert [n, height, width, 3], 0 to 255, to [n, 3, height, width] in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2) / 255.0
 
 
 def _to_pixels(images: Tensor) -> Pixels:
-    """From [-1, 1]."""
+    """Convert pictures in [-1, 1] to bytes."""
     levels: Pixels = ((images.clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return levels
 
 
 @torch.no_grad()
 def make_pairs(vae: AutoencoderKL, source: Pictures, scale: int, small_px: int, count: int, seed: int) -> PicturePairs:
-    """Cuts `count` pictures, shrinks them antialiased bicubic to `small_px`, and decodes their encodings."""
+    """Cut `count` pictures, reduce them to `small_px`, and pass the reductions through the VAE."""
     rng = np.random.default_rng((seed, scale))
     large, clean, decoded = [], [], []
     for start in tqdm(range(0, count, ENCODE_BATCH), desc=f"pairs x{scale}", unit=f"{ENCODE_BATCH} img"):
@@ -137,11 +138,7 @@ def make_pairs(vae: AutoencoderKL, source: Pictures, scale: int, small_px: int, 
 
 
 def write_swinir(path: Path, net: Lua) -> None:
-    """Writes the published single-head layout as float16, less the buffers that a reader computes (masks, indices).
-
-    Effects:
-        Replaces the file whole.
-    """
+    """Write the published single-head layout in float16, without computed buffers (masks, indices), atomically."""
     (scale,) = net.spec.scales
     moves = {"conv_before.": "conv_before_upsample.", "upsample.": "upsample.", "conv_last.": "conv_last."}
     weights = {}
@@ -156,13 +153,13 @@ def write_swinir(path: Path, net: Lua) -> None:
     partial = path.with_suffix(".partial")
     provenance = {"trained_by": "python -m giantleap.training.pocket swinir", "license": "Apache-2.0"}
     save_file(weights, partial, provenance)
-    partial.chmod(0o644)  # safetensors gives 0600
+    partial.chmod(0o644)  # safetensors creates files with mode 600
     partial.rename(path)
 
 
 @torch.no_grad()
 def validate(net: Lua, pairs: PicturePairs) -> dict[str, float]:
-    """PSNR on held-out pairs of both kinds, and its gain over bicubic on the same input."""
+    """Return PSNR on held-out pairs of both kinds, and its gain over bicubic."""
     scores = {}
     target = to_images(pairs.large) * 2.0 - 1.0
     for name, pixels in (("clean", pairs.clean), ("decoded", pairs.decoded)):
@@ -177,13 +174,9 @@ def validate(net: Lua, pairs: PicturePairs) -> dict[str, float]:
 def train_swinir(
     out: Path, vae_dir: Path, pool: Pool, scale: int, start: Path | None, budget: Budget, seed: int, resume: bool
 ) -> None:
-    """Trains the network of one scale; writes `state.pt`, `log.jsonl` and the average weights as `swinir_x<scale>`.
+    """Train the network of one scale; write `state.pt`, `log.jsonl` and the averaged weights as `swinir_x<scale>`.
 
-    Args:
-        start: the file of another scale, whose weights are taken over up to the head.
-
-    Effects:
-        Overwrites the three in `out`; safe to stop at any time and to repeat with `resume`.
+    May be stopped at any time and resumed. `start` is the file of another scale whose trunk initializes this network.
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)

@@ -1,9 +1,9 @@
-"""Trains the text encoder and the UNet together: a rectified flow from noise to the frozen VAE's latents of scenes.
+"""Train text encoder and UNet together: a rectified flow from noise to the frozen VAE's latents of scenes.
 
-The result is a stock `StableDiffusionPipeline`. That pipeline hands the UNet nothing but the token states, so the
-global sense of a caption reaches it through `addition_embed_type="text"` (attention-pooled tokens added to the time
-embedding) and the local sense through cross-attention. Captions come from `training/pocket/captions.py`, pictures from
-`training/pocket/scenes.py`; `benchmarks/quality/prompt_following.py` measures what was learned.
+The result is a stock `StableDiffusionPipeline`. That pipeline passes only token states to the UNet, so the global
+meaning of a caption enters through `addition_embed_type="text"` (attention-pooled tokens added to the time embedding)
+and the local meaning through cross-attention. Captions come from `training/pocket/captions.py`, pictures from
+`training/pocket/scenes.py`; `benchmarks/quality/prompt_following.py` measures the result.
 """
 
 import copy
@@ -35,20 +35,20 @@ from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_tokenizer
 LATENT_CHANNELS = 16
 LATENT_SIDE = 16  # 128 px at stride 8
 TEXT_WIDTH = 128
-FLOW_SHIFT = 3.0  # the sampler's noise levels lean to high noise by this factor
-EARLY_SHIFTS = (3.0, 8.0)  # of the training samples, half each: where colors and the object's place are decided
+FLOW_SHIFT = 3.0  # shift of the sampler's noise levels towards high noise
+EARLY_SHIFTS = (3.0, 8.0)  # shifts of the training samples, half each: colors and position are decided there
 LATE_SHIFTS = (3.0, 1.0)  # once those are learned: edges and clean areas
-LATE_FROM = 0.72  # of the run
+LATE_FROM = 0.72  # share of the run
 COMPASS_WEIGHT = 0.2
 NOISE_LEVELS = 1000  # the network's timestep is sigma * NOISE_LEVELS
 EMPTY_SHARE = 0.10  # captions replaced by "", for classifier-free guidance
-FREEDOM = 0.6  # share of freely worded captions at the end of a run; it grows from none at the middle
-HELD_OUT = 256  # scenes at the end of the pool that are never trained on
+FREEDOM = 0.6  # share of freely worded captions at the end of a run, from zero at its middle
+HELD_OUT = 256  # last scenes of the pool, never trained on
 SAVE_EVERY_S = 120.0
 
 
 class TextToLatent(nn.Module):
-    """The two networks that are trained together."""
+    """The two networks trained together."""
 
     def __init__(self, vocabulary: int, channels: tuple[int, int, int] = (64, 128, 160)) -> None:
         super().__init__()
@@ -57,9 +57,15 @@ class TextToLatent(nn.Module):
         self.compass = nn.ModuleList(nn.Conv2d(channels[2], 1, 1) for _ in range(3))  # for training only
 
     def forward(self, noisy: Tensor, sigma: Tensor, tokens: Tensor) -> Tensor:
-        """The velocity `noise - latent` at noise level sigma in 0..1.
+        """Return the velocity `noise - latent` at noise level sigma in 0..1.
 
-        **Shape**: noisy (B, 16, h, w), sigma (B,), tokens (B, MAX_TOKENS); returns (B, 16, h, w).
+        Args:
+            noisy: [batch, 16, h, w].
+            sigma: [batch].
+            tokens: [batch, MAX_TOKENS].
+
+        Returns:
+            [batch, 16, h, w].
         """
         states = self.text_encoder(tokens).last_hidden_state
         velocity: Tensor = self.unet(noisy, sigma * NOISE_LEVELS, states).sample
@@ -67,7 +73,7 @@ class TextToLatent(nn.Module):
 
 
 def make_text_encoder(vocabulary: int) -> CLIPTextModel:
-    """A CLIP text transformer of two layers."""
+    """Return a CLIP text transformer of two layers."""
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=TEXT_WIDTH,
@@ -82,14 +88,14 @@ def make_text_encoder(vocabulary: int) -> CLIPTextModel:
     )
     encoder = CLIPTextModel(config)
     words: Any = encoder.get_input_embeddings()
-    nn.init.normal_(words.weight, std=0.05)  # far enough apart for words that matter late
+    nn.init.normal_(words.weight, std=0.05)  # large enough for words that are learned late
     return encoder
 
 
 def make_unet(channels: tuple[int, int, int]) -> UNet2DConditionModel:
-    """Levels of 16, 8 and 4 latent pixels; attention and most weights at 8 and 4.
+    """Return a UNet with levels of 16, 8 and 4 latent pixels; attention and most weights at 8 and 4.
 
-    Every residual branch ends in a zero-initialised layer, so the network starts as its own skip connections.
+    Every residual branch ends in a zero-initialized layer.
     """
     unet: UNet2DConditionModel = UNet2DConditionModel(
         sample_size=LATENT_SIDE,
@@ -101,7 +107,7 @@ def make_unet(channels: tuple[int, int, int]) -> UNet2DConditionModel:
         block_out_channels=channels,
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=tuple(width // 32 for width in channels),  # diffusers reads this as the number of heads
+        attention_head_dim=tuple(width // 32 for width in channels),  # diffusers interprets this as the number of heads
         norm_num_groups=8,
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
@@ -114,9 +120,10 @@ def make_unet(channels: tuple[int, int, int]) -> UNet2DConditionModel:
 
 @dataclass(frozen=True)
 class LatentPool:
-    """Latents of scenes and of their mirror images.
+    """Latents of scenes and their mirror images.
 
-    **Shape**: latents (count, 2, 16, 16, 16) float16; index 1 of the second axis is the mirrored picture.
+    Attributes:
+        latents: [count, 2, 16, 16, 16], float16; index 1 of the second axis is the mirror image.
     """
 
     latents: NDArray[np.float16]
@@ -125,7 +132,7 @@ class LatentPool:
     def draw(
         self, rng: np.random.Generator, batch: int, tokenizer: CLIPTokenizer, freedom: float
     ) -> tuple[Tensor, Tensor]:
-        """A batch of latents and the tokens of captions: a share of them empty, the share `freedom` freely worded."""
+        """Draw latents and caption tokens; some captions are empty, the share `freedom` is freely worded."""
         index = rng.integers(0, len(self.slots) - HELD_OUT, size=batch)
         flip = rng.integers(0, 2, size=batch)
         latents = torch.from_numpy(self.latents[index, flip].astype(np.float32))
@@ -134,20 +141,20 @@ class LatentPool:
         return latents, to_tokens(tokenizer, captions)
 
     def held_out(self, tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor]:
-        """The scenes that are never trained on, with plain captions."""
+        """Return the held-out scenes with plain captions."""
         latents = torch.from_numpy(self.latents[-HELD_OUT:, 0].astype(np.float32))
         return latents, to_tokens(tokenizer, [to_caption(slots) for slots in self.slots[-HELD_OUT:]])
 
 
 def draw_caption(slots: Slots, rng: np.random.Generator, freedom: float) -> str:
-    """Empty, freely worded or plain. A run starts with plain captions: one order of words is learned much sooner."""
+    """Draw an empty, freely worded or plain caption. Runs start with plain ones, which are learned sooner."""
     if rng.random() < EMPTY_SHARE:
         return ""
     return vary_caption(slots, rng) if rng.random() < freedom else to_caption(slots)
 
 
 def to_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """Padded and cut exactly as the stock pipeline does it. **Shape**: (B, MAX_TOKENS)."""
+    """Tokenize to [batch, MAX_TOKENS], padded and cut as the stock pipeline does."""
     encoded = tokenizer(
         list(captions), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
     )
@@ -157,9 +164,9 @@ def to_tokens(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 
 @torch.no_grad()
 def write_latents(vae: AutoencoderKL, scenes: Path, path: Path, batch: int = 32) -> None:
-    """Encode a pool of scenes once, each picture and its mirror image, to posterior means in float16."""
+    """Encode each picture of a pool and its mirror image once, to posterior means in float16."""
     images, slots = read_pool(scenes)
-    encoder: Any = vae  # torch's annotations leave the next call out
+    encoder: Any = vae  # missing in torch's annotations
     encoder.to(memory_format=torch.channels_last)  # 2x on a CPU
     partial = path.with_suffix(".partial")
     shape = (len(slots), 2, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)
@@ -175,7 +182,7 @@ def write_latents(vae: AutoencoderKL, scenes: Path, path: Path, batch: int = 32)
 
 
 def read_latents(scenes: Path, path: Path) -> LatentPool:
-    """The pool, read into memory."""
+    """Read the pool into memory."""
     _, slots = read_pool(scenes)
     return LatentPool(np.load(path), slots)
 
@@ -183,23 +190,24 @@ def read_latents(scenes: Path, path: Path) -> LatentPool:
 def draw_sigma(
     count: int, shifts: tuple[float, float] = EARLY_SHIFTS, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Logit-normal noise levels, as in arXiv 2403.03206 section 3.1, shifted to where the caption is needed.
+    """Draw logit-normal noise levels [count] (arXiv 2403.03206, section 3.1), shifted towards high noise.
 
-    A color that fills a third of the frame can be read off the noisy latent itself until almost nothing but noise is
-    left, so only high levels teach the network to listen to the text.
-
-    **Shape**: (count,).
+    A color that fills a third of the frame is visible in the noisy latent until almost only noise is left, so only high
+    levels teach the network to use the text.
     """
     shift = torch.where(torch.rand(count, generator=generator) < 0.5, shifts[0], shifts[1])
     return torch.sigmoid(torch.randn(count, generator=generator) + shift.log())
 
 
 def flow_loss(network: TextToLatent, latents: Tensor, tokens: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the velocity.
+    """Return the mean squared error of the velocity (rectified flow, arXiv 2209.03003, eq. 1, time from data to noise).
 
-    **Ref**: rectified flow, arXiv 2209.03003, eq. 1, with time running from data to noise.
-
-    **Shape**: latents and noise (B, 16, h, w), tokens (B, MAX_TOKENS), sigma (B,); returns ().
+    Args:
+        network: The networks.
+        latents: [batch, 16, h, w].
+        noise: [batch, 16, h, w].
+        tokens: [batch, MAX_TOKENS].
+        sigma: [batch].
     """
     level = sigma.view(-1, 1, 1, 1)
     noisy = (1.0 - level) * latents + level * noise
@@ -211,7 +219,7 @@ def flow_loss(network: TextToLatent, latents: Tensor, tokens: Tensor, sigma: Ten
 
 @contextmanager
 def low_level_features(unet: UNet2DConditionModel) -> Iterator[list[Tensor]]:
-    """Collect what the last down, the middle and the first up block put out during one forward pass."""
+    """Collect the outputs of the last down, the middle and the first up block during one forward pass."""
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
@@ -227,12 +235,10 @@ def low_level_features(unet: UNet2DConditionModel) -> Iterator[list[Tensor]]:
 
 
 def compass_loss(network: TextToLatent, features: Sequence[Tensor]) -> Tensor:
-    """Error of reading left..right = -1..1 from the features by one linear layer each.
+    """Return the error of linear probes that read the column (-1..1) from features [batch, channels, h, w].
 
-    Scenes and their mirror images are equally likely, so nothing but the words "left" and "right" asks for a sense of
-    sides, and the words mean nothing to a network without one: left alone, position stays at chance for long.
-
-    **Shape**: features (B, channels, h, w) each; returns ().
+    Scenes and mirror images are equally likely, so only the words "left" and "right" require a sense of sides, and
+    without it these words carry no gradient: without this loss, position stays at chance for long.
     """
     losses = []
     for layer, values in zip(network.compass, features, strict=True):
@@ -243,7 +249,7 @@ def compass_loss(network: TextToLatent, features: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def validate(network: TextToLatent, latents: Tensor, tokens: Tensor) -> float:
-    """The loss on held-out scenes at fixed noise."""
+    """Return the loss on held-out scenes at fixed noise."""
     generator = torch.Generator().manual_seed(0)
     sigma = draw_sigma(len(latents), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
@@ -252,7 +258,7 @@ def validate(network: TextToLatent, latents: Tensor, tokens: Tensor) -> float:
 
 
 def make_optimiser(network: TextToLatent, muon_lr: float, adam_lr: float) -> MuonAdamW:
-    """Muon for the matrices between the first and last layers, AdamW for those, for embeddings, biases and norms."""
+    """Use Muon for the inner matrices; AdamW for first and last layers, embeddings, biases and norms."""
     adam_names = ("conv_in", "conv_out", "token_embedding", "position_embedding", "positional_embedding", "compass")
     return MuonAdamW(network.named_parameters(), muon_lr, adam_lr, adam_names)
 
@@ -269,13 +275,10 @@ def train_text(
     muon_lr: float = 0.02,
     adam_lr: float = 2e-3,
 ) -> None:
-    """Run the training; leave `state.pt`, `log.jsonl` and the averaged weights as a pipeline in `out/pipeline`.
+    """Train; write `state.pt`, `log.jsonl` and the averaged weights as a pipeline in `out/pipeline`.
 
-    Args:
-        scenes: a pool written by `python -m giantleap.training.pocket.scenes`.
-        vae_folder: the frozen autoencoder; its latents of the pool are kept in `out/latents.npy`.
-
-    **Effects**: overwrites those files; safe to stop at any time and to repeat with `resume`.
+    May be stopped at any time and resumed. `scenes` is a pool written by `python -m giantleap.training.pocket.scenes`;
+    `vae_folder` has the frozen autoencoder, whose latents of the pool are cached in `out/latents.npy`.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -285,10 +288,10 @@ def train_text(
         write_latents(vae, scenes, out / "latents.npy")
     pool, tokenizer = read_latents(scenes, out / "latents.npy"), open_tokenizer()
     network, averaged = TextToLatent(len(tokenizer)), TextToLatent(len(tokenizer))
-    for each in (network, averaged):  # plain products: the fused attention's backward is slower on a CPU
+    for each in (network, averaged):  # plain attention: the fused backward is slower on a CPU
         each.unet.set_attn_processor(AttnProcessor())
         each.text_encoder.set_attn_implementation("eager")
-    unet: Any = network.unet  # torch's annotations leave this call out
+    unet: Any = network.unet  # missing in torch's annotations
     unet.to(memory_format=torch.channels_last)  # 1.2x on a CPU
     optimiser = make_optimiser(network, muon_lr, adam_lr)
     state = TrainState(network, optimiser, Ema(network, 0.998), np.random.default_rng(seed))
@@ -296,7 +299,7 @@ def train_text(
         state.read(out / "state.pt")
     run_steps(state, averaged, pool, tokenizer, budget, out, batch)
     state.ema.copy_to(averaged)
-    write_pipeline(out / "pipeline", averaged, vae, open_tokenizer())  # a used one would write its padding down too
+    write_pipeline(out / "pipeline", averaged, vae, open_tokenizer())  # a used tokenizer would also save its padding
 
 
 def run_steps(
@@ -308,7 +311,7 @@ def run_steps(
     out: Path,
     batch: int,
 ) -> None:
-    """Train until the budget is spent; write the state and one log line every two minutes and at the end."""
+    """Train until the budget is spent; write state and log every two minutes and at the end."""
     held_latents, held_tokens = pool.held_out(tokenizer)
     network = state.network
     assert isinstance(network, TextToLatent)
@@ -332,7 +335,7 @@ def run_steps(
 
 
 def write_log(out: Path, state: TrainState, held_out_loss: float, batch: int) -> None:
-    """Append one line of figures to `log.jsonl` and print it above the progress bar."""
+    """Append one line to `log.jsonl` and print it above the progress bar."""
     line = {"step": state.step, "samples": state.step * batch, "spent_s": round(state.spent_s, 1)}
     text = json.dumps({**line, "held_out_loss": round(held_out_loss, 5)})
     with (out / "log.jsonl").open("a") as log:
@@ -341,7 +344,7 @@ def write_log(out: Path, state: TrainState, held_out_loss: float, batch: int) ->
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
-    """A rectified-flow sampler that the stock Stable Diffusion pipeline accepts: its timesteps are sigma * 1000."""
+    """Return a rectified-flow sampler for the stock Stable Diffusion pipeline: timesteps are sigma * 1000."""
     scheduler: DPMSolverMultistepScheduler = DPMSolverMultistepScheduler(
         num_train_timesteps=NOISE_LEVELS,
         prediction_type="flow_prediction",
@@ -353,13 +356,13 @@ def make_scheduler() -> DPMSolverMultistepScheduler:
 
 
 def write_pipeline(folder: Path, network: TextToLatent, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> None:
-    """Write the stock pipeline directory; UNet and VAE in half precision, for their size, the text encoder as it is.
+    """Write the stock pipeline directory; UNet and VAE in half precision, the text encoder in float32.
 
-    `from_pretrained` gives float32 modules back: diffusers casts its own on loading, transformers keeps what it finds.
+    `from_pretrained` returns float32 modules: diffusers casts on loading, transformers keeps the stored dtype.
     """
     halves: dict[str, Any] = {"vae": copy.deepcopy(vae).half(), "unet": copy.deepcopy(network.unet).half()}
     halves["unet"].set_default_attn_processor()
-    nothing: Any = None  # the optional parts, which the library's annotations call required
+    nothing: Any = None  # optional parts that the annotations require
     scheduler: Any = make_scheduler()
     pipeline = StableDiffusionPipeline(
         **halves,

@@ -1,8 +1,8 @@
-"""A stock `CLIPTokenizer` whose vocabulary is our own: each known word is one token, every other word is spelled out.
+"""Build a stock `CLIPTokenizer` with our vocabulary: each known word is one token, other words are spelled out.
 
-CLIP's tokenizer is byte-pair encoding, so a word is one token only if its merges are applied before those of other
-words get in the way. `plan_merges` finds such an order. Spelled-out words are how a caller sees that a word is
-unknown: a word that does not become exactly one token, or a single letter other than "a", is not in the vocabulary.
+CLIP's tokenizer is byte-pair encoding, so a word is one token only if its merges come before conflicting ones.
+`plan_merges` finds such an order. A word that does not become exactly one token, or a single letter other than "a", is
+unknown.
 """
 
 from graphlib import TopologicalSorter
@@ -25,10 +25,10 @@ def open_tokenizer() -> CLIPTokenizer:
     """Build the tokenizer from the words of `giantleap.training.pocket.captions`; ids depend on nothing else.
 
     Raises:
-        graphlib.CycleError: when no order of merges serves all words; rename one of them.
+        graphlib.CycleError: No order of merges works for all words; rename one of them.
     """
     words = [word for word in known_words() if word.isalpha()]
-    merges: list[Any] = list(plan_merges(words))  # pairs, which the library's annotation leaves out
+    merges: list[Any] = list(plan_merges(words))  # pairs are missing in the library's annotation
     letters = [*ascii_lowercase, *(letter + SUFFIX for letter in ascii_lowercase), "," + SUFFIX]
     symbols = dict.fromkeys([START, END, *letters, *("".join(pair) for pair in merges)])
     return CLIPTokenizer(
@@ -45,8 +45,7 @@ def open_tokenizer() -> CLIPTokenizer:
 def plan_merges(words: list[str]) -> list[Pair]:
     """Order the merges so that each word grows from its first letter to one token.
 
-    While a word grows, the pair at its front must come before every other pair that stands in it: an order that meets
-    all of these demands is a topological order.
+    While a word grows, the pair at its front must come before every other pair in it: a topological order.
     """
     fronts = [pair for word in words for pair, _ in _growth(word)]
     wanted = set(fronts)
@@ -59,7 +58,7 @@ def plan_merges(words: list[str]) -> list[Pair]:
 
 
 def _growth(word: str) -> list[tuple[Pair, list[Pair]]]:
-    """For each step of a word's growth: the pair to merge, and the other pairs that stand in the word then."""
+    """Return, for each step of a word's growth, the pair to merge and the other pairs in the word."""
     symbols = [*word[:-1], word[-1] + SUFFIX]
     steps = []
     while len(symbols) > 1:

@@ -34,15 +34,15 @@ from giantleap.training.pocket.state import TrainState, smoothed
 
 LATENT_CHANNELS = 16
 STRIDE_PX = 8
-TEACHER_SHARE = 0.3  # of the run, the encoder copies the teacher
+TEACHER_SHARE = 0.3  # share of the run in which the encoder copies the teacher
 WHITENING = 0.7  # codes are divided by deviation**WHITENING
 CODE_NOISE = 0.03
-SCENE_SHARE = 0.2  # of each batch
+SCENE_SHARE = 0.2  # share of each batch
 SAVE_EVERY_S = 90.0
 
 
 def make_vae(channels: int = LATENT_CHANNELS) -> AutoencoderKL:
-    """Builds the network with residual branches that start at zero and a nearly noiseless posterior."""
+    """Build the network with zero-initialized residual branches and a nearly noiseless posterior."""
     vae: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -67,17 +67,13 @@ def make_vae(channels: int = LATENT_CHANNELS) -> AutoencoderKL:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pools that batches are cut from."""
+    """Pools from which batches are cut."""
 
     leaves: NDArray[np.uint8]
     scenes: NDArray[np.uint8]
 
     def crops(self, rng: np.random.Generator, count: int, size_px: int) -> Tensor:
-        """Cuts random crops, at most as large as the leaves, with random flips, turns and gain.
-
-        Shape:
-            returns [count, 3, size_px, size_px] in [-1, 1], channels last.
-        """
+        """Cut random crops [count, 3, size_px, size_px] in [-1, 1], channels last, with flips, turns and gain."""
         size_px = min(size_px, self.leaves.shape[1])
         batch = np.empty((count, size_px, size_px, 3), dtype=np.float32)
         for index in range(count):
@@ -97,7 +93,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Pool:
-    """Where the drawn pictures lie, how many there are and how large."""
+    """Location, number and size of the procedural pictures."""
 
     folder: Path
     leaf_count: int = 480
@@ -107,11 +103,11 @@ class Pool:
     scene_px: int = 128
 
     def read(self, seed: int) -> Pictures:
-        """The pictures to train on, drawn on first use."""
+        """Return the training pictures, drawn on first use."""
         return self._read(seed, self.leaf_count, self.scene_count)
 
     def read_held_out(self, seed: int) -> Pictures:
-        """Pictures of another seed that no training of this seed sees."""
+        """Return pictures of another seed, for validation."""
         return self._read(seed + 1, self.held_out_count, self.held_out_count)
 
     def _read(self, seed: int, leaf_count: int, scene_count: int) -> Pictures:
@@ -128,10 +124,10 @@ class Pool:
 
 
 class PcaTeacher:
-    """Principal components of 8 x 8 color blocks, as one strided convolution and its inverse."""
+    """Principal components of 8 x 8 color blocks as a strided convolution and its inverse."""
 
     def __init__(self, images: Tensor, channels: int = LATENT_CHANNELS) -> None:
-        """Fits `channels` components on images [n, 3, height, width] whose sides are multiples of 8."""
+        """Fit `channels` components on images [n, 3, height, width] with sides that are multiples of 8."""
         blocks = F.unfold(images, STRIDE_PX, stride=STRIDE_PX).transpose(1, 2).reshape(-1, 3 * STRIDE_PX**2).double()
         mean = blocks.mean(dim=0)
         variances, axes = torch.linalg.eigh(torch.cov((blocks - mean).T))
@@ -145,16 +141,17 @@ class PcaTeacher:
         self.mean = mean.float()
 
     def encode(self, images: Tensor) -> Tensor:
-        """Shape: [n, 3, H, W] to [n, channels, H / 8, W / 8], zero mean over the fitted images."""
+        """Encode [n, 3, h, w] to [n, channels, h / 8, w / 8], zero mean over the fitted images."""
         return F.conv2d(images, self.weight, self.bias, stride=STRIDE_PX)
 
     def decode(self, codes: Tensor) -> Tensor:
+        """Decode [n, channels, h, w] to [n, 3, 8 h, 8 w]."""
         mean = self.mean.view(1, 3, STRIDE_PX, STRIDE_PX).tile(1, 1, codes.shape[2], codes.shape[3])
         return F.conv_transpose2d(codes, self.inverse, stride=STRIDE_PX) + mean
 
 
 def psnr_db(prediction: Tensor, target: Tensor) -> float:
-    """Mean over images of the peak signal-to-noise ratio; both in [-1, 1], the prediction clamped and rounded."""
+    """Return the mean PSNR over images in [-1, 1], the prediction clamped and rounded."""
     levels = ((prediction.clamp(-1.0, 1.0) + 1.0) * 127.5).round() / 127.5 - 1.0
     mse = (levels - target).square().flatten(1).mean(dim=1) / 4.0
     return float((-10.0 * mse.log10()).mean())
@@ -162,7 +159,7 @@ def psnr_db(prediction: Tensor, target: Tensor) -> float:
 
 @torch.no_grad()
 def validate(vae: AutoencoderKL, pictures: Pictures) -> dict[str, float]:
-    """Round-trip PSNR on held-out procedural pictures."""
+    """Return the round-trip PSNR on held-out procedural pictures."""
     scores = {}
     for name, pool, crop_px in (("leaves", pictures.leaves[:6], 256), ("scenes", pictures.scenes[:8], 128)):
         images = torch.from_numpy(np.array(pool[:, :crop_px, :crop_px])).permute(0, 3, 1, 2) / 127.5 - 1.0
@@ -172,10 +169,10 @@ def validate(vae: AutoencoderKL, pictures: Pictures) -> dict[str, float]:
 
 
 def batch_shape(progress: float) -> tuple[int, int]:
-    """Batch and crop size in pixels: small crops first, large ones at the end.
+    """Return batch and crop size in pixels: small crops first, large ones at the end.
 
-    The group norms of this network average over the whole picture, so a network that saw small crops only is
-    2.5 dB worse on a whole photograph than on its tiles.
+    Group norms average over the whole picture, so a network trained on small crops only is 2.5 dB worse on a whole
+    photograph than on its tiles.
     """
     if progress < 0.6:
         return 16, 64
@@ -183,7 +180,7 @@ def batch_shape(progress: float) -> tuple[int, int]:
 
 
 def vae_loss(vae: AutoencoderKL, teacher: PcaTeacher, images: Tensor, progress: float) -> tuple[Tensor, Tensor]:
-    """The loss of one batch and its picture part."""
+    """Return the loss of one batch and its picture part."""
     codes = teacher.encode(images)
     teaching = progress < TEACHER_SHARE
     with torch.autocast("cpu", torch.bfloat16):
@@ -200,7 +197,7 @@ def vae_loss(vae: AutoencoderKL, teacher: PcaTeacher, images: Tensor, progress: 
 
 
 def train_steps(state: TrainState, budget: Budget, label: str, quiet: bool = False) -> Iterator[float]:
-    """Yields the progress before each step until the budget is spent, behind a progress bar in percent."""
+    """Yield the progress before each step until the budget is spent, with a progress bar."""
     layout = "{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
     with tqdm(total=100.0, desc=label, bar_format=layout, mininterval=5.0, disable=quiet) as bar:
         progress = state.progress(budget)
@@ -215,10 +212,9 @@ def train_steps(state: TrainState, budget: Budget, label: str, quiet: bool = Fal
 def train_vae(
     peers: Peers, out: Path, pool: Pool, budget: Budget, seed: int, resume: bool, channels: int = LATENT_CHANNELS
 ) -> None:
-    """Runs teacher phase and end-to-end phase; writes `state.pt`, `log.jsonl` and the EMA as `vae/`.
+    """Run teacher phase and end-to-end phase; write `state.pt`, `log.jsonl` and the EMA as `vae/` in `out`.
 
-    Effects:
-        Overwrites the three in `out`; safe to stop at any time and to repeat with `resume`.
+    May be stopped at any time and resumed.
     """
     torch.manual_seed(seed)
     pictures, held_out = pool.read(seed), pool.read_held_out(seed)
@@ -251,9 +247,9 @@ def train_vae(
 def write_vae(
     out: Path, state: TrainState, averaged: AutoencoderKL, held_out: Pictures, loss: float, is_done: bool
 ) -> None:
-    """Writes the state, a line of the log and the average as `vae/`; at the end the last weights where they are better.
+    """Write the state, a log line and the average as `vae/`; at the end the last weights if they are better.
 
-    Effects: overwrites `averaged`.
+    Overwrites `averaged`.
     """
     vae = state.network
     assert isinstance(vae, AutoencoderKL)
@@ -265,9 +261,9 @@ def write_vae(
 
 
 def keep_better(vae: AutoencoderKL, averaged: AutoencoderKL, held_out: Pictures) -> dict[str, float]:
-    """Puts the last weights into `averaged` where they beat the average on held-out pictures; returns its scores.
+    """Copy the last weights into `averaged` if they beat it on held-out pictures; return its scores.
 
-    After a cosine to zero the last weights have settled, while an average still holds what came long before.
+    After a cosine to zero the last weights have converged, while the average still contains older ones.
     """
     last, mean = validate(vae, held_out), validate(averaged, held_out)
     if sum(last.values()) > sum(mean.values()):
@@ -277,7 +273,7 @@ def keep_better(vae: AutoencoderKL, averaged: AutoencoderKL, held_out: Pictures)
 
 
 def write_log(out: Path, state: TrainState, scores: dict[str, float]) -> None:
-    """Appends one line of figures to `log.jsonl` and prints it above the progress bar."""
+    """Append one line to `log.jsonl` and print it above the progress bar."""
     line = {"step": state.step, "spent_s": round(state.spent_s, 1), **{k: round(v, 4) for k, v in scores.items()}}
     with (out / "log.jsonl").open("a") as log:
         log.write(json.dumps(line) + "\n")
