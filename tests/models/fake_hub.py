@@ -11,6 +11,8 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 Repository = dict[str, bytes]
 
 
@@ -113,7 +115,11 @@ def serve_hub(repositories: dict[str, Repository]) -> Iterator[FakeHub]:
     thread.start()
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
     try:
-        yield hub
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NO_PROXY", "127.0.0.1")
+            patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+            patch.setattr("huggingface_hub.file_download.time.sleep", lambda delay_s: None)  # between its retries
+            yield hub
     finally:
         server.shutdown()
         server.server_close()

@@ -15,11 +15,8 @@ FILES = {"unet/model.safetensors": CONTENT, "empty.txt": b""}
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 500)  # what a break may lose
     monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda delay_s: None)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 500)  # bytes that a break may lose
     with serve_hub({"some/model": dict(FILES)}) as hub:
         yield hub
 

@@ -83,10 +83,7 @@ def bundle_of(directory: Path, **change: Any) -> Bundle:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda delay_s: None)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+def server() -> Iterator[FakeHub]:
     with serve_hub(repositories()) as hub:
         yield hub
 
