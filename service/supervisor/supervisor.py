@@ -1,12 +1,12 @@
-"""Keeps the processes of one host alive: embedded Redis, API processes and workers; stops them all together.
+"""Keeps the processes of one host running: embedded Redis, API processes and workers; stops them all together.
 
-SIGHUP reads the settings again (`reload`) and replaces the processes one by one: a new one gets the new settings and
-reads bundles and artifacts as they now lie on disk, and only when it is ready does the old one drain
-(`ProcessManager.roll`).
+SIGHUP reads the settings again (`reload`) and drains and restarts the processes one by one
+(`ProcessManager.start_rolling_restart`); each reads bundles and artifacts from disk again. The supervisor holds the
+listening socket, so that connections wait while a single API process restarts.
 
 Children are separate Python processes that run `giantleap api` and `giantleap worker`. Each holds the read end of a
-pipe whose write end only this process has: when this process ends, however it ends, the pipe closes and
-the child stops itself (`exit_with_parent`), so that nothing is orphaned even after kill -9.
+pipe whose write end only this process has: when this process ends, however it ends, the pipe closes and the child
+stops itself (`exit_with_parent`), so that nothing is orphaned even after kill -9.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ _POLL_S = 0.2
 
 
 def serve(settings: Settings, reread: Callable[[], Settings]) -> int:
-    """Run Redis (unless a URL is given), API and workers until SIGINT or SIGTERM; the exit code.
+    """Run Redis (unless a URL is given), API and workers until SIGINT or SIGTERM; return the exit code.
 
     Args:
-        settings: As they were read.
-        reread: Reads them again, for SIGHUP; raises ValueError or BadConfiguration.
+        settings: The settings at start.
+        reread: Reads them again on SIGHUP; raises ValueError or BadConfiguration.
 
     Raises:
         BadConfiguration: the role of the workers is not `all`.
@@ -61,7 +61,10 @@ def serve(settings: Settings, reread: Callable[[], Settings]) -> int:
 
 
 def serve_api(settings: Settings, reread: Callable[[], Settings]) -> int:
-    """Run only the API processes of this host until SIGINT or SIGTERM; the exit code. `settings.redis_url` is set."""
+    """Run only the API processes of this host until SIGINT or SIGTERM; return the exit code.
+
+    `settings.redis_url` must be set.
+    """
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(open_listener(settings.host, settings.port))
         children = _api_children(settings, listener)
@@ -114,13 +117,12 @@ def _supervise(
         shared = {"PROMETHEUS_MULTIPROC_DIR": metrics_dir}
         return Launch(without_settings(os.environ) | own | shared, chosen.drain_grace_s)
 
-    fleet = ProcessManager(children, to_launch(settings), lifeline_read, Path(metrics_dir))
-    stack.callback(fleet.stop)
-    fleet.note_reload(True)
+    manager = ProcessManager(children, to_launch(settings), lifeline_read, Path(metrics_dir))
+    stack.callback(manager.stop)
     on_terminal = os.isatty(0)
 
     def hang_up(*_: object) -> None:
-        if on_terminal and not os.isatty(0):  # the terminal was closed, nobody asks for a replacement
+        if on_terminal and not os.isatty(0):  # the terminal was closed: not a request to reload
             stop.set()
         else:
             hung_up.set()
@@ -132,58 +134,52 @@ def _supervise(
         if redis is not None and not redis.is_alive():
             log.warning("the embedded Redis ended by itself; starting it again at the same address")
             redis.start(settings.data_dir, urlsplit(redis_url).port or 0)
-        code = fleet.keep()
+        code = manager.poll()
         if code is not None:
             return code
-        if hung_up.is_set() and not fleet.is_rolling:
+        if hung_up.is_set():
             hung_up.clear()
-            reload(settings, reread, to_launch, fleet)
-        fleet.roll()
+            if (chosen := reload(settings, reread)) is not None:
+                manager.start_rolling_restart(to_launch(chosen))
         stop.wait(_POLL_S)
     return 0
 
 
-def reload(
-    settings: Settings, reread: Callable[[], Settings], to_launch: Callable[[Settings], Launch], fleet: ProcessManager
-) -> None:
-    """Read the settings again and have every process replaced by one that has them.
+def reload(settings: Settings, reread: Callable[[], Settings]) -> Settings | None:
+    """Read the settings again; None, and a line in the log, where they are wrong.
 
-    Effects: where they are wrong, one line in the log and a metric say so, and nothing else happens. Those that need
-    a restart stay as they are and are named in the log.
+    Settings that need a restart of the supervisor stay as they are and are named in the log.
 
     Args:
-        settings: What the supervisor started with.
+        settings: The settings at start.
         reread: Reads them again.
-        to_launch: What to start processes with.
-        fleet: What is replaced.
     """
     try:
         read = reread()
     except ValueError as error:
         log.error("settings not reloaded, the old ones stay: %s", "; ".join(format_errors(error)))
-        fleet.note_reload(False)
-        return
+        return None
     except BadConfiguration as error:
         log.error("settings not reloaded, the old ones stay: %s", error.detail)
-        fleet.note_reload(False)
-        return
+        return None
     chosen, fixed = merge_reloadable(settings, read)
     if fixed:
-        log.warning("changed, but only a restart takes it over: %s", ", ".join(fixed))
-    fleet.ask_roll(to_launch(chosen))
+        log.warning("changed, but only a restart applies it: %s", ", ".join(fixed))
+    return chosen
 
 
 def notify_ready(ready_fd: int | None) -> None:
-    """Tell the supervisor that this process can take over; nothing where it does not ask. Effects: closes the pipe."""
+    """Report to the supervisor, if there is one, that this process is ready, and close the pipe."""
     if ready_fd is not None:
         os.write(ready_fd, b"1")
         os.close(ready_fd)
 
 
 def exit_with_parent(lifeline_fd: int, grace_s: float) -> None:
-    """Watch the pipe to the supervisor from a daemon thread; when it closes, end this process, at the latest by force.
+    """Watch the pipe to the supervisor from a daemon thread; when it closes, end this process.
 
-    Effects: SIGTERM to this process when the supervisor is gone; `os._exit(1)` after `grace_s` more seconds.
+    The thread sends SIGTERM to this process when the supervisor is gone, and calls `os._exit(1)` after `grace_s` more
+    seconds.
     """
 
     def watch() -> None:

@@ -11,7 +11,6 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from giantleap.service.jobqueue.keys import FINISH, to_bundle
 from giantleap.service.jobs.job import QueueStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_STATE_FILE = "supervisor.json"
+_RESTARTS_FILE = "restarts.json"
 _ENDS = ("crashed", "hung", "killed", "stopped")
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -201,7 +200,7 @@ class Metrics:
         queue = CollectorRegistry()
         queue.register(QueueCollector(stats))
         if shared_dir is not None:
-            queue.register(HostCollector(Path(shared_dir)))
+            queue.register(RestartCollector(Path(shared_dir)))
         return own + generate_latest(queue)
 
 
@@ -247,57 +246,32 @@ def _depths(stats: QueueStats) -> Iterator[Metric]:
     yield finish
 
 
-@dataclass(frozen=True, slots=True)
-class HostState:
-    """What only the supervisor of a host knows.
-
-    Attributes:
-        restarts: How often processes ended by themselves: by role (api, worker), by reason.
-        reload_successful: Whether all processes run with the configuration that was last asked for.
-        reloaded_at_s: Since when they run with the one that they have, Unix time.
-    """
-
-    restarts: Mapping[str, Mapping[str, int]]
-    reload_successful: bool
-    reloaded_at_s: float
-
-
-class HostCollector(Collector):
-    """What the supervisor of this host has written down; nothing where there is none."""
+class RestartCollector(Collector):
+    """How often the supervisor of this host restarted its processes; nothing where there is no supervisor."""
 
     def __init__(self, shared_dir: Path) -> None:
-        self._path = shared_dir / _STATE_FILE
+        self._path = shared_dir / _RESTARTS_FILE
 
     def collect(self) -> Iterator[Metric]:
         if not self._path.exists():
             return
-        state = HostState(**json.loads(self._path.read_text()))
+        restarts: dict[str, dict[str, int]] = json.loads(self._path.read_text())
         for role, text in (("worker", "Workers"), ("api", "API processes")):
             family = CounterMetricFamily(
                 f"giantleap_{role}_restarts",
-                f"{text} of this host that ended by themselves, by why.",
+                f"{text} of this host that ended by themselves, by reason.",
                 labels=("reason",),
             )
-            for reason in _ENDS:  # also those that are 0, for a rate needs the value before the first one
-                family.add_metric((reason,), state.restarts[role].get(reason, 0))
+            for reason in _ENDS:  # zeros too: a rate needs the value before the first increase
+                family.add_metric((reason,), restarts[role].get(reason, 0))
             yield family
-        yield _family(
-            "config_last_reload_successful",
-            "1 when all processes of this host run with the configuration that was last asked for.",
-            int(state.reload_successful),
-        )
-        yield _family(
-            "config_last_reload_success_timestamp_seconds",
-            "Since when the processes of this host run with their configuration, Unix time.",
-            state.reloaded_at_s,
-        )
 
 
-def write_host_state(shared_dir: Path, state: HostState) -> None:
-    """Tells every process of this host what only its supervisor knows. Effects: replaces one file."""
-    written = shared_dir / f"{_STATE_FILE}.new"
-    written.write_text(json.dumps(asdict(state)))
-    written.replace(shared_dir / _STATE_FILE)
+def write_restarts(shared_dir: Path, restarts: Mapping[str, Mapping[str, int]]) -> None:
+    """Write the supervisor's counts by role and reason where every process of this host can read them."""
+    written = shared_dir / f"{_RESTARTS_FILE}.new"
+    written.write_text(json.dumps(restarts))
+    written.replace(shared_dir / _RESTARTS_FILE)
 
 
 def _family(name: str, text: str, value: float) -> GaugeMetricFamily:

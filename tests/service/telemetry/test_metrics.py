@@ -18,11 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from giantleap.service.jobs.job import Priority, QueueStats
 from giantleap.service.telemetry.metrics import (
     SECONDS_BUCKETS,
-    HostCollector,
-    HostState,
     Metrics,
+    RestartCollector,
     remove_dead_gauges,
-    write_host_state,
+    write_restarts,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -111,8 +110,8 @@ def render_all() -> str:
     metrics, host = Metrics(CollectorRegistry()), CollectorRegistry()
     fill(metrics)
     with tempfile.TemporaryDirectory() as shared_dir:
-        write_host_state(Path(shared_dir), HostState({"worker": {"crashed": 2}, "api": {"killed": 1}}, True, 1000.5))
-        host.register(HostCollector(Path(shared_dir)))
+        write_restarts(Path(shared_dir), {"worker": {"crashed": 2}, "api": {"killed": 1}})
+        host.register(RestartCollector(Path(shared_dir)))
         return (metrics.render(STATS) + generate_latest(host)).decode()
 
 
@@ -170,17 +169,15 @@ def test_a_queue_that_cannot_be_reached_is_said_and_not_guessed() -> None:
     check_exposition(text)
 
 
-def test_what_the_supervisor_knows_is_told(full: str) -> None:
+def test_restarts_are_counted_by_the_supervisor(full: str) -> None:
     assert value(full, "giantleap_worker_restarts_total", reason="crashed") == 2
     assert value(full, "giantleap_api_restarts_total", reason="killed") == 1
     assert value(full, "giantleap_api_restarts_total", reason="crashed") == 0, "a rate needs the value before the first"
-    assert value(full, "giantleap_config_last_reload_successful") == 1
-    assert value(full, "giantleap_config_last_reload_success_timestamp_seconds") == 1000.5
 
 
 def test_without_a_supervisor_its_metrics_are_absent(tmp_path: Path) -> None:
     registry = CollectorRegistry()
-    registry.register(HostCollector(tmp_path))
+    registry.register(RestartCollector(tmp_path))
     assert generate_latest(registry) == b""
 
 
