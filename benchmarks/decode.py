@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import psutil
 import torch
@@ -32,8 +32,9 @@ from benchmarks.machine import read_machine
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.models.live_storage import LiveStorage
 from giantleap.models.vae.decode import decode_exact, decode_plain, decode_tiled, decode_tiny
-from giantleap.models.vae.strip_plan import DecodeMethod, estimate_peak_bytes
+from giantleap.models.vae.strip_plan import DecoderShape, plain_decode_bytes, plan_decode
 
+DecodeMethod = Literal["plain", "exact", "tiled", "tiny"]
 METHODS: tuple[DecodeMethod, ...] = get_args(DecodeMethod)
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
 STRIDE_PX = 8
@@ -81,7 +82,7 @@ class DecodeFigures:
     cpu_s: float | None
     rss_bytes: int | None
     live_bytes: int
-    estimated_bytes: int
+    estimated_bytes: int | None
     largest_elements: int
     max_difference: float | None
     mean_difference: float | None
@@ -198,8 +199,7 @@ def measure_size(
                     difference = compare(path, plain)
             live = count_live(case.family, method, image_px, DTYPES[case.dtype])
             side = image_px // STRIDE_PX
-            config = full_config(case.family, method)
-            estimate = estimate_peak_bytes(config, side, side, case.dtype, method)
+            estimate = estimate_bytes(case.family, method, side, case.dtype)
             row = DecodeFigures(
                 method,
                 image_px,
@@ -215,11 +215,15 @@ def measure_size(
     return rows
 
 
-def full_config(family: str, method: DecodeMethod) -> Mapping[str, Any]:
-    """Return the complete configuration of a family's decoder."""
+def estimate_bytes(family: str, method: DecodeMethod, side: int, dtype: str) -> int | None:
+    """What the decode plan expects; it knows the whole decode and the one in strips."""
+    if method not in ("plain", "exact"):
+        return None
     with torch.device("meta"):
-        config: Mapping[str, Any] = build_decoder(family, method).config
-    return config
+        shape = DecoderShape.from_config(build_decoder(family, method).config)
+    if method == "exact":
+        return plan_decode(shape, side, side, dtype).peak_bytes
+    return plain_decode_bytes(shape, side, side, dtype)
 
 
 def compare(path: Path, plain: Path) -> tuple[float, float]:

@@ -61,7 +61,7 @@ class Route:
         vae: Images from latents, and latents from images.
         device: Where all of them are.
         dtype: The compute type.
-        guard: What bounds LUA's outputs, whatever the engine; None where nothing does.
+        clamp: What bounds LUA's outputs, whatever the engine; None where nothing does.
         lua_scales: Those that the bundle serves; none: those of the network's heads.
         role: Which stages run here.
     """
@@ -75,7 +75,7 @@ class Route:
         vae: Vae,
         device: torch.device,
         dtype: torch.dtype,
-        guard: LatentClamp | None = None,
+        clamp: LatentClamp | None = None,
         lua_scales: Sequence[float] = (),
         role: WorkerRole = WorkerRole.ALL,
     ) -> None:
@@ -86,7 +86,7 @@ class Route:
         self.vae = vae
         self.device = device
         self.dtype = dtype
-        self.guard = guard
+        self.clamp = clamp
         self.lua_scales = tuple(lua_scales)
         self.role = role
 
@@ -118,9 +118,9 @@ class Route:
             OSError: the pipeline lacks a file.
         """
         check_files(bundle)
-        lua, guard = None, None
+        lua, clamp = None, None
         if bundle.lua is not None and role.loads_decoder:
-            lua, guard = open_lua(bundle, bundle.lua, device, dtype, engine, artifacts)
+            lua, clamp = open_lua(bundle, bundle.lua, device, dtype, engine, artifacts)
         pixel = PixelUpscaler.open(bundle.swinir, device, dtype) if bundle.swinir and role.loads_decoder else None
         generator = Generator.open(bundle, device, dtype) if role.loads_pipeline else None
         space = bundle.latent_space if generator is None else generator.latent_space
@@ -130,7 +130,7 @@ class Route:
         if not role.loads_decoder:
             vae.drop_decoder()
         scales = bundle.scales_of("lua")[1:]
-        return cls(bundle.name, generator, lua, pixel, vae, device, dtype, guard, scales, role)
+        return cls(bundle.name, generator, lua, pixel, vae, device, dtype, clamp, scales, role)
 
     @property
     def generator(self) -> Generator:
@@ -215,7 +215,7 @@ class Route:
         if method != "lua" or self.lua is None:
             raise ValueError(f"bundle {self.name} does not enlarge latents by {method}")
         grown = self.lua.run(latents, scale)
-        return grown if self.guard is None else self.guard.limit(latents, grown, scale)
+        return grown if self.clamp is None else self.clamp.limit(latents, grown, scale)
 
     @torch.inference_mode()
     def upscale_pixels(self, images: Sequence[Tensor | None], scale: float) -> list[Tensor | None]:

@@ -143,7 +143,7 @@ def open_lua(
     """
     net = read_lua(weights)
     bundle.check_lua(net.spec)
-    sigmas = bundle.guard_sigmas
+    sigmas = bundle.clamp_sigmas
     clamp = None if sigmas is None else LatentClamp(read_statistics(weights), sigmas, device)
     return open_engine(engine, net, device, dtype, artifacts), clamp
 

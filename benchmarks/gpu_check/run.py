@@ -20,14 +20,22 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.decode import METHODS, STRIDE_PX, build_decoder, random_latents, run_decode
+from benchmarks.decode import (
+    METHODS,
+    STRIDE_PX,
+    DecodeMethod,
+    build_decoder,
+    estimate_bytes,
+    random_latents,
+    run_decode,
+)
 from benchmarks.gpu_check.engines import VARIANTS, EngineCase, EngineFigures, measure_matrix_rate
 from benchmarks.gpu_check.engines import line as engine_line
 from benchmarks.gpu_check.engines import measure_case as measure_engine_case
 from benchmarks.machine import read_machine
 from giantleap.models.lua.network import preset as lua_preset
 from giantleap.models.vae.decode import decode_exact
-from giantleap.models.vae.strip_plan import DecodeMethod, DecoderShape, estimate_peak_bytes, plan_decode
+from giantleap.models.vae.strip_plan import DecoderShape, plan_decode
 from giantleap.service.worker.timing import to_statistics
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -121,7 +129,7 @@ def measure_case(case: GpuFigures, vae: Any, device: torch.device, plain: Tensor
     latents = random_latents(case.family, case.image_px).to(device, dtype)
     side = case.image_px // STRIDE_PX
     plan = None
-    estimate = estimate_peak_bytes(vae.config, side, side, case.dtype, case.method)
+    estimate = estimate_bytes(case.family, case.method, side, case.dtype)
     if case.strip_mib is not None:
         shape = DecoderShape.from_config(vae.config)
         plan = plan_decode(shape, side, side, case.dtype, strip_bytes=case.strip_mib * 2**20)

@@ -136,7 +136,7 @@ def statistics(
     pairs: Annotated[Path, typer.Option(help="Pairs of the same VAE, as `prepare` writes them.")],
     out: Annotated[Path, typer.Option(help="Where the weights go, in our format; may be the same file.")],
 ) -> None:
-    """Write into the header of weights what latents look like, for `guard_sigmas`; `run` does it by itself."""
+    """Write into the header of weights what latents look like, for `clamp_sigmas`; `run` does it by itself."""
     from giantleap.models.lua.released_layouts import CheckpointError
     from giantleap.models.lua.statistics import StatisticsError
     from giantleap.training.data.pairs_store import PairsError, PairsStore

@@ -150,9 +150,9 @@ class Bundle:
         return None if self.descriptor.lua is None else self.directory / self.descriptor.lua.file
 
     @property
-    def guard_sigmas(self) -> float | None:
+    def clamp_sigmas(self) -> float | None:
         """How far LUA's outputs may lie from what its training saw; None: as far as they do (`models/lua/clamp.py`)."""
-        return None if self.descriptor.lua is None else self.descriptor.lua.guard_sigmas
+        return None if self.descriptor.lua is None else self.descriptor.lua.clamp_sigmas
 
     @property
     def swinir(self) -> Mapping[int, Path]:
@@ -303,7 +303,7 @@ def read_bundle(directory: Path) -> Bundle:
     bundle = Bundle(directory, descriptor)
     _check_paths(bundle)
     _check_lua_header(bundle)
-    _check_guard(bundle)
+    _check_clamp(bundle)
     _check_vae(bundle)
     return _with_statistics(bundle)
 
@@ -400,17 +400,17 @@ def _check_lua_header(bundle: Bundle) -> None:
         bundle.check_lua(spec)
 
 
-def _check_guard(bundle: Bundle) -> None:
-    if bundle.lua is None or bundle.guard_sigmas is None:
+def _check_clamp(bundle: Bundle) -> None:
+    if bundle.lua is None or bundle.clamp_sigmas is None:
         return
     try:
         statistics = read_statistics(bundle.lua)
     except StatisticsError as error:
-        raise BundleError(f"lua.guard_sigmas: {error}") from error
+        raise BundleError(f"lua.clamp_sigmas: {error}") from error
     scales = bundle.scales_of("lua")[1:]
     if statistics.channels != bundle.latent_space.channels or max(scales) > max(statistics.residual_rms, default=1):
         raise BundleError(
-            f"lua.guard_sigmas: {bundle.lua} has statistics of {statistics.channels} channels at scales "
+            f"lua.clamp_sigmas: {bundle.lua} has statistics of {statistics.channels} channels at scales "
             f"{sorted(statistics.residual_rms)}; the bundle has {bundle.latent_space.channels} and {scales}"
         )
 

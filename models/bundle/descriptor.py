@@ -121,14 +121,14 @@ class LuaFile(_Section):
 
     With a LIIF head, `scales` are those to serve, whole or not.
 
-    `guard_sigmas` bounds outputs by the statistics in the weights' header (`models/lua/clamp.py`); without it there is
+    `clamp_sigmas` bounds outputs by the statistics in the weights' header (`models/lua/clamp.py`); without it there is
     no bound.
     """
 
     file: Text
     scales: Annotated[tuple[Scale, ...], Field(strict=False, min_length=1)]
     sha256: Digest
-    guard_sigmas: float | None = Field(default=None, gt=0)
+    clamp_sigmas: float | None = Field(default=None, gt=0)
 
 
 class LuaSource(_Section):

@@ -1,4 +1,4 @@
-"""The engine `torch-compile`: the prepared network through `torch.compile`, on a GPU replayed as CUDA graphs.
+"""The engine `torch-compile`: the packed network through `torch.compile`, on a GPU replayed as CUDA graphs.
 
 A graph is captured per scale and size at the first latent of that size, for batches of 1, 2, 4, 8 ...; a batch between
 them is filled up, which changes no image. The compiler runs at the first latent of a scale and at the first batch of
@@ -41,7 +41,7 @@ class CompileEngine:
     """A compiled LUA.
 
     Args:
-        net: The prepared network, with plain layers.
+        net: The packed network, with plain layers.
         device: Where it is.
     """
 

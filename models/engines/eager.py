@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from giantleap.models.engines.base import EngineError, EngineName
-from giantleap.models.engines.cpu import LatentUpscaler, prepare_lua
+from giantleap.models.engines.cpu import LatentUpscaler, pack_lua
 from giantleap.models.engines.packed_lua import PackedLua
 from giantleap.models.lua.network import Lua
 
@@ -28,15 +28,15 @@ class TorchEngine:
 
     @classmethod
     def open(cls, net: Lua, device: torch.device, dtype: torch.dtype) -> "TorchEngine":
-        """Move a network to a device and pack it where that is possible and faster (`prepare_lua`).
+        """Move a network to a device and pack it where that is possible and faster (`pack_lua`).
 
         Raises:
-            PreparationError: The packed form computes something else.
+            PackingError: The packed form computes something else.
         """
-        return cls(prepare_lua(net.to(device), device, dtype), device, dtype)
+        return cls(pack_lua(net.to(device), device, dtype), device, dtype)
 
     @property
-    def prepared(self) -> bool:
+    def is_packed(self) -> bool:
         """Whether the network runs in the form for a CPU."""
         return isinstance(self._net, PackedLua)
 

@@ -29,7 +29,7 @@ def open_engine(
 
     Raises:
         EngineError: The engine cannot run here.
-        PreparationError: The packed form for a CPU computes something else.
+        PackingError: The packed form for a CPU computes something else.
     """
     if name == "torch":
         return TorchEngine.open(net, device, dtype)

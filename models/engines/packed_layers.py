@@ -1,4 +1,4 @@
-"""Layers of a LUA prepared for inference: plain, by torch's operators, or packed for oneDNN with what follows fused.
+"""Layers of a LUA packed for inference: plain, by torch's operators, or packed for oneDNN with what follows fused.
 
 `Layout` says which, in which type and how wide; `models/engines/packed_lua.py` builds the network of them.
 """

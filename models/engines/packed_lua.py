@@ -1,4 +1,4 @@
-"""LUA prepared for inference: the same weights and the same sums, laid out for what runs them.
+"""LUA packed for inference: the same weights and the same sums, laid out for what runs them.
 
 The affine part of each LayerNorm and the scale of the queries are folded into the weights behind them, which is exact;
 one gather takes tokens from the window order of a block to that of the next, in place of roll and window cut, and puts
@@ -72,7 +72,7 @@ class Grids:
         return cls(plain, shifted, shifted.scatter[plain.gather], plain.scatter[shifted.gather])
 
 
-class PreparedBlock:
+class PackedBlock:
     """A `SwinBlock` on tokens; see the module's text for what is folded into what."""
 
     def __init__(self, block: SwinBlock, layout: Layout) -> None:
@@ -126,18 +126,18 @@ class PreparedBlock:
     def _run(self, x: Tensor, mask: Tensor, out: Tensor) -> None:
         """**Shape** x, out [windows * window^2, width]; mask [masked, 1, window^2, window^2] of the last windows."""
         qkv = self.qkv(self.norm1(x)).view(-1, self.window**2, 3, self.heads, self.head_dim)
-        attend = self._attend_plainly if self.attends_plainly() else self._attend_fused
+        attend = self._attention_math if self.uses_attention_math() else self._attention_fused
         y = attend(qkv.permute(2, 0, 3, 1, 4), mask).transpose(1, 2).reshape(len(x), -1)
         x = self.proj(y).add_(x)  # oneDNN's own fused addition is no faster: `benchmarks/engines/parts.py`
         torch.add(self.fc2(self.fc1(self.norm2(x))), x, out=out)
 
-    def attends_plainly(self) -> bool:
+    def uses_attention_math(self) -> bool:
         """Whether two products beat the fused kernel: on Zen 5 in bfloat16 by 1.6 times, in float32 where there is more
         than one thread, of which it makes poor use (`benchmarks/engines/parts.py`).
         """
         return self.packed and (self.dtype == torch.bfloat16 or torch.get_num_threads() > 1)
 
-    def _attend_fused(self, parts: Tensor, mask: Tensor) -> Tensor:
+    def _attention_fused(self, parts: Tensor, mask: Tensor) -> Tensor:
         """**Shape** [3, windows, heads, window^2, head_dim] -> [windows, heads, window^2, head_dim]."""
         if not len(mask):
             return _fused(parts, self.bias)
@@ -147,8 +147,8 @@ class PreparedBlock:
         free = _fused(parts[:, : -len(mask)], self.bias)
         return torch.cat([free.transpose(1, 2), masked.transpose(1, 2)]).transpose(1, 2)  # as the kernel lays it out
 
-    def _attend_plainly(self, parts: Tensor, mask: Tensor) -> Tensor:
-        """As `_attend_fused`."""
+    def _attention_math(self, parts: Tensor, mask: Tensor) -> Tensor:
+        """As `_attention_fused`."""
         q, k, v = parts.contiguous().unbind(0)
         logits = (q @ k.transpose(-2, -1)).add_(self.bias)
         if len(mask):
@@ -188,7 +188,7 @@ class PackedLua:
         groups = [cast(ResidualGroup, layer) for layer in net.layers]
         self.groups = [
             (
-                [PreparedBlock(cast(SwinBlock, block), layout) for block in group.residual_group.blocks],
+                [PackedBlock(cast(SwinBlock, block), layout) for block in group.residual_group.blocks],
                 layout.conv(group.conv, rows=extra, columns=extra),
             )
             for group in groups
@@ -251,7 +251,7 @@ class PackedLua:
         return grids
 
 
-def _run_blocks(blocks: Sequence[PreparedBlock], tokens: Tensor, grids: Grids) -> Tensor:
+def _run_blocks(blocks: Sequence[PackedBlock], tokens: Tensor, grids: Grids) -> Tensor:
     """The blocks of a group one after the other, each in its own window order.
 
     **Shape** [tokens, width], row by row -> the same.

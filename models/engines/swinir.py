@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from giantleap.models.engines.cpu import LatentUpscaler, prepare_lua
+from giantleap.models.engines.cpu import LatentUpscaler, pack_lua
 from giantleap.models.engines.packed_lua import PackedLua
 from giantleap.models.lua.checkpoints import CheckpointError, read_lua
 
@@ -113,11 +113,11 @@ class PixelUpscaler:
                     f"{path}: found {net.spec.channels} channels and heads for scales {net.spec.scales}; "
                     f"expected a SwinIR of {RGB_CHANNELS} channels and the one scale {scale}"
                 )
-            nets[scale] = prepare_lua(net, device, dtype)
+            nets[scale] = pack_lua(net, device, dtype)
         return cls(nets, device, dtype)
 
     @property
-    def prepared(self) -> bool:
+    def is_packed(self) -> bool:
         """Whether all networks run in the form for a CPU."""
         return all(isinstance(net, PackedLua) for net in self.nets.values())
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from giantleap.models.lua.network import Lua
-from giantleap.models.lua.released_layouts import CheckpointError, to_own_layout
+from giantleap.models.lua.released_layouts import CheckpointError, convert_state_dict
 from giantleap.models.lua.spec import SPEC_KEY, LuaSpec
 
 __all__ = ["CheckpointError", "read_lua", "write_lua"]
@@ -83,7 +83,7 @@ def read_lua(path: Path, device: torch.device | str = "cpu") -> Lua:
         raise CheckpointError(f"{path}: found suffix {path.suffix!r}, expected .safetensors, .pth or .pt")
     try:
         if spec is None:
-            spec, weights = to_own_layout(weights)
+            spec, weights = convert_state_dict(weights)
         net = _build(spec, weights)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -29,7 +29,7 @@ class CheckpointError(ValueError):
     """A weight file that is damaged, of an unknown layout, or does not fit its network."""
 
 
-def to_own_layout(weights: Mapping[str, Weight]) -> tuple[LuaSpec, dict[str, Weight]]:
+def convert_state_dict(weights: Mapping[str, Weight]) -> tuple[LuaSpec, dict[str, Weight]]:
     """The spec and the weights under our own keys, without the buffers that depend on a size.
 
     Raises:

@@ -1,15 +1,12 @@
-"""Arithmetic of a decode: strip heights from a byte budget, and the peak memory of each method before anything runs.
+"""Plans a decode: strip heights from a byte budget, and whether strips are better than the whole decode.
 
-Imports no torch, because the API process has none and must refuse what cannot fit. All figures are bytes of live
-tensors beyond the weights and the latent itself. The decode that follows a plan is in `models/vae/decode.py`.
+All figures are bytes of live tensors beyond the weights and the latent. `models/vae/decode.py` follows the plan.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, Self
-
-DecodeMethod = Literal["plain", "exact", "tiled", "tiny"]
+from typing import Any, Self
 
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 MAX_STRIP_BYTES = 16 * 2**20  # the caches of a large CPU or GPU hold it; larger strips were not faster
@@ -17,7 +14,6 @@ MIN_STRIP_BYTES = 2**20
 STRIPS_PER_MAP = 32  # a strip costs its own size about four times over: an eighth of the largest map in all
 MAX_QUERIES = 1024  # attention scores of one chunk then stay below the full-resolution maps at any image size
 MAX_ELEMENTS = 2**31 - 1  # of one tensor; several GPU kernels index with 32 bits
-TILE_OVERLAP = 0.25  # diffusers' tiled decode of AutoencoderKL
 STRIPS_FASTER_PX = 256 * 256  # of an image: where strips became faster than the whole decode on a CPU in float32
 
 
@@ -33,13 +29,11 @@ class DecoderShape:
         latent_channels: Of its input.
         image_channels: Of its output.
         channels: Of each up block, in the order in which they run; each but the last doubles the resolution.
-        tile_px: Side of a tile of diffusers' tiled decode.
     """
 
     latent_channels: int
     image_channels: int
     channels: tuple[int, ...]
-    tile_px: int
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -52,13 +46,7 @@ class DecoderShape:
         channels = config.get("decoder_block_out_channels") or config["block_out_channels"]
         if set(blocks) != {"UpDecoderBlock2D"} or len(blocks) != len(channels):
             raise ValueError(f"a decoder of UpDecoderBlock2D, one per channel count, is understood; found {blocks}")
-        side = config["sample_size"]
-        return cls(
-            config["latent_channels"],
-            config["out_channels"],
-            tuple(reversed(channels)),
-            side if isinstance(side, int) else side[0],
-        )
+        return cls(config["latent_channels"], config["out_channels"], tuple(reversed(channels)))
 
     @property
     def stride_px(self) -> int:
@@ -133,36 +121,13 @@ def plan_decode(
     return DecodePlan(rows, queries, peak * element_bytes)
 
 
-def estimate_peak_bytes(
-    vae_config: Mapping[str, Any],
-    latent_height: int,
-    latent_width: int,
-    dtype: str,
-    method: DecodeMethod,
-    *,
-    batch: int = 1,
-) -> int:
-    """Peak memory of a decode beyond weights and latents, with an attention that keeps no score matrix.
-
-    Args:
-        vae_config: Configuration of an AutoencoderKL; of an AutoencoderTiny for the method "tiny".
-        latent_height: Of the raw latent.
-        latent_width: Of the raw latent.
-        dtype: That the decoder computes in.
-        method: How it decodes.
-        batch: Images decoded in one call.
+def plain_decode_bytes(shape: DecoderShape, latent_height: int, latent_width: int, dtype: str, batch: int = 1) -> int:
+    """Peak memory of the whole decode beyond weights and latents, with an attention that keeps no score matrix.
 
     Raises:
-        ValueError: a size is not positive, the dtype is unknown, or the configuration is not of the method's decoder.
+        ValueError: A size is not positive or the dtype is unknown.
     """
     element_bytes = _check(latent_height, latent_width, batch, dtype)
-    if method == "tiny":
-        return batch * _tiny_elements(vae_config, latent_height, latent_width) * element_bytes
-    shape = DecoderShape.from_config(vae_config)
-    if method == "exact":
-        return plan_decode(shape, latent_height, latent_width, dtype, batch=batch).peak_bytes
-    if method == "tiled":
-        return batch * _tiled_elements(shape, latent_height, latent_width) * element_bytes
     return batch * _plain_elements(shape, latent_height, latent_width) * element_bytes
 
 
@@ -193,8 +158,7 @@ def prefers_strips(
     Raises:
         ValueError: a size is not positive or the dtype is unknown.
     """
-    element_bytes = _check(latent_height, latent_width, batch, dtype)
-    whole_bytes = batch * _plain_elements(shape, latent_height, latent_width) * element_bytes
+    whole_bytes = plain_decode_bytes(shape, latent_height, latent_width, dtype, batch)
     if budget_bytes is not None and whole_bytes > budget_bytes:
         return True
     if batch * max(_stage_elements(shape, latent_height, latent_width)) > MAX_ELEMENTS:
@@ -266,24 +230,3 @@ def _plain_elements(shape: DecoderShape, height: int, width: int) -> int:
         if stage + 1 < len(shape.channels):
             peaks.append((incoming + channels + 8 * channels) * pixels)
     return max(peaks)
-
-
-def _tiled_elements(shape: DecoderShape, height: int, width: int) -> int:
-    tile = shape.tile_px // shape.stride_px
-    if max(height, width) <= tile:
-        return _plain_elements(shape, height, width)
-    step = int(tile * (1 - TILE_OVERLAP))
-    area = sum(min(tile, height - top) for top in range(0, height, step))
-    area *= sum(min(tile, width - left) for left in range(0, width, step))
-    image = shape.image_channels * shape.stride_px**2
-    one_tile = _plain_elements(shape, min(tile, height), min(tile, width))
-    return max(area * image + one_tile, (area + 2 * height * width) * image)
-
-
-def _tiny_elements(config: Mapping[str, Any], height: int, width: int) -> int:
-    """A block of AutoencoderTiny holds its input and two maps; an upsampling its input, its output, a convolution."""
-    channels = tuple(config["decoder_block_out_channels"])
-    if config["upsampling_scaling_factor"] != 2:
-        raise ValueError(f"an AutoencoderTiny that doubles is understood; found {config['upsampling_scaling_factor']}")
-    maps = [3 * int(count) * (height << stage) * (width << stage) for stage, count in enumerate(channels)]
-    return max(maps)

@@ -59,7 +59,7 @@ def test_lua_makes_everything_where_its_input_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("width_multiple", [1, 8])
-def test_the_prepared_network_makes_everything_where_its_input_is(
+def test_the_packed_network_makes_everything_where_its_input_is(
     width_multiple: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_autocast(device_type: str, enabled: bool) -> AbstractContextManager[None]:
@@ -69,8 +69,8 @@ def test_the_prepared_network_makes_everything_where_its_input_is(
     net = Lua(SPEC).eval().to(META)
     grids = Grids.build(2, 8, 12, SPEC.window, torch.empty(0, dtype=torch.bfloat16))  # which windows it masks is data
     with OneDevice(), torch.inference_mode():
-        prepared = PackedLua(net, torch.bfloat16, packed=False, width_multiple=width_multiple)
-        grown = prepared.core(on_meta(2, 4, 8, 12), _to_meta(grids), 4)
+        packed = PackedLua(net, torch.bfloat16, packed=False, width_multiple=width_multiple)
+        grown = packed.core(on_meta(2, 4, 8, 12), _to_meta(grids), 4)
     assert (grown.device, grown.dtype, list(grown.shape)) == (META, torch.float32, [2, 4, 32, 48])
 
 

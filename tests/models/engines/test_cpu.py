@@ -1,4 +1,4 @@
-"""The form prepared for a CPU computes what the network computes, at any size, and is only taken where it can run."""
+"""The form packed for a CPU computes what the network computes, at any size, and is only taken where it can run."""
 
 import copy
 from dataclasses import replace
@@ -7,15 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from giantleap.models.engines import cpu as engine_cpu
 from giantleap.models.engines.cpu import (
-    PreparationError,
-    check_prepared,
-    packed_is_faster,
-    prepare_lua,
-    why_not_prepared,
+    PackingError,
+    check_packed,
+    pack_lua,
+    packing_unavailable_reason,
 )
-from giantleap.models.engines.packed_lua import GRIDS_KEPT, Grid, PackedLua, PreparedBlock
+from giantleap.models.engines.packed_lua import GRIDS_KEPT, Grid, PackedBlock, PackedLua
 from giantleap.models.lua.spec import LuaSpec
 from tests.random_lua import random_lua
 
@@ -35,23 +33,23 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("size", [(1, 8, 8), (2, 13, 21), (3, 16, 3)], ids=str)
-def test_prepared_form_equals_the_network(name: str, size: tuple[int, int, int]) -> None:
+def test_packed_form_equals_the_network(name: str, size: tuple[int, int, int]) -> None:
     net = random_lua(SPECS[name])
-    prepared = PackedLua(net, torch.float32)
+    packed = PackedLua(net, torch.float32)
     batch, height, width = size
     latent = torch.randn(batch, net.spec.channels, height, width)
     for scale in net.spec.scales:
         with torch.no_grad():
             expected = net(latent, scale)
-        found = prepared(latent, scale)
+        found = packed(latent, scale)
         assert found.dtype == torch.float32 and found.shape == expected.shape
         assert relative_error(found, expected) < 2e-5
 
 
 def test_bfloat16_is_close() -> None:
     net = random_lua(SPECS["tiny"])
-    if why_not_prepared(CPU, torch.bfloat16) is not None:  # a CPU without it runs the network
-        assert prepare_lua(net, CPU, torch.bfloat16) is net
+    if packing_unavailable_reason(CPU, torch.bfloat16) is not None:  # a CPU without it runs the network
+        assert pack_lua(net, CPU, torch.bfloat16) is net
         return
     latent = torch.randn(2, 4, 12, 16)
     with torch.no_grad():
@@ -66,15 +64,15 @@ def test_bfloat16_is_close() -> None:
 def test_portions_and_both_attentions_change_nothing(
     tokens_at_once: int | None, plainly: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PreparedBlock, "attends_plainly", lambda block: plainly)
+    monkeypatch.setattr(PackedBlock, "uses_attention_math", lambda block: plainly)
     net = random_lua(SPECS["tiny"])
-    prepared = PackedLua(net, torch.float32)
-    for blocks, _ in prepared.groups:
+    packed = PackedLua(net, torch.float32)
+    for blocks, _ in packed.groups:
         for block in blocks:
             block.tokens_at_once = tokens_at_once
     latent = torch.randn(2, 4, 12, 16)
     with torch.no_grad():
-        assert relative_error(prepared(latent, 4), net(latent, 4)) < 2e-5
+        assert relative_error(packed(latent, 4), net(latent, 4)) < 2e-5
 
 
 def test_the_fused_kernel_attends_in_float32_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,14 +82,14 @@ def test_the_fused_kernel_attends_in_float32_on_one_thread(monkeypatch: pytest.M
     chosen = []
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
-        chosen.append((block.attends_plainly(), compiled.attends_plainly()))
+        chosen.append((block.uses_attention_math(), compiled.uses_attention_math()))
     assert chosen == [(False, False), (True, False)]
 
 
 def test_portions_are_of_free_windows_or_of_masked_ones() -> None:
-    prepared = PackedLua(random_lua(SPECS["tiny"]), torch.float32)
-    grids = prepared.grids_of(torch.zeros(2, 4, 12, 16))
-    _, shifted = prepared.groups[0][0]
+    packed = PackedLua(random_lua(SPECS["tiny"]), torch.float32)
+    grids = packed.grids_of(torch.zeros(2, 4, 12, 16))
+    _, shifted = packed.groups[0][0]
     shifted.tokens_at_once = 5 * 16
     found = [(start, stop, len(mask)) for start, stop, mask in shifted._portions(grids.shifted)]
     assert found == [(0, 4, 0), (4, 8, 0), (8, 12, 0), (12, 16, 4), (16, 20, 4), (20, 24, 4)]
@@ -101,17 +99,17 @@ def test_portions_are_of_free_windows_or_of_masked_ones() -> None:
 def test_plain_layers_of_any_width_compute_the_same(width_multiple: int) -> None:
     net = random_lua(SPECS["window 8, skip"])
     latent = torch.randn(2, 16, 20, 9)
-    prepared = PackedLua(net, torch.float32, packed=False, width_multiple=width_multiple)
+    packed = PackedLua(net, torch.float32, packed=False, width_multiple=width_multiple)
     with torch.no_grad():
-        assert relative_error(prepared(latent, 4), net(latent, 4)) < 2e-5
+        assert relative_error(packed(latent, 4), net(latent, 4)) < 2e-5
 
 
 def test_autocast_around_it_changes_nothing() -> None:
-    prepared = PackedLua(random_lua(SPECS["tiny"]), torch.float32)
+    packed = PackedLua(random_lua(SPECS["tiny"]), torch.float32)
     latent = torch.randn(1, 4, 8, 8)
-    expected = prepared(latent, 2)
+    expected = packed(latent, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(prepared(latent, 2), expected)
+        assert torch.equal(packed(latent, 2), expected)
 
 
 def test_grid_sorts_the_windows_that_the_mask_touches_to_the_end() -> None:
@@ -123,11 +121,11 @@ def test_grid_sorts_the_windows_that_the_mask_touches_to_the_end() -> None:
 
 
 def test_no_more_than_a_few_sizes_are_remembered() -> None:
-    prepared = PackedLua(random_lua(SPECS["tiny"]), torch.float32)
+    packed = PackedLua(random_lua(SPECS["tiny"]), torch.float32)
     for width in range(1, GRIDS_KEPT + 3):
-        prepared(torch.zeros(1, 4, 4, 4 * width), 2)
-    assert len(prepared._grids) == GRIDS_KEPT
-    assert (1, 4, 4) not in prepared._grids and (1, 4, 4 * (GRIDS_KEPT + 2)) in prepared._grids
+        packed(torch.zeros(1, 4, 4, 4 * width), 2)
+    assert len(packed._grids) == GRIDS_KEPT
+    assert (1, 4, 4) not in packed._grids and (1, 4, 4 * (GRIDS_KEPT + 2)) in packed._grids
 
 
 @pytest.mark.parametrize(
@@ -138,51 +136,33 @@ def test_what_the_network_refuses_is_refused(shape: tuple[int, ...], scale: int,
         PackedLua(random_lua(SPECS["tiny"]), torch.float32)(torch.zeros(shape), scale)
 
 
-def test_the_network_itself_runs_where_it_cannot_be_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_itself_runs_where_it_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     net = random_lua(SPECS["tiny"])
-    assert "CPU" in str(why_not_prepared(torch.device("cuda:0"), torch.float32))
-    assert "float16" in str(why_not_prepared(CPU, torch.float16))
-    assert why_not_prepared(CPU, torch.float32) is None
+    assert "CPU" in str(packing_unavailable_reason(torch.device("cuda:0"), torch.float32))
+    assert "float16" in str(packing_unavailable_reason(CPU, torch.float16))
+    assert packing_unavailable_reason(CPU, torch.float32) is None
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert "oneDNN" in str(why_not_prepared(CPU, torch.float32))
-    assert prepare_lua(net, CPU, torch.float32) is net
-
-
-def test_the_network_itself_runs_where_packing_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = random_lua(SPECS["tiny"])
-    seconds = [2.0, 1.0]
-    monkeypatch.setattr(engine_cpu, "_min_seconds", lambda runs: seconds)
-    assert not packed_is_faster(net.spec, torch.float32)
-    assert prepare_lua(net, CPU, torch.float32) is net
-    seconds[0] = 1.0
-    assert isinstance(prepare_lua(net, CPU, torch.float32), PackedLua)
-
-
-def test_the_trial_leaves_the_random_numbers_of_others_alone() -> None:
-    torch.manual_seed(5)
-    expected = torch.randn(3)
-    torch.manual_seed(5)
-    packed_is_faster(SPECS["tiny"], torch.float32)
-    assert torch.equal(torch.randn(3), expected)
+    assert "oneDNN" in str(packing_unavailable_reason(CPU, torch.float32))
+    assert pack_lua(net, CPU, torch.float32) is net
 
 
 def test_a_form_that_computes_something_else_is_refused() -> None:
     net = random_lua(SPECS["window 8, skip"])
-    prepared = PackedLua(net, torch.float32)
-    check_prepared(prepared, net)
+    packed = PackedLua(net, torch.float32)
+    check_packed(packed, net)
     other = copy.deepcopy(net)
     with torch.no_grad():
         other.get_parameter("heads.x4.conv_last.weight").mul_(1.5)
-    with pytest.raises(PreparationError, match="x4"):
-        check_prepared(prepared, other)
+    with pytest.raises(PackingError, match="x4"):
+        check_packed(packed, other)
 
 
 def test_the_check_sees_a_wrong_shift_mask() -> None:
     net = random_lua(SPECS["tiny"])
-    prepared = PackedLua(net, torch.float32)
+    packed = PackedLua(net, torch.float32)
     window = net.spec.window
-    grids = prepared.grids_of(torch.zeros(2, 4, 2 * window, 3 * window))
+    grids = packed.grids_of(torch.zeros(2, 4, 2 * window, 3 * window))
     shifted = replace(grids.shifted, mask=torch.zeros_like(grids.shifted.mask))
-    prepared._grids[2, 2 * window, 3 * window] = replace(grids, shifted=shifted)
-    with pytest.raises(PreparationError):
-        check_prepared(prepared, net)
+    packed._grids[2, 2 * window, 3 * window] = replace(grids, shifted=shifted)
+    with pytest.raises(PackingError):
+        check_packed(packed, net)

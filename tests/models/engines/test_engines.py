@@ -67,7 +67,7 @@ def test_torch_in_bfloat16_is_close(net: Lua) -> None:
 
 def test_torch_runs_a_plain_network_in_its_dtype(net: Lua) -> None:
     engine = TorchEngine(net, CPU, torch.bfloat16)
-    assert not engine.prepared
+    assert not engine.is_packed
     assert_answers_as(engine, net, 0.03)
 
 

@@ -158,7 +158,7 @@ def guarded_bundle(source: Path, directory: Path, sigmas: float, channels: int =
 def test_a_route_bounds_lua_where_the_bundle_asks_for_it(tiny_bundle_dir: Path, tmp_path: Path) -> None:
     plain = Route.open(read_bundle(tiny_bundle_dir), CPU, torch.float32)
     guarded = Route.open(read_bundle(guarded_bundle(tiny_bundle_dir, tmp_path / "guarded", 3.0)), CPU, torch.float32)
-    assert plain.guard is None
+    assert plain.clamp is None
     usual, far = normal(1, LATENT_CHANNELS, 8, 8), 50.0 * normal(1, LATENT_CHANNELS, 8, 8)
     for scale in (2, 4):
         assert plain.upscale(far, scale).abs().max() > 50
@@ -176,7 +176,7 @@ def test_a_guard_without_its_statistics_is_refused(tiny_bundle_dir: Path, tmp_pa
     with pytest.raises(BundleError, match="no latent statistics"):
         read_bundle(directory)
     (directory / "bundle.toml").write_text(text.replace("[lua]\n", "[lua]\nguard_sigmas = 0.0\n"))
-    with pytest.raises(BundleError, match="guard_sigmas"):
+    with pytest.raises(BundleError, match="clamp_sigmas"):
         read_bundle(directory)
     with pytest.raises(BundleError, match="statistics of 4 channels"):
         read_bundle(guarded_bundle(tiny_bundle_dir, tmp_path / "other", 6.0, channels=4))

@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from giantleap.models.vae.strip_plan import (
     MAX_ELEMENTS,
     DecodeBudgetError,
-    DecodeMethod,
     DecoderShape,
-    estimate_peak_bytes,
+    plain_decode_bytes,
     plan_decode,
 )
 
-SDXL = DecoderShape(latent_channels=4, image_channels=3, channels=(512, 512, 256, 128), tile_px=1024)
+SDXL = DecoderShape(latent_channels=4, image_channels=3, channels=(512, 512, 256, 128))
 SDXL_CONFIG: dict[str, Any] = {
     "latent_channels": 4,
     "out_channels": 3,
@@ -28,8 +27,12 @@ SDXL_CONFIG: dict[str, Any] = {
 GIB = 2**30
 
 
-def estimate(image_px: int, dtype: str, method: DecodeMethod, batch: int = 1) -> int:
-    return estimate_peak_bytes(SDXL_CONFIG, image_px // 8, image_px // 8, dtype, method, batch=batch)
+def plain_bytes(image_px: int, dtype: str, batch: int = 1) -> int:
+    return plain_decode_bytes(SDXL, image_px // 8, image_px // 8, dtype, batch)
+
+
+def exact_bytes(image_px: int, dtype: str, batch: int = 1) -> int:
+    return plan_decode(SDXL, image_px // 8, image_px // 8, dtype, batch=batch).peak_bytes
 
 
 def test_the_shape_is_read_from_a_configuration() -> None:
@@ -45,15 +48,14 @@ def test_a_configuration_with_other_blocks_is_refused() -> None:
 def test_exact_needs_less_than_half_of_plain_from_512_px_on() -> None:
     for image_px in (512, 1024, 2048, 4096):
         for dtype in ("float32", "bfloat16"):
-            assert estimate(image_px, dtype, "exact") < 0.5 * estimate(image_px, dtype, "plain")
+            assert exact_bytes(image_px, dtype) < 0.5 * plain_bytes(image_px, dtype)
 
 
-def test_a_4096_px_image_fits_a_24_gb_card_only_with_the_exact_decode_or_tiles() -> None:
+def test_a_4096_px_image_fits_a_24_gb_card_only_with_the_exact_decode() -> None:
     card_bytes = 23 * GIB
-    assert estimate(4096, "float32", "plain") > card_bytes
-    assert estimate(4096, "float32", "exact") < card_bytes
-    assert estimate(4096, "bfloat16", "exact") < card_bytes / 2
-    assert estimate(4096, "float32", "tiled") < card_bytes
+    assert plain_bytes(4096, "float32") > card_bytes
+    assert exact_bytes(4096, "float32") < card_bytes
+    assert exact_bytes(4096, "bfloat16") < card_bytes / 2
 
 
 def test_no_strip_and_no_chunk_of_scores_reaches_two_to_the_31_elements() -> None:
@@ -68,8 +70,8 @@ def test_no_strip_and_no_chunk_of_scores_reaches_two_to_the_31_elements() -> Non
 
 def test_a_batch_costs_only_its_images_when_it_is_decoded_one_by_one() -> None:
     images_bytes = 7 * 3 * 1024**2 * 4
-    assert estimate(1024, "float32", "exact", batch=8) == estimate(1024, "float32", "exact") + images_bytes
-    assert estimate(1024, "float32", "plain", batch=8) == 8 * estimate(1024, "float32", "plain")
+    assert exact_bytes(1024, "float32", batch=8) == exact_bytes(1024, "float32") + images_bytes
+    assert plain_bytes(1024, "float32", batch=8) == 8 * plain_bytes(1024, "float32")
 
 
 def test_a_smaller_budget_gives_thinner_strips_and_is_kept() -> None:
@@ -90,7 +92,7 @@ def test_sizes_and_dtypes_that_do_not_exist_are_refused(size: tuple[int, int], d
     with pytest.raises(ValueError):
         plan_decode(SDXL, *size, dtype)
     with pytest.raises(ValueError):
-        estimate_peak_bytes(SDXL_CONFIG, *size, dtype, "plain")
+        plain_decode_bytes(SDXL, *size, dtype)
 
 
 @settings(deadline=None, max_examples=60)
