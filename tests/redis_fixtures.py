@@ -109,6 +109,12 @@ def make_job() -> JobMaker:
     return make
 
 
+def enqueue_arguments(job: Job, **changes: object) -> dict[str, object]:
+    """The arguments of `enqueue.lua` for a test that runs the script itself."""
+    arguments: dict[str, object] = {"id": job.id, "bundle": job.bundle, "priority": job.priority, "owner": job.owner}
+    return arguments | {"digest": "", "latent_px": 0, "input_bytes": 0, "upload": "", "finish": False} | changes
+
+
 @pytest.fixture
 def open_producer(settings: Settings) -> ProducerOpener:
     """An async context manager that gives an open producer; keywords replace settings."""

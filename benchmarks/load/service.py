@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from giantleap.models.allocator import keep_freed_memory
+from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_redis
-from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import ResultFile, UpscaleParams
 from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
 from giantleap.service.settings import Settings, read_settings, to_environment

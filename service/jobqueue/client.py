@@ -10,8 +10,9 @@
 that ask for some take `?sentinel_username=` and `?sentinel_password=`. No error of this module holds a URL.
 """
 
+import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -21,7 +22,6 @@ import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
-from redis.commands.core import Script
 from redis.exceptions import ClusterError, OutOfMemoryError, ReadOnlyError, RedisClusterException, TryAgainError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
@@ -46,8 +46,9 @@ _FORMS = "redis://, rediss://, unix://, redis+sentinel://host:26379,host/service
 # A server of version 6 wraps what a command in a script met into an error of its own.
 _WRAPPED = (" -OOM ", " -READONLY ", " -MISCONF ")
 # MISCONF: its disk takes no more, which somebody mends; UNBLOCKED: a master that becomes a replica ends what blocks.
-_PASSING = ("NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "UNBLOCKED")
-_PATIENCE_S, _PAUSE_S = 120.0, 0.5
+_TEMPORARY = ("NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "UNBLOCKED")
+_MAX_OUTAGE_S, _PAUSE_S = 120.0, 0.5
+_CANCEL_AGAIN_S = 0.1
 _SENTINEL_PORT, _SERVER_PORT = 26379, 6379
 # Asked before each connect: a sentinel that is gone costs this once, then the next one is asked first.
 _SENTINEL_TIMEOUT_S = 1.0
@@ -123,7 +124,7 @@ def _read_hosts(text: str, default_port: int) -> tuple[tuple[str, int], ...]:
     return tuple(hosts)
 
 
-def open_redis(url: str, patience_s: float = _PATIENCE_S) -> SyncRedis:
+def open_redis(url: str, max_outage_s: float = _MAX_OUTAGE_S) -> SyncRedis:
     """A client for threads, as `JobConsumer` wants it: bounded timeouts, a few quick retries; longer outages are waited
     for.
 
@@ -131,13 +132,13 @@ def open_redis(url: str, patience_s: float = _PATIENCE_S) -> SyncRedis:
 
     Raises:
         BadConfiguration: the URL cannot be read.
-        NotReady: no node of a cluster has answered for `patience_s`.
+        NotReady: no node of a cluster has answered for `max_outage_s`.
     """
     address = read_address(url)
     retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2)
     options: dict[str, Any] = {**_timeouts(url), **address.login, "retry": retry}
     if address.kind == "cluster":
-        return _open_cluster(address, options, patience_s)
+        return _open_cluster(address, options, max_outage_s)
     options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
     if address.kind == "sentinel":
         asked = Sentinel(address.hosts, sentinel_kwargs=_sentinel_options(address, Retry(NoBackoff(), 0)))
@@ -154,15 +155,15 @@ def _timeouts(url: str) -> dict[str, Any]:
     return _TIMEOUTS if url.startswith("unix") else {**_TIMEOUTS, "socket_keepalive": True}
 
 
-def _open_cluster(address: Address, options: dict[str, Any], patience_s: float) -> redis.RedisCluster:
-    deadline_s = time.monotonic() + patience_s
+def _open_cluster(address: Address, options: dict[str, Any], max_outage_s: float) -> redis.RedisCluster:
+    deadline_s = time.monotonic() + max_outage_s
     while True:
         nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.hosts]
         try:
             return redis.RedisCluster(startup_nodes=nodes, ssl=address.tls, **options)
         except REDIS_UNAVAILABLE as error:
             if time.monotonic() >= deadline_s:
-                raise NotReady(f"no node of the Redis cluster answered for {patience_s:.0f} s") from error
+                raise NotReady(f"no node of the Redis cluster answered for {max_outage_s:.0f} s") from error
             time.sleep(_PAUSE_S)
 
 
@@ -208,27 +209,20 @@ def check_client(client: SyncRedis | AsyncRedis) -> float:
     return float(options.get("socket_timeout") or 10.0) / 2
 
 
-def run_script(script: Script, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
-    """Runs a script for a worker, as `run_command` runs a command.
+async def cancel_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancels tasks and waits until they have ended.
 
-    A script meets a refusal at its first write, so nothing was written, and a worker that waits keeps its results.
+    redis-py 8.1 swallows a cancellation that meets it while it connects, so one call of `cancel` may not be enough.
     """
-    return run_command(lambda: script(list(keys), list(args)))
+    while unfinished := [task for task in tasks if not task.done()]:
+        for task in unfinished:
+            task.cancel()
+        await asyncio.wait(unfinished, timeout=_CANCEL_AGAIN_S)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # retrieved, because asyncio logs an exception that nobody retrieves
 
 
-def run_command(command: Callable[[], Any]) -> Any:
-    """Runs a command for a worker; a temporary refusal is raised as `redis.ConnectionError`.
-
-    Such are `NOREPLICAS` (fewer than `min-replicas-to-write` are there) and a server whose memory or disk is full.
-    """
-    try:
-        return command()
-    except redis.ResponseError as error:
-        if is_passing(error) or isinstance(error, redis.OutOfMemoryError):
-            raise redis.ConnectionError(f"refused: {str(error)[:80]}") from error
-        raise
-
-
-def is_passing(error: redis.ResponseError) -> bool:
+def is_temporary(error: redis.ResponseError) -> bool:
     """Whether a server refused for a reason that passes by itself, as while it fails over."""
-    return str(error).startswith(_PASSING) or any(code in str(error) for code in _WRAPPED)
+    return str(error).startswith(_TEMPORARY) or any(code in str(error) for code in _WRAPPED)

@@ -86,10 +86,11 @@ class Keys:
     def upload(self, name: str) -> str:
         return f"{self.tag}:upload:{name}"
 
-    def idempotency(self, caller_key: str, owner: str = "") -> str:
-        """Keys of one owner mean nothing to another; a space stands in neither."""
-        named = f"{owner} {caller_key}" if owner else caller_key
-        return f"{self.tag}:idempotency:{hashlib.sha256(named.encode()).hexdigest()}"
+
+def idempotency_digest(caller_key: str, owner: str = "") -> str:
+    """What identifies an idempotency key of an owner. Neither may hold a space, so the pair is unique."""
+    pair = f"{owner} {caller_key}" if owner else caller_key
+    return hashlib.sha256(pair.encode()).hexdigest()
 
 
 def lane(queue: str, priority: Priority) -> str:

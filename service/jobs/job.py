@@ -7,15 +7,18 @@ import hashlib
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.image_formats import ImageFormat
 
 FinalState = Literal["succeeded", "failed", "canceled"]
 FINAL_STATES: Final[tuple[FinalState, ...]] = get_args(FinalState)
+
+_NO_UNKNOWN_FIELDS = ConfigDict(extra="forbid", hide_input_in_errors=True)
+"""A worker must not run a job of a newer version without the fields that it does not know."""
 
 
 class JobState(StrEnum):
@@ -48,6 +51,8 @@ class GenerateParams:
     Sizes are those of the final image; `base_size_px` is the size that the base model generates. With a `strength`
     generation starts from an image, the job's input blob: a PNG file of the base size.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _NO_UNKNOWN_FIELDS
 
     prompt: str
     negative_prompt: str
@@ -82,6 +87,8 @@ class UpscaleParams:
     With `one_frame` the latent was sent as a video of one frame, and is returned as one: [C, 1, h, w].
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _NO_UNKNOWN_FIELDS
+
     scale: int | float
     latent_space: str
     batch_items: int
@@ -106,6 +113,8 @@ JobParams = GenerateParams | UpscaleParams
 class Webhook:
     """Where to post a notification when a job has ended; `events` are the final states to report."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _NO_UNKNOWN_FIELDS
+
     url: str
     events: tuple[FinalState, ...]
 
@@ -119,6 +128,8 @@ class Job:
         latent_px: Latent pixels of all images of the job after upscaling.
         cancel_after_s: The job fails unless it has ended so long after it was accepted.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _NO_UNKNOWN_FIELDS
 
     id: str
     bundle: str

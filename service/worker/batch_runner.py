@@ -22,7 +22,8 @@ from giantleap.models.image_formats import CONTENT_TYPES
 from giantleap.models.images import to_image_bytes, to_signed
 from giantleap.models.route import Route, finite_items
 from giantleap.service.errors import EngineFault, GiantleapError, JobFailed
-from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobqueue.claims import Claim
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.grid import count_items
 from giantleap.service.jobs.images import Pixels, read_image
 from giantleap.service.jobs.job import GenerateParams, JobError, JobParams, ResultFile, UpscaleParams

@@ -7,7 +7,7 @@ a batch is `giantleap.service.worker.loop`; why batches look so is in `docs/deci
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from giantleap.service.jobqueue.consumer import Claim
+from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px
 from giantleap.service.jobs.job import GenerateParams, JobParams
 

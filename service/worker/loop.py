@@ -22,8 +22,9 @@ from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.route import Route
 from giantleap.service.errors import BadConfiguration, DoesNotFit, StorageFull
+from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_redis
-from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.capacity import check_capacity, max_items
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px

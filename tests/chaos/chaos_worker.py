@@ -11,8 +11,9 @@ import sys
 import time
 
 from giantleap.models.worker_role import WorkerRole
+from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_redis
-from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
 from giantleap.service.settings import read_settings
 

@@ -21,7 +21,8 @@ from schemathesis.generation import GenerationMode
 
 from giantleap.service.api.app import create_app
 from giantleap.service.api.openapi import describe
-from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobqueue.claims import Claim
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
 from giantleap.service.settings import read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis

@@ -6,8 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
 from giantleap.service.errors import GiantleapError, InvalidRequest
-from giantleap.service.jobqueue.listing import Page
-from giantleap.service.jobqueue.producer import Enqueued
+from giantleap.service.jobqueue.producer import Enqueued, Page
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.job import (
     GenerateParams,

@@ -11,7 +11,7 @@ from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.device import PeakMemory, StageClock, StageObserver
 from giantleap.models.generator import CancelCheck, GenerationItem, StepCallback
 from giantleap.service.errors import StorageFull
-from giantleap.service.jobqueue.consumer import BaseLatents, Claim
+from giantleap.service.jobqueue.claims import BaseLatents, Claim
 from giantleap.service.jobs.job import (
     GenerateParams,
     Job,
@@ -51,7 +51,7 @@ UPSCALE = UpscaleParams(
 def make_claim(name: str, params: JobParams = GENERATE, body: bytes | None = None, **changes: object) -> Claim:
     """A claim of a job called `name`; `changes` are fields of the job."""
     job = replace(Job(name, "tiny", priority=Priority.HIGH, created_at_s=0.0, params=params), **changes)
-    return Claim(job=job, body=body, stream="stream", message_id=f"{name}-0", delivery=1)
+    return Claim(job=job, body=body, lane="tiny:high", message_id=f"{name}-0", delivery=1)
 
 
 @dataclass

@@ -4,8 +4,9 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
+from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_redis
-from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.settings import Settings
 
 

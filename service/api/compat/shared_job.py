@@ -32,6 +32,7 @@ from giantleap.service.errors import (
     NotReady,
     field_errors,
 )
+from giantleap.service.jobqueue.producer import SMALL_BODY_BYTES
 from giantleap.service.jobs.bundles import ServedBundle
 from giantleap.service.jobs.job import Job, JobParams, JobRecord, JobState, Priority
 from giantleap.service.jobs.latents import Floats, read_latent
@@ -39,7 +40,6 @@ from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
 from giantleap.service.jobs.planning import total_latent_px
 from giantleap.service.telemetry.tracing import current_traceparent
 
-_SMALL_BODY_BYTES = 1 << 20
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_DIMS = 5
 
@@ -116,7 +116,7 @@ async def run_in_thread_if_large(
     **kwargs: Arguments.kwargs,
 ) -> Answer:
     """What `plan` makes of a body of this size: a large one in a thread, since other requests would wait for it."""
-    if size_bytes <= _SMALL_BODY_BYTES:
+    if size_bytes <= SMALL_BODY_BYTES:
         return plan(*args, **kwargs)
     return await asyncio.to_thread(plan, *args, **kwargs)
 

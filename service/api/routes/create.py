@@ -11,7 +11,6 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -42,6 +41,8 @@ from giantleap.service.errors import (
     NotReady,
     UnsupportedMediaType,
 )
+from giantleap.service.jobqueue.client import cancel_tasks
+from giantleap.service.jobqueue.producer import SMALL_BODY_BYTES
 from giantleap.service.jobs.bundles import ServedBundle, select_bundle
 from giantleap.service.jobs.images import fit_image, is_image, read_base64
 from giantleap.service.jobs.job import (
@@ -66,9 +67,7 @@ router = APIRouter(tags=["create"])
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 # Drawn seeds stay exact in clients whose numbers are doubles.
 _DRAWN_SEED_LIMIT = 2**53
-_SMALL_BODY_BYTES = 1 << 20
 _STOP_SEEN_S = 0.5
-_CANCEL_AGAIN_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +179,7 @@ async def post_upscale(
     places = serving.places(served.bundle.name)
     given = (query, body, content_type, served.bundle, serving.settings, output_format, places)
     # A large latent is prepared beside the event loop, which it would hold up for about 2 ms per MiB.
-    small = len(body) <= _SMALL_BODY_BYTES and not is_image(body, content_type)
+    small = len(body) <= SMALL_BODY_BYTES and not is_image(body, content_type)
     params, blob = prepare_upscale(*given) if small else await asyncio.to_thread(prepare_upscale, *given)
     if answer_type != JSON_TYPE and params.batch_items != 1:
         raise InvalidFields(("body", f"holds {params.batch_items} latents; an answer that is a file holds one"))
@@ -337,18 +336,7 @@ async def wait_for_job(
             raise ClientDisconnect
         return await _get(serving, job_id)
     finally:
-        await _end(tasks)
-
-
-async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancels tasks until they have ended: redis-py 8.1 swallows a cancel that meets it while it connects."""
-    while unfinished := [task for task in tasks if not task.done()]:
-        for task in unfinished:
-            task.cancel()
-        await asyncio.wait(unfinished, timeout=_CANCEL_AGAIN_S)
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # looked at: asyncio logs an error that nobody asks for
+        await cancel_tasks(tasks)
 
 
 async def _wait_for_disconnect(request: Request) -> None:

@@ -14,7 +14,7 @@ from giantleap.service.api.sse import EVENT_STREAM_TYPE, read_last_event_id, str
 from giantleap.service.api.submission import caller_of
 from giantleap.service.auth import Caller
 from giantleap.service.errors import Conflict, NotFound
-from giantleap.service.jobqueue.listing import CURSOR_PATTERN, MAX_PER_PAGE
+from giantleap.service.jobqueue.producer import CURSOR_PATTERN, MAX_PER_PAGE
 from giantleap.service.jobs.job import JobRecord, JobState
 from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
 

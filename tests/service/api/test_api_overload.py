@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load, save
 
 from giantleap.service.api.app import create_app
-from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobqueue.claims import Claim
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
 from giantleap.service.settings import Settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis

@@ -7,15 +7,14 @@ import redis
 
 from giantleap.service.errors import QueueFull
 from giantleap.service.jobqueue import scripts
-from giantleap.service.jobqueue import scripts_consumer as scripts_claims
-from giantleap.service.jobqueue.blobs import run_with_input, run_with_results
 from giantleap.service.jobqueue.client import open_async_redis, open_redis
 from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobqueue.runner import AsyncScriptRunner, ScriptRunner, upload_input, upload_results
 from giantleap.service.jobs.job import ResultFile
 from giantleap.service.settings import Settings
 
 PNG = ResultFile("image/png", 3)
-REFUSAL = "return redis.error_reply('NOT today')"
+REFUSAL = scripts.to_script("refusal", "return redis.error_reply('NOT today')", None)
 
 
 def uploads(client: redis.Redis, keys: Keys) -> list[bytes]:
@@ -72,9 +71,9 @@ async def test_what_no_script_took_expires(redis_client: redis.Redis, settings: 
     url, keys = settings.redis_url, Keys(settings.key_prefix)
     async with open_async_redis(url) as client:
         with pytest.raises(redis.ResponseError, match="today"):
-            await run_with_input(client, client.register_script(REFUSAL), keys.upload("i"), b"abc", [keys.tag], [])
+            await AsyncScriptRunner(client, settings).run(REFUSAL, before=upload_input(keys.upload("i"), b"abc"))
     with open_redis(url) as client, pytest.raises(redis.ResponseError, match="today"):
-        run_with_results(client, client.register_script(REFUSAL), keys.upload("r"), [b"abc"], [keys.tag], [])
+        ScriptRunner(client, settings).run(REFUSAL, before=upload_results(keys.upload("r"), [b"abc"]))
     assert sorted(uploads(redis_client, keys)) == [keys.upload(name).encode() for name in "ir"]
     assert all(0 < redis_client.pttl(name) <= 60_000 for name in uploads(redis_client, keys))
 
@@ -82,14 +81,13 @@ async def test_what_no_script_took_expires(redis_client: redis.Redis, settings: 
 async def test_results_that_did_not_arrive_whole_end_no_job(
     open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
-    keys = Keys(settings.key_prefix)
     async with open_producer() as producer:
         worker, job = open_consumer(), make_job()
         await producer.enqueue(job)
         [claim] = worker.claim(1, 30.0)
-        text = scripts.PRELUDE + scripts_claims.FINISH
-        args = [*worker._owner(claim), "[]", "{}", "[]", "1", keys.upload("lost"), "1", "3"]
-        assert redis_client.register_script(text)([keys.tag], args) == -2
+        texts = {"results": "[]", "stages": "{}", "warnings": "[]"}
+        lost = {"upload": "lost", "files": 1, "bytes": 3, "batch_jobs": 1, **texts, **worker._fence(claim)}
+        assert ScriptRunner(redis_client, settings).run(scripts.COMPLETE, lost).status == "no_upload"
         record = await producer.get(job.id)
         assert record is not None and not record.state.final
         assert worker.complete(claim, [(PNG, b"png")], {}, [])

@@ -12,10 +12,12 @@ import pytest
 import redis
 
 from giantleap.service.errors import BadConfiguration, NotReady
-from giantleap.service.jobqueue.client import is_passing, open_async_redis, open_redis, read_address, run_script
-from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobqueue.claims import Claim
+from giantleap.service.jobqueue.client import is_temporary, open_async_redis, open_redis, read_address
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.producer import JobProducer
+from giantleap.service.jobqueue.runner import run_command
 from giantleap.service.jobs.job import Job, JobError, JobState, ResultFile
 from giantleap.service.settings import Settings, read_settings
 from tests.service.redis_groups import Server, cluster, free_ports, is_whole
@@ -94,8 +96,8 @@ def test_a_server_that_may_not_write_just_now_is_waited_for(refusal: redis.Respo
         raise refusal
 
     with pytest.raises(redis.ConnectionError, match=str(refusal)[:10]):
-        run_script(refuse, [], [])  # type: ignore[arg-type]
-    assert not is_passing(redis.ResponseError("WRONGTYPE not a list"))
+        run_command(refuse)
+    assert not is_temporary(redis.ResponseError("WRONGTYPE not a list"))
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +229,7 @@ async def test_a_cluster_that_is_away_is_not_ready_and_its_password_is_not_told(
     caplog.set_level(logging.DEBUG)
     url = f"redis+cluster://:{SECRET}@127.0.0.1:1"
     with pytest.raises(NotReady, match="no node") as away:
-        open_redis(url, patience_s=0)
+        open_redis(url, max_outage_s=0)
     assert SECRET not in str(away.value)
     client = open_async_redis(url)
     with pytest.raises(NotReady) as refused:

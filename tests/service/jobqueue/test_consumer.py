@@ -13,13 +13,15 @@ import pytest
 import redis
 
 from giantleap.models.worker_role import WorkerRole
-from giantleap.service.jobqueue import scripts, scripts_producer
+from giantleap.service.jobqueue import scripts
+from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_redis
-from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.keys import Keys, claim_order
+from giantleap.service.jobqueue.runner import ScriptRunner, upload_input
 from giantleap.service.jobs.job import Job, JobError, JobState, Priority, ResultFile
 from giantleap.service.settings import Settings
-from tests.redis_fixtures import SERVERS
+from tests.redis_fixtures import SERVERS, enqueue_arguments
 
 PNG = ResultFile("image/png", 3, seed=7)
 FLAKY = JobError("engine_fault", "lost device", retryable=True)
@@ -36,17 +38,14 @@ def redis_url(request: pytest.FixtureRequest, start_server: Any) -> str:
 @pytest.fixture
 def put(settings: Settings, redis_client: redis.Redis, make_job: Any) -> Iterator[Put]:
     """Enqueues a job through the script that the producer uses, without an event loop."""
-    script = redis_client.register_script(scripts.PRELUDE + scripts_producer.ENQUEUE)
+    keys, runner = Keys(settings.key_prefix), ScriptRunner(redis_client, settings)
 
     def enqueue(priority: Priority = Priority.HIGH, body: bytes | None = None, **rest: Any) -> Job:
         job: Job = make_job(priority, **rest)
-        args: list[Any] = [scripts.limits(settings), job.id, job.bundle, priority.value, job.to_json()]
-        args += ["digest", "", -1, "", "{}"]
-        if body:
-            args[-2:] = [Keys(settings.key_prefix).upload(job.id), json.dumps({"input_bytes": len(body)})]
-            redis_client.set(args[-2], body)
-        reply = script([Keys(settings.key_prefix).tag], args)
-        assert reply[0] == b"created"
+        before = upload_input(keys.upload(job.id), body) if body else []
+        arguments = enqueue_arguments(job, upload=job.id if body else "", input_bytes=len(body or b""))
+        reply = runner.run(scripts.ENQUEUE, arguments, before=before, value=job.to_json())
+        assert reply.status == "created"
         return job
 
     yield enqueue
@@ -58,13 +57,14 @@ def state_of(settings: Settings, redis_client: redis.Redis) -> Callable[[Job], s
 
 
 @pytest.fixture
-def make_stale(redis_client: redis.Redis) -> Callable[[Claim], None]:
+def make_stale(redis_client: redis.Redis, settings: Settings) -> Callable[[Claim], None]:
     """Ages a claim past any visibility timeout, as if its worker had been silent for a minute."""
 
     def age(claim: Claim) -> None:
-        [pending] = redis_client.xpending_range(claim.stream, "workers", claim.message_id, claim.message_id, 1)
+        stream = Keys(settings.key_prefix).stream(claim.lane)
+        [pending] = redis_client.xpending_range(stream, "workers", claim.message_id, claim.message_id, 1)
         owner, message = pending["consumer"], claim.message_id
-        redis_client.xclaim(claim.stream, "workers", owner, 0, [message], idle=60_000, justid=True)
+        redis_client.xclaim(stream, "workers", owner, 0, [message], idle=60_000, justid=True)
 
     return age
 
@@ -385,8 +385,7 @@ def test_cancel_flag_of_running_work_is_seen_and_ends_it(
     worker = open_consumer()
     batch = worker.claim(3, 1.0)
     assert worker.find_canceled(batch) == set()
-    cancel = redis_client.register_script(scripts.PRELUDE + scripts_producer.CANCEL)
-    cancel([Keys(settings.key_prefix).tag], [scripts.limits(settings), jobs[1].id])
+    ScriptRunner(redis_client, settings).run(scripts.CANCEL_JOB, {"id": jobs[1].id})
     assert worker.find_canceled(batch) == {jobs[1].id}
     assert state_of(jobs[1]) == "processing"
     assert worker.cancel(batch[1], {"generate": 0.1})
@@ -402,9 +401,8 @@ def test_canceled_job_is_neither_retried_nor_redelivered(
     worker = open_consumer()
     stuck = take_one(open_consumer(lease=False))
     failing, handed_back = worker.claim(2, 1.0)
-    cancel = redis_client.register_script(scripts.PRELUDE + scripts_producer.CANCEL)
     for job in jobs:
-        cancel([Keys(settings.key_prefix).tag], [scripts.limits(settings), job.id])
+        ScriptRunner(redis_client, settings).run(scripts.CANCEL_JOB, {"id": job.id})
     assert worker.fail(failing, FLAKY)
     worker.release([handed_back])
     assert [state_of(job) for job in jobs[1:]] == [JobState.CANCELED.value] * 2, "at once, not at the next claim"

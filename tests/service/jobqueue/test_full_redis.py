@@ -11,8 +11,9 @@ import pytest
 import redis
 
 from giantleap.service.api.app import create_app
+from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_async_redis, open_redis
-from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import ResultFile
 from giantleap.service.settings import Settings, read_settings

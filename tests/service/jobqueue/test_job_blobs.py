@@ -1,7 +1,6 @@
 """Inputs and results under the byte budget, against a real Redis: the account is exact whatever happens."""
 
 import asyncio
-import json
 import time
 import uuid
 from typing import Any
@@ -14,11 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from giantleap.service.errors import StorageFull
-from giantleap.service.jobqueue import scripts, scripts_producer
-from giantleap.service.jobqueue.consumer import Claim, JobConsumer
+from giantleap.service.jobqueue import scripts
+from giantleap.service.jobqueue.claims import Claim
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobqueue.runner import ScriptRunner, upload_input
 from giantleap.service.jobs.job import JobError, ResultFile
 from giantleap.service.settings import Settings
+from tests.redis_fixtures import enqueue_arguments
 
 BUDGET_BYTES = 100
 
@@ -39,16 +41,13 @@ class BlobAccount(RuleBasedStateMachine):
         changes = {"key_prefix": f"blobs-{uuid.uuid4().hex[:8]}", "blob_budget_bytes": BUDGET_BYTES}
         self.settings = self.base.model_copy(update=changes)
         self.keys = Keys(self.settings.key_prefix)
+        self.scripts = ScriptRunner(self.client, self.settings)
         self.worker = JobConsumer(self.client, self.settings, ["pocket"], "w")
         self.known: list[str] = []
         self.inputs: dict[str, int] = {}
         self.results: dict[str, int] = {}
         self.queued: list[str] = []
         self.running: list[Claim] = []
-
-    def call(self, text: str, *args: Any) -> Any:
-        script = self.client.register_script(scripts.PRELUDE + text)
-        return script([self.keys.tag], [scripts.limits(self.settings), *args])
 
     def used_bytes(self) -> int:
         return sum(self.inputs.values()) + sum(self.results.values())
@@ -63,15 +62,12 @@ class BlobAccount(RuleBasedStateMachine):
     @rule(size_bytes=st.integers(0, 60))
     def enqueue(self, size_bytes: int) -> None:
         job = self.make_job()
-        upload = self.keys.upload(job.id) if size_bytes else ""
-        if upload:
-            self.client.set(upload, b"i" * size_bytes)
-        extra = json.dumps({"input_bytes": size_bytes})
-        args = [job.id, "pocket", "high", job.to_json(), "digest", "", -1, upload, extra]
-        verdict = self.call(scripts_producer.ENQUEUE, *args)[0]
+        before = upload_input(self.keys.upload(job.id), b"i" * size_bytes) if size_bytes else []
+        arguments = enqueue_arguments(job, upload=job.id if size_bytes else "", input_bytes=size_bytes)
+        reply = self.scripts.run(scripts.ENQUEUE, arguments, before=before, value=job.to_json())
         self.known.append(job.id)
-        assert verdict == (b"created" if self.make_room(size_bytes) else b"storage")
-        if verdict == b"created":
+        assert reply.status == ("created" if self.make_room(size_bytes) else "storage")
+        if reply.status == "created":
             self.inputs[job.id] = size_bytes
             self.queued.append(job.id)
 
@@ -110,7 +106,7 @@ class BlobAccount(RuleBasedStateMachine):
     @rule(pick=st.integers(0))
     def cancel_queued(self, pick: int) -> None:
         job_id = self.queued.pop(pick % len(self.queued))
-        self.call(scripts_producer.CANCEL, job_id)
+        self.scripts.run(scripts.CANCEL_JOB, {"id": job_id})
         del self.inputs[job_id]
 
     @rule()
@@ -118,7 +114,7 @@ class BlobAccount(RuleBasedStateMachine):
         assume(self.results)
         oldest = next(iter(self.results))
         self.client.zadd(f"{self.keys.tag}:blob_results", {oldest: 0})
-        self.call(scripts_producer.STATS)
+        self.scripts.run(scripts.READ_STATS)
         del self.results[oldest]
 
     @invariant()

@@ -9,11 +9,12 @@ import pytest
 import redis
 
 from giantleap.service.errors import QueueFull
-from giantleap.service.jobqueue import scripts, scripts_producer
+from giantleap.service.jobqueue import scripts
+from giantleap.service.jobqueue.backpressure import retry_after_s
 from giantleap.service.jobqueue.keys import Keys
-from giantleap.service.jobqueue.producer import retry_after_s
 from giantleap.service.jobs.job import JobState, Priority, QueueStats, ResultFile
 from giantleap.service.settings import Settings
+from tests.redis_fixtures import enqueue_arguments
 
 PNG = ResultFile("image/png", 3)
 
@@ -26,7 +27,7 @@ async def test_pages_go_through_an_owners_jobs_from_the_newest(open_producer: An
         await producer.enqueue(dataclasses.replace(make_job(), owner="bob"))
         seen, cursor, sizes = [], None, []
         while cursor is not None or not sizes:
-            page = await producer.list_jobs("ann", most=3, cursor=cursor)
+            page = await producer.list_jobs("ann", max_jobs=3, cursor=cursor)
             seen += [record.job.id for record in page.records]
             sizes.append(len(page.records))
             cursor = page.next_cursor
@@ -60,11 +61,11 @@ async def test_a_page_of_one_state_and_what_is_gone_is_forgotten(
 
 def test_the_index_is_capped_and_expires(make_job: Any, redis_client: redis.Redis, settings: Settings) -> None:
     keys = Keys(settings.key_prefix)
-    limits = json.dumps(json.loads(scripts.limits(settings)) | {"list_limit": 3})
-    script = redis_client.register_script(scripts.PRELUDE + scripts_producer.ENQUEUE)
+    config = json.dumps(json.loads(scripts.to_config(settings)) | {"list_limit": 3})
     jobs = [make_job() for _ in range(5)]
     for job in jobs:
-        script([keys.tag], [limits, job.id, "pocket", "high", job.to_json(), "digest", "", "-1", b""])
+        arguments = json.dumps(enqueue_arguments(job))
+        redis_client.eval(scripts.ENQUEUE.text, 1, keys.tag, config, arguments, job.to_json())
     assert redis_client.zrange(f"{keys.tag}:jobs:", 0, -1) == [job.id.encode() for job in jobs[2:]]
     assert redis_client.pttl(f"{keys.tag}:jobs:") > 0
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from giantleap.service.errors import InvalidRequest, MalformedRequest, NotFound, NotReady, QueueFull, StorageFull
+from giantleap.service.jobqueue.backpressure import retry_after_s
 from giantleap.service.jobqueue.client import open_async_redis
 from giantleap.service.jobqueue.keys import Keys
-from giantleap.service.jobqueue.producer import JobProducer, retry_after_s
+from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import JobError, JobEvent, JobState, Priority, QueueStats, ResultFile
 from giantleap.service.settings import Settings
 from tests.redis_fixtures import SERVERS

@@ -10,9 +10,11 @@ import redis
 
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import StorageFull
-from giantleap.service.jobqueue.consumer import BaseLatents, Claim, JobConsumer
+from giantleap.service.jobqueue.backpressure import retry_after_s
+from giantleap.service.jobqueue.claims import BaseLatents, Claim
+from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.keys import Keys
-from giantleap.service.jobqueue.producer import JobProducer, retry_after_s
+from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import Job, JobError, JobState, Priority, QueueStats, ResultFile, UpscaleParams
 from giantleap.service.settings import Settings
 
@@ -36,13 +38,14 @@ def make_upscale(make_job: Any) -> Callable[..., Job]:
 
 
 @pytest.fixture
-def make_stale(redis_client: redis.Redis) -> Callable[[Claim], None]:
+def make_stale(redis_client: redis.Redis, settings: Settings) -> Callable[[Claim], None]:
     """Ages a claim past any visibility timeout, as if its worker had been silent for a minute."""
 
     def age(claim: Claim) -> None:
-        [pending] = redis_client.xpending_range(claim.stream, "workers", claim.message_id, claim.message_id, 1)
+        stream = Keys(settings.key_prefix).stream(claim.lane)
+        [pending] = redis_client.xpending_range(stream, "workers", claim.message_id, claim.message_id, 1)
         owner, message = pending["consumer"], claim.message_id
-        redis_client.xclaim(claim.stream, "workers", owner, 0, [message], idle=60_000, justid=True)
+        redis_client.xclaim(stream, "workers", owner, 0, [message], idle=60_000, justid=True)
 
     return age
 

@@ -15,13 +15,16 @@ import redis
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 
+from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.client import open_async_redis
 from giantleap.service.jobqueue.keys import Keys
-from giantleap.service.jobs.job import FINAL_STATES, Job, JobError, ResultFile, Webhook
+from giantleap.service.jobqueue.replies import Delivery
+from giantleap.service.jobqueue.runner import AsyncScriptRunner
+from giantleap.service.jobs.job import FINAL_STATES, Job, JobError, JobState, ResultFile, Webhook
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.webhooks import sender as webhooks
-from giantleap.service.webhooks.sender import Delivery, WebhookSender, retry_delay_s, sign
+from giantleap.service.webhooks.sender import WebhookSender, retry_delay_s, sign, to_body
 from tests.service.webhook_receiver import Receiver, webhook_receiver
 
 SECRET = "a secret of the operator"
@@ -239,17 +242,16 @@ async def test_what_a_lost_sender_had_taken_is_sent_by_another_when_its_lease_en
         await end_one(producer, told(make_job(), receiver))
         assert settings.redis_url is not None
         async with open_async_redis(settings.redis_url) as client:
-            changed = settings.model_copy(update={"webhook_secret": SecretStr(SECRET)})
-            lost = WebhookSender(client, changed, metrics)
-            args = [lost._limits, 16, 60_000, 10]
-            [[delivery, attempt, *_]] = await lost._take(keys=lost._tag, args=args)
-            assert await lost._take(keys=lost._tag, args=args) == [], "out of sight"
-            redis_client.zadd(f"{Keys(settings.key_prefix).tag}:webhooks", {delivery: 0})  # the lease ends
+            lost = AsyncScriptRunner(client, settings)
+            limits = {"max_deliveries": 16, "lease_ms": 60_000, "max_attempts": 10}
+            [delivery] = (await lost.run(scripts.TAKE_WEBHOOKS, limits)).deliveries
+            assert (await lost.run(scripts.TAKE_WEBHOOKS, limits)).deliveries == (), "hidden"
+            redis_client.zadd(f"{Keys(settings.key_prefix).tag}:webhooks", {delivery.id: 0})  # the lease ends
             async with senders(settings, metrics):
                 await asyncio.to_thread(receiver.wait_for, 1, lambda: waiting(redis_client, settings) == 0)
-            late = [lost._limits, delivery, attempt, 0, ""]
-            assert await lost._settle(keys=lost._tag, args=late) == 0, "it was another's by then"
-            assert waiting(redis_client, settings) == 0
+            late = {"id": delivery.id, "attempt": delivery.attempt, "outcome": "retried", "delay_ms": 0}
+            await lost.run(scripts.SETTLE_WEBHOOK, late)
+            assert waiting(redis_client, settings) == 0, "the attempt had expired"
 
 
 def test_signature_and_delays_are_as_documented() -> None:
@@ -261,6 +263,6 @@ def test_signature_and_delays_are_as_documented() -> None:
 
 
 def test_the_body_is_the_same_at_each_attempt() -> None:
-    first = Delivery("d", 1, "http://a", "id", "succeeded", "pocket", 1.7e9, "")
-    assert first.to_body() == dataclasses.replace(first, attempt=2).to_body()
-    assert json.loads(first.to_body())["job"]["finished_at"] == "2023-11-14T22:13:20.000Z"
+    first = Delivery("d", 1, "http://a", "id", JobState.SUCCEEDED, "pocket", 1.7e9)
+    assert to_body(first) == to_body(dataclasses.replace(first, attempt=2))
+    assert json.loads(to_body(first))["job"]["finished_at"] == "2023-11-14T22:13:20.000Z"

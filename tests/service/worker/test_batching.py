@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from giantleap.service.jobqueue.consumer import Claim
+from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px
 from giantleap.service.jobs.job import JobParams
 from giantleap.service.worker.batching import batch_key, plan_batch, slice_items

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.route import Route
 from giantleap.models.worker_role import WorkerRole
-from giantleap.service.jobqueue.consumer import BaseLatents, Claim
+from giantleap.service.jobqueue.claims import BaseLatents, Claim
 from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import GenerateParams
 from giantleap.service.settings import POCKET_BUNDLE, Settings

@@ -1,0 +1,1 @@
+local args = cjson.decode(ARGV[2])

@@ -1,0 +1,2 @@
+-- The consumer group of every stream.
+local GROUP = 'workers'

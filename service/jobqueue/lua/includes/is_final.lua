@@ -1,0 +1,1 @@
+local function is_final(state) return state == 'succeeded' or state == 'failed' or state == 'canceled' end

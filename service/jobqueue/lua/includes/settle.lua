@@ -1,0 +1,24 @@
+-- @include claim_fence
+-- @include close_overdue
+-- @include drop_message
+-- @include is_final
+local token = args.consumer .. ' ' .. args.message .. ' ' .. args.delivery
+
+local function reply(status) return cjson.encode({status = status}) end
+
+-- The reply to a worker that does not own the claim. If it settled the job and lost the reply, it gets the same again.
+local function reply_not_owned() return reply(get(args.id, 'settled') == token and 'done' or 'lost') end
+
+local function settle()
+  redis.call('HSET', job_key(args.id), 'settled', token)
+  drop_message(args.lane, args.message)
+end
+
+-- Whether a deadline has ended the job; then the claim no longer counts.
+local function end_if_overdue(stages)
+  local final = is_final(get(args.id, 'state'))
+  if not final and not is_overdue(args.id) then return false end
+  if not final then close_overdue(args.id, stages) end
+  drop_message(args.lane, args.message)
+  return true
+end
