@@ -267,24 +267,13 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def order_of(keys: Sequence[str], values: Mapping[str, float]) -> str:
-    """List the titles of those that have a value, the best first."""
-    titles = {variant.key: variant.title for variant in VARIANTS}
-    return " > ".join(titles[key] for key in sorted((k for k in keys if k in values), key=lambda k: -values[k]))
-
-
 def to_markdown(record: Mapping[str, Any]) -> str:
     """Return the text of `docs/ablations.md`."""
     lines = [
         PAGE_HEAD.format(**record["settings"], **record["settings"]["net"], **_words(record)),
         *_table(record, STAGES),
     ]
-    lines += ["", "## Heads (the paper's table 4)", "", *_table(record, HEADS), "", "## Order", ""]
-    for scale in SCALES:
-        for name, keys in (("stages", STAGES), ("heads", HEADS)):
-            ours = {key: mean(values) for key in keys if (values := _values(record, key, scale, "psnr_db"))}
-            paper = {v.key: v.paper[scale] for v in VARIANTS if v.key in keys and scale in v.paper}
-            lines += [f"- x{scale}, {name}", f"  - paper: {order_of(keys, paper)}", f"  - here: {order_of(keys, ours)}"]
+    lines += ["", "## Heads (the paper's table 4)", "", *_table(record, HEADS)]
     return "\n".join([*lines, "", PAGE_TAIL.format(**record["settings"])])
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import ablations
-from benchmarks.ablations import BATCH, HEADS, STAGES, VARIANTS, Photo, config_of, order_of, run_one, score, spread
+from benchmarks.ablations import BATCH, HEADS, STAGES, VARIANTS, Photo, config_of, run_one, score, spread
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.training.data.frozen_vae import read_vae
 from giantleap.training.data.prepare import PrepareConfig, prepare
@@ -75,16 +75,14 @@ def run_of(variant: str, seed: int, psnr_db: float) -> dict[str, Any]:
     return {"variant": variant, "seed": seed, "cpu_s": 10.0, "wall_s": 11.0, "parameters": 5, "x2": figures}
 
 
-def test_the_page_has_means_spreads_and_both_orders() -> None:
+def test_the_page_has_means_and_spreads() -> None:
     runs = [run_of("full", 0, 24.0), run_of("full", 1, 25.0), run_of("liif", 0, 30.0)]
     page = ablations.to_markdown(completed_record(runs))
     assert "| I + II + III, both heads (joint) | 24.50 ± 0.71 | 32.54 | 0.5000 ± 0.0000 | - | 27.94 | - |" in page
-    assert "  - here: I + II + III, LIIF head > I + II + III, both heads (joint)\n" in page
     assert "LPIPS is not measured" in page
 
 
-def test_the_order_leaves_out_what_has_no_value() -> None:
-    assert order_of(HEADS, {"full": 2.0, "liif": 3.0}) == "I + II + III, LIIF head > I + II + III, both heads (joint)"
+def test_a_spread_needs_two_values() -> None:
     assert (spread([], 2), spread([1.0], 2), spread([1.0, 3.0], 1)) == ("-", "1.00", "2.0 ± 1.4")
 
 
