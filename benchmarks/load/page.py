@@ -112,8 +112,8 @@ def _run_name(run: str) -> str:
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
+    lines = [
         "| " + " | ".join(f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in line) + " |"
-        for line in lines
-    )
+        for line in (header, *rows)
+    ]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
