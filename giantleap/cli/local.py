@@ -1,51 +1,45 @@
-"""Commands that run the route in this process, without Redis or HTTP: models, generate, upscale and those of bench.
+"""Commands that run the route in this process, without Redis or HTTP: models, generate, upscale.
 
-`giantleap.cli.main` mounts them. Heavy modules (torch, diffusers) are imported inside the functions that need them, so
-that `giantleap --help` and the API processes start fast.
+`giantleap.cli.main` mounts them. Slow modules (torch, diffusers, Pillow) are imported inside the functions that need
+them, so that `giantleap --help` starts fast.
 """
 
-import json
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ValidationError
 
 from giantleap.cli.options import (
     BundleOption,
     DecodeOption,
     DeviceOption,
     MethodOption,
+    advance,
+    open_bundle_route,
+    read_bundles,
     settings_from,
     stop,
-    stop_if_on_hub,
+    to_message,
 )
-from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
+from giantleap.models.bundle.bundle import Bundle
 from giantleap.service.errors import GiantleapError
-from giantleap.service.jobs.images import fit_image, read_image
-from giantleap.service.jobs.job import GenerateParams
-from giantleap.service.jobs.latents import LATENT_TENSOR
-from giantleap.service.jobs.planning import choose_method, choose_scale, plan_generate, prepare_upscale
-from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
-from giantleap.service.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from tqdm import tqdm
 
     from giantleap.models.device import StageClock
     from giantleap.models.generator import GenerationItem
     from giantleap.models.image_formats import ImageFormat
     from giantleap.models.route import Route
+    from giantleap.service.jobs.job import GenerateParams
 
 
 def models(bundle: BundleOption = None) -> None:
     """Print the bundles that the settings name."""
-    for each in _bundles(settings_from(bundle=bundle)):
+    for each in read_bundles(settings_from(bundle=bundle)):
         space, defaults = each.latent_space, each.defaults
         typer.echo(f"{each.name}  {each.about.title}  ({each.about.license})")
         for method in each.methods:
@@ -74,12 +68,16 @@ def generate(
     device: DeviceOption = None,
 ) -> None:
     """Draw one image without a service: generate, upscale, decode."""
+    from giantleap.service.jobs.images import fit_image
+    from giantleap.service.jobs.planning import plan_generate
+    from giantleap.service.jobs.requests import GenerateRequest
+
     settings = settings_from(bundle=bundle, device=device)
-    served = _bundles(settings)[0]
+    served = read_bundles(settings)[0]
     output_format = _image_format(out)
     try:
         start = None if init_image is None else init_image.read_bytes()
-        asked = GenerateRequest.model_validate(
+        request = GenerateRequest.model_validate(
             {
                 "prompt": prompt,
                 "negative_prompt": negative_prompt,
@@ -94,26 +92,27 @@ def generate(
                 "strength": strength,
             }
         )
-        params = plan_generate(asked, served, settings, seed, output_format)
+        params = plan_generate(request, served, settings, seed, output_format)
         fitted = None if start is None else fit_image(start, settings.max_image_px, *params.base_size_px)
     except (OSError, ValueError, GiantleapError) as error:
-        stop(_reason(error))
+        stop(to_message(error))
     if served.closed_vocabulary:
         _warn_of_unknown_words(served, prompt)
 
-    route = _route(settings, served)
+    route = open_bundle_route(settings, served)
     clock = route.clock()
     latent = _draw(route, _to_item(params, fitted), clock)
     _, images = route.upscale_and_decode([latent], params.scale, params.method, params.decode, clock)
     _write_image(out, output_format, images[0], clock)
 
 
-def _to_item(params: GenerateParams, start: bytes | None) -> "GenerationItem":
+def _to_item(params: "GenerateParams", start: bytes | None) -> "GenerationItem":
     """What the route draws; `start` is the image of the base size that a job with a strength starts from."""
     import torch
 
     from giantleap.models.generator import GenerationItem
     from giantleap.models.images import to_signed
+    from giantleap.service.jobs.images import read_image
 
     width_px, height_px = params.base_size_px
     item = GenerationItem(
@@ -130,7 +129,7 @@ def _draw(route: "Route", item: "GenerationItem", clock: "StageClock") -> "Tenso
     from tqdm import tqdm
 
     with tqdm(total=item.steps, desc="generate", unit="step") as bar, clock.measure("generate"):
-        (latent,) = route.generate([item], on_step=lambda step, steps: _advance(bar, step))
+        (latent,) = route.generate([item], on_step=lambda step, steps: advance(bar, step))
     if latent is None:
         stop("the drawing was canceled")
     return latent
@@ -151,12 +150,17 @@ def upscale(
     device: DeviceOption = None,
 ) -> None:
     """Enlarge a latent or an image without a service, and decode it unless the output is a latent."""
+    from giantleap.service.jobs.images import read_image
+    from giantleap.service.jobs.latents import LATENT_TENSOR
+    from giantleap.service.jobs.planning import prepare_upscale
+    from giantleap.service.jobs.requests import UpscaleQuery
+
     settings = settings_from(bundle=bundle, device=device)
-    served = _bundles(settings)[0]
+    served = read_bundles(settings)[0]
     as_latent = out.suffix == ".safetensors"
     output_format = "png" if as_latent else _image_format(out)
     try:
-        asked = UpscaleQuery.model_validate(
+        query = UpscaleQuery.model_validate(
             {
                 "scale": scale,
                 "scaled": scaled,
@@ -168,15 +172,15 @@ def upscale(
             }
         )
         body = file.read_bytes()
-        params, blob = prepare_upscale(asked, body, None, served, settings, output_format)
+        params, blob = prepare_upscale(query, body, None, served, settings, output_format)
         if params.batch_items != 1:
             stop(f"{file}: holds {params.batch_items} latents; one is written at a time")
     except (OSError, ValueError, GiantleapError) as error:
-        stop(f"{file}: {_reason(error)}")
+        stop(f"{file}: {to_message(error)}")
 
     from safetensors.torch import load, save_file
 
-    route = _route(settings, served)
+    route = open_bundle_route(settings, served)
     clock = route.clock()
     how = (params.scale, params.method, None if as_latent else params.decode, clock)
     if params.image_width_px is None:
@@ -188,110 +192,6 @@ def upscale(
         _report(out, clock.stages_s)
     else:
         _write_image(out, output_format, images[0], clock)
-
-
-def protocol(
-    scale: Annotated[list[float] | None, typer.Option(help="Scales to time; none: all of the method.")] = None,
-    method: MethodOption = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
-    warmups: Annotated[int, typer.Option(help="Runs thrown away first.", min=0)] = 20,
-    runs: Annotated[int, typer.Option(help="Runs that count.", min=1)] = 20,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the results as JSON lines.")] = None,
-    bundle: BundleOption = None,
-    device: DeviceOption = None,
-) -> None:
-    """Time the route by the paper's protocol: batch 1, one device, warm-ups, then the median per stage."""
-    from tqdm import tqdm
-
-    from giantleap.service.worker.timing import measure_protocol, to_table
-
-    settings = settings_from(bundle=bundle, device=device)
-    served = _bundles(settings)[0]
-    try:
-        chosen = choose_method(served, method)
-        scales = [choose_scale(served, chosen, each) for each in scale or served.scales_of(chosen)]
-    except (ValueError, GiantleapError) as error:
-        stop(_reason(error))
-    route = _route(settings, served)
-    defaults, results = served.defaults, []
-    for each in scales:
-        with tqdm(total=warmups + runs, desc=f"x{each}", unit="run") as bar:
-            result = measure_protocol(
-                route,
-                each,
-                defaults.base_width_px,
-                defaults.base_height_px,
-                steps or defaults.steps,
-                chosen,
-                warmups,
-                runs,
-                on_progress=partial(_advance, bar),
-            )
-        results.append(result)
-    typer.echo(to_table(results))
-    if json_out is not None:
-        json_out.write_text("".join(f"{result.to_json()}\n" for result in results))
-
-
-def engines(
-    scale: Annotated[list[float] | None, typer.Option(help="Scales to time; none: all.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Also torch-compile, which takes minutes.")] = False,
-    warmups: Annotated[int, typer.Option(help="Runs thrown away first.", min=0)] = 3,
-    runs: Annotated[int, typer.Option(help="Runs that count.", min=1)] = 10,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the rows as JSON lines.")] = None,
-    bundle: BundleOption = None,
-    device: DeviceOption = None,
-) -> None:
-    """Time every engine that can run LUA here, in turns, with its error: the table to choose GIANTLEAP_ENGINE by."""
-    settings = settings_from(bundle=bundle, device=device)
-    served = _bundles(settings)[0]
-
-    import torch
-
-    from giantleap.cli.engine_bench import measure_engines, to_table
-    from giantleap.models.device import choose_device
-
-    try:
-        scales = [choose_scale(served, "lua", each) for each in scale or served.scales_of("lua")[1:]]
-        where = choose_device(settings.device)
-        if settings.torch_threads:
-            torch.set_num_threads(settings.torch_threads)
-        rows = measure_engines(served, settings, where, scales, compiled=compiled, warmups=warmups, runs=runs)
-    except (ValueError, GiantleapError) as error:
-        stop(_reason(error))
-    typer.echo(to_table(rows))
-    if json_out is not None:
-        json_out.write_text("".join(f"{json.dumps(row.to_record())}\n" for row in rows))
-
-
-def _advance(bar: "tqdm[NoReturn]", done: int, total: int = 0) -> None:
-    bar.update(done - bar.n)
-
-
-def _bundles(settings: Settings) -> list[Bundle]:
-    try:
-        return [read_bundle(directory) for directory in settings.bundle]
-    except BundleError as error:
-        stop(str(error))
-
-
-def _route(settings: Settings, bundle: Bundle) -> "Route":
-    from giantleap.models.device import choose_device, choose_dtype
-    from giantleap.service.worker.engines import open_route
-
-    stop_if_on_hub(bundle)
-    try:
-        device = choose_device(settings.device)
-        return open_route(bundle, settings, device, choose_dtype(settings.dtype, device, bundle.dtype))
-    except ValueError as error:
-        stop(str(error))
-
-
-def _reason(error: Exception) -> str:
-    """What a user needs of an error: of pydantic's, the fields and their faults without the values."""
-    if isinstance(error, ValidationError):
-        return "; ".join(f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors())
-    return str(error)
 
 
 def _write_image(out: Path, output_format: "ImageFormat", pixels: "Tensor | None", clock: "StageClock") -> None:

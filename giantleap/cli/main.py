@@ -1,6 +1,9 @@
-"""The `giantleap` command: the processes of the service, and beside them the commands of `giantleap.cli.local`.
+"""The `giantleap` command: the processes of the service here, the other commands in the modules beside this one.
 
-Heavy modules (torch, uvicorn) are imported inside the commands that need them, so that `--help` and `serve` start fast.
+Slow modules (torch, uvicorn, redis) are imported inside the commands that need them, so that `--help` starts fast.
+
+Exit codes: 0 success, 1 failure, 2 wrong configuration or usage (a restart cannot help), 3 training diverged, 75 a step
+made no progress (`GIANTLEAP_STEP_TIMEOUT_S`).
 """
 
 import logging
@@ -15,10 +18,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from giantleap.cli.bench import app as bench_commands
 from giantleap.cli.bundle import app as bundle_commands
 from giantleap.cli.export import app as export_commands
 from giantleap.cli.keys import app as key_commands
-from giantleap.cli.local import engines, generate, models, protocol, upscale
+from giantleap.cli.local import generate, models, upscale
 from giantleap.cli.options import (
     BundleOption,
     DeviceOption,
@@ -27,25 +31,21 @@ from giantleap.cli.options import (
     PortOption,
     RedisOption,
     RoleOption,
+    read_bundles,
     settings_from,
     stop,
     stop_if_on_hub,
 )
 from giantleap.cli.train import app as train_commands
-from giantleap.models.bundle.bundle import BundleError, read_bundle
+from giantleap.models.bundle.bundle import BundleError
 from giantleap.service.auth import check_auth_config
 from giantleap.service.errors import BadConfiguration, NotReady
 from giantleap.service.settings import Settings, read_settings, to_markdown
-from giantleap.service.supervisor.supervisor import exit_with_parent, notify_ready, serve_api
-from giantleap.service.supervisor.supervisor import serve as serve_all
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-bench = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
-bench.command()(protocol)
-bench.command()(engines)
 for command in (generate, upscale, models):
     app.command()(command)
-app.add_typer(bench, name="bench")
+app.add_typer(bench_commands, name="bench")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(export_commands, name="export")
 app.add_typer(key_commands, name="keys")
@@ -54,8 +54,8 @@ app.add_typer(train_commands, name="train")
 log = logging.getLogger(__name__)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"giantleap {version_of('giantleap')}")
         raise typer.Exit
 
@@ -79,13 +79,15 @@ def serve(
     data_dir: Annotated[Path | None, typer.Option(help="Where the embedded Redis keeps its file.")] = None,
 ) -> None:
     """Run everything on this machine: Redis unless a URL is given, the API and the workers. Ctrl-C stops all."""
-    given = {"host": host, "port": port, "redis_url": redis_url, "bundle": bundle, "device": device}
-    settings, reread = _read_twice(given | {"data_dir": data_dir})
+    options = {"host": host, "port": port, "redis_url": redis_url, "bundle": bundle, "device": device}
+    from giantleap.service.supervisor.supervisor import serve as serve_all
+
+    settings, reread = _read_twice(options | {"data_dir": data_dir})
     try:
         check_auth_config(settings)
         raise typer.Exit(serve_all(settings, reread))
     except OSError as error:
-        _stop_unheard(settings, error)
+        _stop_not_listening(settings, error)
     except (NotReady, BadConfiguration) as error:
         stop(error.detail)
 
@@ -101,6 +103,8 @@ def api(
     ready_fd: LifelineOption = None,
 ) -> None:
     """Run the API processes of this machine against an existing Redis."""
+    from giantleap.service.supervisor.supervisor import exit_with_parent, serve_api
+
     settings, reread = _read_twice({"host": host, "port": port, "redis_url": redis_url, "bundle": bundle})
     if settings.redis_url is None:
         stop("no Redis given: set GIANTLEAP_REDIS_URL, or use `giantleap serve`, which brings its own")
@@ -109,7 +113,7 @@ def api(
             check_auth_config(settings)
             raise typer.Exit(serve_api(settings, reread))
         except OSError as error:
-            _stop_unheard(settings, error)
+            _stop_not_listening(settings, error)
         except BadConfiguration as error:
             stop(error.detail)
     if lifeline_fd is not None:
@@ -117,15 +121,15 @@ def api(
     _run_api_process(settings, listen_fd, ready_fd)
 
 
-def _read_twice(given: Mapping[str, object]) -> tuple[Settings, Callable[[], Settings]]:
-    """The settings, and what reads and checks them again when the supervisor is told to."""
+def _read_twice(options: Mapping[str, object]) -> tuple[Settings, Callable[[], Settings]]:
+    """The settings, and a function that reads and checks them again for the supervisor."""
 
     def reread() -> Settings:
-        settings = read_settings(**{name: value for name, value in given.items() if value is not None})
+        settings = read_settings(**{name: value for name, value in options.items() if value is not None})
         check_auth_config(settings)
         return settings
 
-    return settings_from(**given), reread
+    return settings_from(**options), reread
 
 
 def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -> None:
@@ -134,6 +138,7 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
     from giantleap.models.allocator import keep_freed_memory
     from giantleap.service.api.app import create_app
     from giantleap.service.api.server import BoundedHttp
+    from giantleap.service.supervisor.supervisor import notify_ready
 
     keep_freed_memory()
     try:
@@ -161,12 +166,12 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             await super().shutdown(sockets)
-            log.info("API stopped")  # here, for the server ends the process by the signal that it got
+            log.info("API stopped")  # here: the server then ends the process by the signal that it received
 
     Server(config).run(sockets=[socket.socket(fileno=listen_fd)])
 
 
-def _stop_unheard(settings: Settings, error: OSError) -> NoReturn:
+def _stop_not_listening(settings: Settings, error: OSError) -> NoReturn:
     reason = error.strerror or str(error)
     stop(f"cannot listen on {settings.host}:{settings.port}: {reason}; --host and --port choose another address")
 
@@ -185,11 +190,11 @@ def worker(
     settings = settings_from(redis_url=redis_url, bundle=bundle, device=device, role=role)
     if settings.redis_url is None:
         stop("no Redis given: set GIANTLEAP_REDIS_URL, or use `giantleap serve`, which brings its own")
-    try:
-        for directory in settings.bundle:
-            stop_if_on_hub(read_bundle(directory))
-    except BundleError as error:
-        stop(str(error))
+    for served in read_bundles(settings):
+        stop_if_on_hub(served)
+
+    from giantleap.service.supervisor.supervisor import exit_with_parent, notify_ready
+
     if lifeline_fd is not None:
         exit_with_parent(lifeline_fd, settings.drain_grace_s)
 
@@ -198,8 +203,8 @@ def worker(
 
     keep_freed_memory()
     stopping = threading.Event()
-    for asked in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(asked, lambda *_: stopping.set())
+    for number_of_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number_of_signal, lambda *_: stopping.set())
     try:
         run_worker(settings, stopping, number, lambda: notify_ready(ready_fd))
     except BadConfiguration as error:

@@ -1,14 +1,23 @@
-"""The options that several commands share, how they become settings, and how a command ends on a wrong one."""
+"""What several commands share: options, settings and bundles read from them, and how a command ends on a wrong one.
 
-from typing import Annotated, Any, NoReturn
+Modules that are slow to import (torch, the route) are imported inside the functions that need them.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from pydantic import ValidationError
 
-from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.service.errors import EXIT_BAD_CONFIGURATION
 from giantleap.service.settings import Settings, format_errors, read_settings
 from giantleap.service.telemetry.logs import configure_logging
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from giantleap.models.route import Route
 
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on [GIANTLEAP_HOST].")]
 PortOption = Annotated[int | None, typer.Option(help="Port to listen on [GIANTLEAP_PORT].")]
@@ -23,23 +32,57 @@ DecodeOption = Annotated[DecodeName, typer.Option(help="exact, or a decode that 
 LifelineOption = Annotated[int | None, typer.Option(hidden=True)]
 
 
-def settings_from(**given: Any) -> Settings:
-    """Settings with the options that were given; a wrong one ends the command with one clear line each."""
+def settings_from(**options: Any) -> Settings:
+    """Settings with the options that are not None; a wrong one ends the command with one line for each fault."""
     try:
-        settings = read_settings(**{name: value for name, value in given.items() if value is not None})
+        settings = read_settings(**{name: value for name, value in options.items() if value is not None})
     except ValueError as error:
         stop(*format_errors(error))
     configure_logging(settings.log_level, settings.log_format)
     return settings
 
 
+def read_bundles(settings: Settings) -> list[Bundle]:
+    """The bundles that the settings name."""
+    try:
+        return [read_bundle(directory) for directory in settings.bundle]
+    except BundleError as error:
+        stop(str(error))
+
+
+def open_bundle_route(settings: Settings, bundle: Bundle) -> "Route":
+    """The bundle's route, loaded as a worker would load it."""
+    from giantleap.models.device import choose_device, choose_dtype
+    from giantleap.service.worker.engines import open_route
+
+    stop_if_on_hub(bundle)
+    try:
+        device = choose_device(settings.device)
+        return open_route(bundle, settings, device, choose_dtype(settings.dtype, device, bundle.dtype))
+    except ValueError as error:
+        stop(str(error))
+
+
+def advance(bar: "tqdm[NoReturn]", done: int, total: int = 0) -> None:
+    """Set a progress bar to `done`; `total` is what callers report and the bar knows already."""
+    bar.update(done - bar.n)
+
+
+def to_message(error: Exception) -> str:
+    """One line for an error: of a validation error the fields and their faults, without the values."""
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors())
+    return str(error)
+
+
 def stop_if_on_hub(bundle: Bundle) -> None:
-    """Ends the command where the weights were not fetched: what serves or draws downloads nothing by itself."""
+    """End the command where the weights are not on disk: commands that serve or draw download nothing."""
     if isinstance(bundle.pipeline, str):
         stop(f"bundle {bundle.name} is on the hub: fetch it with `giantleap bundle pull {bundle.name}` first")
 
 
 def stop(*lines: str) -> NoReturn:
+    """Print the lines to standard error and exit with `EXIT_BAD_CONFIGURATION`."""
     for line in lines:
         typer.echo(f"giantleap: {line}", err=True)
     raise typer.Exit(EXIT_BAD_CONFIGURATION)

@@ -1,0 +1,104 @@
+"""`giantleap bench protocol` and `giantleap bench engines`: measurements on this machine.
+
+`giantleap.cli.main` mounts these commands; `giantleap.service.worker.timing` and `giantleap.cli.engine_bench` measure.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from giantleap.cli.options import (
+    BundleOption,
+    DeviceOption,
+    MethodOption,
+    advance,
+    open_bundle_route,
+    read_bundles,
+    settings_from,
+    stop,
+    to_message,
+)
+from giantleap.service.errors import GiantleapError
+
+app = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
+
+
+@app.command()
+def protocol(
+    scale: Annotated[list[float] | None, typer.Option(help="Scales to time; none: all of the method.")] = None,
+    method: MethodOption = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    warmups: Annotated[int, typer.Option(help="Runs thrown away first.", min=0)] = 20,
+    runs: Annotated[int, typer.Option(help="Runs that count.", min=1)] = 20,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the results as JSON lines.")] = None,
+    bundle: BundleOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Time the route by the paper's protocol: batch 1, one device, warm-ups, then the median per stage."""
+    from tqdm import tqdm
+
+    from giantleap.service.jobs.planning import choose_method, choose_scale
+    from giantleap.service.worker.timing import measure_protocol, to_table
+
+    settings = settings_from(bundle=bundle, device=device)
+    served = read_bundles(settings)[0]
+    try:
+        chosen = choose_method(served, method)
+        scales = [choose_scale(served, chosen, each) for each in scale or served.scales_of(chosen)]
+    except (ValueError, GiantleapError) as error:
+        stop(to_message(error))
+    route = open_bundle_route(settings, served)
+    defaults, results = served.defaults, []
+    for each in scales:
+        with tqdm(total=warmups + runs, desc=f"x{each}", unit="run") as bar:
+            result = measure_protocol(
+                route,
+                each,
+                defaults.base_width_px,
+                defaults.base_height_px,
+                steps or defaults.steps,
+                chosen,
+                warmups,
+                runs,
+                on_progress=partial(advance, bar),
+            )
+        results.append(result)
+    typer.echo(to_table(results))
+    if json_out is not None:
+        json_out.write_text("".join(f"{result.to_json()}\n" for result in results))
+
+
+@app.command()
+def engines(
+    scale: Annotated[list[float] | None, typer.Option(help="Scales to time; none: all.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also torch-compile, which takes minutes.")] = False,
+    warmups: Annotated[int, typer.Option(help="Runs thrown away first.", min=0)] = 3,
+    runs: Annotated[int, typer.Option(help="Runs that count.", min=1)] = 10,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the rows as JSON lines.")] = None,
+    bundle: BundleOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Time every engine that can run LUA here, in turns, with its error: the table to choose GIANTLEAP_ENGINE by."""
+    settings = settings_from(bundle=bundle, device=device)
+    served = read_bundles(settings)[0]
+
+    import torch
+
+    from giantleap.cli.engine_bench import measure_engines, to_table
+    from giantleap.models.device import choose_device
+    from giantleap.service.jobs.planning import choose_scale
+
+    try:
+        scales = [choose_scale(served, "lua", each) for each in scale or served.scales_of("lua")[1:]]
+        where = choose_device(settings.device)
+        if settings.torch_threads:
+            torch.set_num_threads(settings.torch_threads)
+        rows = measure_engines(served, settings, where, scales, compiled=compiled, warmups=warmups, runs=runs)
+    except (ValueError, GiantleapError) as error:
+        stop(to_message(error))
+    typer.echo(to_table(rows))
+    if json_out is not None:
+        json_out.write_text("".join(f"{json.dumps(row.to_record())}\n" for row in rows))
