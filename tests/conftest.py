@@ -7,8 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import fcntl
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,24 +37,52 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that all processes of a run under pytest-xdist share."""
+    own = tmp_path_factory.getbasetemp()
+    directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+@contextmanager
+def first_process(done: Path) -> Iterator[bool]:
+    """Whether this process is the first to need `done`, and so has to make it; the others wait until it has."""
+    with done.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not done.exists()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_dir(shared_dir: Path) -> Path:
     """A bundle called `tiny` of random weights: base size 64 px, 16 latent channels, scales 1, 2 and 4.
 
     Read-only: a test that changes it copies it first.
     """
     from tests.tiny_bundle import write_tiny_bundle  # diffusers takes seconds to import
 
-    directory = tmp_path_factory.mktemp("bundles") / "tiny"
-    write_tiny_bundle(directory)
+    directory = shared_dir / "tiny"
+    with first_process(directory) as is_first:
+        if is_first:
+            write_tiny_bundle(directory)
     return directory
 
 
 @pytest.fixture(scope="session")
 def tiny_onnx_dir(tiny_bundle_dir: Path) -> Path:
-    """The LUA of `tiny_bundle_dir` as ONNX, both scales; read-only. Takes seconds of a processor."""
-    from giantleap.export.build import Request, export_bundle
-    from giantleap.models.bundle.bundle import read_bundle
+    """LUA at both scales and the decoder of `tiny_bundle_dir` as ONNX, by `giantleap export`; read-only.
+
+    The export takes 20 seconds of a processor, so that a run makes it once.
+    """
+    from typer.testing import CliRunner
+
+    from giantleap.cli.main import app
 
     directory = tiny_bundle_dir.parent / "tiny-onnx"
-    export_bundle(Request(read_bundle(tiny_bundle_dir), "onnx", "fp32", directory))
+    words = ["export", "--bundle", str(tiny_bundle_dir), "--device", "cpu", "--engine", "onnx", "--out", str(directory)]
+    with first_process(directory) as is_first:
+        if is_first:
+            answer = CliRunner().invoke(app, [*words, "--part", "lua", "--part", "decoder"])
+            assert answer.exit_code == 0, answer.output
+            (tiny_bundle_dir.parent / "tiny-onnx.txt").write_text(answer.output)
     return directory

@@ -10,9 +10,6 @@ from typer.testing import CliRunner
 from giantleap.cli.engine_bench import EngineRow, Timing, interleave, to_table
 from giantleap.cli.main import app
 
-# The first test that takes the exported graphs waits for their export.
-pytestmark = pytest.mark.timeout(900)
-
 
 def test_every_engine_is_timed_or_says_why_not(
     tiny_bundle_dir: Path, tiny_onnx_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

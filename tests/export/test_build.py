@@ -28,41 +28,19 @@ from giantleap.models.engines.base import Artifact
 from giantleap.models.engines.onnx_runtime import open_graph
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua, pad_to_window
-from tests.tiny_bundle import WINDOW, write_tiny_bundle
+from tests.tiny_bundle import WINDOW
 
-# The first test of the module waits for its export, which takes seconds of a processor that others may use as well.
-pytestmark = pytest.mark.timeout(900)
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    directory = tmp_path_factory.mktemp("bundles") / "tiny"
-    write_tiny_bundle(directory)
-    return read_bundle(directory)
+def bundle(tiny_bundle_dir: Path) -> Bundle:
+    return read_bundle(tiny_bundle_dir)
 
 
 @pytest.fixture(scope="module")
-def exported(bundle: Bundle) -> Path:
-    """By the command itself: LUA at both scales, and the decoder."""
-    directory = bundle.directory.parent / "exported"
-    words = [
-        "export",
-        "--bundle",
-        str(bundle.directory),
-        "--device",
-        "cpu",
-        "--engine",
-        "onnx",
-        "--out",
-        str(directory),
-    ]
-    answer = CliRunner().invoke(app, [*words, "--part", "lua", "--part", "decoder"])
-    assert answer.exit_code == 0, answer.output
-    for name in ("lua_x2.onnx", "lua_x4.onnx", "decoder.onnx"):
-        assert f"{name}: max error" in answer.output
-    assert "initializer" not in answer.output, "what the exporter's own packages log stays out of the command's output"
-    return directory
+def exported(tiny_onnx_dir: Path) -> Path:
+    return tiny_onnx_dir
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +58,10 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def test_the_command_leaves_one_graph_per_head_and_a_manifest(bundle: Bundle, exported: Path) -> None:
+    output = exported.with_suffix(".txt").read_text()
+    for name in ("lua_x2.onnx", "lua_x4.onnx", "decoder.onnx"):
+        assert f"{name}: max error" in output
+    assert "initializer" not in output, "what the exporter's own packages log stays out of the command's output"
     assert sorted(each.name for each in exported.iterdir()) == ["decoder.onnx", "lua_x2.onnx", "lua_x4.onnx", FILE]
     manifest = check_manifest(exported, bundle, engine="onnx", precision="fp32", scales=(2, 4), decoder=True)
     assert manifest.scales == (2, 4) and manifest.spec["window"] == WINDOW
@@ -112,23 +94,23 @@ def test_graphs_are_checked_standard_and_hold_no_control_flow(exported: Path) ->
         assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
 
 
-def test_upscale_and_decode_run_without_pytorch(bundle: Bundle, exported: Path, net: Lua) -> None:
+def test_upscale_and_decode_run_without_pytorch(bundle: Bundle, exported: Path, net: Lua, tmp_path: Path) -> None:
     latent = torch.randn(1, net.spec.channels, 6, 5)
     padded = pad_to_window(latent, WINDOW).numpy()
-    np.save(exported.parent / "latent.npy", padded)
+    np.save(tmp_path / "latent.npy", padded)
     code = f"""
 import sys, numpy, onnxruntime
 from pathlib import Path
-folder = Path({str(exported)!r})
+folder, out = Path({str(exported)!r}), Path({str(tmp_path)!r})
 def run(name, value):
     session = onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
     return session.run(None, {{"latent": value}})[0]
-large = run("lua_x2.onnx", numpy.load(folder.parent / "latent.npy"))[..., :12, :10]
-numpy.save(folder.parent / "image.npy", run("decoder.onnx", large))
+large = run("lua_x2.onnx", numpy.load(out / "latent.npy"))[..., :12, :10]
+numpy.save(out / "image.npy", run("decoder.onnx", large))
 sys.exit("torch" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
-    image = torch.from_numpy(np.load(exported.parent / "image.npy"))
+    image = torch.from_numpy(np.load(tmp_path / "image.npy"))
     reference = open_reference(bundle, ("lua", "decoder"), CPU)
     with torch.inference_mode():
         expected = reference.decode(net(latent, 2))

@@ -24,8 +24,6 @@ from giantleap.models.engines.tensorrt_runtime import load_tensorrt
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua
 
-# The first test that takes the exported graphs waits for their export.
-pytestmark = pytest.mark.timeout(900)
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 SHAPES = [(1, 4, 4), (2, 9, 13), (3, 5, 16)]
 

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.export import Dim, export
+from torch import Tensor
 
 from giantleap.models.lua.network import PRESETS, Lua, LuaSpec, pad_to_window, preset
 from giantleap.models.lua.swin import BiasCache, SwinBlock, WindowAttention, build_biases, shift_mask
@@ -370,33 +369,6 @@ def test_inference_mode_gives_what_no_grad_gives() -> None:
         assert torch.equal(net(latent, 2), first)
     assert torch.equal(built_inside, first)
     net(latent, 2).sum().backward()  # nothing that inference kept may enter a graph
-
-
-class ExportedHead(nn.Module):
-    """The core with its scale fixed, as an export needs it."""
-
-    def __init__(self, net: Lua, scale: int) -> None:
-        super().__init__()
-        self.net, self.scale = net, scale
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.net.core(latent, self.scale)
-
-
-def test_core_exports_with_dynamic_batch_height_and_width() -> None:
-    net = random_lua(LuaSpec(4, 8, (2,), 2, window=4, num_feat=4, bicubic_skip=True, latent_norm=True))
-    state = {key: value.clone() for key, value in net.state_dict().items()}
-    dims = {0: Dim("batch", min=1), 2: 4 * Dim("rows", min=1), 3: 4 * Dim("cols", min=1)}
-    with torch.no_grad():
-        program = export(ExportedHead(net, 2), (torch.randn(2, 4, 8, 12),), dynamic_shapes=(dims,))
-        assert net.bias_cache.empty, "tracing leaves nothing behind"
-        assert all(torch.equal(net.state_dict()[key], value) for key, value in state.items())
-        # The exporter never lets a dimension that it scales be 1, so its guards refuse one window; the graph does not.
-        graph = program.module(check_guards=False)
-        for shape in ((1, 4, 4, 4), (3, 4, 16, 8), (1, 4, 12, 24)):
-            latent = torch.randn(shape)
-            assert (graph(latent) - net(latent, 2)).abs().max() <= 1e-5
-    assert not net.bias_cache.empty, "the comparison above ran through the cache"
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,6 @@ from giantleap.service.worker.engines import artifact_directory, find_artifacts,
 from giantleap.service.worker.loop import run_worker
 from tests.service.worker.test_loop_redis import running_worker, upscale_job
 
-# The first test that takes the exported graphs waits for their export.
-pytestmark = pytest.mark.timeout(900)
 TIMEOUT_S = 300.0
 CPU = torch.device("cpu")
 
