@@ -151,7 +151,7 @@ def guarded_bundle(source: Path, directory: Path, sigmas: float, channels: int =
     net = read_lua(directory / "lua.safetensors")
     write_lua(directory / "lua.safetensors", net, {STATISTICS_KEY: statistics.to_json()})
     text = (directory / "bundle.toml").read_text().replace(old_hash, file_hashes(directory)["lua.safetensors"])
-    (directory / "bundle.toml").write_text(text.replace("[lua]\n", f"[lua]\nguard_sigmas = {sigmas}\n"))
+    (directory / "bundle.toml").write_text(text.replace("[lua]\n", f"[lua]\nclamp_sigmas = {sigmas}\n"))
     return directory
 
 
@@ -172,10 +172,10 @@ def test_a_route_bounds_lua_where_the_bundle_asks_for_it(tiny_bundle_dir: Path, 
 def test_a_guard_without_its_statistics_is_refused(tiny_bundle_dir: Path, tmp_path: Path) -> None:
     directory = shutil.copytree(tiny_bundle_dir, tmp_path / "none")
     text = (directory / "bundle.toml").read_text()
-    (directory / "bundle.toml").write_text(text.replace("[lua]\n", "[lua]\nguard_sigmas = 6.0\n"))
+    (directory / "bundle.toml").write_text(text.replace("[lua]\n", "[lua]\nclamp_sigmas = 6.0\n"))
     with pytest.raises(BundleError, match="no latent statistics"):
         read_bundle(directory)
-    (directory / "bundle.toml").write_text(text.replace("[lua]\n", "[lua]\nguard_sigmas = 0.0\n"))
+    (directory / "bundle.toml").write_text(text.replace("[lua]\n", "[lua]\nclamp_sigmas = 0.0\n"))
     with pytest.raises(BundleError, match="clamp_sigmas"):
         read_bundle(directory)
     with pytest.raises(BundleError, match="statistics of 4 channels"):
