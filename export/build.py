@@ -106,7 +106,7 @@ class Reference:
         raise ArtifactError(f"there is no network to compare {part} with")
 
     def decode(self, latent: Tensor) -> Tensor:
-        """**Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w]."""
+        """Shape: [batch, channels, h, w] -> [batch, 3, stride * h, stride * w]."""
         return decode_plain(self.vae, latent)
 
 
@@ -122,7 +122,8 @@ def export_bundle(request: Request, say: Callable[[str], object] = lambda line: 
         BundleError: The bundle's files are not those that it lists.
         CheckpointError: The LUA weights cannot be read.
 
-    **Effects** replaces an earlier export in the directory when all is well; else leaves everything as it was.
+    Note:
+        Replaces an earlier export in the directory when all is well; else leaves everything as it was.
     """
     scales = _check_request(request)
     reference = open_reference(request.bundle, request.parts, request.device)

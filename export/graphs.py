@@ -54,7 +54,7 @@ class LuaGraph(nn.Module):
         self.eval()
 
     def forward(self, latent: Tensor) -> Tensor:
-        """**Shape** [batch, channels, h, w], multiples of the window -> [batch, channels, scale * h, scale * w]."""
+        """Shape: [batch, channels, h, w], multiples of the window -> [batch, channels, scale * h, scale * w]."""
         x = latent if self.latent_mean is None else latent - self.latent_mean
         x = x if self.latent_std is None else x / self.latent_std
         y: Tensor = self.head(self.backbone.forward_features(x.to(self.dtype))).float()
@@ -85,7 +85,7 @@ class DecoderGraph(nn.Module):
         self.eval()
 
     def forward(self, latent: Tensor) -> Tensor:
-        """**Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], not clamped."""
+        """Shape: [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], not clamped."""
         raw = latent.to(self.dtype)
         image: Tensor = self.vae.decode(raw[:, :, None] if self.frames else raw, return_dict=False)[0]
         return (image[:, :, 0] if self.frames else image)[:, :3].float()

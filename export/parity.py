@@ -48,7 +48,8 @@ def choose_cases(unit: int, profiles: Sequence[Profile] = ()) -> tuple[tuple[int
 def sample_latents(shape: tuple[int, int, int, int], mean: Tensor, std: Tensor, seed: int) -> Tensor:
     """Latents with the statistics of real ones: half of their variance smooth, as in images, half fine.
 
-    **Shape** [batch, channels, h, w]; mean and std [channels].
+    Shape:
+        [batch, channels, h, w]; mean and std [channels].
     """
     generator = torch.Generator().manual_seed(seed)
     batch, channels, height, width = shape

@@ -95,7 +95,8 @@ def build_plan(
     Raises:
         ArtifactError: The parser or the builder refuses; with what they say.
 
-    **Effects** replaces the timing cache's file.
+    Note:
+        Replaces the timing cache's file.
     """
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)

@@ -186,9 +186,11 @@ class Generator:
         Returns:
             A raw float32 latent per item, None for a canceled one.
 
-        **Shape** each [channels, latent_height, latent_width].
+        Shape:
+            Each [channels, latent_height, latent_width].
 
-        **Raises** ValueError: the items differ in what a batch shares, or one asks for what the pipeline does not do.
+        Raises:
+            ValueError: The items differ in what a batch shares, or one asks for what the pipeline does not do.
         """
         for item in items:
             self._check(item, items[0])

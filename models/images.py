@@ -26,7 +26,8 @@ MAX_PSNR_DB = 150.0  # of images that are equal: JSON has no infinity
 def to_signed(pixels: Tensor) -> Tensor:
     """Pixels as a diffusion pipeline takes them.
 
-    **Shape** [height_px, width_px, 3], uint8 -> [3, height_px, width_px], float32 in [-1, 1].
+    Shape:
+        [height_px, width_px, 3], uint8 -> [3, height_px, width_px], float32 in [-1, 1].
     """
     return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
 
@@ -46,9 +47,11 @@ def to_pixels(values: Tensor) -> Tensor:
 def to_image_bytes(pixels: Tensor, output_format: ImageFormat) -> bytes:
     """Encode one image. Nothing but the pixels and their size goes into the file.
 
-    **Shape** [height_px, width_px, 3], uint8, on the CPU.
+    Shape:
+        [height_px, width_px, 3], uint8, on the CPU.
 
-    **Raises** ValueError: the tensor has another shape or type, or the format is unknown.
+    Raises:
+        ValueError: The tensor has another shape or type, or the format is unknown.
     """
     if output_format not in _OPTIONS:
         raise ValueError(f"image format {output_format!r} is not known; there are {sorted(_OPTIONS)}")
@@ -67,7 +70,8 @@ def psnr_db(image: Tensor, expected: Tensor, max_db: float = MAX_PSNR_DB) -> flo
     Returns:
         dB, `max_db` at most; minus infinity where a value is not a number.
 
-    **Shape** both [..., 3, height_px, width_px].
+    Shape:
+        Both [..., 3, height_px, width_px].
     """
     error = float((image.double().clamp(-1, 1) - expected.double().clamp(-1, 1)).square().mean())
     if not math.isfinite(error):

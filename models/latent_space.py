@@ -168,9 +168,11 @@ class LatentSpace:
             height_px: Height of the image that the pipeline was asked for; a row of tokens does not tell.
             width_px: Its width.
 
-        **Shape** as in the class's packings -> [batch, channels, h, w].
+        Shape:
+            As in the class's packings -> [batch, channels, h, w].
 
-        **Raises** LatentSpaceError: The shape is not of this space, or does not fit the size.
+        Raises:
+            LatentSpaceError: The shape is not of this space, or does not fit the size.
         """
         self.check_scaled(tuple(latent.shape))
         self._check_statistics()
@@ -181,9 +183,11 @@ class LatentSpace:
     def from_raw(self, raw: "Latent") -> "Latent":
         """The inverse of `to_raw`.
 
-        **Shape** [batch, channels, h, w] -> as in the class's packings.
+        Shape:
+            [batch, channels, h, w] -> as in the class's packings.
 
-        **Raises** LatentSpaceError: The shape is not of this space, or has an odd side that cannot be packed.
+        Raises:
+            LatentSpaceError: The shape is not of this space, or has an odd side that cannot be packed.
         """
         self.check_raw(tuple(raw.shape))
         self._check_statistics()
@@ -288,7 +292,8 @@ def read_vae_statistics(vae_directory: Path) -> tuple[tuple[float, ...], tuple[f
         LatentSpaceError: The weights hold no such statistics.
         OSError: A file is missing.
 
-    **Ref** diffusers 0.42, Flux2Pipeline: std = sqrt(running_var + batch_norm_eps).
+    References:
+        diffusers 0.42, Flux2Pipeline: std = sqrt(running_var + batch_norm_eps).
     """
     config = json.loads((vae_directory / "config.json").read_text(encoding="utf-8"))
     found: dict[str, NDArray[np.float64]] = {}

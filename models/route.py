@@ -136,7 +136,8 @@ class Route:
     def generator(self) -> Generator:
         """Prompt to raw latent.
 
-        **Raises** ValueError: nothing is drawn here.
+        Raises:
+            ValueError: Nothing is drawn here.
         """
         if self._generator is None:
             raise ValueError(f"bundle {self.name}: a worker of role {self.role} generates no latents")
@@ -187,7 +188,8 @@ class Route:
     def encode_image(self, pixels: NDArray[np.uint8]) -> Tensor:
         """The raw latent of an image, its posterior mean; sides that fill no whole latent repeat their last pixels.
 
-        **Shape** [height_px, width_px, 3] -> [channels, h, w], float32.
+        Shape:
+            [height_px, width_px, 3] -> [channels, h, w], float32.
         """
         height_px, width_px = pixels.shape[:2]
         unit_px = self.vae.latent_space.multiple_px
@@ -202,9 +204,11 @@ class Route:
 
         Scale 1 gives them back.
 
-        **Shape** [batch, channels, h, w] -> [batch, channels, scale * h, scale * w], float32.
+        Shape:
+            [batch, channels, h, w] -> [batch, channels, scale * h, scale * w], float32.
 
-        **Raises** ValueError: there is no head for the scale, or the method does not enlarge latents.
+        Raises:
+            ValueError: There is no head for the scale, or the method does not enlarge latents.
         """
         latents = latents.to(self.device, torch.float32)
         if scale == 1:
@@ -221,9 +225,11 @@ class Route:
     def upscale_pixels(self, images: Sequence[Tensor | None], scale: float) -> list[Tensor | None]:
         """Enlarge decoded images one by one with the upscaler of pixels; None stays None.
 
-        **Shape** each [height_px, width_px, 3], uint8 -> [scale * height_px, scale * width_px, 3], on the CPU.
+        Shape:
+            Each [height_px, width_px, 3], uint8 -> [scale * height_px, scale * width_px, 3], on the CPU.
 
-        **Raises** ValueError: the bundle has no such upscaler, or none of that scale.
+        Raises:
+            ValueError: The bundle has no such upscaler, or none of that scale.
         """
         if self.pixel is None:
             raise ValueError(f"bundle {self.name} has no upscaler of pixels")
@@ -237,7 +243,8 @@ class Route:
     def decode(self, latents: Tensor, how: DecodeName = "exact") -> list[Tensor | None]:
         """Decode raw latents, once; None where an image has a value that is not finite.
 
-        **Shape** [batch, channels, h, w] -> per item [stride * h, stride * w, 3], uint8, on the CPU.
+        Shape:
+            [batch, channels, h, w] -> per item [stride * h, stride * w, 3], uint8, on the CPU.
         """
         decoded = self.vae.decode(latents, how=how)
         finite = finite_items(decoded)
@@ -247,9 +254,11 @@ class Route:
     def upscale_items(self, latents: Sequence[Tensor], scale: float, method: Method = "lua") -> list[Tensor]:
         """Enlarge latents; by LUA those of different sizes in one batch, each padded as `Lua.forward` would do it.
 
-        **Shape** each [channels, h, w] -> [channels, scale * h, scale * w]; all equal once padded to the window.
+        Shape:
+            Each [channels, h, w] -> [channels, scale * h, scale * w]; all equal once padded to the window.
 
-        **Raises** ValueError: the padded sizes differ, or as `upscale`.
+        Raises:
+            ValueError: The padded sizes differ, or as `upscale`.
         """
         if method != "lua":
             return [self.upscale(latent[None], scale, method)[0] for latent in latents]
@@ -336,8 +345,9 @@ class Route:
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """From images to larger ones; by `swinir` their pixels are enlarged, with no latent between.
 
-        **Shape** each [height_px, width_px, 3] -> [scale * height_px, scale * width_px, 3], uint8, on the CPU; a latent
-        is that of the image filled up to whole latents.
+        Shape:
+            Each [height_px, width_px, 3] -> [scale * height_px, scale * width_px, 3], uint8, on the CPU; a latent is
+            that of the image filled up to whole latents.
         """
         if method == "swinir" and scale > 1:
             with observer.measure("upscale"):

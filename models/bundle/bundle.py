@@ -327,7 +327,8 @@ def load_bundle(name_or_directory: str | Path) -> Bundle:
 def write_bundle(directory: Path, descriptor: Descriptor) -> None:
     """Writes `bundle.toml` of a directory that holds the rest already.
 
-    **Effects** replaces the file that was there, whole; on a full disk it leaves it as it was.
+    Note:
+        Replaces the file that was there, whole; on a full disk it leaves it as it was.
     """
     draft = directory / f".{DESCRIPTOR}"
     try:

@@ -24,7 +24,7 @@ class PlainLinear:
         return cls(weight.to(dtype).contiguous(), bias.to(dtype).contiguous(), gelu)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """**Shape** [..., in] -> [..., out]."""
+        """Shape: [..., in] -> [..., out]."""
         y = F.linear(x, self.weight, self.bias)
         return F.gelu(y) if self.gelu else y
 
@@ -62,7 +62,7 @@ class PlainConv:
         return cls(last, bias.to(dtype).contiguous(), padding, slope)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """**Shape** [batch, in, height, width] -> [batch, out, height, width], channels last."""
+        """Shape: [batch, in, height, width] -> [batch, out, height, width], channels last."""
         y = F.conv2d(x, self.weight, self.bias, padding=self.padding)
         return y if self.slope is None else F.leaky_relu(y, self.slope)
 
@@ -131,7 +131,7 @@ class Norm:
     bias: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """**Shape** [tokens, width] -> the same."""
+        """Shape: [tokens, width] -> the same."""
         if x.shape[-1] == self.dim:
             return F.layer_norm(x, (self.dim,), self.weight, self.bias, self.eps)
         y = F.layer_norm(x[..., : self.dim], (self.dim,), self.weight, self.bias, self.eps)

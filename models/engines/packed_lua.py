@@ -102,7 +102,8 @@ class PackedBlock:
     def __call__(self, x: Tensor, enter: Tensor, grid: Grid) -> Tensor:
         """The whole block in the window order of `grid`, on a CPU some windows at a time, which stay in its cache.
 
-        **Shape** x [tokens, width] in an order from which `enter` [tokens] gathers that of `grid` -> [tokens, width].
+        Shape:
+            x [tokens, width] in an order from which `enter` [tokens] gathers that of `grid` -> [tokens, width].
         """
         n = self.window**2
         y = torch.empty_like(x)
@@ -124,7 +125,7 @@ class PackedBlock:
         ]
 
     def _run(self, x: Tensor, mask: Tensor, out: Tensor) -> None:
-        """**Shape** x, out [windows * window^2, width]; mask [masked, 1, window^2, window^2] of the last windows."""
+        """Shape: x, out [windows * window^2, width]; mask [masked, 1, window^2, window^2] of the last windows."""
         qkv = self.qkv(self.norm1(x)).view(-1, self.window**2, 3, self.heads, self.head_dim)
         attend = self._attention_math if self.uses_attention_math() else self._attention_fused
         y = attend(qkv.permute(2, 0, 3, 1, 4), mask).transpose(1, 2).reshape(len(x), -1)
@@ -138,7 +139,7 @@ class PackedBlock:
         return self.packed and (self.dtype == torch.bfloat16 or torch.get_num_threads() > 1)
 
     def _attention_fused(self, parts: Tensor, mask: Tensor) -> Tensor:
-        """**Shape** [3, windows, heads, window^2, head_dim] -> [windows, heads, window^2, head_dim]."""
+        """Shape: [3, windows, heads, window^2, head_dim] -> [windows, heads, window^2, head_dim]."""
         if not len(mask):
             return _fused(parts, self.bias)
         masked = _fused(parts[:, -len(mask) :], self.bias + mask)
@@ -228,7 +229,7 @@ class PackedLua:
         return y if self._mean is None else y + self._mean
 
     def _features(self, x: Tensor, grids: Grids) -> Tensor:
-        """**Shape** [batch, channels, height, width] -> [batch, width of the backbone, height, width]."""
+        """Shape: [batch, channels, height, width] -> [batch, width of the backbone, height, width]."""
         dim = self._layout.width
         shape = (x.shape[0], x.shape[2], x.shape[3], dim)
         shallow = self._first(x.contiguous(memory_format=torch.channels_last))
@@ -254,7 +255,8 @@ class PackedLua:
 def _run_blocks(blocks: Sequence[PackedBlock], tokens: Tensor, grids: Grids) -> Tensor:
     """The blocks of a group one after the other, each in its own window order.
 
-    **Shape** [tokens, width], row by row -> the same.
+    Shape:
+        [tokens, width], row by row -> the same.
     """
     enters: dict[tuple[bool | None, bool], Tensor] = {
         (None, False): grids.plain.gather,

@@ -61,7 +61,8 @@ def blend_weights(span: Span, side_px: int, scale: int, halo_px: int) -> Tensor:
     It falls linearly over a halo's length around the line where two tiles meet. The outer half of a halo, which sees
     the least beyond itself, weighs nothing.
 
-    **Shape** [scale * (stop - start)].
+    Shape:
+        [scale * (stop - start)].
     """
     place_px = span.start + (torch.arange(scale * (span.stop - span.start)) + 0.5) / scale
     weights = torch.ones_like(place_px)
@@ -130,10 +131,12 @@ class PixelUpscaler:
     def upscale(self, images: Tensor, scale: float) -> Tensor:
         """Enlarge images of any size.
 
-        **Shape** [batch, 3, height, width] in [0, 1] -> [batch, 3, scale * height, scale * width] in [0, 1],
-        float32, on the device of the networks. An image with a value that is not finite comes back with NaN in it.
+        Shape:
+            [batch, 3, height, width] in [0, 1] -> [batch, 3, scale * height, scale * width] in [0, 1], float32, on the
+            device of the networks. An image with a value that is not finite comes back with NaN in it.
 
-        **Raises** ValueError: There is no network for the scale, or the images have another shape.
+        Raises:
+            ValueError: There is no network for the scale, or the images have another shape.
         """
         if scale not in self.nets:
             raise ValueError(f"scale {scale}: there are SwinIR networks for scales {self.scales}")

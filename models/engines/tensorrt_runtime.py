@@ -80,7 +80,8 @@ class PlanRunner:
     def __call__(self, latent: Tensor) -> Tensor:
         """As `giantleap.models.engines.base.Runner`; a batch above the profiles' runs in parts.
 
-        **Raises** ValueError: no profile holds the size.
+        Raises:
+            ValueError: No profile holds the size.
         """
         max_batch = max(profile.max_shape[0] for profile in self._artifact.profiles)
         if len(latent) <= max_batch:

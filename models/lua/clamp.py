@@ -21,7 +21,8 @@ def limit_softly(values: Tensor, bound: Tensor) -> Tensor:
     and curvature 0 on both sides of the knee, so it is smooth there twice; the slope is positive wherever tanh of
     float32 is below 1. Ours; the paper has no bound.
 
-    **Shape** both broadcast to one shape; `bound` >= 0, and 0 gives 0.
+    Shape:
+        Both broadcast to one shape; `bound` >= 0, and 0 gives 0.
     """
     knee = KNEE * bound
     room = bound - knee
@@ -68,9 +69,11 @@ class LatentClamp:
 
         For a scale between measured ones the statistics are those of the next larger one, whose residual is larger.
 
-        **Shape** [batch, channels, h, w] and [batch, channels, scale * h, scale * w] -> as the latter, float32.
+        Shape:
+            [batch, channels, h, w] and [batch, channels, scale * h, scale * w] -> as the latter, float32.
 
-        **Raises** StatisticsError: there are none for so large a scale, or for other channels.
+        Raises:
+            StatisticsError: There are none for so large a scale, or for other channels.
         """
         measured = min((known for known in self._reach if known >= scale), default=None)
         if measured is None or small.shape[1] != self.statistics.channels:

@@ -35,7 +35,8 @@ class Corners:
     def build(cls, side: int, points: int, like: Tensor) -> Self:
         """For `points` evenly spread over `side` features, on the device of `like`, with values in its type.
 
-        **Ref** arXiv 2012.09161, section 3: pixel-centred coordinates, features mirrored outside the border.
+        References:
+            arXiv 2012.09161, section 3: pixel-centred coordinates, features mirrored outside the border.
         """
         centre = (torch.arange(points, device=like.device) + 0.5) * (side / points) - 0.5
         before = centre.floor()
@@ -48,8 +49,9 @@ class Corners:
 class LiifHead(nn.Module):
     """Features to the latent at any scale: f(features at a corner, offset from it, cell), mixed over four corners.
 
-    **Ref** arXiv 2012.09161, Eq. 2 (decoder), 3 (feature unfolding, zeros outside), 4 (local ensemble), 5 (cell
-    decoding); the decoder has four hidden layers and ReLU as there. Cells count in half pixels, as offsets do.
+    References:
+        arXiv 2012.09161, Eq. 2 (decoder), 3 (feature unfolding, zeros outside), 4 (local ensemble), 5 (cell decoding);
+        the decoder has four hidden layers and ReLU as there. Cells count in half pixels, as offsets do.
 
     Args:
         spec: `num_feat` is the width of the hidden layers.
@@ -71,7 +73,8 @@ class LiifHead(nn.Module):
     def forward(self, x: Tensor, scale: float) -> Tensor:
         """The memory beside input and output is bounded, whatever the size; a gradient needs all of it.
 
-        **Shape** [batch, embed_dim, height, width] -> [batch, channels, scale * height, scale * width].
+        Shape:
+            [batch, embed_dim, height, width] -> [batch, channels, scale * height, scale * width].
         """
         batch, _, height, width = x.shape
         out_height, out_width = scaled_size(height, scale), scaled_size(width, scale)
@@ -99,7 +102,7 @@ class LiifHead(nn.Module):
         cell: Tensor,
         width: int,
     ) -> Tensor:
-        """**Shape** tokens [batch * height * width, num_feat]; top, row and column [points] -> [points, channels]."""
+        """Shape: tokens [batch * height * width, num_feat]; top, row and column [points] -> [points, channels]."""
         n = len(row)
         index = ((top + rows.index[:, row])[:, None] * width + columns.index[:, column]).view(4 * n)
         weight = (rows.weight[:, row][:, None] * columns.weight[:, column]).view(4, n, 1)

@@ -56,7 +56,7 @@ class ScaleHead(nn.Module):
         self.conv_last = nn.Conv2d(f, spec.channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """**Shape** [batch, embed_dim, height, width] -> [batch, channels, scale * height, scale * width]."""
+        """Shape: [batch, embed_dim, height, width] -> [batch, channels, scale * height, scale * width]."""
         y: Tensor = self.conv_last(self.upsample(self.conv_before(x)))
         return y
 
@@ -64,7 +64,8 @@ class ScaleHead(nn.Module):
 class Lua(nn.Module):
     """The Latent Upscaler Adapter.
 
-    **Ref** arXiv 2511.10629, figure 4 and section 3; backbone as SwinIR (arXiv 2108.10257) with one head per scale.
+    References:
+        arXiv 2511.10629, figure 4 and section 3; backbone as SwinIR (arXiv 2108.10257) with one head per scale.
 
     Args:
         spec: The shape of the network.
@@ -116,9 +117,11 @@ class Lua(nn.Module):
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Stores the per-channel statistics that the network normalises by.
 
-        **Shape** both [channels].
+        Shape:
+            Both [channels].
 
-        **Raises** ValueError: The spec has no `latent_norm`, a shape is wrong, or a deviation is not positive.
+        Raises:
+            ValueError: The spec has no `latent_norm`, a shape is wrong, or a deviation is not positive.
         """
         shape = (self.spec.channels,)
         if not self.spec.latent_norm:
@@ -134,10 +137,12 @@ class Lua(nn.Module):
     def forward(self, latent: Tensor, scale: float) -> Tensor:
         """Enlarges a latent of any size.
 
-        **Shape** [batch, channels, height, width] -> [batch, channels, scale * height, scale * width].
+        Shape:
+            [batch, channels, height, width] -> [batch, channels, scale * height, scale * width].
 
-        **Raises** ValueError: The latent is not a 4-D tensor of `channels` channels, there is no such head, or with a
-        LIIF head the enlarged sides would not be whole.
+        Raises:
+            ValueError: The latent is not a 4-D tensor of `channels` channels, there is no such head, or with a LIIF
+                head the enlarged sides would not be whole.
         """
         return self.forward_scales(latent, (scale,))[scale]
 
@@ -152,7 +157,8 @@ class Lua(nn.Module):
     def core(self, latent: Tensor, scale: float) -> Tensor:
         """The exportable part: height and width must be multiples of the window, and nothing is checked.
 
-        **Shape** [batch, channels, height, width] -> [batch, channels, scale * height, scale * width].
+        Shape:
+            [batch, channels, height, width] -> [batch, channels, scale * height, scale * width].
         """
         return self._core(latent, (scale,))[scale]
 
@@ -175,7 +181,8 @@ class Lua(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The backbone, on a normalised latent whose sides are multiples of the window.
 
-        **Shape** [batch, channels, height, width] -> [batch, embed_dim, height, width].
+        Shape:
+            [batch, channels, height, width] -> [batch, embed_dim, height, width].
         """
         height, width = x.shape[-2:]
         biases = self._block_biases(height // self.spec.window, width // self.spec.window)
@@ -221,8 +228,9 @@ class Lua(nn.Module):
 def check_latent(spec: LuaSpec, latent: Tensor, scales: Sequence[float]) -> None:
     """Refuses what a network of this spec does not take.
 
-    **Raises** ValueError: The latent is not a 4-D tensor of `channels` channels, there is no head for a scale, or an
-    enlarged side would not be whole.
+    Raises:
+        ValueError: The latent is not a 4-D tensor of `channels` channels, there is no head for a scale, or an enlarged
+            side would not be whole.
     """
     if latent.dim() != 4 or latent.shape[1] != spec.channels or min(latent.shape[2:]) < 1:
         raise ValueError(
@@ -241,7 +249,8 @@ def check_latent(spec: LuaSpec, latent: Tensor, scales: Sequence[float]) -> None
 def pad_to_window(latent: Tensor, window: int) -> Tensor:
     """Pads right and bottom to multiples of `window`: by reflection, or by the last value where a side is too small.
 
-    **Shape** [batch, channels, height, width] -> [batch, channels, height', width'], both multiples of `window`.
+    Shape:
+        [batch, channels, height, width] -> [batch, channels, height', width'], both multiples of `window`.
     """
     height, width = latent.shape[-2:]
     bottom, right = -height % window, -width % window

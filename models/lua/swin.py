@@ -31,7 +31,8 @@ class WindowAttention(nn.Module):
     def position_bias(self) -> Tensor:
         """The learned bias of every pair of positions in a window.
 
-        **Shape** [heads, window^2, window^2].
+        Shape:
+            [heads, window^2, window^2].
         """
         w, table = self.window, self.relative_position_bias_table
         steps = torch.arange(w, device=table.device)
@@ -43,7 +44,8 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """Attends within each window; a bias with a window axis is shared by the batch.
 
-        **Shape** x [batch, windows, window^2, dim], bias [(windows,) heads, window^2, window^2] -> as x.
+        Shape:
+            x [batch, windows, window^2, dim], bias [(windows,) heads, window^2, window^2] -> as x.
         """
         batch, windows, n, dim = x.shape
         head_dim = dim // self.heads
@@ -95,7 +97,7 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(dim, mlp_hidden)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """**Shape** x [batch, height, width, dim], multiples of the window; bias as `WindowAttention.forward`."""
+        """Shape: x [batch, height, width, dim], multiples of the window; bias as `WindowAttention.forward`."""
         batch, height, width, dim = x.shape
         w = self.window
         nh, nw = height // w, width // w
@@ -132,7 +134,7 @@ class ResidualGroup(nn.Module):
         self.conv = nn.Conv2d(spec.embed_dim, spec.embed_dim, 3, padding=1)
 
     def forward(self, x: Tensor, biases: Iterator[Tensor]) -> Tensor:
-        """**Shape** x [batch, height, width, dim]; takes one bias per block."""
+        """Shape: x [batch, height, width, dim]; takes one bias per block."""
         y = x
         for block in self.residual_group.blocks:
             y = block(y, next(biases))
@@ -144,7 +146,8 @@ def shift_mask(nh: int, nw: int, window: int, like: Tensor) -> Tensor:
 
     Made of compares rather than assignments to slices, so that it exports with any size.
 
-    **Shape** [nh * nw, window^2, window^2], 0 or -100, in the dtype and on the device of `like`.
+    Shape:
+        [nh * nw, window^2, window^2], 0 or -100, in the dtype and on the device of `like`.
     """
     wrapped = torch.arange(window, device=like.device) >= window - window // 2
     rows = (torch.arange(nh, device=like.device) == nh - 1)[:, None] & wrapped
@@ -224,7 +227,8 @@ class BiasCache:
 def to_tokens(maps: Tensor) -> Tensor:
     """Channels last, contiguous; no copy where a convolution has answered in that order.
 
-    **Shape** [batch, dim, height, width] -> [batch, height, width, dim].
+    Shape:
+        [batch, dim, height, width] -> [batch, height, width, dim].
     """
     return maps.permute(0, 2, 3, 1).contiguous()
 

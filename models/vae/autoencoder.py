@@ -111,9 +111,12 @@ class Vae:
         Returns:
             Images whose visible range is [-1, 1]; not clamped, so that a value that is not finite can be seen.
 
-        **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], float32, on the model's device.
+        Shape:
+            [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], float32, on the model's device.
 
-        **Raises** LatentSpaceError: these are no raw latents of the space. VaeError: there is no such way.
+        Raises:
+            LatentSpaceError: These are no raw latents of the space.
+            VaeError: There is no such way.
         """
         self.latent_space.check_raw(tuple(raw.shape))
         if self.model.decoder is None:
@@ -149,9 +152,11 @@ class Vae:
         Args:
             images: In [-1, 1], on any device; sides are multiples of the latent space's stride.
 
-        **Shape** [batch, 3, height_px, width_px] -> [batch, channels, h, w], float32, on the model's device.
+        Shape:
+            [batch, 3, height_px, width_px] -> [batch, channels, h, w], float32, on the model's device.
 
-        **Raises** VaeError: the shape or a side does not fit.
+        Raises:
+            VaeError: The shape or a side does not fit.
         """
         stride_px = self.latent_space.stride_px
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape) < 1:

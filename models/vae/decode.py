@@ -41,9 +41,11 @@ def decode_plain(vae: Any, latents: Tensor) -> Tensor:
             fourth image channel, transparency, it is dropped.
         latents: Raw ones.
 
-    **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w].
+    Shape:
+        [batch, channels, h, w] -> [batch, 3, stride * h, stride * w].
 
-    **Raises** UnknownDecoderError: the VAE is of another class.
+    Raises:
+        UnknownDecoderError: The VAE is of another class.
     """
     return _decode_with_tiling(vae, latents, enabled=False)
 
@@ -52,9 +54,11 @@ def decode_plain(vae: Any, latents: Tensor) -> Tensor:
 def decode_tiled(vae: Any, latents: Tensor) -> Tensor:
     """diffusers' tiled decode. It changes the image: a tile sees only its own attention and statistics.
 
-    **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w].
+    Shape:
+        [batch, channels, h, w] -> [batch, 3, stride * h, stride * w].
 
-    **Raises** UnknownDecoderError: as `decode_plain`.
+    Raises:
+        UnknownDecoderError: As `decode_plain`.
     """
     return _decode_with_tiling(vae, latents, enabled=True)
 
@@ -86,9 +90,11 @@ def encode_mean(vae: Any, images: Tensor) -> Tensor:
         vae: As for `decode_plain`. One that knows transparency gets opaque images.
         images: In [-1, 1].
 
-    **Shape** [batch, 3, stride * h, stride * w] -> [batch, channels, h, w].
+    Shape:
+        [batch, 3, stride * h, stride * w] -> [batch, channels, h, w].
 
-    **Raises** UnknownDecoderError: as `decode_plain`.
+    Raises:
+        UnknownDecoderError: As `decode_plain`.
     """
     check_autoencoder(vae, *STRIP_CLASSES, *FRAME_CLASSES)
     if isinstance(vae, AutoencoderKLQwenImage21):
@@ -108,7 +114,8 @@ def decode_tiny(tiny: AutoencoderTiny, latents: Tensor, space: LatentSpace) -> T
         latents: Raw ones, as for the other methods.
         space: Says how raw latents become scaled ones.
 
-    **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], in [-1, 1] like the others.
+    Shape:
+        [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], in [-1, 1] like the others.
     """
     check_autoencoder(tiny, AutoencoderTiny)
     scaled = replace(space, packing="none").from_raw(latents)
@@ -129,10 +136,13 @@ def decode_exact(vae: Any, latents: Tensor, budget_bytes: int | None = None, pla
         budget_bytes: What the decode may use at most beyond weights and latents; None for the default strips.
         plan: Made elsewhere, instead of a budget.
 
-    **Shape** [batch, channels, h, w] -> [batch, 3, stride * h, stride * w].
+    Shape:
+        [batch, channels, h, w] -> [batch, 3, stride * h, stride * w].
 
-    **Raises** UnknownDecoderError: the VAE is not made of the blocks that this decode knows. DecodeBudgetError: the
-    budget is too small for this size. ValueError: latents of another shape, dtype or device than the VAE's.
+    Raises:
+        UnknownDecoderError: The VAE is not made of the blocks that this decode knows.
+        DecodeBudgetError: The budget is too small for this size.
+        ValueError: Latents of another shape, dtype or device than the VAE's.
     """
     check_decoder(vae)
     _check_latents(vae, latents)
@@ -218,7 +228,7 @@ def _attend(attention: Attention, source: StripMap, chunk_queries: int) -> Strip
 
 
 def _keys_and_values(attention: Attention, source: StripMap, normalization: Normalization) -> tuple[Tensor, Tensor]:
-    """**Shape** -> two of [1, heads, pixels, head width]."""
+    """Shape: -> two of [1, heads, pixels, head width]."""
     shape = (1, sum(source.pixels), attention.inner_dim)
     keys, values = source.strip(0).new_empty(shape), source.strip(0).new_empty(shape)
     first = 0
@@ -243,7 +253,7 @@ def _split_heads(attention: Attention, tokens: Tensor) -> Tensor:
 
 
 def _to_tokens(rows: Tensor) -> Tensor:
-    """**Shape** [1, channels, rows, width] -> [1, rows * width, channels]."""
+    """Shape: [1, channels, rows, width] -> [1, rows * width, channels]."""
     return rows.flatten(2).mT
 
 

@@ -61,7 +61,8 @@ class StripMap:
     def rows(self, first: int, last: int) -> Tensor:
         """Copy rows [first, last), with zeros where they lie outside of the map.
 
-        **Shape** -> [1, channels, last - first, width].
+        Shape:
+            -> [1, channels, last - first, width].
         """
         lowest, highest = max(first, 0) // self.strip_rows, (min(last, self.height) - 1) // self.strip_rows
         parts = []
@@ -77,10 +78,12 @@ class StripMap:
     def moments(self, groups: int) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of each group over the whole map, repeated for its channels.
 
-        **Shape** -> two of [channels], float32.
+        Shape:
+            -> two of [channels], float32.
 
-        **Ref** Chan, Golub, LeVeque 1983, the pairwise update, taken over all strips and the channels of a group at
-        once and in float64: the variance is the mean of the parts' variances plus the variance of their means.
+        References:
+            Chan, Golub, LeVeque 1983, the pairwise update, taken over all strips and the channels of a group at once
+            and in float64: the variance is the mean of the parts' variances plus the variance of their means.
         """
         weights = torch.tensor(self.pixels, dtype=torch.float64) / sum(self.pixels)
         means = torch.stack(self.means).double().unflatten(1, (groups, -1))  # [strips, groups, channels per group]
@@ -108,7 +111,7 @@ class Normalization:
         return cls(*source.moments(norm.num_groups), norm.weight.float(), norm.bias.float(), norm.eps)
 
     def apply(self, rows: Tensor) -> Tensor:
-        """**Shape** [1, channels, rows, width] -> the same."""
+        """Shape: [1, channels, rows, width] -> the same."""
         # With fixed statistics a batch normalisation is this formula, in float32 inside for every dtype.
         return F.batch_norm(rows, self.mean, self.variance, self.weight, self.bias, False, 0.0, self.eps)
 
@@ -185,7 +188,7 @@ def phase_kernels(weight: Tensor) -> list[list[Tensor]]:
 
 
 def _convolve_phases(rows: Tensor, kernels: list[list[Tensor]], bias: Tensor | None) -> Tensor:
-    """**Shape** [1, channels, rows + 2, width], the halo included -> [1, out, 2 * rows, 2 * width]."""
+    """Shape: [1, channels, rows + 2, width], the halo included -> [1, out, 2 * rows, 2 * width]."""
     height, width = rows.shape[2] - 2, rows.shape[3]
     result = _empty_like(rows, kernels[0][0].shape[0], 2 * height, 2 * width)
     for down in (0, 1):
