@@ -1,6 +1,6 @@
 """Decoded pixels as the bytes of an image file, PNG, JPEG or WebP without any metadata; and how alike two images are.
 
-The pixels come from `giantleap.models.route`; the bytes go to the blobs of `giantleap.service.worker.loop` or to a
+The pixels come from `giantleap.models.route`; the bytes go to the blobs of `giantleap.service.worker.items` or to a
 file.
 """
 

@@ -199,7 +199,7 @@ def worker(
         exit_with_parent(lifeline_fd, settings.drain_grace_s)
 
     from giantleap.models.allocator import keep_freed_memory
-    from giantleap.service.worker.loop import run_worker
+    from giantleap.service.worker.process import run_worker
 
     keep_freed_memory()
     stopping = threading.Event()

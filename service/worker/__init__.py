@@ -1,2 +1,1 @@
-"""The worker: claims batches, runs them on one device, finishes their jobs. Start at
-`giantleap.service.worker.loop`."""
+"""The worker: claims jobs, runs them in batches on one device, ends them. Start at `process.py`, then `loop.py`."""

@@ -1,7 +1,7 @@
 """Which claimed jobs run together: a pure function from claims to batches, each one pass through one route.
 
-A batch shares everything that fixes the shape of the work, and its output fits the budget in latent pixels. What runs
-a batch is `giantleap.service.worker.loop`; why batches look so is in `docs/decisions/0005-one-batch-one-route.md`.
+Jobs of a batch have equal tensor shapes, and their output fits the budget in latent pixels. The reasons are in
+`docs/decisions/0005-one-batch-one-route.md`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,17 +22,17 @@ class _OpenBatch:
     latent_px: int = 0
 
 
-def batch_key(bundle: str, params: JobParams, grid: LatentGrid, drawn: bool = False) -> BatchKey:
+def batch_key(bundle: str, params: JobParams, grid: LatentGrid, is_generated: bool = False) -> BatchKey:
     """What jobs of one batch have in common.
 
-    Always bundle, scale, method and decode. Drawing: the final size, which with the scale gives the base size, the
-    steps, the guidance and how far it keeps to a given image; of what is drawn only the size still counts. Upscaling:
-    the size of the latent padded to the window, so that sizes which differ by less than a window still run together,
-    what comes out, and whether images go in.
+    Always bundle, scale, method and decode. To generate: the final size, which with the scale gives the base size,
+    the steps, the guidance and the strength; once base latents are generated only the size. To upscale: the size of the
+    latent padded to the window, so that sizes that differ by less than a window run together, the kind of output, and
+    whether the input is an image.
     """
     shared = (params.kind, bundle, params.scale, params.method, params.decode)
-    if isinstance(params, GenerateParams) and drawn:
-        return ("drawn", *shared, params.width_px, params.height_px)
+    if isinstance(params, GenerateParams) and is_generated:
+        return ("generated", *shared, params.width_px, params.height_px)
     if isinstance(params, GenerateParams):
         return (*shared, params.width_px, params.height_px, params.steps, params.guidance_scale, params.strength)
     size = (grid.padded(params.latent_width), grid.padded(params.latent_height))
@@ -44,15 +44,14 @@ def plan_batch(
 ) -> list[list[Claim]]:
     """Group claims into batches.
 
-    First come, first served: a claim joins the earliest batch of its key that has room, else it opens a batch; batches
-    run in the order of their first claims. A job larger than the budget gets a batch of its own, which the worker runs
-    in slices.
+    First come, first served: a claim joins the earliest batch of its key that has room, else it opens a new one;
+    batches are in the order of their first claims. A job over the budget gets its own batch, which runs in slices.
 
     Args:
-        claims: In the order in which they were claimed.
+        claims: In the order of the queue.
         grids: Per bundle.
-        budget_items: Most images in one batch.
-        budget_latent_px: Most latent pixels after upscaling in one batch.
+        budget_items: Maximum images in one batch.
+        budget_latent_px: Maximum latent pixels after upscaling in one batch.
 
     Returns:
         Batches that hold each claim exactly once.
@@ -76,5 +75,5 @@ def plan_batch(
 
 
 def slice_items(item_latent_px: int, budget_items: int, budget_latent_px: int) -> int:
-    """How many items of this size may run at once; at least one."""
+    """How many items of this size run at once; at least one."""
     return max(1, min(budget_items, budget_latent_px // max(1, item_latent_px)))

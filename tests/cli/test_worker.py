@@ -1,4 +1,4 @@
-"""What `giantleap worker` hands to the worker's loop."""
+"""What `giantleap worker` hands to the worker process."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from giantleap.cli.main import app
 from giantleap.service.settings import POCKET_BUNDLE, Settings
-from giantleap.service.worker import loop as worker
+from giantleap.service.worker import process
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_worker_keeps_the_number_that_its_supervisor_gave_it(monkeypatch: pyte
         os.kill(os.getpid(), signal.SIGTERM)
         seen.append((number, stop.wait(30.0)))
 
-    monkeypatch.setattr(worker, "run_worker", run)
+    monkeypatch.setattr(process, "run_worker", run)
     ended = CliRunner().invoke(app, ["worker", "--redis-url", "redis://127.0.0.1:1/0", "--number", "3"])
     assert ended.exit_code == 0
     assert seen == [(3, True)]

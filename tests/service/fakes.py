@@ -1,17 +1,23 @@
 """Fakes of our own for the worker's tests: jobs, a queue in memory and a route without a network."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from prometheus_client import CollectorRegistry
 from torch import Tensor
 
+from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.device import PeakMemory, StageClock, StageObserver
 from giantleap.models.generator import CancelCheck, GenerationItem, StepCallback
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import StorageFull
 from giantleap.service.jobqueue.claims import BaseLatents, Claim
+from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.job import (
     GenerateParams,
     Job,
@@ -22,6 +28,12 @@ from giantleap.service.jobs.job import (
     ResultFile,
     UpscaleParams,
 )
+from giantleap.service.settings import POCKET_BUNDLE, Settings
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.telemetry.tracing import Tracing
+from giantleap.service.worker.drain import Drain
+from giantleap.service.worker.loop import LoadedBundle, Worker
+from giantleap.service.worker.watchdog import Watchdog
 
 STRIDE_PX = 8
 GENERATE = GenerateParams(
@@ -154,6 +166,8 @@ class FakeRoute:
     freed: int = 0
     name: str = "tiny"
     engine: str = "fake"
+    window: int = 4
+    role: WorkerRole = WorkerRole.ALL
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     generator: SimpleNamespace = field(
         default_factory=lambda: SimpleNamespace(truncated_tokens=lambda text: max(0, len(text.split()) - 30))
@@ -214,3 +228,31 @@ class FakeRoute:
 
     def free_cache(self) -> None:
         self.freed += 1
+
+
+def open_worker(
+    route: Any,
+    consumer: Any,
+    settings: Settings,
+    *,
+    name: str = "tiny",
+    stop: threading.Event | None = None,
+    bundle: Bundle | None = None,
+    device: Device | None = None,
+    tracing: Tracing | None = None,
+    watchdog: Watchdog | None = None,
+) -> tuple[Worker, Metrics]:
+    """A worker with one route under a name, on the grid of the pocket bundle; no job is too large for its device."""
+    bundle = bundle or read_bundle(POCKET_BUNDLE)
+    metrics = Metrics(CollectorRegistry())
+    worker = Worker(
+        loaded={name: LoadedBundle(bundle, route)},
+        device=device or Device("cpu", 1, 0, {bundle.name: {}}),
+        consumer=consumer,
+        metrics=metrics,
+        tracing=tracing or Tracing(),
+        watchdog=watchdog or Watchdog(3600.0),
+        drain=Drain(stop or threading.Event(), settings.drain_grace_s),
+        settings=settings,
+    )
+    return worker, metrics

@@ -10,20 +10,15 @@ import threading
 import time
 from collections.abc import Sequence
 
-from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from giantleap.models.generator import CancelCheck, GenerationItem, StepCallback
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
-from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.settings import read_settings
 from giantleap.service.telemetry.logs import configure_logging
-from giantleap.service.telemetry.metrics import Metrics
-from giantleap.service.worker.batch_runner import Drain
-from giantleap.service.worker.loop import Worker
 from giantleap.service.worker.watchdog import Watchdog
-from tests.service.fakes import STRIDE_PX, FakeRoute
+from tests.service.fakes import FakeRoute, open_worker
 
 
 class Route(FakeRoute):
@@ -50,8 +45,9 @@ def main(url: str, prefix: str, limit_s: float, grace_s: float) -> None:
     watchdog = Watchdog(limit_s)
     consumer.open()
     watchdog.open()
-    metrics, grids = Metrics(CollectorRegistry()), {"pocket": LatentGrid(STRIDE_PX, 1)}
-    Worker({"pocket": route}, grids, consumer, metrics, settings, Drain(stop, grace_s), watchdog=watchdog).run()  # type: ignore[dict-item]
+    settings = settings.model_copy(update={"drain_grace_s": grace_s})
+    worker, _ = open_worker(route, consumer, settings, name="pocket", stop=stop, watchdog=watchdog)
+    worker.run()
     consumer.close()
 
 

@@ -13,7 +13,6 @@ import httpx
 import numpy as np
 import pytest
 import redis
-from prometheus_client import CollectorRegistry
 from safetensors.numpy import save
 
 from giantleap.models.bundle.bundle import Bundle, read_bundle, write_bundle
@@ -27,17 +26,13 @@ from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.capacity import check_capacity, largest_note, max_items, required_bytes, to_workload
 from giantleap.service.jobs.devices import Device, StagePeak, machine_memory_bytes, usable_bytes
-from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import UpscaleParams
 from giantleap.service.jobs.planning import plan_generate
 from giantleap.service.jobs.requests import GenerateRequest
 from giantleap.service.settings import POCKET_BUNDLE, Settings, read_settings
-from giantleap.service.telemetry.metrics import Metrics
-from giantleap.service.worker.batch_runner import Drain
-from giantleap.service.worker.loop import Worker
 from tests.redis_fixtures import ProducerOpener
 from tests.service.fake_producer import FakeProducer
-from tests.service.fakes import GENERATE, FakeConsumer, FakeRoute, make_claim
+from tests.service.fakes import GENERATE, FakeConsumer, FakeRoute, make_claim, open_worker
 from tests.waiting import wait_until
 
 MIB = 2**20
@@ -370,16 +365,7 @@ def run_worker(bundle: Bundle, consumer: FakeConsumer, route: FakeRoute, memory_
     stop = threading.Event()
     consumer.on_empty = stop.set
     settings = read_settings(max_image_px=LIMIT_PX, batch_budget_latent_px=10**9)
-    worker = Worker(
-        {"tiny": route},  # type: ignore[dict-item]
-        {"tiny": LatentGrid(8, 8)},
-        consumer,  # type: ignore[arg-type]
-        Metrics(CollectorRegistry()),
-        settings,
-        Drain(stop, 1.0),
-        {"tiny": bundle},
-        device_of(memory_bytes),
-    )
+    worker, _ = open_worker(route, consumer, settings, stop=stop, bundle=bundle, device=device_of(memory_bytes))
     worker.run()
 
 

@@ -27,7 +27,7 @@ from giantleap.service.jobs.devices import Device, missing_roles
 from giantleap.service.jobs.job import Job, JobRecord, JobState, UpscaleParams
 from giantleap.service.settings import Settings, read_settings
 from giantleap.service.supervisor.supervisor import serve
-from giantleap.service.worker.loop import run_worker
+from giantleap.service.worker.process import run_worker
 from tests.service.fake_producer import FakeProducer
 from tests.service.paper_bundle import write_paper_bundle
 from tests.waiting import wait_until

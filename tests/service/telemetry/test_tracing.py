@@ -20,15 +20,12 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
-from prometheus_client import CollectorRegistry
 
 from giantleap.service.api.app import create_app
 from giantleap.service.jobqueue.consumer import JobConsumer
-from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import Job
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.logs import JsonFormatter, log_fields
-from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import (
     Tracing,
     current_traceparent,
@@ -36,9 +33,7 @@ from giantleap.service.telemetry.tracing import (
     read_traceparent,
     trace_id_of,
 )
-from giantleap.service.worker.batch_runner import Drain
-from giantleap.service.worker.loop import Worker
-from tests.service.fakes import GENERATE, FakeConsumer, FakeRoute, make_claim
+from tests.service.fakes import GENERATE, FakeConsumer, FakeRoute, make_claim, open_worker
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
 
@@ -114,17 +109,8 @@ def fake_worker(settings: Settings, tracing: Tracing) -> Iterator[None]:
     client, stop = redis.Redis.from_url(settings.redis_url, socket_timeout=10), threading.Event()
     consumer = JobConsumer(client, settings, ("paper",), "traced-worker")
     consumer.open()
-    grids = {"paper": LatentGrid(stride_px=8, window=4)}
-    drain = Drain(stop, 30.0)
-    worker = Worker(
-        {"paper": FakeRoute(name="paper")},
-        grids,
-        consumer,
-        Metrics(CollectorRegistry()),
-        settings,
-        drain,
-        tracing=tracing,
-    )
+    route = FakeRoute(name="paper")
+    worker, _ = open_worker(route, consumer, settings, name="paper", stop=stop, tracing=tracing)
     thread = threading.Thread(target=worker.run, daemon=True)
     thread.start()
     try:
@@ -198,9 +184,8 @@ def run_batch(consumer: FakeConsumer) -> list[ReadableSpan]:
     tracing, exporter = open_memory()
     stop = threading.Event()
     consumer.on_empty = stop.set
-    grids = {"tiny": LatentGrid(stride_px=8, window=4)}
-    metrics, drain = Metrics(CollectorRegistry()), Drain(stop, 30.0)
-    Worker({"tiny": FakeRoute()}, grids, consumer, metrics, Settings(), drain, tracing=tracing).run()  # type: ignore[arg-type,dict-item]
+    worker, _ = open_worker(FakeRoute(), consumer, Settings(), stop=stop, tracing=tracing)
+    worker.run()
     return list(exporter.get_finished_spans())
 
 

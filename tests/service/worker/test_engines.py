@@ -28,7 +28,7 @@ from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import Job, JobState
 from giantleap.service.settings import Settings, to_environment
 from giantleap.service.worker.engines import artifact_directory, find_artifacts, open_route
-from giantleap.service.worker.loop import run_worker
+from giantleap.service.worker.process import run_worker
 from tests.service.worker.test_loop_redis import running_worker, upscale_job
 
 TIMEOUT_S = 300.0

@@ -5,39 +5,26 @@ import json
 import logging
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from prometheus_client import CollectorRegistry
 
 from giantleap.models.generator import image_seed
-from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import JobParams
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.logs import JsonFormatter
 from giantleap.service.telemetry.metrics import Metrics
-from giantleap.service.worker.batch_runner import Drain
-from giantleap.service.worker.loop import Worker, choose_gpu, run_worker
-from tests.service.fakes import GENERATE, UPSCALE, FakeConsumer, FakeRoute, make_claim
-
-GRIDS = {"tiny": LatentGrid(stride_px=8, window=4)}
+from giantleap.service.worker.process import choose_gpu, run_worker
+from tests.service.fakes import GENERATE, UPSCALE, FakeConsumer, FakeRoute, make_claim, open_worker
 
 
-def open_worker(
-    route: FakeRoute, consumer: FakeConsumer, stop: threading.Event | None = None, **changes: object
-) -> tuple[Worker, Metrics]:
-    stop = stop or threading.Event()
+def run_all(route: FakeRoute, consumer: FakeConsumer, **changes: Any) -> Metrics:
+    stop = threading.Event()
     consumer.on_empty = stop.set
-    settings = Settings(**changes)
-    metrics = Metrics(CollectorRegistry())
-    drain = Drain(stop, settings.drain_grace_s)
-    return Worker({"tiny": route}, GRIDS, consumer, metrics, settings, drain), metrics
-
-
-def run_all(route: FakeRoute, consumer: FakeConsumer, **changes: object) -> Metrics:
-    worker, metrics = open_worker(route, consumer, **changes)
+    worker, metrics = open_worker(route, consumer, Settings(**changes), stop=stop)
     worker.run()
     return metrics
 
@@ -216,7 +203,7 @@ def test_a_stop_finishes_what_runs_and_hands_back_what_waits() -> None:
     stop = threading.Event()
     consumer = FakeConsumer([make_claim("runs"), make_claim("waits", replace(GENERATE, steps=4))])
     route = FakeRoute(on_step=lambda step: stop.set())
-    worker, _ = open_worker(route, consumer, stop)
+    worker, _ = open_worker(route, consumer, Settings(), stop=stop)
     worker.run()
     assert set(consumer.finished) == {"runs"} and consumer.released_ids == ["waits"]
 
@@ -225,7 +212,7 @@ def test_a_stop_past_its_grace_hands_back_what_runs() -> None:
     stop = threading.Event()
     consumer = FakeConsumer([make_claim("runs", replace(GENERATE, steps=50))])
     route = FakeRoute(on_step=lambda step: stop.set())
-    worker, metrics = open_worker(route, consumer, stop, drain_grace_s=0)
+    worker, metrics = open_worker(route, consumer, Settings(drain_grace_s=0), stop=stop)
     worker.run()
     assert route.steps_run == 1 and consumer.released_ids == ["runs"]
     assert not consumer.finished and not consumer.failed and not consumer.canceled_ids
@@ -236,7 +223,7 @@ def test_nothing_is_claimed_after_a_stop() -> None:
     stop = threading.Event()
     stop.set()
     consumer = FakeConsumer([make_claim("job")])
-    worker, _ = open_worker(FakeRoute(), consumer, stop)
+    worker, _ = open_worker(FakeRoute(), consumer, Settings(), stop=stop)
     worker.run()
     assert len(consumer.waiting) == 1
 

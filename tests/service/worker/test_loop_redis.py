@@ -21,7 +21,7 @@ from giantleap.service.errors import BadConfiguration
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import Job, JobState, Priority, UpscaleParams
 from giantleap.service.settings import Settings
-from giantleap.service.worker.loop import run_worker
+from giantleap.service.worker.process import run_worker
 
 TIMEOUT_S = 120.0
 

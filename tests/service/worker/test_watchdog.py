@@ -13,20 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
 
 from giantleap.service.errors import EXIT_HUNG
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.producer import JobProducer
-from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import JobState
 from giantleap.service.settings import Settings, read_settings
-from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import Tracing
-from giantleap.service.worker.batch_runner import BatchRun, Drain, to_items
-from giantleap.service.worker.loop import Worker
+from giantleap.service.worker.batch_runner import BatchRun
+from giantleap.service.worker.drain import Drain
+from giantleap.service.worker.items import to_items
 from giantleap.service.worker.watchdog import Watchdog
-from tests.service.fakes import GENERATE, STRIDE_PX, FakeConsumer, FakeRoute, make_claim
+from tests.service.fakes import GENERATE, FakeConsumer, FakeRoute, make_claim, open_worker
 
 ROOT = Path(__file__).resolve().parents[3]
 WORKER = Path(__file__).parents[1] / "route_worker.py"
@@ -47,15 +45,15 @@ def test_only_an_old_mark_ends_the_process(caplog: pytest.LogCaptureFixture) -> 
     watchdog = Watchdog(10.0, codes.append, clock)
     clock.now_s += 1000
     assert not watchdog.check(), "nothing ran yet: loading and warming up may take as long as they need"
-    watchdog.mark("generate", ["b", "a"])
+    watchdog.progress("generate", ["b", "a"])
     clock.now_s += 10
     assert not watchdog.check()
-    watchdog.mark("generate", ["b", "a"])
+    watchdog.progress("generate", ["b", "a"])
     clock.now_s += 10.5
     with caplog.at_level(logging.CRITICAL):
         assert watchdog.check() and codes == [EXIT_HUNG]
     assert caplog.records[0].fields == {"stage": "generate", "job_ids": ["a", "b"], "limit_s": 10.0}  # type: ignore[attr-defined]
-    watchdog.rest()
+    watchdog.pause()
     clock.now_s += 1000
     assert not watchdog.check() and codes == [EXIT_HUNG]
 
@@ -64,7 +62,7 @@ def test_the_thread_looks_by_itself() -> None:
     ended = threading.Event()
     watchdog = Watchdog(0.05, lambda code: ended.set())
     watchdog.open()
-    watchdog.mark("decode", ["a"])
+    watchdog.progress("decode", ["a"])
     assert ended.wait(TIMEOUT_S)
     watchdog.close()
 
@@ -74,7 +72,7 @@ class Marks(Watchdog):
         super().__init__(1.0)
         self.seen: list[str] = []
 
-    def mark(self, stage: str, job_ids: Any) -> None:
+    def progress(self, stage: str, job_ids: Any) -> None:
         assert list(job_ids) == ["a"]
         self.seen.append(stage)
 
@@ -91,13 +89,8 @@ def test_every_stage_and_step_is_progress() -> None:
 def test_a_worker_that_waits_for_work_is_not_hung() -> None:
     clock, codes = Clock(), []
     watchdog = Watchdog(10.0, codes.append, clock)
-    grids, metrics = {"tiny": LatentGrid(STRIDE_PX, 1)}, Metrics(CollectorRegistry())
-    consumer, route, drain = (
-        FakeConsumer(),
-        FakeRoute(on_step=lambda step: watchdog.check()),
-        Drain(threading.Event(), 0),
-    )
-    worker = Worker({"tiny": route}, grids, consumer, metrics, read_settings(), drain, watchdog=watchdog)  # type: ignore[dict-item, arg-type]
+    consumer, route = FakeConsumer(), FakeRoute(on_step=lambda step: watchdog.check())
+    worker, _ = open_worker(route, consumer, read_settings(), watchdog=watchdog)
     worker.run_batch([make_claim("a")])
     assert list(consumer.finished) == ["a"]
     clock.now_s += 1000

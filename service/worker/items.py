@@ -1,0 +1,141 @@
+"""The images of a batch: what goes into the route for each of them, and what comes out.
+
+`giantleap.service.worker.batch_runner` runs them; `giantleap.service.worker.settlement` ends their jobs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from giantleap.models.device import is_out_of_memory
+from giantleap.models.generator import GenerationItem, image_seed
+from giantleap.models.image_formats import CONTENT_TYPES
+from giantleap.models.images import to_image_bytes, to_signed
+from giantleap.models.route import finite_items
+from giantleap.service.errors import EngineFault, GiantleapError, JobFailed
+from giantleap.service.jobqueue.claims import Claim
+from giantleap.service.jobs.grid import count_items
+from giantleap.service.jobs.images import Pixels, read_image
+from giantleap.service.jobs.job import GenerateParams, JobError, JobParams, ResultFile, UpscaleParams
+from giantleap.service.jobs.latents import LATENT_TENSOR
+from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
+
+
+class Stop(Enum):
+    """Why an item did not run to its end without being at fault."""
+
+    CANCELED = "canceled"
+    RELEASED = "released"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of a job in a batch."""
+
+    claim: Claim
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The result file of one item."""
+
+    file: ResultFile
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """The result of an item that another worker decodes: a raw latent [channels, h, w], float32, on the CPU."""
+
+    values: Tensor
+
+
+Outcome = Output | Latent | JobError | Stop
+
+
+def to_items(claims: Sequence[Claim]) -> list[Item]:
+    """The images that the jobs of a batch request, in order."""
+    return [Item(claim, index) for claim in claims for index in range(count_items(claim.job.params))]
+
+
+def to_job_error(error: Exception) -> JobError:
+    """The error that the client of a job sees; an unexpected exception only by its type, since its text may quote."""
+    if is_out_of_memory(error):
+        error = EngineFault("the device ran out of memory for this job alone; ask for fewer or smaller images")
+    if isinstance(error, GiantleapError):
+        return JobError(error.code, error.detail, error.retryable)
+    return JobError("engine_error", f"the engine raised {type(error).__name__}; the worker's log has the traceback")
+
+
+def to_generation_item(item: Item) -> GenerationItem:
+    """The input of the generator for one image of a job to generate."""
+    params = item.claim.job.params
+    assert isinstance(params, GenerateParams)
+    width_px, height_px = params.base_size_px
+    generation = GenerationItem(
+        prompt=params.prompt,
+        negative_prompt=params.negative_prompt,
+        seed=image_seed(params.seed, item.index),
+        width_px=width_px,
+        height_px=height_px,
+        steps=params.steps,
+        guidance_scale=params.guidance_scale,
+    )
+    if params.strength is None:
+        return generation
+    init_image = to_signed(torch.from_numpy(read_image(item.claim.body or b"", width_px * height_px)))
+    return replace(generation, init_image=init_image, strength=params.strength)
+
+
+def read_latent(item: Item) -> Tensor:
+    """The latent of one item from the job's input blob, [channels, h, w], float32."""
+    # The blob is float16 where that is exact (`giantleap.service.jobs.latents.to_blob`); a batch may hold both types.
+    return safetensors.torch.load(item.claim.body or b"")[LATENT_TENSOR][item.index].float()
+
+
+def read_pixels(item: Item) -> Pixels:
+    """The image of one item from the job's input blob."""
+    params = item.claim.job.params
+    assert isinstance(params, UpscaleParams) and params.image_width_px and params.image_height_px
+    return read_image(item.claim.body or b"", params.image_width_px * params.image_height_px)
+
+
+def has_input_image(params: JobParams) -> bool:
+    """Whether the job upscales an image, not a latent."""
+    return isinstance(params, UpscaleParams) and params.image_width_px is not None
+
+
+def wants_image(params: JobParams) -> bool:
+    """Whether the job's results are images, not latents."""
+    return isinstance(params, GenerateParams) or params.output == "image"
+
+
+def to_latents_blob(latents: Sequence[Latent]) -> bytes:
+    """The latents of a job as an input blob for another worker; `read_latent` reads the same bits."""
+    return safetensors.torch.save({LATENT_TENSOR: torch.stack([latent.values for latent in latents]).contiguous()})
+
+
+def to_image_output(item: Item, pixels: Tensor | None) -> Output | JobError:
+    """The image file of one item; an error if its pixels were not finite."""
+    if pixels is None:
+        return to_job_error(JobFailed("the decoded image has values that are not finite; try another seed or input"))
+    params = item.claim.job.params
+    content = to_image_bytes(pixels, params.output_format)
+    height_px, width_px = pixels.shape[:2]
+    seed = image_seed(params.seed, item.index) if isinstance(params, GenerateParams) else None
+    return Output(ResultFile(CONTENT_TYPES[params.output_format], len(content), seed, width_px, height_px), content)
+
+
+def to_latent_output(item: Item, latent: Tensor) -> Output | JobError:
+    """The latent file of one item; an error if its values are not finite."""
+    params = item.claim.job.params
+    if not finite_items(latent[None])[0]:
+        return to_job_error(JobFailed("the upscaled latent has values that are not finite; check the input"))
+    shaped = latent[:, None] if isinstance(params, UpscaleParams) and params.one_frame else latent
+    content = safetensors.torch.save({LATENT_TENSOR: shaped.float().cpu().contiguous()})
+    return Output(ResultFile(SAFETENSORS_TYPE, len(content)), content)

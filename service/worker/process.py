@@ -1,0 +1,181 @@
+"""A worker process: loads and warms the bundles, measures the device, then runs the loop until it is stopped.
+
+A worker becomes visible to others only after every scale ran at real shapes. The loop is
+`giantleap.service.worker.loop`.
+"""
+
+import logging
+import os
+import platform
+import threading
+from collections.abc import Callable, Mapping
+
+import torch
+from prometheus_client import start_http_server
+
+from giantleap.models.bundle.bundle import Bundle, read_bundle
+from giantleap.models.device import choose_device, choose_dtype
+from giantleap.models.route import Route
+from giantleap.service.errors import BadConfiguration
+from giantleap.service.jobqueue.client import open_redis
+from giantleap.service.jobqueue.consumer import JobConsumer
+from giantleap.service.jobs.devices import Device
+from giantleap.service.settings import Settings
+from giantleap.service.telemetry.metrics import Metrics
+from giantleap.service.telemetry.tracing import open_tracing
+from giantleap.service.worker.drain import Drain
+from giantleap.service.worker.engines import open_route
+from giantleap.service.worker.loop import LoadedBundle, Worker
+from giantleap.service.worker.memory import measure_device
+from giantleap.service.worker.timing import WARMUPS, measure_protocol
+from giantleap.service.worker.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+_PROTOCOL_RUNS = 20
+
+
+class _StopRequested(Exception):
+    """A stop came while the protocol was measured, which takes minutes on a large model."""
+
+
+def run_worker(
+    settings: Settings, stop: threading.Event, number: int = 0, on_ready: Callable[[], None] | None = None
+) -> None:
+    """Load, warm and measure, then work until `stop` is set and running work ended or its grace period is over.
+
+    Args:
+        settings: All settings.
+        stop: Set by a signal.
+        number: Index of this worker on its machine; with device `auto` it selects the GPU.
+        on_ready: Called once, when jobs can be claimed.
+
+    Effects: loads the bundles onto the device; registers in Redis when ready and unregisters at the end; serves
+    /metrics if a port is set. Returns normally after a stop, with every claim finished or released. Exits the process
+    with `giantleap.service.errors.EXIT_HUNG` if a step makes no progress.
+
+    Raises:
+        BadConfiguration: A bundle, checkpoint, device, dtype or engine does not fit.
+        NotReady: Redis did not answer for two minutes.
+    """
+    redis_url = settings.redis_url
+    if redis_url is None:
+        raise ValueError("redis_url is not set; a worker needs the Redis that the API uses")
+    settings = settings.model_copy(update={"device": choose_gpu(settings.device, number, torch.cuda.device_count())})
+    if settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
+    metrics = _open_metrics(settings)
+    loaded = _load(settings, metrics, stop)
+    if stop.is_set():
+        return
+    device = _measure(loaded, settings, metrics)
+    tracing = open_tracing(settings.otlp_endpoint, "worker")
+    client = open_redis(redis_url)
+    consumer = JobConsumer(client, settings, tuple(loaded), f"{platform.node()}-{os.getpid()}", device, settings.role)
+    consumer.open()
+    log.info("worker ready", extra={"fields": {"bundles": sorted(loaded), "role": settings.role}})
+    watchdog = Watchdog(settings.step_timeout_s)
+    watchdog.open()
+    if on_ready is not None:
+        on_ready()
+    worker = Worker(
+        loaded=loaded,
+        device=device,
+        consumer=consumer,
+        metrics=metrics,
+        tracing=tracing,
+        watchdog=watchdog,
+        drain=Drain(stop, settings.drain_grace_s),
+        settings=settings,
+    )
+    try:
+        worker.run()
+    finally:
+        watchdog.close()
+        consumer.close()
+        tracing.close()
+        client.close()
+    log.info("worker stopped")
+
+
+def choose_gpu(device: str, number: int, gpus: int) -> str:
+    """The device of the worker of this index: with `auto` workers take GPUs in turn, or the CPU if there is none."""
+    return f"cuda:{number % gpus}" if device == "auto" and gpus else device
+
+
+def _open_metrics(settings: Settings) -> Metrics:
+    metrics = Metrics()
+    metrics.set_started("worker")
+    if settings.metrics_port and "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        log.info("metrics_port is not opened: the API processes of this host serve the worker's metrics too")
+    elif settings.metrics_port:
+        start_http_server(settings.metrics_port, settings.host, metrics.registry)
+    return metrics
+
+
+def _load(settings: Settings, metrics: Metrics, stop: threading.Event) -> dict[str, LoadedBundle]:
+    """The loaded bundles by name, timed by the paper's protocol if the settings ask for it."""
+    try:
+        bundles = list(map(read_bundle, settings.bundle))
+        loaded = {bundle.name: LoadedBundle(bundle, _open_route(bundle, settings, metrics)) for bundle in bundles}
+    except ValueError as error:
+        raise BadConfiguration(str(error)) from error
+    if settings.measure_protocol:
+        for each in loaded.values():
+            _publish_protocol(each.route, each.bundle, metrics, stop)
+    return loaded
+
+
+def _open_route(bundle: Bundle, settings: Settings, metrics: Metrics) -> Route:
+    """Load a bundle and run each scale of its upscalers once at the shapes of its default request."""
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device, bundle.dtype)
+    fields = {"bundle": bundle.name, "device": str(device), "dtype": str(dtype), "engine": settings.engine}
+    log.info("worker loading", extra={"fields": fields})
+    route = open_route(bundle, settings, device, dtype)
+    warmed = route.warm(bundle.defaults.base_width_px, bundle.defaults.base_height_px, steps=2)
+    for (method, scale), stages_s in warmed.items():
+        metrics.observe_stages(bundle.name, method, scale, route.engine, stages_s, warmup=True)
+    metrics.set_engine(bundle.name, route.engine, str(device), str(dtype).removeprefix("torch."))
+    return route
+
+
+def _measure(loaded: Mapping[str, LoadedBundle], settings: Settings, metrics: Metrics) -> Device:
+    """What is measured of the device. Effects: gives each decoder the memory that the loaded bundles leave."""
+    bundles = {name: each.bundle for name, each in loaded.items()}
+    routes = {name: each.route for name, each in loaded.items()}
+    device = measure_device(bundles, routes, settings)
+    for route in routes.values():
+        route.vae.budget_bytes = max(0, device.memory_bytes - device.loaded_bytes)
+        metrics.set_device_memory(str(route.device), device.memory_bytes)
+    return device
+
+
+def _publish_protocol(route: Route, bundle: Bundle, metrics: Metrics, stop: threading.Event) -> None:
+    """Measure the paper's protocol at the bundle's base size for each scale, unless a stop comes first."""
+    defaults = bundle.defaults
+
+    def check_stop(done: int, total: int) -> None:
+        if stop.is_set():
+            raise _StopRequested
+
+    method = defaults.method
+    for scale in route.scales_of(method):
+        log.info("worker measuring protocol", extra={"fields": {"bundle": bundle.name, "scale": scale}})
+        try:
+            result = measure_protocol(
+                route,
+                scale,
+                defaults.base_width_px,
+                defaults.base_height_px,
+                defaults.steps,
+                method,
+                warmups=WARMUPS,
+                runs=_PROTOCOL_RUNS,
+                on_progress=check_stop,
+            )
+        except _StopRequested:
+            return
+        for stage, statistics in result.stages.items():
+            for statistic, value_s in statistics.to_labels().items():
+                metrics.set_protocol(bundle.name, method, scale, result.image_px, stage, statistic, value_s)
