@@ -1,9 +1,4 @@
-"""The HTTP API of one process: builds what it needs from the settings, opens it for the app's life, mounts the routes.
-
-A request passes `giantleap.service.api.middleware.request_context`, then a route (`routes_create`, `routes_jobs`,
-`routes_health`), then `giantleap.service.jobqueue.producer`; what goes wrong on the way becomes a problem document in
-`giantleap.service.api.problems`.
-"""
+"""The HTTP API of one process: its middlewares, routes and error handlers, and what it opens for its lifetime."""
 
 import asyncio
 import signal
@@ -16,19 +11,15 @@ from types import FrameType
 
 from fastapi import FastAPI
 
-from giantleap.service.api.compat import kserve as front_kserve
-from giantleap.service.api.compat import openai as front_openai
-from giantleap.service.api.compat import remote_vae as front_remote_vae
+from giantleap.service.api.compat import kserve, openai, remote_vae
 from giantleap.service.api.dependencies import AppState
 from giantleap.service.api.middleware.authentication import AuthenticationMiddleware
 from giantleap.service.api.middleware.request_context import RequestContextMiddleware
 from giantleap.service.api.middleware.security_headers import SecurityHeadersMiddleware, allow_origins
 from giantleap.service.api.openapi import describe
 from giantleap.service.api.problems import handle_errors
-from giantleap.service.api.routes import create as routes_create
-from giantleap.service.api.routes import health as routes_health
-from giantleap.service.api.routes import jobs as routes_jobs
-from giantleap.service.api.routes import put as routes_put
+from giantleap.service.api.responses import JobProblem, handle_job_problem
+from giantleap.service.api.routes import create, health, jobs
 from giantleap.service.auth import open_keys
 from giantleap.service.jobqueue.client import AsyncRedis, open_async_redis
 from giantleap.service.jobqueue.producer import JobProducer
@@ -40,18 +31,18 @@ from giantleap.service.webhooks.sender import WebhookSender
 
 
 def create_app(settings: Settings, producer: JobProducer | None = None, tracing: Tracing | None = None) -> FastAPI:
-    """The application. Bundles are read here, so that a wrong one stops the start; Redis is opened with the app.
+    """Build the application. Reads the bundles, so that a bad one stops the start; Redis is opened with the app.
 
     Args:
-        settings: All of them; `redis_url` must be set unless a producer is given.
-        producer: The queue; none: one on `settings.redis_url`, opened and closed with the app.
-        tracing: Where spans go, closed with the app; none: as the settings say.
+        settings: Settings of the process; `redis_url` must be set unless there is a producer.
+        producer: The queue; None: one on `settings.redis_url`, opened and closed with the app.
+        tracing: Where spans go, closed with the app; None: as the settings say.
 
     Raises:
-        BundleError: a bundle cannot be served.
-        KeysFileError: the file of API keys cannot be used.
-        BadConfiguration: traces are asked for and what sends them is not installed.
-        ValueError: no Redis is named.
+        BundleError: A bundle cannot be served.
+        KeysFileError: The file of API keys cannot be used.
+        BadConfiguration: Traces are on, but their exporter is not installed.
+        ValueError: There is neither a producer nor a Redis URL.
     """
     metrics = Metrics()
     metrics.set_started("api")
@@ -59,62 +50,76 @@ def create_app(settings: Settings, producer: JobProducer | None = None, tracing:
     client = None
     if producer is None:
         if settings.redis_url is None:
-            raise ValueError("redis_url is not set; the API needs the Redis that its workers use")
+            raise ValueError("redis_url is not set; name the Redis that the workers use")
         client = open_async_redis(settings.redis_url)
         producer = JobProducer(client, settings)
     sender = None
     if client is not None and settings.webhook_secret is not None:
         sender = WebhookSender(client, settings, metrics)
-    serving = AppState(settings, load_bundles(settings), producer, metrics, asyncio.Event())
+    state = AppState(settings, load_bundles(settings), producer, metrics, asyncio.Event())
 
     app = FastAPI(
         title="Giantleap",
         summary="Draws a small latent, enlarges it, decodes it once.",
         version=version("giantleap"),
-        lifespan=partial(opened, serving, client, sender, spans),
+        lifespan=partial(_opened, state, client, sender, spans),
         redoc_url=None,
     )
-    app.state.serving = serving
-    # Each is laid around those before it: a request meets the last one first.
-    app.add_middleware(
-        AuthenticationMiddleware, keys=open_keys(settings), producer=producer, origins=settings.cors_origins
-    )
-    allow_origins(app, settings.cors_origins)
-    app.add_middleware(RequestContextMiddleware, max_body_bytes=settings.max_body_bytes, metrics=metrics, tracing=spans)
-    app.add_middleware(SecurityHeadersMiddleware)
+    app.state.giantleap = state
+    _add_middlewares(app, state, spans)
     handle_errors(app)
-    for routes in (routes_create, routes_put, routes_jobs, routes_health, front_openai, front_kserve, front_remote_vae):
+    app.add_exception_handler(JobProblem, handle_job_problem)
+    for routes in (create, jobs, health, openai, kserve, remote_vae):
         app.include_router(routes.router)
     app.openapi = cache(partial(describe, app))  # type: ignore[method-assign]  # FastAPI's own way to extend it
     return app
 
 
+def _add_middlewares(app: FastAPI, state: AppState, spans: Tracing) -> None:
+    """Add the middlewares. Starlette adds each around the previous ones, so a request meets them in this order.
+
+    1. `SecurityHeadersMiddleware`: headers of every response; closes connections with unread bodies.
+    2. `RequestContextMiddleware`: request id, trace, log line, metrics, limit of the body, unexpected errors.
+    3. `CORSMiddleware`, where the settings name origins: preflight requests and CORS headers.
+    4. `AuthenticationMiddleware`: limits of headers and JSON, requests of other sites, API key, rate limit.
+    """
+    settings = state.settings
+    app.add_middleware(
+        AuthenticationMiddleware, keys=open_keys(settings), producer=state.producer, origins=settings.cors_origins
+    )
+    allow_origins(app, settings.cors_origins)
+    app.add_middleware(
+        RequestContextMiddleware, max_body_bytes=settings.max_body_bytes, metrics=state.metrics, tracing=spans
+    )
+    app.add_middleware(SecurityHeadersMiddleware)
+
+
 @asynccontextmanager
-async def opened(
-    serving: AppState, client: AsyncRedis | None, sender: WebhookSender | None, spans: Tracing, app: FastAPI
+async def _opened(
+    state: AppState, client: AsyncRedis | None, sender: WebhookSender | None, spans: Tracing, app: FastAPI
 ) -> AsyncGenerator[None]:
-    """Opens what an app works with, and closes it, its own Redis `client` included, when the app ends."""
-    await serving.producer.open()
+    """Open the queue and the webhook sender; close them, and the app's own Redis client, when the app ends."""
+    await state.producer.open()
     try:
         if sender is not None:
             sender.open()
-        with stop_on_signals(serving.stopping):
+        with _stop_on_signals(state.stopping):
             yield
     finally:
         if sender is not None:
             await sender.close()
-        await serving.producer.close()
+        await state.producer.close()
         if client is not None:
             await client.aclose()
         await asyncio.to_thread(spans.close)
 
 
 @contextmanager
-def stop_on_signals(stopping: asyncio.Event) -> Iterator[None]:
-    """Set `stopping` on SIGTERM and SIGINT before the server's own handler runs.
+def _stop_on_signals(stopping: asyncio.Event) -> Iterator[None]:
+    """Set `stopping` on SIGTERM and SIGINT, before the server's own handler runs.
 
-    The server then waits until open requests have ended; event streams and waiting requests would hold it up to
-    its limit if they did not know. Only the main thread gets signals: elsewhere this does nothing.
+    The server then waits for open requests; event streams and waiting requests end early because of `stopping`. Only
+    the main thread receives signals: elsewhere this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -134,5 +139,5 @@ def stop_on_signals(stopping: asyncio.Event) -> Iterator[None]:
         yield
     finally:
         for number, handler in previous.items():
-            if handler is not None:  # None: it was not set by Python and cannot be set back
+            if handler is not None:  # None: set by other than Python, and cannot be restored
                 signal.signal(number, handler)

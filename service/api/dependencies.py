@@ -1,22 +1,34 @@
-"""What every route of an API process works with, built once by `giantleap.service.api.app` and handed to the routes by
-FastAPI."""
+"""What routes receive from FastAPI: the state of the process, the caller, and the job that a path names.
+
+All are coroutines, since FastAPI runs a plain function in a thread.
+"""
 
 import asyncio
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Path, Request
 
+from giantleap.models.image_formats import ImageFormat
+from giantleap.service.auth import Caller
+from giantleap.service.errors import NotFound, NotReady
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.bundles import ServedBundle
-from giantleap.service.jobs.devices import Device
+from giantleap.service.jobs.devices import Device, missing_roles
+from giantleap.service.jobs.job import GenerateParams, JobRecord, UpscaleParams
+from giantleap.service.jobs.planning import plan_generate, prepare_upscale
+from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
+
+JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+UNKNOWN_JOB = "no such job: it never existed, or its time to live has passed"
 
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """One API process: its settings, the bundles it accepts jobs for, the queue, and whether it is stopping."""
+    """One API process: its settings, the bundles that it accepts jobs for, the queue, and whether it is stopping."""
 
     settings: Settings
     bundles: dict[str, ServedBundle]
@@ -24,15 +36,69 @@ class AppState:
     metrics: Metrics
     stopping: asyncio.Event
 
-    def places(self, name: str) -> tuple[Device, ...]:
-        """Devices on which jobs of a bundle may run, as far as they are known; costs no round trip."""
+    def devices(self, name: str) -> tuple[Device, ...]:
+        """The known devices on which jobs of a bundle may run; costs no round trip."""
         return tuple(device for device in self.producer.devices if name in device.bundles)
+
+    def plan_generate(
+        self, request: GenerateRequest, served: ServedBundle, seed: int, output_format: ImageFormat
+    ) -> GenerateParams:
+        """`giantleap.service.jobs.planning.plan_generate` with this process's settings and devices."""
+        bundle = served.bundle
+        return plan_generate(request, bundle, self.settings, seed, output_format, self.devices(bundle.name))
+
+    def prepare_upscale(
+        self,
+        query: UpscaleQuery,
+        body: bytes,
+        content_type: str | None,
+        served: ServedBundle,
+        output_format: ImageFormat,
+    ) -> tuple[UpscaleParams, bytes]:
+        """`giantleap.service.jobs.planning.prepare_upscale` with this process's settings and devices."""
+        bundle = served.bundle
+        devices = self.devices(bundle.name)
+        return prepare_upscale(query, body, content_type, bundle, self.settings, output_format, devices)
+
+    async def unready_reasons(self) -> list[str]:
+        """Why no job should be sent to this process; empty when it is ready."""
+        if self.stopping.is_set():
+            return ["this process is stopping"]
+        try:
+            stats = await self.producer.stats()
+            await self.producer.read_devices()
+        except NotReady:
+            return ["Redis cannot be reached"]
+        return missing_roles(self.producer.devices) if stats.live_workers else ["no worker is ready"]
 
 
 async def get_app_state(request: Request) -> AppState:
-    """The `AppState` of the app that the request came to. A coroutine: a plain function would cost a thread."""
-    serving: AppState = request.app.state.serving
-    return serving
+    """The state of the app that a request came to."""
+    state: AppState = request.app.state.giantleap
+    return state
+
+
+async def get_caller(request: Request) -> Caller:
+    """The caller that `giantleap.service.api.middleware.authentication` identified."""
+    caller: Caller = request.state.caller
+    return caller
 
 
 AppStateDep = Annotated[AppState, Depends(get_app_state)]
+CallerDep = Annotated[Caller, Depends(get_caller)]
+JobId = Annotated[str, Path(description="The job's id, a UUID in lower case.")]
+
+
+async def get_record(job_id: JobId, state: AppStateDep, caller: CallerDep) -> JobRecord:
+    """The job that the path names.
+
+    Raises:
+        NotFound: There is none, the id is not a UUID, or the job belongs to another key.
+    """
+    record = await state.producer.get(job_id) if JOB_ID.fullmatch(job_id) else None
+    if record is None or not caller.sees(record.job.owner):
+        raise NotFound(UNKNOWN_JOB)
+    return record
+
+
+RecordDep = Annotated[JobRecord, Depends(get_record)]

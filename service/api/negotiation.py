@@ -1,6 +1,6 @@
-"""What a client asks of the answer, read from its Accept, Prefer and Cancel-After headers: bytes or a job, and when.
+"""Reads the headers Accept, Prefer and Cancel-After: whether to respond with a file or a job, and when.
 
-Pure functions of header values; `giantleap.service.api.routes.create` acts on them.
+Pure functions of header values; `giantleap.service.api.submission` acts on them.
 """
 
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from giantleap.service.errors import MalformedRequest, NotAcceptable
 from giantleap.service.jobs.media_types import JSON_TYPE
 
-LONGEST_CANCEL_AFTER_S = 7 * 86_400
+MAX_CANCEL_AFTER_S = 7 * 86_400
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """How long the client will wait (RFC 7240). `wait_s` is None where it did not say; 0: answer at once."""
+    """How long the client waits (RFC 7240). `wait_s` is None where it does not say; 0: respond at once."""
 
     wait_s: float | None = None
 
@@ -25,14 +25,13 @@ class Preference:
         return "respond-async" if self.wait_s == 0 else f"wait={self.wait_s:.0f}"
 
 
-def read_preference(prefer: str | None, longest_s: float) -> Preference:
+def read_preference(prefer: str | None, max_wait_s: float) -> Preference:
     """The preferences respond-async and wait=N; others are ignored, as RFC 7240 asks.
 
-    With both, `wait=N` says how long to wait before the asynchronous answer; of several the first counts (section 2).
-    `longest_s` caps the wait.
+    With both, `wait=N` is the time to wait before the asynchronous response; of several, the first counts (section 2).
 
     Raises:
-        MalformedRequest: wait has no whole number of seconds.
+        MalformedRequest: The value of wait is not a whole number of seconds.
     """
     wait_s: float | None = None
     respond_async = False
@@ -44,44 +43,44 @@ def read_preference(prefer: str | None, longest_s: float) -> Preference:
             digits = value.strip().strip('"')
             if not (digits.isascii() and digits.isdigit() and len(digits) <= 9):
                 raise MalformedRequest("Prefer: wait needs a whole number of seconds, for example wait=10")
-            wait_s = min(float(digits), longest_s) if wait_s is None else wait_s
+            wait_s = min(float(digits), max_wait_s) if wait_s is None else wait_s
     if wait_s is None and respond_async:
         wait_s = 0.0
     return Preference(wait_s)
 
 
 def read_cancel_after(header: str | None) -> float | None:
-    """Seconds after which a job shall be given up, from Cancel-After; None where there is none.
+    """The deadline of a job in seconds, from Cancel-After; None where there is no such header.
 
     Raises:
-        MalformedRequest: it is no whole number of seconds, or out of range.
+        MalformedRequest: It is not a whole number of seconds, or out of range.
     """
     if header is None:
         return None
     digits = header.strip()
-    if digits.isascii() and digits.isdigit() and len(digits) <= 9 and 1 <= int(digits) <= LONGEST_CANCEL_AFTER_S:
+    if digits.isascii() and digits.isdigit() and len(digits) <= 9 and 1 <= int(digits) <= MAX_CANCEL_AFTER_S:
         return float(digits)
-    raise MalformedRequest(f"Cancel-After must be a whole number of seconds from 1 to {LONGEST_CANCEL_AFTER_S}")
+    raise MalformedRequest(f"Cancel-After must be a whole number of seconds from 1 to {MAX_CANCEL_AFTER_S}")
 
 
-def choose_answer(accept: str | None, file_types: tuple[str, ...]) -> str:
-    """The media type to answer with: the JSON job body, or one of the types the result could be a file in.
+def choose_media_type(accept: str | None, file_types: tuple[str, ...]) -> str:
+    """The media type to respond with: JSON for the job, or one of the types of its file.
 
     The highest quality wins; on a tie JSON does, then the order of `file_types`.
 
     Raises:
-        NotAcceptable: the client accepts none of them.
+        NotAcceptable: The client accepts none of them.
     """
     ranges = _read_ranges(accept or "*/*")
     offers = (JSON_TYPE, *file_types)
     best = max(offers, key=lambda offer: _quality(ranges, offer))
     if _quality(ranges, best) <= 0.0:
-        raise NotAcceptable(f"Accept allows none of what can be answered here: {', '.join(offers)}")
+        raise NotAcceptable(f"Accept allows none of the available types; they are {', '.join(offers)}")
     return best
 
 
 def _read_ranges(accept: str) -> list[tuple[str, float]]:
-    """Media ranges with their quality; one that cannot be read counts as not acceptable."""
+    """Media ranges with their quality; an unreadable quality counts as 0."""
     ranges = []
     for part in accept.split(","):
         name, *parameters = (piece.strip().lower() for piece in part.split(";"))

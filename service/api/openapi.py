@@ -1,6 +1,6 @@
-"""The OpenAPI document's parts that FastAPI does not know by itself: files, raw bodies, every error, examples.
+"""The parts of the OpenAPI document that FastAPI cannot derive: files, raw bodies, every error, examples.
 
-What a page of it says in general is here, as are its examples; what a field means stands with the field.
+Fields are described where they are declared (`giantleap.service.api.schemas`, `giantleap.service.jobs.requests`).
 """
 
 import re
@@ -10,23 +10,21 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 
-from giantleap.models.image_formats import ImageFormat
+from giantleap.models.image_formats import CONTENT_TYPES
 from giantleap.service import errors
-from giantleap.service.api.compat.errors import front_error
-from giantleap.service.api.dependencies import AppState
-from giantleap.service.api.problems import PROBLEM_TYPE, problem_body
+from giantleap.service.api.dependencies import UNKNOWN_JOB, AppState
+from giantleap.service.api.problems import PROBLEM_TYPE, compat_error, problem_body
 from giantleap.service.api.schemas import Problem, to_job_body, to_model_body
 from giantleap.service.auth import OPEN_PATHS
-from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord, JobState, Priority, ResultFile
-from giantleap.service.jobs.media_types import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
+from giantleap.service.jobs.media_types import FORM_TYPE, JSON_TYPE, NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
 from giantleap.service.jobs.requests import GenerateRequest
 
 Responses = dict[int | str, dict[str, Any]]
 
-IMAGE_FORMATS: dict[str, ImageFormat] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
-IMAGE_TYPES = tuple(IMAGE_FORMATS)
+IMAGE_TYPES = tuple(CONTENT_TYPES.values())
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _WHOLE_NUMBER = {"schema": {"type": "integer"}, "description": "Seconds after which to try again."}
 _TEXT = {"type": "string"}
@@ -55,6 +53,8 @@ _JOB_HEADERS = {
     "X-Warnings": {"schema": _TEXT, "description": "JSON list, where there are any: unknown words of the prompt."},
 }
 _TIMES = {"schema": _TEXT, "description": "Milliseconds of each stage: queue;dur=1.7, generate;dur=350.8, ..."}
+_PROBLEM = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+_JOB_ID = "9ffc72bd-eedb-4a4b-8709-584d01415be4"
 _PROMPT = "a red sphere on a green floor under a blue sky"
 _REQUESTS: dict[str, dict[str, Any]] = {
     "smallest": {"prompt": _PROMPT},
@@ -63,42 +63,48 @@ _REQUESTS: dict[str, dict[str, Any]] = {
     "two drawings, no hurry": {"prompt": _PROMPT, "num_images": 2, "priority": "low", "method": "bicubic"},
 }
 _EXAMPLES: tuple[errors.GiantleapError, ...] = (
-    errors.MalformedRequest("the body is not valid JSON, from character 1 on"),
+    errors.MalformedRequest("the body is not valid JSON"),
     errors.Unauthorized("the API key is not known"),
-    errors.Forbidden("this needs a key with the scope generate"),
-    errors.NotFound("no such job: it never was, or its time to live has passed"),
-    errors.NotAcceptable("Accept allows none of what can be answered here: application/json, image/png"),
+    errors.Forbidden("the key lacks the scope generate; use a key that has it"),
+    errors.NotFound(UNKNOWN_JOB),
+    errors.NotAcceptable("Accept allows none of the available types; they are application/json, image/png"),
     errors.Conflict("the job is processing; wait until it has succeeded"),
-    errors.PayloadTooLarge("the body is larger than the 67108864 bytes that are allowed"),
-    errors.UnsupportedMediaType("content type 'text/plain'; send application/json"),
-    InvalidFields(("scale", "is 3; bundle pocket has 1, 2, 4 by method lua")),
+    errors.PayloadTooLarge("the body is too large; send at most 67108864 bytes"),
+    errors.UnsupportedMediaType("the content type is 'text/plain'; send application/json"),
+    errors.InvalidFields(("scale", "is 3; bundle pocket has 1, 2, 4 by method lua")),
     errors.DoesNotFit("the job needs 9000000000 bytes", needed_bytes=9_000_000_000, device_bytes=8_000_000_000),
     errors.QueueFull("256 jobs are queued or running, as many as are allowed"),
-    errors.RateLimited("this key may send 60 requests a minute; wait as Retry-After says"),
+    errors.RateLimited("this key may send 60 requests a minute; wait for the seconds of Retry-After"),
     errors.TooManyJobs("this key has 8 jobs queued or running, as many as it may"),
-    errors.HeadersTooLarge("101 headers, with the address 4000 bytes; 100 headers of 32768 bytes are allowed"),
+    errors.HeadersTooLarge("101 headers, with the address 4000 bytes; send at most 100 headers and 32768 bytes"),
     errors.GiantleapError("an unexpected error; the log has it under this instance"),
     errors.JobFailed("the image has values that are not finite"),
     errors.EngineFault("out of memory with one image"),
     errors.NotReady("Redis cannot be reached"),
     errors.StorageFull("the body does not fit the store; try again later"),
-    errors.DeadlinePassed("the job did not finish within 300 s; it goes on at status_url"),
+    errors.DeadlinePassed("the job did not finish within 300 s and continues; follow it at its status_url"),
 )
 
 
-def describe_responses(good: Responses, *statuses: int) -> Responses:
-    """The responses of a route: its good ones, and a problem for each other status that it may answer."""
-    content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+def describe_responses(good: Responses, *statuses: int, model: type[BaseModel] | None = None) -> Responses:
+    """The responses of a route: its good ones, and an error for each other status.
+
+    Args:
+        good: Responses that are not errors.
+        *statuses: Statuses of errors, in addition to 500.
+        model: Form of the errors of a compatible protocol; None: problem documents.
+    """
     described = dict(good)
     for status in (*statuses, 500):
-        described[status] = {"description": HTTPStatus(status).phrase, "content": dict(content)}
+        form: dict[str, Any] = {"content": dict(_PROBLEM)} if model is None else {"model": model}
+        described[status] = {"description": HTTPStatus(status).phrase, **form}
         if status in (429, 503):
             described[status]["headers"] = {"Retry-After": _WHOLE_NUMBER}
     return described
 
 
 def file_content(*media_types: str) -> dict[str, Any]:
-    """The `content` of an answer that may be one of these files."""
+    """The `content` of a response that may be one of these files."""
     return dict.fromkeys(media_types, _BINARY)
 
 
@@ -106,7 +112,7 @@ def upload_request_body() -> dict[str, Any]:
     """The body of /upscale, which FastAPI does not parse: a latent or an image, also as the one file of a form."""
     content = file_content(SAFETENSORS_TYPE, NPY_TYPE, *IMAGE_TYPES, OCTETS_TYPE)
     form = {"type": "object", "properties": {"image": _BINARY["schema"]}, "required": ["image"]}
-    return {"requestBody": {"required": True, "content": content | {"multipart/form-data": {"schema": form}}}}
+    return {"requestBody": {"required": True, "content": content | {FORM_TYPE: {"schema": form}}}}
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
@@ -133,19 +139,16 @@ def describe(app: FastAPI) -> dict[str, Any]:
     forms = _error_forms(document["paths"])
     for path, method, operation in _operations(document["paths"]):
         operation["responses"] = {
-            status: answer
-            for status, answer in operation["responses"].items()
-            if "HTTPValidationError" not in str(answer)
+            status: response
+            for status, response in operation["responses"].items()
+            if "HTTPValidationError" not in str(response)
         }
         _name(path, method, operation)
         _describe_errors(path, operation, forms.get(path.split("/")[1], _PROBLEM))
         if operation["tags"] == ["create"]:
             _describe_job_headers(operation["responses"])
-    _add_examples(document, app.state.serving)
+    _add_examples(document, app.state.giantleap)
     return document
-
-
-_PROBLEM = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 
 
 def _operations(paths: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -155,7 +158,7 @@ def _operations(paths: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any
 
 
 def _error_forms(paths: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The `content` of an error by the first part of the path: that of the 500 that a route there describes."""
+    """The `content` of errors by the first part of the path, taken from the 500 of a route below it."""
     return {
         path.split("/")[1]: operation["responses"]["500"]["content"]
         for path, _, operation in _operations(paths)
@@ -164,70 +167,83 @@ def _error_forms(paths: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _name(path: str, method: str, operation: dict[str, Any]) -> None:
-    """A summary, which is the first clause of the description, and a short name for generated clients.
+    """A summary, which is the first clause of the description, and a short operation id for generated clients.
 
-    The name is that of the function; before it stands the protocol of a front, after it the method of a second route.
+    The id is the name of the function, prefixed with the compatible protocol, followed by the method of a second route.
     """
     operation["summary"] = re.split(r"[:;.](?=\s|$)", operation["description"])[0]
     function = operation["operationId"].removesuffix(f"{re.sub(r'[^a-zA-Z0-9]', '_', path)}_{method}")
     (tag,) = operation["tags"]
-    front = "" if front_error(path, problem_body(_EXAMPLES[0], "")) is None else tag.lower().replace(" ", "_") + "_"
-    again = "_by_post" if path.endswith("/cancel") else ""
-    operation["operationId"] = front + function + again
+    is_native = compat_error(path, problem_body(_EXAMPLES[0], "")) is None
+    prefix = "" if is_native else tag.lower().replace(" ", "_") + "_"
+    operation["operationId"] = prefix + function + ("_by_post" if path.endswith("/cancel") else "")
 
 
 def _describe_errors(path: str, operation: dict[str, Any], form: dict[str, Any]) -> None:
-    """Adds what any route may answer, and to each error its codes and an example in the form of its front."""
-    answers = operation["responses"]
+    """Add the errors of any route, and to each error its codes and an example in the protocol of the path."""
+    responses = operation["responses"]
     shared: tuple[str, ...] = ("431", "500")
     if path not in OPEN_PATHS:
         operation["security"] = [{"bearer": []}, {"header": []}, {}]
         shared = ("401", "403", *shared)
     for status in shared:
-        answers.setdefault(status, {"description": "", "content": form})
-    for status in sorted(status for status in answers if int(status) >= 400):
-        answer = answers.pop(status)
-        known = [error for error in _EXAMPLES if error.status == int(status)]
-        codes = ", ".join(f"`{error.code}`" for error in known)
-        body = problem_body(known[0], "89d50fe02b0b44fc8282a31e3a2b9c4c")
-        shown = front_error(path, body) or body
-        content = {kind: {**described, "example": shown} for kind, described in answer["content"].items()}
-        answers[status] = {**answer, "description": f"{HTTPStatus(int(status)).phrase}: {codes}", "content": content}
+        responses.setdefault(status, {"description": "", "content": form})
+    for status in sorted(status for status in responses if int(status) >= 400):
+        response = responses.pop(status)
+        examples = [error for error in _EXAMPLES if error.status == int(status)]
+        codes = ", ".join(f"`{error.code}`" for error in examples)
+        body = problem_body(examples[0], "89d50fe02b0b44fc8282a31e3a2b9c4c")
+        example = compat_error(path, body) or body
+        content = {kind: {**described, "example": example} for kind, described in response["content"].items()}
+        responses[status] = {
+            **response,
+            "description": f"{HTTPStatus(int(status)).phrase}: {codes}",
+            "content": content,
+        }
 
 
-def _describe_job_headers(answers: dict[str, Any]) -> None:
-    answers["200"]["description"] = "The file where Accept names an image type, else the job, which has ended."
-    answers["200"]["headers"] = {**_JOB_HEADERS, "Server-Timing": _TIMES}
-    followed = {"schema": _TEXT, "description": "Path of the job."}
-    answers["202"]["headers"] = {"Location": followed, **_JOB_HEADERS}
+def _describe_job_headers(responses: dict[str, Any]) -> None:
+    responses["200"]["description"] = "The file where Accept names an image type, else the job, which has ended."
+    responses["200"]["headers"] = {**_JOB_HEADERS, "Server-Timing": _TIMES}
+    location = {"schema": _TEXT, "description": "Path of the job."}
+    responses["202"]["headers"] = {"Location": location, **_JOB_HEADERS}
 
 
 def _example_job() -> JobRecord:
-    params = GenerateParams(_PROMPT, "", 2, 256, 256, 12, 3.0, 7, 1, "png")
-    job = Job(
-        "9ffc72bd-eedb-4a4b-8709-584d01415be4",
-        "pocket",
-        priority=Priority.HIGH,
-        created_at_s=1_795_284_206.202,
-        params=params,
+    created_at_s = 1_795_284_206.202
+    params = GenerateParams(
+        prompt=_PROMPT,
+        negative_prompt="",
+        scale=2,
+        width_px=256,
+        height_px=256,
+        steps=12,
+        guidance_scale=3.0,
+        seed=7,
+        num_images=1,
+        output_format="png",
     )
-    stages = {"queue": 0.007, "generate": 0.31, "upscale": 0.007, "decode": 0.077, "encode": 0.007}
-    files = (ResultFile("image/png", 60_214, 7, 256, 256),)
-    begun_s, ended_s = job.created_at_s + 0.008, job.created_at_s + 0.42
     return JobRecord(
-        job, JobState.SUCCEEDED, deliveries=1, started_at_s=begun_s, finished_at_s=ended_s, stages=stages, results=files
+        Job(_JOB_ID, "pocket", priority=Priority.HIGH, created_at_s=created_at_s, params=params),
+        JobState.SUCCEEDED,
+        started_at_s=created_at_s + 0.008,
+        finished_at_s=created_at_s + 0.42,
+        stages={"queue": 0.007, "generate": 0.31, "upscale": 0.007, "decode": 0.077, "encode": 0.007},
+        results=(ResultFile("image/png", 60_214, seed=7, width_px=256, height_px=256),),
     )
 
 
-def _add_examples(document: dict[str, Any], serving: AppState) -> None:
+def _add_examples(document: dict[str, Any], state: AppState) -> None:
     """Requests to start from, a job that has ended, and the bundle as it is served here."""
-    document["components"]["schemas"]["JobBody"]["examples"] = [to_job_body(_example_job()).model_dump(mode="json")]
+    document["components"]["schemas"]["JobBody"]["examples"] = [
+        to_job_body(_example_job(), f"/jobs/{_JOB_ID}").model_dump(mode="json")
+    ]
     requests = {name: {"summary": name, "value": request} for name, request in _REQUESTS.items()}
     for path, method, operation in _operations(document["paths"]):
         for described in operation.get("requestBody", {}).get("content", {}).values():
             if described["schema"].get("$ref", "").endswith("/" + GenerateRequest.__name__):
                 described["examples"] = requests
         if (path, method) == ("/models", "get"):
-            first = next(iter(serving.bundles.values()))
-            body = to_model_body(first.bundle, serving.settings).model_dump(mode="json")
-            operation["responses"]["200"]["content"]["application/json"]["example"] = [body]
+            first = next(iter(state.bundles.values()))
+            body = to_model_body(first.bundle, state.settings).model_dump(mode="json")
+            operation["responses"]["200"]["content"][JSON_TYPE]["example"] = [body]

@@ -1,61 +1,87 @@
-"""The answers that are about a job: its JSON body, a file that it made, or the problem that it ended with."""
+"""Responses about a job: its JSON body, a file that it made, or the problem that it ended with."""
 
+import asyncio
 import json
+from collections.abc import Mapping
 
 from fastapi import Request, Response
 
+from giantleap.service.api.dependencies import AppState
+from giantleap.service.api.paths import job_path
 from giantleap.service.api.problems import from_job_error, problem_response
 from giantleap.service.api.schemas import to_job_body
-from giantleap.service.errors import Conflict, GiantleapError, JobFailed
+from giantleap.service.errors import Conflict, GiantleapError, JobFailed, NotFound
 from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState
 from giantleap.service.jobs.media_types import JSON_TYPE
 
-# Proxies refuse headers of some kilobytes.
+# Reverse proxies refuse headers of some kilobytes.
 _WARNINGS_HEADER_BYTES = 2048
 
 
-def job_url(request: Request, job_id: str) -> str:
-    """The path of a job on this host."""
-    return f"{request.scope.get('root_path', '')}/jobs/{job_id}"
+class JobProblem(Exception):
+    """An error about a job that exists. The response names the job, so that the client can find it again."""
+
+    def __init__(self, record: JobRecord, error: GiantleapError) -> None:
+        super().__init__(error.detail)
+        self.record = record
+        self.error = error
 
 
-def job_answer(
-    request: Request, record: JobRecord, status: int = 200, headers: dict[str, str] | None = None
-) -> Response:
-    """The job as JSON."""
-    body = to_job_body(record, request.scope.get("root_path", ""))
-    return Response(body.model_dump_json(), status, job_headers(record) | (headers or {}), JSON_TYPE)
+async def handle_job_problem(request: Request, problem: Exception) -> Response:
+    """The response to a `JobProblem`."""
+    assert isinstance(problem, JobProblem)
+    job_id = problem.record.job.id
+    members = {"job_id": job_id, "status_url": job_path(request.scope, job_id)}
+    return problem_response(problem.error, request, job_headers(problem.record), **members)
 
 
-def file_response(record: JobRecord, content: bytes, index: int, headers: dict[str, str] | None = None) -> Response:
-    """The bytes of one result."""
-    result = record.results[index]
-    sent = job_headers(record) | (headers or {})
-    if result.seed is not None:
-        sent["X-Seed"] = str(result.seed)
-    warnings = warnings_header((*record.job.warnings, *record.warnings))
-    if warnings is not None:
-        sent["X-Warnings"] = warnings
-    return Response(content, 200, sent, result.content_type)
-
-
-def failed_response(request: Request, record: JobRecord) -> Response:
+def job_failure(record: JobRecord) -> JobProblem:
     """The problem of a job that failed or was canceled."""
     if record.state is JobState.CANCELED:
-        error: GiantleapError = Conflict("the job was canceled; post it again to run it")
-    else:
-        error = JobFailed("the job failed") if record.error is None else from_job_error(record.error)
-    return job_problem(request, record, error)
+        return JobProblem(record, Conflict("the job was canceled; post it again to run it"))
+    return JobProblem(record, JobFailed("the job failed") if record.error is None else from_job_error(record.error))
 
 
-def job_problem(request: Request, record: JobRecord, error: GiantleapError) -> Response:
-    """A problem that names the job it is about, so that the client can find it again."""
-    job_id = record.job.id
-    return problem_response(error, request, job_headers(record), job_id=job_id, status_url=job_url(request, job_id))
+def job_response(
+    request: Request, record: JobRecord, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The job as JSON."""
+    body = to_job_body(record, job_path(request.scope, record.job.id))
+    return Response(body.model_dump_json(), status, job_headers(record) | dict(headers or {}), JSON_TYPE)
+
+
+async def file_response(
+    state: AppState, record: JobRecord, index: int, headers: Mapping[str, str] | None = None
+) -> Response:
+    """One result of a job as a file.
+
+    Raises:
+        NotFound: The result no longer exists.
+    """
+    result = record.results[index]
+    seed = {} if result.seed is None else {"X-Seed": str(result.seed)}
+    all_headers = result_headers(record) | dict(headers or {}) | seed
+    return Response(await _read_result(state, record, index), 200, all_headers, result.content_type)
+
+
+async def read_results(state: AppState, record: JobRecord) -> list[bytes]:
+    """Every file that a job made.
+
+    Raises:
+        NotFound: One no longer exists.
+    """
+    return await asyncio.gather(*(_read_result(state, record, index) for index in range(len(record.results))))
+
+
+async def _read_result(state: AppState, record: JobRecord, index: int) -> bytes:
+    content = await state.producer.read_result(record.job.id, index)
+    if content is None:
+        raise NotFound("the result was evicted to make room, or its time to live has passed; post the job again")
+    return content
 
 
 def job_headers(record: JobRecord) -> dict[str, str]:
-    """The headers that every answer about a job carries."""
+    """The headers of every response about a job."""
     params = record.job.params
     headers = {"X-Job-Id": record.job.id, "X-Method": params.method, "X-Decode": params.decode}
     if isinstance(params, GenerateParams):
@@ -66,9 +92,12 @@ def job_headers(record: JobRecord) -> dict[str, str]:
     return headers
 
 
-def warnings_header(warnings: tuple[str, ...]) -> str | None:
-    """Warnings as a JSON list in ASCII, as many as fit a header; None where there is none."""
-    kept = list(dict.fromkeys(warnings))
-    while kept and len(text := json.dumps(kept)) > _WARNINGS_HEADER_BYTES:
-        kept.pop()
-    return text if kept else None
+def result_headers(record: JobRecord) -> dict[str, str]:
+    """The headers of a response that carries results: those of the job and, where it has warnings, X-Warnings.
+
+    X-Warnings is a JSON list in ASCII with as many warnings as fit a header.
+    """
+    warnings = list(record.all_warnings)
+    while warnings and len(text := json.dumps(warnings)) > _WARNINGS_HEADER_BYTES:
+        warnings.pop()
+    return job_headers(record) | ({"X-Warnings": text} if warnings else {})

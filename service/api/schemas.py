@@ -147,7 +147,7 @@ class Ready(BaseModel):
 
 
 def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
-    """What GET /models says of a bundle."""
+    """A bundle as GET /models lists it."""
     defaults, limits, space = bundle.defaults, bundle.limits, bundle.latent_space
     return ModelBody(
         name=bundle.name,
@@ -189,10 +189,9 @@ def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
     )
 
 
-def to_job_body(record: JobRecord, root_path: str = "") -> JobBody:
-    """The job body of a record; URLs are paths on this host."""
+def to_job_body(record: JobRecord, url: str) -> JobBody:
+    """The body of a job; `url` is its path on this host."""
     job = record.job
-    url = f"{root_path}/jobs/{job.id}"
     results = [
         ResultBody(
             url=f"{url}/result?index={index}",
@@ -221,7 +220,7 @@ def to_job_body(record: JobRecord, root_path: str = "") -> JobBody:
         estimated_start_s=record.estimated_start_s,
         cancel_requested=record.cancel_requested,
         stages=record.stages_s,
-        warnings=list(dict.fromkeys((*job.warnings, *record.warnings))),
+        warnings=list(record.all_warnings),
         results=results,
         result_url=results[0].url if results else None,
         status_url=url,

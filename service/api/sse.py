@@ -1,19 +1,21 @@
 """A job's progress as server-sent events: one text block per event, a heartbeat when nothing happens.
 
-`giantleap.service.api.routes.jobs` answers with this stream; the events themselves come from
+`giantleap.service.api.routes.jobs` responds with this stream; the events come from
 `giantleap.service.jobqueue.producer`.
 """
 
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import suppress
+from typing import Any
 
 from giantleap.service.errors import GiantleapError, MalformedRequest
 from giantleap.service.jobs.job import JobEvent
 
 EVENT_STREAM_TYPE = "text/event-stream"
+EVENT_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 FROM_THE_START = "0-0"
 HEARTBEAT_S = 15.0
 _RETRY_MS = 2000
@@ -24,26 +26,27 @@ def read_last_event_id(header: str | None) -> str:
     """Where to resume: the value of Last-Event-ID, or the start.
 
     Raises:
-        MalformedRequest: it is no id that this service gave out.
+        MalformedRequest: It is not an event id of this service.
     """
     if not header:
         return FROM_THE_START
     if not _EVENT_ID.fullmatch(header):
-        raise MalformedRequest("Last-Event-ID is not an id of this stream; send the last `id:` line that you got")
+        raise MalformedRequest("Last-Event-ID is not an id of this stream; send the last `id:` that you received")
     return header
 
 
-def to_block(event: JobEvent) -> str:
+def to_block(name: str, data: Mapping[str, Any], event_id: str | None = None) -> str:
     """One event in the text/event-stream format."""
-    return f"id: {event.id}\nevent: {event.name}\ndata: {json.dumps(event.data, separators=(',', ':'))}\n\n"
+    head = "" if event_id is None else f"id: {event_id}\n"
+    return f"{head}event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 async def stream_events(
     events: AsyncIterator[JobEvent], stopping: asyncio.Event, heartbeat_s: float = HEARTBEAT_S
 ) -> AsyncGenerator[str]:
-    """Blocks of text until the job is done, the service stops or its store is lost; a client then resumes.
+    """Blocks of text until the job is done, the process stops or Redis is lost; a client can then resume.
 
-    Effects: closes `events` when the stream ends for whatever reason, a client that went away included.
+    Closes `events` however the stream ends, also when the client disconnects.
     """
     yield f"retry: {_RETRY_MS}\n\n"
     stopped = asyncio.ensure_future(stopping.wait())
@@ -55,12 +58,12 @@ async def stream_events(
                 event = pending.result()
                 if event is None:
                     return
-                yield to_block(event)
+                yield to_block(event.name, event.data, event.id)
                 pending = asyncio.ensure_future(_take(events))
             elif not stopped.done():
                 yield ": heartbeat\n\n"
-    except GiantleapError as error:  # Redis went away, or the job's record expired: too late for a problem
-        yield f": {error.code}; reconnect to go on\n\n"
+    except GiantleapError as error:  # too late for a problem document
+        yield f": {error.code}; reconnect to resume\n\n"
     finally:
         stopped.cancel()
         pending.cancel()

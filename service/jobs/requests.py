@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.image_formats import ImageFormat
 from giantleap.models.lua.spec import to_scale
-from giantleap.service.jobs.job import FINAL_STATES, FinalState
+from giantleap.service.jobs.job import FINAL_STATES, FinalState, Webhook
 
 PriorityName = Literal["high", "low"]
 MAX_SEED = 2**63 - 1
@@ -29,14 +29,18 @@ DecodeField: Any = Field(
 
 
 class WebhookRequest(BaseModel):
-    """Where to post a signed note when the job has ended."""
+    """Where to post a signed notification when the job has ended."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     url: str = Field(min_length=1, max_length=2048, description="http or https; an address that is not public: 422.")
     events: Annotated[tuple[FinalState, ...], Field(min_length=1, max_length=3, strict=False)] = Field(
-        FINAL_STATES, description="The final states that are told."
+        FINAL_STATES, description="The final states to report."
     )
+
+    def to_webhook(self) -> Webhook:
+        """The webhook as a job stores it."""
+        return Webhook(self.url, self.events)
 
 
 class GenerateRequest(BaseModel):
@@ -118,5 +122,12 @@ class UpscaleQuery(BaseModel):
     webhook_events: str | None = Field(
         None,
         pattern=f"^({_ANY_STATE})(,({_ANY_STATE})){{0,2}}$",
-        description="The final states that are told, comma-separated; all if left out.",
+        description="The final states to report, comma-separated; all if left out.",
     )
+
+    def to_webhook(self) -> Webhook | None:
+        """The webhook as a job stores it; None where the query names none."""
+        if self.webhook_url is None:
+            return None
+        names = FINAL_STATES if self.webhook_events is None else self.webhook_events.split(",")
+        return Webhook(self.webhook_url, tuple(state for state in FINAL_STATES if state in names))

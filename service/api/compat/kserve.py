@@ -8,7 +8,7 @@ names. Tensors are JSON numbers or follow the JSON as bytes (the binary tensor e
 import asyncio
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
@@ -18,30 +18,30 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from giantleap.models.image_formats import ImageFormat
 from giantleap.models.lua.spec import scaled_size
-from giantleap.service.api.compat.errors import KSERVE_PATH
-from giantleap.service.api.compat.shared_job import (
-    TermsDep,
-    describe_errors,
-    find_bundle,
+from giantleap.service.api.compat.shared import find_bundle, stack_latents, validate_as
+from giantleap.service.api.dependencies import AppState, AppStateDep
+from giantleap.service.api.negotiation import MAX_CANCEL_AFTER_S
+from giantleap.service.api.openapi import describe_responses, file_content
+from giantleap.service.api.paths import KSERVE_PATH
+from giantleap.service.api.responses import read_results, result_headers
+from giantleap.service.api.submission import (
+    CompatOptionsDep,
     new_job,
-    read_results,
-    response_headers,
+    require_media_type,
     run_in_thread_if_large,
     run_job,
-    stack_latents,
-    to_fields,
-    validate_as,
 )
-from giantleap.service.api.dependencies import AppState, AppStateDep
-from giantleap.service.api.negotiation import LONGEST_CANCEL_AFTER_S
-from giantleap.service.api.openapi import file_content
-from giantleap.service.api.routes.health import find_reasons
-from giantleap.service.errors import InvalidFields, MalformedRequest, NotReady, PayloadTooLarge, UnsupportedMediaType
+from giantleap.service.errors import (
+    InvalidFields,
+    MalformedRequest,
+    NotReady,
+    PayloadTooLarge,
+    validation_problem,
+)
 from giantleap.service.jobs.bundles import ServedBundle
 from giantleap.service.jobs.job import JobRecord, Priority, UpscaleParams
 from giantleap.service.jobs.latents import wrap_tensor
 from giantleap.service.jobs.media_types import JSON_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
-from giantleap.service.jobs.planning import prepare_upscale
 from giantleap.service.jobs.requests import Scale, UpscaleQuery
 
 router = APIRouter(prefix=KSERVE_PATH, tags=["KServe v2"])
@@ -93,7 +93,7 @@ class InferParameters(_Form):
     output_format: ImageFormat | None = Field(default=None, description="Of the output image; png if left out.")
     priority: Literal[0, 1, 2] = Field(default=0, description="0 and 1: high; 2: low.")
     timeout: int | None = Field(
-        default=None, ge=1, le=LONGEST_CANCEL_AFTER_S * 10**6, description="Deadline, microseconds, as Cancel-After."
+        default=None, ge=1, le=MAX_CANCEL_AFTER_S * 10**6, description="Deadline, microseconds, as Cancel-After."
     )
     binary_data_output: bool = Field(
         default=False, description="Send outputs as bytes where they do not say themselves."
@@ -150,18 +150,20 @@ class ModelReady(BaseModel):
 class Inference:
     """A request that was read and planned."""
 
-    asked: InferRequest
+    request: InferRequest
     params: UpscaleParams
     blob: bytes
 
     @property
     def output(self) -> InferOutput:
-        return self.asked.outputs[0]
+        """The one output that the request names."""
+        return self.request.outputs[0]
 
     @property
     def binary(self) -> bool:
-        said = self.output.parameters.binary_data
-        return self.asked.parameters.binary_data_output if said is None else said
+        """Whether the output follows the JSON as bytes."""
+        requested = self.output.parameters.binary_data
+        return self.request.parameters.binary_data_output if requested is None else requested
 
 
 @router.get("")
@@ -176,32 +178,32 @@ async def get_live() -> ServerLive:
     return ServerLive(live=True)
 
 
-@router.get("/health/ready", responses=describe_errors(KServeError, 503))
-async def get_ready(serving: AppStateDep) -> ServerReady:
+@router.get("/health/ready", responses=describe_responses({}, 503, model=KServeError))
+async def get_ready(state: AppStateDep) -> ServerReady:
     """Requests are accepted and run."""
-    await _require_ready(serving)
+    await _require_ready(state)
     return ServerReady(ready=True)
 
 
-@router.get("/models/{model}", responses=describe_errors(KServeError, 404))
-async def get_model(model: str, serving: AppStateDep) -> ModelMetadata:
+@router.get("/models/{model}", responses=describe_responses({}, 404, model=KServeError))
+async def get_model(model: str, state: AppStateDep) -> ModelMetadata:
     """The tensors of a bundle: raw latents, and files of images."""
-    bundle = find_bundle(serving, model).bundle
+    bundle = find_bundle(state, model).bundle
     latent = TensorMetadata(name="latent", datatype="FP32", shape=[-1, bundle.latent_space.channels, -1, -1])
     image = TensorMetadata(name="image", datatype="BYTES", shape=[-1])
     return ModelMetadata(name=model, versions=[], platform="giantleap", inputs=[latent], outputs=[latent, image])
 
 
-@router.get("/models/{model}/ready", responses=describe_errors(KServeError, 404, 503))
-async def get_model_ready(model: str, serving: AppStateDep) -> ModelReady:
+@router.get("/models/{model}/ready", responses=describe_responses({}, 404, 503, model=KServeError))
+async def get_model_ready(model: str, state: AppStateDep) -> ModelReady:
     """Requests for this bundle are accepted and run."""
-    find_bundle(serving, model)
-    await _require_ready(serving)
+    find_bundle(state, model)
+    await _require_ready(state)
     return ModelReady(name=model, ready=True)
 
 
-async def _require_ready(serving: AppState) -> None:
-    if reasons := await find_reasons(serving):
+async def _require_ready(state: AppState) -> None:
+    if reasons := await state.unready_reasons():
         raise NotReady("; ".join(reasons))
 
 
@@ -211,87 +213,74 @@ _EITHER_FORM: dict[str, Any] = {JSON_TYPE: {"schema": {"type": "object"}}} | fil
 @router.post(
     "/models/{model}/infer",
     response_class=Response,
-    responses=describe_errors(KServeError, 400, 404, 413, 415, 422, 429, 503, 504, good={"content": _EITHER_FORM}),
+    responses=describe_responses(
+        {200: {"content": _EITHER_FORM}}, *(400, 404, 413, 415, 422, 429, 503, 504), model=KServeError
+    ),
     openapi_extra={"requestBody": {"required": True, "content": _EITHER_FORM}},
 )
 async def post_infer(
     model: str,
     request: Request,
-    serving: AppStateDep,
-    terms: TermsDep,
+    state: AppStateDep,
+    options: CompatOptionsDep,
     inference_header_content_length: Annotated[
         int | None, Header(ge=0, description="Bytes of the JSON, where a tensor follows it.")
     ] = None,
 ) -> Response:
     """Enlarge a latent: to the larger latent, or decoded once to images."""
-    served = find_bundle(serving, model)
-    _require_type(request)
+    served = find_bundle(state, model)
+    require_media_type(request, JSON_TYPE, OCTETS_TYPE, "")
     body = await request.body()
     inference = await run_in_thread_if_large(
-        len(body), plan_infer, body, inference_header_content_length, served, serving
+        len(body), plan_infer, body, inference_header_content_length, served, state
     )
-    priority = Priority.LOW if inference.asked.parameters.priority == 2 else Priority.HIGH
-    deadline_s = choose_deadline(terms.cancel_after_s, inference.asked.parameters.timeout)
-    job = new_job(served, inference.params, deadline_s, priority)
-    ended = await run_job(request, serving, job, inference.blob, terms.key)
-    if isinstance(ended, Response):
-        return ended
-    results = await read_results(serving, ended)
-    return await asyncio.to_thread(write_infer, inference, ended, results)
-
-
-def _require_type(request: Request) -> None:
-    """Raises:
-    UnsupportedMediaType: the body is compressed, or declared as something else than JSON or bytes.
-    """
-    declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if declared not in ("", JSON_TYPE, OCTETS_TYPE):
-        raise UnsupportedMediaType(f"content type {declared[:80]!r}; send {JSON_TYPE} or {OCTETS_TYPE}")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaType("the body is compressed; send it as it is")
+    parameters = inference.request.parameters
+    deadline_s = choose_deadline(options.cancel_after_s, parameters.timeout)
+    priority = Priority.LOW if parameters.priority == 2 else Priority.HIGH
+    job = new_job(served, inference.params, replace(options, cancel_after_s=deadline_s), priority=priority)
+    record = await run_job(request, state, job, inference.blob, options)
+    return await asyncio.to_thread(write_infer, inference, record, await read_results(state, record))
 
 
 def choose_deadline(cancel_after_s: float | None, timeout_us: int | None) -> float | None:
     """The deadline of the header Cancel-After or of the parameter timeout, seconds.
 
     Raises:
-        InvalidFields: both are there.
+        InvalidFields: Both are there.
     """
     if timeout_us is None:
         return cancel_after_s
     if cancel_after_s is not None:
-        raise InvalidFields(("parameters.timeout", "is beside the header Cancel-After; send one of them"))
+        raise InvalidFields(("parameters.timeout", "conflicts with the header Cancel-After; send one of them"))
     return timeout_us / 1e6
 
 
-def plan_infer(body: bytes, json_bytes: int | None, served: ServedBundle, serving: AppState) -> Inference:
+def plan_infer(body: bytes, json_bytes: int | None, served: ServedBundle, state: AppState) -> Inference:
     """Read and check the whole request.
 
     Args:
-        body: JSON, and the tensor's bytes where `json_bytes` is given.
+        body: JSON, followed by the tensor's bytes unless `json_bytes` is None.
         json_bytes: Inference-Header-Content-Length.
+        served: The bundle that the path names.
+        state: State of the process.
 
     Raises:
-        GiantleapError: it cannot be read, or a value is not valid or beyond a limit.
+        GiantleapError: It cannot be read, or a value is not valid or over a limit.
     """
-    asked = _read_request(body, json_bytes)
-    tensor, parameters, output = asked.inputs[0], asked.parameters, asked.outputs[0]
+    request = _read_request(body, json_bytes)
+    tensor, parameters, output = request.inputs[0], request.parameters, request.outputs[0]
     if output.name == "latent" and parameters.output_format is not None:
-        raise InvalidFields(("output_format", "is of images; leave it out with the output latent"))
-    dtype = _DATATYPES[tensor.datatype]
-    latent = wrap_tensor(dtype, tensor.shape, _tensor_bytes(tensor, body, json_bytes))
-    own = parameters.model_dump(exclude_none=True, exclude={"priority", "timeout", "binary_data_output"})
-    query = validate_as(UpscaleQuery, own | {"output": output.name})
-    bundle, settings = served.bundle, serving.settings
+        raise InvalidFields(("output_format", "applies to images; leave it out with the output latent"))
+    latent = wrap_tensor(_DATATYPES[tensor.datatype], tensor.shape, _tensor_bytes(tensor, body, json_bytes))
+    values = parameters.model_dump(exclude_none=True, exclude={"priority", "timeout", "binary_data_output"})
+    query = validate_as(UpscaleQuery, values | {"output": output.name})
     file_format = parameters.output_format or "png"
-    params, blob = prepare_upscale(
-        query, latent, SAFETENSORS_TYPE, bundle, settings, file_format, serving.places(bundle.name)
-    )
-    inference = Inference(asked, params, blob)
-    pixels = scaled_size(params.latent_height, params.scale) * scaled_size(params.latent_width, params.scale)
-    values = params.batch_items * params.channels * pixels
-    if output.name == "latent" and not inference.binary and values > MAX_JSON_VALUES:
-        raise InvalidFields(("outputs", f"would be {values} JSON numbers; ask for binary_data"))
+    params, blob = state.prepare_upscale(query, latent, SAFETENSORS_TYPE, served, file_format)
+    inference = Inference(request, params, blob)
+    latent_px = scaled_size(params.latent_height, params.scale) * scaled_size(params.latent_width, params.scale)
+    numbers = params.batch_items * params.channels * latent_px
+    if output.name == "latent" and not inference.binary and numbers > MAX_JSON_VALUES:
+        raise InvalidFields(("outputs", f"would be {numbers} JSON numbers; request binary_data"))
     return inference
 
 
@@ -306,9 +295,7 @@ def _read_request(body: bytes, json_bytes: int | None) -> InferRequest:
     try:
         return InferRequest.model_validate_json(text)
     except ValidationError as error:
-        if any(item["type"] == "json_invalid" for item in error.errors(include_input=False)):
-            raise MalformedRequest("the request is not valid JSON") from error
-        raise InvalidFields(*to_fields(error)) from error
+        raise validation_problem(error.errors(include_url=False, include_input=False)) from error
 
 
 def _tensor_bytes(tensor: InferInput, body: bytes, json_bytes: int | None) -> bytes:
@@ -330,15 +317,12 @@ def _tensor_bytes(tensor: InferInput, body: bytes, json_bytes: int | None) -> by
         raise InvalidFields(("inputs.0.data", "has rows of different lengths")) from error
     if values.dtype.kind not in "iuf" or (values.ndim > 1 and list(values.shape) != tensor.shape):
         raise InvalidFields(("inputs.0.data", "must be numbers, flat or nested as the shape says"))
-    with np.errstate(over="ignore"):  # what overflows is refused as not finite
+    with np.errstate(over="ignore"):  # overflow is refused as not finite
         return values.astype("<f4").tobytes()
 
 
 def write_infer(inference: Inference, record: JobRecord, results: list[bytes]) -> Response:
-    """The answer: JSON, with the output's numbers in it or its bytes after it.
-
-    In JSON an image is base64 text, which its parameter content_type says.
-    """
+    """The response: JSON with the output's numbers in it or its bytes after it; an image in JSON is base64 text."""
     described: dict[str, Any] = {"name": inference.output.name}
     following = b""
     if inference.output.name == "latent":
@@ -358,15 +342,15 @@ def write_infer(inference: Inference, record: JobRecord, results: list[bytes]) -
     if inference.binary:
         described["parameters"] = {"binary_data_size": len(following)}
     params = record.job.params
-    answer = {
+    content = {
         "model_name": record.job.bundle,
         "parameters": {"job_id": record.job.id, "scale": params.scale, "method": params.method},
         "outputs": [described],
     }
-    if inference.asked.id is not None:
-        answer["id"] = inference.asked.id
-    text = json.dumps(answer).encode()
-    headers = response_headers(record)
+    if inference.request.id is not None:
+        content["id"] = inference.request.id
+    text = json.dumps(content).encode()
+    headers = result_headers(record)
     if inference.binary:
         headers["Inference-Header-Content-Length"] = str(len(text))
     return Response(text + following, 200, headers, OCTETS_TYPE if inference.binary else JSON_TYPE)

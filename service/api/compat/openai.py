@@ -1,12 +1,11 @@
-"""The OpenAI form of image generation, over the same jobs: generations, their files by URL, and the list of models.
+"""OpenAI image generation over the same jobs: generations, their files by URL, and the list of models.
 
-Fields of ours stand beside those of OpenAI (`scale`, `seed`, ...). A field that could not be honored is refused, except
-`user`, which changes nothing there either. `docs/compatibility.md` says which is which.
+Own fields are added to those of OpenAI (`scale`, `seed`, ...). Fields that cannot be honored are refused, except
+`user`, which has no effect there either. `docs/compatibility.md` lists all of them.
 """
 
 import asyncio
 import base64
-import json
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Annotated, Any, Literal
@@ -19,37 +18,34 @@ from starlette.responses import StreamingResponse
 
 from giantleap.models.bundle.descriptor import Method
 from giantleap.models.image_formats import ImageFormat
-from giantleap.service.api.compat.errors import OPENAI_PATH
-from giantleap.service.api.compat.shared_job import (
-    CompatOptions,
-    TermsDep,
-    abandon_job,
-    describe_errors,
-    find_bundle,
-    finish_job,
+from giantleap.service.api.compat.shared import find_bundle, validate_as
+from giantleap.service.api.dependencies import AppState, AppStateDep, RecordDep
+from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content
+from giantleap.service.api.paths import OPENAI_PATH
+from giantleap.service.api.problems import compat_error, problem_body
+from giantleap.service.api.responses import JobProblem, read_results, result_headers
+from giantleap.service.api.routes.jobs import result_response
+from giantleap.service.api.sse import EVENT_STREAM_HEADERS, EVENT_STREAM_TYPE, HEARTBEAT_S, to_block
+from giantleap.service.api.submission import (
+    CompatOptionsDep,
+    SubmitOptions,
     new_job,
-    read_results,
-    response_headers,
+    require_json,
+    require_success,
     run_job,
-    validate_as,
+    submit_job,
+    wait_for_job,
 )
-from giantleap.service.api.dependencies import AppState, AppStateDep
-from giantleap.service.api.openapi import IMAGE_TYPES, file_content
-from giantleap.service.api.problems import problem_response
-from giantleap.service.api.routes.create import random_seed, require_json
-from giantleap.service.api.routes.jobs import RecordDep, get_result
-from giantleap.service.api.sse import EVENT_STREAM_TYPE, HEARTBEAT_S
-from giantleap.service.api.submission import admit
 from giantleap.service.errors import GiantleapError, InvalidFields
 from giantleap.service.jobs.bundles import select_bundle
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord
 from giantleap.service.jobs.media_types import JSON_TYPE
-from giantleap.service.jobs.planning import plan_generate, warn_of_words
+from giantleap.service.jobs.planning import warn_of_words
 from giantleap.service.jobs.requests import GenerateRequest, Scale
 
 router = APIRouter(prefix=OPENAI_PATH, tags=["OpenAI"])
 
-# What a field of GenerateRequest is called here.
+# Names of the fields of GenerateRequest in OpenAI's requests.
 _NAMES = {
     "bundle": "model",
     "num_images": "n",
@@ -60,7 +56,7 @@ _NAMES = {
 
 
 class ImagesRequest(BaseModel):
-    """A prompt to draw, in OpenAI's words; the last six fields are ours."""
+    """A prompt to draw, with OpenAI's field names; the last six fields are our own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -104,7 +100,7 @@ class ImageData(BaseModel):
     seed: int | None = None
 
 
-class ImagesAnswer(BaseModel):
+class ImagesResponse(BaseModel):
     created: int = Field(description="Unix time, seconds.")
     data: list[ImageData]
     size: str = Field(examples=["1024x1024"])
@@ -125,71 +121,70 @@ class OpenAIModels(BaseModel):
 
 
 @router.get("/models")
-async def list_models(serving: AppStateDep) -> OpenAIModels:
+async def list_models(state: AppStateDep) -> OpenAIModels:
     """The bundles that requests may name, the default first."""
-    return OpenAIModels(data=[OpenAIModel(id=name) for name in serving.bundles])
+    return OpenAIModels(data=[OpenAIModel(id=name) for name in state.bundles])
 
 
-@router.get("/models/{model}", responses=describe_errors(OpenAIError, 404))
-async def get_model(model: str, serving: AppStateDep) -> OpenAIModel:
+@router.get("/models/{model}", responses=describe_responses({}, 404, model=OpenAIError))
+async def get_model(model: str, state: AppStateDep) -> OpenAIModel:
     """One bundle."""
-    return OpenAIModel(id=find_bundle(serving, model).bundle.name)
+    return OpenAIModel(id=find_bundle(state, model).bundle.name)
 
 
 @router.post(
     "/images/generations",
-    response_model=ImagesAnswer,
-    responses=describe_errors(
-        OpenAIError,
+    response_model=ImagesResponse,
+    responses=describe_responses(
+        {200: {"content": {EVENT_STREAM_TYPE: {"schema": {"type": "string"}}}}},
         *(400, 404, 409, 413, 415, 422, 429, 503, 504),
-        good={"content": {EVENT_STREAM_TYPE: {"schema": {"type": "string"}}}},
+        model=OpenAIError,
     ),
     dependencies=[Depends(require_json)],
 )
-async def post_generation(request: Request, body: ImagesRequest, serving: AppStateDep, terms: TermsDep) -> Response:
+async def post_generation(
+    request: Request, body: ImagesRequest, state: AppStateDep, options: CompatOptionsDep
+) -> Response:
     """Draw a prompt; the images come as base64 text, by URL, or as an event."""
-    job, key = plan_job(body, serving, terms), terms.key
+    job = plan_job(body, state, options)
     if body.stream:
-        enqueued = await admit(request, serving, job, None, key)
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Job-Id": enqueued.job_id}
-        events = stream_generation(request, serving, enqueued.job_id, key)
+        enqueued = await submit_job(request, state, job, None, options)
+        headers = EVENT_STREAM_HEADERS | {"X-Job-Id": enqueued.job_id}
+        events = stream_generation(request, state, enqueued.job_id, options)
         return StreamingResponse(events, 200, headers, EVENT_STREAM_TYPE)
-    ended = await run_job(request, serving, job, None, key)
-    if isinstance(ended, Response):
-        return ended
+    record = await run_job(request, state, job, None, options)
     if body.response_format == "url":
-        urls = f"{request.base_url}{OPENAI_PATH[1:]}/images/{ended.job.id}/content?index="
-        data = [ImageData(url=f"{urls}{index}", seed=file.seed) for index, file in enumerate(ended.results)]
+        urls = f"{request.base_url}{OPENAI_PATH[1:]}/images/{record.job.id}/content?index="
+        data = [ImageData(url=f"{urls}{index}", seed=file.seed) for index, file in enumerate(record.results)]
     else:
-        data = await asyncio.to_thread(to_data, ended, await read_results(serving, ended))
-    answer = ImagesAnswer(created=created_s(ended), data=data, **describe_images(ended))
-    return Response(answer.model_dump_json(exclude_none=True), 200, response_headers(ended), JSON_TYPE)
+        data = await asyncio.to_thread(to_data, record, await read_results(state, record))
+    content = ImagesResponse(created=created_s(record), data=data, **describe_images(record))
+    return Response(content.model_dump_json(exclude_none=True), 200, result_headers(record), JSON_TYPE)
 
 
 @router.get(
     "/images/{job_id}/content",
     response_class=Response,
-    responses=describe_errors(OpenAIError, 404, 409, 422, 503, good={"content": file_content(*IMAGE_TYPES)}),
+    responses=describe_responses({200: {"content": file_content(*IMAGE_TYPES)}}, 404, 409, 422, 503, model=OpenAIError),
 )
 async def get_content(
-    request: Request,
     record: RecordDep,
-    serving: AppStateDep,
+    state: AppStateDep,
     index: Annotated[int, Query(ge=0, le=9999, description="Which image, from 0.")] = 0,
 ) -> Response:
     """The file of an image that was answered by URL."""
-    return await get_result(request, record, serving, index)
+    return await result_response(state, record, index)
 
 
-def plan_job(body: ImagesRequest, serving: AppState, terms: CompatOptions) -> Job:
+def plan_job(body: ImagesRequest, state: AppState, options: SubmitOptions) -> Job:
     """The request as a job.
 
     Raises:
-        InvalidFields: a value is not valid or beyond a limit; fields have the names of this front.
-        DoesNotFit: no device can hold one image.
+        InvalidFields: A value is not valid or over a limit; fields have OpenAI's names.
+        DoesNotFit: No device can hold one image.
     """
     if body.stream and body.response_format == "url":
-        raise InvalidFields(("response_format", "is url; events carry b64_json"))
+        raise InvalidFields(("response_format", "is url, but events carry b64_json; leave one of them out"))
     if body.partial_images is not None and not body.stream:
         raise InvalidFields(("partial_images", "needs stream=true"))
     width, height = (None, None) if body.size in (None, "auto") else map(int, str(body.size).split("x"))
@@ -207,59 +202,57 @@ def plan_job(body: ImagesRequest, serving: AppState, terms: CompatOptions) -> Jo
         "scale": body.scale,
         "method": body.method,
     }
-    asked = validate_as(GenerateRequest, values, _NAMES)
-    seed = random_seed(terms.key) if asked.seed is None else asked.seed
+    request = validate_as(GenerateRequest, values, _NAMES)
     try:
-        served = select_bundle(serving.bundles, asked.bundle)
-        bundle = served.bundle
-        places = serving.places(bundle.name)
-        params = plan_generate(asked, bundle, serving.settings, seed, asked.output_format or "png", places)
+        served = select_bundle(state.bundles, request.bundle)
+        seed = options.choose_seed(request.seed)
+        params = state.plan_generate(request, served, seed, request.output_format or "png")
     except InvalidFields as error:
-        raise InvalidFields(*tuple((_NAMES.get(name, name), reason) for name, reason in error.fields)) from error
-    return new_job(served, params, terms.cancel_after_s, warnings=warn_of_words(served, params))
+        raise InvalidFields(*((_NAMES.get(name, name), reason) for name, reason in error.fields)) from error
+    return new_job(served, params, options, warnings=warn_of_words(served, params))
 
 
 async def stream_generation(
-    request: Request, serving: AppState, job_id: str, key: str | None, heartbeat_s: float = HEARTBEAT_S
+    request: Request, state: AppState, job_id: str, options: SubmitOptions, heartbeat_s: float = HEARTBEAT_S
 ) -> AsyncGenerator[str]:
-    """One event `image_generation.completed` for each image, or one `error`; comments while there is nothing to say.
+    """One event `image_generation.completed` for each image, or one `error`; comments while there is nothing to send.
 
-    No partial image is sent: a latent between two steps is not decoded, and anything else would be made up.
-
-    **Effects** as `run_job`, also when the client stops reading.
+    No partial image is sent, since latents between two steps are not decoded. When the client stops reading, the job
+    is canceled as the options say.
     """
-    ending = asyncio.ensure_future(finish_job(request, serving, job_id, key))
+    waiting = asyncio.ensure_future(wait_for_job(request, state, job_id, options))
     try:
-        while not ending.done():
-            await asyncio.wait({ending}, timeout=heartbeat_s)
-            if not ending.done():
+        while not waiting.done():
+            await asyncio.wait({waiting}, timeout=heartbeat_s)
+            if not waiting.done():
                 yield ": waiting\n\n"
-        for name, data in await _to_events(request, serving, ending):
-            yield f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
+        for name, data in await _to_events(request, state, waiting, options):
+            yield to_block(name, data)
     finally:
-        # The server cancels this generator when the client goes away; the job must still hear of it.
+        # The server cancels this generator when the client disconnects; the job must be canceled all the same.
         with anyio.CancelScope(shield=True), suppress(asyncio.CancelledError, ClientDisconnect, GiantleapError):
-            if not ending.done():
-                ending.cancel()
-                await abandon_job(serving, job_id, key)
-            await ending
+            if not waiting.done():
+                waiting.cancel()
+                if options.cancel_on_disconnect:
+                    await state.producer.cancel(job_id)
+            await waiting
 
 
 async def _to_events(
-    request: Request, serving: AppState, ending: "asyncio.Future[JobRecord | Response]"
+    request: Request, state: AppState, waiting: "asyncio.Future[JobRecord]", options: SubmitOptions
 ) -> list[tuple[str, dict[str, Any]]]:
     try:
-        ended = ending.result()
-        if not isinstance(ended, Response):
-            images = await asyncio.to_thread(to_data, ended, await read_results(serving, ended))
-            name, shared = "image_generation.completed", describe_images(ended)
-            shared |= {"type": name, "created_at": created_s(ended), "background": "opaque", "quality": "auto"}
-            return [(name, shared | image.model_dump(exclude_none=True)) for image in images]
+        record = require_success(state, waiting.result(), options)
+        images = await asyncio.to_thread(to_data, record, await read_results(state, record))
     except ClientDisconnect:
         return []
-    except GiantleapError as error:  # too late for a status
-        ended = problem_response(error, request)
-    return [("error", json.loads(bytes(ended.body)))]
+    except (GiantleapError, JobProblem) as problem:  # too late for a status
+        error = problem.error if isinstance(problem, JobProblem) else problem
+        body = problem_body(error, request.state.request_id)
+        return [("error", compat_error(OPENAI_PATH, body) or body)]
+    name, shared = "image_generation.completed", describe_images(record)
+    shared |= {"type": name, "created_at": created_s(record), "background": "opaque", "quality": "auto"}
+    return [(name, shared | image.model_dump(exclude_none=True)) for image in images]
 
 
 def to_data(record: JobRecord, files: list[bytes]) -> list[ImageData]:
@@ -271,7 +264,7 @@ def to_data(record: JobRecord, files: list[bytes]) -> list[ImageData]:
 def describe_images(record: JobRecord) -> dict[str, Any]:
     """Size and format of the images of a job."""
     params = record.job.params
-    assert isinstance(params, GenerateParams), "this front makes no other job"
+    assert isinstance(params, GenerateParams), "this protocol makes no other job"
     return {"size": f"{params.width_px}x{params.height_px}", "output_format": params.output_format}
 
 

@@ -1,6 +1,6 @@
-"""What holds for every HTTP request: its id and trace, the limit of its body, a last catch of errors, its metrics.
+"""The context of every HTTP request: its id and trace, the limit of its body, unexpected errors, its metrics.
 
-Pure ASGI in one layer: it neither buffers nor spawns a task, so streams and disconnects pass through untouched.
+Pure ASGI: it neither buffers nor spawns a task, so streams and disconnects pass through untouched.
 """
 
 import logging
@@ -21,7 +21,7 @@ from giantleap.service.telemetry.tracing import RequestTrace, Tracing, trace_id_
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
-# Asked for every few seconds by machines: neither traced nor logged.
+# Polled every few seconds by machines: neither traced nor logged.
 _QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class RequestContextMiddleware:
-    """The outermost layer of the app: each request passes it once, on its way in and out."""
+    """Runs once for each request, around everything but the security headers."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, metrics: Metrics, tracing: Tracing) -> None:
         self.app = app
@@ -49,7 +49,7 @@ class RequestContextMiddleware:
             self.tracing.request(request.method, request.headers.get("traceparent"), recorded) as trace,
             log_fields(request_id=request.state.request_id, trace_id=trace_id_of(trace.traceparent)),
         ):
-            await self._answer(request, receive, send, trace)
+            await self._run(request, receive, send, trace)
 
     @contextmanager
     def _opened(self) -> Iterator[None]:
@@ -59,7 +59,7 @@ class RequestContextMiddleware:
         finally:
             self.metrics.open_http(-1)
 
-    async def _answer(self, request: Request, receive: Receive, send: Send, trace: RequestTrace) -> None:
+    async def _run(self, request: Request, receive: Receive, send: Send, trace: RequestTrace) -> None:
         scope, started_s = request.scope, time.perf_counter()
         id_header = (b"x-request-id", request.state.request_id.encode())
         status = 0
@@ -79,7 +79,7 @@ class RequestContextMiddleware:
                 await problem_response(self._too_large(), request)(scope, receive, send_with_id)
             else:
                 await self.app(scope, self._counted(receive), send_with_id)
-        except Exception as error:  # the API boundary: whatever no handler knew
+        except Exception as error:  # the API boundary: whatever no handler handles
             response = unexpected(error, request)
             if status:
                 raise
@@ -88,7 +88,7 @@ class RequestContextMiddleware:
             self._observe(request, status or CLIENT_GONE, time.perf_counter() - started_s, trace)
 
     def _observe(self, request: Request, status: int, duration_s: float, trace: RequestTrace) -> None:
-        # The route's template, never the path: labels stay few whatever is asked for.
+        # The route's template, never the path, so that there are few labels.
         route = getattr(request.scope.get("route"), "path", "none")
         method = request.method if request.method in _METHODS else "other"
         self.metrics.observe_http(route, method, status, duration_s)
@@ -102,7 +102,7 @@ class RequestContextMiddleware:
             log.info("request ended", extra={"fields": fields | ({} if job_id is None else {"job_id": job_id})})
 
     def _counted(self, receive: Receive) -> Receive:
-        """`receive` that stops a body without a length, or with a false one, at the limit."""
+        """Wrap `receive` so that a body without a length, or with a false one, fails at the limit."""
         received_bytes = 0
 
         async def receive_counted() -> Message:
@@ -116,9 +116,9 @@ class RequestContextMiddleware:
         return receive_counted
 
     def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(f"the body is larger than the {self.max_body_bytes} bytes that are allowed")
+        return PayloadTooLarge(f"the body is too large; send at most {self.max_body_bytes} bytes")
 
 
-def read_request_id(sent: str | None) -> str:
+def read_request_id(header: str | None) -> str:
     """The client's X-Request-Id where it is short and plain, else a new one."""
-    return sent if sent is not None and _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+    return header if header is not None and _REQUEST_ID.fullmatch(header) else uuid.uuid4().hex

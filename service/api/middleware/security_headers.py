@@ -1,9 +1,9 @@
-"""The headers that every answer carries so that no browser, cache or other site makes more of it than it is.
+"""Security headers of every response, and the end of connections whose request body was not read.
 
-The outermost layer: also what `giantleap.service.api.middleware.request_context` answers itself passes here. An answer
-that comes before the whole body was read closes the connection, else the rest of that body, however long, would still
-be taken in; but not at once: a client that is still sending would then meet a reset instead of its answer. The values
-are those of the OWASP REST Security Cheat Sheet for an API; the page /docs loads Swagger UI and may do so.
+A response that is sent before the whole body was read closes the connection; otherwise the server would receive the
+rest of the body, however long. It first discards some more of the body, since a client that is still sending would
+otherwise meet a connection reset instead of its response. The values of the headers are those of the OWASP REST
+Security Cheat Sheet for an API; the page /docs may load Swagger UI.
 """
 
 import asyncio
@@ -13,6 +13,8 @@ from typing import Final
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from giantleap.service.api.paths import route_path
 
 _ALWAYS: Final = (
     (b"x-content-type-options", b"nosniff"),
@@ -27,21 +29,21 @@ _SWAGGER = (
     b"'unsafe-inline'; img-src 'self' data: https://fastapi.tiangolo.com; connect-src 'self'; frame-ancestors 'none'"
 )
 _SHORT_BODY_DIGITS = 5  # less than 100 kB
-_LINGER_S = 10.0  # at most, for the rest of a body that nobody wants
-_SILENCE_S = 1.0  # and no longer than this for its next part
+_LINGER_S = 10.0  # longest time to discard the rest of a body
+_SILENCE_S = 1.0  # longest wait for its next part
 _PUBLIC = frozenset({"/docs", "/openapi.json"})
-_ASK = (
+_REQUEST_HEADERS = (
     *("Accept", "Authorization", "Cancel-After", "Content-Type", "Idempotency-Key", "Inference-Header-Content-Length"),
     *("Last-Event-ID", "Prefer", "Traceparent", "X-API-Key", "X-Request-Id"),
 )
-_TELL = (
+_RESPONSE_HEADERS = (
     *("dtype", "Inference-Header-Content-Length", "Location", "Preference-Applied", "Retry-After", "Server-Timing"),
     *("shape", "WWW-Authenticate", "X-Decode", "X-Job-Id", "X-Method", "X-Request-Id", "X-Seed", "X-Warnings"),
 )
 
 
 class SecurityHeadersMiddleware:
-    """Adds the headers to every answer. A route may say itself how long its answer is kept; else nobody keeps it."""
+    """Adds the headers to every response. A response may set Cache-Control itself, otherwise it is not stored."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -50,35 +52,35 @@ class SecurityHeadersMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = route_path(scope)
         added = [*_ALWAYS, (b"content-security-policy", _SWAGGER if path == "/docs" else _NOTHING)]
         unread = _has_long_body(scope["headers"])
 
-        async def receive_known() -> Message:
+        async def receive_tracked() -> Message:
             nonlocal unread
             message = await receive()
             unread = unread and message["type"] == "http.request" and message.get("more_body", False)
             return message
 
-        async def send_safe(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if unread:
                     added.append((b"connection", b"close"))
                 headers = list(message.get("headers", ()))
-                said = any(name.lower() == b"cache-control" for name, _ in headers)
-                kept = [] if said or path in _PUBLIC else [(b"cache-control", b"no-store")]
-                message = {**message, "headers": [*headers, *added, *kept]}
+                if path not in _PUBLIC and not any(name.lower() == b"cache-control" for name, _ in headers):
+                    added.append((b"cache-control", b"no-store"))
+                message = {**message, "headers": [*headers, *added]}
             elif unread and message["type"] == "http.response.body" and not message.get("more_body", False):
                 await send({**message, "more_body": True})
-                await _forget_body(receive)
+                await _discard_body(receive)
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
-        await self.app(scope, receive_known if unread else receive, send_safe)
+        await self.app(scope, receive_tracked if unread else receive, send_with_headers)
 
 
-async def _forget_body(receive: Receive) -> None:
-    """Takes in and drops what is left of a body, for a while."""
+async def _discard_body(receive: Receive) -> None:
+    """Receive and discard what is left of a body, for a while."""
     try:
         async with asyncio.timeout(_LINGER_S):
             while True:
@@ -90,7 +92,7 @@ async def _forget_body(receive: Receive) -> None:
 
 
 def _has_long_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Whether the body is of unknown length, or longer than what is cheap to take in and forget."""
+    """Whether the body is of unknown length, or longer than is cheap to discard."""
     for name, value in headers:
         if name == b"transfer-encoding" or (name == b"content-length" and len(value) > _SHORT_BODY_DIGITS):
             return True
@@ -98,13 +100,13 @@ def _has_long_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
-    """Lets pages of these sites call the service (CORS); none: no page of another site may read an answer."""
+    """Let pages of these sites call the service (CORS); without any, no page of another site may read a response."""
     if origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(origins),
             allow_methods=["GET", "POST", "PUT", "DELETE"],
-            allow_headers=list(_ASK),
-            expose_headers=list(_TELL),
+            allow_headers=list(_REQUEST_HEADERS),
+            expose_headers=list(_RESPONSE_HEADERS),
             max_age=600,
         )

@@ -1,205 +1,160 @@
-"""Routes that make a job: POST /generate and POST /upscale. Read, plan, enqueue, wait, answer.
+"""Routes that make a job: POST /generate, POST /upscale, and PUT /jobs/{job_id} for both under an id of the client.
 
-Nothing is enqueued before everything about the request was checked. The checks are in `giantleap.service.jobs.planning`
-and `giantleap.service.jobs.latents`, the queue is `giantleap.service.jobqueue.producer`;
-`giantleap.service.api.routes.put` makes the same jobs under ids of clients.
+Read, plan, enqueue, wait, respond: the checks are in `giantleap.service.jobs.planning`, the queue and the wait in
+`giantleap.service.api.submission`.
 """
 
 import asyncio
-import hashlib
-import re
-import secrets
-import time
-import uuid
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from giantleap.models.image_formats import ImageFormat
-from giantleap.service.api.dependencies import AppState, AppStateDep
-from giantleap.service.api.negotiation import Preference, choose_answer, read_cancel_after, read_preference
-from giantleap.service.api.openapi import (
-    IMAGE_FORMATS,
-    IMAGE_TYPES,
-    describe_responses,
-    file_content,
-    upload_request_body,
-)
-from giantleap.service.api.responses import failed_response, file_response, job_answer, job_problem, job_url
+from giantleap.models.image_formats import CONTENT_TYPES, ImageFormat
+from giantleap.service.api.dependencies import JOB_ID, AppState, AppStateDep, JobId
+from giantleap.service.api.negotiation import choose_media_type
+from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content, upload_request_body
+from giantleap.service.api.paths import job_path
+from giantleap.service.api.responses import file_response, job_response
 from giantleap.service.api.schemas import JobBody
-from giantleap.service.api.submission import admit
-from giantleap.service.errors import (
-    DeadlinePassed,
-    GiantleapError,
-    InvalidFields,
-    MalformedRequest,
-    NotFound,
-    NotReady,
-    UnsupportedMediaType,
+from giantleap.service.api.submission import (
+    SubmitOptions,
+    SubmitOptionsDep,
+    check_webhook,
+    get_job,
+    new_job,
+    require_json,
+    require_success,
+    run_in_thread_if_large,
+    submit_job,
+    wait_for_job,
 )
-from giantleap.service.jobqueue.client import cancel_tasks
-from giantleap.service.jobqueue.producer import SMALL_BODY_BYTES
-from giantleap.service.jobs.bundles import ServedBundle, select_bundle
+from giantleap.service.errors import GiantleapError, InvalidFields, MalformedRequest, validation_problem
+from giantleap.service.jobs.bundles import select_bundle
 from giantleap.service.jobs.images import fit_image, is_image, read_base64
-from giantleap.service.jobs.job import (
-    FINAL_STATES,
-    GenerateParams,
-    Job,
-    JobParams,
-    JobRecord,
-    JobState,
-    Priority,
-    Webhook,
-)
-from giantleap.service.jobs.media_types import JSON_TYPE, SAFETENSORS_TYPE
-from giantleap.service.jobs.planning import plan_generate, prepare_upscale, total_latent_px, warn_of_words
+from giantleap.service.jobs.job import GenerateParams, Job, JobRecord, JobState
+from giantleap.service.jobs.media_types import FORM_TYPE, JSON_TYPE, SAFETENSORS_TYPE, read_media_type
+from giantleap.service.jobs.planning import warn_of_words
 from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 from giantleap.service.settings import Settings
-from giantleap.service.telemetry.tracing import current_traceparent
-from giantleap.service.webhooks.targets import TargetRefused, find_addresses, read_target
 
 router = APIRouter(tags=["create"])
 
-_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
-# Drawn seeds stay exact in clients whose numbers are doubles.
-_DRAWN_SEED_LIMIT = 2**53
-_STOP_SEEN_S = 0.5
+_PROBLEMS = (400, 406, 409, 413, 415, 422, 429, 503, 504)
+_ACCEPTED = {"model": JobBody, "description": "Queued; Location is where to follow it."}
+_VARY = {"Vary": "Accept, Prefer"}
 
 
-@dataclass(frozen=True, slots=True)
-class SubmitOptions:
-    """How a client wants its answer: the headers that all routes share, whether it cancels by leaving, its job id."""
-
-    accept: str | None
-    preference: Preference
-    idempotency_key: str | None
-    cancel_on_disconnect: bool
-    cancel_after_s: float | None = None
-    job_id: str | None = None
-
-
-async def read_submit_options(
-    serving: AppStateDep,
-    accept: Annotated[str | None, Header(description="An image type for the file itself, else JSON.")] = None,
-    prefer: Annotated[str | None, Header(description="respond-async, or wait=N seconds.")] = None,
-    idempotency_key: Annotated[
-        str | None, Header(description="Posting again with the same key finds the first job.")
-    ] = None,
-    cancel_on_disconnect: Annotated[
-        bool, Query(description="Cancel the job when the client goes away while it waits.")
-    ] = False,
-    cancel_after: Annotated[
-        str | None, Header(description="Seconds after which the job fails unless it has ended.")
-    ] = None,
-) -> SubmitOptions:
-    """Read the shared headers.
-
-    Raises:
-        MalformedRequest: one of them cannot be read.
-        NotReady: this process is stopping.
-    """
-    if serving.stopping.is_set():
-        raise NotReady("this process is stopping; try again", retry_after_s=1)
-    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
-        raise MalformedRequest("Idempotency-Key must be 1 to 255 printable ASCII characters without spaces")
-    preference = read_preference(prefer, serving.settings.wait_timeout_s)
-    return SubmitOptions(accept, preference, idempotency_key, cancel_on_disconnect, read_cancel_after(cancel_after))
-
-
-SubmitOptionsDep = Annotated[SubmitOptions, Depends(read_submit_options)]
-
-
-async def require_json(request: Request) -> None:
-    """Raises:
-    UnsupportedMediaType: the body is declared as something else than JSON.
-    """
-    declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if declared != JSON_TYPE:
-        raise UnsupportedMediaType(f"content type {declared[:80]!r}; send {JSON_TYPE}")
-
-
-PROBLEMS = (400, 406, 409, 413, 415, 422, 429, 503, 504)
-ACCEPTED = {"model": JobBody, "description": "Queued; Location is where to follow it."}
+def _responses(*file_types: str) -> dict[int | str, dict[str, Any]]:
+    return describe_responses({200: {"content": file_content(*file_types)}, 202: _ACCEPTED}, *_PROBLEMS)
 
 
 @router.post(
-    "/generate",
-    response_model=JobBody,
-    responses=describe_responses({200: {"content": file_content(*IMAGE_TYPES)}, 202: ACCEPTED}, *PROBLEMS),
-    dependencies=[Depends(require_json)],
+    "/generate", response_model=JobBody, responses=_responses(*IMAGE_TYPES), dependencies=[Depends(require_json)]
 )
 async def post_generate(
-    request: Request, body: GenerateRequest, asked: SubmitOptionsDep, serving: AppStateDep
+    request: Request, body: GenerateRequest, options: SubmitOptionsDep, state: AppStateDep
 ) -> Response:
     """Draw a prompt: generate a small latent, enlarge it, decode it once."""
-    served = select_bundle(serving.bundles, body.bundle)
-    answer_type, output_format = _choose_format(asked.accept, body.output_format)
-    if answer_type != JSON_TYPE and body.num_images != 1:
-        raise InvalidFields(("num_images", f"is {body.num_images}; an answer that is a file holds one image"))
-    seed = body.seed if body.seed is not None else random_seed(asked.idempotency_key or asked.job_id)
-    params = plan_generate(
-        body, served.bundle, serving.settings, seed, output_format, serving.places(served.bundle.name)
-    )
-    start = None
+    served = select_bundle(state.bundles, body.bundle)
+    response_type, output_format = _choose_format(options.accept, body.output_format)
+    if response_type != JSON_TYPE and body.num_images != 1:
+        raise InvalidFields(("num_images", f"is {body.num_images}, but a file holds one image; accept JSON instead"))
+    params = state.plan_generate(body, served, options.choose_seed(body.seed), output_format)
+    blob = None
     if body.init_image is not None:
-        start = await asyncio.to_thread(_prepare_start, body.init_image, params, serving.settings)
-    webhook = None if body.webhook is None else Webhook(body.webhook.url, body.webhook.events)
-    await require_webhook(webhook, serving.settings)
-    job = _new_job(asked, served, body.priority, params, webhook, warn_of_words(served, params))
-    return await _run(request, serving, job, start, asked, answer_type)
+        blob = await asyncio.to_thread(_to_init_blob, body.init_image, params, state.settings)
+    webhook = None if body.webhook is None else body.webhook.to_webhook()
+    if webhook is not None:
+        await check_webhook(webhook, state.settings)
+    warnings = warn_of_words(served, params)
+    job = new_job(served, params, options, priority=body.priority, webhook=webhook, warnings=warnings)
+    return await _respond(request, state, job, blob, options, response_type)
 
 
-def _prepare_start(text: str, params: GenerateParams, settings: Settings) -> bytes:
-    """The job's input blob: the image to start from, at the base size."""
+@router.post(
+    "/upscale",
+    response_model=JobBody,
+    responses=_responses(*IMAGE_TYPES, SAFETENSORS_TYPE),
+    openapi_extra=upload_request_body(),
+)
+async def post_upscale(
+    request: Request, query: Annotated[UpscaleQuery, Query()], options: SubmitOptionsDep, state: AppStateDep
+) -> Response:
+    """Enlarge a latent (safetensors or .npy) or an image; decode it once, or answer the larger latent."""
+    served = select_bundle(state.bundles, query.bundle)
+    response_type, output_format = _choose_format(options.accept, query.output_format, query.output)
+    body, content_type = await _read_upload(request)
+    if is_image(body, content_type):  # a small file may hold many pixels
+        params, blob = await asyncio.to_thread(state.prepare_upscale, query, body, content_type, served, output_format)
+    else:
+        params, blob = await run_in_thread_if_large(
+            len(body), state.prepare_upscale, query, body, content_type, served, output_format
+        )
+    if response_type != JSON_TYPE and params.batch_items != 1:
+        raise InvalidFields(("body", f"holds {params.batch_items} latents, but a file holds one; accept JSON instead"))
+    webhook = query.to_webhook()
+    if webhook is not None:
+        await check_webhook(webhook, state.settings)
+    job = new_job(served, params, options, priority=query.priority, webhook=webhook)
+    return await _respond(request, state, job, blob, options, response_type)
+
+
+def _put_request_body() -> dict[str, object]:
+    described = upload_request_body()
+    described["requestBody"]["content"][JSON_TYPE] = {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}
+    return described
+
+
+@router.put(
+    "/jobs/{job_id}",
+    response_model=JobBody,
+    responses=_responses(*IMAGE_TYPES, SAFETENSORS_TYPE),
+    openapi_extra=_put_request_body(),
+)
+async def put_job(
+    request: Request,
+    job_id: JobId,
+    query: Annotated[UpscaleQuery, Query()],
+    options: SubmitOptionsDep,
+    state: AppStateDep,
+) -> Response:
+    """Make a job under a UUID of your own: JSON as of /generate, a latent or an image as of /upscale."""
+    if not JOB_ID.fullmatch(job_id):
+        raise InvalidFields(("job_id", "is not a UUID in lower case, such as uuidgen makes"))
+    if options.idempotency_key is not None:
+        raise MalformedRequest("Idempotency-Key is not taken with PUT; the id in the path has the same effect")
+    options = replace(options, job_id=job_id)
+    if read_media_type(request.headers.get("content-type")) != JSON_TYPE:
+        return await post_upscale(request, query, options, state)
+    if names := sorted(query.model_fields_set):
+        raise InvalidFields(*((name, "is in the query; with a JSON body it belongs in the body") for name in names))
+    try:
+        body = GenerateRequest.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise validation_problem(error.errors(include_url=False, include_input=False)) from error
+    return await post_generate(request, body, options, state)
+
+
+def _to_init_blob(text: str, params: GenerateParams, settings: Settings) -> bytes:
+    """The input blob of a job with an init_image: the image at the base size."""
     try:
         return fit_image(read_base64(text), settings.max_image_px, *params.base_size_px)
     except GiantleapError as error:
         raise InvalidFields(("init_image", error.detail)) from error
 
 
-@router.post(
-    "/upscale",
-    response_model=JobBody,
-    responses=describe_responses(
-        {200: {"content": file_content(*IMAGE_TYPES, SAFETENSORS_TYPE)}, 202: ACCEPTED}, *PROBLEMS
-    ),
-    openapi_extra=upload_request_body(),
-)
-async def post_upscale(
-    request: Request, query: Annotated[UpscaleQuery, Query()], asked: SubmitOptionsDep, serving: AppStateDep
-) -> Response:
-    """Enlarge a latent (safetensors or .npy) or an image; decode it once, or answer the larger latent."""
-    served = select_bundle(serving.bundles, query.bundle)
-    answer_type, output_format = _choose_format(asked.accept, query.output_format, query.output)
-    body, content_type = await _read_upload(request)
-    places = serving.places(served.bundle.name)
-    given = (query, body, content_type, served.bundle, serving.settings, output_format, places)
-    # A large latent is prepared beside the event loop, which it would hold up for about 2 ms per MiB.
-    small = len(body) <= SMALL_BODY_BYTES and not is_image(body, content_type)
-    params, blob = prepare_upscale(*given) if small else await asyncio.to_thread(prepare_upscale, *given)
-    if answer_type != JSON_TYPE and params.batch_items != 1:
-        raise InvalidFields(("body", f"holds {params.batch_items} latents; an answer that is a file holds one"))
-    webhook = None
-    if query.webhook_url is not None:
-        names = FINAL_STATES if query.webhook_events is None else query.webhook_events.split(",")
-        webhook = Webhook(query.webhook_url, tuple(state for state in FINAL_STATES if state in names))
-    await require_webhook(webhook, serving.settings)
-    job = _new_job(asked, served, query.priority, params, webhook)
-    return await _run(request, serving, job, blob, asked, answer_type)
-
-
 async def _read_upload(request: Request) -> tuple[bytes, str | None]:
     """The body and its type; of a multipart form, those of its one file, whatever its field is called.
 
     Raises:
-        MalformedRequest: the form is broken, or does not hold exactly one file and nothing else.
+        MalformedRequest: The form is broken, or does not hold exactly one file and nothing else.
     """
     content_type = request.headers.get("content-type")
-    if (content_type or "").partition(";")[0].strip().lower() != "multipart/form-data":
+    if read_media_type(content_type) != FORM_TYPE:
         return await request.body(), content_type
     try:
         async with request.form(max_files=1, max_fields=0) as form:
@@ -211,157 +166,47 @@ async def _read_upload(request: Request) -> tuple[bytes, str | None]:
         raise MalformedRequest("the form cannot be read; send one file, and options in the query") from error
 
 
-def random_seed(idempotency_key: str | None) -> int:
-    """A random seed; under an idempotency key one that a repeat of the request draws again."""
-    if idempotency_key is None:
-        return secrets.randbelow(_DRAWN_SEED_LIMIT)
-    return int.from_bytes(hashlib.sha256(idempotency_key.encode()).digest()[:8]) % _DRAWN_SEED_LIMIT
-
-
 def _choose_format(
     accept: str | None, output_format: ImageFormat | None, output: str = "image"
 ) -> tuple[str, ImageFormat]:
-    """The type of the answer, and the format of the image file where there is one."""
+    """The media type of the response, and the format of the image file where there is one."""
     if output == "latent":
         if output_format is not None:
-            raise InvalidFields(("output_format", "is of images; leave it out with output=latent"))
-        return choose_answer(accept, (SAFETENSORS_TYPE,)), "png"
-    offers = IMAGE_TYPES if output_format is None else (f"image/{output_format}",)
-    answer_type = choose_answer(accept, offers)
-    return answer_type, IMAGE_FORMATS.get(answer_type) or output_format or "png"
+            raise InvalidFields(("output_format", "applies to images; leave it out with output=latent"))
+        return choose_media_type(accept, (SAFETENSORS_TYPE,)), "png"
+    if output_format is not None:
+        return choose_media_type(accept, (CONTENT_TYPES[output_format],)), output_format
+    response_type = choose_media_type(accept, IMAGE_TYPES)
+    return response_type, next((name for name, kind in CONTENT_TYPES.items() if kind == response_type), "png")
 
 
-async def require_webhook(webhook: Webhook | None, settings: Settings) -> None:
-    """Resolves the target of a webhook, where one is asked for.
-
-    Raises:
-        InvalidFields: webhooks are off, or nothing is sent to such a target.
-    """
-    if webhook is None:
-        return
-    if settings.webhook_secret is None:
-        raise InvalidFields(("webhook", "cannot be sent: the service has no GIANTLEAP_WEBHOOK_SECRET to sign it"))
-    try:
-        target = read_target(webhook.url)
-        allowed = settings.webhook_hosts
-        await find_addresses(target.host, target.port, settings.webhook_allow_private, hosts=allowed)
-    except TargetRefused as error:
-        raise InvalidFields(("webhook", f"the url {error}")) from error
-
-
-def _new_job(
-    asked: SubmitOptions,
-    served: ServedBundle,
-    priority: str,
-    params: JobParams,
-    webhook: Webhook | None,
-    warnings: tuple[str, ...] = (),
-) -> Job:
-    return Job(
-        asked.job_id or str(uuid.uuid4()),
-        served.bundle.name,
-        priority=Priority(priority),
-        created_at_s=time.time(),
-        params=params,
-        warnings=warnings,
-        traceparent=current_traceparent(),
-        latent_px=total_latent_px(params, served.bundle),
-        cancel_after_s=asked.cancel_after_s,
-        webhook=webhook,
-    )
-
-
-async def _run(
-    request: Request, serving: AppState, job: Job, blob: bytes | None, asked: SubmitOptions, answer_type: str
+async def _respond(
+    request: Request, state: AppState, job: Job, blob: bytes | None, options: SubmitOptions, response_type: str
 ) -> Response:
-    """Enqueue, wait as long as was asked for, and answer with what there is then."""
-    enqueued = await admit(request, serving, job, blob, asked.idempotency_key)
-    if asked.preference.wait_s == 0:
+    """Enqueue a job, wait as long as the client wants, and respond with what there is then."""
+    enqueued = await submit_job(request, state, job, blob, options)
+    wait_s = options.preference.wait_s
+    if wait_s == 0 and enqueued.created:
         position, start_s = enqueued.queue_position, enqueued.estimated_start_s
-        queued = JobRecord(job, JobState.QUEUED, queue_position=position, estimated_start_s=start_s)
-        record = queued if enqueued.created else await _get(serving, enqueued.job_id)
-        return _accepted(request, record, asked)
-    timeout_s = serving.settings.wait_timeout_s if asked.preference.wait_s is None else asked.preference.wait_s
-    try:
-        created = job if enqueued.created and job.cancel_after_s is None else None
-        record = await wait_for_job(request, serving, enqueued.job_id, timeout_s, created)
-    except ClientDisconnect:
-        if asked.cancel_on_disconnect:
-            await serving.producer.cancel(enqueued.job_id)
-        raise
-    if not record.state.final:
-        return _unfinished(request, serving, record, asked, timeout_s)
-    if record.state is not JobState.SUCCEEDED:
-        return failed_response(request, record)
-    headers = _applied(asked) | {"Vary": "Accept, Prefer"}
-    if answer_type == JSON_TYPE:
-        return job_answer(request, record, headers=headers)
-    content = await serving.producer.read_result(record.job.id, 0)
-    if content is None:
-        raise NotFound("the result was dropped to make room before it was read; post the job again")
-    return file_response(record, content, 0, headers)
+        record = JobRecord(job, JobState.QUEUED, queue_position=position, estimated_start_s=start_s)
+        return _accepted(request, record, options)
+    if wait_s == 0:
+        return _accepted(request, await get_job(state, enqueued.job_id), options)
+    record = await wait_for_job(request, state, enqueued.job_id, options, created=job if enqueued.created else None)
+    if wait_s is not None and not record.state.final and not state.stopping.is_set():
+        return _accepted(request, record, options)
+    require_success(state, record, options)
+    headers = _applied(options) | _VARY
+    if response_type == JSON_TYPE:
+        return job_response(request, record, headers=headers)
+    return await file_response(state, record, 0, headers)
 
 
-async def _get(serving: AppState, job_id: str) -> JobRecord:
-    record = await serving.producer.get(job_id)
-    if record is None:
-        raise NotFound("the job of this Idempotency-Key has expired; use a new key")
-    return record
+def _accepted(request: Request, record: JobRecord, options: SubmitOptions) -> Response:
+    headers = {"Location": job_path(request.scope, record.job.id)} | _VARY | _applied(options)
+    return job_response(request, record, 202, headers)
 
 
-async def wait_for_job(
-    request: Request, serving: AppState, job_id: str, timeout_s: float, created: Job | None = None
-) -> JobRecord:
-    """The job's record once it is final, the time is up, or this process stops (seen within `_STOP_SEEN_S`).
-
-    Effects: leaves no task behind, however it ends.
-
-    Args:
-        created: As for `JobProducer.wait`.
-
-    Raises:
-        ClientDisconnect: the client went away; the job goes on.
-    """
-    waiting = asyncio.create_task(serving.producer.wait(job_id, timeout_s, created))
-    # The body has been read: all that can still come from the client is that it goes away.
-    leaving = asyncio.create_task(_wait_for_disconnect(request))
-    tasks = (waiting, leaving)
-    try:
-        ended: set[asyncio.Task[Any]] = set()
-        while not ended and not serving.stopping.is_set():
-            ended, _ = await asyncio.wait(tasks, timeout=_STOP_SEEN_S, return_when=asyncio.FIRST_COMPLETED)
-        if waiting.done():
-            return waiting.result()
-        if leaving.done():
-            raise ClientDisconnect
-        return await _get(serving, job_id)
-    finally:
-        await cancel_tasks(tasks)
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _accepted(request: Request, record: JobRecord, asked: SubmitOptions) -> Response:
-    headers = {"Location": job_url(request, record.job.id), "Vary": "Accept, Prefer"} | _applied(asked)
-    return job_answer(request, record, 202, headers)
-
-
-def _applied(asked: SubmitOptions) -> dict[str, str]:
-    applied = asked.preference.applied
+def _applied(options: SubmitOptions) -> dict[str, str]:
+    applied = options.preference.applied
     return {} if applied is None else {"Preference-Applied": applied}
-
-
-def _unfinished(
-    request: Request, serving: AppState, record: JobRecord, asked: SubmitOptions, waited_s: float
-) -> Response:
-    """The answer when the wait ended before the job did; the job goes on."""
-    if serving.stopping.is_set():
-        return job_problem(request, record, NotReady("this process is stopping; the job goes on", retry_after_s=1))
-    if asked.preference.wait_s is not None:
-        return _accepted(request, record, asked)
-    return job_problem(
-        request, record, DeadlinePassed(f"the job did not finish within {waited_s:.0f} s; it goes on at status_url")
-    )

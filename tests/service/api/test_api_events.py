@@ -86,7 +86,7 @@ async def test_an_id_of_another_stream_is_malformed(bundle_dir: Path) -> None:
 
 
 def test_a_block_holds_one_line_of_data() -> None:
-    assert to_block(JobEvent("1-0", "stage", {"text": "two\nlines"})) == (
+    assert to_block("stage", {"text": "two\nlines"}, "1-0") == (
         'id: 1-0\nevent: stage\ndata: {"text":"two\\nlines"}\n\n'
     )
 

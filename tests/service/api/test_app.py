@@ -441,7 +441,7 @@ async def test_a_stopping_process_lets_go_of_waiting_requests(
     call = asyncio.create_task(generate(client))
     while not producer.waits:
         await asyncio.sleep(0.005)
-    app.state.serving.stopping.set()
+    app.state.giantleap.stopping.set()
     answer = await asyncio.wait_for(call, 60)
     assert_problem(answer, 503, "not_ready")
     assert answer.json()["job_id"] == producer.jobs[0].id and producer.waits == 0

@@ -167,16 +167,15 @@ async def test_work_needs_its_scope(work: str, callers: Callers, producer: FileP
 
 async def test_the_kind_of_the_job_decides_where_the_path_does_not(callers: Callers, producer: FileProducer) -> None:
     # As a route would that makes jobs of both kinds: the check before the queue knows the job itself.
-    from giantleap.service.api.submission import admit
+    from giantleap.service.api.submission import SubmitOptions, submit_job
     from giantleap.service.auth import Caller, Scope
     from giantleap.service.errors import Forbidden
 
     await callers.ask("alice", "POST", "/generate", json={"prompt": PROMPT})
     (job,) = producer.jobs
-    request = Any
     request = type("Request", (), {"state": type("State", (), {"caller": Caller("x", frozenset({Scope.UPSCALE}))})})
     with pytest.raises(Forbidden):
-        await admit(request, None, job, None, None)  # type: ignore[arg-type]
+        await submit_job(request, None, job, None, SubmitOptions())  # type: ignore[arg-type]
 
 
 async def test_metrics_need_their_scope(callers: Callers) -> None:
@@ -388,7 +387,7 @@ async def test_every_answer_carries_the_safe_headers(callers: Callers, client: h
 
 
 async def test_an_unexpected_fault_carries_them_too(client: httpx.AsyncClient, callers: Callers, app: FastAPI) -> None:
-    app.state.serving = None
+    app.state.giantleap = None
     answer = await callers.ask("alice", "GET", "/models")
     assert answer.status_code == 500 and SAFE.items() <= dict(answer.headers).items()
 

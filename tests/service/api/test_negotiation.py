@@ -2,7 +2,7 @@
 
 import pytest
 
-from giantleap.service.api.negotiation import choose_answer, read_preference
+from giantleap.service.api.negotiation import choose_media_type, read_preference
 from giantleap.service.errors import MalformedRequest, NotAcceptable
 
 JSON, PNG, JPEG, WEBP = "application/json", "image/png", "image/jpeg", "image/webp"
@@ -29,13 +29,13 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,imag
     ],
 )
 def test_best_quality_wins_and_json_on_a_tie(accept: str | None, chosen: str) -> None:
-    assert choose_answer(accept, (PNG, JPEG, WEBP)) == chosen
+    assert choose_media_type(accept, (PNG, JPEG, WEBP)) == chosen
 
 
 @pytest.mark.parametrize("accept", ["text/html", "image/png;q=0", "image/gif", "image/png;q=nan", "image/png;q=x", ","])
 def test_nothing_acceptable_is_said(accept: str) -> None:
     with pytest.raises(NotAcceptable):
-        choose_answer(accept, (PNG,))
+        choose_media_type(accept, (PNG,))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_nothing_acceptable_is_said(accept: str) -> None:
     ],
 )
 def test_preference_is_read_and_echoed(prefer: str | None, wait_s: float | None, applied: str | None) -> None:
-    preference = read_preference(prefer, longest_s=300)
+    preference = read_preference(prefer, max_wait_s=300)
     assert preference.wait_s == wait_s
     assert preference.applied == applied
 
@@ -62,4 +62,4 @@ def test_preference_is_read_and_echoed(prefer: str | None, wait_s: float | None,
 @pytest.mark.parametrize("prefer", ["wait", "wait=", "wait=-1", "wait=1.5", "wait=nan", "wait=²", "wait=9999999999"])
 def test_wait_without_a_whole_number_is_malformed(prefer: str) -> None:
     with pytest.raises(MalformedRequest):
-        read_preference(prefer, longest_s=300)
+        read_preference(prefer, max_wait_s=300)

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from giantleap.service.api.compat.errors import front_error
-from giantleap.service.api.problems import problem_body
+from giantleap.service.api.problems import compat_error, problem_body
 from giantleap.service.errors import InvalidFields
 
 PROBLEM = problem_body(InvalidFields(*(("n", "is 0"), ("size", "is odd"))), "r-1")
@@ -25,15 +24,15 @@ MAKE_JOBS = ("/v1/images/generations", "/v2/models/{model}/infer", "/remote_vae/
 
 @pytest.mark.parametrize("path", ["/generate", "/jobs/1", "/v10/models", "/v2x", "/remote_vae_x", "/", "", "/x/v1/y"])
 def test_other_paths_keep_the_problem_document(path: str) -> None:
-    assert front_error(path, PROBLEM) is None
+    assert compat_error(path, PROBLEM) is None
 
 
 def test_each_front_has_its_own_shape() -> None:
     message = "n: is 0; size: is odd"
     error = {"message": message, "type": "invalid_request_error", "param": "n", "code": "invalid_request"}
-    assert front_error("/v1/images/generations", PROBLEM) == {"error": error}
-    assert front_error("/v2", PROBLEM) == front_error("/v2/models/m/infer", PROBLEM) == {"error": message}
-    assert front_error("/remote_vae/m/decode", PROBLEM) == {"error": message, "code": "invalid_request"}
+    assert compat_error("/v1/images/generations", PROBLEM) == {"error": error}
+    assert compat_error("/v2", PROBLEM) == compat_error("/v2/models/m/infer", PROBLEM) == {"error": message}
+    assert compat_error("/remote_vae/m/decode", PROBLEM) == {"error": message, "code": "invalid_request"}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +48,7 @@ def test_each_front_has_its_own_shape() -> None:
     ],
 )
 def test_openai_names_the_kind_of_an_error(status: int, kind: str) -> None:
-    shaped = front_error("/v1/x", {"status": status, "detail": "d", "code": "c"})
+    shaped = compat_error("/v1/x", {"status": status, "detail": "d", "code": "c"})
     assert shaped == {"error": {"message": "d", "type": kind, "param": None, "code": "c"}}
 
 

@@ -15,6 +15,7 @@ import pytest
 from fastapi import FastAPI, Request
 
 from giantleap.service.api.compat.openai import stream_generation
+from giantleap.service.api.submission import SubmitOptions
 from giantleap.service.errors import NotReady, QueueFull
 from giantleap.service.jobs.job import GenerateParams, Job, JobState
 from tests.service.fake_producer import expire, fail, stay_queued
@@ -23,6 +24,7 @@ from tests.service.live_server import live_server
 from tests.waiting import wait_until
 
 PROMPT = "a red sphere on a green floor"
+NO_KEY = SubmitOptions(cancel_on_disconnect=True, cancel_on_timeout=True)
 
 
 @pytest.fixture
@@ -262,7 +264,7 @@ async def test_a_silent_stream_sends_comments_until_the_image(bundle_dirs: tuple
     producer = FileProducer()
     app = build_app(producer, bundle_dirs)
     job = await enqueue(app, producer)
-    blocks = stream_generation(request_of(), app.state.serving, job.id, None, heartbeat_s=0.01)
+    blocks = stream_generation(request_of(), app.state.giantleap, job.id, NO_KEY, heartbeat_s=0.01)
     assert [await anext(blocks) for _ in range(2)] == [": waiting\n\n"] * 2
     producer.records[job.id] = producer.work(job)
     rest = [block async for block in blocks if not block.startswith(":")]
@@ -273,7 +275,7 @@ async def test_a_stream_ends_with_the_deadline(bundle_dirs: tuple[Path, ...]) ->
     producer = FileProducer()
     app = build_app(producer, bundle_dirs, wait_timeout_s=0.05)
     job = await enqueue(app, producer)
-    *_, last = [block async for block in stream_generation(request_of(), app.state.serving, job.id, None)]
+    *_, last = [block async for block in stream_generation(request_of(), app.state.giantleap, job.id, NO_KEY)]
     name, data, *_ = last.splitlines()
     assert name == "event: error" and json.loads(data.removeprefix("data: "))["error"]["code"] == "deadline_passed"
     assert producer.records[job.id].state is JobState.CANCELED

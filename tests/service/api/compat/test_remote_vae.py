@@ -201,7 +201,7 @@ def test_a_video_of_one_frame_is_a_latent_of_a_video_vae(tmp_path: Path) -> None
         np.testing.assert_array_equal(producer.latent_of(), LATENT)
         with pytest.raises(RuntimeError, match=r"takes raw latents .* or a video of one frame \[batch, 16, 1, h, w\]"):
             remote_decode(url, TENSOR[:, :, None].repeat(1, 1, 3, 1, 1), do_scaling=False)
-        with pytest.raises(RuntimeError, match="means nothing"):
+        with pytest.raises(RuntimeError, match="has no meaning"):
             remote_decode(url, TENSOR[:, :, None], scaling_factor=1.0)
 
 
@@ -212,7 +212,7 @@ def test_limits_hold(url: str, producer: FileProducer) -> None:
         remote_decode(f"{url}?scale=4", torch.zeros(1, CHANNELS, 64, 64))
     with pytest.raises(RuntimeError, match="NaN or infinite"):
         remote_decode(url, torch.full_like(TENSOR, torch.nan))
-    with pytest.raises(RuntimeError, match="ask for pt"):
+    with pytest.raises(RuntimeError, match="request pt"):
         remote_decode(url, torch.cat([TENSOR, TENSOR]))
     producer.refusal = QueueFull("32 jobs wait", retry_after_s=17)
     with pytest.raises(RuntimeError, match="queue_full"):
