@@ -39,11 +39,11 @@ def plan_generate(
     settings: Settings,
     seed: int,
     output_format: ImageFormat,
-    places: Sequence[Device] = (),
+    devices: Sequence[Device] = (),
 ) -> GenerateParams:
     """The parameters of a /generate job, with the bundle's defaults for what the request leaves out.
 
-    Without `places`, the devices that the job may run on, memory is not checked.
+    Without `devices`, the devices that the job may run on, memory is not checked.
 
     Raises:
         InvalidFields: The bundle lacks the method, or values are over a limit; all of them are named.
@@ -78,11 +78,11 @@ def plan_generate(
             *_step_checks(params, bundle),
             _no_decode(params.decode, bundle),
             _too_many("num_images", params.num_images, settings),
-            _too_large("width", params, bundle, settings, places),
+            _too_large("width", params, bundle, settings, devices),
             _no_base_size(params, bundle),
         )
     )
-    check_capacity(params, bundle, places, settings.max_image_px)
+    check_capacity(params, bundle, devices, settings.max_image_px)
     return params
 
 
@@ -200,11 +200,11 @@ def prepare_upscale(
     bundle: Bundle,
     settings: Settings,
     output_format: ImageFormat,
-    places: Sequence[Device] = (),
+    devices: Sequence[Device] = (),
 ) -> tuple[UpscaleParams, bytes]:
     """The parameters of an /upscale job and its input blob, from a body that holds a latent or an image.
 
-    Without `places`, the devices that the job may run on, memory is not checked.
+    Without `devices`, the devices that the job may run on, memory is not checked.
 
     Raises:
         GiantleapError: The body cannot be read (`read_values`, `check_image`), or a value is over a limit.
@@ -212,12 +212,12 @@ def prepare_upscale(
     """
     if is_image(body, content_type):
         size = check_image(body, content_type, settings.max_image_px)
-        params, blob = plan_upscale_image(query, size, bundle, settings, output_format, places), body
+        params, blob = plan_upscale_image(query, size, bundle, settings, output_format, devices), body
     else:
         tensor = read_values(body, content_type)
-        params, latent = plan_upscale(query, tensor, bundle, settings, output_format, places)
+        params, latent = plan_upscale(query, tensor, bundle, settings, output_format, devices)
         blob = to_blob(latent)
-    check_capacity(params, bundle, places, settings.max_image_px)
+    check_capacity(params, bundle, devices, settings.max_image_px)
     return params, blob
 
 
@@ -227,7 +227,7 @@ def plan_upscale_image(
     bundle: Bundle,
     settings: Settings,
     output_format: ImageFormat,
-    places: Sequence[Device] = (),
+    devices: Sequence[Device] = (),
 ) -> UpscaleParams:
     """The parameters of a job that enlarges an image.
 
@@ -266,7 +266,7 @@ def plan_upscale_image(
                 "width",
                 "and height apply to packed latents; leave them out",
             ),
-            *_upscale_checks(params, bundle, settings, places),
+            *_upscale_checks(params, bundle, settings, devices),
             (
                 not all(
                     is_whole(side, scale) for side in (image.width_px, image.height_px, latent_height, latent_width)
@@ -286,7 +286,7 @@ def plan_upscale(
     bundle: Bundle,
     settings: Settings,
     output_format: ImageFormat,
-    places: Sequence[Device] = (),
+    devices: Sequence[Device] = (),
 ) -> tuple[UpscaleParams, Values]:
     """The parameters of a job that enlarges a latent, and the raw latent.
 
@@ -327,7 +327,7 @@ def plan_upscale(
                 "body",
                 f"is a latent of {latent_height}x{latent_width}, whose sides times {scale} are not whole",
             ),
-            *_upscale_checks(params, bundle, settings, places),
+            *_upscale_checks(params, bundle, settings, devices),
         )
     )
     return params, latent
@@ -365,7 +365,7 @@ def is_one_frame(shape: Sequence[int], space: LatentSpace) -> bool:
 
 
 def _upscale_checks(
-    params: UpscaleParams, bundle: Bundle, settings: Settings, places: Sequence[Device]
+    params: UpscaleParams, bundle: Bundle, settings: Settings, devices: Sequence[Device]
 ) -> tuple[Check, ...]:
     """Checks that apply to latents and images."""
     to_latent = params.output == "latent" and params.method == "swinir" and params.scale > 1
@@ -373,7 +373,7 @@ def _upscale_checks(
         _no_decode(params.decode, bundle),
         (to_latent, "output", "is latent, but swinir enlarges pixels; choose another method"),
         _too_many("body", params.batch_items, settings),
-        _too_large("body", params, bundle, settings, places),
+        _too_large("body", params, bundle, settings, devices),
     )
 
 
@@ -382,8 +382,8 @@ def _too_many(field: str, images: int, settings: Settings) -> Check:
     return images > max_images, field, f"makes {images} images; one job makes at most {max_images}"
 
 
-def _too_large(field: str, params: JobParams, bundle: Bundle, settings: Settings, places: Sequence[Device]) -> Check:
+def _too_large(field: str, params: JobParams, bundle: Bundle, settings: Settings, devices: Sequence[Device]) -> Check:
     work, max_px = to_workload(params, bundle), settings.max_image_px
     image_px = work.width_px * work.height_px
-    note = largest_note(work, bundle, places, max_px) if image_px > max_px else ""
+    note = largest_note(work, bundle, devices, max_px) if image_px > max_px else ""
     return image_px > max_px, field, f"makes an image of {image_px} pixels; at most {max_px} are allowed{note}"
