@@ -271,7 +271,7 @@ async def wait_for_job(
         else:
             record = await get_job(state, job_id)
     finally:
-        await cancel_tasks(waiting, leaving)
+        await cancel_tasks((waiting, leaving))
     if options.cancel_on_timeout and not record.state.final:
         await state.producer.cancel(job_id)
     return record
