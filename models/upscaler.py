@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from giantleap.models.bundle.bundle import DESCRIPTOR, Bundle, BundleError, check_files, load_bundle
+from giantleap.models.bundle.bundle import Bundle, BundleError, check_files, load_bundle
 from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.engines.base import Artifact, Engine, EngineName
 from giantleap.models.engines.factory import open_engine
 from giantleap.models.latent_space import LatentSpace
-from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.lua.checkpoints import WEIGHT_SUFFIXES, read_lua
 from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.statistics import read_statistics
 
@@ -113,7 +113,7 @@ def load_upscaler(
     dtype_name = str(dtype).removeprefix("torch.")
     if not isinstance(source, Bundle):
         path = Path(source)
-        if path.suffix and not (path / DESCRIPTOR).is_file():
+        if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
             return _load_file(path, chosen, choose_dtype(dtype_name, chosen))
         source = load_bundle(source)
     if source.lua is None:

@@ -81,6 +81,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         giantleap.load_route("sdxl")
     with pytest.raises(giantleap.BundleError, match="has no LUA weights"):
         giantleap.load_upscaler("sdxl")
+    with pytest.raises(giantleap.BundleError, match="has no LUA weights"):
+        giantleap.load_upscaler("sd3.5-medium")  # a name with a dot is not a file name
     with pytest.raises(FileNotFoundError, match="no LUA weights at"):
         giantleap.load_upscaler(tmp_path / "lua.safetensors")
     (tmp_path / "lua.txt").write_text("")

@@ -25,6 +25,7 @@ from giantleap.models.lua.spec import SPEC_KEY, LuaSpec
 __all__ = ["CheckpointError", "read_lua", "write_lua"]
 
 _PICKLE_SUFFIXES = (".pth", ".pt")
+WEIGHT_SUFFIXES = (".safetensors", *_PICKLE_SUFFIXES)
 # What torch.load was seen to raise on 12,000 files with bytes changed or cut off; it has no error of its own.
 _DAMAGE = (
     AssertionError,
