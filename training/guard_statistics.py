@@ -71,8 +71,8 @@ def add_statistics(weights: Path, store: PairsStore, out: Path) -> LatentStatist
     if weights.suffix == ".safetensors":
         with safe_open(weights, framework="numpy") as file:
             header = dict(file.metadata() or {})
-    kept = {key: value for key, value in header.items() if key != SPEC_KEY}
-    write_lua(out, net, {**kept, STATISTICS_KEY: statistics.to_json()})
+    other_entries = {key: value for key, value in header.items() if key != SPEC_KEY}
+    write_lua(out, net, {**other_entries, STATISTICS_KEY: statistics.to_json()})
     return statistics
 
 

@@ -188,8 +188,8 @@ class PairsStore:
         """
         for line in read_index(self.folder):
             with safe_open(self.folder / line["shard"], framework="pt") as file:
-                found = tensor_hash(file.get_slice(f"x{line['scale']}")[line["place"]])
-            if found != line["sha256"]:
+                digest = tensor_hash(file.get_slice(f"x{line['scale']}")[line["place"]])
+            if digest != line["sha256"]:
                 raise PairsError(f"{self.folder / line['shard']}: tile {line['place']} x{line['scale']} is damaged")
 
     def statistics(self, count: int = 256) -> tuple[Tensor, Tensor]:

@@ -139,19 +139,19 @@ def list_sources(source: Path | HubSource) -> tuple[Sequence[Source], list[str]]
         paths = sorted((p for p in source.rglob("*") if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
     else:
         raise PairsError(f"{source}: no folder and no .tar file")
-    found: list[FileSource] = []
+    sources: list[FileSource] = []
     broken: list[str] = []
     for path in paths:
         name = path.relative_to(root).as_posix()
         if path.suffix.lower() in SUFFIXES:
-            found.append(FileSource(name, path, path.stat().st_size))
+            sources.append(FileSource(name, path, path.stat().st_size))
         elif path.suffix.lower() == ".tar":
             members, is_whole = _list_tar(path, name)
-            found += members
+            sources += members
             broken += [] if is_whole else [name]
-    if not found:
+    if not sources:
         raise PairsError(f"{source}: no picture ({', '.join(SUFFIXES)}) and no .tar file with one")
-    return found, broken
+    return sources, broken
 
 
 def _list_tar(path: Path, name: str) -> tuple[list[FileSource], bool]:
@@ -210,7 +210,7 @@ def encode_tiles(vae: Vae, tiles: Sequence[Tensor], config: PrepareConfig) -> di
         batch = torch.stack(list(tiles[start : start + config.batch])).to(vae.device)
         for level in LEVELS:
             parts[level].append(vae.encode(shrink_tiles(batch, level)).to("cpu", DTYPES[config.dtype]))
-    return {level: torch.cat(each) for level, each in parts.items() if each}
+    return {level: torch.cat(batch) for level, batch in parts.items() if batch}
 
 
 def prepare(
@@ -282,14 +282,14 @@ def _make_shard(
         tiles = cut_tiles(picture, config.tile_px)
         latents = encode_tiles(vae, list(tiles.values()), config)
         for place, (row, column) in enumerate(tiles):
-            each = {f"x{level}": latents[level][place] for level in LEVELS}
-            if not all(bool(latent.isfinite().all()) for latent in each.values()):
+            tile = {f"x{level}": latents[level][place] for level in LEVELS}
+            if not all(bool(latent.isfinite().all()) for latent in tile.values()):
                 raise ValueError(f"{source.name}: tile {row}, {column}: the VAE gave values that are not finite")
-            hashes = {name: tensor_hash(latent) for name, latent in each.items()}
+            hashes = {name: tensor_hash(latent) for name, latent in tile.items()}
             lines.append({**head, "tile": [row, column], "sha256": hashes})
         for level in LEVELS:
             parts[level].append(latents[level])
-    return {level: torch.cat(each) for level, each in parts.items() if each}, lines
+    return {level: torch.cat(batch) for level, batch in parts.items() if batch}, lines
 
 
 def _read_ahead(
@@ -322,8 +322,8 @@ def _check_plan(config: PrepareConfig, plan: dict[str, Any]) -> None:
         if any(config.out.glob("shard-*")) or (config.out / SUMMARY).exists():
             raise PairsError(f"{config.out}: shards without {PLAN}; prepare into another directory")
         replace_file(path, (json.dumps(plan, indent=1) + os.linesep).encode())
-    said = json.loads(path.read_text())
-    differing = sorted(key for key in plan.keys() | said.keys() if plan.get(key) != said.get(key))
+    stored = json.loads(path.read_text())
+    differing = sorted(key for key in plan.keys() | stored.keys() if plan.get(key) != stored.get(key))
     if differing:
         raise PairsError(
             f"{config.out} was begun with other {', '.join(differing)}; prepare into another directory, or as before"

@@ -46,12 +46,12 @@ class Gap:
     variance_gap: float
 
 
-def compare(found: Pool, expected: Pool) -> Gap:
+def compare(actual: Pool, expected: Pool) -> Gap:
     """Return the gap between a method's values and the true ones."""
-    pairs = ((found.means, expected.means), (found.deviations, expected.deviations))
+    pairs = ((actual.means, expected.means), (actual.deviations, expected.deviations))
     w_means, w_deviations = (wasserstein(one.ravel(), two.ravel()) for one, two in pairs)
     jsd_means, jsd_deviations = (jensen_shannon(one.ravel(), two.ravel()) for one, two in pairs)
-    variance, true_variance = (float(np.square(each.deviations).mean()) for each in (found, expected))
+    variance, true_variance = (float(np.square(sample.deviations).mean()) for sample in (actual, expected))
     gap = 0.0 if variance == true_variance else abs(variance - true_variance) / true_variance
     return Gap(
         wasserstein=(w_means + w_deviations) / 2,
@@ -75,8 +75,8 @@ def wasserstein(one: Floats, two: Floats) -> float:
 def bandwidth(samples: Floats) -> float:
     """Return Scott's bandwidth in one dimension, with a floor for constant samples."""
     spread = float(samples.std(ddof=1)) if len(samples) > 1 else 0.0
-    least = 1e-6 * max(1.0, float(np.abs(samples).max()))
-    return max(float(spread * len(samples) ** -0.2), least)
+    floor = 1e-6 * max(1.0, float(np.abs(samples).max()))
+    return max(float(spread * len(samples) ** -0.2), floor)
 
 
 def density(samples: Floats, grid: Floats) -> Floats:
@@ -89,15 +89,15 @@ def density(samples: Floats, grid: Floats) -> Floats:
 
 def grid_over(*samples: Floats) -> Floats:
     """Return grid points that cover nearly all of every sample's density."""
-    low = min(float(each.min()) - TAIL * bandwidth(each) for each in samples)
-    high = max(float(each.max()) + TAIL * bandwidth(each) for each in samples)
+    low = min(float(sample.min()) - TAIL * bandwidth(sample) for sample in samples)
+    high = max(float(sample.max()) + TAIL * bandwidth(sample) for sample in samples)
     return np.linspace(low, high, GRID)
 
 
 def jensen_shannon(one: Floats, two: Floats) -> float:
     """Return the Jensen-Shannon divergence of the samples' densities in bits: 0 if equal, 1 without overlap."""
     grid = grid_over(one, two)
-    shares = [density(each, grid) for each in (one, two)]
+    shares = [density(sample, grid) for sample in (one, two)]
     if any(share.sum() == 0.0 for share in shares):  # a sample so narrow that it falls between grid points
         return 0.0 if np.array_equal(np.sort(one), np.sort(two)) else 1.0
     p, q = (share / share.sum() for share in shares)

@@ -133,22 +133,22 @@ def evaluate(config: EvaluateConfig, device: torch.device, networks: Networks | 
     nets = _read_nets(config, bundle, device)
     scales = sorted({scale for net in nets.values() for scale in net.spec.scales})
     vae = read_vae(bundle, device, torch.float32)
-    found = Findings(Judge(config, networks))
+    findings = Findings(Judge(config, networks))
     for case in tqdm(_cases(config, bundle, vae, scales), desc="evaluate", unit="picture"):
-        found.add(case, vae, nets, scales)
-    if not found.count:
+        findings.add(case, vae, nets, scales)
+    if not findings.count:
         raise EvaluationError(f"{config.images or config.pairs}: nothing to measure there")
-    latents, pixels = found.latents.merged(), found.pixels.merged()
+    latents, pixels = findings.latents.merged(), findings.pixels.merged()
     report = {
-        **_origin(config, bundle, nets, networks, found.count, device),
-        "scores": _scores(config, found.tallies, found.targets, found.judge.missing),
+        **_origin(config, bundle, nets, networks, findings.count, device),
+        "scores": _scores(config, findings.tallies, findings.targets, findings.judge.missing),
         "latent_statistics": _gaps(latents),
         "pixel_statistics": _gaps(pixels),
     }
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "evaluation.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (config.out / "evaluation.md").write_text(to_markdown(report), encoding="utf-8")
-    write_sheet(found.rows, config.out / "sheet.png")
+    write_sheet(findings.rows, config.out / "sheet.png")
     for scale in scales:
         write_distributions(latents, pixels, scale, config.out / f"distributions_x{scale}.png")
     return report
@@ -188,17 +188,17 @@ def _enlarge(vae: Vae, nets: Mapping[str, Lua], case: Case, scale: int) -> dict[
     small = case.latents[scale]
     size = (case.target.shape[-2], case.target.shape[-1])
     bicubic = F.interpolate(small, scale_factor=float(scale), mode="bicubic")
-    found: dict[str, tuple[Tensor | None, Tensor]] = {
+    by_method: dict[str, tuple[Tensor | None, Tensor]] = {
         BICUBIC_PIXELS: (None, F.interpolate(vae.decode(small).clamp(-1.0, 1.0), size=size, mode="bicubic")),
         BICUBIC_LATENT: (bicubic, vae.decode(bicubic)),
     }
     for label, net in nets.items():
         if scale in net.spec.scales:
-            grown = net(small, scale)
-            if not bool(grown.isfinite().all()):
+            upscaled = net(small, scale)
+            if not bool(upscaled.isfinite().all()):
                 raise EvaluationError(f"{label} x{scale}, {case.name}: the latent has values that are not finite")
-            found[label] = (grown, vae.decode(grown))
-    return found
+            by_method[label] = (upscaled, vae.decode(upscaled))
+    return by_method
 
 
 class Judge:
@@ -236,14 +236,14 @@ class Judge:
         if isinstance(self.networks.features, str):
             self.missing["features"] = self.missing["patch_features"] = self.networks.features
             return
-        said, image = self.config, image.cpu()
+        config, image = self.config, image.cpu()
         tally.features.append(self.networks.features(image).cpu())
         try:
-            places = crop_places(image.shape[-2], image.shape[-1], said.patch_px, said.patches, said.seed, index)
+            places = crop_places(image.shape[-2], image.shape[-1], config.patch_px, config.patches, config.seed, index)
         except NotAvailableError as error:
             self.missing["patch_features"] = str(error)
             return
-        tally.patch_features.append(self.networks.features(crop(image, places, said.patch_px)).cpu())
+        tally.patch_features.append(self.networks.features(crop(image, places, config.patch_px)).cpu())
 
 
 @dataclass
@@ -312,23 +312,23 @@ def _scores(
         row: dict[str, Value] = {"psnr_db": _mean(tally.psnr_db), "ssim": _mean(tally.ssim)}
         for name, values in (("lpips", tally.lpips), ("clip_score", tally.clip_score)):
             row[name] = not_available(missing[name]) if name in missing else _mean(values)
-        for prefix, found, expected in (
+        for prefix, actual, expected in (
             ("", tally.features, targets.features),
             ("patch_", tally.patch_features, targets.patch_features),
         ):
             reason = missing.get(f"{prefix}features")
-            row |= {f"{prefix}{name}": value for name, value in _set_scores(config, found, expected, reason).items()}
+            row |= {f"{prefix}{name}": value for name, value in _set_scores(config, actual, expected, reason).items()}
         scores.setdefault(f"x{scale}", {})[method] = row
     return scores
 
 
 def _set_scores(
-    config: EvaluateConfig, found: Sequence[Tensor], expected: Sequence[Tensor], reason: str | None
+    config: EvaluateConfig, actual: Sequence[Tensor], expected: Sequence[Tensor], reason: str | None
 ) -> dict[str, Value]:
     """Return FID and KID of two lists of features."""
     if reason is not None:
         return {name: not_available(reason) for name in ("fid", "kid", "kid_std")}
-    features, targets = torch.cat(list(found)), torch.cat(list(expected))
+    features, targets = torch.cat(list(actual)), torch.cat(list(expected))
     row: dict[str, Value] = {}
     try:
         row["fid"] = fid(features, targets)
@@ -353,7 +353,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _gaps(pools: Mapping[str, Pool]) -> dict[str, dict[str, float]]:
     """Compare every kind with the targets."""
-    return {kind: asdict(compare(found, pools["target"])) for kind, found in pools.items() if kind != "target"}
+    return {kind: asdict(compare(pool, pools["target"])) for kind, pool in pools.items() if kind != "target"}
 
 
 def _origin(

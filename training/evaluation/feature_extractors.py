@@ -20,7 +20,7 @@ _DAMAGE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeE
 
 def open_networks(inception: Path | None, lpips: Path | None, clip: str | None, device: torch.device) -> Networks:
     """Open the named networks; an unusable one is replaced by the reason, for the report."""
-    given: dict[str, Any] = {}
+    opened: dict[str, Any] = {}
     openers: dict[str, Callable[[], Any]] = {}
     if inception is not None:
         openers["features"] = lambda: Inception(inception, device)
@@ -30,10 +30,10 @@ def open_networks(inception: Path | None, lpips: Path | None, clip: str | None, 
         openers["text"] = lambda: ClipScore(clip, device)
     for name, opener in openers.items():
         try:
-            given[name] = opener()
+            opened[name] = opener()
         except NotAvailableError as error:
-            given[name] = str(error)
-    return Networks(**given)
+            opened[name] = str(error)
+    return Networks(**opened)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -187,6 +187,6 @@ class ClipScore:
         inputs = self._processor(
             text=list(texts), images=list(images), return_tensors="pt", padding=True, truncation=True
         ).to(self._device)
-        found = self._model(**inputs)
-        score: Tensor = 100.0 * F.cosine_similarity(found.image_embeds, found.text_embeds)
+        output = self._model(**inputs)
+        score: Tensor = 100.0 * F.cosine_similarity(output.image_embeds, output.text_embeds)
         return score.clamp(min=0.0).cpu()

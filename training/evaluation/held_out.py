@@ -34,12 +34,12 @@ def evaluate(net: Lua, vae: Vae, store: PairsStore, tiles: Sequence[int]) -> tup
         target = vae.decode(latents[1]).clamp(-1.0, 1.0)
         pictures = [target]
         for scale in net.spec.scales:
-            grown = net(latents[scale], scale)
-            picture = vae.decode(grown).clamp(-1.0, 1.0)
+            upscaled = net(latents[scale], scale)
+            picture = vae.decode(upscaled).clamp(-1.0, 1.0)
             size = (target.shape[-2], target.shape[-1])
             bicubic = F.interpolate(vae.decode(latents[scale]), size=size, mode="bicubic").clamp(-1.0, 1.0)
             psnr = psnr_db(picture, target, MAX_DB)
-            scores.setdefault(f"x{scale}_held_out_latent_l1", []).append(float((grown - latents[1]).abs().mean()))
+            scores.setdefault(f"x{scale}_held_out_latent_l1", []).append(float((upscaled - latents[1]).abs().mean()))
             scores.setdefault(f"x{scale}_held_out_psnr_db", []).append(psnr)
             scores.setdefault(f"x{scale}_held_out_gain_db", []).append(psnr - psnr_db(bicubic, target, MAX_DB))
             pictures += [bicubic, picture]

@@ -72,8 +72,8 @@ class Networks:
 
     def names(self) -> dict[str, str | None]:
         """Return the name of each network, None where it is missing."""
-        each = {"features": self.features, "distance": self.distance, "text": self.text}
-        return {key: None if isinstance(value, str) else value.name for key, value in each.items()}
+        networks = {"features": self.features, "distance": self.distance, "text": self.text}
+        return {key: None if isinstance(value, str) else value.name for key, value in networks.items()}
 
 
 def to_levels(pictures: Tensor) -> Tensor:
@@ -186,12 +186,12 @@ def kid(
     return Kid(float(mean), float(std))
 
 
-def _check_features(features: Tensor, targets: Tensor, least: int, what: str) -> None:
+def _check_features(features: Tensor, targets: Tensor, min_samples: int, what: str) -> None:
     if features.dim() != 2 or targets.dim() != 2 or features.shape[1] != targets.shape[1]:
         raise ValueError(f"features are [n, d]; found {list(features.shape)} and {list(targets.shape)}")
-    fewest = min(len(features), len(targets))
-    if fewest < least:
-        raise NotAvailableError(f"{what} needs {least} samples a set; there are {fewest}")
+    samples = min(len(features), len(targets))
+    if samples < min_samples:
+        raise NotAvailableError(f"{what} needs {min_samples} samples a set; there are {samples}")
     if not bool(features.isfinite().all() and targets.isfinite().all()):
         raise NotAvailableError(f"{what}: features are not finite")
 

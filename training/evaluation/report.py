@@ -132,7 +132,7 @@ def draw_densities(title: str, curves: Mapping[str, Floats]) -> Image.Image:
     width, height = PLOT_PX[0] - left - right, PLOT_PX[1] - top - bottom
     grid = grid_over(*curves.values())
     densities = {kind: density(samples, grid) for kind, samples in curves.items()}
-    most = max(float(values.max()) for values in densities.values()) or 1.0
+    peak = max(float(values.max()) for values in densities.values()) or 1.0
     pen.text((left, 5), title, fill="black")
     pen.line([(left, top + height), (left + width, top + height)], fill="#888888")
     pen.text((left, top + height + 2), f"{grid[0]:.3g}", fill="#555555")
@@ -141,7 +141,7 @@ def draw_densities(title: str, curves: Mapping[str, Floats]) -> Image.Image:
     xs = left + width * (grid - grid[0]) / (grid[-1] - grid[0])
     for number, (kind, values) in enumerate(densities.items()):
         color = COLORS.get(kind) or next(others)
-        ys = top + height * (1.0 - values / most)
+        ys = top + height * (1.0 - values / peak)
         pen.line([(float(x), float(y)) for x, y in zip(xs, ys, strict=True)], fill=color, width=2)
         pen.text((left + width - 130, top + 4 + 13 * number), kind, fill=color)
     return plot

@@ -151,10 +151,10 @@ def _place_words(position: str, rng: np.random.Generator) -> str:
 def _drop_slots(slots: Slots, rng: np.random.Generator) -> Slots:
     """Drop each slot with probability 0.35; the shape only when the remaining words make sense."""
     keep = rng.random(6) >= 0.35
-    kept = [value if kept else None for value, kept in zip(_values(slots), keep, strict=True)]
-    if kept[0] is None and (kept[1] or kept[5]):
-        kept[0] = slots.shape
-    return Slots(*kept)
+    values = [value if is_kept else None for value, is_kept in zip(_values(slots), keep, strict=True)]
+    if values[0] is None and (values[1] or values[5]):
+        values[0] = slots.shape
+    return Slots(*values)
 
 
 def _say_synonyms(slots: Slots, rng: np.random.Generator) -> Slots:

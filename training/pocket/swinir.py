@@ -164,9 +164,9 @@ def validate(net: Lua, pairs: PicturePairs) -> dict[str, float]:
     target = to_images(pairs.large) * 2.0 - 1.0
     for name, pixels in (("clean", pairs.clean), ("decoded", pairs.decoded)):
         small = to_images(pixels)
-        grown = torch.cat([net(part, pairs.scale) for part in small.split(4)])
+        upscaled = torch.cat([net(part, pairs.scale) for part in small.split(4)])
         bicubic = F.interpolate(small, scale_factor=float(pairs.scale), mode="bicubic")
-        scores[name] = psnr_db(grown * 2.0 - 1.0, target)
+        scores[name] = psnr_db(upscaled * 2.0 - 1.0, target)
         scores[f"{name}_gain"] = scores[name] - psnr_db(bicubic * 2.0 - 1.0, target)
     return scores
 
@@ -201,8 +201,8 @@ def train_swinir(
     for progress in train_steps(state, budget, f"swinir x{scale}"):
         small, large = pairs.draw(state.rng, BATCH, CROP_PX)
         with torch.autocast("cpu", torch.bfloat16):
-            grown = net(small, scale)
-        loss = (grown.float() - large).abs().mean()
+            upscaled = net(small, scale)
+        loss = (upscaled.float() - large).abs().mean()
         torch.autograd.backward(loss)
         optimiser.step(cosine_rate(progress, state.step))
         state.ema.update(net, state.step)

@@ -220,15 +220,15 @@ def flow_loss(network: TextToLatent, latents: Tensor, tokens: Tensor, sigma: Ten
 @contextmanager
 def low_level_features(unet: UNet2DConditionModel) -> Iterator[list[Tensor]]:
     """Collect the outputs of the last down, the middle and the first up block during one forward pass."""
-    kept: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if isinstance(output, tuple) else output)
 
     blocks: list[Any] = [unet.down_blocks[-1], unet.mid_block, unet.up_blocks[0]]
     handles = [block.register_forward_hook(keep) for block in blocks]
     try:
-        yield kept
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
@@ -288,9 +288,9 @@ def train_text(
         write_latents(vae, scenes, out / "latents.npy")
     pool, tokenizer = read_latents(scenes, out / "latents.npy"), open_tokenizer()
     network, averaged = TextToLatent(len(tokenizer)), TextToLatent(len(tokenizer))
-    for each in (network, averaged):  # plain attention: the fused backward is slower on a CPU
-        each.unet.set_attn_processor(AttnProcessor())
-        each.text_encoder.set_attn_implementation("eager")
+    for model in (network, averaged):  # plain attention: the fused backward is slower on a CPU
+        model.unet.set_attn_processor(AttnProcessor())
+        model.text_encoder.set_attn_implementation("eager")
     unet: Any = network.unet  # missing in torch's annotations
     unet.to(memory_format=torch.channels_last)  # 1.2x on a CPU
     optimiser = make_optimiser(network, muon_lr, adam_lr)
