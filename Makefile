@@ -61,6 +61,9 @@ lint: $(VENV)/.dev ## Check format and lint rules
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/codespell
+	$(BIN)/python -m giantleap.service.jobqueue.scripts build/lua
+	@if command -v luacheck >/dev/null; then luacheck --quiet build/lua; else \
+	echo "luacheck is not installed; the Lua scripts were not checked: apt-get install lua-check"; fi
 
 types: $(VENV)/.dev ## Check the types
 	$(BIN)/mypy
