@@ -1,14 +1,13 @@
-"""Traces of W3C Trace Context and OpenTelemetry: one trace from an HTTP request through the queue to the last stage.
+"""OpenTelemetry traces: one trace from an HTTP request through the queue to the last stage.
 
-An API process opens a span per request and gives its `traceparent` to the job; the worker that claims the job adds the
-wait, the run and each stage to the same trace. Without an endpoint no span is made, and ids are still handed on: the
-log lines of a request and of its job are found by one trace id. No attribute holds a prompt, a latent or who called.
-Needs `opentelemetry-api` only; the extra `otel` brings what sends.
+An API process opens a span per request and stores its W3C `traceparent` in the job; the worker that claims the job adds
+the wait, the run and each stage to the same trace. Without an endpoint no span is recorded, but the ids are still
+propagated, so that one trace id finds the log lines of a request and of its job. No attribute holds a prompt, a latent
+or the caller. This module needs `opentelemetry-api` only; the extra `otel` installs the exporter.
 """
 
 import os
 import platform
-import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,17 +20,16 @@ from typing import TYPE_CHECKING
 from opentelemetry.context import Context
 from opentelemetry.trace import (
     Link,
-    NonRecordingSpan,
     NoOpTracer,
     Span,
-    SpanContext,
     SpanKind,
     Status,
     StatusCode,
-    TraceFlags,
     Tracer,
+    get_current_span,
     set_span_in_context,
 )
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from giantleap.service.errors import BadConfiguration
 from giantleap.service.jobs.job import Job
@@ -41,41 +39,35 @@ if TYPE_CHECKING:
 
 Attributes = Mapping[str, str | int | float | bool]
 
-# W3C Trace Context, level 1, section 3.2: version 00; zero ids and version ff are invalid. Of a later version, the
-# fields that this one knows are read (section 4.1).
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_PROPAGATOR = TraceContextTextMapPropagator()
 _CURRENT: ContextVar[str | None] = ContextVar("traceparent", default=None)
 _EXPORT_TIMEOUT_S = 5
 
 
-def read_traceparent(sent: str | None) -> str | None:
-    """The header as version 00 writes it; None where it is missing or not valid, as the standard asks."""
-    text = "" if sent is None else sent.strip()
-    found = _TRACEPARENT.fullmatch(text) if len(text) <= 512 else None
-    if found is None or (text.startswith("00-") and found[4]):
-        return None
-    return f"00-{found[1]}-{found[2]}-{found[3]}"
+def read_traceparent(header: str | None) -> str | None:
+    """The header in version 00; None if it is missing or not valid."""
+    return _to_traceparent(_to_context(header))
 
 
 def trace_id_of(traceparent: str | None) -> str | None:
-    """The 32 hex digits that a trace is found by."""
+    """The 32 hexadecimal digits of the trace id."""
     return None if traceparent is None else traceparent.split("-")[1]
 
 
 def current_traceparent() -> str | None:
-    """The `traceparent` of the request that is being answered, for the job that it makes; None outside of one."""
+    """The `traceparent` of the current request, for the job that it creates; None outside of a request."""
     return _CURRENT.get()
 
 
 @dataclass(frozen=True, slots=True)
 class RequestTrace:
-    """A request's place in its trace."""
+    """The span of a request and its `traceparent`."""
 
     traceparent: str
     span: Span
 
     def end(self, method: str, route: str, status: int, job_id: str | None) -> None:
-        """What became of the request; `route` is the path's template, never the path."""
+        """Records the response; `route` is the template of the path, never the path itself."""
         self.span.update_name(f"{method} {route}")
         self.span.set_attributes(
             {"http.request.method": method, "http.route": route, "http.response.status_code": status}
@@ -87,10 +79,10 @@ class RequestTrace:
 
 
 class Tracing:
-    """The spans of one process. Made by `open_tracing`; tests give a provider of their own.
+    """The spans of one process, as `open_tracing` opens it.
 
     Args:
-        provider: Where spans go; none: nothing is recorded.
+        provider: Where spans go; without one nothing is recorded.
     """
 
     def __init__(self, provider: "TracerProvider | None" = None) -> None:
@@ -98,15 +90,16 @@ class Tracing:
         self._tracer: Tracer = NoOpTracer() if provider is None else provider.get_tracer("giantleap")
 
     @contextmanager
-    def request(self, name: str, sent: str | None, record: bool = True) -> Iterator[RequestTrace]:
-        """The span of an HTTP request: continues the client's trace where `sent`, its `traceparent`, is valid.
+    def request(self, name: str, header: str | None, record: bool = True) -> Iterator[RequestTrace]:
+        """The span of an HTTP request. It continues the trace of the client if `header`, a `traceparent`, is valid.
 
-        Within, `current_traceparent` is this request's.
+        Inside the context, `current_traceparent` is that of this request.
         """
-        parent = read_traceparent(sent)
+        parent = _to_context(header)
         tracer = self._tracer if record else NoOpTracer()
-        span = tracer.start_span(name, _to_context(parent), SpanKind.SERVER)
-        traceparent = _to_traceparent(span) or parent or _new_traceparent()
+        span = tracer.start_span(name, parent, SpanKind.SERVER)
+        traceparent = _to_traceparent(set_span_in_context(span, Context())) or _to_traceparent(parent)
+        traceparent = traceparent or _new_traceparent()
         token = _CURRENT.set(traceparent)
         try:
             yield RequestTrace(traceparent, span)
@@ -126,7 +119,7 @@ class Tracing:
 
     @contextmanager
     def batch(self, jobs: Sequence[Job], attributes: Attributes) -> Iterator["BatchTrace"]:
-        """The run of jobs together: a span in each job's own trace, linked to those of the others."""
+        """The run of a batch: a span in the trace of each job, linked to the spans of the others."""
         trace = BatchTrace(self._tracer if self._provider is not None else None, jobs, attributes)
         try:
             yield trace
@@ -134,16 +127,16 @@ class Tracing:
             trace.close()
 
     def close(self) -> None:
-        """Sends what is left, for some seconds at most."""
+        """Sends the remaining spans, for some seconds at most."""
         if self._provider is not None:
             self._provider.force_flush(1000 * _EXPORT_TIMEOUT_S)
             self._provider.shutdown()
 
 
 class BatchTrace:
-    """The spans of one batch: each stage is written into the trace of every job that it ran for.
+    """The spans of one batch: each stage appears in the trace of every job that it ran for.
 
-    Stage spans of one batch cover the same time in several traces, so that each trace is whole by itself.
+    So each trace is complete, although the stage spans of a batch cover the same time in several traces.
     """
 
     def __init__(self, tracer: Tracer | None, jobs: Sequence[Job], attributes: Attributes) -> None:
@@ -158,7 +151,7 @@ class BatchTrace:
 
     @contextmanager
     def stage(self, name: str, job_ids: Sequence[str]) -> Iterator[None]:
-        """The spans of one stage that runs within, for the jobs named."""
+        """The spans of the stage that runs inside the context, for these jobs."""
         start_ns = time.time_ns()
         failed = True
         try:
@@ -171,7 +164,7 @@ class BatchTrace:
                     self._write_stage(self._tracer, name, job_id, start_ns, end_ns, failed)
 
     def end(self, job_id: str, error_code: str | None) -> None:
-        """A job's run is over; `error_code` says why it failed."""
+        """Marks the run of a job as failed if there is an `error_code`."""
         span = self._spans.get(job_id)
         if span is not None and error_code is not None:
             span.set_attribute("error.type", error_code)
@@ -193,17 +186,18 @@ class BatchTrace:
 
 
 def open_tracing(endpoint: str | None, role: str) -> Tracing:
-    """Tracing of a process that is `giantleap-<role>`; off without an endpoint.
+    """Tracing of a process of the service `giantleap-<role>`; off without an endpoint.
 
     Headers and sampling come from the standard variables (OTEL_EXPORTER_OTLP_HEADERS, OTEL_TRACES_SAMPLER).
 
+    Effects: starts a thread that exports. If the receiver does not answer, spans are lost, never requests.
+
     Args:
         endpoint: Base URL of an OTLP/HTTP receiver; spans go to its `/v1/traces`.
+        role: Of the process: api or worker.
 
     Raises:
-        BadConfiguration: the extra `otel` is not installed.
-
-    Effects: starts a thread that sends; a receiver that does not answer costs spans, never a request.
+        BadConfiguration: The extra `otel` is not installed.
     """
     if endpoint is None:
         return Tracing()
@@ -214,7 +208,7 @@ def open_tracing(endpoint: str | None, role: str) -> Tracing:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise BadConfiguration(
-            "otlp_endpoint is set and what sends traces is not installed: pip install 'giantleap[otel]'"
+            "otlp_endpoint is set, but the OpenTelemetry exporter is not installed: pip install 'giantleap[otel]'"
         ) from error
     resource = Resource.create(
         {
@@ -230,32 +224,23 @@ def open_tracing(endpoint: str | None, role: str) -> Tracing:
 
 
 def _to_context(traceparent: str | None) -> Context:
-    """A context whose span is the one that `traceparent` names; an empty one starts a trace."""
-    context = _to_span_context(traceparent)
-    return Context() if context is None else set_span_in_context(NonRecordingSpan(context), Context())
+    """The context of a `traceparent`; an empty one, which starts a new trace, if it is missing or not valid."""
+    return _PROPAGATOR.extract({} if traceparent is None else {"traceparent": traceparent}, Context())
+
+
+def _to_traceparent(context: Context) -> str | None:
+    carrier: dict[str, str] = {}
+    _PROPAGATOR.inject(carrier, context)
+    return carrier.get("traceparent")
 
 
 def _to_link(traceparent: str | None) -> Link | None:
-    context = _to_span_context(traceparent)
-    return None if context is None else Link(context)
-
-
-def _to_span_context(traceparent: str | None) -> SpanContext | None:
-    if (valid := read_traceparent(traceparent)) is None:
-        return None
-    _, trace_id, span_id, flags = valid.split("-")
-    return SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=TraceFlags(int(flags, 16)))
-
-
-def _to_traceparent(span: Span) -> str | None:
-    context = span.get_span_context()
-    if not context.is_valid:
-        return None
-    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+    span_context = get_current_span(_to_context(traceparent)).get_span_context()
+    return Link(span_context) if span_context.is_valid else None
 
 
 def _new_traceparent() -> str:
-    """Ids for the log lines of a request that nobody traces: not sampled."""
+    """A trace that is not sampled, for the log lines of a request that nobody traces."""
     return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00"
 
 
