@@ -25,8 +25,8 @@ def retry_after_s(stats: QueueStats) -> int:
     running_s = any_s * (stats.processing + stats.delayed) / workers
     waiting_s = max(
         sum(work_s.values()) / workers,
-        work_s[False] / max(1, workers - stats.finishing_workers),
-        work_s[True] / max(1, workers - stats.drawing_workers),
+        work_s[False] / max(1, workers - stats.decode_workers),
+        work_s[True] / max(1, workers - stats.generate_workers),
     )
     return min(_MAX_RETRY_S, max(1, math.ceil(running_s + waiting_s)))
 

@@ -1,13 +1,13 @@
-"""Redis clients from a URL: one server, a master that sentinels name, or a cluster; for threads and for asyncio.
+"""Redis clients from a URL: one server, a master behind sentinels, or a cluster; for threads and for asyncio.
 
-| form | what answers |
+| form | connects to |
 |---|---|
 | `redis://`, `rediss://`, `unix://` as redis-py reads them | one server |
 | `redis+sentinel://[user:password@]host[:26379],host/service[/db]` | the master of that name, found at each connect |
 | `redis+cluster://[user:password@]host[:6379],host` | the nodes of a cluster |
 
-`rediss+sentinel://` and `rediss+cluster://` speak TLS. The user and password are those of the data servers; sentinels
-that ask for some take `?sentinel_username=` and `?sentinel_password=`. No error of this module holds a URL.
+`rediss+sentinel://` and `rediss+cluster://` use TLS. User and password are those of the data servers; credentials of
+the sentinels are `?sentinel_username=` and `?sentinel_password=`. No error of this module holds a URL.
 """
 
 import asyncio
@@ -38,26 +38,26 @@ REDIS_UNAVAILABLE = (
     OutOfMemoryError,
     TryAgainError,
     ClusterError,
-    RedisClusterException,  # no node of a cluster can be reached: redis-py has no narrower class for it
+    RedisClusterException,  # no node of a cluster is reachable: redis-py has no narrower class
 )
-"""What a call raises while Redis is away, is failing over, or may not write just now: waiting can help."""
+"""Errors of a server that is unreachable, fails over or refuses writes for now: a retry can succeed."""
 
 _FORMS = "redis://, rediss://, unix://, redis+sentinel://host:26379,host/service/db or redis+cluster://host:6379,host"
-# A server of version 6 wraps what a command in a script met into an error of its own.
+# Redis 6 wraps the error of a command in a script.
 _WRAPPED = (" -OOM ", " -READONLY ", " -MISCONF ")
-# MISCONF: its disk takes no more, which somebody mends; UNBLOCKED: a master that becomes a replica ends what blocks.
+# MISCONF: the disk is full; UNBLOCKED: a master that became a replica ended a blocking command.
 _TEMPORARY = ("NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "UNBLOCKED")
 _MAX_OUTAGE_S, _PAUSE_S = 120.0, 0.5
 _CANCEL_AGAIN_S = 0.1
 _SENTINEL_PORT, _SERVER_PORT = 26379, 6379
-# Asked before each connect: a sentinel that is gone costs this once, then the next one is asked first.
+# A sentinel that does not answer costs this once; redis-py then asks the next one first.
 _SENTINEL_TIMEOUT_S = 1.0
 _TIMEOUTS: dict[str, Any] = {"socket_timeout": 10.0, "socket_connect_timeout": 5.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """What a URL names. Of a `server` only the kind is read here, the rest by redis-py."""
+    """The parts of a URL. redis-py itself reads the URL of a `server`."""
 
     kind: Literal["server", "sentinel", "cluster"]
     url: str = field(repr=False)
@@ -73,7 +73,7 @@ def read_address(url: str) -> Address:
     """The parts of a URL; opens nothing.
 
     Raises:
-        BadConfiguration: the form is none of those above. The text holds no part of the URL but the scheme.
+        BadConfiguration: The URL has none of these forms. The message holds no part of it but the scheme.
     """
     scheme, _, rest = url.partition("://")
     if not rest:
@@ -125,14 +125,13 @@ def _read_hosts(text: str, default_port: int) -> tuple[tuple[str, int], ...]:
 
 
 def open_redis(url: str, max_outage_s: float = _MAX_OUTAGE_S) -> SyncRedis:
-    """A client for threads, as `JobConsumer` wants it: bounded timeouts, a few quick retries; longer outages are waited
-    for.
+    """A client for threads, with bounded timeouts and a few quick retries. `JobConsumer` waits for longer outages.
 
-    Effects: a cluster is asked for its nodes at once; everything else connects with its first command.
+    Effects: reads the nodes of a cluster at once; any other client connects with its first command.
 
     Raises:
-        BadConfiguration: the URL cannot be read.
-        NotReady: no node of a cluster has answered for `max_outage_s`.
+        BadConfiguration: The URL cannot be read.
+        NotReady: No node of a cluster answered for `max_outage_s`.
     """
     address = read_address(url)
     retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2)
@@ -141,8 +140,8 @@ def open_redis(url: str, max_outage_s: float = _MAX_OUTAGE_S) -> SyncRedis:
         return _open_cluster(address, options, max_outage_s)
     options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
     if address.kind == "sentinel":
-        asked = Sentinel(address.hosts, sentinel_kwargs=_sentinel_options(address, Retry(NoBackoff(), 0)))
-        master: redis.Redis = asked.master_for(address.service, db=address.db, ssl=address.tls, **options)
+        sentinel = Sentinel(address.hosts, sentinel_kwargs=_sentinel_options(address, Retry(NoBackoff(), 0)))
+        master: redis.Redis = sentinel.master_for(address.service, db=address.db, ssl=address.tls, **options)
         return master
     try:
         return redis.Redis.from_url(url, **options)
@@ -151,7 +150,7 @@ def open_redis(url: str, max_outage_s: float = _MAX_OUTAGE_S) -> SyncRedis:
 
 
 def _timeouts(url: str) -> dict[str, Any]:
-    """Of every connection; one through the file system has no keep-alive, and redis-py takes none."""
+    """Timeouts of every connection; redis-py refuses keep-alive for Unix sockets."""
     return _TIMEOUTS if url.startswith("unix") else {**_TIMEOUTS, "socket_keepalive": True}
 
 
@@ -168,12 +167,10 @@ def _open_cluster(address: Address, options: dict[str, Any], max_outage_s: float
 
 
 def open_async_redis(url: str) -> AsyncRedis:
-    """A client for asyncio, as the producer wants it: as `open_redis`, with room for a connection per event reader.
-
-    Effects: none; it connects with its first command.
+    """A client for asyncio, with room for one connection per event reader. It connects with its first command.
 
     Raises:
-        BadConfiguration: the URL cannot be read.
+        BadConfiguration: The URL cannot be read.
     """
     address = read_address(url)
     retry = AsyncRetry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), 4)
@@ -183,8 +180,8 @@ def open_async_redis(url: str) -> AsyncRedis:
         return redis.asyncio.RedisCluster(startup_nodes=nodes, ssl=address.tls, **options)
     options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
     if address.kind == "sentinel":
-        asked = AsyncSentinel(address.hosts, sentinel_kwargs=_sentinel_options(address, AsyncRetry(NoBackoff(), 0)))
-        master: redis.asyncio.Redis = asked.master_for(address.service, db=address.db, ssl=address.tls, **options)
+        sentinel = AsyncSentinel(address.hosts, sentinel_kwargs=_sentinel_options(address, AsyncRetry(NoBackoff(), 0)))
+        master: redis.asyncio.Redis = sentinel.master_for(address.service, db=address.db, ssl=address.tls, **options)
         return master
     try:
         return redis.asyncio.Redis.from_url(url, **options)
@@ -198,10 +195,10 @@ def _sentinel_options(address: Address, retry: Retry | AsyncRetry) -> dict[str, 
 
 
 def check_client(client: SyncRedis | AsyncRedis) -> float:
-    """Seconds for which a command may block on this client, half of its socket timeout.
+    """Checks a client and returns the seconds for which a command may block on it, half of its socket timeout.
 
     Raises:
-        ValueError: the client decodes replies, but blobs are bytes.
+        ValueError: The client decodes replies, but blobs are bytes.
     """
     options = client.get_connection_kwargs()
     if options.get("decode_responses"):
@@ -224,5 +221,5 @@ async def cancel_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
 
 
 def is_temporary(error: redis.ResponseError) -> bool:
-    """Whether a server refused for a reason that passes by itself, as while it fails over."""
+    """Whether a server refused a command for a temporary reason, as during a failover."""
     return str(error).startswith(_TEMPORARY) or any(code in str(error) for code in _WRAPPED)

@@ -1,38 +1,38 @@
-"""The names of every Redis key of the queue, all under one hash tag so that one script may touch them together.
+"""Names of the Redis keys of the queue, all under one hash tag, so that one script may use them together in a Cluster.
 
-A lane is one stream, `<queue>:<priority>`. A bundle has two queues, `<bundle>` and `<bundle>+finish`: in the second
-wait jobs whose latent is there, for workers that only upscale and decode (`docs/decisions/0010-split-pools.md`).
+A lane is one stream, `<queue>:<priority>`. A bundle has two queues: `<bundle>`, and `<bundle>+finish` for jobs whose
+latent exists and that only need upscaling and decoding (`docs/decisions/0010-split-pools.md`).
 
-The Lua scripts in `giantleap.service.jobqueue.scripts` build the same names from the tag; what each key holds:
+The Lua scripts (`giantleap.service.jobqueue.scripts`) build the same names from the tag. What each key holds:
 
 | key                             | type   | holds                                             | bounded by            |
 |---------------------------------|--------|---------------------------------------------------|-----------------------|
 | {tag}:lanes                     | set    | every lane                                        | four per bundle       |
 | {tag}:stream:<lane>             | stream | one message per job, the job id                   | queue limit           |
-| {tag}:queued:<lane>             | zset   | jobs that wait, by time of entry                  | queue limit           |
-| {tag}:running                   | set    | jobs that a worker has begun                      | queue limit           |
-| {tag}:delayed                   | zset   | jobs that wait for a retry, by due time           | queue limit           |
+| {tag}:queued:<lane>             | zset   | waiting jobs, by time of entry                    | queue limit           |
+| {tag}:running                   | set    | jobs that a worker runs                           | queue limit           |
+| {tag}:delayed                   | zset   | jobs delayed for a retry, by due time             | queue limit           |
 | {tag}:job:<id>                  | hash   | the record                                        | live, then TTL        |
 | {tag}:events:<id>               | stream | progress                                          | event limit, then TTL |
 | {tag}:input:<id>                | string | input blob                                        | live, byte budget     |
 | {tag}:result:<id>               | hash   | result blobs by index                             | TTL, byte budget      |
-| {tag}:upload:<name>             | string, hash | a blob on its way to one of these           | a minute              |
+| {tag}:upload:<name>             | string, hash | a blob that no script has taken over yet    | a minute              |
 | {tag}:blob_bytes                | string | bytes of all blobs                                | one number            |
-| {tag}:blob_results, :blob_sizes | zset, hash | expiry and bytes of each job's results        | results that live     |
+| {tag}:blob_results, :blob_sizes | zset, hash | expiry and bytes of each job's results        | live results          |
 | {tag}:idempotency:<sha256>      | string | payload digest and job id                         | TTL                   |
 | {tag}:live:<owner>              | set    | jobs of one API key that have not ended           | queue limit           |
-| {tag}:rate:<owner>              | string | when the key's requests are paid for (GCRA), us   | TTL                   |
-| {tag}:workers                   | zset   | live workers, by last heartbeat                   | swept by each beat    |
-| {tag}:workers:<role>            | zset   | those of them that run only one half of the route | swept by each beat    |
-| {tag}:devices                   | hash   | what each live worker's device holds, JSON        | swept by each beat    |
-| {tag}:durations, :durations:<queue> | list | seconds of the last jobs (of their part there)  | 100, 31 entries       |
-| {tag}:queued_px                 | string | latent pixels of the jobs that live               | one number            |
-| {tag}:deadlines                 | zset   | jobs with a deadline, by it                       | live                  |
-| {tag}:jobs:<owner>              | zset   | an owner's jobs by time of entry                  | 1,000, TTL            |
-| {tag}:webhooks                  | zset   | deliveries by the time of the next attempt        | 10,000                |
-| {tag}:webhook:<delivery>        | hash   | what to send where                                | TTL                   |
-| {tag}:webhooks_dead             | stream | deliveries given up, job and reason               | about 1,000 entries   |
-| {tag}:dead                      | stream | jobs that failed for good, with their last error  | about 1,000 entries   |
+| {tag}:rate:<owner>              | string | GCRA: time up to which requests are paid, us      | TTL                   |
+| {tag}:workers                   | zset   | live workers, by last heartbeat                   | swept by heartbeats   |
+| {tag}:workers:<role>            | zset   | live workers of one role                          | swept by heartbeats   |
+| {tag}:devices                   | hash   | device of each live worker, JSON                  | swept by heartbeats   |
+| {tag}:durations, :durations:<queue> | list | seconds of recent jobs (in that queue)          | 100, 31 entries       |
+| {tag}:queued_px                 | string | latent pixels of live jobs                        | one number            |
+| {tag}:deadlines                 | zset   | jobs with a deadline, by deadline                 | live                  |
+| {tag}:jobs:<owner>              | zset   | jobs of an owner, by time of entry                | 1,000, TTL            |
+| {tag}:webhooks                  | zset   | deliveries, by time of the next attempt           | 10,000                |
+| {tag}:webhook:<delivery>        | hash   | body and target of a delivery                     | TTL                   |
+| {tag}:webhooks_dead             | stream | abandoned deliveries with the reason              | about 1,000 entries   |
+| {tag}:dead                      | stream | jobs that failed finally, with their last error   | about 1,000 entries   |
 """
 
 import hashlib
@@ -42,48 +42,55 @@ from dataclasses import dataclass
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobs.job import Priority
 
-GROUP = "workers"
 FINISH = "+finish"
-"""What the name of a finish queue ends with; no bundle's name has a plus sign."""
+"""Suffix of the name of a finish queue; no bundle has a plus sign in its name."""
 LOW_FIRST_EVERY = 8
-"""Low priority is promised an eighth of the claims: its queue moves, and high loses no more than that."""
+"""One claim of so many takes low priority first, so that a steady flow of high priority does not starve it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Key names under `prefix`, which becomes the hash tag."""
+    """Key names under `prefix`."""
 
     prefix: str
 
     @property
     def tag(self) -> str:
+        """The hash tag."""
         return f"{{{self.prefix}}}"
 
     @property
     def done_channel(self) -> str:
-        """Pub/sub channel on which each job that reached a final state is published: its id, a space, its outcome."""
+        """Pub/sub channel of the jobs that ended: id, space, outcome as JSON."""
         return f"{self.tag}:done"
 
     @property
     def dead(self) -> str:
+        """Stream of the jobs that failed finally."""
         return f"{self.tag}:dead"
 
     def stream(self, lane: str) -> str:
+        """Stream of a lane."""
         return f"{self.tag}:stream:{lane}"
 
     def job(self, job_id: str) -> str:
+        """Hash of a job."""
         return f"{self.tag}:job:{job_id}"
 
     def events(self, job_id: str) -> str:
+        """Stream of the events of a job."""
         return f"{self.tag}:events:{job_id}"
 
     def input(self, job_id: str) -> str:
+        """Input blob of a job."""
         return f"{self.tag}:input:{job_id}"
 
     def result(self, job_id: str) -> str:
+        """Hash of the result blobs of a job."""
         return f"{self.tag}:result:{job_id}"
 
     def upload(self, name: str) -> str:
+        """Blob that the next script takes over."""
         return f"{self.tag}:upload:{name}"
 
 
@@ -94,12 +101,12 @@ def idempotency_digest(caller_key: str, owner: str = "") -> str:
 
 
 def lane(queue: str, priority: Priority) -> str:
-    """The part of a stream's name that says whose jobs it carries."""
+    """The name of a lane."""
     return f"{queue}:{priority.value}"
 
 
 def to_bundle(queue: str) -> str:
-    """Whose queue it is."""
+    """The bundle of a queue."""
     return queue.removesuffix(FINISH)
 
 
@@ -111,15 +118,15 @@ def queues_of(bundle: str, role: WorkerRole) -> list[str]:
 def claim_order(bundles: Sequence[str], turn: int, role: WorkerRole) -> list[str]:
     """The lanes in the order in which claim number `turn` of a worker takes from them.
 
-    High priority comes before low, but in each `LOW_FIRST_EVERY`-th claim after it. The bundle that is first rotates,
-    and so does, for a worker of role all, the queue of a bundle that is first: neither can starve the other.
+    High priority comes before low, except in each `LOW_FIRST_EVERY`-th claim. The order of the bundles rotates, and for
+    a worker of role all so does the order of the two queues of a bundle: no lane starves another.
     """
-    round_ = turn + turn // LOW_FIRST_EVERY  # else what is first at one low turn would be first at every other
+    round_ = turn + turn // LOW_FIRST_EVERY  # else the same bundle would be first at every low turn
     shift = round_ % len(bundles)
-    queues = [queues_of(bundle, role) for bundle in (*bundles[shift:], *bundles[:shift])]
+    pairs = [queues_of(bundle, role) for bundle in (*bundles[shift:], *bundles[:shift])]
     if round_ // len(bundles) % 2:
-        queues = [list(reversed(each)) for each in queues]
+        pairs = [pair[::-1] for pair in pairs]
     priorities = [Priority.HIGH, Priority.LOW]
     if turn % LOW_FIRST_EVERY == LOW_FIRST_EVERY - 1:
         priorities.reverse()
-    return [lane(queue, priority) for priority in priorities for each in queues for queue in each]
+    return [lane(queue, priority) for priority in priorities for pair in pairs for queue in pair]

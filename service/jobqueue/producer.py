@@ -121,8 +121,10 @@ class JobProducer:
         self._devices = tuple(devices)
 
     async def ping(self) -> None:
-        """Raises:
-        NotReady: Redis does not answer or is still loading its data.
+        """Checks that Redis answers.
+
+        Raises:
+            NotReady: Redis does not answer or is still loading its data.
         """
         await self._await(self._redis.ping())
 
@@ -318,8 +320,8 @@ class JobProducer:
             blob_bytes=reply.blob_bytes,
             blob_budget_bytes=self._settings.blob_budget_bytes,
             queue_median_s={lane.queue: lane.median_s for lane in reply.lanes if lane.median_s is not None},
-            drawing_workers=reply.generate_workers,
-            finishing_workers=reply.decode_workers,
+            generate_workers=reply.generate_workers,
+            decode_workers=reply.decode_workers,
         )
 
     async def _retry_after_s(self) -> int:

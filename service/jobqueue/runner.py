@@ -1,8 +1,8 @@
 """Sends the Lua scripts to Redis, for asyncio (API processes) and for threads (workers).
 
-Large blobs do not pass through a script, because it would copy them. A blob goes to Redis in commands in front of
-the script, under a temporary name; the script renames it, or deletes it if it refuses the job. What
-no script has met, because the connection was cut, expires by itself. One pipeline costs one sync of the disk.
+Large blobs do not pass through a script, because Lua would copy them. Commands in front of the script store a blob
+under a temporary key; the script renames the key, or deletes it if it refuses the job. If the connection breaks before
+the script runs, the key expires. Both go in one pipeline, which costs one sync of the disk.
 """
 
 import json
@@ -50,6 +50,7 @@ class ScriptCall:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "ScriptCall":
+        """The tag and the settings of a deployment."""
         return cls(Keys(settings.key_prefix).tag, to_config(settings))
 
     def to_command(self, script: LuaScript[Any], arguments: Mapping[str, object], value: str | bytes | None) -> Command:

@@ -243,7 +243,7 @@ class QueueStats:
     """The queue at one moment, read from Redis in one round trip.
 
     `queued` and `queue_median_s` are by queue (`giantleap.service.jobqueue.keys`). Of the live workers,
-    `drawing_workers` only generate and `finishing_workers` only upscale and decode.
+    `generate_workers` only generate and `decode_workers` only upscale and decode.
     """
 
     queued: dict[tuple[str, Priority], int]
@@ -257,8 +257,8 @@ class QueueStats:
     blob_bytes: int
     blob_budget_bytes: int
     queue_median_s: dict[str, float] = field(default_factory=dict)
-    drawing_workers: int = 0
-    finishing_workers: int = 0
+    generate_workers: int = 0
+    decode_workers: int = 0
 
 
 def to_rfc3339(time_s: float) -> str:

@@ -1,7 +1,7 @@
-"""Logs on standard error, one JSON object or one line of text each: what happened, never what was asked for.
+"""Logs on standard error, one JSON object or one line of text per record, without any content of a request.
 
-Values beside the message go in as `extra={"fields": {...}}`; what holds for everything that is logged within a request
-or a batch (its ids) is given once, by `log_fields`. No caller of either passes a prompt, a latent or a header.
+A record takes values as `extra={"fields": {...}}`; `log_fields` adds values, such as ids, to every record of a request
+or a batch. No caller of either passes a prompt, a latent or a header.
 """
 
 import json
@@ -21,7 +21,7 @@ _FIELDS: ContextVar[Mapping[str, object]] = ContextVar("log_fields", default=_NO
 
 @contextmanager
 def log_fields(**fields: object) -> Iterator[None]:
-    """Adds `fields` to every line logged within, by any library, in this task or thread; a line's own fields win."""
+    """Adds `fields` to all records of this task or thread inside the context; fields of a record take precedence."""
     token = _FIELDS.set({**_FIELDS.get(), **fields})
     try:
         yield
@@ -30,9 +30,10 @@ def log_fields(**fields: object) -> Iterator[None]:
 
 
 class JsonFormatter(logging.Formatter):
-    """One log record as one line of JSON; an exception's traceback is one string in it."""
+    """A log record as one line of JSON, with the traceback of an exception as a string."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The line."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -48,21 +49,22 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """One log record as a line to read on a terminal: local time, level, message, fields.
+    """A log record as a line for a terminal: local time, level, message, fields.
 
-    The ids of request and trace, which join lines of several processes, are left to JSON.
+    It leaves out the ids of request and trace, by which tools join the JSON lines of several processes.
     """
 
     def format(self, record: logging.LogRecord) -> str:
+        """The line."""
         fields = {**_FIELDS.get(), **getattr(record, "fields", {})}
-        told = "".join(f" {name}={_to_text(value)}" for name, value in fields.items() if name not in _ONLY_IN_JSON)
+        pairs = "".join(f" {name}={_to_text(value)}" for name, value in fields.items() if name not in _ONLY_IN_JSON)
         time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        line = f"{time} {record.levelname.lower():<8}{_escape(record.getMessage())}{told}"
+        line = f"{time} {record.levelname.lower():<8}{_escape(record.getMessage())}{pairs}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 def _to_text(value: object) -> str:
-    """Words as they are, lists by commas, the rest as JSON without spaces."""
+    """Words unquoted, lists separated by commas, other values as JSON without spaces."""
     if isinstance(value, (list, tuple)):
         return ",".join(map(_to_text, value))
     if isinstance(value, str) and value.isprintable() and not set(value) & set(' "='):
@@ -71,19 +73,19 @@ def _to_text(value: object) -> str:
 
 
 def _escape(text: str) -> str:
-    """Control characters written out: a line stays one line, and a terminal is told nothing by a client's bytes."""
+    """Escapes control characters, so that no client can add lines or control a terminal."""
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def configure_logging(level: str, layout: Literal["auto", "json", "text"] = "json") -> None:
-    """Send every log of the process to standard error, from `level` on.
+    """Sends the logs of the process to standard error.
 
-    Effects: replaces the handlers of the root logger. Libraries that tell of each request (httpx, urllib3) are only
-    heard from warnings on, because their lines hold URLs; uvicorn too, for the process itself says when it listens.
+    Effects: replaces the handlers of the root logger. Libraries that log each request (httpx, urllib3) log warnings
+    only, because their lines hold URLs; so does uvicorn, because the process itself logs when it listens.
 
     Args:
         level: The lowest level that is written.
-        layout: How a line looks; auto: text where standard error is a terminal, else JSON.
+        layout: The format of a line; auto: text if standard error is a terminal, else JSON.
     """
     as_text = layout == "text" or (layout == "auto" and sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)

@@ -1,8 +1,8 @@
-"""What the service counts and times, as Prometheus metrics: one `Metrics` per process, built once and passed down.
+"""The Prometheus metrics of the service: one `Metrics` per process, created once and passed down.
 
-All processes of a host may share `PROMETHEUS_MULTIPROC_DIR` (set by whoever starts them, before Python starts); then
-`Metrics.render` of any of them answers for all. The state of the queue is not counted by any process: it is read from
-Redis at scrape time and handed to `render`. Label values are bounded: never a prompt, a job id or a caller.
+The processes of a host may share `PROMETHEUS_MULTIPROC_DIR` (set before Python starts); then `Metrics.render` of any
+process renders the metrics of all. No process counts the state of the queue: it is read from Redis at each scrape and
+passed to `render`. Label values are bounded: never a prompt, a job id or a caller.
 """
 
 import json
@@ -33,11 +33,11 @@ class Metrics:
     """Every metric of one process.
 
     Args:
-        registry: Where the metrics live; tests pass their own.
+        registry: Of the metrics; by default a new one.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        disable_created_metrics()  # a timestamp beside every series, which several processes cannot have anyway
+        disable_created_metrics()  # a timestamp per series, which multiprocess mode does not support anyway
         self.registry = registry if registry is not None else CollectorRegistry()
         self._rejections = self._counter("rejections", "Requests refused, by reason.", "reason")
         self._http_requests = self._counter("http_requests", "HTTP requests answered.", "route", "method", "code")
@@ -98,28 +98,28 @@ class Metrics:
         return Gauge(f"giantleap_{name}", text, labels, multiprocess_mode=mode, registry=self.registry)  # type: ignore[arg-type]
 
     def set_started(self, role: str) -> None:
-        """This process, `api` or `worker`, starts now."""
+        """Records the start of this process, `api` or `worker`."""
         self._started.labels(role).set(time.time())
 
     def open_http(self, change: int) -> None:
-        """One HTTP request more, or with -1 less, is being answered."""
+        """Adds `change` to the number of open HTTP requests."""
         self._http_open.inc(change)
 
     def count_rejection(self, reason: str) -> None:
-        """A request was refused; `reason` is the code of a `GiantleapError`."""
+        """Counts a refused request; `reason` is the code of a `GiantleapError`."""
         self._rejections.labels(reason).inc()
 
     def observe_http(self, route: str, method: str, code: int, duration_s: float) -> None:
-        """A request was answered; `route` is the path template, never the path."""
+        """Records a response; `route` is the path template, never the path."""
         self._http_requests.labels(route, method, str(code)).inc()
         self._http_seconds.labels(route, method).observe(duration_s)
 
     def observe_wait(self, priority: str, wait_s: float) -> None:
-        """A job was claimed for the first time."""
+        """Records the first claim of a job."""
         self._wait_seconds.labels(priority).observe(wait_s)
 
     def observe_job(self, kind: str, bundle: str, method: str, scale: float, status: str, duration_s: float) -> None:
-        """A job reached a final state, `duration_s` after it was accepted."""
+        """Records a job that reached a final state `duration_s` after it was accepted."""
         self._jobs.labels(kind, bundle, status).inc()
         self._job_seconds.labels(kind, bundle, method, str(scale), status).observe(duration_s)
 
@@ -133,61 +133,61 @@ class Metrics:
         *,
         warmup: bool = False,
     ) -> None:
-        """A batch ran; `stages_s` maps each stage that ran to its seconds."""
+        """Records a batch that ran; `stages_s` maps each stage that ran to its seconds."""
         for stage, duration_s in stages_s.items():
             labels = (stage, bundle, method, str(scale), engine, str(warmup).lower())
             self._stage_seconds.labels(*labels).observe(duration_s)
 
     def observe_batch(self, kind: str, items: int) -> None:
-        """A batch of `items` images is about to run."""
+        """Records a batch of `items` images that is about to run."""
         self._batch_items.labels(kind).observe(items)
 
     def count_images(self, bundle: str, scale: float, images: int, pixels: int) -> None:
-        """Images were stored; `pixels` is their sum."""
+        """Counts stored images; `pixels` is their sum."""
         self._images.labels(bundle, str(scale)).inc(images)
         self._pixels.labels(bundle, str(scale)).inc(pixels)
 
     def count_fenced(self) -> None:
-        """A finished job was dropped: its lease had gone to another worker."""
+        """Counts a finished job that was dropped because its lease was lost."""
         self._fenced.inc()
 
     def count_retry(self, bundle: str) -> None:
-        """A job failed with a retryable error."""
+        """Counts a job that failed with a retryable error."""
         self._retries.labels(bundle).inc()
 
     def count_failure(self, bundle: str, code: str) -> None:
-        """An attempt at a job failed; `code` is that of a `GiantleapError` or `engine_error`."""
+        """Counts a failed attempt; `code` is that of a `GiantleapError` or `engine_error`."""
         self._failures.labels(bundle, code).inc()
 
     def set_device_memory(self, device: str, memory_bytes: int) -> None:
-        """What jobs may take of this worker's device."""
+        """Sets the memory that jobs may use on the device of this worker."""
         self._device_bytes.labels(device).set(memory_bytes)
 
     def count_webhook(self, outcome: str) -> None:
-        """A webhook was posted; `outcome` is delivered, retried (it will be tried again) or dropped."""
+        """Counts an attempt to post a webhook; `outcome` is delivered, retried (later) or dropped."""
         self._webhooks.labels(outcome).inc()
 
     def set_peak_memory(self, device: str, source: str, peak_bytes: int) -> None:
-        """Peak memory of the last batch; `source` is `cuda_allocated` or `process_rss`."""
+        """Sets the peak memory of the last batch; `source` is `cuda_allocated` or `process_rss`."""
         self._peak_bytes.labels(device, source).set(peak_bytes)
 
     def set_protocol(
         self, bundle: str, method: str, scale: float, image_px: str, stage: str, statistic: str, value_s: float
     ) -> None:
-        """One figure of the paper's protocol; `image_px` is the final size, `1024x1024`."""
+        """Sets one figure of the paper's timing protocol; `image_px` is the final size, as in `1024x1024`."""
         self._protocol.labels(bundle, method, str(scale), image_px, stage, statistic).set(value_s)
 
     def set_engine(self, bundle: str, engine: str, device: str, dtype: str) -> None:
-        """What runs a bundle in this process."""
+        """Records the engine that runs a bundle in this process."""
         self._engine.labels(bundle, engine, device, dtype, version("torch")).set(1)
 
     def render(self, stats: QueueStats | None) -> bytes:
         """All metrics of this host in the text exposition format (`CONTENT_TYPE`).
 
-        Args:
-            stats: The queue now; None when Redis cannot be reached, which the metrics then say.
-
         Effects: with `PROMETHEUS_MULTIPROC_DIR`, removes the live gauges of processes that have ended.
+
+        Args:
+            stats: The queue now; None if Redis is unavailable, which a metric then shows.
         """
         shared_dir = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         if shared_dir is None:
@@ -211,6 +211,7 @@ class QueueCollector(Collector):
         self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
+        """The metrics of the queue."""
         stats = self._stats
         yield _family("queue_reachable", "1 when Redis answered this scrape.", 0 if stats is None else 1)
         if stats is None:
@@ -224,7 +225,7 @@ class QueueCollector(Collector):
         yield _family("workers_live", "Workers that are ready and alive.", stats.live_workers)
         by_stage = GaugeMetricFamily("giantleap_stage_workers_live", "Those that run this stage.", labels=("stage",))
         for stage in ("generate", "upscale", "decode"):
-            others = stats.finishing_workers if stage == "generate" else stats.drawing_workers
+            others = stats.decode_workers if stage == "generate" else stats.generate_workers
             by_stage.add_metric((stage,), stats.live_workers - others)
         yield by_stage
         yield _family("blob_bytes", "Bytes of inputs and results in Redis.", stats.blob_bytes)
@@ -232,7 +233,7 @@ class QueueCollector(Collector):
 
 
 def _depths(stats: QueueStats) -> Iterator[Metric]:
-    """Jobs that wait by bundle and priority: all of them, and those in the finish queues."""
+    """Waiting jobs by bundle and priority: all of them, and those in the finish queues."""
     labels = ("bundle", "priority")
     depth = GaugeMetricFamily("giantleap_queue_depth", "Jobs that wait to be claimed.", labels=labels)
     finish = GaugeMetricFamily(
@@ -247,12 +248,13 @@ def _depths(stats: QueueStats) -> Iterator[Metric]:
 
 
 class RestartCollector(Collector):
-    """How often the supervisor of this host restarted its processes; nothing where there is no supervisor."""
+    """How often the supervisor of this host restarted its processes; nothing without a supervisor."""
 
     def __init__(self, shared_dir: Path) -> None:
         self._path = shared_dir / _RESTARTS_FILE
 
     def collect(self) -> Iterator[Metric]:
+        """The counters of restarts."""
         if not self._path.exists():
             return
         restarts: dict[str, dict[str, int]] = json.loads(self._path.read_text())
@@ -262,13 +264,13 @@ class RestartCollector(Collector):
                 f"{text} of this host that ended by themselves, by reason.",
                 labels=("reason",),
             )
-            for reason in _ENDS:  # zeros too: a rate needs the value before the first increase
+            for reason in _ENDS:  # also zeros: a rate needs the value before the first increase
                 family.add_metric((reason,), restarts[role].get(reason, 0))
             yield family
 
 
 def write_restarts(shared_dir: Path, restarts: Mapping[str, Mapping[str, int]]) -> None:
-    """Write the supervisor's counts by role and reason where every process of this host can read them."""
+    """Writes the restarts by role and reason, for every process of this host to read."""
     written = shared_dir / f"{_RESTARTS_FILE}.new"
     written.write_text(json.dumps(restarts))
     written.replace(shared_dir / _RESTARTS_FILE)
@@ -279,7 +281,7 @@ def _family(name: str, text: str, value: float) -> GaugeMetricFamily:
 
 
 def remove_dead_gauges(shared_dir: Path) -> None:
-    """Remove the live gauges of processes that no longer run; counters and histograms stay, so that sums stay right.
+    """Removes the live gauges of processes that have ended; counters and histograms stay, so that sums stay right.
 
     Effects: unlinks `gauge_live*_<pid>.db`; safe to repeat and to run in several processes at once.
     """

@@ -1,8 +1,8 @@
-"""Where a webhook may go: its URL is read, its host checked and resolved at the request, and once more at each connect.
+"""Checks where a webhook may go, against server-side request forgery: at the request and again at each connect.
 
-A name may resolve to a public address while it is checked and to 127.0.0.1 a moment later, so the connection is made
-to the very address that was checked (`CheckedBackend`), while the Host header and the name that TLS verifies stay those
-of the URL. `giantleap.service.webhooks.sender` sends through it.
+A name may resolve to a public address during the check and to 127.0.0.1 a moment later. So `CheckedBackend` connects to
+the address that it checked, while the Host header and the name that TLS verifies stay those of the URL.
+`giantleap.service.webhooks.sender` sends through it.
 """
 
 import asyncio
@@ -20,10 +20,10 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 SocketOption = httpcore.SOCKET_OPTION
 
 _RESOLVE_S = 5.0
-_LONGEST_URL_CHARS = 2048
+_MAX_URL_CHARS = 2048
 _URL = re.compile(r"[!-~]+")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?\.?")
-# Addresses that carry another one inside: mapped and translated IPv4 (RFC 4291, 6052, 8215), Teredo, 6to4.
+# Networks whose addresses contain an IPv4 address: mapped and translated IPv4 (RFC 4291, 6052, 8215), Teredo, 6to4.
 _WRAPPING = [
     ipaddress.IPv6Network(text)
     for text in ("::/96", "::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16")
@@ -31,12 +31,12 @@ _WRAPPING = [
 
 
 class TargetRefused(ValueError):
-    """A URL that no webhook is sent to; the text names the reason and never the URL."""
+    """A URL to which no webhook is sent; the message has the reason and never the URL."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The parts of a webhook's URL as they are used for connecting: there is no second reading of it."""
+    """The parts of a URL, parsed once: the check and the connection use the same."""
 
     scheme: str
     host: str
@@ -45,7 +45,7 @@ class Target:
 
     @property
     def authority(self) -> str:
-        """Host and port as the Host header has them."""
+        """Host and port, as in the Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == {"http": 80, "https": 443}[self.scheme] else f"{host}:{self.port}"
 
@@ -54,10 +54,10 @@ def read_target(url: str) -> Target:
     """The parts of a URL.
 
     Raises:
-        TargetRefused: it is not plain http or https, or names a user.
+        TargetRefused: The URL is not plain http or https, or names a user.
     """
-    if len(url) > _LONGEST_URL_CHARS or not _URL.fullmatch(url) or "\\" in url:
-        raise TargetRefused(f"is not a URL of at most {_LONGEST_URL_CHARS} printable ASCII characters")
+    if len(url) > _MAX_URL_CHARS or not _URL.fullmatch(url) or "\\" in url:
+        raise TargetRefused(f"is not a URL of at most {_MAX_URL_CHARS} printable ASCII characters")
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -78,62 +78,65 @@ def read_target(url: str) -> Target:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the open network: none of loopback, private, link-local, CGNAT, multicast, metadata.
+    """Whether an address is public: not loopback, private, link-local, CGNAT, multicast or metadata.
 
-    An IPv6 address that wraps an IPv4 one is refused whatever it wraps.
+    IPv6 addresses that contain an IPv4 address are never public.
     """
     try:
-        read = ipaddress.ip_address(address)
+        parsed = ipaddress.ip_address(address)
     except ValueError:
         return False
-    if isinstance(read, ipaddress.IPv6Address) and (
-        read.scope_id is not None or read.is_site_local or any(read in network for network in _WRAPPING)
+    if isinstance(parsed, ipaddress.IPv6Address) and (
+        parsed.scope_id is not None or parsed.is_site_local or any(parsed in network for network in _WRAPPING)
     ):
         return False
-    return read.is_global and not (read.is_multicast or read.is_reserved or read.is_unspecified or read.is_loopback)
+    special = parsed.is_multicast or parsed.is_reserved or parsed.is_unspecified or parsed.is_loopback
+    return parsed.is_global and not special
 
 
 async def resolve(host: str, port: int) -> Sequence[str]:
     """The addresses of a host, as the system resolves it."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(entry[4][0]) for entry in found]
+    entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in entries]
 
 
 def is_listed(host: str, hosts: Sequence[str]) -> bool:
-    """Whether a host is one of `hosts`, or below one that begins with a dot; any is where there are none."""
+    """Whether `hosts` has this host, or a domain of it as `.example.org`; an empty list allows every host."""
     name = host.lower().removesuffix(".")
-    return not hosts or any(name.endswith(each) if each.startswith(".") else name == each for each in hosts)
+    return not hosts or any(name.endswith(item) if item.startswith(".") else name == item for item in hosts)
 
 
 async def find_addresses(
     host: str, port: int, allow_private: bool, resolve: Resolve = resolve, hosts: Sequence[str] = ()
 ) -> list[str]:
-    """The addresses that a webhook may be sent to.
+    """The addresses of a host to which a webhook may be sent.
 
     Args:
-        allow_private: Also those that are not public.
-        resolve: Asked only for a host that is allowed.
-        hosts: The only ones that are allowed (`is_listed`).
+        host: Name or address.
+        port: Of the target.
+        allow_private: Also allow addresses that are not public.
+        resolve: Called only for a host that is allowed.
+        hosts: The hosts that are allowed (`is_listed`).
 
     Raises:
-        TargetRefused: the host is not allowed, does not resolve, or one of its addresses is not public.
+        TargetRefused: The host is not allowed, does not resolve, or has an address that is not public.
     """
     if not is_listed(host, hosts):
         raise TargetRefused("has a host that is not on the list of this service")
     try:
         async with asyncio.timeout(_RESOLVE_S):
-            found = list(dict.fromkeys(await resolve(host, port)))
+            addresses = list(dict.fromkeys(await resolve(host, port)))
     except (OSError, UnicodeError, TimeoutError):
         raise TargetRefused("has a host that does not resolve") from None
-    if not found:
+    if not addresses:
         raise TargetRefused("has a host that does not resolve")
-    if not allow_private and not all(map(is_public, found)):
+    if not allow_private and not all(map(is_public, addresses)):
         raise TargetRefused("resolves to an address that is not public")
-    return found
+    return addresses
 
 
 class CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Connects to an address that was checked a moment ago, never to a name."""
+    """Connects to addresses that it has just checked, never to a name."""
 
     def __init__(
         self,
@@ -155,9 +158,12 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[SocketOption] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Raises:
-        TargetRefused: as `find_addresses`.
-        httpcore.ConnectError, httpcore.ConnectTimeout: none of the addresses answers.
+        """Connects to the first address of the host that answers.
+
+        Raises:
+            TargetRefused: As `find_addresses`.
+            httpcore.ConnectError: No address answers.
+            httpcore.ConnectTimeout: No address answers in time.
         """
         failure: Exception = httpcore.ConnectError("no address")
         for address in await find_addresses(host, port, self._allow_private, self._resolve, self._hosts):
@@ -168,6 +174,7 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         raise failure
 
     async def sleep(self, seconds: float) -> None:
+        """As the backend that it wraps."""
         await self._inner.sleep(seconds)
 
 

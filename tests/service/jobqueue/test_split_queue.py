@@ -287,7 +287,7 @@ async def test_the_limit_positions_and_times_count_both_queues(
             drawer.transfer(claim, b"latents", STAGES, [])
         stats = await producer.stats()
         assert stats.queued[("pocket", Priority.HIGH)] == stats.queued[("pocket+finish", Priority.HIGH)] == 2
-        assert (stats.processing, stats.drawing_workers, stats.finishing_workers) == (0, 2, 1)
+        assert (stats.processing, stats.generate_workers, stats.decode_workers) == (0, 2, 1)
         with pytest.raises(Exception, match="4 jobs"):
             await producer.enqueue(make_job())
         assert [(await read(producer, job)).queue_position for job in jobs] == [0, 1, 0, 1]
@@ -309,17 +309,17 @@ def test_retry_after_is_that_of_the_slower_half() -> None:
         {("a", Priority.HIGH): 4, ("a+finish", Priority.LOW): 10}, 0, 0, 0, 0.0, 32, 5, 9.0, 0, 1, medians
     )
     assert retry_after_s(stats) == (4 * 30 + 10 * 2) / 5, "without halves everybody does everything"
-    assert retry_after_s(replace(stats, drawing_workers=3, finishing_workers=2)) == 40
-    assert retry_after_s(replace(stats, drawing_workers=4, finishing_workers=1, queue_median_s={"a": 1.0})) == 90
+    assert retry_after_s(replace(stats, generate_workers=3, decode_workers=2)) == 40
+    assert retry_after_s(replace(stats, generate_workers=4, decode_workers=1, queue_median_s={"a": 1.0})) == 90
 
 
 async def test_a_worker_that_leaves_is_counted_in_no_half(open_producer: Any, open_consumer: Any) -> None:
     async with open_producer() as producer:
         worker = open_consumer(role=WorkerRole.DECODE)
-        assert (await producer.stats()).finishing_workers == 1
+        assert (await producer.stats()).decode_workers == 1
         worker.close()
         stats = await producer.stats()
-        assert (stats.live_workers, stats.finishing_workers) == (0, 0)
+        assert (stats.live_workers, stats.decode_workers) == (0, 0)
 
 
 async def test_a_record_of_an_older_version_is_claimed_as_before(

@@ -151,7 +151,7 @@ def test_the_page_lists_every_metric_with_its_type_and_labels(full: str) -> None
 def test_the_queue_comes_from_the_stats_of_the_scrape(full: str) -> None:
     assert value(full, "giantleap_queue_depth", bundle="pocket", priority="high") == 3
     assert value(full, "giantleap_queue_depth", bundle="pocket", priority="low") == 0
-    split = replace(STATS, queued=STATS.queued | {("pocket+finish", Priority.HIGH): 5}, drawing_workers=1)
+    split = replace(STATS, queued=STATS.queued | {("pocket+finish", Priority.HIGH): 5}, generate_workers=1)
     text = Metrics(CollectorRegistry()).render(split).decode()
     assert value(text, "giantleap_queue_depth", bundle="pocket", priority="high") == 8, "all that wait"
     assert value(text, "giantleap_finish_queue_depth", bundle="pocket", priority="high") == 5
