@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test slow compiler check security audit format lint types quality ablations chaos fuzz compat peers deploy-check clean
+.PHONY: help hooks oldest demo serve test slow compiler check security audit format lint types quality ablations chaos fuzz compat peers deploy-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,14 @@ $(VENV)/.run: $(BIN)/python pyproject.toml
 $(VENV)/.dev: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[cpu,dev]"
 	@touch $@ $(VENV)/.run
+
+oldest: $(BIN)/python ## Install the oldest allowed version of each direct dependency, for the targets that follow
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --resolution lowest-direct --editable ".[cpu,dev]"
+	@touch $(VENV)/.run $(VENV)/.dev
+
+hooks: $(VENV)/.dev ## Run the lint of a commit's files before each commit (pre-commit)
+	$(BIN)/pre-commit install
 
 demo: $(VENV)/.run ## Install, start the service, draw out/demo_x2.png and out/demo_x4.png, stop
 	$(BIN)/python -m giantleap.cli.demo --out out

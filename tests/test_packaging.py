@@ -1,0 +1,68 @@
+"""The wheel, built from a copy of the tree: `giantleap` with its data, and nothing else."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINKS = [path.name for path in (ROOT / "giantleap").iterdir() if path.is_symlink()]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel. A build writes into its source tree, hence the copy."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("giantleap", *LINKS, "benchmarks", "tests"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    built = subprocess.run([*command, "--wheel-dir", out, source], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_wheel_holds_giantleap_and_its_metadata_only(names: set[str]) -> None:
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"giantleap"} and len(top) == 2
+    assert {name.split("/")[1] for name in names if name.count("/") > 1 and name.startswith("giantleap/")} == {
+        "cli",
+        *LINKS,
+    }
+
+
+def test_every_module_script_and_bundle_is_in_the_wheel(names: set[str]) -> None:
+    missing = []
+    for folder in LINKS:
+        for path in (ROOT / folder).rglob("*"):
+            data = path.suffix in (".py", ".lua") or (folder == "bundles" and path.is_file())
+            if data and "__pycache__" not in path.parts and f"giantleap/{path.relative_to(ROOT)}" not in names:
+                missing.append(str(path))
+    assert not missing
+    assert "giantleap/py.typed" in names
+
+
+def test_the_installed_command_and_package_run_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = "import giantleap; print(giantleap.__file__)"
+    for arguments, expected in (
+        (("-m", "giantleap", "models"), str(tmp_path / "giantleap" / "bundles" / "pocket")),
+        (("-c", code), str(tmp_path / "giantleap" / "__init__.py")),
+    ):
+        ran = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+        )
+        assert ran.returncode == 0 and expected in ran.stdout, ran.stderr
