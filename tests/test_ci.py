@@ -1,4 +1,4 @@
-"""What contributors and the CI run is one thing: hooks, workflow and `make lint` agree, and so do the Python versions."""
+"""Contributors and CI run one thing: hooks, workflow and `make lint` agree, and so do the versions of Python."""
 
 import re
 import tomllib
