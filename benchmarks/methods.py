@@ -22,7 +22,7 @@ from giantleap.models.bundle.descriptor import Method
 from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.generator import GenerationItem
 from giantleap.models.route import Route
-from giantleap.service.worker.timing import ProtocolResult, measure_protocol, to_table
+from giantleap.service.worker.timing import ProtocolPlan, ProtocolResult, time_runs, to_result, to_table
 
 PROMPT = "a large red sphere on a green floor under a blue sky, in the centre"
 HEAD_PX = 20
@@ -84,11 +84,12 @@ def time_methods(route: Route, bundle: Bundle, warmups: int, runs: int) -> list[
     """Time every method at every scale above 1."""
     defaults = bundle.defaults
     size = (defaults.base_width_px, defaults.base_height_px)
-    return [
-        measure_protocol(route, scale, *size, defaults.steps, method, warmups, runs)
+    plans = [
+        ProtocolPlan(scale, *size, defaults.steps, method, warmups, runs)
         for method in bundle.methods
         for scale in bundle.scales_of(method)[1:]
     ]
+    return [to_result(route, plan, list(time_runs(route, plan))) for plan in plans]
 
 
 def main(

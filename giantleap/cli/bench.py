@@ -4,7 +4,6 @@
 """
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,6 @@ from giantleap.cli.options import (
     BundleOption,
     DeviceOption,
     MethodOption,
-    advance,
     open_bundle_route,
     read_bundles,
     settings_from,
@@ -41,7 +39,7 @@ def protocol(
     from tqdm import tqdm
 
     from giantleap.service.jobs.planning import choose_method, choose_scale
-    from giantleap.service.worker.timing import measure_protocol, to_table
+    from giantleap.service.worker.timing import ProtocolPlan, time_runs, to_result, to_table
 
     settings = settings_from(bundle=bundle, device=device)
     served = read_bundles(settings)[0]
@@ -53,19 +51,10 @@ def protocol(
     route = open_bundle_route(settings, served)
     defaults, results = served.defaults, []
     for each in scales:
-        with tqdm(total=warmups + runs, desc=f"x{each}", unit="run") as bar:
-            result = measure_protocol(
-                route,
-                each,
-                defaults.base_width_px,
-                defaults.base_height_px,
-                steps or defaults.steps,
-                chosen,
-                warmups,
-                runs,
-                on_progress=partial(advance, bar),
-            )
-        results.append(result)
+        base_px = (defaults.base_width_px, defaults.base_height_px)
+        plan = ProtocolPlan(each, *base_px, steps or defaults.steps, chosen, warmups, runs)
+        timed = tqdm(time_runs(route, plan), total=warmups + runs, desc=f"x{each}", unit="run")
+        results.append(to_result(route, plan, list(timed)))
     typer.echo(to_table(results))
     if json_out is not None:
         json_out.write_text("".join(f"{result.to_json()}\n" for result in results))

@@ -1,7 +1,7 @@
 """Opens a bundle with the engine that the settings name, after checking the exported artifacts that it runs.
 
-The check is `giantleap.export.manifest.check_manifest`: artifacts that are damaged, or were made from another bundle or
-for another machine, are refused with the command that builds the right ones. Imports torch.
+`giantleap.export.manifest.check_manifest` refuses artifacts that are damaged or were made from another bundle or for
+another machine, with the command that builds the right ones.
 """
 
 from collections.abc import Mapping

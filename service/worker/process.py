@@ -27,16 +27,10 @@ from giantleap.service.worker.drain import Drain
 from giantleap.service.worker.engines import open_route
 from giantleap.service.worker.loop import LoadedBundle, Worker
 from giantleap.service.worker.memory import measure_device
-from giantleap.service.worker.timing import WARMUPS, measure_protocol
+from giantleap.service.worker.timing import ProtocolPlan, time_runs, to_result
 from giantleap.service.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-_PROTOCOL_RUNS = 20
-
-
-class _StopRequested(Exception):
-    """A stop came while the protocol was measured, which takes minutes on a large model."""
 
 
 def run_worker(
@@ -152,30 +146,17 @@ def _measure(loaded: Mapping[str, LoadedBundle], settings: Settings, metrics: Me
 
 
 def _publish_protocol(route: Route, bundle: Bundle, metrics: Metrics, stop: threading.Event) -> None:
-    """Measure the paper's protocol at the bundle's base size for each scale, unless a stop comes first."""
-    defaults = bundle.defaults
-
-    def check_stop(done: int, total: int) -> None:
-        if stop.is_set():
-            raise _StopRequested
-
-    method = defaults.method
+    """Time the paper's protocol at the bundle's base size for each scale, until a stop comes."""
+    defaults, method = bundle.defaults, bundle.defaults.method
     for scale in route.scales_of(method):
         log.info("worker measuring protocol", extra={"fields": {"bundle": bundle.name, "scale": scale}})
-        try:
-            result = measure_protocol(
-                route,
-                scale,
-                defaults.base_width_px,
-                defaults.base_height_px,
-                defaults.steps,
-                method,
-                warmups=WARMUPS,
-                runs=_PROTOCOL_RUNS,
-                on_progress=check_stop,
-            )
-        except _StopRequested:
-            return
+        plan = ProtocolPlan(scale, defaults.base_width_px, defaults.base_height_px, defaults.steps, method)
+        runs_s = []
+        for stages_s in time_runs(route, plan):
+            if stop.is_set():  # a run of a large model takes seconds, all of them minutes
+                return
+            runs_s.append(stages_s)
+        result = to_result(route, plan, runs_s)
         for stage, statistics in result.stages.items():
             for statistic, value_s in statistics.to_labels().items():
                 metrics.set_protocol(bundle.name, method, scale, result.image_px, stage, statistic, value_s)

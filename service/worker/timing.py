@@ -1,13 +1,15 @@
 """The paper's timing protocol: batch 1, one device, mixed precision where the device has it, median after warm-ups.
 
-It never sees traffic and its figures never mix with traffic's: they have a gauge of their own
-(`giantleap.service.telemetry.metrics`). Used by the worker when asked at start and by `giantleap bench protocol`.
+Its figures have their own gauge (`giantleap.service.telemetry.metrics`), apart from those of traffic. A worker runs it
+at start if the settings ask for it; `giantleap bench protocol` runs it from the command line.
+
+Ref: arXiv 2511.10629, section 4.2. It reports medians in one place and means in another, so both are given.
 """
 
 import json
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,8 +20,36 @@ from giantleap.models.lua.spec import scaled_size
 from giantleap.models.route import Route, run_once
 
 WARMUPS = 20
+RUNS = 20
 _GUIDANCE_SCALE = 3.0
 _SEED = 42
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolPlan:
+    """What is timed.
+
+    Args:
+        scale: A scale of the method.
+        width_px: Of the base image; the final one is `scale` times as wide.
+        height_px: Of the base image.
+        steps: Denoising steps.
+        method: How the image is enlarged.
+        warmups: Runs that are discarded first.
+        runs: Runs that count.
+    """
+
+    scale: float
+    width_px: int
+    height_px: int
+    steps: int
+    method: Method = "lua"
+    warmups: int = WARMUPS
+    runs: int = RUNS
+
+    def __post_init__(self) -> None:
+        if self.runs < 1 or self.warmups < 0:
+            raise ValueError(f"runs is {self.runs} and warmups {self.warmups}; at least one run must count")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +61,13 @@ class Statistics:
     mean_s: float
 
     def to_labels(self) -> dict[str, float]:
-        """The figures by the names that the metric's label `statistic` takes."""
+        """The figures by value of the metric's label `statistic`."""
         return {"median": self.median_s, "p95": self.p95_s, "mean": self.mean_s}
 
 
 @dataclass(frozen=True, slots=True)
 class ProtocolResult:
-    """One measurement, with all that is needed to read it. `stages` includes `total`, the sum per run."""
+    """One measurement and its conditions. `stages` includes `total`, the sum per run."""
 
     bundle: str
     method: Method
@@ -58,61 +88,36 @@ class ProtocolResult:
         return json.dumps(asdict(self))
 
 
-def measure_protocol(
-    route: Route,
-    scale: float,
-    width_px: int,
-    height_px: int,
-    steps: int,
-    method: Method = "lua",
-    warmups: int = WARMUPS,
-    runs: int = 20,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> ProtocolResult:
-    """Time generate, upscale, decode and their sum, device synchronised.
-
-    Args:
-        route: A loaded bundle.
-        scale: One of the method's scales.
-        width_px: Of the base image; the final one is `scale` times that.
-        height_px: As `width_px`.
-        steps: Denoising steps.
-        method: How the image becomes large.
-        warmups: Runs that are thrown away first.
-        runs: Runs that count.
-        on_progress: Called after each run with (runs done, runs in all), warm-ups included.
-
-    **Ref** arXiv 2511.10629, section 4.2; it reports medians in one place and means in another, so both are given.
+def time_runs(route: Route, plan: ProtocolPlan) -> Iterator[Mapping[str, float]]:
+    """Run the plan and yield the seconds of each stage after every run, warm-ups included.
 
     Raises:
-        ValueError: there is no such scale, or no run to count.
+        ValueError: The bundle does not have the scale.
     """
-    if scale not in route.scales_of(method):
-        raise ValueError(f"scale {scale}: this bundle has {route.scales_of(method)} by method {method}")
-    if runs < 1 or warmups < 0:
-        raise ValueError(f"runs is {runs} and warmups {warmups}; at least one run counts")
-    item = GenerationItem("", "", _SEED, width_px, height_px, steps, _GUIDANCE_SCALE)
-    times_s: dict[str, list[float]] = {}
-    for run in range(warmups + runs):
-        stages_s = run_once(route, item, scale, method).stages_s
-        if run >= warmups:
-            for stage, duration_s in {**stages_s, "total": sum(stages_s.values())}.items():
-                times_s.setdefault(stage, []).append(duration_s)
-        on_progress(run + 1, warmups + runs)
+    if plan.scale not in route.scales_of(plan.method):
+        raise ValueError(f"scale {plan.scale}: this bundle has {route.scales_of(plan.method)} by method {plan.method}")
+    item = GenerationItem("", "", _SEED, plan.width_px, plan.height_px, plan.steps, _GUIDANCE_SCALE)
+    for _ in range(plan.warmups + plan.runs):
+        yield run_once(route, item, plan.scale, plan.method).stages_s
+
+
+def to_result(route: Route, plan: ProtocolPlan, runs_s: Sequence[Mapping[str, float]]) -> ProtocolResult:
+    """The statistics of all runs that `time_runs` yielded, without the warm-ups."""
+    counted = [{**stages_s, "total": sum(stages_s.values())} for stages_s in runs_s[plan.warmups :]]
     return ProtocolResult(
         bundle=route.name,
-        method=method,
-        scale=scale,
-        image_px=f"{scaled_size(width_px, scale)}x{scaled_size(height_px, scale)}",
-        steps=steps,
-        warmups=warmups,
-        runs=runs,
+        method=plan.method,
+        scale=plan.scale,
+        image_px=f"{scaled_size(plan.width_px, plan.scale)}x{scaled_size(plan.height_px, plan.scale)}",
+        steps=plan.steps,
+        warmups=plan.warmups,
+        runs=plan.runs,
         engine=route.engine,
         device=_device_name(route.device),
         dtype=str(route.dtype).removeprefix("torch."),
         torch_version=torch.__version__,
         machine=f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-        stages={stage: to_statistics(values_s) for stage, values_s in times_s.items()},
+        stages={stage: to_statistics([each[stage] for each in counted]) for stage in counted[0]},
     )
 
 

@@ -13,7 +13,7 @@ from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.device import StageClock, StageName, StageObserver
 from giantleap.models.generator import GenerationItem
 from giantleap.models.route import stages_of
-from giantleap.service.worker.timing import measure_protocol, to_statistics, to_table
+from giantleap.service.worker.timing import ProtocolPlan, ProtocolResult, time_runs, to_result, to_statistics, to_table
 
 
 class TickingClock(StageClock):
@@ -64,24 +64,26 @@ class TimedRoute:
         return latents, []
 
 
+def measure(route: TimedRoute, plan: ProtocolPlan) -> ProtocolResult:
+    return to_result(route, plan, list(time_runs(route, plan)))  # type: ignore[arg-type]
+
+
 def test_warm_ups_are_thrown_away_and_the_median_is_that_of_the_runs() -> None:
     warmups = [9.0, 9.0, 9.0] * 2
     runs = [1.0, 0.1, 0.5, 3.0, 0.2, 0.5, 2.0, 0.3, 0.5]
     route = TimedRoute(iter(warmups + runs))
-    ticks: list[tuple[int, int]] = []
-    result = measure_protocol(route, 2, 64, 32, 4, warmups=2, runs=3, on_progress=lambda n, of: ticks.append((n, of)))
+    result = measure(route, ProtocolPlan(2, 64, 32, 4, warmups=2, runs=3))
     assert result.stages["generate"].median_s == 2.0
     assert result.stages["upscale"].median_s == 0.2
     assert result.stages["decode"].median_s == 0.5
     assert result.stages["total"].median_s == pytest.approx(2.8)
     assert result.stages["total"].p95_s == pytest.approx(3.7)
     assert result.stages["total"].mean_s == pytest.approx((1.6 + 3.7 + 2.8) / 3)
-    assert ticks == [(n, 5) for n in range(1, 6)]
 
 
 def test_every_run_is_batch_one_at_the_size_that_was_asked_for() -> None:
     route = TimedRoute(iter([1.0] * 15))
-    result = measure_protocol(route, 4, 64, 32, 7, warmups=2, runs=3)
+    result = measure(route, ProtocolPlan(4, 64, 32, 7, warmups=2, runs=3))
     assert len(route.drawn) == 5 and route.scaled == [4] * 5
     assert {(item.width_px, item.height_px, item.steps) for item in route.drawn} == {(64, 32, 7)}
     assert result.image_px == "256x128"
@@ -89,12 +91,12 @@ def test_every_run_is_batch_one_at_the_size_that_was_asked_for() -> None:
 
 def test_twenty_warm_ups_are_the_default() -> None:
     route = TimedRoute(iter([1.0] * 3 * 21))
-    assert measure_protocol(route, 2, 64, 64, 4, runs=1).warmups == 20
+    assert measure(route, ProtocolPlan(2, 64, 64, 4, runs=1)).warmups == 20
     assert len(route.drawn) == 21
 
 
 def test_json_and_table_hold_the_figures_and_the_conditions() -> None:
-    result = measure_protocol(TimedRoute(iter([0.25] * 6)), 2, 64, 64, 4, warmups=1, runs=1)
+    result = measure(TimedRoute(iter([0.25] * 6)), ProtocolPlan(2, 64, 64, 4, warmups=1, runs=1))
     stored = json.loads(result.to_json())
     assert stored["stages"]["total"]["median_s"] == 0.75
     assert stored["warmups"] == 1 and stored["dtype"] == "float32" and stored["torch_version"]
@@ -110,6 +112,6 @@ def test_p95_is_the_nearest_rank(count: int, rank: int) -> None:
 def test_an_unknown_scale_and_an_empty_measurement_are_refused() -> None:
     route = TimedRoute(iter([]))
     with pytest.raises(ValueError, match="scale 3"):
-        measure_protocol(route, 3, 64, 64, 4)
+        measure(route, ProtocolPlan(3, 64, 64, 4))
     with pytest.raises(ValueError, match="runs is 0"):
-        measure_protocol(route, 2, 64, 64, 4, runs=0)
+        ProtocolPlan(2, 64, 64, 4, runs=0)
