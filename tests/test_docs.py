@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,15 @@ from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.planning import plan_generate
 from giantleap.service.jobs.requests import GenerateRequest
 from giantleap.service.settings import POCKET_BUNDLE, read_settings
+from giantleap.training.curriculum import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+CODE = sorted(
+    path
+    for folder in ("benchmarks", "export", "giantleap/cli", "models", "service", "tests", "training")
+    for path in (ROOT / folder).rglob("*.py")
+)
 ALL = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _DOTTED = re.compile(r"`(giantleap(?:\.[A-Za-z_]\w*)+)[`(]")
@@ -32,6 +39,7 @@ _FILE = re.compile(
     r"`((?:\.ci|benchmarks|bundles|deploy|docs|export|giantleap|models|service|tests|training)/[\w./-]*\w\.\w+)`"
 )
 _TEST = re.compile(r"`(test_\w+\.py)`")
+MAX_WORDS = 20_000  # of all pages but the lab logs
 _FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(r"^\$? ?(?:[A-Z_]+=\S+ )*(?:torchrun \S+ \S+ -m giantleap\.cli\.main|giantleap) (.*)$")
 
@@ -104,6 +112,26 @@ def test_names_of_code_in_the_pages_exist(page: Path) -> None:
     assert [name for name in _DOTTED.findall(page.read_text()) if not _is_defined(name)] == []
 
 
+def _docstrings(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_in_docstrings_exist(path: Path) -> None:
+    text = " ".join(" ".join(_docstrings(path)).split())
+    missing = [name for name in _DOTTED.findall(text) if not _is_defined(name)]
+    files = [name for name in _FILE.findall(text) if not name.startswith("benchmarks/results/")]  # written by running
+    assert missing + [name for name in files if not (ROOT / name).exists()] == []
+
+
+def test_the_pages_are_short_enough_to_be_read() -> None:
+    pages = [page for page in PAGES if "lab" not in page.relative_to(ROOT).parts]
+    words = {str(page.relative_to(ROOT)): len(page.read_text().split()) for page in pages}
+    assert sum(words.values()) <= MAX_WORDS, sorted(words.items(), key=lambda item: -item[1])
+
+
 def _check_options(words: list[str]) -> None:
     """Walks the words of a command line through the commands; raises where an option or a command does not exist."""
     command: Any = typer.main.get_command(app)
@@ -162,6 +190,32 @@ def test_the_bundle_of_the_guide_is_one() -> None:
     assert from_toml(descriptor.encode()).bundle.name == "mine"
     families = re.search(r"Known families: ([\w\s,.-]+?)\. ", page)
     assert families is not None and set(re.split(r",\s+", families[1])) == set(LATENT_SPACES)
+
+
+def test_the_run_files_of_the_training_guide_are_valid_and_its_keys_are_all() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    runs = [tomllib.loads(block) for block in _FENCE.findall(page) if re.search(r"^pairs = ", block, re.MULTILINE)]
+    assert len(runs) == 2
+    for run in runs:
+        RunConfig.model_validate(run)
+    rows = re.findall(r"^\| (`[a-z_\[].*?) \| .* \| .* \|$", page.partition("## 2. The run")[2], re.MULTILINE)
+    keys = {key for row in rows for key in re.findall(r"`\[?([a-z_]+)\]?`", row)}
+    assert set(RunConfig.model_fields) - {"bundle", "pairs", "lua", "stages"} <= keys
+
+
+def test_the_table_of_bundles_is_that_of_the_descriptors() -> None:
+    page = (ROOT / "docs" / "bundles" / "README.md").read_text()
+    rows = re.findall(r"^\| ([\w.-]+) \| (?:`(\S+)`|in the repository) \| (.*?) \| ([\w-]+), (\d+).*$", page, re.M)
+    descriptors = {path.parent.name: read_bundle(path.parent) for path in (ROOT / "bundles").glob("*/bundle.toml")}
+    assert {row[0] for row in rows} == set(descriptors)
+    for name, hub_id, license_name, space, channels in rows:
+        bundle = descriptors[name]
+        line = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        limits, defaults = bundle.limits, bundle.defaults
+        assert (license_name, space) == (bundle.about.license, bundle.latent_space.name)
+        assert int(channels) == bundle.latent_space.channels and (not hub_id or hub_id == bundle.pipeline)
+        assert f"| {defaults.steps}, {defaults.guidance_scale} | {defaults.base_width_px}; " in line
+        assert f"{limits.min_base_px} to {limits.max_base_px} by {limits.multiple_px} |" in line
 
 
 def test_the_readme_has_the_figures_of_the_reports() -> None:

@@ -1,7 +1,7 @@
 """Trains with several single-threaded processes on one machine, which beats threads as soon as cores are shared.
 
 With two threads and one busy neighbour a convolution's backward pass waits at every barrier (2.6 s a step instead
-of 0.46 s, `docs/lab.md`); processes meet only once a step. `training/pocket/vae.py` uses it.
+of 0.46 s, `docs/lab/vae.md`); processes meet only once a step. `training/pocket/vae.py` uses it.
 """
 
 import tempfile
