@@ -198,7 +198,7 @@ def test_the_run_files_of_the_training_guide_are_valid_and_its_keys_are_all() ->
     assert len(runs) == 2
     for run in runs:
         RunConfig.model_validate(run)
-    rows = re.findall(r"^\| (`[a-z_\[].*?) \| .* \| .* \|$", page.partition("## 2. The run")[2], re.MULTILINE)
+    rows = re.findall(r"^\| (`[a-z_\[].*?) \|.*\|.*\|$", page.partition("## 2. The run")[2], re.MULTILINE)
     keys = {key for row in rows for key in re.findall(r"`\[?([a-z_]+)\]?`", row)}
     assert set(RunConfig.model_fields) - {"bundle", "pairs", "lua", "stages"} <= keys
 
