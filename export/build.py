@@ -110,7 +110,7 @@ class Reference:
         return decode_plain(self.vae, latent)
 
 
-def export_bundle(request: Request, say: Callable[[str], object] = lambda line: None) -> Manifest:
+def export_bundle(request: Request, report: Callable[[str], object] = lambda line: None) -> Manifest:
     """Exports, compares and writes the manifest.
 
     Args:
@@ -131,13 +131,13 @@ def export_bundle(request: Request, say: Callable[[str], object] = lambda line: 
         raise ArtifactError(
             f"bundle {request.bundle.name} has a LIIF head, which is not exported: engine torch runs it"
         )
-    wanted: list[tuple[Part, int | None]] = [("lua", scale) for scale in scales]
-    wanted += [("decoder", None)] if "decoder" in request.parts else []
+    jobs: list[tuple[Part, int | None]] = [("lua", scale) for scale in scales]
+    jobs += [("decoder", None)] if "decoder" in request.parts else []
     with new_directory(request.directory) as folder, on_device(request.device):
         artifacts = []
-        for part, scale in wanted:
+        for part, scale in jobs:
             artifacts.append(_export_part(request, reference, folder, part, scale))
-            say(describe(artifacts[-1]))
+            report(describe(artifacts[-1]))
         manifest = Manifest(
             format=2,
             bundle=request.bundle.name,
@@ -159,7 +159,7 @@ def export_bundle(request: Request, say: Callable[[str], object] = lambda line: 
 
 
 def check_directory(
-    directory: Path, bundle: Bundle, device: torch.device, say: Callable[[str], object] = lambda line: None
+    directory: Path, bundle: Bundle, device: torch.device, report: Callable[[str], object] = lambda line: None
 ) -> Manifest:
     """Checks the manifest against bundle and machine, and compares every artifact with PyTorch again.
 
@@ -168,18 +168,18 @@ def check_directory(
         BundleError, CheckpointError: As `export_bundle`.
     """
     check_files(bundle)
-    found = check_manifest(directory, bundle, engine=read_manifest(directory).engine, machine=read_machine(device))
-    reference = open_reference(bundle, found.parts, device)
-    for record in found.artifacts:
+    manifest = check_manifest(directory, bundle, engine=read_manifest(directory).engine, machine=read_machine(device))
+    reference = open_reference(bundle, manifest.parts, device)
+    for record in manifest.artifacts:
         cases = choose_cases(record.side_multiple, record.profiles)
         try:
             with on_device(device):
-                run = open_runner(found.engine, record.locate(directory), device)
+                run = open_runner(manifest.engine, record.locate(directory), device)
                 parity = _compare(reference, record.part, record.scale, record.precision, run, cases)
         except EngineError as error:
-            raise ArtifactError(f"{record.file}: {error}; build it with: {found.command}") from error
-        say(describe(record.model_copy(update={"parity": parity})))
-    return found
+            raise ArtifactError(f"{record.file}: {error}; build it with: {manifest.command}") from error
+        report(describe(record.model_copy(update={"parity": parity})))
+    return manifest
 
 
 def open_reference(bundle: Bundle, parts: Sequence[Part], device: torch.device) -> Reference:
@@ -279,7 +279,7 @@ def _export_part(request: Request, reference: Reference, folder: Path, part: Par
         part=part,
         scale=scale,
         file=path.name,
-        files={each.name: file_hash(each) for each in written},
+        files={path.name: file_hash(path) for path in written},
         precision=precision,
         input=INPUT,
         output=OUTPUTS[part],
@@ -338,13 +338,13 @@ def _compare(
     return compare(part, precision, run, expected, to_image, cases, reference.statistics, reference.device)
 
 
-def _part_precision(part: Part, asked: Precision, reference: Reference) -> Precision:
+def _part_precision(part: Part, requested: Precision, reference: Reference) -> Precision:
     """Of a decoder, one that its VAE does not overflow in (`giantleap.models.vae.autoencoder.choose_vae_dtype`)."""
     if part == "lua":
-        return asked
+        return requested
     config = reference.vae.config
     channels = config.get("latent_channels") or config["z_dim"]
-    chosen = choose_vae_dtype(config.get("force_upcast"), channels, DTYPES[asked])
+    chosen = choose_vae_dtype(config.get("force_upcast"), channels, DTYPES[requested])
     return next(name for name, dtype in DTYPES.items() if dtype == chosen)
 
 

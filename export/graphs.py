@@ -110,8 +110,8 @@ def trace(graph: nn.Module, channels: int, side_multiple: int, fused_attention: 
         # diffusers compares sizes with limits on the way; with a range of our own torch refuses to leave those open.
         sizes = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
     device = next(graph.parameters()).device
-    least = 2 if side_multiple > 1 else 6
-    example = torch.zeros(2, channels, least * side_multiple, (least + 1) * side_multiple, device=device)
+    units = 2 if side_multiple > 1 else 6
+    example = torch.zeros(2, channels, units * side_multiple, (units + 1) * side_multiple, device=device)
     kernels = contextlib.nullcontext() if fused_attention else sdpa_kernel(SDPBackend.MATH)
     with torch.no_grad(), kernels:
         return export(graph, (example,), dynamic_shapes={INPUT: sizes}, strict=False)

@@ -124,16 +124,16 @@ class Manifest(_Section):
 
     def get(self, part: Part, scale: int | None = None) -> ArtifactRecord | None:
         """The artifact of a part, for LUA of a scale; None where it was not exported."""
-        return next((each for each in self.artifacts if (each.part, each.scale) == (part, scale)), None)
+        return next((record for record in self.artifacts if (record.part, record.scale) == (part, scale)), None)
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return tuple(dict.fromkeys(each.part for each in self.artifacts))
+        return tuple(dict.fromkeys(record.part for record in self.artifacts))
 
     @property
     def scales(self) -> tuple[int, ...]:
         """The scales that LUA was exported for."""
-        return tuple(each.scale for each in self.artifacts if each.scale is not None)
+        return tuple(record.scale for record in self.artifacts if record.scale is not None)
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(), indent=2) + "\n"
@@ -256,8 +256,8 @@ def check_manifest(
         _check_files(manifest, directory)
     except ArtifactError as error:
         # By itself an export is for the GPU where there is one.
-        where = f" --device {machine.device}" if engine == "aoti" and machine is not None else ""
-        raise ArtifactError(f"{error}; build it with: {command}{where}") from error
+        device_option = f" --device {machine.device}" if engine == "aoti" and machine is not None else ""
+        raise ArtifactError(f"{error}; build it with: {command}{device_option}") from error
     return manifest
 
 
@@ -325,7 +325,7 @@ def _check_files(manifest: Manifest, directory: Path) -> None:
             path = directory / name
             if path.parent != directory or not path.is_file():
                 raise ArtifactError(f"{path} is missing")
-            if (found := file_hash(path)) != expected:
-                raise ArtifactError(f"{path} is damaged: sha256 {found[:12]}, expected {expected[:12]}")
+            if (digest := file_hash(path)) != expected:
+                raise ArtifactError(f"{path} is damaged: sha256 {digest[:12]}, expected {expected[:12]}")
         if artifact.file not in artifact.files:  # an engine would open it unseen, and a .pt2 file is machine code
             raise ArtifactError(f"{directory / artifact.file} has no digest in the manifest")

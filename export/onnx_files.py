@@ -84,11 +84,11 @@ def check_graph(graph: Any, name: str) -> None:
     Raises:
         ArtifactError: It names the operator or the shape.
     """
-    found = {node.op_type for node in graph.node} & REFUSED_OPERATORS
-    if found:
-        raise ArtifactError(f"{name} holds the operators {', '.join(sorted(found))}, which engines do badly")
+    refused = {node.op_type for node in graph.node} & REFUSED_OPERATORS
+    if refused:
+        raise ArtifactError(f"{name} holds the operators {', '.join(sorted(refused))}, which engines do badly")
     for value in (*graph.input, *graph.output):
-        sizes = [each.dim_param or each.dim_value for each in value.type.tensor_type.shape.dim]
+        sizes = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         if len(sizes) != 4 or any(isinstance(sizes[axis], int) for axis in (0, 2, 3)):
             raise ArtifactError(f"{name}: {value.name} has the shape {sizes}; batch, height and width must be open")
 

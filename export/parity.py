@@ -90,10 +90,10 @@ def compare(
     for index, (batch, height, width) in enumerate(cases):
         latents = sample_latents((batch, len(mean), height, width), mean, std, seed=index).to(device)
         with torch.inference_mode(), whole_float32():
-            expected, found = reference(latents).float(), run(latents).float()
-        done.append(_to_case(found, expected, latents, precision))
+            expected, actual = reference(latents).float(), run(latents).float()
+        done.append(_to_case(actual, expected, latents, precision))
         if to_image is not None and index == min(PSNR_CASE, len(cases) - 1):
-            decoded_db = psnr_db(to_image(found[:1]), to_image(expected[:1]))
+            decoded_db = psnr_db(to_image(actual[:1]), to_image(expected[:1]))
     worst = max(done, key=lambda case: case.max_error)
     allowed = _allowed_error(part, precision, worst.reference_rms)
     parity = Parity(
@@ -119,15 +119,15 @@ def whole_float32() -> Iterator[None]:
         yield
 
 
-def _to_case(found: Tensor, expected: Tensor, latents: Tensor, precision: Precision) -> Case:
+def _to_case(actual: Tensor, expected: Tensor, latents: Tensor, precision: Precision) -> Case:
     """How far the artifact's answer to these latents is from PyTorch's."""
     batch, _, height, width = latents.shape
     where = f"batch {batch}, latents of {height}x{width}"
-    if found.shape != expected.shape:
-        raise ArtifactError(f"at {where} the artifact answers {list(found.shape)}, not {list(expected.shape)}")
-    if not bool(found.isfinite().all()):
+    if actual.shape != expected.shape:
+        raise ArtifactError(f"at {where} the artifact answers {list(actual.shape)}, not {list(expected.shape)}")
+    if not bool(actual.isfinite().all()):
         raise ArtifactError(f"at {where} the artifact answers values that are not finite in {precision}")
-    error = (found - expected).abs()
+    error = (actual - expected).abs()
     return Case(
         batch=batch,
         latent_height=height,

@@ -114,9 +114,9 @@ def build_plan(
         config.clear_flag(trt.BuilderFlag.TF32)
     for profile in profiles:
         shapes = [(batch, channels, height, width) for batch, height, width in _corners(profile)]
-        asked = builder.create_optimization_profile()
-        asked.set_shape(INPUT, *shapes)
-        if config.add_optimization_profile(asked) < 0:
+        optimization = builder.create_optimization_profile()
+        optimization.set_shape(INPUT, *shapes)
+        if config.add_optimization_profile(optimization) < 0:
             raise ArtifactError(f"TensorRT refuses profile {profile.name}: {shapes}")
     _set_timing_cache(config, options.timing_cache)
     plan = builder.build_serialized_network(network, config)
@@ -142,9 +142,9 @@ def _check_input(network: Any, channels: int) -> None:
 def _set_timing_cache(config: Any, path: Path | None) -> None:
     if path is None:
         return
-    kept = path.read_bytes() if path.is_file() else b""
+    cached = path.read_bytes() if path.is_file() else b""
     # A cache of another GPU or version is refused; then this build starts a new one.
-    if not config.set_timing_cache(config.create_timing_cache(kept), ignore_mismatch=False):
+    if not config.set_timing_cache(config.create_timing_cache(cached), ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 

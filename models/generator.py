@@ -196,7 +196,7 @@ class Generator:
             self._check(item, items[0])
         runs = [list(range(len(items)))] if self.family.batches else [[index] for index in range(len(items))]
         latents: list[Tensor | None] = [None] * len(items)
-        gone: set[int] = set()
+        canceled: set[int] = set()
 
         def end_step(
             pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any], *, run: list[int]
@@ -205,18 +205,18 @@ class Generator:
             if on_step is not None:
                 on_step(runs.index(run) * steps + step + 1, len(runs) * steps)
             if is_canceled is not None:
-                gone.update(index for index in range(len(items)) if is_canceled(index))
-            if gone.issuperset(run):
+                canceled.update(index for index in range(len(items)) if is_canceled(index))
+            if canceled.issuperset(run):
                 pipeline._interrupt = True  # diffusers' own way to stop; the next call sets it back
             return {}
 
         for run in runs:
-            if gone.issuperset(run):
+            if canceled.issuperset(run):
                 continue
             drawn = self._run([items[index] for index in run], partial(end_step, run=run))
             for index, latent in zip(run, drawn, strict=True):
                 latents[index] = latent
-        return [None if index in gone else latent for index, latent in enumerate(latents)]
+        return [None if index in canceled else latent for index, latent in enumerate(latents)]
 
     def truncated_tokens(self, prompt: str) -> int:
         """How many tokens are cut off, beyond what the text encoder takes.

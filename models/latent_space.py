@@ -296,13 +296,13 @@ def read_vae_statistics(vae_directory: Path) -> tuple[tuple[float, ...], tuple[f
         diffusers 0.42, Flux2Pipeline: std = sqrt(running_var + batch_norm_eps).
     """
     config = json.loads((vae_directory / "config.json").read_text(encoding="utf-8"))
-    found: dict[str, NDArray[np.float64]] = {}
+    statistics: dict[str, NDArray[np.float64]] = {}
     for path in sorted(vae_directory.glob("*.safetensors")):
-        found |= _read_tensors(path, ("bn.running_mean", "bn.running_var"))
-    if len(found) != 2 or "batch_norm_eps" not in config:
+        statistics |= _read_tensors(path, ("bn.running_mean", "bn.running_var"))
+    if len(statistics) != 2 or "batch_norm_eps" not in config:
         raise LatentSpaceError(f"{vae_directory}: no safetensors file here holds the statistics of a FLUX.2 VAE")
-    std = np.sqrt(found["bn.running_var"] + config["batch_norm_eps"])
-    return tuple(found["bn.running_mean"].tolist()), tuple(std.tolist())
+    std = np.sqrt(statistics["bn.running_var"] + config["batch_norm_eps"])
+    return tuple(statistics["bn.running_mean"].tolist()), tuple(std.tolist())
 
 
 def _read_tensors(path: Path, names: Sequence[str]) -> "dict[str, NDArray[np.float64]]":

@@ -29,13 +29,13 @@ class LiveStorage(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        arguments = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         shaped = _shape_alone(func, args, kwargs or {})
         result = func(*args, **(kwargs or {})) if shaped is None else shaped
         for tensor in _tensors(result):
             self.largest_elements = max(self.largest_elements, tensor.numel())
             storage = tensor.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self._watched:
+            if storage._cdata not in arguments and storage._cdata not in self._watched:
                 self._watch(storage)
         return result
 

@@ -218,8 +218,8 @@ class Route:
             return F.interpolate(latents, size=(height, width), mode="bicubic")
         if method != "lua" or self.lua is None:
             raise ValueError(f"bundle {self.name} does not enlarge latents by {method}")
-        grown = self.lua.run(latents, scale)
-        return grown if self.clamp is None else self.clamp.limit(latents, grown, scale)
+        upscaled = self.lua.run(latents, scale)
+        return upscaled if self.clamp is None else self.clamp.limit(latents, upscaled, scale)
 
     @torch.inference_mode()
     def upscale_pixels(self, images: Sequence[Tensor | None], scale: float) -> list[Tensor | None]:
@@ -269,16 +269,16 @@ class Route:
             )
         enlarged = self.upscale(torch.cat(padded), scale)
         sizes = [[scaled_size(side, scale) for side in latent.shape[-2:]] for latent in latents]
-        return [grown[:, :height, :width] for grown, (height, width) in zip(enlarged, sizes, strict=True)]
+        return [upscaled[:, :height, :width] for upscaled, (height, width) in zip(enlarged, sizes, strict=True)]
 
     def decode_items(self, latents: Sequence[Tensor], how: DecodeName = "exact") -> list[Tensor | None]:
         """Decode latents of any sizes, on a GPU those of one size together; see `decode`."""
         images: list[Tensor | None] = [None] * len(latents)
         # On a CPU a batch of 8 took 1.27 times as long per image as one at a time: activations leave the cache.
-        most = 1 if self.device.type == "cpu" else len(latents)
+        max_items = 1 if self.device.type == "cpu" else len(latents)
         for size in dict.fromkeys(latent.shape for latent in latents):
             alike = [index for index, latent in enumerate(latents) if latent.shape == size]
-            for chosen in (alike[start : start + most] for start in range(0, len(alike), most)):
+            for chosen in (alike[start : start + max_items] for start in range(0, len(alike), max_items)):
                 decoded = self.decode(torch.stack([latents[index] for index in chosen]), how)
                 for index, image in zip(chosen, decoded, strict=True):
                     images[index] = image
@@ -337,7 +337,7 @@ class Route:
 
     def upscale_images(
         self,
-        given: Sequence[NDArray[np.uint8]],
+        pixels: Sequence[NDArray[np.uint8]],
         scale: float,
         method: Method = "lua",
         decode: DecodeName | None = "exact",
@@ -351,11 +351,11 @@ class Route:
         """
         if method == "swinir" and scale > 1:
             with observer.measure("upscale"):
-                return [], self.upscale_pixels([torch.from_numpy(pixels) for pixels in given], scale)
+                return [], self.upscale_pixels([torch.from_numpy(image) for image in pixels], scale)
         with observer.measure("vae_encode"):
-            encoded = [self.encode_image(pixels) for pixels in given]
+            encoded = [self.encode_image(image) for image in pixels]
         latents, images = self.upscale_and_decode(encoded, scale, method, decode, observer)
-        sides = [(scaled_size(pixels.shape[0], scale), scaled_size(pixels.shape[1], scale)) for pixels in given]
+        sides = [(scaled_size(image.shape[0], scale), scaled_size(image.shape[1], scale)) for image in pixels]
         cut = [
             None if image is None else image[:height, :width].contiguous()
             for image, (height, width) in zip(images, sides, strict=False)  # none where no image was asked for

@@ -251,10 +251,10 @@ class Bundle:
         less = f"{scaled_size(less_width, factor)}x{scaled_size(less_height, factor)}"
         more = f"{scaled_size(more_width, factor)}x{scaled_size(more_height, factor)}"
         nearest = less if less == more else f"{less} and {more}"
-        least, most = (scaled_size(nearest_sides(side, limits, method)[0], factor) for side in (0, sys.maxsize))
+        min_px, max_px = (scaled_size(nearest_sides(side, limits, method)[0], factor) for side in (0, sys.maxsize))
         way = "drawn directly" if method == "direct" else f"at scale {scale}"
         raise SizeError(
-            f"{width_px}x{height_px} px {way}: bundle {self.name} reaches sides from {least} to {most} px "
+            f"{width_px}x{height_px} px {way}: bundle {self.name} reaches sides from {min_px} to {max_px} px "
             f"in steps of {scaled_size(limits.multiple_px, factor)}; nearest: {nearest}"
         )
 
@@ -352,21 +352,21 @@ def check_files(bundle: Bundle) -> None:
             f"bundle {bundle.name}: {min(present - set(listed))} is not listed in [files] of {DESCRIPTOR}"
         )
     for name, expected in listed.items():
-        found = file_hash(_inside(bundle.directory, name, "files"))
-        if found != expected:
-            raise BundleError(f"bundle {bundle.name}: {name} has sha256 {found}; {DESCRIPTOR} says {expected}")
+        actual = file_hash(_inside(bundle.directory, name, "files"))
+        if actual != expected:
+            raise BundleError(f"bundle {bundle.name}: {name} has sha256 {actual}; {DESCRIPTOR} says {expected}")
 
 
 def _check_paths(bundle: Bundle) -> None:
-    said, directory = bundle.descriptor, bundle.directory
-    if said.pipeline.path is not None:
-        _need_file(_inside(directory, said.pipeline.path, "pipeline.path") / "model_index.json", "pipeline")
-    for key, source in (("vae", said.vae), ("tiny_vae", said.tiny_vae)):
+    descriptor, directory = bundle.descriptor, bundle.directory
+    if descriptor.pipeline.path is not None:
+        _need_file(_inside(directory, descriptor.pipeline.path, "pipeline.path") / "model_index.json", "pipeline")
+    for key, source in (("vae", descriptor.vae), ("tiny_vae", descriptor.tiny_vae)):
         if source is not None and source.path is not None:
             _need_file(_inside(directory, source.path, f"{key}.path") / "config.json", "VAE")
-    names = [(name, "files") for name in said.files]
-    if said.lua is not None:
-        names.insert(0, (said.lua.file, "lua.file"))
+    names = [(name, "files") for name in descriptor.files]
+    if descriptor.lua is not None:
+        names.insert(0, (descriptor.lua.file, "lua.file"))
     for name, key in names:
         if not _inside(directory, name, key).is_file():
             raise BundleError(f"bundle {bundle.name}: {key}: {name} is missing in {directory}")
@@ -432,18 +432,18 @@ def _check_vae(bundle: Bundle) -> None:
     except ValueError as error:
         raise BundleError(f"{path}: not valid JSON: {error}") from error
     space = bundle.latent_space
-    said: dict[str, Any] = {
+    expected: dict[str, Any] = {
         "latent_channels": space.channels,
         "scaling_factor": space.scale,
         "shift_factor": space.shift,
     }
     if not space.statistics_in_vae:
-        said |= {"latents_mean": space.mean, "latents_std": space.std}
-    for key, value in said.items():
-        found = config.get(key, value)
-        found = tuple(found) if isinstance(found, list) else found
-        if (found or 0) != (value or 0):  # a VAE without a shift stores null
-            raise BundleError(f"{path}: {key} is {found or 0}; latent space {space.name} of {DESCRIPTOR} has {value}")
+        expected |= {"latents_mean": space.mean, "latents_std": space.std}
+    for key, value in expected.items():
+        actual = config.get(key, value)
+        actual = tuple(actual) if isinstance(actual, list) else actual
+        if (actual or 0) != (value or 0):  # a VAE without a shift stores null
+            raise BundleError(f"{path}: {key} is {actual or 0}; latent space {space.name} of {DESCRIPTOR} has {value}")
 
 
 def _with_statistics(bundle: Bundle) -> Bundle:

@@ -145,8 +145,8 @@ class LuaSource(_Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        given = [value is not None for value in (self.hub_id, self.revision, self.file, self.scales)]
-        if any(given) if self.train is not None else not all(given):
+        present = [value is not None for value in (self.hub_id, self.revision, self.file, self.scales)]
+        if any(present) if self.train is not None else not all(present):
             raise ValueError("give either train, or all of hub_id, revision, file and scales")
         return self
 

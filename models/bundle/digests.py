@@ -8,8 +8,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx")
 
 def weight_files(directory: Path) -> list[Path]:
     """Files with the suffix of weights, without hidden ones, which are not finished yet."""
-    found = (path for path in directory.rglob("*") if path.suffix in WEIGHT_SUFFIXES and path.is_file())
-    return sorted(path for path in found if not path.name.startswith("."))
+    paths = (path for path in directory.rglob("*") if path.suffix in WEIGHT_SUFFIXES and path.is_file())
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def file_hash(path: Path) -> str:

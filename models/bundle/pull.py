@@ -74,15 +74,15 @@ def choose_model_files(names: Sequence[str], variant: str | None = None) -> list
     weights = {name: match for name in names if (match := _WEIGHTS.fullmatch(name.rpartition("/")[2]))}
     variants = {name: match["variant"] or match["index_variant"] for name, match in weights.items()}
     wanted = variant if variant in variants.values() else None
-    picked = [name for name in names if name in weights and variants[name] == wanted]
+    chosen = [name for name in names if name in weights and variants[name] == wanted]
     pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles and not picked:
+    if pickles and not chosen:
         raise BundleError(f"{pickles[0]}: these weights come as pickles only, which are not loaded")
     configs = [name for name in names if name.endswith(_CONFIG_SUFFIXES) and ".index." not in name]
-    return configs + picked
+    return configs + chosen
 
 
-def pull_bundle(bundle: Bundle, directory: Path, hub: Hub, say: Callable[[str], object]) -> Bundle:
+def pull_bundle(bundle: Bundle, directory: Path, hub: Hub, report: Callable[[str], object]) -> Bundle:
     """Fetch all parts of a bundle into a directory that then is a bundle itself; goes on with what is there already.
 
     Args:
@@ -102,7 +102,7 @@ def pull_bundle(bundle: Bundle, directory: Path, hub: Hub, say: Callable[[str], 
     if not isinstance(bundle.pipeline, str):
         raise BundleError(f"bundle {bundle.name} is a local one: its pipeline lies in {bundle.pipeline}")
     if (directory / DESCRIPTOR).exists():
-        say(f"{directory} is complete; its files are compared with their digests")
+        report(f"{directory} is complete; its files are compared with their digests")
         done = read_bundle(directory)
         if done.name != bundle.name:
             raise BundleError(f"{directory} holds bundle {done.name}; give another directory")
@@ -110,7 +110,7 @@ def pull_bundle(bundle: Bundle, directory: Path, hub: Hub, say: Callable[[str], 
         return done
     directory.mkdir(parents=True, exist_ok=True)
     lock = _open_lock(directory / LOCK, bundle.name)
-    _Pull(bundle, directory, hub, lock, say).run()
+    _Pull(bundle, directory, hub, lock, report).run()
     return read_bundle(directory)
 
 
@@ -135,32 +135,36 @@ class _Pull:
     directory: Path
     hub: Hub
     lock: _Lock
-    say: Callable[[str], object]
+    report: Callable[[str], object]
 
     def run(self) -> None:
-        said = self.bundle.descriptor
-        values: dict[str, Any] = said.model_dump(exclude_unset=True, exclude_none=True)
+        descriptor = self.bundle.descriptor
+        values: dict[str, Any] = descriptor.model_dump(exclude_unset=True, exclude_none=True)
         self._copy_own_files()
-        for part, source in (("pipeline", said.pipeline), ("vae", said.vae), ("tiny_vae", said.tiny_vae)):
+        for part, source in (
+            ("pipeline", descriptor.pipeline),
+            ("vae", descriptor.vae),
+            ("tiny_vae", descriptor.tiny_vae),
+        ):
             if source is None or source.hub_id is None:
                 continue
             self._fetch_part(part, str(source.hub_id), str(source.revision))
             values[part] = {key: value for key, value in values[part].items() if key not in ("hub_id", "revision")}
             values[part]["path"] = part
-        if said.lua is None and said.lua_source is not None and said.lua_source.hub_id is not None:
+        if descriptor.lua is None and descriptor.lua_source is not None and descriptor.lua_source.hub_id is not None:
             values["lua"] = self._fetch_lua()
             values["defaults"]["method"] = "lua"
             del values["lua_source"]
-        values["origin"] = {part: f"{kept['hub_id']}@{kept['commit']}" for part, kept in self.lock.parts.items()}
+        values["origin"] = {part: f"{locked['hub_id']}@{locked['commit']}" for part, locked in self.lock.parts.items()}
         values["files"] = {name: sha for name, sha in self.lock.files.items() if name.endswith(WEIGHT_SUFFIXES)}
         shutil.rmtree(self.directory / _DOWNLOADS, ignore_errors=True)
         write_bundle(self.directory, Descriptor.model_validate(values))
 
     def _copy_own_files(self) -> None:
         """What lies beside the descriptor already: one's own LUA, SwinIR weights, a VAE; read back and compared."""
-        said = self.bundle.descriptor
-        own = said.files | ({} if said.lua is None else {said.lua.file: said.lua.sha256})
-        for source in (said.vae, said.tiny_vae):
+        descriptor = self.bundle.descriptor
+        own = descriptor.files | ({} if descriptor.lua is None else {descriptor.lua.file: descriptor.lua.sha256})
+        for source in (descriptor.vae, descriptor.tiny_vae):
             if source is not None and source.path is not None:
                 shutil.copytree(self.bundle.directory / source.path, self.directory / source.path, dirs_exist_ok=True)
         for name, digest in own.items():
@@ -186,12 +190,12 @@ class _Pull:
 
     def _snapshot(self, part: str, hub_id: str, revision: str) -> HubSnapshot:
         """The snapshot that an earlier run chose, so that files of two commits never mix."""
-        kept = self.lock.parts.get(part)
-        if kept is not None and (kept["hub_id"], kept["revision"]) != (hub_id, revision):
+        locked = self.lock.parts.get(part)
+        if locked is not None and (locked["hub_id"], locked["revision"]) != (hub_id, revision):
             raise BundleError(
-                f"{self.directory} was pulled from {kept['hub_id']} at {kept['revision']}; delete it first"
+                f"{self.directory} was pulled from {locked['hub_id']} at {locked['revision']}; delete it first"
             )
-        snapshot = self.hub.snapshot(hub_id, revision if kept is None else kept["commit"])
+        snapshot = self.hub.snapshot(hub_id, revision if locked is None else locked["commit"])
         self.lock.parts[part] = {"hub_id": hub_id, "revision": revision, "commit": snapshot.commit}
         self.lock.write()
         return snapshot
@@ -206,7 +210,7 @@ class _Pull:
         if total > free:
             raise BundleError(f"{part} needs {total} bytes in {self.directory}; {free} are free")
         if missing != ["model_index.json"]:
-            self.say(f"{part}: {len(missing)} files, {total / 1e9:.2f} GB, {snapshot.hub_id} at {snapshot.commit}")
+            self.report(f"{part}: {len(missing)} files, {total / 1e9:.2f} GB, {snapshot.hub_id} at {snapshot.commit}")
         for name in missing:
             path = self.directory / part / name
             if not path.resolve().is_relative_to((self.directory / part).resolve()):

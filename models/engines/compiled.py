@@ -32,9 +32,9 @@ class Captured:
     """A CUDA graph with the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    given: Tensor
+    input: Tensor
     grids: Grids
-    answer: Tensor
+    output: Tensor
 
 
 class CompileEngine:
@@ -79,10 +79,10 @@ class CompileEngine:
         padded = padded.clone(memory_format=torch.contiguous_format)  # else one made elsewhere is compiled for anew
         with on_device(self._device):
             if self._device.type == "cuda":
-                grown = self._replay(padded, int(scale))
+                upscaled = self._replay(padded, int(scale))
             else:
-                grown = self._compute(int(scale), *self._open_sizes(padded))
-        return grown[..., : scaled_size(height, scale), : scaled_size(width, scale)]
+                upscaled = self._compute(int(scale), *self._open_sizes(padded))
+        return upscaled[..., : scaled_size(height, scale), : scaled_size(width, scale)]
 
     def _open_sizes(self, padded: Tensor) -> tuple[Tensor, Grids]:
         """What the network takes, told to the compiler as of any size; it keeps a batch of 1 for a case of its own."""
@@ -107,9 +107,9 @@ class CompileEngine:
         self._graphs[key] = captured
         while len(self._graphs) > GRAPHS_KEPT:
             self._graphs.popitem(last=False)
-        captured.given.copy_(filled)
+        captured.input.copy_(filled)
         captured.graph.replay()
-        return captured.answer[:batch].clone()
+        return captured.output[:batch].clone()
 
     def _capture(self, filled: Tensor, scale: int) -> Captured:
         """A graph for this size, in memory that all graphs share.
@@ -117,20 +117,20 @@ class CompileEngine:
         One runs at a time and its answer is copied before the next, so what they compute in need not be kept apart: all
         together take what the largest does. Torch reuses it only for captures on one stream.
         """
-        given, grids = self._open_sizes(filled.clone())
+        input, grids = self._open_sizes(filled.clone())
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
         side = self._stream
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(_CAPTURE_WARMUPS):
-                self._compute(scale, given, grids)
+                self._compute(scale, input, grids)
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on with the GPU meanwhile. Torch's own stream for this is of the first GPU ever used.
         with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-            answer = self._compute(scale, given, grids)
-        return Captured(graph, given, grids, answer)
+            output = self._compute(scale, input, grids)
+        return Captured(graph, input, grids, output)
 
     def close(self) -> None:
         """As `giantleap.models.engines.base.Engine.close`."""

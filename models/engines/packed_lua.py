@@ -118,8 +118,8 @@ class PackedBlock:
         if self.tokens_at_once is None:
             return [(0, windows, grid.mask)]
         free = windows - masked
-        most = max(1, self.tokens_at_once * torch.get_num_threads() // self.window**2)
-        starts = [*_starts(0, free, most), *_starts(free, windows, most), windows]
+        max_windows = max(1, self.tokens_at_once * torch.get_num_threads() // self.window**2)
+        starts = [*_starts(0, free, max_windows), *_starts(free, windows, max_windows), windows]
         return [
             (start, stop, grid.mask[max(0, start - free) : max(0, stop - free)]) for start, stop in pairwise(starts)
         ]
@@ -157,9 +157,9 @@ class PackedBlock:
         return logits.softmax(-1) @ v
 
 
-def _starts(first: int, end: int, most: int) -> list[int]:
+def _starts(first: int, end: int, max_windows: int) -> list[int]:
     """Where portions of nearly equal size begin: one of few windows would waste what a product takes to set up."""
-    count = -(-(end - first) // most)
+    count = -(-(end - first) // max_windows)
     return [first + index * (end - first) // count for index in range(count)]
 
 
@@ -211,8 +211,8 @@ class PackedLua:
         check_latent(self.spec, latent, (scale,))
         height, width = latent.shape[-2:]
         padded = pad_to_window(latent.float(), self.spec.window)
-        grown = self.core(padded, self.grids_of(padded), int(scale))
-        return grown[..., : scaled_size(height, scale), : scaled_size(width, scale)]
+        upscaled = self.core(padded, self.grids_of(padded), int(scale))
+        return upscaled[..., : scaled_size(height, scale), : scaled_size(width, scale)]
 
     def core(self, latent: Tensor, grids: Grids, scale: int) -> Tensor:
         """As `Lua.core`; `grids` are those of `grids_of`."""

@@ -146,31 +146,31 @@ class PixelUpscaler:
             )
         whole, (height, width) = int(scale), images.shape[-2:]
         net = self.nets[whole]
-        grown = torch.empty(len(images), RGB_CHANNELS, whole * height, whole * width, device=self.device)
+        upscaled = torch.empty(len(images), RGB_CHANNELS, whole * height, whole * width, device=self.device)
         is_large = height * width > self.tile_px**2
         # On a CPU one at a time: activations of several leave the cache (see `Route.decode_items`).
         at_once = 1 if is_large or self.device.type == "cpu" else self.tile_px**2 // (height * width)
         run = self._run_tiles if is_large else self._run
         for start in range(0, len(images), at_once):
-            grown[start : start + at_once] = run(net, images[start : start + at_once], whole)
-        return grown.clamp_(0.0, 1.0)
+            upscaled[start : start + at_once] = run(net, images[start : start + at_once], whole)
+        return upscaled.clamp_(0.0, 1.0)
 
     def _run(self, net: LatentUpscaler, images: Tensor, scale: int) -> Tensor:
         images = images.to(self.device, torch.float32)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            grown: Tensor = net(images, scale)
-        return grown.float()
+            upscaled: Tensor = net(images, scale)
+        return upscaled.float()
 
     def _run_tiles(self, net: LatentUpscaler, image: Tensor, scale: int) -> Tensor:
         """Adds up the tiles, each weighted by how far inside of it a pixel lies."""
         height, width = image.shape[-2:]
         rows, columns = (plan_spans(side, self.tile_px, self.halo_px, net.spec.window) for side in (height, width))
-        grown = torch.zeros(1, RGB_CHANNELS, scale * height, scale * width, device=self.device)
+        upscaled = torch.zeros(1, RGB_CHANNELS, scale * height, scale * width, device=self.device)
         for row in rows:
             down = blend_weights(row, height, scale, self.halo_px).to(self.device)
             for column in columns:
                 across = blend_weights(column, width, scale, self.halo_px).to(self.device)
                 tile = self._run(net, image[..., row.start : row.stop, column.start : column.stop], scale)
-                area = grown[..., scale * row.start : scale * row.stop, scale * column.start : scale * column.stop]
+                area = upscaled[..., scale * row.start : scale * row.stop, scale * column.start : scale * column.stop]
                 area += tile * down[:, None] * across
-        return grown
+        return upscaled

@@ -44,8 +44,8 @@ class Slot:
     """A context with its bound buffers, flat and as large as the profile's largest shape."""
 
     context: Any
-    given: Tensor
-    answer: Tensor
+    input_buffer: Tensor
+    output: Tensor
 
 
 class PlanRunner:
@@ -95,17 +95,17 @@ class PlanRunner:
         caller = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
-            slot.given[: latent.numel()].view(latent.shape).copy_(latent)
+            slot.input_buffer[: latent.numel()].view(latent.shape).copy_(latent)
             latent.record_stream(self._stream)
             if not slot.context.set_input_shape(self._artifact.input, tuple(latent.shape)):
                 raise EngineError(f"{self._artifact.path.name} does not take the shape {list(latent.shape)}")
             shape = tuple(slot.context.get_tensor_shape(self._artifact.output))
             if not slot.context.execute_async_v3(self._stream.cuda_stream):
                 raise RuntimeError(f"TensorRT failed in {self._artifact.path.name}")
-            answer = slot.answer[: torch.Size(shape).numel()].view(shape).clone()
+            output = slot.output[: torch.Size(shape).numel()].view(shape).clone()
         caller.wait_stream(self._stream)
-        answer.record_stream(caller)
-        return answer
+        output.record_stream(caller)
+        return output
 
     def _open_slot(self, index: int, channels: int) -> Slot:
         batch, height, width = self._artifact.profiles[index].max_shape
@@ -114,10 +114,10 @@ class PlanRunner:
             raise EngineError(f"TensorRT refuses profile {self._artifact.profiles[index].name}")
         context.set_input_shape(self._artifact.input, (batch, channels, height, width))
         elements = torch.Size(tuple(context.get_tensor_shape(self._artifact.output))).numel()
-        given = torch.empty(batch * channels * height * width, device=self._device)
-        answer = torch.empty(elements, device=self._device)
-        context.set_tensor_address(self._artifact.input, given.data_ptr())
-        context.set_tensor_address(self._artifact.output, answer.data_ptr())
+        input_buffer = torch.empty(batch * channels * height * width, device=self._device)
+        output = torch.empty(elements, device=self._device)
+        context.set_tensor_address(self._artifact.input, input_buffer.data_ptr())
+        context.set_tensor_address(self._artifact.output, output.data_ptr())
         self._stream.synchronize()
-        slot = self._slots[index] = Slot(context, given, answer)
+        slot = self._slots[index] = Slot(context, input_buffer, output)
         return slot

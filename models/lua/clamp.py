@@ -64,7 +64,7 @@ class LatentClamp:
             for scale, rms in statistics.residual_rms.items()
         }
 
-    def limit(self, small: Tensor, grown: Tensor, scale: float) -> Tensor:
+    def limit(self, small: Tensor, upscaled: Tensor, scale: float) -> Tensor:
         """Bounds what an engine made of `small`.
 
         For a scale between measured ones the statistics are those of the next larger one, whose residual is larger.
@@ -81,14 +81,14 @@ class LatentClamp:
                 f"guard: statistics of {self.statistics.channels} channels at scales {sorted(self._reach)}; "
                 f"asked for {small.shape[1]} channels at {scale}"
             )
-        grown = grown.float()
+        upscaled = upscaled.float()
         # Clamped before as well: bicubic weights of both signs would make NaN of values near the end of float32.
         inside = small.float().clamp(self._low, self._high)
-        size = (grown.shape[-2], grown.shape[-1])
+        size = (upscaled.shape[-2], upscaled.shape[-1])
         base = F.interpolate(inside, size=size, mode="bicubic").clamp(self._low, self._high)
-        residual = grown - base
+        residual = upscaled - base
         room = torch.where(residual >= 0, self._high - base, base - self._low)
         bound = torch.minimum(room, self._reach[measured].expand_as(room))
         bent = (base + limit_softly(residual, bound)).clamp(self._low, self._high)
         # Not base + residual: that rounds, and a latent that needs no bound stays the same to the bit.
-        return torch.where(residual.abs() <= KNEE * bound, grown, bent)
+        return torch.where(residual.abs() <= KNEE * bound, upscaled, bent)

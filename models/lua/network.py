@@ -151,8 +151,8 @@ class Lua(nn.Module):
         check_latent(self.spec, latent, scales)
         height, width = latent.shape[-2:]
         padded = pad_to_window(latent, self.spec.window)
-        grown = self._core(padded, scales)
-        return {s: y[..., : scaled_size(height, s), : scaled_size(width, s)] for s, y in grown.items()}
+        upscaled = self._core(padded, scales)
+        return {s: y[..., : scaled_size(height, s), : scaled_size(width, s)] for s, y in upscaled.items()}
 
     def core(self, latent: Tensor, scale: float) -> Tensor:
         """The exportable part: height and width must be multiples of the window, and nothing is checked.
@@ -165,7 +165,7 @@ class Lua(nn.Module):
     def _core(self, latent: Tensor, scales: Sequence[float]) -> dict[float, Tensor]:
         x = self._normalise(latent)
         features = self.forward_features(x)
-        grown: dict[float, Tensor] = {}
+        upscaled: dict[float, Tensor] = {}
         for scale in scales:
             if self.spec.head == "liif":
                 y = self.heads["liif"](features, scale)
@@ -175,8 +175,8 @@ class Lua(nn.Module):
                 skip = partial(F.interpolate, scale_factor=scale)
             if self.spec.bicubic_skip:
                 y = y + skip(x, mode="bicubic")
-            grown[scale] = self._restore(y)
-        return grown
+            upscaled[scale] = self._restore(y)
+        return upscaled
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The backbone, on a normalised latent whose sides are multiples of the window.

@@ -63,8 +63,8 @@ class LuaSpec:
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
         """Each field's rule; a later one may rely on the ones before it."""
-        for name, least in (("channels", 1), ("embed_dim", 1), ("window", 2), ("num_feat", 1)):
-            yield name, _is_count(getattr(self, name), least), f"an integer of at least {least}"
+        for name, minimum in (("channels", 1), ("embed_dim", 1), ("window", 2), ("num_feat", 1)):
+            yield name, _is_count(getattr(self, name), minimum), f"an integer of at least {minimum}"
         yield "depths", _are_counts(self.depths), "a tuple of integers of at least 1"
         groups = len(self.depths)
         yield "num_heads", _are_counts(self.num_heads), "an integer, or a tuple of integers, of at least 1"
@@ -133,8 +133,8 @@ def is_whole(side: int, scale: float) -> bool:
     return abs(scale * side - round(scale * side)) <= _ROUNDING
 
 
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_count(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def _is_number(value: Any) -> bool:

@@ -64,10 +64,10 @@ class LatentStatistics:
             StatisticsError: It is something else.
         """
         try:
-            said: dict[str, Any] = json.loads(text)
-            residual = {int(scale): tuple(map(float, values)) for scale, values in said["residual_rms"].items()}
-            mean, std = (tuple(map(float, said[name])) for name in ("mean", "std"))
-            return cls(mean, std, residual, int(said["tiles"]))
+            values: dict[str, Any] = json.loads(text)
+            residual = {int(scale): tuple(map(float, values)) for scale, values in values["residual_rms"].items()}
+            mean, std = (tuple(map(float, values[name])) for name in ("mean", "std"))
+            return cls(mean, std, residual, int(values["tiles"]))
         except StatisticsError:
             raise
         except (ValueError, TypeError, LookupError, AttributeError) as error:

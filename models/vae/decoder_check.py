@@ -55,7 +55,7 @@ def check_autoencoder(vae: Any, *expected: type[nn.Module]) -> None:
         UnknownDecoderError: with all classes.
     """
     if not isinstance(vae, expected):
-        names = " or ".join(each.__name__ for each in expected)
+        names = " or ".join(cls.__name__ for cls in expected)
         raise UnknownDecoderError(f"this decode is for {names}; found {type(vae).__name__}")
 
 
@@ -86,8 +86,15 @@ def _problem(module: nn.Module) -> str | None:
     if isinstance(module, nn.Conv2d):
         side = module.kernel_size[0]
         usual = ((side, side), (1, 1), (side // 2, side // 2), (1, 1), 1, "zeros")
-        found = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
-        return None if side in (1, 3) and found == usual else f"is {module}"
+        settings = (
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            module.padding_mode,
+        )
+        return None if side in (1, 3) and settings == usual else f"is {module}"
     if isinstance(module, nn.Dropout):
         return f"drops {module.p} while training" if module.training and module.p > 0 else None
     if isinstance(module, nn.GroupNorm):

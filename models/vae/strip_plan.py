@@ -187,8 +187,8 @@ def _strip_rows(shape: DecoderShape, height: int, width: int, strip_elements: in
     rows = []
     for stage, channels in enumerate(shape.channels):
         row_elements = max(shape.stage_input(stage), channels) * (width << stage)
-        wanted = min(strip_elements // row_elements, height << stage)
-        rows.append(max(wanted, 1) if stage == 0 else max(wanted // 2 * 2, 2))
+        rows_fitting = min(strip_elements // row_elements, height << stage)
+        rows.append(max(rows_fitting, 1) if stage == 0 else max(rows_fitting // 2 * 2, 2))
     return tuple(rows)
 
 
@@ -205,9 +205,9 @@ def _exact_elements(
         strip = strip_rows[stage] * stage_width
         # Two maps while a block runs: its input or shortcut, and the hidden one. Working strips: one normalised and
         # one padded copy, or the padded copy and the convolution's output.
-        kept = 2 * channels if stage and incoming == channels else max(incoming, 2 * channels)
+        live = 2 * channels if stage and incoming == channels else max(incoming, 2 * channels)
         halo = 2 * stage_width
-        peaks.append(kept * pixels + max(incoming, channels) * (2 * strip + halo))
+        peaks.append(live * pixels + max(incoming, channels) * (2 * strip + halo))
         if stage:  # the upsampled map, filled while its source is given back
             source = strip_rows[stage - 1] * (stage_width // 2)
             kernels = 16 * incoming if dtype == "float32" else 0  # four 2x2 kernels per channel
