@@ -1,2 +1,4 @@
-"""What a model is and how it runs. Imports nothing from the rest of the project; start at
-`giantleap.models.route.Route`."""
+"""The models and how they run: start at `giantleap.models.route.Route`.
+
+Imports nothing from the rest of the project.
+"""

@@ -1,4 +1,4 @@
-"""The device that a route runs on: which one and in what type, the time and the memory that work on it takes."""
+"""The device that a route runs on: its choice, its compute type, and the time and memory that work takes there."""
 
 import gc
 import resource
@@ -61,7 +61,7 @@ class PeakMemory:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -72,10 +72,10 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a setting names; `auto` is the first GPU where there is one, else the CPU.
+    """The device of a setting; `auto` is the first GPU, else the CPU.
 
     Raises:
-        ValueError: a GPU is named that this machine does not have.
+        ValueError: This machine does not have the named GPU.
     """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -86,15 +86,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, preferred: str | None = None) -> torch.dtype:
-    """The compute type that a setting names; `auto` is float32 on a CPU, on a GPU that of the bundle, else bfloat16.
+    """The compute type of a setting; `auto` is float32 on a CPU, and on a GPU the bundle's type, else bfloat16.
 
     Args:
         name: The setting.
         device: Where it runs.
-        preferred: What the bundle names (`Bundle.dtype`); it counts for `auto` on a GPU only.
+        preferred: The bundle's type (`Bundle.dtype`), used for `auto` on a GPU.
 
     Raises:
-        ValueError: the device does not compute in that type.
+        ValueError: The device does not compute in that type.
     """
     if name == "auto":
         name = "float32" if device.type == "cpu" else preferred or "bfloat16"
@@ -112,7 +112,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start measuring anew, where the device can."""
+    """Reset the peak of `peak_memory`, if the device can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -126,7 +126,7 @@ def peak_memory(device: torch.device) -> PeakMemory:
 
 
 def free_cache(device: torch.device) -> None:
-    """Give back the memory that no tensor uses."""
+    """Release memory that no tensor uses."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""Draws raw latents from prompts with a stock diffusers pipeline: seeded per item, watched and stopped between steps.
+"""Generates raw latents from prompts with a stock diffusers pipeline: seeded per item, cancelable between steps.
 
-What differs between the pipeline classes is in `FAMILIES`, one line each. The latents go to the upscaler in
-`giantleap.models.route`. Which words a prompt may use is in `giantleap.models.bundle.vocabulary`.
+`FAMILIES` holds what differs between the pipeline classes. The latents go to the upscaler in `giantleap.models.route`.
+`giantleap.models.bundle.vocabulary` checks the words of a prompt.
 """
 
 import inspect
@@ -49,18 +49,18 @@ SEED_LIMIT = 2**63
 
 @dataclass(frozen=True, slots=True)
 class GenerationItem:
-    """One image to draw. The size is that of the base image, before upscaling.
+    """One image to generate. The size is that of the base image, before upscaling.
 
     Args:
-        prompt: What to draw.
-        negative_prompt: What not to draw; empty for none. Only with guidance (`Generator.takes_negative_prompt`).
-        seed: Of the noise.
-        width_px: A multiple of the latent space's `multiple_px`, as the height.
-        height_px: See width.
-        steps: Denoising steps, of which those are left out that `strength` skips.
-        guidance_scale: As the pipeline itself counts it: 1 is none, for Z-Image 0.
-        init_image: What to start from in place of noise, [3, height_px, width_px], in [-1, 1].
-        strength: How much of the start to give up, above 0 and up to 1; with an `init_image` only.
+        prompt: What to show.
+        negative_prompt: What to avoid; empty for none. Only with guidance (`Generator.takes_negative_prompt`).
+        seed: Seed of the noise.
+        width_px: A multiple of the latent space's `multiple_px`.
+        height_px: A multiple of the latent space's `multiple_px`.
+        steps: Denoising steps, of which `strength` skips a part.
+        guidance_scale: In the pipeline's own scale: 1 is none, for Z-Image 0.
+        init_image: Start image in place of noise, [3, height_px, width_px], in [-1, 1].
+        strength: How far to depart from `init_image`, above 0 and up to 1.
     """
 
     prompt: str
@@ -81,20 +81,20 @@ class GenerationItem:
 
 
 def image_seed(seed: int, index: int) -> int:
-    """The seed of image `index` of a job: the first has the job's own, the next count on from there."""
+    """The seed of image `index` of a job: seed + index, modulo `SEED_LIMIT`."""
     return (seed + index) % SEED_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What sets one pipeline class apart from the others.
+    """How one pipeline class differs from the others.
 
     Args:
-        truncated_tokens: How many tokens of a prompt are cut off; negative where there is room left.
-        image_pipeline: Its class that starts from an image; None where diffusers has none.
+        truncated_tokens: Number of tokens of a prompt that are cut off; negative if there is room left.
+        image_pipeline: Its image-to-image class; None if diffusers has none.
         guidance: The argument that takes `GenerationItem.guidance_scale`.
-        no_negative: What guidance goes away from where an item has no negative prompt; None where it takes none.
-        hands_out_raw: Whether `output_type="latent"` gives raw latents already.
+        no_negative: The negative prompt that stands for none; None if the class takes no negative prompt.
+        returns_raw: Whether `output_type="latent"` returns raw latents already.
         batches: Whether an item's result is the same in a batch of prompts of different lengths.
     """
 
@@ -102,7 +102,7 @@ class Family:
     image_pipeline: type | None = None
     guidance: str = "guidance_scale"
     no_negative: str | None = ""
-    hands_out_raw: bool = False
+    returns_raw: bool = False
     batches: bool = True
 
 
@@ -111,7 +111,7 @@ class Generator:
 
     Args:
         pipeline: Of one of the classes in `FAMILIES`.
-        latent_space: Says how the pipeline's latents become raw ones.
+        latent_space: Converts the pipeline's latents to raw ones.
 
     Raises:
         ValueError: The pipeline is of another class.
@@ -131,20 +131,20 @@ class Generator:
 
     @classmethod
     def open(cls, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Self:
-        """Load the bundle's pipeline: from disk alone where that is a directory, and from safetensors only.
+        """Load the bundle's pipeline, from safetensors only, and from disk only if it is a directory.
+
+        Silences the logs and progress bars of diffusers and transformers, which would print prompts.
 
         Raises:
-            OSError: the directory or a file in it is missing.
-            BundleError: there is a VAE and no pipeline.
-            ValueError: the pipeline is of a class that is not known here.
-
-        Effects: quietens the libraries' own logs and progress bars, which would print prompts.
+            OSError: The directory or a file in it is missing.
+            BundleError: There is a VAE and no pipeline.
+            ValueError: The pipeline is of an unknown class.
         """
         if bundle.pipeline_class == "DiffusionPipeline":
             raise BundleError(f"bundle {bundle.name} holds a VAE alone, to train with: there is no pipeline to serve")
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        diffusers_logging.set_verbosity_error()  # a prompt that is cut off would be logged
+        diffusers_logging.set_verbosity_error()  # they log prompts that are cut off
         diffusers_logging.disable_progress_bar()
         parts = {} if bundle.vae is None else {"vae": _load(AutoModel, bundle.vae, dtype)}
         source = ModelSource(bundle.pipeline, bundle.revision)
@@ -174,23 +174,21 @@ class Generator:
     ) -> list[Tensor | None]:
         """Generate the raw latents of a batch.
 
-        A seed gives the same latent on every device and in every batch, up to rounding: each item has a generator of
-        its own on the CPU. A pipeline that cannot keep to that with prompts of different lengths draws one by one.
+        A seed gives the same latent on every device and in every batch, up to rounding: each item has its own generator
+            on the
+        CPU. A pipeline whose result depends on the other prompts of a batch runs the items one by one.
 
         Args:
             items: At least one; all of one size, number of steps, guidance and strength.
             on_step: Called after each denoising step with (steps done, steps).
-            is_canceled: Called after each step, and after `on_step`, with the index of each item: whether its result
-                is no longer wanted. Once all items are canceled the remaining steps are skipped.
+            is_canceled: Called after each step, and after `on_step`, with the index of each item: whether its result is
+                no longer wanted. Once all items are canceled the remaining steps are skipped.
 
         Returns:
-            A raw float32 latent per item, None for a canceled one.
-
-        Shape:
-            Each [channels, latent_height, latent_width].
+            A raw float32 latent per item, [channels, latent_height, latent_width]; None for a canceled one.
 
         Raises:
-            ValueError: The items differ in what a batch shares, or one asks for what the pipeline does not do.
+            ValueError: The items differ in what a batch shares, or one needs what the pipeline cannot do.
         """
         for item in items:
             self._check(item, items[0])
@@ -207,31 +205,31 @@ class Generator:
             if is_canceled is not None:
                 canceled.update(index for index in range(len(items)) if is_canceled(index))
             if canceled.issuperset(run):
-                pipeline._interrupt = True  # diffusers' own way to stop; the next call sets it back
+                pipeline._interrupt = True  # how diffusers stops a call; the next call resets it
             return {}
 
         for run in runs:
             if canceled.issuperset(run):
                 continue
-            drawn = self._run([items[index] for index in run], partial(end_step, run=run))
-            for index, latent in zip(run, drawn, strict=True):
+            latents_of_run = self._run([items[index] for index in run], partial(end_step, run=run))
+            for index, latent in zip(run, latents_of_run, strict=True):
                 latents[index] = latent
         return [None if index in canceled else latent for index, latent in enumerate(latents)]
 
     def truncated_tokens(self, prompt: str) -> int:
-        """How many tokens are cut off, beyond what the text encoder takes.
+        """Number of tokens of a prompt beyond what the text encoder takes.
 
-        Of several encoders that with the most room counts. Words that the family puts around a prompt count too.
+        Of several encoders the one with the most room counts. Words that the family puts around a prompt count too.
         """
         return max(0, self.family.truncated_tokens(self.pipeline, prompt))
 
     def _check(self, item: GenerationItem, first: GenerationItem) -> None:
         name, multiple_px = type(self.pipeline).__name__, self.latent_space.multiple_px
         if item.shared != first.shared:
-            raise ValueError("items of one batch must share size, steps, guidance and strength; draw them in several")
+            raise ValueError("items of one batch must share size, steps, guidance and strength; use several batches")
         if item.width_px % multiple_px or item.height_px % multiple_px:
             raise ValueError(
-                f"{item.width_px}x{item.height_px} px: {name} draws images whose sides are multiples of {multiple_px}"
+                f"{item.width_px}x{item.height_px} px: {name} needs sides that are multiples of {multiple_px}"
             )
         if item.negative_prompt and not self.takes_negative_prompt:
             raise ValueError(f"{name} takes no negative prompt")
@@ -249,7 +247,7 @@ class Generator:
             )
 
     def _run(self, items: Sequence[GenerationItem], end_step: Callable[..., dict[str, Any]]) -> Tensor:
-        """One call of the pipeline; raw latents, [items, channels, latent_height, latent_width], float32."""
+        """Call the pipeline once; returns raw latents, [items, channels, latent_height, latent_width], float32."""
         first = items[0]
         arguments = self._prompts(items) | {
             self.family.guidance: first.guidance_scale,
@@ -266,10 +264,10 @@ class Generator:
             parts = self.pipeline.components | {"vae": _ImageEncoder(self.pipeline.vae)}
             pipeline = self.family.image_pipeline(**parts)
             pipeline.set_progress_bar_config(disable=True)
-            # Pipelines take tensors in [0, 1] and would take one in [-1, 1] that has no negative value for such a one.
+            # Pipelines take tensors in [0, 1]; one in [-1, 1] without a negative value would pass as such.
             arguments |= {"image": torch.stack(images).clamp(-1, 1) / 2 + 0.5, "strength": first.strength}
         latents: Tensor = pipeline(**arguments).images.float()
-        if self.family.hands_out_raw:
+        if self.family.returns_raw:
             self.latent_space.check_raw(tuple(latents.shape))
             return latents
         return self.latent_space.to_raw(latents, first.height_px, first.width_px)
@@ -282,7 +280,7 @@ class Generator:
         negative = [item.negative_prompt or self.family.no_negative for item in items]
         if not getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False):
             return {"prompt": prompts, "negative_prompt": negative}
-        # SDXL embeds no negative prompt as zeros, but does so for a whole batch or not at all.
+        # SDXL embeds an empty negative prompt as zeros, but only for a whole batch.
         positive, away, pooled, pooled_away = self.pipeline.encode_prompt(prompts, negative_prompt=negative)
         named = torch.tensor([bool(item.negative_prompt) for item in items], device=away.device, dtype=away.dtype)
         return {
@@ -294,10 +292,10 @@ class Generator:
 
 
 class _ImageEncoder:
-    """Stands in for the VAE of an image-to-image pipeline: the posterior's mean, and weights that stay what they are.
+    """The VAE of an image-to-image pipeline, which encodes to the posterior's mean and keeps the type of its weights.
 
-    On their own the pipelines draw from the posterior, give the VAE images of a type that its weights do not have, or
-    (SDXL) leave the weights in another type than they were.
+    The pipelines themselves sample the posterior, give the VAE images of another type than its weights, or (SDXL) leave
+    the weights in another type.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -325,25 +323,25 @@ def _load(cls: Any, source: ModelSource, dtype: torch.dtype, **options: Any) -> 
     )
 
 
-def _lost_by_clip(pipeline: Any, prompt: str) -> int:
+def _truncated_by_clip(pipeline: Any, prompt: str) -> int:
     return len(pipeline.tokenizer(prompt).input_ids) - int(pipeline.tokenizer.model_max_length)
 
 
-def _lost_by_t5(pipeline: Any, prompt: str) -> int:
+def _truncated_by_t5(pipeline: Any, prompt: str) -> int:
     tokenizer = pipeline.tokenizer_3 if hasattr(pipeline, "tokenizer_3") else pipeline.tokenizer_2
-    if tokenizer is None:  # Stable Diffusion 3 does without
-        return _lost_by_clip(pipeline, prompt)
+    if tokenizer is None:  # optional in Stable Diffusion 3
+        return _truncated_by_clip(pipeline, prompt)
     return len(tokenizer(prompt).input_ids) - _max_tokens(pipeline)
 
 
-def _lost_by_mistral(pipeline: Any, prompt: str) -> int:
+def _truncated_by_mistral(pipeline: Any, prompt: str) -> int:
     messages = format_input([prompt], system_message=pipeline.system_message)
     inputs = pipeline.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
     return len(inputs["input_ids"][0]) - _max_tokens(pipeline)
 
 
-def _lost_by_qwen3(pipeline: Any, prompt: str) -> int:
-    # FLUX.2 Klein turns thinking off, which costs it four tokens that Z-Image does not spend.
+def _truncated_by_qwen3(pipeline: Any, prompt: str) -> int:
+    # FLUX.2 Klein turns thinking off, which costs four tokens more than in Z-Image.
     thinking = not isinstance(pipeline, Flux2KleinPipeline)
     text = pipeline.tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
@@ -351,13 +349,13 @@ def _lost_by_qwen3(pipeline: Any, prompt: str) -> int:
     return len(pipeline.tokenizer(text).input_ids) - _max_tokens(pipeline)
 
 
-def _lost_by_qwen25(pipeline: Any, prompt: str) -> int:
+def _truncated_by_qwen25(pipeline: Any, prompt: str) -> int:
     text = pipeline.prompt_template_encode.format(prompt)
     before = int(pipeline.prompt_template_encode_start_idx)  # dropped before the rest is cut to length
     return len(pipeline.tokenizer(text).input_ids) - before - _max_tokens(pipeline)
 
 
-def _lost_by_none(pipeline: Any, prompt: str) -> int:
+def _truncated_by_none(pipeline: Any, prompt: str) -> int:
     return 0
 
 
@@ -370,16 +368,16 @@ def _max_tokens(pipeline: Any) -> int:
 # moves with the longest prompt of the batch.
 FAMILIES: Mapping[type, Family] = MappingProxyType(
     {
-        StableDiffusionPipeline: Family(_lost_by_clip, StableDiffusionImg2ImgPipeline),
-        StableDiffusionXLPipeline: Family(_lost_by_clip, StableDiffusionXLImg2ImgPipeline),
-        StableDiffusion3Pipeline: Family(_lost_by_t5, StableDiffusion3Img2ImgPipeline),
-        FluxPipeline: Family(_lost_by_t5, FluxImg2ImgPipeline, no_negative=None),
-        Flux2Pipeline: Family(_lost_by_mistral, no_negative=None),
-        Flux2KleinPipeline: Family(_lost_by_qwen3, no_negative=None, hands_out_raw=True),
+        StableDiffusionPipeline: Family(_truncated_by_clip, StableDiffusionImg2ImgPipeline),
+        StableDiffusionXLPipeline: Family(_truncated_by_clip, StableDiffusionXLImg2ImgPipeline),
+        StableDiffusion3Pipeline: Family(_truncated_by_t5, StableDiffusion3Img2ImgPipeline),
+        FluxPipeline: Family(_truncated_by_t5, FluxImg2ImgPipeline, no_negative=None),
+        Flux2Pipeline: Family(_truncated_by_mistral, no_negative=None),
+        Flux2KleinPipeline: Family(_truncated_by_qwen3, no_negative=None, returns_raw=True),
         QwenImagePipeline: Family(
-            _lost_by_qwen25, QwenImageImg2ImgPipeline, guidance="true_cfg_scale", no_negative=" "
+            _truncated_by_qwen25, QwenImageImg2ImgPipeline, guidance="true_cfg_scale", no_negative=" "
         ),
-        ZImagePipeline: Family(_lost_by_qwen3, ZImageImg2ImgPipeline),
-        QwenImage21Pipeline: Family(_lost_by_none, guidance="true_cfg_scale", batches=False),
+        ZImagePipeline: Family(_truncated_by_qwen3, ZImageImg2ImgPipeline),
+        QwenImage21Pipeline: Family(_truncated_by_none, guidance="true_cfg_scale", batches=False),
     }
 )

@@ -1,8 +1,4 @@
-"""Decoded pixels as the bytes of an image file, PNG, JPEG or WebP without any metadata; and how alike two images are.
-
-The pixels come from `giantleap.models.route`; the bytes go to the blobs of `giantleap.service.worker.items` or to a
-file.
-"""
+"""Encodes decoded pixels as image files without metadata, and measures how similar two images are."""
 
 import io
 import math
@@ -24,10 +20,13 @@ MAX_PSNR_DB = 150.0  # of images that are equal: JSON has no infinity
 
 
 def to_signed(pixels: Tensor) -> Tensor:
-    """Pixels as a diffusion pipeline takes them.
+    """Convert pixels to the input of a diffusion pipeline.
 
-    Shape:
-        [height_px, width_px, 3], uint8 -> [3, height_px, width_px], float32 in [-1, 1].
+    Args:
+        pixels: [height_px, width_px, 3], uint8.
+
+    Returns:
+        [3, height_px, width_px], float32 in [-1, 1].
     """
     return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
 
@@ -45,10 +44,11 @@ def to_pixels(values: Tensor) -> Tensor:
 
 
 def to_image_bytes(pixels: Tensor, output_format: ImageFormat) -> bytes:
-    """Encode one image. Nothing but the pixels and their size goes into the file.
+    """Encode one image. The file holds the pixels and their size, nothing else.
 
-    Shape:
-        [height_px, width_px, 3], uint8, on the CPU.
+    Args:
+        pixels: [height_px, width_px, 3], uint8, on the CPU.
+        output_format: Of the file.
 
     Raises:
         ValueError: The tensor has another shape or type, or the format is unknown.
@@ -63,15 +63,17 @@ def to_image_bytes(pixels: Tensor, output_format: ImageFormat) -> bytes:
 
 
 def psnr_db(image: Tensor, expected: Tensor, max_db: float = MAX_PSNR_DB) -> float:
-    """Peak signal-to-noise ratio of what is shown: images in [-1, 1], clamped to it and not rounded.
+    """Peak signal-to-noise ratio of images in [-1, 1], clamped to that range and not rounded.
 
-    `giantleap.training.evaluation.metrics.psnr_db` is that of 8-bit files.
+    PSNR = 10 log10(2^2 / mean squared error). `giantleap.training.evaluation.metrics.psnr_db` is that of 8-bit files.
+
+    Args:
+        image: [..., 3, height_px, width_px].
+        expected: The reference, of the same shape.
+        max_db: The value for equal images.
 
     Returns:
-        dB, `max_db` at most; minus infinity where a value is not a number.
-
-    Shape:
-        Both [..., 3, height_px, width_px].
+        dB, at most `max_db`; minus infinity if a value is not a number.
     """
     error = float((image.double().clamp(-1, 1) - expected.double().clamp(-1, 1)).square().mean())
     if not math.isfinite(error):

@@ -1,7 +1,7 @@
-"""Any picture that Pillow opens as RGB, as a viewer shows it: upright, 16-bit grey unclipped, transparency on white.
+"""Reads any picture that Pillow opens as upright RGB: 16-bit grey unclipped, transparency on white.
 
-Requests (`service/jobs/images.py`), pairs for a training and evaluations (`training/`) all read pictures through this.
-It imports no torch, since the API process has none.
+Requests (`service/jobs/images.py`), training pairs and evaluations (`training/`) use it. It imports no torch, which the
+API process does not have.
 """
 
 import struct
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 _MAX_GREY = 2**16 - 1
-# What Pillow was seen to raise on pictures that are damaged, cut off or absurdly large.
+# What Pillow raises on damaged, truncated or oversized pictures.
 DAMAGE = (
     EOFError,
     IndexError,
@@ -24,7 +24,7 @@ DAMAGE = (
     zlib.error,
     Image.DecompressionBombError,
 )
-# What shows an image upright, by its orientation (EXIF 2.32, tag 0x0112); 1 is upright.
+# The turn that makes an image upright, by its orientation (EXIF 2.32, tag 0x0112); 1 is upright.
 _TURNS: dict[object, Image.Transpose] = dict(
     zip(
         range(2, 9),
@@ -43,12 +43,12 @@ _TURNS: dict[object, Image.Transpose] = dict(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB, upright; what is transparent is laid on white.
+    """Convert a picture to upright RGB, with transparent parts on white.
 
     Raises:
-        ValueError: The values have no known range (floats, or integers beyond 16 bits), or no way to RGB.
+        ValueError: The values have no known range (floats, or integers beyond 16 bits), or cannot be converted to RGB.
     """
-    image.load()  # a PNG may say behind its pixels how it lies
+    image.load()  # a PNG may store its orientation after the pixels
     image = _to_upright(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         grey = np.asarray(image).astype(np.int64)
@@ -64,6 +64,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_upright(image: Image.Image) -> Image.Image:
-    """Pillow's own `exif_transpose` also writes the EXIF data anew, which fails on odd ones."""
+    """Turn a picture by its EXIF orientation; Pillow's `exif_transpose` fails on odd EXIF data, which it rewrites."""
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     return image if turn is None else image.transpose(turn)

@@ -1,8 +1,8 @@
-"""One bundle on one device: generate -> upscale -> decode, each stage on raw latents, timed with the device at rest.
+"""One loaded bundle on one device: generate, upscale, decode.
 
-`Route` is what a worker holds (`giantleap.service.worker.loop`) and what the command line uses without a service. The
-stages are methods of their own, because an upscale job starts at the second one and a latent result ends there; in
-which order a method runs them is in `stages_of`.
+A worker holds one `Route` per bundle (`giantleap.service.worker.loop`); the command line uses it without a service.
+Each stage is a method, because an upscale job starts at the second stage and a latent result ends there. `stages_of`
+gives their order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ NO_OBSERVER = NoObserver()
 
 
 def stages_of(method: Method, scale: float) -> tuple[Literal["upscale", "decode"], ...]:
-    """What follows the base latent, in order: `swinir` enlarges pixels, `lua` and `bicubic` the latent."""
+    """The stages after the base latent, in order: `swinir` upscales pixels, `lua` and `bicubic` the latent."""
     if scale == 1 or method == "direct":
         return ("decode",)
     return ("decode", "upscale") if method == "swinir" else ("upscale", "decode")
@@ -54,16 +54,16 @@ class Route:
     """A loaded bundle.
 
     Args:
-        name: The bundle's name.
-        generator: Prompt to raw latent; None where nothing is drawn.
-        lua: The upscaler of latents; None where the bundle has none.
-        pixel: The upscaler of pixels, for the method `swinir`; None where the bundle has none.
-        vae: Images from latents, and latents from images.
+        name: Name of the bundle.
+        generator: Generates raw latents from prompts; None in a worker that does not.
+        lua: Upscales latents; None if the bundle has no LUA.
+        pixel: Upscales pixels, for the method `swinir`; None if the bundle has no SwinIR weights.
+        vae: Decodes latents and encodes images.
         device: Where all of them are.
         dtype: The compute type.
-        clamp: What bounds LUA's outputs, whatever the engine; None where nothing does.
-        lua_scales: Those that the bundle serves; none: those of the network's heads.
-        role: Which stages run here.
+        clamp: Bounds the output of LUA; None for no bound.
+        lua_scales: The scales that the bundle serves; empty for those of the network's heads.
+        role: The stages that run here.
     """
 
     def __init__(
@@ -100,22 +100,22 @@ class Route:
         artifacts: Mapping[int, Artifact] | None = None,
         role: WorkerRole = WorkerRole.ALL,
     ) -> Self:
-        """Load what the stages need of all that the bundle names; nothing runs yet (`warm`).
+        """Load what the role needs of a bundle. Nothing runs yet (`warm`).
 
         Args:
-            bundle: What to load.
-            device: Where to.
+            bundle: The bundle.
+            device: Where everything goes.
             dtype: The compute type.
             engine: What runs LUA.
-            artifacts: Its exported graphs by scale, for the engines that run them; checked by the caller.
+            artifacts: Exported graphs by scale, for the engines that run them; the caller has checked them.
             role: `GENERATE` loads the pipeline with the VAE's encoder, `DECODE` the VAE and the upscalers, `ALL` both.
 
         Raises:
-            EngineError: the engine cannot run here.
-            BundleError: a weight file is not the one that the bundle was made with, or LUA does not fit it.
-            VaeError: the VAE is of an unknown class or not of the bundle's latent space.
-            CheckpointError: the LUA weights cannot be read.
-            OSError: the pipeline lacks a file.
+            EngineError: The engine cannot run here.
+            BundleError: A weight file differs from its digest, or LUA does not fit the descriptor.
+            VaeError: The VAE is of an unknown class or of another latent space.
+            CheckpointError: The LUA weights cannot be read.
+            OSError: The pipeline lacks a file.
         """
         check_files(bundle)
         lua, clamp = None, None
@@ -134,10 +134,10 @@ class Route:
 
     @property
     def generator(self) -> Generator:
-        """Prompt to raw latent.
+        """The generator of raw latents.
 
         Raises:
-            ValueError: Nothing is drawn here.
+            ValueError: The role of this route does not generate.
         """
         if self._generator is None:
             raise ValueError(f"bundle {self.name}: a worker of role {self.role} generates no latents")
@@ -145,16 +145,16 @@ class Route:
 
     @property
     def engine(self) -> str:
-        """The name of what runs LUA; `torch` where there is none, as for all the rest."""
+        """Name of the engine that runs LUA; `torch` if there is no LUA."""
         return "torch" if self.lua is None else self.lua.name
 
     @property
     def window(self) -> int:
-        """Side of the upscaler's window in latent pixels; latents that are equal once padded to it run together."""
+        """Side of LUA's window in latent pixels; latents of equal size after padding to it can share a batch."""
         return 1 if self.lua is None else self.lua.spec.window
 
     def scales_of(self, method: Method) -> tuple[float, ...]:
-        """The scales that a method has weights for, 1 among them; `bicubic` and `direct` need none and take any."""
+        """The scales of a method, 1 included; `bicubic` and `direct` need no weights and take any."""
         if method == "lua":
             return (1,) if self.lua is None else (1, *(self.lua_scales or self.lua.spec.scales))
         if method == "swinir":
@@ -166,13 +166,13 @@ class Route:
         return StageClock(self.device)
 
     def generate_latents(self, item: GenerationItem, clock: StageClock) -> list[Tensor]:
-        """The raw latent of one item, drawn and timed; noise of its size where nothing is drawn."""
+        """Generate and time the raw latent of one item; noise of its size if this role does not generate."""
         if not self.role.loads_pipeline:
             sides = [side_px // self.vae.latent_space.stride_px for side_px in (item.height_px, item.width_px)]
             return [torch.randn(self.vae.latent_space.channels, *sides, device=self.device)]
         with clock.measure("generate"):
-            drawn = self.generate([item])
-        return [latent for latent in drawn if latent is not None]
+            latents = self.generate([item])
+        return [latent for latent in latents if latent is not None]
 
     def generate(
         self,
@@ -186,7 +186,9 @@ class Route:
 
     @torch.inference_mode()
     def encode_image(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """The raw latent of an image, its posterior mean; sides that fill no whole latent repeat their last pixels.
+        """Encode an image to its raw latent, the mean of the posterior.
+
+        Sides are padded to whole latents by repeating their last pixels.
 
         Shape:
             [height_px, width_px, 3] -> [channels, h, w], float32.
@@ -200,15 +202,13 @@ class Route:
 
     @torch.inference_mode()
     def upscale(self, latents: Tensor, scale: float, method: Method = "lua") -> Tensor:
-        """Enlarge raw latents by LUA, bounded where the bundle asks for it, or by bicubic interpolation.
-
-        Scale 1 gives them back.
+        """Upscale raw latents by LUA, clamped if the bundle asks for it, or by bicubic interpolation.
 
         Shape:
-            [batch, channels, h, w] -> [batch, channels, scale * h, scale * w], float32.
+            [batch, channels, h, w] -> [batch, channels, scale * h, scale * w], float32; unchanged at scale 1.
 
         Raises:
-            ValueError: There is no head for the scale, or the method does not enlarge latents.
+            ValueError: There is no head for the scale, or the method does not upscale latents.
         """
         latents = latents.to(self.device, torch.float32)
         if scale == 1:
@@ -217,22 +217,22 @@ class Route:
             height, width = (scaled_size(side, scale) for side in latents.shape[-2:])
             return F.interpolate(latents, size=(height, width), mode="bicubic")
         if method != "lua" or self.lua is None:
-            raise ValueError(f"bundle {self.name} does not enlarge latents by {method}")
+            raise ValueError(f"bundle {self.name} does not upscale latents by {method}")
         upscaled = self.lua.run(latents, scale)
         return upscaled if self.clamp is None else self.clamp.limit(latents, upscaled, scale)
 
     @torch.inference_mode()
     def upscale_pixels(self, images: Sequence[Tensor | None], scale: float) -> list[Tensor | None]:
-        """Enlarge decoded images one by one with the upscaler of pixels; None stays None.
+        """Upscale decoded images one by one with SwinIR; None stays None.
 
         Shape:
             Each [height_px, width_px, 3], uint8 -> [scale * height_px, scale * width_px, 3], on the CPU.
 
         Raises:
-            ValueError: The bundle has no such upscaler, or none of that scale.
+            ValueError: The bundle has no SwinIR weights, or none of that scale.
         """
         if self.pixel is None:
-            raise ValueError(f"bundle {self.name} has no upscaler of pixels")
+            raise ValueError(f"bundle {self.name} has no SwinIR weights to upscale pixels with")
         return [None if image is None else self._upscale_image(self.pixel, image, scale) for image in images]
 
     def _upscale_image(self, pixel: PixelUpscaler, image: Tensor, scale: float) -> Tensor:
@@ -241,7 +241,7 @@ class Route:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, how: DecodeName = "exact") -> list[Tensor | None]:
-        """Decode raw latents, once; None where an image has a value that is not finite.
+        """Decode raw latents in one call; None for an image with a value that is not finite.
 
         Shape:
             [batch, channels, h, w] -> per item [stride * h, stride * w, 3], uint8, on the CPU.
@@ -252,10 +252,10 @@ class Route:
         return [image if good else None for image, good in zip(pixels, finite, strict=True)]
 
     def upscale_items(self, latents: Sequence[Tensor], scale: float, method: Method = "lua") -> list[Tensor]:
-        """Enlarge latents; by LUA those of different sizes in one batch, each padded as `Lua.forward` would do it.
+        """Upscale latents. LUA takes latents of different sizes in one batch, each padded as `Lua.forward` pads it.
 
         Shape:
-            Each [channels, h, w] -> [channels, scale * h, scale * w]; all equal once padded to the window.
+            Each [channels, h, w] -> [channels, scale * h, scale * w]; all of equal size once padded to the window.
 
         Raises:
             ValueError: The padded sizes differ, or as `upscale`.
@@ -264,15 +264,13 @@ class Route:
             return [self.upscale(latent[None], scale, method)[0] for latent in latents]
         padded = [pad_to_window(latent[None].to(self.device), self.window) for latent in latents]
         if len({latent.shape for latent in padded}) > 1:
-            raise ValueError(
-                f"latents of one batch must be equal once padded to {self.window}; upscale them in several"
-            )
+            raise ValueError(f"latents of one batch must be of one size after padding to {self.window}")
         enlarged = self.upscale(torch.cat(padded), scale)
         sizes = [[scaled_size(side, scale) for side in latent.shape[-2:]] for latent in latents]
         return [upscaled[:, :height, :width] for upscaled, (height, width) in zip(enlarged, sizes, strict=True)]
 
     def decode_items(self, latents: Sequence[Tensor], how: DecodeName = "exact") -> list[Tensor | None]:
-        """Decode latents of any sizes, on a GPU those of one size together; see `decode`."""
+        """Decode latents of any sizes; a GPU decodes latents of one size together. See `decode`."""
         images: list[Tensor | None] = [None] * len(latents)
         # On a CPU a batch of 8 took 1.27 times as long per image as one at a time: activations leave the cache.
         max_items = 1 if self.device.type == "cpu" else len(latents)
@@ -285,7 +283,7 @@ class Route:
         return images
 
     def warm(self, width_px: int, height_px: int, steps: int) -> dict[tuple[Method, float], dict[str, float]]:
-        """Run every scale of every network once at the shapes of a real request of this base size.
+        """Run every scale of every network once at the shapes of a request of this base size.
 
         Returns:
             Seconds per stage, by method and scale.
@@ -310,17 +308,17 @@ class Route:
         decode: DecodeName | None = "exact",
         observer: StageObserver = NO_OBSERVER,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """From base latents to images, by the stages of a method.
+        """Run the stages of a method on base latents.
 
         Args:
             latents: Raw, each [channels, h, w].
             scale: One of `scales_of(method)`.
-            method: How they become large.
-            decode: How they become images; None leaves them latents.
+            method: How to upscale.
+            decode: How to decode; None for latents without images.
             observer: Sees each stage; a `StageClock` times them.
 
         Returns:
-            The enlarged latents, and the images as `decode` gives them, none without it.
+            The upscaled latents, and the images as `decode` returns them (empty without it).
         """
         images: list[Tensor | None] = []
         for stage in stages_of(method, scale):
@@ -343,11 +341,12 @@ class Route:
         decode: DecodeName | None = "exact",
         observer: StageObserver = NO_OBSERVER,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """From images to larger ones; by `swinir` their pixels are enlarged, with no latent between.
+        """Upscale images: encoded to latents or, by `swinir`, in pixels without a latent between.
+
+        Args and Returns are those of `upscale_and_decode`; the latents are those of the padded images.
 
         Shape:
-            Each [height_px, width_px, 3] -> [scale * height_px, scale * width_px, 3], uint8, on the CPU; a latent is
-            that of the image filled up to whole latents.
+            Each [height_px, width_px, 3] -> [scale * height_px, scale * width_px, 3], uint8, on the CPU.
         """
         if method == "swinir" and scale > 1:
             with observer.measure("upscale"):
@@ -358,12 +357,12 @@ class Route:
         sides = [(scaled_size(image.shape[0], scale), scaled_size(image.shape[1], scale)) for image in pixels]
         cut = [
             None if image is None else image[:height, :width].contiguous()
-            for image, (height, width) in zip(images, sides, strict=False)  # none where no image was asked for
+            for image, (height, width) in zip(images, sides, strict=False)  # no images without `decode`
         ]
         return latents, cut
 
     def reset_peak_memory(self) -> None:
-        """Start measuring anew, where the device can."""
+        """Reset the peak of `peak_memory`, if the device can."""
         reset_peak_memory(self.device)
 
     def peak_memory(self) -> PeakMemory:
@@ -371,7 +370,7 @@ class Route:
         return peak_memory(self.device)
 
     def free_cache(self) -> None:
-        """Give back the memory that no tensor uses."""
+        """Release memory that no tensor uses."""
         free_cache(self.device)
 
 
@@ -382,10 +381,16 @@ def finite_items(batch: Tensor) -> list[bool]:
 
 
 def run_once(route: Route, item: GenerationItem, scale: float, method: Method = "lua") -> StageClock:
-    """One image through all stages, its pixels thrown away; the clock that timed them.
+    """Run one image through all stages and discard it.
 
     Args:
-        item: Its size is that of the base image; `direct` draws `scale` times as large.
+        route: The route.
+        item: Its size is that of the base image; `direct` generates `scale` times as large.
+        scale: One of the method's scales.
+        method: How to upscale.
+
+    Returns:
+        The clock with the time of each stage.
     """
     clock = route.clock()
     if method == "direct":

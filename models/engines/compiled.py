@@ -1,9 +1,9 @@
 """The engine `torch-compile`: the packed network through `torch.compile`, on a GPU replayed as CUDA graphs.
 
-A graph is captured per scale and size at the first latent of that size, for batches of 1, 2, 4, 8 ...; a batch between
-them is filled up, which changes no image. The compiler runs at the first latent of a scale and at the first batch of
-several; its kernels are for any size, but for the smallest: some of those of a few windows it is run for anew. What it
-cannot compile is an error: torch by itself would go on without it. On a GPU this has not run.
+A graph is captured per scale and size at the first latent of that size, for batches of 1, 2, 4, 8, ...; smaller batches
+are padded, which changes no image. The compiler runs at the first latent of a scale and at the first larger batch. Its
+kernels take any size, except for some sizes of a few windows, which are compiled again. A failure to compile is an
+error; torch by itself would continue without the compiler.
 """
 
 import importlib.util
@@ -24,12 +24,12 @@ from giantleap.models.lua.spec import scaled_size
 
 GRAPHS_KEPT = 16
 _CAPTURE_WARMUPS = 3
-_MAX_COMPILED = 64  # for all scales; torch's own limit of 8 is passed by two scales at odd sizes, in silence
+_MAX_COMPILED = 64  # for all scales; two scales at odd sizes exceed torch's limit of 8, after which it stops compiling
 
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """A CUDA graph with the tensors that it reads and writes."""
+    """A CUDA graph with its input and output tensors."""
 
     graph: torch.cuda.CUDAGraph
     input: Tensor
@@ -41,7 +41,7 @@ class CompileEngine:
     """A compiled LUA.
 
     Args:
-        net: The packed network, with plain layers.
+        net: The packed form with torch's own layers.
         device: Where it is.
     """
 
@@ -56,27 +56,27 @@ class CompileEngine:
         }
         self._graphs: OrderedDict[tuple[int, ...], Captured] = OrderedDict()
         self._stream: torch.cuda.Stream | None = None  # of all captures
-        self._pool: Any = None  # torch's handle of the memory that they compute in
+        self._pool: Any = None  # torch's handle of the memory pool of all captures
 
     @classmethod
     def open(cls, net: Lua, device: torch.device, dtype: torch.dtype, width_multiple: int = 1) -> "CompileEngine":
-        """Nothing is compiled yet; `width_multiple` is as in `PackedLua`.
+        """Prepare for compilation; nothing is compiled yet. `width_multiple` is as in `PackedLua`.
 
         Raises:
-            EngineError: there is no compiler for the device.
+            EngineError: There is no compiler for the device.
         """
         require_compiler(device)
         return cls(PackedLua(net.to(device), dtype, packed=False, width_multiple=width_multiple), device)
 
     @torch.inference_mode()
     def run(self, latent: Tensor, scale: float) -> Tensor:
-        """As `giantleap.models.engines.base.Engine.run`."""
+        """See `Engine.run`."""
         check_latent(self.spec, latent, (scale,))
         if scale not in self._compiled:
             raise EngineError("engine torch-compile is closed")
         height, width = latent.shape[-2:]
         padded = pad_to_window(latent.to(self._device, torch.float32), self.spec.window)
-        padded = padded.clone(memory_format=torch.contiguous_format)  # else one made elsewhere is compiled for anew
+        padded = padded.clone(memory_format=torch.contiguous_format)  # other strides would be compiled again
         with on_device(self._device):
             if self._device.type == "cuda":
                 upscaled = self._replay(padded, int(scale))
@@ -85,7 +85,7 @@ class CompileEngine:
         return upscaled[..., : scaled_size(height, scale), : scaled_size(width, scale)]
 
     def _open_sizes(self, padded: Tensor) -> tuple[Tensor, Grids]:
-        """What the network takes, told to the compiler as of any size; it keeps a batch of 1 for a case of its own."""
+        """The inputs of the network, marked as of any size; the compiler keeps a batch of 1 as a case of its own."""
         grids = self._net.grids_of(padded)
         torch._dynamo.maybe_mark_dynamic(padded, [0, 2, 3])
         for grid in (grids.plain, grids.shifted):
@@ -112,10 +112,10 @@ class CompileEngine:
         return captured.output[:batch].clone()
 
     def _capture(self, filled: Tensor, scale: int) -> Captured:
-        """A graph for this size, in memory that all graphs share.
+        """Capture a graph for this size, in memory that all graphs share.
 
-        One runs at a time and its answer is copied before the next, so what they compute in need not be kept apart: all
-        together take what the largest does. Torch reuses it only for captures on one stream.
+        Graphs run one at a time and the output is copied before the next run, so that together they take the memory of
+        the largest. Torch reuses that memory only for captures on one stream.
         """
         input, grids = self._open_sizes(filled.clone())
         if self._stream is None:
@@ -133,13 +133,13 @@ class CompileEngine:
         return Captured(graph, input, grids, output)
 
     def close(self) -> None:
-        """As `giantleap.models.engines.base.Engine.close`."""
+        """See `Engine.close`."""
         self._graphs.clear()
         self._compiled.clear()
 
 
 def fill_batch(latents: Tensor) -> Tensor:
-    """The batch filled up to a power of two with copies of its last latent."""
+    """Pad a batch to a power of two with copies of its last latent."""
     size = 1 << (len(latents) - 1).bit_length()
     return (
         latents if size == len(latents) else torch.cat([latents, latents[-1:].expand(size - len(latents), -1, -1, -1)])
@@ -147,10 +147,10 @@ def fill_batch(latents: Tensor) -> Tensor:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Refuses a machine on which nothing can be compiled.
+    """Check that this machine can compile for a device.
 
     Raises:
-        EngineError: no C++ compiler for a CPU, or no Triton for a GPU.
+        EngineError: There is no C++ compiler for a CPU, or no Triton for a GPU.
     """
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:

@@ -1,4 +1,4 @@
-"""The engine `torch`: PyTorch without compilation, on a CPU with packed weights where that is faster."""
+"""The engine `torch`: PyTorch without compilation, on a CPU in the packed form (`models/engines/cpu.py`)."""
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class TorchEngine:
 
     @classmethod
     def open(cls, net: Lua, device: torch.device, dtype: torch.dtype) -> "TorchEngine":
-        """Move a network to a device and pack it where that is possible and faster (`pack_lua`).
+        """Move a network to a device and pack it if possible (`pack_lua`).
 
         Raises:
             PackingError: The packed form computes something else.
@@ -37,7 +37,7 @@ class TorchEngine:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the network runs in the form for a CPU."""
+        """Whether the network runs in the packed form."""
         return isinstance(self._net, PackedLua)
 
     @torch.inference_mode()

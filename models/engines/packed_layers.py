@@ -1,6 +1,6 @@
-"""Layers of a LUA packed for inference: plain, by torch's operators, or packed for oneDNN with what follows fused.
+"""Layers of the packed LUA: torch's operators, or weights packed for oneDNN with the following operation fused.
 
-`Layout` says which, in which type and how wide; `models/engines/packed_lua.py` builds the network of them.
+`Layout` chooses between them; `models/engines/packed_lua.py` builds the network.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class PlainLinear:
-    """A linear layer with what follows it, by the operators of torch."""
+    """A linear layer and an optional GELU, by torch's operators."""
 
     weight: Tensor
     bias: Tensor
@@ -30,7 +30,7 @@ class PlainLinear:
 
 
 class PackedLinear(PlainLinear):
-    """A linear layer whose weight lies as oneDNN wants it, with what follows it fused in."""
+    """A linear layer with a weight in oneDNN's layout and the GELU fused."""
 
     __slots__ = ()
 
@@ -47,7 +47,7 @@ class PackedLinear(PlainLinear):
 
 @dataclass(frozen=True, slots=True)
 class PlainConv:
-    """A convolution of stride 1, channels last, and a LeakyReLU of this slope, by the operators of torch."""
+    """A convolution of stride 1, channels last, and an optional LeakyReLU, by torch's operators."""
 
     weight: Tensor
     bias: Tensor
@@ -67,12 +67,12 @@ class PlainConv:
         return y if self.slope is None else F.leaky_relu(y, self.slope)
 
     def add(self, x: Tensor, other: Tensor) -> Tensor:
-        """The layer's answer plus `other`, which has its shape; oneDNN's own fused addition is no faster."""
+        """The layer's output plus `other`; oneDNN's fused addition is no faster."""
         return self(x).add_(other)
 
 
 class PackedConv(PlainConv):
-    """A convolution whose weight lies as oneDNN wants it."""
+    """A convolution with a weight in oneDNN's layout."""
 
     __slots__ = ()
 
@@ -94,11 +94,11 @@ class PackedConv(PlainConv):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How weights are laid out.
+    """The layout of weights.
 
     Args:
         dtype: The compute type.
-        packed: For oneDNN; else for the operators of torch.
+        packed: Packed for oneDNN; otherwise torch's operators.
         width: Channels of the backbone, at least `embed_dim`; the rest are zeros.
     """
 
@@ -107,13 +107,13 @@ class Layout:
     width: int
 
     def linear(self, weight: Tensor, bias: Tensor, rows: int = 0, columns: int = 0, gelu: bool = False) -> PlainLinear:
-        """A layer padded by so many zero rows (outputs) and columns (inputs)."""
+        """A layer padded by `rows` zero outputs and `columns` zero inputs."""
         kind = PackedLinear if self.packed else PlainLinear
         weight, bias = weight.detach(), bias.detach()
         return kind.pack(F.pad(weight, (0, columns, 0, rows)), F.pad(bias, (0, rows)), self.dtype, gelu)
 
     def conv(self, conv: nn.Module, rows: int = 0, columns: int = 0, slope: float | None = None) -> PlainConv:
-        """As `linear`."""
+        """See `linear`."""
         if not isinstance(conv, nn.Conv2d) or conv.bias is None or isinstance(conv.padding, str):
             raise TypeError(f"found {conv}, expected a convolution with a bias and a padding in pixels")
         kind = PackedConv if self.packed else PlainConv
@@ -123,7 +123,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A LayerNorm over the true channels, of which there may be fewer than the backbone is wide."""
+    """A LayerNorm over the `dim` true channels of a backbone that may be wider."""
 
     dim: int
     eps: float
@@ -139,7 +139,7 @@ class Norm:
 
 
 def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer that takes the normalised tokens before the norm's own affine part.
+    """Weight and bias of a layer that takes normalized tokens without the norm's affine part.
 
     W (g * n + b) + c = (W diag(g)) n + (W b + c).
     """

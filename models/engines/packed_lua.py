@@ -1,11 +1,11 @@
-"""LUA packed for inference: the same weights and the same sums, laid out for what runs them.
+"""LUA in a form for inference: the same weights and sums in another layout.
 
-The affine part of each LayerNorm and the scale of the queries are folded into the weights behind them, which is exact;
-one gather takes tokens from the window order of a block to that of the next, in place of roll and window cut, and puts
-the windows that the shift mask touches last, so that the others share one bias. On a CPU linear layers and convolutions
-are packed for oneDNN once (`models/engines/packed_layers.py`), and a block runs some windows at a time, which stay in
-the cache. `models/engines/cpu.py` says where that form is used; the one with plain layers is what
-`models/engines/compiled.py` compiles. `benchmarks/engines/run.py` measures.
+The affine part of each LayerNorm and the scale of the queries are folded into the following weights, which is exact.
+One gather takes tokens from the window order of a block to that of the next, in place of roll and window cut, and puts
+the windows that the shift mask touches last, so that the others share one bias. On a CPU, linear layers and
+convolutions are packed for oneDNN once (`models/engines/packed_layers.py`), and a block runs some windows at a time,
+which stay in the cache. `models/engines/cpu.py` chooses that form; `models/engines/compiled.py` compiles the one with
+torch's own layers. `benchmarks/engines/run.py` measures them.
 """
 
 from collections import OrderedDict
@@ -25,18 +25,18 @@ from giantleap.models.lua.spec import scaled_size
 from giantleap.models.lua.swin import ResidualGroup, SwinBlock, shift_mask
 
 HEAD_DIM_MULTIPLE = 8  # 30 -> 32: zeros that cost 3 % in the linear layers and save 8 to 14 % of the attention
-GRIDS_KEPT = 8  # sizes whose indices and masks are kept; one of 256 x 256 at window 8 takes 2 MiB
+GRIDS_KEPT = 8  # cached sizes; one of 256 x 256 at window 8 takes 2 MiB
 TOKENS_AT_ONCE = {torch.float32: 512, torch.bfloat16: 1024}  # per thread; measured at 180 channels, 1 MiB of L2
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How the tokens of one size are cut into windows of one shift, those that the mask touches last.
+    """The assignment of the tokens of one size to windows of one shift; masked windows are last.
 
     Args:
         gather: Token of each place in window order, [tokens].
         scatter: Its inverse.
-        mask: Of the windows at the end, [masked, 1, window^2, window^2], 0 or -100.
+        mask: For the windows at the end, [masked, 1, window^2, window^2], 0 or -100.
     """
 
     gather: Tensor
@@ -45,7 +45,7 @@ class Grid:
 
     @classmethod
     def build(cls, batch: int, height: int, width: int, window: int, shift: int, like: Tensor) -> Self:
-        """For so many latents of this size; the mask in the dtype of `like`, all on its device."""
+        """For `batch` latents of this size; the mask in the dtype of `like`, everything on its device."""
         nh, nw = height // window, width // window
         tokens = torch.arange(batch * height * width, device=like.device).view(batch, height, width)
         cut = torch.roll(tokens, (-shift, -shift), (1, 2)).view(batch, nh, window, nw, window)
@@ -58,7 +58,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Grids:
-    """Both cuts of one size, and the way from the window order of the one to that of the other."""
+    """Both grids of one size, and the permutations from the window order of one to that of the other."""
 
     plain: Grid
     shifted: Grid
@@ -67,13 +67,13 @@ class Grids:
 
     @classmethod
     def build(cls, batch: int, height: int, width: int, window: int, like: Tensor) -> Self:
-        """As `Grid.build`."""
+        """See `Grid.build`."""
         plain, shifted = (Grid.build(batch, height, width, window, shift, like) for shift in (0, window // 2))
         return cls(plain, shifted, shifted.scatter[plain.gather], plain.scatter[shifted.gather])
 
 
 class PackedBlock:
-    """A `SwinBlock` on tokens; see the module's text for what is folded into what."""
+    """A `SwinBlock` on tokens; the module's docstring states what is folded into what."""
 
     def __init__(self, block: SwinBlock, layout: Layout) -> None:
         attn, mlp = block.attn, block.mlp
@@ -91,7 +91,7 @@ class PackedBlock:
         self.fc1 = layout.linear(*fold_norm(block.norm2, mlp.fc1), columns=extra, gelu=True)
         self.fc2 = layout.linear(mlp.fc2.weight, mlp.fc2.bias, rows=extra)
         self.bias = attn.position_bias().detach().to(layout.dtype).contiguous()[None]
-        # Without an affine part of its own, the kernel for a CPU takes a path that is half as fast.
+        # Without affine weights the CPU kernel takes a path that is half as fast.
         one, zero = self.bias.new_ones(dim), self.bias.new_zeros(dim)
         self.norm1, self.norm2 = Norm(dim, block.norm1.eps, one, zero), Norm(dim, block.norm2.eps, one, zero)
         self.heads, self.head_dim = heads, head_dim + padding
@@ -113,7 +113,7 @@ class PackedBlock:
         return y
 
     def _portions(self, grid: Grid) -> list[tuple[int, int, Tensor]]:
-        """First window, the one after the last, and the mask of those at the end."""
+        """First window, end window and mask of each portion."""
         windows, masked = len(grid.gather) // self.window**2, len(grid.mask)
         if self.tokens_at_once is None:
             return [(0, windows, grid.mask)]
@@ -133,8 +133,10 @@ class PackedBlock:
         torch.add(self.fc2(self.fc1(self.norm2(x))), x, out=out)
 
     def uses_attention_math(self) -> bool:
-        """Whether two products beat the fused kernel: on Zen 5 in bfloat16 by 1.6 times, in float32 where there is more
-        than one thread, of which it makes poor use (`benchmarks/engines/parts.py`).
+        """Whether two products are faster than the fused kernel.
+
+        On Zen 5 they are 1.6 times as fast in bfloat16, and faster in float32 with more than one thread, which the
+        kernel uses poorly (`benchmarks/engines/parts.py`).
         """
         return self.packed and (self.dtype == torch.bfloat16 or torch.get_num_threads() > 1)
 
@@ -146,10 +148,10 @@ class PackedBlock:
         if len(mask) == parts.shape[1]:
             return masked
         free = _fused(parts[:, : -len(mask)], self.bias)
-        return torch.cat([free.transpose(1, 2), masked.transpose(1, 2)]).transpose(1, 2)  # as the kernel lays it out
+        return torch.cat([free.transpose(1, 2), masked.transpose(1, 2)]).transpose(1, 2)  # in the kernel's own layout
 
     def _attention_math(self, parts: Tensor, mask: Tensor) -> Tensor:
-        """As `_attention_fused`."""
+        """See `_attention_fused`."""
         q, k, v = parts.contiguous().unbind(0)
         logits = (q @ k.transpose(-2, -1)).add_(self.bias)
         if len(mask):
@@ -158,7 +160,7 @@ class PackedBlock:
 
 
 def _starts(first: int, end: int, max_windows: int) -> list[int]:
-    """Where portions of nearly equal size begin: one of few windows would waste what a product takes to set up."""
+    """Starts of portions of nearly equal size; a portion of few windows would waste the setup of a product."""
     count = -(-(end - first) // max_windows)
     return [first + index * (end - first) // count for index in range(count)]
 
@@ -169,13 +171,13 @@ def _fused(parts: Tensor, bias: Tensor) -> Tensor:
 
 
 class PackedLua:
-    """A `Lua` ready to run; later changes of its weights are not seen, and it may be thrown away.
+    """A `Lua` in a form for inference, with copies of its weights.
 
     Args:
         net: The network, in float32.
-        dtype: float32 or bfloat16 (plain also float16); what goes in and comes out is float32.
-        packed: For oneDNN, on a CPU; else for the operators of torch on the device of the network.
-        width_multiple: Widens the backbone with zeros to a multiple of this, for kernels that want aligned rows.
+        dtype: float32 or bfloat16 (with torch's layers also float16); input and output are float32.
+        packed: Layers packed for oneDNN, on a CPU; otherwise torch's layers on the device of the network.
+        width_multiple: Pads the backbone with zero channels to a multiple of this, for kernels that need aligned rows.
     """
 
     def __init__(self, net: Lua, dtype: torch.dtype, packed: bool = True, width_multiple: int = 1) -> None:
@@ -207,7 +209,7 @@ class PackedLua:
 
     @torch.inference_mode()
     def __call__(self, latent: Tensor, scale: float) -> Tensor:
-        """As `Lua.forward`."""
+        """See `Lua.forward`."""
         check_latent(self.spec, latent, (scale,))
         height, width = latent.shape[-2:]
         padded = pad_to_window(latent.float(), self.spec.window)
@@ -215,10 +217,10 @@ class PackedLua:
         return upscaled[..., : scaled_size(height, scale), : scaled_size(width, scale)]
 
     def core(self, latent: Tensor, grids: Grids, scale: int) -> Tensor:
-        """As `Lua.core`; `grids` are those of `grids_of`."""
+        """See `Lua.core`; `grids` come from `grids_of`."""
         x = latent if self._mean is None else latent - self._mean
         x = x if self._std is None else x / self._std
-        with torch.autocast(latent.device.type, enabled=False):  # it would take the norms back to float32
+        with torch.autocast(latent.device.type, enabled=False):  # it would compute the norms in float32
             features = self._features(x.to(self.dtype), grids)
             for layer in self._heads[scale]:
                 features = layer(features)
@@ -241,7 +243,7 @@ class PackedLua:
         return self._after_body.add(self._last_norm(tokens).view(shape).permute(0, 3, 1, 2), shallow)
 
     def grids_of(self, padded: Tensor) -> Grids:
-        """Those of a size; the ones of recent sizes are kept."""
+        """The grids of a size; those of recent sizes are cached."""
         key = (padded.shape[0], padded.shape[2], padded.shape[3])
         grids = self._grids.pop(key, None)
         if grids is None:
@@ -253,10 +255,10 @@ class PackedLua:
 
 
 def _run_blocks(blocks: Sequence[PackedBlock], tokens: Tensor, grids: Grids) -> Tensor:
-    """The blocks of a group one after the other, each in its own window order.
+    """Run the blocks of a group one after the other, each in its own window order.
 
     Shape:
-        [tokens, width], row by row -> the same.
+        [tokens, width] in raster order -> the same.
     """
     enters: dict[tuple[bool | None, bool], Tensor] = {
         (None, False): grids.plain.gather,

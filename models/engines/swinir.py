@@ -1,9 +1,8 @@
-"""Enlarges decoded images in pixels with SwinIR networks, one single-head file per scale: the `swinir` method.
+"""Upscales decoded images in pixels with SwinIR networks, one single-head file per scale: the method `swinir`.
 
-A picture up to a budget of pixels goes through the network whole; a larger one in tiles that overlap. Tiles start at
-multiples of the attention window, so that a tile and the whole picture cut the same windows: what is left of the
-difference comes from what a tile cannot see. `models/lua/checkpoints.py` reads the files, `models/lua/network.py` is
-the network.
+A picture up to a budget of pixels is processed whole, a larger one in overlapping tiles. Tiles start at multiples of
+the attention window, so that a tile and the whole picture have the same windows; the remaining difference comes from
+what a tile cannot see. `models/lua/checkpoints.py` reads the files.
 """
 
 from collections.abc import Mapping
@@ -19,13 +18,13 @@ from giantleap.models.engines.packed_lua import PackedLua
 from giantleap.models.lua.checkpoints import CheckpointError, read_lua
 
 RGB_CHANNELS = 3
-TILE_PX = 512  # side of the largest tile, of the input; its square is the budget of a picture that goes whole
-HALO_PX = 32  # what a tile sees beyond the part that it owns, on each side
+TILE_PX = 512  # side of the largest tile, of the input; a picture of at most its square is not tiled
+HALO_PX = 32  # overlap of a tile beyond the part that it owns, on each side
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One tile along one side, in input pixels: it reads `start` to `stop`, and owns `first` to `last` of them."""
+    """One tile along one side, in input pixels: it reads `start` to `stop` and owns `first` to `last`."""
 
     start: int
     first: int
@@ -34,17 +33,17 @@ class Span:
 
 
 def plan_spans(side_px: int, tile_px: int, halo_px: int, window: int) -> list[Span]:
-    """Cuts a side into tiles of about equal length that read at most `tile_px`.
+    """Cut a side into tiles of about equal length that read at most `tile_px`.
 
-    The halo is rounded up and the tile down to multiples of the window, so that every start is one, and every stop
-    but the end of the side.
+    The halo is rounded up and the tile down to multiples of the window, so that every start is one, and every stop but
+    the end of the side.
 
     Raises:
-        ValueError: The tile is shorter than four halos: its blends would meet.
+        ValueError: The tile is shorter than four halos, so that its blends would overlap.
     """
     halo, tile = -(-halo_px // window) * window, tile_px // window * window
     if tile < max(4 * halo, window):
-        raise ValueError(f"tiles of {tile_px} px are too short for a halo of {halo_px} px; the least are four halos")
+        raise ValueError(f"tiles of {tile_px} px are too short for a halo of {halo_px} px; the minimum is four halos")
     if side_px <= tile_px:
         return [Span(0, 0, side_px, side_px)]
     count = -(-side_px // (tile - 2 * halo))
@@ -58,10 +57,9 @@ def plan_spans(side_px: int, tile_px: int, halo_px: int, window: int) -> list[Sp
 def blend_weights(span: Span, side_px: int, scale: int, halo_px: int) -> Tensor:
     """The weight of each output pixel of a tile along one side; those of neighbors sum to one.
 
-    It falls linearly over a halo's length around the line where two tiles meet. The outer half of a halo, which sees
-    the least beyond itself, weighs nothing.
+    It falls linearly over the length of a halo around the border of two tiles. The outer half of a halo has weight 0.
 
-    Shape:
+    Returns:
         [scale * (stop - start)].
     """
     place_px = span.start + (torch.arange(scale * (span.stop - span.start)) + 0.5) / scale
@@ -81,7 +79,7 @@ class PixelUpscaler:
         device: Where they are.
         dtype: The compute type.
         tile_px: Side of the largest tile, in input pixels; a picture of at most its square is not tiled.
-        halo_px: Overlap of a tile with each neighbor's part, in input pixels.
+        halo_px: Overlap of a tile with each neighbor, in input pixels.
     """
 
     def __init__(
@@ -119,7 +117,7 @@ class PixelUpscaler:
 
     @property
     def is_packed(self) -> bool:
-        """Whether all networks run in the form for a CPU."""
+        """Whether all networks run in the packed form."""
         return all(isinstance(net, PackedLua) for net in self.nets.values())
 
     @property
@@ -129,11 +127,15 @@ class PixelUpscaler:
 
     @torch.inference_mode()
     def upscale(self, images: Tensor, scale: float) -> Tensor:
-        """Enlarge images of any size.
+        """Upscale images of any size.
 
-        Shape:
-            [batch, 3, height, width] in [0, 1] -> [batch, 3, scale * height, scale * width] in [0, 1], float32, on the
-            device of the networks. An image with a value that is not finite comes back with NaN in it.
+        Args:
+            images: [batch, 3, height, width] in [0, 1].
+            scale: One of `scales`.
+
+        Returns:
+            [batch, 3, scale * height, scale * width] in [0, 1], float32, on the device of the networks. An image with a
+            value that is not finite has NaN in it.
 
         Raises:
             ValueError: There is no network for the scale, or the images have another shape.
@@ -162,7 +164,7 @@ class PixelUpscaler:
         return upscaled.float()
 
     def _run_tiles(self, net: LatentUpscaler, image: Tensor, scale: int) -> Tensor:
-        """Adds up the tiles, each weighted by how far inside of it a pixel lies."""
+        """Add up the tiles, weighted by `blend_weights`."""
         height, width = image.shape[-2:]
         rows, columns = (plan_spans(side, self.tile_px, self.halo_px, net.spec.window) for side in (height, width))
         upscaled = torch.zeros(1, RGB_CHANNELS, scale * height, scale * width, device=self.device)

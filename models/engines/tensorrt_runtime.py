@@ -1,7 +1,7 @@
-"""The engine `tensorrt`: a plan in NVIDIA's native runtime; `tensorrt` is imported when the engine is opened.
+"""The engine `tensorrt`: a plan in NVIDIA's native runtime.
 
-One stream, and per optimisation profile one execution context whose buffers are bound once, at the first latent that
-falls into the profile. Written against the API of TensorRT 10.13; it has not run on hardware.
+It uses one stream, and per optimization profile one execution context whose buffers are bound once, at the first latent
+of the profile. Written for the API of TensorRT 10.13.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from giantleap.models.engines.base import Artifact, EngineError, Runner, choose_
 
 
 def load_tensorrt(device: torch.device) -> Any:
-    """The module.
+    """Import `tensorrt`.
 
     Raises:
-        EngineError: the device is no GPU, or the package is not installed.
+        EngineError: The device is no GPU, or the package is not installed.
     """
     if device.type != "cuda":
         raise EngineError(f"engine tensorrt runs on a GPU; the device is {device}")
@@ -41,7 +41,7 @@ def open_plan(artifact: Artifact, device: torch.device) -> Runner:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A context with its bound buffers, flat and as large as the profile's largest shape."""
+    """A context with its bound buffers, flat and of the size of the profile's largest shape."""
 
     context: Any
     input_buffer: Tensor
@@ -54,10 +54,10 @@ class PlanRunner:
     Args:
         trt: The module `tensorrt`.
         artifact: The plan, with its profiles.
-        device: A GPU, of the model that the plan was built for.
+        device: A GPU of the model that the plan was built for.
 
     Raises:
-        EngineError: the plan is for another GPU or version, or has other profiles than its manifest.
+        EngineError: The plan is for another GPU or version, or has other profiles than its manifest.
     """
 
     def __init__(self, trt: Any, artifact: Artifact, device: torch.device) -> None:
@@ -78,10 +78,10 @@ class PlanRunner:
         self._slots: dict[int, Slot] = {}
 
     def __call__(self, latent: Tensor) -> Tensor:
-        """As `giantleap.models.engines.base.Runner`; a batch above the profiles' runs in parts.
+        """Run one batch; a batch larger than the profiles runs in parts.
 
         Raises:
-            ValueError: No profile holds the size.
+            EngineError: No profile holds the size.
         """
         max_batch = max(profile.max_shape[0] for profile in self._artifact.profiles)
         if len(latent) <= max_batch:

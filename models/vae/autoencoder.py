@@ -1,7 +1,7 @@
-"""One autoencoder of any of the known families: raw latents to images and back, in the precision that it stands.
+"""One autoencoder of a known family: raw latents to images and back, in a precision that it does not overflow in.
 
-`Vae` chooses the class's own way, the number type and, for "exact", between the whole decode and strips. The ways
-themselves are in `models/vae/decode.py`; what they cost is in `models/vae/strip_plan.py`.
+`Vae` chooses the decode of the class, the number type and, for "exact", between the whole decode and strips. The
+decodes are in `models/vae/decode.py`, their memory in `models/vae/strip_plan.py`.
 """
 
 from pathlib import Path
@@ -29,24 +29,24 @@ from giantleap.models.vae.decode import (
 from giantleap.models.vae.decoder_check import UnknownDecoderError, check_decoder
 from giantleap.models.vae.strip_plan import DecoderShape, plan_decode, prefers_strips
 
-FREE_SHARE = 0.8  # of a GPU's free memory that a decode may be planned with: the estimates hold within a quarter
+FREE_SHARE = 0.8  # of a GPU's free memory that a decode may plan with: estimates are within a quarter
 
 
 class VaeError(ValueError):
-    """An autoencoder that is not one of the latent space, or a use of it that it has no way for."""
+    """An autoencoder of another class or latent space, or a use that it does not support."""
 
 
 def choose_vae_dtype(force_upcast: bool | None, latent_channels: int, dtype: torch.dtype) -> torch.dtype:
-    """The type that a VAE computes in where the rest of the pipeline computes in `dtype`.
+    """The type that a VAE computes in if the rest of the pipeline computes in `dtype`.
 
-    float16 only for a VAE that says that it does not overflow there (force_upcast false, as the fp16-fix of SDXL).
-    Else the 4-channel VAEs of SD and SDXL get float32; those with more channels get bfloat16, which has the range of
-    float32 and in which their pipelines run. They say force_upcast as well, but only because it is the default.
+    float16 is used only for a VAE that states that it does not overflow there (force_upcast false, such as the fp16-fix
+    of SDXL). Otherwise the 4-channel VAEs of SD and SDXL get float32. Those with more channels get bfloat16, which has
+    the range of float32 and in which their pipelines run; their force_upcast is true only by default.
 
     Args:
-        force_upcast: Of the VAE's configuration; None where it has no such key.
-        latent_channels: Of a raw latent.
-        dtype: Of the pipeline.
+        force_upcast: From the VAE's configuration; None if it has no such key.
+        latent_channels: Channels of a raw latent.
+        dtype: The type of the pipeline.
     """
     if dtype != torch.float16 or force_upcast is False:
         return dtype
@@ -54,19 +54,19 @@ def choose_vae_dtype(force_upcast: bool | None, latent_channels: int, dtype: tor
 
 
 class Vae:
-    """An autoencoder and the ways to decode with it.
+    """An autoencoder and its decodes.
 
     Args:
         model: An AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLQwenImage21 or
-            AutoencoderKLWan, on its device. It is moved to the type of `choose_vae_dtype`.
+            AutoencoderKLWan, on its device. It is converted to the type of `choose_vae_dtype`.
         latent_space: Of its latents.
-        dtype: Of the pipeline; None for the model's own.
+        dtype: The type of the pipeline; None for the model's own.
         tiny: A decoder of the TAESD family for the same latents, on the same device, for previews.
-        budget_bytes: What a decode may use beyond weights and latents; above it "exact" works in strips, where it can.
-            None for what a GPU has free, and for no limit on a CPU.
+        budget_bytes: Memory that a decode may use beyond weights and latents; above it "exact" works in strips if it
+            can. None for the free memory of a GPU, and for no limit on a CPU.
 
     Raises:
-        VaeError: The model's class is none of these, its latents are not those of the space, or `tiny` does not fit.
+        VaeError: The model is of another class, its latents are not those of the space, or `tiny` does not fit.
     """
 
     def __init__(
@@ -92,37 +92,35 @@ class Vae:
 
     @property
     def decodes(self) -> tuple[DecodeName, ...]:
-        """The ways to decode that there are."""
+        """The available decodes."""
         return ("exact", "tiled") if self.tiny is None else ("exact", "tiled", "tiny")
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         device: torch.device = self.model.device
         return device
 
     def decode(self, raw: Tensor, how: DecodeName = "exact") -> Tensor:
-        """Raw latents to images.
+        """Decode raw latents.
 
         Args:
-            raw: On any device, of any floating type.
-            how: "exact" is the image of the model's own decode, whole or in strips. "tiled" and "tiny" change it.
+            raw: [batch, channels, h, w], on any device, of any floating type.
+            how: "exact" gives the image of the model's own decode, whole or in strips. "tiled" and "tiny" change it.
 
         Returns:
-            Images whose visible range is [-1, 1]; not clamped, so that a value that is not finite can be seen.
-
-        Shape:
-            [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], float32, on the model's device.
+            [batch, 3, stride * h, stride * w], float32, on the model's device. The visible range is [-1, 1]; values are
+            not clamped, so that values that are not finite can be detected.
 
         Raises:
             LatentSpaceError: These are no raw latents of the space.
-            VaeError: There is no such way.
+            VaeError: The decode is not available.
         """
         self.latent_space.check_raw(tuple(raw.shape))
         if self.model.decoder is None:
-            raise VaeError("this VAE has let go of its decoder: its process only draws")
+            raise VaeError("this process only generates latents and has no VAE decoder")
         if how not in self.decodes:
-            raise VaeError(f"decode {how!r}: this VAE has {', '.join(self.decodes)}{_why_not(how)}")
+            raise VaeError(f"decode {how!r}: this VAE has {', '.join(self.decodes)}{_missing_reason(how)}")
         if how == "tiny" and self.tiny is not None:
             return decode_tiny(self.tiny, raw.to(self.tiny.device, self.tiny.dtype), self.latent_space).float()
         raw = self._prepare(raw)
@@ -147,13 +145,13 @@ class Vae:
         return decode_exact(self.model, raw, plan=plan).float()
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images to the mean of the posterior, which is what a raw latent is.
+        """Encode images to raw latents, the mean of the posterior.
 
         Args:
-            images: In [-1, 1], on any device; sides are multiples of the latent space's stride.
+            images: [batch, 3, height_px, width_px] in [-1, 1], on any device; sides are multiples of the stride.
 
-        Shape:
-            [batch, 3, height_px, width_px] -> [batch, channels, h, w], float32, on the model's device.
+        Returns:
+            [batch, channels, h, w], float32, on the model's device.
 
         Raises:
             VaeError: The shape or a side does not fit.
@@ -169,11 +167,11 @@ class Vae:
         return encode_mean(self.model, self._prepare(images)).float()
 
     def drop_decoder(self) -> None:
-        """Lets go of the decoder's weights, where latents are only drawn; images can still be encoded."""
+        """Free the decoder's weights in a process that only generates latents; encoding still works."""
         self.model.decoder = None
 
     def works_in_strips(self, shape: tuple[int, ...], budget_bytes: int | None = None) -> bool:
-        """Whether "exact" cuts latents of this shape into strips rather than decode them whole."""
+        """Whether "exact" decodes latents of this shape in strips rather than whole."""
         if self._shape is None:
             return False
         batch, _, height, width = shape
@@ -192,22 +190,22 @@ class Vae:
         return values.to(self.model.device, self.dtype)
 
     def _restore_dtype(self) -> None:
-        # A stock img2img pipeline of SDXL leaves its VAE in the type of the prompt embeddings, which may be float16.
+        # SDXL's img2img pipeline leaves the VAE in the type of the prompt embeddings, which may be float16.
         if self.model.dtype != self.dtype:
             self.model.to(self.dtype)
 
 
 def read_vae_model(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Any:
-    """The autoencoder that a bundle decodes with, without its pipeline: the same weights as the pipeline would load.
+    """Load the autoencoder that a bundle decodes with, without its pipeline: the weights that the pipeline would load.
 
     Raises:
-        OSError: the directory or a file in it is missing.
+        OSError: The directory or a file in it is missing.
     """
     source = bundle.vae or ModelSource(bundle.pipeline, bundle.revision)
     variant = bundle.variant if bundle.vae is None else None
     place = bundle.vae_directory or source.place
     if isinstance(place, Path) and not any(place.glob(f"*.{variant}[.-]*safetensors")):
-        variant = None  # a part without files of the variant has plain ones
+        variant = None  # a part without files of the variant has files without one
     in_pipeline = bundle.vae is None and isinstance(place, str)
     model: Any = AutoModel.from_pretrained(
         str(place),
@@ -222,10 +220,10 @@ def read_vae_model(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> 
 
 
 def read_tiny(source: ModelSource, device: torch.device, dtype: torch.dtype) -> AutoencoderTiny:
-    """The tiny VAE that a bundle names: from disk alone where that is a directory, and from safetensors only.
+    """Load the tiny VAE of a bundle, from safetensors only, and from disk only if it is a directory.
 
     Raises:
-        OSError: the directory or a file in it is missing.
+        OSError: The directory or a file in it is missing.
     """
     tiny: Any = AutoencoderTiny.from_pretrained(
         str(source.place),
@@ -239,7 +237,7 @@ def read_tiny(source: ModelSource, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _strip_shape(model: Any) -> DecoderShape | None:
-    """Of a decoder that can work in strips; None for the others."""
+    """The shape of a decoder that can work in strips; None for other decoders."""
     try:
         check_decoder(model)
     except UnknownDecoderError:
@@ -298,5 +296,5 @@ def _check_tiny(tiny: Any, space: LatentSpace) -> None:
         raise VaeError(f"latent space {space.name}: no AutoencoderTiny is known that takes its scaled latents")
 
 
-def _why_not(how: str) -> str:
+def _missing_reason(how: str) -> str:
     return "; tiny needs a tiny VAE of the bundle" if how == "tiny" else ""

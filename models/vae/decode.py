@@ -1,9 +1,8 @@
-"""From raw latents to images: plainly, exactly in bounded memory, in diffusers' tiles, or with a tiny preview decoder.
+"""The decodes: plain, exact in bounded memory, diffusers' tiles, and a tiny preview decoder.
 
-`decode_exact` gives what `vae.decode(latents).sample` gives, but holds no feature map of more than one stage at a time
-and none in one piece: it walks along strips (`models/vae/strips.py`) that a plan has cut (`models/vae/strip_plan.py`),
-through a decoder whose every part is known (`models/vae/decoder_check.py`).
-The tiled and the tiny decode change the image; whoever offers them says so.
+`decode_exact` returns what `vae.decode(latents).sample` returns, but keeps the feature maps of one stage only, in
+strips (`models/vae/strips.py`) of the heights that a plan sets (`models/vae/strip_plan.py`). It knows every part of the
+decoders that it takes (`models/vae/decoder_check.py`). The tiled and the tiny decode change the image.
 """
 
 from collections.abc import Iterator
@@ -34,11 +33,11 @@ FRAME_CLASSES = (AutoencoderKLQwenImage, AutoencoderKLQwenImage21, AutoencoderKL
 
 @torch.inference_mode()
 def decode_plain(vae: Any, latents: Tensor) -> Tensor:
-    """`vae.decode`, whole and untiled, whatever the VAE's switches say.
+    """Call `vae.decode` on whole latents, without tiling or slicing whatever the VAE's switches are.
 
     Args:
-        vae: One of STRIP_CLASSES or FRAME_CLASSES. The latter decode videos: they get one frame. Where there is a
-            fourth image channel, transparency, it is dropped.
+        vae: One of STRIP_CLASSES or FRAME_CLASSES. The latter decode videos and get one frame. A fourth image channel,
+            transparency, is dropped.
         latents: Raw ones.
 
     Shape:
@@ -52,7 +51,7 @@ def decode_plain(vae: Any, latents: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def decode_tiled(vae: Any, latents: Tensor) -> Tensor:
-    """diffusers' tiled decode. It changes the image: a tile sees only its own attention and statistics.
+    """Decode in the tiles of diffusers. It changes the image: a tile has its own attention and statistics.
 
     Shape:
         [batch, channels, h, w] -> [batch, 3, stride * h, stride * w].
@@ -73,7 +72,7 @@ def _decode_with_tiling(vae: Any, latents: Tensor, enabled: bool) -> Tensor:
 
 @contextmanager
 def _tiling(vae: Any, enabled: bool) -> Iterator[None]:
-    """Whether diffusers cuts tiles; afterwards the switch stands as it stood."""
+    """Switch diffusers' tiling on or off, and back afterwards."""
     before = vae.use_tiling
     vae.use_tiling = enabled
     try:
@@ -84,10 +83,10 @@ def _tiling(vae: Any, enabled: bool) -> Iterator[None]:
 
 @torch.inference_mode()
 def encode_mean(vae: Any, images: Tensor) -> Tensor:
-    """Mean of the posterior, whole and untiled; the inverse of `decode_plain` as far as the VAE is one.
+    """Encode whole images to the mean of the posterior, without tiling.
 
     Args:
-        vae: As for `decode_plain`. One that knows transparency gets opaque images.
+        vae: As for `decode_plain`. One with transparency gets opaque images.
         images: In [-1, 1].
 
     Shape:
@@ -107,12 +106,12 @@ def encode_mean(vae: Any, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def decode_tiny(tiny: AutoencoderTiny, latents: Tensor, space: LatentSpace) -> Tensor:
-    """A fast preview by a decoder of the TAESD family, which was trained on scaled latents. It changes the image.
+    """Decode a preview with a decoder of the TAESD family, trained on scaled latents. It changes the image.
 
     Args:
         tiny: Trained for the latents of `space`.
         latents: Raw ones, as for the other methods.
-        space: Says how raw latents become scaled ones.
+        space: Converts raw latents to scaled ones.
 
     Shape:
         [batch, channels, h, w] -> [batch, 3, stride * h, stride * w], in [-1, 1] like the others.
@@ -125,24 +124,24 @@ def decode_tiny(tiny: AutoencoderTiny, latents: Tensor, space: LatentSpace) -> T
 
 @torch.inference_mode()
 def decode_exact(vae: Any, latents: Tensor, budget_bytes: int | None = None, plan: DecodePlan | None = None) -> Tensor:
-    """The image of `decode_plain` in a third of its memory.
+    """Decode to the image of `decode_plain` in a third of its memory.
 
     Images are decoded one after the other. Differences are those of float arithmetic in another order.
 
     Args:
-        vae: One of STRIP_CLASSES, in the dtype and on the device of the latents; its switches for tiling and slicing
-            play no part.
+        vae: One of STRIP_CLASSES, in the dtype and on the device of the latents. Its switches for tiling and slicing
+            are ignored.
         latents: Raw ones.
-        budget_bytes: What the decode may use at most beyond weights and latents; None for the default strips.
-        plan: Made elsewhere, instead of a budget.
+        budget_bytes: Memory that the decode may use beyond weights and latents; None for the default strips.
+        plan: A plan to use instead of a budget.
 
     Shape:
         [batch, channels, h, w] -> [batch, 3, stride * h, stride * w].
 
     Raises:
-        UnknownDecoderError: The VAE is not made of the blocks that this decode knows.
+        UnknownDecoderError: The VAE has a part that this decode does not know.
         DecodeBudgetError: The budget is too small for this size.
-        ValueError: Latents of another shape, dtype or device than the VAE's.
+        ValueError: The latents have another shape, dtype or device than the VAE.
     """
     check_decoder(vae)
     _check_latents(vae, latents)
@@ -160,7 +159,7 @@ def decode_exact(vae: Any, latents: Tensor, budget_bytes: int | None = None, pla
 def _decode_one(vae: Any, latent: Tensor, image: Tensor, plan: DecodePlan) -> None:
     if vae.post_quant_conv is not None:
         latent = vae.post_quant_conv(latent)
-    decoder: Any = vae.decoder  # `check_decoder` has looked at every part
+    decoder: Any = vae.decoder  # `check_decoder` has checked every part
     current = _first_map(decoder.conv_in, latent, plan.strip_rows[0])
     first, *rest = decoder.mid_block.resnets
     current = _residual_block(first, current)
@@ -190,10 +189,10 @@ def _first_map(conv: nn.Conv2d, latent: Tensor, strip_rows: int) -> StripMap:
 
 
 def _residual_block(block: ResnetBlock2D, source: StripMap) -> StripMap:
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), x through a 1x1 convolution where the channels change.
+    """Compute x + conv2(silu(norm2(conv1(silu(norm1(x)))))); x goes through a 1x1 convolution if the channels change.
 
     Both convolutions run once: the hidden map is kept, since the second norm needs all of it before the first strip.
-    With fewer channels than the input it and the shortcut take the room that the input leaves.
+    With fewer channels than the input, it and the shortcut use the memory that the input frees.
     """
     hidden = StripMap(source.height, source.strip_rows)
     for index, strip in enumerate(convolve_activated(source, block.norm1, block.conv1)):
@@ -215,7 +214,7 @@ def _upsample(conv: nn.Conv2d, source: StripMap, strip_rows: int) -> StripMap:
 
 
 def _attend(attention: Attention, source: StripMap, chunk_queries: int) -> StripMap:
-    """x + project(softmax(q k^T / sqrt(d)) v): keys and values of the whole map, queries a chunk at a time."""
+    """Compute x + project(softmax(q k^T / sqrt(d)) v): keys and values of the whole map, queries in chunks."""
     normalization = Normalization.of(source, attention.group_norm)
     keys, values = _keys_and_values(attention, source, normalization)
     made = StripMap(source.height, source.strip_rows)
@@ -228,7 +227,7 @@ def _attend(attention: Attention, source: StripMap, chunk_queries: int) -> Strip
 
 
 def _keys_and_values(attention: Attention, source: StripMap, normalization: Normalization) -> tuple[Tensor, Tensor]:
-    """Shape: -> two of [1, heads, pixels, head width]."""
+    """Keys and values of the whole map, each [1, heads, pixels, head width]."""
     shape = (1, sum(source.pixels), attention.inner_dim)
     keys, values = source.strip(0).new_empty(shape), source.strip(0).new_empty(shape)
     first = 0
@@ -258,7 +257,7 @@ def _to_tokens(rows: Tensor) -> Tensor:
 
 
 def choose_memory_format(latents: Tensor) -> torch.memory_format:
-    """Channels last, where convolutions of strips need no reordering; on a GPU only for the types of tensor cores."""
+    """Channels last, in which convolutions of strips need no reordering; on a GPU only for half types."""
     if latents.is_cuda and latents.dtype == torch.float32:
         return torch.contiguous_format
     return torch.channels_last

@@ -1,7 +1,7 @@
-"""Says whether a decoder is exactly the one that `models/vae/decode.py` computes without calling its blocks.
+"""Checks that a decoder is the one that `models/vae/decode.py` computes without calling its blocks.
 
-The exact decode reads the weights and walks around every `forward`. A part of another type, with another setting or
-with a hook would be computed wrongly without a word, so each is looked at and refused by name.
+The exact decode reads the weights and calls no `forward`. A part of another type, with another setting or with a hook
+would be computed wrongly without an error, so every part is checked.
 """
 
 from typing import Any
@@ -22,14 +22,14 @@ KNOWN_PARTS = frozenset(
 
 
 class UnknownDecoderError(TypeError):
-    """A decoder whose blocks are not those that the exact decode knows; it would compute something else."""
+    """A decoder with blocks that the exact decode does not know."""
 
 
 def check_decoder(vae: Any) -> None:
-    """Refuses every VAE whose decoder the exact decode would not compute.
+    """Check every part of a VAE's decoder.
 
     Raises:
-        UnknownDecoderError: it names the part that is not understood.
+        UnknownDecoderError: It names the part that is not known.
     """
     check_autoencoder(vae, AutoencoderKL, AutoencoderKLFlux2)
     decoder = vae.decoder
@@ -49,10 +49,10 @@ def check_decoder(vae: Any) -> None:
 
 
 def check_autoencoder(vae: Any, *expected: type[nn.Module]) -> None:
-    """Refuses an autoencoder of none of the expected classes.
+    """Check the class of an autoencoder.
 
     Raises:
-        UnknownDecoderError: with all classes.
+        UnknownDecoderError: It is none of the expected classes.
     """
     if not isinstance(vae, expected):
         names = " or ".join(cls.__name__ for cls in expected)
@@ -60,7 +60,7 @@ def check_autoencoder(vae: Any, *expected: type[nn.Module]) -> None:
 
 
 def _check_roles(decoder: Any) -> None:
-    """The decoder's own parts stand where they are expected; the blocks look at theirs."""
+    """Check that the decoder's own parts have the expected types; the blocks check theirs."""
     if type(decoder) is not Decoder:
         raise UnknownDecoderError(f"decoder is a {type(decoder).__name__}; an exact decode knows Decoder")
     roles: list[tuple[str, Any, type[nn.Module]]] = [
@@ -82,7 +82,7 @@ def _check_roles(decoder: Any) -> None:
 
 
 def _problem(module: nn.Module) -> str | None:
-    """What of a known part is set otherwise than in the decoders of AutoencoderKL; None when nothing is."""
+    """The setting of a known part that differs from the decoders of AutoencoderKL; None if there is none."""
     if isinstance(module, nn.Conv2d):
         side = module.kernel_size[0]
         usual = ((side, side), (1, 1), (side // 2, side // 2), (1, 1), 1, "zeros")

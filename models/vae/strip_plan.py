@@ -9,26 +9,26 @@ from types import MappingProxyType
 from typing import Any, Self
 
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
-MAX_STRIP_BYTES = 16 * 2**20  # the caches of a large CPU or GPU hold it; larger strips were not faster
+MAX_STRIP_BYTES = 16 * 2**20  # fits the caches of a large CPU or GPU; larger strips were not faster
 MIN_STRIP_BYTES = 2**20
-STRIPS_PER_MAP = 32  # a strip costs its own size about four times over: an eighth of the largest map in all
+STRIPS_PER_MAP = 32  # a strip needs about four times its size: an eighth of the largest map in all
 MAX_QUERIES = 1024  # attention scores of one chunk then stay below the full-resolution maps at any image size
 MAX_ELEMENTS = 2**31 - 1  # of one tensor; several GPU kernels index with 32 bits
 STRIPS_FASTER_PX = 256 * 256  # of an image: where strips became faster than the whole decode on a CPU in float32
 
 
 class DecodeBudgetError(ValueError):
-    """A budget that not even strips of one row fit into."""
+    """A budget that is too small even for strips of one row."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """What of a decoder decides its memory.
+    """The numbers of a decoder that decide its memory.
 
     Args:
         latent_channels: Of its input.
         image_channels: Of its output.
-        channels: Of each up block, in the order in which they run; each but the last doubles the resolution.
+        channels: Of each up block in order; each but the last doubles the resolution.
     """
 
     latent_channels: int
@@ -37,15 +37,15 @@ class DecoderShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """From the `config.json` of a diffusers AutoencoderKL or AutoencoderKLFlux2.
+        """Read the `config.json` of a diffusers AutoencoderKL or AutoencoderKLFlux2.
 
         Raises:
-            ValueError: it describes blocks other than UpDecoderBlock2D.
+            ValueError: It describes blocks other than UpDecoderBlock2D.
         """
         blocks = tuple(config["up_block_types"])
         channels = config.get("decoder_block_out_channels") or config["block_out_channels"]
         if set(blocks) != {"UpDecoderBlock2D"} or len(blocks) != len(channels):
-            raise ValueError(f"a decoder of UpDecoderBlock2D, one per channel count, is understood; found {blocks}")
+            raise ValueError(f"expected UpDecoderBlock2D, one per channel count; found {blocks}")
         return cls(config["latent_channels"], config["out_channels"], tuple(reversed(channels)))
 
     @property
@@ -54,7 +54,7 @@ class DecoderShape:
         return int(2 ** (len(self.channels) - 1))
 
     def stage_input(self, stage: int) -> int:
-        """Channels that come into a stage."""
+        """Input channels of a stage."""
         return self.channels[max(stage - 1, 0)]
 
 
@@ -64,8 +64,8 @@ class DecodePlan:
 
     Args:
         strip_rows: Rows of a strip at each stage; even after the first, so that an upsampled strip has whole rows.
-        attention_queries: Latent pixels that the middle attention asks for at a time.
-        peak_bytes: Estimate of the most memory in use, beyond weights and latents.
+        attention_queries: Latent pixels that the middle attention handles at a time.
+        peak_bytes: Estimated peak memory beyond weights and latents.
     """
 
     strip_rows: tuple[int, ...]
@@ -84,21 +84,21 @@ def plan_decode(
     strip_bytes: int | None = None,
     min_strip_bytes: int = MIN_STRIP_BYTES,
 ) -> DecodePlan:
-    """Cut an exact decode of this size.
+    """Plan an exact decode of this size.
 
     Args:
         shape: Of the decoder.
         latent_height: Of the raw latent.
         latent_width: Of the raw latent.
-        dtype: That the decoder computes in.
-        batch: Images; they are decoded one after the other.
-        budget_bytes: What may be in use at most; the strips shrink to fit.
+        dtype: The type that the decoder computes in.
+        batch: Number of images; they are decoded one after the other.
+        budget_bytes: Memory limit; the strips shrink to fit.
         strip_bytes: Largest strip, to override the default.
         min_strip_bytes: Smallest default strip.
 
     Raises:
-        DecodeBudgetError: the budget is below what one-row strips need.
-        ValueError: a size is not positive or the dtype is unknown.
+        DecodeBudgetError: The budget is below what one-row strips need.
+        ValueError: A size is not positive or the dtype is unknown.
     """
     element_bytes = _check(latent_height, latent_width, batch, dtype)
     largest_bytes = max(_stage_elements(shape, latent_height, latent_width)) * element_bytes
@@ -141,22 +141,22 @@ def prefers_strips(
     device: str = "cpu",
     budget_bytes: int | None = None,
 ) -> bool:
-    """Whether an exact decode of this size is better done in strips than whole: the image is the same.
+    """Whether an exact decode of this size is better done in strips than whole; the image is the same.
 
-    In strips where the whole decode exceeds the budget or makes a tensor that a kernel cannot index, and where strips
+    Strips are used if the whole decode exceeds the budget or makes a tensor that a kernel cannot index, and where they
     were measured to be faster (docs/lab/vae.md): on a CPU in float32 from `STRIPS_FASTER_PX` on.
 
     Args:
         shape: Of the decoder.
         latent_height: Of the raw latent.
         latent_width: Of the raw latent.
-        dtype: That the decoder computes in.
+        dtype: The type that the decoder computes in.
         batch: Images decoded in one call.
         device: Its type, "cpu" or "cuda".
-        budget_bytes: What the decode may use beyond weights and latents; None for no limit.
+        budget_bytes: Memory that the decode may use beyond weights and latents; None for no limit.
 
     Raises:
-        ValueError: a size is not positive or the dtype is unknown.
+        ValueError: A size is not positive or the dtype is unknown.
     """
     whole_bytes = plain_decode_bytes(shape, latent_height, latent_width, dtype, batch)
     if budget_bytes is not None and whole_bytes > budget_bytes:
@@ -195,8 +195,7 @@ def _strip_rows(shape: DecoderShape, height: int, width: int, strip_elements: in
 def _exact_elements(
     shape: DecoderShape, height: int, width: int, strip_rows: tuple[int, ...], batch: int, dtype: str
 ) -> tuple[int, int]:
-    """Peak elements over all steps, and those of the middle attention alone. See `models/vae/strips.py` for the
-    steps."""
+    """Peak elements over all steps of `models/vae/strips.py`, and of the middle attention alone."""
     image = batch * shape.image_channels * (height * width) * shape.stride_px**2
     peaks = []
     for stage, channels in enumerate(shape.channels):
@@ -218,7 +217,7 @@ def _exact_elements(
 
 
 def _plain_elements(shape: DecoderShape, height: int, width: int) -> int:
-    """Steps of diffusers' Decoder.forward: each block's input stays alive until the block ends."""
+    """Peak elements of diffusers' Decoder.forward: the input of each block stays alive until the block ends."""
     first = shape.channels[0]
     peaks = [8 * first * height * width]  # the middle attention: input, residual, norm, q, k, v, result, projection
     for stage, channels in enumerate(shape.channels):

@@ -1,8 +1,8 @@
-"""Feature maps cut into strips of rows, and the layers of a VAE decoder that walk along them exactly.
+"""Feature maps cut into strips of rows, and the decoder layers that process them exactly.
 
-A convolution reads one row of the neighbouring strips; a group normalisation takes the statistics of the whole map,
-which were gathered strip by strip while the map was made. `models/vae/decode.py` puts the layers together. Every
-function expects `torch.inference_mode`.
+A convolution reads one row of the neighboring strips. A group normalization uses the statistics of the whole map, which
+are gathered strip by strip while the map is made. `models/vae/decode.py` composes the layers. Every function expects
+`torch.inference_mode`.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 @dataclass(slots=True)
 class StripMap:
-    """One feature map [1, channels, height, width] as strips, top to bottom, each given back on its own.
+    """One feature map [1, channels, height, width] as strips, top to bottom, each freed on its own.
 
     Args:
         height: Rows of the whole map.
         strip_rows: Rows of each strip; the last may have fewer.
-        strips: None where a strip was taken.
-        means: Of each strip, [channels], float32.
-        variances: The same, biased.
-        pixels: Of each strip.
+        strips: The strips; None for one that was taken.
+        means: Mean of each strip, [channels], float32.
+        variances: Biased variance of each strip, [channels], float32.
+        pixels: Pixels of each strip.
     """
 
     height: int
@@ -42,27 +42,27 @@ class StripMap:
         self.append_unmeasured(strip)
 
     def append_unmeasured(self, strip: Tensor) -> None:
-        """Add the next strip of a map that nobody normalises."""
+        """Add the next strip of a map that is not normalized."""
         self.strips.append(strip)
         self.pixels.append(strip.shape[2] * strip.shape[3])
 
     def strip(self, index: int) -> Tensor:
-        """A strip that is still there."""
+        """A strip that was not taken."""
         strip = self.strips[index]
         assert strip is not None, f"strip {index} was taken"
         return strip
 
     def take(self, index: int) -> Tensor:
-        """Hand a strip over; its memory is free once the caller lets go of it."""
+        """Remove a strip and return it; its memory is free once the caller drops it."""
         strip = self.strip(index)
         self.strips[index] = None
         return strip
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Copy rows [first, last), with zeros where they lie outside of the map.
+        """Copy rows [first, last), with zeros outside of the map.
 
-        Shape:
-            -> [1, channels, last - first, width].
+        Returns:
+            [1, channels, last - first, width].
         """
         lowest, highest = max(first, 0) // self.strip_rows, (min(last, self.height) - 1) // self.strip_rows
         parts = []
@@ -78,12 +78,12 @@ class StripMap:
     def moments(self, groups: int) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of each group over the whole map, repeated for its channels.
 
-        Shape:
-            -> two of [channels], float32.
+        Returns:
+            Two of [channels], float32.
 
         References:
-            Chan, Golub, LeVeque 1983, the pairwise update, taken over all strips and the channels of a group at once
-            and in float64: the variance is the mean of the parts' variances plus the variance of their means.
+            Chan, Golub, LeVeque 1983, the pairwise update, over all strips and the channels of a group at once and in
+            float64: the variance is the mean of the parts' variances plus the variance of their means.
         """
         weights = torch.tensor(self.pixels, dtype=torch.float64) / sum(self.pixels)
         means = torch.stack(self.means).double().unflatten(1, (groups, -1))  # [strips, groups, channels per group]
@@ -97,7 +97,7 @@ class StripMap:
 
 @dataclass(frozen=True, slots=True)
 class Normalization:
-    """A group normalisation whose statistics are known: per channel `(x - mean) / sqrt(variance + eps) * w + b`."""
+    """A group normalization with known statistics: per channel `(x - mean) / sqrt(variance + eps) * w + b`."""
 
     mean: Tensor
     variance: Tensor
@@ -107,7 +107,7 @@ class Normalization:
 
     @classmethod
     def of(cls, source: StripMap, norm: nn.GroupNorm) -> "Normalization":
-        """Take the statistics of a map that is complete."""
+        """Use the statistics of a complete map."""
         return cls(*source.moments(norm.num_groups), norm.weight.float(), norm.bias.float(), norm.eps)
 
     def apply(self, rows: Tensor) -> Tensor:
@@ -121,12 +121,12 @@ class Normalization:
 
 
 def convolve(conv: nn.Conv2d, rows: Tensor) -> Tensor:
-    """A 3x3 convolution of rows that bring their halo: one row less at the top and at the bottom."""
+    """A 3x3 convolution of rows that include their halo: one row less at the top and at the bottom."""
     return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
 
 
 def convolve_activated(source: StripMap, norm: nn.GroupNorm, conv: nn.Conv2d) -> Iterator[Tensor]:
-    """conv(silu(norm(source))), strip by strip; strip k of the source may be taken as soon as strip k came out."""
+    """Compute conv(silu(norm(source))) by strips; strip k of the source may be taken once strip k is returned."""
     normalization = Normalization.of(source, norm)
     above: Tensor | None = None
     for index in range(len(source.strips)):
@@ -155,9 +155,9 @@ def _activated_with_halo(source: StripMap, index: int, normalization: Normalizat
 
 
 def convolve_upsampled(source: StripMap, conv: nn.Conv2d, strip_rows: int) -> Iterator[Tensor]:
-    """conv(nearest-neighbour doubling of source), in strips of an even number of rows; gives the source back.
+    """Compute conv(nearest-neighbor doubling of source), in strips of an even number of rows; frees the source.
 
-    In float32 by four 2x2 convolutions on the small map, which is 4/9 of the arithmetic. In shorter types the sums of
+    In float32 by four 2x2 convolutions on the small map, which is 4/9 of the arithmetic. In half types the sums of
     kernel elements would be rounded once more, so the map is doubled there.
     """
     kernels = phase_kernels(conv.weight) if conv.weight.dtype == torch.float32 else None
@@ -180,8 +180,8 @@ def convolve_upsampled(source: StripMap, conv: nn.Conv2d, strip_rows: int) -> It
 def phase_kernels(weight: Tensor) -> list[list[Tensor]]:
     """The 2x2 kernels that make pixel (2y + p, 2x + q) of a 3x3 convolution of a doubled map, at [p][q].
 
-    Of three neighbouring rows of the doubled map two are equal, so their kernel rows are added: the even output row
-    sees (above, twice itself), the odd one (twice itself, below); columns likewise.
+    Of three neighboring rows of the doubled map two are equal, so their kernel rows are added: the even output row sees
+    (above, itself twice), the odd one (itself twice, below); columns likewise.
     """
     pairs = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
     return [[torch.einsum("ar,ocrs,bs->ocab", down, weight, across) for across in pairs] for down in pairs]
@@ -199,11 +199,11 @@ def _convolve_phases(rows: Tensor, kernels: list[list[Tensor]], bias: Tensor | N
 
 
 def _empty_like(rows: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Not filled; same dtype, device and memory format, another shape."""
+    """An uninitialized tensor of another shape with the same dtype, device and memory format."""
     memory_format = torch.channels_last if is_channels_last(rows) else torch.contiguous_format
     return torch.empty((1, channels, height, width), dtype=rows.dtype, device=rows.device, memory_format=memory_format)
 
 
 def is_channels_last(rows: Tensor) -> bool:
-    """Whether the channels of a pixel lie together."""
+    """Whether the channels of a pixel are adjacent in memory."""
     return rows.is_contiguous(memory_format=torch.channels_last) and not rows.is_contiguous()

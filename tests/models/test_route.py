@@ -77,7 +77,7 @@ def test_latents_of_several_sizes_are_enlarged_together_as_each_alone(route: Rou
 
 
 def test_latents_of_unequal_padded_sizes_are_refused(route: Route) -> None:
-    with pytest.raises(ValueError, match="equal once padded"):
+    with pytest.raises(ValueError, match="one size after padding"):
         route.upscale_items([torch.zeros(16, 8, 8), torch.zeros(16, 9, 8)], 2)
 
 

@@ -67,7 +67,7 @@ def test_each_half_holds_only_what_its_role_needs(route: Route, halves: tuple[Ro
     drawing, finishing = halves
     assert drawing.lua is None and drawing.pixel is None and drawing.vae.model.decoder is None
     assert drawing.vae.model.encoder is not None, "a drawing may start from an image"
-    with pytest.raises(VaeError, match="only draws"):
+    with pytest.raises(VaeError, match="only generates latents"):
         drawing.decode(torch.zeros(1, 16, 8, 8))
     with pytest.raises(ValueError, match="generates no latents"):
         finishing.generate([ITEM])
