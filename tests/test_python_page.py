@@ -37,7 +37,7 @@ def test_every_public_name_is_there() -> None:
     assert all(hasattr(giantleap, name) for name in giantleap.__all__)
     assert set(giantleap.__all__) <= set(dir(giantleap))
     with pytest.raises(AttributeError, match="no attribute 'load_upscalers'"):
-        _ = giantleap.load_upscalers  # type: ignore[attr-defined]
+        _ = giantleap.load_upscalers
 
 
 def test_an_upscaler_prints_its_contract() -> None:

@@ -57,7 +57,8 @@ class FileProducer(FakeProducer):
             size = np.asarray(read_pixels(self.blobs[job_id])).mean()
             return np.full((1, params.channels, params.latent_height, params.latent_width), size, np.float32)
         latent = load(self.blobs[job_id])["latent"]
-        return latent.repeat(params.scale, 2).repeat(params.scale, 3)
+        enlarged: np.ndarray = latent.repeat(int(params.scale), 2).repeat(int(params.scale), 3)
+        return enlarged
 
     def latent_of(self, index: int = -1) -> np.ndarray:
         """The raw latent that a job was enqueued with."""
@@ -70,7 +71,7 @@ def to_file(job: Job, index: int) -> bytes:
     if isinstance(params, GenerateParams):
         size, seed = (params.height_px, params.width_px), (params.seed + index) % 2**32
     else:
-        factor = params.scale * STRIDE_PX
+        factor = int(params.scale * STRIDE_PX)
         size, seed = (factor * params.latent_height, factor * params.latent_width), index
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
     file = io.BytesIO()

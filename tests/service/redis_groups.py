@@ -89,7 +89,7 @@ def cluster(directory: Path) -> Iterator[list[Server]]:
 def is_whole(node: Server) -> bool:
     info = node.client.execute_command("CLUSTER", "INFO")
     text = info if isinstance(info, dict) else dict(line.split(":") for line in info.split())
-    return text["cluster_state"] == "ok" and text["cluster_known_nodes"] == "3"
+    return bool(text["cluster_state"] == "ok" and text["cluster_known_nodes"] == "3")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from giantleap.service.api.app import create_app
 from giantleap.service.auth import new_key
-from giantleap.service.jobs.job import JobState, Webhook
+from giantleap.service.jobs.job import FinalState, JobState, Webhook
 from giantleap.service.settings import Settings, read_settings, to_environment
 from giantleap.service.webhooks import sender as webhooks
 from tests.service.fake_producer import FakeProducer, stay_queued
@@ -113,7 +113,7 @@ async def test_cancel_after_becomes_the_jobs_deadline(
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "soon", "", "1e3", "604801", "9" * 40, "٣"])
 async def test_a_cancel_after_that_is_no_time_is_refused(client: httpx.AsyncClient, value: str) -> None:
-    answer = await client.post("/generate", json={"prompt": "a"}, headers={"Cancel-After": value.encode()})
+    answer = await client.post("/generate", json={"prompt": "a"}, headers={b"Cancel-After": value.encode()})
     assert_problem(answer, 400, "malformed_request")
 
 
@@ -135,8 +135,7 @@ async def test_a_webhook_reaches_the_job(client: httpx.AsyncClient, producer: Fa
     await client.post("/generate", json={"prompt": "a", "webhook": {"url": url}})
     query = {"webhook_url": url, "webhook_events": "failed,canceled"}
     await client.post("/upscale", params=query, content=LATENT, headers=SAFETENSORS)
-    every = ("succeeded", "failed", "canceled")
-    events = [("failed",), every, ("failed", "canceled")]
+    events: list[tuple[FinalState, ...]] = [("failed",), ("succeeded", "failed", "canceled"), ("failed", "canceled")]
     assert [job.webhook for job in producer.jobs] == [Webhook(url, each) for each in events]
 
 

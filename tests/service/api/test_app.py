@@ -21,7 +21,7 @@ from giantleap.models.bundle.bundle import BundleError
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.service.api.app import create_app
 from giantleap.service.errors import NotReady, QueueFull, StorageFull
-from giantleap.service.jobs.job import JobState, Priority
+from giantleap.service.jobs.job import Job, JobState, Priority
 from giantleap.service.settings import Settings, read_settings
 from tests.service.fake_producer import IMAGE, FakeProducer, fail, stay_queued, succeed
 from tests.service.paper_bundle import BASE_PX, CHANNELS
@@ -104,7 +104,7 @@ async def test_what_is_left_out_takes_the_bundles_defaults(client: httpx.AsyncCl
 
 
 async def test_every_field_reaches_the_job(client: httpx.AsyncClient, producer: FakeProducer) -> None:
-    asked = {
+    asked: dict[str, Any] = {
         "negative_prompt": "floor",
         "scale": 4,
         "width": 256,
@@ -164,7 +164,7 @@ async def test_seeds_are_drawn_anew_for_each_job(client: httpx.AsyncClient) -> N
     ],
 )
 async def test_bad_values_are_named_and_enqueue_nothing(
-    client: httpx.AsyncClient, producer: FakeProducer, field: str, value: object
+    client: httpx.AsyncClient, producer: FakeProducer, field: str, value: Any
 ) -> None:
     answer = await generate(client, **{field: value})
     assert_problem(answer, 422, "invalid_request", field)
@@ -399,7 +399,7 @@ async def test_a_client_that_leaves_is_let_go_though_a_cancel_was_swallowed(sett
     """As redis-py does where it is just connecting: the request would hold on until its longest wait was over."""
 
     class Stubborn(FakeProducer):
-        async def wait(self, job_id: str, timeout_s: float, created: bool = False) -> Any:
+        async def wait(self, job_id: str, timeout_s: float, created: Job | None = None) -> Any:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(600)
             return await super().wait(job_id, 600, created)
@@ -495,7 +495,7 @@ async def test_a_scaled_latent_is_made_raw(client: httpx.AsyncClient, producer: 
 
 async def test_a_packed_latent_is_unpacked(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     packed = LATENT_SPACES["flux1"].from_raw(LATENT[None])
-    query = {"bundle": "flux", "scaled": "true", "width": 48, "height": 32}
+    query: dict[str, Any] = {"bundle": "flux", "scaled": "true", "width": 48, "height": 32}
     for latent in (packed, packed[0]):
         assert (await upscale(client, latent, **query)).status_code == 200
         np.testing.assert_allclose(load(producer.blobs[producer.jobs[-1].id])["latent"], LATENT[None], atol=1e-5)

@@ -173,9 +173,12 @@ async def test_the_kind_of_the_job_decides_where_the_path_does_not(callers: Call
 
     await callers.ask("alice", "POST", "/generate", json={"prompt": PROMPT})
     (job,) = producer.jobs
-    request = type("Request", (), {"state": type("State", (), {"caller": Caller("x", frozenset({Scope.UPSCALE}))})})
+    request: Any = type(
+        "Request", (), {"state": type("State", (), {"caller": Caller("x", frozenset({Scope.UPSCALE}))})}
+    )
+    unused: Any = None
     with pytest.raises(Forbidden):
-        await submit_job(request, None, job, None, SubmitOptions())  # type: ignore[arg-type]
+        await submit_job(request, unused, job, None, SubmitOptions())
 
 
 async def test_metrics_need_their_scope(callers: Callers) -> None:
@@ -285,7 +288,9 @@ async def test_bad_requests_count_against_the_rate_too(callers: Callers) -> None
         assert (await callers.ask("slow", "POST", "/generate", json={})).status_code == status
 
 
-async def test_the_queue_is_told_the_keys_own_limit_of_jobs(callers: Callers, producer: FileProducer) -> None:
+async def test_the_queue_is_told_the_keys_own_limit_of_jobs(
+    callers: Callers, producer: FileProducer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = []
     plain = producer.enqueue
 
@@ -293,7 +298,7 @@ async def test_the_queue_is_told_the_keys_own_limit_of_jobs(callers: Callers, pr
         given.append(max_live)
         return await plain(job, body, key, max_live)
 
-    producer.enqueue = enqueue  # type: ignore[method-assign]
+    monkeypatch.setattr(producer, "enqueue", enqueue)
     for name in ("slow", "alice"):
         await callers.ask(name, "POST", "/generate", json={"prompt": PROMPT})
         await callers.ask(name, "POST", "/v1/images/generations", json={"prompt": PROMPT})

@@ -77,7 +77,7 @@ def test_a_url_that_cannot_be_read_is_refused_without_its_secret(url: str, opene
 def test_clients_connect_and_read_within_bounded_times() -> None:
     urls = ("redis://:p@h/0", "redis+sentinel://:p@h/jobs")
     for client in (*map(open_redis, urls), *map(open_async_redis, urls), open_async_redis("redis+cluster://:p@h")):
-        options = client.get_connection_kwargs()
+        options: dict[str, Any] = client.get_connection_kwargs()
         assert 0 < options["socket_connect_timeout"] <= 5 and 0 < options["socket_timeout"] <= 10
         assert options["password"] == "p"
 
@@ -190,7 +190,7 @@ async def test_the_whole_life_of_jobs_on_a_cluster(
         assert canceled is not None and canceled.state is JobState.CANCELED
         stats = await producer.stats()
         assert (stats.live_workers, stats.processing, stats.dead_lettered) == (1, 0, 1)
-    names = {each.port: each.client.keys("*") for each in nodes}
+    names: dict[int, Any] = {each.port: each.client.keys("*") for each in nodes}
     assert [port for port in names if any(key.startswith(keys.tag) for key in names[port])] == [nodes[node].port]
 
 

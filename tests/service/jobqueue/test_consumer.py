@@ -53,7 +53,11 @@ def put(settings: Settings, redis_client: redis.Redis, make_job: Any) -> Iterato
 
 @pytest.fixture
 def state_of(settings: Settings, redis_client: redis.Redis) -> Callable[[Job], str]:
-    return lambda job: (redis_client.hget(Keys(settings.key_prefix).job(job.id), "state") or b"").decode()
+    def read(job: Job) -> str:
+        state: Any = redis_client.hget(Keys(settings.key_prefix).job(job.id), "state")
+        return (state or b"").decode()
+
+    return read
 
 
 @pytest.fixture
@@ -62,8 +66,8 @@ def make_stale(redis_client: redis.Redis, settings: Settings) -> Callable[[Claim
 
     def age(claim: Claim) -> None:
         stream = Keys(settings.key_prefix).stream(claim.lane)
-        [pending] = redis_client.xpending_range(stream, "workers", claim.message_id, claim.message_id, 1)
-        owner, message = pending["consumer"], claim.message_id
+        pending: list[Any] = redis_client.xpending_range(stream, "workers", claim.message_id, claim.message_id, 1)
+        owner, message = pending[0]["consumer"], claim.message_id
         redis_client.xclaim(stream, "workers", owner, 0, [message], idle=60_000, justid=True)
 
     return age
@@ -345,10 +349,12 @@ def test_retry_waits_twice_as_long_each_time_and_ends_in_the_dead_letters(
     assert 0.15 < waits_s[1] < 30.0 and 0.35 < waits_s[2] < 30.0
     assert state_of(job) == "failed"
     assert worker.claim(1, 0.3) == []
-    [(_, letter)] = redis_client.xrange(Keys(settings.key_prefix).dead)
+    letters: Any = redis_client.xrange(Keys(settings.key_prefix).dead)
+    [(_, letter)] = letters
     assert letter[b"job"].decode() == job.id
     assert b"lost device 3" in letter[b"error"]
-    names = [fields[b"name"] for _, fields in redis_client.xrange(Keys(settings.key_prefix).events(job.id))]
+    events: Any = redis_client.xrange(Keys(settings.key_prefix).events(job.id))
+    names = [fields[b"name"] for _, fields in events]
     assert names.count(b"retrying") == 2 and names[-1] == b"done"
 
 
@@ -374,7 +380,8 @@ def test_job_started_too_often_is_dead_lettered_and_the_next_one_runs(
     claim = take_one(open_consumer(max_deliveries=2))
     assert claim.job == healthy
     assert state_of(poison) == "failed"
-    assert b"2 times" in redis_client.hget(Keys(settings.key_prefix).job(poison.id), "error")
+    error: Any = redis_client.hget(Keys(settings.key_prefix).job(poison.id), "error")
+    assert b"2 times" in error
     assert redis_client.xlen(Keys(settings.key_prefix).dead) == 1
 
 

@@ -145,7 +145,7 @@ def test_account_is_exact_in_every_random_life(settings: Settings, redis_client:
     limits = hypothesis_settings(
         max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
     )
-    run_state_machine_as_test(machine, settings=limits)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(machine, settings=limits)
 
 
 async def test_oldest_results_make_room_for_new_ones_and_live_inputs_never_do(

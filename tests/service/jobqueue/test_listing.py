@@ -25,7 +25,9 @@ async def test_pages_go_through_an_owners_jobs_from_the_newest(open_producer: An
         for job in jobs:
             await producer.enqueue(job)
         await producer.enqueue(dataclasses.replace(make_job(), owner="bob"))
-        seen, cursor, sizes = [], None, []
+        seen: list[str] = []
+        sizes: list[int] = []
+        cursor = None
         while cursor is not None or not sizes:
             page = await producer.list_jobs("ann", max_jobs=3, cursor=cursor)
             seen += [record.job.id for record in page.records]

@@ -195,7 +195,8 @@ async def test_a_crowd_is_refused_without_a_look_at_the_queue_for_each(
         async def counted() -> QueueStats:
             nonlocal looks
             looks += 1
-            return await stats()
+            found: QueueStats = await stats()
+            return found
 
         monkeypatch.setattr(producer, "stats", counted)
         for _ in range(40):

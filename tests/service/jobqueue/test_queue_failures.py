@@ -65,7 +65,8 @@ class Log:
         self._keys = Keys(settings.key_prefix)
 
     def count(self, what: str) -> Counter[str]:
-        lines = [line.decode().split() for line in self._client.lrange(self._key, 0, -1)]
+        notes: list[Any] = self._client.lrange(self._key, 0, -1)
+        lines = [line.decode().split() for line in notes]
         return Counter(job_id for name, job_id, _ in lines if name == what)
 
     def wait_for_count(self, what: str, number: int, within_s: float = 20.0) -> None:
@@ -81,7 +82,7 @@ class Log:
             time.sleep(0.02)
 
     def done_events(self, job: Job) -> int:
-        entries = self._client.xrange(self._keys.events(job.id))
+        entries: Any = self._client.xrange(self._keys.events(job.id))
         return sum(fields[b"name"] == b"done" for _, fields in entries)
 
 
@@ -188,7 +189,8 @@ async def test_job_that_kills_its_worker_each_time_is_capped_and_the_queue_goes_
     states = await final_states(open_producer, [poison, *healthy], 200.0)
     assert states == [JobState.FAILED, *[JobState.SUCCEEDED] * 3]
     assert log.count("start")[poison.id] == settings.max_deliveries
-    [(_, letter)] = redis_client.xrange(Keys(settings.key_prefix).dead)
+    letters: Any = redis_client.xrange(Keys(settings.key_prefix).dead)
+    [(_, letter)] = letters
     assert letter[b"job"].decode() == poison.id
     assert b"its worker was lost" in letter[b"error"]
 

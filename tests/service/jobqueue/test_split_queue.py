@@ -43,8 +43,8 @@ def make_stale(redis_client: redis.Redis, settings: Settings) -> Callable[[Claim
 
     def age(claim: Claim) -> None:
         stream = Keys(settings.key_prefix).stream(claim.lane)
-        [pending] = redis_client.xpending_range(stream, "workers", claim.message_id, claim.message_id, 1)
-        owner, message = pending["consumer"], claim.message_id
+        pending: list[Any] = redis_client.xpending_range(stream, "workers", claim.message_id, claim.message_id, 1)
+        owner, message = pending[0]["consumer"], claim.message_id
         redis_client.xclaim(stream, "workers", owner, 0, [message], idle=60_000, justid=True)
 
     return age

@@ -316,7 +316,7 @@ async def test_the_api_learns_the_devices_of_live_workers_and_forgets_those_that
     settings: Settings, open_producer: ProducerOpener, redis_client: redis.Redis
 ) -> None:
     async with open_producer() as producer:
-        assert producer.devices == ()
+        assert not producer.devices
         workers = [
             JobConsumer(open_redis(str(settings.redis_url)), settings, ("pocket",), f"w{n}", device)
             for n, device in enumerate((device_of(111), device_of(222), None))
@@ -338,7 +338,7 @@ async def test_the_api_learns_the_devices_of_live_workers_and_forgets_those_that
         for worker in workers[1:]:
             worker.close()
         await producer.read_devices()
-        assert producer.devices == () and redis_client.hlen(key) == 0
+        assert not producer.devices and redis_client.hlen(key) == 0
 
 
 async def test_a_device_that_cannot_be_read_is_left_out(

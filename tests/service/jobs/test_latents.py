@@ -42,7 +42,7 @@ def entry(dtype: str, shape: list[int], *offsets: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("content_type", [None, OCTETS_TYPE, SAFETENSORS_TYPE, "application/x-safetensors; a=b"])
-def test_safetensors_are_read_exactly(dtype: type, content_type: str | None) -> None:
+def test_safetensors_are_read_exactly(dtype: type[np.floating[Any]], content_type: str | None) -> None:
     sent = LATENT.astype(dtype)
     read = read_latent(save({"anything": sent}), content_type)
     assert read.dtype == np.float32
@@ -51,7 +51,7 @@ def test_safetensors_are_read_exactly(dtype: type, content_type: str | None) -> 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("content_type", [None, OCTETS_TYPE, NPY_TYPE])
-def test_npy_is_read_exactly(dtype: type, content_type: str | None) -> None:
+def test_npy_is_read_exactly(dtype: type[np.floating[Any]], content_type: str | None) -> None:
     sent = LATENT.astype(dtype)
     np.testing.assert_array_equal(read_latent(npy(sent), content_type), sent.astype(np.float32))
 
@@ -100,7 +100,7 @@ def test_float16_goes_to_the_worker_as_it_came(content_type: str) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_values_that_are_not_finite_are_refused(value: float, dtype: type) -> None:
+def test_values_that_are_not_finite_are_refused(value: float, dtype: type[np.floating[Any]]) -> None:
     latent = LATENT.astype(dtype)
     latent[1, 2, 3, 4] = value
     for body in (save({"latent": latent}), npy(latent)):
@@ -135,7 +135,7 @@ def test_structured_npy_is_unsupported() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.uint8, np.bool_])
-def test_safetensors_of_another_dtype_is_unsupported(dtype: type) -> None:
+def test_safetensors_of_another_dtype_is_unsupported(dtype: type[np.floating[Any]]) -> None:
     with pytest.raises(UnsupportedMediaType):
         read_latent(save({"latent": np.zeros((4, 2, 2), dtype)}), None)
 

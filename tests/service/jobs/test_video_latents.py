@@ -40,7 +40,7 @@ async def client(producer: FileProducer, tmp_path: Path) -> AsyncIterator[httpx.
 
 
 async def enlarge(client: httpx.AsyncClient, latent: np.ndarray, scaled: bool = False) -> httpx.Response:
-    query = {"output": "latent", "scale": 2, "scaled": str(scaled).lower()}
+    query: dict[str, str | int] = {"output": "latent", "scale": 2, "scaled": str(scaled).lower()}
     content = save({"latent": np.ascontiguousarray(latent)})
     return await client.post("/upscale", params=query, content=content, headers=ASKED)
 

@@ -59,7 +59,7 @@ def make_server() -> Iterator[Callable[..., EmbeddedRedis]]:
 def await_end(pid: int) -> None:
     def has_ended() -> bool:
         try:
-            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+            return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
 

@@ -143,11 +143,12 @@ class Pool:
 
     def notes(self, what: str) -> list[int]:
         """Process ids, in order."""
-        lines = [line.decode().split() for line in self._client.lrange(f"{self._prefix}-log", 0, -1)]
+        notes: list[Any] = self._client.lrange(f"{self._prefix}-log", 0, -1)
+        lines = [line.decode().split() for line in notes]
         return [int(pid) for name, _, pid in lines if name == what]
 
     def await_note(self, what: str, worker: "subprocess.Popen[bytes]") -> None:
-        wait_until(lambda: worker.pid in self.notes(what), f"{what} by {worker.args}")
+        wait_until(lambda: worker.pid in self.notes(what), f"{what} by process {worker.pid}")
 
     def go(self, on: bool) -> None:
         if on:

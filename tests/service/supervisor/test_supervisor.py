@@ -236,7 +236,8 @@ def test_a_wrong_configuration_at_start_is_given_up_at_once(host: FakeHost) -> N
     host.code.write_text(str(EXIT_BAD_CONFIGURATION))
     child = host.children[0]
     _kill(child)
-    child.was_ready, codes = False, [None]
+    child.was_ready = False
+    codes: list[int | None] = [None]
     while codes[-1] is None:
         child.restart_at_s = 0.0
         codes.append(host.manager.poll())

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -234,7 +235,7 @@ def scrape(shared_dir: Path) -> str:
     return answer.stdout.decode()
 
 
-def test_processes_of_one_host_add_up_and_dead_ones_leave_no_gauge(start_child: object, tmp_path: Path) -> None:
+def test_processes_of_one_host_add_up_and_dead_ones_leave_no_gauge(start_child: Any, tmp_path: Path) -> None:
     large, _ = start_child(3, 9000), start_child(4, 5000)
     peak = {"device": "cpu", "source": "process_rss"}
     job = {"kind": "generate", "bundle": "pocket", "method": "lua", "scale": "2", "status": "succeeded"}

@@ -20,7 +20,7 @@ from giantleap.service.jobqueue.client import open_async_redis
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.replies import Delivery
 from giantleap.service.jobqueue.runner import AsyncScriptRunner
-from giantleap.service.jobs.job import FINAL_STATES, Job, JobError, JobState, ResultFile, Webhook
+from giantleap.service.jobs.job import FINAL_STATES, FinalState, Job, JobError, JobState, ResultFile, Webhook
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.webhooks import sender as webhooks
@@ -55,14 +55,14 @@ async def senders(settings: Settings, metrics: Metrics, number: int = 1, **chang
     assert changed.redis_url is not None
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(number):
-            client = await stack.enter_async_context(open_async_redis(changed.redis_url))
+            client: Any = await stack.enter_async_context(open_async_redis(changed.redis_url))
             sender = WebhookSender(client, changed, metrics, first_delay_s=0.01)
             sender.open()
             stack.push_async_callback(sender.close)
         yield
 
 
-def told(job: Job, receiver: Receiver, events: tuple[str, ...] = FINAL_STATES) -> Job:
+def told(job: Job, receiver: Receiver, events: tuple[FinalState, ...] = FINAL_STATES) -> Job:
     return dataclasses.replace(job, webhook=Webhook(receiver.url, events))
 
 
@@ -148,7 +148,8 @@ async def test_only_the_states_that_were_asked_for_are_told(
         loud = told(make_job(), receiver, ("failed", "canceled"))
         for job in (quiet, plain, loud):
             await end_one(producer, job)
-        [delivery] = redis_client.zrange(f"{Keys(settings.key_prefix).tag}:webhooks", 0, -1)
+        waiting: list[Any] = redis_client.zrange(f"{Keys(settings.key_prefix).tag}:webhooks", 0, -1)
+        [delivery] = waiting
         assert delivery.decode().startswith(loud.id)
         assert redis_client.pttl(f"{Keys(settings.key_prefix).tag}:webhook:{delivery.decode()}") > 0
 
@@ -190,7 +191,8 @@ async def test_a_delivery_is_given_up_after_so_many_attempts_and_kept_in_the_dea
         async with senders(settings, metrics), asyncio.timeout(60):
             while not redis_client.xlen(dead):
                 await asyncio.sleep(0.02)
-        [(_, fields)] = redis_client.xrange(dead)
+        letters: Any = redis_client.xrange(dead)
+        [(_, fields)] = letters
         assert fields[b"delivery"].decode().startswith(job.id) and fields[b"reason"] == b"ConnectError"
         assert waiting(redis_client, settings) == 0
         assert list(redis_client.scan_iter(match=f"{Keys(settings.key_prefix).tag}:webhook:*")) == []

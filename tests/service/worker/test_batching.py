@@ -1,6 +1,7 @@
 """Planning: which claims run together, over drawn lists of claims."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -78,13 +79,13 @@ def test_compatible_claims_share_one_batch_where_the_budget_is_wide(drawn: list[
     [{"scale": 4}, {"width_px": 128}, {"height_px": 128}, {"steps": 9}, {"guidance_scale": 1.5}],
     ids=str,
 )
-def test_what_fixes_the_work_parts_batches(change: dict[str, object]) -> None:
+def test_what_fixes_the_work_parts_batches(change: dict[str, Any]) -> None:
     claims = [make_claim("a"), make_claim("b", replace(GENERATE, **change))]
     assert len(plan_batch(claims, GRIDS, WIDE, WIDE)) == 2
 
 
 @pytest.mark.parametrize("change", [{"seed": 9}, {"prompt": "x"}, {"negative_prompt": "x"}, {"output_format": "webp"}])
-def test_what_differs_per_item_does_not_part_batches(change: dict[str, object]) -> None:
+def test_what_differs_per_item_does_not_part_batches(change: dict[str, Any]) -> None:
     claims = [make_claim("a"), make_claim("b", replace(GENERATE, **change))]
     assert len(plan_batch(claims, GRIDS, WIDE, WIDE)) == 1
 

@@ -1,5 +1,6 @@
 """What a worker measures of its own memory, on the pocket bundle: each stage is close to a direct measurement."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -45,7 +46,7 @@ def test_every_stage_of_the_route_has_a_peak(peaks: dict[str, StagePeak]) -> Non
 def test_a_larger_size_is_predicted_within_a_quarter(route: Route, peaks: dict[str, StagePeak], stage: str) -> None:
     side = 40  # 320 px; the largest size that was measured is 192 px
     item, latents = GenerationItem("", "", 0, 320, 320, 1, 2.0), torch.zeros(1, 16, side, side)
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         "generate": partial(route.generate, [item]),
         "lua x2": partial(route.upscale, latents, 2),
         "lua x4": partial(route.upscale, latents, 4),

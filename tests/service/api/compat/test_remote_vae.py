@@ -46,6 +46,15 @@ def url(live: tuple[FileProducer, str], producer: FileProducer) -> str:
     return f"{live[1]}/remote_vae/paper/decode"
 
 
+def decode(url: str, latent: torch.Tensor, **options: Any) -> Any:
+    """`remote_decode`, whose return type is the union of all that its options may ask for."""
+    return remote_decode(url, latent, **options)
+
+
+def encode_image(url: str, image: Image.Image | torch.Tensor, **options: Any) -> Any:
+    return remote_encode(url, image, **options)
+
+
 def post(url: str, content: bytes = LATENT.tobytes(), **query: Any) -> httpx.Response:
     headers = {"Content-Type": "tensor/binary"}
     return httpx.post(url, params=SENT | query, content=content, headers=headers, timeout=60, verify=False)
@@ -62,7 +71,7 @@ def made_file(producer: FileProducer) -> bytes:
 
 
 def test_an_image_is_decoded_at_its_own_size(url: str, producer: FileProducer) -> None:
-    image = remote_decode(url, TENSOR, scaling_factor=SCALE, shift_factor=SHIFT)
+    image = decode(url, TENSOR, scaling_factor=SCALE, shift_factor=SHIFT)
     assert image.size == (48, 32) and image.format == "jpeg"
     np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(producer)))
     (job,) = producer.jobs
@@ -71,7 +80,7 @@ def test_an_image_is_decoded_at_its_own_size(url: str, producer: FileProducer) -
 
 
 def test_the_endpoints_own_scale_enlarges(url: str, producer: FileProducer) -> None:
-    image = remote_decode(f"{url}?scale=4&method=bicubic", TENSOR, do_scaling=False, image_format="png")
+    image = decode(f"{url}?scale=4&method=bicubic", TENSOR, do_scaling=False, image_format="png")
     assert image.size == (192, 128) and image.format == "png"
     assert (producer.jobs[0].params.scale, producer.jobs[0].params.method) == (4, "bicubic")
     np.testing.assert_array_equal(producer.latent_of(), LATENT)
@@ -79,42 +88,42 @@ def test_the_endpoints_own_scale_enlarges(url: str, producer: FileProducer) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_its_values(url: str, producer: FileProducer, dtype: torch.dtype) -> None:
-    remote_decode(url, TENSOR.to(dtype), do_scaling=False)
+    decode(url, TENSOR.to(dtype), do_scaling=False)
     np.testing.assert_array_equal(producer.latent_of(), TENSOR.to(dtype).float().numpy())
 
 
 def test_without_factors_the_bundles_own_scaling_is_undone(url: str, producer: FileProducer) -> None:
-    remote_decode(url, TENSOR)  # diffusers then says do_scaling=True
+    decode(url, TENSOR)  # diffusers then says do_scaling=True
     np.testing.assert_allclose(producer.latent_of(), LATENT / SCALE + SHIFT, rtol=1e-6)
 
 
 def test_packed_latents_are_unpacked_scaled_or_not(url: str, producer: FileProducer) -> None:
     tokens, size = torch.from_numpy(LATENT.reshape(1, 6, 4 * CHANNELS)), {"height": 32, "width": 48}
     flux = url.replace("paper", "flux")
-    remote_decode(flux, tokens, scaling_factor=FLUX.scale, shift_factor=FLUX.shift, **size)
+    decode(flux, tokens, scaling_factor=FLUX.scale, shift_factor=FLUX.shift, **size)
     expected = FLUX.to_raw(tokens.numpy(), 32, 48)
     np.testing.assert_allclose(producer.latent_of(), expected, rtol=1e-6)
-    remote_decode(flux, tokens / FLUX.scale + FLUX.shift, do_scaling=False, **size)
+    decode(flux, tokens / FLUX.scale + FLUX.shift, do_scaling=False, **size)
     np.testing.assert_allclose(producer.latent_of(), expected, rtol=1e-5)
 
 
 def test_a_tensor_of_bytes_has_the_images_pixels(url: str, producer: FileProducer) -> None:
     batch = torch.cat([TENSOR, TENSOR])
-    pixels = remote_decode(url, batch, output_type="pt", return_type="pt", partial_postprocess=True)
+    pixels = decode(url, batch, output_type="pt", return_type="pt", partial_postprocess=True)
     assert pixels.dtype == torch.uint8 and pixels.shape == (2, 32, 48, 3)
     for image, file in zip(pixels.numpy(), producer.files[producer.jobs[0].id], strict=True):
         np.testing.assert_array_equal(image, read_pixels(file))
 
 
 def test_a_tensor_of_floats_postprocesses_to_the_same_pixels(url: str, producer: FileProducer) -> None:
-    tensor = remote_decode(url, TENSOR, output_type="pt", return_type="pt")
+    tensor = decode(url, TENSOR, output_type="pt", return_type="pt")
     assert tensor.dtype == torch.float16 and tensor.shape == (1, 3, 32, 48)
     assert tensor.min() >= -1 and tensor.max() <= 1 and tensor.min() < -0.9
     image = VaeImageProcessor().postprocess(tensor.float(), output_type="pil")[0]
     np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(producer)))
-    image = remote_decode(url, TENSOR, processor=VaeImageProcessor(), output_type="pt", return_type="pil")
+    image = decode(url, TENSOR, processor=VaeImageProcessor(), output_type="pt", return_type="pil")
     np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(producer)))
-    (image,) = remote_decode(url, TENSOR, processor=VaeImageProcessor(), output_type="pil")
+    (image,) = decode(url, TENSOR, processor=VaeImageProcessor(), output_type="pil")
     np.testing.assert_array_equal(np.asarray(image), read_pixels(made_file(producer)))
 
 
@@ -126,17 +135,17 @@ def test_the_answer_has_the_headers_of_a_job(url: str, producer: FileProducer) -
 
 def test_an_image_is_encoded_to_its_latent(url: str, producer: FileProducer) -> None:
     encode, image = url.replace("decode", "encode"), Image.new("RGB", (48, 32), (7, 7, 7))
-    latent = remote_encode(encode, image)
+    latent = encode_image(encode, image)
     assert latent.dtype == torch.float32 and latent.shape == (1, CHANNELS, 4, 6) and (latent == 7).all()
     (job,) = producer.jobs
     assert isinstance(job.params, UpscaleParams) and (job.params.scale, job.params.output) == (1, "latent")
-    scaled = remote_encode(encode, image, scaling_factor=SCALE, shift_factor=SHIFT)
+    scaled = encode_image(encode, image, scaling_factor=SCALE, shift_factor=SHIFT)
     assert ((scaled - (7 - SHIFT) * SCALE).abs() < 1e-6).all()
 
 
 def test_deadline_and_key_come_by_header(url: str, producer: FileProducer) -> None:
     headers = {"Content-Type": "tensor/binary", "Cancel-After": "9", "Idempotency-Key": "k-4"}
-    given = {"params": SENT, "content": LATENT.tobytes(), "timeout": 60, "verify": False}
+    given: dict[str, Any] = {"params": SENT, "content": LATENT.tobytes(), "timeout": 60, "verify": False}
     answers = [httpx.post(url, headers=headers, **given) for _ in range(2)]
     assert answers[0].status_code == 200 and answers[0].content == answers[1].content
     assert [job.cancel_after_s for job in producer.jobs] == [9.0]
@@ -157,9 +166,9 @@ def test_what_cannot_be_encoded_is_refused(url: str, producer: FileProducer) -> 
     encode = url.replace("decode", "encode")
     for refused in (torch.zeros(1, 3, 32, 48), Image.new("RGB", (50, 32)), Image.new("RGB", (1024, 512))):
         with pytest.raises(RuntimeError, match="image"):
-            remote_encode(encode, refused)
+            encode_image(encode, refused)
     with pytest.raises(RuntimeError, match=r"scaling_factor: is 0\.3"):
-        remote_encode(encode, Image.new("RGB", (48, 32)), scaling_factor=0.3, shift_factor=SHIFT)
+        encode_image(encode, Image.new("RGB", (48, 32)), scaling_factor=0.3, shift_factor=SHIFT)
     assert not producer.records
 
 
@@ -195,28 +204,28 @@ def test_a_video_of_one_frame_is_a_latent_of_a_video_vae(tmp_path: Path) -> None
     producer = FileProducer()
     with live_server(build_app(producer, (write_wan_bundle(tmp_path),))) as server:
         url = f"{server}/remote_vae/paper/decode"
-        remote_decode(url, TENSOR[:, :, None])
+        decode(url, TENSOR[:, :, None])
         np.testing.assert_allclose(producer.latent_of(), LATENT_SPACES["wan21"].to_raw(LATENT[:, :, None]), rtol=1e-5)
-        remote_decode(url, TENSOR[:, :, None], do_scaling=False)
+        decode(url, TENSOR[:, :, None], do_scaling=False)
         np.testing.assert_array_equal(producer.latent_of(), LATENT)
         with pytest.raises(RuntimeError, match=r"takes raw latents .* or a video of one frame \[batch, 16, 1, h, w\]"):
-            remote_decode(url, TENSOR[:, :, None].repeat(1, 1, 3, 1, 1), do_scaling=False)
+            decode(url, TENSOR[:, :, None].repeat(1, 1, 3, 1, 1), do_scaling=False)
         with pytest.raises(RuntimeError, match="has no meaning"):
-            remote_decode(url, TENSOR[:, :, None], scaling_factor=1.0)
+            decode(url, TENSOR[:, :, None], scaling_factor=1.0)
 
 
 def test_limits_hold(url: str, producer: FileProducer) -> None:
     with pytest.raises(RuntimeError, match="payload_too_large"):
-        remote_decode(url, torch.zeros(1, CHANNELS, 160, 160))
+        decode(url, torch.zeros(1, CHANNELS, 160, 160))
     with pytest.raises(RuntimeError, match="pixels; at most"):
-        remote_decode(f"{url}?scale=4", torch.zeros(1, CHANNELS, 64, 64))
+        decode(f"{url}?scale=4", torch.zeros(1, CHANNELS, 64, 64))
     with pytest.raises(RuntimeError, match="NaN or infinite"):
-        remote_decode(url, torch.full_like(TENSOR, torch.nan))
+        decode(url, torch.full_like(TENSOR, torch.nan))
     with pytest.raises(RuntimeError, match="request pt"):
-        remote_decode(url, torch.cat([TENSOR, TENSOR]))
+        decode(url, torch.cat([TENSOR, TENSOR]))
     producer.refusal = QueueFull("32 jobs wait", retry_after_s=17)
     with pytest.raises(RuntimeError, match="queue_full"):
-        remote_decode(url, TENSOR)
+        decode(url, TENSOR)
     answer = post(url)
     assert_error(answer, 429, "32 jobs wait")
     assert answer.headers["retry-after"] == "17"
@@ -230,14 +239,15 @@ def test_other_faults_have_the_same_shape(url: str, producer: FileProducer) -> N
     assert_error(plain, 415, "text/plain")
     producer.end = fail
     with pytest.raises(RuntimeError, match="out of memory"):
-        remote_decode(url, TENSOR)
+        decode(url, TENSOR)
 
 
 def test_every_8_bit_value_survives_float16() -> None:
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "png")
-    for form, low, high in (("zero_one", 0, 1), ("minus_one_one", -1, 1)):
+    forms: list[tuple[Any, int, int]] = [("zero_one", 0, 1), ("minus_one_one", -1, 1)]
+    for form, low, high in forms:
         tensor = to_tensor([file.getvalue()], form).astype(np.float32)
         back = ((tensor - low) / (high - low) * 255).round().astype(np.uint8)
         np.testing.assert_array_equal(back[0].transpose(1, 2, 0), pixels)
