@@ -60,7 +60,7 @@ UPSCALE = UpscaleParams(
 )
 
 
-def make_claim(name: str, params: JobParams = GENERATE, body: bytes | None = None, **changes: object) -> Claim:
+def make_claim(name: str, params: JobParams = GENERATE, body: bytes | None = None, **changes: Any) -> Claim:
     """A claim of a job called `name`; `changes` are fields of the job."""
     job = replace(Job(name, "tiny", priority=Priority.HIGH, created_at_s=0.0, params=params), **changes)
     return Claim(job=job, body=body, lane="tiny:high", message_id=f"{name}-0", delivery=1)

@@ -24,7 +24,7 @@ from opentelemetry.trace import StatusCode
 from giantleap.service.api.app import create_app
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import Job
-from giantleap.service.settings import Settings
+from giantleap.service.settings import Settings, read_settings
 from giantleap.service.telemetry.logs import JsonFormatter, log_fields
 from giantleap.service.telemetry.tracing import (
     Tracing,
@@ -56,7 +56,7 @@ def trace_of(span: ReadableSpan) -> str:
 
 def id_of(span: ReadableSpan) -> int:
     assert span.context is not None
-    return span.context.span_id
+    return int(span.context.span_id)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def run_batch(consumer: FakeConsumer) -> list[ReadableSpan]:
     tracing, exporter = open_memory()
     stop = threading.Event()
     consumer.on_empty = stop.set
-    worker, _ = open_worker(FakeRoute(), consumer, Settings(), stop=stop, tracing=tracing)
+    worker, _ = open_worker(FakeRoute(), consumer, read_settings(), stop=stop, tracing=tracing)
     worker.run()
     return list(exporter.get_finished_spans())
 
@@ -292,8 +292,8 @@ def test_an_endpoint_without_what_sends_stops_the_start() -> None:
 def test_an_endpoint_must_be_a_base_url() -> None:
     for wrong in ("collector:4318", "file:///etc/passwd", "http://collector:4318/v1/traces", "http://a b"):
         with pytest.raises(ValueError, match="otlp_endpoint"):
-            Settings(otlp_endpoint=wrong)
-    assert Settings(otlp_endpoint="https://collector:4318").otlp_endpoint
+            read_settings(otlp_endpoint=wrong)
+    assert read_settings(otlp_endpoint="https://collector:4318").otlp_endpoint
 
 
 def test_log_fields_hold_within_and_a_lines_own_win() -> None:

@@ -6,6 +6,7 @@ import logging
 import threading
 from dataclasses import replace
 from typing import Any
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -14,7 +15,7 @@ from PIL import Image
 
 from giantleap.models.generator import image_seed
 from giantleap.service.jobs.job import JobParams
-from giantleap.service.settings import Settings
+from giantleap.service.settings import read_settings
 from giantleap.service.telemetry.logs import JsonFormatter
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.worker.process import choose_gpu, run_worker
@@ -24,12 +25,12 @@ from tests.service.fakes import GENERATE, UPSCALE, FakeConsumer, FakeRoute, make
 def run_all(route: FakeRoute, consumer: FakeConsumer, **changes: Any) -> Metrics:
     stop = threading.Event()
     consumer.on_empty = stop.set
-    worker, metrics = open_worker(route, consumer, Settings(**changes), stop=stop)
+    worker, metrics = open_worker(route, consumer, read_settings(**changes), stop=stop)
     worker.run()
     return metrics
 
 
-def named(name: str, prompt: str = "a red sphere", **changes: object) -> JobParams:
+def named(name: str, prompt: str = "a red sphere", **changes: Any) -> JobParams:
     return replace(GENERATE, prompt=prompt, **changes)
 
 
@@ -37,7 +38,9 @@ def pixel(content: bytes) -> int:
     """The value of a fake image's pixels, which is its seed."""
     image = Image.open(io.BytesIO(content))
     assert image.size == (64, 64)
-    return image.getpixel((0, 0))[0]
+    value = image.getpixel((0, 0))
+    assert isinstance(value, tuple)
+    return value[0]
 
 
 def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -203,7 +206,7 @@ def test_a_stop_finishes_what_runs_and_hands_back_what_waits() -> None:
     stop = threading.Event()
     consumer = FakeConsumer([make_claim("runs"), make_claim("waits", replace(GENERATE, steps=4))])
     route = FakeRoute(on_step=lambda step: stop.set())
-    worker, _ = open_worker(route, consumer, Settings(), stop=stop)
+    worker, _ = open_worker(route, consumer, read_settings(), stop=stop)
     worker.run()
     assert set(consumer.finished) == {"runs"} and consumer.released_ids == ["waits"]
 
@@ -212,7 +215,7 @@ def test_a_stop_past_its_grace_hands_back_what_runs() -> None:
     stop = threading.Event()
     consumer = FakeConsumer([make_claim("runs", replace(GENERATE, steps=50))])
     route = FakeRoute(on_step=lambda step: stop.set())
-    worker, metrics = open_worker(route, consumer, Settings(drain_grace_s=0), stop=stop)
+    worker, metrics = open_worker(route, consumer, read_settings(drain_grace_s=0), stop=stop)
     worker.run()
     assert route.steps_run == 1 and consumer.released_ids == ["runs"]
     assert not consumer.finished and not consumer.failed and not consumer.canceled_ids
@@ -223,7 +226,7 @@ def test_nothing_is_claimed_after_a_stop() -> None:
     stop = threading.Event()
     stop.set()
     consumer = FakeConsumer([make_claim("job")])
-    worker, _ = open_worker(FakeRoute(), consumer, Settings(), stop=stop)
+    worker, _ = open_worker(FakeRoute(), consumer, read_settings(), stop=stop)
     worker.run()
     assert len(consumer.waiting) == 1
 
@@ -277,7 +280,7 @@ def test_seeds_count_on_and_stay_in_range() -> None:
 
 def test_a_worker_without_redis_says_what_is_missing() -> None:
     with pytest.raises(ValueError, match="redis_url"):
-        run_worker(Settings(redis_url=None), threading.Event())
+        run_worker(read_settings(redis_url=None), threading.Event())
 
 
 def test_each_worker_of_a_machine_takes_a_gpu_of_its_own() -> None:

@@ -16,7 +16,7 @@ from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobqueue.claims import BaseLatents, Claim
 from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import GenerateParams
-from giantleap.service.settings import POCKET_BUNDLE, Settings
+from giantleap.service.settings import POCKET_BUNDLE, read_settings
 from giantleap.service.telemetry.logs import JsonFormatter
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.worker.batching import plan_batch
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def run_all(route: Any, consumer: FakeConsumer, role: WorkerRole) -> Metrics:
     stop, route.role = threading.Event(), role
     consumer.on_empty = stop.set
-    worker, metrics = open_worker(route, consumer, Settings(role=role), stop=stop)
+    worker, metrics = open_worker(route, consumer, read_settings(role=role), stop=stop)
     worker.run()
     return metrics
 

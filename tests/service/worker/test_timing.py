@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -23,9 +23,10 @@ class TickingClock(StageClock):
         super().__init__(torch.device("cpu"))
         self._times_s = times_s
 
-    def measure(self, stage: StageName) -> AbstractContextManager[None]:
+    @contextmanager
+    def measure(self, stage: StageName) -> Iterator[None]:
         self.stages_s[stage] = next(self._times_s)
-        return nullcontext()
+        yield
 
 
 @dataclass

@@ -41,7 +41,8 @@ class Clock:
 
 
 def test_only_an_old_mark_ends_the_process(caplog: pytest.LogCaptureFixture) -> None:
-    clock, codes = Clock(), []
+    clock = Clock()
+    codes: list[int] = []
     watchdog = Watchdog(10.0, codes.append, clock)
     clock.now_s += 1000
     assert not watchdog.check(), "nothing ran yet: loading and warming up may take as long as they need"
@@ -87,9 +88,14 @@ def test_every_stage_and_step_is_progress() -> None:
 
 
 def test_a_worker_that_waits_for_work_is_not_hung() -> None:
-    clock, codes = Clock(), []
+    clock = Clock()
+    codes: list[int] = []
     watchdog = Watchdog(10.0, codes.append, clock)
-    consumer, route = FakeConsumer(), FakeRoute(on_step=lambda step: watchdog.check())
+
+    def check(step: int) -> None:
+        watchdog.check()
+
+    consumer, route = FakeConsumer(), FakeRoute(on_step=check)
     worker, _ = open_worker(route, consumer, read_settings(), watchdog=watchdog)
     worker.run_batch([make_claim("a")])
     assert list(consumer.finished) == ["a"]
@@ -99,7 +105,8 @@ def test_a_worker_that_waits_for_work_is_not_hung() -> None:
 
 def test_a_redis_that_answers_slowly_is_not_a_hung_step() -> None:
     """Each call is bounded on its own; a batch of many jobs makes many between two marks."""
-    clock, codes = Clock(), []
+    clock = Clock()
+    codes: list[int] = []
     watchdog = Watchdog(60.0, codes.append, clock)
 
     class SlowConsumer(FakeConsumer):
