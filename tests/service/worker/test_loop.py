@@ -6,7 +6,6 @@ import logging
 import threading
 from dataclasses import replace
 from typing import Any
-from typing import Any
 
 import pytest
 import safetensors.torch
