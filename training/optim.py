@@ -1,4 +1,4 @@
-"""The optimiser that all pocket trainings share: Muon for weight matrices, AdamW for the rest, EMA, a budget.
+"""The optimizer that all pocket trainings share: Muon for weight matrices, AdamW for the rest, EMA, a budget.
 
 Muon replaces a matrix update by the nearest orthogonal matrix, which on these tiny networks reached in minutes
 what AdamW did not reach in hours (`docs/lab/vae.md`). `training/pocket/state.py` stores everything here between runs.
@@ -44,14 +44,14 @@ def to_orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Momentum, orthogonalised, for weights of two or more dimensions (convolutions count as [out, in * k * k])."""
+    """Momentum, orthogonalized, for weights of two or more dimensions (convolutions count as [out, in * k * k])."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Updates every weight; weights of one shape are orthogonalised together."""
+        """Updates every weight; weights of one shape are orthogonalized together."""
         for group in self.param_groups:
             same_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for weight in group["params"]:
@@ -76,7 +76,7 @@ class Muon(Optimizer):
 
 
 class MuonAdamW:
-    """One optimiser made of two: Muon where a weight is a matrix, AdamW for biases, norms and named exceptions."""
+    """One optimizer made of two: Muon where a weight is a matrix, AdamW for biases, norms and named exceptions."""
 
     def __init__(
         self,

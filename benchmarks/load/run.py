@@ -171,7 +171,7 @@ def measure_overload(seconds: float) -> dict[str, Any]:
     }
 
 
-def summarise(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+def summarize(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     """Return the medians over the rounds."""
     return {run: {name: median_of([each[run][name] for each in rounds]) for name in FIGURES} for run in rounds[0]}
 
@@ -232,7 +232,7 @@ def measure(with_peers: bool, rounds: int, seconds: float) -> dict[str, Any]:
                 rounds_by_system[system.name].append(measure_round(system, seconds))
         step("overload")
         overload = measure_overload(4 * seconds)
-    medians = {name: summarise(each) for name, each in rounds_by_system.items()}
+    medians = {name: summarize(each) for name, each in rounds_by_system.items()}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **machine(),

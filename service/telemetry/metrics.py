@@ -51,7 +51,7 @@ class Metrics:
         )  # fmt: skip
         self._wait_seconds = self._histogram("queue_wait_seconds", "From acceptance to the claim.", "priority")
         self._stage_seconds = self._histogram(
-            "stage_duration_seconds", "Time of one stage of one batch, device synchronised at both ends.",
+            "stage_duration_seconds", "Time of one stage of one batch, device synchronized at both ends.",
             "stage", "bundle", "method", "scale", "engine", "warmup",
         )  # fmt: skip
         self._images = self._counter("images", "Images made.", "bundle", "scale")

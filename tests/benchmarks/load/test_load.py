@@ -14,7 +14,7 @@ import pytest
 from benchmarks.load.client import Load, run_closed, run_open, to_request
 from benchmarks.load.compare import format_errors
 from benchmarks.load.page import PAGE, to_markdown
-from benchmarks.load.run import FIGURES, judge, part_of, summarise, to_form, used_cpu_s
+from benchmarks.load.run import FIGURES, judge, part_of, summarize, to_form, used_cpu_s
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "load.json"
 PARTS_MS = {"cpu_api_ms": 0.75, "cpu_worker_ms": 0.2, "cpu_redis_ms": 0.3}
@@ -89,7 +89,7 @@ def test_summary_is_the_median_of_the_rounds_and_aims_are_compared() -> None:
         }
         for p50 in (1.0, 9.0, 2.0)
     ]
-    medians = summarise(rounds)
+    medians = summarize(rounds)
     assert medians["no-op, 1"] == {"p50_ms": 2.0, "p99_ms": 4.0, "per_s": 500.0, "cpu_ms": 3.0} | PARTS_MS
     verdicts = [each["met"] for each in judge(medians, {"p99_ratio": 2.01}).values()]
     assert verdicts == [True, False, True, False]
