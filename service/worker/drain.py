@@ -1,4 +1,4 @@
-"""When a worker that was asked to stop starts nothing new, and when it gives up what still runs."""
+"""When a stopping worker starts nothing new, and when it gives up running work."""
 
 import threading
 import time

@@ -20,7 +20,7 @@ from giantleap.service.settings import Settings
 
 
 def open_route(bundle: Bundle, settings: Settings, device: torch.device, dtype: torch.dtype) -> Route:
-    """Load a bundle, as far as the role of the settings needs it; nothing runs yet.
+    """Load what the role of the settings needs of a bundle; nothing runs yet.
 
     Raises:
         ValueError: as `find_artifacts`, as `giantleap.models.engines.factory.open_engine`, or as `Route.open`.
@@ -31,7 +31,7 @@ def open_route(bundle: Bundle, settings: Settings, device: torch.device, dtype: 
 
 
 def find_artifacts(bundle: Bundle, settings: Settings, device: torch.device) -> Mapping[int, Artifact]:
-    """The exported LUA of a bundle by scale; none for an engine that runs none, or a bundle without LUA.
+    """The exported LUA of a bundle by scale; none for an engine without artifacts or a bundle without LUA.
 
     Raises:
         EngineError: the engine's library, provider or GPU is missing.
@@ -54,7 +54,7 @@ def find_artifacts(bundle: Bundle, settings: Settings, device: torch.device) -> 
 
 
 def artifact_directory(bundle: Bundle, settings: Settings) -> Path:
-    """Where a bundle's artifacts lie: the directory of the settings or, where several bundles share it, one below."""
+    """Directory of a bundle's artifacts: that of the settings, or a folder of the bundle's name in it."""
     if settings.engine_dir is None:
         return settings.data_dir / "exports" / f"{bundle.name}-{settings.engine}-fp32"
     own = settings.engine_dir / bundle.name

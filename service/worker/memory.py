@@ -68,7 +68,7 @@ def measure_stages(route: Route, bundle: Bundle) -> dict[str, StagePeak]:
 
 
 def measure_peak(device: torch.device, run: Callable[[], object]) -> int:
-    """The most bytes that a call needs beyond those that were in use before."""
+    """The peak bytes of a call beyond those in use before it."""
     if device.type != "cuda":
         with LiveStorage() as live:
             run()
@@ -140,7 +140,7 @@ def _upscale(route: Route, scale: float, method: Method, size: Size) -> None:
 
 
 def _decode(route: Route, how: DecodeName, size: Size) -> None:
-    """Decodes in the way that needs the least memory: a job fits if that way does."""
+    """Decode in the way that uses less memory at large sizes: a job fits if that way fits."""
     latents = _latents(route, size)
     decoded = route.vae.decode_in_strips(latents) if how == "exact" else route.vae.decode(latents, how)
     to_pixels(decoded / 2 + 0.5)

@@ -132,7 +132,7 @@ class FakeConsumer:
             raise StorageFull("no room")
         if claim.job.id in self.lost_ids:
             return None
-        assert claim.job.id not in self.transferred, "a job is handed over once"
+        assert claim.job.id not in self.transferred, "a job is transferred once"
         self.transferred[claim.job.id] = replace(
             claim, body=latents, base_latents=BaseLatents(dict(stages), tuple(warnings))
         )

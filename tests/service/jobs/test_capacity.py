@@ -43,13 +43,13 @@ REFUSALS = 200
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pocket bundle under the name `large`, with limits that let it draw 8192 px."""
+    """The pocket bundle under the name `large`, with limits that allow 8192 px."""
     directory = tmp_path_factory.mktemp("bundles") / "large"
     shutil.copytree(POCKET_BUNDLE, directory)
-    said = read_bundle(POCKET_BUNDLE).descriptor
-    about = said.bundle.model_copy(update={"name": "large"})
+    descriptor = read_bundle(POCKET_BUNDLE).descriptor
+    about = descriptor.bundle.model_copy(update={"name": "large"})
     limits = Limits(min_base_px=64, max_base_px=2048, multiple_px=32, max_steps=100, max_direct_px=8192)
-    write_bundle(directory, said.model_copy(update={"bundle": about, "limits": limits}))
+    write_bundle(directory, descriptor.model_copy(update={"bundle": about, "limits": limits}))
     return directory
 
 
@@ -206,14 +206,16 @@ def test_a_job_needs_a_device_for_each_half(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("method", ["lua", "direct", "bicubic"])
 def test_the_size_that_is_offered_is_accepted(bundle: Bundle, method: str) -> None:
-    asked = GenerateRequest.model_validate({"prompt": "a", "width": 8192, "height": 4096, "scale": 4, "method": method})
+    request = GenerateRequest.model_validate(
+        {"prompt": "a", "width": 8192, "height": 4096, "scale": 4, "method": method}
+    )
     settings = read_settings(max_image_px=LIMIT_PX)
     devices = [device_of(1024 * MIB)]
     with pytest.raises(DoesNotFit) as caught:
-        plan_generate(asked, bundle, settings, 1, "png", devices)
+        plan_generate(request, bundle, settings, 1, "png", devices)
     assert caught.value.largest_px is not None
     width_px, height_px = caught.value.largest_px
-    smaller = asked.model_copy(update={"width": width_px, "height": height_px})
+    smaller = request.model_copy(update={"width": width_px, "height": height_px})
     assert plan_generate(smaller, bundle, settings, 1, "png", devices).width_px == width_px
 
 

@@ -1,4 +1,4 @@
-"""Planning: which claims run together, over drawn lists of claims."""
+"""Planning: which claims run together, over random lists of claims."""
 
 from dataclasses import replace
 from typing import Any
@@ -35,8 +35,8 @@ upscales = st.builds(
 jobs = st.lists(st.tuples(st.one_of(generates, upscales), st.sampled_from(["tiny", "other"])), max_size=12)
 
 
-def to_claims(drawn: list[tuple[JobParams, str]]) -> list[Claim]:
-    return [make_claim(f"job-{index}", params, bundle=bundle) for index, (params, bundle) in enumerate(drawn)]
+def to_claims(listed: list[tuple[JobParams, str]]) -> list[Claim]:
+    return [make_claim(f"job-{index}", params, bundle=bundle) for index, (params, bundle) in enumerate(listed)]
 
 
 def key_of(claim: Claim) -> object:
@@ -54,9 +54,9 @@ def cost_of(batch: list[Claim]) -> tuple[int, int]:
 @settings(max_examples=200, deadline=None)
 @given(jobs, st.integers(1, 8), st.integers(1, 5000))
 def test_each_claim_is_in_one_batch_of_its_kind_within_the_budget(
-    drawn: list[tuple[JobParams, str]], budget_items: int, budget_latent_px: int
+    listed: list[tuple[JobParams, str]], budget_items: int, budget_latent_px: int
 ) -> None:
-    claims = to_claims(drawn)
+    claims = to_claims(listed)
     batches = plan_batch(claims, GRIDS, budget_items, budget_latent_px)
     assert sorted(c.job.id for batch in batches for c in batch) == sorted(c.job.id for c in claims)
     for batch in batches:
@@ -69,8 +69,8 @@ def test_each_claim_is_in_one_batch_of_its_kind_within_the_budget(
 
 
 @given(jobs)
-def test_compatible_claims_share_one_batch_where_the_budget_is_wide(drawn: list[tuple[JobParams, str]]) -> None:
-    claims = to_claims(drawn)
+def test_compatible_claims_share_one_batch_where_the_budget_is_wide(listed: list[tuple[JobParams, str]]) -> None:
+    claims = to_claims(listed)
     assert len(plan_batch(claims, GRIDS, WIDE, WIDE)) == len({key_of(claim) for claim in claims})
 
 

@@ -109,8 +109,8 @@ def test_a_damaged_artifact_stops_the_worker_with_the_command_that_rebuilds_it(
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIANTLEAP_")}
-    return kept | to_environment(settings)
+    others = {name: value for name, value in os.environ.items() if not name.startswith("GIANTLEAP_")}
+    return others | to_environment(settings)
 
 
 def test_artifacts_of_another_bundle_stop_the_worker(onnx_settings: Settings, artifacts_copy: Path) -> None:

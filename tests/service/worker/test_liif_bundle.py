@@ -78,27 +78,27 @@ def latent_body(height: int, width: int) -> bytes:
 LATENT = {"Content-Type": "application/x-safetensors"}
 
 
-def test_the_service_draws_and_enlarges_by_one_and_a_half_and_by_three(settings: Settings, liif_dir: Path) -> None:
+def test_the_service_generates_and_upscales_by_one_and_a_half_and_by_three(settings: Settings, liif_dir: Path) -> None:
     running = settings.model_copy(update={"bundle": (liif_dir,), "torch_threads": 1, "device": "cpu"})
     with running_worker(running), live_server(create_app(running)) as url, httpx.Client(timeout=TIMEOUT_S) as client:
         for scale, side_px in ((1.5, 96), (3, 192)):
-            asked = {"prompt": "a red sphere", "scale": scale, "seed": 1}
-            drawn = client.post(f"{url}/generate", json=asked, headers={"Accept": "image/png"})
-            assert drawn.status_code == 200, drawn.text
-            assert Image.open(io.BytesIO(drawn.content)).size == (side_px, side_px)
+            fields = {"prompt": "a red sphere", "scale": scale, "seed": 1}
+            generated = client.post(f"{url}/generate", json=fields, headers={"Accept": "image/png"})
+            assert generated.status_code == 200, generated.text
+            assert Image.open(io.BytesIO(generated.content)).size == (side_px, side_px)
             query = {"scale": scale, "output": "latent"}
             accept = LATENT | {"Accept": "application/x-safetensors"}
-            grown = client.post(f"{url}/upscale", params=query, content=latent_body(6, 10), headers=accept)
-            assert grown.status_code == 200, grown.text
-            (latent,) = load(grown.content).values()
+            upscaled = client.post(f"{url}/upscale", params=query, content=latent_body(6, 10), headers=accept)
+            assert upscaled.status_code == 200, upscaled.text
+            (latent,) = load(upscaled.content).values()
             assert latent.shape[-2:] == (6 * scale, 10 * scale) and np.isfinite(latent).all()
 
 
-@pytest.mark.parametrize(("said", "scale", "side_px"), [(1.5, 1.5, 96), (3, 3, 192), (2.0, 2, 128), (None, 2, 128)])
+@pytest.mark.parametrize(("value", "scale", "side_px"), [(1.5, 1.5, 96), (3, 3, 192), (2.0, 2, 128), (None, 2, 128)])
 async def test_a_scale_is_the_bundles_own_number(
-    client: httpx.AsyncClient, producer: FakeProducer, said: float | None, scale: float, side_px: int
+    client: httpx.AsyncClient, producer: FakeProducer, value: float | None, scale: float, side_px: int
 ) -> None:
-    answer = await client.post("/generate", json={"prompt": "a red sphere", "scale": said})
+    answer = await client.post("/generate", json={"prompt": "a red sphere", "scale": value})
     (job,) = producer.jobs
     assert isinstance(job.params, GenerateParams)
     assert (job.params.width_px, job.params.base_size_px) == (side_px, (64, 64))
@@ -113,7 +113,7 @@ async def test_the_bundle_lists_its_scales(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "field", "reason"),
+    ("fields", "field", "reason"),
     [
         ({"scale": 1.25}, "scale", "has 1, 1.5, 2, 3 by method lua"),
         ({"scale": 4}, "scale", "has 1, 1.5, 2, 3 by method lua"),
@@ -124,9 +124,9 @@ async def test_the_bundle_lists_its_scales(client: httpx.AsyncClient) -> None:
     ],
 )
 async def test_what_makes_no_whole_latents_or_is_not_there_is_refused(
-    client: httpx.AsyncClient, producer: FakeProducer, asked: dict[str, Any], field: str, reason: str
+    client: httpx.AsyncClient, producer: FakeProducer, fields: dict[str, Any], field: str, reason: str
 ) -> None:
-    answer = await client.post("/generate", json={"prompt": "a red sphere", **asked})
+    answer = await client.post("/generate", json={"prompt": "a red sphere", **fields})
     assert answer.status_code == 422
     assert [error["field"] for error in answer.json()["errors"]] == [field]
     assert reason in answer.text
@@ -137,7 +137,7 @@ async def test_a_latent_or_an_image_that_would_not_stay_whole_is_refused(
     client: httpx.AsyncClient, producer: FakeProducer
 ) -> None:
     answer = await client.post("/upscale", params={"scale": 1.5}, content=latent_body(6, 7), headers=LATENT)
-    assert answer.status_code == 422 and "which scale 1.5 makes no whole one" in answer.text
+    assert answer.status_code == 422 and "whose sides times 1.5 are not whole" in answer.text
     for side_px, is_taken in (
         (48, True),
         (46, True),

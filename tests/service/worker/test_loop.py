@@ -59,7 +59,7 @@ def test_jobs_of_one_kind_run_together_and_each_gets_its_own_images() -> None:
     assert sample(metrics, "giantleap_pixels_total", bundle="tiny", scale="2") == 6 * 64 * 64
 
 
-def test_every_stage_is_timed_and_told() -> None:
+def test_every_stage_is_timed_and_reported() -> None:
     consumer = FakeConsumer([make_claim("job")])
     metrics = run_all(FakeRoute(), consumer)
     assert set(consumer.stages["job"]) == {"generate", "upscale", "decode", "encode"}
@@ -201,7 +201,7 @@ def test_results_that_do_not_fit_fail_retryably() -> None:
     assert consumer.failed["job"].code == "storage_full" and consumer.failed["job"].retryable
 
 
-def test_a_stop_finishes_what_runs_and_hands_back_what_waits() -> None:
+def test_a_stop_finishes_what_runs_and_releases_what_waits() -> None:
     stop = threading.Event()
     consumer = FakeConsumer([make_claim("runs"), make_claim("waits", replace(GENERATE, steps=4))])
     route = FakeRoute(on_step=lambda step: stop.set())
@@ -210,7 +210,7 @@ def test_a_stop_finishes_what_runs_and_hands_back_what_waits() -> None:
     assert set(consumer.finished) == {"runs"} and consumer.released_ids == ["waits"]
 
 
-def test_a_stop_past_its_grace_hands_back_what_runs() -> None:
+def test_a_stop_past_its_grace_releases_what_runs() -> None:
     stop = threading.Event()
     consumer = FakeConsumer([make_claim("runs", replace(GENERATE, steps=50))])
     route = FakeRoute(on_step=lambda step: stop.set())

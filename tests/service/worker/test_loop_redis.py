@@ -33,14 +33,14 @@ def worker_settings(settings: Settings, tiny_bundle_dir: Path) -> Settings:
 
 @contextmanager
 def running_worker(settings: Settings) -> Iterator[threading.Event]:
-    """A worker in a thread; fails the test when it raised, or did not stop in time once it was asked."""
+    """A worker in a thread; fails the test when it raised, or did not stop in time."""
     stop = threading.Event()
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
             run_worker(settings, stop)
-        except BaseException as error:  # noqa: BLE001 - handed to the test's own thread
+        except BaseException as error:  # noqa: BLE001 - raised again in the test's own thread
             errors.append(error)
 
     thread = threading.Thread(target=run, name="worker")
@@ -78,17 +78,17 @@ async def test_jobs_become_images_and_latents_with_progress(
     worker_settings: Settings, open_producer: Any, make_job: Any
 ) -> None:
     async with open_producer() as producer:
-        drawn = [make_job(bundle="tiny", width_px=128, height_px=128, seed=seed) for seed in (1, 2, 1)]
+        generated = [make_job(bundle="tiny", width_px=128, height_px=128, seed=seed) for seed in (1, 2, 1)]
         large = make_job(bundle="tiny", scale=4, width_px=256, height_px=128, num_images=2, output_format="webp")
         upscaled, body = upscale_job(5, 7)
-        for job in (*drawn, large):
+        for job in (*generated, large):
             await producer.enqueue(job)
         await producer.enqueue(upscaled, body)
         with running_worker(worker_settings):
-            records = [await producer.wait(job.id, TIMEOUT_S) for job in (*drawn, large, upscaled)]
+            records = [await producer.wait(job.id, TIMEOUT_S) for job in (*generated, large, upscaled)]
         assert [record.state for record in records] == [JobState.SUCCEEDED] * 5
 
-        images = [Image.open(io.BytesIO(await result_of(producer, job))) for job in drawn]
+        images = [Image.open(io.BytesIO(await result_of(producer, job))) for job in generated]
         assert [image.size for image in images] == [(128, 128)] * 3
         assert images[0].tobytes() == images[2].tobytes() != images[1].tobytes(), "a seed is an image"
 
@@ -101,7 +101,7 @@ async def test_jobs_become_images_and_latents_with_progress(
 
         assert set(records[0].stages) == {"generate", "upscale", "decode", "encode"}
         assert all(0 < duration_s < TIMEOUT_S for duration_s in records[0].stages.values())
-        events = [event async for event in producer.events(drawn[0].id)]
+        events = [event async for event in producer.events(generated[0].id)]
         assert [event.data["step"] for event in events if event.name == "step"] == [1, 2, 3, 4]
         assert events[-1].name == "done"
         assert (await producer.stats()).live_workers == 0, "the worker signed off"
@@ -129,7 +129,7 @@ async def test_a_running_job_is_canceled_between_steps_and_the_next_one_runs(
         assert ended.state is JobState.SUCCEEDED
 
 
-async def test_a_stop_past_its_grace_hands_the_job_to_the_next_worker(
+async def test_a_stop_past_its_grace_leaves_the_job_to_the_next_worker(
     worker_settings: Settings, open_producer: Any, make_job: Any
 ) -> None:
     async with open_producer() as producer:
@@ -140,8 +140,8 @@ async def test_a_stop_past_its_grace_hands_the_job_to_the_next_worker(
             async for event in producer.events(job.id):
                 if event.name == "step":
                     break
-        handed_back = await producer.get(job.id)
-        assert handed_back is not None and handed_back.state is JobState.QUEUED
+        released = await producer.get(job.id)
+        assert released is not None and released.state is JobState.QUEUED
         with running_worker(worker_settings):
             record = await producer.wait(job.id, TIMEOUT_S)
         assert record.state is JobState.SUCCEEDED and record.deliveries == 1, "a drain is no failed start"

@@ -1,4 +1,4 @@
-"""Workers of half the stages, on fake routes and on the pocket bundle: what one draws another finishes, to the bit."""
+"""Workers of one role, on fake routes and on the pocket bundle: two halves give the bytes of one whole worker."""
 
 import json
 import logging
@@ -37,44 +37,44 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(name, labels)
 
 
-def test_a_drawing_worker_hands_over_every_image_and_finishes_none() -> None:
+def test_a_generating_worker_transfers_every_image_and_finishes_none() -> None:
     consumer = FakeConsumer([make_claim(f"job-{n}", replace(GENERATE, seed=n, num_images=2)) for n in (10, 20)])
     route = FakeRoute()
     metrics = run_all(route, consumer, WorkerRole.GENERATE)
     assert route.batches == [4] and not route.finished and not consumer.finished
     for name, seed in (("job-10", 10), ("job-20", 20)):
-        handed = consumer.transferred[name]
-        latents = safetensors.torch.load(handed.body or b"")["latent"]
+        transferred = consumer.transferred[name]
+        latents = safetensors.torch.load(transferred.body or b"")["latent"]
         assert latents.shape == (2, 4, 4, 4) and latents.dtype == torch.float32
         assert [latent[0, 0, 0].item() for latent in latents] == [seed, seed + 1]
-        assert handed.base_latents is not None and set(handed.base_latents.stages_s) == {"generate"}
+        assert transferred.base_latents is not None and set(transferred.base_latents.stages_s) == {"generate"}
     assert [event[2]["stage"] for event in consumer.events if event[1] == "stage"] == ["generate"] * 2
     assert sample(metrics, "giantleap_jobs_total", kind="generate", bundle="tiny", status="succeeded") is None
 
 
-def test_what_was_handed_over_is_finished_in_batches_with_both_workers_times_and_warnings() -> None:
+def test_transferred_jobs_finish_in_batches_with_the_times_and_warnings_of_both_workers() -> None:
     prompts = ["zeppelin " * 33, "a red sphere", "a red sphere"]
     jobs = [replace(GENERATE, prompt=prompt, seed=n, steps=2 + n) for n, prompt in enumerate(prompts)]
-    drawing = FakeConsumer([make_claim(f"job-{n}", job) for n, job in enumerate(jobs)])
-    run_all(FakeRoute(), drawing, WorkerRole.GENERATE)
-    assert len(drawing.transferred) == 3
-    route, finishing = FakeRoute(), FakeConsumer(list(drawing.transferred.values()))
-    metrics = run_all(route, finishing, WorkerRole.DECODE)
-    assert not route.batches, "nothing is drawn again"
-    assert route.finished == [("lua", 2, "exact")], "one batch: what only drawing needs to share no longer counts"
+    generating = FakeConsumer([make_claim(f"job-{n}", job) for n, job in enumerate(jobs)])
+    run_all(FakeRoute(), generating, WorkerRole.GENERATE)
+    assert len(generating.transferred) == 3
+    route, decoding = FakeRoute(), FakeConsumer(list(generating.transferred.values()))
+    metrics = run_all(route, decoding, WorkerRole.DECODE)
+    assert not route.batches, "nothing is generated again"
+    assert route.finished == [("lua", 2, "exact")], "one batch: settings of the generator no longer count"
     for n in range(3):
-        assert set(finishing.stages[f"job-{n}"]) == {"generate", "upscale", "decode", "encode"}
-        assert [file.seed for file, _ in finishing.finished[f"job-{n}"]] == [n]
-    drawn_s = drawing.transferred["job-0"].base_latents
-    assert drawn_s is not None and finishing.stages["job-0"]["generate"] == drawn_s.stages_s["generate"]
-    assert "3 tokens" in finishing.warnings["job-0"][0] and finishing.warnings["job-1"] == []
+        assert set(decoding.stages[f"job-{n}"]) == {"generate", "upscale", "decode", "encode"}
+        assert [file.seed for file, _ in decoding.finished[f"job-{n}"]] == [n]
+    generated = generating.transferred["job-0"].base_latents
+    assert generated is not None and decoding.stages["job-0"]["generate"] == generated.stages_s["generate"]
+    assert "3 tokens" in decoding.warnings["job-0"][0] and decoding.warnings["job-1"] == []
     assert sample(metrics, "giantleap_jobs_total", kind="generate", bundle="tiny", status="succeeded") == 3
     labels = {"bundle": "tiny", "method": "lua", "scale": "2", "engine": "fake", "warmup": "false"}
     assert sample(metrics, "giantleap_stage_duration_seconds_count", stage="generate", **labels) is None
     assert sample(metrics, "giantleap_queue_wait_seconds_count", priority="high") is None, "it was counted before"
 
 
-def test_a_job_that_fails_while_it_is_drawn_is_not_handed_over() -> None:
+def test_a_job_that_fails_in_generation_is_not_transferred() -> None:
     consumer = FakeConsumer(
         [
             make_claim("fine"),
@@ -95,14 +95,14 @@ def test_a_job_that_fails_while_it_is_drawn_is_not_handed_over() -> None:
 
 
 def test_an_image_that_is_not_finite_fails_where_it_is_decoded() -> None:
-    drawing = FakeConsumer([make_claim("good"), make_claim("bad", replace(GENERATE, prompt="nan"))])
-    run_all(FakeRoute(), drawing, WorkerRole.GENERATE)
-    finishing = FakeConsumer(list(drawing.transferred.values()))
-    run_all(FakeRoute(), finishing, WorkerRole.DECODE)
-    assert set(finishing.finished) == {"good"} and "not finite" in finishing.failed["bad"].detail
+    generating = FakeConsumer([make_claim("good"), make_claim("bad", replace(GENERATE, prompt="nan"))])
+    run_all(FakeRoute(), generating, WorkerRole.GENERATE)
+    decoding = FakeConsumer(list(generating.transferred.values()))
+    run_all(FakeRoute(), decoding, WorkerRole.DECODE)
+    assert set(decoding.finished) == {"good"} and "not finite" in decoding.failed["bad"].detail
 
 
-def test_a_drawing_worker_passes_on_what_needs_no_drawing() -> None:
+def test_a_generating_worker_passes_on_jobs_without_generation() -> None:
     consumer = FakeConsumer([make_claim("latent", UPSCALE, b"any"), make_claim("draw")])
     route = FakeRoute()
     run_all(route, consumer, WorkerRole.GENERATE)
@@ -110,12 +110,16 @@ def test_a_drawing_worker_passes_on_what_needs_no_drawing() -> None:
     assert route.batches == [1] and not route.finished
 
 
-def test_drawn_jobs_and_others_never_share_a_batch() -> None:
-    fresh, drawn = make_claim("fresh"), replace(make_claim("drawn"), base_latents=BaseLatents({}, ()))
-    assert plan_batch([fresh, drawn], {"tiny": LatentGrid(stride_px=8, window=4)}, 8, 10**6) == [[fresh], [drawn]]
+def test_transferred_jobs_and_others_never_share_a_batch() -> None:
+    fresh, transferred = make_claim("fresh"), replace(make_claim("transferred"), base_latents=BaseLatents({}, ()))
+    grids = {"tiny": LatentGrid(stride_px=8, window=4)}
+    assert plan_batch([fresh, transferred], grids, 8, 10**6) == [
+        [fresh],
+        [transferred],
+    ]
 
 
-def test_a_hand_over_is_one_log_line_that_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_transfer_is_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     run_all(
         FakeRoute(),
@@ -151,11 +155,11 @@ def test_the_pocket_bundle_gives_the_same_bytes_whole_and_split(
     params = replace(
         GENERATE, prompt="a red sphere", steps=2, scale=scale, method=method, width_px=sides_px, height_px=sides_px
     )
-    whole, drawing = FakeConsumer(pocket_claims(params)), FakeConsumer(pocket_claims(params))
+    whole, generating = FakeConsumer(pocket_claims(params)), FakeConsumer(pocket_claims(params))
     run_all(pocket[WorkerRole.ALL], whole, WorkerRole.ALL)
-    run_all(pocket[WorkerRole.GENERATE], drawing, WorkerRole.GENERATE)
-    finishing = FakeConsumer(list(drawing.transferred.values()))
-    run_all(pocket[WorkerRole.DECODE], finishing, WorkerRole.DECODE)
-    assert len(whole.finished) == 2 and finishing.finished == whole.finished
-    assert finishing.stages.keys() == whole.stages.keys()
-    assert set(finishing.stages["job-1"]) == set(whole.stages["job-1"])
+    run_all(pocket[WorkerRole.GENERATE], generating, WorkerRole.GENERATE)
+    decoding = FakeConsumer(list(generating.transferred.values()))
+    run_all(pocket[WorkerRole.DECODE], decoding, WorkerRole.DECODE)
+    assert len(whole.finished) == 2 and decoding.finished == whole.finished
+    assert decoding.stages.keys() == whole.stages.keys()
+    assert set(decoding.stages["job-1"]) == set(whole.stages["job-1"])

@@ -32,7 +32,7 @@ class TickingClock(StageClock):
 @dataclass
 class TimedRoute:
     times_s: Iterator[float]
-    drawn: list[GenerationItem] = field(default_factory=list)
+    generated: list[GenerationItem] = field(default_factory=list)
     scaled: list[int] = field(default_factory=list)
     name: str = "tiny"
     engine: str = "fake"
@@ -43,7 +43,7 @@ class TimedRoute:
         return TickingClock(self.times_s)
 
     def generate_latents(self, item: GenerationItem, clock: StageClock) -> list[Tensor]:
-        self.drawn.append(item)
+        self.generated.append(item)
         with clock.measure("generate"):
             return [torch.zeros(4, 2, 2)]
 
@@ -82,18 +82,18 @@ def test_warm_ups_are_thrown_away_and_the_median_is_that_of_the_runs() -> None:
     assert result.stages["total"].mean_s == pytest.approx((1.6 + 3.7 + 2.8) / 3)
 
 
-def test_every_run_is_batch_one_at_the_size_that_was_asked_for() -> None:
+def test_every_run_is_batch_one_at_the_planned_size() -> None:
     route = TimedRoute(iter([1.0] * 15))
     result = measure(route, ProtocolPlan(4, 64, 32, 7, warmups=2, runs=3))
-    assert len(route.drawn) == 5 and route.scaled == [4] * 5
-    assert {(item.width_px, item.height_px, item.steps) for item in route.drawn} == {(64, 32, 7)}
+    assert len(route.generated) == 5 and route.scaled == [4] * 5
+    assert {(item.width_px, item.height_px, item.steps) for item in route.generated} == {(64, 32, 7)}
     assert result.image_px == "256x128"
 
 
 def test_twenty_warm_ups_are_the_default() -> None:
     route = TimedRoute(iter([1.0] * 3 * 21))
     assert measure(route, ProtocolPlan(2, 64, 64, 4, runs=1)).warmups == 20
-    assert len(route.drawn) == 21
+    assert len(route.generated) == 21
 
 
 def test_json_and_table_hold_the_figures_and_the_conditions() -> None:

@@ -143,7 +143,7 @@ def start_worker(settings: Settings, redis_url: str) -> Iterator[StartWorker]:
 
 
 async def started(producer: JobProducer, job_id: str) -> None:
-    """Until it is drawn: what is only claimed when SIGTERM comes goes back to the queue."""
+    """Wait until generation runs: a job that is only claimed when SIGTERM comes goes back to the queue."""
     async with asyncio.timeout(TIMEOUT_S):
         async for event in producer.events(job_id):
             if event.name == "step":
@@ -175,7 +175,7 @@ async def test_a_hung_worker_ends_itself_and_its_job_goes_to_the_dead_letters(
 @pytest.mark.parametrize(
     ("prompt", "steps", "grace_s", "state"), [("patient", 4, 60.0, "succeeded"), ("long", 10_000, 0.2, "queued")]
 )
-async def test_sigterm_finishes_or_hands_back_and_exits_with_zero(
+async def test_sigterm_finishes_or_releases_and_exits_with_zero(
     prompt: str, steps: int, grace_s: float, state: str, open_producer: Any, make_job: Any, start_worker: StartWorker
 ) -> None:
     running, waiting = make_job(prompt=prompt, steps=steps), make_job()
