@@ -174,10 +174,10 @@ def _prompt_image(dice: random.Random) -> Sent:
     if dice.random() < 0.4:
         at = dice.randrange(len(text) + 1)
         text = text[:at] + dice.choice(("=", "é", "\\u0000", "%", "data:", "====")) + text[at:]
-    asked = {"prompt": '"a red sphere"', "init_image": f'"{text}"', "strength": "0.5", "steps": "4"}
+    fields = {"prompt": '"a red sphere"', "init_image": f'"{text}"', "strength": "0.5", "steps": "4"}
     if dice.random() < 0.5:
-        asked[dice.choice((*asked, "seed", "width", "guidance_scale", "num_images"))] = dice.choice(_JSON_VALUES)
-    body = "{" + ",".join(f'"{name}":{value}' for name, value in asked.items()) + "}"
+        fields[dice.choice((*fields, "seed", "width", "guidance_scale", "num_images"))] = dice.choice(_JSON_VALUES)
+    body = "{" + ",".join(f'"{name}":{value}' for name, value in fields.items()) + "}"
     if dice.random() < 0.2:
         body = body[:-1] + "," + body[1:]
     return Sent("prompt", "/generate", {}, {"content-type": "application/json"}, body.encode("utf-8", "replace"))

@@ -87,7 +87,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def send_examples(document: dict[str, Any], url: str, number: int) -> int:
     """Sends `number` requests to each operation, half as the document says; how many answers were looked at."""
     schema = schemathesis.openapi.from_dict(document)
-    answers = 0
+    responses = 0
     for each in schema.get_all_operations():
         assert isinstance(each, Ok), each
         operation = each.ok()
@@ -103,19 +103,19 @@ def send_examples(document: dict[str, Any], url: str, number: int) -> int:
             )
             @given(case=operation.as_strategy(mode))
             def send(case: schemathesis.Case[Any]) -> None:
-                nonlocal answers
-                answer = case.call(base_url=url, session=session, timeout=60)
-                assert answer.status_code < 500 or answer.status_code in MAY_FAIL, (
-                    f"{case.method} {case.formatted_path}: {answer.status_code} {answer.text[:500]}"
+                nonlocal responses
+                response = case.call(base_url=url, session=session, timeout=60)
+                assert response.status_code < 500 or response.status_code in MAY_FAIL, (
+                    f"{case.method} {case.formatted_path}: {response.status_code} {response.text[:500]}"
                 )
-                case.validate_response(answer, checks=list(CHECKS))
-                answers += 1
+                case.validate_response(response, checks=list(CHECKS))
+                responses += 1
 
             # Unsatisfiable: an operation without a value that could be wrong.
             nothing_wrong = (Unsatisfiable,) if mode is GenerationMode.NEGATIVE else ()
             with requests.Session() as session, contextlib.suppress(*nothing_wrong):
                 send()
-    return answers
+    return responses
 
 
 def test_a_few_examples_of_each_operation_are_answered_as_documented(document: dict[str, Any], url: str) -> None:
@@ -128,7 +128,7 @@ def test_a_few_examples_of_each_operation_are_answered_as_documented(document: d
 def test_many_examples_of_each_operation_are_answered_as_documented(
     document: dict[str, Any], url: str, record_property: Callable[[str, object], None]
 ) -> None:
-    answers = send_examples(document, url, 250)
-    record_property("answers as documented", answers)
-    print(f"{answers} answers, all as documented")
-    assert answers > 10 * len(document["paths"])
+    responses = send_examples(document, url, 250)
+    record_property("answers as documented", responses)
+    print(f"{responses} answers, all as documented")
+    assert responses > 10 * len(document["paths"])

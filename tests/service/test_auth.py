@@ -182,8 +182,8 @@ def test_listening_beyond_the_machine_without_keys_is_warned_of(
 
 
 def test_keys_new_prints_the_key_once_and_what_to_add() -> None:
-    asked = ["keys", "new", "--name", "alice", "--scope", "generate", "--scope", "upscale", "--max-jobs", "2"]
-    done = CliRunner().invoke(app, asked)
+    command = ["keys", "new", "--name", "alice", "--scope", "generate", "--scope", "upscale", "--max-jobs", "2"]
+    done = CliRunner().invoke(app, command)
     assert done.exit_code == 0
     key = done.stdout.strip()
     (added,) = tomllib.loads(done.stderr)["key"]

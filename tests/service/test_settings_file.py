@@ -54,7 +54,7 @@ def test_a_child_gets_what_its_parent_read_and_not_the_file(path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reason"),
     [
         ("queu_limit = 7", "unknown setting queu_limit"),
         ('settings_file = "other.toml"', "unknown setting settings_file"),
@@ -69,12 +69,12 @@ def test_a_child_gets_what_its_parent_read_and_not_the_file(path: Path, monkeypa
         ('port = 70000\ndevice = "hunter2"', "port: Input should be less than or equal to 65535"),
     ],
 )
-def test_what_is_wrong_is_named_without_its_value(path: Path, text: str, told: str) -> None:
+def test_what_is_wrong_is_named_without_its_value(path: Path, text: str, reason: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError) as raised:
         read_settings(settings_file=path)
     lines = "\n".join(format_errors(raised.value))
-    assert told in lines and "hunter2" not in lines + str(raised.value)
+    assert reason in lines and "hunter2" not in lines + str(raised.value)
 
 
 def test_a_file_that_is_not_there_stops_the_start(tmp_path: Path) -> None:

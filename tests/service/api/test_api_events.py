@@ -64,21 +64,21 @@ async def collect(producer: FakeProducer, bundle_dir: Path, headers: dict[str, s
 
 async def test_every_event_is_told_in_order(bundle_dir: Path) -> None:
     producer = FakeProducer(event_list=EVENTS)
-    answer = await collect(producer, bundle_dir)
-    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
-    assert answer.headers["cache-control"] == "no-store"
-    assert parse(answer.text) == EVENTS and "retry: " in answer.text
+    response = await collect(producer, bundle_dir)
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-store"
+    assert parse(response.text) == EVENTS and "retry: " in response.text
     assert producer.open_events == 0
 
 
 async def test_a_client_resumes_after_the_last_event_that_it_got(bundle_dir: Path) -> None:
-    answer = await collect(FakeProducer(event_list=EVENTS), bundle_dir, {"Last-Event-ID": "12-0"})
-    assert parse(answer.text) == EVENTS[3:]
+    response = await collect(FakeProducer(event_list=EVENTS), bundle_dir, {"Last-Event-ID": "12-0"})
+    assert parse(response.text) == EVENTS[3:]
 
 
 async def test_an_id_of_another_stream_is_malformed(bundle_dir: Path) -> None:
-    answer = await collect(FakeProducer(event_list=EVENTS), bundle_dir, {"Last-Event-ID": "nonsense"})
-    assert answer.status_code == 400 and answer.headers["content-type"] == "application/problem+json"
+    response = await collect(FakeProducer(event_list=EVENTS), bundle_dir, {"Last-Event-ID": "nonsense"})
+    assert response.status_code == 400 and response.headers["content-type"] == "application/problem+json"
     assert read_last_event_id(None) == read_last_event_id("") == "0-0"
     for bad in ("1", "1-", "$", "1-2\n", "9" * 30 + "-0", "9" * 20 + "-0", "0-" + "9" * 20):
         with pytest.raises(MalformedRequest):
@@ -127,8 +127,8 @@ async def test_a_client_that_leaves_closes_its_stream(bundle_dir: Path) -> None:
     app = create_app(read_settings(bundle=(bundle_dir,)), producer)  # type: ignore[arg-type]
     with live_server(app) as url:
         async with httpx.AsyncClient() as client:
-            async with client.stream("GET", f"{url}/jobs/{job.id}/events", timeout=60) as answer:
-                lines = answer.aiter_lines()
+            async with client.stream("GET", f"{url}/jobs/{job.id}/events", timeout=60) as response:
+                lines = response.aiter_lines()
                 while await anext(lines) != "event: queued":
                     pass
                 assert producer.open_events == 1
@@ -149,11 +149,11 @@ async def test_events_come_through_redis_as_they_happen(settings: Settings, bund
         posted = await client.post("/generate", json={"prompt": "a"}, headers={"Prefer": "respond-async"})
         url = posted.json()["status_url"]
         assert posted.status_code == 202
-        told = asyncio.create_task(client.get(f"{url}/events"))
+        reading = asyncio.create_task(client.get(f"{url}/events"))
         await asyncio.sleep(0.1)
         canceled = await client.delete(url)
         assert canceled.json()["status"] == "canceled"
-        events = parse((await asyncio.wait_for(told, 60)).text)
+        events = parse((await asyncio.wait_for(reading, 60)).text)
     assert [event.name for event in events] == ["queued", "done"]
     assert events[0].data == {"position": 0} and events[1].data == {"state": "canceled"}
 
@@ -169,8 +169,8 @@ uvicorn.run(create_app(settings), port=int(sys.argv[4]), log_config=None, timeou
 
 
 async def _lines(url: str) -> AsyncIterator[str]:
-    async with httpx.AsyncClient(timeout=60) as client, client.stream("GET", url) as answer:
-        async for line in answer.aiter_lines():
+    async with httpx.AsyncClient(timeout=60) as client, client.stream("GET", url) as response:
+        async for line in response.aiter_lines():
             yield line
 
 
@@ -195,8 +195,8 @@ async def test_sigterm_ends_streams_and_waits_at_once(settings: Settings, bundle
                 await asyncio.sleep(0.02)
             stopped_s = time.monotonic()
             os.kill(process.pid, signal.SIGTERM)
-            answer = await waiting
-            assert answer.status_code == 503 and answer.json()["job_id"]
+            response = await waiting
+            assert response.status_code == 503 and response.json()["job_id"]
             assert [line async for line in lines if line.startswith("event")] == ["event: queued"]
             process.wait(30)
             assert time.monotonic() - stopped_s < 20, "a job waits 300 s, a stream as long as it likes"

@@ -52,10 +52,10 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-def assert_problem(answer: httpx.Response, status: int, code: str, field: str | None = None) -> None:
-    assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
+def assert_problem(response: httpx.Response, status: int, code: str, field: str | None = None) -> None:
+    assert (response.status_code, response.json()["code"]) == (status, code), response.text
     if field is not None:
-        assert field in [error["field"] for error in answer.json()["errors"]]
+        assert field in [error["field"] for error in response.json()["errors"]]
 
 
 # --- PUT
@@ -65,10 +65,10 @@ async def test_put_makes_a_job_of_either_kind_under_the_clients_id(
     client: httpx.AsyncClient, producer: FakeProducer
 ) -> None:
     drawn, enlarged = str(uuid.uuid4()), str(uuid.uuid4())
-    answer = await client.put(f"/jobs/{drawn}", json={"prompt": "a"})
-    assert answer.status_code == 200 and answer.json()["id"] == drawn
-    answer = await client.put(f"/jobs/{enlarged}?scale=2", content=LATENT, headers=SAFETENSORS | ASYNC)
-    assert answer.status_code == 202 and answer.headers["location"] == f"/jobs/{enlarged}"
+    response = await client.put(f"/jobs/{drawn}", json={"prompt": "a"})
+    assert response.status_code == 200 and response.json()["id"] == drawn
+    response = await client.put(f"/jobs/{enlarged}?scale=2", content=LATENT, headers=SAFETENSORS | ASYNC)
+    assert response.status_code == 202 and response.headers["location"] == f"/jobs/{enlarged}"
     assert [(job.id, job.params.kind) for job in producer.jobs] == [(drawn, "generate"), (enlarged, "upscale")]
     assert (await client.get(f"/jobs/{drawn}")).json()["status"] == "succeeded"
     image = await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a"}, headers={"Accept": "image/png"})
@@ -102,19 +102,19 @@ async def test_cancel_after_becomes_the_jobs_deadline(
 ) -> None:
     headers = {"Cancel-After": "30"}
     if path == "/upscale":
-        answer = await client.post(path, content=LATENT, headers=headers | SAFETENSORS)
+        response = await client.post(path, content=LATENT, headers=headers | SAFETENSORS)
     elif path == "/generate":
-        answer = await client.post(path, json={"prompt": "a"}, headers=headers)
+        response = await client.post(path, json={"prompt": "a"}, headers=headers)
     else:
-        answer = await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a"}, headers=headers)
-    assert answer.status_code == 200
+        response = await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a"}, headers=headers)
+    assert response.status_code == 200
     assert [job.cancel_after_s for job in producer.jobs] == [30.0]
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "soon", "", "1e3", "604801", "9" * 40, "٣"])
 async def test_a_cancel_after_that_is_no_time_is_refused(client: httpx.AsyncClient, value: str) -> None:
-    answer = await client.post("/generate", json={"prompt": "a"}, headers={b"Cancel-After": value.encode()})
-    assert_problem(answer, 400, "malformed_request")
+    response = await client.post("/generate", json={"prompt": "a"}, headers={b"Cancel-After": value.encode()})
+    assert_problem(response, 400, "malformed_request")
 
 
 async def test_a_job_counts_its_latent_pixels(client: httpx.AsyncClient, producer: FakeProducer) -> None:
@@ -130,8 +130,8 @@ async def test_a_job_counts_its_latent_pixels(client: httpx.AsyncClient, produce
 
 async def test_a_webhook_reaches_the_job(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     url = "https://8.8.8.8/hook"
-    answer = await client.post("/generate", json={"prompt": "a", "webhook": {"url": url, "events": ["failed"]}})
-    assert answer.status_code == 200 and url not in answer.text
+    response = await client.post("/generate", json={"prompt": "a", "webhook": {"url": url, "events": ["failed"]}})
+    assert response.status_code == 200 and url not in response.text
     await client.post("/generate", json={"prompt": "a", "webhook": {"url": url}})
     query = {"webhook_url": url, "webhook_events": "failed,canceled"}
     await client.post("/upscale", params=query, content=LATENT, headers=SAFETENSORS)
@@ -155,13 +155,13 @@ async def test_a_webhook_reaches_the_job(client: httpx.AsyncClient, producer: Fa
 async def test_a_webhook_into_the_own_network_is_refused(
     client: httpx.AsyncClient, producer: FakeProducer, url: str
 ) -> None:
-    answer = await client.post("/generate", json={"prompt": "a", "webhook": {"url": url}})
-    assert_problem(answer, 422, "invalid_request", "webhook")
-    assert url not in answer.text
-    answer = await client.post("/upscale", params={"webhook_url": url}, content=LATENT, headers=SAFETENSORS)
-    assert_problem(answer, 422, "invalid_request", "webhook")
-    answer = await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a", "webhook": {"url": url}})
-    assert_problem(answer, 422, "invalid_request", "webhook")
+    response = await client.post("/generate", json={"prompt": "a", "webhook": {"url": url}})
+    assert_problem(response, 422, "invalid_request", "webhook")
+    assert url not in response.text
+    response = await client.post("/upscale", params={"webhook_url": url}, content=LATENT, headers=SAFETENSORS)
+    assert_problem(response, 422, "invalid_request", "webhook")
+    response = await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a", "webhook": {"url": url}})
+    assert_problem(response, 422, "invalid_request", "webhook")
     assert producer.jobs == []
 
 
@@ -170,11 +170,11 @@ async def test_a_webhook_to_a_host_that_is_not_listed_is_refused(bundle_dir: Pat
     app = create_app(settings, producer)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         for url, status in (("https://8.8.4.4/", 422), ("https://8.8.8.8.evil.net/", 422), ("https://8.8.8.8/", 200)):
-            answer = await client.post("/generate", json={"prompt": "a", "webhook": {"url": url}})
-            assert answer.status_code == status, url
+            response = await client.post("/generate", json={"prompt": "a", "webhook": {"url": url}})
+            assert response.status_code == status, url
             if status == 422:
-                assert_problem(answer, 422, "invalid_request", "webhook")
-                assert "not on the list" in answer.text and url not in answer.text
+                assert_problem(response, 422, "invalid_request", "webhook")
+                assert "not on the list" in response.text and url not in response.text
     assert len(producer.jobs) == 1
 
 
@@ -188,13 +188,13 @@ async def test_a_webhook_without_a_secret_or_of_unknown_events_is_refused(
     bundle_dir: Path, client: httpx.AsyncClient, producer: FakeProducer
 ) -> None:
     for webhook in ({"url": "https://8.8.8.8/", "events": ["started"]}, {"url": "https://8.8.8.8/", "events": []}, {}):
-        answer = await client.post("/generate", json={"prompt": "a", "webhook": webhook})
-        assert_problem(answer, 422, "invalid_request")
+        response = await client.post("/generate", json={"prompt": "a", "webhook": webhook})
+        assert_problem(response, 422, "invalid_request")
     app = create_app(read_settings(bundle=(bundle_dir,)), producer)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as plain:
-        answer = await plain.post("/generate", json={"prompt": "a", "webhook": {"url": "https://8.8.8.8/"}})
-        assert_problem(answer, 422, "invalid_request", "webhook")
-        assert "GIANTLEAP_WEBHOOK_SECRET" in answer.text
+        response = await plain.post("/generate", json={"prompt": "a", "webhook": {"url": "https://8.8.8.8/"}})
+        assert_problem(response, 422, "invalid_request", "webhook")
+        assert "GIANTLEAP_WEBHOOK_SECRET" in response.text
     assert producer.jobs == []
 
 
@@ -225,8 +225,8 @@ async def test_a_bad_page_is_refused(client: httpx.AsyncClient, query: str) -> N
 
 
 async def test_a_method_that_a_job_does_not_know_is_told_all_that_it_does(client: httpx.AsyncClient) -> None:
-    answer = await client.patch(f"/jobs/{uuid.uuid4()}")
-    assert answer.status_code == 405 and answer.headers["allow"] == "DELETE, GET, PUT"
+    response = await client.patch(f"/jobs/{uuid.uuid4()}")
+    assert response.status_code == 405 and response.headers["allow"] == "DELETE, GET, PUT"
 
 
 # --- over a real queue and a socket

@@ -67,14 +67,14 @@ async def upscale(
     return await client.post("/upscale", params=query, content=body, headers={"Content-Type": kind})
 
 
-def assert_refused(answer: httpx.Response, field: str, *words: str) -> None:
-    assert answer.status_code == 422, answer.text
-    assert [error["field"] for error in answer.json()["errors"]] == [field]
-    assert all(word in answer.json()["detail"] for word in words), answer.json()["detail"]
+def assert_refused(response: httpx.Response, field: str, *words: str) -> None:
+    assert response.status_code == 422, response.text
+    assert [error["field"] for error in response.json()["errors"]] == [field]
+    assert all(word in response.json()["detail"] for word in words), response.json()["detail"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "base_px", "final_px"),
+    ("fields", "base_px", "final_px"),
     [
         ({"method": "lua", "scale": 2}, (64, 64), (128, 128)),
         ({"method": "bicubic", "scale": 4}, (64, 64), (256, 256)),
@@ -86,15 +86,15 @@ def assert_refused(answer: httpx.Response, field: str, *words: str) -> None:
 async def test_a_method_reaches_the_job_and_is_named_in_the_answer(
     client: httpx.AsyncClient,
     producer: FakeProducer,
-    asked: dict[str, Any],
+    fields: dict[str, Any],
     base_px: tuple[int, int],
     final_px: tuple[int, int],
 ) -> None:
-    answer = await generate(client, **asked)
+    response = await generate(client, **fields)
     (job,) = producer.jobs
     assert isinstance(job.params, GenerateParams)
     assert job.params.base_size_px == base_px and (job.params.width_px, job.params.height_px) == final_px
-    assert job.params.method == answer.headers["x-method"] == answer.json()["method"] == asked.get("method", "lua")
+    assert job.params.method == response.headers["x-method"] == response.json()["method"] == fields.get("method", "lua")
 
 
 async def test_a_method_that_is_not_there_is_refused_with_the_reason(
@@ -122,8 +122,8 @@ async def test_a_negative_prompt_is_refused_where_the_pipeline_takes_none(
 ) -> None:
     assert_refused(await generate(client, bundle="plain", negative_prompt="red"), "negative_prompt", "leave it out")
     assert producer.jobs == []
-    for asked in ({"negative_prompt": "red"}, {"bundle": "plain", "negative_prompt": ""}):
-        assert (await generate(client, **asked)).status_code == 200
+    for fields in ({"negative_prompt": "red"}, {"bundle": "plain", "negative_prompt": ""}):
+        assert (await generate(client, **fields)).status_code == 200
 
 
 async def test_sizes_of_a_method_are_its_own(client: httpx.AsyncClient) -> None:
@@ -133,8 +133,8 @@ async def test_sizes_of_a_method_are_its_own(client: httpx.AsyncClient) -> None:
 
 
 async def test_a_decode_that_changes_the_image_is_labelled(client: httpx.AsyncClient, producer: FakeProducer) -> None:
-    answer = await generate(client, decode="tiled")
-    assert answer.headers["x-decode"] == answer.json()["decode"] == producer.jobs[0].params.decode == "tiled"
+    response = await generate(client, decode="tiled")
+    assert response.headers["x-decode"] == response.json()["decode"] == producer.jobs[0].params.decode == "tiled"
     assert_refused(await generate(client, decode="tiny"), "decode", "exact, tiled")
     assert_refused(await upscale(client, decode="tiny"), "decode")
 
@@ -143,9 +143,9 @@ async def test_a_decode_that_changes_the_image_is_labelled(client: httpx.AsyncCl
 async def test_an_image_becomes_a_job_of_whole_latents(
     client: httpx.AsyncClient, producer: FakeProducer, kind: str, body: bytes
 ) -> None:
-    answer = await upscale(client, body, kind, scale=4, output_format="jpeg")
+    response = await upscale(client, body, kind, scale=4, output_format="jpeg")
     (job,) = producer.jobs
-    assert answer.status_code == 200 and isinstance(job.params, UpscaleParams)
+    assert response.status_code == 200 and isinstance(job.params, UpscaleParams)
     assert (job.params.image_width_px, job.params.image_height_px) == (70, 45)
     assert (job.params.latent_width, job.params.latent_height, job.params.method) == (9, 6, "lua")
     assert producer.blobs[job.id] == PNG
@@ -180,9 +180,9 @@ async def test_images_are_refused_before_anything_is_queued(client: httpx.AsyncC
 async def test_a_drawing_starts_from_an_image_at_the_base_size(
     client: httpx.AsyncClient, producer: FakeProducer
 ) -> None:
-    answer = await generate(client, init_image=TEXT, strength=0.5, width=192, height=128)
+    response = await generate(client, init_image=TEXT, strength=0.5, width=192, height=128)
     (job,) = producer.jobs
-    assert answer.status_code == 200 and isinstance(job.params, GenerateParams) and job.params.strength == 0.5
+    assert response.status_code == 200 and isinstance(job.params, GenerateParams) and job.params.strength == 0.5
     with Image.open(io.BytesIO(producer.blobs[job.id])) as kept:
         assert kept.format == "PNG" and kept.size == job.params.base_size_px == (96, 64)
         expected = Image.fromarray(PIXELS).resize((96, 64), Image.Resampling.LANCZOS)

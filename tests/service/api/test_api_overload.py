@@ -66,14 +66,14 @@ async def call(client: httpx.AsyncClient, index: int) -> httpx.Response:
     return await client.post("/generate", json={"prompt": "a", "seed": index}, headers=headers)
 
 
-def assert_own_result(answer: httpx.Response, index: int) -> None:
+def assert_own_result(response: httpx.Response, index: int) -> None:
     kind = index % 4
     if kind == 0:
-        assert answer.content == f"image {index}".encode()
+        assert response.content == f"image {index}".encode()
     elif kind == 3:
-        assert (load(answer.content)["latent"] == 2 * index).all()
+        assert (load(response.content)["latent"] == 2 * index).all()
     else:
-        assert answer.json()["seed"] == index
+        assert response.json()["seed"] == index
 
 
 async def wait_for_depth(client: httpx.AsyncClient, jobs: int) -> None:
@@ -86,19 +86,19 @@ async def test_a_crowd_gets_200_202_or_429_and_nobody_hangs(overload_settings: S
         limits = httpx.Limits(max_connections=CLIENTS)
         async with httpx.AsyncClient(base_url=url, limits=limits, timeout=90) as client:
             started_s = time.monotonic()
-            answers = await asyncio.gather(*(call(client, index) for index in range(CLIENTS)))
+            responses = await asyncio.gather(*(call(client, index) for index in range(CLIENTS)))
             assert time.monotonic() - started_s < 90
-            statuses = [answer.status_code for answer in answers]
+            statuses = [response.status_code for response in responses]
             assert set(statuses) == {200, 202, 429}
             assert CLIENTS - statuses.count(429) >= QUEUE_LIMIT, "the queue was filled before anyone was sent away"
-            for index, answer in enumerate(answers):
-                if answer.status_code == 429:
-                    assert 1 <= int(answer.headers["retry-after"]) <= 600
-                    assert answer.json()["code"] == "queue_full"
+            for index, response in enumerate(responses):
+                if response.status_code == 429:
+                    assert 1 <= int(response.headers["retry-after"]) <= 600
+                    assert response.json()["code"] == "queue_full"
                 else:
-                    assert_own_result(answer, index)
-            for answer in (answer for answer in answers if answer.status_code == 202):
-                body = answer.json()
+                    assert_own_result(response, index)
+            for response in (response for response in responses if response.status_code == 202):
+                body = response.json()
                 while body["status"] in ("queued", "processing"):
                     await asyncio.sleep(0.05)
                     body = (await client.get(body["status_url"])).json()
@@ -118,12 +118,12 @@ async def test_those_who_come_back_as_told_are_all_served(overload_settings: Set
             async def call_until_served(index: int) -> None:
                 key = {"Accept": "image/png", "Idempotency-Key": f"client-{index}"}
                 for _ in range(10):
-                    answer = await client.post("/generate", json={"prompt": "a", "seed": index}, headers=key)
-                    if answer.status_code != 429:
+                    response = await client.post("/generate", json={"prompt": "a", "seed": index}, headers=key)
+                    if response.status_code != 429:
                         break
-                    assert int(answer.headers["retry-after"]) <= 10, "32 jobs of some hundredths of a second"
-                    await asyncio.sleep(int(answer.headers["retry-after"]))
-                assert answer.status_code == 200 and answer.content == f"image {index}".encode()
+                    assert int(response.headers["retry-after"]) <= 10, "32 jobs of some hundredths of a second"
+                    await asyncio.sleep(int(response.headers["retry-after"]))
+                assert response.status_code == 200 and response.content == f"image {index}".encode()
 
             await call_until_served(0)  # from here on the queue knows how long a job takes
             await asyncio.wait_for(asyncio.gather(*map(call_until_served, range(1, CLIENTS))), 100)
@@ -142,8 +142,8 @@ async def test_a_body_over_the_limit_gets_its_answer_over_a_real_socket(
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             content = parts() if chunked else bytes(1 << 22)
             headers = {"Content-Type": "application/octet-stream"}
-            answer = await client.post("/upscale", content=content, headers=headers)
-            assert answer.status_code == 413 and answer.json()["code"] == "payload_too_large"
+            response = await client.post("/upscale", content=content, headers=headers)
+            assert response.status_code == 413 and response.json()["code"] == "payload_too_large"
             assert (await client.get("/livez")).status_code == 200
 
 
@@ -169,9 +169,9 @@ async def test_a_lost_redis_is_a_quick_503_and_the_waiting_are_served_when_it_is
                     client.get(job["status_url"]),
                     client.get("/readyz"),
                 )
-                for answer in await asyncio.gather(*calls):
-                    assert answer.status_code == 503 and answer.json()["code"] == "not_ready"
-                    assert int(answer.headers["retry-after"]) >= 1
+                for response in await asyncio.gather(*calls):
+                    assert response.status_code == 503 and response.json()["code"] == "not_ready"
+                    assert int(response.headers["retry-after"]) >= 1
                 assert time.monotonic() - started_s < 25
                 assert (await client.get("/livez")).status_code == 200
                 server.start(tmp_path / "redis", int(redis_url.rpartition(":")[2].partition("/")[0]))

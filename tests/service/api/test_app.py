@@ -65,12 +65,12 @@ async def upscale(
     return await client.post("/upscale", params=query, content=save({"latent": latent}), headers=sent)
 
 
-def assert_problem(answer: httpx.Response, status: int, code: str, field: str | None = None) -> None:
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
-    body = answer.json()
-    assert (body["status"], body["code"], body["instance"]) == (status, code, answer.headers["x-request-id"])
-    assert PROMPT not in answer.text
+def assert_problem(response: httpx.Response, status: int, code: str, field: str | None = None) -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert (body["status"], body["code"], body["instance"]) == (status, code, response.headers["x-request-id"])
+    assert PROMPT not in response.text
     if field is not None:
         assert field in [error["field"] for error in body["errors"]], body
 
@@ -79,13 +79,13 @@ def assert_problem(answer: httpx.Response, status: int, code: str, field: str | 
 
 
 async def test_what_is_left_out_takes_the_bundles_defaults(client: httpx.AsyncClient, producer: FakeProducer) -> None:
-    answer = await generate(client)
-    assert answer.status_code == 200
+    response = await generate(client)
+    assert response.status_code == 200
     (job,) = producer.jobs
     assert job.bundle == "paper" and job.priority is Priority.HIGH and uuid.UUID(job.id).version == 4
     params = dataclasses.asdict(job.params)
     seed = params.pop("seed")
-    assert 0 <= seed < 2**53 and answer.headers["x-seed"] == str(seed) == str(answer.json()["seed"])
+    assert 0 <= seed < 2**53 and response.headers["x-seed"] == str(seed) == str(response.json()["seed"])
     assert params == {
         "prompt": PROMPT,
         "negative_prompt": "",
@@ -104,7 +104,7 @@ async def test_what_is_left_out_takes_the_bundles_defaults(client: httpx.AsyncCl
 
 
 async def test_every_field_reaches_the_job(client: httpx.AsyncClient, producer: FakeProducer) -> None:
-    asked: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "negative_prompt": "floor",
         "scale": 4,
         "width": 256,
@@ -115,11 +115,11 @@ async def test_every_field_reaches_the_job(client: httpx.AsyncClient, producer: 
         "num_images": 2,
         "output_format": "webp",
     }
-    assert (await generate(client, **asked, bundle="flux", priority="low")).status_code == 200
+    assert (await generate(client, **fields, bundle="flux", priority="low")).status_code == 200
     (job,) = producer.jobs
     params = dataclasses.asdict(job.params)
     params["width"], params["height"] = params["width_px"], params["height_px"]
-    assert {name: params[name] for name in asked} == asked
+    assert {name: params[name] for name in fields} == fields
     assert job.bundle == "flux" and job.priority is Priority.LOW
 
 
@@ -166,22 +166,22 @@ async def test_seeds_are_drawn_anew_for_each_job(client: httpx.AsyncClient) -> N
 async def test_bad_values_are_named_and_enqueue_nothing(
     client: httpx.AsyncClient, producer: FakeProducer, field: str, value: Any
 ) -> None:
-    answer = await generate(client, **{field: value})
-    assert_problem(answer, 422, "invalid_request", field)
+    response = await generate(client, **{field: value})
+    assert_problem(response, 422, "invalid_request", field)
     assert not producer.records
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
 async def test_guidance_must_be_finite(client: httpx.AsyncClient, producer: FakeProducer, number: str) -> None:
     body = f'{{"prompt": "a", "guidance_scale": {number}}}'
-    answer = await client.post("/generate", content=body, headers={"Content-Type": "application/json"})
-    assert_problem(answer, 422, "invalid_request", "guidance_scale")
+    response = await client.post("/generate", content=body, headers={"Content-Type": "application/json"})
+    assert_problem(response, 422, "invalid_request", "guidance_scale")
     assert not producer.records
 
 
 async def test_several_bad_values_are_named_at_once(client: httpx.AsyncClient) -> None:
-    answer = await generate(client, steps=51, num_images=5, width=100)
-    assert {error["field"] for error in answer.json()["errors"]} == {"steps", "num_images", "width"}
+    response = await generate(client, steps=51, num_images=5, width=100)
+    assert {error["field"] for error in response.json()["errors"]} == {"steps", "num_images", "width"}
 
 
 async def test_a_size_out_of_reach_names_the_nearest(client: httpx.AsyncClient) -> None:
@@ -197,26 +197,26 @@ async def test_images_over_the_pixel_limit_are_refused(settings: Settings, produ
 
 @pytest.mark.parametrize("content", [b"{", b"not json", b'{"prompt": "a"', b"\xff"])
 async def test_bodies_that_are_no_json_are_malformed(client: httpx.AsyncClient, content: bytes) -> None:
-    answer = await client.post("/generate", content=content, headers={"Content-Type": "application/json"})
-    assert_problem(answer, 400, "malformed_request")
+    response = await client.post("/generate", content=content, headers={"Content-Type": "application/json"})
+    assert_problem(response, 400, "malformed_request")
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
 async def test_another_content_type_is_unsupported(client: httpx.AsyncClient, content_type: str) -> None:
     body = json.dumps({"prompt": PROMPT}).encode()
-    answer = await client.post("/generate", content=body, headers={"Content-Type": content_type})
-    assert_problem(answer, 415, "unsupported_media_type")
+    response = await client.post("/generate", content=body, headers={"Content-Type": content_type})
+    assert_problem(response, 415, "unsupported_media_type")
 
 
 async def test_a_body_over_the_limit_is_refused(client: httpx.AsyncClient, producer: FakeProducer) -> None:
-    answer = await generate(client, prompt="x" * (1 << 21))
-    assert_problem(answer, 413, "payload_too_large")
+    response = await generate(client, prompt="x" * (1 << 21))
+    assert_problem(response, 413, "payload_too_large")
     assert not producer.records
 
 
 async def test_unknown_words_are_warnings_and_not_errors(client: httpx.AsyncClient, producer: FakeProducer) -> None:
-    answer = await generate(client, prompt="a red zeppelin, naïve", negative_prompt="gloom")
-    warnings = answer.json()["warnings"]
+    response = await generate(client, prompt="a red zeppelin, naïve", negative_prompt="gloom")
+    warnings = response.json()["warnings"]
     assert all(any(word in warning for warning in warnings) for word in ("zeppelin", "naïve", "gloom"))
     assert not any("'red'" in warning for warning in warnings)
     image = await generate(client, prompt="a red naïve", headers={"Accept": "image/png"})
@@ -226,8 +226,8 @@ async def test_unknown_words_are_warnings_and_not_errors(client: httpx.AsyncClie
 
 async def test_warnings_of_a_long_prompt_fit_a_header(client: httpx.AsyncClient) -> None:
     words = " ".join(chr(0x4E00 + index) * 5 for index in range(33))
-    answer = await generate(client, prompt=words, headers={"Accept": "image/png"})
-    assert len(answer.headers["x-warnings"]) <= 2048 and json.loads(answer.headers["x-warnings"])
+    response = await generate(client, prompt=words, headers={"Accept": "image/png"})
+    assert len(response.headers["x-warnings"]) <= 2048 and json.loads(response.headers["x-warnings"])
     assert len((await generate(client, prompt=words)).json()["warnings"]) == 33
 
 
@@ -235,17 +235,17 @@ async def test_warnings_of_a_long_prompt_fit_a_header(client: httpx.AsyncClient)
 
 
 async def test_the_job_is_answered_by_default(client: httpx.AsyncClient, producer: FakeProducer) -> None:
-    answer = await generate(client, seed=7, num_images=2)
-    body, (job,) = answer.json(), producer.jobs
+    response = await generate(client, seed=7, num_images=2)
+    body, (job,) = response.json(), producer.jobs
     url = f"/jobs/{job.id}"
-    assert answer.headers["x-job-id"] == body["id"] == job.id
+    assert response.headers["x-job-id"] == body["id"] == job.id
     assert body["status"] == "succeeded" and body["kind"] == "generate" and body["error"] is None
     assert body["stages"] == {"queue": 0.25, "generate": 1.0, "upscale": 0.25, "decode": 0.125, "encode": 0.125}
     assert [result["seed"] for result in body["results"]] == [7, 8]
     assert [result["url"] for result in body["results"]] == [f"{url}/result?index=0", f"{url}/result?index=1"]
     assert (body["status_url"], body["events_url"], body["cancel_url"]) == (url, f"{url}/events", f"{url}/cancel")
     assert body["created_at"].endswith("Z") and body["created_at"] < body["started_at"] < body["finished_at"]
-    assert PROMPT not in answer.text
+    assert PROMPT not in response.text
 
 
 async def test_stage_times_are_sent_in_milliseconds(client: httpx.AsyncClient) -> None:
@@ -265,10 +265,10 @@ async def test_stage_times_are_sent_in_milliseconds(client: httpx.AsyncClient) -
 async def test_an_image_is_answered_where_accept_asks(
     client: httpx.AsyncClient, producer: FakeProducer, accept: str, output_format: str | None, sent: str
 ) -> None:
-    answer = await generate(client, {"Accept": accept}, output_format=output_format, seed=9)
-    assert (answer.status_code, answer.headers["content-type"], answer.content) == (200, sent, IMAGE)
-    assert answer.headers["x-seed"] == "9" and answer.headers["x-job-id"] == producer.jobs[0].id
-    assert answer.headers["server-timing"].startswith("queue;dur=") and "Accept" in answer.headers["vary"]
+    response = await generate(client, {"Accept": accept}, output_format=output_format, seed=9)
+    assert (response.status_code, response.headers["content-type"], response.content) == (200, sent, IMAGE)
+    assert response.headers["x-seed"] == "9" and response.headers["x-job-id"] == producer.jobs[0].id
+    assert response.headers["server-timing"].startswith("queue;dur=") and "Accept" in response.headers["vary"]
 
 
 @pytest.mark.parametrize(
@@ -289,19 +289,19 @@ async def test_an_answer_that_cannot_be_given_enqueues_nothing(
 
 async def test_respond_async_answers_at_once(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     producer.end = stay_queued
-    answer = await generate(client, ASYNC)
+    response = await generate(client, ASYNC)
     (job,) = producer.jobs
-    assert answer.status_code == 202
-    assert answer.headers["location"] == f"/jobs/{job.id}" == answer.json()["status_url"]
-    assert answer.headers["preference-applied"] == "respond-async"
-    assert answer.json()["status"] == "queued" and answer.json()["queue_position"] == 0
+    assert response.status_code == 202
+    assert response.headers["location"] == f"/jobs/{job.id}" == response.json()["status_url"]
+    assert response.headers["preference-applied"] == "respond-async"
+    assert response.json()["status"] == "queued" and response.json()["queue_position"] == 0
 
 
 async def test_wait_answers_the_job_after_so_many_seconds(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     producer.end = stay_queued
-    answer = await generate(client, {"Prefer": "wait=1", "Accept": "image/png"})
-    assert answer.status_code == 202 and answer.headers["preference-applied"] == "wait=1"
-    assert answer.json()["queue_position"] == 3 and "location" in answer.headers
+    response = await generate(client, {"Prefer": "wait=1", "Accept": "image/png"})
+    assert response.status_code == 202 and response.headers["preference-applied"] == "wait=1"
+    assert response.json()["queue_position"] == 3 and "location" in response.headers
     producer.end = succeed
     finished = await generate(client, {"Prefer": "wait=1", "Accept": "image/png"})
     assert finished.status_code == 200 and finished.headers["preference-applied"] == "wait=1"
@@ -313,20 +313,20 @@ async def test_a_wait_that_is_too_long_ends_in_504_and_the_job_goes_on(
     producer.end = stay_queued
     app = create_app(settings.model_copy(update={"wait_timeout_s": 0.05}), producer)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
-        answer = await generate(client)
-        assert_problem(answer, 504, "deadline_passed")
+        response = await generate(client)
+        assert_problem(response, 504, "deadline_passed")
         (job,) = producer.jobs
-        assert answer.json()["job_id"] == job.id == answer.headers["x-job-id"]
-        assert (await client.get(answer.json()["status_url"])).json()["status"] == "queued"
+        assert response.json()["job_id"] == job.id == response.headers["x-job-id"]
+        assert (await client.get(response.json()["status_url"])).json()["status"] == "queued"
 
 
 async def test_a_failed_job_is_a_problem_that_names_it(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     producer.end = fail
     for accept in ("image/png", "application/json"):
-        answer = await generate(client, {"Accept": accept})
-        assert_problem(answer, 500, "engine_fault")
-        assert answer.json()["job_id"] == producer.jobs[-1].id and answer.json()["retryable"] is True
-    body = (await client.get(answer.json()["status_url"])).json()
+        response = await generate(client, {"Accept": accept})
+        assert_problem(response, 500, "engine_fault")
+        assert response.json()["job_id"] == producer.jobs[-1].id and response.json()["retryable"] is True
+    body = (await client.get(response.json()["status_url"])).json()
     assert body["status"] == "failed" and body["error"]["code"] == "engine_fault"
     assert_problem(await client.get(f"{body['status_url']}/result"), 500, "engine_fault")
 
@@ -350,13 +350,13 @@ async def test_a_key_that_cannot_be_kept_is_malformed(client: httpx.AsyncClient,
 
 async def test_a_full_queue_says_when_to_come_back(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     producer.refusal = QueueFull("32 jobs wait", retry_after_s=12)
-    for answer in (await generate(client), await generate(client, ASYNC), await upscale(client)):
-        assert_problem(answer, 429, "queue_full")
-        assert answer.headers["retry-after"] == "12"
+    for response in (await generate(client), await generate(client, ASYNC), await upscale(client)):
+        assert_problem(response, 429, "queue_full")
+        assert response.headers["retry-after"] == "12"
     producer.refusal = StorageFull("1 GiB is used")
-    answer = await upscale(client)
-    assert_problem(answer, 503, "storage_full")
-    assert int(answer.headers["retry-after"]) >= 1
+    response = await upscale(client)
+    assert_problem(response, 503, "storage_full")
+    assert int(response.headers["retry-after"]) >= 1
 
 
 async def test_everything_but_livez_and_metrics_says_that_redis_is_away(
@@ -364,7 +364,7 @@ async def test_everything_but_livez_and_metrics_says_that_redis_is_away(
 ) -> None:
     job_id = (await generate(client)).json()["id"]
     producer.outage = NotReady("Redis does not answer")
-    answers = [
+    responses = [
         await generate(client),
         await upscale(client),
         await client.get(f"/jobs/{job_id}"),
@@ -373,9 +373,9 @@ async def test_everything_but_livez_and_metrics_says_that_redis_is_away(
         await client.delete(f"/jobs/{job_id}"),
         await client.get("/readyz"),
     ]
-    for answer in answers:
-        assert_problem(answer, 503, "not_ready")
-        assert int(answer.headers["retry-after"]) >= 1
+    for response in responses:
+        assert_problem(response, 503, "not_ready")
+        assert int(response.headers["retry-after"]) >= 1
     assert (await client.get("/livez")).status_code == 200
     assert "giantleap_queue_reachable 0" in (await client.get("/metrics")).text
 
@@ -442,9 +442,9 @@ async def test_a_stopping_process_lets_go_of_waiting_requests(
     while not producer.waits:
         await asyncio.sleep(0.005)
     app.state.giantleap.stopping.set()
-    answer = await asyncio.wait_for(call, 60)
-    assert_problem(answer, 503, "not_ready")
-    assert answer.json()["job_id"] == producer.jobs[0].id and producer.waits == 0
+    response = await asyncio.wait_for(call, 60)
+    assert_problem(response, 503, "not_ready")
+    assert response.json()["job_id"] == producer.jobs[0].id and producer.waits == 0
     assert_problem(await generate(client), 503, "not_ready")
     assert len(producer.records) == 1
     assert (await client.get("/readyz")).json()["reasons"] == ["this process is stopping"]
@@ -454,8 +454,8 @@ async def test_a_stopping_process_lets_go_of_waiting_requests(
 
 
 async def test_a_raw_latent_becomes_a_job(client: httpx.AsyncClient, producer: FakeProducer) -> None:
-    answer = await upscale(client, scale=4, output_format="webp", priority="low")
-    assert answer.status_code == 200 and answer.json()["seed"] is None and answer.json()["kind"] == "upscale"
+    response = await upscale(client, scale=4, output_format="webp", priority="low")
+    assert response.status_code == 200 and response.json()["seed"] is None and response.json()["kind"] == "upscale"
     (job,) = producer.jobs
     assert job.priority is Priority.LOW
     assert dataclasses.asdict(job.params) == {
@@ -509,15 +509,15 @@ async def test_npy_and_unnamed_bodies_are_read_too(
     np.save(tmp_path / "latent.npy", LATENT)
     content = (tmp_path / "latent.npy").read_bytes()
     for content_type in ("application/x-npy", "application/octet-stream"):
-        answer = await client.post("/upscale", content=content, headers={"Content-Type": content_type})
-        assert answer.status_code == 200
-        np.testing.assert_array_equal(load(producer.blobs[answer.json()["id"]])["latent"], LATENT[None])
+        response = await client.post("/upscale", content=content, headers={"Content-Type": content_type})
+        assert response.status_code == 200
+        np.testing.assert_array_equal(load(producer.blobs[response.json()["id"]])["latent"], LATENT[None])
 
 
 async def test_the_latent_itself_is_answered_where_asked(client: httpx.AsyncClient, producer: FakeProducer) -> None:
-    answer = await upscale(client, headers={"Accept": "application/x-safetensors"}, output="latent")
-    assert answer.status_code == 200 and answer.headers["content-type"] == "application/x-safetensors"
-    assert answer.content == IMAGE and "x-seed" not in answer.headers
+    response = await upscale(client, headers={"Accept": "application/x-safetensors"}, output="latent")
+    assert response.status_code == 200 and response.headers["content-type"] == "application/x-safetensors"
+    assert response.content == IMAGE and "x-seed" not in response.headers
     assert (await upscale(client, headers={"Accept": "image/*"})).headers["content-type"] == "image/png"
 
 
@@ -567,8 +567,8 @@ async def test_bodies_that_are_no_latent_are_refused(client: httpx.AsyncClient, 
         (save({"latent": LATENT.astype(np.float64)}), "application/x-safetensors", 415, "unsupported_media_type"),
         (bytes((1 << 21) + 1), "application/x-safetensors", 413, "payload_too_large"),
     ):
-        answer = await client.post("/upscale", content=content, headers={"Content-Type": content_type})
-        assert_problem(answer, status, code)
+        response = await client.post("/upscale", content=content, headers={"Content-Type": content_type})
+        assert_problem(response, status, code)
     assert not producer.records
 
 
@@ -585,9 +585,9 @@ async def test_several_latents_do_not_fit_one_file(client: httpx.AsyncClient, pr
 async def test_each_result_has_its_bytes_and_seed(client: httpx.AsyncClient) -> None:
     body = (await generate(client, seed=5, num_images=2, output_format="jpeg")).json()
     for index, result in enumerate(body["results"]):
-        answer = await client.get(result["url"])
-        assert (answer.content, answer.headers["content-type"]) == (IMAGE, "image/jpeg")
-        assert answer.headers["x-seed"] == str(5 + index)
+        response = await client.get(result["url"])
+        assert (response.content, response.headers["content-type"]) == (IMAGE, "image/jpeg")
+        assert response.headers["x-seed"] == str(5 + index)
     assert_problem(await client.get(f"{body['status_url']}/result?index=2"), 404, "not_found")
     assert_problem(await client.get(f"{body['status_url']}/result?index=-1"), 422, "invalid_request", "index")
 
@@ -611,8 +611,8 @@ async def test_cancel_ends_a_job_and_may_be_repeated(
     producer.end = stay_queued
     url = (await generate(client, ASYNC)).json()["status_url"]
     for _ in range(2):
-        answer = await client.request(method, url + suffix)
-        assert answer.status_code == 200 and answer.json()["status"] == "canceled"
+        response = await client.request(method, url + suffix)
+        assert response.status_code == 200 and response.json()["status"] == "canceled"
     assert_problem(await client.get(f"{url}/result"), 409, "conflict")
     producer.end = succeed
     finished = (await generate(client)).json()["status_url"]
@@ -637,16 +637,16 @@ async def test_models_say_what_may_be_asked(client: httpx.AsyncClient) -> None:
 async def test_ready_means_that_a_worker_lives(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     assert (await client.get("/readyz")).json() == {"ready": True, "reasons": []}
     producer.live_workers = 0
-    answer = await client.get("/readyz")
-    assert_problem(answer, 503, "not_ready")
-    assert answer.json()["reasons"] == ["no worker is ready"]
+    response = await client.get("/readyz")
+    assert_problem(response, 503, "not_ready")
+    assert response.json()["reasons"] == ["no worker is ready"]
 
 
 async def test_metrics_hold_the_queue_and_the_requests(client: httpx.AsyncClient) -> None:
     await generate(client)
-    answer = await client.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    assert 'route="/generate"' in answer.text and "giantleap_queue_limit 32" in answer.text
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert 'route="/generate"' in response.text and "giantleap_queue_limit 32" in response.text
 
 
 async def test_the_app_opens_and_closes_the_queue(app: FastAPI, producer: FakeProducer) -> None:
@@ -664,13 +664,13 @@ async def test_openapi_documents_every_route_and_its_problems(client: httpx.Asyn
     assert {"Problem", "FieldProblem", "JobBody", "GenerateRequest", "ModelBody"} <= set(schemas)
     assert "HTTPValidationError" not in schemas
     for path in ("/generate", "/upscale"):
-        answers = document["paths"][path]["post"]["responses"]
-        assert {"200", "202", "400", "406", "413", "415", "422", "429", "503", "504"} <= set(answers)
-        for status, answer in answers.items():
+        responses = document["paths"][path]["post"]["responses"]
+        assert {"200", "202", "400", "406", "413", "415", "422", "429", "503", "504"} <= set(responses)
+        for status, response in responses.items():
             if int(status) >= 400:
-                reference = answer["content"]["application/problem+json"]["schema"]["$ref"]
+                reference = response["content"]["application/problem+json"]["schema"]["$ref"]
                 assert reference == "#/components/schemas/Problem"
-        assert "Retry-After" in answers["429"]["headers"] and "image/png" in answers["200"]["content"]
+        assert "Retry-After" in responses["429"]["headers"] and "image/png" in responses["200"]["content"]
     assert "application/x-safetensors" in document["paths"]["/upscale"]["post"]["requestBody"]["content"]
     for name, described in schemas["GenerateRequest"]["properties"].items():
         assert "description" in described, name

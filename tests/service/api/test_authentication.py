@@ -96,10 +96,10 @@ def callers(client: httpx.AsyncClient, keys: tuple[dict[str, str], Path]) -> Cal
     return Callers(client, keys[0])
 
 
-def assert_refused(answer: httpx.Response, path: str, status: int, code: str) -> None:
+def assert_refused(response: httpx.Response, path: str, status: int, code: str) -> None:
     """The refusal speaks the protocol of its path."""
-    assert answer.status_code == status, answer.text
-    body = answer.json()
+    assert response.status_code == status, response.text
+    body = response.json()
     if path.startswith("/v1"):
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}[status]
         assert (body["error"]["code"], body["error"]["type"]) == (code, kind)
@@ -108,7 +108,7 @@ def assert_refused(answer: httpx.Response, path: str, status: int, code: str) ->
     elif path.startswith("/remote_vae"):
         assert body["code"] == code
     else:
-        assert answer.headers["content-type"] == "application/problem+json"
+        assert response.headers["content-type"] == "application/problem+json"
         assert (body["code"], body["status"]) == (code, status)
 
 
@@ -118,10 +118,10 @@ async def test_work_without_a_key_is_refused_in_the_form_of_its_front(
 ) -> None:
     _, path, sent = WORK[work]
     for headers in ({}, {"Authorization": "Bearer gl_wrong"}, {"Authorization": "Basic YTpi"}, {"X-API-Key": ""}):
-        answer = await client.post(path, **sent | {"headers": sent.get("headers", {}) | headers})
-        assert_refused(answer, path, 401, "unauthorized")
-        assert answer.headers["www-authenticate"].startswith("Bearer")
-        assert "gl_wrong" not in answer.text
+        response = await client.post(path, **sent | {"headers": sent.get("headers", {}) | headers})
+        assert_refused(response, path, 401, "unauthorized")
+        assert response.headers["www-authenticate"].startswith("Bearer")
+        assert "gl_wrong" not in response.text
     assert not producer.records
 
 
@@ -130,9 +130,9 @@ async def test_every_route_but_the_open_ones_asks_for_a_key(app: FastAPI, client
     assert len(paths) > 15
     for path, operations in paths.items():
         for method, operation in operations.items():
-            asked = path.format(job_id=uuid.uuid4(), model="paper", bundle="paper")
-            answer = await client.request(method, asked)
-            assert (answer.status_code == 401) == (path not in OPEN_PATHS), (method, path, answer.status_code)
+            requested = path.format(job_id=uuid.uuid4(), model="paper", bundle="paper")
+            response = await client.request(method, requested)
+            assert (response.status_code == 401) == (path not in OPEN_PATHS), (method, path, response.status_code)
             assert ("security" in operation) == (path not in OPEN_PATHS)
     for path in ("/", "/nothing", "/livez/", "/redoc", "/docs/oauth2-redirect", "/LIVEZ"):
         assert (await client.get(path)).status_code == 401, path
@@ -154,14 +154,14 @@ async def test_work_needs_its_scope(work: str, callers: Callers, producer: FileP
     for name, scopes in SCOPES.items():
         if scope in scopes or name == "slow":
             continue
-        answer = await callers.ask(name, "POST", path, **sent)
-        assert_refused(answer, path, 403, "forbidden")
-        assert 'error="insufficient_scope"' in answer.headers["www-authenticate"]
+        response = await callers.ask(name, "POST", path, **sent)
+        assert_refused(response, path, 403, "forbidden")
+        assert 'error="insufficient_scope"' in response.headers["www-authenticate"]
     assert not producer.records
     if work != "upscale":  # what is sent there is no latent
         allowed = {"generate": "drawer", "upscale": "enlarger"}[scope]
-        answer = await callers.ask(allowed, "POST", path, **sent)
-        assert answer.status_code == 200, answer.text
+        response = await callers.ask(allowed, "POST", path, **sent)
+        assert response.status_code == 200, response.text
         assert [job.owner for job in producer.jobs] == [allowed]
 
 
@@ -194,8 +194,8 @@ async def test_both_headers_carry_a_key(
     key = keys[0]["alice"]
     for value in (key, f"Bearer {key}", f"bearer  {key}"):
         fits = value.lower().startswith("bearer") == (name.lower() == "authorization")
-        answer = await client.get("/models", headers={name: value})
-        assert answer.status_code == (200 if fits else 401)
+        response = await client.get("/models", headers={name: value})
+        assert response.status_code == (200 if fits else 401)
 
 
 async def test_two_different_keys_are_refused(client: httpx.AsyncClient, keys: tuple[dict[str, str], Path]) -> None:
@@ -235,19 +235,19 @@ async def test_a_job_of_another_key_is_as_unknown_as_one_that_never_was(
             theirs = await callers.ask(name, method, path.format(job_id=job_id))
             never = await callers.ask(name, method, path.format(job_id=uuid.uuid4()))
             assert theirs.status_code == never.status_code == 404, (method, path)
-            told = [_without_ids(answer) for answer in (theirs, never)]
-            assert told[0] == told[1], (method, path)
+            bodies = [_without_ids(response) for response in (theirs, never)]
+            assert bodies[0] == bodies[1], (method, path)
     assert producer.records[job_id].state is (JobState.QUEUED if queued else JobState.SUCCEEDED), "nothing was canceled"
     for name in ("root", "alice"):
         for method, path in routes:
-            answer = await callers.ask(name, method, path.format(job_id=job_id))
-            assert answer.status_code in (200, 409), (name, method, path, answer.text)
+            response = await callers.ask(name, method, path.format(job_id=job_id))
+            assert response.status_code in (200, 409), (name, method, path, response.text)
 
 
-def _without_ids(answer: httpx.Response) -> tuple[Any, ...]:
-    body = answer.json()
+def _without_ids(response: httpx.Response) -> tuple[Any, ...]:
+    body = response.json()
     body.pop("instance", None)
-    kept = {name: value for name, value in answer.headers.items() if name not in ("x-request-id", "traceparent")}
+    kept = {name: value for name, value in response.headers.items() if name not in ("x-request-id", "traceparent")}
     return body, kept
 
 
@@ -273,9 +273,9 @@ async def test_a_key_that_asks_too_fast_waits(callers: Callers, producer: FilePr
     for _ in range(2):
         assert (await callers.ask("slow", "POST", "/generate", json={"prompt": PROMPT})).status_code == 200
     for _, path, sent in WORK.values():
-        answer = await callers.ask("slow", "POST", path, **sent)
-        assert_refused(answer, path, 429, "rate_limited")
-        assert answer.headers["retry-after"] == "2"
+        response = await callers.ask("slow", "POST", path, **sent)
+        assert_refused(response, path, 429, "rate_limited")
+        assert response.headers["retry-after"] == "2"
     assert len(producer.records) == 2
     job_id = producer.jobs[0].id
     for method, path in (("GET", f"/jobs/{job_id}"), ("POST", f"/jobs/{job_id}/cancel"), ("GET", "/models")):
@@ -291,18 +291,18 @@ async def test_bad_requests_count_against_the_rate_too(callers: Callers) -> None
 async def test_the_queue_is_told_the_keys_own_limit_of_jobs(
     callers: Callers, producer: FileProducer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = []
+    limits = []
     plain = producer.enqueue
 
     async def enqueue(job: Any, body: Any = None, key: Any = None, max_live: int | None = None) -> Any:
-        given.append(max_live)
+        limits.append(max_live)
         return await plain(job, body, key, max_live)
 
     monkeypatch.setattr(producer, "enqueue", enqueue)
     for name in ("slow", "alice"):
         await callers.ask(name, "POST", "/generate", json={"prompt": PROMPT})
         await callers.ask(name, "POST", "/v1/images/generations", json={"prompt": PROMPT})
-    assert given == [1, 1, None, None]
+    assert limits == [1, 1, None, None]
 
 
 @pytest.fixture(scope="module")
@@ -321,8 +321,8 @@ def test_the_openai_client_draws_with_its_key_and_says_why_not(live: tuple[FileP
         return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
 
     with client(keys["alice"]) as alice:
-        answer = alice.images.generate(prompt=PROMPT, response_format="url")
-        (image,) = answer.data or []
+        response = alice.images.generate(prompt=PROMPT, response_format="url")
+        (image,) = response.data or []
         assert [model.id for model in alice.models.list()] == ["paper", "flux"]
     with client("gl_nobody") as nobody, pytest.raises(openai.AuthenticationError) as refused:
         nobody.images.generate(prompt=PROMPT)
@@ -353,11 +353,11 @@ def test_a_refused_body_is_not_read_to_its_end(
     host, _, port = live[1].removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=60) as client:
         client.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
-        answer = b""
+        response = b""
         while part := client.recv(65536):  # ends only when the server closes; no byte of the body was sent
-            answer += part
-    assert b"connection: close" in answer.lower()
-    assert answer.startswith((b"HTTP/1.1 401", b"HTTP/1.1 413"))
+            response += part
+    assert b"connection: close" in response.lower()
+    assert response.startswith((b"HTTP/1.1 401", b"HTTP/1.1 413"))
 
 
 SAFE = {
@@ -372,11 +372,11 @@ SAFE = {
 
 async def test_every_answer_carries_the_safe_headers(callers: Callers, client: httpx.AsyncClient) -> None:
     job = (await callers.ask("alice", "POST", "/generate", json={"prompt": PROMPT})).json()
-    answers = [
+    responses = [
         await callers.ask("alice", "GET", path)
         for path in ("/models", job["status_url"], job["result_url"], f"/v1/images/{job['id']}/content", "/nothing")
     ]
-    answers += [
+    responses += [
         await callers.ask("alice", "POST", "/generate", content=b"{", headers={"Content-Type": "application/json"}),
         await callers.ask("alice", "POST", "/upscale", content=bytes(2 << 20)),
         await callers.ask("scraper", "GET", "/metrics"),
@@ -385,16 +385,16 @@ async def test_every_answer_carries_the_safe_headers(callers: Callers, client: h
         await client.get("/livez"),
         await client.request("BREW", "/generate"),
     ]
-    assert {answer.status_code for answer in answers} == {200, 400, 401, 404, 413}
-    for answer in answers:
-        assert SAFE.items() <= dict(answer.headers).items(), answer.request.url
-        assert len(answer.headers.get_list("cache-control")) == 1
+    assert {response.status_code for response in responses} == {200, 400, 401, 404, 413}
+    for response in responses:
+        assert SAFE.items() <= dict(response.headers).items(), response.request.url
+        assert len(response.headers.get_list("cache-control")) == 1
 
 
 async def test_an_unexpected_fault_carries_them_too(client: httpx.AsyncClient, callers: Callers, app: FastAPI) -> None:
     app.state.giantleap = None
-    answer = await callers.ask("alice", "GET", "/models")
-    assert answer.status_code == 500 and SAFE.items() <= dict(answer.headers).items()
+    response = await callers.ask("alice", "GET", "/models")
+    assert response.status_code == 500 and SAFE.items() <= dict(response.headers).items()
 
 
 async def test_the_page_of_the_documentation_may_load_what_it_needs(client: httpx.AsyncClient) -> None:
@@ -410,8 +410,8 @@ async def test_too_many_or_too_long_headers_are_refused(callers: Callers) -> Non
     many = {f"X-Extra-{number}": "1" for number in range(MAX_HEADERS)}
     for path in ("/generate", "/v2/models/paper/infer"):
         for headers in (many, {"X-Long": "x" * MAX_HEADER_BYTES}):
-            answer = await callers.ask("alice", "POST", path, headers=headers, json={"prompt": PROMPT})
-            assert answer.status_code == 431, answer.text
+            response = await callers.ask("alice", "POST", path, headers=headers, json={"prompt": PROMPT})
+            assert response.status_code == 431, response.text
     few = {f"X-Extra-{number}": "1" for number in range(MAX_HEADERS - 20)}
     assert (await callers.ask("alice", "GET", "/models", headers=few)).status_code == 200
 
@@ -433,16 +433,16 @@ async def test_a_page_of_another_site_may_not_act_through_a_visitors_browser(
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         for origin, status in (("https://evil.example", 403), ("null", 403), ("https://app.example.org", 200)):
             headers = {"Sec-Fetch-Site": site, "Origin": origin}
-            answer = await client.post("/generate", json={"prompt": PROMPT}, headers=headers)
-            assert answer.status_code == status
-            seen = answer.headers.get("access-control-allow-origin")
+            response = await client.post("/generate", json={"prompt": PROMPT}, headers=headers)
+            assert response.status_code == status
+            seen = response.headers.get("access-control-allow-origin")
             assert seen == (origin if status == 200 else None)
-        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-        allowed = await client.options("/generate", headers={"Origin": "https://app.example.org"} | asked)
+        requested = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        allowed = await client.options("/generate", headers={"Origin": "https://app.example.org"} | requested)
         assert (
             allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == "https://app.example.org"
         )
-        refused = await client.options("/generate", headers={"Origin": "https://evil.example"} | asked)
+        refused = await client.options("/generate", headers={"Origin": "https://evil.example"} | requested)
         assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
         own = await client.post("/generate", json={"prompt": PROMPT}, headers={"Sec-Fetch-Site": "same-origin"})
         assert own.status_code == 200
@@ -464,8 +464,8 @@ async def test_over_plain_http_a_page_is_known_by_its_origin(
             ("http://giantleap:8000", 200),
             ("https://app.example.org", 200),
         ):
-            answer = await client.post("/generate", json={"prompt": PROMPT}, headers={"Origin": origin})
-            assert answer.status_code == status, origin
+            response = await client.post("/generate", json={"prompt": PROMPT}, headers={"Origin": origin})
+            assert response.status_code == status, origin
         assert (await client.get("/models", headers={"Origin": "http://evil.example"})).status_code == 200
 
 
@@ -475,17 +475,17 @@ async def test_a_page_that_may_call_may_send_every_header_of_a_route(
     app = build_app(producer, bundle_dirs, cors_origins="https://app.example.org")
     operations = [operation for path in app.openapi()["paths"].values() for operation in path.values()]
     described = [each for operation in operations for each in operation.get("parameters", ()) if each["in"] == "header"]
-    asked = sorted({each["name"] for each in described} | {"authorization", "content-type", "x-api-key"})
-    assert "cancel-after" in asked
+    requested = sorted({each["name"] for each in described} | {"authorization", "content-type", "x-api-key"})
+    assert "cancel-after" in requested
     headers = {"Origin": "https://app.example.org", "Access-Control-Request-Method": "POST"}
-    headers["Access-Control-Request-Headers"] = ",".join(asked)
+    headers["Access-Control-Request-Headers"] = ",".join(requested)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
         assert (await client.options("/generate", headers=headers)).status_code == 200
 
 
 async def test_no_site_is_allowed_unless_it_is_named(callers: Callers) -> None:
-    answer = await callers.ask("alice", "GET", "/models", headers={"Origin": "https://app.example.org"})
-    assert not [name for name in answer.headers if name.startswith("access-control")]
+    response = await callers.ask("alice", "GET", "/models", headers={"Origin": "https://app.example.org"})
+    assert not [name for name in response.headers if name.startswith("access-control")]
 
 
 @pytest.mark.parametrize("origins", ["*", "https://*", "null", "https://a.example/path", "a.example", "file://"])

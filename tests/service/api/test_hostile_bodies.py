@@ -72,17 +72,17 @@ def nested(depth: int, opening: str, closing: str) -> bytes:
 async def test_deep_and_wide_json_is_refused(
     path: str, body: bytes, client: httpx.AsyncClient, producer: FileProducer
 ) -> None:
-    answer = await client.post(path, content=body, headers=JSON)
-    assert answer.status_code in (400, 413, 422), answer.text[:200]
-    assert len(answer.content) < 8 << 10
+    response = await client.post(path, content=body, headers=JSON)
+    assert response.status_code in (400, 413, 422), response.text[:200]
+    assert len(response.content) < 8 << 10
     assert not producer.records
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/images/generations", "/v2/models/paper/infer"])
 async def test_json_of_too_many_parts_is_not_parsed(path: str, client: httpx.AsyncClient) -> None:
     body = json.dumps({f"k{number}": 0 for number in range(20_000)}).encode()
-    answer = await client.post(path, content=body, headers=JSON)
-    assert answer.status_code == 413, answer.text
+    response = await client.post(path, content=body, headers=JSON)
+    assert response.status_code == 413, response.text
 
 
 async def test_a_large_image_as_base64_is_no_hostile_json(client: httpx.AsyncClient, producer: FileProducer) -> None:
@@ -90,14 +90,14 @@ async def test_a_large_image_as_base64_is_no_hostile_json(client: httpx.AsyncCli
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 480, 3), np.uint8)).save(image, "png")
     text = base64.b64encode(image.getvalue()).decode()
     prompt = "a, b, [c], " * 18
-    answer = await client.post("/generate", json={"prompt": prompt, "init_image": text})
-    assert answer.status_code == 200 and len(text) > 900_000
+    response = await client.post("/generate", json={"prompt": prompt, "init_image": text})
+    assert response.status_code == 200 and len(text) > 900_000
 
 
 async def test_the_first_32_wrong_fields_are_told(client: httpx.AsyncClient) -> None:
-    answer = await client.post("/generate", json={"prompt": PROMPT} | {f"k{number}": 0 for number in range(1000)})
-    assert answer.status_code == 422
-    assert len(answer.json()["errors"]) == 32 and answer.json()["detail"].endswith("and 968 more")
+    response = await client.post("/generate", json={"prompt": PROMPT} | {f"k{number}": 0 for number in range(1000)})
+    assert response.status_code == 422
+    assert len(response.json()["errors"]) == 32 and response.json()["detail"].endswith("and 968 more")
 
 
 async def test_an_address_that_is_too_long_is_refused(client: httpx.AsyncClient) -> None:
@@ -132,8 +132,8 @@ def file_part(number: int = 0, more: str = "") -> str:
 async def test_a_form_is_one_file_with_a_plain_head(
     sent: dict[str, Any], client: httpx.AsyncClient, producer: FileProducer
 ) -> None:
-    answer = await client.post("/upscale", **sent)
-    assert answer.status_code in (400, 415), answer.text
+    response = await client.post("/upscale", **sent)
+    assert response.status_code in (400, 415), response.text
     assert not producer.records
 
 
@@ -146,11 +146,11 @@ async def test_an_address_where_an_image_belongs_is_refused_and_not_opened(
 
     monkeypatch.setattr("builtins.open", opened)
     monkeypatch.setattr("socket.socket.connect", opened)
-    answer = await client.post("/generate", json={"prompt": PROMPT, "init_image": text})
+    response = await client.post("/generate", json={"prompt": PROMPT, "init_image": text})
     monkeypatch.undo()
-    assert answer.status_code == 422, answer.text
-    assert [error["field"] for error in answer.json()["errors"]] == ["init_image"]
-    assert text not in answer.text and not producer.records
+    assert response.status_code == 422, response.text
+    assert [error["field"] for error in response.json()["errors"]] == ["init_image"]
+    assert text not in response.text and not producer.records
 
 
 @pytest.mark.parametrize("text", ADDRESSES)
@@ -201,8 +201,8 @@ async def test_an_image_bomb_is_refused_before_it_is_unpacked(
     if status == 413:  # the header alone decides
         monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("pixels were read"))
         monkeypatch.setattr(images_in, "to_rgb", lambda image: pytest.fail("pixels were read"))
-    answer = await client.post("/upscale", content=file, headers={"Content-Type": "image/png"})
-    assert answer.status_code == status, answer.text
+    response = await client.post("/upscale", content=file, headers={"Content-Type": "image/png"})
+    assert response.status_code == status, response.text
     text = base64.b64encode(file).decode()
     assert (await client.post("/generate", json={"prompt": PROMPT, "init_image": text})).status_code == 422
 
@@ -249,8 +249,8 @@ BOMBS = {
 async def test_a_tensor_bomb_is_refused(name: str, client: httpx.AsyncClient, producer: FileProducer) -> None:
     for content_type in (SAFETENSORS, "application/x-npy", "application/octet-stream"):
         headers = {"Content-Type": content_type}
-        answer = await client.post("/upscale", content=BOMBS[name], headers=headers)
-        assert answer.status_code in (400, 415, 422), answer.text
+        response = await client.post("/upscale", content=BOMBS[name], headers=headers)
+        assert response.status_code in (400, 415, 422), response.text
     assert not producer.records
 
 
@@ -292,5 +292,5 @@ async def test_another_type_than_those_that_are_read_is_415(
     png = io.BytesIO()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(png, "png")
     headers = {} if content_type is None else {"Content-Type": content_type}
-    answer = await client.post(path, content=png.getvalue(), headers=headers)
-    assert answer.status_code == 415, answer.text
+    response = await client.post(path, content=png.getvalue(), headers=headers)
+    assert response.status_code == 415, response.text

@@ -38,22 +38,22 @@ def test_every_example_fits_its_schema(document: dict[str, Any]) -> None:
             shown = [each["value"] for each in content.get("examples", {}).values()]
             shown += [content["example"]] if "example" in content else []
             for example in shown:
-                found = Draft202012Validator({**content["schema"], "components": document["components"]})
-                assert not list(found.iter_errors(example)), (method, path, example)
+                validator = Draft202012Validator({**content["schema"], "components": document["components"]})
+                assert not list(validator.iter_errors(example)), (method, path, example)
                 checked += 1
     for name, schema in document["components"]["schemas"].items():
         for example in schema.get("examples", []):
-            found = Draft202012Validator({**schema, "components": document["components"]})
-            assert not list(found.iter_errors(example)), name
+            validator = Draft202012Validator({**schema, "components": document["components"]})
+            assert not list(validator.iter_errors(example)), name
             checked += 1
     assert checked > 150
 
 
 @pytest.mark.parametrize("name", _REQUESTS)
 def test_the_example_requests_are_taken_by_the_bundle_that_ships(name: str) -> None:
-    asked = GenerateRequest.model_validate(_REQUESTS[name])
+    request = GenerateRequest.model_validate(_REQUESTS[name])
     bundle = read_bundle(POCKET_BUNDLE)
-    assert plan_generate(asked, bundle, read_settings(), 7, "png").prompt == asked.prompt
+    assert plan_generate(request, bundle, read_settings(), 7, "png").prompt == request.prompt
 
 
 def test_every_field_and_parameter_of_ours_is_described(document: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ def test_every_field_and_parameter_of_ours_is_described(document: dict[str, Any]
     for path, method, operation in _operations(document):
         assert operation["summary"] and operation["description"], (method, path)
         if not path.startswith(FRONTS):
-            assert all(given.get("description") for given in operation.get("parameters", [])), (method, path)
+            assert all(parameter.get("description") for parameter in operation.get("parameters", [])), (method, path)
     tags = {tag["name"] for tag in document["tags"]}
     assert tags == {tag for _, _, operation in _operations(document) for tag in operation["tags"]}
 
@@ -80,11 +80,11 @@ def test_names_for_generated_clients_hold_no_path(document: dict[str, Any]) -> N
 def test_every_operation_names_the_errors_that_any_request_may_meet(document: dict[str, Any]) -> None:
     for path, method, operation in _operations(document):
         assert {"431", "500"} <= set(operation["responses"]), (method, path)
-        for status, answer in operation["responses"].items():
+        for status, response in operation["responses"].items():
             if int(status) >= 400:
-                told = set(re.findall(r"`(\w+)`", answer["description"]))
-                assert told == {error.code for error in _EXAMPLES if error.status == int(status)} != set()
-                assert all("example" in content for content in answer["content"].values())
+                codes = set(re.findall(r"`(\w+)`", response["description"]))
+                assert codes == {error.code for error in _EXAMPLES if error.status == int(status)} != set()
+                assert all("example" in content for content in response["content"].values())
 
 
 def _every_error(kind: type[errors.GiantleapError] = errors.GiantleapError) -> Iterator[type[errors.GiantleapError]]:
@@ -104,6 +104,6 @@ def test_the_errors_are_those_of_the_code_and_of_the_page() -> None:
 
 def test_answers_of_a_new_job_describe_their_headers(document: dict[str, Any]) -> None:
     for path, method in (("/generate", "post"), ("/upscale", "post"), ("/jobs/{job_id}", "put")):
-        answers = document["paths"][path][method]["responses"]
-        assert {"X-Job-Id", "X-Seed", "X-Method", "Server-Timing"} <= set(answers["200"]["headers"])
-        assert "Location" in answers["202"]["headers"] and "Retry-After" in answers["429"]["headers"]
+        responses = document["paths"][path][method]["responses"]
+        assert {"X-Job-Id", "X-Seed", "X-Method", "Server-Timing"} <= set(responses["200"]["headers"])
+        assert "Location" in responses["202"]["headers"] and "Retry-After" in responses["429"]["headers"]

@@ -75,13 +75,13 @@ def client(metrics: Metrics) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://giantleap")
 
 
-def problem_of(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
-    assert answer.status_code == status
-    assert answer.headers["content-type"] == "application/problem+json"
-    body: dict[str, Any] = answer.json()
+def problem_of(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = response.json()
     assert {"type", "title", "status", "detail", "code", "instance"} <= set(body)
     assert body["status"] == status and body["code"] == code and body["type"].endswith(code)
-    assert body["instance"] == answer.headers["x-request-id"]
+    assert body["instance"] == response.headers["x-request-id"]
     return body
 
 
@@ -102,10 +102,10 @@ async def test_own_errors_carry_their_status_and_code(client: httpx.AsyncClient)
 async def test_what_may_be_repeated_says_when(
     client: httpx.AsyncClient, name: str, status: int, code: str, retry_after: str
 ) -> None:
-    answer = await client.get(f"/raise/{name}")
-    body = problem_of(answer, status, code)
-    assert answer.headers["retry-after"] == retry_after and body["retryable"] is True
-    assert SECRET not in answer.text
+    response = await client.get(f"/raise/{name}")
+    body = problem_of(response, status, code)
+    assert response.headers["retry-after"] == retry_after and body["retryable"] is True
+    assert SECRET not in response.text
 
 
 async def test_field_errors_are_listed(client: httpx.AsyncClient) -> None:
@@ -114,33 +114,33 @@ async def test_field_errors_are_listed(client: httpx.AsyncClient) -> None:
 
 
 async def test_refused_values_are_not_repeated(client: httpx.AsyncClient) -> None:
-    answer = await client.post("/body", json={"number": SECRET})
-    body = problem_of(answer, 422, "invalid_request")
+    response = await client.post("/body", json={"number": SECRET})
+    body = problem_of(response, 422, "invalid_request")
     assert [error["field"] for error in body["errors"]] == ["number"]
-    assert SECRET not in answer.text
+    assert SECRET not in response.text
 
 
 @pytest.mark.parametrize("sent", [b"{", b"", b"[1", b'{"number": ' + b"9" * 900, b"\xff\xfe", b"[" * 999])
 async def test_bodies_that_are_no_json_are_the_clients_fault(client: httpx.AsyncClient, sent: bytes) -> None:
-    answer = await client.post("/body", content=sent, headers={"content-type": "application/json"})
-    assert answer.status_code in (400, 422)
-    assert answer.headers["content-type"] == "application/problem+json"
+    response = await client.post("/body", content=sent, headers={"content-type": "application/json"})
+    assert response.status_code in (400, 422)
+    assert response.headers["content-type"] == "application/problem+json"
 
 
 async def test_unknown_routes_and_methods_are_problems(client: httpx.AsyncClient) -> None:
     problem_of(await client.get("/nowhere"), 404, "not_found")
-    answer = await client.get("/body")
-    problem_of(answer, 405, "method_not_allowed")
-    assert answer.headers["allow"] == "POST"
+    response = await client.get("/body")
+    problem_of(response, 405, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
 
 
 async def test_unexpected_errors_show_nothing_of_the_inside(
     client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR, "giantleap.service.api.problems"):
-        answer = await client.get("/raise/bug", headers={"X-Request-Id": "find-me"})
-    problem_of(answer, 500, "internal_error")
-    assert SECRET not in answer.text and "RuntimeError" not in answer.text
+        response = await client.get("/raise/bug", headers={"X-Request-Id": "find-me"})
+    problem_of(response, 500, "internal_error")
+    assert SECRET not in response.text and "RuntimeError" not in response.text
     (record,) = caplog.records
     assert "find-me" in record.getMessage() and "RuntimeError" in record.getMessage()
     assert SECRET not in record.getMessage() and not record.exc_info
@@ -178,8 +178,8 @@ async def test_body_without_a_length_is_stopped_at_the_limit(client: httpx.Async
             sent_parts += 1
             yield b" " * 100
 
-    answer = await client.post(path, content=endless(), headers={"content-type": "application/json"})
-    problem_of(answer, 413, "payload_too_large")
+    response = await client.post(path, content=endless(), headers={"content-type": "application/json"})
+    problem_of(response, 413, "payload_too_large")
     assert sent_parts <= 12
 
 

@@ -39,13 +39,13 @@ def connect(url: str) -> socket.socket:
 
 
 def read_to_end(client: socket.socket) -> bytes:
-    answer = b""
+    response = b""
     try:
         while part := client.recv(65536):
-            answer += part
+            response += part
     except ConnectionResetError:  # closed while more was on its way
         pass
-    return answer
+    return response
 
 
 HEAD = b"POST /echo HTTP/1.1\r\nHost: x\r\n"
@@ -73,9 +73,9 @@ def test_a_head_without_an_end_closes_the_connection(start: bytes, piece: bytes,
                 sent += len(piece)
         except (ConnectionResetError, BrokenPipeError):
             pass
-        answer = read_to_end(client)
+        response = read_to_end(client)
     assert sent < 64 << 20, "it was taken in for ever"
-    assert answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400")) or answer == b""
+    assert response.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400")) or response == b""
 
 
 def test_a_head_that_is_whole_and_over_the_limit_is_431(url: str) -> None:
@@ -88,8 +88,8 @@ def test_large_bodies_and_many_requests_on_one_connection_pass(url: str) -> None
     with httpx.Client(timeout=60) as client:
         for size in (0, 10, 5 << 20, 300_000):
             headers = {"X-Long": "x" * 60_000}
-            answer = client.post(f"{url}/echo", content=bytes(size), headers=headers)
-            assert answer.status_code == 200 and answer.json()["body"] == size
+            response = client.post(f"{url}/echo", content=bytes(size), headers=headers)
+            assert response.status_code == 200 and response.json()["body"] == size
         pieces = (bytes(1000) for _ in range(2000))
         assert client.post(f"{url}/echo", content=pieces).json()["body"] == 2_000_000
 
@@ -99,8 +99,8 @@ def test_pipelined_requests_with_bodies_pass(url: str) -> None:
     last = HEAD + b"Connection: close\r\nContent-Length: 3\r\n\r\nabc"
     with connect(url) as client:
         client.sendall(one * 5 + last)
-        answer = read_to_end(client)
-    assert answer.count(b"HTTP/1.1 200") == 6 and answer.count(b'"body":100000') == 5
+        response = read_to_end(client)
+    assert response.count(b"HTTP/1.1 200") == 6 and response.count(b'"body":100000') == 5
 
 
 @pytest.mark.parametrize("start", [b"", b"POST /echo HTT", HEAD, HEAD + b"X-A: b\r\n"])

@@ -47,10 +47,10 @@ def test_each_format_is_read_by_its_type_or_its_first_bytes(image_format: str, o
         assert is_image(body, content_type)
         size = check_image(body, content_type, 54)
         assert (size.width_px, size.height_px) == (9, 6)
-    found = read_image(body, 54)
-    assert found.shape == (6, 9, 3) and found.dtype == np.uint8
+    pixels = read_image(body, 54)
+    assert pixels.shape == (6, 9, 3) and pixels.dtype == np.uint8
     if image_format != "JPEG":
-        np.testing.assert_array_equal(found, PIXELS)
+        np.testing.assert_array_equal(pixels, PIXELS)
 
 
 def test_size_is_refused_from_the_header_alone() -> None:

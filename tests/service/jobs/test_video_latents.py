@@ -50,11 +50,11 @@ async def enlarge(client: httpx.AsyncClient, latent: np.ndarray, scaled: bool = 
 async def test_one_frame_is_taken_and_answered_in_kind(
     client: httpx.AsyncClient, producer: FileProducer, latent: np.ndarray, scaled: bool
 ) -> None:
-    answer = await enlarge(client, latent, scaled)
-    assert answer.status_code == 200, answer.text
+    response = await enlarge(client, latent, scaled)
+    assert response.status_code == 200, response.text
     raw = WAN.to_raw(LATENT[:, :, None]) if scaled else LATENT
     np.testing.assert_allclose(producer.latent_of(), raw, rtol=1e-5)
-    larger = load(answer.content)["latent"]
+    larger = load(response.content)["latent"]
     assert larger.shape == (16, 1, 8, 12)
     again = await enlarge(client, larger)
     assert load(again.content)["latent"].shape == (16, 1, 16, 24), "an answer may be sent again"
@@ -69,9 +69,9 @@ async def test_a_raw_latent_without_a_frame_is_answered_without_one(client: http
 async def test_another_video_is_refused_with_the_form_that_is_taken(
     client: httpx.AsyncClient, producer: FileProducer, shape: tuple[int, ...]
 ) -> None:
-    answer = await enlarge(client, np.zeros(shape, np.float32))
-    assert answer.status_code == 422
-    (problem,) = answer.json()["errors"]
+    response = await enlarge(client, np.zeros(shape, np.float32))
+    assert response.status_code == 422
+    (problem,) = response.json()["errors"]
     assert problem["field"] == "body" and str(list(shape)) in problem["reason"]
     assert (
         "[batch, 16, latent_height, latent_width]" in problem["reason"] and "[batch, 16, 1, h, w]" in problem["reason"]
@@ -87,9 +87,9 @@ def test_only_spaces_of_videos_have_frames() -> None:
 
 def test_the_workers_result_has_the_frame_where_the_input_had_it() -> None:
     body = safetensors.torch.save({"latent": torch.full((1, 4, 4, 4), 5.0)})
-    asked = replace(UPSCALE, output="latent")
+    params = replace(UPSCALE, output="latent")
     consumer = FakeConsumer(
-        [make_claim("video", replace(asked, one_frame=True), body), make_claim("image", asked, body)]
+        [make_claim("video", replace(params, one_frame=True), body), make_claim("image", params, body)]
     )
     run_all(FakeRoute(), consumer)
     shapes = {

@@ -55,15 +55,15 @@ def test_openai_names_the_kind_of_an_error(status: int, kind: str) -> None:
 def test_openapi_describes_the_fronts_with_their_errors(document: dict[str, Any]) -> None:
     for path, form in ROUTES.items():
         (operation,) = document["paths"][path].values()
-        errors = {status: answer for status, answer in operation["responses"].items() if int(status) >= 400}
+        errors = {status: response for status, response in operation["responses"].items() if int(status) >= 400}
         assert "500" in errors
-        for answer in errors.values():
-            assert list(answer["content"]) == ["application/json"]
-            assert answer["content"]["application/json"]["schema"] == {"$ref": f"#/components/schemas/{form}"}
+        for response in errors.values():
+            assert list(response["content"]) == ["application/json"]
+            assert response["content"]["application/json"]["schema"] == {"$ref": f"#/components/schemas/{form}"}
     for path in MAKE_JOBS:
-        answers = document["paths"][path]["post"]["responses"]
-        assert {"200", "400", "413", "415", "422", "429", "503", "504"} <= set(answers)
-        assert "Retry-After" in answers["429"]["headers"] and "Retry-After" in answers["503"]["headers"]
+        responses = document["paths"][path]["post"]["responses"]
+        assert {"200", "400", "413", "415", "422", "429", "503", "504"} <= set(responses)
+        assert "Retry-After" in responses["429"]["headers"] and "Retry-After" in responses["503"]["headers"]
         assert document["paths"][path]["post"]["requestBody"]["required"] is True
 
 
@@ -72,15 +72,15 @@ def test_openapi_is_whole(document: dict[str, Any]) -> None:
     names = [operation["operationId"] for operation in operations]
     assert len(set(names)) == len(names)
     for operation in operations:
-        assert operation["responses"] and all("description" in answer for answer in operation["responses"].values())
+        assert operation["responses"] and all("description" in response for response in operation["responses"].values())
     for path, methods in document["paths"].items():
         named = {part[1:-1] for part in path.split("/") if part.startswith("{")}
         for operation in methods.values():
-            told = {given["name"] for given in operation.get("parameters", []) if given["in"] == "path"}
-            assert told == named, path
+            described = {each["name"] for each in operation.get("parameters", []) if each["in"] == "path"}
+            assert described == named, path
     references = {part.split('"')[0] for part in json.dumps(document).split('"$ref": "')[1:]}
     for reference in references:
-        found: Any = document
+        schema: Any = document
         for part in reference.removeprefix("#/").split("/"):
-            assert part in found, reference
-            found = found[part]
+            assert part in schema, reference
+            schema = schema[part]

@@ -78,10 +78,10 @@ def post(url: str, body: dict[str, Any], tail: bytes | None = None, **headers: A
     return send(url + INFER, content=text + (tail or b""), headers=headers)
 
 
-def assert_error(answer: httpx.Response, status: int, *words: str) -> None:
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json" and set(answer.json()) == {"error"}
-    assert all(word in answer.json()["error"] for word in words), answer.text
+def assert_error(response: httpx.Response, status: int, *words: str) -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json" and set(response.json()) == {"error"}
+    assert all(word in response.json()["error"] for word in words), response.text
 
 
 def test_the_client_finds_the_server_and_its_models(
@@ -104,28 +104,28 @@ def test_the_client_finds_the_server_and_its_models(
 def test_a_latent_comes_back_enlarged(
     client: triton.InferenceServerClient, producer: FileProducer, binary: bool
 ) -> None:
-    answer = client.infer(
+    response = client.infer(
         "paper", [to_input(LATENT, binary=binary)], outputs=ask("latent", binary), request_id="r1",
         parameters={"scale": 4, "method": "bicubic"},
     )  # fmt: skip
-    np.testing.assert_array_equal(answer.as_numpy("latent"), enlarge(LATENT, 4))
+    np.testing.assert_array_equal(response.as_numpy("latent"), enlarge(LATENT, 4))
     (job,) = producer.jobs
     assert isinstance(job.params, UpscaleParams) and (job.params.method, job.params.output) == ("bicubic", "latent")
-    said = answer.get_response()
-    assert said["id"] == "r1" and said["model_name"] == "paper" and said["parameters"]["job_id"] == job.id
+    content = response.get_response()
+    assert content["id"] == "r1" and content["model_name"] == "paper" and content["parameters"]["job_id"] == job.id
 
 
 def test_a_batch_comes_back_as_a_batch(client: triton.InferenceServerClient, producer: FileProducer) -> None:
     batch = np.concatenate([LATENT, 2 * LATENT, -LATENT])
-    answer = client.infer("paper", [to_input(batch)], parameters={"scale": 1})
-    np.testing.assert_array_equal(answer.as_numpy("latent"), batch)
+    response = client.infer("paper", [to_input(batch)], parameters={"scale": 1})
+    np.testing.assert_array_equal(response.as_numpy("latent"), batch)
 
 
 def test_the_bundles_defaults_hold_where_nothing_is_asked(
     client: triton.InferenceServerClient, producer: FileProducer
 ) -> None:
-    answer = client.infer("paper", [to_input(LATENT[0])])
-    np.testing.assert_array_equal(answer.as_numpy("latent"), enlarge(LATENT, 2))
+    response = client.infer("paper", [to_input(LATENT[0])])
+    np.testing.assert_array_equal(response.as_numpy("latent"), enlarge(LATENT, 2))
     assert producer.jobs[0].params.method == "lua" and producer.jobs[0].priority is Priority.HIGH
     client.infer("paper", [to_input(LATENT)], priority=2)
     assert producer.jobs[1].priority is Priority.LOW
@@ -153,24 +153,26 @@ def test_images_come_back_as_files(
     client: triton.InferenceServerClient, producer: FileProducer, output_format: str
 ) -> None:
     batch = np.concatenate([LATENT, LATENT])
-    answer = client.infer("paper", [to_input(batch)], outputs=ask("image"), parameters={"output_format": output_format})
-    files = answer.as_numpy("image")
+    response = client.infer(
+        "paper", [to_input(batch)], outputs=ask("image"), parameters={"output_format": output_format}
+    )
+    files = response.as_numpy("image")
     assert files.tolist() == producer.files[producer.jobs[0].id] and len(files) == 2
     assert read_pixels(files[0]).shape == (64, 96, 3)
 
 
 def test_an_image_in_json_is_base64_and_says_so(url: str, producer: FileProducer) -> None:
-    answer = post(url, body_of(LATENT, outputs=[{"name": "image"}], parameters={"scale": 1}))
-    (output,) = answer.json()["outputs"]
+    response = post(url, body_of(LATENT, outputs=[{"name": "image"}], parameters={"scale": 1}))
+    (output,) = response.json()["outputs"]
     assert output["parameters"] == {"content_type": "base64"} and output["shape"] == [1]
     assert base64.b64decode(output["data"][0]) == producer.files[producer.jobs[0].id][0]
 
 
 def test_the_answer_has_the_headers_of_a_job(url: str, producer: FileProducer) -> None:
-    answer = post(url, body_of(LATENT, tensor={"data": LATENT.tolist()}))
-    assert answer.headers["x-job-id"] == producer.jobs[0].id and answer.headers["server-timing"] == STAGES
-    assert answer.headers["x-method"] == "lua" and answer.headers["content-type"] == "application/json"
-    assert "inference-header-content-length" not in answer.headers
+    response = post(url, body_of(LATENT, tensor={"data": LATENT.tolist()}))
+    assert response.headers["x-job-id"] == producer.jobs[0].id and response.headers["server-timing"] == STAGES
+    assert response.headers["x-method"] == "lua" and response.headers["content-type"] == "application/json"
+    assert "inference-header-content-length" not in response.headers
 
 
 @pytest.mark.parametrize(
@@ -211,8 +213,8 @@ def test_bad_values_are_refused_and_enqueue_nothing(
 
 def test_broken_bodies_are_refused(url: str, producer: FileProducer) -> None:
     for content in (b"", b"{", b"[" * 100_000, b"\xff", b"[]"):
-        answer = send(url + INFER, content=content)
-        assert answer.status_code in (400, 422) and set(answer.json()) == {"error"}, content[:10]
+        response = send(url + INFER, content=content)
+        assert response.status_code in (400, 422) and set(response.json()) == {"error"}, content[:10]
     size = {"data": None, "parameters": {"binary_data_size": LATENT.nbytes}}
     good = body_of(LATENT, tensor=size)
     assert_error(post(url, good), 400, "Inference-Header-Content-Length")
@@ -220,8 +222,8 @@ def test_broken_bodies_are_refused(url: str, producer: FileProducer) -> None:
     assert_error(post(url, good, LATENT.tobytes() + b"more"), 400, "binary_data_size")
     assert_error(post(url, body_of(LATENT), LATENT.tobytes()), 400, "binary_data_size")
     for length in ("-1", "x", str(10**30)):
-        answer = send(url + INFER, content=b"{}", headers={"Inference-Header-Content-Length": length})
-        assert answer.status_code in (400, 422) and set(answer.json()) == {"error"}
+        response = send(url + INFER, content=b"{}", headers={"Inference-Header-Content-Length": length})
+        assert response.status_code in (400, 422) and set(response.json()) == {"error"}
     assert_error(post(url, good, LATENT.tobytes(), **{"Content-Encoding": "gzip"}), 415, "compressed")
     assert_error(post(url, good, LATENT.tobytes(), **{"Content-Type": "text/plain"}), 415, "text/plain")
     assert not producer.records
@@ -242,9 +244,9 @@ def test_limits_hold(url: str, client: triton.InferenceServerClient, producer: F
         client.infer("paper", [to_input(np.zeros((1, CHANNELS, 64, 64), np.float32))], parameters={"scale": 4})
     assert "422" in too_many_px.value.status()
     producer.refusal = QueueFull("32 jobs wait", retry_after_s=17)
-    answer = post(url, body_of(LATENT))
-    assert_error(answer, 429, "32 jobs wait")
-    assert answer.headers["retry-after"] == "17"
+    response = post(url, body_of(LATENT))
+    assert_error(response, 429, "32 jobs wait")
+    assert response.headers["retry-after"] == "17"
     assert not producer.records
 
 
@@ -278,9 +280,9 @@ def test_a_job_that_takes_too_long_is_canceled_unless_it_can_be_found_again(
     producer = FileProducer()
     producer.end = stay_queued
     with live_server(build_app(producer, bundle_dirs, wait_timeout_s=0.05)) as url:
-        answer = post(url, body_of(LATENT), **headers)
-        assert_error(answer, 504)
-        assert answer.headers["x-job-id"] == producer.jobs[0].id
+        response = post(url, body_of(LATENT), **headers)
+        assert_error(response, 504)
+        assert response.headers["x-job-id"] == producer.jobs[0].id
     assert [record.state for record in producer.records.values()] == [state]
 
 
@@ -319,11 +321,11 @@ def test_a_video_of_one_frame_comes_back_as_one(tmp_path: Path, scaled: bool, ba
         live_server(build_app(producer, (write_wan_bundle(tmp_path),))) as url,
         triton.InferenceServerClient(url.removeprefix("http://"), network_timeout=60) as client,
     ):
-        answer = client.infer("paper", [to_input(sent)], parameters={"scale": 2, "scaled": scaled}).as_numpy("latent")
+        response = client.infer("paper", [to_input(sent)], parameters={"scale": 2, "scaled": scaled}).as_numpy("latent")
         raw = LATENT_SPACES["wan21"].to_raw(sent) if scaled else sent[:, :, 0]
         np.testing.assert_allclose(producer.latent_of(), raw, rtol=1e-5)
-        assert answer.shape == (batch, CHANNELS, 1, 8, 12)
-        np.testing.assert_allclose(answer[:, :, 0], enlarge(raw, 2), rtol=1e-5)
+        assert response.shape == (batch, CHANNELS, 1, 8, 12)
+        np.testing.assert_allclose(response[:, :, 0], enlarge(raw, 2), rtol=1e-5)
         plain = client.infer("paper", [to_input(LATENT)], parameters={"scale": 2}).as_numpy("latent")
         assert plain.shape == (1, CHANNELS, 8, 12), "a raw latent without a frame is answered without one"
 

@@ -53,28 +53,28 @@ def post(url: str, **body: Any) -> httpx.Response:
     return httpx.post(f"{url}/v1/images/generations", json={"prompt": PROMPT} | body, timeout=60, verify=False)
 
 
-def assert_error(answer: httpx.Response, status: int, code: str, param: str | None = None) -> None:
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json" and set(answer.json()) == {"error"}
-    error = answer.json()["error"]
+def assert_error(response: httpx.Response, status: int, code: str, param: str | None = None) -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json" and set(response.json()) == {"error"}
+    error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
     assert (error["code"], error["param"]) == (code, param)
-    assert PROMPT not in answer.text
+    assert PROMPT not in response.text
 
 
 def test_images_come_as_base64_with_their_size(client: openai.OpenAI, producer: FileProducer) -> None:
-    answer = client.images.generate(model="flux", prompt=PROMPT, n=2, size="256x128", output_format="webp", user="me")
-    files = [base64.b64decode(image.b64_json or "") for image in answer.data or []]
+    response = client.images.generate(model="flux", prompt=PROMPT, n=2, size="256x128", output_format="webp", user="me")
+    files = [base64.b64decode(image.b64_json or "") for image in response.data or []]
     (job,) = producer.jobs
     assert files == producer.files[job.id] and len(files) == 2 and read_pixels(files[1]).shape == (128, 256, 3)
-    assert (answer.size, answer.output_format, answer.background) == ("256x128", "webp", "opaque")
-    assert abs(answer.created - job.created_at_s) < 60
+    assert (response.size, response.output_format, response.background) == ("256x128", "webp", "opaque")
+    assert abs(response.created - job.created_at_s) < 60
     assert job.bundle == "flux" and (params_of(producer).prompt, params_of(producer).output_format) == (PROMPT, "webp")
 
 
 def test_what_is_left_out_takes_the_bundles_defaults(client: openai.OpenAI, producer: FileProducer) -> None:
-    answer = client.images.generate(prompt=PROMPT, size="auto", quality="standard", background="auto")
-    assert str(answer.size) == "128x128" and producer.jobs[0].bundle == "paper"
+    response = client.images.generate(prompt=PROMPT, size="auto", quality="standard", background="auto")
+    assert str(response.size) == "128x128" and producer.jobs[0].bundle == "paper"
     params = params_of(producer)
     assert (params.scale, params.steps, params.guidance_scale, params.num_images) == (2, 8, 3.0, 1)
     assert (params.output_format, params.method, params.negative_prompt) == ("png", "lua", "")
@@ -82,16 +82,16 @@ def test_what_is_left_out_takes_the_bundles_defaults(client: openai.OpenAI, prod
 
 def test_our_own_fields_reach_the_job(client: openai.OpenAI, producer: FileProducer) -> None:
     ours = {"negative_prompt": "floor", "num_inference_steps": 3, "guidance_scale": 2, "seed": 7, "scale": 4}
-    answer = client.images.generate(prompt=PROMPT, n=2, extra_body=ours | {"method": "bicubic"})
+    response = client.images.generate(prompt=PROMPT, n=2, extra_body=ours | {"method": "bicubic"})
     params = params_of(producer)
     assert (params.negative_prompt, params.steps, params.guidance_scale) == ("floor", 3, 2.0)
     assert (params.seed, params.scale, params.method, params.width_px) == (7, 4, "bicubic", 256)
-    assert [image.seed for image in answer.data or []] == [7, 8]  # type: ignore[attr-defined]
+    assert [image.seed for image in response.data or []] == [7, 8]  # type: ignore[attr-defined]
 
 
 def test_an_image_by_url_is_read_from_the_server(client: openai.OpenAI, producer: FileProducer) -> None:
-    answer = client.images.generate(prompt=PROMPT, n=2, response_format="url", output_format="jpeg")
-    for image, file in zip(answer.data or [], producer.files[producer.jobs[0].id], strict=True):
+    response = client.images.generate(prompt=PROMPT, n=2, response_format="url", output_format="jpeg")
+    for image, file in zip(response.data or [], producer.files[producer.jobs[0].id], strict=True):
         assert image.b64_json is None and image.url is not None
         content = httpx.get(image.url, verify=False)
         assert (content.content, content.headers["content-type"]) == (file, "image/jpeg")
@@ -200,8 +200,8 @@ def test_other_faults_have_the_same_shape(url: str, producer: FileProducer) -> N
         (b"{}", "text/plain", 415, "unsupported_media_type"),
     ):
         headers = {"Content-Type": content_type}
-        answer = httpx.post(f"{url}/v1/images/generations", content=content, headers=headers, verify=False)
-        assert_error(answer, status, code)
+        response = httpx.post(f"{url}/v1/images/generations", content=content, headers=headers, verify=False)
+        assert_error(response, status, code)
     producer.outage = NotReady("Redis cannot be reached")
     assert_error(post(url), 503, "not_ready")
     assert post(url).json()["error"]["type"] == "server_error"

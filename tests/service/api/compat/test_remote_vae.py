@@ -60,10 +60,10 @@ def post(url: str, content: bytes = LATENT.tobytes(), **query: Any) -> httpx.Res
     return httpx.post(url, params=SENT | query, content=content, headers=headers, timeout=60, verify=False)
 
 
-def assert_error(answer: httpx.Response, status: int, *words: str) -> None:
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json" and set(answer.json()) == {"error", "code"}
-    assert all(word in answer.json()["error"] for word in words), answer.text
+def assert_error(response: httpx.Response, status: int, *words: str) -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json" and set(response.json()) == {"error", "code"}
+    assert all(word in response.json()["error"] for word in words), response.text
 
 
 def made_file(producer: FileProducer) -> bytes:
@@ -128,9 +128,9 @@ def test_a_tensor_of_floats_postprocesses_to_the_same_pixels(url: str, producer:
 
 
 def test_the_answer_has_the_headers_of_a_job(url: str, producer: FileProducer) -> None:
-    answer = post(url)
-    assert answer.status_code == 200 and answer.headers["content-type"] == "image/jpeg"
-    assert answer.headers["x-job-id"] == producer.jobs[0].id and answer.headers["server-timing"] == STAGES
+    response = post(url)
+    assert response.status_code == 200 and response.headers["content-type"] == "image/jpeg"
+    assert response.headers["x-job-id"] == producer.jobs[0].id and response.headers["server-timing"] == STAGES
 
 
 def test_an_image_is_encoded_to_its_latent(url: str, producer: FileProducer) -> None:
@@ -145,12 +145,12 @@ def test_an_image_is_encoded_to_its_latent(url: str, producer: FileProducer) -> 
 
 def test_deadline_and_key_come_by_header(url: str, producer: FileProducer) -> None:
     headers = {"Content-Type": "tensor/binary", "Cancel-After": "9", "Idempotency-Key": "k-4"}
-    given: dict[str, Any] = {"params": SENT, "content": LATENT.tobytes(), "timeout": 60, "verify": False}
-    answers = [httpx.post(url, headers=headers, **given) for _ in range(2)]
-    assert answers[0].status_code == 200 and answers[0].content == answers[1].content
+    options: dict[str, Any] = {"params": SENT, "content": LATENT.tobytes(), "timeout": 60, "verify": False}
+    responses = [httpx.post(url, headers=headers, **options) for _ in range(2)]
+    assert responses[0].status_code == 200 and responses[0].content == responses[1].content
     assert [job.cancel_after_s for job in producer.jobs] == [9.0]
     producer.end = expire
-    late = httpx.post(url, headers=headers | {"Idempotency-Key": "k-5"}, **given)
+    late = httpx.post(url, headers=headers | {"Idempotency-Key": "k-5"}, **options)
     assert_error(late, 504, "did not end in time")
     image = io.BytesIO()
     Image.new("RGB", (32, 32)).save(image, "PNG")
@@ -226,9 +226,9 @@ def test_limits_hold(url: str, producer: FileProducer) -> None:
     producer.refusal = QueueFull("32 jobs wait", retry_after_s=17)
     with pytest.raises(RuntimeError, match="queue_full"):
         decode(url, TENSOR)
-    answer = post(url)
-    assert_error(answer, 429, "32 jobs wait")
-    assert answer.headers["retry-after"] == "17"
+    response = post(url)
+    assert_error(response, 429, "32 jobs wait")
+    assert response.headers["retry-after"] == "17"
     assert not producer.records
 
 
