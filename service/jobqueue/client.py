@@ -43,8 +43,6 @@ REDIS_UNAVAILABLE = (
 """Errors of a server that is unreachable, fails over or refuses writes for now: a retry can succeed."""
 
 _FORMS = "redis://, rediss://, unix://, redis+sentinel://host:26379,host/service/db or redis+cluster://host:6379,host"
-# Redis 6 wraps the error of a command in a script.
-_WRAPPED = (" -OOM ", " -READONLY ", " -MISCONF ")
 # MISCONF: the disk is full; UNBLOCKED: a master that became a replica ended a blocking command.
 _TEMPORARY = ("NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "UNBLOCKED")
 _MAX_OUTAGE_S, _PAUSE_S = 120.0, 0.5
@@ -222,4 +220,4 @@ async def cancel_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
 
 def is_temporary(error: redis.ResponseError) -> bool:
     """Whether a server refused a command for a temporary reason, as during a failover."""
-    return str(error).startswith(_TEMPORARY) or any(code in str(error) for code in _WRAPPED)
+    return str(error).startswith(_TEMPORARY)

@@ -45,7 +45,7 @@ class StoredJob:
             cancel_requested=self.cancel,
             stages=self.stages,
             results=self.results,
-            warnings=(*job.warnings, *(text for text in self.warnings if text not in job.warnings)),
+            warnings=self.warnings,
             error=self.error,
             estimated_start_s=self.estimated_start_s,
             deadline_left_s=None if left_ms is None else left_ms / 1000,

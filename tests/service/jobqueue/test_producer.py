@@ -49,7 +49,7 @@ async def test_enqueued_job_is_read_back_whole(open_producer: Any, make_job: Any
         assert record.job == job
         assert record.state is JobState.QUEUED
         assert (record.queue_position, record.deliveries, record.started_at_s) == (0, 0, None)
-        assert record.warnings == ("unknown word: zorp",)
+        assert record.all_warnings == ("unknown word: zorp",)
         assert await producer.get("no-such-job") is None
 
 
