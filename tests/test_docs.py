@@ -75,15 +75,15 @@ def _names(node: ast.stmt) -> list[str]:
 
 
 def _blocks(text: str) -> Iterator[str]:
-    """What stands between fences, with continued lines joined."""
+    """Yield the content of fenced blocks, with continued lines joined."""
     for block in _FENCE.findall(text):
         yield block.replace("\\\n", " ")
 
 
 def _anchor(heading: str) -> str:
-    """As GitHub makes it from a heading."""
-    kept = re.sub(r"[^\w\- ]", "", heading.strip().lower().replace("`", ""))
-    return kept.replace(" ", "-")
+    """Return the anchor that GitHub makes from a heading."""
+    text = re.sub(r"[^\w\- ]", "", heading.strip().lower().replace("`", ""))
+    return text.replace(" ", "-")
 
 
 def _anchors(page: Path) -> set[str]:
@@ -133,11 +133,11 @@ def test_the_pages_are_short_enough_to_be_read() -> None:
 
 
 def _check_options(words: list[str]) -> None:
-    """Walks the words of a command line through the commands; raises where an option or a command does not exist."""
+    """Assert that every option of a command line belongs to its command."""
     command: Any = typer.main.get_command(app)
     for word in words:
         if word.startswith("-"):
-            known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+            known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
             assert word.partition("=")[0] in known, f"{command.name} has no {word}"
         else:
             command = getattr(command, "commands", {}).get(word, command)
@@ -147,8 +147,8 @@ def _check_options(words: list[str]) -> None:
 def test_command_lines_name_commands_and_options_that_exist(page: Path) -> None:
     for block in _blocks(page.read_text()):
         for line in block.splitlines():
-            if found := _COMMAND.match(line):
-                words = shlex.split(found[1].partition(" 2>")[0], comments=True)
+            if match := _COMMAND.match(line):
+                words = shlex.split(match[1].partition(" 2>")[0], comments=True)
                 _check_options([word for word in words if word != "..."])
 
 
@@ -161,27 +161,32 @@ def test_modules_and_targets_that_are_run_exist(page: Path) -> None:
     assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets
 
 
-def test_a_command_with_an_option_that_is_not_there_is_found() -> None:
+def test_a_name_that_does_not_exist_is_detected() -> None:
+    assert _is_defined("giantleap.models.route.Route.decode") and _is_defined("giantleap.service.api")
+    assert not _is_defined("giantleap.models.route.Route.decod") and not _is_defined("giantleap.service.apis")
+
+
+def test_an_option_that_does_not_exist_is_detected() -> None:
     _check_options(["export", "--bundle", "x", "check", "--device"])
     with pytest.raises(AssertionError, match="has no --engin"):
         _check_options(["export", "--engin", "onnx"])
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/api.md"])
-def test_bodies_of_generate_are_taken_by_the_pocket_bundle(name: str) -> None:
-    bundle, settings, taken = read_bundle(POCKET_BUNDLE), read_settings(), 0
+def test_bodies_of_generate_are_accepted_by_the_pocket_bundle(name: str) -> None:
+    bundle, settings, accepted = read_bundle(POCKET_BUNDLE), read_settings(), 0
     for block in _blocks((ROOT / name).read_text()):
         for body in re.findall(r"/(?:generate|jobs/\$ID) .*?(?:--json|-d) '(\{.*?\})'", block, re.DOTALL):
-            asked = GenerateRequest.model_validate_json(body)
-            if asked.width == 300:  # the README shows how this one is refused
+            request = GenerateRequest.model_validate_json(body)
+            if request.width == 300:  # the README shows how this one is refused
                 with pytest.raises(InvalidFields) as refused:
-                    plan_generate(asked, bundle, settings, 7, "png")
+                    plan_generate(request, bundle, settings, 7, "png")
                 shown = " ".join(block.split())
                 assert refused.value.detail in shown
             else:
-                plan_generate(asked, bundle, settings, 7, "png")
-            taken += 1
-    assert taken >= 3
+                plan_generate(request, bundle, settings, 7, "png")
+            accepted += 1
+    assert accepted >= 3
 
 
 def test_the_bundle_of_the_guide_is_one() -> None:
@@ -224,13 +229,13 @@ def test_the_readme_has_the_figures_of_the_reports() -> None:
 
 
 def _report(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return found
+    report: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return report
 
 
 def _operations_figures() -> Iterator[str]:
-    (each,) = (each for each in _report("methods")["results"] if (each["method"], each["scale"]) == ("lua", 2))
-    total_s = round(each["stages"]["total"]["median_s"], 3)
+    (lua,) = (row for row in _report("methods")["results"] if (row["method"], row["scale"]) == ("lua", 2))
+    total_s = round(lua["stages"]["total"]["median_s"], 3)
     yield f"takes a median of {total_s:.3f} s"
     yield f"5 jobs/s: 5 * {total_s:.3f} / 0.7 = {5 * total_s / 0.7:.1f}"
     yield f"30 s: 30 * 3 / {total_s:.3f} = {30 * 3 / total_s:.0f} jobs"
@@ -239,11 +244,11 @@ def _operations_figures() -> Iterator[str]:
 
 
 def _queue_rows() -> Iterator[str]:
-    for server, each in _report("queue_latency")["measured"].items():
+    for server, row in _report("queue_latency")["measured"].items():
         yield (
-            f"| {server.removeprefix('redis ')} | {each['enqueue_to_result_p50_ms']:.1f} ms "
-            f"| {each['enqueue_to_result_p99_ms']:.1f} ms | {each['enqueue_jobs_per_s']:,.0f} jobs/s "
-            f"| {each['drain_jobs_per_s']:,.0f} jobs/s |"
+            f"| {server.removeprefix('redis ')} | {row['enqueue_to_result_p50_ms']:.1f} ms "
+            f"| {row['enqueue_to_result_p99_ms']:.1f} ms | {row['enqueue_jobs_per_s']:,.0f} jobs/s "
+            f"| {row['drain_jobs_per_s']:,.0f} jobs/s |"
         )
 
 

@@ -1,7 +1,7 @@
-"""The optimizer that all pocket trainings share: Muon for weight matrices, AdamW for the rest, EMA, a budget.
+"""Optimizer, averages and budget of the trainings: Muon for weight matrices, AdamW for the rest, EMA.
 
-Muon replaces a matrix update by the nearest orthogonal matrix, which on these tiny networks reached in minutes
-what AdamW did not reach in hours (`docs/lab/vae.md`). `training/pocket/state.py` stores everything here between runs.
+Muon replaces a matrix update by the nearest orthogonal matrix; on these tiny networks it reached in minutes what AdamW
+did not reach in hours (`docs/lab/vae.md`). `training/pocket/state.py` stores the state between runs.
 """
 
 import math
@@ -18,15 +18,10 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def to_orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Pushes the singular values of each matrix towards one.
+    """Push the singular values of matrices [n, rows, columns] towards one.
 
-    The iteration runs on the small Gram matrix and meets the wide matrix only twice, which is exact in exact
-    arithmetic (all factors are polynomials in the Gram matrix) and 3 times faster on a CPU.
-
-    Ref: K. Jordan et al., "Muon: an optimizer for hidden layers", 2024; five quintic Newton-Schulz steps.
-
-    Shape:
-        matrices [n, rows, columns]; returns the same shape.
+    Five quintic Newton-Schulz steps (K. Jordan et al., "Muon: an optimizer for hidden layers", 2024). The iteration
+    runs on the small Gram matrix, of which all factors are polynomials; that is 3 times faster on a CPU.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
@@ -44,14 +39,14 @@ def to_orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Momentum, orthogonalized, for weights of two or more dimensions (convolutions count as [out, in * k * k])."""
+    """Orthogonalized momentum for weights of two or more dimensions (convolutions as [out, in * k * k])."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Updates every weight; weights of one shape are orthogonalized together."""
+        """Update every weight; weights of one shape are orthogonalized together."""
         for group in self.param_groups:
             same_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for weight in group["params"]:
@@ -64,7 +59,7 @@ class Muon(Optimizer):
                     weight.sub_(update.view(weight.shape), alpha=scale)
 
     def _momentum(self, weight: nn.Parameter, momentum: float) -> Tensor:
-        """Nesterov momentum of the gradient, as a matrix."""
+        """Return the Nesterov momentum of the gradient as a matrix."""
         grad = weight.grad
         assert grad is not None
         state = self.state[weight]
@@ -76,7 +71,7 @@ class Muon(Optimizer):
 
 
 class MuonAdamW:
-    """One optimizer made of two: Muon where a weight is a matrix, AdamW for biases, norms and named exceptions."""
+    """Muon for matrices, AdamW for biases, norms and named exceptions."""
 
     def __init__(
         self,
@@ -85,13 +80,13 @@ class MuonAdamW:
         adam_lr: float,
         adam_names: tuple[str, ...] = (),
     ) -> None:
-        """Splits the parameters.
+        """Split the parameters.
 
         Args:
-            named: what `Module.named_parameters` gives; frozen parameters are left out.
-            muon_lr: peak rate of the matrices.
-            adam_lr: peak rate of the rest.
-            adam_names: parameters whose name contains one of these go to AdamW (embeddings, first and last layers).
+            named: Output of `Module.named_parameters`; frozen parameters are ignored.
+            muon_lr: Peak rate of the matrices.
+            adam_lr: Peak rate of the rest.
+            adam_names: Parameters whose name contains one of these use AdamW (embeddings, first and last layers).
         """
         trained = [(name, weight) for name, weight in named if weight.requires_grad]
         matrix = [w for n, w in trained if w.ndim >= 2 and not any(part in n for part in adam_names)]
@@ -105,7 +100,7 @@ class MuonAdamW:
         )
 
     def step(self, rate: float, clip: float = 1.0) -> float:
-        """Clips, updates with the peak rates times `rate`, clears; returns the gradient norm before clipping."""
+        """Clip, update with the peak rates times `rate`, clear gradients; return the norm before clipping."""
         norm = float(nn.utils.clip_grad_norm_(self.weights, clip))
         for part, peak in zip(self.parts, self.peaks, strict=True):
             for group in part.param_groups:
@@ -115,15 +110,17 @@ class MuonAdamW:
         return norm
 
     def state_dict(self) -> list[dict[str, object]]:
+        """Return the states of both optimizers."""
         return [part.state_dict() for part in self.parts]
 
     def load_state_dict(self, states: list[dict[str, object]]) -> None:
+        """Load the states of both optimizers."""
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
 
 
 class Ema:
-    """A slow average of a network's floating-point weights, the one that is evaluated and shipped."""
+    """Exponential moving average of a network's floating-point weights."""
 
     def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
         self.decay = decay
@@ -131,7 +128,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Follows the network; the first steps follow faster so that the start is forgotten."""
+        """Update the average; the first steps use a smaller decay, so that the start is forgotten."""
         decay = min(self.decay, (1.0 + step) / (10.0 + step))
         for name, value in network.state_dict().items():
             if value.is_floating_point():
@@ -140,12 +137,13 @@ class Ema:
                 self.weights[name].copy_(value)
 
     def copy_to(self, network: nn.Module) -> None:
+        """Copy the average into a network."""
         network.load_state_dict(self.weights)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a run lasts: a number of steps (the same result anywhere) or minutes of training time."""
+    """Length of a run: a number of steps (reproducible) or minutes of training time."""
 
     steps: int | None = None
     minutes: float | None = None
@@ -155,7 +153,7 @@ class Budget:
             raise ValueError(f"a budget is steps or minutes, got steps={self.steps}, minutes={self.minutes}; give one")
 
     def progress(self, step: int, spent_s: float) -> float:
-        """Returns 0 at the start and 1 or more when the budget is spent."""
+        """Return 0 at the start and 1 or more when the budget is spent."""
         if self.steps is not None:
             return step / self.steps
         assert self.minutes is not None
@@ -163,6 +161,6 @@ class Budget:
 
 
 def cosine_rate(progress: float, step: int, warmup_steps: int = 50) -> float:
-    """Share of the peak rate: a linear warm-up, then a cosine down to zero at progress 1."""
+    """Return the share of the peak rate: linear warm-up, then a cosine to zero at progress 1."""
     warm = min(1.0, (step + 1) / warmup_steps)
     return warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
