@@ -1,1 +1,1 @@
-"""Artifacts for engines: a graph per scale head and one of the decoder, compared with PyTorch before they count."""
+"""Exports LUA and the VAE decoder for other engines, each artifact compared with PyTorch."""

@@ -9,16 +9,15 @@ from torch.export import ExportedProgram
 from giantleap.export.manifest import ArtifactError
 from giantleap.models.engines.base import first_line
 
-# What `torch.backends.cpu.get_cpu_capability` says, which the manifest compares, as compilers name it.
+# From `torch.backends.cpu.get_cpu_capability`, which the manifest compares, to the compiler's name.
 _LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 
 
 def instruction_set() -> dict[str, str]:
-    """Inductor's option for the instructions that the manifest tells of, in place of all that this very processor has,
-    which would end a process on another.
+    """Inductor's option for the instruction set of the manifest.
 
-    Empty on other processors, and for a torch before 2.13, which has no such option: what they compile is for
-    processors like this one.
+    Without it code uses every instruction of this very processor and would crash on another one. Empty on other
+    processor families, and for a torch before 2.13, which has no such option.
     """
     level = _LEVELS.get(torch.backends.cpu.get_cpu_capability())
     has_option = hasattr(torch._inductor.config.cpp, "march")
@@ -37,6 +36,6 @@ def write_aoti(program: ExportedProgram, path: Path) -> tuple[Path, ...]:
         )
     except (RuntimeError, torch._inductor.exc.CppCompileError, torch._inductor.exc.InvalidCxxCompiler) as error:
         raise ArtifactError(
-            f"AOTInductor could not compile {path.name} (is g++ there?): {first_line(error)}"
+            f"AOTInductor could not compile {path.name} (is g++ installed?): {first_line(error)}"
         ) from error
     return (path,)

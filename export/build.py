@@ -1,8 +1,8 @@
-"""From a bundle to a directory of artifacts that were compared with PyTorch, or to nothing at all.
+"""Exports a bundle to a directory of artifacts that agree with PyTorch.
 
-`export_bundle` writes into a hidden directory beside the target and puts it there only when every comparison has
-passed. `check_directory` compares again, on the present machine. The pieces: `export/graphs.py` traces,
-`export/onnx_files.py`, `export/aoti.py` and `export/tensorrt_plans.py` write and run, `export/parity.py` compares.
+`export_bundle` writes into a hidden directory beside the target and moves it there only after every comparison has
+passed. `check_directory` compares again on the present machine. `export/graphs.py` traces, `export/onnx_files.py`,
+`export/aoti.py` and `export/tensorrt_plans.py` write, `export/parity.py` compares.
 """
 
 import json
@@ -56,14 +56,14 @@ class Request:
     """What to export.
 
     Args:
-        bundle: From which bundle.
-        engine: What is to run the artifacts.
+        bundle: The bundle.
+        engine: The engine that will run the artifacts.
         precision: What the networks compute in; input and output stay float32.
-        directory: Where to; it must not hold anything but an earlier export.
+        directory: Target; it must be new, empty or hold an earlier export.
         scales: Of LUA; empty for all.
         parts: LUA, the decoder (ONNX only), or both.
-        device: What runs the comparison, and for AOTI and TensorRT what the artifacts are for.
-        plan: For TensorRT.
+        device: Runs the comparison; for AOTI and TensorRT the artifacts are for it.
+        plan: Options of TensorRT.
     """
 
     bundle: Bundle
@@ -81,8 +81,8 @@ class Reference:
     """The networks that artifacts are compared with, in float32 on one device.
 
     Args:
-        lua: None where it plays no part.
-        vae: None where the bundle's is not at hand.
+        lua: None if it is not exported.
+        vae: The bundle's VAE.
         statistics: Mean and standard deviation of raw latents, each [channels].
         device: Where they are.
     """
@@ -93,7 +93,7 @@ class Reference:
     device: torch.device
 
     def runner(self, part: Part, scale: int | None) -> Runner:
-        """What an artifact must answer.
+        """The function that an artifact must agree with.
 
         Raises:
             ArtifactError: The network is not there.
@@ -111,19 +111,19 @@ class Reference:
 
 
 def export_bundle(request: Request, report: Callable[[str], object] = lambda line: None) -> Manifest:
-    """Exports, compares and writes the manifest.
+    """Export, compare and write the manifest.
+
+    It replaces an earlier export in the directory only on success; otherwise it changes nothing.
 
     Args:
         request: What to export.
-        say: Gets a line for each artifact.
+        report: Called with a line for each artifact.
 
     Raises:
         ArtifactError: Something is missing, the request contradicts itself, or an artifact differs from PyTorch.
-        BundleError: The bundle's files are not those that it lists.
+        EngineError: The engine's library or a GPU is missing.
+        BundleError: The bundle's files differ from their digests.
         CheckpointError: The LUA weights cannot be read.
-
-    Note:
-        Replaces an earlier export in the directory when all is well; else leaves everything as it was.
     """
     scales = _check_request(request)
     reference = open_reference(request.bundle, request.parts, request.device)
@@ -161,10 +161,10 @@ def export_bundle(request: Request, report: Callable[[str], object] = lambda lin
 def check_directory(
     directory: Path, bundle: Bundle, device: torch.device, report: Callable[[str], object] = lambda line: None
 ) -> Manifest:
-    """Checks the manifest against bundle and machine, and compares every artifact with PyTorch again.
+    """Check the manifest against bundle and machine, and compare every artifact with PyTorch again.
 
     Raises:
-        ArtifactError: The first thing that does not fit, with the command that builds anew.
+        ArtifactError: The first difference, with the command that builds anew.
         BundleError, CheckpointError: As `export_bundle`.
     """
     check_files(bundle)
@@ -183,7 +183,7 @@ def check_directory(
 
 
 def open_reference(bundle: Bundle, parts: Sequence[Part], device: torch.device) -> Reference:
-    """Loads what a comparison needs: LUA, and the VAE for the decoded image.
+    """Load what a comparison needs: LUA, and the VAE for the decoded image.
 
     Raises:
         ArtifactError: The bundle lacks a part.
@@ -193,14 +193,14 @@ def open_reference(bundle: Bundle, parts: Sequence[Part], device: torch.device) 
     if "lua" in parts and bundle.lua is not None:
         lua = read_lua(bundle.lua, device)
         bundle.check_lua(lua.spec)
-    vae_directory(bundle)  # says what is missing where it is on the hub
+    vae_directory(bundle)  # raises if the VAE is on the hub
     vae = read_vae_model(bundle, device, torch.float32).eval()
     return Reference(lua, vae, _statistics(bundle, lua), device)
 
 
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """An empty directory that takes the place of `directory` when the block ends well, and vanishes when it does not.
+    """An empty directory that replaces `directory` if the block succeeds, and is deleted if it fails.
 
     Raises:
         ArtifactError: `directory` holds something that is not an export.
@@ -208,7 +208,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     if directory.exists() and not (
         directory.is_dir() and (not any(directory.iterdir()) or (directory / FILE).is_file())
     ):
-        raise ArtifactError(f"{directory} holds something that is no export; choose another directory")
+        raise ArtifactError(f"{directory} holds something other than an export; choose another directory")
     directory.absolute().parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=directory.absolute().parent, prefix=f".{directory.name}."))
     try:
@@ -226,7 +226,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
 
 
 def describe(artifact: ArtifactRecord) -> str:
-    """One line with an artifact's size and how close it is to PyTorch."""
+    """One line with an artifact's difference from PyTorch."""
     parity = artifact.parity
     image = "" if parity.psnr_db is None else f", decoded image {parity.psnr_db:.1f} dB"
     errors = f"max error {parity.max_error:.1e}, mean {parity.mean_error:.1e}"
@@ -237,14 +237,14 @@ def _check_request(request: Request) -> tuple[int, ...]:
     """The scales to export."""
     bundle, parts = request.bundle, request.parts
     if not parts:
-        raise ArtifactError("nothing to export: name a part, lua or decoder")
+        raise ArtifactError("nothing to export: name a part (lua or decoder)")
     if "decoder" in parts and request.engine != "onnx":
         raise ArtifactError(f"the decoder exports to onnx only; asked for {request.engine}")
-    bundle_weights(bundle, parts)  # says what the bundle lacks
+    bundle_weights(bundle, parts)  # raises if the bundle lacks a part
     check_files(bundle)
     if "lua" not in parts:
         if request.scales:
-            raise ArtifactError("scales belong to the part lua, which was not asked for")
+            raise ArtifactError("scales apply to the part lua, which is not exported")
         return ()
     known = bundle.scales_of("lua")[1:]
     unknown = [scale for scale in request.scales if scale not in known]
@@ -259,7 +259,7 @@ def _export_part(request: Request, reference: Reference, folder: Path, part: Par
     engine, space = request.engine, request.bundle.latent_space
     precision = _part_precision(part, request.precision, reference)
     graph, unit = _graph(reference, scale, precision)
-    # An ONNX graph is traced where its example lies, on the CPU; compiled code is for the device.
+    # An ONNX graph is traced on the CPU; compiled code is for the device.
     traced_on = request.device if engine == "aoti" else torch.device("cpu")
     program = trace(graph.to(traced_on), space.channels, unit, fused_attention=engine == "aoti")
     path = folder / artifact_name(engine, part, scale)
@@ -294,14 +294,14 @@ def _export_part(request: Request, reference: Reference, folder: Path, part: Par
 
 
 def _graph(reference: Reference, scale: int | None, precision: Precision) -> tuple[torch.nn.Module, int]:
-    """What is traced, and the unit of the sides that it takes: LUA at a scale, or the decoder where there is none."""
+    """The module to trace and the unit of its sides: LUA at a scale, or the decoder without a scale."""
     if reference.lua is not None and scale is not None:
         return LuaGraph(reference.lua, scale, precision), reference.lua.spec.window
     return DecoderGraph(reference.vae, DTYPES[precision]), 1
 
 
 def _trtexec(request: Request, part: Part, scale: int | None, unit: int, precision: Precision) -> str | None:
-    """The command that makes a plan of the graph elsewhere; compiled code has no graph."""
+    """The `trtexec` command that builds a plan of the graph elsewhere; None for compiled code."""
     if part != "lua" or request.engine == "aoti":
         return None
     return trtexec_line(
@@ -339,7 +339,7 @@ def _compare(
 
 
 def _part_precision(part: Part, requested: Precision, reference: Reference) -> Precision:
-    """Of a decoder, one that its VAE does not overflow in (`giantleap.models.vae.autoencoder.choose_vae_dtype`)."""
+    """For a decoder, a precision in which its VAE does not overflow (`choose_vae_dtype`)."""
     if part == "lua":
         return requested
     config = reference.vae.config
@@ -349,7 +349,7 @@ def _part_precision(part: Part, requested: Precision, reference: Reference) -> P
 
 
 def _statistics(bundle: Bundle, lua: Lua | None) -> tuple[Tensor, Tensor]:
-    """Mean and deviation per raw channel, as far as they are known: LUA's own, else those of the latent space."""
+    """Mean and deviation per raw channel: LUA's own, else those of the latent space."""
     space = bundle.latent_space
     if lua is not None and lua.spec.latent_norm:
         return lua.latent_mean.detach().cpu(), lua.latent_std.detach().cpu()

@@ -1,8 +1,8 @@
-"""What is exported: the LUA backbone with one scale head, and the VAE decoder, each with every size left open.
+"""The modules that are exported: LUA's backbone with one scale head, and the VAE decoder, both for any size.
 
 Input and output are float32 raw latents (or images) in every precision; only the network between them computes in a
-half type, so that neither the latent's statistics nor a bicubic skip are rounded. `trace` makes the one program that
-`export/onnx_files.py`, `export/aoti.py` and `export/tensorrt_plans.py` start from.
+half type, so that neither the latent's statistics nor a bicubic skip are rounded. `trace` makes the program that
+`export/onnx_files.py`, `export/aoti.py` and `export/tensorrt_plans.py` convert.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from giantleap.models.vae.decode import FRAME_CLASSES, STRIP_CLASSES
 from giantleap.models.vae.decoder_check import check_autoencoder
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MAX_BATCH, MAX_SIDE = 64, 1024  # what the traced program promises to hold; latent pixels
+MAX_BATCH, MAX_SIDE = 64, 1024  # limits of the traced program; sides in latent pixels
 
 
 class LuaGraph(nn.Module):
     """`Lua.core` for one scale, on a copy of its weights.
 
     Args:
-        net: The network; it stays as it is.
+        net: The network; it is not changed.
         scale: One of its scales.
         precision: What the backbone and the head compute in.
     """
@@ -65,11 +65,11 @@ class LuaGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """`vae.decode`, whole and untiled, on a copy of the VAE; one frame of those that decode videos.
+    """`vae.decode`, whole and untiled, on a copy of the VAE; one frame for VAEs of videos.
 
     Args:
-        vae: An autoencoder of one of the classes that `models/vae/decode.py` knows; it stays as it is.
-        dtype: What it computes in.
+        vae: An autoencoder of a class that `models/vae/decode.py` knows; it is not changed.
+        dtype: The compute type.
 
     Raises:
         UnknownDecoderError: The VAE is of another class.
@@ -92,22 +92,22 @@ class DecoderGraph(nn.Module):
 
 
 def trace(graph: nn.Module, channels: int, side_multiple: int, fused_attention: bool = False) -> ExportedProgram:
-    """The program of a graph for any batch and any sides that are multiples of `side_multiple`.
+    """Trace a graph for any batch and any sides that are multiples of `side_multiple`.
 
-    The example has a batch of 2 and unequal sides: torch takes a 1, or two sizes that are equal, for constants. That
-    nothing else became one is what `export/parity.py` finds out at other batches and sizes.
+    The example has a batch of 2 and unequal sides, because torch treats a size of 1, or two equal sizes, as constants.
+    `export/parity.py` detects other sizes that became constants.
 
     Args:
         graph: One of the above, on its device.
         channels: Of its input.
-        side_multiple: As said.
-        fused_attention: Leaves attention one operator, for a compiler that has it. Without it, it becomes products and
-            a softmax; the fused kernel's memory layout, once traced, makes views that the products do not allow.
+        side_multiple: Unit of the sides in latent pixels.
+        fused_attention: Keep attention as one operator, for a compiler that has it. Otherwise it becomes products and a
+            softmax; the fused kernel's memory layout would trace to views that the products do not allow.
     """
     rows, columns = Dim("rows", min=1, max=MAX_SIDE), Dim("columns", min=1, max=MAX_SIDE)
     sizes: dict[int, Any] = {0: Dim("batch", min=1, max=MAX_BATCH), 2: side_multiple * rows, 3: side_multiple * columns}
     if side_multiple == 1:
-        # diffusers compares sizes with limits on the way; with a range of our own torch refuses to leave those open.
+        # diffusers compares sizes with limits; with explicit ranges torch refuses to keep those dynamic.
         sizes = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
     device = next(graph.parameters()).device
     units = 2 if side_multiple > 1 else 6

@@ -10,7 +10,7 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "te
 
 
 def read_versions() -> dict[str, str]:
-    """Versions of the packages that take part in an export, as far as they are installed."""
+    """Versions of the installed packages that take part in an export."""
     versions: dict[str, str] = {}
     for name in PACKAGES:
         try:
@@ -21,7 +21,7 @@ def read_versions() -> dict[str, str]:
 
 
 def read_machine(device: torch.device) -> Machine:
-    """The present machine, with this device of it."""
+    """This machine, with one of its devices."""
     versions = read_versions()
     gpu, capability = None, None
     if device.type == "cuda":

@@ -1,7 +1,7 @@
-"""`manifest.json` beside exported artifacts: what they were made from, for which machine, and how close they are.
+"""`manifest.json` of an export directory: what the artifacts were made from, for which machine, and their parity.
 
-`check_manifest` is what a worker calls before it loads anything; nothing here imports torch. `export/build.py` writes
-the file. Layout of an export directory, of which only what was asked for is there:
+`export/build.py` writes it; a worker calls `check_manifest` before it loads anything. No torch is imported. Layout of
+an export directory, with the files of one engine:
 
     manifest.json
     lua_x2.onnx, lua_x4.onnx, decoder.onnx    engine onnx; weights above 64 MiB in NAME.onnx.data beside it
@@ -69,9 +69,9 @@ class Parity(_Section):
 class ArtifactRecord(_Section):
     """One graph: `file` is what an engine opens, `files` has every file that belongs to it.
 
-    Input and output are float32 whatever the precision. Sides of the input are multiples of `side_multiple`: who runs
-    it pads before (`giantleap.models.lua.network.pad_to_window`) and crops after. `precision` is that of the manifest,
-    but for a decoder whose VAE would overflow in it.
+    Input and output are float32 whatever the precision. Sides of the input are multiples of `side_multiple`: the caller
+    pads before (`giantleap.models.lua.network.pad_to_window`) and crops after. `precision` is that of the manifest,
+    except for a decoder whose VAE would overflow in it.
     """
 
     part: Part
@@ -107,7 +107,7 @@ class Machine(_Section):
 
 
 class Manifest(_Section):
-    """Everything that is known about one export directory."""
+    """The content of `manifest.json`."""
 
     format: Literal[2]
     bundle: str
@@ -123,7 +123,7 @@ class Manifest(_Section):
     artifacts: Annotated[tuple[ArtifactRecord, ...], Field(strict=False, min_length=1)]
 
     def get(self, part: Part, scale: int | None = None) -> ArtifactRecord | None:
-        """The artifact of a part, for LUA of a scale; None where it was not exported."""
+        """The artifact of a part, for LUA of a scale; None if it was not exported."""
         return next((record for record in self.artifacts if (record.part, record.scale) == (part, scale)), None)
 
     @property
@@ -140,7 +140,7 @@ class Manifest(_Section):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote.
+        """Read the output of `to_json`.
 
         Raises:
             ValueError: It is no JSON, or not of this form.
@@ -169,10 +169,10 @@ def export_command(
 
 
 def bundle_weights(bundle: Bundle, parts: Sequence[Part]) -> dict[str, str]:
-    """SHA-256 of what the parts are made from, by path in the bundle: as `bundle.toml` lists them, and VAE settings.
+    """SHA-256 of the sources of the parts by path in the bundle: weights, and the VAE's configuration.
 
     Raises:
-        ArtifactError: The bundle has no LUA, or its VAE is on the hub and not in the bundle.
+        ArtifactError: The bundle has no LUA, or its VAE is on the hub.
     """
     weights: dict[str, str] = {}
     lua = bundle.descriptor.lua
@@ -188,7 +188,7 @@ def bundle_weights(bundle: Bundle, parts: Sequence[Part]) -> dict[str, str]:
 
 
 def vae_directory(bundle: Bundle) -> Path:
-    """Where the VAE that the bundle decodes with lies.
+    """The directory of the VAE that the bundle decodes with.
 
     Raises:
         ArtifactError: It is on the hub.
@@ -201,7 +201,7 @@ def vae_directory(bundle: Bundle) -> Path:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Reads the manifest of an export directory and compares nothing.
+    """Read the manifest of an export directory.
 
     Raises:
         ArtifactError: There is none, or it is damaged or of another format.
@@ -229,19 +229,19 @@ def check_manifest(
     decoder: bool = False,
     machine: Machine | None = None,
 ) -> Manifest:
-    """Refuses artifacts that are damaged or were made for something else. Reads every file of them once.
+    """Reject artifacts that are damaged or were made for something else. Reads every file once.
 
     Args:
         directory: Holds `manifest.json`.
-        bundle: What is to be served.
-        engine: What is to run the artifacts.
-        precision: Of the artifacts; None takes whichever they have.
-        scales: Those that must be there.
-        decoder: Whether the decoder must be there.
-        machine: The present one (`giantleap.export.machine.read_machine`); None leaves out the comparison with it.
+        bundle: The bundle to serve.
+        engine: The engine that will run the artifacts.
+        precision: Of the artifacts; None for any.
+        scales: Required scales.
+        decoder: Whether the decoder is required.
+        machine: The present machine (`giantleap.export.machine.read_machine`); None skips the comparison with it.
 
     Raises:
-        ArtifactError: One line with the first thing that does not fit and the command that builds artifacts that do.
+        ArtifactError: One line with the first difference and the command that builds the right artifacts.
     """
     parts: tuple[Part, ...] = ("lua", "decoder") if decoder else ("lua",)
     command = export_command(directory, bundle, engine, precision or "fp32", scales, parts)
@@ -255,14 +255,14 @@ def check_manifest(
             check_machine(manifest, machine)
         _check_files(manifest, directory)
     except ArtifactError as error:
-        # By itself an export is for the GPU where there is one.
+        # The default device of an export is a GPU if there is one.
         device_option = f" --device {machine.device}" if engine == "aoti" and machine is not None else ""
         raise ArtifactError(f"{error}; build it with: {command}{device_option}") from error
     return manifest
 
 
 def check_machine(manifest: Manifest, machine: Machine) -> None:
-    """Refuses compiled artifacts of another machine; an ONNX graph runs on any.
+    """Reject compiled artifacts of another machine; an ONNX graph runs on any.
 
     Raises:
         ArtifactError: They differ in what the engine depends on.
@@ -299,11 +299,11 @@ def _capability(machine: Machine) -> tuple[int, ...]:
 
 def _check_origin(manifest: Manifest, bundle: Bundle, engine: ArtifactEngineName, precision: Precision | None) -> None:
     if manifest.engine != engine:
-        raise ArtifactError(f"artifacts of engine {manifest.engine}; asked for {engine}")
+        raise ArtifactError(f"artifacts of engine {manifest.engine}; expected {engine}")
     if manifest.bundle != bundle.name:
         raise ArtifactError(f"artifacts of bundle {manifest.bundle}; this is bundle {bundle.name}")
     if precision not in (None, manifest.precision):
-        raise ArtifactError(f"artifacts of precision {manifest.precision}; asked for {precision}")
+        raise ArtifactError(f"artifacts of precision {manifest.precision}; expected {precision}")
     present = bundle_weights(bundle, manifest.parts)
     for name in sorted(present.keys() | manifest.weights.keys()):
         was, now = manifest.weights.get(name, "none"), present.get(name, "none")
@@ -327,5 +327,5 @@ def _check_files(manifest: Manifest, directory: Path) -> None:
                 raise ArtifactError(f"{path} is missing")
             if (digest := file_hash(path)) != expected:
                 raise ArtifactError(f"{path} is damaged: sha256 {digest[:12]}, expected {expected[:12]}")
-        if artifact.file not in artifact.files:  # an engine would open it unseen, and a .pt2 file is machine code
+        if artifact.file not in artifact.files:  # it would be opened unchecked, and a .pt2 file is machine code
             raise ArtifactError(f"{directory / artifact.file} has no digest in the manifest")

@@ -17,8 +17,8 @@ from giantleap.models.engines.base import first_line
 
 # 20 is the first with Gelu, 22 the first whose Conv takes bfloat16.
 OPSETS: dict[Precision, int] = {"fp32": 20, "fp16": 20, "bf16": 22}
-INLINE_LIMIT_BYTES = 64 * 2**20  # weights above it go to a file beside the graph; one ONNX file ends at 2 GiB
-# Control flow and scattered writes are slow or missing in engines, and a sign that something was traced wrongly.
+INLINE_LIMIT_BYTES = 64 * 2**20  # larger weights go to a file beside the graph; an ONNX file is limited to 2 GiB
+# Control flow and scattered writes are slow or missing in engines, and a sign of a wrong trace.
 REFUSED_OPERATORS = frozenset(
     {"If", "Loop", "Scan", "NonZero", "ScatterND", "ScatterElements", "Scatter", "SequenceConstruct", "Unique"}
 )
@@ -31,20 +31,21 @@ def write_onnx(
     precision: Precision = "fp32",
     inline_limit_bytes: int = INLINE_LIMIT_BYTES,
 ) -> tuple[Path, ...]:
-    """Writes a program of one input and one output, and checks what it wrote.
+    """Write a program of one input and one output as a graph, and check the graph.
 
     Args:
         program: From `giantleap.export.graphs.trace`.
-        path: Where to; large weights go to `path` + ".data".
-        output: The name that the output gets.
+        path: Target; large weights go to `path` + ".data".
+        output: Name of the output.
         precision: Of the program; it decides the operator set.
-        inline_limit_bytes: Weights above it go beside the graph.
+        inline_limit_bytes: Larger weights go to a file beside the graph.
 
     Returns:
         The files written, the graph first.
 
     Raises:
-        ArtifactError: The package is missing, an operator has no translation, or the graph breaks a rule of this file.
+        ArtifactError: A package is missing, an operator has no translation, or the graph breaks a rule of
+            `check_graph`.
     """
     try:
         import onnx
@@ -52,7 +53,7 @@ def write_onnx(
     except ImportError as error:
         raise ArtifactError(f"{error.name} is missing; install it with: pip install 'giantleap[cpu]'") from error
     size_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
-    # The program is traced anew on the way, and must meet the attention kernel that `trace` met.
+    # The exporter traces the program again and needs the attention kernel of `trace`.
     with _quiet(), sdpa_kernel(SDPBackend.MATH):
         try:
             converted = torch.onnx.export(
@@ -67,7 +68,7 @@ def write_onnx(
         except torch.onnx.errors.OnnxExporterError as error:
             raise ArtifactError(f"no ONNX graph could be made: {str(error).splitlines()[0]}") from error
         if converted is None:
-            raise ArtifactError("no ONNX graph could be made: the exporter gave nothing back")
+            raise ArtifactError("no ONNX graph could be made: the exporter returned nothing")
         converted.save(str(path), external_data=size_bytes > inline_limit_bytes)
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -79,23 +80,23 @@ def write_onnx(
 
 
 def check_graph(graph: Any, name: str) -> None:
-    """Refuses a graph with an operator of `REFUSED_OPERATORS`, or whose batch or sides became constants.
+    """Reject a graph with an operator of `REFUSED_OPERATORS`, or with a constant batch or side.
 
     Raises:
         ArtifactError: It names the operator or the shape.
     """
     refused = {node.op_type for node in graph.node} & REFUSED_OPERATORS
     if refused:
-        raise ArtifactError(f"{name} holds the operators {', '.join(sorted(refused))}, which engines do badly")
+        raise ArtifactError(f"{name} holds the operators {', '.join(sorted(refused))}, which engines support poorly")
     for value in (*graph.input, *graph.output):
         sizes = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         if len(sizes) != 4 or any(isinstance(sizes[axis], int) for axis in (0, 2, 3)):
-            raise ArtifactError(f"{name}: {value.name} has the shape {sizes}; batch, height and width must be open")
+            raise ArtifactError(f"{name}: {value.name} has the shape {sizes}; batch, height and width must be dynamic")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints its progress, logs every rewrite, and warns about packages that nothing here needs."""
+    """Silence the exporter, which prints progress, logs every rewrite and warns about unused packages."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,7 +1,7 @@
-"""Compares an artifact with PyTorch, at batches and sizes other than those that it was traced with.
+"""Compares an artifact with PyTorch, at other batches and sizes than those of the trace.
 
-A graph that took the example's batch for a constant runs without complaint and is wrong everywhere else, so no
-artifact counts before this. The reference is PyTorch in float32, whatever the artifact's precision.
+A graph that took the example's batch for a constant runs without an error and is wrong for every other batch. The
+reference is PyTorch in float32, whatever the artifact's precision.
 """
 
 import math
@@ -16,8 +16,8 @@ from giantleap.export.manifest import ArtifactError, Case, Parity, Part, Precisi
 from giantleap.models.engines.base import Profile, Runner
 from giantleap.models.images import psnr_db
 
-# Beside float32 results of these sizes. In float32 the largest difference; in half types a share of the reference's
-# root mean square, because rounding is relative. A step of an 8-bit pixel is 7.8e-3 in [-1, 1].
+# In float32 the largest absolute difference; in half types a share of the reference's root mean square, because
+# rounding is relative. A step of an 8-bit pixel is 7.8e-3 in [-1, 1].
 ALLOWED_ERROR: dict[tuple[Part, Precision], float] = {
     ("lua", "fp32"): 1e-4,
     ("decoder", "fp32"): 1e-3,
@@ -34,7 +34,7 @@ def choose_cases(unit: int, profiles: Sequence[Profile] = ()) -> tuple[tuple[int
 
     Args:
         unit: Sides are multiples of this.
-        profiles: Where an engine has them, each gets its best shape and its largest batch at one not square.
+        profiles: If the engine has profiles, each is compared at its best shape and at its largest batch, not square.
     """
     if not profiles:
         return tuple((batch, rows * unit, columns * unit) for batch, rows, columns in CASES)
@@ -48,8 +48,11 @@ def choose_cases(unit: int, profiles: Sequence[Profile] = ()) -> tuple[tuple[int
 def sample_latents(shape: tuple[int, int, int, int], mean: Tensor, std: Tensor, seed: int) -> Tensor:
     """Latents with the statistics of real ones: half of their variance smooth, as in images, half fine.
 
-    Shape:
-        [batch, channels, h, w]; mean and std [channels].
+    Args:
+        shape: [batch, channels, h, w].
+        mean: [channels].
+        std: [channels].
+        seed: Of the noise.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, channels, height, width = shape
@@ -69,14 +72,14 @@ def compare(
     statistics: tuple[Tensor, Tensor],
     device: torch.device,
 ) -> Parity:
-    """Runs both on the same latents.
+    """Run an artifact and its reference on the same latents.
 
     Args:
-        part: Of which the artifact is.
+        part: The part that the artifact is of.
         precision: Of the artifact.
         run: The artifact.
         reference: PyTorch in float32.
-        to_image: Decodes what both answer, for the PSNR; None where there is no decoder.
+        to_image: Decodes both outputs, for the PSNR; None without a decoder.
         cases: From `choose_cases`.
         statistics: Mean and standard deviation of real latents, each [channels].
         device: Where both run.
@@ -111,22 +114,22 @@ def compare(
 
 @contextmanager
 def whole_float32() -> Iterator[None]:
-    """Leaves TF32 out of convolutions in float32, where torch has it on a GPU by default.
+    """Disable TF32 in float32 convolutions, which torch enables on a GPU by default.
 
-    It rounds what they multiply to 10 bits of mantissa, which alone is more than an artifact in float32 may differ by.
+    It rounds factors to 10 bits of mantissa, which alone exceeds the allowed difference of a float32 artifact.
     """
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         yield
 
 
 def _to_case(actual: Tensor, expected: Tensor, latents: Tensor, precision: Precision) -> Case:
-    """How far the artifact's answer to these latents is from PyTorch's."""
+    """The difference between an artifact's output and PyTorch's."""
     batch, _, height, width = latents.shape
     where = f"batch {batch}, latents of {height}x{width}"
     if actual.shape != expected.shape:
-        raise ArtifactError(f"at {where} the artifact answers {list(actual.shape)}, not {list(expected.shape)}")
+        raise ArtifactError(f"at {where} the artifact returns {list(actual.shape)}; expected {list(expected.shape)}")
     if not bool(actual.isfinite().all()):
-        raise ArtifactError(f"at {where} the artifact answers values that are not finite in {precision}")
+        raise ArtifactError(f"at {where} the artifact returns values that are not finite in {precision}")
     error = (actual - expected).abs()
     return Case(
         batch=batch,
@@ -152,5 +155,5 @@ def _refuse(parity: Parity, worst: Case) -> None:
     if parity.psnr_db is not None and parity.allowed_psnr_db is not None and parity.psnr_db < parity.allowed_psnr_db:
         raise ArtifactError(
             f"the decoded image is {parity.psnr_db:.1f} dB from PyTorch's; at least {parity.allowed_psnr_db:.0f} dB is "
-            "asked for"
+            "required"
         )

@@ -23,13 +23,13 @@ _LEVELS: dict[Compatibility, tuple[str, str]] = {  # the member of the API, and 
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """How plans are built.
+    """Options of a plan.
 
     Args:
         max_batch: Largest batch of every profile.
-        workspace_bytes: What kernels may use beside weights and activations.
-        compatibility: "none" is fastest and runs on this GPU model alone.
-        timing_cache: A file that remembers the speed of kernels between builds; None for no memory.
+        workspace_bytes: Memory for kernels beside weights and activations.
+        compatibility: "none" is fastest and runs on this GPU model only.
+        timing_cache: A file with the speed of kernels, shared between builds; None for no cache.
     """
 
     max_batch: int = 8
@@ -39,12 +39,13 @@ class PlanOptions:
 
 
 def plan_profiles(window: int, max_batch: int, sides: Sequence[int] = SIDES) -> tuple[Profile, ...]:
-    """A profile per side, named by it: from one window up to a square of that side, tuned for the square and batch 1.
+    """One profile per side: from one window up to a square of that side, tuned for the square and batch 1.
 
-    Ranges overlap at the bottom, so that a latent of any shape runs in the first profile whose side is not exceeded.
+    Ranges overlap at the lower end, so that a latent of any shape runs in the first profile whose side it does not
+    exceed.
 
     Raises:
-        ArtifactError: No batch, or no side.
+        ArtifactError: There is no batch or no side.
     """
     if max_batch < 1 or not sides or min(sides) < 1:
         raise ArtifactError(f"profiles need a batch and sides of at least 1; found batch {max_batch}, sides {sides}")
@@ -82,21 +83,18 @@ def build_plan(
     precision: Precision,
     options: PlanOptions,
 ) -> bytes:
-    """Builds the plan of an ONNX graph, for the GPU at hand.
+    """Build the plan of an ONNX graph for the present GPU, and update the timing cache.
 
     Args:
         trt: The module `tensorrt`, 10.13 or newer.
         graph: From `giantleap.export.onnx_files.write_onnx`; its types are those of the plan.
         channels: Of its input.
         profiles: From `plan_profiles`.
-        precision: Of the graph; float32 is kept from TF32, which has 10 bits of mantissa.
-        options: See there.
+        precision: Of the graph; for float32, TF32 is disabled, which has 10 bits of mantissa.
+        options: Options of the plan.
 
     Raises:
-        ArtifactError: The parser or the builder refuses; with what they say.
-
-    Note:
-        Replaces the timing cache's file.
+        ArtifactError: The parser or the builder fails; with their message.
     """
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
@@ -109,7 +107,7 @@ def build_plan(
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, _LEVELS[options.compatibility][0])
-    config.clear_flag(trt.BuilderFlag.REFIT)  # a plan whose weights can be changed is slower
+    config.clear_flag(trt.BuilderFlag.REFIT)  # a refittable plan is slower
     if precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)
     for profile in profiles:
@@ -143,7 +141,7 @@ def _set_timing_cache(config: Any, path: Path | None) -> None:
     if path is None:
         return
     cached = path.read_bytes() if path.is_file() else b""
-    # A cache of another GPU or version is refused; then this build starts a new one.
+    # TensorRT rejects a cache of another GPU or version; this build then starts a new one.
     if not config.set_timing_cache(config.create_timing_cache(cached), ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 

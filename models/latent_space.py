@@ -1,8 +1,8 @@
-"""What a pipeline's latents mean: their channels, their stride, and the way to and from raw VAE latents.
+"""Defines latent spaces: channels, stride, and the conversion between a pipeline's latents and raw VAE latents.
 
-LUA and the decoder see raw latents, [batch, channels, latent_height, latent_width] as the VAE's encoder gives them,
-without scaling or packing. Works on torch tensors and numpy arrays alike and imports no torch, because the API process
-has none. A bundle names its space in `models/bundle/bundle.py`.
+LUA and the decoder take raw latents, [batch, channels, latent_height, latent_width] as the VAE's encoder gives them,
+without scaling or packing. The conversions take torch tensors and numpy arrays and import no torch, which the API
+process does not have. `models/bundle/bundle.py` names a bundle's space.
 """
 
 import json
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 Packing = Literal["none", "flux", "rows", "frame"]
 
-# A scaled latent has values of root mean square about 1; noise has exactly 1. Four times that is no latent any more.
+# A scaled latent has a root mean square of about 1, noise of exactly 1.
 MAX_SCALED_RMS = 4.0
 
 
 class LatentSpaceError(ValueError):
-    """A tensor that is no latent of the space, or numbers that describe no space."""
+    """A tensor that is no latent of the space, or numbers that define no space."""
 
 
 @dataclass(frozen=True, slots=True)
 class LatentSpace:
     """One family of latents.
 
-    A pipeline hands out `scaled = (raw - shift) * scale`; with statistics `scaled = (raw - mean) / std * scale`. What
-    a packing then does to [batch, channels, h, w]:
+    A pipeline returns `scaled = (raw - shift) * scale`; with statistics `scaled = (raw - mean) / std * scale`. A
+    packing then changes [batch, channels, h, w]:
 
     - "none": nothing.
     - "flux": folds each 2x2 patch into one token, [batch, h * w / 4, 4 * channels].
@@ -48,16 +48,16 @@ class LatentSpace:
 
     Args:
         name: The family.
-        channels: Of a raw latent.
+        channels: Channels of a raw latent.
         stride_px: Image pixels per latent pixel.
-        scale: As above; `scaling_factor` of a diffusers VAE.
-        shift: As above; `shift_factor` of a diffusers VAE.
-        packing: As above.
-        mean: Per channel; only together with `std` and with no shift.
+        scale: `scaling_factor` of a diffusers VAE.
+        shift: `shift_factor` of a diffusers VAE.
+        packing: One of the above.
+        mean: Per channel; only together with `std` and without a shift.
         std: Per channel; only together with `mean`.
         side_multiple: The pipeline makes latents whose sides are multiples of this.
-        statistics_in_vae: Mean and standard deviation are weights of the VAE (`read_vae_statistics`); until
-            `with_statistics` has set them only shapes are known.
+        statistics_in_vae: Mean and standard deviation are weights of the VAE (`read_vae_statistics`); before
+            `with_statistics` only shapes are known.
 
     Raises:
         LatentSpaceError: The numbers contradict each other.
@@ -103,12 +103,12 @@ class LatentSpace:
 
     @property
     def scaled_dims(self) -> int:
-        """Dimensions of a scaled latent, the batch included."""
+        """Number of dimensions of a scaled latent, the batch included."""
         return {"none": 4, "flux": 3, "rows": 3, "frame": 5}[self.packing]
 
     @property
     def is_packed(self) -> bool:
-        """Whether a scaled latent does not tell its own height and width: its pixels are one row of tokens."""
+        """Whether a scaled latent is a row of tokens, from which height and width cannot be read."""
         return self.scaled_dims == 3
 
     def latent_size(self, height_px: int, width_px: int) -> tuple[int, int]:
@@ -117,41 +117,41 @@ class LatentSpace:
         return multiple * (height_px // multiple_px), multiple * (width_px // multiple_px)
 
     def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> "LatentSpace":
-        """The same space with the statistics of one VAE, which `read_vae_statistics` finds in its weights.
+        """The same space with the statistics of one VAE (`read_vae_statistics`).
 
         Raises:
-            LatentSpaceError: They are not as many as the space has channels.
+            LatentSpaceError: Their number differs from the number of channels.
         """
         return replace(self, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
 
     def check_raw(self, shape: Sequence[int]) -> None:
-        """Refuses what is no raw latent of this space.
+        """Check the shape of a raw latent.
 
         Raises:
-            LatentSpaceError: The shape is not [batch, channels, latent_height, latent_width] with no empty side.
+            LatentSpaceError: It is not [batch, channels, latent_height, latent_width] without an empty side.
         """
         if not _is_raw(self, shape):
             form = f"[batch, {self.channels}, latent_height, latent_width]"
             raise LatentSpaceError(self._refusal("raw", form, shape))
 
     def check_scaled(self, shape: Sequence[int]) -> None:
-        """Refuses what is no latent as the pipeline hands it out.
+        """Check the shape of a latent as the pipeline returns it.
 
         Raises:
-            LatentSpaceError: The shape is not the one of the packing.
+            LatentSpaceError: It is not the shape of the packing.
         """
         if not _is_scaled(self, shape):
             packed = "scaled" if self.packing == "none" else "scaled and packed"
             raise LatentSpaceError(self._refusal(packed, self._scaled_form(), shape))
 
     def check_scaled_values(self, latent: "Latent") -> None:
-        """Refuses a raw latent that is passed off as a scaled one, where the values leave no doubt.
+        """Check that a latent declared as scaled is not a raw one, as far as its values tell.
 
-        Only spaces whose raw latents are far larger than scaled ones can tell, such as sdxl (1 / 0.13025 = 7.7 times).
-        The other mistake, a scaled latent passed off as a raw one, looks like a raw latent of a dull image.
+        This is only possible for spaces whose raw latents are far larger than scaled ones, such as sdxl (1 / 0.13025 =
+        7.7 times). The opposite mistake cannot be detected: a scaled latent is also the raw latent of some dull image.
 
         Raises:
-            LatentSpaceError: The values are too large for a scaled latent and not for a raw one.
+            LatentSpaceError: The values are too large for a scaled latent.
         """
         rms = float((latent * latent).mean()) ** 0.5
         if rms > MAX_SCALED_RMS and self.mean is None and 1 / self.scale > MAX_SCALED_RMS:
@@ -161,15 +161,15 @@ class LatentSpace:
             )
 
     def to_raw(self, latent: "Latent", height_px: int | None = None, width_px: int | None = None) -> "Latent":
-        """From the pipeline's form to the raw one.
+        """Convert a latent from the pipeline's form to the raw one.
 
         Args:
-            latent: As the pipeline hands it out, packed if the space is.
-            height_px: Height of the image that the pipeline was asked for; a row of tokens does not tell.
-            width_px: Its width.
+            latent: As the pipeline returns it, packed if the space is.
+            height_px: Height of the image; needed for a packed latent.
+            width_px: Width of the image; needed for a packed latent.
 
-        Shape:
-            As in the class's packings -> [batch, channels, h, w].
+        Returns:
+            [batch, channels, h, w].
 
         Raises:
             LatentSpaceError: The shape is not of this space, or does not fit the size.
@@ -181,10 +181,10 @@ class LatentSpace:
         return self._denormalize(self._unpack(latent, height_px, width_px), (1, 1))
 
     def from_raw(self, raw: "Latent") -> "Latent":
-        """The inverse of `to_raw`.
+        """Convert a raw latent to the pipeline's form; the inverse of `to_raw`.
 
-        Shape:
-            [batch, channels, h, w] -> as in the class's packings.
+        Args:
+            raw: [batch, channels, h, w].
 
         Raises:
             LatentSpaceError: The shape is not of this space, or has an odd side that cannot be packed.
@@ -278,9 +278,9 @@ class LatentSpace:
 
 
 def read_vae_statistics(vae_directory: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that a VAE of FLUX.2 keeps as the running statistics of its batch normalisation.
+    """Read mean and standard deviation of a FLUX.2 VAE, which are the running statistics of its batch normalization.
 
-    Reads two small tensors of the safetensors file, not the rest of it.
+    It reads two small tensors of the safetensors file, not the rest.
 
     Args:
         vae_directory: With `config.json` and the weights, as diffusers saves them.
@@ -293,7 +293,7 @@ def read_vae_statistics(vae_directory: Path) -> tuple[tuple[float, ...], tuple[f
         OSError: A file is missing.
 
     References:
-        diffusers 0.42, Flux2Pipeline: std = sqrt(running_var + batch_norm_eps).
+        Flux2Pipeline of diffusers 0.42: std = sqrt(running_var + batch_norm_eps).
     """
     config = json.loads((vae_directory / "config.json").read_text(encoding="utf-8"))
     statistics: dict[str, NDArray[np.float64]] = {}
@@ -335,7 +335,7 @@ def _is_scaled(space: LatentSpace, shape: Sequence[int]) -> bool:
 
 
 def _label(space: LatentSpace, shape: Sequence[int]) -> str | None:
-    """How a latent of this shape is called in a space; None where it is none."""
+    """The name of a latent of this shape in a space; None if it is none."""
     if _is_scaled(space, shape):
         return space.name if space.packing == "none" else f"packed {space.name}"
     return f"raw {space.name}" if _is_raw(space, shape) else None
@@ -366,8 +366,8 @@ _QWEN21_STD = (
     3.5735, 3.149, 3.7662, 3.6746, 3.4563, 3.8161,
 )  # fmt: skip
 
-# Factors, statistics and packings as in the VAEs and pipelines of diffusers 0.42. One trap: Flux2KleinPipeline hands
-# out raw latents for output_type="latent", other than Flux2Pipeline; they need no `to_raw`.
+# Factors, statistics and packings as in the VAEs and pipelines of diffusers 0.42. Note that
+# Flux2KleinPipeline, unlike Flux2Pipeline, returns raw latents for output_type="latent"; they need no `to_raw`.
 LATENT_SPACES: Mapping[str, LatentSpace] = MappingProxyType(
     {
         space.name: space

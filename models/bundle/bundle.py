@@ -1,8 +1,8 @@
-"""What is served: a directory with `bundle.toml`, which names a pipeline, its latent space and the LUA weights.
+"""Reads and checks a bundle: a directory with `bundle.toml`, which names pipeline, latent space and LUA weights.
 
-`read_bundle` checks all that can be checked without loading weights, so that the API process can call it too: it
-imports no torch. `check_files` compares the weights with their digests. The form of the file is in
-`models/bundle/descriptor.py`; `models/route.py` loads what is named here.
+`read_bundle` checks everything that needs no weights; it imports no torch, so that the API process can call it.
+`check_files` compares the weights with their digests. `models/bundle/descriptor.py` has the form of the file;
+`models/route.py` loads what it names.
 """
 
 import json
@@ -38,7 +38,7 @@ from giantleap.models.lua.statistics import StatisticsError, read_statistics
 
 DESCRIPTOR = "bundle.toml"
 SHIPPED = Path(__file__).resolve().parents[2] / "bundles"
-# What the API must know of a pipeline class without loading it; `giantleap.models.generator.FAMILIES` holds the rest.
+# What the API must know of a pipeline class without loading it; `giantleap.models.generator.FAMILIES` has the rest.
 NO_NEGATIVE_PROMPT = frozenset({"FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline"})
 IMAGE_TO_IMAGE = frozenset(
     {
@@ -53,20 +53,20 @@ IMAGE_TO_IMAGE = frozenset(
 
 
 class BundleError(ValueError):
-    """A bundle that cannot be served as it is."""
+    """A bundle that cannot be served; the message says why."""
 
 
 class SizeError(BundleError):
-    """A size or scale that a bundle does not reach; the message names what it does."""
+    """A size or scale that a bundle does not reach; the message names what it reaches."""
 
 
 class MethodError(BundleError):
-    """A method that a bundle does not have; the message says why, and which it has."""
+    """A method that a bundle does not have; the message says why and names those that it has."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """What `from_pretrained` takes: a directory, or a hub id with its revision."""
+    """The arguments of `from_pretrained`: a directory, or a hub id with its revision."""
 
     place: Path | str
     revision: str | None = None
@@ -77,9 +77,9 @@ class Bundle:
     """A bundle as read from its directory.
 
     Args:
-        directory: Where `bundle.toml` lies.
-        descriptor: Its content, checked.
-        statistics: Mean and deviation of the latents, where they are weights of a VAE that is at hand (FLUX.2).
+        directory: Where `bundle.toml` is.
+        descriptor: Its content.
+        statistics: Mean and standard deviation of the latents, if a local VAE stores them as weights (FLUX.2).
     """
 
     directory: Path
@@ -97,7 +97,7 @@ class Bundle:
 
     @property
     def pipeline(self) -> Path | str:
-        """What `DiffusionPipeline.from_pretrained` takes: a directory, or a hub id (then with `revision`)."""
+        """The pipeline's directory, or its hub id (then with `revision`)."""
         source = self.descriptor.pipeline
         return self.directory / source.path if source.path is not None else str(source.hub_id)
 
@@ -108,17 +108,17 @@ class Bundle:
 
     @property
     def dtype(self) -> DtypeName | None:
-        """The dtype of the base model on a GPU where the settings name none (`choose_dtype`)."""
+        """The dtype of the base model on a GPU if the settings name none (`choose_dtype`)."""
         return self.descriptor.pipeline.dtype
 
     @property
     def scheduler(self) -> str | None:
-        """The scheduler class of diffusers to use in place of the pipeline's own."""
+        """The diffusers scheduler class to use in place of the pipeline's own."""
         return self.descriptor.pipeline.scheduler
 
     @property
     def variant(self) -> str | None:
-        """Which weight files of the pipeline to load, as `from_pretrained` names them."""
+        """The variant of the pipeline's weight files, as in `from_pretrained`."""
         return self.descriptor.pipeline.variant
 
     @property
@@ -128,7 +128,7 @@ class Bundle:
 
     @property
     def vae_directory(self) -> Path | None:
-        """Where the VAE lies that decodes; None while it is on the hub."""
+        """The directory of the VAE that decodes; None while it is on the hub."""
         place = self.pipeline if self.vae is None else self.vae.place
         if isinstance(place, str):
             return None
@@ -146,62 +146,62 @@ class Bundle:
 
     @property
     def lua(self) -> Path | None:
-        """The LUA weights, for `read_lua`; None where there are none (`unavailable_reason`)."""
+        """The LUA weights, for `read_lua`; None if there are none (`unavailable_reason`)."""
         return None if self.descriptor.lua is None else self.directory / self.descriptor.lua.file
 
     @property
     def clamp_sigmas(self) -> float | None:
-        """How far LUA's outputs may lie from what its training saw; None: as far as they do (`models/lua/clamp.py`)."""
+        """The bound of LUA's output in standard deviations (`models/lua/clamp.py`); None for no bound."""
         return None if self.descriptor.lua is None else self.descriptor.lua.clamp_sigmas
 
     @property
     def swinir(self) -> Mapping[int, Path]:
-        """The SwinIR weights by scale; empty where there are none."""
+        """The SwinIR weights by scale; empty if there are none."""
         files = {} if self.descriptor.swinir is None else self.descriptor.swinir.by_scale()
         return MappingProxyType({scale: self.directory / name for scale, name in files.items()})
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """The ways to a large image that this bundle has; one is never used in place of another."""
+        """The upscaling methods of this bundle; one is never used in place of another."""
         return self.descriptor.methods
 
     @property
     def decodes(self) -> tuple[DecodeName, ...]:
-        """The ways to decode; "tiled" and "tiny" change the image. "tiny" needs `[tiny_vae]`."""
+        """The decodes of this bundle; "tiled" and "tiny" change the image. "tiny" needs `[tiny_vae]`."""
         return ("exact", "tiled") if self.descriptor.tiny_vae is None else ("exact", "tiled", "tiny")
 
     @property
     def supports_init_image(self) -> bool:
-        """Whether the pipeline also starts from an image; one on the hub tells only when it is loaded."""
+        """Whether the pipeline can start from an image; True for one on the hub, which is not known."""
         return self.pipeline_class is None or self.pipeline_class in IMAGE_TO_IMAGE
 
     @property
     def takes_negative_prompt(self) -> bool:
-        """Whether the pipeline can be led away from words; one on the hub tells only when it is loaded."""
+        """Whether the pipeline takes a negative prompt; True for one on the hub, which is not known."""
         return self.pipeline_class not in NO_NEGATIVE_PROMPT
 
     @property
     def pipeline_class(self) -> str | None:
-        """The diffusers class; None where the pipeline is still on the hub."""
+        """The diffusers class; None while the pipeline is on the hub."""
         if isinstance(self.pipeline, str):
             return None
         index = json.loads((self.pipeline / "model_index.json").read_text(encoding="utf-8"))
         return str(index.get("_class_name", ""))
 
     def unavailable_reason(self, method: Method) -> str:
-        """Why a method is not there, and what to do; empty where it is there."""
+        """Why a method is not available, and what to do; empty if it is."""
         return self.descriptor.unavailable_reason(method)
 
     def scales_of(self, method: Method) -> tuple[float, ...]:
-        """The enlargements that a method offers, 1 among them; none where the method is not there.
+        """The scales of a method, 1 included; empty if the method is not available.
 
-        For "direct", which enlarges nothing, a scale only says how large the image is when no size is given.
+        For "direct", which upscales nothing, a scale gives the image size if the request gives none.
         """
         return self.descriptor.scales_of(method)
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """Every enlargement on offer, by whatever method."""
+        """Every scale of any method."""
         return tuple(sorted({scale for method in METHODS for scale in self.scales_of(method)}))
 
     @property
@@ -214,28 +214,28 @@ class Bundle:
 
     @property
     def closed_vocabulary(self) -> bool:
-        """Whether words beyond the tokenizer's own mean nothing to the model."""
+        """Whether the model only knows the words of its tokenizer's vocabulary."""
         return self.descriptor.vocabulary.closed
 
     def whole_px(self, side_px: int, scale: float) -> int:
-        """The smallest multiple of a side, itself whole latents, whose enlargement by a scale is whole latents too."""
+        """The smallest multiple of a side of whole latents whose upscaled size is whole latents too."""
         unit_px = self.latent_space.multiple_px
         return next(n * side_px for n in count(1) if is_whole(n * side_px // unit_px, scale))
 
     def limits_at(self, scale: float, method: Method) -> Limits:
-        """The limits of the base image, with the steps that an enlargement by this scale leaves whole."""
+        """The limits of the base image, with the step that keeps latents whole at this scale."""
         factor = 1 if method == "direct" else scale
         step_px = self.whole_px(self.limits.multiple_px, factor)
         return self.limits.model_copy(update={"multiple_px": step_px})
 
     def base_size(self, width_px: int, height_px: int, scale: float, method: Method = "lua") -> tuple[int, int]:
-        """Width and height that the base model draws for a final image of exactly the given size.
+        """Width and height of the base image for a final image of exactly the given size.
 
-        With "direct" that is the final size itself; else its enlargement by `scale` is.
+        With "direct" it is the final size itself.
 
         Raises:
             MethodError: The bundle does not have this method.
-            SizeError: The method does not reach the scale or the size; the message names the nearest that it does.
+            SizeError: The method does not reach the scale or the size; the message names the nearest sizes.
         """
         if reason := self.unavailable_reason(method):
             raise MethodError(f"method {method}: {reason}; it has {', '.join(self.methods)}")
@@ -266,7 +266,7 @@ class Bundle:
         return ModelSource(str(section.hub_id), section.revision)
 
     def check_lua(self, spec: LuaSpec) -> None:
-        """Refuses weights of other channels or heads than the descriptor says.
+        """Check that weights have the channels and heads of the descriptor.
 
         Raises:
             BundleError: They differ.
@@ -287,11 +287,11 @@ class Bundle:
 
 
 def read_bundle(directory: Path) -> Bundle:
-    """Reads and checks a bundle, without loading or hashing weights.
+    """Read and check a bundle, without loading or hashing weights.
 
     Raises:
         BundleError: The descriptor is missing, not TOML, or has a wrong or unknown key; a path is missing or leaves the
-            bundle; LUA or VAE do not fit what the descriptor says.
+            bundle; LUA or VAE do not fit the descriptor.
     """
     path = directory / DESCRIPTOR
     if not path.is_file():
@@ -325,10 +325,9 @@ def load_bundle(name_or_directory: str | Path) -> Bundle:
 
 
 def write_bundle(directory: Path, descriptor: Descriptor) -> None:
-    """Writes `bundle.toml` of a directory that holds the rest already.
+    """Write `bundle.toml` into a directory that holds everything else.
 
-    Note:
-        Replaces the file that was there, whole; on a full disk it leaves it as it was.
+    The file is replaced in one step; on a full disk the old one stays.
     """
     draft = directory / f".{DESCRIPTOR}"
     try:
@@ -339,7 +338,7 @@ def write_bundle(directory: Path, descriptor: Descriptor) -> None:
 
 
 def check_files(bundle: Bundle) -> None:
-    """Reads every weight file and compares it with its digest.
+    """Compare every weight file with its digest.
 
     Raises:
         BundleError: A file is missing, differs, or is not listed.
@@ -385,7 +384,7 @@ def _inside(directory: Path, name: str, key: str) -> Path:
 
 
 def _check_lua_header(bundle: Bundle) -> None:
-    """For files in our own format; the others tell only when they are read (`Bundle.check_lua`)."""
+    """Check files in our own format; released files are checked when they are read (`Bundle.check_lua`)."""
     if bundle.lua is None or bundle.lua.suffix != ".safetensors":
         return
     try:
@@ -417,9 +416,9 @@ def _check_clamp(bundle: Bundle) -> None:
 
 
 def _check_vae(bundle: Bundle) -> None:
-    """A VAE's directory states its factors itself; other ones in the descriptor would spoil every image.
+    """Compare the factors of a local VAE with those of the descriptor; wrong ones would spoil every image.
 
-    The VAE of a hub id is not there yet: the decoder checks it when it is loaded.
+    A VAE on the hub is checked when it is loaded.
     """
     directory = bundle.vae_directory
     if directory is None:

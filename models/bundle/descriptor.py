@@ -1,6 +1,6 @@
-"""The form of `bundle.toml`: one frozen model per section, and the rules that hold within and between them.
+"""The form of `bundle.toml`: one frozen model per section, and the rules within and between sections.
 
-`models/bundle/bundle.py` reads the file and checks it against what lies beside it.
+`models/bundle/bundle.py` reads the file and checks it against the files beside it.
 """
 
 import json
@@ -35,9 +35,9 @@ class _Section(BaseModel):
 
 
 class About(_Section):
-    """`[bundle]`: `provenance` tells where the weights come from and what they were trained on.
+    """`[bundle]`: `provenance` states where the weights come from and what they were trained on.
 
-    `license_notes` says what the licenses ask of whoever serves the bundle, where their names alone do not.
+    `license_notes` states what the licenses require of whoever serves the bundle, beyond their names.
     """
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
@@ -48,7 +48,7 @@ class About(_Section):
 
 
 class Source(_Section):
-    """A directory inside the bundle, or a hub id with a revision: a commit, or a branch that `bundle pull` resolves."""
+    """A directory inside the bundle, or a hub id with a revision (commit or branch) that `bundle pull` resolves."""
 
     path: Text | None = None
     hub_id: Text | None = None
@@ -66,9 +66,9 @@ class Source(_Section):
 class PipelineSource(Source):
     """`[pipeline]`: the diffusers pipeline.
 
-    `dtype` is that of the base model on a GPU, unless the settings name one. `scheduler` is the name of a scheduler
-    class of diffusers to use in place of the pipeline's own, with the configuration of that one. `variant` chooses
-    among weight files of one model, as in `from_pretrained`.
+    `dtype` is the base model's type on a GPU, unless the settings name one. `scheduler` is a scheduler class of
+    diffusers to use in place of the pipeline's own, with the same configuration. `variant` selects weight files as in
+    `from_pretrained`.
     """
 
     dtype: DtypeName | None = None
@@ -81,7 +81,7 @@ class VaeSource(Source):
 
 
 class LatentSpaceSource(_Section):
-    """`[latent_space]`: the name of a known family alone, or a name of its own with all numbers."""
+    """`[latent_space]`: the name of a known family alone, or a new name with all numbers."""
 
     name: Text
     channels: int | None = None
@@ -100,10 +100,10 @@ class LatentSpaceSource(_Section):
         return self
 
     def to_latent_space(self) -> LatentSpace:
-        """The space itself.
+        """The latent space of the section.
 
         Raises:
-            ValueError: The name is not known and numbers are missing, or it is known and has numbers as well.
+            ValueError: The name is unknown and numbers are missing, or it is known and has numbers as well.
         """
         if self.name in LATENT_SPACES:
             if self.model_fields_set != {"name"}:
@@ -117,12 +117,10 @@ class LatentSpaceSource(_Section):
 
 
 class LuaFile(_Section):
-    """`[lua]`: the weights inside the bundle, the scale heads they must have, and their digest.
+    """`[lua]`: the weights inside the bundle, the scale heads that they must have, and their digest.
 
-    With a LIIF head, `scales` are those to serve, whole or not.
-
-    `clamp_sigmas` bounds outputs by the statistics in the weights' header (`models/lua/clamp.py`); without it there is
-    no bound.
+    With a LIIF head, `scales` are the scales to serve, whole or not. `clamp_sigmas` bounds outputs by the statistics in
+    the weights' header (`models/lua/clamp.py`); without it there is no bound.
     """
 
     file: Text
@@ -132,9 +130,9 @@ class LuaFile(_Section):
 
 
 class LuaSource(_Section):
-    """`[lua_source]`: where LUA weights come from that do not lie in the bundle: a file on the hub, or own training.
+    """`[lua_source]`: the origin of LUA weights that are not in the bundle: a file on the hub, or training.
 
-    `train` names the commands that make them.
+    `train` names the commands that train them.
     """
 
     hub_id: Text | None = None
@@ -152,7 +150,7 @@ class LuaSource(_Section):
 
 
 class SwinirFiles(_Section):
-    """`[swinir]`: pixel-space upscalers inside the bundle, one file per scale, in SwinIR's single-head layout."""
+    """`[swinir]`: pixel upscalers inside the bundle, one file per scale, in SwinIR's single-head layout."""
 
     x2: Text | None = None
     x4: Text | None = None
@@ -169,7 +167,7 @@ class SwinirFiles(_Section):
 
 
 class Defaults(_Section):
-    """`[defaults]`: what a request gets that does not say. A bundle without `[lua]` must name its method."""
+    """`[defaults]`: values of a request that does not set them. A bundle without `[lua]` must name its method."""
 
     steps: int = Field(ge=1)
     guidance_scale: float = Field(ge=0)
@@ -180,7 +178,7 @@ class Defaults(_Section):
 
 
 class Limits(_Section):
-    """`[limits]`: of the base image, before upscaling; `max_direct_px` of one that it draws at full size."""
+    """`[limits]`: of the base image, before upscaling; `max_direct_px` of an image generated at its final size."""
 
     min_base_px: Side
     max_base_px: Side
@@ -198,7 +196,7 @@ class Limits(_Section):
 
 
 class Vocabulary(_Section):
-    """`[vocabulary]`: closed where words that are not one token of the tokenizer mean nothing to the model."""
+    """`[vocabulary]`: closed if the model only knows words that are one token of the tokenizer."""
 
     closed: bool
 
@@ -206,8 +204,8 @@ class Vocabulary(_Section):
 class Descriptor(_Section):
     """The whole of `bundle.toml`.
 
-    `[files]` holds the SHA-256 of each weight file by its path in the bundle; `[origin]`, written by `bundle pull`, the
-    hub repositories and commits that they came from.
+    `[files]` has the SHA-256 of each weight file by its path in the bundle; `[origin]`, written by `bundle pull`, the
+    hub repositories and commits of the parts.
     """
 
     bundle: About
@@ -265,11 +263,11 @@ class Descriptor(_Section):
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """The ways to a large image that this bundle has."""
+        """The upscaling methods of this bundle."""
         return tuple(method for method in METHODS if not self.unavailable_reason(method))
 
     def unavailable_reason(self, method: Method) -> str:
-        """Why a method is not there, and what to do; empty where it is there."""
+        """Why a method is not available, and what to do; empty if it is."""
         name = self.bundle.name
         if method == "lua" and self.lua is None:
             return f"bundle {name} has no LUA weights: {self._lua_advice()}"
@@ -288,7 +286,7 @@ class Descriptor(_Section):
         return f"`giantleap bundle pull {self.bundle.name}` fetches {source.file} of {source.hub_id}"
 
     def scales_of(self, method: Method) -> tuple[float, ...]:
-        """The enlargements that a method offers, with 1, which leaves upscaling out; none where it is not there."""
+        """The scales of a method, with 1, which skips upscaling; empty if the method is not available."""
         if self.unavailable_reason(method):
             return ()
         lua: set[float] = set() if self.lua is None else set(self.lua.scales)
@@ -300,9 +298,9 @@ class Descriptor(_Section):
 
 
 def nearest_sides(side_px: float, limits: Limits, method: Method = "lua") -> tuple[int, int]:
-    """The two sides around a wished one that the base model draws; equal where it is one itself or beyond the limits.
+    """The two nearest sides that the base model generates; equal if the side is one itself or beyond the limits.
 
-    With method "direct" the base model draws the final image, up to `limits.max_direct_px`.
+    With method "direct" the base model generates the final image, up to `limits.max_direct_px`.
     """
     step, max_px = limits.multiple_px, limits.max_base_px
     if method == "direct" and limits.max_direct_px is not None:
@@ -314,7 +312,7 @@ def nearest_sides(side_px: float, limits: Limits, method: Method = "lua") -> tup
 
 
 def from_toml(content: bytes) -> Descriptor:
-    """A `bundle.toml`, checked.
+    """Parse and check a `bundle.toml`.
 
     Raises:
         DescriptorError: It is not TOML in UTF-8, or has a missing, wrong or unknown key.
@@ -337,7 +335,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def to_toml(descriptor: Descriptor) -> str:
-    """The text of `bundle.toml`: what was set, for a known latent space refuses even its own numbers."""
+    """The text of `bundle.toml`, with only the values that were set."""
     lines: list[str] = []
     for section, values in descriptor.model_dump(mode="json", exclude_none=True, exclude_unset=True).items():
         lines += [f"[{section}]", *_to_toml_lines(values), ""]

@@ -1,4 +1,4 @@
-"""The weight files below a directory, and their digests: the content of `[files]` of a `bundle.toml`."""
+"""Lists the weight files below a directory with their digests, the content of `[files]` in `bundle.toml`."""
 
 import hashlib
 from pathlib import Path
@@ -7,7 +7,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx")
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Files with the suffix of weights, without hidden ones, which are not finished yet."""
+    """Files with a suffix of weights, without hidden ones, which are incomplete."""
     paths = (path for path in directory.rglob("*") if path.suffix in WEIGHT_SUFFIXES and path.is_file())
     return sorted(path for path in paths if not path.name.startswith("."))
 

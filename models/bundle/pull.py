@@ -1,9 +1,9 @@
-"""Makes a self-contained bundle of one whose parts lie on the hub: pipeline, VAE, tiny VAE and LUA in one directory.
+"""Makes a self-contained bundle of one whose parts are on the hub: pipeline, VAE, tiny VAE and LUA in one directory.
 
-What was asked and which commit it became is in `pull.json` there before the first file comes, so that an interrupted
-pull goes on with the same files. Weights come as safetensors only; a released LUA in torch's own format is read
-without unpickling code (`models/lua/checkpoints.py`) and written anew. `bundle.toml` is written last: a directory with
-it is complete and needs no network.
+`pull.json` in the directory records the requested revisions and their commits before the first download, so that an
+interrupted pull continues with the same files. Weights are downloaded as safetensors only; a released LUA in torch's
+own format is read without unpickling code (`models/lua/checkpoints.py`) and converted. `bundle.toml` is written last: a
+directory with it is complete and needs no network.
 """
 
 import json
@@ -36,7 +36,7 @@ Part = dict[str, str]
 
 @dataclass
 class _Lock:
-    """`pull.json`: each part's hub id, revision and commit, and the SHA-256 of each file that is here whole."""
+    """`pull.json`: hub id, revision and commit of each part, and the SHA-256 of each complete file."""
 
     path: Path
     name: str
@@ -51,12 +51,12 @@ class _Lock:
 
 
 def choose_pipeline_files(names: Sequence[str], model_index: Mapping[str, Any], variant: str | None) -> list[str]:
-    """The files of a diffusers pipeline that `from_pretrained` needs, out of all in its repository.
+    """Select the files of a diffusers pipeline that `from_pretrained` needs.
 
     Args:
-        names: All files.
+        names: All files of the repository.
         model_index: Content of `model_index.json`, which names the parts.
-        variant: Weights of this variant where a part has them, else those without one.
+        variant: Variant of the weights, for the parts that have it.
 
     Raises:
         BundleError: A part has weights in a pickle format only.
@@ -70,7 +70,7 @@ def choose_pipeline_files(names: Sequence[str], model_index: Mapping[str, Any], 
 
 
 def choose_model_files(names: Sequence[str], variant: str | None = None) -> list[str]:
-    """The files of one model directory: its configuration, and its weights as safetensors; see above."""
+    """Select the files of one model directory: its configuration, and its weights as safetensors."""
     weights = {name: match for name in names if (match := _WEIGHTS.fullmatch(name.rpartition("/")[2]))}
     variants = {name: match["variant"] or match["index_variant"] for name, match in weights.items()}
     wanted = variant if variant in variants.values() else None
@@ -83,21 +83,21 @@ def choose_model_files(names: Sequence[str], variant: str | None = None) -> list
 
 
 def pull_bundle(bundle: Bundle, directory: Path, hub: Hub, report: Callable[[str], object]) -> Bundle:
-    """Fetch all parts of a bundle into a directory that then is a bundle itself; goes on with what is there already.
+    """Download all parts of a bundle into a directory, which then is a bundle itself. An interrupted pull continues.
 
     Args:
-        bundle: One whose pipeline is a hub id; weights that lie beside its descriptor are copied.
+        bundle: One whose pipeline is a hub id; weights beside its descriptor are copied.
         directory: New, empty, or of an earlier pull of the same bundle.
-        hub: Where from.
-        say: Called with a line for each part.
+        hub: Where to download from.
+        report: Called with a line for each part.
 
     Returns:
         The bundle in `directory`, checked.
 
     Raises:
-        BundleError: The bundle has no hub id, the directory holds something else, there is too little space, or what
-            came does not fit the descriptor.
-        HubError: The hub does not give a file; the same call goes on later.
+        BundleError: The bundle has no hub id, the directory holds something else, there is too little space, or a
+            download does not fit the descriptor.
+        HubError: The hub does not give a file; the same call resumes later.
     """
     if not isinstance(bundle.pipeline, str):
         raise BundleError(f"bundle {bundle.name} is a local one: its pipeline lies in {bundle.pipeline}")
@@ -161,7 +161,7 @@ class _Pull:
         write_bundle(self.directory, Descriptor.model_validate(values))
 
     def _copy_own_files(self) -> None:
-        """What lies beside the descriptor already: one's own LUA, SwinIR weights, a VAE; read back and compared."""
+        """Copy and verify what is beside the descriptor: LUA and SwinIR weights, a VAE."""
         descriptor = self.bundle.descriptor
         own = descriptor.files | ({} if descriptor.lua is None else {descriptor.lua.file: descriptor.lua.sha256})
         for source in (descriptor.vae, descriptor.tiny_vae):
@@ -201,7 +201,7 @@ class _Pull:
         return snapshot
 
     def _fetch_files(self, part: str, snapshot: HubSnapshot, names: Sequence[str]) -> None:
-        """Those that are not here yet; each is written down once it is whole."""
+        """Download the missing files; each is recorded once it is complete."""
         missing = [name for name in names if not self._is_here(f"{part}/{name}", snapshot.files[name].size_bytes)]
         total = sum(snapshot.files[name].size_bytes for name in missing)
         if not missing:
@@ -224,7 +224,7 @@ class _Pull:
         return name in self.lock.files and path.is_file() and path.stat().st_size == size_bytes
 
     def _fetch_lua(self) -> dict[str, Any]:
-        """Fetch the released weights and write them in our own format; the `[lua]` section for them."""
+        """Download the released weights and convert them to our format; returns the `[lua]` section."""
         from giantleap.models.lua.checkpoints import read_lua, write_lua
 
         source = self.bundle.descriptor.lua_source

@@ -1,7 +1,7 @@
-"""Which words of a prompt a bundle with a closed vocabulary does not know; reads the tokenizer only, no torch.
+"""Finds the words of a prompt that a bundle with a closed vocabulary does not know. It imports no torch.
 
-The API process warns with it when a job is accepted. The tokenizer that draws is the pipeline's own, in
-`giantleap.models.generator`; both read the same `tokenizer/tokenizer.json`.
+The API process warns about them when it accepts a job. The pipeline's tokenizer in `giantleap.models.generator` reads
+the same `tokenizer/tokenizer.json`.
 """
 
 import re
@@ -18,7 +18,7 @@ class PromptWords:
 
     Args:
         tokenizer: A byte-pair tokenizer in which each word of the vocabulary is one token.
-        unknown_token: The token of symbols that it cannot spell.
+        unknown_token: Its token for symbols outside the vocabulary.
     """
 
     def __init__(self, tokenizer: Tokenizer, unknown_token: str) -> None:
@@ -28,9 +28,9 @@ class PromptWords:
         self._unknown_token = unknown_token
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """The words that are not one token of the vocabulary, lower case, each once, in the order of the prompt.
+        """The words that are not one token of the vocabulary: lower case, no duplicates, in the order of the prompt.
 
-        A single letter other than "a" is spelled and not known: a byte-pair vocabulary holds each letter as a token.
+        A single letter other than "a" counts as unknown, although a byte-pair vocabulary has a token for each letter.
         """
         words = dict.fromkeys(_WORDS.findall(prompt.lower()))
         return [word for word in words if not self._is_known(word)]
@@ -45,8 +45,8 @@ def read_prompt_words(pipeline_dir: Path) -> PromptWords:
     """Read the vocabulary of a diffusers pipeline directory.
 
     Raises:
-        FileNotFoundError: there is no `tokenizer/tokenizer.json`.
-        ValueError: that file names no unknown token.
+        FileNotFoundError: There is no `tokenizer/tokenizer.json`.
+        ValueError: That file names no unknown token.
     """
     path = pipeline_dir / "tokenizer" / "tokenizer.json"
     if not path.is_file():

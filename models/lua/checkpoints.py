@@ -1,8 +1,8 @@
 """Reads and writes the weights of a LUA.
 
-Our own file is safetensors with the spec as JSON in its header. The authors' multi-head release and single-head
-SwinIR files are read as well; `models/lua/released_layouts.py` knows their layouts. A file that does not fit is refused
-with the key, what was found and what was expected.
+Our own file is safetensors with the spec as JSON in its header. The authors' multi-head release and single-head SwinIR
+files are read as well (`models/lua/released_layouts.py`). A file that does not fit is rejected with the key, its value
+and the expected value.
 """
 
 import os
@@ -26,7 +26,7 @@ __all__ = ["CheckpointError", "read_lua", "write_lua"]
 
 _PICKLE_SUFFIXES = (".pth", ".pt")
 WEIGHT_SUFFIXES = (".safetensors", *_PICKLE_SUFFIXES)
-# What torch.load was seen to raise on 12,000 files with bytes changed or cut off; it has no error of its own.
+# What torch.load raised on 12,000 files with changed or missing bytes; it has no error class of its own.
 _DAMAGE = (
     AssertionError,
     AttributeError,
@@ -42,15 +42,15 @@ _DAMAGE = (
 
 
 def write_lua(path: Path, net: Lua, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes our own format. A reader of `path` sees the old file or the new one, never a part.
+    """Write our own format. A reader of `path` sees the old file or the new one, never a part.
 
     Args:
-        path: Where to; its directory must exist.
+        path: Target; its directory must exist.
         net: The network, on any device and in any dtype.
-        metadata: Further words for the header, such as provenance and license.
+        metadata: Further entries of the header, such as provenance and license.
 
     Raises:
-        CheckpointError: A weight is NaN or infinite, or `metadata` uses the key that holds the spec.
+        CheckpointError: A weight is NaN or infinite, or `metadata` uses the key of the spec.
     """
     extra = dict(metadata or {})
     if SPEC_KEY in extra:
@@ -61,7 +61,7 @@ def write_lua(path: Path, net: Lua, metadata: Mapping[str, str] | None = None) -
 
 
 def read_lua(path: Path, device: torch.device | str = "cpu") -> Lua:
-    """Reads a LUA in our format, in the authors' released layout or in SwinIR's.
+    """Read a LUA in our format, in the authors' released layout or in SwinIR's.
 
     Args:
         path: A `.safetensors`, `.pth` or `.pt` file.
@@ -127,7 +127,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _build(spec: LuaSpec, weights: Mapping[str, Tensor]) -> Lua:
     """A network of this spec that holds exactly these weights."""
-    with torch.device("meta"):  # neither time nor random numbers for weights that are replaced at once
+    with torch.device("meta"):  # no time or random numbers for weights that are replaced
         net = Lua(spec)
     expected = net.state_dict()
     for word, keys in (("missing", expected.keys() - weights.keys()), ("unknown", weights.keys() - expected.keys())):
@@ -139,7 +139,7 @@ def _build(spec: LuaSpec, weights: Mapping[str, Tensor]) -> Lua:
             raise CheckpointError(
                 f"key {key}: found {value.dtype} {list(value.shape)}, expected floats {list(expected[key].shape)}"
             )
-    # Copies, because safetensors hands out views of the file, which somebody may overwrite.
+    # Copies, because safetensors returns views of the file, which may be overwritten.
     own = {key: value.to(torch.float32, copy=True) for key, value in weights.items()}
     net.load_state_dict(own, assign=True)
     return net

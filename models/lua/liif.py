@@ -1,8 +1,8 @@
 """The LIIF head: the value of the latent at any point, from the features around it; one head for every scale.
 
-It stands where the scale heads stand (`models/lua/network.py`, `LuaSpec.head`) and is what arXiv 2511.10629 compares
-them with in its table 4. The first layer of the decoder sees 3 x 3 features side by side, which is a convolution: it
-runs once per latent pixel instead of once per point, and gives the same sums.
+It replaces the scale heads (`models/lua/network.py`, `LuaSpec.head`); table 4 of arXiv 2511.10629 compares both. The
+first layer of the decoder sees 3 x 3 features side by side, which is a convolution: it runs once per latent pixel
+instead of once per point and gives the same sums.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ HIDDEN_LAYERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Corners:
-    """For each point along one side, the two features that it lies between.
+    """For each point along one side, the two features that it is between.
 
     Args:
-        index: Their places, [2, points]; beyond the border that of the mirrored one.
-        offset: From each of them to the point, in half pixels, so that a feature's own pixel spans -1 to 1.
-        weight: Of each: what lies between the point and the other one. Both add up to 1.
+        index: Their indices, [2, points]; beyond the border that of the mirrored feature.
+        offset: From each feature to the point, in half pixels, so that a feature's own pixel spans -1 to 1.
+        weight: Of each feature: the distance from the point to the other one. Both add up to 1.
     """
 
     index: Tensor
@@ -36,13 +36,13 @@ class Corners:
         """For `points` evenly spread over `side` features, on the device of `like`, with values in its type.
 
         References:
-            arXiv 2012.09161, section 3: pixel-centred coordinates, features mirrored outside the border.
+            arXiv 2012.09161, section 3: pixel-centered coordinates, features mirrored outside the border.
         """
         centre = (torch.arange(points, device=like.device) + 0.5) * (side / points) - 0.5
         before = centre.floor()
         spots = torch.stack([before, before + 1.0])
         offset = centre - spots
-        index = spots.long().clamp(0, side - 1)  # a point is at most half a pixel outside: the mirror of -1 is 0
+        index = spots.long().clamp(0, side - 1)  # a point is at most half a pixel outside, and the mirror of -1 is 0
         return cls(index, (2.0 * offset).to(like.dtype), (1.0 - offset.abs()).to(like.dtype))
 
 
@@ -66,12 +66,12 @@ class LiifHead(nn.Module):
         self.last = nn.Linear(f, spec.channels)
         self.points_at_once = LIIF_POINTS
         for layer in (self.entry, *self.hidden):
-            # torch's own start halves the signal in every layer; arXiv 1502.01852, Eq. 10, keeps it for ReLU
+            # torch's default halves the signal in every layer; arXiv 1502.01852, Eq. 10, preserves it for ReLU
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, scale: float) -> Tensor:
-        """The memory beside input and output is bounded, whatever the size; a gradient needs all of it.
+        """Evaluate the head; memory beside input and output is bounded for any size, except for a gradient.
 
         Shape:
             [batch, embed_dim, height, width] -> [batch, channels, scale * height, scale * width].

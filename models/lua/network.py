@@ -1,8 +1,8 @@
-"""The Latent Upscaler Adapter: a Swin backbone that runs once and one pixel-shuffle head per scale, or a LIIF head.
+"""The Latent Upscaler Adapter: a Swin backbone that runs once, and one pixel-shuffle head per scale or a LIIF head.
 
-`Lua.forward` takes any size and pads and crops around `Lua.core`, which is the part that gets exported: it sees
-exact multiples of the window, keeps every shape symbolic and holds no buffer that depends on the size. Its blocks
-are in `models/lua/swin.py`, its configurations in `models/lua/spec.py`, its files in `models/lua/checkpoints.py`.
+`Lua.forward` takes any size and pads and crops around `Lua.core`, the part that is exported: its input is a multiple of
+the window, every shape stays symbolic, and no buffer depends on the size. The blocks are in `models/lua/swin.py`, the
+configurations in `models/lua/spec.py`, the files in `models/lua/checkpoints.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ MASK_CACHE_BYTES = 64 * 2**20  # at window 8, the masks of four latents of 256x2
 
 
 class PatchEmbed(nn.Module):
-    """Only the LayerNorm after the first convolution; patches are single pixels."""
+    """The LayerNorm after the first convolution; patches are single pixels."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Lua(nn.Module):
             self.register_buffer("latent_mean", torch.zeros(spec.channels))
             self.register_buffer("latent_std", torch.ones(spec.channels))
         if spec.image_mean is not None:
-            # On the CPU even where the weights are built on "meta", because no file holds it.
+            # On the CPU even if the weights are built on "meta", because no file has it.
             image_mean = torch.tensor(spec.image_mean, device="cpu")
             self.register_buffer("image_mean", image_mean, persistent=False)
         self.bias_cache = BiasCache(MASK_CACHE_BYTES)
@@ -102,7 +102,7 @@ class Lua(nn.Module):
     def _start_weights(self) -> None:
         for name, module in self.named_modules():
             if name.startswith("heads."):
-                continue  # convolutions, and the layers of a LIIF head, which 0.02 would leave without a signal
+                continue  # convolutions and the layers of a LIIF head, whose signal 0.02 would suppress
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
@@ -115,10 +115,11 @@ class Lua(nn.Module):
 
     @torch.no_grad()
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Stores the per-channel statistics that the network normalises by.
+        """Set the per-channel statistics that the network normalizes by.
 
-        Shape:
-            Both [channels].
+        Args:
+            mean: [channels].
+            std: [channels].
 
         Raises:
             ValueError: The spec has no `latent_norm`, a shape is wrong, or a deviation is not positive.
@@ -135,19 +136,19 @@ class Lua(nn.Module):
         self.latent_std.copy_(std)
 
     def forward(self, latent: Tensor, scale: float) -> Tensor:
-        """Enlarges a latent of any size.
+        """Upscale a latent of any size.
 
         Shape:
             [batch, channels, height, width] -> [batch, channels, scale * height, scale * width].
 
         Raises:
             ValueError: The latent is not a 4-D tensor of `channels` channels, there is no such head, or with a LIIF
-                head the enlarged sides would not be whole.
+                head the upscaled sides would not be whole.
         """
         return self.forward_scales(latent, (scale,))[scale]
 
     def forward_scales(self, latent: Tensor, scales: Sequence[float]) -> dict[float, Tensor]:
-        """Enlarges by several scales with one pass of the backbone; as `forward` otherwise."""
+        """Upscale by several scales with one pass of the backbone; otherwise as `forward`."""
         check_latent(self.spec, latent, scales)
         height, width = latent.shape[-2:]
         padded = pad_to_window(latent, self.spec.window)
@@ -155,7 +156,7 @@ class Lua(nn.Module):
         return {s: y[..., : scaled_size(height, s), : scaled_size(width, s)] for s, y in upscaled.items()}
 
     def core(self, latent: Tensor, scale: float) -> Tensor:
-        """The exportable part: height and width must be multiples of the window, and nothing is checked.
+        """The part that is exported: height and width must be multiples of the window, and nothing is checked.
 
         Shape:
             [batch, channels, height, width] -> [batch, channels, scale * height, scale * width].
@@ -226,10 +227,10 @@ class Lua(nn.Module):
 
 
 def check_latent(spec: LuaSpec, latent: Tensor, scales: Sequence[float]) -> None:
-    """Refuses what a network of this spec does not take.
+    """Check that a network of this spec takes a latent at these scales.
 
     Raises:
-        ValueError: The latent is not a 4-D tensor of `channels` channels, there is no head for a scale, or an enlarged
+        ValueError: The latent is not a 4-D tensor of `channels` channels, there is no head for a scale, or an upscaled
             side would not be whole.
     """
     if latent.dim() != 4 or latent.shape[1] != spec.channels or min(latent.shape[2:]) < 1:
@@ -247,7 +248,7 @@ def check_latent(spec: LuaSpec, latent: Tensor, scales: Sequence[float]) -> None
 
 
 def pad_to_window(latent: Tensor, window: int) -> Tensor:
-    """Pads right and bottom to multiples of `window`: by reflection, or by the last value where a side is too small.
+    """Pad right and bottom to multiples of `window`, by reflection, or by the last value if a side is too small.
 
     Shape:
         [batch, channels, height, width] -> [batch, channels, height', width'], both multiples of `window`.

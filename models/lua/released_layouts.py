@@ -1,8 +1,8 @@
-"""Reads the spec of a LUA off the weights of files that others wrote, and brings their keys to ours.
+"""Reads the spec of a LUA from the weights of released files and renames their keys to ours.
 
-Known are the authors' release (SwinIR trunk, heads under `heads.x2`, `heads.x4`) and single-head SwinIR files with
-the `pixelshuffle` upsampler, which become a LUA of one head. `models/lua/checkpoints.py` opens the files. Only names
-and shapes are read; no torch is imported.
+Known layouts are the authors' release (SwinIR trunk, heads under `heads.x2` and `heads.x4`) and single-head SwinIR
+files with the `pixelshuffle` upsampler, which become a LUA of one head. `models/lua/checkpoints.py` opens the files.
+Only names and shapes are read; no torch is imported.
 """
 
 import math
@@ -13,7 +13,7 @@ from giantleap.models.lua.spec import LuaSpec
 
 
 class Shaped(Protocol):
-    """A tensor, or what a file's header says of one."""
+    """A tensor, or its entry in the header of a file."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -21,7 +21,7 @@ class Shaped(Protocol):
 
 Weight = TypeVar("Weight", bound=Shaped)
 
-RGB_MEAN = (0.4488, 0.4371, 0.4040)  # SwinIR subtracts it from 3-channel images and stores it in no file
+RGB_MEAN = (0.4488, 0.4371, 0.4040)  # SwinIR subtracts it from 3-channel images and does not store it
 _RECOMPUTED = (".attn_mask", ".relative_position_index")
 
 
@@ -30,7 +30,7 @@ class CheckpointError(ValueError):
 
 
 def convert_state_dict(weights: Mapping[str, Weight]) -> tuple[LuaSpec, dict[str, Weight]]:
-    """The spec and the weights under our own keys, without the buffers that depend on a size.
+    """Spec and weights under our own keys, without the buffers that depend on a size.
 
     Raises:
         CheckpointError: The layout is not known, or is a SwinIR variant that LUA has no counterpart for.
@@ -43,7 +43,7 @@ def convert_state_dict(weights: Mapping[str, Weight]) -> tuple[LuaSpec, dict[str
 
 
 def _refuse_variants(weights: Mapping[str, Shaped]) -> None:
-    """Names the SwinIR variants apart from `pixelshuffle` with one convolution per residual group."""
+    """Reject SwinIR variants other than `pixelshuffle` with one convolution per residual group."""
     for key in ("conv_first.weight", "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"):
         _need(weights, key)
     released = any(key.startswith("heads.") for key in weights)
@@ -67,7 +67,7 @@ def _refuse_variants(weights: Mapping[str, Shaped]) -> None:
 
 
 def _single_head(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Moves the one head of a SwinIR file to where LUA keeps the head of that scale."""
+    """Rename the one head of a SwinIR file to the head of that scale."""
     doublings = sorted(
         int(key.split(".")[1]) for key in weights if key.startswith("upsample.") and key.endswith(".weight")
     )

@@ -1,4 +1,4 @@
-"""What fixes the shape of a LUA, and the named configurations. The network itself is in `models/lua/network.py`."""
+"""The numbers that define the shape of a LUA (`models/lua/network.py`), and the named configurations."""
 
 import json
 import math
@@ -9,11 +9,11 @@ from typing import Any, Literal, Self, get_args
 
 HeadName = Literal["pixelshuffle", "liif"]
 
-SPEC_KEY = "giantleap.lua_spec"  # where the header of a weight file of ours holds the spec
+SPEC_KEY = "giantleap.lua_spec"  # key of the spec in the header of our weight files
 SCALES = (2, 4)
-LIIF_POINTS = 16_384  # that a LIIF head takes at once; four corners each: at 256 wide, in float32, 64 MiB per map
+LIIF_POINTS = 16_384  # points of a LIIF head per step; at 256 wide, in float32, four corners take 64 MiB per map
 _SCALE_SETS = ((2,), (4,), (2, 4))
-_OPTIONAL_KEYS = frozenset({"head"})  # files from before they were there have their defaults
+_OPTIONAL_KEYS = frozenset({"head"})  # absent in older files
 _ROUNDING = 1e-6  # of a latent pixel: 4/3 of 12 is not 16 in floating point
 
 
@@ -62,7 +62,7 @@ class LuaSpec:
                 raise ValueError(f"LuaSpec.{name} must be {rule}; found {getattr(self, name)!r}")
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
-        """Each field's rule; a later one may rely on the ones before it."""
+        """The rule of each field; a later rule may rely on the earlier ones."""
         for name, minimum in (("channels", 1), ("embed_dim", 1), ("window", 2), ("num_feat", 1)):
             yield name, _is_count(getattr(self, name), minimum), f"an integer of at least {minimum}"
         yield "depths", _are_counts(self.depths), "a tuple of integers of at least 1"
@@ -94,7 +94,7 @@ class LuaSpec:
         return round(self.embed_dim * self.mlp_ratio)
 
     def takes(self, scale: float) -> bool:
-        """Whether the network enlarges by a scale: one of its heads', or any above 1 that keeps windows whole."""
+        """Whether the network upscales by a scale: a head's, or with LIIF any above 1 that keeps windows whole."""
         if self.head == "pixelshuffle":
             return scale in self.scales
         return math.isfinite(scale) and scale > 1 and is_whole(self.window, scale)
@@ -105,7 +105,7 @@ class LuaSpec:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote.
+        """Read the output of `to_json`.
 
         Raises:
             ValueError: The text is no JSON object, or its keys are not the fields of a spec.
@@ -119,12 +119,12 @@ class LuaSpec:
 
 
 def to_scale(value: float) -> float:
-    """A scale as it is named everywhere: a whole one is an int, so that it reads "2" and not "2.0"."""
+    """A scale in its usual notation: a whole one is an int, printed as "2" and not "2.0"."""
     return int(value) if math.isfinite(value) and value == int(value) else value
 
 
 def scaled_size(side: int, scale: float) -> int:
-    """`scale` times a side, in pixels of either space; whole where `is_whole` holds, else the nearest."""
+    """`scale` times a side, in pixels of either space; rounded if that is not whole (`is_whole`)."""
     return scale * side if isinstance(scale, int) else round(scale * side)
 
 

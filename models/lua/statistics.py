@@ -1,7 +1,7 @@
-"""What the latents of a training looked like, per channel, as JSON in the header of a LUA's weights.
+"""Statistics of the latents of a training, per channel, as JSON in the header of a LUA's weights.
 
-`training/guard_statistics.py` measures them, `models/lua/clamp.py` bounds outputs by them. No torch here, so that the
-API process can check a bundle that asks for the guard.
+`training/guard_statistics.py` measures them, `models/lua/clamp.py` bounds outputs by them. It imports no torch, so that
+the API process can check a bundle.
 """
 
 import json
@@ -22,13 +22,13 @@ class StatisticsError(ValueError):
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Per channel, over the pairs of a training, all in the units of raw latents.
+    """Statistics per channel over the pairs of a training, in the units of raw latents.
 
     Args:
         mean: Of the large latents.
         std: Of the large latents.
-        residual_rms: By scale, of the large latent less the bicubic enlargement of the small one.
-        tiles: How many pairs were measured.
+        residual_rms: By scale, of the large latent minus the bicubic enlargement of the small one.
+        tiles: Number of measured pairs.
 
     Raises:
         StatisticsError: Lengths differ, a value is not finite, or a deviation is negative.
@@ -53,15 +53,15 @@ class LatentStatistics:
         return len(self.mean)
 
     def to_json(self) -> str:
-        """One line, for a header."""
+        """The statistics as one line, for a header."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote.
+        """Read the output of `to_json`.
 
         Raises:
-            StatisticsError: It is something else.
+            StatisticsError: The text is something else.
         """
         try:
             values: dict[str, Any] = json.loads(text)
@@ -75,7 +75,7 @@ class LatentStatistics:
 
 
 def read_statistics(path: Path) -> LatentStatistics:
-    """The statistics in the header of a weight file of ours.
+    """Read the statistics from the header of a weight file of ours.
 
     Raises:
         StatisticsError: The file is of another format or damaged, or its header has none.

@@ -1,8 +1,8 @@
-"""Swin blocks in raster order, and the attention biases they share.
+"""Swin blocks in raster order, and the attention biases that they share.
 
-The residual stream stays [batch, height, width, dim]; windows exist only inside a block. Biases depend on the size
-of the input (the shift mask does), so they are arguments of the blocks and never buffers. `models/lua/network.py` puts
-the blocks together.
+The residual stream stays [batch, height, width, dim]; windows exist only inside a block. Biases depend on the size of
+the input through the shift mask, so they are arguments of the blocks and never buffers. `models/lua/network.py`
+composes the blocks.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from giantleap.models.lua.spec import LuaSpec
 
-MASK_VALUE = -100.0  # the published value; exp(-100) vanishes beside any logit of the query's own region
+MASK_VALUE = -100.0  # the published value; exp(-100) is negligible
 
 
 class WindowAttention(nn.Module):
@@ -42,7 +42,7 @@ class WindowAttention(nn.Module):
         return flat.view(w * w, w * w, self.heads).permute(2, 0, 1)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Attends within each window; a bias with a window axis is shared by the batch.
+        """Attend within each window; a bias with a window axis is shared by the batch.
 
         Shape:
             x [batch, windows, window^2, dim], bias [(windows,) heads, window^2, window^2] -> as x.
@@ -50,8 +50,8 @@ class WindowAttention(nn.Module):
         batch, windows, n, dim = x.shape
         head_dim = dim // self.heads
         qkv = self.qkv(x).view(batch, windows, n, 3, self.heads, head_dim).permute(3, 0, 1, 4, 2, 5)
-        # Four dimensions are what the fused kernels and the ONNX converter take; windows go to the side where
-        # the bias broadcasts over the batch without being repeated.
+        # The fused kernels and the ONNX converter take four dimensions; windows join the axis over which the bias
+        # broadcasts without a copy.
         lead = (batch * windows, self.heads) if bias.dim() == 3 else (batch, windows * self.heads)
         q, k, v = (t.reshape(*lead, n, head_dim) for t in qkv.unbind(0))
         y = _attend(q, k, v, bias.reshape(1, lead[1], n, n).to(q.dtype))
@@ -61,7 +61,7 @@ class WindowAttention(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    # The fused CPU kernel gives a bias no gradient, and PyTorch's way round it is 1.35x slower than this line.
+    # The fused CPU kernel has no gradient for a bias, and PyTorch's fallback is 1.35 times as slow as this.
     if bias.requires_grad and q.device.type == "cpu":
         logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1) + bias
         return logits.softmax(-1) @ v
@@ -82,9 +82,9 @@ class Mlp(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Window attention and an MLP, each after a LayerNorm and beside a residual.
+    """Window attention and an MLP, each after a LayerNorm and with a residual.
 
-    Odd blocks shift their windows by half a window. Whether a block shifts is fixed by its place and never by the
+    Odd blocks shift their windows by half a window. Whether a block shifts depends on its position and never on the
     size of the input, as in a network trained on patches larger than the window.
     """
 
@@ -142,11 +142,11 @@ class ResidualGroup(nn.Module):
 
 
 def shift_mask(nh: int, nw: int, window: int, like: Tensor) -> Tensor:
-    """Keeps apart what the cyclic shift brings together in the last row and column of windows.
+    """Separate the regions that the cyclic shift brings together in the last row and column of windows.
 
-    Made of compares rather than assignments to slices, so that it exports with any size.
+    It uses comparisons instead of assignments to slices, so that it exports with any size.
 
-    Shape:
+    Returns:
         [nh * nw, window^2, window^2], 0 or -100, in the dtype and on the device of `like`.
     """
     wrapped = torch.arange(window, device=like.device) >= window - window // 2
@@ -161,7 +161,7 @@ def shift_mask(nh: int, nw: int, window: int, like: Tensor) -> Tensor:
 
 
 def build_biases(blocks: Sequence[SwinBlock], nh: int, nw: int) -> Iterator[Tensor]:
-    """One attention bias per block, for a grid of `nh` by `nw` windows; each is built when it is asked for."""
+    """One attention bias per block, for a grid of `nh` by `nw` windows, built lazily."""
     mask = shift_mask(nh, nw, blocks[0].window, blocks[0].attn.relative_position_bias_table)
     return _add_mask(blocks, (block.attn.position_bias() for block in blocks), mask)
 
@@ -172,13 +172,13 @@ def _add_mask(blocks: Sequence[SwinBlock], biases: Iterable[Tensor], mask: Tenso
 
 
 class BiasCache:
-    """What `build_biases` adds up, kept for inference: the biases of the blocks, and the masks of recent sizes.
+    """Caches the parts of `build_biases` for inference: the biases of the blocks and the masks of recent sizes.
 
-    Biases are good while their tables are the same tensors at the same version, so optimiser steps, averaging in
-    place and loading all refresh them. Their sums with a mask are not kept: that was no faster, and 25 times as large.
+    Biases are valid while their tables are the same tensors at the same version, so optimizer steps, in-place averaging
+    and loading refresh them. Their sums with a mask are not cached: that was no faster and 25 times as large.
 
     Args:
-        limit_bytes: Of all masks; the least recently used go first, and one above the limit is built in every call.
+        limit_bytes: Of all masks; the least recently used are dropped first, and a larger one is built in every call.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -189,9 +189,9 @@ class BiasCache:
         self._masks: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
 
     def get(self, blocks: Sequence[SwinBlock], nh: int, nw: int) -> Iterator[Tensor]:
-        """As `build_biases`."""
+        """See `build_biases`."""
         tables: list[Tensor] = [block.attn.relative_position_bias_table for block in blocks]
-        if any(table.is_inference() for table in tables):  # these carry no version
+        if any(table.is_inference() for table in tables):  # inference tensors have no version
             return build_biases(blocks, nh, nw)
         versions = [table._version for table in tables]
         if versions != self._versions or any(a is not b for a, b in zip(tables, self._tables, strict=True)):
@@ -211,7 +211,7 @@ class BiasCache:
 
     @property
     def mask_bytes(self) -> int:
-        """Of the masks kept."""
+        """Size of the cached masks."""
         return sum(mask.nbytes for mask in self._masks.values())
 
     @property
@@ -219,13 +219,13 @@ class BiasCache:
         return not self._biases and not self._masks
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Drop everything."""
         self._tables, self._versions, self._biases = [], [], []
         self._masks.clear()
 
 
 def to_tokens(maps: Tensor) -> Tensor:
-    """Channels last, contiguous; no copy where a convolution has answered in that order.
+    """Channels last, contiguous; without a copy if a convolution returned that order.
 
     Shape:
         [batch, dim, height, width] -> [batch, height, width, dim].

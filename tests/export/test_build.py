@@ -140,7 +140,7 @@ def test_the_check_compares_anew(bundle: Bundle, exported: Path, tmp_path: Path)
     (copied / "lua_x2.onnx").write_bytes((copied / "lua_x4.onnx").read_bytes())
     first["files"]["lua_x2.onnx"] = second["files"]["lua_x4.onnx"]
     (copied / FILE).write_text(json.dumps(values))
-    with pytest.raises(ArtifactError, match=r"lua_x2\.onnx: at batch 1, .* the artifact answers .*; build it with"):
+    with pytest.raises(ArtifactError, match=r"lua_x2\.onnx: at batch 1, .* the artifact returns .*; build it with"):
         check_directory(copied, bundle, CPU)
 
 
@@ -175,7 +175,7 @@ def test_a_bundle_with_other_files_than_it_lists_is_not_exported(bundle: Bundle,
     [
         (["--scale", "8"], "has heads for scales (2, 4); asked for 8"),
         (["--engine", "aoti", "--part", "decoder"], "the decoder exports to onnx only"),
-        (["--part", "decoder", "--scale", "2"], "scales belong to the part lua"),
+        (["--part", "decoder", "--scale", "2"], "scales apply to the part lua"),
         (["--engine", "tensorrt"], "giantleap: "),
         (["--part", "vae"], "part vae: there are lua, decoder"),
     ],
@@ -208,7 +208,7 @@ def test_a_directory_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").touch()
     for target in (tmp_path / "photos", tmp_path / "photos" / "one.jpg"):
-        with pytest.raises(ArtifactError, match="no export"), new_directory(target):
+        with pytest.raises(ArtifactError, match="other than an export"), new_directory(target):
             raise AssertionError("unreachable")
     assert (tmp_path / "photos" / "one.jpg").exists()
 
@@ -246,7 +246,7 @@ def test_a_graph_with_a_constant_size_or_control_flow_is_refused() -> None:
     wrong: list[list[int | str]] = [["batch", 4, 8, "width"], [2, 4, "height", "width"], ["batch", 4, "height"]]
     for sizes in wrong:
         with pytest.raises(
-            ArtifactError, match=r"g\.onnx: latent has the shape .*; batch, height and width must be open"
+            ArtifactError, match=r"g\.onnx: latent has the shape .*; batch, height and width must be dynamic"
         ):
             check_graph(graph(sizes), "g.onnx")
     with pytest.raises(ArtifactError, match="holds the operators NonZero"):

@@ -107,7 +107,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path, bundle: Bundle) ->
 
 def test_the_refusal_names_the_command_that_builds_what_was_asked_for(tmp_path: Path, bundle: Bundle) -> None:
     written(tmp_path, bundle)
-    with pytest.raises(ArtifactError, match="artifacts of engine onnx; asked for tensorrt") as caught:
+    with pytest.raises(ArtifactError, match="artifacts of engine onnx; expected tensorrt") as caught:
         check_manifest(tmp_path, bundle, engine="tensorrt", precision="bf16", scales=(2,), decoder=True)
     words = shlex.split(str(caught.value).split("build it with: ")[1])
     assert (
@@ -151,7 +151,7 @@ def test_a_directory_without_or_with_a_damaged_manifest_is_refused(tmp_path: Pat
     ("changes", "asked", "reason"),
     [
         ({"bundle": "other"}, {}, "artifacts of bundle other; this is bundle tiny"),
-        ({}, {"precision": "fp16"}, "artifacts of precision fp32; asked for fp16"),
+        ({}, {"precision": "fp16"}, "artifacts of precision fp32; expected fp16"),
         ({"weights": {"lua.safetensors": "0" * 64}}, {}, "made from lua.safetensors with sha256 000000000000"),
         ({"weights": {}}, {}, "made from lua.safetensors with sha256 none"),
         ({}, {"scales": (2, 8)}, "lua_x8.onnx was not exported"),

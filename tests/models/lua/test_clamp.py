@@ -1,4 +1,4 @@
-"""The guard: nothing passes its bound, nothing inside changes, the gradient flows, and it is off unless asked for."""
+"""The clamp: nothing passes its bound, nothing inside changes, the gradient flows, and it is off unless asked for."""
 
 import json
 import shutil
