@@ -34,10 +34,14 @@ class GiantleapError(Exception):
 
 
 class MalformedRequest(GiantleapError):
+    """A request that cannot be read: no JSON, no latent, a damaged image, a bad header."""
+
     code, status, title = "malformed_request", 400, "The request could not be read"
 
 
 class Unauthorized(GiantleapError):
+    """A request without a known API key."""
+
     code, status, title = "unauthorized", 401, "An API key is needed"
 
 
@@ -52,30 +56,44 @@ class Forbidden(GiantleapError):
 
 
 class NotFound(GiantleapError):
+    """An unknown path, or a job or result that does not exist for the caller."""
+
     code, status, title = "not_found", 404, "No such resource"
 
 
 class NotAcceptable(GiantleapError):
+    """An Accept header that excludes every available type."""
+
     code, status, title = "not_acceptable", 406, "No representation that the client accepts"
 
 
 class Conflict(GiantleapError):
+    """A job whose state does not allow the request."""
+
     code, status, title = "conflict", 409, "The job is in another state"
 
 
 class PayloadTooLarge(GiantleapError):
+    """A body or an image over a limit."""
+
     code, status, title = "payload_too_large", 413, "The body is too large"
 
 
 class HeadersTooLarge(GiantleapError):
+    """Too many headers, or too many bytes in them."""
+
     code, status, title = "headers_too_large", 431, "The request's headers are too large"
 
 
 class UnsupportedMediaType(GiantleapError):
+    """A body of a type that is not read."""
+
     code, status, title = "unsupported_media_type", 415, "The body's type is not supported"
 
 
 class InvalidRequest(GiantleapError):
+    """Values that are out of range."""
+
     code, status, title = "invalid_request", 422, "The request's values are not valid"
 
 
@@ -110,26 +128,38 @@ class DoesNotFit(GiantleapError):
 
 
 class QueueFull(GiantleapError):
+    """The limit of queued jobs or of their latent pixels is reached."""
+
     code, status, title, retryable = "queue_full", 429, "The queue is full", True
 
 
 class RateLimited(GiantleapError):
+    """The key's limit of requests per minute is reached."""
+
     code, status, title, retryable = "rate_limited", 429, "The key's requests come too fast", True
 
 
 class TooManyJobs(GiantleapError):
+    """The key's limit of queued and running jobs is reached."""
+
     code, status, title, retryable = "too_many_jobs", 429, "The key has too many jobs", True
 
 
 class StorageFull(GiantleapError):
+    """The input does not fit the blob budget."""
+
     code, status, title, retryable = "storage_full", 503, "The blob budget is used up", True
 
 
 class NotReady(GiantleapError):
+    """Redis or the process cannot serve requests for now."""
+
     code, status, title, retryable = "not_ready", 503, "The service is not ready", True
 
 
 class DeadlinePassed(GiantleapError):
+    """A wait, or the deadline of a job, has ended."""
+
     code, status, title = "deadline_passed", 504, "The job did not finish in time"
 
 

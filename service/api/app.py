@@ -16,7 +16,7 @@ from giantleap.service.api.dependencies import AppState
 from giantleap.service.api.middleware.authentication import AuthenticationMiddleware
 from giantleap.service.api.middleware.request_context import RequestContextMiddleware
 from giantleap.service.api.middleware.security_headers import SecurityHeadersMiddleware, allow_origins
-from giantleap.service.api.openapi import describe
+from giantleap.service.api.openapi import describe, operation_id
 from giantleap.service.api.problems import handle_errors
 from giantleap.service.api.responses import JobProblem, handle_job_problem
 from giantleap.service.api.routes import create, health, jobs
@@ -64,6 +64,7 @@ def create_app(settings: Settings, producer: JobProducer | None = None, tracing:
         version=version("giantleap"),
         lifespan=partial(_opened, state, client, sender, spans),
         redoc_url=None,
+        generate_unique_id_function=operation_id,
     )
     app.state.giantleap = state
     _add_middlewares(app, state, spans)

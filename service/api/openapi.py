@@ -10,11 +10,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from giantleap.models.image_formats import CONTENT_TYPES
 from giantleap.service import errors
 from giantleap.service.api.dependencies import UNKNOWN_JOB, AppState
+from giantleap.service.api.paths import KSERVE_PATH, OPENAI_PATH, REMOTE_VAE_PATH
 from giantleap.service.api.problems import PROBLEM_TYPE, compat_error, problem_body
 from giantleap.service.api.schemas import Problem, to_job_body, to_model_body
 from giantleap.service.auth import OPEN_PATHS
@@ -115,6 +117,12 @@ def upload_request_body() -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content | {FORM_TYPE: {"schema": form}}}}
 
 
+def operation_id(route: APIRoute) -> str:
+    """A short name for generated clients: that of the function, prefixed with the compatible protocol."""
+    compatible = route.path.startswith((OPENAI_PATH, KSERVE_PATH, REMOTE_VAE_PATH))
+    return f"{route.tags[0]}_{route.name}".lower().replace(" ", "_") if compatible else route.name
+
+
 def describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document of the app: every operation with all its errors, and examples that fit their schemas."""
     document = get_openapi(
@@ -137,13 +145,14 @@ def describe(app: FastAPI) -> dict[str, Any]:
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     forms = _error_forms(document["paths"])
-    for path, method, operation in _operations(document["paths"]):
+    for path, _, operation in _operations(document["paths"]):
         operation["responses"] = {
             status: response
             for status, response in operation["responses"].items()
             if "HTTPValidationError" not in str(response)
         }
-        _name(path, method, operation)
+        # The first clause of the description.
+        operation["summary"] = re.split(r"[:;.](?=\s|$)", operation["description"])[0]
         _describe_errors(path, operation, forms.get(path.split("/")[1], _PROBLEM))
         if operation["tags"] == ["create"]:
             _describe_job_headers(operation["responses"])
@@ -164,19 +173,6 @@ def _error_forms(paths: dict[str, Any]) -> dict[str, dict[str, Any]]:
         for path, _, operation in _operations(paths)
         if "500" in operation["responses"]
     }
-
-
-def _name(path: str, method: str, operation: dict[str, Any]) -> None:
-    """A summary, which is the first clause of the description, and a short operation id for generated clients.
-
-    The id is the name of the function, prefixed with the compatible protocol, followed by the method of a second route.
-    """
-    operation["summary"] = re.split(r"[:;.](?=\s|$)", operation["description"])[0]
-    function = operation["operationId"].removesuffix(f"{re.sub(r'[^a-zA-Z0-9]', '_', path)}_{method}")
-    (tag,) = operation["tags"]
-    is_native = compat_error(path, problem_body(_EXAMPLES[0], "")) is None
-    prefix = "" if is_native else tag.lower().replace(" ", "_") + "_"
-    operation["operationId"] = prefix + function + ("_by_post" if path.endswith("/cancel") else "")
 
 
 def _describe_errors(path: str, operation: dict[str, Any], form: dict[str, Any]) -> None:

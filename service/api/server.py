@@ -23,14 +23,17 @@ class BoundedHttp(HttpToolsProtocol):
     _timer: TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the timer of the first head."""
         super().connection_made(transport)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timer."""
         self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Parse what was received; close the connection when a head is too large."""
         self._pending_bytes += len(data)
         super().data_received(data)  # calls the methods below
         if self._pending_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
@@ -39,16 +42,19 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.close()
 
     def on_message_begin(self) -> None:
+        """Start the timer of the next head, unless it runs."""
         super().on_message_begin()
         if self._timer is None:
             self._start_timer()
 
     def on_headers_complete(self) -> None:
+        """The head is complete."""
         self._pending_bytes = 0
         self._stop_timer()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        """Part of the body is complete."""
         self._pending_bytes = 0
         super().on_body(body)
 

@@ -40,6 +40,8 @@ class JobState(StrEnum):
 
 
 class Priority(StrEnum):
+    """Which jobs workers claim first."""
+
     HIGH = "high"
     LOW = "low"
 

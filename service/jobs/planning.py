@@ -204,137 +204,83 @@ def prepare_upscale(
 ) -> tuple[UpscaleParams, bytes]:
     """The parameters of an /upscale job and its input blob, from a body that holds a latent or an image.
 
-    Without `devices`, the devices that the job may run on, memory is not checked.
+    The worker encodes an image to its posterior mean, enlarges the latent and decodes it; `swinir` enlarges pixels. A
+    latent with `scaled=true` is as the bundle's pipeline returns it: scaled, and packed if the latent space is packed
+    (then the width and height of its image are needed). Otherwise it is raw.
+
+    Without `devices`, those that the job may run on, memory is not checked.
 
     Raises:
-        GiantleapError: The body cannot be read (`read_values`, `check_image`), or a value is over a limit.
+        GiantleapError: The body cannot be read (`read_values`, `check_image`), is not a latent of the bundle's space,
+            or a value is over a limit.
         DoesNotFit: No device can hold one image.
     """
+    space = bundle.latent_space
+    image: ImageSize | None = None
     if is_image(body, content_type):
-        size = check_image(body, content_type, settings.max_image_px)
-        params, blob = plan_upscale_image(query, size, bundle, settings, output_format, devices), body
+        image = check_image(body, content_type, settings.max_image_px)
+        unit_px = space.multiple_px
+        height, width = (-(-side // unit_px) * unit_px // space.stride_px for side in (image.height_px, image.width_px))
+        shape: tuple[int, ...] = (1, space.channels, height, width)
+        one_frame = False
     else:
         tensor = read_values(body, content_type)
-        params, latent = plan_upscale(query, tensor, bundle, settings, output_format, devices)
-        blob = to_blob(latent)
-    check_capacity(params, bundle, devices, settings.max_image_px)
-    return params, blob
-
-
-def plan_upscale_image(
-    query: UpscaleQuery,
-    image: ImageSize,
-    bundle: Bundle,
-    settings: Settings,
-    output_format: ImageFormat,
-    devices: Sequence[Device] = (),
-) -> UpscaleParams:
-    """The parameters of a job that enlarges an image.
-
-    The worker encodes the image to its posterior mean, enlarges the latent and decodes it; `swinir` enlarges pixels.
-
-    Raises:
-        InvalidFields: A value applies to latents only, or is over a limit.
-    """
-    space = bundle.latent_space
-    unit_px = space.multiple_px
-    latent_height, latent_width = (
-        -(-side_px // unit_px) * unit_px // space.stride_px for side_px in (image.height_px, image.width_px)
-    )
+        if query.latent_space not in (None, space.name):
+            raise InvalidFields(("latent_space", f"is not that of bundle {bundle.name}; send a latent of {space.name}"))
+        latent = _to_raw(query, tensor, space)
+        shape, one_frame = latent.shape, is_one_frame(tensor.shape, space)
     method = choose_method(bundle, query.method)
-    scale = choose_scale(bundle, method, query.scale)
     params = UpscaleParams(
-        scale=scale,
+        scale=choose_scale(bundle, method, query.scale),
         latent_space=space.name,
-        batch_items=1,
-        channels=space.channels,
-        latent_height=latent_height,
-        latent_width=latent_width,
+        batch_items=shape[0],
+        channels=shape[1],
+        latent_height=shape[2],
+        latent_width=shape[3],
         output=query.output,
         output_format=output_format,
         method=method,
         decode=query.decode,
-        image_width_px=image.width_px,
-        image_height_px=image.height_px,
+        image_width_px=None if image is None else image.width_px,
+        image_height_px=None if image is None else image.height_px,
+        one_frame=one_frame,
     )
-    _refuse(
-        (
-            (query.scaled, "scaled", "applies to latents; the body is an image"),
-            (query.latent_space is not None, "latent_space", "applies to latents; the body is an image"),
-            (
-                query.width is not None or query.height is not None,
-                "width",
-                "and height apply to packed latents; leave them out",
-            ),
-            *_upscale_checks(params, bundle, settings, devices),
-            (
-                not all(
-                    is_whole(side, scale) for side in (image.width_px, image.height_px, latent_height, latent_width)
-                ),
-                "body",
-                f"is an image of {image.width_px}x{image.height_px} px; at scale {scale} send sides in multiples of "
-                f"{bundle.whole_px(unit_px, scale)} px",
-            ),
+    _refuse((*_body_checks(query, params, bundle, image), *_upscale_checks(params, bundle, settings, devices)))
+    check_capacity(params, bundle, devices, settings.max_image_px)
+    return params, body if image is not None else to_blob(latent)
+
+
+def _body_checks(
+    query: UpscaleQuery, params: UpscaleParams, bundle: Bundle, image: ImageSize | None
+) -> tuple[Check, ...]:
+    """The scale must keep all sides whole; an image has no fields of latents."""
+    height, width, scale = params.latent_height, params.latent_width, params.scale
+    whole_latent = is_whole(height, scale) and is_whole(width, scale)
+    if image is None:
+        return (
+            (not whole_latent, "body", f"is a latent of {height}x{width}, whose sides times {scale} are not whole"),
         )
+    whole_image = is_whole(image.height_px, scale) and is_whole(image.width_px, scale)
+    has_size = query.width is not None or query.height is not None
+    return (
+        (query.scaled, "scaled", "applies to latents; the body is an image"),
+        (query.latent_space is not None, "latent_space", "applies to latents; the body is an image"),
+        (has_size, "width", "and height apply to packed latents; leave them out"),
+        (
+            not (whole_image and whole_latent),
+            "body",
+            f"is an image of {image.width_px}x{image.height_px} px; at scale {scale} send sides in multiples of "
+            f"{bundle.whole_px(bundle.latent_space.multiple_px, scale)} px",
+        ),
     )
-    return params
 
 
-def plan_upscale(
-    query: UpscaleQuery,
-    tensor: Values,
-    bundle: Bundle,
-    settings: Settings,
-    output_format: ImageFormat,
-    devices: Sequence[Device] = (),
-) -> tuple[UpscaleParams, Values]:
-    """The parameters of a job that enlarges a latent, and the raw latent.
-
-    With `scaled=true` the tensor is a latent as the bundle's pipeline returns it: scaled, and packed if the latent
-    space is packed (then the width and height of its image are needed). Otherwise the latent is raw.
+def _to_raw(query: UpscaleQuery, tensor: Values, space: LatentSpace) -> Values:
+    """The tensor of a body as raw latents.
 
     Shape:
         [C, h, w] or [B, C, h, w]; packed [N, 4 C] or [B, N, 4 C]; of a video VAE also a video of one frame,
         [C, 1, h, w] or [B, C, 1, h, w] -> [B, C, h, w].
-
-    Raises:
-        InvalidFields: The tensor is not a latent of the bundle's space, or a value is over a limit.
-    """
-    space = bundle.latent_space
-    if query.latent_space not in (None, space.name):
-        raise InvalidFields(("latent_space", f"is not that of bundle {bundle.name}; send a latent of {space.name}"))
-    method = choose_method(bundle, query.method)
-    scale = choose_scale(bundle, method, query.scale)
-    latent = _to_raw(query, tensor, space)
-    batch_items, channels, latent_height, latent_width = latent.shape
-    params = UpscaleParams(
-        scale=scale,
-        latent_space=space.name,
-        batch_items=batch_items,
-        channels=channels,
-        latent_height=latent_height,
-        latent_width=latent_width,
-        output=query.output,
-        output_format=output_format,
-        method=method,
-        decode=query.decode,
-        one_frame=is_one_frame(tensor.shape, space),
-    )
-    _refuse(
-        (
-            (
-                not (is_whole(latent_height, scale) and is_whole(latent_width, scale)),
-                "body",
-                f"is a latent of {latent_height}x{latent_width}, whose sides times {scale} are not whole",
-            ),
-            *_upscale_checks(params, bundle, settings, devices),
-        )
-    )
-    return params, latent
-
-
-def _to_raw(query: UpscaleQuery, tensor: Values, space: LatentSpace) -> Values:
-    """The tensor of a body as raw latents [B, C, h, w].
 
     Raises:
         InvalidFields: The tensor is not a latent of this space, or not finite.

@@ -58,6 +58,8 @@ class _Form(BaseModel):
 
 
 class InputParameters(_Form):
+    """Parameters of the input."""
+
     binary_data_size: int | None = Field(default=None, ge=0, description="Bytes of this tensor after the JSON.")
 
 
@@ -72,10 +74,14 @@ class InferInput(_Form):
 
 
 class OutputParameters(_Form):
+    """Parameters of an output."""
+
     binary_data: bool | None = Field(default=None, description="Send this output as bytes after the JSON.")
 
 
 class InferOutput(_Form):
+    """The requested output."""
+
     name: Literal["latent", "image"]
     parameters: OutputParameters = OutputParameters()
 
@@ -110,22 +116,30 @@ class InferRequest(_Form):
 
 
 class KServeError(BaseModel):
+    """An error."""
+
     error: str
 
 
 class TensorMetadata(BaseModel):
+    """A tensor of a model."""
+
     name: str
     datatype: str
     shape: list[int] = Field(description="-1: any number.")
 
 
 class ServerMetadata(BaseModel):
+    """The server and its extensions."""
+
     name: str
     version: str
     extensions: list[str]
 
 
 class ModelMetadata(BaseModel):
+    """A bundle as a model."""
+
     name: str
     versions: list[str]
     platform: str
@@ -134,14 +148,20 @@ class ModelMetadata(BaseModel):
 
 
 class ServerLive(BaseModel):
+    """Whether this process answers."""
+
     live: bool
 
 
 class ServerReady(BaseModel):
+    """Whether requests are accepted."""
+
     ready: bool
 
 
 class ModelReady(BaseModel):
+    """Whether requests for a model are accepted."""
+
     name: str
     ready: bool
 

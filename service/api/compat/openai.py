@@ -84,6 +84,8 @@ class ImagesRequest(BaseModel):
 
 
 class OpenAIErrorFields(BaseModel):
+    """What went wrong."""
+
     message: str
     type: str = Field(examples=["invalid_request_error"])
     param: str | None
@@ -91,16 +93,22 @@ class OpenAIErrorFields(BaseModel):
 
 
 class OpenAIError(BaseModel):
+    """An error."""
+
     error: OpenAIErrorFields
 
 
 class ImageData(BaseModel):
+    """One image."""
+
     b64_json: str | None = None
     url: str | None = Field(default=None, description="Readable until the job's time to live has passed.")
     seed: int | None = None
 
 
 class ImagesResponse(BaseModel):
+    """The images of a request."""
+
     created: int = Field(description="Unix time, seconds.")
     data: list[ImageData]
     size: str = Field(examples=["1024x1024"])
@@ -109,6 +117,8 @@ class ImagesResponse(BaseModel):
 
 
 class OpenAIModel(BaseModel):
+    """A bundle as a model."""
+
     id: str
     object: Literal["model"] = "model"
     created: int = Field(default=0, description="Not known: 0.")
@@ -116,6 +126,8 @@ class OpenAIModel(BaseModel):
 
 
 class OpenAIModels(BaseModel):
+    """All bundles."""
+
     object: Literal["list"] = "list"
     data: list[OpenAIModel]
 

@@ -49,6 +49,8 @@ _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class RemoteVaeError(BaseModel):
+    """An error."""
+
     error: str
     code: str = Field(examples=["queue_full"])
 

@@ -51,6 +51,7 @@ class AuthenticationMiddleware:
         self.origins = frozenset(origins)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """The ASGI entry point."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -93,7 +93,12 @@ async def get_events(
 
 
 @router.delete("/jobs/{job_id}", response_model=JobBody, responses=describe_responses({}, 404, 409, 503))
-@router.post("/jobs/{job_id}/cancel", response_model=JobBody, responses=describe_responses({}, 404, 409, 503))
+@router.post(
+    "/jobs/{job_id}/cancel",
+    response_model=JobBody,
+    responses=describe_responses({}, 404, 409, 503),
+    name="cancel_job_by_post",
+)
 async def cancel_job(request: Request, record: RecordDep, state: AppStateDep) -> Response:
     """Cancel the job: at once where it waits, after the current step where it runs. Safe to repeat."""
     canceled = await state.producer.cancel(record.job.id)
