@@ -89,8 +89,8 @@ _DIGITS = {"dB": 2, "%": 1}
 
 def _stages_s(methods: Mapping[str, Any], method: str, scale: int) -> dict[str, float]:
     """Return the median seconds of each stage."""
-    (found,) = (each for each in methods["results"] if (each["method"], each["scale"]) == (method, scale))
-    return {name: times["median_s"] for name, times in found["stages"].items()}
+    (result,) = (row for row in methods["results"] if (row["method"], row["scale"]) == (method, scale))
+    return {name: times["median_s"] for name, times in result["stages"].items()}
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -99,8 +99,8 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    report: dict[str, Any] = json.loads(path.read_text())
+    return report
 
 
 def put_blocks(text: str, blocks: Mapping[str, str]) -> str:

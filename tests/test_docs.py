@@ -132,6 +132,20 @@ def test_the_pages_are_short_enough_to_be_read() -> None:
     assert sum(words.values()) <= MAX_WORDS, sorted(words.items(), key=lambda item: -item[1])
 
 
+@ALL
+def test_settings_metrics_and_alerts_named_in_the_pages_exist(page: Path) -> None:
+    if page.name == "CHANGELOG.md":  # names what was removed
+        return
+    text, rules = page.read_text(), (ROOT / "deploy" / "prometheus" / "rules.yml").read_text()
+    settings = set(re.findall(r"^\| `(GIANTLEAP_\w+)`", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE))
+    metrics = set(re.findall(r"^\| `(giantleap_\w+)`", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE))
+    assert set(re.findall(r"GIANTLEAP_[A-Z_]+[A-Z]", text)) <= settings
+    assert {
+        re.sub(r"_(sum|count|bucket)$", "", name) for name in re.findall(r"`(giantleap_\w+[a-z])[`{]", text)
+    } <= metrics
+    assert set(re.findall(r"`(Giantleap[A-Z]\w+)`", text)) <= set(re.findall(r"alert: (\w+)", rules))
+
+
 def _check_options(words: list[str]) -> None:
     """Assert that every option of a command line belongs to its command."""
     command: Any = typer.main.get_command(app)
