@@ -4,6 +4,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
+# A process of tests for each processor; a file of tests stays in one of them, for what its tests share is costly.
+WORKERS  ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile
+# `make test COVERAGE=` leaves the measurement out.
+COVERAGE ?= --cov --cov-report=term:skip-covered
+
 .DEFAULT_GOAL := help
 .PHONY: help hooks oldest demo serve test slow compiler check security audit format lint types quality ablations chaos fuzz compat peers deploy-check clean
 
@@ -38,7 +43,7 @@ serve: $(VENV)/.run ## Install and run the service on http://127.0.0.1:8000 unti
 	$(BIN)/giantleap serve
 
 test: $(VENV)/.dev ## Install and run every test (starts its own Redis)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not chaos and not fuzz and not deploy and not compiler"
+	$(BIN)/python -m pytest $(WORKERS) $(COVERAGE) -m "not slow and not gpu and not chaos and not fuzz and not deploy and not compiler"
 
 slow: $(VENV)/.dev ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu and not chaos and not fuzz"

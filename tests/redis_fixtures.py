@@ -69,9 +69,9 @@ def key_prefix() -> str:
 
 @pytest.fixture
 def settings(redis_url: str, key_prefix: str) -> Settings:
-    """Settings of one test: its own keys, short times."""
+    """Settings of one test: its own keys, and short times, though a lease longer than a busy machine stalls."""
     return read_settings(
-        redis_url=redis_url, key_prefix=key_prefix, visibility_timeout_s=1.0, retry_backoff_s=0.1, job_ttl_s=60
+        redis_url=redis_url, key_prefix=key_prefix, visibility_timeout_s=5.0, retry_backoff_s=0.1, job_ttl_s=60
     )
 
 

@@ -168,7 +168,7 @@ def test_redis_starts_with_the_password_of_its_file_and_hides_it(tmp_path: Path)
         assert (tmp_path / "redis.conf").stat().st_mode & 0o077 == 0
     finally:
         server.terminate()
-        server.wait(60)
+        server.communicate(timeout=60)
 
 
 def test_an_engine_may_be_loaded_from_the_temporary_directory() -> None:

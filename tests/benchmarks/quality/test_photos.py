@@ -74,4 +74,5 @@ def test_floors_tell_pass_from_fail(lua: Lua) -> None:
 def test_sheet_shows_six_columns(lua: Lua, tmp_path: Path) -> None:
     photo = torch.rand(1, 3, 128, 128) * 2.0 - 1.0
     write_photo_sheet({"noise": draw_routes(AverageCodec(), lua, photo)}, tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").size == (6 * 256, 256 + 20)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (6 * 256, 256 + 20)

@@ -286,6 +286,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str, share: float) 
         read_lua(part)
 
 
+@pytest.mark.filterwarnings("ignore:Defining your `__torch_function__`:UserWarning")  # torch, of a damaged pickle
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_changed_bytes_are_read_or_refused_and_nothing_else(tmp_path: Path, suffix: str) -> None:
     path, dice = tmp_path / f"lua{suffix}", random.Random(0)

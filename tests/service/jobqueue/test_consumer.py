@@ -22,6 +22,7 @@ from giantleap.service.jobqueue.runner import ScriptRunner, upload_input
 from giantleap.service.jobs.job import Job, JobError, JobState, Priority, ResultFile
 from giantleap.service.settings import Settings
 from tests.redis_fixtures import SERVERS, enqueue_arguments
+from tests.waiting import wait_until
 
 PNG = ResultFile("image/png", 3, seed=7)
 FLAKY = JobError("engine_fault", "lost device", retryable=True)
@@ -73,7 +74,7 @@ def make_stale(redis_client: redis.Redis, settings: Settings) -> Callable[[Claim
     return age
 
 
-def take_one(worker: JobConsumer, within_s: float = 5.0) -> Claim:
+def take_one(worker: JobConsumer, within_s: float = 60.0) -> Claim:
     [claim] = worker.claim(1, within_s)
     return claim
 
@@ -161,25 +162,26 @@ def test_bundles_take_turns_and_strange_ones_are_left_alone(put: Put, open_consu
     assert worker.claim(8, 0.0) == []
 
 
-def test_idle_claim_wakes_as_soon_as_a_job_comes(put: Put, open_consumer: Any) -> None:
-    worker = open_consumer()
-    delays_s = []
-    for _ in range(3):
-        timer = threading.Timer(0.15, put)
-        started_s = time.perf_counter()
-        timer.start()
-        claim = take_one(worker)
-        delays_s.append(time.perf_counter() - started_s - 0.15)
-        timer.join()
-        worker.complete(claim, [], {}, [])
-    assert sorted(delays_s)[0] < 0.5, "woken by the message, not by the poll each second"
+def test_a_job_wakes_an_idle_claim_and_not_a_poll(
+    put: Put, settings: Settings, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker blocks in Redis for half the time for which its client reads: here the next poll is minutes away."""
+    monkeypatch.setattr("giantleap.service.jobqueue.consumer._POLL_S", 600.0)
+    with (
+        redis.Redis.from_url(str(settings.redis_url), socket_timeout=600) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        waiting = pool.submit(JobConsumer(client, settings, ["pocket"], "w").claim, 1, 300.0)
+        wait_until(lambda: any(each["cmd"] == "xread" for each in redis_client.client_list()), "the worker waits")
+        job = put()
+        assert [claim.job for claim in waiting.result(120)] == [job]
 
 
 def test_idle_claim_returns_nothing_after_its_time(open_consumer: Any) -> None:
     worker = open_consumer()
     started_s = time.perf_counter()
     assert worker.claim(1, 0.4) == []
-    assert 0.35 < time.perf_counter() - started_s < 20.0
+    assert time.perf_counter() - started_s > 0.35
 
 
 def test_idle_claim_outlives_a_master_that_becomes_a_replica(open_consumer: Any, redis_client: redis.Redis) -> None:
@@ -275,12 +277,12 @@ def test_lease_is_kept_past_the_visibility_timeout(put: Put, open_consumer: Any)
 
 def test_heartbeat_does_not_take_a_lost_job_back(put: Put, open_consumer: Any, make_stale: Any) -> None:
     put()
-    worker, rival = open_consumer(lease=False), open_consumer()
+    worker, rival = open_consumer(lease=False, visibility_timeout_s=1.0), open_consumer()
     late = take_one(worker)
     make_stale(late)
     owned = take_one(rival)
     worker.open()
-    time.sleep(0.8)
+    time.sleep(0.8)  # three heartbeats
     assert not worker.complete(late, [], {}, [])
     assert rival.complete(owned, [], {}, [])
     worker.close()
@@ -291,7 +293,7 @@ def test_leases_are_kept_again_after_an_error_that_nobody_foresaw(
 ) -> None:
     """The thread that keeps them must not die while its worker goes on: another would take each of its jobs."""
     workers = f"{Keys(settings.key_prefix).tag}:workers"
-    open_consumer()
+    open_consumer(visibility_timeout_s=1.0)
     redis_client.set(workers, "somebody's")  # no set: every heartbeat fails
     time.sleep(0.8)  # three of them
     redis_client.delete(workers)
@@ -346,7 +348,7 @@ def test_retry_waits_twice_as_long_each_time_and_ends_in_the_dead_letters(
         waits_s.append(time.perf_counter() - started_s)
         assert (claim.delivery, claim.body) == (delivery, b"latent")
         assert worker.fail(claim, dataclasses.replace(FLAKY, detail=f"lost device {delivery}"))
-    assert 0.15 < waits_s[1] < 30.0 and 0.35 < waits_s[2] < 30.0
+    assert waits_s[1] > 0.15 and waits_s[2] > 0.35
     assert state_of(job) == "failed"
     assert worker.claim(1, 0.3) == []
     letters: Any = redis_client.xrange(Keys(settings.key_prefix).dead)
@@ -447,7 +449,7 @@ def test_claim_without_redis_returns_nothing_in_its_time(settings: Settings) -> 
     worker = JobConsumer(open_redis("redis://127.0.0.1:1/0"), settings, ["pocket"], "w")
     started_s = time.perf_counter()
     assert worker.claim(1, 0.5) == []
-    assert 0.4 < time.perf_counter() - started_s < 30.0
+    assert time.perf_counter() - started_s > 0.4
 
 
 def test_claim_goes_on_after_redis_forgot_scripts_and_streams(

@@ -206,22 +206,21 @@ async def test_a_crowd_is_refused_without_a_look_at_the_queue_for_each(
         assert 1 <= looks < 40
 
 
-async def test_wait_wakes_at_once_when_the_job_ends(open_producer: Any, open_consumer: Any, make_job: Any) -> None:
+async def test_the_end_of_a_job_wakes_its_waiters_and_not_a_poll(
+    open_producer: Any, open_consumer: Any, make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("giantleap.service.jobqueue.producer._POLL_S", 600.0)
     async with open_producer() as producer:
         jobs = [make_job() for _ in range(5)]
         for job in jobs:
             await producer.enqueue(job)
         worker = open_consumer()
-        waits = [asyncio.create_task(producer.wait(job.id, 30.0)) for job in jobs]
+        waits = [asyncio.create_task(producer.wait(job.id, 300.0)) for job in jobs]
         await asyncio.sleep(0.2)
-        lags_s = []
         for claim in await asyncio.to_thread(worker.claim, 5, 1.0):
             await asyncio.to_thread(worker.complete, claim, [(PNG, b"png")], {}, [])
-            started_s = time.perf_counter()
-            record = await waits[[job.id for job in jobs].index(claim.job.id)]
-            lags_s.append(time.perf_counter() - started_s)
+            record = await asyncio.wait_for(waits[[job.id for job in jobs].index(claim.job.id)], 120)
             assert record.state is JobState.SUCCEEDED
-        assert sorted(lags_s)[0] < 0.5, "woken by the message, not by the poll each second"
 
 
 async def test_wait_for_a_new_job_takes_its_end_from_the_message(
@@ -295,7 +294,7 @@ async def test_wait_gives_the_latest_record_at_its_timeout(open_producer: Any, m
         await producer.enqueue(job)
         started_s = time.perf_counter()
         assert (await producer.wait(job.id, 0.3)).state is JobState.QUEUED
-        assert 0.25 < time.perf_counter() - started_s < 20.0
+        assert time.perf_counter() - started_s > 0.25
         with pytest.raises(NotFound):
             await producer.wait("no-such-job", 5.0)
 
@@ -422,10 +421,10 @@ async def test_no_log_line_and_no_dead_letter_holds_a_prompt(
         with pytest.raises(QueueFull) as refused:
             await producer.enqueue(make_job(prompt="violet secret"))
         assert "violet" not in refused.value.detail
-        slow, quick = open_consumer(lease=False), open_consumer()
+        slow, quick = open_consumer(lease=False, visibility_timeout_s=1.0), open_consumer(visibility_timeout_s=1.0)
         [late] = slow.claim(1, 1.0)
         await asyncio.sleep(1.1)
-        [claim] = quick.claim(1, 3.0)
+        [claim] = quick.claim(1, 60.0)
         assert not slow.complete(late, [], {}, [])
         quick.fail(claim, JobError("invalid_request", "NaN in the latent"))
     assert "ended too late" in caplog.text

@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -271,9 +270,7 @@ def test_a_receiver_that_is_away_costs_no_request() -> None:
     for _ in range(100):
         with tracing.request("GET", None):
             pass
-    started_s = time.monotonic()
     tracing.close()
-    assert time.monotonic() - started_s < 60
 
 
 def test_an_endpoint_without_what_sends_stops_the_start() -> None:

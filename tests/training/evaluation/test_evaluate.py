@@ -133,7 +133,8 @@ def test_report_sheet_and_plots_are_written(report: dict[str, Any]) -> None:
     text = (out / "evaluation.md").read_text()
     assert "| x2 | lua |" in text and "Wasserstein-1" in text and "not available" not in text
     columns = 1 + 2 * 3 + 0  # target, and for each scale bicubic pixels and two sets of weights
-    assert Image.open(out / "sheet.png").size == (columns * 256, 3 * (256 + 18))
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.size == (columns * 256, 3 * (256 + 18))
     for scale in (2, 4):
         plot = np.array(Image.open(out / f"distributions_x{scale}.png"))
         assert plot.shape == (560, 920, 3)
