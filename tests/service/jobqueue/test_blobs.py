@@ -29,7 +29,7 @@ async def test_a_refused_job_leaves_no_input(
         taken = make_job()
         assert (await producer.enqueue(taken, b"abc")).created
         assert not (await producer.enqueue(taken, b"abc")).created
-        for _ in range(3):  # the second and third are asked for before their body is sent
+        for _ in range(3):  # the second and third are refused before their body is sent
             with pytest.raises(QueueFull):
                 await producer.enqueue(make_job(), b"xyz")
         assert redis_client.get(keys.input(taken.id)) == b"abc"

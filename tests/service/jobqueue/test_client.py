@@ -143,7 +143,7 @@ def claim_one(consumer: JobConsumer) -> Claim:
 
 
 def end(consumer: JobConsumer, bodies: list[bytes | None]) -> None:
-    """One job succeeds with an event and a result, one fails, one is handed back."""
+    """One job succeeds with an event and a result, one fails, one is released."""
     for ended in ("complete", "fail", "release"):
         claim = claim_one(consumer)
         bodies.append(claim.body)
@@ -171,7 +171,7 @@ async def test_the_whole_life_of_jobs_on_a_cluster(
             return any(dict(each.client.pubsub_numsub(keys.done_channel))[keys.done_channel] for each in nodes)
 
         await asyncio.to_thread(wait_until, subscribed, "the producer listens")
-        done, failed, handed = jobs = [make_job() for _ in range(3)]
+        done, failed, released = jobs = [make_job() for _ in range(3)]
         assert (await producer.enqueue(done, b"input", idempotency_key="k")).created
         assert not (await producer.enqueue(done, b"input", idempotency_key="k")).created
         for job in jobs[1:]:
@@ -185,7 +185,7 @@ async def test_the_whole_life_of_jobs_on_a_cluster(
         assert [event.name async for event in producer.events(done.id)] == ["queued", "started", "step", "done"]
         record = await producer.get(failed.id)
         assert record is not None and record.state is JobState.FAILED
-        canceled = await producer.cancel(handed.id)
+        canceled = await producer.cancel(released.id)
         assert canceled is not None and canceled.state is JobState.CANCELED
         stats = await producer.stats()
         assert (stats.live_workers, stats.processing, stats.dead_lettered) == (1, 0, 1)

@@ -48,23 +48,23 @@ async def test_requests_get_503_with_retry_after_and_reading_goes_on(full_settin
     with live_server(create_app(full_settings)) as url:
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
             headers = {"Prefer": "respond-async"}
-            kept = (await client.post("/generate", json={"prompt": "a"}, headers=headers)).json()
+            created = (await client.post("/generate", json={"prompt": "a"}, headers=headers)).json()
             set_full(full_settings, True)
             for answer in (
                 await client.post("/generate", json={"prompt": "a"}, headers=headers),
                 await client.post("/generate", json={"prompt": "a"}),
                 await client.put(f"/jobs/{uuid.uuid4()}", json={"prompt": "a"}),
-                await client.delete(kept["status_url"]),
+                await client.delete(created["status_url"]),
             ):
                 assert answer.status_code == 503 and answer.json()["code"] == "not_ready", answer.text
                 assert answer.json()["retryable"] and int(answer.headers["retry-after"]) >= 1
             openai = await client.post("/v1/images/generations", json={"prompt": "a"})
             assert openai.status_code == 503 and openai.json()["error"] and int(openai.headers["retry-after"]) >= 1
-            assert (await client.get(kept["status_url"])).json()["status"] == "queued"
-            assert [job["id"] for job in (await client.get("/jobs")).json()["jobs"]] == [kept["id"]]
+            assert (await client.get(created["status_url"])).json()["status"] == "queued"
+            assert [job["id"] for job in (await client.get("/jobs")).json()["jobs"]] == [created["id"]]
             assert (await client.get("/metrics")).status_code == 200
             set_full(full_settings, False)
-            assert (await client.delete(kept["status_url"])).json()["status"] == "canceled"
+            assert (await client.delete(created["status_url"])).json()["status"] == "canceled"
             assert (await client.post("/generate", json={"prompt": "a"}, headers=headers)).status_code == 202
 
 

@@ -151,20 +151,20 @@ async def test_canceled_queued_job_is_final_at_once_and_never_claimed(
     open_producer: Any, open_consumer: Any, make_job: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     async with open_producer() as producer:
-        gone, kept = make_job(), make_job()
+        gone, queued = make_job(), make_job()
         await producer.enqueue(gone, b"latent")
-        await producer.enqueue(kept)
+        await producer.enqueue(queued)
         record = await producer.cancel(gone.id)
         assert record is not None
         assert (record.state, record.cancel_requested) == (JobState.CANCELED, True)
         assert (await producer.wait(gone.id, 5.0)).state is JobState.CANCELED
         assert [event.name for event in await read_events(producer, gone.id)] == ["queued", "done"]
-        waiting = await producer.get(kept.id)
+        waiting = await producer.get(queued.id)
         assert waiting is not None and waiting.queue_position == 0
         assert (await producer.stats()).blob_bytes == 0
         stream = Keys(settings.key_prefix).stream("pocket:high")
         assert redis_client.xlen(stream) == 2, "the message stays, so that the group's lag stays known"
-        assert [claim.job.id for claim in open_consumer().claim(8, 1.0)] == [kept.id]
+        assert [claim.job.id for claim in open_consumer().claim(8, 1.0)] == [queued.id]
         assert redis_client.xlen(stream) == 1
         [group] = redis_client.xinfo_groups(stream)
         assert group.get("lag", 0) == 0, "null where the server cannot tell"
@@ -250,9 +250,9 @@ async def test_wait_for_a_new_job_takes_its_end_from_the_message(
         while early.id not in producer._completions._outcomes:
             assert time.monotonic() < deadline_s
             await asyncio.sleep(0.01)
-        told = await producer.wait(early.id, 600.0, created=early)
-        assert (told.state, told.warnings) == (JobState.SUCCEEDED, ("a word of warning",))
-        assert told == await get(early.id)
+        record = await producer.wait(early.id, 600.0, created=early)
+        assert (record.state, record.warnings) == (JobState.SUCCEEDED, ("a word of warning",))
+        assert record == await get(early.id)
         await producer.enqueue(late)
         waiting = asyncio.create_task(producer.wait(late.id, 600.0, created=late))
         [claim] = await asyncio.to_thread(worker.claim, 1, 30.0)
@@ -279,7 +279,7 @@ async def test_wait_for_a_new_job_outlives_a_message_that_never_comes(
     open_producer: Any, open_consumer: Any, make_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_producer() as producer:
-        monkeypatch.setattr(producer._completions, "on_completion", lambda told: None)
+        monkeypatch.setattr(producer._completions, "on_completion", lambda record: None)
         job = make_job()
         await producer.enqueue(job)
         worker = open_consumer()

@@ -30,7 +30,7 @@ StartWorker = Callable[..., "subprocess.Popen[bytes]"]
 
 @pytest.fixture
 def start_worker(settings: Settings, redis_url: str) -> Iterator[StartWorker]:
-    """Starts fake workers, with the test's own server and keys unless told otherwise; kills what is left of them."""
+    """Starts fake workers, with the test's own server and keys by default; kills those that are left."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(url: str = redis_url, visibility_s: float = 1.0) -> "subprocess.Popen[bytes]":

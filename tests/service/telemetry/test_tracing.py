@@ -175,8 +175,8 @@ def test_one_trace_from_the_request_to_the_last_stage(
     run = next(line for line in lines if line["message"] == "job ended")
     assert (run["trace_id"], run["job_id"]) == (TRACE_ID, job_id)
     assert not [line for line in lines if line.get("route") == "/metrics"], "scrapes are no news"
-    told = caplog.text + "".join(span.to_json() for span in (server, *ended.values()))
-    assert PROMPT not in told and "sphere" not in told
+    output = caplog.text + "".join(span.to_json() for span in (server, *ended.values()))
+    assert PROMPT not in output and "sphere" not in output
 
 
 def run_batch(consumer: FakeConsumer) -> list[ReadableSpan]:

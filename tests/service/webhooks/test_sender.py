@@ -62,7 +62,7 @@ async def senders(settings: Settings, metrics: Metrics, number: int = 1, **chang
         yield
 
 
-def told(job: Job, receiver: Receiver, events: tuple[FinalState, ...] = FINAL_STATES) -> Job:
+def with_webhook(job: Job, receiver: Receiver, events: tuple[FinalState, ...] = FINAL_STATES) -> Job:
     return dataclasses.replace(job, webhook=Webhook(receiver.url, events))
 
 
@@ -110,7 +110,7 @@ async def test_each_end_of_a_job_is_told_signed_and_once(
     redis_client: redis.Redis,
 ) -> None:
     async with open_producer() as producer:
-        jobs = [told(make_job(), receiver) for _ in range(3)]
+        jobs = [with_webhook(make_job(), receiver) for _ in range(3)]
         for job in jobs:
             await producer.enqueue(job)
         await producer.cancel(jobs[2].id)
@@ -144,8 +144,8 @@ async def test_only_the_states_that_were_asked_for_are_told(
     redis_client: redis.Redis,
 ) -> None:
     async with open_producer() as producer:
-        quiet, plain = told(make_job(), receiver, ("failed",)), make_job()
-        loud = told(make_job(), receiver, ("failed", "canceled"))
+        quiet, plain = with_webhook(make_job(), receiver, ("failed",)), make_job()
+        loud = with_webhook(make_job(), receiver, ("failed", "canceled"))
         for job in (quiet, plain, loud):
             await end_one(producer, job)
         waiting: list[Any] = redis_client.zrange(f"{Keys(settings.key_prefix).tag}:webhooks", 0, -1)
@@ -164,7 +164,7 @@ async def test_a_receiver_that_fails_is_asked_again_with_the_same_body(
 ) -> None:
     receiver.answers = [500, 302, 404]
     async with open_producer() as producer:
-        await end_one(producer, told(make_job(), receiver))
+        await end_one(producer, with_webhook(make_job(), receiver))
         async with senders(settings, metrics):
             await asyncio.to_thread(receiver.wait_for, 4, lambda: waiting(redis_client, settings) == 0)
         assert len({body for _, _, body in receiver.got}) == 1
@@ -213,7 +213,7 @@ async def test_a_target_that_is_not_allowed_any_more_is_never_connected_to(
     changes: dict[str, Any],
 ) -> None:
     async with open_producer() as producer:
-        await end_one(producer, told(make_job(), receiver))
+        await end_one(producer, with_webhook(make_job(), receiver))
         async with senders(settings, metrics, **changes):
             await wait_for_retries(metrics, 2)
         assert receiver.got == []
@@ -241,7 +241,7 @@ async def test_what_a_lost_sender_had_taken_is_sent_by_another_when_its_lease_en
     redis_client: redis.Redis,
 ) -> None:
     async with open_producer() as producer:
-        await end_one(producer, told(make_job(), receiver))
+        await end_one(producer, with_webhook(make_job(), receiver))
         assert settings.redis_url is not None
         async with open_async_redis(settings.redis_url) as client:
             lost = AsyncScriptRunner(client, settings)

@@ -120,7 +120,7 @@ async def test_a_resolver_that_hangs_or_fails_is_a_refusal(monkeypatch: pytest.M
 
 
 class Recorder(httpcore.AsyncNetworkBackend):
-    """Notes where it was told to connect; `gone` addresses do not answer. Streams are empty."""
+    """Records where it is to connect; `gone` addresses do not answer. Streams are empty."""
 
     def __init__(self, *gone: str) -> None:
         self.gone = gone
@@ -197,17 +197,17 @@ def test_only_hosts_of_the_list_are_allowed(host: str, listed: bool) -> None:
 
 
 async def test_a_host_that_is_not_on_the_list_is_not_even_resolved() -> None:
-    asked: list[str] = []
+    resolved: list[str] = []
 
     async def resolve(host: str, port: int) -> Sequence[str]:
-        asked.append(host)
+        resolved.append(host)
         return ("8.8.8.8",)
 
     inner = Recorder()
     backend = CheckedBackend(True, resolve, inner, ("hooks.example.org",))
     with pytest.raises(TargetRefused, match="not on the list"):
         await post(backend, "http://other.example.org/")
-    assert asked == [] and inner.connected == []
+    assert resolved == [] and inner.connected == []
     assert await post(backend, "http://hooks.example.org/") == 200 and inner.connected == ["8.8.8.8"]
 
 
