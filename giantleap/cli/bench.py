@@ -26,10 +26,10 @@ app = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
 
 @app.command()
 def protocol(
-    scale: Annotated[list[float] | None, typer.Option(help="Scales to time; none: all of the method.")] = None,
+    scale: Annotated[list[float] | None, typer.Option(help="Scales to time; by default all of the method.")] = None,
     method: MethodOption = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
-    warmups: Annotated[int, typer.Option(help="Runs thrown away first.", min=0)] = 20,
+    warmups: Annotated[int, typer.Option(help="Runs before those that count.", min=0)] = 20,
     runs: Annotated[int, typer.Option(help="Runs that count.", min=1)] = 20,
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the results as JSON lines.")] = None,
     bundle: BundleOption = None,
@@ -50,10 +50,10 @@ def protocol(
         stop(to_message(error))
     route = open_bundle_route(settings, served)
     defaults, results = served.defaults, []
-    for each in scales:
+    for factor in scales:
         base_px = (defaults.base_width_px, defaults.base_height_px)
-        plan = ProtocolPlan(each, *base_px, steps or defaults.steps, chosen, warmups, runs)
-        timed = tqdm(time_runs(route, plan), total=warmups + runs, desc=f"x{each}", unit="run")
+        plan = ProtocolPlan(factor, *base_px, steps or defaults.steps, chosen, warmups, runs)
+        timed = tqdm(time_runs(route, plan), total=warmups + runs, desc=f"x{factor}", unit="run")
         results.append(to_result(route, plan, list(timed)))
     typer.echo(to_table(results))
     if json_out is not None:
@@ -62,15 +62,15 @@ def protocol(
 
 @app.command()
 def engines(
-    scale: Annotated[list[float] | None, typer.Option(help="Scales to time; none: all.")] = None,
+    scale: Annotated[list[float] | None, typer.Option(help="Scales to time; by default all.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Also torch-compile, which takes minutes.")] = False,
-    warmups: Annotated[int, typer.Option(help="Runs thrown away first.", min=0)] = 3,
+    warmups: Annotated[int, typer.Option(help="Runs before those that count.", min=0)] = 3,
     runs: Annotated[int, typer.Option(help="Runs that count.", min=1)] = 10,
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the rows as JSON lines.")] = None,
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Time every engine that can run LUA here, in turns, with its error: the table to choose GIANTLEAP_ENGINE by."""
+    """Time every engine that runs LUA here, in turns, with its error: a table for choosing GIANTLEAP_ENGINE."""
     settings = settings_from(bundle=bundle, device=device)
     served = read_bundles(settings)[0]
 

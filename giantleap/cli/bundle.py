@@ -1,6 +1,6 @@
-"""`giantleap bundle list | show | pull | check`: the bundles that can be had, and whether one runs here.
+"""`giantleap bundle list | show | pull | check`: the bundles that are available, and whether one runs here.
 
-A bundle is named by its directory, or by its name: then it is the one that was pulled, else the shipped descriptor.
+A bundle is given by its directory or by its name; a pulled bundle comes before the shipped descriptor of that name.
 `giantleap.cli.main` mounts these commands. Heavy modules (torch, diffusers, huggingface_hub) are imported inside them.
 """
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from giantleap.cli.options import DeviceOption, settings_from, stop, stop_if_on_hub
-from giantleap.models.bundle.bundle import DESCRIPTOR, Bundle, BundleError, ModelSource, read_bundle
+from giantleap.cli.options import DeviceOption, read_bundle_or_stop, settings_from, stop, stop_if_on_hub
+from giantleap.models.bundle.bundle import DESCRIPTOR, Bundle, BundleError, ModelSource
 from giantleap.models.bundle.descriptor import METHODS, Method
 from giantleap.service.settings import POCKET_BUNDLE
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SHIPPED = POCKET_BUNDLE.parent
 PULLED = "bundles"  # below the data directory of the settings
 
-app = typer.Typer(no_args_is_help=True, help="Bundles: what can be served, and what it takes.")
+app = typer.Typer(no_args_is_help=True, help="Bundles: list, describe, download and check them.")
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundle, or its directory.")]
 
@@ -31,15 +31,15 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a bun
 def list_bundles() -> None:
     """List the bundles that are shipped or pulled, with their methods."""
     for directory in _all_bundles():
-        bundle = _read(directory)
+        bundle = read_bundle_or_stop(directory)
         place = "on the hub" if isinstance(bundle.pipeline, str) else str(directory)
         typer.echo(f"{bundle.name:<15} {', '.join(bundle.methods):<30} {bundle.about.license:<38} {place}")
 
 
 @app.command()
 def show(name: NameArgument) -> None:
-    """Say everything about one bundle: parts, methods, sizes, defaults, license."""
-    bundle = _read(_find(name))
+    """Describe one bundle: parts, methods, sizes, defaults, license."""
+    bundle = read_bundle_or_stop(_find(name))
     about, defaults, limits, space = bundle.about, bundle.defaults, bundle.limits, bundle.latent_space
     typer.echo(f"{bundle.name}  {about.title}")
     typer.echo(f"  license     {about.license}")
@@ -47,7 +47,9 @@ def show(name: NameArgument) -> None:
         typer.echo(f"              {about.license_notes}")
     typer.echo(f"  provenance  {about.provenance}")
     typer.echo(f"  pipeline    {_place(ModelSource(bundle.pipeline, bundle.revision))}")
-    typer.echo(f"  dtype       {bundle.dtype or 'as the settings say'}; scheduler {bundle.scheduler or 'its own'}")
+    typer.echo(
+        f"  dtype       {bundle.dtype or 'by GIANTLEAP_DTYPE'}; scheduler {bundle.scheduler or 'of the pipeline'}"
+    )
     typer.echo(f"  vae         {'that of the pipeline' if bundle.vae is None else _place(bundle.vae)}")
     typer.echo(f"  tiny vae    {'none' if bundle.tiny_vae is None else _place(bundle.tiny_vae)}")
     typer.echo(f"  latents     {space.name}: {space.channels} channels, stride {space.stride_px} px")
@@ -64,32 +66,34 @@ def show(name: NameArgument) -> None:
 @app.command()
 def pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped bundle, or a directory with one.")],
-    to: Annotated[Path | None, typer.Option(help="Directory; else bundles/NAME below GIANTLEAP_DATA_DIR.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Directory to write; by default bundles/NAME in GIANTLEAP_DATA_DIR.")
+    ] = None,
 ) -> None:
-    """Fetch everything that a bundle names from the Hugging Face hub; run again after a break, it goes on."""
+    """Download all files of a bundle from the Hugging Face hub; a second run resumes an interrupted one."""
     from giantleap.models.bundle.hub import PUBLIC_HUB, Hub, HubError
     from giantleap.models.bundle.pull import pull_bundle
     from giantleap.models.lua.checkpoints import CheckpointError
 
-    bundle = _read(_find(name, among_pulled=False))
+    bundle = read_bundle_or_stop(_find(name, among_pulled=False))
     target = _pulled_dir() / bundle.name if to is None else to
     try:
-        done = pull_bundle(bundle, target, Hub(os.environ.get("HF_ENDPOINT", PUBLIC_HUB)), typer.echo)
+        pulled = pull_bundle(bundle, target, Hub(os.environ.get("HF_ENDPOINT", PUBLIC_HUB)), typer.echo)
     except (BundleError, CheckpointError, HubError, OSError) as error:
         stop(str(error))
-    typer.echo(f"bundle {done.name} is in {target}; serve it with: giantleap serve --bundle {target}")
-    _tell_missing(done)
+    typer.echo(f"bundle {pulled.name} is in {target}; serve it with: giantleap serve --bundle {target}")
+    _print_missing(pulled)
 
 
 @app.command()
 def check(
     name: NameArgument,
-    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}; else the bundle's default.")] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}; by default the bundle's.")] = None,
     device: DeviceOption = None,
 ) -> None:
     """Compare a bundle's files with their digests, load it and draw one image with one denoising step."""
     settings = settings_from(device=device)
-    bundle = _read(_find(name))
+    bundle = read_bundle_or_stop(_find(name))
     stop_if_on_hub(bundle)
     chosen = _choose_method(bundle, method)
 
@@ -104,10 +108,10 @@ def check(
     except (ValueError, OSError, CheckpointError) as error:
         named = f"bundle {bundle.name}: "
         stop(named + str(error).removeprefix(named))
-    _tell_missing(bundle)
+    _print_missing(bundle)
 
 
-def _draw_once(route: "Route", bundle: Bundle, method: Method, say: Callable[[str], object]) -> None:
+def _draw_once(route: "Route", bundle: Bundle, method: Method, report: Callable[[str], object]) -> None:
     from giantleap.models.generator import GenerationItem
 
     defaults = bundle.defaults
@@ -128,15 +132,17 @@ def _draw_once(route: "Route", bundle: Bundle, method: Method, say: Callable[[st
     stages = "  ".join(f"{stage} {duration_s:.2f} s" for stage, duration_s in clock.stages_s.items())
     peak = route.peak_memory()
     dtype = str(route.dtype).removeprefix("torch.")
-    say(f"bundle {bundle.name} runs: base {width_px} x {height_px} px, method {method} x{scale}, {width} x {height} px")
-    say(f"  {stages}")
-    say(f"  {route.device}, {dtype}, peak {peak.size_bytes / 1e9:.2f} GB ({peak.source})")
+    report(
+        f"bundle {bundle.name} runs: base {width_px} x {height_px} px, method {method} x{scale}, {width} x {height} px"
+    )
+    report(f"  {stages}")
+    report(f"  {route.device}, {dtype}, peak {peak.size_bytes / 1e9:.2f} GB ({peak.source})")
 
 
 def _choose_method(bundle: Bundle, name: str | None) -> Method:
     chosen: Method | None = bundle.defaults.method if name is None else next((m for m in METHODS if m == name), None)
     if chosen is None:
-        stop(f"method {name}: there are {', '.join(METHODS)}")
+        stop(f"unknown method {name}; choose one of {', '.join(METHODS)}")
     if reason := bundle.unavailable_reason(chosen):
         stop(reason)
     return chosen
@@ -144,16 +150,16 @@ def _choose_method(bundle: Bundle, name: str | None) -> Method:
 
 def _offer(bundle: Bundle, method: Method) -> str:
     if reason := bundle.unavailable_reason(method):
-        return f"not there: {reason}"
+        return f"not available: {reason}"
     if method == "direct":
         return f"sides up to {bundle.limits.max_direct_px} px"
     return ", ".join(f"x{scale}" for scale in bundle.scales_of(method))
 
 
-def _tell_missing(bundle: Bundle) -> None:
+def _print_missing(bundle: Bundle) -> None:
     for method in METHODS:
         if reason := bundle.unavailable_reason(method):
-            typer.echo(f"  without {method}: {reason}")
+            typer.echo(f"  {method} is not available: {reason}")
 
 
 def _place(source: ModelSource) -> str:
@@ -169,23 +175,16 @@ def _pulled_dir() -> Path:
 
 
 def _all_bundles() -> list[Path]:
-    """The pulled ones, and the shipped ones that were not."""
-    found = {path.parent.name: path.parent for path in sorted(SHIPPED.glob(f"*/{DESCRIPTOR}"))}
-    found |= {path.parent.name: path.parent for path in sorted(_pulled_dir().glob(f"*/{DESCRIPTOR}"))}
-    return [found[name] for name in sorted(found)]
+    """Directories of the pulled bundles and of the shipped ones that were not pulled."""
+    directories = {path.parent.name: path.parent for path in sorted(SHIPPED.glob(f"*/{DESCRIPTOR}"))}
+    directories |= {path.parent.name: path.parent for path in sorted(_pulled_dir().glob(f"*/{DESCRIPTOR}"))}
+    return [directories[name] for name in sorted(directories)]
 
 
 def _find(name: str, among_pulled: bool = True) -> Path:
     places = [Path(name), *([_pulled_dir() / name] if among_pulled else []), SHIPPED / name]
-    found = next(filter(_is_bundle, places), None)
-    if found is None:
+    directory = next(filter(_is_bundle, places), None)
+    if directory is None:
         known = ", ".join(path.name for path in _all_bundles())
-        stop(f"{name} is no directory with {DESCRIPTOR} and no bundle; there are {known}")
-    return found
-
-
-def _read(directory: Path) -> Bundle:
-    try:
-        return read_bundle(directory)
-    except BundleError as error:
-        stop(str(error))
+        stop(f"{name} is neither a directory with {DESCRIPTOR} nor a known bundle; the known ones are {known}")
+    return directory

@@ -1,6 +1,6 @@
-"""What `make demo` runs: starts the whole service, posts one prompt at x2 and at x4, writes the images, stops it.
+"""Run by `make demo`: starts the whole service, posts one prompt at x2 and at x4, writes the images, stops it.
 
-It uses the service as any client does, over HTTP only, so it is also the shortest example of one.
+It uses the service over HTTP only, so it is also a minimal client.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running_service(*options: str) -> Iterator[str]:
-    """Run `giantleap serve` with an embedded Redis in a directory of its own; yields the base URL once it is ready.
+    """Run `giantleap serve` with an embedded Redis in a temporary directory; yield the base URL once it is ready.
 
     Raises:
         RuntimeError: the service ended, or was not ready in time.
@@ -55,7 +55,7 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline_s = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline_s:
         if process.poll() is not None:
-            raise RuntimeError(f"the service ended with code {process.returncode}; its log above says why")
+            raise RuntimeError(f"the service ended with code {process.returncode}; see its log above")
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
                 return
@@ -64,27 +64,27 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def draw(url: str, prompt: str, scale: int, seed: int) -> tuple[bytes, dict[str, float]]:
-    """One PNG from a running service, and its stage times in seconds (header `Server-Timing`, in milliseconds)."""
-    answer = httpx.post(
+    """One PNG from a running service, and its stage times in seconds, from the header `Server-Timing`."""
+    response = httpx.post(
         f"{url}/generate",
         json={"prompt": prompt, "scale": scale, "seed": seed},
         headers={"Accept": "image/png"},
         timeout=300,
     )
-    answer.raise_for_status()
-    stages = re.findall(r"([\w-]+);dur=([\d.]+)", answer.headers["Server-Timing"])
-    return answer.content, {name: float(duration_ms) / 1000 for name, duration_ms in stages}
+    response.raise_for_status()
+    stages = re.findall(r"([\w-]+);dur=([\d.]+)", response.headers["Server-Timing"])
+    return response.content, {name: float(duration_ms) / 1000 for name, duration_ms in stages}
 
 
 def main() -> None:
-    """Draw `out/demo_x2.png` and `out/demo_x4.png` and print the stage times."""
+    """Write `out/demo_x2.png` and `out/demo_x4.png` and print the stage times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out"), help="directory of the images")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("GIANTLEAP_LOG_LEVEL", "warning")  # of the service, whose log would hide the two lines below
+    os.environ.setdefault("GIANTLEAP_LOG_LEVEL", "warning")  # or the service's log hides the lines below
     with running_service() as url:
         for scale in (2, 4):
             image, stages = draw(url, options.prompt, scale, options.seed)

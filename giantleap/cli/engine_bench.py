@@ -1,7 +1,7 @@
-"""Times every engine that can run a bundle's LUA here, interleaved, and compares what they answer.
+"""Times every engine that runs a bundle's LUA here, interleaved, and compares their results.
 
-`giantleap bench engines` prints the table. Interleaving makes ratios hold on a busy machine: whatever slows one engine
-slows its neighbours. Imports torch.
+`giantleap bench engines` prints the table. Interleaving keeps ratios valid on a busy machine: what slows one engine
+slows the others too. Imports torch.
 """
 
 import statistics
@@ -37,17 +37,19 @@ class Timing:
 
     @property
     def median_s(self) -> float:
+        """Median of the calls."""
         return statistics.median(self.wall_s)
 
     @property
     def p95_s(self) -> float:
+        """95th percentile of the calls."""
         return to_statistics(self.wall_s).p95_s
 
 
 def interleave(
     calls: Mapping[str, Callable[[], object]], warmups: int, runs: int, device: torch.device
 ) -> dict[str, Timing]:
-    """Time calls in turns, the device at rest at both ends of each."""
+    """Time the calls in turns, with the device synchronized before and after each."""
     walls: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(warmups + runs):
         for name, call in calls.items():
@@ -80,6 +82,7 @@ class EngineRow:
     reason: str | None = None
 
     def to_record(self) -> dict[str, object]:
+        """The row as JSON."""
         return asdict(self)
 
 
@@ -89,10 +92,10 @@ def open_engines(
     """All engines that run here, by a name such as `torch bfloat16`, and why the others do not.
 
     Args:
-        bundle: With a LUA.
-        settings: Say where artifacts lie.
-        device: Where to run.
-        compiled: Whether to wait for those that compile at their first latent, which takes minutes.
+        bundle: A bundle with a LUA.
+        settings: Name the directory of artifacts.
+        device: Device of every engine.
+        compiled: Whether to include engines that compile at their first latent, which takes minutes.
     """
     engines: dict[str, Engine] = {}
     reasons: dict[str, str] = {}
@@ -103,7 +106,7 @@ def open_engines(
         for dtype in (torch.float32,) if own_dtype else DTYPES:
             label = name if own_dtype else f"{name} {str(dtype).removeprefix('torch.')}"
             if name in SLOW_TO_COMPILE and not compiled:
-                reasons[label] = "left out; add --compile, which takes minutes"
+                reasons[label] = "skipped; include it with --compile, which takes minutes"
                 continue
             try:
                 artifacts = find_artifacts(bundle, settings.model_copy(update={"engine": name}), device)
@@ -124,7 +127,7 @@ def measure_engines(
     warmups: int,
     runs: int,
 ) -> list[EngineRow]:
-    """Draw one latent of the bundle's base size and enlarge it by every engine.
+    """Generate one latent of the bundle's base size and upscale it with every engine.
 
     Raises:
         ValueError: the bundle has no LUA, or cannot be loaded.
@@ -161,7 +164,7 @@ def measure_engines(
 
 
 def to_table(rows: Sequence[EngineRow]) -> str:
-    """The rows as text, by scale and fastest first, then those that do not run."""
+    """The rows as text, by scale and fastest first, then the engines that do not run."""
     names = ("engine", "type", "scale", "latent", "median", "p95", "speed", "error", "image")
     lines = ["{:<14}{:<10}{:>5}{:>10}{:>12}{:>12}{:>8}{:>10}{:>8}".format(*names)]
     for row in sorted((row for row in rows if row.reason is None), key=lambda row: (row.scale, row.median_ms)):
@@ -179,9 +182,11 @@ def _split(label: str) -> tuple[str, str]:
 
 
 def _draw(route: Route, bundle: Bundle) -> Tensor:
-    said = bundle.defaults
-    item = GenerationItem("", "", 0, said.base_width_px, said.base_height_px, said.steps, said.guidance_scale)
+    defaults = bundle.defaults
+    item = GenerationItem(
+        "", "", 0, defaults.base_width_px, defaults.base_height_px, defaults.steps, defaults.guidance_scale
+    )
     (latent,) = route.generate([item])
     if latent is None:
-        raise ValueError(f"bundle {bundle.name} drew no latent")
+        raise ValueError(f"bundle {bundle.name} generated no latent")
     return latent[None].float()

@@ -1,6 +1,6 @@
-"""`giantleap export` and `giantleap export check`: artifacts for other engines than torch, compared with it.
+"""`giantleap export` and `giantleap export check`: artifacts for engines other than torch, compared with PyTorch.
 
-`giantleap.cli.main` mounts these commands. Torch and all that follows from it are imported inside them.
+`giantleap.cli.main` mounts these commands. Torch and what imports it are imported inside them.
 """
 
 from pathlib import Path
@@ -8,20 +8,23 @@ from typing import Annotated, get_args
 
 import typer
 
-from giantleap.cli.options import BundleOption, DeviceOption, settings_from, stop
+from giantleap.cli.options import BundleOption, DeviceOption, read_bundle_or_stop, settings_from, stop
 from giantleap.export.manifest import ArtifactError, Compatibility, Part, Precision
-from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
+from giantleap.models.bundle.bundle import BundleError
 from giantleap.models.engines.base import ArtifactEngineName
 from giantleap.service.settings import Settings
 
 app = typer.Typer(invoke_without_command=True, help="Artifacts for onnxruntime, TensorRT and AOTInductor.")
 
-EngineOption = Annotated[ArtifactEngineName, typer.Option(help="What is to run them.")]
-PrecisionOption = Annotated[Precision, typer.Option(help="What the network computes in.")]
-ScaleOption = Annotated[list[int] | None, typer.Option("--scale", help="Scale heads; none: all of the bundle.")]
-PartOption = Annotated[list[str] | None, typer.Option("--part", help="lua, decoder (ONNX only) or both; none: lua.")]
+EngineOption = Annotated[ArtifactEngineName, typer.Option(help="The engine that will run them.")]
+PrecisionOption = Annotated[Precision, typer.Option(help="Type that the network computes in.")]
+ScaleOption = Annotated[list[int] | None, typer.Option("--scale", help="Scale heads; by default all of the bundle.")]
+PartOption = Annotated[
+    list[str] | None, typer.Option("--part", help="lua, decoder (ONNX only) or both; by default lua.")
+]
 OutOption = Annotated[
-    Path | None, typer.Option(help="Directory; none: exports/BUNDLE-ENGINE-PRECISION below GIANTLEAP_DATA_DIR.")
+    Path | None,
+    typer.Option(help="Directory to write; by default exports/BUNDLE-ENGINE-PRECISION in GIANTLEAP_DATA_DIR."),
 ]
 MaxBatchOption = Annotated[int, typer.Option(help="TensorRT: largest batch.", min=1, max=64)]
 WorkspaceOption = Annotated[int, typer.Option(help="TensorRT: memory for kernels, in MiB.", min=1)]
@@ -46,7 +49,7 @@ def export(
     if context.invoked_subcommand is not None:
         return
     settings = settings_from(bundle=bundle, device=device)
-    source = _read(settings)
+    source = read_bundle_or_stop(settings.bundle[0])
 
     from giantleap.export.build import Request, export_bundle
     from giantleap.export.tensorrt_plans import PlanOptions
@@ -67,13 +70,13 @@ def export(
 
 @app.command()
 def check(
-    directory: Annotated[Path, typer.Argument(help="From an earlier export.")],
+    directory: Annotated[Path, typer.Argument(help="An earlier export.")],
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Compare an export with its bundle, with this machine, and each artifact with PyTorch again."""
     settings = settings_from(bundle=bundle, device=device)
-    source = _read(settings)
+    source = read_bundle_or_stop(settings.bundle[0])
 
     from giantleap.export.build import check_directory
     from giantleap.models.device import choose_device
@@ -84,22 +87,15 @@ def check(
         check_directory(directory, source, choose_device(settings.device), typer.echo)
     except (ArtifactError, BundleError, CheckpointError, OSError, ValueError) as error:
         stop(str(error))
-    typer.echo(f"{directory} fits bundle {source.name} and this machine")
+    typer.echo(f"{directory} matches bundle {source.name} and this machine")
 
 
 def _parts(names: list[str] | None) -> tuple[Part, ...]:
     known: tuple[Part, ...] = get_args(Part)
     unknown = set(names or ()) - set(known)
     if unknown:
-        stop(f"part {min(unknown)}: there are {', '.join(known)}")
+        stop(f"unknown part {min(unknown)}; choose from {', '.join(known)}")
     return tuple(part for part in known if part in (names or ("lua",)))
-
-
-def _read(settings: Settings) -> Bundle:
-    try:
-        return read_bundle(settings.bundle[0])
-    except BundleError as error:
-        stop(str(error))
 
 
 def _configure(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""`giantleap keys`: make an API key, list those of the file. The service keeps digests only: a lost key is replaced."""
+"""`giantleap keys`: create an API key, list those of the file, which has digests only: a lost key is replaced."""
 
 import re
 from typing import Annotated
@@ -13,14 +13,18 @@ app = typer.Typer(no_args_is_help=True, help="API keys of GIANTLEAP_API_KEYS_FIL
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Option(help="Whose key it is; jobs belong to this name.")],
-    scope: Annotated[list[Scope], typer.Option(help="What it may do; may be given several times.")],
-    requests_per_minute: Annotated[int | None, typer.Option(help="Most requests for work a minute.", min=1)] = None,
-    max_jobs: Annotated[int | None, typer.Option(help="Most jobs queued and running at once.", min=1)] = None,
+    name: Annotated[str, typer.Option(help="Owner of the key; its jobs belong to this name.")],
+    scope: Annotated[list[Scope], typer.Option(help="What the key may do; repeat for several.")],
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="Limit of requests for work per minute.", min=1)
+    ] = None,
+    max_jobs: Annotated[int | None, typer.Option(help="Limit of jobs queued and running at once.", min=1)] = None,
 ) -> None:
-    """Make a key: it is printed once, to standard output; to standard error goes what to add to the file."""
+    """Create a key: print it once to standard output, and the entry for the file to standard error."""
     if not re.fullmatch(NAME_PATTERN, name):
-        stop("name: 1 to 64 letters, digits, dots, dashes and underscores; the first is a letter or a digit")
+        stop(
+            f"invalid name {name!r}: use 1 to 64 letters, digits, dots, dashes and underscores, first a letter or digit"
+        )
     key, digest = new_key()
     scopes = ", ".join(f'"{each}"' for each in dict.fromkeys(scope))
     lines = ["[[key]]", f'name = "{name}"', f'sha256 = "{digest}"', f"scopes = [{scopes}]"]
@@ -37,7 +41,9 @@ def list_keys() -> None:
     """List the keys of the file: name, first digits of the digest, scopes, limits."""
     path = settings_from().api_keys_file
     if path is None:
-        stop("no keys: GIANTLEAP_API_KEYS_FILE is not set, the service is open to everybody who reaches it")
+        stop(
+            "GIANTLEAP_API_KEYS_FILE is not set: without it the service accepts every request; set it to list its keys"
+        )
     try:
         keys = read_keys(path)
     except KeysFileError as error:

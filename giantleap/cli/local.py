@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def models(bundle: BundleOption = None) -> None:
-    """Print the bundles that the settings name."""
+    """Print the bundles that the settings name: methods, latents, sizes and defaults."""
     for each in read_bundles(settings_from(bundle=bundle)):
         space, defaults = each.latent_space, each.defaults
         typer.echo(f"{each.name}  {each.about.title}  ({each.about.license})")
@@ -51,23 +51,25 @@ def models(bundle: BundleOption = None) -> None:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    prompt: Annotated[str, typer.Argument(help="What the image shows.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Image to write: .png, .jpg or .webp.")],
     scale: Annotated[float | None, typer.Option(help="Enlargement of the base image: 1, 2 or 4.")] = None,
     method: MethodOption = None,
     seed: Annotated[int, typer.Option(help="Same seed, same image.", min=0)] = 0,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the image must not show.")] = None,
     width: Annotated[int | None, typer.Option(help="Width of the final image, px.")] = None,
     height: Annotated[int | None, typer.Option(help="Height of the final image, px.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.", min=0)] = None,
     init_image: Annotated[Path | None, typer.Option(help="Image to start from: .png, .jpg or .webp.")] = None,
-    strength: Annotated[float | None, typer.Option(help="How far to leave that image, 0 to 1.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How far the result may differ from that image, 0 to 1.")
+    ] = None,
     decode: DecodeOption = "exact",
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Draw one image without a service: generate, upscale, decode."""
+    """Make one image without a service: generate, upscale, decode."""
     from giantleap.service.jobs.images import fit_image
     from giantleap.service.jobs.planning import plan_generate
     from giantleap.service.jobs.requests import GenerateRequest
@@ -107,7 +109,7 @@ def generate(
 
 
 def _to_item(params: "GenerateParams", start: bytes | None) -> "GenerationItem":
-    """What the route draws; `start` is the image of the base size that a job with a strength starts from."""
+    """The item to generate; `start` is an image of the base size for a job with a strength."""
     import torch
 
     from giantleap.models.generator import GenerationItem
@@ -125,13 +127,13 @@ def _to_item(params: "GenerateParams", start: bytes | None) -> "GenerationItem":
 
 
 def _draw(route: "Route", item: "GenerationItem", clock: "StageClock") -> "Tensor":
-    """The item's raw latent, while a bar shows the steps."""
+    """Generate the item's raw latent and show the steps in a progress bar."""
     from tqdm import tqdm
 
     with tqdm(total=item.steps, desc="generate", unit="step") as bar, clock.measure("generate"):
         (latent,) = route.generate([item], on_step=lambda step, steps: advance(bar, step))
     if latent is None:
-        stop("the drawing was canceled")
+        stop("the generation was canceled")
     return latent
 
 
@@ -142,9 +144,9 @@ def upscale(
     out: Annotated[Path, typer.Option("-o", "--out", help="Image to write: .png, .jpg or .webp; or .safetensors.")],
     scale: Annotated[float | None, typer.Option(help="Enlargement: 2 or 4.")] = None,
     method: MethodOption = None,
-    scaled: Annotated[bool, typer.Option(help="The latent is as a pipeline returns it, not raw.")] = False,
-    width: Annotated[int | None, typer.Option(help="Of a packed latent: width of its own image, px.")] = None,
-    height: Annotated[int | None, typer.Option(help="Of a packed latent: height of its own image, px.")] = None,
+    scaled: Annotated[bool, typer.Option(help="The latent is scaled, as a pipeline returns it, and not raw.")] = False,
+    width: Annotated[int | None, typer.Option(help="Width of the image of a packed latent, px.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height of the image of a packed latent, px.")] = None,
     decode: DecodeOption = "exact",
     bundle: BundleOption = None,
     device: DeviceOption = None,
@@ -174,7 +176,7 @@ def upscale(
         body = file.read_bytes()
         params, blob = prepare_upscale(query, body, None, served, settings, output_format)
         if params.batch_items != 1:
-            stop(f"{file}: holds {params.batch_items} latents; one is written at a time")
+            stop(f"{file}: holds {params.batch_items} latents; the command takes a file with one")
     except (OSError, ValueError, GiantleapError) as error:
         stop(f"{file}: {to_message(error)}")
 
@@ -198,7 +200,7 @@ def _write_image(out: Path, output_format: "ImageFormat", pixels: "Tensor | None
     from giantleap.models.images import to_image_bytes
 
     if pixels is None:
-        stop("the decoded image holds values that are not finite; nothing was written")
+        stop("the decoded image has values that are not finite; nothing was written")
     with clock.measure("encode"):
         out.write_bytes(to_image_bytes(pixels, output_format))
     _report(out, clock.stages_s)
@@ -215,7 +217,7 @@ def _warn_of_unknown_words(bundle: Bundle, prompt: str) -> None:
 def _image_format(out: Path) -> "ImageFormat":
     formats: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
     if out.suffix.lower() not in formats:
-        stop(f"{out}: the name must end in one of {', '.join(formats)}")
+        stop(f"{out}: unknown image format; the name must end in one of {', '.join(formats)}")
     return formats[out.suffix.lower()]
 
 

@@ -3,6 +3,7 @@
 Modules that are slow to import (torch, the route) are imported inside the functions that need them.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -42,12 +43,17 @@ def settings_from(**options: Any) -> Settings:
     return settings
 
 
-def read_bundles(settings: Settings) -> list[Bundle]:
-    """The bundles that the settings name."""
+def read_bundle_or_stop(directory: Path) -> Bundle:
+    """The bundle in a directory; a wrong one ends the command."""
     try:
-        return [read_bundle(directory) for directory in settings.bundle]
+        return read_bundle(directory)
     except BundleError as error:
         stop(str(error))
+
+
+def read_bundles(settings: Settings) -> list[Bundle]:
+    """The bundles that the settings name."""
+    return [read_bundle_or_stop(directory) for directory in settings.bundle]
 
 
 def open_bundle_route(settings: Settings, bundle: Bundle) -> "Route":

@@ -59,6 +59,7 @@ class ManagedProcess:
 
     @property
     def role(self) -> str:
+        """`api` or `worker`."""
         return self.argv[0]
 
     def read_ready(self) -> None:
@@ -69,6 +70,7 @@ class ManagedProcess:
             self.close_ready()
 
     def close_ready(self) -> None:
+        """Close the pipe, if it is open."""
         if self.ready_fd is not None:
             os.close(self.ready_fd)
         self.ready_fd = None
@@ -177,6 +179,7 @@ class ProcessManager:
 
     @property
     def is_rolling(self) -> bool:
+        """Whether a rolling restart is in progress."""
         return bool(self._to_restart) or self._restarting is not None
 
     def _roll(self) -> None:

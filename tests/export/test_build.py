@@ -177,7 +177,7 @@ def test_a_bundle_with_other_files_than_it_lists_is_not_exported(bundle: Bundle,
         (["--engine", "aoti", "--part", "decoder"], "the decoder exports to onnx only"),
         (["--part", "decoder", "--scale", "2"], "scales apply to the part lua"),
         (["--engine", "tensorrt"], "giantleap: "),
-        (["--part", "vae"], "part vae: there are lua, decoder"),
+        (["--part", "vae"], "unknown part vae; choose from lua, decoder"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_no_directory(
