@@ -37,6 +37,7 @@ class Checkout:
     module: str
 
     def command(self, *arguments: str) -> list[str]:
+        """Return the command line of `giantleap` with these arguments."""
         return [sys.executable, "-m", self.module, *arguments]
 
     def environment(self, redis_url: str) -> dict[str, str]:
@@ -99,6 +100,7 @@ def measure(checkout: Checkout, redis_url: str) -> dict[str, float]:
 
 
 def to_medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the median of each figure."""
     return {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
 
 

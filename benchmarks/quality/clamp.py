@@ -1,6 +1,6 @@
 """Compare LUA with and without the latent clamp, on latents like those of the training and on others.
 
-`python -m benchmarks.quality.clamp` writes `benchmarks/results/guard.json`. The statistics come from procedural
+`python -m benchmarks.quality.clamp` writes `benchmarks/results/clamp.json`. The statistics come from procedural
 pictures (`training/pocket/pairs.py`), the latents from the six photographs (`benchmarks/quality/photos.py`) and from
 images that the bundle generates. An image is *broken* when a value is not finite or more than 1 % of its pixels have a
 channel beyond 1.5, where [-1, 1] is visible. The bicubic latent of the same input is decoded as well: where that is
@@ -176,7 +176,7 @@ def to_table(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
 def main(
     directory: Annotated[Path, typer.Option("--bundle", help="Bundle directory.")] = Path("bundles/pocket"),
     lua: Annotated[Path | None, typer.Option(help="Other weights than the bundle's own.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/guard.json"),
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/clamp.json"),
     pictures: Annotated[int, typer.Option(min=1, help="Procedural pictures for the statistics.")] = 96,
     sigmas: Annotated[list[float] | None, typer.Option(help="Clamp widths to compare; may be repeated.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
