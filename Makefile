@@ -102,4 +102,4 @@ deploy-check: $(VENV)/.dev ## Check what needs promtool, Helm or a system Redis:
 	$(BIN)/python -m benchmarks.checks deploy
 
 clean: ## Remove the virtual environment and everything generated
-	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) out build *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

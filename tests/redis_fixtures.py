@@ -20,7 +20,7 @@ from giantleap.service.settings import Settings, read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_server, find_system_server
 
 if TYPE_CHECKING:
-    from tests.service.front_fakes import FileProducer
+    from tests.service.compat_fakes import FileProducer
 
 # Of the two kinds of server, `make deploy-check` alone needs one that pip does not install.
 SERVERS = ["bundled", pytest.param("system", marks=pytest.mark.deploy)]
@@ -161,16 +161,16 @@ def open_consumer(settings: Settings) -> Iterator[ConsumerOpener]:
 
 @pytest.fixture(scope="session")
 def bundle_dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    """The bundles of `write_front_bundles`, for tests of the API over a producer in memory; read-only."""
-    from tests.service.front_fakes import write_front_bundles  # which imports the API
+    """The bundles of `write_compat_bundles`, for tests of the API over a producer in memory; read-only."""
+    from tests.service.compat_fakes import write_compat_bundles  # which imports the API
 
-    return write_front_bundles(tmp_path_factory.mktemp("bundles"))
+    return write_compat_bundles(tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture(scope="module")
 def live(bundle_dirs: tuple[Path, ...]) -> "Iterator[tuple[FileProducer, str]]":
     """A producer in memory, and the URL of the API over it; `FileProducer.reset` makes it new for each test."""
-    from tests.service.front_fakes import FileProducer, build_app
+    from tests.service.compat_fakes import FileProducer, build_app
     from tests.service.live_server import live_server
 
     producer = FileProducer()
@@ -181,7 +181,7 @@ def live(bundle_dirs: tuple[Path, ...]) -> "Iterator[tuple[FileProducer, str]]":
 @pytest.fixture(scope="module")
 def document(bundle_dirs: tuple[Path, ...]) -> dict[str, Any]:
     """The OpenAPI document as a client reads it."""
-    from tests.service.front_fakes import FileProducer, build_app
+    from tests.service.compat_fakes import FileProducer, build_app
 
     found: dict[str, Any] = json.loads(json.dumps(build_app(FileProducer(), bundle_dirs).openapi()))
     return found

@@ -88,7 +88,9 @@ async def await_accepted(load: Load, after_s: float, number: int) -> None:
 
 
 @pytest.mark.parametrize("options", [(), NEEDS_REPLICA], ids=["any", "needs-replica"])
-def test_jobs_outlive_a_failover_but_for_those_of_its_last_moment(options: tuple[str, ...], tmp_path: Path) -> None:
+async def test_jobs_outlive_a_failover_but_for_those_of_its_last_moment(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
     async def scenario(master: Server, settings: Settings) -> None:
         assert settings.redis_url is not None
         client = open_async_redis(settings.redis_url)
@@ -126,10 +128,10 @@ def test_jobs_outlive_a_failover_but_for_those_of_its_last_moment(options: tuple
     with sentinels(tmp_path, *options) as (master, _, watchers):
         settings = settings_of(watchers)
         with working(settings):
-            asyncio.run(scenario(master, settings))
+            await scenario(master, settings)
 
 
-def test_what_the_replica_has_not_got_is_lost_with_the_master(tmp_path: Path) -> None:
+async def test_what_the_replica_has_not_got_is_lost_with_the_master(tmp_path: Path) -> None:
     async def scenario(master: Server, replica: Server, settings: Settings) -> None:
         assert settings.redis_url is not None
         client = open_async_redis(settings.redis_url)
@@ -157,10 +159,10 @@ def test_what_the_replica_has_not_got_is_lost_with_the_master(tmp_path: Path) ->
         await client.aclose()
 
     with sentinels(tmp_path) as (master, replica, watchers):
-        asyncio.run(scenario(master, replica, settings_of(watchers)))
+        await scenario(master, replica, settings_of(watchers))
 
 
-def test_a_master_that_needs_a_replica_refuses_jobs_without_one(tmp_path: Path) -> None:
+async def test_a_master_that_needs_a_replica_refuses_jobs_without_one(tmp_path: Path) -> None:
     async def scenario(replica: Server, settings: Settings) -> None:
         assert settings.redis_url is not None
         client = open_async_redis(settings.redis_url)
@@ -185,4 +187,4 @@ def test_a_master_that_needs_a_replica_refuses_jobs_without_one(tmp_path: Path) 
         await client.aclose()
 
     with sentinels(tmp_path, *NEEDS_REPLICA) as (_, replica, watchers):
-        asyncio.run(scenario(replica, settings_of(watchers)))
+        await scenario(replica, settings_of(watchers))

@@ -26,8 +26,8 @@ from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
 from giantleap.service.settings import read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
+from tests.service.compat_fakes import to_file
 from tests.service.fake_producer import FakeProducer
-from tests.service.front_fakes import to_file
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
 from tests.service.thread_worker import thread_worker

@@ -16,7 +16,7 @@ import pytest
 
 from giantleap.service.auth import new_key
 from giantleap.service.settings import read_settings
-from tests.service.front_fakes import LATENT
+from tests.service.compat_fakes import LATENT
 from tests.service.paper_bundle import write_paper_bundle
 
 PROMPT = "a marmalade-zeppelin over a green floor"

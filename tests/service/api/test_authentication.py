@@ -16,8 +16,8 @@ from fastapi import FastAPI
 from giantleap.service.api.middleware.authentication import MAX_HEADER_BYTES, MAX_HEADERS
 from giantleap.service.auth import OPEN_PATHS, new_key
 from giantleap.service.jobs.job import JobEvent, JobState
+from tests.service.compat_fakes import LATENT, FileProducer, build_app
 from tests.service.fake_producer import stay_queued, succeed
-from tests.service.front_fakes import LATENT, FileProducer, build_app
 from tests.service.live_server import live_server
 
 PROMPT = "a red sphere on a green floor"

@@ -17,7 +17,7 @@ from PIL import Image
 from giantleap.service.errors import GiantleapError
 from giantleap.service.jobs import images as images_in
 from giantleap.service.jobs.latents import read_latent
-from tests.service.front_fakes import FileProducer, build_app
+from tests.service.compat_fakes import FileProducer, build_app
 
 PROMPT = "a red sphere on a green floor"
 JSON = {"Content-Type": "application/json"}

@@ -13,8 +13,8 @@ from safetensors.numpy import load, save
 
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.service.jobs.planning import is_one_frame
+from tests.service.compat_fakes import LATENT, FileProducer, build_app, write_wan_bundle
 from tests.service.fakes import UPSCALE, FakeConsumer, FakeRoute, make_claim
-from tests.service.front_fakes import LATENT, FileProducer, build_app, write_wan_bundle
 from tests.service.worker.test_loop import run_all
 
 WAN = LATENT_SPACES["wan21"]

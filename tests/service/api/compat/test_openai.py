@@ -18,8 +18,8 @@ from giantleap.service.api.compat.openai import stream_generation
 from giantleap.service.api.submission import SubmitOptions
 from giantleap.service.errors import NotReady, QueueFull
 from giantleap.service.jobs.job import GenerateParams, Job, JobState
+from tests.service.compat_fakes import STAGES, FileProducer, build_app, read_pixels
 from tests.service.fake_producer import expire, fail, stay_queued
-from tests.service.front_fakes import STAGES, FileProducer, build_app, read_pixels
 from tests.service.live_server import live_server
 from tests.waiting import wait_until
 

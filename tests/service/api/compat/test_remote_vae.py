@@ -16,8 +16,7 @@ from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.service.api.compat.remote_vae import to_tensor
 from giantleap.service.errors import QueueFull
 from giantleap.service.jobs.job import UpscaleParams
-from tests.service.fake_producer import expire, fail
-from tests.service.front_fakes import (
+from tests.service.compat_fakes import (
     LATENT,
     STAGES,
     FileProducer,
@@ -25,6 +24,7 @@ from tests.service.front_fakes import (
     read_pixels,
     write_wan_bundle,
 )
+from tests.service.fake_producer import expire, fail
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import CHANNELS
 

@@ -83,7 +83,7 @@ def read_pixels(file: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
 
 
-def write_front_bundles(root: Path) -> tuple[Path, ...]:
+def write_compat_bundles(root: Path) -> tuple[Path, ...]:
     """One whose latents are not packed, and FLUX.1's, which are."""
     return write_paper_bundle(root / "paper"), write_paper_bundle(root / "flux", "flux", 'name = "flux1"')
 
