@@ -128,6 +128,7 @@ class Manifest(_Section):
 
     @property
     def parts(self) -> tuple[Part, ...]:
+        """The parts that were exported."""
         return tuple(dict.fromkeys(record.part for record in self.artifacts))
 
     @property
@@ -136,6 +137,7 @@ class Manifest(_Section):
         return tuple(record.scale for record in self.artifacts if record.scale is not None)
 
     def to_json(self) -> str:
+        """The content of `manifest.json`."""
         return json.dumps(self.model_dump(), indent=2) + "\n"
 
     @classmethod

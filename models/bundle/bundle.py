@@ -88,6 +88,7 @@ class Bundle:
 
     @property
     def name(self) -> str:
+        """The bundle's name."""
         return self.descriptor.bundle.name
 
     @property
@@ -141,6 +142,7 @@ class Bundle:
 
     @property
     def latent_space(self) -> LatentSpace:
+        """The latent space of the base model and LUA."""
         space = self.descriptor.latent_space.to_latent_space()
         return space if self.statistics is None else space.with_statistics(*self.statistics)
 
@@ -206,10 +208,12 @@ class Bundle:
 
     @property
     def defaults(self) -> Defaults:
+        """Values of a request that does not set them."""
         return self.descriptor.defaults
 
     @property
     def limits(self) -> Limits:
+        """Limits of the base image and of the steps."""
         return self.descriptor.limits
 
     @property

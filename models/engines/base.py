@@ -71,10 +71,14 @@ class Engine(Protocol):
     """A LUA that is loaded on a device."""
 
     @property
-    def name(self) -> EngineName: ...
+    def name(self) -> EngineName:
+        """Name of the engine."""
+        ...
 
     @property
-    def spec(self) -> LuaSpec: ...
+    def spec(self) -> LuaSpec:
+        """The network's spec."""
+        ...
 
     def run(self, latent: "Tensor", scale: float) -> "Tensor":
         """Upscale a raw latent of any size.

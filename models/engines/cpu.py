@@ -23,7 +23,9 @@ class LatentUpscaler(Protocol):
     """A `Lua`, or its packed form."""
 
     @property
-    def spec(self) -> LuaSpec: ...
+    def spec(self) -> LuaSpec:
+        """The network's spec."""
+        ...
 
     def __call__(self, latent: Tensor, scale: float) -> Tensor:
         """See `Lua.forward`."""

@@ -21,6 +21,7 @@ class PlainLinear:
 
     @classmethod
     def pack(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, gelu: bool = False) -> Self:
+        """Convert weights to the layer's type and layout."""
         return cls(weight.to(dtype).contiguous(), bias.to(dtype).contiguous(), gelu)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -36,10 +37,12 @@ class PackedLinear(PlainLinear):
 
     @classmethod
     def pack(cls, weight: Tensor, bias: Tensor, dtype: torch.dtype, gelu: bool = False) -> Self:
+        """Convert weights to the layer's type and layout."""
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), None)
         return cls(packed, bias.to(dtype).contiguous(), gelu)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Run the layer."""
         after, form = ("gelu", "none") if self.gelu else ("none", "")
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, after, [], form)
         return y
@@ -58,6 +61,7 @@ class PlainConv:
     def pack(
         cls, weight: Tensor, bias: Tensor, padding: list[int], dtype: torch.dtype, slope: float | None = None
     ) -> Self:
+        """Convert weights to the layer's type and layout."""
         last = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         return cls(last, bias.to(dtype).contiguous(), padding, slope)
 
@@ -80,11 +84,13 @@ class PackedConv(PlainConv):
     def pack(
         cls, weight: Tensor, bias: Tensor, padding: list[int], dtype: torch.dtype, slope: float | None = None
     ) -> Self:
+        """Convert weights to the layer's type and layout."""
         dense = weight.to(dtype).contiguous().to_mkldnn()  # the only type that the reorder takes
         packed: Tensor = torch.ops.aten.mkldnn_reorder_conv2d_weight(dense, padding, [1, 1], [1, 1], 1)
         return cls(packed, bias.to(dtype).contiguous(), padding, slope)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Run the layer."""
         after, scalars = ("none", []) if self.slope is None else ("leaky_relu", [self.slope])
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x, self.weight, self.bias, self.padding, [1, 1], [1, 1], 1, after, scalars, ""

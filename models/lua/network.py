@@ -216,6 +216,7 @@ class Lua(nn.Module):
         return y if self.spec.image_mean is None else y + self.image_mean.view(-1, 1, 1)
 
     def train(self, mode: bool = True) -> Self:
+        """Switch the mode and drop cached attention biases."""
         self.bias_cache.clear()
         super().train(mode)
         return self

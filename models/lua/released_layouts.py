@@ -16,7 +16,9 @@ class Shaped(Protocol):
     """A tensor, or its entry in the header of a file."""
 
     @property
-    def shape(self) -> Sequence[int]: ...
+    def shape(self) -> Sequence[int]:
+        """Sides of the tensor."""
+        ...
 
 
 Weight = TypeVar("Weight", bound=Shaped)

@@ -50,6 +50,7 @@ class LatentStatistics:
 
     @property
     def channels(self) -> int:
+        """Channels of the latents."""
         return len(self.mean)
 
     def to_json(self) -> str:

@@ -77,6 +77,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Shape: [..., dim] -> [..., dim]."""
         y: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return y
 
@@ -216,6 +217,7 @@ class BiasCache:
 
     @property
     def empty(self) -> bool:
+        """Whether nothing is cached."""
         return not self._biases and not self._masks
 
     def clear(self) -> None:
