@@ -17,7 +17,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from giantleap.models.bundle.descriptor import (
+    IMAGE_TO_IMAGE,
     METHODS,
+    NO_NEGATIVE_PROMPT,
     About,
     DecodeName,
     Defaults,
@@ -38,18 +40,6 @@ from giantleap.models.lua.statistics import StatisticsError, read_statistics
 
 DESCRIPTOR = "bundle.toml"
 SHIPPED = Path(__file__).resolve().parents[2] / "bundles"
-# What the API must know of a pipeline class without loading it; `giantleap.models.generator.FAMILIES` has the rest.
-NO_NEGATIVE_PROMPT = frozenset({"FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline"})
-IMAGE_TO_IMAGE = frozenset(
-    {
-        "StableDiffusionPipeline",
-        "StableDiffusionXLPipeline",
-        "StableDiffusion3Pipeline",
-        "FluxPipeline",
-        "QwenImagePipeline",
-        "ZImagePipeline",
-    }
-)
 
 
 class BundleError(ValueError):

@@ -19,6 +19,19 @@ BICUBIC_SCALES = (2, 4)
 DecodeName = Literal["exact", "tiled", "tiny"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
+# What the API must know of a pipeline class without loading it; `giantleap.models.generator.FAMILIES` has the rest.
+NO_NEGATIVE_PROMPT = frozenset({"FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline"})
+IMAGE_TO_IMAGE = frozenset(
+    {
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxPipeline",
+        "QwenImagePipeline",
+        "ZImagePipeline",
+    }
+)
+
 Side = Annotated[int, Field(ge=1)]
 Scale = Annotated[float, AfterValidator(to_scale), PlainSerializer(to_scale, return_type=Any)]  # a float would say 2.0
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -14,8 +14,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
-from giantleap.models.bundle.bundle import IMAGE_TO_IMAGE, NO_NEGATIVE_PROMPT, Bundle
+from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import (
+    IMAGE_TO_IMAGE,
+    NO_NEGATIVE_PROMPT,
     About,
     Defaults,
     Descriptor,
