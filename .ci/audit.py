@@ -1,9 +1,9 @@
-"""Asks PyPI whether what is installed has known vulnerabilities (pip-audit), and says plainly when it could not ask.
+"""Checks the installed packages for known vulnerabilities with pip-audit, and reports when the check was impossible.
 
-`python .ci/audit.py` reports and ends with 0: a run without a network, or an advisory of this morning, must not stop
-work that has nothing to do with it. `--strict` (`make audit`) ends with 1 unless all was asked and nothing found.
-An index that mirrors files only has no advisories; pip-audit then calls every package unknown and ends with 0, so one
-package is asked for first.
+`python .ci/audit.py` reports and exits with 0: a missing network or a new advisory must not stop unrelated work.
+`--strict` (`make audit`) exits with 1 unless every package was checked and none is vulnerable. A package index that
+only mirrors files has no advisories; pip-audit then calls every package unknown and exits with 0, so one well-known
+package is checked first.
 """
 
 import json
@@ -16,35 +16,35 @@ from typing import Any
 
 TIME_LIMIT_S = 50.0
 PROBE = "fastapi"
-# Built here or of a local version (torch 2.13.0+cpu): PyPI knows no advisory by that name and number.
+# Built locally, or of a local version (torch 2.13.0+cpu): PyPI has no advisories for that name and version.
 EXPECTED_SKIPS = frozenset({"giantleap", "torch"})
 
 
 class NotDone(Exception):
-    """The audit could not be made; the message says why."""
+    """The audit was impossible; the message says why."""
 
 
 def run_pip_audit(*options: str) -> list[dict[str, Any]]:
-    """What pip-audit says of each dependency: its vulnerabilities (`vulns`) or why it was skipped (`skip_reason`).
+    """pip-audit's entry for each dependency: its vulnerabilities (`vulns`) or why it was skipped (`skip_reason`).
 
     Raises:
-        NotDone: it is not installed, took too long, or ended without an answer.
+        NotDone: pip-audit is not installed, took too long, or printed no report.
     """
     command = [sys.executable, "-m", "pip_audit", "--progress-spinner", "off", "--timeout", "10", "-f", "json"]
     try:
         done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=TIME_LIMIT_S)
     except subprocess.TimeoutExpired as error:
-        raise NotDone(f"no answer within {TIME_LIMIT_S:.0f} s") from error
+        raise NotDone(f"no report within {TIME_LIMIT_S:.0f} s") from error
     try:
         found: list[dict[str, Any]] = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError) as error:
-        lines = done.stderr.strip().splitlines() or ["no answer"]
+        lines = done.stderr.strip().splitlines() or ["no output"]
         raise NotDone(f"pip-audit ended with {done.returncode}: {lines[-1][:200]}") from error
     return found
 
 
 def audit() -> list[dict[str, Any]]:
-    """pip-audit's answer for everything that is installed.
+    """pip-audit's entries for all installed packages.
 
     Raises:
         NotDone: the index gives no advisories, or as `run_pip_audit`.
@@ -59,7 +59,7 @@ def audit() -> list[dict[str, Any]]:
 
 
 def report(found: list[dict[str, Any]]) -> tuple[list[str], bool]:
-    """The lines to print, and whether everything was asked and nothing found."""
+    """The lines to print, and whether every package was checked and none is vulnerable."""
     lines = [
         f"VULNERABLE {item['name']} {item['version']}: {flaw['id']}, fixed in {', '.join(flaw['fix_versions']) or '-'}"
         for item in found

@@ -49,7 +49,7 @@ def test_what_was_found_is_told_and_only_the_strict_form_fails(
 
 
 @pytest.mark.parametrize(
-    ("python", "time_limit_s", "said"), [("/bin/sleep", 0.05, "no answer within"), ("/bin/false", 60.0, "ended with 1")]
+    ("python", "time_limit_s", "said"), [("/bin/sleep", 0.05, "no report within"), ("/bin/false", 60.0, "ended with 1")]
 )
 def test_an_audit_without_an_answer_is_said_to_be_none(
     audit: ModuleType,
