@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import uuid
@@ -19,7 +20,7 @@ from safetensors.numpy import load, save
 
 from giantleap.models.bundle.bundle import BundleError
 from giantleap.models.latent_space import LATENT_SPACES
-from giantleap.service.api.app import create_app
+from giantleap.service.api.app import _add_middlewares, create_app
 from giantleap.service.errors import NotReady, QueueFull, StorageFull
 from giantleap.service.jobs.job import Job, JobState, Priority
 from giantleap.service.settings import Settings, read_settings
@@ -694,3 +695,10 @@ def test_the_api_process_imports_no_torch() -> None:
     code = "import sys, giantleap.service.api.app; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert run.stdout.strip() == "set()"
+
+
+def test_a_request_meets_the_middlewares_in_the_documented_order(settings: Settings) -> None:
+    changes = {"cors_origins": ("https://app.example.org",)}
+    app = create_app(settings.model_copy(update=changes), FakeProducer())  # type: ignore[arg-type]
+    documented = re.findall(r"^ +\d\. `(\w+)`", _add_middlewares.__doc__ or "", re.MULTILINE)
+    assert [middleware.cls.__name__ for middleware in app.user_middleware] == documented  # type: ignore[attr-defined]
