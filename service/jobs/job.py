@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.image_formats import ImageFormat
+from giantleap.service.errors import field_errors
 
 FinalState = Literal["succeeded", "failed", "canceled"]
 FINAL_STATES: Final[tuple[FinalState, ...]] = get_args(FinalState)
@@ -157,7 +158,12 @@ class Job:
         Raises:
             ValueError: The text is not a job.
         """
-        return _JOB.validate_json(text)
+        try:
+            return _JOB.validate_json(text)
+        except ValidationError as error:  # its text would quote the prompt
+            faults = field_errors(error.errors(include_url=False, include_input=False))
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in faults)
+            raise ValueError(f"not a job of this version: {reasons}") from None
 
     def payload_sha256(self) -> str:
         """Digest of the request and its owner, without id and times: equal for two posts of the same request."""

@@ -1,4 +1,4 @@
-"""A job's JSON form: what is written is read back, by this version or a newer one; equal requests have equal digests."""
+"""A job's JSON form: what was written is read back, also by a newer version; equal requests have equal digests."""
 
 import json
 from dataclasses import replace
