@@ -27,11 +27,9 @@ BASE_PX = 128
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    # The other tests hold torch to one thread; the service is timed as a user would run it.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("OMP_NUM_THREADS", raising=False)
-        with running_service() as url:
-            yield url
+    # One thread for torch, as in every test: several of them wait for each other where other programs use the cores.
+    with running_service() as url:
+        yield url
 
 
 def _read_png(content: bytes) -> np.ndarray:

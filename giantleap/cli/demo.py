@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 
 PROMPT = "a red sphere on a green floor under a blue sky"
-_START_TIMEOUT_S = 180.0
+_START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 60.0
 
 
