@@ -42,6 +42,8 @@ class StagePeak:
     def through(cls, small: tuple[int, int], large: tuple[int, int], tile_px: int | None = None) -> Self:
         """The line through two points (latent pixels, peak bytes), with neither part below zero."""
         (small_px, small_bytes), (large_px, large_bytes) = small, large
+        if large_px <= small_px:
+            raise ValueError(f"a peak needs a small and a large size; found {small_px} and {large_px} latent pixels")
         slope = max(0.0, (large_bytes - small_bytes) / (large_px - small_px))
         return cls(max(0, int(large_bytes - slope * large_px)), slope, tile_px)
 

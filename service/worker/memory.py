@@ -47,7 +47,7 @@ def measure_device(bundles: Mapping[str, Bundle], routes: Mapping[str, Route], s
 
 def measure_stages(route: Route, bundle: Bundle) -> dict[str, StagePeak]:
     """The peak of each stage of a route, by name (`giantleap.service.jobs.capacity.Workload.stages`)."""
-    small, base, large = _sizes(bundle)
+    small, base, large = measured_sizes(bundle)
     tile_px = 0 if route.pixel is None else route.pixel.tile_px
     peaks = {}
     for name, run in _stages(route):
@@ -82,14 +82,14 @@ def measure_peak(device: torch.device, run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated(device) - before_bytes
 
 
-def _sizes(bundle: Bundle) -> tuple[Size, Size, Size]:
-    """Half of the default base size, that size, and up to twice of it as far as the bundle allows."""
+def measured_sizes(bundle: Bundle) -> tuple[Size, Size, Size]:
+    """Half of the default base size, that size, and up to twice that size as far as the bundle allows."""
     defaults, unit_px = bundle.defaults, bundle.limits.multiple_px
     base = (defaults.base_width_px, defaults.base_height_px)
     growth = max(1 + unit_px / min(base), min(2.0, bundle.limits.max_base_px / max(base)))
 
     def scaled(factor: float) -> Size:
-        width_px, height_px = (max(unit_px, int(side_px * factor) // unit_px * unit_px) for side_px in base)
+        width_px, height_px = (max(1, round(side_px * factor / unit_px)) * unit_px for side_px in base)
         return width_px, height_px
 
     return scaled(0.5), base, scaled(growth)

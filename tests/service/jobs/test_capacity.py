@@ -111,6 +111,8 @@ def test_a_peak_is_the_line_through_two_points() -> None:
     assert line == StagePeak(500, 10.0) and line.peak_bytes(1000) == 10_500
     assert StagePeak.through((100, 900), (300, 900)) == StagePeak(900, 0.0)
     assert StagePeak.through((100, 100), (300, 1000)).fixed_bytes == 0, "a peak that grows faster than the size"
+    with pytest.raises(ValueError, match="found 300 and 300"):
+        StagePeak.through((300, 1), (300, 2))
     assert replace(line, tile_px=200).peak_bytes(1000) == 2500, "tiles bound the network, not the image"
 
 

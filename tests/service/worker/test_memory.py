@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from giantleap.models.route import Route
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobs.devices import StagePeak, machine_memory_bytes, usable_bytes
 from giantleap.service.settings import POCKET_BUNDLE, read_settings
-from giantleap.service.worker.memory import measure_device, measure_peak, measure_stages
+from giantleap.service.worker.memory import measure_device, measure_peak, measure_stages, measured_sizes
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -33,6 +34,17 @@ def route(bundle: Bundle) -> Route:
 @pytest.fixture(scope="module")
 def peaks(route: Route, bundle: Bundle) -> dict[str, StagePeak]:
     return measure_stages(route, bundle)
+
+
+@pytest.mark.parametrize(
+    "directory", sorted(POCKET_BUNDLE.parent.glob("*/bundle.toml")), ids=lambda path: path.parent.name
+)
+def test_every_shipped_bundle_is_measured_at_growing_sizes(directory: Path) -> None:
+    descriptor = read_bundle(directory.parent)
+    small, base, large = measured_sizes(descriptor)
+    unit_px = descriptor.limits.multiple_px
+    assert small[0] * small[1] < base[0] * base[1] < large[0] * large[1]
+    assert all(side_px % unit_px == 0 for size in (small, base, large) for side_px in size)
 
 
 def test_every_stage_of_the_route_has_a_peak(peaks: dict[str, StagePeak]) -> None:
