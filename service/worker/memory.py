@@ -8,6 +8,7 @@ compiled graphs allocate themselves is not seen on either; running out of memory
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -70,7 +71,7 @@ def measure_stages(route: Route, bundle: Bundle) -> dict[str, StagePeak]:
 def measure_peak(device: torch.device, run: Callable[[], object]) -> int:
     """The peak bytes of a call beyond those in use before it."""
     if device.type != "cuda":
-        with LiveStorage() as live:
+        with _one_thread(), LiveStorage() as live:
             run()
         peak_bytes: int = live.peak_bytes
         return peak_bytes
@@ -80,6 +81,17 @@ def measure_peak(device: torch.device, run: Callable[[], object]) -> int:
     run()
     synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before_bytes
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run the many small operators of a measurement on one thread, where none waits for the others at a barrier."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def measured_sizes(bundle: Bundle) -> tuple[Size, Size, Size]:
