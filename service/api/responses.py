@@ -64,6 +64,22 @@ async def file_response(
     return Response(await _read_result(state, record, index), 200, all_headers, result.content_type)
 
 
+async def result_response(state: AppState, record: JobRecord, index: int) -> Response:
+    """One result of a job that has succeeded.
+
+    Raises:
+        JobProblem: The job has not succeeded.
+        NotFound: There is no such result, or it no longer exists.
+    """
+    if not record.state.final:
+        raise JobProblem(record, Conflict(f"the job is {record.state}; wait until it has succeeded"))
+    if record.state is not JobState.SUCCEEDED:
+        raise job_failure(record)
+    if index >= len(record.results):
+        raise NotFound(f"the job has {len(record.results)} results, counted from 0; there is no {index}")
+    return await file_response(state, record, index)
+
+
 async def read_results(state: AppState, record: JobRecord) -> list[bytes]:
     """Every file that a job made.
 

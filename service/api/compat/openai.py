@@ -23,8 +23,7 @@ from giantleap.service.api.dependencies import AppState, AppStateDep, RecordDep
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content
 from giantleap.service.api.paths import OPENAI_PATH
 from giantleap.service.api.problems import compat_error, problem_body
-from giantleap.service.api.responses import JobProblem, read_results, result_headers
-from giantleap.service.api.routes.jobs import result_response
+from giantleap.service.api.responses import JobProblem, read_results, result_headers, result_response
 from giantleap.service.api.sse import EVENT_STREAM_HEADERS, EVENT_STREAM_TYPE, HEARTBEAT_S, to_block
 from giantleap.service.api.submission import (
     CompatOptionsDep,

@@ -8,12 +8,12 @@ from starlette.responses import StreamingResponse
 from giantleap.service.api.dependencies import UNKNOWN_JOB, AppStateDep, CallerDep, RecordDep
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content
 from giantleap.service.api.paths import job_path
-from giantleap.service.api.responses import JobProblem, file_response, job_failure, job_response
+from giantleap.service.api.responses import JobProblem, job_response, result_response
 from giantleap.service.api.schemas import JobBody, JobsBody, to_job_body
 from giantleap.service.api.sse import EVENT_STREAM_HEADERS, EVENT_STREAM_TYPE, read_last_event_id, stream_events
 from giantleap.service.errors import Conflict, NotFound
 from giantleap.service.jobqueue.producer import CURSOR_PATTERN, MAX_PER_PAGE
-from giantleap.service.jobs.job import JobRecord, JobState
+from giantleap.service.jobs.job import JobState
 from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
 
 router = APIRouter(tags=["jobs"])
@@ -58,22 +58,6 @@ async def get_result(
 ) -> Response:
     """The bytes of one result. 409 before the job has succeeded; the job's own problem where it failed."""
     return await result_response(state, record, index)
-
-
-async def result_response(state: AppStateDep, record: JobRecord, index: int) -> Response:
-    """One result of a job that has succeeded.
-
-    Raises:
-        JobProblem: The job has not succeeded.
-        NotFound: There is no such result, or it no longer exists.
-    """
-    if not record.state.final:
-        raise JobProblem(record, Conflict(f"the job is {record.state}; wait until it has succeeded"))
-    if record.state is not JobState.SUCCEEDED:
-        raise job_failure(record)
-    if index >= len(record.results):
-        raise NotFound(f"the job has {len(record.results)} results, counted from 0; there is no {index}")
-    return await file_response(state, record, index)
 
 
 @router.get(
