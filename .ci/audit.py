@@ -74,6 +74,7 @@ def report(found: list[dict[str, Any]]) -> tuple[list[str], bool]:
 
 
 def main(strict: bool) -> int:
+    """Print the report and return the exit code."""
     try:
         lines, good = report(audit())
     except NotDone as reason:

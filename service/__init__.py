@@ -1,2 +1,1 @@
-"""The running system: HTTP API, Redis job queue and GPU worker. Start reading at
-`giantleap.service.api.app.create_app`."""
+"""HTTP API, Redis job queue and GPU worker. Start reading at `giantleap.service.api.app.create_app`."""

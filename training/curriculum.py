@@ -220,6 +220,7 @@ class RunConfig(_Values):
 
     @property
     def total_steps(self) -> int:
+        """Updates of all stages together."""
         return sum(stage.steps for stage in self.stages)
 
     def at(self, step: int) -> tuple[int, int]:

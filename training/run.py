@@ -65,6 +65,7 @@ class DistributedContext:
 
     @property
     def is_first(self) -> bool:
+        """Whether this process writes the logs and checkpoints."""
         return self.rank == 0
 
 

@@ -276,8 +276,7 @@ def transfer_and_train(
     resume: bool = False,
     stop_after: int | None = None,
 ) -> Path:
-    """Transfers, then fine-tunes with `giantleap.training.run.train`, which says what `out`, `resume` and `stop_after`
-    do.
+    """Transfer, then fine-tune with `giantleap.training.run.train`, which describes `out`, `resume` and `stop_after`.
 
     Args:
         source, to_bundle, pairs, start: As in `prepare_start`.

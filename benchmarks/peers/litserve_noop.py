@@ -14,7 +14,6 @@ class Noop(ls.LitAPI):  # type: ignore[misc]
 
     def setup(self, device: str) -> None:
         """Do nothing."""
-        pass
 
     def decode_request(self, request: dict[str, str]) -> str:
         """Return the prompt."""
@@ -34,7 +33,6 @@ class Blob(ls.LitAPI):  # type: ignore[misc]
 
     def setup(self, device: str) -> None:
         """Do nothing."""
-        pass
 
     def decode_request(self, request: Request) -> bytes:
         # The annotation makes LitServe parse the form.

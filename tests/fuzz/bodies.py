@@ -78,7 +78,7 @@ def _tensor(dice: random.Random) -> Sent:
 def _safetensors(dice: random.Random) -> tuple[bytes, str]:
     values = _cast(_values(dice), dice.choice(("<f4", "<f4", "<f2", "<f2", "<f8", "|i1")))
     names = dice.choice((("latent",), ("latent",), ("x",), ("latent", "other"), ("a", "b")))
-    body = save({name: values for name in names})
+    body = save(dict.fromkeys(names, values))
     return (_edit_header(dice, body) if dice.random() < 0.4 else body), SAFETENSORS
 
 

@@ -158,9 +158,11 @@ def _list_tar(path: Path, name: str) -> tuple[list[FileSource], bool]:
     members: list[FileSource] = []
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isreg() and Path(member.name).suffix.lower() in SUFFIXES:
-                    members.append(FileSource(f"{name}/{member.name}", path, member.size, member.offset_data))
+            members.extend(
+                FileSource(f"{name}/{member.name}", path, member.size, member.offset_data)
+                for member in tar
+                if member.isreg() and Path(member.name).suffix.lower() in SUFFIXES
+            )
     except (tarfile.TarError, OSError):
         return members, False
     return members, True

@@ -219,7 +219,7 @@ def train_lua(
     state = TrainState(net, optimiser, Ema(net, EMA_DECAY), np.random.default_rng((seed, list(STAGES).index(name))))
     if resume:
         state.read(out / "state.pt")
-    smooth = {scale: math.nan for scale in SCALES}
+    smooth = dict.fromkeys(SCALES, math.nan)
     for progress in train_steps(state, budget, f"lua stage {name}"):
         scale = SCALES[state.step % 2]
         pairs = groups[int(state.rng.integers(len(groups)))]

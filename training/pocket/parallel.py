@@ -25,6 +25,7 @@ class Peers:
 
     @property
     def is_first(self) -> bool:
+        """Whether this process writes the logs and checkpoints."""
         return self.rank == 0
 
     def average_gradients(self, weights: Sequence[nn.Parameter], spent_s: float) -> float:

@@ -112,7 +112,7 @@ def test_two_checkouts_are_compared_round_by_round() -> None:
 
 def report() -> dict[str, Any]:
     run = {"p50_ms": 1.5, "p99_ms": 3.0, "per_s": 600.0, "cpu_ms": 1.25} | PARTS_MS
-    ours = {name: run for name in ("no-op, 1", "no-op, 8", "no-op, 64", "128 KiB", "512 KiB", "2 MiB")}
+    ours = dict.fromkeys(("no-op, 1", "no-op, 8", "no-op, 64", "128 KiB", "512 KiB", "2 MiB"), run)
     overload = {
         "workers": 4, "work_ms": 100.0, "work_spread": 0.2, "queue_limit": 6,
         "capacity_per_s": 40.0, "offered_per_s": 400.0,
