@@ -30,7 +30,8 @@ def test_generate_writes_an_image_of_the_scaled_base_size(tmp_path: Path, scale:
     out = tmp_path / name
     ended = _run("generate", PROMPT, "-o", out, "--scale", str(scale), "--steps", "2")
     assert ended.exit_code == 0, ended.output
-    assert Image.open(out).size == (64 * scale, 64 * scale)
+    with Image.open(out) as image:
+        assert image.size == (64 * scale, 64 * scale)
     stages = ("generate", *(("upscale",) if scale > 1 else ()), "decode", "encode")
     assert all(f"{stage} " in ended.output for stage in stages)
 
@@ -64,7 +65,8 @@ def test_upscale_writes_a_latent_or_its_image(tmp_path: Path) -> None:
     assert _run("upscale", latent, "-o", tmp_path / "x4.safetensors", "--scale", "4").exit_code == 0
     assert load_file(tmp_path / "x4.safetensors")["latent"].shape == (16, 32, 48)
     assert _run("upscale", latent, "-o", tmp_path / "x2.png", "--scale", "2").exit_code == 0
-    assert Image.open(tmp_path / "x2.png").size == (12 * 2 * 8, 8 * 2 * 8)
+    with Image.open(tmp_path / "x2.png") as image:
+        assert image.size == (12 * 2 * 8, 8 * 2 * 8)
 
 
 def test_a_scaled_latent_is_brought_to_raw_space_first(tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_a_child_stops_when_the_pipe_to_its_parent_closes() -> None:
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     os.close(write_fd)
     assert process.wait(90) == 0
+    process.stdout.close()
 
 
 FAKE_CHILD = """
