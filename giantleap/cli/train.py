@@ -62,7 +62,7 @@ def prepare(
     from giantleap.training.data.prepare import prepare as make_pairs
 
     if (source is None) == (hf_dataset is None):
-        stop("give either a folder or .tar file, or --hf-dataset")
+        stop("give either a folder or .tar file, or --hf-dataset, not both")
     pictures = source or HubSource(hf_dataset or "", split, image_column, hf_config, hf_revision)
     config = PrepareConfig(pictures, bundle, out, min_side_px, tile_px, batch, pictures_per_shard, store)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

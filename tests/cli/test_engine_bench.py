@@ -28,7 +28,7 @@ def test_every_engine_is_timed_or_says_why_not(
     assert timed["torch", "bfloat16"]["max_error"] > 0 and timed["torch", "bfloat16"]["latent"] == "8x8"
     reasons = {row["engine"]: row["reason"] for row in rows if row["reason"] is not None}
     assert set(reasons) == {"torch-compile", "tensorrt", "aoti"}
-    assert "GPU" in reasons["tensorrt"] and "asked for aoti" in reasons["aoti"]
+    assert "GPU" in reasons["tensorrt"] and "of engine onnx; expected aoti" in reasons["aoti"]
     assert all(reason in ended.output.replace("\n", " ") for reason in reasons.values())
 
 
