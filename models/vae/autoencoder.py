@@ -19,6 +19,7 @@ from giantleap.models.images import to_pixels
 from giantleap.models.latent_space import LatentSpace
 from giantleap.models.vae.decode import (
     FRAME_CLASSES,
+    PLAIN_CLASSES,
     STRIP_CLASSES,
     decode_exact,
     decode_plain,
@@ -57,8 +58,8 @@ class Vae:
     """An autoencoder and its decodes.
 
     Args:
-        model: An AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLQwenImage21 or
-            AutoencoderKLWan, on its device. It is converted to the type of `choose_vae_dtype`.
+        model: An AutoencoderKL, AutoencoderKLFlux2, AutoencoderDC, AutoencoderKLQwenImage, AutoencoderKLQwenImage21
+            or AutoencoderKLWan, on its device. It is converted to the type of `choose_vae_dtype`.
         latent_space: Of its latents.
         dtype: The type of the pipeline; None for the model's own.
         tiny: A decoder of the TAESD family for the same latents, on the same device, for previews.
@@ -267,9 +268,11 @@ def _latent_layout(model: Any) -> tuple[int, int]:
     """Channels of a raw latent, and image pixels per latent pixel."""
     if isinstance(model, STRIP_CLASSES):
         return model.config["latent_channels"], 2 ** (len(model.config["block_out_channels"]) - 1)
+    if isinstance(model, PLAIN_CLASSES):
+        return model.config["latent_channels"], model.spatial_compression_ratio
     if isinstance(model, FRAME_CLASSES):
         return model.config["z_dim"], model.spatial_compression_ratio
-    known = ", ".join(cls.__name__ for cls in (*STRIP_CLASSES, *FRAME_CLASSES))
+    known = ", ".join(cls.__name__ for cls in (*STRIP_CLASSES, *PLAIN_CLASSES, *FRAME_CLASSES))
     raise VaeError(f"a VAE is one of {known}; found {type(model).__name__}")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import AutoencoderKLQwenImage
@@ -28,6 +29,7 @@ from giantleap.models.vae.strip_plan import DecodePlan, DecoderShape, plan_decod
 from giantleap.models.vae.strips import Normalization, StripMap, convolve, convolve_activated, convolve_upsampled
 
 STRIP_CLASSES = (AutoencoderKL, AutoencoderKLFlux2)
+PLAIN_CLASSES = (AutoencoderDC,)  # decoded whole or in diffusers' tiles; their codes have no distribution
 FRAME_CLASSES = (AutoencoderKLQwenImage, AutoencoderKLQwenImage21, AutoencoderKLWan)
 
 
@@ -36,8 +38,8 @@ def decode_plain(vae: Any, latents: Tensor) -> Tensor:
     """Call `vae.decode` on whole latents, without tiling or slicing whatever the VAE's switches are.
 
     Args:
-        vae: One of STRIP_CLASSES or FRAME_CLASSES. The latter decode videos and get one frame. A fourth image channel,
-            transparency, is dropped.
+        vae: One of STRIP_CLASSES, PLAIN_CLASSES or FRAME_CLASSES. The last decode videos and get one frame. A fourth
+            image channel, transparency, is dropped.
         latents: Raw ones.
 
     Shape:
@@ -63,7 +65,7 @@ def decode_tiled(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _decode_with_tiling(vae: Any, latents: Tensor, enabled: bool) -> Tensor:
-    check_autoencoder(vae, *STRIP_CLASSES, *FRAME_CLASSES)
+    check_autoencoder(vae, *STRIP_CLASSES, *PLAIN_CLASSES, *FRAME_CLASSES)
     frames = isinstance(vae, FRAME_CLASSES)
     with _tiling(vae, enabled):
         image: Tensor = vae.decode(latents[:, :, None] if frames else latents, return_dict=False)[0]
@@ -95,12 +97,13 @@ def encode_mean(vae: Any, images: Tensor) -> Tensor:
     Raises:
         UnknownDecoderError: As `decode_plain`.
     """
-    check_autoencoder(vae, *STRIP_CLASSES, *FRAME_CLASSES)
+    check_autoencoder(vae, *STRIP_CLASSES, *PLAIN_CLASSES, *FRAME_CLASSES)
     if isinstance(vae, AutoencoderKLQwenImage21):
         images = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
     frames = isinstance(vae, FRAME_CLASSES)
     with _tiling(vae, enabled=False):
-        mean: Tensor = vae.encode(images[:, :, None] if frames else images, return_dict=False)[0].mode()
+        codes = vae.encode(images[:, :, None] if frames else images, return_dict=False)[0]
+        mean: Tensor = codes if isinstance(vae, PLAIN_CLASSES) else codes.mode()
     return mean[:, :, 0] if frames else mean
 
 

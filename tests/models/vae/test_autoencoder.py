@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AsymmetricAutoencoderKL,
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
@@ -19,7 +20,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from giantleap.models.bundle.bundle import ModelSource
-from giantleap.models.latent_space import LATENT_SPACES, LatentSpaceError
+from giantleap.models.latent_space import LATENT_SPACES, LatentSpace, LatentSpaceError
 from giantleap.models.vae.autoencoder import Vae, VaeError, choose_vae_dtype, read_tiny
 from giantleap.models.vae.strip_plan import (
     DecodeBudgetError,
@@ -361,8 +362,26 @@ def test_what_is_no_latent_or_no_image_is_refused() -> None:
         vae.encode(torch.zeros(1, 3, 16, 17))
 
 
+def test_a_deep_compression_autoencoder_encodes_and_decodes_as_the_class_itself() -> None:
+    blocks = {"encoder_block_out_channels": (8, 8, 16), "decoder_block_out_channels": (8, 8, 16)}
+    layers = {"encoder_layers_per_block": (0, 1, 1), "decoder_layers_per_block": (0, 1, 1)}
+    scales = {"encoder_qkv_multiscales": ((),) * 3, "decoder_qkv_multiscales": ((),) * 3}
+    model: Any = AutoencoderDC(latent_channels=8, **blocks, **layers, **scales)
+    model.eval()
+    vae = Vae(model, LatentSpace("pocket24", channels=8, stride_px=4, scale=1.0))
+    images = torch.rand(2, 3, 16, 24) * 2.0 - 1.0
+    with torch.no_grad():
+        codes = model.encode(images).latent
+        decoded = model.decode(codes).sample
+    assert torch.equal(vae.encode(images), codes)
+    assert torch.equal(vae.decode(codes), decoded)
+    assert not vae.works_in_strips(tuple(codes.shape))
+    with pytest.raises(VaeError, match="8 latent channels and a stride of 4 px; latent space sdxl has 4 and 8"):
+        Vae(model, LATENT_SPACES["sdxl"])
+
+
 def test_classes_without_a_latent_space_here_stay_unknown() -> None:
     with torch.device("meta"):
-        other = AutoencoderDC(in_channels=3)
-    with pytest.raises(VaeError, match="found AutoencoderDC"):
+        other = AsymmetricAutoencoderKL()
+    with pytest.raises(VaeError, match="found AsymmetricAutoencoderKL"):
         Vae(other, LATENT_SPACES["sdxl"])
