@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from giantleap.export.manifest import INPUT, Precision
 from giantleap.models.lua.network import Lua, ScaleHead
-from giantleap.models.vae.decode import FRAME_CLASSES, STRIP_CLASSES
+from giantleap.models.vae.decode import FRAME_CLASSES, PLAIN_CLASSES, STRIP_CLASSES
 from giantleap.models.vae.decoder_check import check_autoencoder
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -47,10 +47,13 @@ class LuaGraph(nn.Module):
         self.register_buffer("latent_std", None if std is None else std.detach().clone().view(-1, 1, 1))
         self.scale = scale
         self.bicubic_skip = net.spec.bicubic_skip
+        self.linear_skip = copy.deepcopy(net.skips[f"x{scale}"]) if net.spec.linear_skip else None
         self.dtype = DTYPES[precision]
         self.head: ScaleHead = copy.deepcopy(net.heads[f"x{scale}"]).to(self.dtype)  # type: ignore[assignment]
         self.backbone = copy.deepcopy(net).to(self.dtype)
         self.backbone.heads = nn.ModuleDict()
+        if net.spec.linear_skip:
+            self.backbone.skips = nn.ModuleDict()
         self.eval()
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -60,6 +63,8 @@ class LuaGraph(nn.Module):
         y: Tensor = self.head(self.backbone.forward_features(x.to(self.dtype))).float()
         if self.bicubic_skip:
             y = y + F.interpolate(x, scale_factor=float(self.scale), mode="bicubic")
+        if self.linear_skip is not None:
+            y = y + self.linear_skip(x)
         y = y if self.latent_std is None else y * self.latent_std
         return y if self.latent_mean is None else y + self.latent_mean
 
@@ -77,7 +82,7 @@ class DecoderGraph(nn.Module):
 
     def __init__(self, vae: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        check_autoencoder(vae, *STRIP_CLASSES, *FRAME_CLASSES)
+        check_autoencoder(vae, *STRIP_CLASSES, *PLAIN_CLASSES, *FRAME_CLASSES)
         self.frames = isinstance(vae, FRAME_CLASSES)
         self.dtype = dtype
         self.vae = copy.deepcopy(vae).to(dtype)

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.digests import file_hash
 from giantleap.models.lua.checkpoints import read_lua, write_lua
-from giantleap.models.lua.network import Lua
+from giantleap.models.lua.network import LinearSkip, Lua
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.curriculum import PAPER, ConfigError, RunConfig, StageConfig, check_config
 from giantleap.training.data.frozen_vae import read_vae, vae_hash
@@ -101,7 +101,9 @@ def transfer(
         torch.manual_seed(seed)
         moved = Lua(replace(net.spec, channels=channels))
     ends = {f"{name}.{kind}" for name in _ends(net) for kind in ("weight", "bias")} | {"latent_mean", "latent_std"}
-    kept = {name: value for name, value in net.state_dict().items() if name not in ends}
+    kept = {
+        name: value for name, value in net.state_dict().items() if name not in ends and not name.startswith("skips.")
+    }
     moved.load_state_dict({**moved.state_dict(), **kept})
     if moved.spec.latent_norm:
         moved.set_latent_statistics(mean, std)
@@ -132,6 +134,11 @@ def _slice_ends(net: Lua, moved: Lua) -> None:
     for into, of in zip(_last_layers(moved), _last_layers(net), strict=True):
         for kind in ("weight", "bias"):
             into.get_parameter(kind).copy_(of.get_parameter(kind)[source])
+    for name in net.skips if net.spec.linear_skip else ():
+        taken, given = _skip_of(net, name), _skip_of(moved, name)
+        weight = taken.weight.unflatten(0, (old, -1))[source][:, :, source] / times.view(1, 1, -1, 1, 1)
+        given.weight.copy_(weight.flatten(0, 1))
+        _bias_of(given).copy_(_bias_of(taken).view(old, -1)[source].flatten())
 
 
 def _fit_ends(net: Lua, moved: Lua, maps: LatentMaps) -> None:
@@ -140,10 +147,32 @@ def _fit_ends(net: Lua, moved: Lua, maps: LatentMaps) -> None:
     moved.conv_first.weight.copy_(torch.einsum("eokl,on->enkl", weight, maps.to_old))
     _copy_bias(moved.conv_first, net.conv_first, (weight.sum(dim=(2, 3)) * maps.old_offset).sum(dim=1))
     # Beside a bicubic skip the heads make a difference of two latents, which has no offset.
-    offset = torch.zeros_like(maps.new_offset) if net.spec.bicubic_skip else maps.new_offset
+    offset = torch.zeros_like(maps.new_offset) if net.spec.has_skip else maps.new_offset
     for into, of in zip(_last_layers(moved), _last_layers(net), strict=True):
         into.get_parameter("weight").copy_(torch.tensordot(maps.to_new, of.get_parameter("weight"), 1))
         into.get_parameter("bias").copy_(maps.to_new @ of.get_parameter("bias") + offset)
+    if net.spec.linear_skip:
+        _fit_skips(net, moved, maps)
+
+
+def _fit_skips(net: Lua, moved: Lua, maps: LatentMaps) -> None:
+    """Composes the maps with the linear skips, which carry whole latents: offsets count on both sides."""
+    for name in net.skips:
+        of, into = _skip_of(net, name), _skip_of(moved, name)
+        weight, bias = of.weight.unflatten(0, (net.spec.channels, -1)), _bias_of(of).view(net.spec.channels, -1)
+        bias = bias + (weight.sum(dim=(3, 4)) * maps.old_offset).sum(dim=2)
+        mapped = torch.einsum("no,ospkl,pm->nsmkl", maps.to_new, weight, maps.to_old)
+        into.weight.copy_(mapped.flatten(0, 1))
+        _bias_of(into).copy_((maps.to_new @ bias + maps.new_offset.view(-1, 1)).flatten())
+
+
+def _skip_of(net: Lua, name: str) -> nn.Conv2d:
+    return cast(LinearSkip, net.skips[name]).conv
+
+
+def _bias_of(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias
 
 
 def _copy_bias(into: nn.Conv2d, of: nn.Conv2d, more: Tensor | float = 0.0) -> None:

@@ -8,6 +8,7 @@ which stay in the cache. `models/engines/cpu.py` chooses that form; `models/engi
 torch's own layers. `benchmarks/engines/run.py` measures them.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -202,6 +203,7 @@ class PackedLua:
         self._heads = {
             scale: _pack_head(cast(ScaleHead, net.heads[f"x{scale}"]), layout, extra) for scale in net.spec.scales
         }
+        self._skips = copy.deepcopy(net.skips).float() if net.spec.linear_skip else None
         mean = net.latent_mean if net.spec.latent_norm else net.image_mean if net.spec.image_mean is not None else None
         self._mean = None if mean is None else mean.detach().clone().view(-1, 1, 1)
         self._std = net.latent_std.detach().clone().view(-1, 1, 1) if net.spec.latent_norm else None
@@ -227,6 +229,9 @@ class PackedLua:
         y = features.float()
         if self.spec.bicubic_skip:
             y = y + F.interpolate(x, scale_factor=float(scale), mode="bicubic")
+        elif self._skips is not None:
+            with torch.autocast(latent.device.type, enabled=False):
+                y = y + self._skips[f"x{scale}"](x)
         y = y if self._std is None else y * self._std
         return y if self._mean is None else y + self._mean
 

@@ -27,6 +27,7 @@ from giantleap.models.lua.swin import (
 
 __all__ = ["PRESETS", "Lua", "LuaSpec", "pad_to_window", "preset"]
 
+LINEAR_SKIP_KERNEL = 5  # the bicubic enlargement by 2 and 4 reads so many neighbours
 MASK_CACHE_BYTES = 64 * 2**20  # at window 8, the masks of four latents of 256x256
 
 
@@ -61,6 +62,40 @@ class ScaleHead(nn.Module):
         return y
 
 
+class LinearSkip(nn.Module):
+    """A linear enlargement: each latent pixel's square of `scale` x `scale` pixels from its 5 x 5 neighbours.
+
+    Starts as the bicubic enlargement of each channel. Borders are repeated, as bicubic enlargement does.
+    """
+
+    def __init__(self, channels: int, scale: int) -> None:
+        super().__init__()
+        side = LINEAR_SKIP_KERNEL
+        self.conv = nn.Conv2d(channels, channels * scale**2, side, padding=side // 2, padding_mode="replicate")
+        self.shuffle = nn.PixelShuffle(scale)
+        with torch.no_grad():
+            kernels = _bicubic_kernels(scale).to(self.conv.weight.device)
+            weight = torch.einsum("ab,skl->asbkl", torch.eye(channels, device=kernels.device), kernels)
+            self.conv.weight.copy_(weight.flatten(0, 1))
+            nn.init.zeros_(cast(Tensor, self.conv.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """**Shape** [batch, channels, height, width] -> [batch, channels, scale * height, scale * width]."""
+        y: Tensor = self.shuffle(self.conv(x))
+        return y
+
+
+def _bicubic_kernels(scale: int) -> Tensor:
+    """What each neighbour adds to each place of a pixel's square in torch's bicubic enlargement; [scale**2, 5, 5]."""
+    side = LINEAR_SKIP_KERNEL
+    with torch.device("cpu"):  # the network may be built on "meta"
+        impulses = F.pad(torch.eye(side**2).view(side**2, 1, side, side), (side,) * 4)
+        large = F.interpolate(impulses, scale_factor=scale, mode="bicubic")
+    first = scale * (side + side // 2)
+    places = large[:, 0, first : first + scale, first : first + scale]
+    return places.flatten(1).T.reshape(scale**2, side, side)
+
+
 class Lua(nn.Module):
     """The Latent Upscaler Adapter.
 
@@ -89,6 +124,8 @@ class Lua(nn.Module):
         self.conv_after_body = nn.Conv2d(spec.embed_dim, spec.embed_dim, 3, padding=1)
         heads: dict[str, nn.Module] = {f"x{scale}": ScaleHead(spec, scale) for scale in spec.scales}
         self.heads = nn.ModuleDict(heads if spec.head == "pixelshuffle" else {"liif": LiifHead(spec)})
+        if spec.linear_skip:
+            self.skips = nn.ModuleDict({f"x{scale}": LinearSkip(spec.channels, scale) for scale in spec.scales})
         if spec.latent_norm:
             self.register_buffer("latent_mean", torch.zeros(spec.channels))
             self.register_buffer("latent_std", torch.ones(spec.channels))
@@ -108,7 +145,7 @@ class Lua(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, WindowAttention):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
-        for head in self.heads.values() if self.spec.bicubic_skip else ():
+        for head in self.heads.values() if self.spec.has_skip else ():
             last = head.last if isinstance(head, LiifHead) else cast(ScaleHead, head).conv_last
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
@@ -164,7 +201,7 @@ class Lua(nn.Module):
         return self._core(latent, (scale,))[scale]
 
     def _core(self, latent: Tensor, scales: Sequence[float]) -> dict[float, Tensor]:
-        x = self._normalise(latent)
+        x = self.normalise(latent)
         features = self.forward_features(x)
         upscaled: dict[float, Tensor] = {}
         for scale in scales:
@@ -176,6 +213,8 @@ class Lua(nn.Module):
                 skip = partial(F.interpolate, scale_factor=scale)
             if self.spec.bicubic_skip:
                 y = y + skip(x, mode="bicubic")
+            elif self.spec.linear_skip:
+                y = y + self.skips[f"x{scale:g}"](x)
             upscaled[scale] = self._restore(y)
         return upscaled
 
@@ -205,7 +244,8 @@ class Lua(nn.Module):
             return build_biases(blocks, nh, nw)
         return self.bias_cache.get(blocks, nh, nw)
 
-    def _normalise(self, latent: Tensor) -> Tensor:
+    def normalise(self, latent: Tensor) -> Tensor:
+        """What the first convolution and the skip see of a latent; the same shape."""
         if self.spec.latent_norm:
             return (latent - self.latent_mean.view(-1, 1, 1)) / self.latent_std.view(-1, 1, 1)
         return latent if self.spec.image_mean is None else latent - self.image_mean.view(-1, 1, 1)

@@ -13,7 +13,7 @@ SPEC_KEY = "giantleap.lua_spec"  # key of the spec in the header of our weight f
 SCALES = (2, 4)
 LIIF_POINTS = 16_384  # points of a LIIF head per step; at 256 wide, in float32, four corners take 64 MiB per map
 _SCALE_SETS = ((2,), (4,), (2, 4))
-_OPTIONAL_KEYS = frozenset({"head"})  # absent in older files
+_OPTIONAL_KEYS = frozenset({"head", "linear_skip"})  # absent in older files
 _ROUNDING = 1e-6  # of a latent pixel: 4/3 of 12 is not 16 in floating point
 
 
@@ -32,6 +32,8 @@ class LuaSpec:
         scales: The scale heads, a subset of (2, 4); with a LIIF head the scales that it is trained at.
         conv_first_kernel: 3 as in the released weights; the paper's figure 4 draws 1.
         bicubic_skip: Adds the bicubic enlargement of the input, and starts the heads at zero. The paper has none.
+        linear_skip: Adds a linear enlargement of the input, one convolution per scale (`LinearSkip`), and starts the
+            heads at zero. It starts as the bicubic one; `giantleap train run` fits it to the pairs by least squares.
         image_mean: Subtracted before and added after the network, one value per channel; for RGB SwinIR files.
         latent_norm: The network carries a mean and a standard deviation per channel (`set_latent_statistics`).
         head: "pixelshuffle" for one head per scale, or "liif" for one that takes any scale (`models/lua/liif.py`).
@@ -53,6 +55,7 @@ class LuaSpec:
     image_mean: tuple[float, ...] | None = None
     latent_norm: bool = False
     head: HeadName = "pixelshuffle"
+    linear_skip: bool = False
 
     def __post_init__(self) -> None:
         if _is_count(self.num_heads, 1):
@@ -74,9 +77,11 @@ class LuaSpec:
         yield "mlp_ratio", _is_number(self.mlp_ratio) and self.mlp_hidden >= 1, "a number that leaves a hidden width"
         yield "scales", self.scales in _SCALE_SETS, f"one of {_SCALE_SETS}"
         yield "conv_first_kernel", self.conv_first_kernel in (1, 3), "1 or 3"
-        for name in ("bicubic_skip", "latent_norm"):
+        for name in ("bicubic_skip", "latent_norm", "linear_skip"):
             yield name, isinstance(getattr(self, name), bool), "true or false"
         yield "head", self.head in get_args(HeadName), f"one of {get_args(HeadName)}"
+        yield "linear_skip", not (self.linear_skip and self.bicubic_skip), "false beside a bicubic_skip"
+        yield "linear_skip", not (self.linear_skip and self.head == "liif"), "false beside a LIIF head"
         if self.image_mean is not None:
             numbers = isinstance(self.image_mean, tuple) and all(_is_number(value) for value in self.image_mean)
             fits = numbers and len(self.image_mean) == self.channels
@@ -87,6 +92,11 @@ class LuaSpec:
     def layer_heads(self) -> tuple[int, ...]:
         """Attention heads of each residual group."""
         return self.num_heads if isinstance(self.num_heads, tuple) else (self.num_heads,) * len(self.depths)
+
+    @property
+    def has_skip(self) -> bool:
+        """Whether an enlargement of the input is added to what the heads give."""
+        return self.bicubic_skip or self.linear_skip
 
     @property
     def mlp_hidden(self) -> int:

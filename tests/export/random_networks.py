@@ -10,6 +10,7 @@ from giantleap.models.lua.spec import LuaSpec
 SPECS = {
     "published": LuaSpec(4, 12, (2,), 2, window=4, num_feat=8),
     "pocket": LuaSpec(4, 12, (2,), 2, window=4, num_feat=8, bicubic_skip=True, latent_norm=True),
+    "linear": LuaSpec(4, 12, (2,), 2, window=4, num_feat=8, linear_skip=True, latent_norm=True),
     "rgb": LuaSpec(3, 12, (2,), 2, window=4, num_feat=8, image_mean=(0.4, 0.5, 0.6)),
 }
 

@@ -39,6 +39,7 @@ from tests.training.pictures import write_pictures
 CPU = torch.device("cpu")
 PLACE = DistributedContext(CPU)
 SPEC = LuaSpec(16, 12, (2,), 2, window=4, num_feat=8, bicubic_skip=True, latent_norm=True)
+LINEAR = replace(SPEC, bicubic_skip=False, linear_skip=True)
 CONFIG = """
 precision = "float32"
 held_out_tiles = 2
@@ -106,23 +107,26 @@ def test_a_fresh_start_with_a_bicubic_skip_is_bicubic_and_its_seed_counts() -> N
     assert not torch.equal(moved.conv_first.weight, other.conv_first.weight)
 
 
-def test_slices_of_as_many_channels_are_the_network_itself() -> None:
-    net = make_net()
+@pytest.mark.parametrize("spec", [SPEC, LINEAR])
+def test_slices_of_as_many_channels_are_the_network_itself(spec: LuaSpec) -> None:
+    net = make_net(spec)
     moved = transfer(net, 16, mean=net.latent_mean, std=net.latent_std, start="slice")
     latent = torch.randn(1, 16, 8, 8)
     torch.testing.assert_close(moved(latent, 4), net(latent, 4), rtol=0, atol=0)
 
 
-def test_a_channel_that_is_read_twice_counts_once() -> None:
-    net = make_net(replace(SPEC, latent_norm=False))
+@pytest.mark.parametrize("spec", [SPEC, LINEAR])
+def test_a_channel_that_is_read_twice_counts_once(spec: LuaSpec) -> None:
+    net = make_net(replace(spec, latent_norm=False))
     moved = transfer(net, 32, **statistics(32), start="slice")
     latent = torch.randn(1, 16, 8, 8)
     torch.testing.assert_close(moved(latent.repeat(1, 2, 1, 1), 2)[:, 16:], net(latent, 2), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("spec", [SPEC, LINEAR])
 @pytest.mark.parametrize("has_norm", [True, False])
-def test_a_fit_start_is_the_old_network_seen_through_the_maps(has_norm: bool) -> None:
-    net = make_net(replace(SPEC, latent_norm=has_norm))
+def test_a_fit_start_is_the_old_network_seen_through_the_maps(has_norm: bool, spec: LuaSpec) -> None:
+    net = make_net(replace(spec, latent_norm=has_norm))
     turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(1)))[0]
     zero = torch.zeros(16)
     ours = statistics(16) if has_norm else {"mean": zero, "std": torch.ones(16)}
@@ -148,6 +152,15 @@ def test_offsets_of_the_maps_count_inside_and_not_beside_a_skip() -> None:
         torch.testing.assert_close(shift, torch.zeros(16) if has_skip else -offset)
         shown = moved.conv_first(torch.zeros(1, 16, 5, 5))[0, :, 2, 2]
         torch.testing.assert_close(shown, net.conv_first(offset.view(1, -1, 1, 1).expand(1, 16, 5, 5))[0, :, 2, 2])
+
+
+def test_offsets_of_the_maps_count_in_a_linear_skip_which_carries_whole_latents() -> None:
+    net = make_net(replace(LINEAR, latent_norm=False))
+    identity, offset = torch.eye(16), torch.linspace(-0.5, 0.5, 16)
+    moved = transfer(net, 16, **statistics(16), start="fit", maps=LatentMaps(identity, offset, identity, -offset))
+    latent, shift = torch.randn(1, 16, 8, 8), offset.view(1, -1, 1, 1)
+    expected = net.skips["x2"](latent + shift) - shift
+    torch.testing.assert_close(moved.skips["x2"](latent), expected, rtol=0, atol=1e-4)
 
 
 class LinearVae:

@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 SPECS = {
     "tiny": LuaSpec(4, 12, (2, 3), (2, 3), window=4, mlp_ratio=1.5, num_feat=8),
     "window 8, skip": LuaSpec(16, 24, (2, 2), 6, window=8, num_feat=16, bicubic_skip=True, latent_norm=True),
+    "linear skip": LuaSpec(8, 12, (2,), 2, window=4, num_feat=8, linear_skip=True, latent_norm=True),
     "rgb, odd window": LuaSpec(
         3, 20, (3,), 2, window=5, num_feat=6, scales=(4,), conv_first_kernel=1, image_mean=(0.4, 0.5, 0.6)
     ),

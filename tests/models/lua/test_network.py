@@ -237,6 +237,23 @@ def test_bicubic_skip_starts_as_the_bicubic_enlargement() -> None:
     assert (y - F.interpolate(latent, scale_factor=4, mode="bicubic")).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("scale", [2, 4])
+def test_linear_skip_starts_as_the_bicubic_enlargement(scale: int) -> None:
+    net = Lua(LuaSpec(4, 12, (2,), 2, window=4, num_feat=8, linear_skip=True, latent_norm=True)).eval()
+    net.set_latent_statistics(torch.tensor([0.0, 1.0, -2.0, 3.0]), torch.tensor([1.0, 0.5, 2.0, 4.0]))
+    latent = torch.randn(1, 4, 8, 12)
+    with torch.no_grad():
+        y = net(latent, scale)
+    assert (y - F.interpolate(latent, scale_factor=scale, mode="bicubic")).abs().max() <= 1e-5
+
+
+def test_linear_skip_is_not_combined_with_another_skip_or_a_liif_head() -> None:
+    with pytest.raises(ValueError, match="beside a bicubic_skip"):
+        LuaSpec(4, 12, (2,), 2, window=4, linear_skip=True, bicubic_skip=True)
+    with pytest.raises(ValueError, match="beside a LIIF head"):
+        LuaSpec(4, 12, (2,), 2, window=4, linear_skip=True, head="liif")
+
+
 def test_latent_statistics_are_divided_out_and_brought_back() -> None:
     plain = random_lua(TINY)
     normed = Lua(LuaSpec(4, 12, (2, 3), (2, 3), window=4, mlp_ratio=1.5, num_feat=8, latent_norm=True)).eval()
