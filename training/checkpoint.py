@@ -1,7 +1,7 @@
 """The whole state of a run in one file: safetensors, with JSON in its header. Nothing is ever unpickled.
 
-Weights, average weights and Adam's moments are tensors; the step, from which rates, order of tiles, heads and random
-numbers follow (`training/curriculum.py`), and what the run was made of are JSON. `training/run.py` uses it.
+Weights, average weights and the moments of the optimiser are tensors; the step, from which rates, order of tiles, heads
+and random numbers follow (`training/curriculum.py`), and what the run was made of are JSON. `training/run.py` uses it.
 """
 
 import json
@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.optim import Adam
 
 from giantleap.training.data.pairs_store import replace_file
 from giantleap.training.optim import Ema
+from giantleap.training.stage_optimiser import StageOptimiser
 
 FORMAT = 1
 HEADER = "giantleap.training"
@@ -42,7 +42,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def write_checkpoint(
-    folder: Path, step: int, origin: Mapping[str, Any], net: nn.Module, ema: Ema, optimiser: Adam, keep: int
+    folder: Path, step: int, origin: Mapping[str, Any], net: nn.Module, ema: Ema, optimiser: StageOptimiser, keep: int
 ) -> Path:
     """Writes a checkpoint by renaming a finished file, then removes all but the last `keep`.
 
@@ -55,8 +55,7 @@ def write_checkpoint(
     """
     tensors = {f"net.{name}": value for name, value in net.state_dict().items()}
     tensors |= {f"ema.{name}": value for name, value in ema.weights.items()}
-    for name, weight in net.named_parameters():
-        tensors |= {f"adam.{name}.{key}": value for key, value in optimiser.state.get(weight, {}).items()}
+    tensors |= optimiser.tensors()
     tensors |= {"rng.cpu": torch.get_rng_state()}
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
@@ -88,7 +87,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(header["step"], header["origin"], tensors)
 
 
-def restore(checkpoint: Checkpoint, net: nn.Module, ema: Ema, optimiser: Adam | None) -> None:
+def restore(checkpoint: Checkpoint, net: nn.Module, ema: Ema, optimiser: StageOptimiser | None) -> None:
     """Puts the state back in place.
 
     Args:
@@ -104,14 +103,8 @@ def restore(checkpoint: Checkpoint, net: nn.Module, ema: Ema, optimiser: Adam | 
     device = next(net.parameters()).device
     ema.weights = {name: value.to(device) for name, value in _part(checkpoint.tensors, "ema.").items()}
     torch.set_rng_state(checkpoint.tensors["rng.cpu"])
-    if optimiser is None:
-        return
-    state = {}
-    for number, (name, _) in enumerate(net.named_parameters()):
-        moments = _part(checkpoint.tensors, f"adam.{name}.")
-        if moments:
-            state[number] = moments
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    if optimiser is not None:
+        optimiser.load(checkpoint.tensors)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

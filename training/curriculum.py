@@ -5,24 +5,38 @@ heads and batches of a step are pure functions of the configuration, the stage a
 needs no more than its step to go on with the same ones. `training/run.py` runs it; losses are in `training/losses.py`.
 """
 
+import math
 import tomllib
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from giantleap.models.lua.spec import LuaSpec, preset
-from giantleap.training.losses import HighPass, downsampled_l1, eagle, fourier_l1, high_frequency_l1, l1
+from giantleap.training.losses import (
+    HighPass,
+    downsampled_l1,
+    eagle,
+    fourier_l1,
+    high_frequency_l1,
+    l1,
+    log_square,
+    visible_error,
+)
 
-StageName = Literal["I", "II", "III"]
+StageName = Literal["I", "II", "III", "linear", "square"]
 Precision = Literal["float32", "bfloat16"]
+
+
+SQUARE_FLOOR = 3e-4  # 41 dB; at 31 dB smooth pictures are left with a mottle (docs/lab/lua-training.md)
 
 
 class ConfigError(ValueError):
@@ -38,7 +52,8 @@ class StageWeights(_Values):
 
     Ref: arXiv 2511.10629, A.1: alpha_1 = latent_l1 and beta_1 = latent_fft of stage I (Eq. 16); alpha_2, beta_2,
     gamma_2 = pixel_ds and delta_2 = pixel_hf of stage II (Eq. 17); alpha_3 = pixel_l1, beta_3 = pixel_fft and
-    gamma_3 = eagle of stage III (Eq. 18).
+    gamma_3 = eagle of stage III (Eq. 18). pixel_square and linear_square are ours: the logarithm of the square error of
+    the decoded picture, and of its linear approximation (`training/picture_map.py`), which costs one convolution.
     """
 
     latent_l1: float = Field(default=0.0, ge=0.0)
@@ -48,15 +63,18 @@ class StageWeights(_Values):
     pixel_l1: float = Field(default=0.0, ge=0.0)
     pixel_fft: float = Field(default=0.0, ge=0.0)
     eagle: float = Field(default=0.0, ge=0.0)
+    pixel_square: float = Field(default=0.0, ge=0.0)
+    linear_square: float = Field(default=0.0, ge=0.0)
 
     @property
     def decodes(self) -> bool:
         """Whether a loss looks at decoded pictures."""
-        return max(self.pixel_ds, self.pixel_hf, self.pixel_l1, self.pixel_fft, self.eagle) > 0.0
+        pixels = (self.pixel_ds, self.pixel_hf, self.pixel_l1, self.pixel_fft, self.pixel_square, self.eagle)
+        return max(pixels) > 0.0
 
     @model_validator(mode="after")
     def _has_one(self) -> Self:
-        if not self.decodes and max(self.latent_l1, self.latent_fft) == 0.0:
+        if not self.decodes and max(self.latent_l1, self.latent_fft, self.linear_square) == 0.0:
             raise ValueError("at least one loss must have a weight above 0")
         return self
 
@@ -65,7 +83,7 @@ class StageConfig(_Values):
     """One stage.
 
     Args:
-        name: Of the stage in the paper; what is not given is taken from it.
+        name: Of the stage, in the paper or of `OWN`; what is not given is taken from it.
         weights: All of them: those not named are 0.
         steps: Updates of the weights.
         betas: Of Adam.
@@ -118,9 +136,19 @@ PAPER: Mapping[StageName, StageConfig] = MappingProxyType(
 """Ref: arXiv 2511.10629, A.1 (weights), A.2 (betas, steps, batches), A.4 (the last 50,000 of 125,000 steps)."""
 
 
+OWN: Mapping[StageName, StageConfig] = MappingProxyType(
+    {
+        "linear": _stage("linear", 8, 8, 0.99, linear_square=1.0).model_copy(update={"steps": 4000}),
+        "square": _stage("square", 4, 4, 0.99, pixel_square=1.0).model_copy(update={"steps": 1000}),
+    }
+)
+"""Stages that the paper does not have: the error that a decibel measures, first through a linear decoder."""
+
+
 def _with_defaults(value: Any) -> Any:
-    if isinstance(value, dict) and value.get("name") in PAPER:
-        return {**PAPER[value["name"]].model_dump(), **value}
+    stages = {**PAPER, **OWN}
+    if isinstance(value, dict) and value.get("name") in stages:
+        return {**stages[value["name"]].model_dump(), **value}
     return value
 
 
@@ -128,7 +156,13 @@ class OptimiserConfig(_Values):
     """What all stages share.
 
     Args:
-        rate: Of Adam, before the first milestone.
+        kind: "adam" as in the paper, or "muon": Muon (`training/optim.py`) for the matrices of the backbone and the
+            inner layers of the heads, Adam for everything else.
+        rate: Of Adam or of Muon, at its greatest.
+        adam_share: With "muon", the rate of Adam over that of Muon.
+        skip_share: The rate of a linear skip, over `rate`: it starts at its least-squares fit, which full Adam steps,
+            of one size for all of its many small weights, would undo.
+        schedule: "milestones", or "cosine" from the rate down to 0 at the end of each stage.
         milestones: Parts of a stage after which the rate is multiplied by `decay`.
         warmup_steps: Updates over which the rate of a stage rises from 0. The paper's A.2 has none; its 4.1 speaks of
             a short one in stage III.
@@ -140,7 +174,11 @@ class OptimiserConfig(_Values):
     Ref: arXiv 2511.10629, A.2.
     """
 
+    kind: Literal["adam", "muon"] = "adam"
     rate: float = Field(default=2e-4, gt=0.0)
+    adam_share: float = Field(default=0.1, gt=0.0)
+    skip_share: float = Field(default=0.005, gt=0.0)
+    schedule: Literal["milestones", "cosine"] = "milestones"
     milestones: tuple[float, ...] = (0.5, 0.75, 0.9)
     decay: float = Field(default=0.5, gt=0.0, le=1.0)
     warmup_steps: int = Field(default=0, ge=0)
@@ -192,6 +230,7 @@ class RunConfig(_Values):
         checkpoints: Whether the decoder's feature maps are computed twice instead of kept.
         eagle_filter: "paper" (Eq. 20) or "reference" (that of the published EAGLE code).
         ds_factor: 2 for both scales (A.1), or "scale" for 2 and 4 (section 3.3).
+        square_floor: Square error, in [-1, 1], below which pictures count less in `pixel_square` and `linear_square`.
         log_every, evaluate_every, save_every: In updates.
         keep: Checkpoints kept.
     """
@@ -212,6 +251,7 @@ class RunConfig(_Values):
     checkpoints: bool = True
     eagle_filter: HighPass = "paper"
     ds_factor: Literal[2, "scale"] = 2
+    square_floor: float = Field(default=SQUARE_FLOOR, gt=0.0)
     log_every: int = Field(default=100, ge=1)
     evaluate_every: int = Field(default=5000, ge=1)
     save_every: int = Field(default=1000, ge=1)
@@ -265,12 +305,14 @@ def check_config(values: Mapping[str, Any], where: str) -> RunConfig:
 
 
 def rate_at(optimiser: OptimiserConfig, steps: int, step: int) -> float:
-    """The rate of update number `step` (from 0) of a stage: that of torch's MultiStepLR, without its state.
+    """The rate of update number `step` (from 0) of a stage: a cosine, or that of torch's MultiStepLR without its state.
 
     Ref: arXiv 2511.10629, A.2 (62,500, 93,750 and 112,500 of 125,000 steps, factor 0.5).
     """
-    passed = sum(step >= round(part * steps) for part in optimiser.milestones)
     warm = min(1.0, (step + 1) / optimiser.warmup_steps) if optimiser.warmup_steps else 1.0
+    if optimiser.schedule == "cosine":
+        return optimiser.rate * warm * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+    passed = sum(step >= round(part * steps) for part in optimiser.milestones)
     return optimiser.rate * warm * optimiser.decay**passed
 
 
@@ -313,6 +355,8 @@ def loss_terms(
     *,
     ds_factor: int = 2,
     eagle_filter: HighPass = "paper",
+    picture_map: Tensor | None = None,
+    square_floor: float = SQUARE_FLOOR,
 ) -> dict[str, Tensor]:
     """The terms of one head's loss, each already weighted; their sum is the loss.
 
@@ -322,6 +366,8 @@ def loss_terms(
         large: The latent of the large picture.
         decoded: The enlarged latent, decoded with a gradient; needed where `weights.decodes`.
         target: The large latent, decoded.
+        picture_map: Of `fit_picture_map`; needed where `weights.linear_square` is above 0.
+        square_floor: Of `log_square`.
 
     **Shape** grown and large [batch, channels, h, w]; decoded and target [batch, 3, height_px, width_px]; scalars.
 
@@ -334,20 +380,27 @@ def loss_terms(
         terms["latent_l1"] = weights.latent_l1 * l1(grown, large)
     if weights.latent_fft:
         terms["latent_fft"] = weights.latent_fft * fourier_l1(grown, large)
+    if weights.linear_square:
+        if picture_map is None:
+            raise ValueError("linear_square needs the linear map of the decoder, and none was given")
+        mapped = F.conv2d(grown - large, picture_map, padding=picture_map.shape[-1] // 2)
+        terms["linear_square"] = weights.linear_square * log_square(mapped, square_floor)
     if not weights.decodes:
         return terms
     if decoded is None or target is None:
         raise ValueError("these weights compare pictures, and no decoded pictures were given")
-    if weights.pixel_ds:
-        terms["pixel_ds"] = weights.pixel_ds * downsampled_l1(decoded, target, ds_factor)
-    if weights.pixel_hf:
-        terms["pixel_hf"] = weights.pixel_hf * high_frequency_l1(decoded, target)
-    if weights.pixel_l1:
-        terms["pixel_l1"] = weights.pixel_l1 * l1(decoded, target)
-    if weights.pixel_fft:
-        terms["pixel_fft"] = weights.pixel_fft * fourier_l1(decoded, target)
-    if weights.eagle:
-        terms["eagle"] = weights.eagle * eagle(decoded, target, high_pass=eagle_filter)
+    losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "pixel_ds": partial(downsampled_l1, factor=ds_factor),
+        "pixel_hf": high_frequency_l1,
+        "pixel_l1": l1,
+        "pixel_fft": fourier_l1,
+        "eagle": partial(eagle, high_pass=eagle_filter),
+        "pixel_square": lambda prediction, target: log_square(visible_error(prediction, target), square_floor),
+    }
+    for name, loss in losses.items():
+        weight = getattr(weights, name)
+        if weight:
+            terms[name] = weight * loss(decoded, target)
     return terms
 
 

@@ -44,6 +44,29 @@ def l1(prediction: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
+def log_square(error: Tensor, floor: float) -> Tensor:
+    """Mean over the batch of the logarithm of each item's mean square error: what a mean of decibels weighs.
+
+    Args:
+        error: Of pictures whose range is [-1, 1].
+        floor: Added to each square; items with a smaller error count less.
+
+    Shape:
+        error [batch, channels, height, width].
+    """
+    loss: Tensor = (error.float().square().flatten(1).mean(dim=1) + floor).log().mean()
+    return loss
+
+
+def visible_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """The error of a picture, zero where both lie beyond black or both beyond white: that is clamped when shown.
+
+    A clamp of all values would lose the gradient of those that are wrong.
+    """
+    is_hidden = ((prediction < -1.0) & (target <= -1.0)) | ((prediction > 1.0) & (target >= 1.0))
+    return (prediction.float() - target.float()).masked_fill(is_hidden, 0.0)
+
+
 def fourier_l1(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean absolute error of the 2-D Fourier magnitudes per channel: mean | |F x'| - |F x| |; phase is ignored.
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Adam
 from tqdm import tqdm
 
 from giantleap.models.bundle.bundle import Bundle, read_bundle
@@ -43,8 +42,11 @@ from giantleap.training.data.frozen_vae import decode_target, decode_with_gradie
 from giantleap.training.data.pairs_store import PairsStore
 from giantleap.training.evaluation.held_out import evaluate
 from giantleap.training.guard_statistics import guard_statistics
+from giantleap.training.linear_skip import fit_linear_skip
 from giantleap.training.optim import Ema
+from giantleap.training.picture_map import fit_picture_map
 from giantleap.training.run_log import Log, open_log
+from giantleap.training.stage_optimiser import StageOptimiser, build_optimiser
 
 PURE_EMA = 10**9  # as if so many updates were done: the average's decay without its warm-up
 # What may differ between the parts of one run: it changes neither an update nor its place.
@@ -162,6 +164,7 @@ class Run:
         net: What is trained.
         ema: The average of its weights.
         optimiser: Of the stage that `done` belongs to.
+        picture_map: The decoder as a linear map of errors, where a stage has a loss that needs it.
         done: Updates so far.
     """
 
@@ -172,7 +175,8 @@ class Run:
     micro_batches: Sequence[int]
     net: Lua
     ema: Ema
-    optimiser: Adam
+    optimiser: StageOptimiser
+    picture_map: Tensor | None = None
     done: int = 0
 
     @property
@@ -186,17 +190,21 @@ def _start(config: RunConfig, out: Path, place: DistributedContext, bundle: Bund
     vae = read_vae(bundle, place.device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
     net = _build(config, bundle, store).to(place.device).train()
     ema = Ema(net, config.optimiser.ema_decay)
-    return Run(config, out, place, vae, micro_batches, net, ema, _adam(config.stages[0], net))
+    optimiser = build_optimiser(config.optimiser, config.stages[0], net)
+    picture_map = None
+    if any(stage.weights.linear_square for stage in config.stages):
+        picture_map = fit_picture_map(vae, store, config.seed).to(place.device)
+    return Run(config, out, place, vae, micro_batches, net, ema, optimiser, picture_map)
 
 
 def _resume(run: Run, path: Path, origin: Mapping[str, Any]) -> None:
-    """Goes back to a checkpoint; between two stages without Adam's moments, since each stage starts its own."""
+    """Goes back to a checkpoint; between two stages without moments, since each stage starts its own optimiser."""
     config, checkpoint = run.config, read_checkpoint(path)
     _check_origin(path, checkpoint.origin, origin)
     run.done = checkpoint.step
     is_inside = run.done < config.total_steps and config.at(run.done)[1] > 0
     if is_inside:
-        run.optimiser = _adam(config.stages[config.at(run.done)[0]], run.net)
+        run.optimiser = build_optimiser(config.optimiser, config.stages[config.at(run.done)[0]], run.net)
     restore(checkpoint, run.net, run.ema, run.optimiser if is_inside else None)
 
 
@@ -213,16 +221,16 @@ def _update(run: Run, share: "Share") -> dict[str, float]:
     index, step = config.at(run.done)
     stage = config.stages[index]
     if step == 0:
-        run.optimiser = _adam(stage, net)
+        run.optimiser = build_optimiser(config.optimiser, stage, net)
     rate = rate_at(config.optimiser, stage.steps, step)
     scales = scales_at(stage, net.spec.scales, config.seed, index, step)
     torch.manual_seed(_step_seed(config.seed, run.done, run.place.rank))
 
-    run.optimiser.zero_grad(set_to_none=True)
+    run.optimiser.zero_grad()
     parts = share.split(run.micro_batches[index])
     sums: dict[str, Tensor] = {}
     for latents in parts:
-        for name, value in _backward(config, stage, net, run.vae, latents, scales, len(parts)).items():
+        for name, value in _backward(config, stage, net, run.vae, latents, scales, len(parts), run.picture_map).items():
             sums[name] = sums.get(name, torch.zeros((), device=run.place.device)) + value
     weights = _trained(net)
     values = _average(weights, sums, run.place.world_size)
@@ -233,9 +241,7 @@ def _update(run: Run, share: "Share") -> dict[str, float]:
             f"stage {stage.name}, update {run.done + 1}: loss {values['loss']}, gradient norm {norm}; "
             f"the last good checkpoint is {kept[-1] if kept else 'none: the run had not saved yet'}"
         )
-    for group in run.optimiser.param_groups:
-        group["lr"] = rate
-    run.optimiser.step()
+    run.optimiser.step(rate)
     run.ema.update(net, run.done if config.optimiser.ema_warmup else PURE_EMA)
     run.done += 1
     return {"rate": rate, "gradient_norm": norm, **values}
@@ -316,6 +322,7 @@ def _backward(
     latents: Mapping[int, Tensor],
     scales: Sequence[int],
     parts: int,
+    picture_map: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Adds the gradient of one micro batch, head by head, so that one head's decoded pictures are alive at a time.
 
@@ -342,6 +349,8 @@ def _backward(
             target,
             ds_factor=ds_factor,
             eagle_filter=config.eagle_filter,
+            picture_map=picture_map,
+            square_floor=config.square_floor,
         )
         loss = total(terms) / parts
         torch.autograd.backward(loss)
@@ -401,15 +410,13 @@ def _build(config: RunConfig, bundle: Bundle, store: PairsStore) -> Lua:
     net = Lua(config.lua.to_spec(channels))
     if net.spec.latent_norm:
         net.set_latent_statistics(*store.statistics())
+    if net.spec.linear_skip:
+        fit_linear_skip(net, store, len(store) - config.held_out_tiles)
     return net
 
 
 def _trained(net: Lua) -> list[nn.Parameter]:
     return [weight for weight in net.parameters() if weight.requires_grad]
-
-
-def _adam(stage: StageConfig, net: Lua) -> Adam:
-    return Adam(_trained(net), lr=0.0, betas=stage.betas, weight_decay=0.0)
 
 
 def _step_seed(seed: int, done: int, rank: int) -> int:

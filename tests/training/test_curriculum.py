@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from giantleap.training.curriculum import (
+    OWN,
     PAPER,
     ConfigError,
     LuaConfig,
@@ -88,7 +89,8 @@ def test_terms_are_weighted_and_summed() -> None:
     decoded, target = (torch.randn(1, 3, 16, 16, generator=generator) for _ in range(2))
     ones = StageWeights(**dict.fromkeys(StageWeights.model_fields, 1.0))
     twice = StageWeights(**dict.fromkeys(StageWeights.model_fields, 2.0))
-    one, two = (loss_terms(weights, grown, large, decoded, target) for weights in (ones, twice))
+    mapping = torch.randn(12, 4, 3, 3, generator=generator)
+    one, two = (loss_terms(each, grown, large, decoded, target, picture_map=mapping) for each in (ones, twice))
     assert one.keys() == set(StageWeights.model_fields)
     for name, value in one.items():
         assert float(two[name]) == pytest.approx(2 * float(value)) and float(value) > 0
@@ -100,6 +102,19 @@ def test_a_pixel_loss_without_pictures_is_an_error_and_not_zero() -> None:
     for stage in ("II", "III"):
         with pytest.raises(ValueError, match="no decoded pictures"):
             loss_terms(PAPER[stage].weights, latent, latent, None, None)
+
+
+def test_a_linear_loss_without_its_map_is_an_error_and_not_zero() -> None:
+    latent = torch.zeros(1, 4, 8, 8)
+    with pytest.raises(ValueError, match="linear map of the decoder"):
+        loss_terms(OWN["linear"].weights, latent, latent, None, None)
+
+
+def test_a_cosine_falls_from_the_rate_to_zero_within_the_stage() -> None:
+    config = OptimiserConfig(rate=0.01, schedule="cosine", warmup_steps=10)
+    rates = [rate_at(config, 100, step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.001) and max(rates) == pytest.approx(0.01, rel=0.05)
+    assert rates[50] == pytest.approx(0.005) and rates[100] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_run_knows_the_stage_of_each_step() -> None:

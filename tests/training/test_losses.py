@@ -27,9 +27,11 @@ from giantleap.training.losses import (
     high_frequency_l1,
     high_pass_mask,
     l1,
+    log_square,
     patch_variances,
     reconstruction,
     shrink,
+    visible_error,
 )
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -292,3 +294,19 @@ def test_a_loss_of_pictures_reaches_the_latents_of_every_family(
         assert raw.grad is not None and bool((raw.grad != 0).any(dim=(2, 3)).all())
         gradients.append(raw.grad)
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-9)
+
+
+def test_a_logarithm_of_squares_weighs_items_by_their_decibels_above_the_floor() -> None:
+    error = torch.ones(2, 3, 4, 4)
+    error[1] *= 0.01
+    assert float(log_square(error, 1e-9)) == pytest.approx(0.5 * math.log(1e-4), abs=1e-3)
+    assert float(log_square(error, 1e-2)) == pytest.approx(0.5 * (math.log(1.01) + math.log(1.01e-2)), abs=1e-4)
+
+
+def test_an_error_beyond_what_is_shown_counts_only_where_it_would_be_seen() -> None:
+    target = torch.tensor([-1.2, -1.0, 1.0, 0.9, -0.5]).view(1, 1, 1, 5)
+    prediction = torch.tensor([-1.5, -1.1, 1.3, 1.2, -1.5]).view(1, 1, 1, 5).requires_grad_()
+    error = visible_error(prediction, target)
+    assert error.flatten().tolist() == pytest.approx([0.0, 0.0, 0.0, 0.3, -1.0])
+    torch.autograd.backward(error.square().sum())
+    assert prediction.grad is not None and bool((prediction.grad[..., 3:] != 0).all())

@@ -127,6 +127,28 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(
     assert losses_of(tmp_path / "run") == losses_of(whole)
 
 
+def test_a_run_with_muon_a_cosine_and_a_linear_skip_ends_with_the_same_bits(
+    pairs: Path, tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    stages = [
+        {"name": "linear", "steps": 3, "effective_batch": 2, "micro_batch": 2},
+        {"name": "square", "steps": 3, "effective_batch": 2, "micro_batch": 1},
+    ]
+    optimiser = {"kind": "muon", "rate": 0.005, "schedule": "cosine", "ema_warmup": True}
+    lua = {"spec": {**LUA_SPEC, "linear_skip": True, "latent_norm": True}}
+    config = config_of(tiny_bundle_dir, pairs, stages=stages, optimiser=optimiser, lua=lua)
+    train(config, tmp_path / "whole", PLACE)
+    train(config, tmp_path / "parts", PLACE, stop_after=2)
+    train(config, tmp_path / "parts", PLACE, stop_after=5, resume=True)
+    train(config, tmp_path / "parts", PLACE, resume=True)
+    assert_same_bits(tmp_path / "parts/lua.safetensors", tmp_path / "whole/lua.safetensors")
+    tensors = read_checkpoint(checkpoints_in(tmp_path / "whole/checkpoints")[-1]).tensors
+    assert any(name.startswith("muon.layers.") for name in tensors)
+    assert any(name.startswith("adam.skips.") for name in tensors)
+    trained = read_lua(tmp_path / "whole/lua.safetensors")
+    assert trained.spec.linear_skip
+
+
 @pytest.mark.parametrize("at", [1, 7, 10])
 def test_a_run_killed_between_updates_loses_only_what_was_not_saved(
     at: int, whole: Path, pairs: Path, tiny_bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
