@@ -13,6 +13,7 @@ import numpy as np
 import skimage.data
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_image
@@ -87,7 +88,8 @@ def draw_routes(vae: Any, lua: Lua, photo: Tensor) -> PhotoRoutes:
     """Send one photograph through every route; small versions are antialiased bicubic in 8 bits."""
 
     def encode(picture: Tensor) -> Tensor:
-        latent: Tensor = vae.encode(picture).latent_dist.mode()
+        encoded = vae.encode(picture)
+        latent: Tensor = encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latent_dist.mode()
         return latent
 
     def decode(latent: Tensor) -> Tensor:
