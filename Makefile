@@ -97,7 +97,7 @@ ablations: $(VENV)/.dev ## Train and compare the variants of the paper's ablatio
 	$(BIN)/python -m benchmarks.ablations
 
 deploy-check: $(VENV)/.dev ## Check what needs promtool, Helm or a system Redis: images, chart, alert rules, queue
-	@missing=`for tool in prometheus promtool redis-server; do command -v $$tool >/dev/null || printf ' %s' $$tool; done`; \
+	@missing=`for tool in prometheus promtool redis-server luacheck; do command -v $$tool >/dev/null || printf ' %s' $$tool; done`; \
 	  [ -z "$$missing" ] || { echo "Not on the PATH:$$missing. Debian and Ubuntu: apt-get install prometheus redis-server"; exit 1; }
 	$(BIN)/python -m benchmarks.checks deploy
 

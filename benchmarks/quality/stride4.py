@@ -24,12 +24,12 @@ from giantleap.models.lua.network import Lua
 from giantleap.training.checkpoint import read_checkpoint
 from giantleap.training.curriculum import LuaConfig
 from giantleap.training.evaluation.cases import shrink
-from giantleap.training.pocket.dc_pictures import draw_held_out_scene
+from giantleap.training.pocket.stride4.pictures import draw_held_out_scene
 
 SCENES = 4
 SCENE_PX = 128
 SMALL_SAMPLES = 4  # per pixel and direction: with the 2 of the large ones, fine patterns would alias
-DEFAULT_FOLDER = Path("training/pocket/checkpoints")
+DEFAULT_FOLDER = Path("training/pocket/stride4/checkpoints")
 
 
 @dataclass(frozen=True)

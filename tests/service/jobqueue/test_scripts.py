@@ -1,7 +1,6 @@
 """The Lua scripts as they are loaded: every file is used, every include is resolved once."""
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def test_a_reply_that_is_not_of_its_type_is_refused_without_its_values() -> None
     assert "red ball" not in str(refused.value)
 
 
-@pytest.mark.skipif(shutil.which("luacheck") is None, reason="luacheck is not installed")
+@pytest.mark.deploy
 def test_luacheck_refuses_a_function_that_no_script_calls(tmp_path: Path) -> None:
     (tmp_path / "emit.lua").write_text(scripts.EMIT.text + "local function unused() end\n")
     command = ["luacheck", "--config", str(ROOT / ".luacheckrc"), str(tmp_path)]

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from giantleap.training.pocket.captions import SHAPES, Slots
-from giantleap.training.pocket.scene_surfaces import GROUNDS, PATTERNS, Finish, Ground, NoiseFields, fade, sample
 from giantleap.training.pocket.scenes import PALETTE
-from giantleap.training.pocket.still_life import draw_still_life, render_still_life
+from giantleap.training.pocket.stride4.still_life import draw_still_life, render_still_life
+from giantleap.training.pocket.stride4.surfaces import GROUNDS, PATTERNS, Finish, Ground, NoiseFields, fade, sample
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,11 @@ from giantleap.models.bundle.digests import file_hashes
 PROVENANCE = (
     "Started at the principal components of 4 x 4 blocks and trained by `python -m giantleap.training.pocket.stride4` "
     "on pictures that its own code draws and on nine photographs under CC0-1.0 and CC-BY-4.0 from Debian's package "
-    "lomiri-wallpapers-16.04; names, authors and licenses are in training/pocket/photographs.py."
+    "lomiri-wallpapers-16.04; names, authors and licenses are in training/pocket/stride4/photographs.py."
 )
 
 
-def write_dc_bundle(directory: Path, autoencoder: AutoencoderDC) -> None:
+def write_autoencoder_bundle(directory: Path, autoencoder: AutoencoderDC) -> None:
     """Writes the bundle, its weights as float16; its name, the directory's, is that of the latent space too.
 
     Effects: replaces what the directory held.

@@ -1,7 +1,8 @@
 """Procedural surfaces of the rendered scenes: noise, grounds, patterns on solids, and a sky with clouds and hills.
 
 Colors are linear light, [3]; places are tensors of world coordinates of any one shape. Every pattern fades where it
-becomes finer than a pixel, so that distant ground does not flicker. `training/pocket/still_life.py` renders with them.
+becomes finer than a pixel, so that distant ground does not flicker. `training/pocket/stride4/still_life.py` renders
+with them.
 """
 
 from collections.abc import Sequence

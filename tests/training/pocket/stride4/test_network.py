@@ -11,13 +11,13 @@ from torch import Tensor
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.training.data.frozen_vae import read_vae
 from giantleap.training.optim import Budget
-from giantleap.training.pocket import dc_train
-from giantleap.training.pocket.dc_bundle import write_dc_bundle
-from giantleap.training.pocket.dc_network import BlockPca, make_autoencoder, start_at_pca
-from giantleap.training.pocket.dc_pictures import PicturePools, draw_held_out_scene, to_images
-from giantleap.training.pocket.dc_train import Recipe, picture_loss, psnr_db, train
 from giantleap.training.pocket.leaves import draw_leaves
-from giantleap.training.pocket.photographs import cut_crop
+from giantleap.training.pocket.stride4 import train as autoencoder_training
+from giantleap.training.pocket.stride4.bundle import write_autoencoder_bundle
+from giantleap.training.pocket.stride4.network import BlockPca, make_autoencoder, start_at_pca
+from giantleap.training.pocket.stride4.photographs import cut_crop
+from giantleap.training.pocket.stride4.pictures import PicturePools, draw_held_out_scene, to_images
+from giantleap.training.pocket.stride4.train import Recipe, picture_loss, psnr_db, train
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,9 @@ def test_a_crop_is_the_most_detailed_window() -> None:
 def test_a_run_that_was_stopped_goes_on_where_it_stood(
     pools: PicturePools, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dc_train, "read_pools", lambda *_: pools)
-    monkeypatch.setattr(dc_train, "read_held_out", lambda *_: images[:, :, :64, :64])
-    monkeypatch.setattr(dc_train, "PCA_CROPS", 6)
+    monkeypatch.setattr(autoencoder_training, "read_pools", lambda *_: pools)
+    monkeypatch.setattr(autoencoder_training, "read_held_out", lambda *_: images[:, :, :64, :64])
+    monkeypatch.setattr(autoencoder_training, "PCA_CROPS", 6)
     recipe = Recipe(batch=1, crop_px=32, is_bfloat16=False)
     train(tmp_path / "run", tmp_path, Budget(steps=2), 0, resume=False, recipe=recipe, channels=8)
     train(tmp_path / "run", tmp_path, Budget(steps=4), 0, resume=True, recipe=recipe, channels=8)
@@ -92,7 +92,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_stood(
 def test_the_bundle_is_read_as_any_other(images: Tensor, tmp_path: Path) -> None:
     network = make_autoencoder(8)
     start_at_pca(network, BlockPca.fit(images, 8))
-    write_dc_bundle(tmp_path / "tiny8", network)
+    write_autoencoder_bundle(tmp_path / "tiny8", network)
     bundle = read_bundle(tmp_path / "tiny8")
     space = bundle.latent_space
     assert (space.name, space.channels, space.stride_px) == ("tiny8", 8, 4)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from giantleap.training.losses import shrink
 from giantleap.training.pocket.leaves import read_leaf_pool
-from giantleap.training.pocket.photographs import (
+from giantleap.training.pocket.scenes import draw_scene, render
+from giantleap.training.pocket.stride4.photographs import (
     HELD_OUT,
     PHOTOGRAPHS,
     cut_crop,
@@ -24,8 +25,7 @@ from giantleap.training.pocket.photographs import (
     read_crops,
     read_photograph,
 )
-from giantleap.training.pocket.scenes import draw_scene, render
-from giantleap.training.pocket.still_life import draw_still_life, render_still_life
+from giantleap.training.pocket.stride4.still_life import draw_still_life, render_still_life
 
 Pixels = NDArray[np.uint8]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from giantleap.training.pocket.photographs import (
+from giantleap.training.pocket.stride4.photographs import (
     HELD_OUT,
     PACKAGE,
     PHOTOGRAPHS,

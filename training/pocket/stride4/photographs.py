@@ -2,7 +2,7 @@
 
 The pictures come from Debian's package `lomiri-wallpapers-16.04` and are never stored in the repository. Pictures of
 that package under a share-alike licence are left out. `Crops` holds square crops in memory-mapped files; the networks
-that read them are in `training/pocket/dc_network.py`.
+that read them are in `training/pocket/stride4/network.py`.
 """
 
 import hashlib

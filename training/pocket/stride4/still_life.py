@@ -2,7 +2,7 @@
 
 One ray per subpixel meets the closed-form solids of `training/pocket/scenes.py`; the light is a disk, shadows are the
 share of it that is seen. The six slots of a caption describe the main solid, the floor's and the sky's color, as in
-the plain scenes. A scene follows from its seed. Surfaces are in `training/pocket/scene_surfaces.py`.
+the plain scenes. A scene follows from its seed. Surfaces are in `training/pocket/stride4/surfaces.py`.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from giantleap.training.losses import shrink
 from giantleap.training.pocket.captions import COLORS, SHAPES, Slots, draw_slots
-from giantleap.training.pocket.scene_surfaces import (
+from giantleap.training.pocket.scenes import FOCAL, PALETTE, Vector, _hit, draw_scene
+from giantleap.training.pocket.stride4.surfaces import (
     GROUNDS,
     PATTERNS,
     Color,
@@ -23,7 +24,6 @@ from giantleap.training.pocket.scene_surfaces import (
     Sky,
     to_linear,
 )
-from giantleap.training.pocket.scenes import FOCAL, PALETTE, Vector, _hit, draw_scene
 
 LIGHT_SAMPLES = 10  # per subpixel
 AMBIENT = 0.42

@@ -1,8 +1,8 @@
 """The commands that make autoencoder and adapter of stride 4: `python -m giantleap.training.pocket.stride4 <command>`.
 
 In order: `autoencoder`, `bundle`, `pictures`; then the public trainer makes the adapter, as for any bundle:
-`giantleap train prepare` and `giantleap train run` with `training/pocket/stride4.toml`; `adapter` makes its file small.
-`training/pocket/checkpoints` holds the results, with the figures.
+`giantleap train prepare` and `giantleap train run` with `training/pocket/stride4/adapter.toml`; `adapter` makes its
+file small. `training/pocket/stride4/checkpoints` holds the results, with the figures.
 """
 
 from pathlib import Path
@@ -14,9 +14,9 @@ from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.training.optim import Budget
-from giantleap.training.pocket.dc_bundle import write_dc_bundle
-from giantleap.training.pocket.dc_pictures import write_pictures
-from giantleap.training.pocket.dc_train import Recipe, train
+from giantleap.training.pocket.stride4.bundle import write_autoencoder_bundle
+from giantleap.training.pocket.stride4.pictures import write_pictures
+from giantleap.training.pocket.stride4.train import Recipe, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -46,7 +46,7 @@ def bundle(
     out: Annotated[Path, typer.Option(help="Directory of the bundle.")] = RUNS / "pocket24",
 ) -> None:
     """Make a bundle of the autoencoder alone, for `giantleap train`."""
-    write_dc_bundle(out, AutoencoderDC.from_pretrained(autoencoder_dir))
+    write_autoencoder_bundle(out, AutoencoderDC.from_pretrained(autoencoder_dir))
 
 
 @app.command()
@@ -66,7 +66,10 @@ def adapter(
     out: Path = RUNS / "lua.safetensors",
 ) -> None:
     """Write an adapter's weights as float16."""
-    provenance = {"trained_by": "giantleap train run --config training/pocket/stride4.toml", "license": "Apache-2.0"}
+    provenance = {
+        "trained_by": "giantleap train run --config training/pocket/stride4/adapter.toml",
+        "license": "Apache-2.0",
+    }
     write_lua(out, read_lua(lua_file).half(), provenance)
 
 

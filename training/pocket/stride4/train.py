@@ -1,7 +1,7 @@
 """Trains the pocket autoencoder of stride 4: `python -m giantleap.training.pocket.stride4 autoencoder`.
 
-It starts at the PCA of 4 x 4 blocks (`training/pocket/dc_network.py`) and is trained end to end on crops, encoder and
-decoder together, with the rate falling to zero along a cosine. The average weights are written; `log.jsonl` has the
+It starts at the PCA of 4 x 4 blocks (`training/pocket/stride4/network.py`) and is trained end to end on crops, encoder
+and decoder together, with the rate falling to zero along a cosine. The average weights are written; `log.jsonl` has the
 curve on crops of a photograph that no training sees. Stopped runs go on with `--resume`.
 """
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from giantleap.training.losses import shrink
 from giantleap.training.optim import Budget, Ema, MuonAdamW, cosine_rate
-from giantleap.training.pocket.dc_network import CHANNELS, BlockPca, make_autoencoder, start_at_pca
-from giantleap.training.pocket.dc_pictures import PictureCounts, PicturePools, read_held_out, read_pools
 from giantleap.training.pocket.state import TrainState, smoothed
+from giantleap.training.pocket.stride4.network import CHANNELS, BlockPca, make_autoencoder, start_at_pca
+from giantleap.training.pocket.stride4.pictures import PictureCounts, PicturePools, read_held_out, read_pools
 from giantleap.training.pocket.vae import train_steps, write_log
 
 SAVE_EVERY_S = 150.0

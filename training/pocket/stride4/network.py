@@ -2,7 +2,7 @@
 
 AutoencoderDC moves pixels into channels and back (pixel unshuffle and shuffle), so a block transform is one of the
 functions that it holds. Here its weights are set to such a transform, with residual branches that add nothing at
-first: training starts at the fidelity of the PCA. `training/pocket/dc_train.py` trains it.
+first: training starts at the fidelity of the PCA. `training/pocket/stride4/train.py` trains it.
 """
 
 from dataclasses import dataclass
