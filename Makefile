@@ -6,8 +6,8 @@ BIN    := $(VENV)/bin
 
 # A process of tests for each processor; a file of tests stays in one of them, for what its tests share is costly.
 WORKERS  ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile
-# `make test COVERAGE=` leaves the measurement out.
-COVERAGE ?= --cov --cov-report=term:skip-covered
+# Branch coverage takes time: CI measures it, and so does `make test CI=1`.
+COVERAGE ?= $(if $(CI),--cov --cov-report=term:skip-covered)
 
 .DEFAULT_GOAL := help
 .PHONY: help hooks oldest demo serve test slow compiler check security audit format lint types quality ablations chaos fuzz compat peers deploy-check clean
@@ -98,7 +98,7 @@ ablations: $(VENV)/.dev ## Train and compare the variants of the paper's ablatio
 
 deploy-check: $(VENV)/.dev ## Check what needs promtool, Helm or a system Redis: images, chart, alert rules, queue
 	@missing=`for tool in prometheus promtool redis-server luacheck; do command -v $$tool >/dev/null || printf ' %s' $$tool; done`; \
-	  [ -z "$$missing" ] || { echo "Not on the PATH:$$missing. Debian and Ubuntu: apt-get install prometheus redis-server"; exit 1; }
+	  [ -z "$$missing" ] || { echo "Not on the PATH:$$missing. Debian and Ubuntu: apt-get install prometheus redis-server lua-check"; exit 1; }
 	$(BIN)/python -m benchmarks.checks deploy
 
 clean: ## Remove the virtual environment and everything generated
