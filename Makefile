@@ -88,7 +88,7 @@ security: $(VENV)/.dev ## Look for unsafe code (bandit) and vulnerable dependenc
 	$(BIN)/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive models export service training giantleap/cli
 	$(BIN)/python .ci/audit.py
 
-audit: $(VENV)/.dev ## Fail where a dependency has a known vulnerability or could not be asked about
+audit: $(VENV)/.dev ## Fail where a dependency has a known vulnerability or could not be checked
 	$(BIN)/python .ci/audit.py --strict
 
 check: lint types security test ## Everything that needs only what pip installs; CI runs it and deploy-check

@@ -48,7 +48,7 @@ STEPS_SHARED_BY = 6  # a number of updates that one, two or three stages share e
 NET = {"embed_dim": 24, "depths": [2, 2], "num_heads": 4, "window": 8, "num_feat": 32}
 NET |= {"bicubic_skip": True, "latent_norm": True}
 BATCH = {"I": 8, "II": 1, "III": 1}
-OPTIMISER = {"rate": 2e-3, "ema_decay": 0.99, "ema_warmup": True}  # the paper's 2e-4 and 0.999 are for 375,000 updates
+OPTIMIZER = {"rate": 2e-3, "ema_decay": 0.99, "ema_warmup": True}  # the paper's 2e-4 and 0.999 are for 375,000 updates
 LATENT_L1_ONLY = {"latent_l1": 1.0}
 
 
@@ -105,7 +105,7 @@ def config_of(variant: Variant, updates: int, seed: int, bundle: Path, pairs: Pa
         "pairs": pairs,
         "lua": {"spec": {**NET, "scales": list(variant.scales), "head": variant.head}},
         "stages": stages,
-        "optimiser": OPTIMISER,
+        "optimizer": OPTIMIZER,
         "held_out_tiles": 0,
         "seed": seed,
         "checkpoints": False,  # one picture's feature maps fit
@@ -239,7 +239,7 @@ def settings_of(updates: int, bundle: Path, pairs: Path) -> dict[str, Any]:
         "updates": updates,
         "net": NET,
         "batch": BATCH,
-        "optimiser": OPTIMISER,
+        "optimizer": OPTIMIZER,
         "tiles": len(PairsStore.open(pairs)),
         "tile_px": PICTURE_PX,
         "vae_sha256": vae_hash(read_bundle(bundle)),

@@ -93,7 +93,7 @@ def plan(bundle: Path, pairs: Path, start_file: Path | None, steps: int, rate: f
         "lua": {"preset": "pocket"} if start_file is None else {"start": start_file},
         "stages": [stage],
         "held_out_tiles": HELD_OUT,
-        "optimiser": {"rate": rate, "warmup_steps": 20, "ema_decay": 0.99, "ema_warmup": True},
+        "optimizer": {"rate": rate, "warmup_steps": 20, "ema_decay": 0.99, "ema_warmup": True},
         "log_every": 50,
         "save_every": 25,
     }

@@ -239,7 +239,9 @@ def _check_request(request: Request) -> tuple[int, ...]:
     if not parts:
         raise ArtifactError("nothing to export: name a part (lua or decoder)")
     if "decoder" in parts and request.engine != "onnx":
-        raise ArtifactError(f"the decoder exports to onnx only; asked for {request.engine}")
+        raise ArtifactError(
+            f"engine {request.engine}: the decoder exports to onnx only; use --engine onnx, or drop --part decoder"
+        )
     bundle_weights(bundle, parts)  # raises if the bundle lacks a part
     check_files(bundle)
     if "lua" not in parts:
@@ -249,7 +251,7 @@ def _check_request(request: Request) -> tuple[int, ...]:
     known = bundle.scales_of("lua")[1:]
     unknown = [scale for scale in request.scales if scale not in known]
     if unknown:
-        raise ArtifactError(f"bundle {bundle.name} has heads for scales {known}; asked for {unknown[0]}")
+        raise ArtifactError(f"scale {unknown[0]}: bundle {bundle.name} has heads for scales {known}; choose from these")
     if request.engine == "tensorrt":
         load_tensorrt(request.device)
     return tuple(sorted(set(request.scales))) or tuple(map(int, known))

@@ -33,7 +33,7 @@ def audit() -> ModuleType:
         ([[]], 1, "audit not done: the package index gives no advisories (it does not know fastapi)"),
     ],
 )
-def test_what_was_found_is_told_and_only_the_strict_form_fails(
+def test_findings_are_printed_and_only_the_strict_form_fails(
     audit: ModuleType,
     answers: list[list[dict[str, Any]]],
     strict_code: int,
@@ -51,7 +51,7 @@ def test_what_was_found_is_told_and_only_the_strict_form_fails(
 @pytest.mark.parametrize(
     ("python", "time_limit_s", "said"), [("/bin/sleep", 0.05, "no report within"), ("/bin/false", 60.0, "ended with 1")]
 )
-def test_an_audit_without_an_answer_is_said_to_be_none(
+def test_an_audit_without_an_answer_is_reported_as_none(
     audit: ModuleType,
     python: str,
     time_limit_s: float,

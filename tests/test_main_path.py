@@ -103,7 +103,7 @@ def test_words_that_the_bundle_does_not_know_are_reported(url: str) -> None:
     assert any("zeppelin" in warning for warning in body["warnings"])
 
 
-def test_progress_is_told_from_queued_to_done(url: str) -> None:
+def test_progress_is_reported_from_queued_to_done(url: str) -> None:
     job = httpx.post(
         f"{url}/generate", json={"prompt": PROMPT, "steps": 4}, headers={"Prefer": "respond-async"}, timeout=30
     )
@@ -142,10 +142,10 @@ def _named(children: list[psutil.Process], word: str) -> psutil.Process:
 
 
 def _post_many(url: str, count: int) -> list[str]:
-    asked = {"prompt": PROMPT, "steps": 8}
+    body = {"prompt": PROMPT, "steps": 8}
     headers = {"Prefer": "respond-async"}
     return [
-        httpx.post(f"{url}/generate", json={**asked, "seed": seed}, headers=headers, timeout=30).json()["id"]
+        httpx.post(f"{url}/generate", json={**body, "seed": seed}, headers=headers, timeout=30).json()["id"]
         for seed in range(count)
     ]
 

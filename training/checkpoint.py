@@ -1,6 +1,6 @@
 """The whole state of a run in one file: safetensors, with JSON in its header. Nothing is ever unpickled.
 
-Weights, average weights and the moments of the optimiser are tensors; the step, from which rates, order of tiles, heads
+Weights, average weights and the moments of the optimizer are tensors; the step, from which rates, order of tiles, heads
 and random numbers follow (`training/curriculum.py`), and what the run was made of are JSON. `training/run.py` uses it.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from giantleap.training.data.pairs_store import replace_file
 from giantleap.training.optim import Ema
-from giantleap.training.stage_optimiser import StageOptimiser
+from giantleap.training.stage_optimizer import StageOptimizer
 
 FORMAT = 1
 HEADER = "giantleap.training"
@@ -42,7 +42,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def write_checkpoint(
-    folder: Path, step: int, origin: Mapping[str, Any], net: nn.Module, ema: Ema, optimiser: StageOptimiser, keep: int
+    folder: Path, step: int, origin: Mapping[str, Any], net: nn.Module, ema: Ema, optimizer: StageOptimizer, keep: int
 ) -> Path:
     """Writes a checkpoint by renaming a finished file, then removes all but the last `keep`.
 
@@ -55,7 +55,7 @@ def write_checkpoint(
     """
     tensors = {f"net.{name}": value for name, value in net.state_dict().items()}
     tensors |= {f"ema.{name}": value for name, value in ema.weights.items()}
-    tensors |= optimiser.tensors()
+    tensors |= optimizer.tensors()
     tensors |= {"rng.cpu": torch.get_rng_state()}
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
@@ -87,11 +87,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(header["step"], header["origin"], tensors)
 
 
-def restore(checkpoint: Checkpoint, net: nn.Module, ema: Ema, optimiser: StageOptimiser | None) -> None:
+def restore(checkpoint: Checkpoint, net: nn.Module, ema: Ema, optimizer: StageOptimizer | None) -> None:
     """Puts the state back in place.
 
     Args:
-        optimiser: None where the next update begins a stage, whose optimiser starts afresh.
+        optimizer: None where the next update begins a stage, whose optimizer starts afresh.
 
     Raises:
         TrainingStateError: The tensors are not those of this network.
@@ -103,8 +103,8 @@ def restore(checkpoint: Checkpoint, net: nn.Module, ema: Ema, optimiser: StageOp
     device = next(net.parameters()).device
     ema.weights = {name: value.to(device) for name, value in _part(checkpoint.tensors, "ema.").items()}
     torch.set_rng_state(checkpoint.tensors["rng.cpu"])
-    if optimiser is not None:
-        optimiser.load(checkpoint.tensors)
+    if optimizer is not None:
+        optimizer.load(checkpoint.tensors)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -152,7 +152,7 @@ def _with_defaults(value: Any) -> Any:
     return value
 
 
-class OptimiserConfig(_Values):
+class OptimizerConfig(_Values):
     """What all stages share.
 
     Args:
@@ -243,7 +243,7 @@ class RunConfig(_Values):
         PAPER["II"],
         PAPER["III"],
     )
-    optimiser: OptimiserConfig = OptimiserConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     held_out_tiles: int = Field(default=8, ge=0)
     seed: int = Field(default=0, ge=0)
     precision: Precision = "bfloat16"
@@ -304,16 +304,16 @@ def check_config(values: Mapping[str, Any], where: str) -> RunConfig:
         raise ConfigError(f"{where}: {'; '.join(lines)}") from error
 
 
-def rate_at(optimiser: OptimiserConfig, steps: int, step: int) -> float:
+def rate_at(optimizer: OptimizerConfig, steps: int, step: int) -> float:
     """The rate of update number `step` (from 0) of a stage: a cosine, or that of torch's MultiStepLR without its state.
 
     Ref: arXiv 2511.10629, A.2 (62,500, 93,750 and 112,500 of 125,000 steps, factor 0.5).
     """
-    warm = min(1.0, (step + 1) / optimiser.warmup_steps) if optimiser.warmup_steps else 1.0
-    if optimiser.schedule == "cosine":
-        return optimiser.rate * warm * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-    passed = sum(step >= round(part * steps) for part in optimiser.milestones)
-    return optimiser.rate * warm * optimiser.decay**passed
+    warm = min(1.0, (step + 1) / optimizer.warmup_steps) if optimizer.warmup_steps else 1.0
+    if optimizer.schedule == "cosine":
+        return optimizer.rate * warm * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+    passed = sum(step >= round(part * steps) for part in optimizer.milestones)
+    return optimizer.rate * warm * optimizer.decay**passed
 
 
 def scales_at(stage: StageConfig, scales: tuple[int, ...], seed: int, stage_index: int, step: int) -> tuple[int, ...]:
@@ -348,7 +348,7 @@ def _shuffle(count: int, seed: int, stage_index: int, deck: int) -> NDArray[np.i
 
 def loss_terms(
     weights: StageWeights,
-    grown: Tensor,
+    upscaled: Tensor,
     large: Tensor,
     decoded: Tensor | None,
     target: Tensor | None,
@@ -362,14 +362,14 @@ def loss_terms(
 
     Args:
         weights: Of the stage.
-        grown: The enlarged latent.
+        upscaled: The network's output.
         large: The latent of the large picture.
         decoded: The enlarged latent, decoded with a gradient; needed where `weights.decodes`.
         target: The large latent, decoded.
         picture_map: Of `fit_picture_map`; needed where `weights.linear_square` is above 0.
         square_floor: Of `log_square`.
 
-    **Shape** grown and large [batch, channels, h, w]; decoded and target [batch, 3, height_px, width_px]; scalars.
+    **Shape** upscaled and large [batch, channels, h, w]; decoded and target [batch, 3, height_px, width_px]; scalars.
 
     **Ref** arXiv 2511.10629, Eq. 16 to 18.
 
@@ -377,13 +377,13 @@ def loss_terms(
     """
     terms: dict[str, Tensor] = {}
     if weights.latent_l1:
-        terms["latent_l1"] = weights.latent_l1 * l1(grown, large)
+        terms["latent_l1"] = weights.latent_l1 * l1(upscaled, large)
     if weights.latent_fft:
-        terms["latent_fft"] = weights.latent_fft * fourier_l1(grown, large)
+        terms["latent_fft"] = weights.latent_fft * fourier_l1(upscaled, large)
     if weights.linear_square:
         if picture_map is None:
             raise ValueError("linear_square needs the linear map of the decoder, and none was given")
-        mapped = F.conv2d(grown - large, picture_map, padding=picture_map.shape[-1] // 2)
+        mapped = F.conv2d(upscaled - large, picture_map, padding=picture_map.shape[-1] // 2)
         terms["linear_square"] = weights.linear_square * log_square(mapped, square_floor)
     if not weights.decodes:
         return terms

@@ -152,6 +152,10 @@ class Budget:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"a budget is steps or minutes, got steps={self.steps}, minutes={self.minutes}; give one")
 
+    def __str__(self) -> str:
+        """As the option `--length` takes it."""
+        return str(self.steps) if self.minutes is None else f"{self.minutes:g}m"
+
     def progress(self, step: int, spent_s: float) -> float:
         """Return 0 at the start and 1 or more when the budget is spent."""
         if self.steps is not None:

@@ -46,7 +46,7 @@ from giantleap.training.linear_skip import fit_linear_skip
 from giantleap.training.optim import Ema
 from giantleap.training.picture_map import fit_picture_map
 from giantleap.training.run_log import Log, open_log
-from giantleap.training.stage_optimiser import StageOptimiser, build_optimiser
+from giantleap.training.stage_optimizer import StageOptimizer, build_optimizer
 
 PURE_EMA = 10**9  # as if so many updates were done: the average's decay without its warm-up
 # What may differ between the parts of one run: it changes neither an update nor its place.
@@ -131,7 +131,7 @@ def train(
         dist.barrier()  # all have looked into the directory before the first one writes there
     recorder = _open_recorder(run, bundle, store, origin) if place.is_first else None
     with (
-        # Losses in float32 are in whole float32: torch rounds convolutions on a GPU to TF32 unless told otherwise.
+        # Losses in float32 are in whole float32: torch rounds convolutions on a GPU to TF32 by default.
         torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
         ThreadPoolExecutor(1) as reader,
         tqdm(total=config.total_steps, initial=run.done, desc="train", unit="update", disable=recorder is None) as bar,
@@ -163,7 +163,7 @@ class Run:
         micro_batches: Of this process in one update, by stage.
         net: What is trained.
         ema: The average of its weights.
-        optimiser: Of the stage that `done` belongs to.
+        optimizer: Of the stage that `done` belongs to.
         picture_map: The decoder as a linear map of errors, where a stage has a loss that needs it.
         done: Updates so far.
     """
@@ -175,7 +175,7 @@ class Run:
     micro_batches: Sequence[int]
     net: Lua
     ema: Ema
-    optimiser: StageOptimiser
+    optimizer: StageOptimizer
     picture_map: Tensor | None = None
     done: int = 0
 
@@ -189,23 +189,23 @@ def _start(config: RunConfig, out: Path, place: DistributedContext, bundle: Bund
     micro_batches = [stage.micro_batches(place.world_size) for stage in config.stages]
     vae = read_vae(bundle, place.device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
     net = _build(config, bundle, store).to(place.device).train()
-    ema = Ema(net, config.optimiser.ema_decay)
-    optimiser = build_optimiser(config.optimiser, config.stages[0], net)
+    ema = Ema(net, config.optimizer.ema_decay)
+    optimizer = build_optimizer(config.optimizer, config.stages[0], net)
     picture_map = None
     if any(stage.weights.linear_square for stage in config.stages):
         picture_map = fit_picture_map(vae, store, config.seed).to(place.device)
-    return Run(config, out, place, vae, micro_batches, net, ema, optimiser, picture_map)
+    return Run(config, out, place, vae, micro_batches, net, ema, optimizer, picture_map)
 
 
 def _resume(run: Run, path: Path, origin: Mapping[str, Any]) -> None:
-    """Goes back to a checkpoint; between two stages without moments, since each stage starts its own optimiser."""
+    """Goes back to a checkpoint; between two stages without moments, since each stage starts its own optimizer."""
     config, checkpoint = run.config, read_checkpoint(path)
     _check_origin(path, checkpoint.origin, origin)
     run.done = checkpoint.step
     is_inside = run.done < config.total_steps and config.at(run.done)[1] > 0
     if is_inside:
-        run.optimiser = build_optimiser(config.optimiser, config.stages[config.at(run.done)[0]], run.net)
-    restore(checkpoint, run.net, run.ema, run.optimiser if is_inside else None)
+        run.optimizer = build_optimizer(config.optimizer, config.stages[config.at(run.done)[0]], run.net)
+    restore(checkpoint, run.net, run.ema, run.optimizer if is_inside else None)
 
 
 def _update(run: Run, share: "Share") -> dict[str, float]:
@@ -221,12 +221,12 @@ def _update(run: Run, share: "Share") -> dict[str, float]:
     index, step = config.at(run.done)
     stage = config.stages[index]
     if step == 0:
-        run.optimiser = build_optimiser(config.optimiser, stage, net)
-    rate = rate_at(config.optimiser, stage.steps, step)
+        run.optimizer = build_optimizer(config.optimizer, stage, net)
+    rate = rate_at(config.optimizer, stage.steps, step)
     scales = scales_at(stage, net.spec.scales, config.seed, index, step)
     torch.manual_seed(_step_seed(config.seed, run.done, run.place.rank))
 
-    run.optimiser.zero_grad()
+    run.optimizer.zero_grad()
     parts = share.split(run.micro_batches[index])
     sums: dict[str, Tensor] = {}
     for latents in parts:
@@ -234,15 +234,15 @@ def _update(run: Run, share: "Share") -> dict[str, float]:
             sums[name] = sums.get(name, torch.zeros((), device=run.place.device)) + value
     weights = _trained(net)
     values = _average(weights, sums, run.place.world_size)
-    norm = float(nn.utils.clip_grad_norm_(weights, config.optimiser.clip))
+    norm = float(nn.utils.clip_grad_norm_(weights, config.optimizer.clip))
     if not all(math.isfinite(value) for value in (*values.values(), norm)):
         kept = checkpoints_in(run.checkpoints)
         raise DivergedError(
             f"stage {stage.name}, update {run.done + 1}: loss {values['loss']}, gradient norm {norm}; "
             f"the last good checkpoint is {kept[-1] if kept else 'none: the run had not saved yet'}"
         )
-    run.optimiser.step(rate)
-    run.ema.update(net, run.done if config.optimiser.ema_warmup else PURE_EMA)
+    run.optimizer.step(rate)
+    run.ema.update(net, run.done if config.optimizer.ema_warmup else PURE_EMA)
     run.done += 1
     return {"rate": rate, "gradient_norm": norm, **values}
 
@@ -291,7 +291,7 @@ class Recorder:
         if is_last:
             self.write_weights(run.out / f"lua-stage-{index + 1}-{stage.name}.safetensors", stage)
         if done % config.save_every == 0 or is_last or is_end:
-            write_checkpoint(run.checkpoints, done, self.origin, run.net, run.ema, run.optimiser, config.keep)
+            write_checkpoint(run.checkpoints, done, self.origin, run.net, run.ema, run.optimizer, config.keep)
 
     def write_weights(self, path: Path, stage: StageConfig) -> None:
         """Average weights, with what they were trained on in the header."""
@@ -337,13 +337,13 @@ def _backward(
     sums = {"loss": torch.zeros((), device=device)}
     for scale in scales:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            grown = net(latents[scale].to(device), scale)
-        grown = grown.float()
-        decoded = decode_with_gradient(vae, grown, config.checkpoints) if stage.weights.decodes else None
+            upscaled = net(latents[scale].to(device), scale)
+        upscaled = upscaled.float()
+        decoded = decode_with_gradient(vae, upscaled, config.checkpoints) if stage.weights.decodes else None
         ds_factor = scale if config.ds_factor == "scale" else config.ds_factor
         terms = loss_terms(
             stage.weights,
-            grown,
+            upscaled,
             large,
             decoded,
             target,

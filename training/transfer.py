@@ -196,7 +196,7 @@ def match_latents(net: Lua, old: Vae, new: Vae, large: Tensor, mean: Tensor, std
 
     **Raises** TransferError: the VAEs have another stride, or the old one's latents are not of the network's channels.
     """
-    small, grown = [], []
+    of_new, of_old = [], []
     for latent in large.split(1):
         matched = old.encode(new.decode(latent.to(new.device)).clamp(-1.0, 1.0)).float().cpu()
         if matched.shape != (1, net.spec.channels, *latent.shape[2:]):
@@ -204,9 +204,9 @@ def match_latents(net: Lua, old: Vae, new: Vae, large: Tensor, mean: Tensor, std
                 f"the old VAE makes latents {list(matched.shape[1:])} of a picture whose new ones are "
                 f"{list(latent.shape[1:])}; {net.spec.channels} channels and one stride are needed"
             )
-        grown.append(_pixels(matched))
-        small.append(_pixels(latent.cpu()))
-    seen_new, seen_old = torch.cat(small), torch.cat(grown)
+        of_old.append(_pixels(matched))
+        of_new.append(_pixels(latent.cpu()))
+    seen_new, seen_old = torch.cat(of_new), torch.cat(of_old)
     if net.spec.latent_norm:
         seen_new = (seen_new - mean) / std
         seen_old = (seen_old - net.latent_mean.cpu()) / net.latent_std.cpu()

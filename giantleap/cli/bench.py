@@ -23,15 +23,20 @@ from giantleap.service.errors import GiantleapError
 
 app = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
 
+ScaleOption = Annotated[list[float] | None, typer.Option(help="Scales to time, repeatable; by default all.")]
+WarmupsOption = Annotated[int, typer.Option(help="Runs before those that count.", min=0)]
+RunsOption = Annotated[int, typer.Option(help="Runs that count.", min=1)]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the results as JSON lines.")]
+
 
 @app.command()
 def protocol(
-    scale: Annotated[list[float] | None, typer.Option(help="Scales to time; by default all of the method.")] = None,
+    scale: ScaleOption = None,
     method: MethodOption = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
-    warmups: Annotated[int, typer.Option(help="Runs before those that count.", min=0)] = 20,
-    runs: Annotated[int, typer.Option(help="Runs that count.", min=1)] = 20,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the results as JSON lines.")] = None,
+    warmups: WarmupsOption = 20,
+    runs: RunsOption = 20,
+    json_out: JsonOption = None,
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
@@ -62,11 +67,11 @@ def protocol(
 
 @app.command()
 def engines(
-    scale: Annotated[list[float] | None, typer.Option(help="Scales to time; by default all.")] = None,
+    scale: ScaleOption = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Also torch-compile, which takes minutes.")] = False,
-    warmups: Annotated[int, typer.Option(help="Runs before those that count.", min=0)] = 3,
-    runs: Annotated[int, typer.Option(help="Runs that count.", min=1)] = 10,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the rows as JSON lines.")] = None,
+    warmups: WarmupsOption = 3,
+    runs: RunsOption = 10,
+    json_out: JsonOption = None,
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:

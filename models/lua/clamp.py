@@ -85,7 +85,7 @@ class LatentClamp:
         if measured is None or small.shape[1] != self.statistics.channels:
             raise StatisticsError(
                 f"clamp: statistics of {self.statistics.channels} channels at scales {sorted(self._reach)}; "
-                f"asked for {small.shape[1]} channels at {scale}"
+                f"got {small.shape[1]} channels at scale {scale}"
             )
         upscaled = upscaled.float()
         # Clamped before too: bicubic weights have both signs and make NaN of values near the end of float32.

@@ -283,7 +283,7 @@ def check_latent(spec: LuaSpec, latent: Tensor, scales: Sequence[float]) -> None
             has = f"heads for scales {spec.scales}"
             if spec.head == "liif":
                 has = f"a head for any scale above 1 that makes a window of {spec.window} a whole number"
-            raise ValueError(f"this LUA has {has}; asked for {scale}")
+            raise ValueError(f"scale {scale}: this LUA has {has}")
         if not all(is_whole(side, scale) for side in latent.shape[2:]):
             raise ValueError(f"a latent of {list(latent.shape[2:])} has no whole sides at scale {scale}")
 

@@ -60,7 +60,7 @@ class JobBody(BaseModel):
     status: JobState = Field(description="queued and processing go on; succeeded, failed and canceled are final.")
     kind: Literal["generate", "upscale"] = Field(description="The route that made it.")
     bundle: str = Field(description="What runs it.")
-    method: Method = Field(description="How the image becomes large; never another than was asked for.")
+    method: Method = Field(description="How the image is enlarged: always the requested method.")
     decode: DecodeName = Field(description="exact, or how the image differs from that.")
     scale: int | float = Field(description="Enlargement of each side.")
     priority: Priority = Field(description="high is claimed before low.")

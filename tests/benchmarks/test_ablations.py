@@ -34,7 +34,7 @@ def test_the_variants_differ_in_what_they_are_named_for_only() -> None:
     assert [stage.name for stage in full.stages] == ["I", "II", "III"]
     assert configs["latent_l1"].stages[0].weights.model_dump(exclude_defaults=True) == {"latent_l1": 1.0}
     for key, config in configs.items():
-        assert (config.optimiser, config.seed, config.held_out_tiles) == (full.optimiser, 1, 0)
+        assert (config.optimizer, config.seed, config.held_out_tiles) == (full.optimizer, 1, 0)
         spec, shared = dict(config.lua.spec or {}), dict(full.lua.spec or {})
         differing = {name for name in spec if spec[name] != shared[name]}
         assert differing == {"liif": {"head"}, "only_x2": {"scales"}, "only_x4": {"scales"}}.get(key, set())

@@ -2,7 +2,7 @@
 
 `python chaos_worker.py JOURNAL`, settings from the environment. A job takes two milliseconds a step; one whose seed is
 `LONG_SEED` takes `LONG_S` at its first start. The journal has a line `<what> <job> <delivery> <pid> <monotonic s>`
-before work (start), before the end is asked for (ending) and after the queue's answer (accepted, refused), so that
+before work (start), before the job is finished (ending) and after the queue's answer (accepted, refused), so that
 what a kill left out is known. One that only draws hands over, and notes that (handed).
 """
 

@@ -169,5 +169,5 @@ class Clients:
             headers["Content-Type"] = "application/x-safetensors"
             return client.build_request("POST", f"/upscale?priority={priority}", content=body, headers=headers)
         seed = LONG_SEED if index == 0 else index
-        asked = {"prompt": "a red sphere", "seed": seed, "steps": dice.randint(1, 50), "priority": priority}
-        return client.build_request("POST", "/generate", json=asked, headers=headers)
+        fields = {"prompt": "a red sphere", "seed": seed, "steps": dice.randint(1, 50), "priority": priority}
+        return client.build_request("POST", "/generate", json=fields, headers=headers)

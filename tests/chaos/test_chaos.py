@@ -120,7 +120,7 @@ class Run:
             )
             frozen.send_signal(signal.SIGCONT)
             await await_until(
-                "the frozen worker is told that it is late",
+                "the frozen worker learns that it is late",
                 lambda: any(note.pid == pid for note in self._notes("refused", job_id)),
             )
         finally:

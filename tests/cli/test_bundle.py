@@ -110,7 +110,7 @@ def test_a_pulled_bundle_is_found_by_name_and_runs_with_the_network_off(
     assert f"giantleap serve --bundle {target}" in _plain(ended.output)
     check_files(read_bundle(target))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    asked = len(hub.fetched)
+    fetched_before = len(hub.fetched)
     assert "tiny" in run("list").output
     assert f"pipeline from {PIPELINE}@{hub.commit_of(PIPELINE)}" in _plain(run("show", "tiny").output)
     ended = run("check", "tiny")
@@ -118,7 +118,7 @@ def test_a_pulled_bundle_is_found_by_name_and_runs_with_the_network_off(
     said = _plain(ended.output)
     assert "method lua x2, 128 x 128 px" in said and "peak" in said and "generate" in said
     assert "swinir is not available" in said and "lua is not available" not in said
-    assert len(hub.fetched) == asked
+    assert len(hub.fetched) == fetched_before
 
 
 def test_a_bundle_without_lua_weights_runs_by_the_other_methods_only(

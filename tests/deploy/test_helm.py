@@ -148,7 +148,7 @@ def test_every_object_is_valid_for_kubernetes(manifests: list[Manifest]) -> None
         assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", manifest["metadata"]["name"])
 
 
-def test_the_schema_is_asked_for() -> None:
+def test_an_unknown_field_fails_validation() -> None:
     deployment = of_kind(render({}), "Deployment")[0]
     deployment["spec"]["template"]["spec"]["containers"][0]["readinesProbe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):

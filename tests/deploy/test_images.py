@@ -85,7 +85,7 @@ def test_compose_files_are_what_the_specification_allows(name: str) -> None:
     assert set(OURS) <= set(validate((ROOT / name).read_text()).service_names())
 
 
-def test_the_specification_is_asked_for() -> None:
+def test_wrong_compose_files_fail_validation() -> None:
     for wrong in (
         "services: {a: {image: b, portz: ['1:1']}}",
         "services: {a: {image: b, restart: sometimes}}",

@@ -94,11 +94,11 @@ def test_every_alert_has_a_test_that_fires_it_and_one_that_does_not() -> None:
     alerts = {rule["alert"] for group in RULES["groups"] for rule in group["rules"] if "alert" in rule}
     tests = yaml.safe_load((PROMETHEUS / "rules_test.yml").read_text())["tests"]
     cases = [case for test in tests for case in test["alert_rule_test"]]
-    asked = {
+    covered_by_queries = {
         match[1] for test in tests for case in test.get("promql_expr_test", ())
         if (match := re.search(r'alertname="(\w+)"', case["expr"]))
     }  # fmt: skip
-    assert {case["alertname"] for case in cases if case["exp_alerts"]} | asked == alerts
+    assert {case["alertname"] for case in cases if case["exp_alerts"]} | covered_by_queries == alerts
     assert {case["alertname"] for case in cases if not case["exp_alerts"]} == alerts
 
 

@@ -173,7 +173,7 @@ def test_a_bundle_with_other_files_than_it_lists_is_not_exported(bundle: Bundle,
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--scale", "8"], "has heads for scales (2, 4); asked for 8"),
+        (["--scale", "8"], "scale 8: bundle tiny has heads for scales (2, 4)"),
         (["--engine", "aoti", "--part", "decoder"], "the decoder exports to onnx only"),
         (["--part", "decoder", "--scale", "2"], "scales apply to the part lua"),
         (["--engine", "tensorrt"], "giantleap: "),

@@ -105,7 +105,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path, bundle: Bundle) ->
     assert chosen is not None and chosen.file == "lua_x4.onnx" and manifest.get("decoder") is None
 
 
-def test_the_refusal_names_the_command_that_builds_what_was_asked_for(tmp_path: Path, bundle: Bundle) -> None:
+def test_the_error_names_the_command_that_builds_the_requested_artifact(tmp_path: Path, bundle: Bundle) -> None:
     written(tmp_path, bundle)
     with pytest.raises(ArtifactError, match="artifacts of engine onnx; expected tensorrt") as caught:
         check_manifest(tmp_path, bundle, engine="tensorrt", precision="bf16", scales=(2,), decoder=True)
@@ -148,7 +148,7 @@ def test_a_directory_without_or_with_a_damaged_manifest_is_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "asked", "reason"),
+    ("changes", "requested", "reason"),
     [
         ({"bundle": "other"}, {}, "artifacts of bundle other; this is bundle tiny"),
         ({}, {"precision": "fp16"}, "artifacts of precision fp32; expected fp16"),
@@ -159,11 +159,11 @@ def test_a_directory_without_or_with_a_damaged_manifest_is_refused(tmp_path: Pat
     ],
 )
 def test_artifacts_of_something_else_are_refused(
-    tmp_path: Path, bundle: Bundle, changes: dict[str, object], asked: dict[str, object], reason: str
+    tmp_path: Path, bundle: Bundle, changes: dict[str, object], requested: dict[str, object], reason: str
 ) -> None:
     written(tmp_path, bundle, **changes)
     with pytest.raises(ArtifactError, match=reason):
-        check_manifest(tmp_path, bundle, engine="onnx", **asked)  # type: ignore[arg-type]
+        check_manifest(tmp_path, bundle, engine="onnx", **requested)  # type: ignore[arg-type]
 
 
 def test_a_decoder_belongs_to_the_weights_and_the_settings_of_its_vae(tmp_path: Path, bundle: Bundle) -> None:

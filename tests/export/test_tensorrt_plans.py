@@ -1,6 +1,6 @@
-"""TensorRT as far as it goes without a GPU: ranges of shapes, what the builder is told, and what it may answer.
+"""TensorRT as far as it goes without a GPU: ranges of shapes, what the builder receives and may return.
 
-`FakeTensorRt` stands for the module and writes down what it is told. The last test builds a real plan where there is
+`FakeTensorRt` stands for the module and records its calls. The last test builds a real plan where there is
 a GPU with TensorRT.
 """
 
@@ -27,7 +27,7 @@ from tests.tiny_bundle import write_tiny_bundle
 
 
 class FakeTensorRt:
-    """What `build_plan` uses of the module, and what it was told.
+    """What `build_plan` uses of the module, and the calls it received.
 
     Args:
         shape: Of the parsed network's input.
@@ -57,7 +57,7 @@ class FakeTensorRt:
     ) -> None:
         self.shape, self.reads, self.builds = shape, reads, builds
         self.takes_cache, self.takes_profiles = takes_cache, takes_profiles
-        self.told: dict[str, Any] = {"cleared": [], "profiles": [], "caches": []}
+        self.calls: dict[str, Any] = {"cleared": [], "profiles": [], "caches": []}
         self.inputs = ["latent"]
 
     def Builder(self, logger: Any) -> Any:
@@ -65,20 +65,20 @@ class FakeTensorRt:
             create_network=self._network,
             create_builder_config=lambda: _Config(self),
             create_optimization_profile=lambda: SimpleNamespace(
-                set_shape=lambda *shapes: self.told["profiles"].append(shapes)
+                set_shape=lambda *shapes: self.calls["profiles"].append(shapes)
             ),
             build_serialized_network=lambda network, config: b"plan" if self.builds else None,
         )
 
     def OnnxParser(self, network: Any, logger: Any) -> Any:
         return SimpleNamespace(
-            parse_from_file=lambda name: self.told.update(graph=name) or self.reads,
+            parse_from_file=lambda name: self.calls.update(graph=name) or self.reads,
             num_errors=2,
             get_error=lambda index: SimpleNamespace(desc=lambda: f"error {index}"),
         )
 
     def _network(self, flags: int) -> Any:
-        self.told["flags"] = flags
+        self.calls["flags"] = flags
         inputs = [SimpleNamespace(name=name, shape=self.shape) for name in self.inputs]
         return SimpleNamespace(num_inputs=len(inputs), get_input=lambda index: inputs[index])
 
@@ -87,23 +87,23 @@ class _Config:
     def __init__(self, fake: FakeTensorRt) -> None:
         self.fake = fake
         self.hardware_compatibility_level: int | None = None
-        fake.told["config"] = self
+        fake.calls["config"] = self
 
     def set_memory_pool_limit(self, pool: str, size_bytes: int) -> None:
-        self.fake.told["pool"] = (pool, size_bytes)
+        self.fake.calls["pool"] = (pool, size_bytes)
 
     def clear_flag(self, flag: str) -> None:
-        self.fake.told["cleared"].append(flag)
+        self.fake.calls["cleared"].append(flag)
 
     def add_optimization_profile(self, profile: Any) -> int:
-        return len(self.fake.told["profiles"]) - 1 if self.fake.takes_profiles else -1
+        return len(self.fake.calls["profiles"]) - 1 if self.fake.takes_profiles else -1
 
     def create_timing_cache(self, content: bytes) -> bytes:
         return content
 
     def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch
-        self.fake.told["caches"].append(cache)
+        self.fake.calls["caches"].append(cache)
         return self.fake.takes_cache or cache == b""
 
     def get_timing_cache(self) -> Any:
@@ -143,23 +143,23 @@ def test_the_smallest_profile_that_holds_a_shape_is_chosen() -> None:
             choose_profile(profiles, shape)
 
 
-def test_the_builder_is_told_everything() -> None:
+def test_the_builder_gets_every_option() -> None:
     fake = FakeTensorRt()
     options = PlanOptions(max_batch=4, workspace_bytes=2**30, compatibility="ampere_plus")
     assert build(fake, options) == b"plan"
-    assert fake.told["flags"] == 1 << FakeTensorRt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
-    assert fake.told["graph"] == "lua_x2.onnx"
-    assert fake.told["pool"] == ("workspace", 2**30)
-    assert fake.told["config"].hardware_compatibility_level == FakeTensorRt.HardwareCompatibilityLevel.AMPERE_PLUS
-    assert fake.told["cleared"] == ["refit"], "nothing may ask for weights that can be changed"
-    assert fake.told["profiles"][2] == ("latent", (1, 16, 8, 8), (1, 16, 256, 256), (4, 16, 256, 256))
-    assert fake.told["caches"] == [], "no timing cache without a file for it"
+    assert fake.calls["flags"] == 1 << FakeTensorRt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+    assert fake.calls["graph"] == "lua_x2.onnx"
+    assert fake.calls["pool"] == ("workspace", 2**30)
+    assert fake.calls["config"].hardware_compatibility_level == FakeTensorRt.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert fake.calls["cleared"] == ["refit"], "nothing may ask for weights that can be changed"
+    assert fake.calls["profiles"][2] == ("latent", (1, 16, 8, 8), (1, 16, 256, 256), (4, 16, 256, 256))
+    assert fake.calls["caches"] == [], "no timing cache without a file for it"
 
 
-def test_float32_is_kept_from_tf32() -> None:
+def test_float32_excludes_tf32() -> None:
     fake = FakeTensorRt()
     build(fake, precision="fp32")
-    assert fake.told["cleared"] == ["refit", "tf32"]
+    assert fake.calls["cleared"] == ["refit", "tf32"]
 
 
 def test_the_timing_cache_is_kept_between_builds(tmp_path: Path) -> None:
@@ -167,15 +167,15 @@ def test_the_timing_cache_is_kept_between_builds(tmp_path: Path) -> None:
     options = PlanOptions(timing_cache=path)
     first, second, other_gpu = FakeTensorRt(), FakeTensorRt(), FakeTensorRt(takes_cache=False)
     build(first, options)
-    assert first.told["caches"] == [b""] and path.read_bytes() == b"cache of this build"
+    assert first.calls["caches"] == [b""] and path.read_bytes() == b"cache of this build"
     build(second, options)
-    assert second.told["caches"] == [b"cache of this build"]
+    assert second.calls["caches"] == [b"cache of this build"]
     build(other_gpu, options)
-    assert other_gpu.told["caches"] == [b"cache of this build", b""], "that of another GPU makes way for a new one"
+    assert other_gpu.calls["caches"] == [b"cache of this build", b""], "that of another GPU makes way for a new one"
     assert [each.name for each in path.parent.iterdir()] == ["timing.cache"]
 
 
-def test_what_tensorrt_refuses_is_said() -> None:
+def test_errors_of_tensorrt_are_reported() -> None:
     with pytest.raises(ArtifactError, match=r"cannot read lua_x2\.onnx: error 0; error 1"):
         build(FakeTensorRt(reads=False))
     with pytest.raises(ArtifactError, match=r"could not build a plan of lua_x2\.onnx"):

@@ -37,7 +37,7 @@ MAY_FAIL = (503, 504)  # not ready, a full store, a deadline: documented, and no
 
 
 def read_document(root: Path) -> dict[str, Any]:
-    """The OpenAPI document; a producer in memory will do, nothing is asked."""
+    """The OpenAPI document; a producer in memory, which gets no request."""
     app = create_app(read_settings(bundle=(write_paper_bundle(root),)), FakeProducer())  # type: ignore[arg-type]
     return describe(app)
 

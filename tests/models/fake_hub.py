@@ -1,4 +1,4 @@
-"""A Hugging Face hub on a loopback port: what `giantleap.models.bundle.hub` asks of the real one, and the ways in which
+"""A Hugging Face hub on a loopback port: what `giantleap.models.bundle.hub` uses of the real one, and the ways in which
 it fails."""
 
 import hashlib
@@ -60,57 +60,68 @@ def _lfs(name: str, content: bytes) -> dict[str, Any]:
     return {"lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}}
 
 
+class _Handler(BaseHTTPRequestHandler):
+    server: "_Server"
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.server.hub.tokens.add(self.headers.get("Authorization"))
+        if path.startswith("api/models/"):
+            hub_id, _, revision = path.removeprefix("api/models/").partition("/revision/")
+            self._list(hub_id, revision)
+        else:
+            hub_id, _, rest = path.partition("/resolve/")
+            commit, _, name = rest.partition("/")
+            self._send_file(hub_id, commit, name)
+
+    def _list(self, hub_id: str, revision: str) -> None:
+        hub = self.server.hub
+        if status := hub.statuses.get(hub_id):
+            self.send_error(status)
+        elif hub_id not in hub.repositories or revision not in ("main", hub.commit_of(hub_id)):
+            self.send_error(404)
+        else:
+            content = json.dumps(hub.listing(hub_id)).encode()
+            self._send_header(200, len(content))
+            self.wfile.write(content)
+
+    def _send_file(self, hub_id: str, commit: str, name: str) -> None:
+        hub = self.server.hub
+        content = hub.repositories.get(hub_id, {}).get(name)
+        if status := hub.statuses.get(name):
+            self.send_error(status)
+            return
+        if content is None or commit != hub.commit_of(hub_id):
+            self.send_error(404)
+            return
+        if name in hub.changed:
+            content = bytes(len(content))
+        requested = self.headers.get("Range") if hub.ranges else None
+        start = int(requested.removeprefix("bytes=").removesuffix("-")) if requested else 0
+        hub.fetched.append((name, start))
+        rest = content[start:]
+        self._send_header(206 if requested else 200, len(rest))
+        self.wfile.write(rest[: hub.breaks.get(name, len(rest))])
+
+    def _send_header(self, status: int, size_bytes: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(size_bytes))
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class _Server(ThreadingHTTPServer):
+    def __init__(self, hub: FakeHub) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hub = hub
+
+
 @contextmanager
 def serve_hub(repositories: dict[str, Repository]) -> Iterator[FakeHub]:
     hub = FakeHub(repositories)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path = unquote(urlsplit(self.path).path).strip("/")
-            hub.tokens.add(self.headers.get("Authorization"))
-            if path.startswith("api/models/"):
-                hub_id, _, revision = path.removeprefix("api/models/").partition("/revision/")
-                self._list(hub_id, revision)
-            else:
-                hub_id, _, rest = path.partition("/resolve/")
-                commit, _, name = rest.partition("/")
-                self._send_file(hub_id, commit, name)
-
-        def _list(self, hub_id: str, revision: str) -> None:
-            if status := hub.statuses.get(hub_id):
-                self.send_error(status)
-            elif hub_id not in hub.repositories or revision not in ("main", hub.commit_of(hub_id)):
-                self.send_error(404)
-            else:
-                content = json.dumps(hub.listing(hub_id)).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-        def _send_file(self, hub_id: str, commit: str, name: str) -> None:
-            content = hub.repositories.get(hub_id, {}).get(name)
-            if status := hub.statuses.get(name):
-                self.send_error(status)
-                return
-            if content is None or commit != hub.commit_of(hub_id):
-                self.send_error(404)
-                return
-            if name in hub.changed:
-                content = bytes(len(content))
-            asked = self.headers.get("Range") if hub.ranges else None
-            start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-            hub.fetched.append((name, start))
-            self.send_response(206 if asked else 200)
-            self.send_header("Content-Length", str(len(content) - start))
-            self.end_headers()
-            rest = content[start:]
-            self.wfile.write(rest[: hub.breaks.get(name, len(rest))])
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(hub)
     thread = Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"

@@ -37,7 +37,7 @@ def test_a_seed_draws_the_same_latent_alone_and_in_a_batch(generator: Generator)
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"prompt": "a blue cube"}, {"negative_prompt": "red"}, {"steps": 5}])
-def test_what_is_asked_for_changes_the_latent(generator: Generator, change: dict[str, Any]) -> None:
+def test_every_parameter_changes_the_latent(generator: Generator, change: dict[str, Any]) -> None:
     (plain,), (changed,) = draw(generator, ITEM), draw(generator, replace(ITEM, **change))
     assert (plain - changed).abs().max() > 1e-3
 
@@ -56,20 +56,20 @@ def test_latents_are_raw(generator: Generator) -> None:
     torch.testing.assert_close(draw(generator, ITEM)[0], scaled[0] / SCALING_FACTOR)
 
 
-def test_every_step_is_told_with_the_number_of_steps(generator: Generator) -> None:
-    told: list[tuple[int, int]] = []
-    generator.generate([ITEM, OTHERS[0]], on_step=lambda step, steps: told.append((step, steps)))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+def test_every_step_is_reported_with_the_number_of_steps(generator: Generator) -> None:
+    reported: list[tuple[int, int]] = []
+    generator.generate([ITEM, OTHERS[0]], on_step=lambda step, steps: reported.append((step, steps)))
+    assert reported == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_drawing_stops_once_every_item_is_canceled(generator: Generator) -> None:
-    told: list[int] = []
+    reported: list[int] = []
     latents = generator.generate(
         [ITEM, OTHERS[0]],
-        on_step=lambda step, steps: told.append(step),
-        is_canceled=lambda index: index == 0 or len(told) > 1,
+        on_step=lambda step, steps: reported.append(step),
+        is_canceled=lambda index: index == 0 or len(reported) > 1,
     )
-    assert told == [1, 2] and latents == [None, None]
+    assert reported == [1, 2] and latents == [None, None]
 
 
 def test_a_canceled_batch_leaves_nothing_behind(generator: Generator) -> None:

@@ -245,13 +245,13 @@ def test_guidance_reaches_the_model(family: Family) -> None:
     assert (plain - guided).abs().max() > 1e-3
 
 
-def test_steps_are_told_from_one_to_all(family: Family) -> None:
-    told: list[tuple[int, int]] = []
+def test_steps_are_reported_from_one_to_all(family: Family) -> None:
+    reported: list[tuple[int, int]] = []
     family.generator.generate(
-        [family.item, replace(family.item, seed=2)], on_step=lambda step, steps: told.append((step, steps))
+        [family.item, replace(family.item, seed=2)], on_step=lambda step, steps: reported.append((step, steps))
     )
     steps = STEPS * (1 if family.generator.family.batches else 2)
-    assert told == [(step, steps) for step in range(1, steps + 1)]
+    assert reported == [(step, steps) for step in range(1, steps + 1)]
 
 
 def test_a_canceled_batch_stops_at_the_next_step(family: Family) -> None:
@@ -357,13 +357,13 @@ def test_an_image_to_start_from_draws_as_in_the_stock_pipeline(
 
 def test_strength_says_how_much_of_the_image_stays(image_family: Family) -> None:
     item, generator = image_family.item, image_family.generator
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     results = {}
     for strength in (0.25, 0.5, 1.0):
         (results[strength],) = generator.generate(
-            [replace(item, strength=strength)], on_step=lambda step, steps: told.append((step, steps))
+            [replace(item, strength=strength)], on_step=lambda step, steps: reported.append((step, steps))
         )
-    assert told == [(1, 1), (1, 2), (2, 2), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert reported == [(1, 1), (1, 2), (2, 2), (1, 4), (2, 4), (3, 4), (4, 4)]
     assert item.init_image is not None
     start = encode(image_family.pipeline, item.init_image)
     distances = [float((latent - start).abs().mean()) for latent in results.values() if latent is not None]
@@ -390,11 +390,11 @@ def test_two_images_in_a_batch_do_not_mix(image_family: Family) -> None:
 
 
 def test_a_batch_that_starts_from_images_stops_when_canceled(image_family: Family) -> None:
-    told: list[int] = []
+    reported: list[int] = []
     latents = image_family.generator.generate(
-        [image_family.item], on_step=lambda step, steps: told.append(step), is_canceled=lambda index: bool(told)
+        [image_family.item], on_step=lambda step, steps: reported.append(step), is_canceled=lambda index: bool(reported)
     )
-    assert told == [1] and latents == [None]
+    assert reported == [1] and latents == [None]
 
 
 def test_the_vae_keeps_its_type_when_an_image_is_encoded(image_family: Family) -> None:

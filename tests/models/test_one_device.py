@@ -70,8 +70,8 @@ def test_the_packed_network_makes_everything_where_its_input_is(
     grids = Grids.build(2, 8, 12, SPEC.window, torch.empty(0, dtype=torch.bfloat16))  # which windows it masks is data
     with OneDevice(), torch.inference_mode():
         packed = PackedLua(net, torch.bfloat16, packed=False, width_multiple=width_multiple)
-        grown = packed.core(on_meta(2, 4, 8, 12), _to_meta(grids), 4)
-    assert (grown.device, grown.dtype, list(grown.shape)) == (META, torch.float32, [2, 4, 32, 48])
+        upscaled = packed.core(on_meta(2, 4, 8, 12), _to_meta(grids), 4)
+    assert (upscaled.device, upscaled.dtype, list(upscaled.shape)) == (META, torch.float32, [2, 4, 32, 48])
 
 
 def _to_meta(grids: Grids) -> Grids:
@@ -115,7 +115,7 @@ def test_losses_make_everything_where_their_input_is(loss: Callable[[Tensor, Ten
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 6), (2, 6, 4)])
-def test_the_optimiser_makes_everything_where_its_weights_are(shape: tuple[int, ...]) -> None:
+def test_the_optimizer_makes_everything_where_its_weights_are(shape: tuple[int, ...]) -> None:
     with OneDevice():
         assert to_orthogonal(on_meta(*shape)).device == META
 

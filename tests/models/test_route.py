@@ -71,9 +71,9 @@ def test_latents_of_several_sizes_are_enlarged_together_as_each_alone(route: Rou
     latents = [torch.randn(16, h, w, generator=torch.Generator().manual_seed(h * w)) for h, w in sizes]
     for scale in (2, 4):
         together = route.upscale_items(latents, scale)
-        assert [tuple(grown.shape) for grown in together] == [(16, scale * h, scale * w) for h, w in sizes]
-        for latent, grown in zip(latents, together, strict=True):
-            torch.testing.assert_close(grown, route.upscale(latent[None], scale)[0], rtol=1e-4, atol=1e-4)
+        assert [tuple(upscaled.shape) for upscaled in together] == [(16, scale * h, scale * w) for h, w in sizes]
+        for latent, upscaled in zip(latents, together, strict=True):
+            torch.testing.assert_close(upscaled, route.upscale(latent[None], scale)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_latents_of_unequal_padded_sizes_are_refused(route: Route) -> None:
@@ -131,7 +131,7 @@ def test_bfloat16_stays_close_to_float32(tiny_bundle_dir: Path, route: Route) ->
     assert (found.int() - expected.int()).abs().float().mean() < 4
 
 
-def test_warming_runs_every_scale_at_the_size_that_was_asked_for(route: Route) -> None:
+def test_warming_runs_every_scale_at_the_requested_size(route: Route) -> None:
     stages_s = route.warm(64, 64, steps=1)
     assert set(stages_s) == {("lua", 1), ("lua", 2), ("lua", 4), ("swinir", 2), ("swinir", 4)}
     assert set(stages_s["lua", 1]) == {"generate", "decode"}

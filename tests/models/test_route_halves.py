@@ -46,9 +46,9 @@ def test_every_stage_is_in_one_half() -> None:
 
 
 def finish(route: Route, latents: list[Tensor], scale: float, method: Method) -> tuple[list[Tensor], Tensor]:
-    grown, images = route.upscale_and_decode(latents, scale, method, "exact", route.clock())
+    upscaled, images = route.upscale_and_decode(latents, scale, method, "exact", route.clock())
     assert images[0] is not None
-    return grown, images[0]
+    return upscaled, images[0]
 
 
 @pytest.mark.parametrize(("method", "scale"), [("lua", 2), ("lua", 1), ("bicubic", 4), ("swinir", 2), ("direct", 2)])

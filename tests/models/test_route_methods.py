@@ -71,8 +71,8 @@ def test_the_methods_start_from_one_latent_and_end_in_four_images(route: Route) 
 
 def test_bicubic_is_the_interpolation_of_the_latent(route: Route) -> None:
     latent = draw(route)
-    (grown,), _ = route.upscale_and_decode([latent], 4, "bicubic", None)
-    assert torch.equal(grown, F.interpolate(latent[None], scale_factor=4.0, mode="bicubic")[0])
+    (upscaled,), _ = route.upscale_and_decode([latent], 4, "bicubic", None)
+    assert torch.equal(upscaled, F.interpolate(latent[None], scale_factor=4.0, mode="bicubic")[0])
 
 
 def test_swinir_sees_the_decoded_base_image(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:

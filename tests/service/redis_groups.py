@@ -37,7 +37,7 @@ class Server:
         wait_until(self._answers, f"the server on port {self.port} answers")
 
     def kill(self) -> None:
-        """As a power cut would: nothing is told to anyone."""
+        """As a power cut would: nobody is notified."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()

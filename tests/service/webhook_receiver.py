@@ -1,4 +1,4 @@
-"""A receiver of webhooks on a loopback port: it keeps what it gets and answers as it is told."""
+"""A receiver of webhooks on a loopback port: it records requests and responds as configured."""
 
 import contextlib
 import threading

@@ -9,7 +9,7 @@ from giantleap.training.curriculum import (
     PAPER,
     ConfigError,
     LuaConfig,
-    OptimiserConfig,
+    OptimizerConfig,
     RunConfig,
     StageConfig,
     StageWeights,
@@ -32,24 +32,24 @@ def test_stages_are_those_of_the_paper() -> None:
     assert [(stage.micro_batch, stage.effective_batch) for stage in PAPER.values()] == [(64, 2048), (8, 32), (8, 32)]
     assert {stage.steps for stage in PAPER.values()} == {125_000}
     assert [stage.weights.decodes for stage in PAPER.values()] == [False, True, True]
-    shared = OptimiserConfig()
+    shared = OptimizerConfig()
     assert (shared.rate, shared.clip, shared.ema_decay, shared.warmup_steps) == (2e-4, 0.4, 0.999, 0)
 
 
 def test_rates_are_those_of_multi_step_lr_at_the_published_milestones() -> None:
-    optimiser = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=2e-4)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [625, 938, 1125], gamma=0.5)
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=2e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [625, 938, 1125], gamma=0.5)
     for step in range(1250):
-        assert rate_at(OptimiserConfig(), 1250, step) == pytest.approx(schedule.get_last_lr()[0])
-        optimiser.step()
+        assert rate_at(OptimizerConfig(), 1250, step) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
         schedule.step()
     for milestone, rate in ((62_500, 1e-4), (93_750, 5e-5), (112_500, 2.5e-5)):
-        assert rate_at(OptimiserConfig(), 125_000, milestone - 1) == pytest.approx(2 * rate)
-        assert rate_at(OptimiserConfig(), 125_000, milestone) == pytest.approx(rate)
+        assert rate_at(OptimizerConfig(), 125_000, milestone - 1) == pytest.approx(2 * rate)
+        assert rate_at(OptimizerConfig(), 125_000, milestone) == pytest.approx(rate)
 
 
 def test_a_warm_up_rises_to_the_rate() -> None:
-    rates = [rate_at(OptimiserConfig(warmup_steps=4), 100, step) for step in range(5)]
+    rates = [rate_at(OptimizerConfig(warmup_steps=4), 100, step) for step in range(5)]
     assert rates == pytest.approx([5e-5, 1e-4, 1.5e-4, 2e-4, 2e-4])
 
 
@@ -85,12 +85,12 @@ def test_a_stage_needs_a_loss() -> None:
 
 def test_terms_are_weighted_and_summed() -> None:
     generator = torch.Generator().manual_seed(0)
-    grown, large = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
+    upscaled, large = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
     decoded, target = (torch.randn(1, 3, 16, 16, generator=generator) for _ in range(2))
     ones = StageWeights(**dict.fromkeys(StageWeights.model_fields, 1.0))
     twice = StageWeights(**dict.fromkeys(StageWeights.model_fields, 2.0))
     mapping = torch.randn(12, 4, 3, 3, generator=generator)
-    one, two = (loss_terms(each, grown, large, decoded, target, picture_map=mapping) for each in (ones, twice))
+    one, two = (loss_terms(each, upscaled, large, decoded, target, picture_map=mapping) for each in (ones, twice))
     assert one.keys() == set(StageWeights.model_fields)
     for name, value in one.items():
         assert float(two[name]) == pytest.approx(2 * float(value)) and float(value) > 0
@@ -111,7 +111,7 @@ def test_a_linear_loss_without_its_map_is_an_error_and_not_zero() -> None:
 
 
 def test_a_cosine_falls_from_the_rate_to_zero_within_the_stage() -> None:
-    config = OptimiserConfig(rate=0.01, schedule="cosine", warmup_steps=10)
+    config = OptimizerConfig(rate=0.01, schedule="cosine", warmup_steps=10)
     rates = [rate_at(config, 100, step) for step in range(101)]
     assert rates[0] == pytest.approx(0.001) and max(rates) == pytest.approx(0.01, rel=0.05)
     assert rates[50] == pytest.approx(0.005) and rates[100] == pytest.approx(0.0, abs=1e-9)

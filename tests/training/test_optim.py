@@ -14,8 +14,8 @@ from giantleap.training.pocket.state import TrainState
 def make_state(seed: int = 0) -> TrainState:
     torch.manual_seed(seed)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8), nn.SiLU(), nn.Conv2d(8, 2, 1))
-    optimiser = MuonAdamW(network.named_parameters(), 0.02, 1e-3, ("3.",))
-    return TrainState(network, optimiser, Ema(network, 0.9), np.random.default_rng(seed))
+    optimizer = MuonAdamW(network.named_parameters(), 0.02, 1e-3, ("3.",))
+    return TrainState(network, optimizer, Ema(network, 0.9), np.random.default_rng(seed))
 
 
 def train(state: TrainState, steps: int) -> float:
@@ -24,7 +24,7 @@ def train(state: TrainState, steps: int) -> float:
         x = torch.from_numpy(state.rng.standard_normal((2, 3, 8, 8))).float()
         loss = (state.network(x) - x.mean()).square().mean()
         torch.autograd.backward(loss)
-        state.optimiser.step(1.0)
+        state.optimizer.step(1.0)
         state.ema.update(state.network, state.step)
         state.tick()
     return float(loss.detach())
@@ -39,7 +39,7 @@ def test_orthogonal_matrices_have_singular_values_near_one(shape: tuple[int, int
 
 
 def test_matrices_go_to_muon_and_the_rest_to_adam() -> None:
-    muon, adam = make_state().optimiser.parts
+    muon, adam = make_state().optimizer.parts
     assert [tuple(w.shape) for w in muon.param_groups[0]["params"]] == [(8, 3, 3, 3)]
     assert len(adam.param_groups[0]["params"]) == 5
 

@@ -134,9 +134,9 @@ def test_a_run_with_muon_a_cosine_and_a_linear_skip_ends_with_the_same_bits(
         {"name": "linear", "steps": 3, "effective_batch": 2, "micro_batch": 2},
         {"name": "square", "steps": 3, "effective_batch": 2, "micro_batch": 1},
     ]
-    optimiser = {"kind": "muon", "rate": 0.005, "schedule": "cosine", "ema_warmup": True}
+    optimizer = {"kind": "muon", "rate": 0.005, "schedule": "cosine", "ema_warmup": True}
     lua = {"spec": {**LUA_SPEC, "linear_skip": True, "latent_norm": True}}
-    config = config_of(tiny_bundle_dir, pairs, stages=stages, optimiser=optimiser, lua=lua)
+    config = config_of(tiny_bundle_dir, pairs, stages=stages, optimizer=optimizer, lua=lua)
     train(config, tmp_path / "whole", PLACE)
     train(config, tmp_path / "parts", PLACE, stop_after=2)
     train(config, tmp_path / "parts", PLACE, stop_after=5, resume=True)
@@ -245,7 +245,7 @@ def test_the_gradient_is_clipped_by_its_global_norm_and_adam_has_the_betas_of_th
     stage: str, beta_2: float, clip: float, pairs: Path, tiny_bundle_dir: Path, tmp_path: Path
 ) -> None:
     stages = [{"name": stage, "steps": 2, "effective_batch": 2, "micro_batch": 1}]
-    config = config_of(tiny_bundle_dir, pairs, stages=stages, optimiser={"clip": clip})
+    config = config_of(tiny_bundle_dir, pairs, stages=stages, optimizer={"clip": clip})
     state = read_checkpoint(train(config, tmp_path / "run", PLACE, stop_after=1)).tensors
     means = torch.cat([v.flatten() for k, v in state.items() if k.startswith("adam.") and k.endswith("exp_avg")])
     squares = torch.cat([v.flatten() for k, v in state.items() if k.startswith("adam.") and k.endswith("exp_avg_sq")])
@@ -256,7 +256,7 @@ def test_the_gradient_is_clipped_by_its_global_norm_and_adam_has_the_betas_of_th
 
 def test_the_average_follows_with_its_decay(pairs: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
     stages = [{"name": "I", "steps": 2, "effective_batch": 2, "micro_batch": 1}]
-    config = config_of(tiny_bundle_dir, pairs, stages=stages, optimiser={"ema_decay": 0.9, "rate": 1e-2})
+    config = config_of(tiny_bundle_dir, pairs, stages=stages, optimizer={"ema_decay": 0.9, "rate": 1e-2})
     start = run_module._build(config, read_bundle(tiny_bundle_dir), PairsStore.open(pairs)).state_dict()
     state = read_checkpoint(train(config, tmp_path / "run", PLACE, stop_after=1)).tensors
     for name, value in start.items():
@@ -325,8 +325,8 @@ def test_training_lowers_the_loss_on_tiles_that_were_held_out(
 ) -> None:
     batch = {"effective_batch": 4, "micro_batch": 4, "random_head_share": 0.0}
     stages = [{"name": "I", "steps": steps, **batch} for steps in (1, 30)]
-    optimiser = {"rate": 3e-3, "ema_warmup": True}
-    config = config_of(tiny_bundle_dir, pairs, stages=stages, optimiser=optimiser, log_every=20, save_every=60)
+    optimizer = {"rate": 3e-3, "ema_warmup": True}
+    config = config_of(tiny_bundle_dir, pairs, stages=stages, optimizer=optimizer, log_every=20, save_every=60)
     train(config, tmp_path / "run", PLACE)
     scores = [line for line in log_of(tmp_path / "run") if "x2_held_out_latent_l1" in line]
     assert [line["step"] for line in scores] == [1, 31]
@@ -359,7 +359,7 @@ def test_any_seed_runs_and_on_a_gpu_losses_in_float32_take_no_tf32(
     assert seen == [False] and (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled) == before
 
 
-def test_tensorboard_files_are_written_where_asked_for(pairs: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
+def test_tensorboard_files_are_written_on_request(pairs: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
     stages = [{"name": "I", "steps": 1, "effective_batch": 1, "micro_batch": 1}]
     train(config_of(tiny_bundle_dir, pairs, stages=stages, tensorboard=True), tmp_path / "run", PLACE)
     (events,) = (tmp_path / "run" / "tensorboard").iterdir()

@@ -17,6 +17,7 @@ from giantleap.training.optim import Budget
 from giantleap.training.pocket.bundle import LUA_FILE, write_descriptor, write_vae_bundle
 from giantleap.training.pocket.decoder import freeze_encoder, train_decoder
 from giantleap.training.pocket.lua import train_lua
+from giantleap.training.pocket.options import Length, Resume, Seed
 from giantleap.training.pocket.pairs import write_pairs
 from giantleap.training.pocket.parallel import run_peers
 from giantleap.training.pocket.swinir import PICTURE_PX, train_swinir
@@ -25,32 +26,23 @@ from giantleap.training.pocket.vae import Pool, train_vae
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
-Minutes = Annotated[float | None, typer.Option(help="Training time; what comes out depends on the machine's speed.")]
-Steps = Annotated[int | None, typer.Option(help="Optimiser steps instead of minutes: the same result anywhere.")]
-Seed = Annotated[int, typer.Option(help="Fixes pictures, crops and weights.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from out/state.pt.")]
 PoolFolder = Annotated[Path, typer.Option(help="Folder of the drawn pictures; filled when empty.")]
 
 RUNS = Path("runs")
-
-
-def _budget(minutes: float | None, steps: int | None, default_minutes: float) -> Budget:
-    return Budget(steps, minutes if minutes or steps else default_minutes)
 
 
 @app.command()
 def vae(
     out: Path = RUNS / "vae",
     pool: PoolFolder = RUNS / "pool",
-    minutes: Minutes = None,
-    steps: Steps = None,
+    length: Length = Budget(minutes=30.0),
     seed: Seed = 0,
     peers: Annotated[int, typer.Option(help="Processes that share each batch; more than 1 only on idle cores.")] = 1,
     resume: Resume = False,
     channels: Annotated[int, typer.Option(min=1, help="Of the latent; the bundle's VAE has 16.")] = 16,
 ) -> None:
     """Train encoder and decoder."""
-    run_peers(peers, train_vae, out, Pool(pool), _budget(minutes, steps, 30.0), seed, resume, channels)
+    run_peers(peers, train_vae, out, Pool(pool), length, seed, resume, channels)
 
 
 @app.command()
@@ -67,14 +59,13 @@ def decoder(
     out: Path = RUNS / "decoder",
     frozen: Path = RUNS / "vae_frozen",
     pool: PoolFolder = RUNS / "pool",
-    minutes: Minutes = None,
-    steps: Steps = None,
+    length: Length = Budget(minutes=20.0),
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
     """Train the decoder further with the encoder frozen."""
     torch.set_num_threads(1)
-    train_decoder(out, frozen, Pool(pool), _budget(minutes, steps, 20.0), seed, resume)
+    train_decoder(out, frozen, Pool(pool), length, seed, resume)
 
 
 @app.command()
@@ -100,14 +91,12 @@ def lua(
     start: Annotated[Path | None, typer.Option(help="Weights of the stage before.")] = None,
     vae_dir: Path = RUNS / "decoder/vae",
     pairs_dir: Path = RUNS / "pairs",
-    minutes: Minutes = None,
-    steps: Steps = None,
+    length: Length = Budget(minutes=20.0),
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
     """Train one stage of the adapter."""
-    budget = _budget(minutes, steps, 20.0)
-    train_lua(out, vae_dir, pairs_dir, stage, start, budget, seed, resume)
+    train_lua(out, vae_dir, pairs_dir, stage, start, length, seed, resume)
 
 
 @app.command()
@@ -115,14 +104,13 @@ def text(
     out: Path = RUNS / "text",
     scenes: Path = RUNS / "scenes",
     frozen: Path = RUNS / "vae_frozen",
-    minutes: Minutes = None,
-    steps: Steps = None,
+    length: Length = Budget(minutes=60.0),
     seed: Seed = 0,
     resume: Resume = False,
     threads: int = 1,
 ) -> None:
     """Train text to latent on captioned scenes."""
-    train_text(out, scenes, frozen, _budget(minutes, steps, 60.0), seed, resume, threads)
+    train_text(out, scenes, frozen, length, seed, resume, threads)
 
 
 @app.command()
@@ -132,14 +120,13 @@ def swinir(
     start: Annotated[Path | None, typer.Option(help="File of the other scale, to take its trunk.")] = None,
     vae_dir: Path = Path("bundles/pocket/vae"),
     pool: PoolFolder = RUNS / "pool",
-    minutes: Minutes = None,
-    steps: Steps = None,
+    length: Length = Budget(minutes=12.0),
     seed: Seed = 0,
     resume: Resume = False,
 ) -> None:
     """Train the pixel-space upscaler of one scale."""
     pictures = Pool(pool, scene_count=64, scene_px=PICTURE_PX, leaf_px=PICTURE_PX)
-    train_swinir(out, vae_dir, pictures, scale, start, _budget(minutes, steps, 12.0), seed, resume)
+    train_swinir(out, vae_dir, pictures, scale, start, length, seed, resume)
 
 
 @app.command()

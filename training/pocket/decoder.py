@@ -93,8 +93,8 @@ def train_decoder(
     vae = AutoencoderKL.from_pretrained(frozen).to(memory_format=torch.channels_last)
     vae.encoder.requires_grad_(False)
     averaged = AutoencoderKL.from_pretrained(frozen).to(memory_format=torch.channels_last)
-    optimiser = MuonAdamW(vae.decoder.named_parameters(), muon_lr, muon_lr / 12.0)
-    state = TrainState(vae, optimiser, Ema(vae, EMA_DECAY), np.random.default_rng((seed, 3)))
+    optimizer = MuonAdamW(vae.decoder.named_parameters(), muon_lr, muon_lr / 12.0)
+    state = TrainState(vae, optimizer, Ema(vae, EMA_DECAY), np.random.default_rng((seed, 3)))
     if resume:
         state.read(out / "state.pt")
     smooth = math.nan
@@ -107,7 +107,7 @@ def train_decoder(
             decoded = vae.decoder(codes.contiguous(memory_format=torch.channels_last))
         loss = reconstruction(decoded.float(), images)
         torch.autograd.backward(loss)
-        optimiser.step(cosine_rate(progress, state.step))
+        optimizer.step(cosine_rate(progress, state.step))
         state.ema.update(vae, state.step)
         state.tick()
         smooth = smoothed(smooth, float(loss.detach()))

@@ -87,15 +87,17 @@ def shown_error(decoded: Tensor, pictures: Tensor) -> Tensor:
     return (decoded - pictures).masked_fill(is_hidden, 0.0)
 
 
-def stage_loss(stage: Stage, grown: Tensor, large: Tensor, decoded: Tensor | None, pictures: Tensor | None) -> Tensor:
+def stage_loss(
+    stage: Stage, upscaled: Tensor, large: Tensor, decoded: Tensor | None, pictures: Tensor | None
+) -> Tensor:
     """The weighted sum of one stage's terms; terms of weight zero are not computed.
 
     Shape:
-        grown and large [batch, 16, h, w]; decoded and pictures [batch, 3, 8 h, 8 w], for stages that decode.
+        upscaled and large [batch, 16, h, w]; decoded and pictures [batch, 3, 8 h, 8 w], for stages that decode.
     """
     terms = []
     if stage.latent_l1:
-        terms += [stage.latent_l1 * (grown - large).abs().mean(), stage.latent_fourier * fourier_l1(grown, large)]
+        terms += [stage.latent_l1 * (upscaled - large).abs().mean(), stage.latent_fourier * fourier_l1(upscaled, large)]
     if decoded is not None and pictures is not None:
         terms += picture_terms(stage, decoded, pictures)
     return torch.stack(terms).sum()
@@ -213,10 +215,10 @@ def train_lua(
     weights = channel_weights(to_picture)
     averaged = Lua(net.spec)
     net.train()
-    optimiser = MuonAdamW(
+    optimizer = MuonAdamW(
         net.named_parameters(), stage.muon_lr, stage.muon_lr * 0.1, ("conv_last", "bias_table", "conv_first")
     )
-    state = TrainState(net, optimiser, Ema(net, EMA_DECAY), np.random.default_rng((seed, list(STAGES).index(name))))
+    state = TrainState(net, optimizer, Ema(net, EMA_DECAY), np.random.default_rng((seed, list(STAGES).index(name))))
     if resume:
         state.read(out / "state.pt")
     smooth = dict.fromkeys(SCALES, math.nan)
@@ -226,15 +228,15 @@ def train_lua(
         places = state.rng.integers(0, len(pairs.pictures), stage.batch(pairs, scale))
         small, large = pairs.latents_at(places, scale)
         with torch.autocast("cpu", torch.bfloat16):
-            grown = net(small, scale).float()
-            decoded = vae.decode(grown).sample.float() if stage.decodes else None
+            upscaled = net(small, scale).float()
+            decoded = vae.decode(upscaled).sample.float() if stage.decodes else None
         if stage.is_linear:
-            loss = mean_log_square(F.conv2d(grown - large, to_picture, padding=1))
+            loss = mean_log_square(F.conv2d(upscaled - large, to_picture, padding=1))
         else:
             pictures = pairs.pictures_at(places) if stage.decodes else None
-            loss = stage_loss(stage, grown * weights, large * weights, decoded, pictures)
+            loss = stage_loss(stage, upscaled * weights, large * weights, decoded, pictures)
         torch.autograd.backward(loss)
-        optimiser.step(cosine_rate(progress, state.step))
+        optimizer.step(cosine_rate(progress, state.step))
         state.ema.update(net, state.step)
         state.tick()
         smooth[scale] = smoothed(smooth[scale], float(loss.detach()))

@@ -1,4 +1,4 @@
-"""Saves and restores a training run: weights, EMA, optimiser, step, time spent and random states.
+"""Saves and restores a training run: weights, EMA, optimizer, step, time spent and random states.
 
 One file, written atomically, read with `torch.load(weights_only=True)`: a run that was stopped goes on where it
 stood. `training/pocket/vae.py` shows the use.
@@ -22,7 +22,7 @@ class TrainState:
     """What changes while a run goes on."""
 
     network: nn.Module
-    optimiser: MuonAdamW
+    optimizer: MuonAdamW
     ema: Ema
     rng: np.random.Generator
     step: int = 0
@@ -55,7 +55,7 @@ class TrainState:
         content = {
             "network": self.network.state_dict(),
             "ema": self.ema.weights,
-            "optimiser": self.optimiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "spent_s": self.spent_s,
             "numpy_rng": json.dumps(self.rng.bit_generator.state),
@@ -73,7 +73,7 @@ class TrainState:
         content = torch.load(path, weights_only=True, map_location="cpu")
         self.network.load_state_dict(content["network"])
         self.ema.weights = content["ema"]
-        self.optimiser.load_state_dict(content["optimiser"])
+        self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.spent_s = content["step"], content["spent_s"]
         self.clock_s = self.saved_s = self.spent_s
         self.rng.bit_generator.state = json.loads(content["numpy_rng"])

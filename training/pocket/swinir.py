@@ -193,8 +193,8 @@ def train_swinir(
         trunk = {k: v for k, v in read_lua(start).state_dict().items() if not k.startswith("heads.")}
         net.load_state_dict(trunk, strict=False)
     net.train()
-    optimiser = MuonAdamW(net.named_parameters(), MUON_LR, MUON_LR * 0.1, ("conv_last", "bias_table", "conv_first"))
-    state = TrainState(net, optimiser, Ema(net, EMA_DECAY), np.random.default_rng((seed, scale, 1)))
+    optimizer = MuonAdamW(net.named_parameters(), MUON_LR, MUON_LR * 0.1, ("conv_last", "bias_table", "conv_first"))
+    state = TrainState(net, optimizer, Ema(net, EMA_DECAY), np.random.default_rng((seed, scale, 1)))
     if resume:
         state.read(out / "state.pt")
     smooth = math.nan
@@ -204,7 +204,7 @@ def train_swinir(
             upscaled = net(small, scale)
         loss = (upscaled.float() - large).abs().mean()
         torch.autograd.backward(loss)
-        optimiser.step(cosine_rate(progress, state.step))
+        optimizer.step(cosine_rate(progress, state.step))
         state.ema.update(net, state.step)
         state.tick()
         smooth = smoothed(smooth, float(loss.detach()))

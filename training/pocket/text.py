@@ -257,7 +257,7 @@ def validate(network: TextToLatent, latents: Tensor, tokens: Tensor) -> float:
     return float(torch.stack([flow_loss(network, *batch) for batch in batches]).mean())
 
 
-def make_optimiser(network: TextToLatent, muon_lr: float, adam_lr: float) -> MuonAdamW:
+def make_optimizer(network: TextToLatent, muon_lr: float, adam_lr: float) -> MuonAdamW:
     """Use Muon for the inner matrices; AdamW for first and last layers, embeddings, biases and norms."""
     adam_names = ("conv_in", "conv_out", "token_embedding", "position_embedding", "positional_embedding", "compass")
     return MuonAdamW(network.named_parameters(), muon_lr, adam_lr, adam_names)
@@ -293,8 +293,8 @@ def train_text(
         model.text_encoder.set_attn_implementation("eager")
     unet: Any = network.unet  # missing in torch's annotations
     unet.to(memory_format=torch.channels_last)  # 1.2x on a CPU
-    optimiser = make_optimiser(network, muon_lr, adam_lr)
-    state = TrainState(network, optimiser, Ema(network, 0.998), np.random.default_rng(seed))
+    optimizer = make_optimizer(network, muon_lr, adam_lr)
+    state = TrainState(network, optimizer, Ema(network, 0.998), np.random.default_rng(seed))
     if resume:
         state.read(out / "state.pt")
     run_steps(state, averaged, pool, tokenizer, budget, out, batch)
@@ -323,7 +323,7 @@ def run_steps(
                 sigma = draw_sigma(batch, EARLY_SHIFTS if progress < LATE_FROM else LATE_SHIFTS)
                 loss = flow_loss(network, latents, tokens, sigma, torch.randn_like(latents))
             torch.autograd.backward(loss + COMPASS_WEIGHT * compass_loss(network, features))
-            state.optimiser.step(cosine_rate(progress, state.step))
+            state.optimizer.step(cosine_rate(progress, state.step))
             state.ema.update(network, state.step)
             state.tick()
             bar.set_postfix_str(f"step {state.step} loss {float(loss.detach()):.3f}", refresh=False)

@@ -220,8 +220,8 @@ def train_vae(
     pictures, held_out = pool.read(seed), pool.read_held_out(seed)
     teacher = PcaTeacher(pictures.crops(np.random.default_rng(seed), 400, 64), channels)
     vae, averaged = make_vae(channels), make_vae(channels)
-    optimiser = MuonAdamW(vae.named_parameters(), muon_lr=0.012, adam_lr=1e-3)
-    state = TrainState(vae, optimiser, Ema(vae), np.random.default_rng(seed))
+    optimizer = MuonAdamW(vae.named_parameters(), muon_lr=0.012, adam_lr=1e-3)
+    state = TrainState(vae, optimizer, Ema(vae), np.random.default_rng(seed))
     if resume:
         state.read(out / "state.pt")
     if not peers.is_first:
@@ -233,8 +233,8 @@ def train_vae(
         images = pictures.crops(state.rng, count // peers.count, size_px)
         loss, picture = vae_loss(vae, teacher, images, progress)
         torch.autograd.backward(loss)
-        clock_s = peers.average_gradients(optimiser.weights, state.spent_s)
-        optimiser.step(cosine_rate(progress, state.step))
+        clock_s = peers.average_gradients(optimizer.weights, state.spent_s)
+        optimizer.step(cosine_rate(progress, state.step))
         state.tick(clock_s)
         if not peers.is_first:
             continue

@@ -67,9 +67,9 @@ def test_flops_are_those_of_the_written_count() -> None:
     assert flops == pytest.approx(102.1e9 / 4, rel=1e-3)
 
 
-def test_targets_are_for_what_was_asked() -> None:
-    asked = EngineCase("medium", preset("medium", 4), 128, 2, 1, torch.bfloat16)
-    assert target_of(asked, "compiled") == TARGETS[128] and target_of(asked, "onnx") is None
+def test_targets_belong_to_the_requested_case() -> None:
+    requested = EngineCase("medium", preset("medium", 4), 128, 2, 1, torch.bfloat16)
+    assert target_of(requested, "compiled") == TARGETS[128] and target_of(requested, "onnx") is None
     assert target_of(CASE, "compiled") is None
 
 

@@ -63,7 +63,9 @@ def test_the_guard_mends_what_only_the_adapter_broke() -> None:
 
 
 def test_reach_is_the_largest_distance_of_any_channel() -> None:
-    small, grown = torch.zeros(1, 16, 4, 4), torch.zeros(1, 16, 8, 8)
-    grown[0, 3, 2, 1] = -5.0
-    assert reach(STATISTICS, small, grown, 2) == {"sigmas": 2.5, "residuals": 10.0}
-    assert reach(STATISTICS, small + 8.0, grown, 2)["sigmas"] == pytest.approx(4.0), "the bicubic latent counts as well"
+    small, upscaled = torch.zeros(1, 16, 4, 4), torch.zeros(1, 16, 8, 8)
+    upscaled[0, 3, 2, 1] = -5.0
+    assert reach(STATISTICS, small, upscaled, 2) == {"sigmas": 2.5, "residuals": 10.0}
+    assert reach(STATISTICS, small + 8.0, upscaled, 2)["sigmas"] == pytest.approx(4.0), (
+        "the bicubic latent counts as well"
+    )

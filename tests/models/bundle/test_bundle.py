@@ -256,8 +256,8 @@ def test_a_size_is_reached_exactly_or_the_nearest_ones_are_named(width: int, hei
     for text in str(refusal.value).rpartition("nearest: ")[2].split(" and "):
         reached = [int(side) for side in text.split("x")]
         bundle.base_size(reached[0], reached[1], scale)
-        for got, asked in zip(reached, (width, height), strict=True):
-            assert abs(got - min(max(asked, sides[0]), sides[-1])) < 16 * scale, "one step away at most"
+        for got, requested in zip(reached, (width, height), strict=True):
+            assert abs(got - min(max(requested, sides[0]), sides[-1])) < 16 * scale, "one step away at most"
 
 
 def test_the_refusal_of_a_size_says_what_is_reached() -> None:

@@ -48,7 +48,7 @@ def repository_of(model: Any, directory: Path, variant: str | None = None) -> Re
 
 
 def repositories_of(bundle: Bundle, pipeline: Any, directory: Path) -> dict[str, Repository]:
-    """What the hub has under the ids of a descriptor; the VAE that overrides is told by one of its weights."""
+    """What the hub has under the ids of a descriptor; the VAE that overrides is recognized by one of its weights."""
     said = bundle.descriptor
     found = {str(said.pipeline.hub_id): repository_of(pipeline, directory / "pipeline", said.pipeline.variant)}
     if said.tiny_vae is not None:

@@ -80,11 +80,11 @@ def test_a_compiled_engine_makes_its_gpu_the_current_one(cuda: FakeCuda, monkeyp
 
 
 def test_a_package_is_loaded_onto_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path, device_index: asked.append(device_index))
+    devices: list[int] = []
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path, device_index: devices.append(device_index))
     for device in (SECOND, torch.device("cuda"), CPU):
         open_package(Artifact(Path("lua_x2.pt2"), "latent", "enlarged"), device)
-    assert asked == [1, 0, -1], "-1 is what the loader takes for a CPU"
+    assert devices == [1, 0, -1], "-1 is what the loader takes for a CPU"
 
 
 def test_artifacts_are_opened_and_run_on_their_gpu(

@@ -74,9 +74,9 @@ def test_published_files_are_opened_by_scale(tmp_path: Path) -> None:
     assert opened.scales == (2, 4)
     images = torch.rand(2, 3, 9, 14)
     for scale, net in nets.items():
-        grown = opened.upscale(images, scale)
-        assert grown.shape == (2, 3, 9 * scale, 14 * scale)
-        torch.testing.assert_close(grown, whole(net, images), rtol=0, atol=1e-5)
+        upscaled = opened.upscale(images, scale)
+        assert upscaled.shape == (2, 3, 9 * scale, 14 * scale)
+        torch.testing.assert_close(upscaled, whole(net, images), rtol=0, atol=1e-5)
 
 
 def test_the_mean_is_taken_off_and_put_back(tmp_path: Path) -> None:
@@ -84,8 +84,12 @@ def test_the_mean_is_taken_off_and_put_back(tmp_path: Path) -> None:
     weights["conv_last.weight"] = torch.zeros_like(weights["conv_last.weight"])
     weights["conv_last.bias"] = torch.zeros_like(weights["conv_last.bias"])
     save_file(weights, tmp_path / "x2.safetensors")
-    grown = PixelUpscaler.open({2: tmp_path / "x2.safetensors"}, CPU, torch.float32).upscale(torch.rand(1, 3, 8, 8), 2)
-    torch.testing.assert_close(grown, torch.tensor(RGB_MEAN).view(1, 3, 1, 1).expand(1, 3, 16, 16), rtol=0, atol=1e-6)
+    upscaled = PixelUpscaler.open({2: tmp_path / "x2.safetensors"}, CPU, torch.float32).upscale(
+        torch.rand(1, 3, 8, 8), 2
+    )
+    torch.testing.assert_close(
+        upscaled, torch.tensor(RGB_MEAN).view(1, 3, 1, 1).expand(1, 3, 16, 16), rtol=0, atol=1e-6
+    )
 
 
 def test_a_file_of_another_scale_is_refused(tmp_path: Path) -> None:
@@ -124,20 +128,20 @@ def test_results_are_clamped_floats_without_a_gradient() -> None:
     net = build(2)
     with torch.no_grad():
         net.heads["x2"].get_parameter("conv_last.bias").copy_(torch.tensor([-5.0, 0.0, 5.0]))
-    grown = upscaler(net).upscale(torch.rand(1, 3, 8, 8, dtype=torch.float64), 2)
-    assert grown.dtype == torch.float32
-    assert not grown.requires_grad
-    assert float(grown[:, 0].max()) == 0.0
-    assert float(grown[:, 2].min()) == 1.0
+    upscaled = upscaler(net).upscale(torch.rand(1, 3, 8, 8, dtype=torch.float64), 2)
+    assert upscaled.dtype == torch.float32
+    assert not upscaled.requires_grad
+    assert float(upscaled[:, 0].max()) == 0.0
+    assert float(upscaled[:, 2].min()) == 1.0
 
 
 def test_a_value_that_is_not_finite_shows_and_stays_in_its_image() -> None:
     images = torch.rand(2, 3, 40, 40)
     images[0, 1, 3, 3] = torch.inf
     for tile_px in (64, 32):
-        grown = upscaler(build(2), tile_px, 8).upscale(images, 2)
-        assert not bool(grown[0].isfinite().all())
-        assert bool(grown[1].isfinite().all())
+        upscaled = upscaler(build(2), tile_px, 8).upscale(images, 2)
+        assert not bool(upscaled[0].isfinite().all())
+        assert bool(upscaled[1].isfinite().all())
 
 
 def test_a_batch_equals_its_images_one_by_one() -> None:
@@ -176,10 +180,10 @@ def test_tiles_equal_the_whole_where_half_a_halo_covers_the_reach(scale: int, he
 
 def test_bfloat16_is_near_float32() -> None:
     net, images = build(2), torch.rand(1, 3, 24, 24)
-    grown = PixelUpscaler({2: net}, CPU, torch.bfloat16).upscale(images, 2)
-    assert grown.dtype == torch.float32
+    upscaled = PixelUpscaler({2: net}, CPU, torch.bfloat16).upscale(images, 2)
+    assert upscaled.dtype == torch.float32
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
-    difference = (grown - whole(net, images)).abs()
+    difference = (upscaled - whole(net, images)).abs()
     assert 0.0 < float(difference.max()) < 0.05
 
 

@@ -366,7 +366,7 @@ def test_weights_that_are_not_those_of_the_header_are_refused(tmp_path: Path) ->
             read_lua(path)
 
 
-def test_a_missing_file_and_a_strange_suffix_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_strange_suffix_have_their_own_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no LUA weights at .*lua\.pth"):
         read_lua(tmp_path / "lua.pth")
     (tmp_path / "lua.onnx").write_bytes(b"")

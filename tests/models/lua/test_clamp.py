@@ -1,4 +1,4 @@
-"""The clamp: nothing passes its bound, nothing inside changes, the gradient flows, and it is off unless asked for."""
+"""The clamp: nothing passes its bound, nothing inside changes, the gradient flows, and it is off by default."""
 
 import json
 import shutil
@@ -38,15 +38,17 @@ def reach_of(scale: int) -> Tensor:
 @given(
     seed=st.integers(0, 10_000),
     small_power=st.floats(-3, 38),
-    grown_power=st.floats(-3, 38),
+    upscaled_power=st.floats(-3, 38),
     scale=st.sampled_from([2, 4]),
 )
-def test_nothing_passes_the_bound(seed: int, small_power: float, grown_power: float, scale: int) -> None:
+def test_nothing_passes_the_bound(seed: int, small_power: float, upscaled_power: float, scale: int) -> None:
     small = (normal(1, 2, 3, 5, seed=seed).double() * 10**small_power).clamp(-3e38, 3e38).float()
-    grown = (normal(1, 2, 3 * scale, 5 * scale, seed=seed + 1).double() * 10**grown_power).clamp(-3e38, 3e38).float()
-    found = GUARD.limit(small, grown, scale)
+    upscaled = (
+        (normal(1, 2, 3 * scale, 5 * scale, seed=seed + 1).double() * 10**upscaled_power).clamp(-3e38, 3e38).float()
+    )
+    found = GUARD.limit(small, upscaled, scale)
     low, high = MEAN - SIGMAS * STD, MEAN + SIGMAS * STD
-    assert found.shape == grown.shape and found.dtype == torch.float32
+    assert found.shape == upscaled.shape and found.dtype == torch.float32
     assert bool(((found >= low) & (found <= high)).all()), "within k deviations of the mean"
     base = F.interpolate(small.clamp(low, high), scale_factor=scale, mode="bicubic").clamp(low, high)
     assert bool(((found - base).abs() <= reach_of(scale) * (1 + 1e-5) + 1e-5).all()), "within k residuals of bicubic"
@@ -54,10 +56,10 @@ def test_nothing_passes_the_bound(seed: int, small_power: float, grown_power: fl
 
 def test_infinite_outputs_are_bounded_and_nan_stays_visible() -> None:
     small = normal(1, 2, 4, 4)
-    grown = torch.full((1, 2, 8, 8), float("inf"))
-    grown[0, 1] = float("-inf")
-    grown[0, 0, 3, 3] = float("nan")
-    found = GUARD.limit(small, grown, 2)
+    upscaled = torch.full((1, 2, 8, 8), float("inf"))
+    upscaled[0, 1] = float("-inf")
+    upscaled[0, 0, 3, 3] = float("nan")
+    found = GUARD.limit(small, upscaled, 2)
     assert found.isnan().sum() == 1 and bool(found[0, 0, 3, 3].isnan())
     assert bool(found[0, 1].isfinite().all())
 
@@ -91,8 +93,8 @@ def test_the_soft_limit_is_that_of_its_formula() -> None:
 
 def test_the_gradient_reaches_the_adapter() -> None:
     small = normal(1, 2, 4, 4)
-    grown = (3.0 * normal(1, 2, 8, 8, seed=1)).requires_grad_()
-    (gradient,) = torch.autograd.grad(GUARD.limit(small, grown, 2).square().sum(), grown)
+    upscaled = (3.0 * normal(1, 2, 8, 8, seed=1)).requires_grad_()
+    (gradient,) = torch.autograd.grad(GUARD.limit(small, upscaled, 2).square().sum(), upscaled)
     assert bool(gradient.isfinite().all())
     assert float((gradient != 0).float().mean()) > 0.9
     at_the_edge = torch.full((1, 2, 8, 8), 1e6, requires_grad=True)

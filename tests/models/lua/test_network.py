@@ -190,8 +190,8 @@ def test_both_heads_share_one_pass_of_the_backbone(monkeypatch: pytest.MonkeyPat
 
 def test_every_weight_gets_a_gradient_from_both_heads() -> None:
     net = random_lua(TINY).train()
-    grown = net.forward_scales(torch.randn(2, 4, 8, 8), (2, 4))
-    torch.stack([y.square().mean() for y in grown.values()]).sum().backward()
+    upscaled = net.forward_scales(torch.randn(2, 4, 8, 8), (2, 4))
+    torch.stack([y.square().mean() for y in upscaled.values()]).sum().backward()
     still = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert still == []
 
@@ -394,7 +394,7 @@ def test_inference_mode_gives_what_no_grad_gives() -> None:
         ((1, 5, 8, 8), 2, r"\[batch, 4, height, width\]; found \[1, 5, 8, 8\]"),
         ((4, 8, 8), 2, r"found \[4, 8, 8\]"),
         ((1, 4, 0, 8), 2, r"found \[1, 4, 0, 8\]"),
-        ((1, 4, 8, 8), 3, r"scales \(2, 4\); asked for 3"),
+        ((1, 4, 8, 8), 3, r"scale 3: this LUA has heads for scales \(2, 4\)"),
     ],
 )
 def test_a_latent_or_scale_that_does_not_fit_is_named(shape: tuple[int, ...], scale: int, words: str) -> None:

@@ -62,7 +62,7 @@ async def collect(producer: FakeProducer, bundle_dir: Path, headers: dict[str, s
         return await client.get(f"/jobs/{job.id}/events", headers=headers)
 
 
-async def test_every_event_is_told_in_order(bundle_dir: Path) -> None:
+async def test_every_event_is_sent_in_order(bundle_dir: Path) -> None:
     producer = FakeProducer(event_list=EVENTS)
     response = await collect(producer, bundle_dir)
     assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")

@@ -224,7 +224,7 @@ async def test_a_bad_page_is_refused(client: httpx.AsyncClient, query: str) -> N
     assert_problem(await client.get(f"/jobs?{query}"), 422, "invalid_request", query.split("=")[0])
 
 
-async def test_a_method_that_a_job_does_not_know_is_told_all_that_it_does(client: httpx.AsyncClient) -> None:
+async def test_an_unsupported_method_gets_the_list_of_allowed_ones(client: httpx.AsyncClient) -> None:
     response = await client.patch(f"/jobs/{uuid.uuid4()}")
     assert response.status_code == 405 and response.headers["allow"] == "DELETE, GET, PUT"
 

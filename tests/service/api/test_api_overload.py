@@ -107,7 +107,7 @@ async def test_a_crowd_gets_200_202_or_429_and_nobody_hangs(overload_settings: S
             assert (await client.get("/readyz")).status_code == 200
 
 
-async def test_those_who_come_back_as_told_are_all_served(overload_settings: Settings) -> None:
+async def test_clients_that_obey_retry_after_are_all_served(overload_settings: Settings) -> None:
     with live_server(create_app(overload_settings)) as url, paper_worker(overload_settings):
         # A connection for each attempt: one that idles as long as the server keeps it may close under a request.
         limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=0)

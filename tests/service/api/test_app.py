@@ -1,4 +1,4 @@
-"""The HTTP contract, over a producer in memory: what is asked becomes a job, the job an answer, a fault a problem."""
+"""The HTTP contract, over a producer in memory: a request becomes a job, the job a response, a fault a problem."""
 
 import asyncio
 import contextlib
@@ -415,7 +415,7 @@ async def test_a_client_that_leaves_is_let_go_though_a_cancel_was_swallowed(sett
 
 
 async def post_and_leave(app: FastAPI, path: str, leave: asyncio.Event) -> int:
-    """Post a prompt as a server would hand it over, and disconnect when told; the status of the answer."""
+    """Post a prompt as a server would pass it on, and disconnect on an event; returns the status."""
     path, _, query = path.partition("?")
     parts = [{"type": "http.request", "body": json.dumps({"prompt": PROMPT}).encode(), "more_body": False}]
     statuses: list[int] = []
@@ -515,7 +515,7 @@ async def test_npy_and_unnamed_bodies_are_read_too(
         np.testing.assert_array_equal(load(producer.blobs[response.json()["id"]])["latent"], LATENT[None])
 
 
-async def test_the_latent_itself_is_answered_where_asked(client: httpx.AsyncClient, producer: FakeProducer) -> None:
+async def test_the_latent_itself_is_returned_on_request(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     response = await upscale(client, headers={"Accept": "application/x-safetensors"}, output="latent")
     assert response.status_code == 200 and response.headers["content-type"] == "application/x-safetensors"
     assert response.content == IMAGE and "x-seed" not in response.headers
@@ -623,7 +623,7 @@ async def test_cancel_ends_a_job_and_may_be_repeated(
 # --- the service itself
 
 
-async def test_models_say_what_may_be_asked(client: httpx.AsyncClient) -> None:
+async def test_models_list_what_a_request_may_use(client: httpx.AsyncClient) -> None:
     first, second = (await client.get("/models")).json()
     assert (first["name"], second["name"]) == ("paper", "flux")
     assert first["scales"] == [1, 2, 4] and first["license"] == "Apache-2.0" and first["engine"] == "torch"

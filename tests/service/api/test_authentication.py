@@ -288,7 +288,7 @@ async def test_bad_requests_count_against_the_rate_too(callers: Callers) -> None
         assert (await callers.ask("slow", "POST", "/generate", json={})).status_code == status
 
 
-async def test_the_queue_is_told_the_keys_own_limit_of_jobs(
+async def test_the_queue_gets_the_keys_own_limit_of_jobs(
     callers: Callers, producer: FileProducer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = []

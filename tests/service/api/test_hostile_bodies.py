@@ -94,7 +94,7 @@ async def test_a_large_image_as_base64_is_no_hostile_json(client: httpx.AsyncCli
     assert response.status_code == 200 and len(text) > 900_000
 
 
-async def test_the_first_32_wrong_fields_are_told(client: httpx.AsyncClient) -> None:
+async def test_the_first_32_wrong_fields_are_reported(client: httpx.AsyncClient) -> None:
     response = await client.post("/generate", json={"prompt": PROMPT} | {f"k{number}": 0 for number in range(1000)})
     assert response.status_code == 422
     assert len(response.json()["errors"]) == 32 and response.json()["detail"].endswith("and 968 more")

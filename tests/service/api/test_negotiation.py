@@ -33,7 +33,7 @@ def test_best_quality_wins_and_json_on_a_tie(accept: str | None, chosen: str) ->
 
 
 @pytest.mark.parametrize("accept", ["text/html", "image/png;q=0", "image/gif", "image/png;q=nan", "image/png;q=x", ","])
-def test_nothing_acceptable_is_said(accept: str) -> None:
+def test_nothing_acceptable_is_reported(accept: str) -> None:
     with pytest.raises(NotAcceptable):
         choose_media_type(accept, (PNG,))
 

@@ -222,7 +222,7 @@ async def test_a_node_that_dies_and_returns_is_waited_for(nodes: list[Server], m
         assert (await producer.wait(after.id, 60)).state is JobState.SUCCEEDED
 
 
-async def test_a_cluster_that_is_away_is_not_ready_and_its_password_is_not_told(
+async def test_a_cluster_that_is_away_is_not_ready_and_its_password_stays_secret(
     settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)

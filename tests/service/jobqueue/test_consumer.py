@@ -99,7 +99,7 @@ def test_claim_is_exclusive_between_workers(put: Put, open_consumer: Any, settin
     assert Counter(seen) == Counter(job.id for job in jobs)
 
 
-def test_claim_takes_no_more_than_it_was_asked_for(
+def test_claim_takes_no_more_than_its_limit(
     put: Put, open_consumer: Any, redis_client: redis.Redis, settings: Settings
 ) -> None:
     for priority in Priority:

@@ -32,7 +32,7 @@ def assert_overdue(record: JobRecord | None) -> None:
     assert not record.error.retryable and not record.cancel_requested
 
 
-async def test_a_queued_job_fails_at_its_deadline_and_its_waiter_is_told(open_producer: Any, make_job: Any) -> None:
+async def test_a_queued_job_fails_at_its_deadline_and_its_waiter_wakes(open_producer: Any, make_job: Any) -> None:
     async with open_producer() as producer:
         job, other = due(make_job(), 0.3), make_job()
         await producer.enqueue(job, b"latent")

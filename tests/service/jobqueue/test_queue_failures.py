@@ -211,7 +211,7 @@ class Load:
         self._make_job = make_job
         self.acknowledged_s: dict[str, float] = {}
         self.refused = 0
-        self.stopping = False  # asked, not canceled: redis-py 8.1 swallows a cancel that meets it while it connects
+        self.stopping = False  # a flag, not a cancel: redis-py 8.1 swallows a cancel that meets it while it connects
 
     async def run(self) -> None:
         while not self.stopping:

@@ -131,7 +131,7 @@ def test_lock_holds_as_long_as_the_server_even_without_its_reaper(
     with pytest.raises(NotReady, match="in use by another"):
         second.start(tmp_path)
     os.kill(server.pid, signal.SIGCONT)
-    await_end(server.pid)  # told by the kernel that its reaper died
+    await_end(server.pid)  # the kernel signals that its reaper died
     second.start(tmp_path)
 
 

@@ -92,7 +92,7 @@ def serving(bundle: Path, directory: Path, **variables: str) -> Iterator[Service
 
 
 class Clients:
-    """Sends jobs without pause until told to stop; a 503 is tried again, as a client is told to."""
+    """Sends jobs without pause until it is stopped; a 503 is retried, as the API says."""
 
     def __init__(self, url: str) -> None:
         self._url = url

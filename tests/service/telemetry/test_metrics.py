@@ -163,7 +163,7 @@ def test_the_queue_comes_from_the_stats_of_the_scrape(full: str) -> None:
     assert value(full, "giantleap_queue_reachable") == 1
 
 
-def test_a_queue_that_cannot_be_reached_is_said_and_not_guessed() -> None:
+def test_a_queue_that_cannot_be_reached_is_reported_and_not_guessed() -> None:
     text = Metrics(CollectorRegistry()).render(None).decode()
     assert value(text, "giantleap_queue_reachable") == 0
     assert "giantleap_queue_depth" not in text and "giantleap_workers_live" not in text

@@ -100,7 +100,7 @@ def verify(secret: str, headers: dict[str, str], body: bytes) -> None:
     assert hmac.compare_digest(parts["v1"], hmac.new(secret.encode(), signed, hashlib.sha256).hexdigest())
 
 
-async def test_each_end_of_a_job_is_told_signed_and_once(
+async def test_each_end_of_a_job_is_delivered_signed_and_once(
     open_producer: Any,
     open_consumer: Any,
     make_job: Any,
@@ -135,7 +135,7 @@ async def test_each_end_of_a_job_is_told_signed_and_once(
         assert len(receiver.got) == 3 and outcomes(metrics) == {"delivered": 3}
 
 
-async def test_only_the_states_that_were_asked_for_are_told(
+async def test_only_the_requested_states_are_delivered(
     open_producer: Any,
     open_consumer: Any,
     make_job: Any,
@@ -154,7 +154,7 @@ async def test_only_the_states_that_were_asked_for_are_told(
         assert redis_client.pttl(f"{Keys(settings.key_prefix).tag}:webhook:{delivery.decode()}") > 0
 
 
-async def test_a_receiver_that_fails_is_asked_again_with_the_same_body(
+async def test_a_delivery_that_fails_is_retried_with_the_same_body(
     open_producer: Any,
     make_job: Any,
     receiver: Receiver,

@@ -55,7 +55,7 @@ def test_divergence_of_two_gaussians_is_that_of_their_integral() -> None:
     assert jensen_shannon(one, two) == pytest.approx(expected, rel=0.06), "the kernel widens both a little"
 
 
-def test_samples_without_any_spread_are_told_apart() -> None:
+def test_samples_without_any_spread_are_distinguished() -> None:
     assert jensen_shannon(np.zeros(5), np.zeros(5)) == pytest.approx(0.0, abs=1e-9)
     assert jensen_shannon(np.zeros(5), np.full(5, 7.0)) == pytest.approx(1.0)
 

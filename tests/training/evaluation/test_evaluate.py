@@ -216,7 +216,9 @@ def test_what_cannot_be_measured_is_refused(pictures: Path, tiny_bundle_dir: Pat
     assert not (tmp_path / "out").exists(), "nothing is written before all is measured"
 
 
-def test_missing_metrics_are_told_before_pictures_are_encoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_metrics_are_reported_before_pictures_are_encoded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("giantleap.cli.train.find_spec", lambda name: None)
     answer = CliRunner().invoke(app, ["evaluate", "--bundle", "none", "--images", "none", "--out", str(tmp_path)])
     assert answer.exit_code == 2 and 'pip install "giantleap[train]"' in answer.output

@@ -22,7 +22,7 @@ def test_pictures_have_contrast_and_color() -> None:
     assert np.abs(pictures[..., 0] - pictures[..., 2]).mean() > 5.0
 
 
-def test_noise_power_falls_with_the_asked_slope() -> None:
+def test_noise_power_falls_with_the_given_slope() -> None:
     field = fractal_noise(np.random.default_rng(0), 256, slope=1.0)
     power = np.abs(np.fft.fft2(field)) ** 2
     frequency = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.fftfreq(256)[None, :])

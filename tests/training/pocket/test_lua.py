@@ -104,9 +104,9 @@ def test_each_stage_moves_the_adapter_and_not_the_decoder(name: str, vae: Autoen
     stage, places = STAGES[name], np.array([0])
     net = Lua(PRESETS["pocket"])
     small, large = groups[0].latents_at(places, 2)
-    grown = net(small, 2)
-    decoded, pictures = (vae.decode(grown).sample, groups[0].pictures_at(places)) if stage.decodes else (None, None)
-    torch.autograd.backward(stage_loss(stage, grown, large, decoded, pictures))
+    upscaled = net(small, 2)
+    decoded, pictures = (vae.decode(upscaled).sample, groups[0].pictures_at(places)) if stage.decodes else (None, None)
+    torch.autograd.backward(stage_loss(stage, upscaled, large, decoded, pictures))
     moved = net.get_parameter("heads.x2.conv_last.weight").grad
     assert moved is not None
     assert float(moved.abs().sum()) > 0.0
@@ -117,9 +117,9 @@ def test_picture_terms_need_the_decoder_for_their_gradient(vae: AutoencoderKL, g
     """With every latent term off, the adapter still learns: the decode keeps its graph."""
     stage, places = replace(STAGES["2"], latent_l1=0.0, latent_fourier=0.0), np.array([0])
     _, large = groups[0].latents_at(places, 2)
-    grown = torch.zeros_like(large).requires_grad_()
-    loss = stage_loss(stage, grown, large, vae.decode(grown).sample, groups[0].pictures_at(places))
-    (gradient,) = torch.autograd.grad(loss, grown)
+    upscaled = torch.zeros_like(large).requires_grad_()
+    loss = stage_loss(stage, upscaled, large, vae.decode(upscaled).sample, groups[0].pictures_at(places))
+    (gradient,) = torch.autograd.grad(loss, upscaled)
     assert float(gradient.abs().sum()) > 0.0
 
 
@@ -183,9 +183,9 @@ def test_batches_hold_about_the_same_pixels_whatever_the_size() -> None:
 def test_untrained_adapter_is_latent_bicubic(groups: list[Pairs]) -> None:
     small, _ = groups[0].latents_at(np.array([0]), 2)
     with torch.no_grad():
-        grown = Lua(PRESETS["pocket"]).eval()(small, 2)
+        upscaled = Lua(PRESETS["pocket"]).eval()(small, 2)
     expected = F.interpolate(small, scale_factor=2.0, mode="bicubic")
-    torch.testing.assert_close(grown, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(upscaled, expected, rtol=0, atol=1e-4)
 
 
 def test_gain_is_measured_against_decode_then_bicubic(groups: list[Pairs]) -> None:

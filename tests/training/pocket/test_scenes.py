@@ -50,7 +50,7 @@ def test_floor_sky_and_object_have_their_colors(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_mask_lies_at_the_position_and_has_the_size_asked_for(shape: str) -> None:
+def test_mask_has_the_requested_position_and_size(shape: str) -> None:
     centres, areas = [], []
     for position, size in (("left", "small"), ("centre", "medium"), ("right", "large")):
         _, mask = render([plain_scene(replace(SLOTS, shape=shape, position=position, size=size))], 64)

@@ -164,10 +164,10 @@ def test_the_shipped_network_beats_bicubic_on_a_new_picture_and_its_tiles_show_n
     large = torch.from_numpy(draw_leaves(np.random.default_rng((99, 0)), 384)).permute(2, 0, 1)[None] / 127.5 - 1.0
     small = (shrink(large, scale) + 1.0) / 2.0
     upscaler = PixelUpscaler.open(bundle.swinir, torch.device("cpu"), torch.float32)
-    grown = upscaler.upscale(small, scale)
+    upscaled = upscaler.upscale(small, scale)
     bicubic = F.interpolate(small, scale_factor=float(scale), mode="bicubic")
-    assert psnr_db(grown * 2.0 - 1.0, large) > psnr_db(bicubic * 2.0 - 1.0, large) + 0.5
+    assert psnr_db(upscaled * 2.0 - 1.0, large) > psnr_db(bicubic * 2.0 - 1.0, large) + 0.5
     tiled = PixelUpscaler(upscaler.nets, torch.device("cpu"), torch.float32, tile_px=80, halo_px=16).upscale(
         small, scale
     )
-    assert 0.0 < float((tiled - grown).abs().max()) < 1.0 / 255.0
+    assert 0.0 < float((tiled - upscaled).abs().max()) < 1.0 / 255.0

@@ -20,7 +20,7 @@ from giantleap.training.pocket.text import (
     draw_sigma,
     flow_loss,
     low_level_features,
-    make_optimiser,
+    make_optimizer,
     make_scheduler,
     to_tokens,
     train_text,
@@ -71,25 +71,25 @@ def test_sampler_follows_the_velocity_of_the_loss_back_to_the_latent() -> None:
 
 def test_loss_moves_both_networks() -> None:
     network, tokenizer = small_network(), open_tokenizer()
-    optimiser = make_optimiser(network, 0.02, 1e-3)
+    optimizer = make_optimizer(network, 0.02, 1e-3)
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
     torch.manual_seed(1)
     latents, tokens = torch.randn(4, 16, 16, 16), to_tokens(tokenizer, ["a red cube"] * 4)
     for _ in range(3):  # the first steps open the zero-initialised layers for the gradient behind them
         flow_loss(network, latents, tokens, draw_sigma(4), torch.randn_like(latents)).backward()
-        optimiser.step(1.0)
+        optimizer.step(1.0)
     moved = {name.split(".")[0] for name, value in network.named_parameters() if not torch.equal(value, before[name])}
     assert moved == {"text_encoder", "unet"}
 
 
 def test_caption_changes_the_velocity_after_a_step() -> None:
     network, tokenizer = small_network(), open_tokenizer()
-    optimiser = make_optimiser(network, 0.02, 1e-3)
+    optimizer = make_optimizer(network, 0.02, 1e-3)
     latents = torch.randn(4, 16, 16, 16)
     tokens = to_tokens(tokenizer, ["a red cube", "", "a blue cone", "right"])
     for _ in range(3):
         flow_loss(network, latents, tokens, draw_sigma(4), torch.randn_like(latents)).backward()
-        optimiser.step(1.0)
+        optimizer.step(1.0)
     sigma = torch.full((4,), 0.9)
     with torch.no_grad():
         assert not torch.allclose(network(latents, sigma, tokens), network(latents, sigma, tokens.flip(0)), atol=1e-5)
@@ -97,7 +97,7 @@ def test_caption_changes_the_velocity_after_a_step() -> None:
 
 def test_compass_teaches_the_unet_left_from_right() -> None:
     network, tokenizer = small_network(), open_tokenizer()
-    optimiser = make_optimiser(network, 0.02, 3e-3)
+    optimizer = make_optimizer(network, 0.02, 3e-3)
     tokens, losses = to_tokens(tokenizer, [""] * 4), []
     for _ in range(12):
         latents = torch.randn(4, 16, 16, 16)
@@ -105,7 +105,7 @@ def test_compass_teaches_the_unet_left_from_right() -> None:
             network(latents, torch.full((4,), 0.9), tokens)
         losses.append(compass_loss(network, features))
         losses[-1].backward()
-        optimiser.step(1.0)
+        optimizer.step(1.0)
     assert len(features) == 3
     assert losses[-1] < 0.8 * losses[0]
     with low_level_features(network.unet) as features:

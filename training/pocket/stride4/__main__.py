@@ -14,6 +14,7 @@ from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.training.optim import Budget
+from giantleap.training.pocket.options import Length, Resume, Seed
 from giantleap.training.pocket.stride4.bundle import write_autoencoder_bundle
 from giantleap.training.pocket.stride4.pictures import write_pictures
 from giantleap.training.pocket.stride4.train import Recipe, train
@@ -28,16 +29,14 @@ PoolFolder = Annotated[Path, typer.Option(help="Folder of photographs and drawn 
 def autoencoder(
     out: Path = RUNS / "autoencoder",
     pool: PoolFolder = RUNS / "pool",
-    minutes: Annotated[float | None, typer.Option(help="Wall-clock time of the training; 46 by default.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps instead of minutes: the same result anywhere.")] = None,
-    seed: Annotated[int, typer.Option(help="Fixes pictures, crops and weights.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from out/state.pt.")] = False,
+    length: Length = Budget(minutes=46.0),
+    seed: Seed = 0,
+    resume: Resume = False,
     bfloat16: Annotated[bool, typer.Option(help="1.4 times faster where the CPU has avx512_bf16, else slower.")] = True,
 ) -> None:
     """Train encoder and decoder."""
     torch.set_num_threads(1)
-    budget = Budget(steps, minutes if minutes or steps else 46.0)
-    train(out, pool, budget, seed, resume, Recipe(is_bfloat16=bfloat16))
+    train(out, pool, length, seed, resume, Recipe(is_bfloat16=bfloat16))
 
 
 @app.command()

@@ -121,7 +121,7 @@ def test_a_batch_comes_back_as_a_batch(client: triton.InferenceServerClient, pro
     np.testing.assert_array_equal(response.as_numpy("latent"), batch)
 
 
-def test_the_bundles_defaults_hold_where_nothing_is_asked(
+def test_the_bundles_defaults_hold_where_a_request_gives_none(
     client: triton.InferenceServerClient, producer: FileProducer
 ) -> None:
     response = client.infer("paper", [to_input(LATENT[0])])

@@ -30,7 +30,9 @@ def test_a_changed_package_is_refused(tmp_path: Path) -> None:
         fetch_photographs(tmp_path)
 
 
-def test_a_machine_without_apt_is_told_where_to_fetch_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_apt_gets_the_place_to_fetch_them_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(PhotographsError, match="apt-get is not installed"):
         fetch_photographs(tmp_path)

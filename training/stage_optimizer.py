@@ -1,4 +1,4 @@
-"""The optimiser of one stage of a run: Adam as in the paper, or Muon for matrices beside Adam for the rest."""
+"""The optimizer of one stage of a run: Adam as in the paper, or Muon for matrices beside Adam for the rest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from giantleap.training.curriculum import OptimiserConfig, StageConfig
+from giantleap.training.curriculum import OptimizerConfig, StageConfig
 from giantleap.training.optim import Muon
 
 # What Muon leaves to Adam: the layers next to the latents, and tables of biases.
@@ -15,39 +15,39 @@ SKIPS = "skips."
 
 
 @dataclass(frozen=True)
-class OptimiserPart:
-    """One torch optimiser.
+class OptimizerPart:
+    """One torch optimizer.
 
     Args:
         name: Of its tensors in a checkpoint.
-        optimiser: As torch has it.
+        optimizer: As torch has it.
         share: Its rate over that of the schedule.
         weights: What it trains, by their names in the network.
     """
 
     name: str
-    optimiser: Optimizer
+    optimizer: Optimizer
     share: float
     weights: Mapping[str, nn.Parameter]
 
 
 @dataclass(frozen=True)
-class StageOptimiser:
+class StageOptimizer:
     """Every trained weight belongs to one part."""
 
-    parts: tuple[OptimiserPart, ...]
+    parts: tuple[OptimizerPart, ...]
 
     def zero_grad(self) -> None:
         """Clears all gradients."""
         for part in self.parts:
-            part.optimiser.zero_grad(set_to_none=True)
+            part.optimizer.zero_grad(set_to_none=True)
 
     def step(self, rate: float) -> None:
         """Updates all weights."""
         for part in self.parts:
-            for group in part.optimiser.param_groups:
+            for group in part.optimizer.param_groups:
                 group["lr"] = rate * part.share
-            part.optimiser.step()
+            part.optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of every weight, as `<part>.<weight>.<key>`."""
@@ -55,7 +55,7 @@ class StageOptimiser:
             f"{part.name}.{name}.{key}": value
             for part in self.parts
             for name, weight in part.weights.items()
-            for key, value in part.optimiser.state.get(weight, {}).items()
+            for key, value in part.optimizer.state.get(weight, {}).items()
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -66,11 +66,11 @@ class StageOptimiser:
                 state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
                 if state:
                     moved = {key: value if key == "step" else value.to(weight) for key, value in state.items()}
-                    part.optimiser.state[weight] = moved
+                    part.optimizer.state[weight] = moved
 
 
-def build_optimiser(config: OptimiserConfig, stage: StageConfig, net: nn.Module) -> StageOptimiser:
-    """A fresh optimiser for all weights that are not frozen."""
+def build_optimizer(config: OptimizerConfig, stage: StageConfig, net: nn.Module) -> StageOptimizer:
+    """A fresh optimizer for all weights that are not frozen."""
     named = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
     skips = {name: weight for name, weight in named.items() if name.startswith(SKIPS)}
     matrices = {
@@ -81,10 +81,10 @@ def build_optimiser(config: OptimiserConfig, stage: StageConfig, net: nn.Module)
     rest = {name: weight for name, weight in named.items() if name not in matrices and name not in skips}
     parts = []
     if matrices:
-        parts.append(OptimiserPart("muon", Muon(matrices.values(), lr=0.0), 1.0, matrices))
+        parts.append(OptimizerPart("muon", Muon(matrices.values(), lr=0.0), 1.0, matrices))
     share = config.adam_share if config.kind == "muon" else 1.0
     for weights, rate_share in ((rest, share), (skips, config.skip_share)):
         if weights:
             adam = Adam(weights.values(), lr=0.0, betas=stage.betas, weight_decay=0.0)
-            parts.append(OptimiserPart("adam", adam, rate_share, weights))
-    return StageOptimiser(tuple(parts))
+            parts.append(OptimizerPart("adam", adam, rate_share, weights))
+    return StageOptimizer(tuple(parts))
