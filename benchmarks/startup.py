@@ -21,6 +21,7 @@ import psutil
 import typer
 
 from benchmarks.machine import read_machine
+from benchmarks.processes import run_process
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
 from giantleap.service.supervisor.supervisor import open_listener
 
@@ -73,16 +74,14 @@ def measure_until_ready(
     """
     ready, report = os.pipe()
     command = checkout.command(*arguments, "--ready-fd", str(report))
-    with os.fdopen(ready, "rb", buffering=0) as pipe:
-        process = subprocess.Popen(command, cwd=checkout.directory, env=environment, pass_fds=[report, *fds])
+    with (
+        os.fdopen(ready, "rb", buffering=0) as pipe,
+        run_process(command, environment=environment, directory=checkout.directory, pass_fds=[report, *fds]) as process,
+    ):
         os.close(report)
-        try:
-            if not pipe.read(1):
-                raise RuntimeError(f"{checkout.name}: {arguments[0]} ended before it was ready")
-            times = psutil.Process(process.pid).cpu_times()
-        finally:
-            process.terminate()
-            process.wait()
+        if not pipe.read(1):
+            raise RuntimeError(f"{checkout.name}: {arguments[0]} ended before it was ready")
+        times = psutil.Process(process.pid).cpu_times()
     used_s: float = times.user + times.system + times.children_user + times.children_system
     return used_s
 

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any, Literal
 import redis
 from tqdm import tqdm
 
+from benchmarks.processes import run_process
 from giantleap.service.jobqueue.client import open_async_redis, open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.producer import JobProducer
@@ -91,8 +91,7 @@ async def measure_policy(url: str, name: str, number: int, backlog: int) -> dict
         producer = JobProducer(client, settings_for(url))
         await producer.open()
         jobs, enqueued_per_s = await measure_enqueue(producer, backlog)
-        worker = subprocess.Popen(command)
-        try:
+        with run_process(command):
             while (await producer.stats()).recent_job_median_s is None:
                 await asyncio.sleep(0.005)
             before = sum((await producer.stats()).queued.values())
@@ -102,9 +101,6 @@ async def measure_policy(url: str, name: str, number: int, backlog: int) -> dict
                 await asyncio.sleep(0.005)
             drained_per_s = before / (time.perf_counter() - started_s)
             times_ms = await measure_latency(producer, number, name)
-        finally:
-            worker.kill()
-            worker.wait()
         await producer.close()
     return {
         "enqueue_to_result_p50_ms": statistics.median(times_ms),

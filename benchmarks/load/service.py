@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.processes import run_process
 from giantleap.models.allocator import keep_freed_memory
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_redis
@@ -34,7 +35,6 @@ PEERS = ROOT / ".peers"
 PEER_NAMES = ("litserve", "bentoml", "ray")
 SPREAD = 0.2
 _START_TIMEOUT_S = 120.0
-_STOP_TIMEOUT_S = 30.0
 
 
 @contextlib.contextmanager
@@ -54,7 +54,7 @@ def run_service(workers: int = 1, work_ms: float = 0.0, **changes: object) -> It
         environment = {**os.environ, **to_environment(settings)}
         api = [sys.executable, "-m", "giantleap", "api"]
         worker = [sys.executable, "-m", "benchmarks.load.service", str(workers), str(work_ms)]
-        started = [stack.enter_context(run_process(command, environment)) for command in (api, worker)]
+        started = [stack.enter_context(run_server(command, environment)) for command in (api, worker)]
         await_answer(started, settings.port, "/readyz")
         yield settings.port
 
@@ -69,7 +69,7 @@ def run_peer(name: str) -> Iterator[int]:
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL"))}
     command = [str(peer_python(name)), str(ROOT / "benchmarks" / "peers" / f"{name}_noop.py"), str(port)]
-    with run_process(command, environment) as process:
+    with run_server(command, environment) as process:
         await_answer([process], port, "/noop", b'{"prompt": "a red sphere"}')
         yield port
 
@@ -87,23 +87,18 @@ def peer_python(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def run_process(command: list[str], environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run a process; the end of its output is shown only if the block fails."""
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=output)
+def run_server(command: list[str], environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a server; the end of its output is shown only if the block fails."""
+    with (
+        tempfile.TemporaryFile() as output,
+        run_process(command, environment=environment, directory=ROOT, output=output) as process,
+    ):
         try:
             yield process
         except Exception:
             output.seek(0)
             sys.stderr.write(output.read().decode(errors="replace")[-4000:])
             raise
-        finally:
-            process.terminate()
-            try:
-                process.wait(_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 def await_answer(processes: list["subprocess.Popen[bytes]"], port: int, path: str, body: bytes | None = None) -> None:
