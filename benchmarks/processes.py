@@ -61,9 +61,10 @@ def _end(process: "subprocess.Popen[bytes]", stop_timeout_s: float) -> None:
 
 def _descendants(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
     try:
-        return psutil.Process(process.pid).children(recursive=True)
+        descendants: list[psutil.Process] = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+    return descendants
 
 
 def _signal_group(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
