@@ -3,7 +3,7 @@
 `python -m benchmarks.ablations` (`make ablations`) draws procedural pictures, makes pairs of them with the pocket
 bundle's frozen VAE, trains every variant with every seed through `training/run.py`, and measures each on the six
 held-out photographs of `benchmarks/quality/photos.py`. Each result is stored at once in
-`benchmarks/results/ablations.json`; a killed run continues with the first missing result. `docs/ablations.md` is
+`benchmarks/results/ablations.json`; a killed run continues with the first missing result. `docs/lab/ablations.md` is
 written from that file.
 
 References: arXiv 2511.10629, tables 3 and 4.
@@ -268,7 +268,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def to_markdown(record: Mapping[str, Any]) -> str:
-    """Return the text of `docs/ablations.md`."""
+    """Return the text of `docs/lab/ablations.md`."""
     lines = [
         PAGE_HEAD.format(**record["settings"], **record["settings"]["net"], **_words(record)),
         *_table(record, STAGES),
@@ -346,7 +346,7 @@ def main(
     bundle: Annotated[Path, typer.Option(help="The bundle whose VAE is used.")] = Path("bundles/pocket"),
     pool: Annotated[Path, typer.Option(help="Pool of procedural pictures; filled when empty.")] = Path("runs/pool"),
     results: Annotated[Path, typer.Option(help="The results file.")] = Path("benchmarks/results/ablations.json"),
-    page: Annotated[Path, typer.Option(help="The table.")] = Path("docs/ablations.md"),
+    page: Annotated[Path, typer.Option(help="The table.")] = Path("docs/lab/ablations.md"),
     updates: Annotated[
         int, typer.Option(min=6, help="Updates of each variant over all stages; a multiple of 6.")
     ] = 300,

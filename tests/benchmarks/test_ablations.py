@@ -96,5 +96,5 @@ def test_results_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
 
 def test_the_page_in_the_documentation_is_that_of_the_stored_results() -> None:
     record = json.loads(RESULTS.read_text())
-    assert (ROOT / "docs" / "ablations.md").read_text() == ablations.to_markdown(record)
+    assert (ROOT / "docs" / "lab" / "ablations.md").read_text() == ablations.to_markdown(record)
     assert {(run["variant"], run["seed"]) for run in record["runs"]} == {(v.key, s) for v in VARIANTS for s in range(3)}
