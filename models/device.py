@@ -4,7 +4,7 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 import torch
 
 StageName = Literal["generate", "vae_encode", "upscale", "decode", "encode"]
+PartCallback = Callable[[float | None], None]
+"""Called after each part of a stage with the fraction of the stage that is done, None if unknown. It may raise."""
 
 
 class StageObserver(Protocol):
@@ -21,6 +23,10 @@ class StageObserver(Protocol):
         """A context manager that the stage runs in."""
         ...
 
+    def report_part(self, stage: StageName, fraction: float | None) -> None:
+        """Called after each part of a stage, as a `PartCallback`: a tile, a strip, a layer."""
+        ...
+
 
 class NoObserver:
     """A `StageObserver` that does nothing."""
@@ -28,6 +34,9 @@ class NoObserver:
     def measure(self, stage: StageName) -> AbstractContextManager[None]:
         """A context manager without effect."""
         return nullcontext()
+
+    def report_part(self, stage: StageName, fraction: float | None) -> None:
+        """No effect."""
 
 
 @dataclass(slots=True)
@@ -51,6 +60,9 @@ class StageClock:
             synchronize(self.device)
             self.stages_s[stage] = self.stages_s.get(stage, 0.0) + time.perf_counter() - started_s
 
+    def report_part(self, stage: StageName, fraction: float | None) -> None:
+        """No effect: a stage is timed as a whole."""
+
 
 @dataclass(frozen=True, slots=True)
 class PeakMemory:
@@ -58,6 +70,13 @@ class PeakMemory:
 
     size_bytes: int
     source: Literal["cuda_allocated", "process_rss"]
+
+
+def part_of(on_part: PartCallback | None, done: int, total: int, items: int = 1) -> PartCallback | None:
+    """The callback for the next `items` of `total`, of which `done` are: it reports the fraction of the total."""
+    if on_part is None:
+        return None
+    return lambda fraction: on_part(None if fraction is None else (done + items * fraction) / total)
 
 
 def synchronize(device: torch.device) -> None:

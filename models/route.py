@@ -7,6 +7,7 @@ gives their order.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -20,12 +21,14 @@ from giantleap.models.bundle.bundle import Bundle, BundleError, check_files, loa
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.device import (
     NoObserver,
+    PartCallback,
     PeakMemory,
     StageClock,
     StageObserver,
     choose_device,
     choose_dtype,
     free_cache,
+    part_of,
     peak_memory,
     reset_peak_memory,
 )
@@ -185,7 +188,7 @@ class Route:
         return self.generator.generate(items, on_step=on_step, is_canceled=is_canceled)
 
     @torch.inference_mode()
-    def encode_image(self, pixels: NDArray[np.uint8]) -> Tensor:
+    def encode_image(self, pixels: NDArray[np.uint8], on_part: PartCallback | None = None) -> Tensor:
         """Encode an image to its raw latent, the mean of the posterior.
 
         Sides are padded to whole latents by repeating their last pixels.
@@ -197,7 +200,7 @@ class Route:
         unit_px = self.vae.latent_space.multiple_px
         filling = ((0, -height_px % unit_px), (0, -width_px % unit_px), (0, 0))
         image = to_signed(torch.from_numpy(np.pad(pixels, filling, mode="edge")))
-        latent: Tensor = self.vae.encode(image[None].to(self.device))[0]
+        latent: Tensor = self.vae.encode(image[None].to(self.device), on_part)[0]
         return latent
 
     @torch.inference_mode()
@@ -222,7 +225,9 @@ class Route:
         return upscaled if self.clamp is None else self.clamp.limit(latents, upscaled, scale)
 
     @torch.inference_mode()
-    def upscale_pixels(self, images: Sequence[Tensor | None], scale: float) -> list[Tensor | None]:
+    def upscale_pixels(
+        self, images: Sequence[Tensor | None], scale: float, on_part: PartCallback | None = None
+    ) -> list[Tensor | None]:
         """Upscale decoded images one by one with SwinIR; None stays None.
 
         Shape:
@@ -233,20 +238,28 @@ class Route:
         """
         if self.pixel is None:
             raise ValueError(f"bundle {self.name} has no SwinIR weights to upscale pixels with")
-        return [None if image is None else self._upscale_image(self.pixel, image, scale) for image in images]
+        upscaled: list[Tensor | None] = []
+        for index, image in enumerate(images):
+            report = part_of(on_part, index, len(images))
+            upscaled.append(None if image is None else self._upscale_image(self.pixel, image, scale, report))
+            if report is not None:
+                report(1.0)
+        return upscaled
 
-    def _upscale_image(self, pixel: PixelUpscaler, image: Tensor, scale: float) -> Tensor:
+    def _upscale_image(self, pixel: PixelUpscaler, image: Tensor, scale: float, on_part: PartCallback | None) -> Tensor:
         values = image.to(self.device).permute(2, 0, 1)[None].float() / 255
-        return to_pixels(pixel.upscale(values, scale))[0]
+        return to_pixels(pixel.upscale(values, scale, on_part))[0]
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, how: DecodeName = "exact") -> list[Tensor | None]:
+    def decode(
+        self, latents: Tensor, how: DecodeName = "exact", on_part: PartCallback | None = None
+    ) -> list[Tensor | None]:
         """Decode raw latents in one call; None for an image with a value that is not finite.
 
         Shape:
             [batch, channels, h, w] -> per item [stride * h, stride * w, 3], uint8, on the CPU.
         """
-        decoded = self.vae.decode(latents, how=how)
+        decoded = self.vae.decode(latents, how, on_part)
         finite = finite_items(decoded)
         pixels = to_pixels(decoded / 2 + 0.5)
         return [image if good else None for image, good in zip(pixels, finite, strict=True)]
@@ -269,15 +282,20 @@ class Route:
         sizes = [[scaled_size(side, scale) for side in latent.shape[-2:]] for latent in latents]
         return [upscaled[:, :height, :width] for upscaled, (height, width) in zip(enlarged, sizes, strict=True)]
 
-    def decode_items(self, latents: Sequence[Tensor], how: DecodeName = "exact") -> list[Tensor | None]:
+    def decode_items(
+        self, latents: Sequence[Tensor], how: DecodeName = "exact", on_part: PartCallback | None = None
+    ) -> list[Tensor | None]:
         """Decode latents of any sizes; a GPU decodes latents of one size together. See `decode`."""
         images: list[Tensor | None] = [None] * len(latents)
+        done = 0
         # On a CPU a batch of 8 took 1.27 times as long per image as one at a time: activations leave the cache.
         max_items = 1 if self.device.type == "cpu" else len(latents)
         for size in dict.fromkeys(latent.shape for latent in latents):
             alike = [index for index, latent in enumerate(latents) if latent.shape == size]
             for chosen in (alike[start : start + max_items] for start in range(0, len(alike), max_items)):
-                decoded = self.decode(torch.stack([latents[index] for index in chosen]), how)
+                report = part_of(on_part, done, len(latents), len(chosen))
+                decoded = self.decode(torch.stack([latents[index] for index in chosen]), how, report)
+                done += len(chosen)
                 for index, image in zip(chosen, decoded, strict=True):
                     images[index] = image
         return images
@@ -326,9 +344,9 @@ class Route:
                 continue
             with observer.measure(stage):
                 if stage == "decode" and decode is not None:
-                    images = self.decode_items(latents, decode)
+                    images = self.decode_items(latents, decode, partial(observer.report_part, stage))
                 elif method == "swinir":
-                    images = self.upscale_pixels(images, scale)
+                    images = self.upscale_pixels(images, scale, partial(observer.report_part, stage))
                 else:
                     latents = self.upscale_items(latents, scale, method)
         return latents, images
@@ -350,9 +368,13 @@ class Route:
         """
         if method == "swinir" and scale > 1:
             with observer.measure("upscale"):
-                return [], self.upscale_pixels([torch.from_numpy(image) for image in pixels], scale)
+                images = [torch.from_numpy(image) for image in pixels]
+                return [], self.upscale_pixels(images, scale, partial(observer.report_part, "upscale"))
         with observer.measure("vae_encode"):
-            encoded = [self.encode_image(image) for image in pixels]
+            report = partial(observer.report_part, "vae_encode")
+            encoded = [
+                self.encode_image(image, part_of(report, index, len(pixels))) for index, image in enumerate(pixels)
+            ]
         latents, images = self.upscale_and_decode(encoded, scale, method, decode, observer)
         sides = [(scaled_size(image.shape[0], scale), scaled_size(image.shape[1], scale)) for image in pixels]
         cut = [

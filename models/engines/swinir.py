@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from giantleap.models.device import PartCallback, part_of
 from giantleap.models.engines.cpu import LatentUpscaler, pack_lua
 from giantleap.models.engines.packed_lua import PackedLua
 from giantleap.models.lua.checkpoints import CheckpointError, read_lua
@@ -126,12 +127,13 @@ class PixelUpscaler:
         return tuple(self.nets)
 
     @torch.inference_mode()
-    def upscale(self, images: Tensor, scale: float) -> Tensor:
+    def upscale(self, images: Tensor, scale: float, on_part: PartCallback | None = None) -> Tensor:
         """Upscale images of any size.
 
         Args:
             images: [batch, 3, height, width] in [0, 1].
             scale: One of `scales`.
+            on_part: Called after each tile of an image that is large.
 
         Returns:
             [batch, 3, scale * height, scale * width] in [0, 1], float32, on the device of the networks. An image with a
@@ -152,9 +154,12 @@ class PixelUpscaler:
         is_large = height * width > self.tile_px**2
         # On a CPU one at a time: activations of several leave the cache (see `Route.decode_items`).
         at_once = 1 if is_large or self.device.type == "cpu" else self.tile_px**2 // (height * width)
-        run = self._run_tiles if is_large else self._run
         for start in range(0, len(images), at_once):
-            upscaled[start : start + at_once] = run(net, images[start : start + at_once], whole)
+            part = images[start : start + at_once]
+            if is_large:
+                upscaled[start] = self._run_tiles(net, part, whole, part_of(on_part, start, len(images)))[0]
+            else:
+                upscaled[start : start + at_once] = self._run(net, part, whole)
         return upscaled.clamp_(0.0, 1.0)
 
     def _run(self, net: LatentUpscaler, images: Tensor, scale: int) -> Tensor:
@@ -163,11 +168,12 @@ class PixelUpscaler:
             upscaled: Tensor = net(images, scale)
         return upscaled.float()
 
-    def _run_tiles(self, net: LatentUpscaler, image: Tensor, scale: int) -> Tensor:
+    def _run_tiles(self, net: LatentUpscaler, image: Tensor, scale: int, on_part: PartCallback | None) -> Tensor:
         """Add up the tiles, weighted by `blend_weights`."""
         height, width = image.shape[-2:]
         rows, columns = (plan_spans(side, self.tile_px, self.halo_px, net.spec.window) for side in (height, width))
         upscaled = torch.zeros(1, RGB_CHANNELS, scale * height, scale * width, device=self.device)
+        done = 0
         for row in rows:
             down = blend_weights(row, height, scale, self.halo_px).to(self.device)
             for column in columns:
@@ -175,4 +181,7 @@ class PixelUpscaler:
                 tile = self._run(net, image[..., row.start : row.stop, column.start : column.stop], scale)
                 area = upscaled[..., scale * row.start : scale * row.stop, scale * column.start : scale * column.stop]
                 area += tile * down[:, None] * across
+                done += 1
+                if on_part is not None:
+                    on_part(done / (len(rows) * len(columns)))
         return upscaled

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import Bundle, ModelSource
 from giantleap.models.bundle.descriptor import DecodeName
+from giantleap.models.device import PartCallback
 from giantleap.models.images import to_pixels
 from giantleap.models.latent_space import LatentSpace
 from giantleap.models.vae.decode import (
@@ -102,12 +103,13 @@ class Vae:
         device: torch.device = self.model.device
         return device
 
-    def decode(self, raw: Tensor, how: DecodeName = "exact") -> Tensor:
+    def decode(self, raw: Tensor, how: DecodeName = "exact", on_part: PartCallback | None = None) -> Tensor:
         """Decode raw latents.
 
         Args:
             raw: [batch, channels, h, w], on any device, of any floating type.
             how: "exact" gives the image of the model's own decode, whole or in strips. "tiled" and "tiny" change it.
+            on_part: Called after each part: a strip or a layer.
 
         Returns:
             [batch, 3, stride * h, stride * w], float32, on the model's device. The visible range is [-1, 1]; values are
@@ -123,14 +125,14 @@ class Vae:
         if how not in self.decodes:
             raise VaeError(f"decode {how!r}: this VAE has {', '.join(self.decodes)}{_missing_reason(how)}")
         if how == "tiny" and self.tiny is not None:
-            return decode_tiny(self.tiny, raw.to(self.tiny.device, self.tiny.dtype), self.latent_space).float()
+            return decode_tiny(self.tiny, raw.to(self.tiny.device, self.tiny.dtype), self.latent_space, on_part).float()
         raw = self._prepare(raw)
         if how == "tiled":
-            return decode_tiled(self.model, raw).float()
+            return decode_tiled(self.model, raw, on_part).float()
         budget_bytes = self._budget_bytes()
         if self.works_in_strips(tuple(raw.shape), budget_bytes):
-            return decode_exact(self.model, raw, budget_bytes).float()
-        return decode_plain(self.model, raw).float()
+            return decode_exact(self.model, raw, budget_bytes, on_part=on_part).float()
+        return decode_plain(self.model, raw, on_part).float()
 
     @torch.inference_mode()
     def decode_in_strips(self, raw: Tensor) -> Tensor:
@@ -145,11 +147,12 @@ class Vae:
         plan = plan_decode(self._shape, raw.shape[2], raw.shape[3], dtype, batch=len(raw), min_strip_bytes=0)
         return decode_exact(self.model, raw, plan=plan).float()
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, on_part: PartCallback | None = None) -> Tensor:
         """Encode images to raw latents, the mean of the posterior.
 
         Args:
             images: [batch, 3, height_px, width_px] in [-1, 1], on any device; sides are multiples of the stride.
+            on_part: Called after each layer.
 
         Returns:
             [batch, channels, h, w], float32, on the model's device.
@@ -165,7 +168,7 @@ class Vae:
                 f"sides of images to encode are multiples of {stride_px} px in latent space {self.latent_space.name}; "
                 f"found {images.shape[3]}x{images.shape[2]}"
             )
-        return encode_mean(self.model, self._prepare(images)).float()
+        return encode_mean(self.model, self._prepare(images), on_part).float()
 
     def drop_decoder(self) -> None:
         """Free the decoder's weights in a process that only generates latents; encoding still works."""

@@ -34,6 +34,10 @@ _POLL_S = 1.0
 _BACKOFF_CAP_S = 2.0
 _MAX_OUTAGE_S = 120.0
 _NO_STAGES: Mapping[str, float] = MappingProxyType({})
+_ENDS: Mapping[str, JobState] = MappingProxyType(
+    {"done": JobState.SUCCEEDED, "retried": JobState.QUEUED, "canceled": JobState.CANCELED}
+)
+"""What a script that settles a claim made of the job, by its status; a lost claim has no entry."""
 _LOG = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
@@ -154,12 +158,15 @@ class JobConsumer:
         stages: Mapping[str, float],
         warnings: Sequence[str],
         batch_jobs: int = 1,
-    ) -> bool:
-        """Ends a job with its results; False if the claim was lost or the deadline has passed: nothing is written.
+    ) -> JobState | None:
+        """Ends a job with its results, unless its cancellation was requested: then it is closed as canceled.
 
         Effects: one atomic script: results and their bytes, record, `done` event, message dropped. Evicts the oldest
         results of other jobs if the budget needs it. Waits while Redis is unavailable; safe to repeat. The time of a
         batch of `batch_jobs` is shared between its jobs, for estimates.
+
+        Returns:
+            Succeeded or canceled; None if the claim was lost or the deadline has passed: then nothing is written.
 
         Raises:
             StorageFull: The results do not fit even then; nothing is written and the claim is still held.
@@ -184,7 +191,7 @@ class JobConsumer:
         )
         if reply.status == "no_room":
             raise self._no_room("results", size_bytes)
-        return reply.status == "done"
+        return _ENDS.get(reply.status)
 
     def transfer(
         self,
@@ -223,14 +230,17 @@ class JobConsumer:
         reply = self._settle(claim, scripts.TRANSFER, arguments, value=latents or b"")
         if reply.status == "no_room":
             raise self._no_room("latents", len(latents or b""))
-        return {"done": JobState.QUEUED, "canceled": JobState.CANCELED}.get(reply.status)
+        return JobState.QUEUED if reply.status == "done" else _ENDS.get(reply.status)
 
-    def fail(self, claim: Claim, error: JobError, stages: Mapping[str, float] = _NO_STAGES) -> bool:
-        """Ends an attempt with an error; False if the claim was lost: then nothing is written.
+    def fail(self, claim: Claim, error: JobError, stages: Mapping[str, float] = _NO_STAGES) -> JobState | None:
+        """Ends an attempt with an error.
 
         Effects: one atomic script. A retryable error with starts left puts the job into the delayed set, the delay
         doubling up to 300 s; any other closes it as failed and adds it to the dead-letter stream. A job whose cancel
         flag is set is closed as canceled instead. Waits while Redis is unavailable; safe to repeat.
+
+        Returns:
+            Queued for a retry, failed or canceled; None if the claim was lost: then nothing is written.
 
         Raises:
             NotReady: Redis did not answer for two minutes.
@@ -240,7 +250,8 @@ class JobConsumer:
             "retryable": error.retryable,
             "stages": json.dumps(dict(stages)),
         }
-        return self._settle(claim, scripts.FAIL, arguments).status == "done"
+        reply = self._settle(claim, scripts.FAIL, arguments)
+        return JobState.FAILED if reply.status == "done" else _ENDS.get(reply.status)
 
     def cancel(self, claim: Claim, stages: Mapping[str, float] = _NO_STAGES) -> bool:
         """Ends a job that `find_canceled` named; False if the claim was lost. A job past its deadline has failed.

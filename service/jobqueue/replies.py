@@ -144,7 +144,7 @@ class ClaimReply:
 class SettleReply:
     """What became of a worker's write. `lost`: the claim is another worker's, or a deadline has ended the job."""
 
-    status: Literal["done", "lost", "canceled", "no_room", "no_upload"]
+    status: Literal["done", "retried", "canceled", "lost", "no_room", "no_upload"]
 
 
 @dataclass(frozen=True, slots=True)

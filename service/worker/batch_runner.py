@@ -1,16 +1,13 @@
 """Runs the items of one batch through a route and returns an outcome for each; one item never fails another."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from giantleap.models.device import StageClock, StageName, is_out_of_memory
+from giantleap.models.device import StageClock, is_out_of_memory
 from giantleap.models.route import Route
-from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import UpscaleParams
 from giantleap.service.telemetry.tracing import BatchTrace
@@ -19,7 +16,6 @@ from giantleap.service.worker.items import (
     Item,
     Latent,
     Outcome,
-    Stop,
     has_input_image,
     read_latent,
     read_pixels,
@@ -29,54 +25,10 @@ from giantleap.service.worker.items import (
     to_latent_output,
     wants_image,
 )
+from giantleap.service.worker.progress import BatchObserver, BatchStopped, StopFlags
 from giantleap.service.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class BatchObserver:
-    """The `StageObserver` of items that run together: times and traces stages, reports progress to clients.
-
-    Args:
-        items: Items that run together.
-        clock: Adds up the seconds of each stage.
-        trace: Where each stage is recorded.
-        consumer: Where events go.
-        watchdog: Where progress is recorded: each stage and each denoising step.
-    """
-
-    items: Sequence[Item]
-    clock: StageClock
-    trace: BatchTrace
-    consumer: JobConsumer
-    watchdog: Watchdog
-
-    @property
-    def claims(self) -> list[Claim]:
-        """The claims of the items, each once."""
-        return list({item.claim.job.id: item.claim for item in self.items}.values())
-
-    @contextmanager
-    def measure(self, stage: StageName) -> Iterator[None]:
-        """Time one stage, trace it and report it."""
-        self._record_progress(stage)
-        with self.trace.stage(stage, [item.claim.job.id for item in self.items]), self.clock.measure(stage):
-            yield
-        self._emit("stage", {"stage": stage, "seconds": round(self.clock.stages_s[stage], 6)})
-
-    def report_step(self, step: int, steps: int) -> None:
-        """Report one denoising step."""
-        self._record_progress("generate")
-        self._emit("step", {"step": step, "steps": steps})
-
-    def _record_progress(self, stage: str) -> None:
-        self.watchdog.progress(stage, [item.claim.job.id for item in self.items])
-
-    def _emit(self, name: str, data: dict[str, object]) -> None:
-        for claim in self.claims:
-            self.consumer.emit(claim, name, data)
-            self.watchdog.keepalive()
 
 
 class BatchRun:
@@ -96,10 +48,9 @@ class BatchRun:
         self.clock: StageClock = route.clock()
         self._route = route
         self._consumer = consumer
-        self._drain = drain
+        self._flags = StopFlags(consumer, drain)
         self._trace = trace
         self._watchdog = watchdog
-        self._canceled_ids: set[str] = set()
 
     def run(self, items: Sequence[Item], slice_size: int) -> list[Outcome]:
         """The outcome of each item, in order; at most `slice_size` of them are on the device at once."""
@@ -110,6 +61,8 @@ class BatchRun:
         """Run items together; after a failure in halves if memory ran out, else one by one."""
         try:
             return self._run_together(items)
+        except BatchStopped:
+            return [self._flags.stop_of(item) for item in items]
         except torch.AcceleratorError:
             raise  # this process has lost its device context: end it, the leases bring the jobs to another worker
         except Exception as error:
@@ -122,8 +75,8 @@ class BatchRun:
         return self.run(items, (len(items) + 1) // 2 if halve else 1)
 
     def _run_together(self, items: Sequence[Item]) -> list[Outcome]:
-        self._poll_canceled(self._observe(items))
-        running = [index for index, item in enumerate(items) if not self._is_stopped(item)]
+        self._observe(items).poll()
+        running = [index for index, item in enumerate(items) if not self._flags.is_stopped(item)]
         outcomes: dict[int, Outcome] = {}
         if running and has_input_image(items[0].claim.job.params):
             outcomes = dict(zip(running, self._upscale_images([items[index] for index in running]), strict=True))
@@ -133,23 +86,18 @@ class BatchRun:
             if latents:
                 ended = self._decode([items[index] for index in latents], list(latents.values()))
                 outcomes = dict(zip(latents, ended, strict=True))
-        return [outcomes.get(index) or self._stop_of(item) for index, item in enumerate(items)]
+        return [outcomes.get(index) or self._flags.stop_of(item) for index, item in enumerate(items)]
 
     def _base_latents(self, items: Sequence[Item]) -> list[Tensor | None]:
         """The base latent of each item: generated, or read from the job's input or from another worker's output."""
         if isinstance(items[0].claim.job.params, UpscaleParams) or items[0].claim.base_latents is not None:
             return [read_latent(item) for item in items]
         observer = self._observe(items)
-
-        def on_step(step: int, steps: int) -> None:
-            observer.report_step(step, steps)
-            self._poll_canceled(observer)
-
         with observer.measure("generate"):
             return self._route.generate(
                 [to_generation_item(item) for item in items],
-                on_step=on_step,
-                is_canceled=lambda index: self._is_stopped(items[index]),
+                on_step=observer.report_step,
+                is_canceled=lambda index: self._flags.is_stopped(items[index]),
             )
 
     def _decode(self, items: Sequence[Item], latents: list[Tensor]) -> Sequence[Outcome]:
@@ -170,17 +118,7 @@ class BatchRun:
         return _encode(items, upscaled, images, observer)
 
     def _observe(self, items: Sequence[Item]) -> BatchObserver:
-        return BatchObserver(items, self.clock, self._trace, self._consumer, self._watchdog)
-
-    def _poll_canceled(self, observer: BatchObserver) -> None:
-        self._canceled_ids |= self._consumer.find_canceled(observer.claims)
-        self._watchdog.keepalive()
-
-    def _is_stopped(self, item: Item) -> bool:
-        return item.claim.job.id in self._canceled_ids or self._drain.is_expired()
-
-    def _stop_of(self, item: Item) -> Stop:
-        return Stop.CANCELED if item.claim.job.id in self._canceled_ids else Stop.RELEASED
+        return BatchObserver(items, self.clock, self._trace, self._consumer, self._flags, self._watchdog)
 
 
 def _encode(

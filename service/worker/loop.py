@@ -80,7 +80,7 @@ class Worker:
         self._watchdog = watchdog
         self._drain = drain
         self._settings = settings
-        self._settler = JobSettler(consumer, metrics, settings.max_deliveries)
+        self._settler = JobSettler(consumer, metrics)
 
     def run(self) -> None:
         """Claim, plan and run until the drain is requested; releases claims that did not start."""

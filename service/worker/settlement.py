@@ -36,33 +36,31 @@ class JobSettler:
     Args:
         consumer: An open queue.
         metrics: Where work is counted.
-        max_deliveries: Starts of a job before it fails for good.
     """
 
-    def __init__(self, consumer: JobConsumer, metrics: Metrics, max_deliveries: int) -> None:
+    def __init__(self, consumer: JobConsumer, metrics: Metrics) -> None:
         self._consumer = consumer
         self._metrics = metrics
-        self._max_deliveries = max_deliveries
 
     def settle(self, claim: Claim, outcomes: Sequence[Outcome], batch: BatchSummary, warnings: Sequence[str]) -> None:
         """End one job: the first error of an image fails it, a stop cancels or releases it."""
         stages_s = _total_stages_s(claim, batch.stages_s)
-        status: Status
+        status: Status | None
         if errors := [outcome for outcome in outcomes if isinstance(outcome, JobError)]:
-            status, owned = self._fail(claim, errors[0], stages_s)
+            status = self._fail(claim, errors[0], stages_s)
         elif Stop.CANCELED in outcomes:
-            status, owned = JobState.CANCELED, self._consumer.cancel(claim, stages_s)
+            status = JobState.CANCELED if self._consumer.cancel(claim, stages_s) else None
         elif Stop.RELEASED in outcomes:
             self._consumer.release([claim])
             return
         elif latents := [outcome for outcome in outcomes if isinstance(outcome, Latent)]:
-            status, owned = self._transfer(claim, latents, stages_s, warnings, batch.jobs)
+            status = self._transfer(claim, latents, stages_s, warnings, batch.jobs)
         else:
             outputs = [outcome for outcome in outcomes if isinstance(outcome, Output)]
-            status, owned = self._complete(claim, outputs, stages_s, warnings, batch.jobs)
-        if not owned:
+            status = self._complete(claim, outputs, stages_s, warnings, batch.jobs)
+        if status is None:
             self._metrics.count_fenced()
-        self._record(claim, status if owned else None, stages_s, batch.items)
+        self._record(claim, status, stages_s, batch.items)
 
     def _transfer(
         self,
@@ -71,12 +69,12 @@ class JobSettler:
         stages_s: Mapping[str, float],
         warnings: Sequence[str],
         batch_jobs: int,
-    ) -> tuple[Status, bool]:
+    ) -> Status | None:
         try:
             state = self._consumer.transfer(claim, to_latents_blob(latents), stages_s, warnings, batch_jobs)
         except StorageFull as error:
             return self._fail(claim, to_job_error(error), stages_s)
-        return JobState.CANCELED if state is JobState.CANCELED else "transferred", state is not None
+        return "transferred" if state is JobState.QUEUED else state
 
     def _complete(
         self,
@@ -85,25 +83,24 @@ class JobSettler:
         stages_s: Mapping[str, float],
         warnings: Sequence[str],
         batch_jobs: int,
-    ) -> tuple[JobState, bool]:
+    ) -> JobState | None:
         files = [(output.file, output.content) for output in outputs]
         try:
-            owned = self._consumer.complete(claim, files, stages_s, warnings, batch_jobs)
+            state = self._consumer.complete(claim, files, stages_s, warnings, batch_jobs)
         except StorageFull as error:
             return self._fail(claim, to_job_error(error), stages_s)
-        if owned:
+        if state is JobState.SUCCEEDED:
             pixels = sum((file.width_px or 0) * (file.height_px or 0) for file, _ in files)
             images = sum(file.width_px is not None for file, _ in files)
             self._metrics.count_images(claim.job.bundle, claim.job.params.scale, images, pixels)
-        return JobState.SUCCEEDED, owned
+        return state
 
-    def _fail(self, claim: Claim, error: JobError, stages_s: Mapping[str, float]) -> tuple[JobState, bool]:
-        owned = self._consumer.fail(claim, error, stages_s)
+    def _fail(self, claim: Claim, error: JobError, stages_s: Mapping[str, float]) -> JobState | None:
+        state = self._consumer.fail(claim, error, stages_s)
         self._metrics.count_failure(claim.job.bundle, error.code)
-        if owned and error.retryable and claim.delivery < self._max_deliveries:
+        if state is JobState.QUEUED:
             self._metrics.count_retry(claim.job.bundle)
-            return JobState.QUEUED, owned
-        return JobState.FAILED, owned
+        return state
 
     def _record(self, claim: Claim, status: Status | None, stages_s: Mapping[str, float], batch_items: int) -> None:
         """One log line and the metrics of a job that ended here; `status` is None if the lease was lost."""

@@ -107,17 +107,17 @@ class FakeConsumer:
         stages: Mapping[str, float],
         warnings: Sequence[str],
         batch_jobs: int = 1,
-    ) -> bool:
+    ) -> JobState | None:
         self.batch_jobs[claim.job.id] = batch_jobs
         if claim.job.id in self.full_ids:
             raise StorageFull("no room")
         if claim.job.id in self.lost_ids:
-            return False
+            return None
         assert claim.job.id not in self.finished, "a job is finished once"
         self.finished[claim.job.id] = list(results)
         self.stages[claim.job.id] = dict(stages)
         self.warnings[claim.job.id] = list(warnings)
-        return True
+        return JobState.SUCCEEDED
 
     def transfer(
         self,
@@ -138,9 +138,11 @@ class FakeConsumer:
         )
         return JobState.QUEUED
 
-    def fail(self, claim: Claim, error: JobError, stages: Mapping[str, float]) -> bool:
+    def fail(self, claim: Claim, error: JobError, stages: Mapping[str, float]) -> JobState | None:
         self.failed[claim.job.id] = error
-        return claim.job.id not in self.lost_ids
+        if claim.job.id in self.lost_ids:
+            return None
+        return JobState.QUEUED if error.retryable and claim.delivery < 3 else JobState.FAILED
 
     def cancel(self, claim: Claim, stages: Mapping[str, float]) -> bool:
         self.canceled_ids.append(claim.job.id)

@@ -9,5 +9,4 @@
 if not owns_claim() then return reply_not_owned() end
 if end_if_overdue(args.stages) then return reply('done') end
 close_job(args.id, 'canceled', args.stages)
-settle()
-return reply('done')
+return settle('done')

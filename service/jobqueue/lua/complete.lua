@@ -1,10 +1,10 @@
--- Ends a job with its results.
+-- Ends a job with its results. A job whose cancellation was requested is canceled instead.
 --
 -- KEYS[1]  the hash tag
 -- ARGV[1]  the settings
 -- ARGV[2]  the claim (see claim_fence), results, stages and warnings (JSON texts), batch_jobs, upload (name of the
 --          uploaded results, '' for none), files and bytes of the upload
--- Reply    status: done, lost, no_room, or no_upload (the results have not arrived)
+-- Reply    status: done, lost, canceled, no_room, or no_upload (the results have not arrived)
 -- @include settle
 -- @include make_room
 -- @include add_duration
@@ -18,6 +18,8 @@ end
 
 if not owns_claim() then return refuse(reply_not_owned()) end
 if end_if_overdue(args.stages) then return refuse(reply('lost')) end
+local canceled = settle_canceled(args.stages)
+if canceled then return refuse(canceled) end
 -- The upload has one field more than there are files: the empty one with which it began.
 if uploaded and redis.call('HLEN', upload) ~= args.files + 1 then return refuse(reply('no_upload')) end
 if not make_room(args.bytes - get_number(id, 'input_bytes')) then return refuse(reply('no_room')) end
@@ -34,5 +36,4 @@ redis.call('HDEL', job_key(id), 'error')
 add_duration(prefix .. ':durations', 100)
 add_duration(prefix .. ':durations:' .. queue_of(id), 31)
 close_job(id, 'succeeded', args.stages)
-settle()
-return reply('done')
+return settle('done')

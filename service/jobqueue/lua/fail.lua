@@ -4,23 +4,22 @@
 -- KEYS[1]  the hash tag
 -- ARGV[1]  the settings
 -- ARGV[2]  the claim (see claim_fence), error and stages (JSON texts), retryable
--- Reply    status: done, lost
+-- Reply    status: done, retried, canceled, lost
 -- @include settle
 -- @include close_failed
 
 local id, stages, delivery = args.id, args.stages, args.delivery
 if not owns_claim() then return reply_not_owned() end
 if end_if_overdue(stages) then return reply('lost') end
-if get(id, 'cancel') then
-  close_job(id, 'canceled', stages)
-elseif args.retryable and delivery < config.max_deliveries then
+local canceled = settle_canceled(stages)
+if canceled then return canceled end
+if args.retryable and delivery < config.max_deliveries then
   local delay_ms = math.min(config.backoff_ms * 2 ^ (delivery - 1), config.backoff_cap_ms)
   redis.call('SREM', prefix .. ':running', id)
   redis.call('HSET', job_key(id), 'state', 'queued', 'error', args.error)
   redis.call('ZADD', prefix .. ':delayed', now_ms + delay_ms, id)
   add_event(id, 'retrying', string.format('{"delivery":%d,"delay_s":%.3f}', delivery, delay_ms / 1000))
-else
-  close_failed(id, args.error, stages)
+  return settle('retried')
 end
-settle()
-return reply('done')
+close_failed(id, args.error, stages)
+return settle('done')

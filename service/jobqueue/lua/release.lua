@@ -4,18 +4,15 @@
 -- KEYS[1]  the hash tag
 -- ARGV[1]  the settings
 -- ARGV[2]  the claim (see claim_fence)
--- Reply    status: done, lost
+-- Reply    status: done, canceled, lost
 -- @include settle
 -- @include position
 
 local id, lane, stream = args.id, args.lane, prefix .. ':stream:' .. args.lane
 if not owns_claim() then return reply_not_owned() end
 if end_if_overdue('{}') then return reply('done') end
-if get(id, 'cancel') then
-  close_job(id, 'canceled', '{}')
-  settle()
-  return reply('done')
-end
+local canceled = settle_canceled('{}')
+if canceled then return canceled end
 redis.call('XCLAIM', stream, GROUP, 'released', 0, args.message, 'IDLE', 86400000 + config.visibility_ms, 'JUSTID')
 redis.call('SREM', prefix .. ':running', id)
 redis.call('HINCRBY', job_key(id), 'deliveries', -1)

@@ -15,11 +15,8 @@ local id, stages, latents = args.id, args.stages, ARGV[3]
 local held_bytes = get_number(id, 'input_bytes')
 if not owns_claim() then return reply_not_owned() end
 if end_if_overdue(stages) then return reply('lost') end
-if get(id, 'cancel') then
-  close_job(id, 'canceled', stages)
-  settle()
-  return reply('canceled')
-end
+local canceled = settle_canceled(stages)
+if canceled then return canceled end
 if latents ~= '' then
   if not make_room(#latents - held_bytes) then return reply('no_room') end
   redis.call('SET', prefix .. ':input:' .. id, latents)
@@ -30,6 +27,6 @@ end
 redis.call('HSET', job_key(id), 'part', '+finish', 'deliveries', 0)
 redis.call('HDEL', job_key(id), 'error')
 redis.call('SREM', prefix .. ':running', id)
-settle()
+local settled = settle('done')
 push(id)
-return reply('done')
+return settled

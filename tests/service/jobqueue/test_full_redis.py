@@ -15,7 +15,7 @@ from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_async_redis, open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.producer import JobProducer
-from giantleap.service.jobs.job import ResultFile
+from giantleap.service.jobs.job import JobState, ResultFile
 from giantleap.service.settings import Settings, read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
 from tests.redis_fixtures import SERVERS, server_binary
@@ -82,14 +82,14 @@ async def test_a_worker_waits_until_there_is_memory_and_then_ends_its_jobs(
         set_full(full_settings, True)
         assert worker.claim(1, 0.2) == []
         worker.emit(claim, "step", {"step": 1, "steps": 4})
-        ended: list[bool] = []
+        ended: list[JobState | None] = []
         ending = threading.Thread(target=lambda: ended.append(worker.complete(claim, [(PNG, b"png")], {}, [])))
         ending.start()
         ending.join(0.3)
         assert ending.is_alive() and ended == [], "it waits"
         set_full(full_settings, False)
         ending.join(60)
-        assert ended == [True]
+        assert ended == [JobState.SUCCEEDED]
         left: list[Claim] = worker.claim(1, 30.0)
         assert [claim.job.id for claim in left] == [second.id]
         assert worker.complete(left[0], [(PNG, b"png")], {}, [])

@@ -2,16 +2,28 @@
 -- @include close_overdue
 -- @include drop_message
 -- @include is_final
-local token = args.consumer .. ' ' .. args.message .. ' ' .. args.delivery
+local token = args.consumer .. ' ' .. args.message .. ' ' .. args.delivery .. ' '
 
 local function reply(status) return cjson.encode({status = status}) end
 
 -- The reply to a worker that does not own the claim. If it settled the job and lost the reply, it gets the same again.
-local function reply_not_owned() return reply(get(args.id, 'settled') == token and 'done' or 'lost') end
+local function reply_not_owned()
+  local settled = get(args.id, 'settled') or ''
+  return reply(string.sub(settled, 1, #token) == token and string.sub(settled, #token + 1) or 'lost')
+end
 
-local function settle()
-  redis.call('HSET', job_key(args.id), 'settled', token)
+local function settle(status)
+  redis.call('HSET', job_key(args.id), 'settled', token .. status)
   drop_message(args.lane, args.message)
+  return reply(status)
+end
+
+-- Ends the job as canceled if a client has requested that, which was acknowledged: it must never end otherwise.
+-- Returns the reply, or nil.
+local function settle_canceled(stages)
+  if not get(args.id, 'cancel') then return nil end
+  close_job(args.id, 'canceled', stages)
+  return settle('canceled')
 end
 
 -- Whether a deadline has ended the job; then the claim no longer counts.
