@@ -237,8 +237,8 @@ class JobEvent:
 
     Attributes:
         id: Id in the Redis stream, sent as the id of the server-sent event.
-        name: queued, started, step (data: step, steps), stage (data: stage, seconds), retrying, or done (data: state),
-            which is always the last.
+        name: queued, started, step (data: step, steps), progress (data: stage, seconds, fraction where known), stage
+            (data: stage, seconds), retrying, or done (data: state), which is always the last.
     """
 
     id: str

@@ -70,7 +70,7 @@ async def get_events(
     state: AppStateDep,
     last_event_id: Annotated[str | None, Header(description="Resume after this event.")] = None,
 ) -> Response:
-    """Progress as server-sent events: queued, started, step, stage, retrying, done; the stream ends after done."""
+    """Progress as server-sent events: queued, started, step, progress, stage, retrying, done, which ends the stream."""
     events = state.producer.events(record.job.id, read_last_event_id(last_event_id))
     headers = EVENT_STREAM_HEADERS | {"X-Job-Id": record.job.id}
     return StreamingResponse(stream_events(events, state.stopping), 200, headers, EVENT_STREAM_TYPE)
@@ -84,7 +84,7 @@ async def get_events(
     name="cancel_job_by_post",
 )
 async def cancel_job(request: Request, record: RecordDep, state: AppStateDep) -> Response:
-    """Cancel the job: at once where it waits, after the current step where it runs. Safe to repeat."""
+    """Cancel the job: at once where it waits, at the next step or strip where it runs. Safe to repeat."""
     canceled = await state.producer.cancel(record.job.id)
     if canceled is None:
         raise NotFound(UNKNOWN_JOB)
