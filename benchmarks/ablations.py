@@ -33,13 +33,13 @@ from benchmarks.quality.photos import psnr_db, read_photos
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua
-from giantleap.training.curriculum import RunConfig
 from giantleap.training.data.frozen_vae import vae_hash
 from giantleap.training.data.pairs_store import PairsStore, replace_file
 from giantleap.training.data.prepare import PrepareConfig, prepare
 from giantleap.training.pocket.pairs import SCENE_SHARE, draw_scene_view, draw_view, shrink
 from giantleap.training.pocket.vae import Pool
 from giantleap.training.run import DistributedContext, train
+from giantleap.training.run_config import RunConfig
 
 CPU = torch.device("cpu")
 PICTURE_PX = 256

@@ -27,7 +27,6 @@ from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.vae.autoencoder import Vae
-from giantleap.training.curriculum import RunConfig, check_config
 from giantleap.training.data.frozen_vae import read_vae
 from giantleap.training.data.pairs_store import PairsStore, replace_file, replacing
 from giantleap.training.data.prepare import PrepareConfig, prepare
@@ -35,6 +34,7 @@ from giantleap.training.evaluation.held_out import evaluate
 from giantleap.training.pocket.pairs import SCENE_SHARE, draw_scene_view, draw_view, shrink
 from giantleap.training.pocket.vae import Pictures, Pool
 from giantleap.training.run import DistributedContext, train
+from giantleap.training.run_config import RunConfig, check_config
 from giantleap.training.transfer import Start, prepare_start
 
 CPU = torch.device("cpu")

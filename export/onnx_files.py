@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from giantleap.export.manifest import INPUT, ArtifactError, Precision
 from giantleap.models.engines.base import first_line
+from giantleap.models.extras import install_hint
 
 # 20 is the first with Gelu, 22 the first whose Conv takes bfloat16.
 OPSETS: dict[Precision, int] = {"fp32": 20, "fp16": 20, "bf16": 22}
@@ -51,7 +52,7 @@ def write_onnx(
         import onnx
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ArtifactError(f"{error.name} is missing; install it with: pip install 'giantleap[cpu]'") from error
+        raise ArtifactError(f"{error.name} is missing: {install_hint('cpu')}") from error
     size_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
     # The exporter traces the program again and needs the attention kernel of `trace`.
     with _quiet(), sdpa_kernel(SDPBackend.MATH):

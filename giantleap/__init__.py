@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from giantleap.models.bundle.bundle import Bundle, BundleError, load_bundle
+    from giantleap.models.bundle.bundle import Bundle, BundleError
+    from giantleap.models.bundle.names import load_bundle
     from giantleap.models.generator import GenerationItem
     from giantleap.models.route import Route, load_route
     from giantleap.models.upscaler import Upscaler, load_upscaler
@@ -34,7 +35,7 @@ _MODULES = {
     "Route": "models.route",
     "Upscaler": "models.upscaler",
     "decode_images": "models.vae.autoencoder",
-    "load_bundle": "models.bundle.bundle",
+    "load_bundle": "models.bundle.names",
     "load_route": "models.route",
     "load_upscaler": "models.upscaler",
 }

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from giantleap.models.bundle.bundle import Bundle, BundleError, check_files, load_bundle
+from giantleap.models.bundle.bundle import Bundle, BundleError, check_files
 from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.bundle.names import load_bundle
 from giantleap.models.device import (
     NoObserver,
     PartCallback,

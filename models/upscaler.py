@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from giantleap.models.bundle.bundle import Bundle, BundleError, check_files, load_bundle
+from giantleap.models.bundle.bundle import Bundle, BundleError, check_files
+from giantleap.models.bundle.names import load_bundle
 from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.engines.base import Artifact, Engine, EngineName
 from giantleap.models.engines.factory import open_engine
 from giantleap.models.latent_space import LatentSpace
-from giantleap.models.lua.checkpoints import WEIGHT_SUFFIXES, read_lua
+from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.clamp import LatentClamp
+from giantleap.models.lua.spec import WEIGHT_SUFFIXES
 from giantleap.models.lua.statistics import read_statistics
 
 

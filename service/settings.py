@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from giantleap.models.bundle.names import PULLED, SHIPPED, find_bundle
 from giantleap.models.engines.base import EngineName
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import field_errors
 
-POCKET_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "pocket"
+POCKET_BUNDLE = SHIPPED / "pocket"
 _PREFIX = "GIANTLEAP_"
 NEEDS_RESTART = (
     "settings_file",
@@ -65,7 +66,7 @@ class Settings(BaseSettings):
 
     bundle: Annotated[tuple[Path, ...], NoDecode] = Field(
         (POCKET_BUNDLE,),
-        description="Bundle directories to serve, comma-separated; the first is the default.",
+        description="Bundles to serve, by name or directory, comma-separated; the first is the default.",
     )
     engine: EngineName = Field(
         "torch", description="What runs LUA: torch, torch-compile, or onnx, tensorrt, aoti on exported artifacts."
@@ -161,6 +162,13 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("bundle")
+    @classmethod
+    def _bundles_by_name(cls, value: tuple[Path, ...], info: ValidationInfo) -> tuple[Path, ...]:
+        if "data_dir" not in info.data:  # it is wrong itself
+            return value
+        return tuple(find_bundle(each, info.data["data_dir"] / PULLED) for each in value)
 
     @field_validator("cors_origins")
     @classmethod

@@ -23,7 +23,7 @@ from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.planning import plan_generate
 from giantleap.service.jobs.requests import GenerateRequest
 from giantleap.service.settings import POCKET_BUNDLE, read_settings
-from giantleap.training.curriculum import RunConfig
+from giantleap.training.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

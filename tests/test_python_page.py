@@ -75,7 +75,7 @@ def test_an_upscaler_from_a_weight_file_computes_as_that_of_the_bundle() -> None
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
-    with pytest.raises(giantleap.BundleError, match=r"no shipped bundle: .*pocket"):
+    with pytest.raises(giantleap.BundleError, match=r"no known bundle; .*pocket"):
         giantleap.load_bundle("no-such-bundle")
     with pytest.raises(giantleap.BundleError, match="giantleap bundle pull"):
         giantleap.load_route("sdxl")

@@ -7,13 +7,12 @@ fixed order, so that a run on a GPU can be repeated to the bit. Which stage weig
 """
 
 from functools import lru_cache
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HighPass = Literal["paper", "reference"]
+from giantleap.training.run_config import HighPass
 
 LUMA = (0.2989, 0.5870, 0.1140)
 

@@ -28,16 +28,7 @@ from giantleap.models.lua.network import Lua
 from giantleap.models.lua.statistics import STATISTICS_KEY, LatentStatistics
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.checkpoint import TrainingStateError, checkpoints_in, read_checkpoint, restore, write_checkpoint
-from giantleap.training.curriculum import (
-    ConfigError,
-    RunConfig,
-    StageConfig,
-    loss_terms,
-    rate_at,
-    scales_at,
-    tiles_at,
-    total,
-)
+from giantleap.training.curriculum import loss_terms, rate_at, scales_at, tiles_at, total
 from giantleap.training.data.frozen_vae import decode_target, decode_with_gradient, read_vae, vae_hash
 from giantleap.training.data.pairs_store import PairsStore
 from giantleap.training.evaluation.held_out import evaluate
@@ -45,6 +36,7 @@ from giantleap.training.guard_statistics import guard_statistics
 from giantleap.training.linear_skip import fit_linear_skip
 from giantleap.training.optim import Ema
 from giantleap.training.picture_map import fit_picture_map
+from giantleap.training.run_config import ConfigError, RunConfig, StageConfig
 from giantleap.training.run_log import Log, open_log
 from giantleap.training.stage_optimizer import StageOptimizer, build_optimizer
 

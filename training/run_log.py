@@ -9,10 +9,12 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from giantleap.training.curriculum import ConfigError
+from giantleap.models.extras import install_hint
 from giantleap.training.data.pairs_store import replace_file
+from giantleap.training.run_config import ConfigError
 
 LOG_FILE = "log.jsonl"
+_PSNR, _GAIN = "_held_out_psnr_db", "_held_out_gain_db"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,15 @@ def open_log(out: Path, done: int, tensorboard: bool) -> Log:
     return Log(out, _open_board(out / "tensorboard", done) if tensorboard else None)
 
 
+def read_last_scores(out: Path) -> dict[str, tuple[float, float]]:
+    """PSNR in dB and its gain over decode-then-bicubic by scale ("x2"), of the last evaluation; empty without one."""
+    scores: dict[str, tuple[float, float]] = {}
+    for line in map(json.loads, (out / LOG_FILE).read_text(encoding="utf-8").splitlines()):
+        if found := [name.removesuffix(_PSNR) for name in line if name.endswith(_PSNR)]:
+            scores = {scale: (line[f"{scale}{_PSNR}"], line[f"{scale}{_GAIN}"]) for scale in found}
+    return scores
+
+
 def _is_until(line: str, done: int) -> bool:
     try:
         return int(json.loads(line)["step"]) <= done
@@ -74,5 +85,5 @@ def _open_board(folder: Path, done: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ConfigError('tensorboard = true needs it installed: pip install "giantleap[train]"') from error
+        raise ConfigError(f"tensorboard = true needs the package tensorboard: {install_hint('train')}") from error
     return SummaryWriter(str(folder), purge_step=done + 1)

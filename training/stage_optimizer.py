@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from giantleap.training.curriculum import OptimizerConfig, StageConfig
 from giantleap.training.optim import Muon
+from giantleap.training.run_config import OptimizerConfig, StageConfig
 
 # What Muon leaves to Adam: the layers next to the latents, and tables of biases.
 ADAM_NAMES = ("conv_first", "conv_last", "relative_position_bias_table")

@@ -5,7 +5,6 @@ latents that its best start needs. `transfer_and_train` does both and hands the 
 `giantleap train transfer` calls it. `benchmarks/transfer.py` compares the starts.
 """
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +20,10 @@ from giantleap.models.bundle.digests import file_hash
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import LinearSkip, Lua
 from giantleap.models.vae.autoencoder import Vae
-from giantleap.training.curriculum import PAPER, ConfigError, RunConfig, StageConfig, check_config
 from giantleap.training.data.frozen_vae import read_vae, vae_hash
 from giantleap.training.data.pairs_store import PairsStore
 from giantleap.training.run import DistributedContext, train
+from giantleap.training.run_config import PAPER, ConfigError, RunConfig, StageConfig, check_config, read_toml
 
 Start = Literal["fresh", "slice", "fit"]
 
@@ -281,13 +280,10 @@ def plan_run(to_bundle: Path, pairs: Path, start_file: Path, config: Path | None
     """
     values: dict[str, Any] = {"stages": [stage.model_dump() for stage in STAGES]}
     if config is not None:
-        try:
-            said = tomllib.loads(config.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{config}: {error}") from error
-        if taken := sorted({"bundle", "pairs", "lua"} & said.keys()):
+        given = read_toml(config)
+        if taken := sorted({"bundle", "pairs", "lua"} & given.keys()):
             raise ConfigError(f"{config}: {', '.join(taken)}: the transfer names these itself; leave them out")
-        values |= said
+        values |= given
     return check_config(
         {**values, "bundle": to_bundle, "pairs": pairs, "lua": {"start": start_file}}, str(config or "")
     )

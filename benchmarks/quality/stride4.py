@@ -22,9 +22,9 @@ from benchmarks.quality.photos import SCALES, measure_photos, psnr_db, read_phot
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua
 from giantleap.training.checkpoint import read_checkpoint
-from giantleap.training.curriculum import LuaConfig
 from giantleap.training.evaluation.cases import shrink
 from giantleap.training.pocket.stride4.pictures import draw_held_out_scene
+from giantleap.training.run_config import LuaConfig
 
 SCENES = 4
 SCENE_PX = 128

@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from giantleap.cli.options import DeviceOption, read_bundle_or_stop, settings_from, stop, stop_if_on_hub
-from giantleap.models.bundle.bundle import DESCRIPTOR, Bundle, BundleError, ModelSource
+from giantleap.cli.options import (
+    DeviceOption,
+    bundle_directory,
+    pulled_dir,
+    read_bundle_or_stop,
+    settings_from,
+    stop,
+    stop_if_on_hub,
+)
+from giantleap.models.bundle.bundle import Bundle, BundleError, ModelSource
 from giantleap.models.bundle.descriptor import METHODS, Method
-from giantleap.service.settings import POCKET_BUNDLE
+from giantleap.models.bundle.names import list_bundles as list_directories
 
 if TYPE_CHECKING:
     from giantleap.models.route import Route
-
-SHIPPED = POCKET_BUNDLE.parent
-PULLED = "bundles"  # below the data directory of the settings
 
 app = typer.Typer(no_args_is_help=True, help="Bundles: list, describe, download and check them.")
 
@@ -30,7 +35,7 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a bun
 @app.command("list")
 def list_bundles() -> None:
     """List the bundles that are shipped or pulled, with their methods."""
-    for directory in _all_bundles():
+    for directory in list_directories(pulled_dir()):
         bundle = read_bundle_or_stop(directory)
         place = "on the hub" if isinstance(bundle.pipeline, str) else str(directory)
         typer.echo(f"{bundle.name:<15} {', '.join(bundle.methods):<30} {bundle.about.license:<38} {place}")
@@ -39,7 +44,7 @@ def list_bundles() -> None:
 @app.command()
 def show(name: NameArgument) -> None:
     """Describe one bundle: parts, methods, sizes, defaults, license."""
-    bundle = read_bundle_or_stop(_find(name))
+    bundle = read_bundle_or_stop(bundle_directory(name))
     about, defaults, limits, space = bundle.about, bundle.defaults, bundle.limits, bundle.latent_space
     typer.echo(f"{bundle.name}  {about.title}")
     typer.echo(f"  license     {about.license}")
@@ -75,8 +80,8 @@ def pull(
     from giantleap.models.bundle.pull import pull_bundle
     from giantleap.models.lua.checkpoints import CheckpointError
 
-    bundle = read_bundle_or_stop(_find(name, among_pulled=False))
-    target = _pulled_dir() / bundle.name if to is None else to
+    bundle = read_bundle_or_stop(bundle_directory(name, among_pulled=False))
+    target = pulled_dir() / bundle.name if to is None else to
     try:
         pulled = pull_bundle(bundle, target, Hub(os.environ.get("HF_ENDPOINT", PUBLIC_HUB)), typer.echo)
     except (BundleError, CheckpointError, HubError, OSError) as error:
@@ -93,7 +98,7 @@ def check(
 ) -> None:
     """Compare a bundle's files with their digests, load it and draw one image with one denoising step."""
     settings = settings_from(device=device)
-    bundle = read_bundle_or_stop(_find(name))
+    bundle = read_bundle_or_stop(bundle_directory(name))
     stop_if_on_hub(bundle)
     chosen = _choose_method(bundle, method)
 
@@ -164,27 +169,3 @@ def _print_missing(bundle: Bundle) -> None:
 
 def _place(source: ModelSource) -> str:
     return str(source.place) if source.revision is None else f"{source.place} at {source.revision}, on the hub"
-
-
-def _is_bundle(directory: Path) -> bool:
-    return (directory / DESCRIPTOR).is_file()
-
-
-def _pulled_dir() -> Path:
-    return settings_from().data_dir / PULLED
-
-
-def _all_bundles() -> list[Path]:
-    """Directories of the pulled bundles and of the shipped ones that were not pulled."""
-    directories = {path.parent.name: path.parent for path in sorted(SHIPPED.glob(f"*/{DESCRIPTOR}"))}
-    directories |= {path.parent.name: path.parent for path in sorted(_pulled_dir().glob(f"*/{DESCRIPTOR}"))}
-    return [directories[name] for name in sorted(directories)]
-
-
-def _find(name: str, among_pulled: bool = True) -> Path:
-    places = [Path(name), *([_pulled_dir() / name] if among_pulled else []), SHIPPED / name]
-    directory = next(filter(_is_bundle, places), None)
-    if directory is None:
-        known = ", ".join(path.name for path in _all_bundles())
-        stop(f"{name} is neither a directory with {DESCRIPTOR} nor a known bundle; the known ones are {known}")
-    return directory

@@ -2,8 +2,7 @@
 
 Slow modules (torch, uvicorn, redis) are imported inside the commands that need them, so that `--help` starts fast.
 
-Exit codes: 0 success, 1 failure, 2 wrong configuration or usage (a restart cannot help), 3 training diverged, 75 a step
-made no progress (`GIANTLEAP_STEP_TIMEOUT_S`).
+`giantleap.cli.errors.EXIT_CODES` says what the exit codes mean.
 """
 
 import logging
@@ -20,6 +19,7 @@ import typer
 
 from giantleap.cli.bench import app as bench_commands
 from giantleap.cli.bundle import app as bundle_commands
+from giantleap.cli.errors import EXIT_CODES, OneLineErrors
 from giantleap.cli.export import app as export_commands
 from giantleap.cli.keys import app as key_commands
 from giantleap.cli.local import generate, models, upscale
@@ -42,7 +42,7 @@ from giantleap.service.auth import check_auth_config
 from giantleap.service.errors import BadConfiguration, NotReady
 from giantleap.service.settings import Settings, read_settings, to_markdown
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, epilog=EXIT_CODES, pretty_exceptions_enable=False)
 for command in (generate, upscale, models):
     app.command()(command)
 app.add_typer(bench_commands, name="bench")

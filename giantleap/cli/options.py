@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.bundle.names import PULLED, find_bundle
 from giantleap.service.errors import EXIT_BAD_CONFIGURATION
 from giantleap.service.settings import Settings, format_errors, read_settings
 from giantleap.service.telemetry.logs import configure_logging
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on [GIANTLEAP_HOST].")]
 PortOption = Annotated[int | None, typer.Option(help="Port to listen on [GIANTLEAP_PORT].")]
 RedisOption = Annotated[str | None, typer.Option(help="Redis to use [GIANTLEAP_REDIS_URL].")]
-BundleOption = Annotated[str | None, typer.Option(help="Bundle directory [GIANTLEAP_BUNDLE].")]
+BundleOption = Annotated[str | None, typer.Option(help="Name or directory of a bundle [GIANTLEAP_BUNDLE].")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto [GIANTLEAP_DEVICE].")]
 RoleOption = Annotated[
     str | None, typer.Option(help="`all`, or one half of the route: `generate` or `decode` [GIANTLEAP_ROLE].")
@@ -41,6 +42,19 @@ def settings_from(**options: Any) -> Settings:
         stop(*format_errors(error))
     configure_logging(settings.log_level, settings.log_format)
     return settings
+
+
+def pulled_dir() -> Path:
+    """Directory of the pulled bundles."""
+    return settings_from().data_dir / PULLED
+
+
+def bundle_directory(name: str, among_pulled: bool = True) -> Path:
+    """The directory of a bundle, which is given by its directory or name; an unknown one ends the command."""
+    try:
+        return find_bundle(name, pulled_dir() if among_pulled else None)
+    except BundleError as error:
+        stop(str(error))
 
 
 def read_bundle_or_stop(directory: Path) -> Bundle:

@@ -5,6 +5,7 @@ processes: `torchrun --nproc-per-node 2 -m giantleap.cli.main train run ...`, an
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,19 +14,36 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from giantleap.cli.options import stop
+from giantleap.cli.errors import to_line
+from giantleap.cli.files import check_input_directory, check_input_files, check_output_directory, check_output_file
+from giantleap.cli.options import bundle_directory, pulled_dir, read_bundle_or_stop, stop, stop_if_on_hub
 from giantleap.models.bundle.bundle import BundleError
+from giantleap.models.extras import install_hint
+from giantleap.models.lua.spec import WEIGHT_SUFFIXES
 
 if TYPE_CHECKING:
     import torch
 
 app = typer.Typer(no_args_is_help=True, help="Train a LUA for the VAE of a bundle (docs/training.md).")
 
+DEVICE_PATTERN = r"auto|cpu|cuda(:\d+)?"
+WEIGHTS = "lua.safetensors"
 DIVERGED = 3
 """Exit code of a run whose loss was not finite: resume it from its last checkpoint with another configuration."""
 
+
+def _check_device(name: str) -> str:
+    if not re.fullmatch(DEVICE_PATTERN, name):
+        raise typer.BadParameter(f"{name!r} is no device; give cpu, cuda, cuda:N or auto")
+    return name
+
+
+BundleOption = Annotated[str, typer.Option(help="Name or directory of the bundle whose VAE encodes and decodes.")]
 DeviceOption = Annotated[
-    str, typer.Option(help="cpu, cuda, cuda:N or auto; under torchrun each process takes its own GPU.")
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:N or auto; under torchrun each process takes its own GPU.", callback=_check_device
+    ),
 ]
 PrecisionOption = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type that the VAE computes in.")]
 StoredOption = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the latents on disk.")]
@@ -33,7 +51,7 @@ StoredOption = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option
 
 @app.command()
 def prepare(
-    bundle: Annotated[Path, typer.Option(help="Directory of the bundle whose VAE encodes.")],
+    bundle: BundleOption,
     out: Annotated[Path, typer.Option(help="Directory for the pairs; an unfinished one is continued.")],
     source: Annotated[
         Path | None, typer.Argument(help="Folder with pictures and .tar files, or one .tar file.")
@@ -54,6 +72,13 @@ def prepare(
     device: DeviceOption = "auto",
 ) -> None:
     """Cut photographs into tiles, downscale and encode them to latents; a second run resumes an interrupted one."""
+    if (source is None) == (hf_dataset is None):
+        stop("give either a folder or .tar file, or --hf-dataset, not both")
+    if source is not None and not source.exists():
+        stop(f"{source}: there is no such folder or .tar file; check the path")
+    directory = _find_local_bundle(bundle)
+    check_output_directory(out)
+
     import torch
 
     from giantleap.training.data.hf_source import HubSource
@@ -61,16 +86,14 @@ def prepare(
     from giantleap.training.data.prepare import PrepareConfig, count_skipped
     from giantleap.training.data.prepare import prepare as make_pairs
 
-    if (source is None) == (hf_dataset is None):
-        stop("give either a folder or .tar file, or --hf-dataset, not both")
     pictures = source or HubSource(hf_dataset or "", split, image_column, hf_config, hf_revision)
-    config = PrepareConfig(pictures, bundle, out, min_side_px, tile_px, batch, pictures_per_shard, store)
+    config = PrepareConfig(pictures, directory, out, min_side_px, tile_px, batch, pictures_per_shard, store)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     try:
         report = make_pairs(config, _own_device(device), dtype, rank, world_size)
     except (BundleError, PairsError, OSError, ValueError) as error:
-        stop(str(error))
+        stop(to_line(error))
     for line in report.skipped:
         if line["skipped"] == "corrupt":
             typer.echo(f"skipped {line['source']}: {line['why']}", err=True)
@@ -94,21 +117,31 @@ def run(
     device: DeviceOption = "auto",
 ) -> None:
     """Train all stages; interrupt it at any time and continue with --resume."""
-    from giantleap.training.curriculum import read_config
+    check_input_files(config)
+
+    from giantleap.training.run_config import ConfigError, read_config
+
+    try:
+        plan = read_config(config, pulled_dir())
+    except (BundleError, ConfigError) as error:
+        stop(to_line(error))
+    _find_local_bundle(str(plan.bundle))
+    check_input_directory(plan.pairs)
+    check_input_files(plan.lua.start)
+    check_output_directory(out)
+
     from giantleap.training.run import open_distributed_context, train
 
-    with _one_line_errors():
-        plan = read_config(config)
-        with open_distributed_context(_own_device(device)) as place:
-            written = train(plan, out, place, resume=resume, stop_after=stop_after)
+    with _one_line_errors(), open_distributed_context(_own_device(device)) as place:
+        written = train(plan, out, place, resume=resume, stop_after=stop_after)
     if place.is_first:
-        typer.echo(f"wrote {written}")
+        _print_result(written, out, plan.bundle)
 
 
 @app.command()
 def transfer(
-    source: Annotated[Path, typer.Option("--from", help="Bundle directory with LUA weights, or a file of them.")],
-    to_bundle: Annotated[Path, typer.Option(help="Directory of the bundle with the other VAE.")],
+    source: Annotated[str, typer.Option("--from", help="Bundle with LUA weights, or a file of them.")],
+    to_bundle: Annotated[str, typer.Option(help="Name or directory of the bundle with the other VAE.")],
     pairs: Annotated[Path, typer.Option(help="Pairs of the other VAE, as `prepare` writes them.")],
     out: Annotated[Path, typer.Option(help="Directory of the run.")],
     start: Annotated[
@@ -125,15 +158,20 @@ def transfer(
     device: DeviceOption = "auto",
 ) -> None:
     """Adapt weights to another VAE: replace the first and last convolutions, then fine-tune."""
+    weights, target = _find_weights_or_bundle(source), _find_local_bundle(to_bundle)
+    check_input_directory(pairs)
+    check_input_files(config)
+    check_output_directory(out)
+
     from giantleap.training.run import open_distributed_context
     from giantleap.training.transfer import transfer_and_train
 
     with _one_line_errors(), open_distributed_context(_own_device(device)) as place:
         written = transfer_and_train(
-            source, to_bundle, pairs, out, place, start=start, config=config, resume=resume, stop_after=stop_after
+            weights, target, pairs, out, place, start=start, config=config, resume=resume, stop_after=stop_after
         )
     if place.is_first:
-        typer.echo(f"wrote {written}")
+        _print_result(written, out, target)
 
 
 @app.command()
@@ -143,6 +181,10 @@ def statistics(
     out: Annotated[Path, typer.Option(help="File to write, in this project's layout; may be the same.")],
 ) -> None:
     """Write latent statistics into the header of weights, for `clamp_sigmas`; `run` does so itself."""
+    check_input_files(lua)
+    check_input_directory(pairs)
+    check_output_file(out)
+
     from giantleap.models.lua.released_layouts import CheckpointError
     from giantleap.models.lua.statistics import StatisticsError
     from giantleap.training.data.pairs_store import PairsError, PairsStore
@@ -151,13 +193,13 @@ def statistics(
     try:
         statistics = add_statistics(lua, PairsStore.open(pairs), out)
     except (CheckpointError, PairsError, StatisticsError, OSError) as error:
-        stop(str(error))
+        stop(to_line(error))
     typer.echo(f"wrote {out} with statistics of {statistics.tiles} tiles")
 
 
 @app.command()
 def evaluate(
-    bundle: Annotated[Path, typer.Option(help="Directory of the bundle whose VAE encodes and decodes.")],
+    bundle: BundleOption,
     out: Annotated[Path, typer.Option(help="Directory for the report, the sheet and the plots.")],
     images: Annotated[Path | None, typer.Option(help="Folder of pictures; captions in .txt files beside them.")] = None,
     pairs: Annotated[Path | None, typer.Option(help="Instead of a folder: pairs as `prepare` writes them.")] = None,
@@ -176,7 +218,15 @@ def evaluate(
 ) -> None:
     """Compare weights with bicubic upscaling; metrics that cannot be measured are named with the reason."""
     if find_spec("torchmetrics") is None:  # checked before pictures are encoded: metrics come last
-        stop('torchmetrics is missing: pip install "giantleap[train]"')
+        stop(f"torchmetrics is missing: {install_hint('train')}")
+    source = pairs if images is None else images
+    if source is None or None not in (images, pairs):
+        stop("give either pictures (--images) or pairs (--pairs)")
+    check_input_directory(source)
+    check_input_files(*(lua or ()), inception, lpips)
+    directory = _find_local_bundle(bundle)
+    check_output_directory(out)
+
     from giantleap.models.lua.released_layouts import CheckpointError
     from giantleap.models.vae.autoencoder import VaeError
     from giantleap.training.data.pairs_store import PairsError
@@ -188,16 +238,45 @@ def evaluate(
 
     own = _own_device(device)
     config = EvaluateConfig(
-        bundle, out, images, pairs, tuple(lua or ()), limit, crop_px, patch_px, patches, kid_subsets, kid_subset_size,
-        seed,
+        directory, out, images, pairs, tuple(lua or ()), limit, crop_px, patch_px, patches, kid_subsets,
+        kid_subset_size, seed,
     )  # fmt: skip
     try:
         report = measure(config, own, open_networks(inception, lpips, clip, own))
     except ModuleNotFoundError as error:
-        stop(f'{error.name} is missing: pip install "giantleap[train]"')
+        stop(f"{error.name} is missing: {install_hint('train')}")
     except (BundleError, CheckpointError, EvaluationError, PairsError, VaeError, OSError) as error:
-        stop(str(error))
+        stop(to_line(error))
     typer.echo(to_markdown(report))
+
+
+def _find_local_bundle(name: str) -> Path:
+    """The directory of a bundle that is read and has its weights on disk; another one ends the command."""
+    directory = bundle_directory(name)
+    stop_if_on_hub(read_bundle_or_stop(directory))
+    return directory
+
+
+def _find_weights_or_bundle(name: str) -> Path:
+    path = Path(name)
+    if path.suffix in WEIGHT_SUFFIXES:
+        check_input_files(path)
+        return path
+    return _find_local_bundle(name)
+
+
+def _print_result(written: Path, out: Path, bundle: Path) -> None:
+    """What a run reached, and the commands that use it."""
+    from giantleap.training.run_log import read_last_scores
+
+    typer.echo(f"wrote {written}")
+    for scale, (psnr_db, gain_db) in read_last_scores(out).items():
+        typer.echo(f"  {scale}: {psnr_db:.2f} dB on held-out tiles, {gain_db:+.2f} dB over decode-then-bicubic")
+    if written.name != WEIGHTS:
+        typer.echo("stopped before its end; continue with --resume")
+        return
+    typer.echo(f'see it: giantleap generate "..." -o out.png --bundle {bundle} --lua {written}')
+    typer.echo(f"serve it: giantleap bundle make NAME --from {bundle} --lua {written}")
 
 
 @contextmanager
@@ -206,9 +285,9 @@ def _one_line_errors() -> Iterator[None]:
     from giantleap.models.lua.released_layouts import CheckpointError
     from giantleap.models.vae.autoencoder import VaeError
     from giantleap.training.checkpoint import TrainingStateError
-    from giantleap.training.curriculum import ConfigError
     from giantleap.training.data.pairs_store import PairsError
     from giantleap.training.run import DivergedError
+    from giantleap.training.run_config import ConfigError
     from giantleap.training.transfer import TransferError
 
     try:
@@ -219,7 +298,7 @@ def _one_line_errors() -> Iterator[None]:
     except (
         BundleError, CheckpointError, ConfigError, PairsError, TrainingStateError, TransferError, VaeError, OSError
     ) as error:  # fmt: skip
-        stop(str(error))
+        stop(to_line(error))
 
 
 def _own_device(name: str) -> "torch.device":
@@ -232,5 +311,5 @@ def _own_device(name: str) -> "torch.device":
         if local is not None and device.type == "cuda":
             return choose_device(f"cuda:{local}")
     except ValueError as error:
-        stop(str(error))
+        stop(to_line(error))
     return device

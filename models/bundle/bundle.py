@@ -39,7 +39,6 @@ from giantleap.models.lua.spec import SPEC_KEY, LuaSpec, is_whole, scaled_size
 from giantleap.models.lua.statistics import StatisticsError, read_statistics
 
 DESCRIPTOR = "bundle.toml"
-SHIPPED = Path(__file__).resolve().parents[2] / "bundles"
 
 
 class BundleError(ValueError):
@@ -300,22 +299,6 @@ def read_bundle(directory: Path) -> Bundle:
     _check_clamp(bundle)
     _check_vae(bundle)
     return _with_statistics(bundle)
-
-
-def load_bundle(name_or_directory: str | Path) -> Bundle:
-    """Read a bundle by its directory, or a shipped one by its name.
-
-    Raises:
-        BundleError: There is no such bundle, or it cannot be read (`read_bundle`).
-    """
-    directory = Path(name_or_directory)
-    if (directory / DESCRIPTOR).is_file():
-        return read_bundle(directory)
-    shipped = SHIPPED / directory
-    if len(directory.parts) == 1 and (shipped / DESCRIPTOR).is_file():
-        return read_bundle(shipped)
-    names = ", ".join(sorted(path.parent.name for path in SHIPPED.glob(f"*/{DESCRIPTOR}")))
-    raise BundleError(f"{name_or_directory} is no directory with a {DESCRIPTOR}, and no shipped bundle: {names}")
 
 
 def write_bundle(directory: Path, descriptor: Descriptor) -> None:

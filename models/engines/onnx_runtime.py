@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from giantleap.models.engines.base import Artifact, EngineError, Runner, first_line
+from giantleap.models.extras import install_hint
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -26,9 +27,7 @@ def load_onnxruntime(device: torch.device) -> Any:
         import onnxruntime
     except ImportError as error:
         extra = "gpu" if device.type == "cuda" else "cpu"
-        raise EngineError(
-            f"engine onnx needs the package onnxruntime; install it with: pip install 'giantleap[{extra}]'"
-        ) from error
+        raise EngineError(f"engine onnx needs the package onnxruntime: {install_hint(extra)}") from error
     provider, available = PROVIDERS[device.type], onnxruntime.get_available_providers()
     if provider not in available:
         raise EngineError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from giantleap.models.engines.base import Artifact, EngineError, Runner, choose_profile
+from giantleap.models.extras import install_hint
 
 
 def load_tensorrt(device: torch.device) -> Any:
@@ -24,9 +25,7 @@ def load_tensorrt(device: torch.device) -> Any:
     try:
         import tensorrt
     except ImportError as error:
-        raise EngineError(
-            "engine tensorrt needs the package tensorrt; install it with: pip install 'giantleap[gpu]'"
-        ) from error
+        raise EngineError(f"engine tensorrt needs the package tensorrt: {install_hint('gpu')}") from error
     return tensorrt
 
 

@@ -25,7 +25,6 @@ from giantleap.models.lua.spec import SPEC_KEY, LuaSpec
 __all__ = ["CheckpointError", "read_lua", "write_lua"]
 
 _PICKLE_SUFFIXES = (".pth", ".pt")
-WEIGHT_SUFFIXES = (".safetensors", *_PICKLE_SUFFIXES)
 # What torch.load raised on 12,000 files with changed or missing bytes; it has no error class of its own.
 _DAMAGE = (
     AssertionError,

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 HeadName = Literal["pixelshuffle", "liif"]
 
 SPEC_KEY = "giantleap.lua_spec"  # key of the spec in the header of our weight files
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 SCALES = (2, 4)
 LIIF_POINTS = 16_384  # points of a LIIF head per step; at 256 wide, in float32, four corners take 64 MiB per map
 _SCALE_SETS = ((2,), (4,), (2, 4))

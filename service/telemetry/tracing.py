@@ -31,6 +31,7 @@ from opentelemetry.trace import (
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from giantleap.models.extras import install_hint
 from giantleap.service.errors import BadConfiguration
 from giantleap.service.jobs.job import Job
 
@@ -208,7 +209,7 @@ def open_tracing(endpoint: str | None, role: str) -> Tracing:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise BadConfiguration(
-            "otlp_endpoint is set, but the OpenTelemetry exporter is not installed: pip install 'giantleap[otel]'"
+            f"otlp_endpoint is set, but the OpenTelemetry exporter is not installed: {install_hint('otel')}"
         ) from error
     resource = Resource.create(
         {

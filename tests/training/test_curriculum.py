@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from giantleap.training.curriculum import (
+from giantleap.training.curriculum import loss_terms, rate_at, scales_at, tiles_at, total
+from giantleap.training.run_config import (
     OWN,
     PAPER,
     ConfigError,
@@ -13,11 +14,6 @@ from giantleap.training.curriculum import (
     RunConfig,
     StageConfig,
     StageWeights,
-    loss_terms,
-    rate_at,
-    scales_at,
-    tiles_at,
-    total,
 )
 
 

@@ -19,12 +19,13 @@ from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.training import run as run_module
 from giantleap.training.checkpoint import TrainingStateError, checkpoints_in, read_checkpoint
-from giantleap.training.curriculum import PAPER, ConfigError, RunConfig, StageName, loss_terms, read_config
+from giantleap.training.curriculum import loss_terms
 from giantleap.training.data.frozen_vae import read_vae
 from giantleap.training.data.pairs_store import PairsStore
 from giantleap.training.data.prepare import PrepareConfig, prepare
 from giantleap.training.evaluation.held_out import evaluate
 from giantleap.training.run import DistributedContext, DivergedError, train
+from giantleap.training.run_config import PAPER, ConfigError, RunConfig, StageName, read_config
 from tests.training.killed import Killed
 from tests.training.pictures import write_pictures
 

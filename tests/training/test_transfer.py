@@ -19,11 +19,11 @@ from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec
 from giantleap.models.vae.autoencoder import Vae
-from giantleap.training.curriculum import ConfigError
 from giantleap.training.data.pairs_store import PairsStore
 from giantleap.training.data.prepare import PrepareConfig, prepare
 from giantleap.training.pocket.bundle import write_vae_bundle
 from giantleap.training.run import DistributedContext
+from giantleap.training.run_config import ConfigError
 from giantleap.training.transfer import (
     STAGES,
     LatentMaps,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from giantleap.models.extras import install_hint
 from giantleap.training.data.pairs_store import PairsError
 
 ROWS_AT_ONCE = 1024  # rows whose sizes are read at once
@@ -67,7 +68,7 @@ def list_rows(source: HubSource) -> list[RowSource]:
     try:
         import datasets
     except ImportError as error:
-        raise PairsError('a Hugging Face data set needs its library: pip install "giantleap[train]"') from error
+        raise PairsError(f"a Hugging Face data set needs the package datasets: {install_hint('train')}") from error
     try:
         rows = _open(datasets, source)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

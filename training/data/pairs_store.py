@@ -68,6 +68,27 @@ def has_shard(folder: Path, number: int) -> bool:
     return (folder / shard_name(number)).is_file()
 
 
+def has_tiles(folder: Path) -> bool:
+    """Return whether a finished shard has a tile."""
+    return any("skipped" not in line for line in _read_shard_lines(folder))
+
+
+def read_skipped(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of skipped pictures in the finished shards."""
+    return [line for line in _read_shard_lines(folder) if "skipped" in line]
+
+
+def delete_shards(folder: Path) -> None:
+    """Delete the shards and what was derived from them."""
+    for path in (folder / SUMMARY, folder / INDEX, *folder.glob("shard-*")):
+        path.unlink(missing_ok=True)
+
+
+def _read_shard_lines(folder: Path) -> Iterator[dict[str, Any]]:
+    for shard in sorted(folder.glob("shard-*.safetensors")):
+        yield from _read_lines(shard.with_suffix(".jsonl"))
+
+
 def write_shard(folder: Path, number: int, latents: Mapping[int, Tensor], lines: Sequence[Mapping[str, Any]]) -> None:
     """Write one shard: first its lines, then its tensors, which mark it finished.
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,7 +34,10 @@ from giantleap.training.data.pairs_store import (
     PLAN,
     SUMMARY,
     PairsError,
+    delete_shards,
     has_shard,
+    has_tiles,
+    read_skipped,
     replace_file,
     tensor_hash,
     write_index,
@@ -137,12 +140,13 @@ def list_sources(source: Path | HubSource) -> tuple[Sequence[Source], list[str]]
     elif source.is_dir():
         root = source
         paths = sorted((p for p in source.rglob("*") if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
+        paths = [path for path in paths if not is_hidden(path.relative_to(root))]
     else:
         raise PairsError(f"{source}: no folder and no .tar file")
     sources: list[FileSource] = []
     broken: list[str] = []
     for path in paths:
-        name = path.relative_to(root).as_posix()
+        name = to_name(path.relative_to(root))
         if path.suffix.lower() in SUFFIXES:
             sources.append(FileSource(name, path, path.stat().st_size))
         elif path.suffix.lower() == ".tar":
@@ -159,13 +163,32 @@ def _list_tar(path: Path, name: str) -> tuple[list[FileSource], bool]:
     try:
         with tarfile.open(path, "r:") as tar:
             members.extend(
-                FileSource(f"{name}/{member.name}", path, member.size, member.offset_data)
+                FileSource(f"{name}/{to_name(Path(member.name))}", path, member.size, member.offset_data)
                 for member in tar
-                if member.isreg() and Path(member.name).suffix.lower() in SUFFIXES
+                if member.isreg() and Path(member.name).suffix.lower() in SUFFIXES and not is_hidden(Path(member.name))
             )
     except (tarfile.TarError, OSError):
         return members, False
     return members, True
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a part of a relative path is hidden, as the resource files `._name` that macOS leaves beside pictures."""
+    return any(part.startswith(".") and part not in (".", "..") for part in path.parts)
+
+
+def to_name(path: Path) -> str:
+    """A path as UTF-8 text: other bytes, which file names may hold, are escaped."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
+def to_reason(error: Exception) -> str:
+    """Why a picture is damaged, without the text of the library, which may hold memory addresses."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture of a known format"
+    if isinstance(error, Image.DecompressionBombError):
+        return "more pixels than are read"
+    return f"damaged or cut off ({type(error).__name__})"
 
 
 def read_picture(source: Source) -> tuple[Image.Image | None, str, str]:
@@ -183,7 +206,7 @@ def read_picture(source: Source) -> tuple[Image.Image | None, str, str]:
         with Image.open(io.BytesIO(content)) as image:
             return to_rgb(image), digest, ""
     except DAMAGE as error:
-        return None, digest, f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+        return None, digest, to_reason(error)
 
 
 def cut_tiles(picture: Image.Image, tile_px: int) -> dict[tuple[int, int], Tensor]:
@@ -260,6 +283,8 @@ def prepare(
     spent_s = time.monotonic() - started_s
     is_finished = all(has_shard(config.out, number) for number in range(len(groups)))
     if is_finished:
+        if not has_tiles(config.out):
+            raise PairsError(_to_advice(config, unit_px, read_skipped(config.out)))
         write_index(config.out, len(groups))
         for leftover in config.out.glob(".shard-*.partial"):  # left by killed processes
             leftover.unlink(missing_ok=True)
@@ -279,7 +304,8 @@ def _make_shard(
             lines.append({**head, "skipped": "corrupt", "why": fault})
             continue
         if min(picture.size) < config.min_side_px:
-            lines.append({**head, "skipped": "small", "why": f"{picture.width}x{picture.height} px"})
+            why = f"{picture.width}x{picture.height} px"
+            lines.append({**head, "skipped": "small", "why": why, "side_px": min(picture.size)})
             continue
         tiles = cut_tiles(picture, config.tile_px)
         latents = encode_tiles(vae, list(tiles.values()), config)
@@ -326,10 +352,28 @@ def _check_plan(config: PrepareConfig, plan: dict[str, Any]) -> None:
         replace_file(path, (json.dumps(plan, indent=1) + os.linesep).encode())
     stored = json.loads(path.read_text())
     differing = sorted(key for key in plan.keys() | stored.keys() if plan.get(key) != stored.get(key))
-    if differing:
+    if differing and not has_tiles(config.out):  # nothing is lost
+        delete_shards(config.out)
+        replace_file(path, (json.dumps(plan, indent=1) + os.linesep).encode())
+    elif differing:
         raise PairsError(
             f"{config.out} was begun with other {', '.join(differing)}; prepare into another directory, or as before"
         )
+
+
+def _to_advice(config: PrepareConfig, unit_px: int, skipped: Sequence[dict[str, Any]]) -> str:
+    """Why no picture gave a tile, and with which sides some would."""
+    sides_px = [line["side_px"] for line in skipped if line["skipped"] == "small"]
+    corrupt = len(skipped) - len(sides_px)
+    found = f"{len(sides_px)} have a side below {config.min_side_px} px, {corrupt} are damaged"
+    if not sides_px:
+        return f"no picture gave a tile: {found}; give other pictures"
+    side_px = max(sides_px)
+    if side_px < unit_px:
+        return f"no picture gave a tile: {found}; give larger ones"
+    tile_px = min(config.tile_px, side_px // unit_px * unit_px)
+    change = f"--min-side-px {side_px}" + ("" if tile_px == config.tile_px else f" --tile-px {tile_px}")
+    return f"no picture gave a tile: {found}; give larger ones, or {change}"
 
 
 def count_skipped(report: Report) -> dict[str, int]:

@@ -16,7 +16,7 @@ from giantleap.models.rgb import DAMAGE, to_rgb
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.data.frozen_vae import vae_hash
 from giantleap.training.data.pairs_store import PairsStore
-from giantleap.training.data.prepare import SUFFIXES
+from giantleap.training.data.prepare import SUFFIXES, is_hidden, to_name, to_reason
 from giantleap.training.evaluation.metrics import to_levels
 
 
@@ -35,37 +35,60 @@ class Case:
     caption: str | None = None
 
 
-def read_pairs(folder: Path, bundle: Bundle, vae: Vae, limit: int | None) -> Iterator[Case]:
-    """Yield the first pairs of a store; the targets are the decoded large latents.
+def open_pairs(folder: Path, bundle: Bundle) -> PairsStore:
+    """Open a store of the bundle's VAE.
 
     Raises:
-        EvaluationError: They were made with another VAE.
+        EvaluationError: It was made with another VAE.
         PairsError: The store cannot be read.
     """
     store = PairsStore.open(folder)
     if store.summary["vae_sha256"] != vae_hash(bundle):
         raise EvaluationError(f"{folder}: these pairs were made with another VAE than that of bundle {bundle.name}")
-    for tile in range(min(len(store), limit or len(store))):
+    return store
+
+
+def read_pairs(store: PairsStore, tiles: int, vae: Vae) -> Iterator[Case]:
+    """Yield the first pairs of a store; the targets are the decoded large latents."""
+    for tile in range(tiles):
         latents = {level: values.to(vae.device) for level, values in store.read([tile]).items()}
         yield Case(f"tile {tile}", vae.decode(latents[1]), latents, is_photo=False)
 
 
-def read_pictures(
-    folder: Path, bundle: Bundle, vae: Vae, scales: Sequence[int], limit: int | None, crop_px: int | None
-) -> Iterator[Case]:
-    """Yield the first pictures of a folder by name, with their captions; each is its own target.
+def list_pictures(folder: Path) -> list[Path]:
+    """List the pictures of a folder by name.
 
     Raises:
-        EvaluationError: A picture is damaged or too small.
+        EvaluationError: There is none.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    pictures = [path for path in paths if not is_hidden(path.relative_to(folder))]
+    if not pictures:
+        raise EvaluationError(f"{folder}: no picture ({', '.join(SUFFIXES)}) is there; name a folder with some")
+    return pictures
+
+
+def read_pictures(
+    paths: Sequence[Path], bundle: Bundle, vae: Vae, scales: Sequence[int], crop_px: int | None
+) -> Iterator[Case]:
+    """Yield pictures with their captions; each is its own target.
+
+    Raises:
+        EvaluationError: A picture is damaged or too small, or a caption is not UTF-8.
+    """
     multiple_px = bundle.latent_space.multiple_px * max(scales)
-    for path in paths[:limit]:
+    for path in paths:
         picture = read_picture(path, crop_px, multiple_px).to(vae.device)
         latents = {level: vae.encode(shrink(picture, level)) for level in (1, *scales)}
-        caption = path.with_suffix(".txt")
-        words = caption.read_text(encoding="utf-8").strip() if caption.is_file() else None
-        yield Case(path.name, picture, latents, is_photo=True, caption=words)
+        yield Case(to_name(Path(path.name)), picture, latents, is_photo=True, caption=_read_caption(path))
+
+
+def _read_caption(picture: Path) -> str | None:
+    path = picture.with_suffix(".txt")
+    try:
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{to_name(path)}: the caption is not UTF-8; save it as UTF-8") from error
 
 
 def read_picture(path: Path, crop_px: int | None, multiple_px: int) -> Tensor:
@@ -78,10 +101,12 @@ def read_picture(path: Path, crop_px: int | None, multiple_px: int) -> Tensor:
         with Image.open(path) as opened:
             pixels = np.array(to_rgb(opened))
     except DAMAGE as error:
-        raise EvaluationError(f"{path}: no picture that can be read: {error}") from error
+        raise EvaluationError(f"{to_name(path)}: {to_reason(error)}; remove or replace it") from error
     height, width = (min(side, crop_px or side) // multiple_px * multiple_px for side in pixels.shape[:2])
     if not height or not width:
-        raise EvaluationError(f"{path}: {pixels.shape[1]}x{pixels.shape[0]} px is less than {multiple_px} px a side")
+        raise EvaluationError(
+            f"{to_name(path)}: {pixels.shape[1]}x{pixels.shape[0]} px is less than {multiple_px} px a side"
+        )
     top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
     return to_signed(torch.from_numpy(np.ascontiguousarray(pixels[top : top + height, left : left + width])))[None]
 

@@ -24,7 +24,14 @@ from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.data.frozen_vae import read_vae, vae_hash
-from giantleap.training.evaluation.cases import Case, EvaluationError, read_pairs, read_pictures
+from giantleap.training.evaluation.cases import (
+    Case,
+    EvaluationError,
+    list_pictures,
+    open_pairs,
+    read_pairs,
+    read_pictures,
+)
 from giantleap.training.evaluation.distributions import Pool, compare, pool
 from giantleap.training.evaluation.metrics import (
     KID_SUBSET_SIZE,
@@ -134,10 +141,9 @@ def evaluate(config: EvaluateConfig, device: torch.device, networks: Networks | 
     scales = sorted({scale for net in nets.values() for scale in net.spec.scales})
     vae = read_vae(bundle, device, torch.float32)
     findings = Findings(Judge(config, networks))
-    for case in tqdm(_cases(config, bundle, vae, scales), desc="evaluate", unit="picture"):
+    count, cases = _cases(config, bundle, vae, scales)
+    for case in tqdm(cases, total=count, desc="evaluate", unit="picture"):
         findings.add(case, vae, nets, scales)
-    if not findings.count:
-        raise EvaluationError(f"{config.images or config.pairs}: nothing to measure there")
     latents, pixels = findings.latents.merged(), findings.pixels.merged()
     report = {
         **_origin(config, bundle, nets, networks, findings.count, device),
@@ -174,13 +180,17 @@ def _read_nets(config: EvaluateConfig, bundle: Bundle, device: torch.device) -> 
     return nets
 
 
-def _cases(config: EvaluateConfig, bundle: Bundle, vae: Vae, scales: Sequence[int]) -> Iterator[Case]:
+def _cases(config: EvaluateConfig, bundle: Bundle, vae: Vae, scales: Sequence[int]) -> tuple[int, Iterator[Case]]:
+    """Return the cases and how many there are."""
     if (config.images is None) == (config.pairs is None):
         raise EvaluationError("give either pictures (--images) or pairs (--pairs)")
     if config.pairs is not None:
-        return read_pairs(config.pairs, bundle, vae, config.limit)
+        store = open_pairs(config.pairs, bundle)
+        tiles = min(len(store), config.limit or len(store))
+        return tiles, read_pairs(store, tiles, vae)
     assert config.images is not None
-    return read_pictures(config.images, bundle, vae, scales, config.limit, config.crop_px)
+    paths = list_pictures(config.images)[: config.limit]
+    return len(paths), read_pictures(paths, bundle, vae, scales, config.crop_px)
 
 
 def _enlarge(vae: Vae, nets: Mapping[str, Lua], case: Case, scale: int) -> dict[str, tuple[Tensor | None, Tensor]]:

@@ -286,7 +286,7 @@ def test_an_endpoint_without_what_sends_stops_the_start() -> None:
         "except BadConfiguration as error:\n    print(error.detail)\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert "giantleap[otel]" in ended.stdout
+    assert "pip install '.[otel]'" in ended.stdout
 
 
 def test_an_endpoint_must_be_a_base_url() -> None:

@@ -121,6 +121,57 @@ def test_corrupt_and_small_pictures_are_skipped_with_their_names(
     assert len(summary["skipped"]) == 4 and all(line["why"] for line in summary["skipped"])
 
 
+@pytest.mark.parametrize(
+    ("sides", "advice"),
+    [((512, 512), "--min-side-px 56 --tile-px 32"), ((512, 32), "--min-side-px 56"), ((64, 64), "--tile-px 32")],
+)
+def test_where_no_picture_gives_a_tile_the_error_says_which_sides_would(
+    sides: tuple[int, int], advice: str, tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    write_pictures(tmp_path / "small", 4, 128, 56)
+    (tmp_path / "small" / "words.png").write_text("no picture")
+    config = config_of(tmp_path / "small", tiny_bundle_dir, tmp_path / "out", min_side_px=sides[0], tile_px=sides[1])
+    with pytest.raises(PairsError, match=rf"4 have a side below {sides[0]} px, 1 are damaged; .* or .*{advice}"):
+        prepare(config, CPU)
+    assert not (tmp_path / "out" / "summary.json").exists()
+    other = config_of(tmp_path / "small", tiny_bundle_dir, tmp_path / "out", min_side_px=56, tile_px=32)
+    report = prepare(other, CPU)
+    assert report.tiles == 4 * 4 and report.is_finished, "the directory takes the other sides"
+
+
+def test_pictures_too_small_for_any_tile_get_no_advice_of_sides(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "small", 1, 40, 16)
+    with pytest.raises(PairsError, match=r"give larger ones$"):
+        prepare(config_of(tmp_path / "small", tiny_bundle_dir, tmp_path / "out"), CPU)
+
+
+def test_reasons_are_the_same_in_every_run(pictures: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    (pictures / "picture-1.png").write_bytes(b"no picture")
+    for name in ("first", "second"):
+        prepare(config_of(pictures, tiny_bundle_dir, tmp_path / name), CPU)
+    first, second = ((tmp_path / name / "summary.json").read_text() for name in ("first", "second"))
+    assert first == second and "0x" not in json.dumps(json.loads(first)["skipped"][0]["why"])
+
+
+def test_hidden_files_are_left_out_and_names_of_any_bytes_are_listed(
+    pictures: Path, tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    content = (pictures / "picture-1.png").read_bytes()
+    (pictures / "._picture-1.png").write_bytes(b"resource fork of macOS")
+    (pictures / ".cache").mkdir()
+    (pictures / ".cache" / "copy.png").write_bytes(content)
+    (pictures / os.fsdecode(b"caf\xe9.png")).write_bytes(content)
+    with tarfile.open(pictures / "more.tar", "w") as tar:
+        for name in (b"._in.png", b"__MACOSX/._in.png", b"in-\xe9.png"):
+            member = tarfile.TarInfo(os.fsdecode(name))
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    report = prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "out"), CPU)
+    assert report.pictures == 10 and not report.skipped
+    names = {line["source"] for line in read_index(tmp_path / "out")}
+    assert {r"caf\xe9.png", r"more.tar/in-\xe9.png"} <= names
+
+
 def test_a_shard_without_a_tile_is_a_shard(pictures: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
     for number in (3, 4, 5):
         (pictures / f"picture-{number}.png").write_bytes(b"no picture")
@@ -138,8 +189,9 @@ def test_a_shard_without_a_tile_is_a_shard(pictures: Path, tiny_bundle_dir: Path
         store.read([10])
     for picture in pictures.iterdir():
         picture.write_bytes(b"no picture")
-    prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "none"), CPU)
-    with pytest.raises(PairsError, match="no picture gave a tile; 8 were skipped"):
+    with pytest.raises(PairsError, match="8 are damaged; give other pictures"):
+        prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "none"), CPU)
+    with pytest.raises(PairsError, match="no finished pairs"):
         PairsStore.open(tmp_path / "none")
 
 

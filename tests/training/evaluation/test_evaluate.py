@@ -1,6 +1,7 @@
 """An evaluation from end to end on a tiny bundle: what is measured, what is not, and what is written."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import Lua, LuaSpec
 from giantleap.training.data.frozen_vae import read_vae
 from giantleap.training.data.prepare import PrepareConfig, prepare
-from giantleap.training.evaluation.cases import EvaluationError, read_picture, shrink
+from giantleap.training.evaluation.cases import EvaluationError, list_pictures, read_picture, shrink
 from giantleap.training.evaluation.evaluate import EvaluateConfig, evaluate
 from giantleap.training.evaluation.metrics import Networks, fid, kid, psnr_db, ssim, to_levels
 from tests.tiny_bundle import write_tiny_lua
@@ -144,11 +145,15 @@ def test_report_sheet_and_plots_are_written(report: dict[str, Any]) -> None:
 def test_without_networks_no_figure_stands_in(pictures: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
     arguments = ["--bundle", str(tiny_bundle_dir), "--images", str(pictures), "--out", str(tmp_path), "--limit", "1"]
     answer = CliRunner().invoke(app, ["evaluate", *arguments, "--lpips", "none.pth", "--device", "cpu"])
+    assert answer.exit_code == 2 and "none.pth: there is no such file" in answer.output
+    damaged = tmp_path / "damaged.pth"
+    damaged.write_bytes(b"no weights")
+    answer = CliRunner().invoke(app, ["evaluate", *arguments, "--lpips", str(damaged), "--device", "cpu"])
     assert answer.exit_code == 0, answer.output
     row = json.loads((tmp_path / "evaluation.json").read_text())["scores"]["x2"]["lua"]
     assert {name for name, value in row.items() if isinstance(value, float)} == {"psnr_db", "ssim"}
     assert row["fid"] == row["patch_kid"] == "not available: no weights were given (--inception)"
-    assert row["lpips"] == "not available: no weights at none.pth"
+    assert row["lpips"] == f"not available: {damaged}: damaged, or holds more than tensors"
     assert "not available: no weights were given (--clip)" in answer.output
 
 
@@ -183,18 +188,32 @@ def test_targets_are_pictures_as_a_viewer_shows_them(tmp_path: Path, monkeypatch
     found = to_levels(read_picture(tmp_path / "deep.png", None, 32))
     assert torch.equal(found, torch.from_numpy((grey >> 8).astype(np.uint8)).expand(1, 3, 64, 64))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
-    with pytest.raises(EvaluationError, match=r"deep\.png: no picture that can be read"):
+    with pytest.raises(EvaluationError, match=r"deep\.png: more pixels"):
         read_picture(tmp_path / "deep.png", None, 32)
+
+
+def test_hidden_files_are_no_cases_and_names_of_any_bytes_are_shown(
+    pictures: Path, tiny_bundle_dir: Path, tmp_path: Path
+) -> None:
+    pictures = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    (pictures / "._picture-0.png").write_bytes(b"resource fork of macOS")
+    (pictures / os.fsdecode(b"caf\xe9.png")).write_bytes((pictures / "picture-0.png").read_bytes())
+    assert len(list_pictures(pictures)) == 4
+    found = evaluate(EvaluateConfig(tiny_bundle_dir, tmp_path / "out", images=pictures), CPU)
+    assert found["cases"] == 4
+    (pictures / "picture-1.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(EvaluationError, match=r"picture-1\.txt: the caption is not UTF-8"):
+        evaluate(EvaluateConfig(tiny_bundle_dir, tmp_path / "out", images=pictures), CPU)
 
 
 def test_what_cannot_be_measured_is_refused(pictures: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="either"):
         evaluate(EvaluateConfig(tiny_bundle_dir, tmp_path / "out"), CPU)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EvaluationError, match="nothing to measure"):
+    with pytest.raises(EvaluationError, match=r"no picture \("):
         evaluate(EvaluateConfig(tiny_bundle_dir, tmp_path / "out", images=tmp_path / "empty"), CPU)
     (tmp_path / "empty" / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(EvaluationError, match=r"bad\.png"):
+    with pytest.raises(EvaluationError, match=r"bad\.png: not a picture of a known format; remove or replace it"):
         evaluate(EvaluateConfig(tiny_bundle_dir, tmp_path / "out", images=tmp_path / "empty"), CPU)
     with pytest.raises(EvaluationError, match="less than"):
         evaluate(EvaluateConfig(tiny_bundle_dir, tmp_path / "out", images=pictures, crop_px=31), CPU)
@@ -221,4 +240,4 @@ def test_missing_metrics_are_reported_before_pictures_are_encoded(
 ) -> None:
     monkeypatch.setattr("giantleap.cli.train.find_spec", lambda name: None)
     answer = CliRunner().invoke(app, ["evaluate", "--bundle", "none", "--images", "none", "--out", str(tmp_path)])
-    assert answer.exit_code == 2 and 'pip install "giantleap[train]"' in answer.output
+    assert answer.exit_code == 2 and "pip install '.[train]'" in answer.output

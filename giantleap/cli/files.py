@@ -1,0 +1,90 @@
+"""Files that commands read and write: `-` is standard input or output, and outputs are checked before the work."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from giantleap.cli.errors import to_line
+from giantleap.cli.options import stop
+
+if TYPE_CHECKING:
+    from giantleap.models.image_formats import ImageFormat
+
+STANDARD: Final = Path("-")
+LATENT: Final = ".safetensors"
+IMAGE_FORMATS: "Final[Mapping[str, ImageFormat]]" = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+
+def read_input(path: Path) -> bytes:
+    """The content of a file, or standard input for `-`; one that cannot be read ends the command."""
+    try:
+        return sys.stdin.buffer.read() if path == STANDARD else path.read_bytes()
+    except OSError as error:
+        stop(to_line(error))
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Write a file, or standard output for `-`."""
+    if path == STANDARD:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    else:
+        path.write_bytes(content)
+
+
+def image_format(out: Path) -> "ImageFormat":
+    """The format that the name of an image says, PNG for `-`; another name ends the command."""
+    if out == STANDARD:
+        return "png"
+    if out.suffix.lower() not in IMAGE_FORMATS:
+        stop(f"{out}: unknown image format; the name must end in one of {', '.join(IMAGE_FORMATS)}")
+    return IMAGE_FORMATS[out.suffix.lower()]
+
+
+def check_output_file(path: Path | None) -> None:
+    """End the command if a file cannot be written there."""
+    if path is None:
+        return
+    if path == STANDARD:
+        if sys.stdout.isatty():
+            stop("-: standard output is a terminal; redirect it to a file or another program")
+        return
+    try:
+        if path.is_dir():
+            stop(f"{path}: it is a directory; name a file")
+        if not path.parent.is_dir():
+            stop(f"{path}: there is no directory {path.parent}; create it with: mkdir -p {path.parent}")
+        _check_writable(path if path.exists() else path.parent, path)
+    except OSError as error:  # for example a name that is too long
+        stop(to_line(error))
+
+
+def check_output_directory(path: Path) -> None:
+    """End the command if files cannot be written into a directory, which need not exist yet."""
+    try:
+        place = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+        if not place.is_dir():
+            stop(f"{path}: {place} is no directory; name another one")
+        _check_writable(place, path)
+    except OSError as error:
+        stop(to_line(error))
+
+
+def check_input_files(*paths: Path | None) -> None:
+    """End the command if one of the files is missing."""
+    for path in paths:
+        if path is not None and path != STANDARD and not path.is_file():
+            stop(f"{path}: there is no such file; check the path")
+
+
+def check_input_directory(path: Path) -> None:
+    """End the command if there is no such directory."""
+    if not path.is_dir():
+        stop(f"{path}: there is no such directory; check the path")
+
+
+def _check_writable(place: Path, path: Path) -> None:
+    if not os.access(place, os.W_OK):
+        stop(f"{path}: {place} cannot be written to; change its permissions or name another path")
