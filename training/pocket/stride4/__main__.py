@@ -6,7 +6,7 @@ file small. `training/pocket/stride4/checkpoints` holds the results, with the fi
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -17,6 +17,9 @@ from giantleap.training.optim import Budget
 from giantleap.training.pocket.options import Length, Resume, Seed
 from giantleap.training.pocket.stride4.bundle import write_autoencoder_bundle
 from giantleap.training.pocket.stride4.pictures import write_pictures
+from giantleap.training.pocket.stride4.studio import write_pool
+from giantleap.training.pocket.stride4.text import Recipe as TextRecipe
+from giantleap.training.pocket.stride4.text import train_text
 from giantleap.training.pocket.stride4.train import Recipe, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -70,6 +73,43 @@ def adapter(
         "license": "Apache-2.0",
     }
     write_lua(out, read_lua(lua_file).half(), provenance)
+
+
+@app.command()
+def scenes(
+    out: Path = RUNS / "scenes",
+    autoencoder_dir: Path = RUNS / "pocket24/vae",
+    count: Annotated[int, typer.Option(help="Scenes of 128 px.")] = 6000,
+    seed: Annotated[int, typer.Option(help="Fixes the scenes.")] = 0,
+    processes: Annotated[int, typer.Option(help="Processes that render.")] = 1,
+) -> None:
+    """Render captioned scenes and encode them, for `text`."""
+    torch.set_num_threads(1)
+    write_pool(out, _open_autoencoder(autoencoder_dir), count, seed, processes)
+
+
+@app.command()
+def text(
+    out: Path = RUNS / "text",
+    scenes_dir: Path = RUNS / "scenes",
+    autoencoder_dir: Path = RUNS / "pocket24/vae",
+    minutes: Annotated[float | None, typer.Option(help="Wall-clock time of the training; 80 by default.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps instead of minutes: the same result anywhere.")] = None,
+    seed: Annotated[int, typer.Option(help="Fixes weights, captions and noise.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from out/state.pt.")] = False,
+    bfloat16: Annotated[bool, typer.Option(help="1.4 times faster where the CPU has avx512_bf16, else slower.")] = True,
+    compiled: Annotated[bool, typer.Option(help="1.15 times faster; needs a C++ compiler.")] = False,
+) -> None:
+    """Train text to latent: a stock SanaPipeline."""
+    budget = Budget(steps, minutes if minutes or steps else 80.0)
+    recipe = TextRecipe(is_bfloat16=bfloat16, is_compiled=compiled)
+    train_text(out, scenes_dir, _open_autoencoder(autoencoder_dir), budget, seed, resume, recipe)
+
+
+def _open_autoencoder(directory: Path) -> AutoencoderDC:
+    vae: Any = AutoencoderDC.from_pretrained(directory)  # missing in the library's annotations
+    opened: AutoencoderDC = vae.float().eval().to(memory_format=torch.channels_last)
+    return opened
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from giantleap.training.losses import shrink
 from giantleap.training.pocket.captions import COLORS, SHAPES, Slots, draw_slots
-from giantleap.training.pocket.scenes import FOCAL, PALETTE, Vector, _hit, draw_scene
+from giantleap.training.pocket.scenes import FOCAL, PALETTE, Scene, Vector, _hit, draw_scene
 from giantleap.training.pocket.stride4.surfaces import (
     GROUNDS,
     PATTERNS,
@@ -78,19 +78,9 @@ def draw_still_life(rng: np.random.Generator, slots: Slots | None = None) -> Sti
     """Draws a scene; the slots too where none are given."""
     slots = slots or draw_slots(rng)
     plain = draw_scene(rng, slots)
-    depth = FOCAL / (plain.foot_y - plain.horizon_y)
-    main = Solid(
-        shape=str(slots.shape),
-        color=PALETTE[str(slots.color)],
-        x=(plain.centre_x - 0.5) * depth / FOCAL,
-        z=depth,
-        height=plain.height * depth / FOCAL,
-        yaw=plain.yaw,
-        finish=draw_finish(rng),
-    )
-    solids = [main]
+    solids = [place_solid(plain, draw_finish(rng))]
     for _ in range(int(rng.integers(0, 5))):
-        other = _draw_other(rng, slots, depth)
+        other = _draw_other(rng, slots, solids[0].z)
         if all(_apart(other, solid) for solid in solids):
             solids.append(other)
     return StillLife(
@@ -115,6 +105,20 @@ def draw_still_life(rng: np.random.Generator, slots: Slots | None = None) -> Sti
         warmth=rng.uniform(-0.5, 1.0),
         exposure=rng.uniform(0.9, 1.15),
         noise_seed=int(rng.integers(2**31)),
+    )
+
+
+def place_solid(plain: Scene, finish: Finish) -> Solid:
+    """The object of a plain scene in the world."""
+    depth = FOCAL / (plain.foot_y - plain.horizon_y)
+    return Solid(
+        shape=str(plain.slots.shape),
+        color=PALETTE[str(plain.slots.color)],
+        x=(plain.centre_x - 0.5) * depth / FOCAL,
+        z=depth,
+        height=plain.height * depth / FOCAL,
+        yaw=plain.yaw,
+        finish=finish,
     )
 
 

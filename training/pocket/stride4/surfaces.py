@@ -178,16 +178,18 @@ class Sky:
         clouds: 0 (none) to 1 (many).
         hills: rows of hills at the horizon, 0 to 3.
         hill_color: display color of the nearest row.
+        haze: share of gray in the color of the horizon.
     """
 
     color: Color
     clouds: float
     hills: int
     hill_color: Color
+    haze: float = 0.55
 
     def horizon_color(self) -> Tensor:
         """What distance fades to; [3], linear."""
-        return 0.45 * to_linear(self.color) + 0.55 * torch.tensor([0.80, 0.82, 0.84])
+        return (1.0 - self.haze) * to_linear(self.color) + self.haze * torch.tensor([0.80, 0.82, 0.84])
 
     def radiance(self, u: Tensor, elevation: Tensor, noise: NoiseFields) -> Tensor:
         """Shape: across and above the horizon in frame heights, [h, w] each; returns [3, h, w], linear."""

@@ -1,0 +1,134 @@
+"""The text training of stride 4 learns, resumes exactly, and leaves a stock SanaPipeline."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SanaPipeline
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+
+from giantleap.training.optim import Budget, MuonAdamW
+from giantleap.training.pocket.state import TrainState
+from giantleap.training.pocket.stride4 import text as stride4_text
+from giantleap.training.pocket.stride4.network import make_autoencoder
+from giantleap.training.pocket.stride4.studio import write_pool
+from giantleap.training.pocket.stride4.text import (
+    ADAM_NAMES,
+    EARLY_SHIFTS,
+    SCALING_FACTOR,
+    Recipe,
+    TextToLatent,
+    draw_sigma,
+    falling_rate,
+    flow_loss,
+    make_scheduler,
+    make_text_encoder,
+    tokenize,
+    train_reader,
+    train_text,
+)
+from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_tokenizer
+
+SMALL = Recipe(batch=2, width=64, depth=1, is_bfloat16=False)
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderDC:
+    torch.manual_seed(0)
+    return make_autoencoder().eval()
+
+
+@pytest.fixture(scope="module")
+def scenes(vae: AutoencoderDC, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    write_pool(folder, vae, 6, seed=0)
+    return folder
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stride4_text, "READER_STEPS", 2)
+    monkeypatch.setattr(stride4_text, "HELD_OUT", 2)
+
+
+def test_sampler_follows_the_clean_latents_of_the_network() -> None:
+    scheduler = make_scheduler()
+    scheduler.set_timesteps(12)
+    clean, sample = torch.randn(1, 24, 4, 4), torch.randn(1, 24, 4, 4)
+    for timestep in scheduler.timesteps:
+        (sample,) = scheduler.step(clean, timestep, sample, return_dict=False)
+    assert torch.allclose(sample, clean, atol=1e-5)
+
+
+def test_error_of_the_clean_latents_counts_as_that_of_the_velocity() -> None:
+    network = TextToLatent(len(open_tokenizer()), SMALL)  # its last layer is zero: it predicts zeros
+    latents, sigma = torch.ones(2, 24, 32, 32), torch.tensor([0.5, 0.01])
+    captions = tokenize(open_tokenizer(), ["a red cube", ""])
+    loss = flow_loss(network, latents, captions, sigma, torch.zeros_like(latents), is_bfloat16=False)
+    assert float(loss.detach()) == pytest.approx((1 / 0.5**2 + 1 / stride4_text.SIGMA_FLOOR**2) / 2)
+
+
+def test_caption_changes_the_picture_after_steps() -> None:
+    torch.manual_seed(0)
+    network, tokenizer = TextToLatent(len(open_tokenizer()), SMALL), open_tokenizer()
+    optimizer = MuonAdamW(network.named_parameters(), 0.02, 1e-3, ADAM_NAMES)
+    latents = torch.randn(4, 24, 32, 32)
+    captions = tokenize(tokenizer, ["a red cube", "", "a blue cone", "right"])
+    for _ in range(3):
+        sigma = draw_sigma(4, EARLY_SHIFTS)
+        flow_loss(network, latents, captions, sigma, torch.randn_like(latents), is_bfloat16=False).backward()
+        optimizer.step(1.0)
+    other = tokenize(tokenizer, ["right", "a blue cone", "", "a red cube"])
+    with torch.no_grad():
+        one, two = (network(latents, torch.full((4,), 0.9), words) for words in (captions, other))
+    assert not torch.allclose(one, two, atol=1e-5)
+
+
+def test_text_encoder_learns_to_read_slots() -> None:
+    torch.manual_seed(0)
+    tokenizer = open_tokenizer()
+    few, more = (train_reader(make_text_encoder(len(tokenizer)), tokenizer, steps, seed=0) for steps in (2, 60))
+    assert more > few + 0.2
+
+
+def test_rate_warms_up_stays_and_falls_to_zero() -> None:
+    assert falling_rate(0.0, 0) == pytest.approx(0.02)
+    assert falling_rate(0.5, 1000) == 1.0
+    assert falling_rate(1.0, 1000) == 0.0
+
+
+def test_stopped_run_goes_on_as_if_it_had_not_been(
+    scenes: Path, vae: AutoencoderDC, tmp_path: Path, short: None
+) -> None:
+    train_text(tmp_path / "whole", scenes, vae, Budget(steps=4), 0, False, SMALL)
+    # A budget's length shapes the rate, so the first half of the same run is stopped by hand.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stride4_text, "train_steps", lambda *_, **__: iter((0.0, 0.25)))
+        patch.setattr(TrainState, "is_due", lambda state, *_: state.step == 2)
+        train_text(tmp_path / "parts", scenes, vae, Budget(steps=4), 0, False, SMALL)
+    train_text(tmp_path / "parts", scenes, vae, Budget(steps=4), 0, True, SMALL)
+    whole, parts = (torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 4
+    assert all(torch.equal(whole["network"][name], value) for name, value in parts["network"].items())
+
+
+def test_pipeline_is_stock_and_draws(scenes: Path, vae: AutoencoderDC, tmp_path: Path, short: None) -> None:
+    train_text(tmp_path, scenes, vae, Budget(steps=1), 0, False, SMALL)
+    pipeline = SanaPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.vae.config.scaling_factor == SCALING_FACTOR
+    pictures = pipeline(
+        ["a red cube", "a large blue sphere on the left"],
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        width=128,
+        height=128,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(2)],
+        max_sequence_length=MAX_TOKENS,
+        use_resolution_binning=False,
+        complex_human_instruction=None,
+        output_type="np",
+    ).images
+    assert pictures.shape == (2, 128, 128, 3)
+    assert np.isfinite(pictures).all()
