@@ -20,7 +20,7 @@ from giantleap.training.pocket.lua import train_lua
 from giantleap.training.pocket.options import Length, Resume, Seed
 from giantleap.training.pocket.pairs import write_pairs
 from giantleap.training.pocket.parallel import run_peers
-from giantleap.training.pocket.swinir import PICTURE_PX, train_swinir
+from giantleap.training.pocket.swinir import PICTURE_PX, pool_pairs, train_swinir
 from giantleap.training.pocket.text import train_text
 from giantleap.training.pocket.vae import Pool, train_vae
 
@@ -126,7 +126,7 @@ def swinir(
 ) -> None:
     """Train the pixel-space upscaler of one scale."""
     pictures = Pool(pool, scene_count=64, scene_px=PICTURE_PX, leaf_px=PICTURE_PX)
-    train_swinir(out, vae_dir, pictures, scale, start, length, seed, resume)
+    train_swinir(out, *pool_pairs(vae_dir, pictures, scale, seed), start, length, seed, resume)
 
 
 @app.command()

@@ -1,20 +1,24 @@
 """Train the pocket bundle's pixel-space SwinIR networks, one per scale, on procedural pictures.
 
 In use they upscale images that the pocket VAE decoded, so half of the inputs pass that VAE and half are clean; the
-target is the picture at full size, the loss L1. The network is an RGB `Lua` that starts as bicubic interpolation; its
-file has the published single-head layout, which `models/engines/swinir.py` opens.
+target is the picture at full size, the loss L1. Pictures come from a pool or from files. The network is an RGB `Lua`
+that starts as bicubic interpolation; its file has the published single-head layout, which `models/engines/swinir.py`
+opens.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -122,15 +126,27 @@ def _to_pixels(images: Tensor) -> Pixels:
     return levels
 
 
-@torch.no_grad()
 def make_pairs(vae: AutoencoderKL, source: Pictures, scale: int, small_px: int, count: int, seed: int) -> PicturePairs:
     """Cut `count` pictures, reduce them to `small_px`, and pass the reductions through the VAE."""
     rng = np.random.default_rng((seed, scale))
+    starts = range(0, count, ENCODE_BATCH)
+    batches = (source.crops(rng, min(ENCODE_BATCH, count - start), scale * small_px) for start in starts)
+    return _pair(vae, batches, len(starts), scale)
+
+
+def read_pairs(vae: AutoencoderDC, files: Sequence[Path], scale: int) -> PicturePairs:
+    """Read square pictures of one size, reduce them, and pass the reductions through the VAE."""
+    batches = (to_images(np.asarray(Image.open(file).convert("RGB"))[None]) * 2.0 - 1.0 for file in files)
+    return _pair(vae, batches, len(files), scale)
+
+
+@torch.no_grad()
+def _pair(vae: AutoencoderKL | AutoencoderDC, batches: Iterable[Tensor], count: int, scale: int) -> PicturePairs:
     large, clean, decoded = [], [], []
-    for start in tqdm(range(0, count, ENCODE_BATCH), desc=f"pairs x{scale}", unit=f"{ENCODE_BATCH} img"):
-        images = source.crops(rng, min(ENCODE_BATCH, count - start), scale * small_px)
+    for images in tqdm(batches, total=count, desc=f"pairs x{scale}", unit="batch", mininterval=5.0):
         small = shrink(images, scale)
-        latents = vae.encode(small).latent_dist.mode()
+        encoded = vae.encode(small)
+        latents = encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latent_dist.mode()
         large.append(_to_pixels(images))
         clean.append(_to_pixels(small))
         decoded.append(_to_pixels(vae.decode(latents).sample))
@@ -171,8 +187,18 @@ def validate(net: Lua, pairs: PicturePairs) -> dict[str, float]:
     return scores
 
 
+def pool_pairs(vae_dir: Path, pool: Pool, scale: int, seed: int) -> tuple[PicturePairs, PicturePairs]:
+    """Pairs to train on, and held-out ones, of a pool's pictures."""
+    vae: Any = AutoencoderKL.from_pretrained(vae_dir)  # missing in the library's annotations
+    frozen = vae.float().requires_grad_(False).eval()
+    small_px = min(SMALL_PX, pool.leaf_px // scale)
+    count, held_out_count = min(PAIR_COUNT[scale], 4 * pool.leaf_count), min(HELD_OUT_COUNT, pool.held_out_count)
+    pairs = make_pairs(frozen, pool.read(seed), scale, small_px, count, seed)
+    return pairs, make_pairs(frozen, pool.read_held_out(seed), scale, small_px, held_out_count, seed)
+
+
 def train_swinir(
-    out: Path, vae_dir: Path, pool: Pool, scale: int, start: Path | None, budget: Budget, seed: int, resume: bool
+    out: Path, pairs: PicturePairs, held_out: PicturePairs, start: Path | None, budget: Budget, seed: int, resume: bool
 ) -> None:
     """Train the network of one scale; write `state.pt`, `log.jsonl` and the averaged weights as `swinir_x<scale>`.
 
@@ -181,12 +207,7 @@ def train_swinir(
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
-    vae = AutoencoderKL.from_pretrained(vae_dir).float().requires_grad_(False).eval()
-    small_px = min(SMALL_PX, pool.leaf_px // scale)
-    pairs = make_pairs(vae, pool.read(seed), scale, small_px, min(PAIR_COUNT[scale], 4 * pool.leaf_count), seed)
-    held_out = make_pairs(
-        vae, pool.read_held_out(seed), scale, small_px, min(HELD_OUT_COUNT, pool.held_out_count), seed
-    )
+    scale = pairs.scale
     net, averaged = Lua(swinir_spec(scale)), Lua(swinir_spec(scale)).eval()
     start_as_bicubic(net)
     if start is not None:

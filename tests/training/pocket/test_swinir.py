@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,9 +19,12 @@ from giantleap.models.lua.network import Lua
 from giantleap.training.optim import Budget
 from giantleap.training.pocket.leaves import draw_leaves
 from giantleap.training.pocket.lua import shrink
+from giantleap.training.pocket.stride4.network import make_autoencoder
 from giantleap.training.pocket.swinir import (
     PicturePairs,
     make_pairs,
+    pool_pairs,
+    read_pairs,
     start_as_bicubic,
     swinir_spec,
     to_images,
@@ -93,6 +97,19 @@ def test_pairs_hold_the_shrunk_picture_and_its_decode(vae: AutoencoderKL, pictur
     assert np.array_equal(again.large, pairs.large)
 
 
+def test_pairs_of_files_are_those_of_their_pictures(pictures: Pictures, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = make_autoencoder().requires_grad_(False).eval()
+    for index, picture in enumerate(pictures.leaves):
+        Image.fromarray(picture).save(tmp_path / f"{index}.png")
+    pairs = read_pairs(vae, sorted(tmp_path.glob("*.png")), 4)
+    assert pairs.scale == 4
+    assert np.array_equal(pairs.large, pictures.leaves)
+    small = to_images(pairs.clean) * 2.0 - 1.0
+    decoded = vae.decode(vae.encode(small).latent).sample.clamp(-1.0, 1.0)
+    assert float((to_images(pairs.decoded) * 2.0 - 1.0 - decoded).abs().mean()) < 0.02
+
+
 @pytest.mark.parametrize("scale", [2, 4])
 def test_drawn_crops_are_aligned_and_of_both_kinds(scale: int) -> None:
     rows, columns = np.mgrid[0:32, 0:32].astype(np.uint8)
@@ -140,17 +157,18 @@ def test_a_run_writes_its_files_and_resumes(vae: AutoencoderKL, pictures: Pictur
         for kind in ("leaves", "scenes"):
             np.save(pool.folder / f"{kind}_{seed}_128_2.npy", pictures.leaves)
     out, small = tmp_path / "x2", tmp_path / "x2" / "swinir_x2.safetensors"
-    train_swinir(out, tmp_path / "vae", pool, 2, None, Budget(steps=2), 0, False)
+    pairs = pool_pairs(tmp_path / "vae", pool, 2, 0)
+    train_swinir(out, *pairs, None, Budget(steps=2), 0, False)
     first = read_lua(small)
-    train_swinir(out, tmp_path / "vae", pool, 2, None, Budget(steps=2), 0, True)  # its budget is spent already
+    train_swinir(out, *pairs, None, Budget(steps=2), 0, True)  # its budget is spent already
     assert len((out / "log.jsonl").read_text().splitlines()) == 1
-    train_swinir(out, tmp_path / "vae", pool, 2, None, Budget(steps=3), 0, True)
+    train_swinir(out, *pairs, None, Budget(steps=3), 0, True)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [2, 3]
     assert {"clean_gain", "decoded_gain"} <= log[0].keys()
     trained = read_lua(small)
     assert not torch.equal(trained.conv_first.weight, first.conv_first.weight)
-    train_swinir(tmp_path / "x4", tmp_path / "vae", pool, 4, small, Budget(steps=1), 0, False)
+    train_swinir(tmp_path / "x4", *pool_pairs(tmp_path / "vae", pool, 4, 0), small, Budget(steps=1), 0, False)
     larger = read_lua(tmp_path / "x4" / "swinir_x4.safetensors")
     key = "layers.1.residual_group.blocks.3.mlp.fc2.weight"
     taken, own = trained.state_dict()[key], larger.state_dict()[key]

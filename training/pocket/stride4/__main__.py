@@ -1,8 +1,8 @@
 """The commands that make autoencoder and adapter of stride 4: `python -m giantleap.training.pocket.stride4 <command>`.
 
-In order: `autoencoder`, `bundle`, `pictures`; then the public trainer makes the adapter, as for any bundle:
-`giantleap train prepare` and `giantleap train run` with `training/pocket/stride4/adapter.toml`; `adapter` makes its
-file small. `training/pocket/stride4/checkpoints` holds the results, with the figures.
+In order: `autoencoder`, `bundle`, `pictures`, `scenes`, `text`, `swinir`; then the public trainer makes the adapter, as
+for any bundle: `giantleap train prepare` and `giantleap train run` with `training/pocket/stride4/adapter.toml`;
+`adapter` makes its file small. `training/pocket/stride4/checkpoints` holds the results, with the figures.
 """
 
 from pathlib import Path
@@ -21,6 +21,7 @@ from giantleap.training.pocket.stride4.studio import write_pool
 from giantleap.training.pocket.stride4.text import Recipe as TextRecipe
 from giantleap.training.pocket.stride4.text import train_text
 from giantleap.training.pocket.stride4.train import Recipe, train
+from giantleap.training.pocket.swinir import read_pairs, train_swinir
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -63,6 +64,24 @@ def pictures(
 
 
 @app.command()
+def swinir(
+    scale: Annotated[int, typer.Option(help="2 or 4.")],
+    out: Annotated[Path, typer.Option(help="Folder of this scale.")],
+    start: Annotated[Path | None, typer.Option(help="File of the other scale, to take its trunk.")] = None,
+    autoencoder_dir: Path = RUNS / "pocket24/vae",
+    pictures_dir: Annotated[Path, typer.Option(help="What `pictures` wrote.")] = RUNS / "pictures",
+    length: Length = Budget(minutes=12.0),
+    seed: Seed = 0,
+    resume: Resume = False,
+) -> None:
+    """Train the pixel-space upscaler of one scale on the adapter's pictures."""
+    vae, files = _open_autoencoder(autoencoder_dir), sorted(pictures_dir.glob("*.png"))
+    held_out = [file for file in files if file.name.startswith("held_out")]
+    pairs = read_pairs(vae, [file for file in files if file not in set(held_out)], scale)
+    train_swinir(out, pairs, read_pairs(vae, held_out, scale), start, length, seed, resume)
+
+
+@app.command()
 def adapter(
     lua_file: Annotated[Path, typer.Argument(help="What `giantleap train run` wrote.")],
     out: Path = RUNS / "lua.safetensors",
@@ -93,17 +112,15 @@ def text(
     out: Path = RUNS / "text",
     scenes_dir: Path = RUNS / "scenes",
     autoencoder_dir: Path = RUNS / "pocket24/vae",
-    minutes: Annotated[float | None, typer.Option(help="Wall-clock time of the training; 80 by default.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps instead of minutes: the same result anywhere.")] = None,
-    seed: Annotated[int, typer.Option(help="Fixes weights, captions and noise.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from out/state.pt.")] = False,
+    length: Length = Budget(minutes=62.0),
+    seed: Seed = 0,
+    resume: Resume = False,
     bfloat16: Annotated[bool, typer.Option(help="1.4 times faster where the CPU has avx512_bf16, else slower.")] = True,
     compiled: Annotated[bool, typer.Option(help="1.15 times faster; needs a C++ compiler.")] = False,
 ) -> None:
     """Train text to latent: a stock SanaPipeline."""
-    budget = Budget(steps, minutes if minutes or steps else 80.0)
     recipe = TextRecipe(is_bfloat16=bfloat16, is_compiled=compiled)
-    train_text(out, scenes_dir, _open_autoencoder(autoencoder_dir), budget, seed, resume, recipe)
+    train_text(out, scenes_dir, _open_autoencoder(autoencoder_dir), length, seed, resume, recipe)
 
 
 def _open_autoencoder(directory: Path) -> AutoencoderDC:
