@@ -136,7 +136,7 @@ def make_pairs(vae: AutoencoderKL, source: Pictures, scale: int, small_px: int, 
 
 def read_pairs(vae: AutoencoderDC, files: Sequence[Path], scale: int) -> PicturePairs:
     """Read square pictures of one size, reduce them, and pass the reductions through the VAE."""
-    batches = (to_images(np.asarray(Image.open(file).convert("RGB"))[None]) * 2.0 - 1.0 for file in files)
+    batches = (to_images(np.array(Image.open(file).convert("RGB"))[None]) * 2.0 - 1.0 for file in files)
     return _pair(vae, batches, len(files), scale)
 
 
