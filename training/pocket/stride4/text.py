@@ -48,7 +48,7 @@ DECAY_SHARE = 0.3  # of the run, at its end, in which the rate falls to zero
 HELD_OUT = 128  # last scenes of the pool, never trained on
 SAVE_EVERY_S = 150.0
 ADAM_NAMES = ("patch_embed", "proj_out", "embed_tokens", "conv_depth", "scale_shift_table")
-READER_STEPS, READER_BATCH = 1200, 64
+READER_STEPS, READER_BATCH = 500, 64
 
 
 @dataclass(frozen=True)
