@@ -147,8 +147,8 @@ class Generator:
         diffusers_logging.set_verbosity_error()  # they log prompts that are cut off
         diffusers_logging.disable_progress_bar()
         parts = {} if bundle.vae is None else {"vae": _load(AutoModel, bundle.vae, dtype)}
-        source = ModelSource(bundle.pipeline, bundle.revision)
-        pipeline = _load(DiffusionPipeline, source, dtype, variant=bundle.variant, **parts)
+        source = ModelSource(bundle.pipeline, bundle.revision, bundle.variant)
+        pipeline = _load(DiffusionPipeline, source, dtype, **parts)
         if bundle.scheduler is not None:
             scheduler = getattr(diffusers, bundle.scheduler)
             pipeline.register_modules(scheduler=scheduler.from_config(pipeline.scheduler.config))
@@ -316,6 +316,7 @@ def _load(cls: Any, source: ModelSource, dtype: torch.dtype, **options: Any) -> 
     return cls.from_pretrained(
         str(source.place),
         revision=source.revision,
+        variant=source.variant,
         dtype=dtype,
         use_safetensors=True,
         local_files_only=isinstance(source.place, Path),

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from giantleap.cli.files import check_output_file, write_output
 from giantleap.cli.options import (
     BundleOption,
     DeviceOption,
@@ -26,7 +27,9 @@ app = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
 ScaleOption = Annotated[list[float] | None, typer.Option(help="Scales to time, repeatable; by default all.")]
 WarmupsOption = Annotated[int, typer.Option(help="Runs before those that count.", min=0)]
 RunsOption = Annotated[int, typer.Option(help="Runs that count.", min=1)]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the results as JSON lines.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Also write the results as JSON lines; - for standard output.")
+]
 
 
 @app.command()
@@ -46,6 +49,7 @@ def protocol(
     from giantleap.service.jobs.planning import choose_method, choose_scale
     from giantleap.service.worker.timing import ProtocolPlan, time_runs, to_result, to_table
 
+    check_output_file(json_out)
     settings = settings_from(bundle=bundle, device=device)
     served = read_bundles(settings)[0]
     try:
@@ -62,7 +66,7 @@ def protocol(
         results.append(to_result(route, plan, list(timed)))
     typer.echo(to_table(results))
     if json_out is not None:
-        json_out.write_text("".join(f"{result.to_json()}\n" for result in results))
+        write_output(json_out, "".join(f"{result.to_json()}\n" for result in results).encode())
 
 
 @app.command()
@@ -76,6 +80,7 @@ def engines(
     device: DeviceOption = None,
 ) -> None:
     """Time every engine that runs LUA here, in turns, with its error: a table for choosing GIANTLEAP_ENGINE."""
+    check_output_file(json_out)
     settings = settings_from(bundle=bundle, device=device)
     served = read_bundles(settings)[0]
 
@@ -95,4 +100,4 @@ def engines(
         stop(to_message(error))
     typer.echo(to_table(rows))
     if json_out is not None:
-        json_out.write_text("".join(f"{json.dumps(row.to_record())}\n" for row in rows))
+        write_output(json_out, "".join(f"{json.dumps(row.to_record())}\n" for row in rows).encode())

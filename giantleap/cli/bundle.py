@@ -1,4 +1,4 @@
-"""`giantleap bundle list | show | pull | check`: the bundles that are available, and whether one runs here.
+"""`giantleap bundle list | show | pull | make | check`: the bundles that are available, and whether one runs here.
 
 A bundle is given by its directory or by its name; a pulled bundle comes before the shipped descriptor of that name.
 `giantleap.cli.main` mounts these commands. Heavy modules (torch, diffusers, huggingface_hub) are imported inside them.
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from giantleap.cli.errors import to_line
+from giantleap.cli.files import check_input_files, check_output_directory
 from giantleap.cli.options import (
     DeviceOption,
     bundle_directory,
@@ -20,6 +22,7 @@ from giantleap.cli.options import (
     stop,
     stop_if_on_hub,
 )
+from giantleap.cli.progress import ShownStages, working
 from giantleap.models.bundle.bundle import Bundle, BundleError, ModelSource
 from giantleap.models.bundle.descriptor import METHODS, Method
 from giantleap.models.bundle.names import list_bundles as list_directories
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Bundles: list, describe, download and check them.")
 
+TO_HELP = "Directory to write; by default bundles/NAME in GIANTLEAP_DATA_DIR, where its name is enough to find it."
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundle, or its directory.")]
 
 
@@ -71,9 +75,7 @@ def show(name: NameArgument) -> None:
 @app.command()
 def pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped bundle, or a directory with one.")],
-    to: Annotated[
-        Path | None, typer.Option(help="Directory to write; by default bundles/NAME in GIANTLEAP_DATA_DIR.")
-    ] = None,
+    to: Annotated[Path | None, typer.Option(help=TO_HELP)] = None,
 ) -> None:
     """Download all files of a bundle from the Hugging Face hub; a second run resumes an interrupted one."""
     from giantleap.models.bundle.hub import PUBLIC_HUB, Hub, HubError
@@ -82,12 +84,47 @@ def pull(
 
     bundle = read_bundle_or_stop(bundle_directory(name, among_pulled=False))
     target = pulled_dir() / bundle.name if to is None else to
+    check_output_directory(target)
     try:
         pulled = pull_bundle(bundle, target, Hub(os.environ.get("HF_ENDPOINT", PUBLIC_HUB)), typer.echo)
     except (BundleError, CheckpointError, HubError, OSError) as error:
-        stop(str(error))
-    typer.echo(f"bundle {pulled.name} is in {target}; serve it with: giantleap serve --bundle {target}")
+        stop(to_line(error))
+    shown = pulled.name if to is None else target
+    typer.echo(f"bundle {pulled.name} is in {target}; serve it with: giantleap serve --bundle {shown}")
     _print_missing(pulled)
+
+
+@app.command()
+def make(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new bundle.")],
+    lua: Annotated[Path, typer.Option(help="LUA weights: .safetensors, .pth or .pt.")],
+    base: Annotated[
+        str, typer.Option("--from", help="Bundle whose VAE they were trained for; its other parts are copied.")
+    ] = "pocket",
+    to: Annotated[Path | None, typer.Option(help=TO_HELP)] = None,
+    title: Annotated[str | None, typer.Option(help="Title; by default that of the other bundle.")] = None,
+    license_name: Annotated[
+        str | None, typer.Option("--license", help="License; by default that of the other bundle.")
+    ] = None,
+) -> None:
+    """Make a bundle of another one and your LUA weights, ready to serve."""
+    source = read_bundle_or_stop(bundle_directory(base))
+    target = pulled_dir() / name if to is None else to
+    check_input_files(lua)
+    check_output_directory(target)
+
+    from giantleap.models.bundle.make import make_bundle
+
+    about = {key: text for key, text in (("title", title), ("license", license_name)) if text is not None}
+    try:
+        with working(f"making bundle {name}"):
+            made = make_bundle(source, lua, name, target, about)
+    except (OSError, ValueError) as error:
+        stop(to_line(error))
+    shown = made.name if to is None else target
+    typer.echo(f"bundle {made.name} is in {target}; try it with: giantleap bundle check {shown}")
+    if isinstance(made.pipeline, str):
+        typer.echo(f"its pipeline is on the hub; fetch it with: giantleap bundle pull {target} --to DIR")
 
 
 @app.command()
@@ -108,11 +145,12 @@ def check(
 
     try:
         where = choose_device(settings.device)
-        route = Route.open(bundle, where, choose_dtype(settings.dtype, where, bundle.dtype))
+        with working(f"loading bundle {bundle.name}"):
+            route = Route.open(bundle, where, choose_dtype(settings.dtype, where, bundle.dtype))
         _draw_once(route, bundle, chosen, typer.echo)
     except (ValueError, OSError, CheckpointError) as error:
         named = f"bundle {bundle.name}: "
-        stop(named + str(error).removeprefix(named))
+        stop(named + to_line(error).removeprefix(named))
     _print_missing(bundle)
 
 
@@ -126,15 +164,15 @@ def _draw_once(route: "Route", bundle: Bundle, method: Method, report: Callable[
         scale = 1
     route.reset_peak_memory()
     item = GenerationItem("", "", 0, width_px, height_px, 1, defaults.guidance_scale)
-    clock = route.clock()
-    with clock.measure("generate"):
+    shown = ShownStages(route.clock())
+    with shown.measure("generate"):
         drawn = route.generate([item])
     latents = [latent for latent in drawn if latent is not None]
-    _, images = route.upscale_and_decode(latents, scale, method, "exact", clock)
+    _, images = route.upscale_and_decode(latents, scale, method, "exact", shown)
     if not images or images[0] is None:
         raise ValueError("the decoded image holds values that are not finite")
     height, width = images[0].shape[:2]
-    stages = "  ".join(f"{stage} {duration_s:.2f} s" for stage, duration_s in clock.stages_s.items())
+    stages = "  ".join(f"{stage} {duration_s:.2f} s" for stage, duration_s in shown.clock.stages_s.items())
     peak = route.peak_memory()
     dtype = str(route.dtype).removeprefix("torch.")
     report(

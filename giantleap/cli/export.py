@@ -8,6 +8,8 @@ from typing import Annotated, get_args
 
 import typer
 
+from giantleap.cli.errors import to_line
+from giantleap.cli.files import check_input_directory, check_output_directory
 from giantleap.cli.options import BundleOption, DeviceOption, read_bundle_or_stop, settings_from, stop
 from giantleap.export.manifest import ArtifactError, Compatibility, Part, Precision
 from giantleap.models.bundle.bundle import BundleError
@@ -50,6 +52,9 @@ def export(
         return
     settings = settings_from(bundle=bundle, device=device)
     source = read_bundle_or_stop(settings.bundle[0])
+    target = out or settings.data_dir / "exports" / f"{source.name}-{engine}-{precision}"
+    parts = _parts(part)
+    check_output_directory(target)
 
     from giantleap.export.build import Request, export_bundle
     from giantleap.export.tensorrt_plans import PlanOptions
@@ -57,14 +62,13 @@ def export(
     from giantleap.models.lua.released_layouts import CheckpointError
 
     plan = PlanOptions(max_batch, workspace_mib * 2**20, compatibility, settings.data_dir / "tensorrt-timing.cache")
-    target = out or settings.data_dir / "exports" / f"{source.name}-{engine}-{precision}"
     _configure(settings)
     try:
         where = choose_device(settings.device)
-        request = Request(source, engine, precision, target, tuple(scale or ()), _parts(part), where, plan)
+        request = Request(source, engine, precision, target, tuple(scale or ()), parts, where, plan)
         export_bundle(request, typer.echo)
     except (ArtifactError, BundleError, CheckpointError, OSError, ValueError) as error:
-        stop(str(error))
+        stop(to_line(error))
     typer.echo(f"wrote {target}")
 
 
@@ -75,6 +79,7 @@ def check(
     device: DeviceOption = None,
 ) -> None:
     """Compare an export with its bundle, with this machine, and each artifact with PyTorch again."""
+    check_input_directory(directory)
     settings = settings_from(bundle=bundle, device=device)
     source = read_bundle_or_stop(settings.bundle[0])
 
@@ -86,7 +91,7 @@ def check(
     try:
         check_directory(directory, source, choose_device(settings.device), typer.echo)
     except (ArtifactError, BundleError, CheckpointError, OSError, ValueError) as error:
-        stop(str(error))
+        stop(to_line(error))
     typer.echo(f"{directory} matches bundle {source.name} and this machine")
 
 

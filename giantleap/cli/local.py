@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from giantleap.cli.files import (
+    LATENT,
+    STANDARD,
+    check_input_files,
+    check_output_file,
+    image_format,
+    read_input,
+    write_output,
+)
 from giantleap.cli.options import (
     BundleOption,
     DecodeOption,
@@ -24,17 +33,26 @@ from giantleap.cli.options import (
     stop,
     to_message,
 )
+from giantleap.cli.progress import ShownStages, working
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.service.errors import GiantleapError
+from giantleap.service.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from giantleap.models.device import StageClock
     from giantleap.models.generator import GenerationItem
     from giantleap.models.image_formats import ImageFormat
     from giantleap.models.route import Route
     from giantleap.service.jobs.job import GenerateParams
+
+
+OutOption = Annotated[
+    Path, typer.Option("-o", "--out", help="Image to write: .png, .jpg or .webp; - for a PNG on standard output.")
+]
+LuaOption = Annotated[
+    Path | None, typer.Option(help="LUA weights in place of the bundle's own: .safetensors, .pth or .pt.")
+]
 
 
 def models(bundle: BundleOption = None) -> None:
@@ -51,8 +69,8 @@ def models(bundle: BundleOption = None) -> None:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the image shows.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Image to write: .png, .jpg or .webp.")],
+    prompt: Annotated[str, typer.Argument(help="What the image shows; - reads it from standard input.")],
+    out: OutOption,
     scale: Annotated[float | None, typer.Option(help="Enlargement of the base image: 1, 2 or 4.")] = None,
     method: MethodOption = None,
     seed: Annotated[int, typer.Option(help="Same seed, same image.", min=0)] = 0,
@@ -66,19 +84,25 @@ def generate(
         float | None, typer.Option(help="How far the result may differ from that image, 0 to 1.")
     ] = None,
     decode: DecodeOption = "exact",
+    lua: LuaOption = None,
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Make one image without a service: generate, upscale, decode."""
+    output_format = image_format(out)
+    check_output_file(out)
+    check_input_files(lua, init_image)
+    if prompt == "-":
+        prompt = read_input(STANDARD).decode(errors="replace").strip()
+
     from giantleap.service.jobs.images import fit_image
     from giantleap.service.jobs.planning import plan_generate
     from giantleap.service.jobs.requests import GenerateRequest
 
     settings = settings_from(bundle=bundle, device=device)
-    served = read_bundles(settings)[0]
-    output_format = _image_format(out)
+    served = _read_bundle(settings, lua)
+    start = None if init_image is None else read_input(init_image)
     try:
-        start = None if init_image is None else init_image.read_bytes()
         request = GenerateRequest.model_validate(
             {
                 "prompt": prompt,
@@ -96,16 +120,16 @@ def generate(
         )
         params = plan_generate(request, served, settings, seed, output_format)
         fitted = None if start is None else fit_image(start, settings.max_image_px, *params.base_size_px)
-    except (OSError, ValueError, GiantleapError) as error:
+    except (ValueError, GiantleapError) as error:
         stop(to_message(error))
     if served.closed_vocabulary:
         _warn_of_unknown_words(served, prompt)
 
     route = open_bundle_route(settings, served)
-    clock = route.clock()
-    latent = _draw(route, _to_item(params, fitted), clock)
-    _, images = route.upscale_and_decode([latent], params.scale, params.method, params.decode, clock)
-    _write_image(out, output_format, images[0], clock)
+    stages = ShownStages(route.clock())
+    latent = _draw(route, _to_item(params, fitted), stages)
+    _, images = route.upscale_and_decode([latent], params.scale, params.method, params.decode, stages)
+    _write_image(out, output_format, images[0], stages)
 
 
 def _to_item(params: "GenerateParams", start: bytes | None) -> "GenerationItem":
@@ -126,11 +150,24 @@ def _to_item(params: "GenerateParams", start: bytes | None) -> "GenerationItem":
     return replace(item, init_image=to_signed(pixels), strength=params.strength)
 
 
-def _draw(route: "Route", item: "GenerationItem", clock: "StageClock") -> "Tensor":
+def _read_bundle(settings: Settings, lua: Path | None) -> Bundle:
+    """The first bundle of the settings, with the LUA weights of a file if one is given."""
+    served = read_bundles(settings)[0]
+    if lua is None:
+        return served
+    with working("loading torch"):
+        from giantleap.models.bundle.make import with_lua
+    try:
+        return with_lua(served, lua)
+    except (OSError, ValueError) as error:
+        stop(to_message(error))
+
+
+def _draw(route: "Route", item: "GenerationItem", stages: ShownStages) -> "Tensor":
     """Generate the item's raw latent and show the steps in a progress bar."""
     from tqdm import tqdm
 
-    with tqdm(total=item.steps, desc="generate", unit="step") as bar, clock.measure("generate"):
+    with tqdm(total=item.steps, desc="generate", unit="step") as bar, stages.clock.measure("generate"):
         (latent,) = route.generate([item], on_step=lambda step, steps: advance(bar, step))
     if latent is None:
         stop("the generation was canceled")
@@ -139,28 +176,33 @@ def _draw(route: "Route", item: "GenerationItem", clock: "StageClock") -> "Tenso
 
 def upscale(
     file: Annotated[
-        Path, typer.Argument(help="A .safetensors or .npy file with one latent, or an image: .png, .jpg, .webp.")
+        Path,
+        typer.Argument(help="A .safetensors or .npy file with one latent, or an image; - reads standard input."),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Image to write: .png, .jpg or .webp; or .safetensors.")],
+    out: OutOption,
     scale: Annotated[float | None, typer.Option(help="Enlargement: 2 or 4.")] = None,
     method: MethodOption = None,
     scaled: Annotated[bool, typer.Option(help="The latent is scaled, as a pipeline returns it, and not raw.")] = False,
     width: Annotated[int | None, typer.Option(help="Width of the image of a packed latent, px.")] = None,
     height: Annotated[int | None, typer.Option(help="Height of the image of a packed latent, px.")] = None,
     decode: DecodeOption = "exact",
+    lua: LuaOption = None,
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Enlarge a latent or an image without a service, and decode it unless the output is a latent."""
+    """Enlarge a latent or an image without a service, and decode it unless the output ends in .safetensors."""
+    as_latent = out.suffix == LATENT
+    output_format = "png" if as_latent else image_format(out)
+    check_output_file(out)
+    check_input_files(file, lua)
+
     from giantleap.service.jobs.images import read_image
     from giantleap.service.jobs.latents import LATENT_TENSOR
     from giantleap.service.jobs.planning import prepare_upscale
     from giantleap.service.jobs.requests import UpscaleQuery
 
     settings = settings_from(bundle=bundle, device=device)
-    served = read_bundles(settings)[0]
-    as_latent = out.suffix == ".safetensors"
-    output_format = "png" if as_latent else _image_format(out)
+    served, body = _read_bundle(settings, lua), read_input(file)
     try:
         query = UpscaleQuery.model_validate(
             {
@@ -173,37 +215,36 @@ def upscale(
                 "output": "latent" if as_latent else "image",
             }
         )
-        body = file.read_bytes()
         params, blob = prepare_upscale(query, body, None, served, settings, output_format)
         if params.batch_items != 1:
             stop(f"{file}: holds {params.batch_items} latents; the command takes a file with one")
-    except (OSError, ValueError, GiantleapError) as error:
+    except (ValueError, GiantleapError) as error:
         stop(f"{file}: {to_message(error)}")
 
-    from safetensors.torch import load, save_file
+    from safetensors.torch import load, save
 
     route = open_bundle_route(settings, served)
-    clock = route.clock()
-    how = (params.scale, params.method, None if as_latent else params.decode, clock)
+    stages = ShownStages(route.clock())
+    how = (params.scale, params.method, None if as_latent else params.decode, stages)
     if params.image_width_px is None:
         latents, images = route.upscale_and_decode(list(load(blob)[LATENT_TENSOR]), *how)
     else:
         latents, images = route.upscale_images([read_image(blob, settings.max_image_px)], *how)
     if as_latent:
-        save_file({LATENT_TENSOR: latents[0].contiguous()}, out)
-        _report(out, clock.stages_s)
+        write_output(out, save({LATENT_TENSOR: latents[0].contiguous()}))
+        _report(out, stages.clock.stages_s)
     else:
-        _write_image(out, output_format, images[0], clock)
+        _write_image(out, output_format, images[0], stages)
 
 
-def _write_image(out: Path, output_format: "ImageFormat", pixels: "Tensor | None", clock: "StageClock") -> None:
+def _write_image(out: Path, output_format: "ImageFormat", pixels: "Tensor | None", stages: ShownStages) -> None:
     from giantleap.models.images import to_image_bytes
 
     if pixels is None:
         stop("the decoded image has values that are not finite; nothing was written")
-    with clock.measure("encode"):
-        out.write_bytes(to_image_bytes(pixels, output_format))
-    _report(out, clock.stages_s)
+    with stages.measure("encode"):
+        write_output(out, to_image_bytes(pixels, output_format))
+    _report(out, stages.clock.stages_s)
 
 
 def _warn_of_unknown_words(bundle: Bundle, prompt: str) -> None:
@@ -214,12 +255,6 @@ def _warn_of_unknown_words(bundle: Bundle, prompt: str) -> None:
         typer.echo(f"giantleap: bundle {bundle.name} does not know: {', '.join(unknown)}", err=True)
 
 
-def _image_format(out: Path) -> "ImageFormat":
-    formats: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
-    if out.suffix.lower() not in formats:
-        stop(f"{out}: unknown image format; the name must end in one of {', '.join(formats)}")
-    return formats[out.suffix.lower()]
-
-
 def _report(out: Path, stages_s: Mapping[str, float]) -> None:
-    typer.echo(f"{out}  " + "  ".join(f"{stage} {duration_s:.3f} s" for stage, duration_s in stages_s.items()))
+    times = "  ".join(f"{stage} {duration_s:.3f} s" for stage, duration_s in stages_s.items())
+    typer.echo(f"{out}  {times}", err=out == STANDARD)

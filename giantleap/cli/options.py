@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from pydantic import ValidationError
 
+from giantleap.cli.errors import to_line
+from giantleap.cli.progress import working
 from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.bundle.names import PULLED, find_bundle
@@ -54,7 +56,7 @@ def bundle_directory(name: str, among_pulled: bool = True) -> Path:
     try:
         return find_bundle(name, pulled_dir() if among_pulled else None)
     except BundleError as error:
-        stop(str(error))
+        stop(to_line(error))
 
 
 def read_bundle_or_stop(directory: Path) -> Bundle:
@@ -62,7 +64,7 @@ def read_bundle_or_stop(directory: Path) -> Bundle:
     try:
         return read_bundle(directory)
     except BundleError as error:
-        stop(str(error))
+        stop(to_line(error))
 
 
 def read_bundles(settings: Settings) -> list[Bundle]:
@@ -78,9 +80,11 @@ def open_bundle_route(settings: Settings, bundle: Bundle) -> "Route":
     stop_if_on_hub(bundle)
     try:
         device = choose_device(settings.device)
-        return open_route(bundle, settings, device, choose_dtype(settings.dtype, device, bundle.dtype))
-    except ValueError as error:
-        stop(str(error))
+        dtype = choose_dtype(settings.dtype, device, bundle.dtype)
+        with working(f"loading bundle {bundle.name}"):
+            return open_route(bundle, settings, device, dtype)
+    except (OSError, ValueError) as error:
+        stop(f"bundle {bundle.name}: {to_line(error).removeprefix(f'bundle {bundle.name}: ')}")
 
 
 def advance(bar: "tqdm[NoReturn]", done: int, total: int = 0) -> None:
@@ -92,7 +96,7 @@ def to_message(error: Exception) -> str:
     """One line for an error: of a validation error the fields and their faults, without the values."""
     if isinstance(error, ValidationError):
         return "; ".join(f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors())
-    return str(error)
+    return to_line(error)
 
 
 def stop_if_on_hub(bundle: Bundle) -> None:

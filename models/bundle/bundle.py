@@ -55,10 +55,11 @@ class MethodError(BundleError):
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """The arguments of `from_pretrained`: a directory, or a hub id with its revision."""
+    """The arguments of `from_pretrained`: a directory, or a hub id with its revision; and the weights' variant."""
 
     place: Path | str
     revision: str | None = None
+    variant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,13 @@ class Bundle:
         directory: Where `bundle.toml` is.
         descriptor: Its content.
         statistics: Mean and standard deviation of the latents, if a local VAE stores them as weights (FLUX.2).
+        has_other_lua: Whether the LUA weights are a file of the user in place of the bundle's own.
     """
 
     directory: Path
     descriptor: Descriptor
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    has_other_lua: bool = False
 
     @property
     def name(self) -> str:
@@ -255,8 +258,8 @@ class Bundle:
         if section is None:
             return None
         if section.path is not None:
-            return ModelSource(self.directory / section.path)
-        return ModelSource(str(section.hub_id), section.revision)
+            return ModelSource(self.directory / section.path, variant=section.variant)
+        return ModelSource(str(section.hub_id), section.revision, section.variant)
 
     def check_lua(self, spec: LuaSpec) -> None:
         """Check that weights have the channels and heads of the descriptor.
@@ -264,7 +267,7 @@ class Bundle:
         Raises:
             BundleError: They differ.
         """
-        space, scales = self.latent_space, self.scales_of("lua")[1:]
+        scales = self.scales_of("lua")[1:]
         if spec.head == "liif":
             if not all(map(spec.takes, scales)):
                 raise BundleError(
@@ -273,9 +276,19 @@ class Bundle:
                 )
         elif spec.scales != scales:
             raise BundleError(f"{self.lua}: found heads for scales {spec.scales}; {DESCRIPTOR} says {scales}")
+        self.check_lua_channels(spec)
+
+    def check_lua_channels(self, spec: LuaSpec) -> None:
+        """Check that weights are for the channels of the bundle's latents.
+
+        Raises:
+            BundleError: They are not.
+        """
+        space = self.latent_space
         if spec.channels != space.channels:
             raise BundleError(
-                f"{self.lua}: found {spec.channels} channels; latent space {space.name} has {space.channels}"
+                f"LUA weights of {spec.channels} channels do not fit bundle {self.name}: latent space {space.name} has "
+                f"{space.channels}"
             )
 
 
@@ -320,7 +333,7 @@ def check_files(bundle: Bundle) -> None:
     Raises:
         BundleError: A file is missing, differs, or is not listed.
     """
-    lua = bundle.descriptor.lua
+    lua = None if bundle.has_other_lua else bundle.descriptor.lua
     listed = ({} if lua is None else {lua.file: lua.sha256}) | bundle.descriptor.files
     present = {path.relative_to(bundle.directory).as_posix() for path in weight_files(bundle.directory)}
     if present - set(listed):

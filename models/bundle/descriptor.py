@@ -61,11 +61,15 @@ class About(_Section):
 
 
 class Source(_Section):
-    """A directory inside the bundle, or a hub id with a revision (commit or branch) that `bundle pull` resolves."""
+    """A directory inside the bundle, or a hub id with a revision (commit or branch) that `bundle pull` resolves.
+
+    `variant` selects weight files as in `from_pretrained`.
+    """
 
     path: Text | None = None
     hub_id: Text | None = None
     revision: Text | None = None
+    variant: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_]+$")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -80,13 +84,11 @@ class PipelineSource(Source):
     """`[pipeline]`: the diffusers pipeline.
 
     `dtype` is the base model's type on a GPU, unless the settings name one. `scheduler` is a scheduler class of
-    diffusers to use in place of the pipeline's own, with the same configuration. `variant` selects weight files as in
-    `from_pretrained`.
+    diffusers to use in place of the pipeline's own, with the same configuration.
     """
 
     dtype: DtypeName | None = None
     scheduler: str | None = Field(default=None, pattern=r"^[A-Z][A-Za-z0-9]*Scheduler$")
-    variant: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_]+$")
 
 
 class VaeSource(Source):

@@ -29,6 +29,7 @@ _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d{5}-of-\d{5})?"
     r"\.safetensors(?P<index>\.index(?:\.(?P<index_variant>[A-Za-z0-9_]+))?\.json)?"
 )
+_WITHOUT_WEIGHTS = ("Tokenizer", "TokenizerFast", "Scheduler", "Processor", "Extractor", "ProcessorFast")  # by class
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 Part = dict[str, str]
@@ -50,36 +51,85 @@ class _Lock:
         draft.replace(self.path)
 
 
-def choose_pipeline_files(names: Sequence[str], model_index: Mapping[str, Any], variant: str | None) -> list[str]:
+def choose_pipeline_files(
+    names: Sequence[str], model_index: Mapping[str, Any], variant: str | None
+) -> tuple[list[str], str | None]:
     """Select the files of a diffusers pipeline that `from_pretrained` needs.
 
     Args:
         names: All files of the repository.
         model_index: Content of `model_index.json`, which names the parts.
-        variant: Variant of the weights, for the parts that have it.
+        variant: Variant of the weights, for the parts that have it; None: the only one of a part without plain weights.
+
+    Returns:
+        The files, and the variant to load them with.
 
     Raises:
-        BundleError: A part has weights in a pickle format only.
+        BundleError: A part has no weights, or none that are loaded.
     """
-    parts = [key for key, value in model_index.items() if isinstance(value, list) and value[0] is not None]
+    parts = {key: str(value[1]) for key, value in model_index.items() if isinstance(value, list) and value[0]}
+    own = {part: [n for n in names if n.startswith(f"{part}/") and n.count("/") == 1] for part in parts}
+    for part, files in own.items():
+        variant = variant or _only_variant(part, files)
     chosen = ["model_index.json", *(name for name in names if re.fullmatch(r"(?i)licen[cs]e[^/]*", name))]
-    for part in parts:
-        own = [name for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
-        chosen += choose_model_files(own, variant)
-    return chosen
+    for part, class_name in parts.items():
+        has_weights = not class_name.endswith(_WITHOUT_WEIGHTS)
+        files, found = choose_model_files(own[part], variant, part if has_weights else None)
+        if found not in (None, variant):
+            raise BundleError(f"{part}: its weights come as variant {found} only; the pipeline's is {variant}")
+        chosen += files
+    return chosen, variant
 
 
-def choose_model_files(names: Sequence[str], variant: str | None = None) -> list[str]:
-    """Select the files of one model directory: its configuration, and its weights as safetensors."""
-    weights = {name: match for name in names if (match := _WEIGHTS.fullmatch(name.rpartition("/")[2]))}
-    variants = {name: match["variant"] or match["index_variant"] for name, match in weights.items()}
+def choose_model_files(
+    names: Sequence[str], variant: str | None = None, part: str | None = None
+) -> tuple[list[str], str | None]:
+    """Select the files of one model directory: its configuration, and its weights as safetensors.
+
+    Args:
+        names: All files of the directory.
+        variant: Variant of the weights; plain ones do where it is missing. None: plain ones, or else the only variant.
+        part: Name of a model, for messages; None for a part that may have no weights.
+
+    Returns:
+        The files, and the variant of the weights.
+
+    Raises:
+        BundleError: The model has no weights, or none that are loaded.
+    """
+    variants = _weight_variants(names)
     wanted = variant if variant in variants.values() else None
-    chosen = [name for name in names if name in weights and variants[name] == wanted]
+    if wanted is None:
+        wanted = _only_variant(part or "model", names)
+    chosen = [name for name, own in variants.items() if own == wanted]
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles and not chosen:
         raise BundleError(f"{pickles[0]}: these weights come as pickles only, which are not loaded")
+    if part is not None and not chosen and any(name.rpartition("/")[2] == "config.json" for name in names):
+        raise BundleError(f"{part}: the repository has no weights as safetensors; name another one")
     configs = [name for name in names if name.endswith(_CONFIG_SUFFIXES) and ".index." not in name]
-    return configs + chosen
+    return configs + chosen, wanted
+
+
+def _weight_variants(names: Sequence[str]) -> dict[str, str | None]:
+    """The weight files with their variants."""
+    weights = {name: match for name in names if (match := _WEIGHTS.fullmatch(name.rpartition("/")[2]))}
+    return {name: match["variant"] or match["index_variant"] for name, match in weights.items()}
+
+
+def _only_variant(part: str, names: Sequence[str]) -> str | None:
+    """The one variant of a model without plain weights; None where there are plain ones, or no weights.
+
+    Raises:
+        BundleError: There are several.
+    """
+    variants = set(_weight_variants(names).values())
+    if not variants or None in variants:
+        return None
+    if len(variants) > 1:
+        known = ", ".join(sorted(filter(None, variants)))
+        raise BundleError(f"{part}: its weights come as variants {known}; name one as `variant` in bundle.toml")
+    return variants.pop()
 
 
 def pull_bundle(bundle: Bundle, directory: Path, hub: Hub, report: Callable[[str], object]) -> Bundle:
@@ -148,9 +198,11 @@ class _Pull:
         ):
             if source is None or source.hub_id is None:
                 continue
-            self._fetch_part(part, str(source.hub_id), str(source.revision))
-            values[part] = {key: value for key, value in values[part].items() if key not in ("hub_id", "revision")}
-            values[part]["path"] = part
+            variant = self._fetch_part(part, str(source.hub_id), str(source.revision), source.variant)
+            values[part] = {
+                key: value for key, value in values[part].items() if key not in ("hub_id", "revision", "variant")
+            }
+            values[part] |= {"path": part} | ({} if variant is None else {"variant": variant})
         if descriptor.lua is None and descriptor.lua_source is not None and descriptor.lua_source.hub_id is not None:
             values["lua"] = self._fetch_lua()
             values["defaults"]["method"] = "lua"
@@ -176,17 +228,29 @@ class _Pull:
             self.lock.files[name] = digest
         self.lock.write()
 
-    def _fetch_part(self, part: str, hub_id: str, revision: str) -> None:
+    def _fetch_part(self, part: str, hub_id: str, revision: str, variant: str | None) -> str | None:
+        """Download a part; returns the variant of its weights."""
         snapshot = self._snapshot(part, hub_id, revision)
         if part != "pipeline":
-            names = choose_model_files([name for name in snapshot.files if "/" not in name])
+            top = [name for name in snapshot.files if "/" not in name]
+            names, variant = choose_model_files(top, variant, part)
         elif "model_index.json" not in snapshot.files:
             raise BundleError(f"{hub_id} is no diffusers pipeline: model_index.json is missing")
         else:
             self._fetch_files(part, snapshot, ["model_index.json"])
             index = json.loads((self.directory / part / "model_index.json").read_text(encoding="utf-8"))
-            names = choose_pipeline_files(list(snapshot.files), index, self.bundle.variant)
+            names, variant = choose_pipeline_files(list(snapshot.files), index, variant)
         self._fetch_files(part, snapshot, names)
+        self._check_shards(part, names)
+        return variant
+
+    def _check_shards(self, part: str, names: Sequence[str]) -> None:
+        """Refuse weights whose index names a file that the repository does not have."""
+        for name in (each for each in names if ".index." in each and each.endswith(".json")):
+            path = self.directory / part / name
+            for shard in set(json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values()):
+                if not (path.parent / shard).is_file():
+                    raise BundleError(f"{part}: {name} names {shard}, which the repository lacks; name another one")
 
     def _snapshot(self, part: str, hub_id: str, revision: str) -> HubSnapshot:
         """The snapshot that an earlier run chose, so that files of two commits never mix."""

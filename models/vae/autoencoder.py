@@ -206,7 +206,7 @@ def read_vae_model(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> 
         OSError: The directory or a file in it is missing.
     """
     source = bundle.vae or ModelSource(bundle.pipeline, bundle.revision)
-    variant = bundle.variant if bundle.vae is None else None
+    variant = bundle.variant if bundle.vae is None else bundle.vae.variant
     place = bundle.vae_directory or source.place
     if isinstance(place, Path) and not any(place.glob(f"*.{variant}[.-]*safetensors")):
         variant = None  # a part without files of the variant has files without one
@@ -232,6 +232,7 @@ def read_tiny(source: ModelSource, device: torch.device, dtype: torch.dtype) -> 
     tiny: Any = AutoencoderTiny.from_pretrained(
         str(source.place),
         revision=source.revision,
+        variant=source.variant,
         torch_dtype=dtype,
         use_safetensors=True,
         local_files_only=isinstance(source.place, Path),

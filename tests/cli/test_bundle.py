@@ -15,6 +15,7 @@ from giantleap.models.bundle.descriptor import Descriptor
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec
 from tests.models.fake_hub import FakeHub, Repository, serve_hub
+from tests.tiny_bundle import write_tiny_lua
 
 PIPELINE, LUA = "maker/tiny-pipeline", "maker/lua"
 Run = Callable[..., Result]
@@ -111,7 +112,7 @@ def test_a_pulled_bundle_is_found_by_name_and_runs_with_the_network_off(
     ended = run("pull", source)
     assert ended.exit_code == 0, ended.output
     target = tmp_path / "data" / "bundles" / "tiny"
-    assert f"giantleap serve --bundle {target}" in _plain(ended.output)
+    assert f"bundle tiny is in {target}; serve it with: giantleap serve --bundle tiny" in _plain(ended.output)
     check_files(read_bundle(target))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     fetched_before = len(hub.fetched)
@@ -158,3 +159,55 @@ def test_check_finds_a_changed_byte_and_refuses_an_unknown_method(
 def test_check_runs_the_pocket_bundle_directly(run: Run) -> None:
     ended = run("check", "pocket", "--method", "direct")
     assert ended.exit_code == 0 and "method direct x1, 128 x 128 px" in ended.output, ended.output
+
+
+def test_a_bundle_made_of_own_weights_is_served_by_its_name(
+    run: Run, tiny_bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "run" / "lua.safetensors"
+    weights.parent.mkdir()
+    write_tiny_lua(weights, seed=1)
+    ended = run("make", "mine", "--lua", weights, "--from", tiny_bundle_dir, "--title", "Mine")
+    assert ended.exit_code == 0 and "giantleap bundle check mine" in _plain(ended.output), ended.output
+    directory = tmp_path / "data" / "bundles" / "mine"
+    made = read_bundle(directory)
+    check_files(made)
+    assert made.lua is not None and made.lua.read_bytes() == weights.read_bytes()
+    assert (made.name, made.about.title, made.defaults.method, made.scales_of("lua")) == (
+        "mine",
+        "Mine",
+        "lua",
+        (1, 2, 4),
+    )
+    assert made.swinir, "the other parts are those of the other bundle"
+    ended = run("check", "mine")
+    assert ended.exit_code == 0, ended.output
+    again = run("make", "mine", "--lua", weights, "--from", tiny_bundle_dir)
+    assert again.exit_code == 2 and "is not empty; name another directory" in _plain(again.output)
+
+
+def test_weights_in_a_released_layout_make_a_bundle_of_one_on_the_hub(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Lua(LuaSpec(4, 12, (2,), 2, window=4, num_feat=8))
+    torch.save({"params_ema": net.state_dict()}, tmp_path / "lua.pth")
+    ended = run("make", "mine", "--lua", tmp_path / "lua.pth", "--from", "sdxl", "--to", tmp_path / "mine")
+    assert ended.exit_code == 0 and "giantleap bundle pull" in _plain(ended.output), ended.output
+    made = read_bundle(tmp_path / "mine")
+    assert made.descriptor.pipeline.hub_id and made.lua == tmp_path / "mine" / "lua.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "reason"),
+    [
+        ("Not A Name", "lua.safetensors", "bundle.name"),
+        ("mine", "swinir_x2.safetensors", "3 channels do not fit bundle tiny"),
+        ("mine", "bundle.toml", "found suffix '.toml'"),
+    ],
+)
+def test_what_makes_no_bundle_leaves_nothing(
+    run: Run, tiny_bundle_dir: Path, tmp_path: Path, name: str, weights: str, reason: str
+) -> None:
+    to = tmp_path / "made"
+    ended = run("make", name, "--lua", tiny_bundle_dir / weights, "--from", tiny_bundle_dir, "--to", to)
+    assert ended.exit_code == 2 and reason in ended.output, ended.output
+    assert not to.exists() and not list(tmp_path.glob(".made*"))

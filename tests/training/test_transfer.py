@@ -299,7 +299,7 @@ def test_the_command_transfers_or_says_why_not(other: SimpleNamespace, tiny_bund
     for answer, why in (
         (call(weights), "name the bundle's directory, or another start"),
         (call(other.bundle), "has no LUA weights"),
-        (call(tmp_path / "absent"), "No such file"),
+        (call(tmp_path / "absent"), "is no bundle"),
         (call(tiny_bundle_dir, bundle=tiny_bundle_dir), "made with another VAE"),
     ):
         assert answer.exit_code == 2 and why in " ".join(answer.output.split()), answer.output

@@ -136,7 +136,7 @@ def put(section: str, **content: Any) -> Callable[[Values], object]:
         (put("lua", scales=["2"]), r"lua\.scales\.0"),
         (put("lua", scales=[]), r"lua\.scales"),
         (put("lua", scales=[2]), r"found heads for scales \(2, 4\); bundle.toml says \(2,\)"),
-        (put("latent_space", channels=5), "found 4 channels; latent space own has 5"),
+        (put("latent_space", channels=5), "4 channels do not fit bundle .*: latent space own has 5"),
         (put("latent_space", scale=0.6), "scaling_factor is 0.5; latent space own of bundle.toml has 0.6"),
         (put("latent_space", shift=0.1), "shift_factor is 0; latent space own of bundle.toml has 0.1"),
         (put("latent_space", name="sdxl"), "sdxl is a known family: leave its numbers out"),

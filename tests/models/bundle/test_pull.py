@@ -260,9 +260,9 @@ def test_of_a_large_repository_only_the_parts_of_the_pipeline_come() -> None:
         "text_encoder/openvino_model.bin", "text_encoder/openvino_model.xml", "vae_decoder/model.onnx",
         "vae_1_0/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
-    chosen = choose_pipeline_files(names, index, None)
+    chosen, _ = choose_pipeline_files(names, index, None)
     assert len(chosen) == len(set(chosen)) and set(chosen) == set(names) - left_out
-    assert set(choose_pipeline_files(names, index, "fp16")) == set(chosen), "no such variant: the files without one"
+    assert set(choose_pipeline_files(names, index, "fp16")[0]) == set(chosen), "no such variant: the files without one"
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,62 @@ def test_a_variant_is_taken_whole_and_alone(variant: str | None, weights: set[st
         "model.safetensors.index.fp16.json",
     ]  # fmt: skip
     configs = {"config.json", "generation_config.json", "chat_template.jinja"}
-    assert set(choose_model_files(names, variant)) == configs | weights
+    assert set(choose_model_files(names, variant)[0]) == configs | weights
+
+
+FP16 = "diffusion_pytorch_model.fp16.safetensors"
+
+
+def test_weights_that_come_as_one_variant_only_are_fetched_and_named(
+    pull: Pull, server: FakeHub, tmp_path: Path
+) -> None:
+    for hub_id, folder in ((PIPELINE, "unet/"), (PIPELINE, "vae/"), (VAE, ""), (TINY, "")):
+        files = server.repositories[hub_id]
+        files[f"{folder}{FP16}"] = files.pop(f"{folder}diffusion_pytorch_model.safetensors")
+    done = pull(pipeline={"hub_id": PIPELINE, "revision": "main"})
+    to = tmp_path / "to"
+    assert all((to / part / FP16).is_file() for part in ("pipeline/unet", "pipeline/vae", "vae", "tiny_vae"))
+    assert done.vae is not None and done.tiny_vae is not None
+    assert (done.variant, done.vae.variant, done.tiny_vae.variant) == ("fp16", "fp16", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("part", "files", "reason"),
+    [
+        (VAE, {"diffusion_pytorch_model.safetensors": None}, "vae: the repository has no weights"),
+        (TINY, {"diffusion_pytorch_model.safetensors": None, "weights.safetensors": b"?"}, "tiny_vae: the repository"),
+        (PIPELINE, {"vae/diffusion_pytorch_model.safetensors": None}, "vae: the repository has no weights"),
+        (
+            VAE,
+            {"diffusion_pytorch_model.safetensors": None, FP16: b"a", FP16.replace("fp16", "bf16"): b"b"},
+            "variants bf16, fp16; name one as `variant`",
+        ),
+        (
+            VAE,
+            {
+                "diffusion_pytorch_model.safetensors": None,
+                "diffusion_pytorch_model.safetensors.index.json": b'{"weight_map": {"a": "lost.safetensors"}}',
+            },
+            "names lost.safetensors, which the repository lacks",
+        ),
+        (
+            PIPELINE,
+            {"vae/diffusion_pytorch_model.safetensors": None, f"vae/{FP16.replace('fp16', 'bf16')}": b"b"},
+            "variant bf16 only; the pipeline's is fp16",
+        ),
+    ],
+)
+def test_a_part_whose_weights_cannot_be_fetched_ends_the_pull(
+    pull: Pull, server: FakeHub, tmp_path: Path, part: str, files: dict[str, bytes | None], reason: str
+) -> None:
+    for name, content in files.items():
+        if content is None:
+            del server.repositories[part][name]
+        else:
+            server.repositories[part][name] = content
+    with pytest.raises(BundleError, match=reason):
+        pull()
+    assert not (tmp_path / "to" / "bundle.toml").exists(), "it is not to be served"
 
 
 def test_weights_that_are_pickles_only_are_refused() -> None:
