@@ -80,9 +80,7 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.", min=0)] = None,
     init_image: Annotated[Path | None, typer.Option(help="Image to start from: .png, .jpg or .webp.")] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="How far the result may differ from that image, 0 to 1.")
-    ] = None,
+    strength: Annotated[float | None, typer.Option(help="How far the result may differ from it, 0 to 1.")] = None,
     decode: DecodeOption = "exact",
     lua: LuaOption = None,
     bundle: BundleOption = None,
@@ -92,9 +90,7 @@ def generate(
     output_format = image_format(out)
     check_output_file(out)
     check_input_files(lua, init_image)
-    if prompt == "-":
-        prompt = read_input(STANDARD).decode(errors="replace").strip()
-
+    prompt = read_input(STANDARD).decode(errors="replace").strip() if prompt == "-" else prompt
     from giantleap.service.jobs.images import fit_image
     from giantleap.service.jobs.planning import plan_generate
     from giantleap.service.jobs.requests import GenerateRequest
