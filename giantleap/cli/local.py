@@ -55,6 +55,11 @@ LuaOption = Annotated[
 ]
 
 
+InputArgument = Annotated[
+    Path, typer.Argument(help="A .safetensors or .npy file with one latent, or an image; - reads standard input.")
+]
+
+
 def models(bundle: BundleOption = None) -> None:
     """Print the bundles that the settings name: methods, latents, sizes and defaults."""
     for each in read_bundles(settings_from(bundle=bundle)):
@@ -171,10 +176,7 @@ def _draw(route: "Route", item: "GenerationItem", stages: ShownStages) -> "Tenso
 
 
 def upscale(
-    file: Annotated[
-        Path,
-        typer.Argument(help="A .safetensors or .npy file with one latent, or an image; - reads standard input."),
-    ],
+    file: InputArgument,
     out: OutOption,
     scale: Annotated[float | None, typer.Option(help="Enlargement: 2 or 4.")] = None,
     method: MethodOption = None,
