@@ -1,5 +1,5 @@
-# Python 3.11 or newer, make and git are enough for every target but three: `deploy-check` says what else it needs, `compiler` and
-# `peers` need a C++ compiler. None needs root, a GPU or Docker.
+# Python 3.11 or newer, make and git are enough for every target but four: `deploy-check` says what else it needs, `compiler` and
+# `peers` need a C++ compiler, `browser` Chromium. None needs root, a GPU or Docker.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -10,7 +10,7 @@ WORKERS  ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile
 COVERAGE ?= $(if $(CI),--cov --cov-report=term:skip-covered)
 
 .DEFAULT_GOAL := help
-.PHONY: help hooks oldest demo serve test slow compiler check security audit format lint types quality ablations chaos fuzz compat peers deploy-check clean
+.PHONY: help hooks oldest demo serve test slow compiler browser check security audit format lint types quality ablations chaos fuzz compat peers deploy-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,13 +43,16 @@ serve: $(VENV)/.run ## Install and run the service on http://127.0.0.1:8000 unti
 	$(BIN)/giantleap serve
 
 test: $(VENV)/.dev ## Install and run every test (starts its own Redis)
-	$(BIN)/python -m pytest $(WORKERS) $(COVERAGE) -m "not slow and not gpu and not chaos and not fuzz and not deploy and not compiler"
+	$(BIN)/python -m pytest $(WORKERS) $(COVERAGE) -m "not slow and not gpu and not chaos and not fuzz and not deploy and not compiler and not browser"
 
 slow: $(VENV)/.dev ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu and not chaos and not fuzz"
 
 compiler: $(VENV)/.dev ## Run the tests of compiled code, which need a C++ compiler (minutes)
 	$(BIN)/python -m pytest -m "compiler and not gpu"
+
+browser: $(VENV)/.dev ## Run the tests of pages in Chromium, which must be on the PATH
+	$(BIN)/python -m pytest -m browser
 
 # What is cut off by a kill is reported as not closed when it is collected; elsewhere that is an error.
 CUT_OFF := -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning

@@ -62,6 +62,8 @@ class Caller:
 
 
 ANONYMOUS = Caller()
+URL_HOLDER: Final = Caller(scopes=frozenset({Scope.ADMIN}))
+"""Whoever sends a signed URL, whoever owns the job: the signature covers the path, so it opens nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +225,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def presented_keys(headers: Sequence[tuple[bytes, bytes]]) -> set[str]:
-    """The keys in a request's headers: `Authorization: Bearer KEY` and `X-API-Key: KEY`."""
+    """What may be keys in a request's headers: `Authorization: Bearer KEY` and `X-API-Key: KEY`.
+
+    Other schemes of Authorization are those of proxies.
+    """
     presented = set()
     for name, value in headers:
         text = value.decode("latin-1").strip()
@@ -232,7 +237,7 @@ def presented_keys(headers: Sequence[tuple[bytes, bytes]]) -> set[str]:
         elif name == b"authorization":
             scheme, _, key = text.partition(" ")
             presented.add(key.strip() if scheme.lower() == "bearer" else "")
-    return presented
+    return presented - {""}
 
 
 def check_auth_config(settings: Settings) -> None:

@@ -4,6 +4,7 @@ Variables win over the file (`GIANTLEAP_SETTINGS_FILE`, TOML), options of a comm
 the file again, at SIGHUP, and passes the settings to its child processes as variables (`to_environment`).
 """
 
+import ipaddress
 import os
 import re
 import tomllib
@@ -37,6 +38,8 @@ _PAGE_DEFAULTS = {
     "bundle": "`bundles/pocket` of the installation",
     "data_dir": "`~/.giantleap`",
     "cors_origins": "none",
+    "forwarded_allow_ips": "none",
+    "root_path": "none",
     "webhook_hosts": "any",
 }
 
@@ -128,6 +131,22 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Sites whose pages may call the API, such as https://app.example.org, comma-separated."
     )
+    url_secret: SecretStr | None = Field(
+        None,
+        description="Key that signs the URLs of results and events, which then need no API key; none: they need one.",
+        min_length=16,
+    )
+    url_ttl_s: int = Field(3600, description="How long a signed URL is valid.", ge=1, le=7 * 86_400)
+    forwarded_allow_ips: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Addresses or networks of proxies whose `X-Forwarded-Proto` and `-For` are believed, "
+        "comma-separated, or `*`; none: `FORWARDED_ALLOW_IPS`, else 127.0.0.1.",
+    )
+    root_path: str = Field(
+        "",
+        description="Path below which a proxy publishes the API, such as /giantleap; it may strip the path or not.",
+        pattern=r"^(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*$",
+    )
     max_prompt_chars: int = Field(2000, description="Longest prompt.", ge=1)
     wait_timeout_s: float = Field(300.0, description="Longest wait of a synchronous request; then 504.", gt=0)
 
@@ -158,7 +177,7 @@ class Settings(BaseSettings):
         pattern=r"^https?://[^/?#\s]+$",
     )
 
-    @field_validator("bundle", "cors_origins", "webhook_hosts", mode="before")
+    @field_validator("bundle", "cors_origins", "forwarded_allow_ips", "webhook_hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -173,9 +192,27 @@ class Settings(BaseSettings):
     @field_validator("cors_origins")
     @classmethod
     def _plain_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not all(re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+", origin) for origin in value):
+        if not all(re.fullmatch(r"(?i)https?://[a-z0-9.:\[\]-]+", origin) for origin in value):
             raise ValueError("an origin must be a scheme, a host and a port, as https://app.example.org; no path, no *")
+        # As browsers send it: in small letters, without the port of the scheme.
+        ports = {"http": ":80", "https": ":443"}
+        return tuple(each.lower().removesuffix(ports[each.lower().partition(":")[0]]) for each in value)
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            try:
+                ipaddress.ip_network(address)
+            except ValueError:
+                if address != "*":
+                    raise ValueError("a proxy must be an address or a network, as 10.0.0.0/8, or *") from None
         return value
+
+    @field_validator("root_path", mode="before")
+    @classmethod
+    def _without_last_slash(cls, value: object) -> object:
+        return value.rstrip("/") if isinstance(value, str) else value
 
     @field_validator("webhook_hosts")
     @classmethod

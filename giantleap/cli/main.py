@@ -137,7 +137,7 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
 
     from giantleap.models.allocator import keep_freed_memory
     from giantleap.service.api.app import create_app
-    from giantleap.service.api.server import BoundedHttp
+    from giantleap.service.api.server import server_config
     from giantleap.service.supervisor.supervisor import notify_ready
 
     keep_freed_memory()
@@ -145,17 +145,6 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
         application = create_app(settings)
     except (BundleError, BadConfiguration) as error:
         stop(str(error))
-    config = uvicorn.Config(
-        application,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        http=BoundedHttp,
-        ws="none",
-        # Longer than clients keep idle connections, so that no request meets one that is closing.
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(settings.drain_grace_s),
-    )
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -168,7 +157,7 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
             await super().shutdown(sockets)
             log.info("API stopped")  # here: the server then ends the process by the signal that it received
 
-    Server(config).run(sockets=[socket.socket(fileno=listen_fd)])
+    Server(server_config(application, settings)).run(sockets=[socket.socket(fileno=listen_fd)])
 
 
 def _stop_not_listening(settings: Settings, error: OSError) -> NoReturn:

@@ -13,8 +13,11 @@ from fastapi import FastAPI
 
 from giantleap.service.api.compat import kserve, openai, remote_vae
 from giantleap.service.api.dependencies import AppState
+from giantleap.service.api.links import open_signer
 from giantleap.service.api.middleware.authentication import AuthenticationMiddleware
+from giantleap.service.api.middleware.head import HeadMiddleware
 from giantleap.service.api.middleware.request_context import RequestContextMiddleware
+from giantleap.service.api.middleware.root_path import RootPathMiddleware
 from giantleap.service.api.middleware.security_headers import SecurityHeadersMiddleware, allow_origins
 from giantleap.service.api.openapi import describe, operation_id
 from giantleap.service.api.problems import handle_errors
@@ -56,7 +59,8 @@ def create_app(settings: Settings, producer: JobProducer | None = None, tracing:
     sender = None
     if client is not None and settings.webhook_secret is not None:
         sender = WebhookSender(client, settings, metrics)
-    state = AppState(settings, load_bundles(settings), producer, metrics, asyncio.Event())
+    signer = open_signer(settings)
+    state = AppState(settings, load_bundles(settings), producer, metrics, asyncio.Event(), signer)
 
     app = FastAPI(
         title="Giantleap",
@@ -79,20 +83,28 @@ def create_app(settings: Settings, producer: JobProducer | None = None, tracing:
 def _add_middlewares(app: FastAPI, state: AppState, spans: Tracing) -> None:
     """Add the middlewares. Starlette adds each around the previous ones, so a request meets them in this order.
 
-    1. `SecurityHeadersMiddleware`: headers of every response; closes connections with unread bodies.
-    2. `RequestContextMiddleware`: request id, trace, log line, metrics, limit of the body, unexpected errors.
-    3. `CORSMiddleware`, where the settings name origins: preflight requests and CORS headers.
-    4. `AuthenticationMiddleware`: limits of headers and JSON, requests of other sites, API key, rate limit.
+    1. `RootPathMiddleware`: the path below a reverse proxy.
+    2. `SecurityHeadersMiddleware`: headers of every response; closes connections with unread bodies.
+    3. `CORSMiddleware`, where the settings name origins: preflight requests, and CORS headers of every response.
+    4. `RequestContextMiddleware`: request id, trace, log line, metrics, limit of the body, unexpected errors.
+    5. `HeadMiddleware`: HEAD as GET without the body.
+    6. `AuthenticationMiddleware`: limits of headers and JSON, requests of other sites, API key, rate limit.
     """
     settings = state.settings
     app.add_middleware(
-        AuthenticationMiddleware, keys=open_keys(settings), producer=state.producer, origins=settings.cors_origins
+        AuthenticationMiddleware,
+        keys=open_keys(settings),
+        producer=state.producer,
+        origins=settings.cors_origins,
+        signer=state.signer,
     )
-    allow_origins(app, settings.cors_origins)
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(
         RequestContextMiddleware, max_body_bytes=settings.max_body_bytes, metrics=state.metrics, tracing=spans
     )
-    app.add_middleware(SecurityHeadersMiddleware)
+    allow_origins(app, settings.cors_origins)
+    app.add_middleware(SecurityHeadersMiddleware, origins=settings.cors_origins)
+    app.add_middleware(RootPathMiddleware, root_path=settings.root_path)
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import Depends, Path, Request
 
 from giantleap.models.image_formats import ImageFormat
+from giantleap.service.api.links import UrlSigner
 from giantleap.service.auth import Caller
 from giantleap.service.errors import NotFound, NotReady
 from giantleap.service.jobqueue.producer import JobProducer
@@ -28,13 +29,14 @@ UNKNOWN_JOB = "no such job: it never existed, or its time to live has passed"
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """One API process: its settings, the bundles that it accepts jobs for, the queue, and whether it is stopping."""
+    """One API process: its settings, bundles, queue and signer of URLs, and whether it is stopping."""
 
     settings: Settings
     bundles: dict[str, ServedBundle]
     producer: JobProducer
     metrics: Metrics
     stopping: asyncio.Event
+    signer: UrlSigner | None
 
     def devices(self, name: str) -> tuple[Device, ...]:
         """The known devices on which jobs of a bundle may run; costs no round trip."""

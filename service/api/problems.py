@@ -168,7 +168,8 @@ def _methods(request: Request) -> list[str]:
     """The methods of a path (RFC 9110, 15.5.6); the framework names those of its first route only."""
     scopes = [{**request.scope, "method": str(method)} for method in HTTPMethod]
     routes = request.app.routes
-    return sorted(scope["method"] for scope in scopes if any(r.matches(scope)[0] is Match.FULL for r in routes))
+    methods = {scope["method"] for scope in scopes if any(r.matches(scope)[0] is Match.FULL for r in routes)}
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
 
 async def _handle_disconnect(request: Request, error: Exception) -> Response:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fastapi import Request, Response
 
 from giantleap.service.api.dependencies import AppState
-from giantleap.service.api.paths import job_path
+from giantleap.service.api.links import links_of
 from giantleap.service.api.problems import from_job_error, problem_response
 from giantleap.service.api.schemas import to_job_body
 from giantleap.service.errors import Conflict, GiantleapError, JobFailed, NotFound
@@ -31,7 +31,7 @@ async def handle_job_problem(request: Request, problem: Exception) -> Response:
     """The response to a `JobProblem`."""
     assert isinstance(problem, JobProblem)
     job_id = problem.record.job.id
-    members = {"job_id": job_id, "status_url": job_path(request.scope, job_id)}
+    members = {"job_id": job_id, "status_url": links_of(request).job(job_id)}
     return problem_response(problem.error, request, job_headers(problem.record), **members)
 
 
@@ -46,7 +46,7 @@ def job_response(
     request: Request, record: JobRecord, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """The job as JSON."""
-    body = to_job_body(record, job_path(request.scope, record.job.id))
+    body = to_job_body(record, links_of(request))
     return Response(body.model_dump_json(), status, job_headers(record) | dict(headers or {}), JSON_TYPE)
 
 
@@ -59,8 +59,11 @@ async def file_response(
         NotFound: The result no longer exists.
     """
     result = record.results[index]
-    seed = {} if result.seed is None else {"X-Seed": str(result.seed)}
-    all_headers = result_headers(record) | dict(headers or {}) | seed
+    all_headers = result_headers(record) | dict(headers or {})
+    if result.seed is not None:
+        all_headers["X-Seed"] = str(result.seed)
+    if state.settings.cors_origins or state.signer is not None:  # for <img>, which names no origin
+        all_headers["Cross-Origin-Resource-Policy"] = "cross-origin"
     return Response(await _read_result(state, record, index), 200, all_headers, result.content_type)
 
 

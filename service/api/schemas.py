@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import METHODS, DecodeName, Method
 from giantleap.models.latent_space import Packing
+from giantleap.service.api.links import Links
 from giantleap.service.api.problems import from_job_error, problem_body
 from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState, Priority, to_rfc3339
 from giantleap.service.settings import Settings
@@ -189,12 +190,12 @@ def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
     )
 
 
-def to_job_body(record: JobRecord, url: str) -> JobBody:
-    """The body of a job; `url` is its path on this host."""
+def to_job_body(record: JobRecord, links: Links) -> JobBody:
+    """The body of a job."""
     job = record.job
     results = [
         ResultBody(
-            url=f"{url}/result?index={index}",
+            url=links.result(job.id, index),
             content_type=result.content_type,
             size_bytes=result.size_bytes,
             seed=result.seed,
@@ -223,8 +224,8 @@ def to_job_body(record: JobRecord, url: str) -> JobBody:
         warnings=list(record.all_warnings),
         results=results,
         result_url=results[0].url if results else None,
-        status_url=url,
-        events_url=f"{url}/events",
-        cancel_url=f"{url}/cancel",
+        status_url=links.job(job.id),
+        events_url=links.events(job.id),
+        cancel_url=f"{links.job(job.id)}/cancel",
         error=problem_body(from_job_error(record.error), job.id) if record.error is not None else None,
     )

@@ -1,18 +1,76 @@
-"""uvicorn's HTTP/1.1 protocol with a limit on the size of a request's head and on the time it may take.
+"""uvicorn's HTTP/1.1 protocol: no upgrade to another protocol, a limit on a request's head and on the time it takes.
 
 The parser buffers a head until it is complete, and uvicorn sets no limit: one connection could fill the memory with a
 single header, or stay open for ever. Requests that are read whole meet the stricter limits of
 `giantleap.service.api.middleware.authentication`. A reverse proxy has such limits of its own.
+
+A request may offer another protocol (`Upgrade: h2c` from every Java client); the server may ignore the offer (RFC 9110,
+7.8). The parser believes that it was accepted: it drops the body, and whatever follows the head becomes the next
+request. `Http1Parser` therefore reads such a head again without the offer.
 """
 
 import asyncio
+from array import array
 from asyncio.events import TimerHandle
+from typing import Any
 
+import httptools
+import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from giantleap.service.settings import Settings
 
 MAX_HEAD_BYTES = 128 << 10
 HEAD_TIMEOUT_S = 60.0
+_KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that no request meets one that is closing
 _REFUSAL = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves the app."""
+    proxies = settings.forwarded_allow_ips
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        http=BoundedHttp,
+        ws="none",
+        forwarded_allow_ips="*" if "*" in proxies else list(proxies) or None,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(settings.drain_grace_s),
+    )
+
+
+class Http1Parser(httptools.HttpRequestParser):
+    """Parses the requests of one connection as HTTP/1.1, whatever else they offer.
+
+    Args:
+        protocol: Receives the parts; `on_headers_complete` comes twice for a head with an offer.
+    """
+
+    def __init__(self, protocol: "BoundedHttp") -> None:
+        super().__init__(protocol)
+        self._protocol = protocol
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+
+    def feed_data(self, data: bytes | bytearray | memoryview | array[int]) -> None:
+        """Parse what was received.
+
+        Raises:
+            HttpParserError: It is not HTTP/1.1, or CONNECT, after which a proxy would expect a tunnel.
+        """
+        while True:
+            try:
+                super().feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if self.get_method() == b"CONNECT":
+                    raise httptools.HttpParserError("CONNECT is not supported") from upgrade
+                (head_end,) = upgrade.args
+                super().feed_data(self._protocol.head_without_offer())
+                data = memoryview(data)[head_end:]
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -21,6 +79,10 @@ class BoundedHttp(HttpToolsProtocol):
     head_timeout_s = HEAD_TIMEOUT_S
     _pending_bytes = 0  # received since the parser last completed a head or a part of a body
     _timer: TimerHandle | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.parser = Http1Parser(self)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timer of the first head."""
@@ -48,15 +110,30 @@ class BoundedHttp(HttpToolsProtocol):
             self._start_timer()
 
     def on_headers_complete(self) -> None:
-        """The head is complete."""
+        """The head is complete: start the request, unless the head comes again without its offer."""
         self._pending_bytes = 0
         self._stop_timer()
+        if self.parser.should_upgrade():
+            return
         super().on_headers_complete()
+        self.headers = []  # for the fields of a trailer, which must not become headers (RFC 9110, 6.5.1)
 
     def on_body(self, body: bytes) -> None:
         """Part of the body is complete."""
         self._pending_bytes = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The body is complete, unless it is not yet known that there is one."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def head_without_offer(self) -> bytes:
+        """The head that was read last, without its Upgrade headers."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([*lines, b"\r\n"])
 
     def _start_timer(self) -> None:
         self._timer = self.loop.call_later(self.head_timeout_s, self.transport.close)

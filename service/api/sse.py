@@ -7,7 +7,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -41,8 +41,32 @@ def to_block(name: str, data: Mapping[str, Any], event_id: str | None = None) ->
     return f"{head}event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
+async def open_events(events: AsyncGenerator[JobEvent], ended: bool) -> AsyncGenerator[JobEvent] | None:
+    """The events to stream; None where the job has ended and none is left.
+
+    An empty stream would not do: EventSource would connect again for ever, and ends only on 204.
+
+    Args:
+        events: Events after the last one that the client has.
+        ended: Whether the job is in a final state, so that all its events exist.
+    """
+    if not ended:
+        return events
+    first = await anext(events, None)
+    return None if first is None else _put_back(first, events)
+
+
+async def _put_back(first: JobEvent, events: AsyncGenerator[JobEvent]) -> AsyncGenerator[JobEvent]:
+    try:
+        yield first
+        async for event in events:
+            yield event
+    finally:
+        await events.aclose()
+
+
 async def stream_events(
-    events: AsyncIterator[JobEvent], stopping: asyncio.Event, heartbeat_s: float = HEARTBEAT_S
+    events: AsyncGenerator[JobEvent], stopping: asyncio.Event, heartbeat_s: float = HEARTBEAT_S
 ) -> AsyncGenerator[str]:
     """Blocks of text until the job is done, the process stops or Redis is lost; a client can then resume.
 
@@ -69,10 +93,9 @@ async def stream_events(
         pending.cancel()
         with suppress(asyncio.CancelledError, GiantleapError):
             await pending
-        if isinstance(events, AsyncGenerator):
-            await events.aclose()
+        await events.aclose()
 
 
-async def _take(events: AsyncIterator[JobEvent]) -> JobEvent | None:
+async def _take(events: AsyncGenerator[JobEvent]) -> JobEvent | None:
     """The next event; None at the end (StopAsyncIteration cannot cross a task)."""
     return await anext(events, None)

@@ -15,7 +15,7 @@ import math
 import re
 import statistics
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -278,7 +278,7 @@ class JobProducer:
                     left_s = min(left_s, record.deadline_left_s)
                 await _wait_for_event(wake, max(0.001, min(_POLL_S, left_s)))
 
-    async def events(self, job_id: str, last_event_id: str = "0-0") -> AsyncIterator[JobEvent]:
+    async def events(self, job_id: str, last_event_id: str = "0-0") -> AsyncGenerator[JobEvent]:
         """The events of a job after `last_event_id`, as they arrive; ends after `done`.
 
         Raises:

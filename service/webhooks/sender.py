@@ -38,15 +38,15 @@ _DELAY_CAP_S = 600.0
 _LOG = logging.getLogger(__name__)
 
 
-def to_body(delivery: Delivery) -> bytes:
-    """The body to post, the same bytes at each attempt."""
+def to_body(delivery: Delivery, root_path: str = "") -> bytes:
+    """The body to post, the same bytes at each attempt; `root_path` is that of the settings."""
     error = delivery.error if delivery.state is JobState.FAILED else None
     job = {
         "id": delivery.job_id,
         "status": delivery.state,
         "bundle": delivery.bundle,
         "finished_at": to_rfc3339(delivery.finished_at_s),
-        "status_url": f"/jobs/{delivery.job_id}",
+        "status_url": f"{root_path}/jobs/{delivery.job_id}",
         "error": error and {"code": error.code, "detail": error.detail},
     }
     return json.dumps({"type": f"job.{delivery.state}", "delivery": delivery.id, "job": job}).encode()
@@ -85,6 +85,7 @@ class WebhookSender:
         if settings.webhook_secret is None:
             raise ValueError("webhook_secret is not set, so deliveries cannot be signed; set it")
         self._secret = settings.webhook_secret
+        self._root_path = settings.root_path
         self._metrics = metrics
         self._first_delay_s = first_delay_s
         self._scripts = AsyncScriptRunner(redis, settings)
@@ -163,7 +164,7 @@ class WebhookSender:
 
     async def _post(self, delivery: Delivery) -> str | None:
         """Posts a delivery once: None if the receiver accepted it (2xx), else the reason. Reads no response body."""
-        body, timestamp_s = to_body(delivery), int(time.time())
+        body, timestamp_s = to_body(delivery, self._root_path), int(time.time())
         try:
             target = read_target(delivery.url)
             headers: dict[bytes | str, bytes | str] = {

@@ -29,6 +29,8 @@ EVERYTHING: dict[str, Any] = GPU | {
     "otlp": {"endpoint": "http://collector:4318", "headersSecret": {"name": "otlp"}},
     "ingress": {"enabled": True, "className": "nginx", "host": "giantleap.test", "tlsSecret": "tls",
                 "annotations": {"nginx.ingress.kubernetes.io/proxy-body-size": "64m"}},
+    "signedUrls": {"secretName": "urls"},
+    "api": {"rootPath": "/giantleap", "forwardedAllowIps": ["10.0.0.0/8", "fd00::1"]},
     "networkPolicy": {
         "apiFrom": [{"podSelector": {"matchLabels": {"app": "gateway"}}}],
         "metricsFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
@@ -237,8 +239,8 @@ def test_probes_ask_what_is_there(manifests: list[Manifest]) -> None:
 
 def test_every_setting_exists_and_is_valid(manifests: list[Manifest]) -> None:
     for deployment in of_kind(manifests, "Deployment"):
-        given = {
-            name.removeprefix("GIANTLEAP_").lower(): value.replace("$(REDIS_PASSWORD)", "secret")
+        given: dict[str, Any] = {
+            name.removeprefix("GIANTLEAP_").lower(): str(value).replace("$(REDIS_PASSWORD)", "secret")
             for name, value in env_of(deployment).items() if name.startswith("GIANTLEAP_")
         }  # fmt: skip
         assert set(given) <= set(Settings.model_fields)
@@ -256,6 +258,17 @@ def test_secrets_are_named_and_never_written(manifests: list[Manifest]) -> None:
                 "expanded only if it stands before"
             )
             assert ":$(REDIS_PASSWORD)@" in env_of(deployment)["GIANTLEAP_REDIS_URL"]
+
+
+def test_the_api_knows_its_path_its_proxies_and_the_secret_of_its_urls() -> None:
+    manifests = render(EVERYTHING)
+    api, *workers = (env_of(each) for each in of_kind(manifests, "Deployment"))
+    assert api["GIANTLEAP_URL_SECRET"] == {"secretKeyRef": {"name": "urls", "key": "secret"}}
+    assert api["GIANTLEAP_FORWARDED_ALLOW_IPS"] == "10.0.0.0/8,fd00::1"
+    (ingress,) = of_kind(manifests, "Ingress")
+    (path,) = ingress["spec"]["rules"][0]["http"]["paths"]
+    assert api["GIANTLEAP_ROOT_PATH"] == path["path"] == "/giantleap"
+    assert not any({"GIANTLEAP_URL_SECRET", "GIANTLEAP_ROOT_PATH"} & set(worker) for worker in workers)
 
 
 def test_redis_urls_of_every_mode() -> None:
@@ -375,6 +388,9 @@ def test_metrics_are_scraped_where_they_are_served_and_rules_are_those_that_are_
         ({"pools": [{"name": "a", "resources": {}, "role": "generate"}]}, "none has role decode"),
         ({"pools": [{"name": "a", "resources": {}, "role": "decode"}]}, "none has role generate"),
         ({"settings": {"GIANTLEAP_ROLE": "generate"}}, "set by the chart"),
+        ({"settings": {"GIANTLEAP_ROOT_PATH": "/a"}, "api": {"rootPath": "/b"}}, "is api.rootPath"),
+        ({"api": {"rootPath": "giantleap"}}, "rootPath"),
+        ({"api": {"forwardedAllowIps": ["proxy"]}}, "forwardedAllowIps"),
     ],
 )  # fmt: skip
 def test_wrong_values_are_refused(wrong: dict[str, Any], said: str) -> None:

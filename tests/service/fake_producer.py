@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 
 from giantleap.service.errors import GiantleapError, InvalidRequest
@@ -147,7 +147,7 @@ class FakeProducer:
         finally:
             self.waits -= 1
 
-    async def events(self, job_id: str, last_event_id: str = "0-0") -> AsyncIterator[JobEvent]:
+    async def events(self, job_id: str, last_event_id: str = "0-0") -> AsyncGenerator[JobEvent]:
         self.open_events += 1
         try:
             for event in self.event_list:

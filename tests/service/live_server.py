@@ -15,7 +15,15 @@ _TIMEOUT_S = 60.0
 @contextlib.contextmanager
 def live_server(app: FastAPI, **options: Any) -> Iterator[str]:
     """Run the app until the block ends; yields its base URL. `options` are uvicorn's."""
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5, **options)
+    plain = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 5}
+    with serve(uvicorn.Config(app, **plain | options)) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serve(config: uvicorn.Config) -> Iterator[str]:
+    """Serve on a free port of loopback until the block ends; yields the base URL."""
+    config.port = 0
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

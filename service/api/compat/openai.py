@@ -20,6 +20,7 @@ from giantleap.models.bundle.descriptor import Method
 from giantleap.models.image_formats import ImageFormat
 from giantleap.service.api.compat.shared import find_bundle, validate_as
 from giantleap.service.api.dependencies import AppState, AppStateDep, RecordDep
+from giantleap.service.api.links import links_of
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content
 from giantleap.service.api.paths import OPENAI_PATH
 from giantleap.service.api.problems import compat_error, problem_body
@@ -165,8 +166,11 @@ async def post_generation(
         return StreamingResponse(events, 200, headers, EVENT_STREAM_TYPE)
     record = await run_job(request, state, job, None, options)
     if body.response_format == "url":
-        urls = f"{request.base_url}{OPENAI_PATH[1:]}/images/{record.job.id}/content?index="
-        data = [ImageData(url=f"{urls}{index}", seed=file.seed) for index, file in enumerate(record.results)]
+        host, links = request.base_url.replace(path=""), links_of(request)
+        data = [
+            ImageData(url=f"{host}{links.image(record.job.id, index)}", seed=file.seed)
+            for index, file in enumerate(record.results)
+        ]
     else:
         data = await asyncio.to_thread(to_data, record, await read_results(state, record))
     content = ImagesResponse(created=created_s(record), data=data, **describe_images(record))

@@ -5,16 +5,26 @@ in `giantleap.service.api.dependencies.get_record`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
+from giantleap.service.api.links import UrlSigner
 from giantleap.service.api.paths import REMOTE_VAE_PATH, route_path
 from giantleap.service.api.problems import REDIS_REFUSALS, handle_redis_refusal, problem_response
-from giantleap.service.auth import ANONYMOUS, OPEN_PATHS, Caller, KeyRing, Scope, presented_keys, require_scope
+from giantleap.service.auth import (
+    ANONYMOUS,
+    OPEN_PATHS,
+    URL_HOLDER,
+    Caller,
+    KeyRing,
+    Scope,
+    presented_keys,
+    require_scope,
+)
 from giantleap.service.errors import (
     Forbidden,
     GiantleapError,
@@ -30,6 +40,7 @@ from giantleap.service.jobs.media_types import read_media_type
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 << 10
 MAX_JSON_PARTS = 16_384
+_MAX_PRESENTED = 8  # looking a key up costs a comparison with every key of the file
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _CREATING = frozenset({"POST", "PUT"})
 
@@ -42,13 +53,22 @@ class AuthenticationMiddleware:
         keys: Valid keys; None: anyone may do anything.
         producer: The queue, which counts requests.
         origins: Sites whose pages may call (`Settings.cors_origins`).
+        signer: Checks signed URLs; None: there are none.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing | None, producer: JobProducer, origins: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: KeyRing | None,
+        producer: JobProducer,
+        origins: tuple[str, ...],
+        signer: UrlSigner | None,
+    ) -> None:
         self.app = app
         self.keys = keys
         self.producer = producer
         self.origins = frozenset(origins)
+        self.signer = signer
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """The ASGI entry point."""
@@ -69,16 +89,17 @@ class AuthenticationMiddleware:
 
     async def _authenticate(self, request: Request) -> Caller:
         path = route_path(request.scope)
+        signed = None
+        if self.signer is not None and request.method == "GET":  # HEAD too, which runs as GET
+            signed = self.signer.take_signature(request.scope)
+        if signed:
+            return URL_HOLDER
         if self.keys is None or path in OPEN_PATHS:
             return ANONYMOUS
         presented = presented_keys(request.scope["headers"])
-        if len(presented) > 1:
-            raise Unauthorized("the request carries different keys; send one, in Authorization or in X-API-Key")
-        caller = self.keys.find(next(iter(presented), ""))
-        if caller is None:
-            raise Unauthorized(
-                "the API key is not known" if presented else "send an API key: Authorization: Bearer KEY, or X-API-Key"
-            )
+        if signed is False and not presented:
+            raise Unauthorized("the URL has expired or was altered; GET the job for a new one, or send an API key")
+        caller = find_caller_of(self.keys, presented)
         scope = scope_of(request.method, path)
         if scope is not None:
             require_scope(caller, scope)
@@ -91,6 +112,24 @@ class AuthenticationMiddleware:
                     retry_after_s=math.ceil(wait_s),
                 )
         return caller
+
+
+def find_caller_of(keys: KeyRing, presented: Collection[str]) -> Caller:
+    """The caller of the one key that is known; others, such as the token of a gateway, are ignored.
+
+    Raises:
+        Unauthorized: None or several are known, or there are too many to look up.
+    """
+    if len(presented) > _MAX_PRESENTED:
+        raise Unauthorized(f"the request carries {len(presented)} different keys; send one")
+    callers = [caller for key in presented if (caller := keys.find(key)) is not None]
+    if len(callers) > 1:
+        raise Unauthorized("the request carries different keys; send one, in Authorization or in X-API-Key")
+    if not callers:
+        raise Unauthorized(
+            "the API key is not known" if presented else "send an API key: Authorization: Bearer KEY, or X-API-Key"
+        )
+    return callers[0]
 
 
 def scope_of(method: str, path: str) -> Scope | None:

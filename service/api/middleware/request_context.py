@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from giantleap.service.api.paths import route_path
 from giantleap.service.api.problems import CLIENT_GONE, problem_response, unexpected
 from giantleap.service.errors import PayloadTooLarge
 from giantleap.service.telemetry.logs import log_fields
@@ -44,7 +45,7 @@ class RequestContextMiddleware:
             return
         request = Request(scope)
         request.state.request_id = read_request_id(request.headers.get("x-request-id"))
-        recorded = scope["path"] not in _QUIET
+        recorded = route_path(scope) not in _QUIET
         with (
             self._opened(),
             self.tracing.request(request.method, request.headers.get("traceparent"), recorded) as trace,
@@ -98,7 +99,7 @@ class RequestContextMiddleware:
             self.metrics.count_rejection(problem_code)
         job_id: str | None = getattr(request.state, "job_id", None)
         trace.end(method, route, status, job_id)
-        if request.scope["path"] not in _QUIET:
+        if route_path(request.scope) not in _QUIET:
             fields = {"route": route, "method": method, "status": status, "duration_s": round(duration_s, 4)}
             log.info("request ended", extra={"fields": fields | ({} if job_id is None else {"job_id": job_id})})
 

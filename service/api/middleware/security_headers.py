@@ -19,7 +19,6 @@ from giantleap.service.api.paths import route_path
 _ALWAYS: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
     (b"x-frame-options", b"DENY"),
 )
 _NOTHING = b"default-src 'none'; frame-ancestors 'none'"
@@ -32,10 +31,6 @@ _SHORT_BODY_DIGITS = 5  # less than 100 kB
 _LINGER_S = 10.0  # longest time to discard the rest of a body
 _SILENCE_S = 1.0  # longest wait for its next part
 _PUBLIC = frozenset({"/docs", "/openapi.json"})
-_REQUEST_HEADERS = (
-    *("Accept", "Authorization", "Cancel-After", "Content-Type", "Idempotency-Key", "Inference-Header-Content-Length"),
-    *("Last-Event-ID", "Prefer", "Traceparent", "X-API-Key", "X-Request-Id"),
-)
 _RESPONSE_HEADERS = (
     *("dtype", "Inference-Header-Content-Length", "Location", "Preference-Applied", "Retry-After", "Server-Timing"),
     *("shape", "WWW-Authenticate", "X-Decode", "X-Job-Id", "X-Method", "X-Request-Id", "X-Seed", "X-Warnings"),
@@ -43,10 +38,16 @@ _RESPONSE_HEADERS = (
 
 
 class SecurityHeadersMiddleware:
-    """Adds the headers to every response. A response may set Cache-Control itself, otherwise it is not stored."""
+    """Adds the headers to every response. A response may set Cache-Control and Cross-Origin-Resource-Policy itself.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        app: The next ASGI application.
+        origins: Sites whose pages may use what they receive (`Settings.cors_origins`).
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str] = ()) -> None:
         self.app = app
+        self.origins = frozenset(origin.encode() for origin in origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry point."""
@@ -56,6 +57,10 @@ class SecurityHeadersMiddleware:
         path = route_path(scope)
         added = [*_ALWAYS, (b"content-security-policy", _SWAGGER if path == "/docs" else _NOTHING)]
         unread = _has_long_body(scope["headers"])
+        allowed = any(name == b"origin" and value in self.origins for name, value in scope["headers"])
+        defaults = [(b"cross-origin-resource-policy", b"cross-origin" if allowed else b"same-origin")]
+        if path not in _PUBLIC:
+            defaults.append((b"cache-control", b"no-store"))
 
         async def receive_tracked() -> Message:
             nonlocal unread
@@ -68,9 +73,9 @@ class SecurityHeadersMiddleware:
                 if unread:
                     added.append((b"connection", b"close"))
                 headers = list(message.get("headers", ()))
-                if path not in _PUBLIC and not any(name.lower() == b"cache-control" for name, _ in headers):
-                    added.append((b"cache-control", b"no-store"))
-                message = {**message, "headers": [*headers, *added]}
+                own = {name.lower() for name, _ in headers}
+                unset = [header for header in defaults if header[0] not in own]
+                message = {**message, "headers": [*headers, *added, *unset]}
             elif unread and message["type"] == "http.response.body" and not message.get("more_body", False):
                 await send({**message, "more_body": True})
                 await _discard_body(receive)
@@ -101,13 +106,17 @@ def _has_long_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
-    """Let pages of these sites call the service (CORS); without any, no page of another site may read a response."""
+    """Let pages of these sites call the service (CORS); without any, no page of another site may read a response.
+
+    They may send any header: tracing and client libraries add headers of their own, and the service ignores those that
+    it does not know.
+    """
     if origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(origins),
-            allow_methods=["GET", "POST", "PUT", "DELETE"],
-            allow_headers=list(_REQUEST_HEADERS),
+            allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],
             expose_headers=list(_RESPONSE_HEADERS),
             max_age=600,
         )

@@ -15,9 +15,9 @@ from starlette.exceptions import HTTPException
 
 from giantleap.models.image_formats import CONTENT_TYPES, ImageFormat
 from giantleap.service.api.dependencies import JOB_ID, AppState, AppStateDep, JobId
+from giantleap.service.api.links import links_of
 from giantleap.service.api.negotiation import choose_media_type
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content, upload_request_body
-from giantleap.service.api.paths import job_path
 from giantleap.service.api.responses import file_response, job_response
 from giantleap.service.api.schemas import JobBody
 from giantleap.service.api.submission import (
@@ -203,7 +203,7 @@ async def _respond(
 
 
 def _accepted(request: Request, record: JobRecord, options: SubmitOptions) -> Response:
-    headers = {"Location": job_path(request.scope, record.job.id)} | _VARY | _applied(options)
+    headers = {"Location": links_of(request).job(record.job.id)} | _VARY | _applied(options)
     return job_response(request, record, 202, headers)
 
 

@@ -6,11 +6,17 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from giantleap.service.api.dependencies import UNKNOWN_JOB, AppStateDep, CallerDep, RecordDep
+from giantleap.service.api.links import links_of
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content
-from giantleap.service.api.paths import job_path
 from giantleap.service.api.responses import JobProblem, job_response, result_response
 from giantleap.service.api.schemas import JobBody, JobsBody, to_job_body
-from giantleap.service.api.sse import EVENT_STREAM_HEADERS, EVENT_STREAM_TYPE, read_last_event_id, stream_events
+from giantleap.service.api.sse import (
+    EVENT_STREAM_HEADERS,
+    EVENT_STREAM_TYPE,
+    open_events,
+    read_last_event_id,
+    stream_events,
+)
 from giantleap.service.errors import Conflict, NotFound
 from giantleap.service.jobqueue.producer import CURSOR_PATTERN, MAX_PER_PAGE
 from giantleap.service.jobs.job import JobState
@@ -23,6 +29,7 @@ _EVENTS = {
     "example": 'id: 1795284206210-0\nevent: step\ndata: {"step":1,"steps":12}\n\n'
     'id: 1795284206623-0\nevent: done\ndata: {"state":"succeeded"}\n\n',
 }
+_NO_EVENTS = {"description": "The job has ended and no event is left: EventSource stops."}
 
 
 @router.get("/jobs", response_model=JobsBody, responses=describe_responses({}, 422, 503))
@@ -36,7 +43,7 @@ async def list_jobs(
 ) -> JobsBody:
     """The caller's own jobs, newest first, as long as their records live."""
     page = await state.producer.list_jobs(caller.name, status, limit, cursor)
-    bodies = [to_job_body(record, job_path(request.scope, record.job.id)) for record in page.records]
+    bodies = [to_job_body(record, links_of(request)) for record in page.records]
     return JobsBody(jobs=bodies, next_cursor=page.next_cursor)
 
 
@@ -63,7 +70,7 @@ async def get_result(
 @router.get(
     "/jobs/{job_id}/events",
     response_class=StreamingResponse,
-    responses=describe_responses({200: {"content": {EVENT_STREAM_TYPE: _EVENTS}}}, 400, 404, 503),
+    responses=describe_responses({200: {"content": {EVENT_STREAM_TYPE: _EVENTS}}, 204: _NO_EVENTS}, 400, 404, 503),
 )
 async def get_events(
     record: RecordDep,
@@ -71,7 +78,10 @@ async def get_events(
     last_event_id: Annotated[str | None, Header(description="Resume after this event.")] = None,
 ) -> Response:
     """Progress as server-sent events: queued, started, step, progress, stage, retrying, done, which ends the stream."""
-    events = state.producer.events(record.job.id, read_last_event_id(last_event_id))
+    after = state.producer.events(record.job.id, read_last_event_id(last_event_id))
+    events = await open_events(after, record.state.final)
+    if events is None:
+        return Response(status_code=204)
     headers = EVENT_STREAM_HEADERS | {"X-Job-Id": record.job.id}
     return StreamingResponse(stream_events(events, state.stopping), 200, headers, EVENT_STREAM_TYPE)
 

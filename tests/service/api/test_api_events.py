@@ -20,7 +20,7 @@ from giantleap.service.api.sse import read_last_event_id, stream_events, to_bloc
 from giantleap.service.errors import MalformedRequest, NotReady
 from giantleap.service.jobs.job import GenerateParams, Job, JobEvent, Priority
 from giantleap.service.settings import Settings, read_settings
-from tests.service.fake_producer import FakeProducer, stay_queued
+from tests.service.fake_producer import FakeProducer, stay_queued, succeed
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
 
@@ -74,6 +74,41 @@ async def test_every_event_is_sent_in_order(bundle_dir: Path) -> None:
 async def test_a_client_resumes_after_the_last_event_that_it_got(bundle_dir: Path) -> None:
     response = await collect(FakeProducer(event_list=EVENTS), bundle_dir, {"Last-Event-ID": "12-0"})
     assert parse(response.text) == EVENTS[3:]
+
+
+@pytest.mark.parametrize("last", [None, "14-0", "15-0"])
+async def test_a_stream_without_an_event_left_is_204_for_eventsource_to_stop(
+    last: str | None, bundle_dir: Path
+) -> None:
+    job, headers = stored_job(), {} if last is None else {"Last-Event-ID": last}
+    producer = FakeProducer(event_list=[] if last is None else EVENTS, records={job.id: succeed(job)})
+    app = create_app(read_settings(bundle=(bundle_dir,)), producer)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        response = await client.get(f"/jobs/{job.id}/events", headers=headers)
+        assert (response.status_code, response.content) == (204, b"")
+        if last is not None:
+            earlier = await client.get(f"/jobs/{job.id}/events", headers={"Last-Event-ID": "13-0"})
+            assert earlier.status_code == 200 and parse(earlier.text) == EVENTS[5:]
+    assert producer.open_events == 0
+
+
+async def test_eventsource_gets_each_event_once_and_then_204(settings: Settings, bundle_dir: Path) -> None:
+    app = create_app(settings.model_copy(update={"bundle": (bundle_dir,)}))
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://giantleap") as client,
+    ):
+        job = (await client.post("/generate", json={"prompt": "a"}, headers={"Prefer": "respond-async"})).json()
+        await client.delete(job["status_url"])
+        seen: list[JobEvent] = []
+        for _ in range(5):  # as a browser: connect again with the last id until 204
+            headers = {"Last-Event-ID": seen[-1].id} if seen else {}
+            response = await client.get(job["events_url"], headers=headers)
+            if response.status_code == 204:
+                break
+            seen += parse(response.text)
+        assert response.status_code == 204 and [event.name for event in seen] == ["queued", "done"]
 
 
 async def test_an_id_of_another_stream_is_malformed(bundle_dir: Path) -> None:

@@ -226,7 +226,7 @@ async def test_a_bad_page_is_refused(client: httpx.AsyncClient, query: str) -> N
 
 async def test_an_unsupported_method_gets_the_list_of_allowed_ones(client: httpx.AsyncClient) -> None:
     response = await client.patch(f"/jobs/{uuid.uuid4()}")
-    assert response.status_code == 405 and response.headers["allow"] == "DELETE, GET, PUT"
+    assert response.status_code == 405 and response.headers["allow"] == "DELETE, GET, HEAD, PUT"
 
 
 # --- over a real queue and a socket

@@ -268,3 +268,4 @@ def test_the_body_is_the_same_at_each_attempt() -> None:
     first = Delivery("d", 1, "http://a", "id", JobState.SUCCEEDED, "pocket", 1.7e9)
     assert to_body(first) == to_body(dataclasses.replace(first, attempt=2))
     assert json.loads(to_body(first))["job"]["finished_at"] == "2023-11-14T22:13:20.000Z"
+    assert json.loads(to_body(first, "/gl"))["job"]["status_url"] == f"/gl/jobs/{first.job_id}"

@@ -60,7 +60,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{/* Environment of API and workers. Takes (dict "root" $ "bundles" names "own" settings of the pool). */}}
 {{- define "giantleap.env" -}}
 {{- $root := .root -}}
-{{- $reserved := list "GIANTLEAP_REDIS_URL" "GIANTLEAP_KEY_PREFIX" "GIANTLEAP_BUNDLE" "GIANTLEAP_DRAIN_GRACE_S" "GIANTLEAP_HOST" "GIANTLEAP_PORT" "GIANTLEAP_METRICS_PORT" "GIANTLEAP_API_PROCESSES" "GIANTLEAP_API_KEYS_FILE" "GIANTLEAP_OTLP_ENDPOINT" "GIANTLEAP_DATA_DIR" "GIANTLEAP_ROLE" -}}
+{{- $reserved := list "GIANTLEAP_REDIS_URL" "GIANTLEAP_KEY_PREFIX" "GIANTLEAP_BUNDLE" "GIANTLEAP_DRAIN_GRACE_S" "GIANTLEAP_HOST" "GIANTLEAP_PORT" "GIANTLEAP_METRICS_PORT" "GIANTLEAP_API_PROCESSES" "GIANTLEAP_API_KEYS_FILE" "GIANTLEAP_OTLP_ENDPOINT" "GIANTLEAP_DATA_DIR" "GIANTLEAP_ROLE" "GIANTLEAP_URL_SECRET" -}}
 {{- with $root.Values.redis.passwordSecret }}{{ if .name }}
 - name: REDIS_PASSWORD
   valueFrom:

@@ -1,0 +1,94 @@
+"""The URLs that responses hold: paths below the root path of a proxy, signed where the settings have a secret.
+
+A signed URL needs no API key until it expires: a page can show it in `<img>` or open it as `EventSource`, which send no
+key. The signature covers the path, the query and the expiry, so the URL opens one result or one stream of events and
+nothing else. `giantleap.service.api.middleware.authentication` checks it.
+"""
+
+import hashlib
+import hmac
+import time
+from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.types import Scope
+
+from giantleap.service.api.paths import OPENAI_PATH, route_path
+from giantleap.service.settings import Settings
+
+_NAMES = (b"expires", b"signature")
+
+
+@dataclass(frozen=True, slots=True)
+class UrlSigner:
+    """Signs URLs with a key, and checks them.
+
+    Attributes:
+        key: The key.
+        ttl_s: How long a URL is valid.
+    """
+
+    key: bytes
+    ttl_s: int
+
+    def sign(self, target: str) -> str:
+        """The target (a path as routes declare it, with its query) with its expiry and signature."""
+        expires_s = int(time.time()) + self.ttl_s
+        separator = "&" if "?" in target else "?"
+        return f"{target}{separator}expires={expires_s}&signature={self._digest(target, str(expires_s))}"
+
+    def take_signature(self, scope: Scope) -> bool | None:
+        """Whether the signature in a request's URL is valid, None where there is none; removes it from the query."""
+        parts: list[bytes] = scope["query_string"].split(b"&")
+        signed = [part.partition(b"=") for part in parts if part.partition(b"=")[0] in _NAMES]
+        if not signed:
+            return None
+        query = b"&".join(part for part in parts if part.partition(b"=")[0] not in _NAMES)
+        scope["query_string"] = query
+        values = {name: value.decode("latin-1") for name, _, value in signed}
+        expires, signature = (values.get(name, "") for name in _NAMES)
+        target = route_path(scope) + (f"?{query.decode('latin-1')}" if query else "")
+        genuine = hmac.compare_digest(self._digest(target, expires).encode(), signature.encode())
+        return genuine and len(signed) == len(_NAMES) and time.time() < int(expires)
+
+    def _digest(self, target: str, expires: str) -> str:
+        message = f"giantleap url 1\n{target}\n{expires}"
+        return hmac.new(self.key, message.encode(), hashlib.sha256).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """The URLs of jobs as the client of a request sees them: paths on the same host."""
+
+    root_path: str
+    signer: UrlSigner | None
+
+    def job(self, job_id: str) -> str:
+        """The job itself, which always needs the key of its owner."""
+        return f"{self.root_path}/jobs/{job_id}"
+
+    def events(self, job_id: str) -> str:
+        """Its progress."""
+        return self._sign(f"/jobs/{job_id}/events")
+
+    def result(self, job_id: str, index: int) -> str:
+        """A file that it made."""
+        return self._sign(f"/jobs/{job_id}/result?index={index}")
+
+    def image(self, job_id: str, index: int) -> str:
+        """The same file by the path of the OpenAI protocol."""
+        return self._sign(f"{OPENAI_PATH}/images/{job_id}/content?index={index}")
+
+    def _sign(self, target: str) -> str:
+        return self.root_path + (target if self.signer is None else self.signer.sign(target))
+
+
+def open_signer(settings: Settings) -> UrlSigner | None:
+    """The signer of the settings; None: URLs are not signed."""
+    secret = settings.url_secret
+    return None if secret is None else UrlSigner(secret.get_secret_value().encode(), settings.url_ttl_s)
+
+
+def links_of(request: Request) -> Links:
+    """The links of a request's responses."""
+    return Links(request.scope.get("root_path", ""), request.app.state.giantleap.signer)
