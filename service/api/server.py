@@ -55,7 +55,7 @@ class Http1Parser(httptools.HttpRequestParser):
         self._protocol = protocol
         self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
 
-    def feed_data(self, data: bytes | bytearray | memoryview | array[int]) -> None:
+    def feed_data(self, data: "bytes | bytearray | memoryview | array[int]") -> None:
         """Parse what was received.
 
         Raises:
