@@ -9,8 +9,10 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import os
 import secrets
 import stat
+import tempfile
 import time
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -133,6 +135,30 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     if mode & 0o077:
         log.warning("%s has mode %03o; others than its owner can read it: chmod 600", path, mode)
     return tuple(ApiKey(bytes.fromhex(entry.sha256), _to_caller(entry)) for entry in entries)
+
+
+def add_entry(path: Path, entry: str) -> None:
+    """Add an entry to a file of keys, or make the file; only its owner may read it then.
+
+    Raises:
+        KeysFileError: The file is not valid; it stays as it is.
+        OSError: It cannot be written.
+    """
+    if path.exists() and path.stat().st_size:
+        read_keys(path)
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    target = path.resolve()  # a link stays one
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")  # of mode 0600
+    draft = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"{before.rstrip()}\n\n{entry}".lstrip())
+            file.flush()
+            os.fsync(file.fileno())
+        read_keys(draft)
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _to_caller(entry: _Entry) -> Caller:

@@ -22,6 +22,9 @@ from giantleap.service.errors import field_errors
 
 POCKET_BUNDLE = SHIPPED / "pocket"
 _PREFIX = "GIANTLEAP_"
+_MASK = "***"
+_USER_IN_URL = re.compile(r"(://).*@")  # up to the last @: a password may hold one, or a slash
+_PASSWORD_IN_QUERY = re.compile(r"([?&][^=&]*password=)[^&]*", re.IGNORECASE)
 NEEDS_RESTART = (
     "settings_file",
     "redis_url",
@@ -261,14 +264,50 @@ def read_settings(**overrides: object) -> Settings:
         ValueError: A variable or a name in the file is unknown or has a bad value, or the file cannot be read; the
             message names it and holds no value.
     """
-    known = {_PREFIX + name.upper() for name in Settings.model_fields}
-    variables = {name.upper(): value for name, value in os.environ.items() if name.upper().startswith(_PREFIX)}
-    if unknown := sorted(variables.keys() - known):
-        raise ValueError(f"unknown setting {', '.join(unknown)}; `giantleap settings` prints those that exist")
+    variables = _read_variables()
     path = overrides.get("settings_file", variables.get(_PREFIX + "SETTINGS_FILE"))
     from_file = {} if path is None else _read_file(Path(str(path)))
     unset = {name: value for name, value in from_file.items() if _PREFIX + name.upper() not in variables}
     return Settings(**(unset | overrides))  # type: ignore[arg-type]
+
+
+def explain_settings() -> list[tuple[str, str, str]]:
+    """Variable, value and origin of each setting in force: `environment`, the settings file, or `default`.
+
+    Secrets are masked, and so are user and password in URLs.
+
+    Raises:
+        ValueError: As `read_settings`.
+    """
+    settings, variables = read_settings(), _read_variables()
+    in_file = {} if settings.settings_file is None else _read_file(settings.settings_file)
+    rows = []
+    for name in Settings.model_fields:
+        variable = _PREFIX + name.upper()
+        origin = (
+            "environment" if variable in variables else str(settings.settings_file) if name in in_file else "default"
+        )
+        rows.append((variable, _to_shown(getattr(settings, name)), origin))
+    return rows
+
+
+def _to_shown(value: object) -> str:
+    if value is None or value == () or value == "":
+        return "none"
+    if isinstance(value, SecretStr):
+        return _MASK
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return _PASSWORD_IN_QUERY.sub(rf"\1{_MASK}", _USER_IN_URL.sub(rf"\1{_MASK}@", text))
+
+
+def _read_variables() -> dict[str, str]:
+    known = {_PREFIX + name.upper() for name in Settings.model_fields}
+    variables = {name.upper(): value for name, value in os.environ.items() if name.upper().startswith(_PREFIX)}
+    if unknown := sorted(variables.keys() - known):
+        raise ValueError(
+            f"unknown setting {', '.join(unknown)}; `giantleap settings --markdown` prints those that exist"
+        )
+    return variables
 
 
 def _read_file(path: Path) -> dict[str, object]:
@@ -315,8 +354,9 @@ def to_markdown() -> str:
         [
             "# Settings",
             "",
-            "Every setting is an environment variable; `giantleap settings` prints this page. A variable with this",
-            "prefix and another name stops the process at start.",
+            "Every setting is an environment variable; `giantleap settings` prints the values in force, and",
+            "`giantleap settings --markdown` this page. A variable with this prefix and another name stops the process",
+            "at start.",
             "",
             "`GIANTLEAP_SETTINGS_FILE` names a TOML file of the same settings, in small letters without the prefix:",
             "`queue_limit = 512`. What the command line or the environment says wins. SIGHUP to `giantleap serve` or",

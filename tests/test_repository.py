@@ -112,3 +112,10 @@ def test_torch_bounds_and_the_extras_that_exclude_each_other() -> None:
     assert "onnxruntime-gpu" not in extras["cpu"] and "onnxruntime-gpu" in extras["gpu"]
     for requirement in (*project["dependencies"], *project["optional-dependencies"]["dev"]):
         assert "<" in requirement or requirement.startswith("giantleap["), f"{requirement} has no upper bound"
+
+
+def test_nothing_installs_the_project_from_an_index_which_has_none() -> None:
+    texts = [*_modules(), *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "Makefile", ROOT / "Dockerfile"]
+    wrong = re.compile(r"""pip3? install [^\n]*["' ]giantleap(\[|[ "'`]|$)""")
+    assert [str(path) for path in texts if wrong.search(path.read_text())] == []
+    assert wrong.search("pip install 'giantleap[cpu]'") and not wrong.search("pip install '.[cpu]'")

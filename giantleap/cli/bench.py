@@ -44,14 +44,15 @@ def protocol(
     device: DeviceOption = None,
 ) -> None:
     """Time the route by the paper's protocol: batch 1, one device, warm-ups, then the median per stage."""
+    check_output_file(json_out)
+    settings = settings_from(bundle=bundle, device=device)
+    served = read_bundles(settings)[0]
+
     from tqdm import tqdm
 
     from giantleap.service.jobs.planning import choose_method, choose_scale
     from giantleap.service.worker.timing import ProtocolPlan, time_runs, to_result, to_table
 
-    check_output_file(json_out)
-    settings = settings_from(bundle=bundle, device=device)
-    served = read_bundles(settings)[0]
     try:
         chosen = choose_method(served, method)
         scales = [choose_scale(served, chosen, each) for each in scale or served.scales_of(chosen)]

@@ -16,6 +16,7 @@ from giantleap.cli.files import check_input_files, check_output_directory
 from giantleap.cli.options import (
     DeviceOption,
     bundle_directory,
+    complete_bundle,
     pulled_dir,
     read_bundle_or_stop,
     settings_from,
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Bundles: list, describe, download and check them.")
 
 TO_HELP = "Directory to write; by default bundles/NAME in GIANTLEAP_DATA_DIR, where its name is enough to find it."
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of a bundle, or its directory.")]
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a bundle, or its directory.", autocompletion=complete_bundle)
+]
 
 
 @app.command("list")

@@ -5,13 +5,16 @@ interrupts into that line; commands end themselves with `giantleap.cli.options.s
 """
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 import typer
+from pydantic import ValidationError
 from typer.core import TyperGroup
 
+from giantleap.models.constraints import explain
 from giantleap.service.errors import EXIT_BAD_CONFIGURATION
 
 EXIT_FAILED: Final = 1
@@ -51,6 +54,8 @@ class OneLineErrors(TyperGroup):
         **extra: Any,
     ) -> Any:
         """Run the command and exit."""
+        # Read once at its import, where it would warn of optional packages that nothing here uses.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         try:
             code = super().main(args, "giantleap", complete_var, False, windows_expand_args, **extra)
         except _UsageError as error:
@@ -78,6 +83,8 @@ def to_line(error: BaseException) -> str:
 def _to_usage_line(error: Any) -> str:
     path = "giantleap" if error.ctx is None else error.ctx.command_path
     message = " ".join(error.format_message().split())
+    if isinstance(error.__cause__, ValidationError) and error.param is not None:  # typer converts values by pydantic
+        message = f"{'/'.join(error.param.opts)} {explain(error.__cause__.errors()[0])}"
     message = message[:1].lower() + message[1:].rstrip(".")
     return f"{message}; `{path} --help` shows what it takes"
 

@@ -1,12 +1,14 @@
 """`giantleap keys`: create an API key, list those of the file, which has digests only: a lost key is replaced."""
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from giantleap.cli.files import check_output_file
 from giantleap.cli.options import settings_from, stop
-from giantleap.service.auth import NAME_PATTERN, KeysFileError, Scope, new_key, read_keys
+from giantleap.service.auth import NAME_PATTERN, KeysFileError, Scope, add_entry, new_key, read_keys
 
 app = typer.Typer(no_args_is_help=True, help="API keys of GIANTLEAP_API_KEYS_FILE.")
 
@@ -19,8 +21,9 @@ def new(
         int | None, typer.Option(help="Limit of requests for work per minute.", min=1)
     ] = None,
     max_jobs: Annotated[int | None, typer.Option(help="Limit of jobs queued and running at once.", min=1)] = None,
+    add: Annotated[bool, typer.Option("--add", help="Add it to GIANTLEAP_API_KEYS_FILE, for its owner only.")] = False,
 ) -> None:
-    """Create a key: print it once to standard output, and the entry for the file to standard error."""
+    """Create a key: print it once to standard output; --add stores its entry, else standard error shows it."""
     if not re.fullmatch(NAME_PATTERN, name):
         stop(
             f"invalid name {name!r}: use 1 to 64 letters, digits, dots, dashes and underscores, first a letter or digit"
@@ -32,20 +35,25 @@ def new(
         lines.append(f"requests_per_minute = {requests_per_minute}")
     if max_jobs is not None:
         lines.append(f"max_jobs = {max_jobs}")
+    entry = "\n".join(lines) + "\n"
+    if add:
+        path = _keys_file()
+        check_output_file(path)
+        try:
+            add_entry(path, entry)
+        except KeysFileError as error:
+            stop(str(error))
+        typer.echo(f"giantleap: added to {path}; a running service reads it within seconds", err=True)
     typer.echo(key)
-    typer.echo("\n".join(lines) + "\n", err=True)
+    if not add:
+        typer.echo(entry, err=True)
 
 
 @app.command("list")
 def list_keys() -> None:
     """List the keys of the file: name, first digits of the digest, scopes, limits."""
-    path = settings_from().api_keys_file
-    if path is None:
-        stop(
-            "GIANTLEAP_API_KEYS_FILE is not set: without it the service accepts every request; set it to list its keys"
-        )
     try:
-        keys = read_keys(path)
+        keys = read_keys(_keys_file())
     except KeysFileError as error:
         stop(str(error))
     for key in keys:
@@ -57,3 +65,10 @@ def list_keys() -> None:
         ]
         scopes = ",".join(sorted(caller.scopes))
         typer.echo(f"{caller.name}  {key.sha256.hex()[:8]}  {scopes}  {', '.join(limits) or 'no limits'}")
+
+
+def _keys_file() -> Path:
+    path = settings_from().api_keys_file
+    if path is None:
+        stop("GIANTLEAP_API_KEYS_FILE is not set, and the service accepts every request; set it to a file of keys")
+    return path

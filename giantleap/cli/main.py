@@ -6,7 +6,6 @@ Slow modules (torch, uvicorn, redis) are imported inside the commands that need 
 """
 
 import logging
-import os
 import signal
 import socket
 import threading
@@ -40,7 +39,7 @@ from giantleap.cli.train import app as train_commands
 from giantleap.models.bundle.bundle import BundleError
 from giantleap.service.auth import check_auth_config
 from giantleap.service.errors import BadConfiguration, NotReady
-from giantleap.service.settings import Settings, read_settings, to_markdown
+from giantleap.service.settings import Settings, explain_settings, format_errors, read_settings, to_markdown
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, epilog=EXIT_CODES, pretty_exceptions_enable=False)
 for command in (generate, upscale, models):
@@ -83,6 +82,8 @@ def serve(
     from giantleap.service.supervisor.supervisor import serve as serve_all
 
     settings, reread = _read_twice(options | {"data_dir": data_dir})
+    for served in read_bundles(settings):
+        stop_if_on_hub(served)
     try:
         check_auth_config(settings)
         raise typer.Exit(serve_all(settings, reread))
@@ -201,15 +202,26 @@ def worker(
 
 
 @app.command("settings")
-def print_settings() -> None:
-    """Print every setting with its default and meaning, as Markdown."""
-    typer.echo(to_markdown(), nl=False)
+def print_settings(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print docs/settings.md: defaults and meanings.")
+    ] = False,
+) -> None:
+    """Print the settings in force and where each comes from; secrets are masked."""
+    if markdown:
+        typer.echo(to_markdown(), nl=False)
+        return
+    try:
+        rows = explain_settings()
+    except ValueError as error:
+        stop(*format_errors(error))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for variable, value, origin in rows:
+        typer.echo(f"{variable:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
 
 
 def main() -> None:
     """Entry point of the console script."""
-    # Read once at its import, where it would warn of optional packages that nothing here uses.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
 
 

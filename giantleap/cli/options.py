@@ -13,7 +13,7 @@ from giantleap.cli.errors import to_line
 from giantleap.cli.progress import working
 from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
-from giantleap.models.bundle.names import PULLED, find_bundle
+from giantleap.models.bundle.names import PULLED, find_bundle, list_bundles
 from giantleap.service.errors import EXIT_BAD_CONFIGURATION
 from giantleap.service.settings import Settings, format_errors, read_settings
 from giantleap.service.telemetry.logs import configure_logging
@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on [GIANTLEAP_HOST].")]
 PortOption = Annotated[int | None, typer.Option(help="Port to listen on [GIANTLEAP_PORT].")]
 RedisOption = Annotated[str | None, typer.Option(help="Redis to use [GIANTLEAP_REDIS_URL].")]
-BundleOption = Annotated[str | None, typer.Option(help="Name or directory of a bundle [GIANTLEAP_BUNDLE].")]
+
+
+def complete_bundle(incomplete: str) -> list[str]:
+    """Names of bundles, for the completion of a shell."""
+    return [path.name for path in list_bundles(pulled_dir()) if path.name.startswith(incomplete)]
+
+
+BundleOption = Annotated[
+    str | None,
+    typer.Option(help="Name or directory of a bundle [GIANTLEAP_BUNDLE].", autocompletion=complete_bundle),
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto [GIANTLEAP_DEVICE].")]
 RoleOption = Annotated[
     str | None, typer.Option(help="`all`, or one half of the route: `generate` or `decode` [GIANTLEAP_ROLE].")

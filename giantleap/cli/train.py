@@ -16,7 +16,14 @@ import typer
 
 from giantleap.cli.errors import to_line
 from giantleap.cli.files import check_input_directory, check_input_files, check_output_directory, check_output_file
-from giantleap.cli.options import bundle_directory, pulled_dir, read_bundle_or_stop, stop, stop_if_on_hub
+from giantleap.cli.options import (
+    bundle_directory,
+    complete_bundle,
+    pulled_dir,
+    read_bundle_or_stop,
+    stop,
+    stop_if_on_hub,
+)
 from giantleap.models.bundle.bundle import BundleError
 from giantleap.models.extras import install_hint
 from giantleap.models.lua.spec import WEIGHT_SUFFIXES
@@ -38,7 +45,10 @@ def _check_device(name: str) -> str:
     return name
 
 
-BundleOption = Annotated[str, typer.Option(help="Name or directory of the bundle whose VAE encodes and decodes.")]
+BundleOption = Annotated[
+    str,
+    typer.Option(help="Name or directory of the bundle whose VAE encodes and decodes.", autocompletion=complete_bundle),
+]
 DeviceOption = Annotated[
     str,
     typer.Option(

@@ -20,6 +20,16 @@ except SystemExit as ended:
 print(json.dumps(sorted(sys.modules)), file=sys.stderr)
 """
 
+MISTAKE = """
+import json, sys
+from giantleap.cli.main import app
+try:
+    app(sys.argv[1:])
+except SystemExit as ended:
+    assert ended.code == 2, ended
+print(json.dumps(sorted(sys.modules)), file=sys.stderr)
+"""
+
 BUILD_API = """
 import json, sys
 import giantleap.models.allocator, giantleap.service.api.server, uvicorn
@@ -48,6 +58,32 @@ def imported_by(code: str, *arguments: str) -> set[str]:
 def test_a_command_that_runs_no_network_imports_neither_torch_nor_the_worker(arguments: tuple[str, ...]) -> None:
     modules = imported_by(RUN, *arguments)
     assert not modules & {*SLOW, "giantleap.service.worker", "redis", "fastapi", "uvicorn", "PIL"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prepare", "no/photographs", "--bundle", "pocket", "--out", "pairs"),
+        ("prepare", ".", "--bundle", "pockt", "--out", "pairs"),
+        ("prepare", ".", "--bundle", "pocket", "--out", "pairs", "--device", "cuda0"),
+        ("run", "--config", "no/run.toml", "--out", "run"),
+        ("run", "--config", "wrong.toml", "--out", "run"),
+        ("run", "--config", "run.toml", "--out", "run"),
+        ("transfer", "--from", "no.pth", "--to-bundle", "pocket", "--pairs", ".", "--out", "run"),
+        ("statistics", "--lua", "no.pth", "--pairs", ".", "--out", "out.safetensors"),
+        ("evaluate", "--bundle", "pocket", "--out", "report"),
+        ("evaluate", "--bundle", "sdxl", "--images", ".", "--out", "report"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_in_train_ends_it_before_torch_is_imported(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrong.toml").write_text('bundle = "pocket"\npairs = "pairs"\nlua = {preset = "medium"}\nsede = 1\n')
+    (tmp_path / "run.toml").write_text('bundle = "pocket"\npairs = "no/pairs"\nlua = {start = "pocket"}\n')
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.chdir(tmp_path)
+    assert not imported_by(MISTAKE, "train", *arguments) & set(SLOW)
 
 
 def test_the_api_process_imports_neither_torch_nor_diffusers() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from giantleap.cli.main import app
 from giantleap.service import auth
@@ -213,3 +213,38 @@ def test_a_broken_file_stops_the_start(path: Path, command: str) -> None:
     done = CliRunner().invoke(app, [command, *options], env={"GIANTLEAP_API_KEYS_FILE": str(path)})
     assert done.exit_code == 2 and "not TOML" in done.stderr
     assert os.environ.get("GIANTLEAP_API_KEYS_FILE") is None
+
+
+def run_new(path: Path, *more: str) -> Result:
+    words = ["keys", "new", "--add", "--name", "alice", "--scope", "generate", *more]
+    return CliRunner().invoke(app, words, env={"GIANTLEAP_API_KEYS_FILE": str(path)})
+
+
+def test_a_new_key_is_added_to_a_file_that_only_its_owner_reads(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    for number in (1, 2):
+        ended = run_new(path)
+        assert ended.exit_code == 0, ended.output
+        (key,) = ended.stdout.split()
+        assert find_caller(read_keys(path), key) == Caller("alice", frozenset({Scope.GENERATE}))
+        assert len(read_keys(path)) == number and path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path], "no draft is left"
+
+
+def test_a_key_is_added_behind_a_link_and_comments_stay(tmp_path: Path) -> None:
+    real = tmp_path / "real.toml"
+    real.write_text(f"# ours\n{entry('k1', 'bob')}")
+    (tmp_path / "keys.toml").symlink_to(real)
+    assert run_new(tmp_path / "keys.toml").exit_code == 0
+    assert (tmp_path / "keys.toml").is_symlink() and real.read_text().startswith("# ours\n")
+    assert [key.caller.name for key in read_keys(real)] == ["bob", "alice"]
+
+
+def test_a_key_that_cannot_be_added_is_not_printed(tmp_path: Path) -> None:
+    (tmp_path / "keys.toml").write_text("not = [toml")
+    for path, reason in ((tmp_path / "keys.toml", "is not TOML"), (tmp_path / "no" / "keys.toml", "mkdir -p")):
+        ended = run_new(path)
+        assert ended.exit_code == 2 and reason in ended.output and "gl_" not in ended.output
+    assert (tmp_path / "keys.toml").read_text() == "not = [toml"
+    ended = CliRunner().invoke(app, ["keys", "new", "--add", "--name", "alice", "--scope", "generate"])
+    assert ended.exit_code == 2 and "GIANTLEAP_API_KEYS_FILE is not set" in ended.output
