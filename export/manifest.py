@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.digests import file_hash
+from giantleap.models.constraints import explain
 from giantleap.models.engines.base import Artifact, ArtifactEngineName, EngineError, Profile
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -216,7 +217,7 @@ def read_manifest(directory: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "file"
-        raise ArtifactError(f"{path}: damaged or of another version: {place}: {first['msg']}") from error
+        raise ArtifactError(f"{path}: damaged or of another version: {place}: {explain(first)}") from error
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path}: damaged: {error}") from error
 

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-OWN_KIND: Final = "giantleap"
-"""Kind of a `PydanticCustomError` whose message is ours."""
 _WHOLE, _NUMBER, _TRUTH = "must be a whole number", "must be a number", "must be true or false"
 _OBJECT, _LIST = "must be an object of named fields", "must be a list"
 REASONS: Final[Mapping[str, str]] = MappingProxyType(
@@ -70,8 +68,6 @@ def explain(fault: Mapping[str, Any]) -> str:
     kind, context = str(fault["type"]), fault.get("ctx", {})
     if kind in ("value_error", "assertion_error"):
         return str(context["error"])
-    if kind == OWN_KIND:
-        return str(fault["msg"])
     return REASONS.get(kind, _OTHER).format_map({name: _to_text(value) for name, value in context.items()})
 
 

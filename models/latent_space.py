@@ -56,6 +56,7 @@ class LatentSpace:
         mean: Per channel; only together with `std` and without a shift.
         std: Per channel; only together with `mean`.
         side_multiple: The pipeline makes latents whose sides are multiples of this.
+        has_frames: The VAE is one of videos, and takes a raw latent also as [batch, channels, 1, h, w].
         statistics_in_vae: Mean and standard deviation are weights of the VAE (`read_vae_statistics`); before
             `with_statistics` only shapes are known.
 
@@ -73,6 +74,7 @@ class LatentSpace:
     std: tuple[float, ...] | None = None
     side_multiple: int = 1
     statistics_in_vae: bool = False
+    has_frames: bool = False
 
     def __post_init__(self) -> None:
         if min(self.channels, self.stride_px, self.side_multiple) < 1 or not self.scale > 0:
@@ -111,6 +113,11 @@ class LatentSpace:
         """Whether a scaled latent is a row of tokens, from which height and width cannot be read."""
         return self.scaled_dims == 3
 
+    @property
+    def takes_frames(self) -> bool:
+        """Whether a raw latent may be a video of one frame."""
+        return self.has_frames or self.packing == "frame"
+
     def latent_size(self, height_px: int, width_px: int) -> tuple[int, int]:
         """Height and width of the raw latent that a pipeline makes for an image of this size."""
         multiple, multiple_px = self._side_multiple, self.multiple_px
@@ -124,25 +131,33 @@ class LatentSpace:
         """
         return replace(self, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
 
-    def check_raw(self, shape: Sequence[int]) -> None:
-        """Check the shape of a raw latent.
+    def is_one_frame(self, shape: Sequence[int]) -> bool:
+        """Whether a shape is that of videos of one frame, [channels, 1, h, w] or with a batch, in a space of such."""
+        return self.takes_frames and len(shape) in (4, 5) and shape[-4] == self.channels and shape[-3] == 1
+
+    def is_token_row(self, shape: Sequence[int]) -> bool:
+        """Whether a shape is that of scaled and packed latents, [tokens, folded channels] or with a batch."""
+        return self.is_packed and len(shape) in (2, 3) and _is_scaled(self, (1, *shape)[-3:])
+
+    def check_raw(self, shape: Sequence[int], sent: Sequence[int] | None = None) -> None:
+        """Check the shape of a raw latent; `sent` is the shape to name, where a batch or a frame was added or removed.
 
         Raises:
             LatentSpaceError: It is not [batch, channels, latent_height, latent_width] without an empty side.
         """
         if not _is_raw(self, shape):
             form = f"[batch, {self.channels}, latent_height, latent_width]"
-            raise LatentSpaceError(self._refusal("raw", form, shape))
+            raise LatentSpaceError(self._refusal("raw", form, shape, sent))
 
-    def check_scaled(self, shape: Sequence[int]) -> None:
-        """Check the shape of a latent as the pipeline returns it.
+    def check_scaled(self, shape: Sequence[int], sent: Sequence[int] | None = None) -> None:
+        """Check the shape of a latent as the pipeline returns it; `sent` as for `check_raw`.
 
         Raises:
             LatentSpaceError: It is not the shape of the packing.
         """
         if not _is_scaled(self, shape):
             packed = "scaled" if self.packing == "none" else "scaled and packed"
-            raise LatentSpaceError(self._refusal(packed, self._scaled_form(), shape))
+            raise LatentSpaceError(self._refusal(packed, self.scaled_form, shape, sent))
 
     def check_scaled_values(self, latent: "Latent") -> None:
         """Check that a latent declared as scaled is not a raw one, as far as its values tell.
@@ -179,6 +194,23 @@ class LatentSpace:
         if self._has_token_statistics:
             return self._unpack(self._denormalize(latent, ()), height_px, width_px)
         return self._denormalize(self._unpack(latent, height_px, width_px), (1, 1))
+
+    def unscale(self, latent: "Latent") -> "Latent":
+        """Convert a latent that is scaled but not packed to the raw one.
+
+        Args:
+            latent: [batch, channels, h, w].
+
+        Raises:
+            LatentSpaceError: The shape is not of this space, or has an odd side where statistics are those of tokens.
+        """
+        self.check_raw(tuple(latent.shape))
+        self._check_statistics()
+        if not self._has_token_statistics:
+            return self._denormalize(latent, (1, 1))
+        height, width = latent.shape[-2:]
+        tokens = self._denormalize(self._pack(latent), ())
+        return self._unpack(tokens, self.stride_px * height, self.stride_px * width)
 
     def from_raw(self, raw: "Latent") -> "Latent":
         """Convert a raw latent to the pipeline's form; the inverse of `to_raw`.
@@ -263,7 +295,9 @@ class LatentSpace:
         patches = spread.swapaxes(3, 4).swapaxes(2, 3).swapaxes(1, 3)  # b i j c p q
         return patches.reshape(batch, height * width // side**2, channels * side**2)
 
-    def _scaled_form(self) -> str:
+    @property
+    def scaled_form(self) -> str:
+        """The shape of a scaled latent, in words."""
         return {
             "none": f"[batch, {self.channels}, latent_height, latent_width]",
             "flux": f"[batch, latent_height * latent_width / 4, {4 * self.channels}]",
@@ -271,10 +305,10 @@ class LatentSpace:
             "frame": f"[batch, {self.channels}, 1, latent_height, latent_width]",
         }[self.packing]
 
-    def _refusal(self, form_name: str, form: str, shape: Sequence[int]) -> str:
+    def _refusal(self, form_name: str, form: str, shape: Sequence[int], sent: Sequence[int] | None) -> str:
         likely = [label for space in LATENT_SPACES.values() if (label := _label(space, shape))]
         hint = f", which looks like {' or '.join(likely)}" if likely else ""
-        return f"latent space {self.name} takes {form_name} latents {form}; found {list(shape)}{hint}"
+        return f"latent space {self.name} takes {form_name} latents {form}; found {list(sent or shape)}{hint}"
 
 
 def read_vae_statistics(vae_directory: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -378,10 +412,18 @@ LATENT_SPACES: Mapping[str, LatentSpace] = MappingProxyType(
             LatentSpace("flux1", 16, 8, scale=0.3611, shift=0.1159, packing="flux"),
             LatentSpace("z-image", 16, 8, scale=0.3611, shift=0.1159, side_multiple=2),
             LatentSpace("flux2", 32, 8, scale=1.0, packing="flux", statistics_in_vae=True),
-            LatentSpace("qwen-image", 16, 8, scale=1.0, packing="flux", mean=_WAN_MEAN, std=_WAN_STD),
+            LatentSpace("qwen-image", 16, 8, scale=1.0, packing="flux", mean=_WAN_MEAN, std=_WAN_STD, has_frames=True),
             LatentSpace("wan21", 16, 8, scale=1.0, packing="frame", mean=_WAN_MEAN, std=_WAN_STD, side_multiple=2),
             LatentSpace(
-                "qwen-image-21", 64, 16, scale=1.0, packing="rows", mean=_QWEN21_MEAN, std=_QWEN21_STD, side_multiple=2
+                "qwen-image-21",
+                64,
+                16,
+                scale=1.0,
+                packing="rows",
+                mean=_QWEN21_MEAN,
+                std=_QWEN21_STD,
+                side_multiple=2,
+                has_frames=True,
             ),
             LatentSpace("pocket16", 16, 8, scale=1.0),
         )

@@ -260,7 +260,7 @@ class Route:
         Shape:
             [batch, channels, h, w] -> per item [stride * h, stride * w, 3], uint8, on the CPU.
         """
-        decoded = self.vae.decode(latents, how, on_part)
+        decoded = self.vae.decode(latents, how=how, on_part=on_part)
         finite = finite_items(decoded)
         pixels = to_pixels(decoded / 2 + 0.5)
         return [image if good else None for image, good in zip(pixels, finite, strict=True)]
@@ -369,8 +369,8 @@ class Route:
         """
         if method == "swinir" and scale > 1:
             with observer.measure("upscale"):
-                images = [torch.from_numpy(image) for image in pixels]
-                return [], self.upscale_pixels(images, scale, partial(observer.report_part, "upscale"))
+                report = partial(observer.report_part, "upscale")
+                return [], self.upscale_pixels([torch.from_numpy(image) for image in pixels], scale, report)
         with observer.measure("vae_encode"):
             report = partial(observer.report_part, "vae_encode")
             encoded = [

@@ -7,6 +7,8 @@ the failure of a job.
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from giantleap.models.constraints import explain
+
 EXIT_BAD_CONFIGURATION: Final = 2
 """Exit code of a process whose settings, bundle or engine are wrong: a restart cannot help."""
 EXIT_HUNG: Final = 75
@@ -23,6 +25,8 @@ class GiantleapError(Exception):
     """
 
     code: str = "internal_error"
+    reason: str | None = None
+    """What the metrics count, where one code has several causes."""
     status: int = 500
     title: str = "Internal error"
     retryable: bool = False
@@ -163,6 +167,12 @@ class DeadlinePassed(GiantleapError):
     code, status, title = "deadline_passed", 504, "The job did not finish in time"
 
 
+class WaitTimeout(DeadlinePassed):
+    """The longest wait that the settings allow has ended before the job: the service is too slow, not the client."""
+
+    reason = "wait_timeout"
+
+
 class JobFailed(GiantleapError):
     """A job that ran and failed for good; the job record keeps the `code` of the cause."""
 
@@ -195,8 +205,7 @@ def field_errors(
         # Cut, since the name of an unknown field is text of the client.
         parts = [str(part) for part in error["loc"] if part not in _LOCATIONS]
         name = ".".join(parts)[:_MAX_FIELD_CHARS] or "body"
-        reason = {"extra_forbidden": "is not a known field", "missing": "is required"}.get(error["type"])
-        fields.append(((names or {}).get(name, name), reason or str(error["msg"])))
+        fields.append(((names or {}).get(name, name), explain(error)))
     return tuple(fields)
 
 

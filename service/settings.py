@@ -44,6 +44,7 @@ _PAGE_DEFAULTS = {
     "forwarded_allow_ips": "none",
     "root_path": "none",
     "webhook_hosts": "any",
+    "model_aliases": "none",
 }
 
 
@@ -73,6 +74,10 @@ class Settings(BaseSettings):
     bundle: Annotated[tuple[Path, ...], NoDecode] = Field(
         (POCKET_BUNDLE,),
         description="Bundles to serve, by name or directory, comma-separated; the first is the default.",
+    )
+    model_aliases: Annotated[dict[str, str], NoDecode] = Field(
+        {},
+        description="Other names of bundles, for clients that name fixed models: `dall-e-3=pocket,gpt-image-1=pocket`.",
     )
     engine: EngineName = Field(
         "torch", description="What runs LUA: torch, torch-compile, or onnx, tensorrt, aoti on exported artifacts."
@@ -130,6 +135,14 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(64 << 20, description="Largest request body.", ge=1)
     api_keys_file: Path | None = Field(
         None, description="TOML file of API keys (`giantleap keys new`); none: everybody may use the service."
+    )
+    api_url: str | None = Field(
+        None,
+        description="Service that `giantleap jobs` and `status` use; none: the one on this machine.",
+        pattern=r"^https?://[^?#\s]+$",
+    )
+    api_key: SecretStr | None = Field(
+        None, description="API key that `giantleap jobs` and `status` send.", min_length=1
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Sites whose pages may call the API, such as https://app.example.org, comma-separated."
@@ -192,6 +205,16 @@ class Settings(BaseSettings):
             return value
         return tuple(find_bundle(each, info.data["data_dir"] / PULLED) for each in value)
 
+    @field_validator("model_aliases", mode="before")
+    @classmethod
+    def _split_aliases(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        if not all(alias.strip() and name.strip() for alias, _, name in pairs):
+            raise ValueError("must be pairs as dall-e-3=pocket, separated by commas")
+        return {alias.strip(): name.strip() for alias, _, name in pairs}
+
     @field_validator("cors_origins")
     @classmethod
     def _plain_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -246,10 +269,13 @@ def to_environment(settings: Settings) -> dict[str, str]:
     for name in values:  # a dump hides secrets
         if isinstance(secret := getattr(settings, name), SecretStr):
             values[name] = secret.get_secret_value()
-    return {
-        _PREFIX + name.upper(): ",".join(value) if isinstance(value, list) else str(value)
-        for name, value in values.items()
-    }
+    return {_PREFIX + name.upper(): _to_variable(value) for name, value in values.items()}
+
+
+def _to_variable(value: object) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{alias}={name}" for alias, name in value.items())
+    return ",".join(value) if isinstance(value, list) else str(value)
 
 
 def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
@@ -292,11 +318,11 @@ def explain_settings() -> list[tuple[str, str, str]]:
 
 
 def _to_shown(value: object) -> str:
-    if value is None or value == () or value == "":
+    if value is None or value in ((), "", {}):
         return "none"
     if isinstance(value, SecretStr):
         return _MASK
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = _to_variable(list(map(str, value)) if isinstance(value, tuple) else value)
     return _PASSWORD_IN_QUERY.sub(rf"\1{_MASK}", _USER_IN_URL.sub(rf"\1{_MASK}@", text))
 
 

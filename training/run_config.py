@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.names import find_bundle
+from giantleap.models.constraints import explain
 from giantleap.models.lua.spec import WEIGHT_SUFFIXES, LuaSpec, preset
 
 StageName = Literal["I", "II", "III", "linear", "square"]
@@ -310,5 +311,5 @@ def check_config(values: Mapping[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()]
+        lines = [f"{'.'.join(map(str, item['loc'])) or 'file'}: {explain(item)}" for item in error.errors()]
         raise ConfigError(f"{where}: {'; '.join(lines)}") from error

@@ -20,6 +20,8 @@ from giantleap.cli.bench import app as bench_commands
 from giantleap.cli.bundle import app as bundle_commands
 from giantleap.cli.errors import EXIT_CODES, OneLineErrors
 from giantleap.cli.export import app as export_commands
+from giantleap.cli.jobs import app as job_commands
+from giantleap.cli.jobs import status
 from giantleap.cli.keys import app as key_commands
 from giantleap.cli.local import generate, models, upscale
 from giantleap.cli.options import (
@@ -42,11 +44,12 @@ from giantleap.service.errors import BadConfiguration, NotReady
 from giantleap.service.settings import Settings, explain_settings, format_errors, read_settings, to_markdown
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, epilog=EXIT_CODES, pretty_exceptions_enable=False)
-for command in (generate, upscale, models):
+for command in (generate, upscale, models, status):
     app.command()(command)
 app.add_typer(bench_commands, name="bench")
 app.add_typer(bundle_commands, name="bundle")
 app.add_typer(export_commands, name="export")
+app.add_typer(job_commands, name="jobs")
 app.add_typer(key_commands, name="keys")
 app.add_typer(train_commands, name="train")
 

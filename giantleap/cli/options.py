@@ -14,7 +14,7 @@ from giantleap.cli.progress import working
 from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.bundle.names import PULLED, find_bundle, list_bundles
-from giantleap.service.errors import EXIT_BAD_CONFIGURATION
+from giantleap.service.errors import EXIT_BAD_CONFIGURATION, field_errors
 from giantleap.service.settings import Settings, format_errors, read_settings
 from giantleap.service.telemetry.logs import configure_logging
 
@@ -105,7 +105,7 @@ def advance(bar: "tqdm[NoReturn]", done: int, total: int = 0) -> None:
 def to_message(error: Exception) -> str:
     """One line for an error: of a validation error the fields and their faults, without the values."""
     if isinstance(error, ValidationError):
-        return "; ".join(f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors())
+        return "; ".join(f"{name}: {reason}" for name, reason in field_errors(error.errors()))
     return to_line(error)
 
 

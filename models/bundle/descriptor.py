@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
+from giantleap.models.constraints import explain
 from giantleap.models.latent_space import LATENT_SPACES, LatentSpace, Packing
 from giantleap.models.lua.spec import is_whole, scaled_size, to_scale
 
@@ -344,7 +345,7 @@ def _explain(error: ValidationError) -> str:
     def line(fault: Any) -> str:
         place = ".".join(map(str, fault["loc"]))
         found = "" if isinstance(fault["input"], dict) else f"; found {fault['input']!r:.80}"
-        return f"{place}: {fault['msg']}{found}" if place else f"{fault['msg']}{found}"
+        return f"{place}: {explain(fault)}{found}" if place else f"{explain(fault)}{found}"
 
     return "; ".join(line(fault) for fault in error.errors())
 

@@ -9,7 +9,7 @@ from functools import cache, partial
 from importlib.metadata import version
 from types import FrameType
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from giantleap.service.api.compat import kserve, openai, remote_vae
 from giantleap.service.api.dependencies import AppState
@@ -22,7 +22,8 @@ from giantleap.service.api.middleware.security_headers import SecurityHeadersMid
 from giantleap.service.api.openapi import describe, operation_id
 from giantleap.service.api.problems import handle_errors
 from giantleap.service.api.responses import JobProblem, handle_job_problem
-from giantleap.service.api.routes import create, health, jobs
+from giantleap.service.api.route_table import RouteTable, refuse_unknown_parameters
+from giantleap.service.api.routes import create, dead_letters, health, jobs
 from giantleap.service.auth import open_keys
 from giantleap.service.jobqueue.client import AsyncRedis, open_async_redis
 from giantleap.service.jobqueue.producer import JobProducer
@@ -68,15 +69,17 @@ def create_app(settings: Settings, producer: JobProducer | None = None, tracing:
         version=version("giantleap"),
         lifespan=partial(_opened, state, client, sender, spans),
         redoc_url=None,
+        dependencies=[Depends(refuse_unknown_parameters)],
         generate_unique_id_function=operation_id,
     )
     app.state.giantleap = state
     _add_middlewares(app, state, spans)
     handle_errors(app)
     app.add_exception_handler(JobProblem, handle_job_problem)
-    for routes in (create, jobs, health, openai, kserve, remote_vae):
+    for routes in (create, jobs, dead_letters, health, openai, kserve, remote_vae):
         app.include_router(routes.router)
     app.openapi = cache(partial(describe, app))  # type: ignore[method-assign]  # FastAPI's own way to extend it
+    app.state.route_table = cache(lambda: RouteTable.from_document(app.openapi()))
     return app
 
 

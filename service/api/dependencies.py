@@ -14,8 +14,9 @@ from giantleap.models.image_formats import ImageFormat
 from giantleap.service.api.links import UrlSigner
 from giantleap.service.auth import Caller
 from giantleap.service.errors import NotFound, NotReady
+from giantleap.service.jobqueue.dead_letters import DeadLetters
 from giantleap.service.jobqueue.producer import JobProducer
-from giantleap.service.jobs.bundles import ServedBundle
+from giantleap.service.jobs.bundles import ServedBundle, select_bundle
 from giantleap.service.jobs.devices import Device, missing_roles
 from giantleap.service.jobs.job import GenerateParams, JobRecord, UpscaleParams
 from giantleap.service.jobs.planning import plan_generate, prepare_upscale
@@ -38,9 +39,22 @@ class AppState:
     stopping: asyncio.Event
     signer: UrlSigner | None
 
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The jobs that failed for good."""
+        return DeadLetters(self.producer)
+
     def devices(self, name: str) -> tuple[Device, ...]:
         """The known devices on which jobs of a bundle may run; costs no round trip."""
         return tuple(device for device in self.producer.devices if name in device.bundles)
+
+    def select_bundle(self, name: str | None) -> ServedBundle:
+        """The bundle of a name or an alias, or the default one where the name is None.
+
+        Raises:
+            InvalidFields: No bundle has the name.
+        """
+        return select_bundle(self.bundles, None if name is None else self.settings.model_aliases.get(name, name))
 
     def plan_generate(
         self, request: GenerateRequest, served: ServedBundle, seed: int, output_format: ImageFormat

@@ -23,7 +23,7 @@ from giantleap.service.api.schemas import Problem, to_job_body, to_model_body
 from giantleap.service.auth import OPEN_PATHS
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord, JobState, Priority, ResultFile
 from giantleap.service.jobs.media_types import FORM_TYPE, JSON_TYPE, NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
-from giantleap.service.jobs.requests import GenerateRequest
+from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -42,7 +42,8 @@ Every error is a problem document (RFC 9457); decide by its `code`, which never 
 """
 _TAGS = {
     "create": "Make a job: draw a prompt, or enlarge a latent or an image.",
-    "jobs": "Follow a job, fetch its files, cancel it.",
+    "jobs": "Follow a job, fetch its files, cancel or delete it.",
+    "operators": "Jobs that failed for good. With API keys: only for the scope admin.",
     "service": "Bundles, probes and metrics.",
     "OpenAI": "Images as the `openai` client asks for them.",
     "KServe v2": "Latents by the Open Inference Protocol, as `tritonclient` speaks it.",
@@ -112,9 +113,10 @@ def file_content(*media_types: str) -> dict[str, Any]:
 
 
 def upload_request_body() -> dict[str, Any]:
-    """The body of /upscale, which FastAPI does not parse: a latent or an image, also as the one file of a form."""
+    """The body of /upscale, which FastAPI does not parse: a latent or an image, or a form of one and of options."""
     content = file_content(SAFETENSORS_TYPE, NPY_TYPE, *IMAGE_TYPES, OCTETS_TYPE)
-    form = {"type": "object", "properties": {"image": _BINARY["schema"]}, "required": ["image"]}
+    options = UpscaleQuery.model_json_schema()["properties"]
+    form = {"type": "object", "properties": options | {"image": _BINARY["schema"]}, "required": ["image"]}
     return {"requestBody": {"required": True, "content": content | {FORM_TYPE: {"schema": form}}}}
 
 
@@ -179,7 +181,7 @@ def _error_forms(paths: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _describe_errors(path: str, operation: dict[str, Any], form: dict[str, Any]) -> None:
     """Add the errors of any route, and to each error its codes and an example in the protocol of the path."""
     responses = operation["responses"]
-    shared: tuple[str, ...] = ("431", "500")
+    shared: tuple[str, ...] = ("422", "431", "500")
     if path not in OPEN_PATHS:
         operation["security"] = [{"bearer": []}, {"header": []}, {}]
         shared = ("401", "403", *shared)

@@ -89,7 +89,7 @@ def problem_response(
 
     Sets `request.state.problem_code`, which the metrics of the request count.
     """
-    request.state.problem_code = error.code
+    request.state.problem_code = error.reason or error.code
     all_headers = dict(headers or {})
     if error.status in (429, 503):
         all_headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or _RETRY_LATER_S)))

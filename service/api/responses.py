@@ -1,19 +1,28 @@
 """Responses about a job: its JSON body, a file that it made, or the problem that it ended with."""
 
 import asyncio
+import io
 import json
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Final
 
 from fastapi import Request, Response
 
+from giantleap.models.image_formats import CONTENT_TYPES
 from giantleap.service.api.dependencies import AppState
 from giantleap.service.api.links import links_of
 from giantleap.service.api.problems import from_job_error, problem_response
 from giantleap.service.api.schemas import to_job_body
 from giantleap.service.errors import Conflict, GiantleapError, JobFailed, NotFound
 from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState
-from giantleap.service.jobs.media_types import JSON_TYPE
+from giantleap.service.jobs.media_types import JSON_TYPE, SAFETENSORS_TYPE
 
+ZIP_TYPE: Final = "application/zip"
+_EXTENSIONS: Final = MappingProxyType(
+    {kind: name for name, kind in CONTENT_TYPES.items()} | {SAFETENSORS_TYPE: "safetensors"}
+)
 # Reverse proxies refuse headers of some kilobytes.
 _WARNINGS_HEADER_BYTES = 2048
 
@@ -31,8 +40,9 @@ async def handle_job_problem(request: Request, problem: Exception) -> Response:
     """The response to a `JobProblem`."""
     assert isinstance(problem, JobProblem)
     job_id = problem.record.job.id
-    members = {"job_id": job_id, "status_url": links_of(request).job(job_id)}
-    return problem_response(problem.error, request, job_headers(problem.record), **members)
+    path = links_of(request).job(job_id)
+    headers = job_headers(problem.record) | ({} if problem.record.state.final else {"Location": path})
+    return problem_response(problem.error, request, headers, job_id=job_id, status_url=path)
 
 
 def job_failure(record: JobRecord) -> JobProblem:
@@ -74,13 +84,39 @@ async def result_response(state: AppState, record: JobRecord, index: int) -> Res
         JobProblem: The job has not succeeded.
         NotFound: There is no such result, or it no longer exists.
     """
+    _require_succeeded(record)
+    if index >= len(record.results):
+        raise NotFound(f"the job has {len(record.results)} results, counted from 0; there is no {index}")
+    return await file_response(state, record, index)
+
+
+async def results_response(state: AppState, record: JobRecord) -> Response:
+    """All results of a job that has succeeded, as a zip file of the files as they are.
+
+    Raises:
+        JobProblem: The job has not succeeded.
+        NotFound: One result no longer exists.
+    """
+    _require_succeeded(record)
+    names = [f"{index}.{_EXTENSIONS[file.content_type]}" for index, file in enumerate(record.results)]
+    content = await asyncio.to_thread(_to_zip, names, await read_results(state, record))
+    headers = {"Content-Disposition": f'attachment; filename="{record.job.id}.zip"'}
+    return Response(content, 200, result_headers(record) | headers, ZIP_TYPE)
+
+
+def _require_succeeded(record: JobRecord) -> None:
     if not record.state.final:
         raise JobProblem(record, Conflict(f"the job is {record.state}; wait until it has succeeded"))
     if record.state is not JobState.SUCCEEDED:
         raise job_failure(record)
-    if index >= len(record.results):
-        raise NotFound(f"the job has {len(record.results)} results, counted from 0; there is no {index}")
-    return await file_response(state, record, index)
+
+
+def _to_zip(names: Sequence[str], files: Sequence[bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:  # stored: the files are compressed already
+        for name, content in zip(names, files, strict=True):
+            archive.writestr(zipfile.ZipInfo(name), content)  # without a time: the same job, the same bytes
+    return buffer.getvalue()
 
 
 async def read_results(state: AppState, record: JobRecord) -> list[bytes]:

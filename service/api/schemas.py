@@ -13,6 +13,9 @@ from giantleap.models.bundle.descriptor import METHODS, DecodeName, Method
 from giantleap.models.latent_space import Packing
 from giantleap.service.api.links import Links
 from giantleap.service.api.problems import from_job_error, problem_body
+from giantleap.service.jobqueue.dead_letters import blocked_reason
+from giantleap.service.jobqueue.keys import to_bundle
+from giantleap.service.jobqueue.replies import DeadLetter
 from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState, Priority, to_rfc3339
 from giantleap.service.settings import Settings
 
@@ -89,6 +92,30 @@ class JobsBody(BaseModel):
 
     jobs: list[JobBody] = Field(description="Newest first.")
     next_cursor: str | None = Field(description="Send it as cursor for the next page; null on the last one.")
+
+
+class DeadLetterBody(BaseModel):
+    """A job that failed for good."""
+
+    id: str = Field(description="The job.")
+    bundle: str = Field(description="What ran it.")
+    deliveries: int = Field(description="How often it was started.")
+    failed_at: str = Field(description="RFC 3339 in UTC.")
+    owner: str | None = Field(description="Name of its API key; null without keys, or once its record has expired.")
+    error: dict[str, Any] = Field(description="A problem.")
+    blocked_reason: str | None = Field(description="Why it cannot be retried; null where it can.")
+
+
+class DeadLettersBody(BaseModel):
+    """The jobs that failed for good."""
+
+    dead_letters: list[DeadLetterBody] = Field(description="The latest first.")
+
+
+class Version(BaseModel):
+    """What runs here."""
+
+    version: str = Field(description="Of Giantleap.", examples=["0.1.0"])
 
 
 class LatentSpaceBody(BaseModel):
@@ -228,4 +255,17 @@ def to_job_body(record: JobRecord, links: Links) -> JobBody:
         events_url=links.events(job.id),
         cancel_url=f"{links.job(job.id)}/cancel",
         error=problem_body(from_job_error(record.error), job.id) if record.error is not None else None,
+    )
+
+
+def to_dead_letter_body(letter: DeadLetter) -> DeadLetterBody:
+    """The body of a dead letter."""
+    return DeadLetterBody(
+        id=letter.id,
+        bundle=to_bundle(letter.lane.rpartition(":")[0]),
+        deliveries=letter.deliveries,
+        failed_at=to_rfc3339(letter.failed_at_ms / 1000),
+        owner=None if letter.job is None else letter.job.owner or None,
+        error=problem_body(from_job_error(letter.error), letter.id),
+        blocked_reason=blocked_reason(letter),
     )

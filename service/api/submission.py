@@ -22,12 +22,12 @@ from giantleap.service.api.negotiation import Preference, read_cancel_after, rea
 from giantleap.service.api.responses import JobProblem, job_failure
 from giantleap.service.auth import Scope, require_scope
 from giantleap.service.errors import (
-    DeadlinePassed,
     InvalidFields,
     MalformedRequest,
     NotFound,
     NotReady,
     UnsupportedMediaType,
+    WaitTimeout,
 )
 from giantleap.service.jobqueue.client import cancel_tasks
 from giantleap.service.jobqueue.producer import SMALL_BODY_BYTES, Enqueued
@@ -291,7 +291,7 @@ def require_success(state: AppState, record: JobRecord, options: SubmitOptions) 
     if state.stopping.is_set():
         raise JobProblem(record, NotReady(f"this process is stopping; the job {outcome}", retry_after_s=1))
     waited_s = _wait_s(state, options)
-    raise JobProblem(record, DeadlinePassed(f"the job did not finish within {waited_s:.0f} s and {outcome}"))
+    raise JobProblem(record, WaitTimeout(f"the job did not finish within {waited_s:.0f} s and {outcome}"))
 
 
 async def get_job(state: AppState, job_id: str) -> JobRecord:

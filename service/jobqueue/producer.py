@@ -15,7 +15,7 @@ import math
 import re
 import statistics
 import uuid
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -242,6 +242,27 @@ class JobProducer:
         """
         stored = await self._await(self._scripts.run(scripts.CANCEL_JOB, {"id": job_id}))
         return None if stored is None else stored.to_record()
+
+    async def delete(self, job_id: str) -> JobRecord | None:
+        """Deletes a job that has ended, with its results; requests that any other stops, and returns its record.
+
+        Effects: one atomic script. The id is not free again before the record would have expired. Safe to repeat.
+        """
+        stored = await self.run(scripts.DELETE_JOB, {"id": job_id})
+        return None if stored is None else stored.to_record()
+
+    async def run(self, script: scripts.LuaScript[Value], arguments: Mapping[str, object]) -> Value:
+        """Runs a script of this queue.
+
+        Raises:
+            NotReady: Redis does not answer.
+        """
+        return await self._await(self._scripts.run(script, arguments))
+
+    async def read_input(self, job_id: str) -> bytes | None:
+        """The input blob of a job, or None if there is none any more."""
+        blob: Any = await self._await(self._redis.get(self._keys.input(job_id)))
+        return None if blob is None else bytes(blob)
 
     async def read_result(self, job_id: str, index: int) -> bytes | None:
         """One result blob, or None if there is none, it has expired, or it was evicted for newer ones."""

@@ -112,6 +112,33 @@ class DevicesReply:
 
 
 @dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A job that failed for good; `job` is None once its record has expired or was deleted."""
+
+    id: str
+    lane: str
+    deliveries: int
+    error: Json[JobError]
+    failed_at_ms: int
+    has_input: bool
+    job: Json[Job] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLettersReply:
+    """The latest dead letters."""
+
+    letters: tuple[DeadLetter, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedReply:
+    """Whether the dead letter was there."""
+
+    dropped: bool
+
+
+@dataclass(frozen=True, slots=True)
 class IdsReply:
     """Ids of jobs."""
 
@@ -159,6 +186,7 @@ class Delivery:
     bundle: str
     finished_at_s: float
     error: Json[JobError] | None = None
+    results: Json[tuple[ResultFile, ...]] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ def load_bundles(settings: Settings) -> dict[str, ServedBundle]:
     """Read the bundles of the settings, by name, the default first.
 
     Raises:
-        BundleError: One cannot be served, or two have the same name.
+        BundleError: One cannot be served, two have the same name, or an alias is a bundle's name or names none.
     """
     served: dict[str, ServedBundle] = {}
     for directory in settings.bundle:
@@ -29,6 +29,9 @@ def load_bundles(settings: Settings) -> dict[str, ServedBundle]:
         if bundle.name in served:
             raise BundleError(f"{directory}: another bundle is named {bundle.name} too; names must differ")
         served[bundle.name] = ServedBundle(bundle, _read_words(bundle))
+    for alias, name in settings.model_aliases.items():
+        if alias in served or name not in served:
+            raise BundleError(f"model_aliases: {alias}={name} must give a new name to one of {', '.join(served)}")
     return served
 
 

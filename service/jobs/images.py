@@ -18,7 +18,7 @@ from PIL import Image
 
 from giantleap.models.rgb import to_rgb
 from giantleap.service.errors import InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
-from giantleap.service.jobs.media_types import OCTETS_TYPE, read_media_type
+from giantleap.service.jobs.media_types import OCTETS_TYPE, name_format, read_media_type
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -52,12 +52,12 @@ def check_image(body: bytes, content_type: str | None, max_px: int) -> ImageSize
 
     Args:
         body: The file.
-        content_type: Declared type; None or application/octet-stream: the first bytes decide.
+        content_type: Declared type, for the message; the first bytes decide.
         max_px: Most pixels that the image may have.
 
     Raises:
         UnsupportedMediaType: Another format than PNG, JPEG or WebP, or an animation.
-        MalformedRequest: The bytes are damaged, cut off, or not of the declared type.
+        MalformedRequest: The bytes are damaged or cut off.
         PayloadTooLarge: More pixels than `max_px`.
     """
     _check_type(body, content_type)
@@ -134,10 +134,11 @@ def _type_of(body: bytes) -> str:
 
 
 def _check_type(body: bytes, content_type: str | None) -> None:
-    declared, actual = read_media_type(content_type) or OCTETS_TYPE, _type_of(body)
+    """Among the types that are read the first bytes decide: clients declare what a file's name says, often wrongly."""
     if not body:
         raise MalformedRequest("the image is empty; send a PNG, JPEG or WebP file")
-    if not actual or declared not in (*_STARTS, OCTETS_TYPE):
+    declared = read_media_type(content_type) or OCTETS_TYPE
+    if (name := name_format(body)) is not None:
+        raise UnsupportedMediaType(f"the body is {name}; send a PNG, JPEG or WebP file")
+    if not _type_of(body) or declared not in (*_STARTS, OCTETS_TYPE):
         raise UnsupportedMediaType(f"the content type is {declared[:80]!r}; send an image as {', '.join(_STARTS)}")
-    if declared not in (actual, OCTETS_TYPE):
-        raise MalformedRequest(f"the image is declared as {declared} but starts like {actual}; correct one of them")

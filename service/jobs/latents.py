@@ -18,14 +18,14 @@ import safetensors
 
 from giantleap.models.safetensors_header import FLOAT_DTYPES, to_file_bytes, to_floats
 from giantleap.service.errors import InvalidRequest, MalformedRequest, UnsupportedMediaType
-from giantleap.service.jobs.media_types import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE, read_media_type
+from giantleap.service.jobs.media_types import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE, name_format, read_media_type
 
 LATENT_TENSOR = "latent"
-_PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 # A header names a handful of tensors: real ones hold some hundred bytes. The limit keeps a hostile header from
 # costing many times its size when it is parsed.
 _MAX_HEADER_BYTES = 16_384
 _MAX_DIMS = 5
+_READ = "send a latent as safetensors or .npy, or an image as PNG, JPEG or WebP"
 # Version 3 differs from 2 in the encoding of field names only, which no dtype that is read has.
 _NPY_HEADERS = {
     (1, 0): npy.read_array_header_1_0,
@@ -137,11 +137,11 @@ def _is_npy(body: bytes, content_type: str | None) -> bool:
         )
     if not body:
         raise MalformedRequest("the body is empty; send a latent as safetensors or .npy, or an image")
-    if body.startswith(_PICKLE_STARTS):
-        raise UnsupportedMediaType("the body looks like a pickle, which is never loaded; send safetensors")
     actual = NPY_TYPE if body.startswith(npy.MAGIC_PREFIX) else SAFETENSORS_TYPE if body[8:9] == b"{" else None
+    if actual is None and (name := name_format(body)) is not None:
+        raise UnsupportedMediaType(f"the body is {name}; {_READ}")
     if declared == OCTETS_TYPE and actual is None:
-        raise UnsupportedMediaType("the body starts like neither safetensors nor .npy; send one of these formats")
+        raise UnsupportedMediaType(f"the body is of a format that is not known; {_READ}")
     if declared not in (OCTETS_TYPE, actual):
         raise MalformedRequest(f"the body does not start like {declared}, its declared type; correct one of them")
     return actual == NPY_TYPE

@@ -9,7 +9,7 @@ import numpy as np
 
 from giantleap.models.bundle.bundle import Bundle, SizeError
 from giantleap.models.bundle.descriptor import DecodeName, Method, nearest_sides
-from giantleap.models.image_formats import ImageFormat
+from giantleap.models.image_formats import MAX_SIDE_PX, ImageFormat
 from giantleap.models.latent_space import LatentSpace, LatentSpaceError
 from giantleap.models.lua.spec import is_whole, scaled_size
 from giantleap.service.errors import InvalidFields
@@ -51,7 +51,7 @@ def plan_generate(
     """
     defaults = bundle.defaults
     method = choose_method(bundle, request.method)
-    scale = choose_scale(bundle, method, request.scale)
+    scale = choose_scale(bundle, method, request.scale, (request.width, request.height))
     params = GenerateParams(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt or "",
@@ -79,6 +79,7 @@ def plan_generate(
             _no_decode(params.decode, bundle),
             _too_many("num_images", params.num_images, settings),
             _too_large("width", params, bundle, settings, devices),
+            _too_long(params, bundle),
             _no_base_size(params, bundle),
         )
     )
@@ -141,19 +142,39 @@ def choose_method(bundle: Bundle, requested: Method | None) -> Method:
     return method
 
 
-def choose_scale(bundle: Bundle, method: Method, requested: float | None) -> float:
+def choose_scale(
+    bundle: Bundle, method: Method, requested: float | None, size_px: tuple[int | None, int | None] = (None, None)
+) -> float:
     """The requested scale; where it is None the bundle's default if the method has it, else the method's smallest.
+
+    If that does not reach the requested size of the final image but another scale does, that one: the next larger one,
+    which is the least work, before smaller ones.
 
     Raises:
         InvalidFields: The method lacks the scale.
     """
     scales = bundle.scales_of(method)
     if requested is None:
-        return bundle.defaults.scale if bundle.defaults.scale in scales else scales[1]
+        default = bundle.defaults.scale if bundle.defaults.scale in scales else scales[1]
+        if size_px == (None, None):
+            return default
+        ordered = sorted(scales, key=lambda scale: (scale < default, abs(scale - default)))
+        return next((scale for scale in ordered if _reaches(bundle, method, scale, size_px)), default)
     if requested not in scales:
         known = ", ".join(map(str, scales))
         raise InvalidFields(("scale", f"is {requested}; bundle {bundle.name} has {known} by method {method}"))
     return scales[scales.index(requested)]
+
+
+def _reaches(bundle: Bundle, method: Method, scale: float, size_px: tuple[int | None, int | None]) -> bool:
+    """Whether some base image gives this final size; a side that is None is the default one."""
+    width_px = size_px[0] or scaled_size(bundle.defaults.base_width_px, scale)
+    height_px = size_px[1] or scaled_size(bundle.defaults.base_height_px, scale)
+    try:
+        bundle.base_size(width_px, height_px, scale, method)
+    except SizeError:
+        return False
+    return True
 
 
 def _no_base_size(params: GenerateParams, bundle: Bundle) -> Check:
@@ -164,7 +185,10 @@ def _no_base_size(params: GenerateParams, bundle: Bundle) -> Check:
     except SizeError as error:
         base_px = width_px / (1 if method == "direct" else scale)
         width_fits = nearest_sides(base_px, bundle.limits_at(scale, method), method) == (base_px, base_px)
-        return True, "height" if width_fits else "width", str(error)
+        size_px = (width_px, height_px)
+        others = [str(each) for each in bundle.scales_of(method) if _reaches(bundle, method, each, size_px)]
+        hint = f"; scale {' or '.join(others)} reaches {width_px}x{height_px}" if others else ""
+        return True, "height" if width_fits else "width", f"{error}{hint}"
     return False, "width", ""
 
 
@@ -228,7 +252,7 @@ def prepare_upscale(
         if query.latent_space not in (None, space.name):
             raise InvalidFields(("latent_space", f"is not that of bundle {bundle.name}; send a latent of {space.name}"))
         latent = _to_raw(query, tensor, space)
-        shape, one_frame = latent.shape, is_one_frame(tensor.shape, space)
+        shape, one_frame = latent.shape, space.is_one_frame(tensor.shape)
     method = choose_method(bundle, query.method)
     params = UpscaleParams(
         scale=choose_scale(bundle, method, query.scale),
@@ -279,35 +303,50 @@ def _to_raw(query: UpscaleQuery, tensor: Values, space: LatentSpace) -> Values:
     """The tensor of a body as raw latents.
 
     Shape:
-        [C, h, w] or [B, C, h, w]; packed [N, 4 C] or [B, N, 4 C]; of a video VAE also a video of one frame,
-        [C, 1, h, w] or [B, C, 1, h, w] -> [B, C, h, w].
+        [C, h, w] or [B, C, h, w]; of a video VAE also a video of one frame, [C, 1, h, w] or [B, C, 1, h, w]; scaled
+        ones also packed, [N, 4 C] or [B, N, 4 C] -> [B, C, h, w].
 
     Raises:
         InvalidFields: The tensor is not a latent of this space, or not finite.
     """
-    packed = query.scaled and space.is_packed
-    if not query.scaled and is_one_frame(tensor.shape, space):
-        tensor = tensor.squeeze(-3)
-    if (query.width is not None or query.height is not None) and not packed:
-        raise InvalidFields(("width", "and height apply to packed latents only; leave them out"))
-    latent = tensor[None] if tensor.ndim == (space.scaled_dims - 1 if query.scaled else 3) else tensor
+    packed = query.scaled and space.is_token_row(tensor.shape)
+    latent = tensor.squeeze(-3) if space.is_one_frame(tensor.shape) else tensor
+    latent = latent[None] if latent.ndim == (2 if packed else 3) else latent
     try:
-        if query.scaled:
+        if packed:
             with np.errstate(over="ignore"):  # overflow is refused below
                 latent = latent.astype(np.float32, copy=False)
                 space.check_scaled_values(latent)
                 latent = space.to_raw(latent, query.height, query.width)
-        space.check_raw(latent.shape)
+        else:
+            space.check_raw(latent.shape, tensor.shape)
+            _check_size(query, latent, space)
+            latent = _unscale(latent, space) if query.scaled else latent
     except LatentSpaceError as error:
-        video = f", or a video of one frame [batch, {space.channels}, 1, h, w]" if space.packing == "frame" else ""
-        raise InvalidFields(("body", f"{error}{video}")) from error
+        forms = f", or a packed one {space.scaled_form}" if query.scaled and space.is_packed else ""
+        forms += f", or a video of one frame [batch, {space.channels}, 1, h, w]" if space.takes_frames else ""
+        raise InvalidFields(("body", f"{error}{forms}")) from error
     require_finite(latent)
     return latent
 
 
-def is_one_frame(shape: Sequence[int], space: LatentSpace) -> bool:
-    """Whether a latent is a video of one frame, [C, 1, h, w] or [B, C, 1, h, w], of a video latent space."""
-    return space.packing == "frame" and len(shape) in (4, 5) and shape[-4] == space.channels and shape[-3] == 1
+def _unscale(latent: Values, space: LatentSpace) -> Values:
+    with np.errstate(over="ignore"):  # overflow is refused by the caller
+        latent = latent.astype(np.float32, copy=False)
+        space.check_scaled_values(latent)
+        return space.unscale(latent)
+
+
+def _check_size(query: UpscaleQuery, latent: Values, space: LatentSpace) -> None:
+    """Check a size that was sent with a latent that tells its own.
+
+    Raises:
+        InvalidFields: It is another.
+    """
+    for name, side_px, side in (("width", query.width, latent.shape[3]), ("height", query.height, latent.shape[2])):
+        own_px = space.stride_px * side
+        if side_px is not None and abs(side_px - own_px) >= space.multiple_px:
+            raise InvalidFields((name, f"is {side_px}; the latent is of {own_px} px: leave it out"))
 
 
 def _upscale_checks(
@@ -320,6 +359,7 @@ def _upscale_checks(
         (to_latent, "output", "is latent, but swinir enlarges pixels; choose another method"),
         _too_many("body", params.batch_items, settings),
         _too_large("body", params, bundle, settings, devices),
+        _too_long(params, bundle),
     )
 
 
@@ -333,3 +373,16 @@ def _too_large(field: str, params: JobParams, bundle: Bundle, settings: Settings
     image_px = work.width_px * work.height_px
     note = largest_note(work, bundle, devices, max_px) if image_px > max_px else ""
     return image_px > max_px, field, f"makes an image of {image_px} pixels; at most {max_px} are allowed{note}"
+
+
+def _too_long(params: JobParams, bundle: Bundle) -> Check:
+    """Fails where the file format holds no image with such a side."""
+    work, max_px = to_workload(params, bundle), MAX_SIDE_PX[params.output_format]
+    longest_px = max(work.width_px, work.height_px)
+    others = ", ".join(name for name, side_px in MAX_SIDE_PX.items() if longest_px <= side_px)
+    return (
+        work.decode is not None and longest_px > max_px,
+        "output_format",
+        f"is {params.output_format}, which holds sides up to {max_px} px; an image of {work.width_px}x{work.height_px} "
+        f"px needs one of {others}",
+    )

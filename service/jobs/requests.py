@@ -6,18 +6,18 @@ against the bundle and the settings. Sizes are pixels of the final image.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
-from giantleap.models.image_formats import ImageFormat
 from giantleap.models.lua.spec import to_scale
+from giantleap.service.jobs.fields import FormatName, Integer, Pattern, Text, to_whole
 from giantleap.service.jobs.job import FINAL_STATES, FinalState, Webhook
 
 PriorityName = Literal["high", "low"]
 MAX_SEED = 2**63 - 1
 _ANY_STATE = "|".join(FINAL_STATES)
 
-SideField = Annotated[int | None, Field(ge=1, le=65_536, examples=[256])]
+SideField = Annotated[int | None, Field(ge=1, le=65_536, examples=[256]), BeforeValidator(to_whole)]
 
 
 Scale = Annotated[float, Field(ge=1, le=64, allow_inf_nan=False), AfterValidator(to_scale)]
@@ -43,30 +43,37 @@ class WebhookRequest(BaseModel):
         return Webhook(self.url, self.events)
 
 
+def _to_webhook(value: object) -> object:
+    """A URL alone as a webhook for every final state."""
+    return {"url": value} if isinstance(value, str) else value
+
+
 class GenerateRequest(BaseModel):
     """A prompt to draw. What is left out takes the bundle's default (`GET /models` lists them)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     prompt: Annotated[
-        str, StringConstraints(min_length=1, pattern=r"\S"), Field(examples=["a red sphere on a green floor"])
+        str,
+        Field(min_length=1, examples=["a red sphere on a green floor"]),
+        Pattern(r"\S", "is empty; describe the image"),
     ] = Field(description="What to draw.")
-    negative_prompt: str | None = Field(None, description="What to keep away from.")
+    negative_prompt: Text | None = Field(None, description="What to keep away from.")
     scale: Scale | None = Field(
         None, examples=[2], description="Enlargement of the base latent; 1: none. The bundle lists them."
     )
     width: SideField = Field(None, description="Width of the final image, pixels.")
     height: SideField = Field(None, description="Height of the final image, pixels.")
-    steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps.")
+    steps: Integer | None = Field(None, ge=1, le=1000, description="Denoising steps.")
     guidance_scale: float | None = Field(
         None, ge=0.0, le=100.0, allow_inf_nan=False, description="Weight of the prompt; 1 or less: no guidance."
     )
-    seed: int | None = Field(
+    seed: Integer | None = Field(
         None, ge=0, le=MAX_SEED, description="Seed of the first image, the next ones follow; drawn if left out."
     )
-    num_images: int = Field(1, ge=1, description="Images of this job.")
+    num_images: Integer = Field(1, ge=1, description="Images of this job.")
     bundle: str | None = Field(None, max_length=128, description="Name of a bundle; the first one if left out.")
-    output_format: ImageFormat | None = Field(
+    output_format: FormatName | None = Field(
         None, description="File format; if left out, the one that Accept names, else png."
     )
     priority: PriorityName = Field("high", description="high is claimed before low.")
@@ -88,13 +95,18 @@ class GenerateRequest(BaseModel):
         allow_inf_nan=False,
         description="How far to leave init_image: its share of the steps is run. 0.6 if left out.",
     )
-    webhook: WebhookRequest | None = Field(None, description="Whom to tell when the job has ended.")
+    webhook: Annotated[
+        WebhookRequest | None, BeforeValidator(_to_webhook, json_schema_input_type=WebhookRequest | str | None)
+    ] = Field(None, description="Whom to tell when the job has ended; a URL alone: of every final state.")
 
 
 class UpscaleQuery(BaseModel):
-    """How to read and enlarge the latent or the image in the body."""
+    """How to read and enlarge the latent or the image in the body.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Unknown names are refused by `giantleap.service.api.route_table`: a route has more parameters than these.
+    """
+
+    model_config = ConfigDict(frozen=True)
 
     scale: Scale | None = Field(None, description="Enlargement; the bundle's default if left out.")
     latent_space: str | None = Field(
@@ -106,7 +118,7 @@ class UpscaleQuery(BaseModel):
     )
     bundle: str | None = Field(None, max_length=128, description="Name of a bundle; the first one if left out.")
     output: Literal["image", "latent"] = Field("image", description="Decode the result, or answer the raw latent.")
-    output_format: ImageFormat | None = Field(
+    output_format: FormatName | None = Field(
         None, description="File format of an image; if left out, the one that Accept names, else png."
     )
     priority: PriorityName = Field("high", description="high is claimed before low.")
@@ -119,9 +131,14 @@ class UpscaleQuery(BaseModel):
     webhook_url: str | None = Field(
         None, min_length=1, max_length=2048, description="Where to post a signed note when the job has ended."
     )
-    webhook_events: str | None = Field(
+    webhook_events: (
+        Annotated[
+            str,
+            Pattern(f"^({_ANY_STATE})(,({_ANY_STATE})){{0,2}}$", f"must be one or more of {', '.join(FINAL_STATES)}"),
+        ]
+        | None
+    ) = Field(
         None,
-        pattern=f"^({_ANY_STATE})(,({_ANY_STATE})){{0,2}}$",
         description="The final states to report, comma-separated; all if left out.",
     )
 

@@ -48,6 +48,17 @@ def to_body(delivery: Delivery, root_path: str = "") -> bytes:
         "finished_at": to_rfc3339(delivery.finished_at_s),
         "status_url": f"{root_path}/jobs/{delivery.job_id}",
         "error": error and {"code": error.code, "detail": error.detail},
+        "results": [
+            {
+                "url": f"{root_path}/jobs/{delivery.job_id}/result?index={index}",
+                "content_type": result.content_type,
+                "size_bytes": result.size_bytes,
+                "seed": result.seed,
+                "width": result.width_px,
+                "height": result.height_px,
+            }
+            for index, result in enumerate(delivery.results)
+        ],
     }
     return json.dumps({"type": f"job.{delivery.state}", "delivery": delivery.id, "job": job}).encode()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.descriptor import METHODS, Method
-from giantleap.models.device import StageName
+from giantleap.models.device import PartCallback, StageName
 from giantleap.models.generator import GenerationItem
 from giantleap.models.route import Route, run_once, stages_of
 
@@ -42,6 +42,9 @@ class Recorder:
     def measure(self, stage: StageName) -> AbstractContextManager[None]:
         self.stages.append(stage)
         return nullcontext()
+
+    def report_part(self, stage: StageName, fraction: float | None) -> None:
+        assert stage == self.stages[-1] and (fraction is None or 0 < fraction <= 1 + 1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,9 +83,9 @@ def test_swinir_sees_the_decoded_base_image(route: Route, monkeypatch: pytest.Mo
     seen: list[Tensor] = []
     upscale = route.pixel.upscale
 
-    def record(images: Tensor, scale: int) -> Tensor:
+    def record(images: Tensor, scale: int, on_part: PartCallback | None) -> Tensor:
         seen.append(images)
-        return upscale(images, scale)
+        return upscale(images, scale, on_part)
 
     monkeypatch.setattr(route.pixel, "upscale", record)
     latent = draw(route)

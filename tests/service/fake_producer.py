@@ -132,6 +132,12 @@ class FakeProducer:
             self.records[job_id] = replace(record, state=JobState.CANCELED, cancel_requested=True, queue_position=None)
         return self.records.get(job_id)
 
+    async def delete(self, job_id: str) -> JobRecord | None:
+        if self.records[job_id].state.final:
+            del self.records[job_id]
+            return None
+        return await self.cancel(job_id)
+
     async def read_result(self, job_id: str, index: int) -> bytes | None:
         self._require_up()
         return IMAGE if index < len(self.records[job_id].results) else None

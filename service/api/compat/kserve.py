@@ -16,7 +16,6 @@ import numpy as np
 from fastapi import APIRouter, Header, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from giantleap.models.image_formats import ImageFormat
 from giantleap.models.lua.spec import scaled_size
 from giantleap.service.api.compat.shared import find_bundle, stack_latents, validate_as
 from giantleap.service.api.dependencies import AppState, AppStateDep
@@ -39,6 +38,7 @@ from giantleap.service.errors import (
     validation_problem,
 )
 from giantleap.service.jobs.bundles import ServedBundle
+from giantleap.service.jobs.fields import FormatName, Integer
 from giantleap.service.jobs.job import JobRecord, Priority, UpscaleParams
 from giantleap.service.jobs.latents import wrap_tensor
 from giantleap.service.jobs.media_types import JSON_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
@@ -60,7 +60,7 @@ class _Form(BaseModel):
 class InputParameters(_Form):
     """Parameters of the input."""
 
-    binary_data_size: int | None = Field(default=None, ge=0, description="Bytes of this tensor after the JSON.")
+    binary_data_size: Integer | None = Field(default=None, ge=0, description="Bytes of this tensor after the JSON.")
 
 
 class InferInput(_Form):
@@ -68,7 +68,7 @@ class InferInput(_Form):
 
     name: Literal["latent"]
     datatype: Literal["FP32", "FP16", "BF16"]
-    shape: list[int] = Field(min_length=1, max_length=5)
+    shape: list[Integer] = Field(min_length=1, max_length=5)
     parameters: InputParameters = InputParameters()
     data: list[Any] | None = Field(default=None, description="Numbers, flat or nested; only FP32.")
 
@@ -94,11 +94,11 @@ class InferParameters(_Form):
     scaled: bool = False
     latent_space: str | None = None
     decode: str | None = None
-    width: int | None = None
-    height: int | None = None
-    output_format: ImageFormat | None = Field(default=None, description="Of the output image; png if left out.")
-    priority: Literal[0, 1, 2] = Field(default=0, description="0 and 1: high; 2: low.")
-    timeout: int | None = Field(
+    width: Integer | None = None
+    height: Integer | None = None
+    output_format: FormatName | None = Field(default=None, description="Of the output image; png if left out.")
+    priority: Integer = Field(default=0, ge=0, le=2, description="0 and 1: high; 2: low.")
+    timeout: Integer | None = Field(
         default=None, ge=1, le=MAX_CANCEL_AFTER_S * 10**6, description="Deadline, microseconds, as Cancel-After."
     )
     binary_data_output: bool = Field(

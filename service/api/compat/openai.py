@@ -1,18 +1,19 @@
 """OpenAI image generation over the same jobs: generations, their files by URL, and the list of models.
 
-Own fields are added to those of OpenAI (`scale`, `seed`, ...). Fields that cannot be honored are refused, except
-`user`, which has no effect there either. `docs/compatibility.md` lists all of them.
+Own fields are added to those of OpenAI (`scale`, `seed`, ...). Of fields that cannot be honored only the default is
+taken, which changes nothing; the names of a user have no effect there either. `docs/compatibility.md` lists all.
 """
 
 import asyncio
 import base64
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
@@ -37,7 +38,7 @@ from giantleap.service.api.submission import (
     wait_for_job,
 )
 from giantleap.service.errors import GiantleapError, InvalidFields
-from giantleap.service.jobs.bundles import select_bundle
+from giantleap.service.jobs.fields import FormatName, Integer, Pattern, to_whole
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord
 from giantleap.service.jobs.media_types import JSON_TYPE
 from giantleap.service.jobs.planning import warn_of_words
@@ -55,6 +56,11 @@ _NAMES = {
 }
 
 
+_SIZE = Pattern(
+    r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", "must be WIDTHxHEIGHT in pixels, for example 1024x1024, or auto"
+)
+
+
 class ImagesRequest(BaseModel):
     """A prompt to draw, with OpenAI's field names; the last six fields are our own."""
 
@@ -62,23 +68,29 @@ class ImagesRequest(BaseModel):
 
     prompt: str = Field(description="What to draw.")
     model: str | None = Field(default=None, max_length=128, description="A bundle; the first one if left out.")
-    n: int | None = Field(default=None, description="Images of this request; 1 if left out.")
-    size: Annotated[str, StringConstraints(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] | None = Field(
+    n: Integer | None = Field(default=None, description="Images of this request; 1 if left out.")
+    size: Annotated[str, _SIZE] | None = Field(
         default=None, description="WIDTHxHEIGHT of the final image, pixels; auto: the bundle's."
     )
-    response_format: Literal["b64_json", "url"] | None = Field(default=None, description="b64_json if left out.")
-    output_format: ImageFormat | None = Field(default=None, description="png if left out.")
+    response_format: Literal["b64_json", "url"] | None = Field(default=None, description="Both if left out.")
+    output_format: FormatName | None = Field(default=None, description="png if left out.")
     quality: Literal["auto", "standard"] | None = Field(default=None, description="The bundle's steps.")
     background: Literal["auto", "opaque"] | None = Field(default=None, description="Images are opaque.")
     stream: bool | None = Field(default=None, description="Answer as events.")
-    partial_images: int | None = Field(
+    partial_images: Integer | None = Field(
         default=None, ge=0, le=3, description="At most so many are sent before the image; this service sends none."
     )
+    output_compression: Annotated[Literal[100], BeforeValidator(to_whole)] | None = Field(
+        default=None, description="Its default; it changes nothing."
+    )
+    moderation: Literal["auto", "low"] | None = Field(default=None, description="Prompts are not moderated.")
+    style: Literal["vivid"] | None = Field(default=None, description="vivid, its default; it changes nothing.")
     user: str | None = Field(default=None, max_length=512, description="Ignored.")
+    safety_identifier: str | None = Field(default=None, max_length=512, description="Ignored.")
     negative_prompt: str | None = None
-    num_inference_steps: int | None = None
+    num_inference_steps: Integer | None = None
     guidance_scale: float | None = None
-    seed: int | None = None
+    seed: Integer | None = None
     scale: Scale | None = Field(default=None, description="Enlargement of the base latent.")
     method: Method | None = None
 
@@ -134,14 +146,15 @@ class OpenAIModels(BaseModel):
 
 @router.get("/models")
 async def list_models(state: AppStateDep) -> OpenAIModels:
-    """The bundles that requests may name, the default first."""
-    return OpenAIModels(data=[OpenAIModel(id=name) for name in state.bundles])
+    """The bundles that requests may name, the default first, and the aliases of the settings."""
+    return OpenAIModels(data=[OpenAIModel(id=name) for name in (*state.bundles, *state.settings.model_aliases)])
 
 
 @router.get("/models/{model}", responses=describe_responses({}, 404, model=OpenAIError))
 async def get_model(model: str, state: AppStateDep) -> OpenAIModel:
-    """One bundle."""
-    return OpenAIModel(id=find_bundle(state, model).bundle.name)
+    """One bundle or alias."""
+    find_bundle(state, model)
+    return OpenAIModel(id=model)
 
 
 @router.post(
@@ -165,14 +178,12 @@ async def post_generation(
         events = stream_generation(request, state, enqueued.job_id, options)
         return StreamingResponse(events, 200, headers, EVENT_STREAM_TYPE)
     record = await run_job(request, state, job, None, options)
-    if body.response_format == "url":
+    files = [] if body.response_format == "url" else await read_results(state, record)
+    data = await asyncio.to_thread(to_data, record, files)
+    if body.response_format != "b64_json":  # clients of some libraries read the url without requesting it
         host, links = request.base_url.replace(path=""), links_of(request)
-        data = [
-            ImageData(url=f"{host}{links.image(record.job.id, index)}", seed=file.seed)
-            for index, file in enumerate(record.results)
-        ]
-    else:
-        data = await asyncio.to_thread(to_data, record, await read_results(state, record))
+        urls = [f"{host}{links.image(record.job.id, index)}" for index in range(len(data))]
+        data = [image.model_copy(update={"url": url}) for image, url in zip(data, urls, strict=True)]
     content = ImagesResponse(created=created_s(record), data=data, **describe_images(record))
     return Response(content.model_dump_json(exclude_none=True), 200, result_headers(record), JSON_TYPE)
 
@@ -219,7 +230,7 @@ def plan_job(body: ImagesRequest, state: AppState, options: SubmitOptions) -> Jo
     }
     request = validate_as(GenerateRequest, values, _NAMES)
     try:
-        served = select_bundle(state.bundles, request.bundle)
+        served = state.select_bundle(request.bundle)
         seed = options.choose_seed(request.seed)
         params = state.plan_generate(request, served, seed, request.output_format or "png")
     except InvalidFields as error:
@@ -271,9 +282,9 @@ async def _to_events(
 
 
 def to_data(record: JobRecord, files: list[bytes]) -> list[ImageData]:
-    """Each image as base64 text."""
-    pairs = zip(files, record.results, strict=True)
-    return [ImageData(b64_json=base64.b64encode(file).decode(), seed=result.seed) for file, result in pairs]
+    """Each image with its seed and, where there are files, as base64 text."""
+    texts = [base64.b64encode(file).decode() for file in files]
+    return [ImageData(b64_json=text, seed=result.seed) for text, result in zip_longest(texts, record.results) if result]
 
 
 def describe_images(record: JobRecord) -> dict[str, Any]:

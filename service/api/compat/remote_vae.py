@@ -23,7 +23,7 @@ from giantleap.models.image_formats import ImageFormat
 from giantleap.models.latent_space import LatentSpace, LatentSpaceError
 from giantleap.service.api.compat.shared import find_bundle, stack_latents, validate_as
 from giantleap.service.api.dependencies import AppState, AppStateDep
-from giantleap.service.api.openapi import describe_responses, file_content
+from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content
 from giantleap.service.api.paths import REMOTE_VAE_PATH
 from giantleap.service.api.responses import read_results, result_headers
 from giantleap.service.api.submission import (
@@ -35,6 +35,7 @@ from giantleap.service.api.submission import (
 )
 from giantleap.service.errors import InvalidFields, InvalidRequest, UnsupportedMediaType
 from giantleap.service.jobs.bundles import ServedBundle
+from giantleap.service.jobs.fields import FormatName
 from giantleap.service.jobs.job import JobRecord, UpscaleParams
 from giantleap.service.jobs.latents import read_latent, to_blob, wrap_tensor
 from giantleap.service.jobs.media_types import OCTETS_TYPE, SAFETENSORS_TYPE
@@ -63,7 +64,7 @@ def _responses(*media_types: str) -> dict[int | str, dict[str, Any]]:
 class ScalingQuery(BaseModel):
     """How a latent is scaled. A factor that is not the bundle's is refused: the latent is of another VAE."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     scaling_factor: float | None = Field(default=None, allow_inf_nan=False)
     shift_factor: float | None = Field(default=None, allow_inf_nan=False)
@@ -83,11 +84,13 @@ class DecodeQuery(ScalingQuery):
     dtype: Literal["float32", "float16", "bfloat16"]
     do_scaling: bool = Field(default=False, description="The latent is scaled as the bundle's pipeline does it.")
     output_type: Literal["pil", "pt"] = Field(default="pil", description="A file, or the bytes of a tensor.")
-    image_format: Literal["png", "jpg"] = Field(default="jpg", description="Of output_type pil.")
+    image_format: FormatName = Field(default="jpeg", description="Of output_type pil; jpg is jpeg.")
+    input_tensor_type: Literal["binary"] = Field(default="binary", description="Older clients send it.")
+    output_tensor_type: Literal["binary"] = Field(default="binary", description="Older clients send it.")
     partial_postprocess: bool = Field(
         default=False, description="Of output_type pt: uint8 [B, H, W, 3]; else float16 [B, 3, H, W] in [-1, 1]."
     )
-    height: int | None = Field(default=None, description="Only for a packed tensor: height of its image, pixels.")
+    height: int | None = Field(default=None, description="Of the image of a packed tensor, pixels.")
     width: int | None = None
     scale: Scale = Field(default=1, description="Enlarge the latent before its decode.")
     method: Literal["lua", "bicubic", "swinir"] | None = None
@@ -97,7 +100,7 @@ class DecodeQuery(ScalingQuery):
 @router.post(
     "/{bundle}/decode",
     response_class=Response,
-    responses=_responses("image/jpeg", "image/png", TENSOR_TYPE),
+    responses=_responses(*IMAGE_TYPES, TENSOR_TYPE),
     openapi_extra={"requestBody": {"required": True, "content": file_content(TENSOR_TYPE, OCTETS_TYPE)}},
 )
 async def post_decode(
@@ -110,7 +113,7 @@ async def post_decode(
     # diffusers sends output_type "pil" but accepts only tensors where it postprocesses the image itself.
     floats = query.output_type == "pil" and request.headers.get("accept") == TENSOR_TYPE
     as_tensor = floats or query.output_type == "pt"
-    file_format: ImageFormat = "png" if as_tensor or query.image_format == "png" else "jpeg"
+    file_format: ImageFormat = "png" if as_tensor else query.image_format
     params, blob = await run_in_thread_if_large(len(body), plan_decode, query, body, served, state, file_format)
     if not as_tensor and params.batch_items != 1:
         raise InvalidFields(("shape", f"has {params.batch_items} latents, but a file holds one image; request pt"))
@@ -135,7 +138,7 @@ def plan_decode(
     check_factors(query, space, scaled)
     tensor = wrap_tensor(_DTYPES[query.dtype], query.shape, body)
     size = {"width": query.width, "height": query.height}
-    if not scaled and space.is_packed and query.height is not None:
+    if not scaled and space.is_token_row(query.shape) and query.height is not None:
         # The client has undone the scaling but not the packing.
         plain = replace(space, scale=1.0, shift=0.0, mean=None, std=None, statistics_in_vae=False)
         tokens = read_latent(tensor, SAFETENSORS_TYPE)

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from giantleap.service.api.dependencies import AppState
-from giantleap.service.errors import NotFound, validation_problem
+from giantleap.service.errors import InvalidFields, NotFound, validation_problem
 from giantleap.service.jobs.bundles import ServedBundle
 from giantleap.service.jobs.latents import Floats, read_latent
 from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
@@ -24,9 +24,10 @@ def find_bundle(state: AppState, name: str) -> ServedBundle:
     Raises:
         NotFound: There is none of that name.
     """
-    if name not in state.bundles:
-        raise NotFound(f"no model of that name is served here; available are {', '.join(state.bundles)}")
-    return state.bundles[name]
+    try:
+        return state.select_bundle(name)
+    except InvalidFields as error:
+        raise NotFound(f"no model of that name is served here; available are {', '.join(state.bundles)}") from error
 
 
 def validate_as(model: type[Model], values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> Model:

@@ -136,6 +136,8 @@ def scope_of(method: str, path: str) -> Scope | None:
     """The scope that a path needs, checked before the body is read; `submit_job` checks that of the job again."""
     if path == "/metrics":
         return Scope.METRICS
+    if path == "/dead-letters" or path.startswith("/dead-letters/"):
+        return Scope.ADMIN
     if method == "POST" and path in ("/generate", "/v1/images/generations"):
         return Scope.GENERATE
     infers = path.startswith("/v2/models/") and path.endswith("/infer")

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from giantleap.service.api.paths import route_path
 from giantleap.service.api.problems import CLIENT_GONE, problem_response, unexpected
+from giantleap.service.api.route_table import table_of
 from giantleap.service.errors import PayloadTooLarge
 from giantleap.service.telemetry.logs import log_fields
 from giantleap.service.telemetry.metrics import Metrics
@@ -23,7 +24,7 @@ from giantleap.service.telemetry.tracing import RequestTrace, Tracing, trace_id_
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
 # Polled every few seconds by machines: neither traced nor logged.
-_QUIET = frozenset({"/livez", "/readyz", "/metrics"})
+_QUIET = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 
 
 log = logging.getLogger(__name__)
@@ -90,8 +91,10 @@ class RequestContextMiddleware:
             self._observe(request, status or CLIENT_GONE, time.perf_counter() - started_s, trace)
 
     def _observe(self, request: Request, status: int, duration_s: float, trace: RequestTrace) -> None:
-        # The route's template, never the path, so that there are few labels.
-        route = getattr(request.scope.get("route"), "path", "none")
+        # The route's template, never the path, so that there are few labels; also of what was refused before routing.
+        route = getattr(request.scope.get("route"), "path", None)
+        if route is None:
+            route = table_of(request).template(route_path(request.scope))
         method = request.method if request.method in _METHODS else "other"
         self.metrics.observe_http(route, method, status, duration_s)
         problem_code: str | None = getattr(request.state, "problem_code", None)

@@ -5,6 +5,7 @@ Read, plan, enqueue, wait, respond: the checks are in `giantleap.service.jobs.pl
 """
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -33,7 +34,6 @@ from giantleap.service.api.submission import (
     wait_for_job,
 )
 from giantleap.service.errors import GiantleapError, InvalidFields, MalformedRequest, validation_problem
-from giantleap.service.jobs.bundles import select_bundle
 from giantleap.service.jobs.images import fit_image, is_image, read_base64
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord, JobState
 from giantleap.service.jobs.media_types import FORM_TYPE, JSON_TYPE, SAFETENSORS_TYPE, read_media_type
@@ -59,7 +59,7 @@ async def post_generate(
     request: Request, body: GenerateRequest, options: SubmitOptionsDep, state: AppStateDep
 ) -> Response:
     """Draw a prompt: generate a small latent, enlarge it, decode it once."""
-    served = select_bundle(state.bundles, body.bundle)
+    served = state.select_bundle(body.bundle)
     response_type, output_format = _choose_format(options.accept, body.output_format)
     if response_type != JSON_TYPE and body.num_images != 1:
         raise InvalidFields(("num_images", f"is {body.num_images}, but a file holds one image; accept JSON instead"))
@@ -85,9 +85,10 @@ async def post_upscale(
     request: Request, query: Annotated[UpscaleQuery, Query()], options: SubmitOptionsDep, state: AppStateDep
 ) -> Response:
     """Enlarge a latent (safetensors or .npy) or an image; decode it once, or answer the larger latent."""
-    served = select_bundle(state.bundles, query.bundle)
+    body, content_type, fields = await _read_upload(request)
+    query = _with_fields(query, fields)
+    served = state.select_bundle(query.bundle)
     response_type, output_format = _choose_format(options.accept, query.output_format, query.output)
-    body, content_type = await _read_upload(request)
     if is_image(body, content_type):  # a small file may hold many pixels
         params, blob = await asyncio.to_thread(state.prepare_upscale, query, body, content_type, served, output_format)
     else:
@@ -147,23 +148,43 @@ def _to_init_blob(text: str, params: GenerateParams, settings: Settings) -> byte
         raise InvalidFields(("init_image", error.detail)) from error
 
 
-async def _read_upload(request: Request) -> tuple[bytes, str | None]:
-    """The body and its type; of a multipart form, those of its one file, whatever its field is called.
+async def _read_upload(request: Request) -> tuple[bytes, str | None, Mapping[str, str]]:
+    """The body and its type; of a multipart form, those of its one file, whatever its field is called, and the others.
 
     Raises:
-        MalformedRequest: The form is broken, or does not hold exactly one file and nothing else.
+        MalformedRequest: The form is broken, or does not hold exactly one file.
     """
     content_type = request.headers.get("content-type")
     if read_media_type(content_type) != FORM_TYPE:
-        return await request.body(), content_type
+        return await request.body(), content_type, {}
     try:
-        async with request.form(max_files=1, max_fields=0) as form:
+        async with request.form(max_files=1, max_fields=len(UpscaleQuery.model_fields)) as form:
             files = [value for value in form.values() if isinstance(value, UploadFile)]
             if len(files) != 1:
-                raise MalformedRequest(f"the form holds {len(files)} files; send one, and options in the query")
-            return await files[0].read(), files[0].content_type
+                raise MalformedRequest(f"the form holds {len(files)} files; send one")
+            fields = {name: value for name, value in form.items() if isinstance(value, str)}
+            return await files[0].read(), files[0].content_type, fields
     except HTTPException as error:
-        raise MalformedRequest("the form cannot be read; send one file, and options in the query") from error
+        raise MalformedRequest("the form cannot be read; send one file, and options as fields") from error
+
+
+def _with_fields(query: UpscaleQuery, fields: Mapping[str, str]) -> UpscaleQuery:
+    """The options of the query and of a form together.
+
+    Raises:
+        InvalidFields: A field is unknown, not valid, or in the query too.
+    """
+    faults = [
+        (name[:64], "is in the query too; send it once" if name in query.model_fields_set else "is not a known field")
+        for name in fields
+        if name in query.model_fields_set or name not in UpscaleQuery.model_fields
+    ]
+    if faults:
+        raise InvalidFields(*faults)
+    try:
+        return UpscaleQuery.model_validate(query.model_dump(exclude_unset=True) | dict(fields))
+    except ValidationError as error:
+        raise validation_problem(error.errors(include_url=False, include_input=False)) from error
 
 
 def _choose_format(

@@ -1,11 +1,13 @@
 """Routes about the service itself: its bundles, liveness, readiness and metrics."""
 
+from importlib.metadata import version
+
 from fastapi import APIRouter, Request, Response
 
 from giantleap.service.api.dependencies import AppStateDep
 from giantleap.service.api.openapi import describe_responses
 from giantleap.service.api.problems import problem_response
-from giantleap.service.api.schemas import ModelBody, Ready, to_model_body
+from giantleap.service.api.schemas import ModelBody, Ready, Version, to_model_body
 from giantleap.service.errors import NotReady
 from giantleap.service.telemetry.metrics import CONTENT_TYPE
 
@@ -24,6 +26,13 @@ async def get_live() -> dict[str, bool]:
     return {"live": True}
 
 
+@router.get("/version")
+async def get_version() -> Version:
+    """The version that runs here."""
+    return Version(version=version("giantleap"))
+
+
+@router.get("/health", response_model=Ready, responses=describe_responses({}, 503), name="get_health")
 @router.get("/readyz", response_model=Ready, responses=describe_responses({}, 503))
 async def get_ready(request: Request, state: AppStateDep) -> Ready | Response:
     """Jobs are accepted and run: Redis answers, workers of all stages live, this process is not stopping."""

@@ -1,4 +1,4 @@
-"""Routes of existing jobs: state, results, progress, cancellation."""
+"""Routes of existing jobs: state, results, progress, cancellation, deletion."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from starlette.responses import StreamingResponse
 from giantleap.service.api.dependencies import UNKNOWN_JOB, AppStateDep, CallerDep, RecordDep
 from giantleap.service.api.links import links_of
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content
-from giantleap.service.api.responses import JobProblem, job_response, result_response
+from giantleap.service.api.responses import ZIP_TYPE, JobProblem, job_response, result_response, results_response
 from giantleap.service.api.schemas import JobBody, JobsBody, to_job_body
 from giantleap.service.api.sse import (
     EVENT_STREAM_HEADERS,
@@ -86,13 +86,28 @@ async def get_events(
     return StreamingResponse(stream_events(events, state.stopping), 200, headers, EVENT_STREAM_TYPE)
 
 
-@router.delete("/jobs/{job_id}", response_model=JobBody, responses=describe_responses({}, 404, 409, 503))
-@router.post(
-    "/jobs/{job_id}/cancel",
-    response_model=JobBody,
-    responses=describe_responses({}, 404, 409, 503),
-    name="cancel_job_by_post",
+@router.get(
+    "/jobs/{job_id}/results",
+    response_class=Response,
+    responses=describe_responses({200: {"content": file_content(ZIP_TYPE)}}, 404, 409, 422, 503),
 )
+async def get_results(record: RecordDep, state: AppStateDep) -> Response:
+    """All results as one zip file: 0.png, 1.png, ... The same errors as for one result."""
+    return await results_response(state, record)
+
+
+@router.delete(
+    "/jobs/{job_id}",
+    response_model=JobBody,
+    responses=describe_responses({204: {"description": "Deleted: it had ended."}}, 404, 503),
+)
+async def delete_job(request: Request, record: RecordDep, state: AppStateDep) -> Response:
+    """Delete the job with its results where it has ended; cancel it where it has not, and answer its state."""
+    canceled = await state.producer.delete(record.job.id)
+    return Response(status_code=204) if canceled is None else job_response(request, canceled)
+
+
+@router.post("/jobs/{job_id}/cancel", response_model=JobBody, responses=describe_responses({}, 404, 409, 503))
 async def cancel_job(request: Request, record: RecordDep, state: AppStateDep) -> Response:
     """Cancel the job: at once where it waits, at the next step or strip where it runs. Safe to repeat."""
     canceled = await state.producer.cancel(record.job.id)

@@ -5,7 +5,7 @@
 -- ARGV[2]  the claim (see claim_fence), results, stages and warnings (JSON texts), batch_jobs, upload (name of the
 --          uploaded results, '' for none), files and bytes of the upload
 -- Reply    status: done, lost, canceled, no_room, or no_upload (the results have not arrived)
--- @include settle
+-- @include settle_canceled
 -- @include make_room
 -- @include add_duration
 
@@ -27,8 +27,7 @@ if uploaded then
   redis.call('HDEL', upload, '')
   redis.call('RENAME', upload, prefix .. ':result:' .. id)
   redis.call('PEXPIRE', prefix .. ':result:' .. id, config.ttl_ms)
-  redis.call('ZADD', prefix .. ':blob_results', string.format('%.3f', now_us / 1000 + config.ttl_ms), id)
-  redis.call('HSET', prefix .. ':blob_sizes', id, args.bytes)
+  record_blob(id, args.bytes)
   add_blob_bytes(args.bytes)
 end
 redis.call('HSET', job_key(id), 'results', args.results, 'warnings', args.warnings)

@@ -5,7 +5,7 @@
 -- ARGV[1]  the settings
 -- ARGV[2]  the claim (see claim_fence), error and stages (JSON texts), retryable
 -- Reply    status: done, retried, canceled, lost
--- @include settle
+-- @include settle_canceled
 -- @include close_failed
 
 local id, stages, delivery = args.id, args.stages, args.delivery

@@ -5,7 +5,7 @@
 -- ARGV[1]  the settings
 -- ARGV[2]  the claim (see claim_fence)
 -- Reply    status: done, canceled, lost
--- @include settle
+-- @include settle_canceled
 -- @include position
 
 local id, lane, stream = args.id, args.lane, prefix .. ':stream:' .. args.lane

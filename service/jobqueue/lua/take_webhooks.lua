@@ -3,7 +3,8 @@
 -- KEYS[1]  the hash tag
 -- ARGV[1]  the settings
 -- ARGV[2]  max_deliveries, lease_ms, max_attempts
--- Reply    deliveries: id, attempt, url, job_id, state, bundle, finished_at_s, error (JSON text, optional)
+-- Reply    deliveries: id, attempt, url, job_id, state, bundle, finished_at_s, error (JSON text, optional),
+--          results (JSON text)
 -- @include prefix
 -- @include arguments
 -- @include clock
@@ -26,11 +27,12 @@ for _, delivery in ipairs(due) do
   else
     local attempt = redis.call('HINCRBY', key, 'attempts', 1)
     redis.call('ZADD', prefix .. ':webhooks', now_ms + args.lease_ms, delivery)
-    local url, job_id, state, bundle, finished_at_s, error =
-      unpack(redis.call('HMGET', key, 'url', 'job', 'state', 'bundle', 'finished_at_s', 'error'))
+    local url, job_id, state, bundle, finished_at_s, error, results =
+      unpack(redis.call('HMGET', key, 'url', 'job', 'state', 'bundle', 'finished_at_s', 'error', 'results'))
     taken[#taken + 1] = {
       id = delivery, attempt = attempt, url = url, job_id = job_id, state = state, bundle = bundle,
       finished_at_s = finished_at_s, error = error ~= '' and error or nil,
+      results = results or '[]',
     }
   end
 end

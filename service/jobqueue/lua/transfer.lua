@@ -6,7 +6,7 @@
 -- ARGV[2]  the claim (see claim_fence), stages and warnings (JSON texts), batch_jobs
 -- ARGV[3]  the latents, '' if the input is a latent
 -- Reply    status: done, lost, no_room, canceled
--- @include settle
+-- @include settle_canceled
 -- @include make_room
 -- @include add_duration
 -- @include push

@@ -157,13 +157,28 @@ async def test_an_image_may_come_as_the_one_file_of_a_form(client: httpx.AsyncCl
     two = [("image", ("a.png", PNG, "image/png")), ("image", ("b.png", PNG, "image/png"))]
     for bad in (
         await client.post("/upscale", files=two),
-        await client.post("/upscale", files={"image": ("a.png", PNG, "image/png")}, data={"scale": "4"}),
         await client.post("/upscale", content=b"--x", headers={"Content-Type": "multipart/form-data; boundary=x"}),
         await client.post("/upscale", content=b"x", headers={"Content-Type": "multipart/form-data"}),
     ):
         assert bad.status_code == 400 and bad.json()["code"] == "malformed_request"
     large = await client.post("/upscale", files={"image": ("a.png", bytes(1 << 20), "image/png")})
     assert large.status_code == 413 and len(producer.jobs) == 1
+
+
+async def test_options_may_be_fields_of_the_form(client: httpx.AsyncClient, producer: FakeProducer) -> None:
+    async def send(target: str, **fields: str) -> httpx.Response:
+        return await client.post(target, files={"image": ("a.png", PNG, "image/png")}, data=fields)
+
+    for target in ("/upscale", "/upscale?output_format=jpeg"):
+        assert (await send(target, scale="4", method="bicubic")).status_code == 200
+    params = [job.params for job in producer.jobs]
+    assert [(each.scale, each.method, each.output_format) for each in params] == [
+        (4, "bicubic", "png"), (4, "bicubic", "jpeg"),
+    ]  # fmt: skip
+    assert_refused(await send("/upscale", colour="red"), "colour", "is not a known field")
+    assert_refused(await send("/upscale?scale=2", scale="4"), "scale", "is in the query too")
+    assert_refused(await send("/upscale", scale="four"), "scale", "must be a number")
+    assert len(producer.jobs) == 2
 
 
 async def test_images_are_refused_before_anything_is_queued(client: httpx.AsyncClient, producer: FakeProducer) -> None:

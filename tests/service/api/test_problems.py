@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import AsyncIterator
+from functools import cache
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from redis.exceptions import OutOfMemoryError
 
 from giantleap.service.api.middleware.request_context import RequestContextMiddleware, read_request_id
 from giantleap.service.api.problems import from_job_error, handle_errors
+from giantleap.service.api.route_table import RouteTable
 from giantleap.service.errors import Conflict, EngineFault, GiantleapError, InvalidFields, NotReady, QueueFull
 from giantleap.service.jobs.job import JobError
 from giantleap.service.telemetry.metrics import Metrics
@@ -30,6 +32,7 @@ class Body(BaseModel):
 def build_app(metrics: Metrics) -> FastAPI:
     app = FastAPI()
     app.add_middleware(RequestContextMiddleware, max_body_bytes=1000, metrics=metrics, tracing=Tracing())
+    app.state.route_table = cache(lambda: RouteTable.from_document(app.openapi()))
     handle_errors(app)
     errors: dict[str, Exception] = {
         "conflict": Conflict("running"),
@@ -160,6 +163,7 @@ async def test_declared_length_over_the_limit_is_refused_before_a_byte_is_read(m
         "type": "http",
         "method": "POST",
         "path": "/stream",
+        "root_path": "",
         "query_string": b"",
         "headers": [(b"content-length", b"1001")],
     }

@@ -29,7 +29,10 @@ def file_of(blob: bytes) -> tuple[ResultFile, bytes]:
 
 
 class BlobAccount(RuleBasedStateMachine):
-    """Random lives of jobs beside a model of what must be stored: live inputs, and results from oldest to newest."""
+    """Random lives of jobs beside a model of what must be stored.
+
+    Live inputs, and what may go from oldest to newest: results, and the inputs of jobs that failed for good.
+    """
 
     base: Settings
     client: redis.Redis
@@ -45,6 +48,7 @@ class BlobAccount(RuleBasedStateMachine):
         self.known: list[str] = []
         self.inputs: dict[str, int] = {}
         self.results: dict[str, int] = {}
+        self.failed: set[str] = set()
         self.queued: list[str] = []
         self.running: list[Claim] = []
 
@@ -99,7 +103,9 @@ class BlobAccount(RuleBasedStateMachine):
     def fail(self, pick: int) -> None:
         claim = self.running.pop(pick % len(self.running))
         assert self.worker.fail(claim, JobError("invalid_request", "NaN in the latent"))
-        del self.inputs[claim.job.id]
+        self.failed.add(claim.job.id)
+        if size_bytes := self.inputs.pop(claim.job.id):
+            self.results[claim.job.id] = size_bytes
 
     @precondition(lambda self: self.queued)
     @rule(pick=st.integers(0))
@@ -128,8 +134,9 @@ class BlobAccount(RuleBasedStateMachine):
         results = {
             job_id: sum(map(len, blobs)) for job_id, blobs in zip(self.known, stored[1::2], strict=True) if blobs
         }
-        assert inputs == {job_id: size for job_id, size in self.inputs.items() if size}
-        assert results == self.results
+        left = {job_id: size for job_id, size in self.results.items() if job_id in self.failed}
+        assert inputs == {job_id: size for job_id, size in self.inputs.items() if size} | left
+        assert results == {job_id: size for job_id, size in self.results.items() if job_id not in self.failed}
         assert int(counted or 0) == self.used_bytes() <= BUDGET_BYTES
         assert list(self.client.scan_iter(match=self.keys.upload("*"))) == []
 

@@ -24,6 +24,7 @@ from giantleap.service.errors import (
 )
 from giantleap.service.jobs import images as images_in
 from giantleap.service.jobs.images import check_image, fit_image, is_image, read_base64, read_image
+from giantleap.service.jobs.latents import read_values
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -100,7 +101,6 @@ def test_a_turned_image_is_read_whatever_else_its_exif_data_hold() -> None:
     [
         (b"", "image/png", MalformedRequest),
         (PNG[:60], "image/png", MalformedRequest),
-        (PNG, "image/jpeg", MalformedRequest),
         (PNG, "image/gif", UnsupportedMediaType),
         (PNG, "text/plain", UnsupportedMediaType),
         (to_file(Image.fromarray(PIXELS), "BMP"), "application/octet-stream", UnsupportedMediaType),
@@ -171,3 +171,26 @@ def test_base64_with_and_without_a_data_url() -> None:
     for bad in ("no base64!", "data:image/png,abc", text[:-3]):
         with pytest.raises(InvalidRequest):
             read_base64(bad)
+
+
+@pytest.mark.parametrize("declared", ["image/jpeg", "image/jpg", "image/webp", "image/x-png", None])
+def test_the_bytes_tell_the_format_and_not_the_name_of_the_file(declared: str | None) -> None:
+    assert check_image(PNG, declared, 100).width_px == 9
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (to_file(Image.fromarray(PIXELS), "BMP"), "a BMP image"),
+        (to_file(Image.fromarray(PIXELS), "TIFF"), "a TIFF image"),
+        (to_file(Image.fromarray(PIXELS), "GIF"), "a GIF image"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0", "an AVIF image"),
+        (b"\0\0\0\x20ftypheic\0\0\0\0", "a HEIC image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG image"),
+    ],
+)
+@pytest.mark.parametrize("content_type", ["application/octet-stream", None, "image/png", "image/bmp"])
+def test_other_formats_are_named(body: bytes, name: str, content_type: str | None) -> None:
+    read: Any = check_image if is_image(body, content_type) else read_values
+    with pytest.raises(UnsupportedMediaType, match=f"the body is {name}; send .*PNG, JPEG or WebP"):
+        read(body, content_type, *((100,) if read is check_image else ()))

@@ -12,7 +12,6 @@ import torch
 from safetensors.numpy import load, save
 
 from giantleap.models.latent_space import LATENT_SPACES
-from giantleap.service.jobs.planning import is_one_frame
 from tests.service.compat_fakes import LATENT, FileProducer, build_app, write_wan_bundle
 from tests.service.fakes import UPSCALE, FakeConsumer, FakeRoute, make_claim
 from tests.service.worker.test_loop import run_all
@@ -80,9 +79,10 @@ async def test_another_video_is_refused_with_the_form_that_is_taken(
 
 
 def test_only_spaces_of_videos_have_frames() -> None:
-    assert is_one_frame((1, 16, 1, 4, 6), WAN) and is_one_frame((16, 1, 4, 6), WAN)
-    assert not is_one_frame((1, 16, 4, 6), WAN) and not is_one_frame((16, 4, 6), WAN)
-    assert not is_one_frame((1, 16, 1, 4, 6), LATENT_SPACES["sd3"])
+    for space in (WAN, LATENT_SPACES["qwen-image"]):
+        assert space.is_one_frame((1, 16, 1, 4, 6)) and space.is_one_frame((16, 1, 4, 6))
+        assert not space.is_one_frame((1, 16, 4, 6)) and not space.is_one_frame((16, 4, 6))
+    assert not LATENT_SPACES["sd3"].is_one_frame((1, 16, 1, 4, 6))
 
 
 def test_the_workers_result_has_the_frame_where_the_input_had_it() -> None:

@@ -3,6 +3,7 @@
 -- @include get_number
 -- @include lane_of
 -- @include now_s
+-- @include record_blob
 -- @include stored_fields
 
 -- The script that ends a job also writes the delivery of its webhook, so that none is lost.
@@ -16,21 +17,31 @@ local function enqueue_webhook(id, state, webhook)
   end
   local delivery = string.format('%s-%.0f', id, now_ms)
   redis.call('HSET', prefix .. ':webhook:' .. delivery, 'url', target.url, 'job', id, 'state', state, 'attempts', 0,
-    'bundle', get(id, 'bundle'), 'finished_at_s', now_s, 'error', get(id, 'error') or '')
+    'bundle', get(id, 'bundle'), 'finished_at_s', now_s, 'error', get(id, 'error') or '',
+    'results', state == 'succeeded' and get(id, 'results') or '[]')
   redis.call('PEXPIRE', prefix .. ':webhook:' .. delivery, config.webhook_ttl_ms)
   redis.call('ZADD', prefix .. ':webhooks', now_ms, delivery)
 end
 
--- Brings a job into a final state and publishes its outcome. With the stages '{}' those recorded earlier stay.
-local function close_job(id, state, stages)
-  local job, lane = job_key(id), lane_of(id)
-  local latent_px, deadline_ms, webhook, owner =
-    unpack(redis.call('HMGET', job, 'latent_px', 'deadline_ms', 'webhook', 'owner'))
+-- Gives up the input of a job, or leaves it until it expires, to be evicted as results are.
+local function release_input(id, keeps_input)
   local input_bytes = get_number(id, 'input_bytes')
-  if input_bytes > 0 then
+  if input_bytes == 0 then return end
+  if keeps_input then
+    redis.call('PEXPIRE', prefix .. ':input:' .. id, config.ttl_ms)
+    record_blob(id, input_bytes)
+  else
     redis.call('UNLINK', prefix .. ':input:' .. id)
     add_blob_bytes(-input_bytes)
   end
+end
+
+-- Brings a job into a final state and publishes its outcome. With the stages '{}' those recorded earlier stay.
+local function close_job(id, state, stages, keeps_input)
+  local job, lane = job_key(id), lane_of(id)
+  local latent_px, deadline_ms, webhook, owner =
+    unpack(redis.call('HMGET', job, 'latent_px', 'deadline_ms', 'webhook', 'owner'))
+  release_input(id, keeps_input)
   redis.call('ZREM', prefix .. ':queued:' .. lane, id)
   redis.call('ZREM', prefix .. ':delayed', id)
   redis.call('SREM', prefix .. ':running', id)

@@ -18,14 +18,6 @@ local function settle(status)
   return reply(status)
 end
 
--- Ends the job as canceled if a client has requested that, which was acknowledged: it must never end otherwise.
--- Returns the reply, or nil.
-local function settle_canceled(stages)
-  if not get(args.id, 'cancel') then return nil end
-  close_job(args.id, 'canceled', stages)
-  return settle('canceled')
-end
-
 -- Whether a deadline has ended the job; then the claim no longer counts.
 local function end_if_overdue(stages)
   local final = is_final(get(args.id, 'state'))

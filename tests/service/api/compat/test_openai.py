@@ -14,10 +14,12 @@ import openai
 import pytest
 from fastapi import FastAPI, Request
 
-from giantleap.service.api.compat.openai import stream_generation
+from giantleap.models.bundle.bundle import BundleError
+from giantleap.service.api.compat.openai import ImagesRequest, stream_generation
 from giantleap.service.api.submission import SubmitOptions
 from giantleap.service.errors import NotReady, QueueFull
 from giantleap.service.jobs.job import GenerateParams, Job, JobState
+from giantleap.service.settings import read_settings, to_environment
 from tests.service.compat_fakes import STAGES, FileProducer, build_app, read_pixels
 from tests.service.fake_producer import expire, fail, stay_queued
 from tests.service.live_server import live_server
@@ -152,8 +154,8 @@ def test_a_deadline_comes_by_header(client: openai.OpenAI, producer: FileProduce
         ({"output_compression": 50}, "output_compression"),
         ({"quality": "hd"}, "quality"),
         ({"background": "transparent"}, "background"),
-        ({"style": "vivid"}, "style"),
-        ({"moderation": "low"}, "moderation"),
+        ({"style": "natural"}, "style"),
+        ({"moderation": "strict"}, "moderation"),
         ({"partial_images": 1}, "partial_images"),
         ({"stream": True, "partial_images": 4}, "partial_images"),
         ({"stream": True, "response_format": "url"}, "response_format"),
@@ -302,3 +304,58 @@ async def enqueue(app: FastAPI, producer: FileProducer) -> Job:
     (job,) = producer.jobs
     producer.records[job.id] = stay_queued(job)
     return job
+
+
+OPTIONAL = tuple(name for name, field in ImagesRequest.model_fields.items() if not field.is_required())
+DEFAULTS = {
+    "model": "paper", "n": 1, "size": "auto", "quality": "auto", "background": "auto", "moderation": "auto",
+    "output_compression": 100, "output_format": "png", "style": "vivid", "stream": False, "user": "u",
+    "safety_identifier": "s", "response_format": "b64_json",
+}  # fmt: skip
+
+
+def test_every_optional_field_may_be_null(url: str, producer: FileProducer) -> None:
+    assert len(OPTIONAL) >= 18
+    assert post(url, **dict.fromkeys(OPTIONAL)).status_code == 200
+    for name in OPTIONAL:
+        assert post(url, **{name: None}).status_code == 200, name
+
+
+def test_defaults_that_change_nothing_are_taken(url: str, producer: FileProducer) -> None:
+    for name, value in DEFAULTS.items():
+        assert post(url, **{name: value}).status_code == 200, name
+    assert post(url, **DEFAULTS).status_code == 200
+    assert not {"s", "u"} & {value for job in producer.jobs for value in job.to_json().split('"')}, "not stored"
+
+
+def test_where_no_form_is_requested_both_come(url: str, producer: FileProducer) -> None:
+    (image,) = post(url).json()["data"]
+    assert httpx.get(image["url"], timeout=60).content == base64.b64decode(image["b64_json"])
+    assert set(post(url, response_format="b64_json").json()["data"][0]) == {"b64_json", "seed"}
+    assert set(post(url, response_format="url").json()["data"][0]) == {"url", "seed"}
+
+
+def test_an_alias_is_a_bundle_in_every_protocol(bundle_dirs: tuple[Path, ...]) -> None:
+    producer = FileProducer()
+    app = build_app(producer, bundle_dirs, model_aliases="dall-e-3=paper, gpt-image-1 = flux")
+    with live_server(app) as url:
+        models = {each["id"] for each in httpx.get(f"{url}/v1/models", timeout=60).json()["data"]}
+        assert models == {"paper", "flux", "dall-e-3", "gpt-image-1"}
+        assert httpx.get(f"{url}/v1/models/gpt-image-1", timeout=60).json()["id"] == "gpt-image-1"
+        for path, body in (("/v1/images/generations", {"model": "gpt-image-1"}), ("/generate", {"bundle": "dall-e-3"})):
+            assert httpx.post(f"{url}{path}", json={"prompt": "a"} | body, timeout=60).status_code == 200
+        assert httpx.get(f"{url}/v2/models/dall-e-3/ready", timeout=60).status_code == 200
+    assert [job.bundle for job in producer.jobs] == ["flux", "paper"]
+    for wrong in ("dall-e-3=none", "paper=flux"):
+        with pytest.raises(BundleError, match="model_aliases"):
+            build_app(producer, bundle_dirs, model_aliases=wrong)
+
+
+def test_aliases_reach_child_processes_and_are_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = read_settings(model_aliases="dall-e-3=pocket,gpt-image-1=pocket")
+    for name, value in to_environment(given).items():
+        monkeypatch.setenv(name, value)
+    assert read_settings().model_aliases == {"dall-e-3": "pocket", "gpt-image-1": "pocket"}
+    monkeypatch.setenv("GIANTLEAP_MODEL_ALIASES", "dall-e-3")
+    with pytest.raises(ValueError, match="pairs as dall-e-3=pocket"):
+        read_settings()

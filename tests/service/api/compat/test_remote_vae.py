@@ -188,7 +188,7 @@ def test_what_cannot_be_encoded_is_refused(url: str, producer: FileProducer) -> 
         ({"shape": [-1, 16, 4, 6]}, 422, "shape"),
         ({"shape": [10**18] * 4}, 400, "shape"),
         ({"output_type": "mp4"}, 422, "output_type"),
-        ({"height": 32, "width": 48}, 422, "width"),
+        ({"height": 64, "width": 96}, 422, "width"),
         ({"scale": 3}, 422, "scale"),
         ({"shpae": 1}, 422, "shpae"),
     ],
@@ -251,3 +251,29 @@ def test_every_8_bit_value_survives_float16() -> None:
         tensor = to_tensor([file.getvalue()], form).astype(np.float32)
         back = ((tensor - low) / (high - low) * 255).round().astype(np.uint8)
         np.testing.assert_array_equal(back[0].transpose(1, 2, 0), pixels)
+
+
+@pytest.mark.parametrize("extra", [{}, {"width": 48, "height": 32}, {"input_tensor_type": "binary"}])
+def test_an_unpacked_scaled_latent_of_a_packed_space_is_decoded(
+    live: tuple[FileProducer, str], extra: dict[str, Any]
+) -> None:
+    """As diffusers' issue 11304 and the nodes of ComfyUI send the latents of FLUX.1."""
+    producer, base = live
+    producer.reset()
+    space = LATENT_SPACES["flux1"]
+    scaled = ((LATENT - space.shift) * space.scale).astype(np.float32)
+    query: dict[str, Any] = SENT | {"scaling_factor": space.scale, "shift_factor": space.shift}
+    answer = httpx.post(
+        f"{base}/remote_vae/flux/decode",
+        params=query | extra,
+        content=scaled.tobytes(),
+        headers={"Content-Type": "tensor/binary"},
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    np.testing.assert_allclose(producer.latent_of(), LATENT, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("jpg", "image/jpeg"), ("jpeg", "image/jpeg"), ("webp", "image/webp")])
+def test_formats_have_their_usual_names(url: str, producer: FileProducer, name: str, kind: str) -> None:
+    assert post(url, image_format=name).headers["content-type"] == kind

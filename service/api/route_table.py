@@ -1,0 +1,66 @@
+"""The paths of the API and the query parameters of each operation, as its OpenAPI document lists them.
+
+The document is the one public list of both. It is made on first use and cached with the app.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from starlette.routing import compile_path
+
+from giantleap.service.api.paths import route_path
+from giantleap.service.errors import InvalidFields
+
+UNKNOWN_ROUTE = "none"
+_PAGES = ("/docs", "/openapi.json")
+
+
+@dataclass(frozen=True, slots=True)
+class RouteTable:
+    """Templates of paths, and the names of query parameters by template and method."""
+
+    templates: tuple[tuple[re.Pattern[str], str], ...]
+    parameters: Mapping[tuple[str, str], tuple[str, ...]]
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> "RouteTable":
+        """The table of an OpenAPI document."""
+        paths = (*document["paths"], *_PAGES)
+        parameters = {
+            (path, method.upper()): tuple(
+                each["name"] for each in operation.get("parameters", ()) if each["in"] == "query"
+            )
+            for path, operations in document["paths"].items()
+            for method, operation in operations.items()
+        }
+        return cls(tuple((compile_path(path)[0], path) for path in paths), parameters)
+
+    def template(self, path: str) -> str:
+        """The template that a path matches, such as /jobs/{job_id}; "none" for an unknown path."""
+        return next((template for pattern, template in self.templates if pattern.match(path)), UNKNOWN_ROUTE)
+
+    def unknown_parameters(self, path: str, method: str, names: list[str]) -> list[tuple[str, str]]:
+        """A fault for each name that is no query parameter of an operation."""
+        known = self.parameters.get((self.template(path), "GET" if method == "HEAD" else method), ())
+        allowed = f"known are {', '.join(known)}" if known else "this path takes none"
+        return [(name, f"is not a known query parameter; {allowed}") for name in names if name not in known]
+
+
+def table_of(request: Request) -> RouteTable:
+    """The table of the app that a request came to."""
+    table: RouteTable = request.app.state.route_table()
+    return table
+
+
+async def refuse_unknown_parameters(request: Request) -> None:
+    """Dependency of every route: a misspelt parameter must not pass as if it had an effect.
+
+    Raises:
+        InvalidFields: The query has a parameter that the operation does not know.
+    """
+    names = list(dict.fromkeys(request.query_params))
+    if names and (faults := table_of(request).unknown_parameters(route_path(request.scope), request.method, names)):
+        raise InvalidFields(*faults)

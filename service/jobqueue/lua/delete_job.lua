@@ -1,0 +1,26 @@
+-- Deletes a job that has ended: its results, input, events and all that it holds of its caller. A job that has not
+-- ended is canceled instead. The record stays without content until it expires, so that its id is not used again: the
+-- message of a job that was canceled while it waited may still be in its stream.
+--
+-- KEYS[1]  the hash tag
+-- ARGV[1]  the settings
+-- ARGV[2]  id
+-- Reply    the record (`StoredJob`) of a job that was canceled, nothing if the job was deleted or is unknown
+-- @include arguments
+-- @include drop_dead
+-- @include free_results
+-- @include request_cancel
+
+local id = args.id
+local state = get(id, 'state')
+if not state then return nil end
+if not is_final(state) then
+  request_cancel(id)
+  return cjson.encode(read_record(id))
+end
+free_results(id)
+drop_dead(id)
+redis.call('ZREM', prefix .. ':jobs:' .. (get(id, 'owner') or ''), id)
+redis.call('UNLINK', prefix .. ':events:' .. id)
+redis.call('HDEL', job_key(id), 'job', 'owner', 'stages', 'results', 'warnings', 'error', 'webhook')
+return nil
