@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from giantleap.export.manifest import INPUT, Precision
 from giantleap.models.lua.network import Lua, ScaleHead
-from giantleap.models.vae.decode import FRAME_CLASSES, PLAIN_CLASSES, STRIP_CLASSES
+from giantleap.models.vae.decode import DC_CLASSES, FRAME_CLASSES, STRIP_CLASSES
 from giantleap.models.vae.decoder_check import check_autoencoder
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -82,7 +82,7 @@ class DecoderGraph(nn.Module):
 
     def __init__(self, vae: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        check_autoencoder(vae, *STRIP_CLASSES, *PLAIN_CLASSES, *FRAME_CLASSES)
+        check_autoencoder(vae, *STRIP_CLASSES, *DC_CLASSES, *FRAME_CLASSES)
         self.frames = isinstance(vae, FRAME_CLASSES)
         self.dtype = dtype
         self.vae = copy.deepcopy(vae).to(dtype)

@@ -4,8 +4,8 @@
 `giantleap.models.bundle.vocabulary` checks the words of a prompt.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,13 @@ from diffusers import (
     Flux2Pipeline,
     FluxImg2ImgPipeline,
     FluxPipeline,
+    PRXPipeline,
     QwenImage21Pipeline,
     QwenImageImg2ImgPipeline,
     QwenImagePipeline,
+    SanaPipeline,
+    SanaSprintImg2ImgPipeline,
+    SanaSprintPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
@@ -33,13 +37,23 @@ from diffusers import (
     ZImageImg2ImgPipeline,
     ZImagePipeline,
 )
-from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from giantleap.models.bundle.bundle import Bundle, BundleError, ModelSource
 from giantleap.models.latent_space import LatentSpace
+from giantleap.models.prompt_tokens import (
+    own_prompt_length,
+    truncated_by_clip,
+    truncated_by_gemma,
+    truncated_by_mistral,
+    truncated_by_none,
+    truncated_by_prx,
+    truncated_by_qwen3,
+    truncated_by_qwen25,
+    truncated_by_t5,
+)
 
 StepCallback = Callable[[int, int], None]
 CancelCheck = Callable[[int], bool]
@@ -80,6 +94,10 @@ class GenerationItem:
         return self.width_px, self.height_px, self.steps, self.guidance_scale, strength
 
 
+class _AllCanceledError(Exception):
+    """Leaves the pipeline's loop: no image of the call is wanted any more. Not every pipeline can be interrupted."""
+
+
 def image_seed(seed: int, index: int) -> int:
     """The seed of image `index` of a job: seed + index, modulo `SEED_LIMIT`."""
     return (seed + index) % SEED_LIMIT
@@ -96,6 +114,8 @@ class Family:
         no_negative: The negative prompt that stands for none; None if the class takes no negative prompt.
         returns_raw: Whether `output_type="latent"` returns raw latents already.
         batches: Whether an item's result is the same in a batch of prompts of different lengths.
+        arguments: Further arguments of the call, in place of defaults that do not fit the pipeline or the item.
+        prepare: Called once with the pipeline.
     """
 
     truncated_tokens: Callable[[Any, str], int]
@@ -104,6 +124,8 @@ class Family:
     no_negative: str | None = ""
     returns_raw: bool = False
     batches: bool = True
+    arguments: Callable[[Any, GenerationItem], dict[str, Any]] = lambda pipeline, item: {}
+    prepare: Callable[[Any], object] = lambda pipeline: None
 
 
 class Generator:
@@ -123,6 +145,7 @@ class Generator:
             raise ValueError(f"pipeline class {type(pipeline).__name__}: only {known} are known")
         self.pipeline = pipeline
         self.family = FAMILIES[type(pipeline)]
+        self.family.prepare(pipeline)
         self.latent_space = latent_space
         if latent_space.statistics_in_vae and latent_space.mean is None:
             norm, eps = pipeline.vae.bn, pipeline.vae.config.batch_norm_eps
@@ -205,15 +228,16 @@ class Generator:
             if is_canceled is not None:
                 canceled.update(index for index in range(len(items)) if is_canceled(index))
             if canceled.issuperset(run):
-                pipeline._interrupt = True  # how diffusers stops a call; the next call resets it
+                raise _AllCanceledError
             return {}
 
         for run in runs:
             if canceled.issuperset(run):
                 continue
-            latents_of_run = self._run([items[index] for index in run], partial(end_step, run=run))
-            for index, latent in zip(run, latents_of_run, strict=True):
-                latents[index] = latent
+            with suppress(_AllCanceledError):
+                latents_of_run = self._run([items[index] for index in run], partial(end_step, run=run))
+                for index, latent in zip(run, latents_of_run, strict=True):
+                    latents[index] = latent
         return [None if index in canceled else latent for index, latent in enumerate(latents)]
 
     def truncated_tokens(self, prompt: str) -> int:
@@ -257,6 +281,7 @@ class Generator:
             "generator": [torch.Generator("cpu").manual_seed(item.seed) for item in items],
             "output_type": "latent",
             "callback_on_step_end": end_step,
+            **self.family.arguments(self.pipeline, first),
         }
         pipeline = self.pipeline
         images = [item.init_image for item in items if item.init_image is not None]
@@ -308,8 +333,9 @@ class _ImageEncoder:
         return self
 
     def encode(self, image: Tensor) -> Any:
-        mean = self._vae.encode(image.to(self._vae.dtype)).latent_dist.mode()
-        return SimpleNamespace(latents=mean.to(image.dtype))
+        codes = self._vae.encode(image.to(self._vae.dtype))
+        mean = (codes.latent if hasattr(codes, "latent") else codes.latent_dist.mode()).to(image.dtype)
+        return SimpleNamespace(latents=mean, latent=mean)
 
 
 def _load(cls: Any, source: ModelSource, dtype: torch.dtype, **options: Any) -> Any:
@@ -324,44 +350,27 @@ def _load(cls: Any, source: ModelSource, dtype: torch.dtype, **options: Any) -> 
     )
 
 
-def _truncated_by_clip(pipeline: Any, prompt: str) -> int:
-    return len(pipeline.tokenizer(prompt).input_ids) - int(pipeline.tokenizer.model_max_length)
+def _prx_arguments(pipeline: Any, item: GenerationItem) -> dict[str, Any]:
+    return {"use_resolution_binning": False}  # the size of the item, not the nearest of a list
 
 
-def _truncated_by_t5(pipeline: Any, prompt: str) -> int:
-    tokenizer = pipeline.tokenizer_3 if hasattr(pipeline, "tokenizer_3") else pipeline.tokenizer_2
-    if tokenizer is None:  # optional in Stable Diffusion 3
-        return _truncated_by_clip(pipeline, prompt)
-    return len(tokenizer(prompt).input_ids) - _max_tokens(pipeline)
+def _sana_arguments(pipeline: Any, item: GenerationItem) -> dict[str, Any]:
+    return {"use_resolution_binning": False, **own_prompt_length(pipeline)}
 
 
-def _truncated_by_mistral(pipeline: Any, prompt: str) -> int:
-    messages = format_input([prompt], system_message=pipeline.system_message)
-    inputs = pipeline.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-    return len(inputs["input_ids"][0]) - _max_tokens(pipeline)
+def _sprint_arguments(pipeline: Any, item: GenerationItem) -> dict[str, Any]:
+    # The time between two steps is a setting of two steps only.
+    return _sana_arguments(pipeline, item) | ({} if item.steps == 2 else {"intermediate_timesteps": None})
 
 
-def _truncated_by_qwen3(pipeline: Any, prompt: str) -> int:
-    # FLUX.2 Klein turns thinking off, which costs four tokens more than in Z-Image.
-    thinking = not isinstance(pipeline, Flux2KleinPipeline)
-    text = pipeline.tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-    )
-    return len(pipeline.tokenizer(text).input_ids) - _max_tokens(pipeline)
+def _repeat_timesteps(pipeline: Any) -> None:
+    """Give the network a timestep for each image; PRXPipeline gives one for each half of a guided batch."""
 
+    def repeat(network: Any, positional: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        timestep, count = named["timestep"], len(named["hidden_states"])
+        return positional, named | {"timestep": timestep.repeat_interleave(count // len(timestep))}
 
-def _truncated_by_qwen25(pipeline: Any, prompt: str) -> int:
-    text = pipeline.prompt_template_encode.format(prompt)
-    before = int(pipeline.prompt_template_encode_start_idx)  # dropped before the rest is cut to length
-    return len(pipeline.tokenizer(text).input_ids) - before - _max_tokens(pipeline)
-
-
-def _truncated_by_none(pipeline: Any, prompt: str) -> int:
-    return 0
-
-
-def _max_tokens(pipeline: Any) -> int:
-    return int(inspect.signature(type(pipeline).__call__).parameters["max_sequence_length"].default)
+    pipeline.transformer.register_forward_pre_hook(repeat, with_kwargs=True)
 
 
 # As the classes behave in diffusers 0.42. Qwen-Image takes no guidance at all without a negative prompt, and a space is
@@ -369,16 +378,21 @@ def _max_tokens(pipeline: Any) -> int:
 # moves with the longest prompt of the batch.
 FAMILIES: Mapping[type, Family] = MappingProxyType(
     {
-        StableDiffusionPipeline: Family(_truncated_by_clip, StableDiffusionImg2ImgPipeline),
-        StableDiffusionXLPipeline: Family(_truncated_by_clip, StableDiffusionXLImg2ImgPipeline),
-        StableDiffusion3Pipeline: Family(_truncated_by_t5, StableDiffusion3Img2ImgPipeline),
-        FluxPipeline: Family(_truncated_by_t5, FluxImg2ImgPipeline, no_negative=None),
-        Flux2Pipeline: Family(_truncated_by_mistral, no_negative=None),
-        Flux2KleinPipeline: Family(_truncated_by_qwen3, no_negative=None, returns_raw=True),
+        StableDiffusionPipeline: Family(truncated_by_clip, StableDiffusionImg2ImgPipeline),
+        StableDiffusionXLPipeline: Family(truncated_by_clip, StableDiffusionXLImg2ImgPipeline),
+        StableDiffusion3Pipeline: Family(truncated_by_t5, StableDiffusion3Img2ImgPipeline),
+        FluxPipeline: Family(truncated_by_t5, FluxImg2ImgPipeline, no_negative=None),
+        Flux2Pipeline: Family(truncated_by_mistral, no_negative=None),
+        Flux2KleinPipeline: Family(truncated_by_qwen3, no_negative=None, returns_raw=True),
         QwenImagePipeline: Family(
-            _truncated_by_qwen25, QwenImageImg2ImgPipeline, guidance="true_cfg_scale", no_negative=" "
+            truncated_by_qwen25, QwenImageImg2ImgPipeline, guidance="true_cfg_scale", no_negative=" "
         ),
-        ZImagePipeline: Family(_truncated_by_qwen3, ZImageImg2ImgPipeline),
-        QwenImage21Pipeline: Family(_truncated_by_none, guidance="true_cfg_scale", batches=False),
+        ZImagePipeline: Family(truncated_by_qwen3, ZImageImg2ImgPipeline),
+        QwenImage21Pipeline: Family(truncated_by_none, guidance="true_cfg_scale", batches=False),
+        PRXPipeline: Family(truncated_by_prx, arguments=_prx_arguments, prepare=_repeat_timesteps),
+        SanaPipeline: Family(truncated_by_gemma, arguments=_sana_arguments),
+        SanaSprintPipeline: Family(
+            truncated_by_gemma, SanaSprintImg2ImgPipeline, no_negative=None, arguments=_sprint_arguments
+        ),
     }
 )

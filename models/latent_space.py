@@ -425,6 +425,7 @@ LATENT_SPACES: Mapping[str, LatentSpace] = MappingProxyType(
                 side_multiple=2,
                 has_frames=True,
             ),
+            LatentSpace("sana", 32, 32, scale=0.41407),
             LatentSpace("pocket16", 16, 8, scale=1.0),
         )
     }

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "models.device",
         "models.images",
         "models.live_storage",
+        "models.prompt_tokens",
         "models.rgb",
         "models.worker_role",
     ),

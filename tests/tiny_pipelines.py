@@ -5,17 +5,21 @@ network. The sizes are those of the real models only where the pipeline relies o
 layers of the text encoder that FLUX.2 reads, and how long a prompt may be.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLQwenImage21,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -23,10 +27,16 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    PRXPipeline,
+    PRXTransformer2DModel,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -35,6 +45,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines import prx
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
@@ -42,6 +53,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
@@ -57,11 +71,15 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
+    T5GemmaConfig,
     T5Tokenizer,
 )
 
 CLIP_TOKENS = 77
+GEMMA_TOKENS = 8192
+PRX_TOKENS = 256
 WIDTH = 32
+NO_SHORTCUTS = {"encoder_out_shortcut": False, "decoder_in_shortcut": False}  # where latents have too many channels
 
 # The placeholders of the real templates that matter here: who speaks, and where an answer would begin.
 QWEN_TEMPLATE = (
@@ -292,6 +310,94 @@ def tiny_qwen_image_21() -> QwenImage21Pipeline:
         )
 
 
+def tiny_prx(flux_vae: bool = False) -> PRXPipeline:
+    """PRX: T5Gemma, a transformer over patches of 2x2; the VAE of FLUX.1, or an AutoencoderDC with a stride of 4."""
+    with _seeded():
+        tokenizer = _gemma_tokenizer(PRX_TOKENS)
+        vae = (
+            _flow_vae(scaling_factor=0.3611, shift_factor=0.1159)
+            if flux_vae
+            else tiny_dc_vae(24, (8, 8, 16), attention=0, **NO_SHORTCUTS)
+        )
+        transformer: Any = PRXTransformer2DModel(
+            in_channels=vae.config.latent_channels,
+            context_in_dim=WIDTH,
+            hidden_size=WIDTH,
+            mlp_ratio=2.0,
+            num_heads=2,
+            depth=2,
+            axes_dim=[8, 8],
+        )
+        for block in transformer.blocks:
+            torch.nn.init.normal_(block.modulation.lin.weight, std=0.3)  # the class starts with blocks that add nothing
+        return PRXPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            text_encoder=prx.T5GemmaEncoder(_t5gemma_config(tokenizer).encoder).eval(),
+            tokenizer=tokenizer,
+            vae=vae,
+        )
+
+
+def save_pipeline(pipeline: Any, directory: Path, variant: str | None = None) -> None:
+    """Write a pipeline as the public repositories have it."""
+    pipeline.save_pretrained(directory, safe_serialization=True, variant=variant)
+    if isinstance(pipeline, PRXPipeline):  # diffusers writes an index and a configuration that it does not read
+        index = json.loads((directory / "model_index.json").read_text())
+        index["text_encoder"] = ["prx", "T5GemmaEncoder"]
+        (directory / "model_index.json").write_text(json.dumps(index))
+        _t5gemma_config(pipeline.tokenizer).save_pretrained(directory / "text_encoder")
+
+
+def tiny_sana(max_tokens: int = GEMMA_TOKENS) -> SanaPipeline:
+    """Sana: Gemma 2 behind an instruction of its own, linear attention, a stride of 32 pixels.
+
+    One with a tokenizer for `max_tokens` below 300 has no instruction, and here a stride of 4.
+    """
+    with _seeded():
+        parts = _sana_parts(max_tokens)
+        if max_tokens < 300:
+            parts["vae"] = tiny_dc_vae(24, (8, 8, 16), attention=0, scaling_factor=0.5, **NO_SHORTCUTS)
+        return SanaPipeline(
+            transformer=_sana_transformer(parts["vae"].config.latent_channels),
+            scheduler=DPMSolverMultistepScheduler(
+                flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
+            ),
+            **parts,
+        )
+
+
+def tiny_sana_sprint() -> SanaSprintPipeline:
+    """Sana-Sprint: as Sana, in few steps that add fresh noise, with the guidance as an input of the network."""
+    with _seeded():
+        return SanaSprintPipeline(
+            transformer=_sana_transformer(32, guidance_embeds=True, qk_norm="rms_norm_across_heads"),
+            scheduler=SCMScheduler(),
+            **_sana_parts(GEMMA_TOKENS),
+        )
+
+
+def tiny_dc_vae(latent_channels: int, channels: tuple[int, ...], attention: int, **config: Any) -> Any:
+    """An AutoencoderDC with attention in the last stages."""
+    count = len(channels)
+    types = ("ResBlock",) * (count - attention) + ("EfficientViTBlock",) * attention
+    scales: Any = ((),) * (count - attention) + ((5,),) * attention
+    network = AutoencoderDC(
+        latent_channels=latent_channels,
+        attention_head_dim=8,
+        encoder_block_types=types,
+        decoder_block_types=types,
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_layers_per_block=(1,) * count,
+        decoder_layers_per_block=(1,) * count,
+        encoder_qkv_multiscales=scales,
+        decoder_qkv_multiscales=scales,
+        **config,
+    )
+    return _for_inference(network)
+
+
 class TextProcessor:
     """The part of `Qwen3VLProcessor` that prompts without images go through; the real one needs torchvision."""
 
@@ -340,6 +446,45 @@ def _flux2_vae() -> Any:
     torch.nn.init.normal_(vae.bn.running_mean)
     torch.nn.init.uniform_(vae.bn.running_var, 0.5, 4.0)
     return vae
+
+
+def _t5gemma_config(tokenizer: GemmaTokenizer) -> T5GemmaConfig:
+    half: Any = {**_decoder_config(tokenizer), "num_hidden_layers": 2, "query_pre_attn_scalar": 16}
+    return T5GemmaConfig(encoder=half, decoder=half)
+
+
+def _sana_parts(max_tokens: int) -> dict[str, Any]:
+    """What Sana and Sana-Sprint share; the VAE is the real one but for its widths."""
+    tokenizer = _gemma_tokenizer(max_tokens)
+    text_config = Gemma2Config(**_decoder_config(tokenizer), num_hidden_layers=2, query_pre_attn_scalar=16)
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": Gemma2Model(text_config).eval(),
+        "vae": tiny_dc_vae(
+            32,
+            (8, 8, 8, 8, 8, 32),
+            attention=3,
+            scaling_factor=0.41407,
+            downsample_block_type="Conv",
+            upsample_block_type="interpolate",
+        ),
+    }
+
+
+def _sana_transformer(channels: int, **config: Any) -> Any:
+    network = SanaTransformer2DModel(
+        in_channels=channels,
+        out_channels=channels,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=WIDTH,
+        **config,
+    )
+    return _for_inference(network)
 
 
 def _unet(channels: int, **config: Any) -> Any:
@@ -469,6 +614,12 @@ def _qwen_tokenizer() -> Qwen2Tokenizer:
     tokenizer = Qwen2Tokenizer(vocab=_byte_vocabulary(*special, *vision), merges=[], chat_template=QWEN_TEMPLATE)
     tokenizer.add_special_tokens({"additional_special_tokens": [*special[1:], *vision]})
     return tokenizer
+
+
+def _gemma_tokenizer(max_tokens: int) -> GemmaTokenizer:
+    """Each letter is a token, and so is each space; capitals and rare signs are unknown."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz0123456789,.:-"]
+    return GemmaTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, model_max_length=max_tokens)
 
 
 def _mistral_tokenizer() -> PreTrainedTokenizerFast:

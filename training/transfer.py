@@ -201,7 +201,7 @@ def match_latents(net: Lua, old: Vae, new: Vae, large: Tensor, mean: Tensor, std
         if matched.shape != (1, net.spec.channels, *latent.shape[2:]):
             raise TransferError(
                 f"the old VAE makes latents {list(matched.shape[1:])} of a picture whose new ones are "
-                f"{list(latent.shape[1:])}; {net.spec.channels} channels and one stride are needed"
+                f"{list(latent.shape[1:])}; {net.spec.channels} channels and one stride are needed: use another start"
             )
         of_old.append(_pixels(matched))
         of_new.append(_pixels(latent.cpu()))

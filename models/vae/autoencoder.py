@@ -1,7 +1,8 @@
 """One autoencoder of a known family: raw latents to images and back, in a precision that it does not overflow in.
 
 `Vae` chooses the decode of the class, the number type and, for "exact", between the whole decode and strips. The
-decodes are in `models/vae/decode.py`, their memory in `models/vae/strip_plan.py`.
+decodes are in `models/vae/decode.py`, their memory in `models/vae/strip_plan.py`; `models/vae/dc_strips.py` has both
+for AutoencoderDC.
 """
 
 from pathlib import Path
@@ -18,9 +19,10 @@ from giantleap.models.bundle.descriptor import DecodeName
 from giantleap.models.device import PartCallback
 from giantleap.models.images import to_pixels
 from giantleap.models.latent_space import LatentSpace
+from giantleap.models.vae.dc_strips import DcStrips
 from giantleap.models.vae.decode import (
+    DC_CLASSES,
     FRAME_CLASSES,
-    PLAIN_CLASSES,
     STRIP_CLASSES,
     decode_exact,
     decode_plain,
@@ -90,6 +92,7 @@ class Vae:
             model.config.get("force_upcast"), latent_space.channels, model.dtype if dtype is None else dtype
         )
         self._shape = _strip_shape(model)
+        self._dc_strips = DcStrips.of(model, self.dtype)
         self._restore_dtype()
 
     @property
@@ -130,9 +133,12 @@ class Vae:
         if how == "tiled":
             return decode_tiled(self.model, raw, on_part).float()
         budget_bytes = self._budget_bytes()
-        if self.works_in_strips(tuple(raw.shape), budget_bytes):
-            return decode_exact(self.model, raw, budget_bytes, on_part=on_part).float()
-        return decode_plain(self.model, raw, on_part).float()
+        if not self.works_in_strips(tuple(raw.shape), budget_bytes):
+            return decode_plain(self.model, raw, on_part).float()
+        if self._dc_strips is not None:
+            rows = self._dc_strips.choose_rows(*raw.shape[2:], batch=len(raw), budget_bytes=budget_bytes)
+            return self._dc_strips.decode(self.model, raw, rows, on_part)[:, :3].float()
+        return decode_exact(self.model, raw, budget_bytes, on_part=on_part).float()
 
     @torch.inference_mode()
     def decode_in_strips(self, raw: Tensor) -> Tensor:
@@ -141,6 +147,8 @@ class Vae:
         A VAE that cannot work in strips decodes the whole image.
         """
         raw = self._prepare(raw)
+        if self._dc_strips is not None:
+            return self._dc_strips.decode(self.model, raw, rows=1)[:, :3].float()
         if self._shape is None:
             return decode_plain(self.model, raw).float()
         dtype = str(self.dtype).removeprefix("torch.")
@@ -176,11 +184,13 @@ class Vae:
 
     def works_in_strips(self, shape: tuple[int, ...], budget_bytes: int | None = None) -> bool:
         """Whether "exact" decodes latents of this shape in strips rather than whole."""
+        batch, _, height, width = shape
+        device = self.device.type
+        if self._dc_strips is not None:
+            return self._dc_strips.prefers_strips(height, width, batch=batch, device=device, budget_bytes=budget_bytes)
         if self._shape is None:
             return False
-        batch, _, height, width = shape
         dtype = str(self.dtype).removeprefix("torch.")
-        device = self.device.type
         return prefers_strips(self._shape, height, width, dtype, batch=batch, device=device, budget_bytes=budget_bytes)
 
     def _budget_bytes(self) -> int | None:
@@ -272,11 +282,11 @@ def _latent_layout(model: Any) -> tuple[int, int]:
     """Channels of a raw latent, and image pixels per latent pixel."""
     if isinstance(model, STRIP_CLASSES):
         return model.config["latent_channels"], 2 ** (len(model.config["block_out_channels"]) - 1)
-    if isinstance(model, PLAIN_CLASSES):
+    if isinstance(model, DC_CLASSES):
         return model.config["latent_channels"], model.spatial_compression_ratio
     if isinstance(model, FRAME_CLASSES):
         return model.config["z_dim"], model.spatial_compression_ratio
-    known = ", ".join(cls.__name__ for cls in (*STRIP_CLASSES, *PLAIN_CLASSES, *FRAME_CLASSES))
+    known = ", ".join(cls.__name__ for cls in (*STRIP_CLASSES, *DC_CLASSES, *FRAME_CLASSES))
     raise VaeError(f"a VAE is one of {known}; found {type(model).__name__}")
 
 

@@ -31,7 +31,7 @@ from giantleap.models.vae.strip_plan import DecodePlan, DecoderShape, plan_decod
 from giantleap.models.vae.strips import Normalization, StripMap, convolve, convolve_activated, convolve_upsampled
 
 STRIP_CLASSES = (AutoencoderKL, AutoencoderKLFlux2)
-PLAIN_CLASSES = (AutoencoderDC,)  # decoded whole or in diffusers' tiles; their codes have no distribution
+DC_CLASSES = (AutoencoderDC,)  # in strips of their own (`models/vae/dc_strips.py`); codes without a distribution
 FRAME_CLASSES = (AutoencoderKLQwenImage, AutoencoderKLQwenImage21, AutoencoderKLWan)
 OnStrip = Callable[[], None]
 
@@ -41,7 +41,7 @@ def decode_plain(vae: Any, latents: Tensor, on_part: PartCallback | None = None)
     """Call `vae.decode` on whole latents, without tiling or slicing whatever the VAE's switches are.
 
     Args:
-        vae: One of STRIP_CLASSES, PLAIN_CLASSES or FRAME_CLASSES. The last decode videos and get one frame. A fourth
+        vae: One of STRIP_CLASSES, DC_CLASSES or FRAME_CLASSES. The last decode videos and get one frame. A fourth
             image channel, transparency, is dropped.
         latents: Raw ones.
         on_part: Called after each layer.
@@ -69,8 +69,10 @@ def decode_tiled(vae: Any, latents: Tensor, on_part: PartCallback | None = None)
 
 
 def _decode_with_tiling(vae: Any, latents: Tensor, enabled: bool, on_part: PartCallback | None) -> Tensor:
-    check_autoencoder(vae, *STRIP_CLASSES, *PLAIN_CLASSES, *FRAME_CLASSES)
+    check_autoencoder(vae, *STRIP_CLASSES, *DC_CLASSES, *FRAME_CLASSES)
     frames = isinstance(vae, FRAME_CLASSES)
+    if isinstance(vae, DC_CLASSES):  # its norms take the channels of a position, which then lie together
+        latents = latents.contiguous(memory_format=choose_memory_format(latents))
     with _tiling(vae, enabled), report_layers(vae.decoder, on_part, once=not enabled):
         image: Tensor = vae.decode(latents[:, :, None] if frames else latents, return_dict=False)[0]
     return (image[:, :, 0] if frames else image)[:, :3]
@@ -102,13 +104,13 @@ def encode_mean(vae: Any, images: Tensor, on_part: PartCallback | None = None) -
     Raises:
         UnknownDecoderError: As `decode_plain`.
     """
-    check_autoencoder(vae, *STRIP_CLASSES, *PLAIN_CLASSES, *FRAME_CLASSES)
+    check_autoencoder(vae, *STRIP_CLASSES, *DC_CLASSES, *FRAME_CLASSES)
     if isinstance(vae, AutoencoderKLQwenImage21):
         images = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
     frames = isinstance(vae, FRAME_CLASSES)
     with _tiling(vae, enabled=False), report_layers(vae.encoder, on_part):
         codes = vae.encode(images[:, :, None] if frames else images, return_dict=False)[0]
-        mean: Tensor = codes if isinstance(vae, PLAIN_CLASSES) else codes.mode()
+        mean: Tensor = codes if isinstance(vae, DC_CLASSES) else codes.mode()
     return mean[:, :, 0] if frames else mean
 
 

@@ -41,7 +41,7 @@ def check_decoder(vae: Any) -> None:
         if type(module) not in KNOWN_PARTS:
             known = ", ".join(sorted(part.__name__ for part in KNOWN_PARTS))
             raise UnknownDecoderError(f"{name} is a {type(module).__name__}; an exact decode knows {known}")
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if has_hook(module):
             raise UnknownDecoderError(f"{name} has a hook, which an exact decode would not run; remove it")
         problem = _problem(module)
         if problem:
@@ -57,6 +57,19 @@ def check_autoencoder(vae: Any, *expected: type[nn.Module]) -> None:
     if not isinstance(vae, expected):
         names = " or ".join(cls.__name__ for cls in expected)
         raise UnknownDecoderError(f"this decode is for {names}; found {type(vae).__name__}")
+
+
+def has_hook(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def convolution_problem(conv: nn.Conv2d) -> str | None:
+    """What sets a convolution apart from one of 1x1 or 3x3 that keeps the size; None if nothing does."""
+    side = conv.kernel_size[0]
+    usual = ((side, side), (1, 1), (side // 2, side // 2), (1, 1), 1, "zeros")
+    settings = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return None if side in (1, 3) and settings == usual else f"is {conv}"
 
 
 def _check_roles(decoder: Any) -> None:
@@ -84,17 +97,7 @@ def _check_roles(decoder: Any) -> None:
 def _problem(module: nn.Module) -> str | None:
     """The setting of a known part that differs from the decoders of AutoencoderKL; None if there is none."""
     if isinstance(module, nn.Conv2d):
-        side = module.kernel_size[0]
-        usual = ((side, side), (1, 1), (side // 2, side // 2), (1, 1), 1, "zeros")
-        settings = (
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.dilation,
-            module.groups,
-            module.padding_mode,
-        )
-        return None if side in (1, 3) and settings == usual else f"is {module}"
+        return convolution_problem(module)
     if isinstance(module, nn.Dropout):
         return f"drops {module.p} while training" if module.training and module.p > 0 else None
     if isinstance(module, nn.GroupNorm):

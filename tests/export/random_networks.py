@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan
 
 from giantleap.models.lua.spec import LuaSpec
+from tests.tiny_pipelines import tiny_dc_vae
 
 SPECS = {
     "published": LuaSpec(4, 12, (2,), 2, window=4, num_feat=8),
@@ -31,5 +32,7 @@ def random_vae(name: str) -> Any:
         "flux2": lambda: AutoencoderKLFlux2(**kl, latent_channels=4),
         "qwen": lambda: AutoencoderKLQwenImage(**video),
         "wan": lambda: AutoencoderKLWan(**video),
+        "dc": lambda: tiny_dc_vae(4, (8, 8), attention=0),
+        "dc-attention": lambda: tiny_dc_vae(4, (8, 8), attention=1),
     }[name]()
     return vae.eval()

@@ -58,7 +58,7 @@ def test_half_types_run_in_onnxruntime(tmp_path: Path, precision: Precision) -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["kl", "flux2", "qwen", "wan"])
+@pytest.mark.parametrize("name", ["kl", "flux2", "qwen", "wan", "dc", "dc-attention"])
 def test_decoders_of_every_family_export(tmp_path: Path, name: str) -> None:
     vae = random_vae(name)
     path = tmp_path / "decoder.onnx"

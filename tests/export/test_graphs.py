@@ -50,7 +50,7 @@ def test_half_types_round_the_network_but_neither_statistics_nor_skip(precision:
         assert torch.allclose(found, net.core(latent, 2), atol=1e-6), "what is left is not the network's"
 
 
-@pytest.mark.parametrize("name", ["kl", "flux2", "qwen", "wan"])
+@pytest.mark.parametrize("name", ["kl", "flux2", "qwen", "wan", "dc", "dc-attention"])
 def test_the_decoder_is_the_plain_decode_whatever_the_switches(name: str) -> None:
     vae, latent = random_vae(name), latents(2, 4, 6, 5)
     expected = decode_plain(vae, latent)

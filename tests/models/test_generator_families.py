@@ -1,15 +1,15 @@
 """Drawing with the stock pipeline of every family: what comes out raw, what a batch changes, how it is stopped."""
 
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler
+from diffusers import AutoencoderDC, AutoencoderKL, EulerDiscreteScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
@@ -30,11 +30,15 @@ from giantleap.models.bundle.descriptor import (
 from giantleap.models.generator import FAMILIES, GenerationItem, Generator
 from giantleap.models.latent_space import LATENT_SPACES, LatentSpace
 from tests.tiny_pipelines import (
+    save_pipeline,
     tiny_flux1,
     tiny_flux2,
     tiny_flux2_klein,
+    tiny_prx,
     tiny_qwen_image,
     tiny_qwen_image_21,
+    tiny_sana,
+    tiny_sana_sprint,
     tiny_sd3,
     tiny_sd15,
     tiny_sdxl,
@@ -58,6 +62,7 @@ class Case:
         guidance_scale: One at which guidance acts, where the model has any.
         guidance: The pipeline's name for it.
         overflow: A prompt, and how many of its tokens are too many.
+        arguments: Of a stock call for an image of any size and in any number of steps.
     """
 
     build: Callable[[], Any]
@@ -65,6 +70,7 @@ class Case:
     overflow: tuple[str, int]
     guidance_scale: float = 3.0
     guidance: str = "guidance_scale"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 # Letters are tokens. CLIP brackets a prompt with two of its own, T5 sets a space before it and an end after it. The
@@ -72,6 +78,10 @@ class Case:
 # instructions of 168 in FLUX.2 and of 133 in Qwen-Image, which drops the first 34 of all.
 CLIP_LOSS = ("a" * 80, 80 + 2 - 77)
 T5_LOSS = ("a" * 600, 600 + 2 - 512)
+# Of Sana's limit the instruction takes two tokens more than it has itself.
+PRX_LOSS = ("a" * 300, 300 - 256)
+SANA_LOSS = ("a" * 400, 400 + 2 - 300)
+ANY_SIZE = {"use_resolution_binning": False}
 
 CASES = {
     "sd15": Case(tiny_sd15, LATENT_SPACES["sd15"], CLIP_LOSS),
@@ -101,6 +111,18 @@ CASES = {
     "qwen-image-21": Case(
         tiny_qwen_image_21, LATENT_SPACES["qwen-image-21"], ("a" * 600, 0), guidance="true_cfg_scale"
     ),
+    "prx": Case(tiny_prx, LatentSpace("stride4", 24, 4, scale=1.0, side_multiple=2), PRX_LOSS, arguments=ANY_SIZE),
+    "prx-flux-vae": Case(lambda: tiny_prx(flux_vae=True), LATENT_SPACES["z-image"], PRX_LOSS, arguments=ANY_SIZE),
+    "sana": Case(tiny_sana, LATENT_SPACES["sana"], SANA_LOSS, arguments=ANY_SIZE),
+    "sana-short": Case(
+        lambda: tiny_sana(max_tokens=90),
+        LatentSpace("stride4", 24, 4, scale=0.5, side_multiple=8),
+        ("a" * 100, 100 - 90),
+        arguments=ANY_SIZE | {"max_sequence_length": 90, "complex_human_instruction": None},
+    ),
+    "sana-sprint": Case(
+        tiny_sana_sprint, LATENT_SPACES["sana"], SANA_LOSS, arguments=ANY_SIZE | {"intermediate_timesteps": None}
+    ),
 }
 
 
@@ -128,6 +150,8 @@ class Family:
 
 
 def build(name: str) -> Family:
+    if name.startswith("prx"):
+        pytest.importorskip("ftfy")  # without it the stock pipeline fails
     case = CASES[name]
     pipeline = case.build()
     pipeline.set_progress_bar_config(disable=True)
@@ -136,7 +160,15 @@ def build(name: str) -> Family:
 
 
 # Models that differ from another of the same class in a setting only, tested where it matters.
-SETTINGS = {"sdxl-variant", "sd3-without-t5", "flux1-schnell", "flux2-klein-distilled", "z-image-turbo"}
+SETTINGS = {
+    "sdxl-variant",
+    "sd3-without-t5",
+    "flux1-schnell",
+    "flux2-klein-distilled",
+    "z-image-turbo",
+    "prx-flux-vae",
+    "sana-short",
+}
 EVERY = pytest.mark.parametrize("family", CASES, indirect=True)
 
 
@@ -145,7 +177,7 @@ def family(request: pytest.FixtureRequest) -> Family:
     return build(request.param)
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl", "sd3", "flux1-dev", "qwen-image", "z-image"])
+@pytest.fixture(scope="module", params=["sd15", "sdxl", "sd3", "flux1-dev", "qwen-image", "z-image", "sana-sprint"])
 def image_family(request: pytest.FixtureRequest) -> Family:
     """Those that can start from an image, with an item that does: a bright one, without a negative value."""
     made = build(request.param)
@@ -183,7 +215,7 @@ def stock_image(family: Family, **arguments: Any) -> Tensor:
         num_inference_steps=STEPS,
         generator=torch.Generator().manual_seed(1),
         output_type="np",
-        **{family.case.guidance: family.case.guidance_scale} | arguments,
+        **{family.case.guidance: family.case.guidance_scale} | family.case.arguments | arguments,
     )
     return torch.from_numpy(np.asarray(made.images[0]))
 
@@ -325,7 +357,9 @@ def test_a_negative_prompt_in_the_batch_does_not_change_the_item_without() -> No
 
 
 @pytest.mark.parametrize(
-    "image_family", ["sd15", "sdxl", "sdxl-variant", "sd3", "flux1-dev", "qwen-image", "z-image"], indirect=True
+    "image_family",
+    ["sd15", "sdxl", "sdxl-variant", "sd3", "flux1-dev", "qwen-image", "z-image", "sana-sprint"],
+    indirect=True,
 )
 def test_an_image_to_start_from_draws_as_in_the_stock_pipeline(
     image_family: Family, monkeypatch: pytest.MonkeyPatch
@@ -337,11 +371,11 @@ def test_an_image_to_start_from_draws_as_in_the_stock_pipeline(
     assert image_class is not None and item.init_image is not None
     stock = image_class(**pipeline.components)
     stock.set_progress_bar_config(disable=True)
+    nothing = {"negative_prompt": " "} if image_family.case.guidance == "true_cfg_scale" else {}
     # The first has no negative value, which must not make it one of [0, 1], as tensors are to the stock pipelines.
     for start in (item.init_image, 2 * item.init_image - 1):
         made = stock(
             prompt=SHORT,
-            negative_prompt=" " if image_family.case.guidance == "true_cfg_scale" else None,
             image=start[None] / 2 + 0.5,
             strength=item.strength,
             width=WIDTH_PX,
@@ -349,7 +383,7 @@ def test_an_image_to_start_from_draws_as_in_the_stock_pipeline(
             num_inference_steps=item.steps,
             generator=torch.Generator().manual_seed(1),
             output_type="np",
-            **{image_family.case.guidance: item.guidance_scale},
+            **{image_family.case.guidance: item.guidance_scale} | image_family.case.arguments | nothing,
         )
         image = decode(pipeline, draw(image_family.generator, replace(item, init_image=start))[0])
         torch.testing.assert_close(image, torch.from_numpy(made.images[0]), rtol=0, atol=1e-4)
@@ -450,7 +484,8 @@ def encode(pipeline: Any, image: Tensor) -> Tensor:
     """The mean of the posterior of an image in [-1, 1]: its raw latent."""
     video = type(pipeline.vae).__name__.startswith("AutoencoderKLQwen")
     with torch.no_grad():
-        mean: Tensor = pipeline.vae.encode(image[None, :, None] if video else image[None]).latent_dist.mode()
+        codes = pipeline.vae.encode(image[None, :, None] if video else image[None])
+    mean: Tensor = codes.latent if isinstance(pipeline.vae, AutoencoderDC) else codes.latent_dist.mode()
     return mean[0, :, 0] if video else mean[0]
 
 
@@ -471,7 +506,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 def saved(directory: Path, stock: Any, space: LatentSpace, **sections: Any) -> Bundle:
     """A bundle around a pipeline, which is written to the directory as its authors would."""
-    stock.save_pretrained(directory / "pipeline", safe_serialization=True)
+    save_pipeline(stock, directory / "pipeline")
     side_px = 2 * space.multiple_px
     numbers: dict[str, Any] = {
         "channels": space.channels,
@@ -479,6 +514,7 @@ def saved(directory: Path, stock: Any, space: LatentSpace, **sections: Any) -> B
         "scale": space.scale,
         "mean": space.mean,
         "std": space.std,
+        "side_multiple": space.side_multiple,
     }
     descriptor = Descriptor(
         **{

@@ -130,7 +130,7 @@ def test_wan_latents_are_videos_of_one_frame() -> None:
     ("name", "raw", "scaled"),
     [
         ("sd15", 2.0, 0.3643), ("sdxl", 2.0, 0.2605), ("sd3", 1.0609, 1.5305), ("z-image", 1.1159, 0.3611),
-        ("flux1", 1.1159, 0.3611), ("pocket16", 2.0, 2.0),
+        ("flux1", 1.1159, 0.3611), ("sana", 2.0, 0.82814), ("pocket16", 2.0, 2.0),
     ],
 )  # fmt: skip
 def test_known_families_have_their_published_factors(name: str, raw: float, scaled: float) -> None:

@@ -33,6 +33,7 @@ from giantleap.training.losses import (
     shrink,
     visible_error,
 )
+from tests.tiny_pipelines import NO_SHORTCUTS, tiny_dc_vae
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 CURRICULUM: list[Loss] = [
@@ -276,8 +277,10 @@ def test_a_decode_for_a_loss_refuses_latents_without_a_gradient(vae: Vae) -> Non
             32,
             8,
         ),
+        (lambda: tiny_dc_vae(24, (8, 8, 16), attention=0, **NO_SHORTCUTS), 24, 4),
+        (lambda: tiny_dc_vae(32, (8, 8, 8, 8, 8, 32), attention=3), 32, 32),
     ],
-    ids=["qwen-image", "qwen-image-21", "wan21", "flux2"],
+    ids=["qwen-image", "qwen-image-21", "wan21", "flux2", "stride4", "sana"],
 )
 def test_a_loss_of_pictures_reaches_the_latents_of_every_family(
     model: Callable[[], Any], channels: int, stride_px: int

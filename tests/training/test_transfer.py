@@ -37,6 +37,7 @@ from giantleap.training.transfer import (
 from tests.training.pictures import write_pictures
 
 CPU = torch.device("cpu")
+POCKET24 = Path(__file__).parents[2] / "training" / "pocket" / "stride4" / "checkpoints" / "pocket24"
 PLACE = DistributedContext(CPU)
 SPEC = LuaSpec(16, 12, (2,), 2, window=4, num_feat=8, bicubic_skip=True, latent_norm=True)
 LINEAR = replace(SPEC, bicubic_skip=False, linear_skip=True)
@@ -276,6 +277,23 @@ def test_a_transfer_goes_on_where_it_was_stopped(other: SimpleNamespace, tiny_bu
     assert net.spec == start.spec == replace(read_lua(tiny_bundle_dir / "lua.safetensors").spec, channels=4)
     moved = [name for name, value in net.state_dict().items() if not torch.equal(value, start.state_dict()[name])]
     assert "conv_first.weight" in moved and "layers.0.conv.weight" in moved
+
+
+def test_a_network_moves_to_an_autoencoder_of_another_stride(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures", 4, 128, 64)
+    prepare(PrepareConfig(tmp_path / "pictures", POCKET24, tmp_path / "pairs", 64, 64), CPU)
+    (tmp_path / "config.toml").write_text(CONFIG)
+
+    def go(start: Start) -> Path:
+        out, config = tmp_path / start, tmp_path / "config.toml"
+        return transfer_and_train(tiny_bundle_dir, POCKET24, tmp_path / "pairs", out, PLACE, start=start, config=config)
+
+    with pytest.raises(TransferError, match="one stride are needed: use another start"):
+        go("fit")
+    net, start = read_lua(go("slice")), read_lua(tmp_path / "slice" / "start.safetensors")
+    assert net.spec.channels == 24
+    moved = [name for name, value in net.state_dict().items() if not torch.equal(value, start.state_dict()[name])]
+    assert "conv_first.weight" in moved and all(bool(value.isfinite().all()) for value in net.state_dict().values())
 
 
 def test_the_statistics_are_those_of_the_new_pairs(other: SimpleNamespace, tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_the_released_lua_is_named_for_flux1_only() -> None:
     assert all(sources[name].file == "lua_flux.pth" for name in released)  # type: ignore[union-attr]
     assert set(sources) == {
         "pocket", "sdxl", "sd3.5-medium", "flux1-dev", "flux1-krea", "flux1-schnell", "flux2-klein", "qwen-image",
-        "z-image-turbo",
+        "z-image-turbo", "prx-512", "sana-1.6b", "sana-sprint-1.6b",
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -24,6 +25,7 @@ from tests.training.killed import killed_at_write
 from tests.training.pictures import write_pictures
 
 CPU = torch.device("cpu")
+POCKET24 = Path(__file__).parents[3] / "training" / "pocket" / "stride4" / "checkpoints" / "pocket24"
 
 
 @pytest.fixture
@@ -69,6 +71,18 @@ def test_latents_are_the_posterior_means_of_the_tile_and_of_the_shrunk_one(
     latents = PairsStore.open(tmp_path / "out").read([7])
     for level in (1, 2, 4):
         assert torch.allclose(latents[level], vae.encode(shrink_tiles(tile, level)), atol=1e-5)
+
+
+def test_an_autoencoder_without_a_posterior_gives_its_codes(pictures: Path, tmp_path: Path) -> None:
+    prepare(config_of(pictures, POCKET24, tmp_path / "out"), CPU)
+    model: Any = AutoencoderDC.from_pretrained(POCKET24 / "vae")
+    pixels = np.asarray(Image.open(pictures / "picture-3.png"))[:, 64:128]
+    tile = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+    latents = PairsStore.open(tmp_path / "out").read([7])
+    assert latents[1].shape == (1, 24, 16, 16)
+    with torch.no_grad():
+        for level in (1, 2, 4):
+            assert torch.allclose(latents[level], model.float().encode(shrink_tiles(tile, level)).latent, atol=1e-5)
 
 
 @pytest.mark.parametrize("at", range(6))
