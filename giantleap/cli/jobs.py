@@ -5,6 +5,7 @@ They use the service over HTTP, so that they work from any machine and with the 
 
 import json
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from urllib.parse import quote
 
 import typer
 
@@ -40,20 +41,20 @@ def list_jobs(
 @app.command()
 def show(job_id: JobArgument, url: UrlOption = None) -> None:
     """Print a job as JSON."""
-    typer.echo(json.dumps(_request("GET", f"/jobs/{job_id}", url).json(), indent=2))
+    typer.echo(json.dumps(_request("GET", f"/jobs/{_quote(job_id)}", url).json(), indent=2))
 
 
 @app.command()
 def cancel(job_id: JobArgument, url: UrlOption = None) -> None:
     """Cancel a job: at once where it waits, at its next step where it runs."""
-    job = _request("POST", f"/jobs/{job_id}/cancel", url).json()
+    job = _request("POST", f"/jobs/{_quote(job_id)}/cancel", url).json()
     typer.echo(f"{job_id}  {job['status'] if job['status'] == 'canceled' else 'cancel requested'}")
 
 
 @app.command()
 def delete(job_id: JobArgument, url: UrlOption = None) -> None:
     """Delete a job that has ended, with its results; cancel one that has not."""
-    response = _request("DELETE", f"/jobs/{job_id}", url)
+    response = _request("DELETE", f"/jobs/{_quote(job_id)}", url)
     typer.echo(f"{job_id}  {'deleted' if response.status_code == 204 else 'cancel requested'}")
 
 
@@ -68,13 +69,13 @@ def list_dead(limit: LimitOption = 20, url: UrlOption = None) -> None:
 @dead.command()
 def retry(job_id: JobArgument, url: UrlOption = None) -> None:
     """Enqueue a job again, under a new id, which is printed."""
-    typer.echo(_request("POST", f"/dead-letters/{job_id}/retry", url).json()["id"])
+    typer.echo(_request("POST", f"/dead-letters/{_quote(job_id)}/retry", url).json()["id"])
 
 
 @dead.command()
 def drop(job_id: JobArgument, url: UrlOption = None) -> None:
     """Take a job off the list."""
-    _request("DELETE", f"/dead-letters/{job_id}", url)
+    _request("DELETE", f"/dead-letters/{_quote(job_id)}", url)
     typer.echo(f"{job_id}  dropped")
 
 
@@ -129,6 +130,11 @@ def _request(
     if response.is_error and response.status_code not in accepted:
         _fail(_to_detail(response))
     return response
+
+
+def _quote(job_id: str) -> str:
+    """An argument as one part of a path, whatever it holds."""
+    return quote(job_id, safe="")
 
 
 def _to_detail(response: "httpx.Response") -> str:

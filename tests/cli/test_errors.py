@@ -102,7 +102,8 @@ COMMANDS = list(_commands(typer.main.get_command(app)))
 # With all that they need these do their work: print, list, or serve.
 _RUNS = {("serve",), ("api",), ("worker",), ("models",), ("settings",), ("bundle", "list"), ("bundle", "show"),
          ("bundle", "check"), ("bench", "protocol"), ("bench", "engines"), ("keys", "new"), ("keys", "list"),
-         ("generate",)}  # fmt: skip
+         ("generate",), ("status",), ("jobs", "list"), ("jobs", "show"), ("jobs", "cancel"), ("jobs", "delete"),
+         ("jobs", "dead", "list"), ("jobs", "dead", "retry"), ("jobs", "dead", "drop")}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

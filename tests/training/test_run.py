@@ -434,7 +434,7 @@ def test_a_file_is_read_with_the_paper_for_what_it_leaves_out(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("", "bundle: Field required"),
+        ("", "bundle: is required"),
         ('bundle = "a"\npairs = "b"\nlua = {}', "exactly one of preset"),
         ('bundle = "a"\npairs = "b"\nlua = {preset = "medium"}\nsede = 1', "sede"),
         ('bundle = "a"\npairs = "b"\nlua = {preset = "medium"}\n[[stages]]\nname = "IV"', "stages"),

@@ -277,8 +277,8 @@ def test_settings_that_are_wrong_change_nothing_and_are_one_line(
     assert reload(read_settings(), lambda: read_settings(settings_file=path)) is None
     assert reload(read_settings(), no_keys) is None
     assert [record.message for record in caplog.records] == [
-        "settings not reloaded, the old ones stay: queue_limit: Input should be greater than or equal to 1; "
-        "webhook_secret: Value should have at least 1 item after validation, not 0",
+        "settings not reloaded, the old ones stay: queue_limit: must be at least 1; "
+        "webhook_secret: is too short; the minimum length is 1",
         "settings not reloaded, the old ones stay: the keys file is wrong",
     ]
 

@@ -120,7 +120,7 @@ async def test_the_bundle_lists_its_scales(client: httpx.AsyncClient) -> None:
         ({"scale": 1.5, "width": 108, "height": 96}, "width", "nearest: 96x96 and 120x96"),
         ({"scale": 1.5, "width": 97, "height": 96}, "width", "in steps of 24"),
         ({"scale": "1.5"}, "scale", "number"),
-        ({"scale": 0.5}, "scale", "greater than or equal to 1"),
+        ({"scale": 0.5}, "scale", "must be at least 1"),
     ],
 )
 async def test_what_makes_no_whole_latents_or_is_not_there_is_refused(
