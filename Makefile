@@ -21,11 +21,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[cpu]"
+	@echo "Installing Giantleap, torch and what they need into $(VENV); the downloads take minutes ..."
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[cpu]"
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[cpu,dev]"
+	@echo "Installing Giantleap, torch and the tools of its tests into $(VENV); the downloads take minutes ..."
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[cpu,dev]"
 	@touch $@ $(VENV)/.run
 
 oldest: $(BIN)/python ## Install the oldest allowed version of each direct dependency, for the targets that follow

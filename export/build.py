@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,18 @@ class Reference:
         return decode_plain(self.vae, latent)
 
 
-def export_bundle(request: Request, report: Callable[[str], object] = lambda line: None) -> Manifest:
+Show = Callable[[str], AbstractContextManager[object]]
+"""Shows that a named step runs while its block does; steps take up to minutes."""
+
+
+def show_nothing(step: str) -> AbstractContextManager[object]:
+    """A `Show` that shows nothing."""
+    return nullcontext()
+
+
+def export_bundle(
+    request: Request, report: Callable[[str], object] = lambda line: None, show: Show = show_nothing
+) -> Manifest:
     """Export, compare and write the manifest.
 
     It replaces an earlier export in the directory only on success; otherwise it changes nothing.
@@ -118,6 +129,7 @@ def export_bundle(request: Request, report: Callable[[str], object] = lambda lin
     Args:
         request: What to export.
         report: Called with a line for each artifact.
+        show: Shows each step.
 
     Raises:
         ArtifactError: Something is missing, the request contradicts itself, or an artifact differs from PyTorch.
@@ -125,8 +137,9 @@ def export_bundle(request: Request, report: Callable[[str], object] = lambda lin
         BundleError: The bundle's files differ from their digests.
         CheckpointError: The LUA weights cannot be read.
     """
-    scales = _check_request(request)
-    reference = open_reference(request.bundle, request.parts, request.device)
+    with show("reading the bundle"):
+        scales = _check_request(request)
+        reference = open_reference(request.bundle, request.parts, request.device)
     if reference.lua is not None and reference.lua.spec.head == "liif":
         raise ArtifactError(
             f"bundle {request.bundle.name} has a LIIF head, which is not exported: engine torch runs it"
@@ -136,7 +149,7 @@ def export_bundle(request: Request, report: Callable[[str], object] = lambda lin
     with new_directory(request.directory) as folder, on_device(request.device):
         artifacts = []
         for part, scale in jobs:
-            artifacts.append(_export_part(request, reference, folder, part, scale))
+            artifacts.append(_export_part(request, reference, folder, part, scale, show))
             report(describe(artifacts[-1]))
         manifest = Manifest(
             format=2,
@@ -159,7 +172,11 @@ def export_bundle(request: Request, report: Callable[[str], object] = lambda lin
 
 
 def check_directory(
-    directory: Path, bundle: Bundle, device: torch.device, report: Callable[[str], object] = lambda line: None
+    directory: Path,
+    bundle: Bundle,
+    device: torch.device,
+    report: Callable[[str], object] = lambda line: None,
+    show: Show = show_nothing,
 ) -> Manifest:
     """Check the manifest against bundle and machine, and compare every artifact with PyTorch again.
 
@@ -173,7 +190,7 @@ def check_directory(
     for record in manifest.artifacts:
         cases = choose_cases(record.side_multiple, record.profiles)
         try:
-            with on_device(device):
+            with on_device(device), show(f"{record.file}: comparing with PyTorch"):
                 run = open_runner(manifest.engine, record.locate(directory), device)
                 parity = _compare(reference, record.part, record.scale, record.precision, run, cases)
         except EngineError as error:
@@ -257,24 +274,29 @@ def _check_request(request: Request) -> tuple[int, ...]:
     return tuple(sorted(set(request.scales))) or tuple(map(int, known))
 
 
-def _export_part(request: Request, reference: Reference, folder: Path, part: Part, scale: int | None) -> ArtifactRecord:
+def _export_part(
+    request: Request, reference: Reference, folder: Path, part: Part, scale: int | None, show: Show
+) -> ArtifactRecord:
     engine, space = request.engine, request.bundle.latent_space
     precision = _part_precision(part, request.precision, reference)
     graph, unit = _graph(reference, scale, precision)
     # An ONNX graph is traced on the CPU; compiled code is for the device.
     traced_on = request.device if engine == "aoti" else torch.device("cpu")
-    program = trace(graph.to(traced_on), space.channels, unit, fused_attention=engine == "aoti")
     path = folder / artifact_name(engine, part, scale)
+    with show(f"{path.name}: tracing"):
+        program = trace(graph.to(traced_on), space.channels, unit, fused_attention=engine == "aoti")
     profiles = plan_profiles(unit, request.plan.max_batch) if engine == "tensorrt" else ()
-    if engine == "onnx":
-        written = write_onnx(program, path, OUTPUTS[part], precision)
-    elif engine == "aoti":
-        written = write_aoti(program, path)
-    else:
-        written = (_write_plan(request, program, path, profiles),)
+    with show(f"{path.name}: writing"):
+        if engine == "onnx":
+            written = write_onnx(program, path, OUTPUTS[part], precision)
+        elif engine == "aoti":
+            written = write_aoti(program, path)
+        else:
+            written = (_write_plan(request, program, path, profiles),)
     try:
-        run = open_runner(engine, Artifact(path, INPUT, OUTPUTS[part], profiles), request.device)
-        parity = _compare(reference, part, scale, precision, run, choose_cases(unit, profiles))
+        with show(f"{path.name}: comparing with PyTorch"):
+            run = open_runner(engine, Artifact(path, INPUT, OUTPUTS[part], profiles), request.device)
+            parity = _compare(reference, part, scale, precision, run, choose_cases(unit, profiles))
     except EngineError as error:
         raise ArtifactError(f"{path.name}: {error}") from error
     return ArtifactRecord(

@@ -18,6 +18,9 @@ from pathlib import Path
 
 import httpx
 
+from giantleap.cli.files import check_output_directory
+from giantleap.cli.progress import working
+
 PROMPT = "a red sphere on a green floor under a blue sky"
 _START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 60.0
@@ -47,19 +50,30 @@ def running_service(*options: str) -> Iterator[str]:
             yield url
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(_STOP_TIMEOUT_S)
+            try:
+                process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()  # its children end with it
+                process.wait()
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Poll `/readyz` until it answers 200."""
+    """Poll `/readyz` until it answers 200, and show what it waits for.
+
+    Raises:
+        RuntimeError: the service ended, or was not ready in time.
+    """
     deadline_s = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        if process.poll() is not None:
-            raise RuntimeError(f"the service ended with code {process.returncode}; see its log above")
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
-                return
-        time.sleep(0.25)
+    with working("waiting for the API") as work:
+        while time.monotonic() < deadline_s:
+            if process.poll() is not None:
+                raise RuntimeError(f"the service ended with code {process.returncode}; see its log above")
+            with contextlib.suppress(httpx.TransportError):
+                response = httpx.get(f"{url}/readyz", timeout=5)
+                if response.status_code == 200:
+                    return
+                work.name = f"not ready yet: {response.json().get('detail', response.status_code)}"
+            time.sleep(0.25)
     raise RuntimeError(f"the service was not ready within {_START_TIMEOUT_S:.0f} s")
 
 
@@ -83,15 +97,20 @@ def main() -> None:
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
+    check_output_directory(options.out)
     options.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("GIANTLEAP_LOG_LEVEL", "warning")  # or the service's log hides the lines below
+    print("starting Redis, the API and a worker that loads bundle pocket ...", flush=True)
     with running_service() as url:
         for scale in (2, 4):
-            image, stages = draw(url, options.prompt, scale, options.seed)
             path = options.out / f"demo_x{scale}.png"
+            print(f"drawing {path} over HTTP ...", flush=True)
+            with working(f"{path}: generate, upscale, decode"):
+                image, stages = draw(url, options.prompt, scale, options.seed)
             path.write_bytes(image)
             times = "  ".join(f"{name} {duration_s:.3f} s" for name, duration_s in stages.items())
             print(f"{path}  x{scale}  {times}", flush=True)
+        print("stopping the service ...", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import typer
 from giantleap.cli.errors import to_line
 from giantleap.cli.files import check_input_directory, check_output_directory
 from giantleap.cli.options import BundleOption, DeviceOption, read_bundle_or_stop, settings_from, stop
+from giantleap.cli.progress import working
 from giantleap.export.manifest import ArtifactError, Compatibility, Part, Precision
 from giantleap.models.bundle.bundle import BundleError
 from giantleap.models.engines.base import ArtifactEngineName
@@ -66,7 +67,7 @@ def export(
     try:
         where = choose_device(settings.device)
         request = Request(source, engine, precision, target, tuple(scale or ()), parts, where, plan)
-        export_bundle(request, typer.echo)
+        export_bundle(request, typer.echo, working)
     except (ArtifactError, BundleError, CheckpointError, OSError, ValueError) as error:
         stop(to_line(error))
     typer.echo(f"wrote {target}")
@@ -89,7 +90,7 @@ def check(
 
     _configure(settings)
     try:
-        check_directory(directory, source, choose_device(settings.device), typer.echo)
+        check_directory(directory, source, choose_device(settings.device), typer.echo, working)
     except (ArtifactError, BundleError, CheckpointError, OSError, ValueError) as error:
         stop(to_line(error))
     typer.echo(f"{directory} matches bundle {source.name} and this machine")
