@@ -10,7 +10,8 @@ from itertools import pairwise
 from string import ascii_lowercase
 from typing import Any
 
-from transformers import CLIPTokenizer
+from tokenizers import Regex, normalizers
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 from giantleap.training.pocket.captions import known_words
 
@@ -34,6 +35,27 @@ def open_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(
         vocab={symbol: index for index, symbol in enumerate(symbols)},
         merges=merges,
+        unk_token=END,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=MAX_TOKENS,
+    )
+
+
+def open_sana_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the same tokenizer for a SanaPipeline: it drops the instruction that the pipeline puts before a prompt.
+
+    The instruction, meant for a language model, ends with "User Prompt: ". Without it the stock pipeline draws a prompt
+    as it was trained, whatever it is called with.
+    """
+    known = open_tokenizer()
+    backend = known.backend_tokenizer
+    backend.normalizer = normalizers.Sequence(
+        [backend.normalizer, normalizers.Replace(Regex(".*user prompt: "), "")]  # after spaces and case are uniform
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
         unk_token=END,
         bos_token=START,
         eos_token=END,

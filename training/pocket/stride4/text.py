@@ -23,14 +23,14 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from torch import Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm
-from transformers import CLIPTokenizer, Gemma2Config, Gemma2Model
+from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from giantleap.training.optim import Budget, Ema, MuonAdamW
 from giantleap.training.pocket.state import TrainState, smoothed
 from giantleap.training.pocket.stride4.network import CHANNELS
 from giantleap.training.pocket.stride4.prompts import CHOICES, SECOND, Prompt, draw_prompt, prompt_caption, vary_prompt
 from giantleap.training.pocket.stride4.studio import StudioPool, read_pool
-from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_tokenizer
+from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_sana_tokenizer
 from giantleap.training.pocket.vae import train_steps, write_log
 
 SCALING_FACTOR = 0.5  # the brightest channel of the scenes has a deviation near one
@@ -159,7 +159,7 @@ class SlotReader(nn.Module):
         return [head(pooled[:, index]) for index, head in enumerate(self.heads)]
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Captions:
+def tokenize(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str]) -> Captions:
     """Tokenize as the stock pipeline does with `max_sequence_length=MAX_TOKENS`."""
     encoded = tokenizer(
         [caption.lower().strip() for caption in captions],
@@ -171,7 +171,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Captions:
     return Captions(encoded.input_ids, encoded.attention_mask)
 
 
-def train_reader(encoder: Gemma2Model, tokenizer: CLIPTokenizer, steps: int, seed: int) -> float:
+def train_reader(encoder: Gemma2Model, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> float:
     """Teach the text encoder to read the slots of captions; returns the share read rightly in the last 50 steps."""
     rng = np.random.default_rng((seed, 3))
     reader = SlotReader()
@@ -207,7 +207,7 @@ def draw_caption(prompt: Prompt, rng: np.random.Generator, freedom: float) -> st
 
 
 def draw_batch(
-    pool: StudioPool, rng: np.random.Generator, batch: int, tokenizer: CLIPTokenizer, freedom: float
+    pool: StudioPool, rng: np.random.Generator, batch: int, tokenizer: PreTrainedTokenizerFast, freedom: float
 ) -> tuple[Tensor, Captions]:
     """Draw scaled latents [batch, channels, h, w] and captions; half of the pictures are mirrored."""
     index = rng.integers(0, len(pool.prompts) - HELD_OUT, size=batch)
@@ -241,7 +241,7 @@ def flow_loss(
 
 
 @torch.no_grad()
-def validate(network: TextToLatent, pool: StudioPool, tokenizer: CLIPTokenizer) -> dict[str, float]:
+def validate(network: TextToLatent, pool: StudioPool, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
     """Return the loss on held-out scenes with plain captions, at fixed noise: high levels, low ones."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.from_numpy(pool.latents[-HELD_OUT:, 0].astype(np.float32)) * SCALING_FACTOR
@@ -269,7 +269,7 @@ def train_text(
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
-    pool, tokenizer = read_pool(scenes), open_tokenizer()
+    pool, tokenizer = read_pool(scenes), open_sana_tokenizer()
     network, averaged = TextToLatent(len(tokenizer), recipe), TextToLatent(len(tokenizer), recipe)
     optimizer = MuonAdamW(network.named_parameters(), recipe.muon_lr, recipe.adam_lr, ADAM_NAMES, recipe.is_bfloat16)
     if not resume:
@@ -296,7 +296,7 @@ def train_text(
             state.write(out / "state.pt")
             state.ema.copy_to(averaged)
             write_log(out, state, {"loss": smooth, **validate(averaged, pool, tokenizer)})
-            write_pipeline(out / "pipeline", averaged, vae, open_tokenizer())
+            write_pipeline(out / "pipeline", averaged, vae, open_sana_tokenizer())
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
@@ -307,7 +307,7 @@ def make_scheduler() -> DPMSolverMultistepScheduler:
     return scheduler
 
 
-def write_pipeline(folder: Path, network: TextToLatent, vae: AutoencoderDC, tokenizer: CLIPTokenizer) -> None:
+def write_pipeline(folder: Path, network: TextToLatent, vae: AutoencoderDC, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the stock pipeline directory; denoiser and VAE in half precision, the text encoder in float32.
 
     `from_pretrained` returns float32 modules: diffusers casts on loading, transformers keeps the stored dtype.

@@ -1,5 +1,6 @@
 """The text training of stride 4 learns, resumes exactly, and leaves a stock SanaPipeline."""
 
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from diffusers import SanaPipeline
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from transformers import PreTrainedTokenizerFast
 
 from giantleap.training.optim import Budget, MuonAdamW
 from giantleap.training.pocket.state import TrainState
@@ -28,7 +30,7 @@ from giantleap.training.pocket.stride4.text import (
     train_reader,
     train_text,
 )
-from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_tokenizer
+from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_sana_tokenizer, open_tokenizer
 
 SMALL = Recipe(batch=2, width=64, depth=1, is_bfloat16=False)
 
@@ -52,6 +54,14 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stride4_text, "HELD_OUT", 2)
 
 
+def test_the_instruction_before_a_prompt_is_dropped(tmp_path: Path) -> None:
+    lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    open_sana_tokenizer().save_pretrained(tmp_path)
+    for tokenizer in (open_sana_tokenizer(), PreTrainedTokenizerFast.from_pretrained(tmp_path)):
+        for prompt in ("a large red sphere on the left", "", "a dog, a red cube"):
+            assert tokenizer("\n".join(lines) + prompt).input_ids == open_tokenizer()(prompt).input_ids
+
+
 def test_sampler_follows_the_clean_latents_of_the_network() -> None:
     scheduler = make_scheduler()
     scheduler.set_timesteps(12)
@@ -62,16 +72,16 @@ def test_sampler_follows_the_clean_latents_of_the_network() -> None:
 
 
 def test_error_of_the_clean_latents_counts_as_that_of_the_velocity() -> None:
-    network = TextToLatent(len(open_tokenizer()), SMALL)  # its last layer is zero: it predicts zeros
+    network = TextToLatent(len(open_sana_tokenizer()), SMALL)  # its last layer is zero: it predicts zeros
     latents, sigma = torch.ones(2, 24, 32, 32), torch.tensor([0.5, 0.01])
-    captions = tokenize(open_tokenizer(), ["a red cube", ""])
+    captions = tokenize(open_sana_tokenizer(), ["a red cube", ""])
     loss = flow_loss(network, latents, captions, sigma, torch.zeros_like(latents), is_bfloat16=False)
     assert float(loss.detach()) == pytest.approx((1 / 0.5**2 + 1 / stride4_text.SIGMA_FLOOR**2) / 2)
 
 
 def test_caption_changes_the_picture_after_steps() -> None:
     torch.manual_seed(0)
-    network, tokenizer = TextToLatent(len(open_tokenizer()), SMALL), open_tokenizer()
+    network, tokenizer = TextToLatent(len(open_sana_tokenizer()), SMALL), open_sana_tokenizer()
     optimizer = MuonAdamW(network.named_parameters(), 0.02, 1e-3, ADAM_NAMES)
     latents = torch.randn(4, 24, 32, 32)
     captions = tokenize(tokenizer, ["a red cube", "", "a blue cone", "right"])
@@ -87,7 +97,7 @@ def test_caption_changes_the_picture_after_steps() -> None:
 
 def test_text_encoder_learns_to_read_slots() -> None:
     torch.manual_seed(0)
-    tokenizer = open_tokenizer()
+    tokenizer = open_sana_tokenizer()
     few, more = (train_reader(make_text_encoder(len(tokenizer)), tokenizer, steps, seed=0) for steps in (2, 60))
     assert more > few + 0.2
 
@@ -127,7 +137,6 @@ def test_pipeline_is_stock_and_draws(scenes: Path, vae: AutoencoderDC, tmp_path:
         generator=[torch.Generator().manual_seed(seed) for seed in range(2)],
         max_sequence_length=MAX_TOKENS,
         use_resolution_binning=False,
-        complex_human_instruction=None,
         output_type="np",
     ).images
     assert pictures.shape == (2, 128, 128, 3)
