@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.training.optim import Budget
 from giantleap.training.pocket.options import Length, Resume, Seed
-from giantleap.training.pocket.stride4.bundle import write_autoencoder_bundle
+from giantleap.training.pocket.stride4.bundle import write_autoencoder_bundle, write_pocket_bundle
 from giantleap.training.pocket.stride4.pictures import write_pictures
 from giantleap.training.pocket.stride4.studio import write_pool
 from giantleap.training.pocket.stride4.text import Recipe as TextRecipe
@@ -121,6 +121,19 @@ def text(
     """Train text to latent: a stock SanaPipeline."""
     recipe = TextRecipe(is_bfloat16=bfloat16, is_compiled=compiled)
     train_text(out, scenes_dir, _open_autoencoder(autoencoder_dir), length, seed, resume, recipe)
+
+
+@app.command()
+def pack(
+    out: Annotated[Path, typer.Option(help="Directory of the bundle; replaced.")] = RUNS / "pocket",
+    text_dir: Path = RUNS / "text/pipeline",
+    lua_file: Path = RUNS / "lua.safetensors",
+    swinir_x2: Path | None = None,
+    swinir_x4: Path | None = None,
+) -> None:
+    """Make the bundle that is served."""
+    files = {scale: file for scale, file in ((2, swinir_x2), (4, swinir_x4)) if file is not None}
+    write_pocket_bundle(out, text_dir, lua_file, files)
 
 
 def _open_autoencoder(directory: Path) -> AutoencoderDC:

@@ -1,4 +1,4 @@
-"""Writes a bundle of the autoencoder of stride 4 alone, which is all that a training reads; none can be served."""
+"""Write bundles of stride 4: of the autoencoder alone, which is all that a training reads, or a whole one to serve."""
 
 import json
 import shutil
@@ -13,12 +13,17 @@ from giantleap.models.bundle.descriptor import (
     Descriptor,
     LatentSpaceSource,
     Limits,
+    LuaFile,
     LuaSource,
     PipelineSource,
+    SwinirFiles,
     Vocabulary,
 )
 from giantleap.models.bundle.digests import file_hashes
+from giantleap.training.pocket.stride4.network import STRIDE_PX
 
+LUA_FILE = "lua.safetensors"
+GUIDANCE_SCALE = 2.0
 PROVENANCE = (
     "Started at the principal components of 4 x 4 blocks and trained by `python -m giantleap.training.pocket.stride4` "
     "on pictures that its own code draws and on nine photographs under CC0-1.0 and CC-BY-4.0 from Debian's package "
@@ -58,5 +63,46 @@ def write_autoencoder_bundle(directory: Path, autoencoder: AutoencoderDC) -> Non
             limits=Limits(min_base_px=32, max_base_px=512, multiple_px=32, max_steps=1),
             vocabulary=Vocabulary(closed=False),
             files=file_hashes(directory),
+        ),
+    )
+
+
+def write_pocket_bundle(directory: Path, pipeline_dir: Path, lua_file: Path, swinir_files: dict[int, Path]) -> None:
+    """Write a bundle to serve; its name is the directory's.
+
+    Args:
+        directory: Replaced.
+        pipeline_dir: What the command `text` wrote.
+        lua_file: What the command `adapter` wrote, for x2 and x4.
+        swinir_files: By scale, what the command `swinir` wrote; may be empty.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    shutil.copytree(pipeline_dir, directory)
+    shutil.copyfile(lua_file, directory / LUA_FILE)
+    for scale, file in swinir_files.items():
+        shutil.copyfile(file, directory / f"swinir_x{scale}.safetensors")
+    hashes = file_hashes(directory)
+    vae = json.loads((directory / "vae" / "config.json").read_text())
+    write_bundle(
+        directory,
+        Descriptor(
+            bundle=About(
+                name=directory.name,
+                title="Scenes of one or two objects, 128 px, drawn from a closed vocabulary",
+                license="Apache-2.0",
+                provenance=PROVENANCE,
+            ),
+            pipeline=PipelineSource(path="."),
+            latent_space=LatentSpaceSource(
+                name="pocket24", channels=vae["latent_channels"], stride_px=STRIDE_PX, scale=vae["scaling_factor"]
+            ),
+            lua=LuaFile(file=LUA_FILE, scales=(2, 4), sha256=hashes.pop(LUA_FILE)),
+            swinir=SwinirFiles(**{f"x{scale}": f"swinir_x{scale}.safetensors" for scale in swinir_files})
+            if swinir_files
+            else None,
+            defaults=Defaults(steps=12, guidance_scale=GUIDANCE_SCALE, base_width_px=128, base_height_px=128),
+            limits=Limits(min_base_px=96, max_base_px=192, multiple_px=32, max_steps=100, max_direct_px=512),
+            vocabulary=Vocabulary(closed=True),
+            files=hashes,
         ),
     )

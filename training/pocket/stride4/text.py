@@ -45,8 +45,8 @@ SIGMA_FLOOR = 0.2  # errors count by 1 / sigma^2 down to this noise level, which
 EMPTY_SHARE = 0.10  # captions replaced by "", for classifier-free guidance
 FREEDOM = 0.6  # share of freely worded captions at the end of a run, from zero at its middle
 DECAY_SHARE = 0.3  # of the run, at its end, in which the rate falls to zero
-HELD_OUT = 128  # last scenes of the pool, never trained on
-SAVE_EVERY_S = 150.0
+HELD_OUT = 64  # last scenes of the pool, never trained on
+SAVE_EVERY_S = 240.0
 ADAM_NAMES = ("patch_embed", "proj_out", "embed_tokens", "conv_depth", "scale_shift_table")
 READER_STEPS, READER_BATCH = 500, 64
 
@@ -241,7 +241,9 @@ def flow_loss(
 
 
 @torch.no_grad()
-def validate(network: TextToLatent, pool: StudioPool, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+def validate(
+    network: TextToLatent, pool: StudioPool, tokenizer: PreTrainedTokenizerFast, is_bfloat16: bool
+) -> dict[str, float]:
     """Return the loss on held-out scenes with plain captions, at fixed noise: high levels, low ones."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.from_numpy(pool.latents[-HELD_OUT:, 0].astype(np.float32)) * SCALING_FACTOR
@@ -250,7 +252,7 @@ def validate(network: TextToLatent, pool: StudioPool, tokenizer: PreTrainedToken
     scores = {}
     for name, shifts in (("high", EARLY_SHIFTS), ("low", (1.0, 0.3))):
         sigma = draw_sigma(len(latents), shifts, generator)
-        scores[f"{name}_loss"] = float(flow_loss(network, latents, captions, sigma, noise, False))
+        scores[f"{name}_loss"] = float(flow_loss(network, latents, captions, sigma, noise, is_bfloat16))
     return scores
 
 
@@ -295,7 +297,7 @@ def train_text(
         if state.is_due(budget, SAVE_EVERY_S):
             state.write(out / "state.pt")
             state.ema.copy_to(averaged)
-            write_log(out, state, {"loss": smooth, **validate(averaged, pool, tokenizer)})
+            write_log(out, state, {"loss": smooth, **validate(averaged, pool, tokenizer, recipe.is_bfloat16)})
             write_pipeline(out / "pipeline", averaged, vae, open_sana_tokenizer())
 
 

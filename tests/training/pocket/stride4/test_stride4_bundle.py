@@ -1,0 +1,49 @@
+"""The bundle of stride 4 holds what a server needs, with digests."""
+
+from pathlib import Path
+
+import torch
+
+from giantleap.models.bundle.bundle import check_files, read_bundle
+from giantleap.models.lua.checkpoints import write_lua
+from giantleap.models.lua.network import Lua
+from giantleap.models.lua.spec import LuaSpec
+from giantleap.training.pocket.stride4.bundle import write_pocket_bundle
+from giantleap.training.pocket.stride4.network import make_autoencoder
+from giantleap.training.pocket.stride4.text import SCALING_FACTOR, Recipe, TextToLatent, write_pipeline
+from giantleap.training.pocket.swinir import swinir_spec, write_swinir
+from giantleap.training.pocket.tokenizer import open_sana_tokenizer
+
+
+def test_a_whole_bundle_is_read_and_its_digests_hold(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = open_sana_tokenizer()
+    write_pipeline(
+        tmp_path / "pipeline", TextToLatent(len(tokenizer), Recipe(width=64, depth=1)), make_autoencoder(), tokenizer
+    )
+    adapter = Lua(LuaSpec(24, 12, (2,), 2, window=4, num_feat=8, scales=(2, 4)))
+    write_lua(tmp_path / "lua.safetensors", adapter, {"license": "Apache-2.0"})
+    write_swinir(tmp_path / "x2.safetensors", Lua(swinir_spec(2)))
+    write_pocket_bundle(
+        tmp_path / "small", tmp_path / "pipeline", tmp_path / "lua.safetensors", {2: tmp_path / "x2.safetensors"}
+    )
+    bundle = read_bundle(tmp_path / "small")
+    check_files(bundle)
+    space = bundle.latent_space
+    assert (space.name, space.channels, space.stride_px, space.scale) == ("pocket24", 24, 4, SCALING_FACTOR)
+    assert {"lua", "bicubic", "swinir"} <= set(bundle.methods)
+    assert bundle.pipeline_class == "SanaPipeline"
+
+
+def test_a_bundle_replaces_what_the_directory_held(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = open_sana_tokenizer()
+    network = TextToLatent(len(tokenizer), Recipe(width=64, depth=1))
+    write_pipeline(tmp_path / "pipeline", network, make_autoencoder(), tokenizer)
+    write_lua(tmp_path / "lua.safetensors", Lua(LuaSpec(24, 12, (2,), 2, window=4, num_feat=8, scales=(2, 4))), {})
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "stray.safetensors").write_bytes(b"")
+    write_pocket_bundle(tmp_path / "small", tmp_path / "pipeline", tmp_path / "lua.safetensors", {})
+    bundle = read_bundle(tmp_path / "small")
+    assert "swinir" not in bundle.methods
+    assert not (tmp_path / "small" / "stray.safetensors").exists()
