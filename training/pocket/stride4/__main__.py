@@ -117,9 +117,13 @@ def text(
     resume: Resume = False,
     bfloat16: Annotated[bool, typer.Option(help="1.4 times faster where the CPU has avx512_bf16, else slower.")] = True,
     compiled: Annotated[bool, typer.Option(help="1.15 times faster; needs a C++ compiler.")] = False,
+    patch: Annotated[
+        int, typer.Option(help="Side of a token in latent pixels: 4, or 2, which takes 4 times as long.")
+    ] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 64,
 ) -> None:
     """Train text to latent: a stock SanaPipeline."""
-    recipe = TextRecipe(is_bfloat16=bfloat16, is_compiled=compiled)
+    recipe = TextRecipe(batch=batch, patch=patch, is_bfloat16=bfloat16, is_compiled=compiled)
     train_text(out, scenes_dir, _open_autoencoder(autoencoder_dir), length, seed, resume, recipe)
 
 

@@ -36,6 +36,7 @@ from giantleap.training.pocket.vae import train_steps, write_log
 SCALING_FACTOR = 0.5  # the brightest channel of the scenes has a deviation near one
 LATENT_SIDE = 32  # 128 px at stride 4
 TEXT_WIDTH = 128
+PLACES = 8  # of the position embedding, along a side of the picture
 NOISE_LEVELS = 1000  # the network's timestep is sigma * NOISE_LEVELS
 FLOW_SHIFT = 5.0  # of the sampler's noise levels towards high noise
 EARLY_SHIFTS = (4.0, 12.0)  # of the training samples, half each: colors and positions are decided there
@@ -136,7 +137,7 @@ def make_transformer(recipe: Recipe) -> SanaTransformer2DModel:
         caption_channels=TEXT_WIDTH,
         sample_size=LATENT_SIDE,
         patch_size=recipe.patch,
-        interpolation_scale=1,
+        interpolation_scale=LATENT_SIDE // recipe.patch // PLACES,  # places are 0 to 7 at any patch size
     )
     nn.init.zeros_(network.proj_out.weight)
     nn.init.zeros_(network.proj_out.bias)
