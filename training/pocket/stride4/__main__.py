@@ -121,10 +121,13 @@ def text(
         int, typer.Option(help="Side of a token in latent pixels: 4, or 2, which takes 4 times as long.")
     ] = 4,
     batch: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 64,
+    start: Annotated[
+        Path | None, typer.Option(help="state.pt of a run to begin with; its tokens may be larger.")
+    ] = None,
 ) -> None:
     """Train text to latent: a stock SanaPipeline."""
     recipe = TextRecipe(batch=batch, patch=patch, is_bfloat16=bfloat16, is_compiled=compiled)
-    train_text(out, scenes_dir, _open_autoencoder(autoencoder_dir), length, seed, resume, recipe)
+    train_text(out, scenes_dir, _open_autoencoder(autoencoder_dir), length, seed, resume, recipe, start)
 
 
 @app.command()

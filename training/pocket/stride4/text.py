@@ -30,6 +30,7 @@ from giantleap.training.pocket.state import TrainState, smoothed
 from giantleap.training.pocket.stride4.network import CHANNELS
 from giantleap.training.pocket.stride4.prompts import CHOICES, SECOND, Prompt, draw_prompt, prompt_caption, vary_prompt
 from giantleap.training.pocket.stride4.studio import StudioPool, read_pool
+from giantleap.training.pocket.stride4.tokens import halve_patches, patch_of
 from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_sana_tokenizer
 from giantleap.training.pocket.vae import train_steps, write_log
 
@@ -263,11 +264,19 @@ def falling_rate(progress: float, step: int, warmup_steps: int = 50) -> float:
 
 
 def train_text(
-    out: Path, scenes: Path, vae: AutoencoderDC, budget: Budget, seed: int, resume: bool, recipe: Recipe
+    out: Path,
+    scenes: Path,
+    vae: AutoencoderDC,
+    budget: Budget,
+    seed: int,
+    resume: bool,
+    recipe: Recipe,
+    start: Path | None = None,
 ) -> None:
     """Train; write `state.pt`, `log.jsonl` and the averaged weights as a pipeline in `out/pipeline`.
 
-    May be stopped at any time and resumed. `scenes` is a pool written by the command `scenes`.
+    May be stopped at any time and resumed. `scenes` is a pool written by the command `scenes`. `start` is the state of
+    another run, of tokens of the same or twice the size, whose averaged weights this one begins with.
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -275,7 +284,9 @@ def train_text(
     pool, tokenizer = read_pool(scenes), open_sana_tokenizer()
     network, averaged = TextToLatent(len(tokenizer), recipe), TextToLatent(len(tokenizer), recipe)
     optimizer = MuonAdamW(network.named_parameters(), recipe.muon_lr, recipe.adam_lr, ADAM_NAMES, recipe.is_bfloat16)
-    if not resume:
+    if start is not None:
+        network.load_state_dict(read_start(start, network))
+    elif not resume:
         share = train_reader(network.text_encoder, tokenizer, READER_STEPS, seed)
         tqdm.write(json.dumps({"slots_read": round(share, 4)}))
     state = TrainState(network, optimizer, Ema(network, recipe.ema_decay), np.random.default_rng(seed))
@@ -283,12 +294,12 @@ def train_text(
         state.read(out / "state.pt")
     if recipe.is_compiled:
         network.transformer.compile(dynamic=False)
-    smooth = math.nan
+    smooth, late_from = math.nan, LATE_FROM if start is None else 0.0
     for progress in train_steps(state, budget, "text", quiet=True):
         latents, captions = draw_batch(
             pool, state.rng, recipe.batch, tokenizer, FREEDOM * max(0.0, 2.0 * progress - 1.0)
         )
-        sigma = draw_sigma(recipe.batch, EARLY_SHIFTS if progress < LATE_FROM else LATE_SHIFTS)
+        sigma = draw_sigma(recipe.batch, EARLY_SHIFTS if progress < late_from else LATE_SHIFTS)
         loss = flow_loss(network, latents, captions, sigma, torch.randn_like(latents), recipe.is_bfloat16)
         torch.autograd.backward(loss)
         optimizer.step(falling_rate(progress, state.step))
@@ -300,6 +311,14 @@ def train_text(
             state.ema.copy_to(averaged)
             write_log(out, state, {"loss": smooth, **validate(averaged, pool, tokenizer, recipe.is_bfloat16)})
             write_pipeline(out / "pipeline", averaged, vae, open_sana_tokenizer())
+
+
+def read_start(path: Path, network: TextToLatent) -> dict[str, Tensor]:
+    """Read the averaged weights of a run's state, with halved tokens where the network has those."""
+    weights: dict[str, Tensor] = torch.load(path, weights_only=True)["ema"]
+    if patch_of(weights) == 2 * patch_of(network.state_dict()):
+        return halve_patches(weights, network.transformer.patch_embed.pos_embed)
+    return weights
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:

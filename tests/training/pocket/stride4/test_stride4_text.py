@@ -1,6 +1,7 @@
 """The text training of stride 4 learns, resumes exactly, and leaves a stock SanaPipeline."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +142,13 @@ def test_pipeline_is_stock_and_draws(scenes: Path, vae: AutoencoderDC, tmp_path:
     ).images
     assert pictures.shape == (2, 128, 128, 3)
     assert np.isfinite(pictures).all()
+
+
+def test_a_run_of_small_tokens_begins_with_one_of_large_ones(
+    scenes: Path, vae: AutoencoderDC, tmp_path: Path, short: None
+) -> None:
+    train_text(tmp_path / "large", scenes, vae, Budget(steps=1), 0, False, SMALL)
+    fine = replace(SMALL, patch=2)
+    train_text(tmp_path / "fine", scenes, vae, Budget(steps=1), 0, False, fine, tmp_path / "large" / "state.pt")
+    pipeline = SanaPipeline.from_pretrained(tmp_path / "fine" / "pipeline")
+    assert pipeline.transformer.config.patch_size == 2
