@@ -317,7 +317,7 @@ def read_start(path: Path, network: TextToLatent) -> dict[str, Tensor]:
     """Read the averaged weights of a run's state, with halved tokens where the network has those."""
     weights: dict[str, Tensor] = torch.load(path, weights_only=True)["ema"]
     if patch_of(weights) == 2 * patch_of(network.state_dict()):
-        return halve_patches(weights, network.transformer.patch_embed.pos_embed)
+        return halve_patches(weights)
     return weights
 
 

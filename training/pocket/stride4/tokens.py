@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 PATCH_EMBED = "transformer.patch_embed.proj.weight"
-PLACE_EMBED = "transformer.patch_embed.pos_embed"
 PROJ_OUT = ("transformer.proj_out.weight", "transformer.proj_out.bias")
 
 
@@ -15,14 +14,13 @@ def patch_of(weights: Mapping[str, Tensor]) -> int:
     return int(weights[PATCH_EMBED].shape[-1])
 
 
-def halve_patches(weights: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:
+def halve_patches(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weights for tokens of half the side.
 
     A small token enters as if its large one consisted of four like it, and leaves as the mean of the four quarters.
 
     Args:
-        weights: Of `TextToLatent`; the token's side is even.
-        places: Position embedding of the network with small tokens.
+        weights: Of `TextToLatent`; the token's side is even. Places are computed and have no weights.
     """
     side, halved = patch_of(weights) // 2, dict(weights)
     embed = weights[PATCH_EMBED]
@@ -31,6 +29,4 @@ def halve_patches(weights: Mapping[str, Tensor], places: Tensor) -> dict[str, Te
     for name in PROJ_OUT:
         quarters = weights[name].view(2, side, 2, side, channels, *weights[name].shape[1:])
         halved[name] = quarters.mean(dim=(0, 2)).flatten(0, 2)
-    if PLACE_EMBED in halved:
-        halved[PLACE_EMBED] = places
     return {name: torch.clone(value) for name, value in halved.items()}
