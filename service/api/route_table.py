@@ -4,7 +4,8 @@ The document is the one public list of both. It is made on first use and cached 
 """
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +21,21 @@ _PAGES = ("/docs", "/openapi.json")
 
 @dataclass(frozen=True, slots=True)
 class RouteTable:
-    """Templates of paths, and the names of query parameters by template and method."""
+    """Templates of paths; by template and method the query parameters, and whether each may be repeated."""
 
     templates: tuple[tuple[re.Pattern[str], str], ...]
-    parameters: Mapping[tuple[str, str], tuple[str, ...]]
+    parameters: Mapping[tuple[str, str], Mapping[str, bool]]
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> "RouteTable":
         """The table of an OpenAPI document."""
         paths = (*document["paths"], *_PAGES)
         parameters = {
-            (path, method.upper()): tuple(
-                each["name"] for each in operation.get("parameters", ()) if each["in"] == "query"
-            )
+            (path, method.upper()): {
+                each["name"]: "'array'" in str(each["schema"])
+                for each in operation.get("parameters", ())
+                if each["in"] == "query"
+            }
             for path, operations in document["paths"].items()
             for method, operation in operations.items()
         }
@@ -42,11 +45,15 @@ class RouteTable:
         """The template that a path matches, such as /jobs/{job_id}; "none" for an unknown path."""
         return next((template for pattern, template in self.templates if pattern.match(path)), UNKNOWN_ROUTE)
 
-    def unknown_parameters(self, path: str, method: str, names: list[str]) -> list[tuple[str, str]]:
-        """A fault for each name that is no query parameter of an operation."""
-        known = self.parameters.get((self.template(path), "GET" if method == "HEAD" else method), ())
+    def faults(self, path: str, method: str, names: Sequence[str]) -> list[tuple[str, str]]:
+        """A fault for each of the names in a query that is no parameter of an operation, or is there twice."""
+        known = self.parameters.get((self.template(path), "GET" if method == "HEAD" else method), {})
         allowed = f"known are {', '.join(known)}" if known else "this path takes none"
-        return [(name, f"is not a known query parameter; {allowed}") for name in names if name not in known]
+        unknown = [(name, f"is not a known query parameter; {allowed}") for name in names if name not in known]
+        repeated = [name for name, times in Counter(names).items() if times > 1 and not known.get(name, True)]
+        return list(dict.fromkeys(unknown)) + [
+            (name, "is in the query more than once; send it once") for name in repeated
+        ]
 
 
 def table_of(request: Request) -> RouteTable:
@@ -56,11 +63,11 @@ def table_of(request: Request) -> RouteTable:
 
 
 async def refuse_unknown_parameters(request: Request) -> None:
-    """Dependency of every route: a misspelt parameter must not pass as if it had an effect.
+    """Dependency of every route: what has no effect must not pass in silence.
 
     Raises:
-        InvalidFields: The query has a parameter that the operation does not know.
+        InvalidFields: The query has a parameter that the operation does not know, or one twice.
     """
-    names = list(dict.fromkeys(request.query_params))
-    if names and (faults := table_of(request).unknown_parameters(route_path(request.scope), request.method, names)):
-        raise InvalidFields(*faults)
+    names = [name for name, _ in request.query_params.multi_items()]
+    if names and (faults := table_of(request).faults(route_path(request.scope), request.method, names)):
+        raise InvalidFields(*((name[:64], reason) for name, reason in faults))

@@ -4,7 +4,16 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 
 from giantleap.models.image_formats import ImageFormat
@@ -24,6 +33,20 @@ Text = Annotated[str, Field(min_length=0)]
 """Text in UTF-8: the limit makes pydantic refuse the halves of surrogate pairs that JSON may hold."""
 Integer = Annotated[int, BeforeValidator(to_whole)]
 FormatName = Annotated[ImageFormat, BeforeValidator(to_format_name)]
+
+
+class JsonRequest(BaseModel):
+    """A JSON object of a client. Unknown fields are refused; null for an optional field is as if it were left out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in values.items() if value is not None or name not in optional}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.lua.spec import to_scale
-from giantleap.service.jobs.fields import FormatName, Integer, Pattern, Text, to_whole
+from giantleap.service.jobs.fields import FormatName, Integer, JsonRequest, Pattern, Text, to_whole
 from giantleap.service.jobs.job import FINAL_STATES, FinalState, Webhook
 
 PriorityName = Literal["high", "low"]
@@ -28,10 +28,8 @@ DecodeField: Any = Field(
 )
 
 
-class WebhookRequest(BaseModel):
+class WebhookRequest(JsonRequest):
     """Where to post a signed notification when the job has ended."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     url: str = Field(min_length=1, max_length=2048, description="http or https; an address that is not public: 422.")
     events: Annotated[tuple[FinalState, ...], Field(min_length=1, max_length=3, strict=False)] = Field(
@@ -48,10 +46,8 @@ def _to_webhook(value: object) -> object:
     return {"url": value} if isinstance(value, str) else value
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(JsonRequest):
     """A prompt to draw. What is left out takes the bundle's default (`GET /models` lists them)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     prompt: Annotated[
         str,

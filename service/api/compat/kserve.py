@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Header, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from giantleap.models.lua.spec import scaled_size
 from giantleap.service.api.compat.shared import find_bundle, stack_latents, validate_as
@@ -38,7 +38,7 @@ from giantleap.service.errors import (
     validation_problem,
 )
 from giantleap.service.jobs.bundles import ServedBundle
-from giantleap.service.jobs.fields import FormatName, Integer
+from giantleap.service.jobs.fields import FormatName, Integer, JsonRequest
 from giantleap.service.jobs.job import JobRecord, Priority, UpscaleParams
 from giantleap.service.jobs.latents import wrap_tensor
 from giantleap.service.jobs.media_types import JSON_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
@@ -53,17 +53,13 @@ MAX_JSON_NAMES = 1024
 _DATATYPES = {"FP32": "F32", "FP16": "F16", "BF16": "BF16"}
 
 
-class _Form(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class InputParameters(_Form):
+class InputParameters(JsonRequest):
     """Parameters of the input."""
 
     binary_data_size: Integer | None = Field(default=None, ge=0, description="Bytes of this tensor after the JSON.")
 
 
-class InferInput(_Form):
+class InferInput(JsonRequest):
     """The tensor to enlarge."""
 
     name: Literal["latent"]
@@ -73,20 +69,20 @@ class InferInput(_Form):
     data: list[Any] | None = Field(default=None, description="Numbers, flat or nested; only FP32.")
 
 
-class OutputParameters(_Form):
+class OutputParameters(JsonRequest):
     """Parameters of an output."""
 
     binary_data: bool | None = Field(default=None, description="Send this output as bytes after the JSON.")
 
 
-class InferOutput(_Form):
+class InferOutput(JsonRequest):
     """The requested output."""
 
     name: Literal["latent", "image"]
     parameters: OutputParameters = OutputParameters()
 
 
-class InferParameters(_Form):
+class InferParameters(JsonRequest):
     """How to enlarge; each as in the query of /upscale."""
 
     scale: Scale | None = None
@@ -106,7 +102,7 @@ class InferParameters(_Form):
     )
 
 
-class InferRequest(_Form):
+class InferRequest(JsonRequest):
     """An inference request of one input and one output."""
 
     id: str | None = Field(default=None, max_length=256)

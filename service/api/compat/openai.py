@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
@@ -38,7 +38,7 @@ from giantleap.service.api.submission import (
     wait_for_job,
 )
 from giantleap.service.errors import GiantleapError, InvalidFields
-from giantleap.service.jobs.fields import FormatName, Integer, Pattern, to_whole
+from giantleap.service.jobs.fields import FormatName, Integer, JsonRequest, Pattern, to_whole
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord
 from giantleap.service.jobs.media_types import JSON_TYPE
 from giantleap.service.jobs.planning import warn_of_words
@@ -61,10 +61,8 @@ _SIZE = Pattern(
 )
 
 
-class ImagesRequest(BaseModel):
+class ImagesRequest(JsonRequest):
     """A prompt to draw, with OpenAI's field names; the last six fields are our own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     prompt: str = Field(description="What to draw.")
     model: str | None = Field(default=None, max_length=128, description="A bundle; the first one if left out.")

@@ -53,14 +53,30 @@ def test_known_parameters_of_a_route_and_of_what_it_depends_on_are_taken(live: t
     assert answer.status_code == 200, answer.text
 
 
+def test_a_parameter_that_is_there_twice_is_refused(live: tuple[FileProducer, str]) -> None:
+    answer = httpx.get(f"{live[1]}/jobs?limit=1&limit=2", timeout=60)
+    assert answer.status_code == 422 and answer.json()["errors"][0]["field"] == "limit"
+
+
 def test_a_table_knows_templates_and_parameters() -> None:
     document: dict[str, Any] = {
-        "paths": {"/a/{x}": {"get": {"parameters": [{"name": "q", "in": "query"}, {"name": "h", "in": "header"}]}}}
+        "paths": {
+            "/a/{x}": {
+                "get": {
+                    "parameters": [
+                        {"name": "q", "in": "query", "schema": {"type": "string"}},
+                        {"name": "many", "in": "query", "schema": {"anyOf": [{"type": "array"}, {"type": "null"}]}},
+                        {"name": "h", "in": "header", "schema": {}},
+                    ]
+                }
+            }
+        }
     }
     table = RouteTable.from_document(document)
     assert [table.template(path) for path in ("/a/1", "/a/1/2", "/docs", "/b")] == ["/a/{x}", "none", "/docs", "none"]
-    assert table.unknown_parameters("/a/1", "HEAD", ["q"]) == []
-    assert [name for name, _ in table.unknown_parameters("/a/1", "GET", ["q", "h", "z"])] == ["h", "z"]
+    assert table.faults("/a/1", "HEAD", ["q", "many", "many"]) == []
+    assert [name for name, _ in table.faults("/a/1", "GET", ["q", "h", "z", "z"])] == ["h", "z"]
+    assert table.faults("/a/1", "GET", ["q", "q"]) == [("q", "is in the query more than once; send it once")]
 
 
 @pytest.mark.parametrize(

@@ -97,3 +97,15 @@ def test_a_webhook_may_be_a_url_alone() -> None:
     assert webhook is not None and webhook.url == "https://hooks.example.org/x" and len(webhook.events) == 3
     with pytest.raises(ValidationError):
         GenerateRequest.model_validate({"prompt": "a", "webhook": ""})
+
+
+def test_null_is_as_if_the_field_were_left_out() -> None:
+    for model, base in ((GenerateRequest, {"prompt": "a"}), (ImagesRequest, {"prompt": "a"}), (InferRequest, KSERVE)):
+        optional = [name for name, field in model.model_fields.items() if not field.is_required()]
+        plain = model.model_validate(base)
+        assert model.model_validate(base | dict.fromkeys(optional)) == plain and len(optional) >= 3
+        for name in set(model.model_fields) - set(optional):
+            with pytest.raises(ValidationError):
+                model.model_validate(base | {name: None})
+    with pytest.raises(ValidationError):
+        GenerateRequest.model_validate({"prompt": "a", "unknown": None})

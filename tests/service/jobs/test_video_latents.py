@@ -14,6 +14,7 @@ from safetensors.numpy import load, save
 from giantleap.models.latent_space import LATENT_SPACES
 from tests.service.compat_fakes import LATENT, FileProducer, build_app, write_wan_bundle
 from tests.service.fakes import UPSCALE, FakeConsumer, FakeRoute, make_claim
+from tests.service.paper_bundle import write_paper_bundle
 from tests.service.worker.test_loop import run_all
 
 WAN = LATENT_SPACES["wan21"]
@@ -96,3 +97,19 @@ def test_the_workers_result_has_the_frame_where_the_input_had_it() -> None:
         name: tuple(safetensors.torch.load(files[0][1])["latent"].shape) for name, files in consumer.finished.items()
     }
     assert shapes == {"video": (4, 1, 8, 8), "image": (4, 8, 8)}
+
+
+@pytest.mark.parametrize("latent", [FRAME, FRAME[None]], ids=["frame", "batch"])
+@pytest.mark.parametrize("scaled", [False, True])
+async def test_a_frame_of_qwen_image_is_taken_and_answered_in_kind(
+    latent: np.ndarray, scaled: bool, producer: FileProducer, tmp_path: Path
+) -> None:
+    """Its pipeline packs latents, and its VAE decodes videos of one frame."""
+    bundle = write_paper_bundle(tmp_path / "qwen", "qwen", 'name = "qwen-image"')
+    app = build_app(producer, (bundle,))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        response = await enlarge(client, latent, scaled)
+    assert response.status_code == 200, response.text
+    space = LATENT_SPACES["qwen-image"]
+    np.testing.assert_allclose(producer.latent_of(), space.unscale(LATENT) if scaled else LATENT, rtol=1e-5)
+    assert load(response.content)["latent"].shape == (16, 1, 8, 12)
