@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from giantleap.export.manifest import INPUT, ArtifactError, Precision
 from giantleap.models.engines.base import first_line
-from giantleap.models.extras import install_hint
+from giantleap.models.messages import install_hint
 
 # 20 is the first with Gelu, 22 the first whose Conv takes bfloat16.
 OPSETS: dict[Precision, int] = {"fp32": 20, "fp16": 20, "bf16": 22}

@@ -23,6 +23,7 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from giantleap.models.messages import toml_fault
 from giantleap.service.errors import BadConfiguration, Forbidden, field_errors
 from giantleap.service.settings import Settings
 
@@ -125,10 +126,8 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         entries = _File.model_validate(tomllib.loads(text.decode())).key
     except OSError as error:
         raise KeysFileError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise KeysFileError(f"{path} is not UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise KeysFileError(f"{path} is not TOML: {error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise KeysFileError(f"{path}: {toml_fault(error)}") from error
     except ValidationError as error:
         faults = ", ".join(f"{name}: {reason}" for name, reason in field_errors(error.errors(include_input=False)))
         raise KeysFileError(f"{path}: {faults}") from error

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from giantleap.models.bundle.names import PULLED, SHIPPED, find_bundle
 from giantleap.models.engines.base import EngineName
+from giantleap.models.messages import toml_fault
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import field_errors
 
@@ -342,7 +343,7 @@ def _read_file(path: Path) -> dict[str, object]:
     except OSError as error:
         raise ValueError(f"settings file {path}: {error.strerror}") from None
     except ValueError as error:  # of TOML or UTF-8: the message has the place of the fault, not the text
-        raise ValueError(f"settings file {path} is not TOML: {error}") from None
+        raise ValueError(f"settings file {path}: {toml_fault(error)}") from None
     if unknown := sorted(values.keys() - Settings.model_fields.keys() | values.keys() & {"settings_file"}):
         raise ValueError(f"settings file {path}: unknown setting {', '.join(unknown)}")
     for name, value in values.items():  # pydantic would take true for the number 1

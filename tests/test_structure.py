@@ -15,7 +15,7 @@ MAX_FUNCTION_LINES = 60
 
 # From the bottom to the top. A part imports its own modules and the parts of the lines below its own, no others.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("models.constraints", "models.extras", "models.image_formats", "models.safetensors_header"),
+    ("models.constraints", "models.messages", "models.image_formats", "models.safetensors_header"),
     (
         "models.allocator",
         "models.device",

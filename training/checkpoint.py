@@ -81,7 +81,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
     except (OSError, SafetensorError) as error:
-        raise TrainingStateError(f"{path}: missing or damaged: {error}") from error
+        raise TrainingStateError(f"{path}: missing or damaged; delete it to resume from an older one") from error
     if header.get("format") != FORMAT:
         raise TrainingStateError(f"{path}: no training checkpoint of format {FORMAT}")
     return Checkpoint(header["step"], header["origin"], tensors)
@@ -99,7 +99,7 @@ def restore(checkpoint: Checkpoint, net: nn.Module, ema: Ema, optimizer: StageOp
     try:
         net.load_state_dict(_part(checkpoint.tensors, "net."))
     except RuntimeError as error:
-        raise TrainingStateError(f"the checkpoint is of another network: {error}") from error
+        raise TrainingStateError("the checkpoint is of another network; start a new run elsewhere") from error
     device = next(net.parameters()).device
     ema.weights = {name: value.to(device) for name, value in _part(checkpoint.tensors, "ema.").items()}
     torch.set_rng_state(checkpoint.tensors["rng.cpu"])

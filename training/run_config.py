@@ -16,6 +16,7 @@ from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.names import find_bundle
 from giantleap.models.constraints import explain
 from giantleap.models.lua.spec import WEIGHT_SUFFIXES, LuaSpec, preset
+from giantleap.models.messages import toml_fault
 
 StageName = Literal["I", "II", "III", "linear", "square"]
 Precision = Literal["float32", "bfloat16"]
@@ -287,9 +288,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; give a run file (docs/training.md)") from error
+        raise ConfigError(f"{path}: it cannot be read; give a run file (docs/training.md)") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+        raise ConfigError(f"{path}: {toml_fault(error)}") from error
 
 
 def _find_weights(start: Path, pulled: Path | None, beside: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from giantleap.models.extras import install_hint
+from giantleap.models.messages import install_hint
 from giantleap.training.data.pairs_store import replace_file
 from giantleap.training.run_config import ConfigError
 

@@ -25,8 +25,8 @@ from giantleap.cli.options import (
     stop_if_on_hub,
 )
 from giantleap.models.bundle.bundle import BundleError
-from giantleap.models.extras import install_hint
 from giantleap.models.lua.spec import WEIGHT_SUFFIXES
+from giantleap.models.messages import install_hint
 
 if TYPE_CHECKING:
     import torch

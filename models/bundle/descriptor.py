@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 from giantleap.models.constraints import explain
 from giantleap.models.latent_space import LATENT_SPACES, LatentSpace, Packing
 from giantleap.models.lua.spec import is_whole, scaled_size, to_scale
+from giantleap.models.messages import toml_fault
 
 Method = Literal["lua", "direct", "bicubic", "swinir"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -337,7 +338,7 @@ def from_toml(content: bytes) -> Descriptor:
     try:
         return Descriptor.model_validate(tomllib.loads(content.decode()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DescriptorError(f"not valid TOML: {error}") from error
+        raise DescriptorError(toml_fault(error)) from error
     except ValidationError as error:
         raise DescriptorError(_explain(error)) from error
 

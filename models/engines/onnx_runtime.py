@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from giantleap.models.engines.base import Artifact, EngineError, Runner, first_line
-from giantleap.models.extras import install_hint
+from giantleap.models.messages import install_hint
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from giantleap.models.engines.base import Artifact, EngineError, Runner, choose_profile
-from giantleap.models.extras import install_hint
+from giantleap.models.messages import install_hint
 
 
 def load_tensorrt(device: torch.device) -> Any:

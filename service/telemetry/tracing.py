@@ -31,7 +31,7 @@ from opentelemetry.trace import (
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from giantleap.models.extras import install_hint
+from giantleap.models.messages import install_hint
 from giantleap.service.errors import BadConfiguration
 from giantleap.service.jobs.job import Job
 

@@ -242,7 +242,7 @@ def test_a_key_is_added_behind_a_link_and_comments_stay(tmp_path: Path) -> None:
 
 def test_a_key_that_cannot_be_added_is_not_printed(tmp_path: Path) -> None:
     (tmp_path / "keys.toml").write_text("not = [toml")
-    for path, reason in ((tmp_path / "keys.toml", "is not TOML"), (tmp_path / "no" / "keys.toml", "mkdir -p")):
+    for path, reason in ((tmp_path / "keys.toml", "not TOML"), (tmp_path / "no" / "keys.toml", "mkdir -p")):
         ended = run_new(path)
         assert ended.exit_code == 2 and reason in ended.output and "gl_" not in ended.output
     assert (tmp_path / "keys.toml").read_text() == "not = [toml"

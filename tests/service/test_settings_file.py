@@ -59,7 +59,7 @@ def test_a_child_gets_what_its_parent_read_and_not_the_file(path: Path, monkeypa
         ("queu_limit = 7", "unknown setting queu_limit"),
         ('settings_file = "other.toml"', "unknown setting settings_file"),
         ("[queue]\nlimit = 7", "unknown setting queue"),
-        ("queue_limit = hunter2", "is not TOML: Invalid value (at line 1, column 15)"),
+        ("queue_limit = hunter2", "not TOML at line 1, column 15"),
         ('redis_url = ["hunter2"]', "redis_url: must be text"),
         (
             'queue_limit = "hunter2"',

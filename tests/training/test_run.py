@@ -438,7 +438,7 @@ def test_a_file_is_read_with_the_paper_for_what_it_leaves_out(tmp_path: Path) ->
         ('bundle = "a"\npairs = "b"\nlua = {}', "exactly one of preset"),
         ('bundle = "a"\npairs = "b"\nlua = {preset = "medium"}\nsede = 1', "sede"),
         ('bundle = "a"\npairs = "b"\nlua = {preset = "medium"}\n[[stages]]\nname = "IV"', "stages"),
-        ("bundle = ", "not valid TOML"),
+        ("bundle = ", "not TOML at end of document; correct it there"),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_key(text: str, fault: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from giantleap.models.extras import install_hint
+from giantleap.models.messages import install_hint
 from giantleap.training.data.pairs_store import PairsError
 
 ROWS_AT_ONCE = 1024  # rows whose sizes are read at once
@@ -71,8 +71,13 @@ def list_rows(source: HubSource) -> list[RowSource]:
         raise PairsError(f"a Hugging Face data set needs the package datasets: {install_hint('train')}") from error
     try:
         rows = _open(datasets, source)
+    except PairsError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise PairsError(f"data set {source.name}, split {source.split}: {error}") from error
+        raise PairsError(
+            f"data set {source.name}, split {source.split}: it cannot be opened ({type(error).__name__}); check name, "
+            "split and --hf-config, and the access to the hub"
+        ) from error
     feature = rows.features.get(source.column)
     if feature is None:
         raise PairsError(f"data set {source.name} has no column {source.column}; it has {', '.join(rows.column_names)}")
@@ -89,12 +94,12 @@ def _open(datasets: Any, source: HubSource) -> Any:
     if not any((Path(source.name) / name).is_file() for name in SAVED):
         return datasets.load_dataset(source.name, source.config, split=source.split, revision=source.revision)
     if source.config is not None or source.revision is not None:
-        raise ValueError("what save_to_disk wrote has neither configurations nor revisions")
+        raise PairsError(f"data set {source.name}: what save_to_disk wrote has neither configurations nor revisions")
     saved = datasets.load_from_disk(source.name)
     if isinstance(saved, datasets.Dataset):
         saved = {str(saved.split or "train"): saved}  # a split that was saved alone
     if source.split not in saved:
-        raise ValueError(f"no such split; it has {', '.join(saved)}")
+        raise PairsError(f"data set {source.name}: no such split; it has {', '.join(saved)}")
     return saved[source.split]
 
 

@@ -131,7 +131,7 @@ class Lpips:
             features.load_state_dict(own)
             self._linear = [weights[f"lin{tap}.model.1.weight"].to(device) for tap in range(len(self._TAPS))]
         except _DAMAGE as error:
-            raise NotAvailableError(f"{path}: not the weights of torchvision's AlexNet: {error}") from error
+            raise NotAvailableError(f"{path}: not the weights of torchvision's AlexNet") from error
         self._features = features.to(device).eval().requires_grad_(False)
         self._device = device
         self.name = f"lpips alex 0.1 ({path.name})"
