@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("service.errors",),
     ("service.settings",),
     ("service.auth",),
+    ("service.links",),
     ("service.jobs",),
     ("service.jobqueue",),
     ("service.telemetry",),

@@ -13,7 +13,6 @@ from fastapi import Depends, FastAPI
 
 from giantleap.service.api.compat import kserve, openai, remote_vae
 from giantleap.service.api.dependencies import AppState
-from giantleap.service.api.links import open_signer
 from giantleap.service.api.middleware.authentication import AuthenticationMiddleware
 from giantleap.service.api.middleware.head import HeadMiddleware
 from giantleap.service.api.middleware.request_context import RequestContextMiddleware
@@ -28,6 +27,7 @@ from giantleap.service.auth import open_keys
 from giantleap.service.jobqueue.client import AsyncRedis, open_async_redis
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.bundles import load_bundles
+from giantleap.service.links import open_signer
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import Tracing, open_tracing

@@ -5,13 +5,13 @@ All are coroutines, since FastAPI runs a plain function in a thread.
 
 import asyncio
 import re
+import time
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Path, Request
 
 from giantleap.models.image_formats import ImageFormat
-from giantleap.service.api.links import UrlSigner
 from giantleap.service.auth import Caller
 from giantleap.service.errors import NotFound, NotReady
 from giantleap.service.jobqueue.dead_letters import DeadLetters
@@ -21,6 +21,7 @@ from giantleap.service.jobs.devices import Device, missing_roles
 from giantleap.service.jobs.job import GenerateParams, JobRecord, UpscaleParams
 from giantleap.service.jobs.planning import plan_generate, prepare_upscale
 from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
+from giantleap.service.links import Links, UrlSigner
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 
@@ -92,6 +93,11 @@ async def get_app_state(request: Request) -> AppState:
     """The state of the app that a request came to."""
     state: AppState = request.app.state.giantleap
     return state
+
+
+def links_of(request: Request) -> Links:
+    """The links of a request's responses."""
+    return Links(request.scope.get("root_path", ""), request.app.state.giantleap.signer, time.time())
 
 
 async def get_caller(request: Request) -> Caller:

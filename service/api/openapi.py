@@ -16,7 +16,6 @@ from pydantic import BaseModel
 from giantleap.models.image_formats import CONTENT_TYPES
 from giantleap.service import errors
 from giantleap.service.api.dependencies import UNKNOWN_JOB, AppState
-from giantleap.service.api.links import Links
 from giantleap.service.api.paths import KSERVE_PATH, OPENAI_PATH, REMOTE_VAE_PATH
 from giantleap.service.api.problems import PROBLEM_TYPE, compat_error, problem_body
 from giantleap.service.api.schemas import Problem, to_job_body, to_model_body
@@ -24,6 +23,7 @@ from giantleap.service.auth import OPEN_PATHS
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord, JobState, Priority, ResultFile
 from giantleap.service.jobs.media_types import FORM_TYPE, JSON_TYPE, NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
 from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
+from giantleap.service.links import Links
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -235,7 +235,7 @@ def _example_job() -> JobRecord:
 def _add_examples(document: dict[str, Any], state: AppState) -> None:
     """Requests to start from, a job that has ended, and the bundle as it is served here."""
     document["components"]["schemas"]["JobBody"]["examples"] = [
-        to_job_body(_example_job(), Links("", None)).model_dump(mode="json")
+        to_job_body(_example_job(), Links("", None, 0.0)).model_dump(mode="json")
     ]
     requests = {name: {"summary": name, "value": request} for name, request in _REQUESTS.items()}
     for path, method, operation in _operations(document["paths"]):

@@ -11,8 +11,7 @@ from typing import Final
 from fastapi import Request, Response
 
 from giantleap.models.image_formats import CONTENT_TYPES
-from giantleap.service.api.dependencies import AppState
-from giantleap.service.api.links import links_of
+from giantleap.service.api.dependencies import AppState, links_of
 from giantleap.service.api.problems import from_job_error, problem_response
 from giantleap.service.api.schemas import to_job_body
 from giantleap.service.errors import Conflict, GiantleapError, JobFailed, NotFound

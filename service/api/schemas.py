@@ -11,12 +11,12 @@ from pydantic import BaseModel, Field
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import METHODS, DecodeName, Method
 from giantleap.models.latent_space import Packing
-from giantleap.service.api.links import Links
 from giantleap.service.api.problems import from_job_error, problem_body
 from giantleap.service.jobqueue.dead_letters import blocked_reason
 from giantleap.service.jobqueue.keys import to_bundle
 from giantleap.service.jobqueue.replies import DeadLetter
 from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState, Priority, to_rfc3339
+from giantleap.service.links import Links
 from giantleap.service.settings import Settings
 
 

@@ -51,8 +51,11 @@ class Http1Parser(httptools.HttpRequestParser):
     """
 
     def __init__(self, protocol: "BoundedHttp") -> None:
-        super().__init__(protocol)
         self._protocol = protocol
+        self._start()
+
+    def _start(self) -> None:
+        super().__init__(self._protocol)
         self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
 
     def feed_data(self, data: "bytes | bytearray | memoryview | array[int]") -> None:
@@ -69,7 +72,9 @@ class Http1Parser(httptools.HttpRequestParser):
                 if self.get_method() == b"CONNECT":
                     raise httptools.HttpParserError("CONNECT is not supported") from upgrade
                 (head_end,) = upgrade.args
-                super().feed_data(self._protocol.head_without_offer())
+                head = self._protocol.head_without_offer()
+                self._start()  # after an offer the parser may take no more: of HTTP/1.0, or with `Connection: close`
+                super().feed_data(head)
                 data = memoryview(data)[head_end:]
 
 

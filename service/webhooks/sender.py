@@ -24,6 +24,7 @@ from giantleap.service.jobqueue.client import REDIS_UNAVAILABLE, AsyncRedis, can
 from giantleap.service.jobqueue.replies import Delivery
 from giantleap.service.jobqueue.runner import AsyncScriptRunner
 from giantleap.service.jobs.job import JobState, to_rfc3339
+from giantleap.service.links import Links, open_signer
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.webhooks.targets import CheckedBackend, TargetRefused, read_target
@@ -38,19 +39,20 @@ _DELAY_CAP_S = 600.0
 _LOG = logging.getLogger(__name__)
 
 
-def to_body(delivery: Delivery, root_path: str = "") -> bytes:
-    """The body to post, the same bytes at each attempt; `root_path` is that of the settings."""
+def to_body(delivery: Delivery, settings: Settings) -> bytes:
+    """The body to post, the same bytes at each attempt: signed URLs are valid from the end of the job."""
+    links = Links(settings.root_path, open_signer(settings), delivery.finished_at_s)
     error = delivery.error if delivery.state is JobState.FAILED else None
     job = {
         "id": delivery.job_id,
         "status": delivery.state,
         "bundle": delivery.bundle,
         "finished_at": to_rfc3339(delivery.finished_at_s),
-        "status_url": f"{root_path}/jobs/{delivery.job_id}",
+        "status_url": links.job(delivery.job_id),
         "error": error and {"code": error.code, "detail": error.detail},
         "results": [
             {
-                "url": f"{root_path}/jobs/{delivery.job_id}/result?index={index}",
+                "url": links.result(delivery.job_id, index),
                 "content_type": result.content_type,
                 "size_bytes": result.size_bytes,
                 "seed": result.seed,
@@ -96,7 +98,7 @@ class WebhookSender:
         if settings.webhook_secret is None:
             raise ValueError("webhook_secret is not set, so deliveries cannot be signed; set it")
         self._secret = settings.webhook_secret
-        self._root_path = settings.root_path
+        self._settings = settings
         self._metrics = metrics
         self._first_delay_s = first_delay_s
         self._scripts = AsyncScriptRunner(redis, settings)
@@ -175,7 +177,7 @@ class WebhookSender:
 
     async def _post(self, delivery: Delivery) -> str | None:
         """Posts a delivery once: None if the receiver accepted it (2xx), else the reason. Reads no response body."""
-        body, timestamp_s = to_body(delivery, self._root_path), int(time.time())
+        body, timestamp_s = to_body(delivery, self._settings), int(time.time())
         try:
             target = read_target(delivery.url)
             headers: dict[bytes | str, bytes | str] = {

@@ -20,8 +20,7 @@ from starlette.responses import StreamingResponse
 from giantleap.models.bundle.descriptor import Method
 from giantleap.models.image_formats import ImageFormat
 from giantleap.service.api.compat.shared import find_bundle, validate_as
-from giantleap.service.api.dependencies import AppState, AppStateDep, RecordDep
-from giantleap.service.api.links import links_of
+from giantleap.service.api.dependencies import AppState, AppStateDep, RecordDep, links_of
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content
 from giantleap.service.api.paths import OPENAI_PATH
 from giantleap.service.api.problems import compat_error, problem_body

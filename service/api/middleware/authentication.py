@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from giantleap.service.api.links import UrlSigner
 from giantleap.service.api.paths import REMOTE_VAE_PATH, route_path
 from giantleap.service.api.problems import REDIS_REFUSALS, handle_redis_refusal, problem_response
 from giantleap.service.auth import (
@@ -36,6 +35,7 @@ from giantleap.service.errors import (
 )
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.media_types import read_media_type
+from giantleap.service.links import UrlSigner
 
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 << 10
@@ -91,7 +91,8 @@ class AuthenticationMiddleware:
         path = route_path(request.scope)
         signed = None
         if self.signer is not None and request.method == "GET":  # HEAD too, which runs as GET
-            signed = self.signer.take_signature(request.scope)
+            query, signed = self.signer.take_signature(path, request.scope["query_string"])
+            request.scope["query_string"] = query  # what routes know
         if signed:
             return URL_HOLDER
         if self.keys is None or path in OPEN_PATHS:

@@ -32,8 +32,9 @@ _LINGER_S = 10.0  # longest time to discard the rest of a body
 _SILENCE_S = 1.0  # longest wait for its next part
 _PUBLIC = frozenset({"/docs", "/openapi.json"})
 _RESPONSE_HEADERS = (
-    *("dtype", "Inference-Header-Content-Length", "Location", "Preference-Applied", "Retry-After", "Server-Timing"),
-    *("shape", "WWW-Authenticate", "X-Decode", "X-Job-Id", "X-Method", "X-Request-Id", "X-Seed", "X-Warnings"),
+    *("Content-Disposition", "dtype", "Inference-Header-Content-Length", "Location", "Preference-Applied"),
+    *("Retry-After", "Server-Timing", "shape", "WWW-Authenticate", "X-Decode", "X-Job-Id", "X-Method"),
+    *("X-Request-Id", "X-Seed", "X-Warnings"),
 )
 
 
@@ -117,6 +118,7 @@ def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
             allow_origins=list(origins),
             allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
+            allow_private_network=True,  # browsers ask where the page is public and the service is not
             expose_headers=list(_RESPONSE_HEADERS),
             max_age=600,
         )

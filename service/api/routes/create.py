@@ -15,8 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from giantleap.models.image_formats import CONTENT_TYPES, ImageFormat
-from giantleap.service.api.dependencies import JOB_ID, AppState, AppStateDep, JobId
-from giantleap.service.api.links import links_of
+from giantleap.service.api.dependencies import JOB_ID, AppState, AppStateDep, JobId, links_of
 from giantleap.service.api.negotiation import choose_media_type
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content, upload_request_body
 from giantleap.service.api.responses import file_response, job_response

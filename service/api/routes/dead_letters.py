@@ -4,8 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from giantleap.service.api.dependencies import AppStateDep, JobId
-from giantleap.service.api.links import links_of
+from giantleap.service.api.dependencies import AppStateDep, JobId, links_of
 from giantleap.service.api.openapi import describe_responses
 from giantleap.service.api.responses import job_response
 from giantleap.service.api.schemas import DeadLettersBody, JobBody, to_dead_letter_body

@@ -5,8 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.responses import StreamingResponse
 
-from giantleap.service.api.dependencies import UNKNOWN_JOB, AppStateDep, CallerDep, RecordDep
-from giantleap.service.api.links import links_of
+from giantleap.service.api.dependencies import UNKNOWN_JOB, AppStateDep, CallerDep, RecordDep, links_of
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content
 from giantleap.service.api.responses import ZIP_TYPE, JobProblem, job_response, result_response, results_response
 from giantleap.service.api.schemas import JobBody, JobsBody, to_job_body

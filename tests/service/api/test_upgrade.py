@@ -112,6 +112,32 @@ def test_a_request_that_comes_byte_by_byte_or_pipelined_is_read_the_same(offer: 
     assert seen == [("POST", "/echo", SMUGGLED), ("GET", "/last", b"")]
 
 
+@pytest.mark.parametrize("offer", OFFERS)
+def test_what_else_a_head_says_still_holds(offer: str, server: tuple[str, Seen]) -> None:
+    url, seen = server
+    seen.clear()
+    length = FRAMINGS["length"][0]
+    extra = b"X-Empty:\r\nX-Last: 1\r\nExpect: 100-continue\r\n"
+    response = send(url, head("POST", OFFERS[offer], length + extra), SMUGGLED + LAST)
+    assert response.startswith(b"HTTP/1.1 100 Continue") and b'"x-empty","x-last"' in response
+    send(url, head("POST", OFFERS[offer], length, "http://x/echo?a=%20b") + SMUGGLED + LAST)
+    assert seen == [("POST", "/echo", SMUGGLED), ("GET", "/last", b"")] * 2
+
+
+@pytest.mark.parametrize("cut", ["joined", "two segments"])
+@pytest.mark.parametrize("closing", ["HTTP/1.0", "close"])
+def test_a_request_that_is_to_close_the_connection_is_answered_and_the_last(
+    closing: str, cut: str, server: tuple[str, Seen]
+) -> None:
+    url, seen = server
+    seen.clear()
+    start = head("POST", b"Connection: close, Upgrade\r\nUpgrade: h2c\r\n", FRAMINGS["length"][0])
+    if closing == "HTTP/1.0":
+        start = start.replace(b"close, ", b"").replace(b"HTTP/1.1", b"HTTP/1.0")
+    response = send(url, start + SMUGGLED + LAST) if cut == "joined" else send(url, start, SMUGGLED)
+    assert response.startswith(b"HTTP/1.1 200") and seen == [("POST", "/echo", SMUGGLED)]
+
+
 def test_thousands_of_offers_in_one_segment_are_read(server: tuple[str, Seen]) -> None:
     url, seen = server
     seen.clear()

@@ -21,7 +21,7 @@ from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.replies import Delivery
 from giantleap.service.jobqueue.runner import AsyncScriptRunner
 from giantleap.service.jobs.job import FINAL_STATES, FinalState, Job, JobError, JobState, ResultFile, Webhook
-from giantleap.service.settings import Settings
+from giantleap.service.settings import Settings, read_settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.webhooks import sender as webhooks
 from giantleap.service.webhooks.sender import WebhookSender, retry_delay_s, sign, to_body
@@ -266,6 +266,12 @@ def test_signature_and_delays_are_as_documented() -> None:
 
 def test_the_body_is_the_same_at_each_attempt() -> None:
     first = Delivery("d", 1, "http://a", "id", JobState.SUCCEEDED, "pocket", 1.7e9)
-    assert to_body(first) == to_body(dataclasses.replace(first, attempt=2))
-    assert json.loads(to_body(first))["job"]["finished_at"] == "2023-11-14T22:13:20.000Z"
-    assert json.loads(to_body(first, "/gl"))["job"]["status_url"] == f"/gl/jobs/{first.job_id}"
+    first = dataclasses.replace(first, results=(ResultFile("image/png", 3, 7, 8, 8),))
+    for settings in (read_settings(), read_settings(root_path="/gl", url_secret="a-secret-of-some-length")):
+        body = to_body(first, settings)
+        assert body == to_body(dataclasses.replace(first, attempt=2), settings)
+        job = json.loads(body)["job"]
+        assert job["finished_at"] == "2023-11-14T22:13:20.000Z"
+        assert job["status_url"] == f"{settings.root_path}/jobs/{first.job_id}"
+        signed = "" if settings.url_secret is None else "&expires=1700003600&signature="
+        assert job["results"][0]["url"].startswith(f"{job['status_url']}/result?index=0{signed}")

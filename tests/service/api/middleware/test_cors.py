@@ -63,6 +63,12 @@ async def test_a_page_of_an_allowed_site_may_send_any_header(
     assert method in response.headers["access-control-allow-methods"]
 
 
+async def test_a_public_page_may_call_a_service_of_a_private_network(page: httpx.AsyncClient) -> None:
+    asked = {"Access-Control-Request-Private-Network": "true"}
+    response = await preflight(page, "/generate", "POST", "content-type", **asked)
+    assert response.status_code == 200 and response.headers["access-control-allow-private-network"] == "true"
+
+
 @pytest.mark.parametrize("origin", OTHERS)
 async def test_a_page_of_another_site_may_not(origin: str, page: httpx.AsyncClient) -> None:
     response = await preflight(page, "/generate", "POST", "content-type", Origin=origin)

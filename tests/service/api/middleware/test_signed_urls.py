@@ -1,6 +1,7 @@
 """Signed URLs: each opens its one file or stream of events until it expires, for whoever holds it, and nothing else."""
 
 import logging
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import httpx
 import pytest
 
-from giantleap.service.api.links import UrlSigner
 from giantleap.service.auth import new_key
 from giantleap.service.jobs.job import JobEvent
+from giantleap.service.links import UrlSigner
 from giantleap.service.settings import read_settings
 from tests.service.compat_fakes import FileProducer, build_app
 
@@ -116,12 +117,12 @@ async def test_the_order_of_the_query_does_not_matter(client: httpx.AsyncClient,
 async def test_an_expired_url_says_so_and_the_key_still_opens_it(
     client: httpx.AsyncClient, job: dict[str, Any], keys: tuple[dict[str, Any], Path]
 ) -> None:
-    expired = UrlSigner(SECRET.encode(), -1).sign(f"/jobs/{job['id']}/result?index=0")
+    expired = UrlSigner(SECRET.encode(), 60).sign(f"/jobs/{job['id']}/result?index=0", time.time() - 61)
     refused = await client.get(expired)
     assert refused.status_code == 401 and "expired" in refused.json()["detail"]
     assert (await client.get(expired, headers=keys[0]["alice"])).status_code == 200
     assert (await client.get(expired, headers=keys[0]["bob"])).status_code == 404, "a job of another key"
-    forged = UrlSigner(b"another secret, as long", 60).sign(f"/jobs/{job['id']}/result?index=0")
+    forged = UrlSigner(b"another secret, as long", 60).sign(f"/jobs/{job['id']}/result?index=0", time.time())
     assert (await client.get(forged)).status_code == 401
 
 
@@ -144,7 +145,7 @@ async def test_without_a_secret_urls_are_plain_and_signatures_open_nothing(
         job = (await client.post("/generate", json={"prompt": PROMPT}, headers=keys[0]["alice"])).json()
         assert job["result_url"] == f"/jobs/{job['id']}/result?index=0"
         assert (await client.get(job["result_url"])).status_code == 401
-        forged = UrlSigner(b"", 60).sign(job["result_url"])
+        forged = UrlSigner(b"", 60).sign(job["result_url"], time.time())
         assert (await client.get(forged)).status_code == 401
 
 

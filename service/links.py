@@ -1,4 +1,4 @@
-"""The URLs that responses hold: paths below the root path of a proxy, signed where the settings have a secret.
+"""The URLs that clients receive: paths below the root path of a proxy, signed where the settings have a secret.
 
 A signed URL needs no API key until it expires: a page can show it in `<img>` or open it as `EventSource`, which send no
 key. The signature covers the path, the query and the expiry, so the URL opens one result or one stream of events and
@@ -10,10 +10,6 @@ import hmac
 import time
 from dataclasses import dataclass
 
-from fastapi import Request
-from starlette.types import Scope
-
-from giantleap.service.api.paths import OPENAI_PATH, route_path
 from giantleap.service.settings import Settings
 
 _NAMES = (b"expires", b"signature")
@@ -31,25 +27,24 @@ class UrlSigner:
     key: bytes
     ttl_s: int
 
-    def sign(self, target: str) -> str:
+    def sign(self, target: str, now_s: float) -> str:
         """The target (a path as routes declare it, with its query) with its expiry and signature."""
-        expires_s = int(time.time()) + self.ttl_s
+        expires_s = int(now_s) + self.ttl_s
         separator = "&" if "?" in target else "?"
         return f"{target}{separator}expires={expires_s}&signature={self._digest(target, str(expires_s))}"
 
-    def take_signature(self, scope: Scope) -> bool | None:
-        """Whether the signature in a request's URL is valid, None where there is none; removes it from the query."""
-        parts: list[bytes] = scope["query_string"].split(b"&")
-        signed = [part.partition(b"=") for part in parts if part.partition(b"=")[0] in _NAMES]
+    def take_signature(self, path: str, query: bytes) -> tuple[bytes, bool | None]:
+        """The query without expiry and signature, and whether they are valid; None where there are none."""
+        parts = [part.partition(b"=") for part in query.split(b"&")]
+        signed = [part for part in parts if part[0] in _NAMES]
         if not signed:
-            return None
-        query = b"&".join(part for part in parts if part.partition(b"=")[0] not in _NAMES)
-        scope["query_string"] = query
+            return query, None
+        plain = b"&".join(b"".join(part) for part in parts if part[0] not in _NAMES)
         values = {name: value.decode("latin-1") for name, _, value in signed}
         expires, signature = (values.get(name, "") for name in _NAMES)
-        target = route_path(scope) + (f"?{query.decode('latin-1')}" if query else "")
+        target = path + (f"?{plain.decode('latin-1')}" if plain else "")
         genuine = hmac.compare_digest(self._digest(target, expires).encode(), signature.encode())
-        return genuine and len(signed) == len(_NAMES) and time.time() < int(expires)
+        return plain, genuine and len(signed) == len(_NAMES) and time.time() < int(expires)
 
     def _digest(self, target: str, expires: str) -> str:
         message = f"giantleap url 1\n{target}\n{expires}"
@@ -58,10 +53,17 @@ class UrlSigner:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """The URLs of jobs as the client of a request sees them: paths on the same host."""
+    """The URLs of jobs as a client sees them: paths on the same host.
+
+    Attributes:
+        root_path: Path below which a proxy publishes the API.
+        signer: Signs the URLs of results and events; None: they are plain.
+        now_s: When their time to live starts, seconds since 1970.
+    """
 
     root_path: str
     signer: UrlSigner | None
+    now_s: float
 
     def job(self, job_id: str) -> str:
         """The job itself, which always needs the key of its owner."""
@@ -77,18 +79,13 @@ class Links:
 
     def image(self, job_id: str, index: int) -> str:
         """The same file by the path of the OpenAI protocol."""
-        return self._sign(f"{OPENAI_PATH}/images/{job_id}/content?index={index}")
+        return self._sign(f"/v1/images/{job_id}/content?index={index}")
 
     def _sign(self, target: str) -> str:
-        return self.root_path + (target if self.signer is None else self.signer.sign(target))
+        return self.root_path + (target if self.signer is None else self.signer.sign(target, self.now_s))
 
 
 def open_signer(settings: Settings) -> UrlSigner | None:
     """The signer of the settings; None: URLs are not signed."""
     secret = settings.url_secret
     return None if secret is None else UrlSigner(secret.get_secret_value().encode(), settings.url_ttl_s)
-
-
-def links_of(request: Request) -> Links:
-    """The links of a request's responses."""
-    return Links(request.scope.get("root_path", ""), request.app.state.giantleap.signer)
