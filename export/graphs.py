@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,6 +23,8 @@ from giantleap.models.vae.decoder_check import check_autoencoder
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_BATCH, MAX_SIDE = 64, 1024  # limits of the traced program; sides in latent pixels
+# Added to a denominator. diffusers adds 1e-15, which ONNX's optimizer takes for 0 and removes: 0 / 0 is left.
+ATTENTION_EPS = 1e-7
 
 
 class LuaGraph(nn.Module):
@@ -87,6 +90,9 @@ class DecoderGraph(nn.Module):
         self.dtype = dtype
         self.vae = copy.deepcopy(vae).to(dtype)
         self.vae.use_tiling = self.vae.use_slicing = False
+        for attention in self.vae.modules():
+            if isinstance(attention, SanaMultiscaleLinearAttention):
+                attention.eps = max(attention.eps, ATTENTION_EPS)
         self.eval()
 
     def forward(self, latent: Tensor) -> Tensor:

@@ -342,11 +342,12 @@ def tiny_prx(flux_vae: bool = False) -> PRXPipeline:
 def save_pipeline(pipeline: Any, directory: Path, variant: str | None = None) -> None:
     """Write a pipeline as the public repositories have it."""
     pipeline.save_pretrained(directory, safe_serialization=True, variant=variant)
-    if isinstance(pipeline, PRXPipeline):  # diffusers writes an index and a configuration that it does not read
+    if type(pipeline) is PRXPipeline:  # diffusers writes an index and a configuration that it does not read
+        stock: Any = pipeline
         index = json.loads((directory / "model_index.json").read_text())
         index["text_encoder"] = ["prx", "T5GemmaEncoder"]
         (directory / "model_index.json").write_text(json.dumps(index))
-        _t5gemma_config(pipeline.tokenizer).save_pretrained(directory / "text_encoder")
+        _t5gemma_config(stock.tokenizer).save_pretrained(directory / "text_encoder")
 
 
 def tiny_sana(max_tokens: int = GEMMA_TOKENS) -> SanaPipeline:
@@ -448,7 +449,7 @@ def _flux2_vae() -> Any:
     return vae
 
 
-def _t5gemma_config(tokenizer: GemmaTokenizer) -> T5GemmaConfig:
+def _t5gemma_config(tokenizer: Any) -> Any:
     half: Any = {**_decoder_config(tokenizer), "num_hidden_layers": 2, "query_pre_attn_scalar": 16}
     return T5GemmaConfig(encoder=half, decoder=half)
 

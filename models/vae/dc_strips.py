@@ -198,7 +198,8 @@ def _count_whole_steps(vae: Any) -> int | None:
     """How many steps must run on the whole latent; None if nothing can run in strips."""
     if type(vae) is not AutoencoderDC or type(vae.decoder) is not Decoder or has_hook(vae.decoder):
         return None
-    steps, tail = _steps(vae.decoder), (vae.decoder.norm_out, vae.decoder.conv_act, vae.decoder.conv_out)
+    decoder: Any = vae.decoder
+    steps, tail = _steps(decoder), (decoder.norm_out, decoder.conv_act, decoder.conv_out)
     count = 1 + max((index for index, step in enumerate(steps) if not _is_local(step)), default=-1)
     return count if count < len(steps) and all(_is_local(part) for part in tail) else None
 

@@ -20,6 +20,7 @@ from tests.export.random_networks import random_vae
 from tests.tiny_bundle import write_tiny_bundle
 
 CPU = torch.device("cpu")
+POCKET24 = Path(__file__).parents[2] / "training" / "pocket" / "stride4" / "checkpoints" / "pocket24"
 
 
 @pytest.mark.parametrize(("capability", "level"), [("AVX2", "x86-64-v3"), ("AVX512", "x86-64-v4")])
@@ -67,3 +68,14 @@ def test_decoders_of_every_family_export(tmp_path: Path, name: str) -> None:
     for batch, height, width in ((1, 4, 4), (3, 5, 9), (8, 12, 7)):
         latent = torch.randn(batch, 4, height, width)
         assert (run(latent) - decode_plain(vae, latent)).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_decoder_of_a_bundle_of_an_autoencoder_alone_is_exported_and_checked(tmp_path: Path) -> None:
+    bundle = read_bundle(POCKET24)
+    manifest = export_bundle(Request(bundle, "onnx", "fp32", tmp_path / "out", parts=("decoder",)))
+    (artifact,) = manifest.artifacts
+    assert (artifact.channels, artifact.output_stride) == (24, 4)
+    assert artifact.parity.max_error <= 1e-4 and artifact.parity.psnr_db is not None and artifact.parity.psnr_db > 60
+    check_directory(tmp_path / "out", bundle, CPU)

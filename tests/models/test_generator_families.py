@@ -1,7 +1,7 @@
 """Drawing with the stock pipeline of every family: what comes out raw, what a batch changes, how it is stopped."""
 
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Case:
     overflow: tuple[str, int]
     guidance_scale: float = 3.0
     guidance: str = "guidance_scale"
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 # Letters are tokens. CLIP brackets a prompt with two of its own, T5 sets a space before it and an end after it. The
@@ -81,7 +81,7 @@ T5_LOSS = ("a" * 600, 600 + 2 - 512)
 # Of Sana's limit the instruction takes two tokens more than it has itself.
 PRX_LOSS = ("a" * 300, 300 - 256)
 SANA_LOSS = ("a" * 400, 400 + 2 - 300)
-ANY_SIZE = {"use_resolution_binning": False}
+ANY_SIZE: dict[str, Any] = {"use_resolution_binning": False}
 
 CASES = {
     "sd15": Case(tiny_sd15, LATENT_SPACES["sd15"], CLIP_LOSS),

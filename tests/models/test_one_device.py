@@ -16,12 +16,14 @@ from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec
 from giantleap.models.lua.statistics import LatentStatistics
+from giantleap.models.vae.dc_strips import DcStrips
 from giantleap.models.vae.decode import decode_exact, decode_plain
 from giantleap.models.vae.strip_plan import DecoderShape, plan_decode
 from giantleap.training import losses
 from giantleap.training.optim import to_orthogonal
 from tests.models.vae.test_decode import make_vae
 from tests.one_device import META, MixedDevicesError, OneDevice
+from tests.tiny_pipelines import tiny_dc_vae
 
 SPEC = LuaSpec(4, 12, (2, 2), 2, window=4, num_feat=8, bicubic_skip=True, latent_norm=True)
 SPECS = {
@@ -104,6 +106,17 @@ def test_decodes_make_everything_where_their_input_is(dtype: torch.dtype) -> Non
     with OneDevice(), torch.inference_mode():
         for image in (decode_plain(vae, latents), decode_exact(vae, latents, plan=replace(plan, attention_queries=7))):
             assert (image.device, image.dtype, list(image.shape)) == (META, dtype, [2, 3, 32, 48])
+
+
+@pytest.mark.parametrize("attention", [0, 1])
+def test_strips_of_an_autoencoder_dc_are_where_their_input_is(attention: int) -> None:
+    vae = tiny_dc_vae(8, (8, 16, 8), attention)
+    cut = DcStrips.of(vae, torch.float32)
+    assert cut is not None
+    nn.Module.to(vae, META)
+    with OneDevice():
+        image = cut.decode(vae, on_meta(2, 8, 21, 6), 4)
+    assert (image.device, list(image.shape)) == (META, [2, 3, 84, 24])
 
 
 @pytest.mark.parametrize("loss", LOSSES)

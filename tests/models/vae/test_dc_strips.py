@@ -38,11 +38,9 @@ def make_vae(**config: Any) -> Any:
     """Norms and biases that are not trivial."""
     torch.manual_seed(0)
     vae = tiny_dc_vae(**config)
-    for part in vae.modules():
-        if isinstance(part, RMSNorm):
-            nn.init.normal_(part.weight, 1.0, 0.3)
-            if part.bias is not None:
-                nn.init.normal_(part.bias, 0.0, 0.3)
+    for norm in (part for part in vae.modules() if isinstance(part, RMSNorm)):
+        nn.init.normal_(norm.get_parameter("weight"), 1.0, 0.3)
+        nn.init.normal_(norm.get_parameter("bias"), 0.0, 0.3)
     return vae
 
 
