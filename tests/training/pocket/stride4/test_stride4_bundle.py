@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from diffusers import SanaPipeline
 
 from giantleap.models.bundle.bundle import check_files, read_bundle
+from giantleap.models.generator import GenerationItem
 from giantleap.models.lua.checkpoints import write_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec
+from giantleap.models.route import Route
 from giantleap.training.pocket.stride4.bundle import write_pocket_bundle
 from giantleap.training.pocket.stride4.network import make_autoencoder
 from giantleap.training.pocket.stride4.text import SCALING_FACTOR, Recipe, TextToLatent, write_pipeline
@@ -47,3 +51,33 @@ def test_a_bundle_replaces_what_the_directory_held(tmp_path: Path) -> None:
     bundle = read_bundle(tmp_path / "small")
     assert "swinir" not in bundle.methods
     assert not (tmp_path / "small" / "stray.safetensors").exists()
+
+
+def test_the_service_draws_what_the_stock_pipeline_draws(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = open_sana_tokenizer()
+    network = TextToLatent(len(tokenizer), Recipe(width=64, depth=1))
+    torch.nn.init.normal_(network.transformer.get_parameter("proj_out.weight"))
+    write_pipeline(tmp_path / "pipeline", network, make_autoencoder(), tokenizer)
+    write_lua(tmp_path / "lua.safetensors", Lua(LuaSpec(24, 12, (2,), 2, window=4, num_feat=8, scales=(2, 4))), {})
+    write_pocket_bundle(tmp_path / "small", tmp_path / "pipeline", tmp_path / "lua.safetensors", {})
+    route = Route.open(read_bundle(tmp_path / "small"), torch.device("cpu"), torch.float32)
+    shown = []
+    for prompt in ("a red sphere on a green floor", "a blue cube"):
+        _, (image,) = route.upscale_and_decode(route.generate([GenerationItem(prompt, "", 7, 128, 96, 3, 3.0)]), 1)
+        assert image is not None
+        stock = SanaPipeline.from_pretrained(tmp_path / "small")
+        stock.set_progress_bar_config(disable=True)
+        picture = stock(
+            prompt,
+            width=128,
+            height=96,
+            num_inference_steps=3,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(7),
+            use_resolution_binning=False,
+            output_type="pil",
+        ).images[0]
+        assert np.abs(image.numpy().astype(int) - np.asarray(picture).astype(int)).max() <= 1
+        shown.append(image.float())
+    assert (shown[0] - shown[1]).abs().max() > 8, "the prompt takes part"
