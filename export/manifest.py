@@ -211,7 +211,9 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / FILE
     if not path.is_file():
-        raise ArtifactError(f"{directory} holds no exported artifacts: {FILE} is missing")
+        raise ArtifactError(
+            f"{directory} holds no exported artifacts: {FILE} is missing; write some with `giantleap export`"
+        )
     try:
         return Manifest.from_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:

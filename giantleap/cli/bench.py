@@ -18,6 +18,7 @@ from giantleap.cli.options import (
     read_bundles,
     settings_from,
     stop,
+    stop_if_on_hub,
     to_message,
 )
 from giantleap.service.errors import GiantleapError
@@ -47,6 +48,7 @@ def protocol(
     check_output_file(json_out)
     settings = settings_from(bundle=bundle, device=device)
     served = read_bundles(settings)[0]
+    stop_if_on_hub(served)
 
     from tqdm import tqdm
 
@@ -84,6 +86,7 @@ def engines(
     check_output_file(json_out)
     settings = settings_from(bundle=bundle, device=device)
     served = read_bundles(settings)[0]
+    stop_if_on_hub(served)
 
     import torch
 

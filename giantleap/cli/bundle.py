@@ -6,6 +6,7 @@ A bundle is given by its directory or by its name; a pulled bundle comes before 
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +25,7 @@ from giantleap.cli.options import (
     stop_if_on_hub,
 )
 from giantleap.cli.progress import ShownStages, working
-from giantleap.models.bundle.bundle import Bundle, BundleError, ModelSource
+from giantleap.models.bundle.bundle import DESCRIPTOR, Bundle, BundleError, ModelSource
 from giantleap.models.bundle.descriptor import METHODS, Method
 from giantleap.models.bundle.names import list_bundles as list_directories
 
@@ -88,8 +89,10 @@ def pull(
     bundle = read_bundle_or_stop(bundle_directory(name, among_pulled=False))
     target = pulled_dir() / bundle.name if to is None else to
     check_output_directory(target)
+    complete = (target / DESCRIPTOR).exists()
     try:
-        pulled = pull_bundle(bundle, target, Hub(os.environ.get("HF_ENDPOINT", PUBLIC_HUB)), typer.echo)
+        with working("comparing files with their digests") if complete else nullcontext():
+            pulled = pull_bundle(bundle, target, Hub(os.environ.get("HF_ENDPOINT", PUBLIC_HUB)), typer.echo)
     except (BundleError, CheckpointError, HubError, OSError) as error:
         stop(to_line(error))
     shown = pulled.name if to is None else target

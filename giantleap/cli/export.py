@@ -10,7 +10,7 @@ import typer
 
 from giantleap.cli.errors import to_line
 from giantleap.cli.files import check_input_directory, check_output_directory
-from giantleap.cli.options import BundleOption, DeviceOption, read_bundle_or_stop, settings_from, stop
+from giantleap.cli.options import BundleOption, DeviceOption, read_bundle_or_stop, settings_from, stop, stop_if_on_hub
 from giantleap.cli.progress import working
 from giantleap.export.manifest import ArtifactError, Compatibility, Part, Precision
 from giantleap.models.bundle.bundle import BundleError
@@ -53,6 +53,7 @@ def export(
         return
     settings = settings_from(bundle=bundle, device=device)
     source = read_bundle_or_stop(settings.bundle[0])
+    stop_if_on_hub(source)
     target = out or settings.data_dir / "exports" / f"{source.name}-{engine}-{precision}"
     parts = _parts(part)
     check_output_directory(target)

@@ -33,7 +33,7 @@ from giantleap.cli.options import (
     stop,
     to_message,
 )
-from giantleap.cli.progress import ShownStages, working
+from giantleap.cli.progress import ShownStages, import_torch
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.service.errors import GiantleapError
 from giantleap.service.settings import Settings
@@ -95,6 +95,8 @@ def generate(
     output_format = image_format(out)
     check_output_file(out)
     check_input_files(lua, init_image)
+    if prompt == "-" and init_image == STANDARD:
+        stop("standard input is either the prompt or the image; give the other one on the command line")
     prompt = read_input(STANDARD).decode(errors="replace").strip() if prompt == "-" else prompt
     from giantleap.service.jobs.images import fit_image
     from giantleap.service.jobs.planning import plan_generate
@@ -156,8 +158,10 @@ def _read_bundle(settings: Settings, lua: Path | None) -> Bundle:
     served = read_bundles(settings)[0]
     if lua is None:
         return served
-    with working("loading torch"):
-        from giantleap.models.bundle.make import with_lua
+    import_torch()
+
+    from giantleap.models.bundle.make import with_lua
+
     try:
         return with_lua(served, lua)
     except (OSError, ValueError) as error:

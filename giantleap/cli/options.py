@@ -10,7 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from giantleap.cli.errors import to_line
-from giantleap.cli.progress import working
+from giantleap.cli.progress import import_torch, working
 from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.bundle.names import PULLED, find_bundle, list_bundles
@@ -84,10 +84,12 @@ def read_bundles(settings: Settings) -> list[Bundle]:
 
 def open_bundle_route(settings: Settings, bundle: Bundle) -> "Route":
     """The bundle's route, loaded as a worker would load it."""
+    stop_if_on_hub(bundle)
+    import_torch()
+
     from giantleap.models.device import choose_device, choose_dtype
     from giantleap.service.worker.engines import open_route
 
-    stop_if_on_hub(bundle)
     try:
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device, bundle.dtype)

@@ -42,6 +42,12 @@ def working(name: str) -> Iterator[Work]:
         thread.join()
 
 
+def import_torch() -> None:
+    """Import torch, which takes long on a busy machine, and show it."""
+    with working("loading torch"):
+        import torch  # noqa: F401
+
+
 @dataclass
 class ShownStages:
     """A `StageObserver` that times the stages of one image and shows each that takes long."""

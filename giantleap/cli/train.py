@@ -24,6 +24,7 @@ from giantleap.cli.options import (
     stop,
     stop_if_on_hub,
 )
+from giantleap.cli.progress import import_torch
 from giantleap.models.bundle.bundle import BundleError
 from giantleap.models.lua.spec import WEIGHT_SUFFIXES
 from giantleap.models.messages import install_hint
@@ -88,6 +89,7 @@ def prepare(
         stop(f"{source}: there is no such folder or .tar file; check the path")
     directory = _find_local_bundle(bundle)
     check_output_directory(out)
+    import_torch()
 
     import torch
 
@@ -133,12 +135,17 @@ def run(
 
     try:
         plan = read_config(config, pulled_dir())
+        channels = read_bundle_or_stop(_find_local_bundle(str(plan.bundle))).latent_space.channels
+        if plan.lua.start is None:
+            plan.lua.to_spec(channels)
+        for stage in plan.stages:
+            stage.micro_batches(int(os.environ.get("WORLD_SIZE", "1")))
     except (BundleError, ConfigError) as error:
         stop(to_line(error))
-    _find_local_bundle(str(plan.bundle))
     check_input_directory(plan.pairs)
     check_input_files(plan.lua.start)
-    check_output_directory(out)
+    _check_run_directory(out, resume)
+    import_torch()
 
     from giantleap.training.run import open_distributed_context, train
 
@@ -171,7 +178,8 @@ def transfer(
     weights, target = _find_weights_or_bundle(source), _find_local_bundle(to_bundle)
     check_input_directory(pairs)
     check_input_files(config)
-    check_output_directory(out)
+    _check_run_directory(out, resume)
+    import_torch()
 
     from giantleap.training.run import open_distributed_context
     from giantleap.training.transfer import transfer_and_train
@@ -236,6 +244,7 @@ def evaluate(
     check_input_files(*(lua or ()), inception, lpips)
     directory = _find_local_bundle(bundle)
     check_output_directory(out)
+    import_torch()
 
     from giantleap.models.lua.released_layouts import CheckpointError
     from giantleap.models.vae.autoencoder import VaeError
@@ -265,6 +274,12 @@ def _find_local_bundle(name: str) -> Path:
     directory = bundle_directory(name)
     stop_if_on_hub(read_bundle_or_stop(directory))
     return directory
+
+
+def _check_run_directory(out: Path, resume: bool) -> None:
+    check_output_directory(out)
+    if not resume and (out / "log.jsonl").exists():
+        stop(f"{out} holds a run; continue it with --resume, or name another directory")
 
 
 def _find_weights_or_bundle(name: str) -> Path:

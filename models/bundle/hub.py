@@ -66,7 +66,10 @@ class Hub:
         except HfHubHTTPError as error:
             raise HubError(_refusal(hub_id, revision, error)) from error
         except (TransportError, OSError) as error:
-            raise HubError(f"{hub_id}: {self.endpoint} cannot be reached ({type(error).__name__})") from error
+            raise HubError(
+                f"{hub_id}: {self.endpoint} cannot be reached ({type(error).__name__}); check the network, or set "
+                "HF_ENDPOINT to a mirror"
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise HubError(f"{hub_id}: {self.endpoint} does not answer as a Hugging Face hub does") from error
         return HubSnapshot(hub_id, str(info.sha), {file.name: file for file in files})

@@ -150,7 +150,9 @@ def pull_bundle(bundle: Bundle, directory: Path, hub: Hub, report: Callable[[str
         HubError: The hub does not give a file; the same call resumes later.
     """
     if not isinstance(bundle.pipeline, str):
-        raise BundleError(f"bundle {bundle.name} is a local one: its pipeline lies in {bundle.pipeline}")
+        raise BundleError(
+            f"bundle {bundle.name} is a local one, with nothing to pull: its pipeline is in {bundle.pipeline}"
+        )
     if (directory / DESCRIPTOR).exists():
         report(f"{directory} is complete; its files are compared with their digests")
         done = read_bundle(directory)

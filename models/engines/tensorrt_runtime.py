@@ -21,7 +21,7 @@ def load_tensorrt(device: torch.device) -> Any:
         EngineError: The device is no GPU, or the package is not installed.
     """
     if device.type != "cuda":
-        raise EngineError(f"engine tensorrt runs on a GPU; the device is {device}")
+        raise EngineError(f"engine tensorrt runs on a GPU; the device is {device}: set it to cuda, or use engine onnx")
     try:
         import tensorrt
     except ImportError as error:
