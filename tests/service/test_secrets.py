@@ -52,6 +52,8 @@ def ask_everything(url: str, key: str, wrong_key: str) -> set[int]:
             answer = client.post(path, **sent)
             assert key not in answer.text and wrong_key not in answer.text
             seen.add(answer.status_code)
+            if answer.status_code == 202:
+                assert httpx.head(url + answer.json()["events_url"], timeout=60).status_code == 200, "signed"
         for path in (f"/jobs/{WORD}", "/models", "/metrics"):
             answer = client.get(path)
             assert key not in answer.text and WORD not in answer.text
@@ -98,6 +100,7 @@ def test_no_secret_is_in_the_logs_of_a_whole_run(command: str, redis_url: str, k
         "KEY_PREFIX": key_prefix,
         "API_KEYS_FILE": keys_file,
         "LOG_LEVEL": "debug",
+        "URL_SECRET": f"{WORD}-{WORD}",
     }
     if command == "api":  # no worker runs: any descriptor does
         given["BUNDLE"] = write_paper_bundle(tmp_path / "paper")
@@ -106,7 +109,7 @@ def test_no_secret_is_in_the_logs_of_a_whole_run(command: str, redis_url: str, k
     assert {200, 202, 400, 401, 404, 415, 422} <= statuses
     lines = [line for line in output.splitlines() if line.startswith("{")]
     assert len(lines) >= 5, output
-    for secret in (key, wrong_key, digest, password, WORD):
+    for secret in (key, wrong_key, digest, password, WORD, "signature="):
         assert secret not in output, "\n".join(line for line in output.splitlines() if secret in line)
 
 
