@@ -146,7 +146,9 @@ def test_thousands_of_offers_in_one_segment_are_read(server: tuple[str, Seen]) -
 
 
 @pytest.mark.parametrize("offer", [b"", *OFFERS.values()], ids=["none", *OFFERS])
-def test_a_body_with_two_lengths_is_refused_and_the_connection_closed(offer: bytes, server: tuple[str, Seen]) -> None:
+def test_a_body_whose_length_is_not_clear_is_refused_and_the_connection_closed(
+    offer: bytes, server: tuple[str, Seen]
+) -> None:
     url, seen = server
     for framing in (
         b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n",
@@ -155,6 +157,15 @@ def test_a_body_with_two_lengths_is_refused_and_the_connection_closed(offer: byt
         b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n",
         b"Transfer-Encoding: xchunked\r\n",
         b"Content-Length: +4\r\n",
+        b"Content-Length: 4, 4\r\n",
+        b"Content-Length: 0x4\r\n",
+        b"Content-Length:\r\n",
+        b"Content-Length : 4\r\n",
+        b"Transfer-Encoding : chunked\r\n",
+        b"Transfer-Encoding:\x0bchunked\r\n",
+        b"Transfer-Encoding: chunked, identity\r\n",
+        b"X-A: b\nTransfer-Encoding: chunked\r\n",
+        b"X-A: b\r\n Transfer-Encoding: chunked\r\n",
     ):
         seen.clear()
         response = send(url, head("POST", offer, framing) + b"0\r\n\r\n" + SMUGGLED)
