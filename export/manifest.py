@@ -211,9 +211,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / FILE
     if not path.is_file():
-        raise ArtifactError(
-            f"{directory} holds no exported artifacts: {FILE} is missing; write some with `giantleap export`"
-        )
+        raise ArtifactError(f"{directory} holds no exported artifacts: {FILE} is missing")
     try:
         return Manifest.from_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:

@@ -12,7 +12,7 @@ from giantleap.cli.errors import to_line
 from giantleap.cli.files import check_input_directory, check_output_directory
 from giantleap.cli.options import BundleOption, DeviceOption, read_bundle_or_stop, settings_from, stop, stop_if_on_hub
 from giantleap.cli.progress import working
-from giantleap.export.manifest import ArtifactError, Compatibility, Part, Precision
+from giantleap.export.manifest import FILE, ArtifactError, Compatibility, Part, Precision
 from giantleap.models.bundle.bundle import BundleError
 from giantleap.models.engines.base import ArtifactEngineName
 from giantleap.service.settings import Settings
@@ -82,6 +82,8 @@ def check(
 ) -> None:
     """Compare an export with its bundle, with this machine, and each artifact with PyTorch again."""
     check_input_directory(directory)
+    if not (directory / FILE).is_file():
+        stop(f"{directory} holds no exported artifacts: {FILE} is missing; write some with: giantleap export --out DIR")
     settings = settings_from(bundle=bundle, device=device)
     source = read_bundle_or_stop(settings.bundle[0])
 

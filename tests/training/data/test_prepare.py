@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -310,11 +311,17 @@ def test_the_commands_prepare_and_train(pictures: Path, tiny_bundle_dir: Path, t
     )
     run = ["train", "run", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run"), "--device", "cpu"]
     stopped = CliRunner().invoke(app, [*run, "--stop-after", "1"])
-    assert stopped.exit_code == 0 and "step-000000001" in stopped.output
+    assert stopped.exit_code == 0 and "step-000000001" in stopped.output and "--resume" in stopped.output
     again = CliRunner().invoke(app, run)
-    assert again.exit_code == 2 and "resume it" in again.output
+    assert again.exit_code == 2 and "--resume" in again.output
     done = CliRunner().invoke(app, [*run, "--resume"])
-    assert done.exit_code == 0 and "lua.safetensors" in done.output
+    weights = tmp_path / "run" / "lua.safetensors"
+    assert done.exit_code == 0 and f"wrote {weights}" in done.output
+    for scale in (2, 4):
+        assert re.search(rf"x{scale}: \d+\.\d\d dB on held-out tiles, [+-]\d+\.\d\d dB over", done.output)
+    (next_command,) = re.findall(r"serve it: giantleap (.*)", done.output)
+    made = CliRunner().invoke(app, [*next_command.replace("NAME", "mine").split(), "--to", str(tmp_path / "mine")])
+    assert made.exit_code == 0 and read_bundle(tmp_path / "mine").defaults.method == "lua", made.output
 
 
 @pytest.mark.parametrize("arguments", [["prepare", "absent", "--bundle", "absent", "--out", "out"], ["run"]])
