@@ -58,6 +58,6 @@ def name_format(body: bytes) -> str | None:
     if body.startswith(b"PK\x03\x04"):  # a zip archive, whose first entry tells its kind
         name = body[30 : 30 + int.from_bytes(body[26:28], "little")]
         if name.endswith(b".npy"):
-            return "an .npz archive: send one of its arrays as .npy"
+            return "an .npz archive, not one array"
         return "a pickle, which is never loaded" if name.endswith(b".pkl") else "a zip archive"
     return next((name for start, name in _STARTS if body.startswith(start)), None)

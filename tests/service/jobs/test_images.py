@@ -4,6 +4,7 @@ import io
 import struct
 import threading
 import time
+import zipfile
 import zlib
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
@@ -173,6 +174,19 @@ def test_base64_with_and_without_a_data_url() -> None:
             read_base64(bad)
 
 
+def to_npz(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, array)
+    return buffer.getvalue()
+
+
+def to_zip(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, b"x")
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize("declared", ["image/jpeg", "image/jpg", "image/webp", "image/x-png", None])
 def test_the_bytes_tell_the_format_and_not_the_name_of_the_file(declared: str | None) -> None:
     assert check_image(PNG, declared, 100).width_px == 9
@@ -187,6 +201,9 @@ def test_the_bytes_tell_the_format_and_not_the_name_of_the_file(declared: str | 
         (b"\0\0\0\x20ftypavif\0\0\0\0", "an AVIF image"),
         (b"\0\0\0\x20ftypheic\0\0\0\0", "a HEIC image"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG image"),
+        (to_npz(PIXELS), "an .npz archive, not one array"),
+        (to_zip("archive/data.pkl"), "a pickle, which is never loaded"),
+        (to_zip("notes.txt"), "a zip archive"),
     ],
 )
 @pytest.mark.parametrize("content_type", ["application/octet-stream", None, "image/png", "image/bmp"])

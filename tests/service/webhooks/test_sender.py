@@ -130,6 +130,8 @@ async def test_each_end_of_a_job_is_delivered_signed_and_once(
             assert note["type"] == headers["x-giantleap-event"] == f"job.{note['job']['status']}"
             assert note["delivery"] == headers["x-giantleap-delivery"]
             assert (note["job"]["error"] is not None) == (note["job"]["status"] == "failed")
+            urls = [result["url"] for result in note["job"]["results"]]
+            assert urls == [f"{note['job']['status_url']}/result?index=0"] * (note["job"]["status"] == "succeeded")
             assert note["job"]["finished_at"].endswith("Z") and "a red ball" not in body.decode()
         assert states == {first.job.id: "succeeded", second.job.id: "failed", jobs[2].id: "canceled"}
         assert len(receiver.got) == 3 and outcomes(metrics) == {"delivered": 3}
