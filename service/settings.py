@@ -101,7 +101,12 @@ class Settings(BaseSettings):
         description="Memory of the device that jobs may take; none: 95 % of a GPU's, 75 % of the machine's.",
         ge=1,
     )
-    torch_threads: int = Field(0, description="CPU threads of a worker; 0 keeps torch's own choice.", ge=0)
+    torch_threads: int = Field(
+        0,
+        description="CPU threads of a worker or command; 0: one per processor that quota, affinity and other processes "
+        "leave free at start.",
+        ge=0,
+    )
 
     queue_limit: int = Field(256, description="Most jobs queued and running at once; over it: 429.", ge=1)
     queue_limit_latent_px: int | None = Field(
@@ -339,7 +344,7 @@ def _read_variables() -> dict[str, str]:
 
 def _read_file(path: Path) -> dict[str, object]:
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"settings file {path}: {error.strerror}") from None
     except ValueError as error:  # of TOML or UTF-8: the message has the place of the fault, not the text

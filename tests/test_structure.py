@@ -15,7 +15,13 @@ MAX_FUNCTION_LINES = 60
 
 # From the bottom to the top. A part imports its own modules and the parts of the lines below its own, no others.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("models.constraints", "models.messages", "models.image_formats", "models.safetensors_header"),
+    (
+        "models.constraints",
+        "models.image_formats",
+        "models.messages",
+        "models.png_chunks",
+        "models.safetensors_header",
+    ),
     (
         "models.allocator",
         "models.device",
@@ -23,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "models.live_storage",
         "models.prompt_tokens",
         "models.rgb",
+        "models.threads",
         "models.worker_role",
     ),
     ("models.lua",),

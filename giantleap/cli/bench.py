@@ -88,17 +88,15 @@ def engines(
     served = read_bundles(settings)[0]
     stop_if_on_hub(served)
 
-    import torch
-
     from giantleap.cli.engine_bench import measure_engines, to_table
     from giantleap.models.device import choose_device
+    from giantleap.models.threads import set_threads
     from giantleap.service.jobs.planning import choose_scale
 
     try:
         scales = [choose_scale(served, "lua", each) for each in scale or served.scales_of("lua")[1:]]
         where = choose_device(settings.device)
-        if settings.torch_threads:
-            torch.set_num_threads(settings.torch_threads)
+        set_threads(settings.torch_threads)
         rows = measure_engines(served, settings, where, scales, compiled=compiled, warmups=warmups, runs=runs)
     except (ValueError, GiantleapError) as error:
         stop(to_message(error))

@@ -148,7 +148,9 @@ def check(
     from giantleap.models.device import choose_device, choose_dtype
     from giantleap.models.lua.checkpoints import CheckpointError
     from giantleap.models.route import Route
+    from giantleap.models.threads import set_threads
 
+    set_threads(settings.torch_threads)
     try:
         where = choose_device(settings.device)
         with working(f"loading bundle {bundle.name}"):

@@ -108,9 +108,9 @@ def _parts(names: list[str] | None) -> tuple[Part, ...]:
 
 
 def _configure(settings: Settings) -> None:
-    import torch
     from diffusers.utils import logging as diffusers_logging
 
+    from giantleap.models.threads import set_threads
+
     diffusers_logging.set_verbosity_error()
-    if settings.torch_threads > 0:
-        torch.set_num_threads(settings.torch_threads)
+    set_threads(settings.torch_threads)

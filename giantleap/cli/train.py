@@ -21,6 +21,7 @@ from giantleap.cli.options import (
     complete_bundle,
     pulled_dir,
     read_bundle_or_stop,
+    settings_from,
     stop,
     stop_if_on_hub,
 )
@@ -208,6 +209,7 @@ def statistics(
     from giantleap.training.data.pairs_store import PairsError, PairsStore
     from giantleap.training.guard_statistics import add_statistics
 
+    _set_threads()
     try:
         statistics = add_statistics(lua, PairsStore.open(pairs), out)
     except (CheckpointError, PairsError, StatisticsError, OSError) as error:
@@ -326,10 +328,18 @@ def _one_line_errors() -> Iterator[None]:
         stop(to_line(error))
 
 
+def _set_threads() -> None:
+    """Set the number of threads; the processes of `torchrun` share what is free."""
+    from giantleap.models.threads import set_threads
+
+    set_threads(settings_from().torch_threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def _own_device(name: str) -> "torch.device":
-    """The device of this process; `torchrun` numbers the processes of a machine."""
+    """The device of this process, with its number of threads; `torchrun` numbers the processes of a machine."""
     from giantleap.models.device import choose_device
 
+    _set_threads()
     try:
         device = choose_device(name)
         local = os.environ.get("LOCAL_RANK")

@@ -16,6 +16,7 @@ from prometheus_client import start_http_server
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.route import Route
+from giantleap.models.threads import set_threads
 from giantleap.service.errors import BadConfiguration
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
@@ -56,8 +57,7 @@ def run_worker(
     if redis_url is None:
         raise ValueError("redis_url is not set; a worker needs the Redis that the API uses")
     settings = settings.model_copy(update={"device": choose_gpu(settings.device, number, torch.cuda.device_count())})
-    if settings.torch_threads:
-        torch.set_num_threads(settings.torch_threads)
+    set_threads(settings.torch_threads, settings.worker_processes)
     metrics = _open_metrics(settings)
     loaded = _load(settings, metrics, stop)
     if stop.is_set():
