@@ -6,9 +6,7 @@ stores the file as the job's input; the worker reads the same bytes with `read_i
 
 import binascii
 import io
-import struct
 import threading
-import warnings
 from base64 import b64decode
 from dataclasses import dataclass
 
@@ -16,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from giantleap.models.rgb import to_rgb
+from giantleap.models.rgb import DAMAGE, open_picture, to_rgb
 from giantleap.service.errors import InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
 from giantleap.service.jobs.media_types import OCTETS_TYPE, name_format, read_media_type
 
@@ -29,8 +27,6 @@ _DECODES = threading.Semaphore(DECODES_AT_ONCE)
 
 _STARTS = {"image/png": (b"\x89PNG\r\n\x1a\n",), "image/jpeg": (b"\xff\xd8\xff",), "image/webp": (b"RIFF",)}
 _FORMATS = ("PNG", "JPEG", "WEBP")
-# What Pillow raises on a damaged file, by format and by place in it.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +63,7 @@ def check_image(body: bytes, content_type: str | None, max_px: int) -> ImageSize
 
 
 def read_image(body: bytes, max_px: int) -> Pixels:
-    """The pixels of an image in RGB, upright, transparency on white; the size is checked before a pixel is decoded.
+    """The pixels of an image in sRGB, upright, transparency on white; the size is checked before a pixel is decoded.
 
     Returns:
         Array [height_px, width_px, 3], uint8.
@@ -78,21 +74,18 @@ def read_image(body: bytes, max_px: int) -> Pixels:
         PayloadTooLarge: More pixels than `max_px`.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            opened = Image.open(io.BytesIO(body), formats=_FORMATS)
+        opened, frames = open_picture(body, _FORMATS)
         with opened as image:
             if image.width * image.height > max_px:
                 raise PayloadTooLarge(
                     f"the image has {image.width}x{image.height} pixels; send at most {max_px} in all"
                 )
-            if getattr(image, "n_frames", 1) > 1:
+            if frames > 1:
                 raise UnsupportedMediaType("the image is animated; send one frame")
-            image.load()
             return np.array(to_rgb(image))  # a writable copy: torch warns of read-only arrays
     except Image.DecompressionBombError as error:
         raise PayloadTooLarge(f"the image has too many pixels; send at most {max_px}") from error
-    except _DAMAGED as error:
+    except DAMAGE as error:
         raise MalformedRequest("the image is damaged or cut off; send a complete PNG, JPEG or WebP file") from error
 
 

@@ -6,7 +6,6 @@ resumes. Processes started by `torchrun`, on machines that share the folder, div
 """
 
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.rgb import DAMAGE, to_rgb
+from giantleap.models.rgb import DAMAGE, open_picture, to_rgb
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.data.frozen_vae import read_vae, vae_hash
 from giantleap.training.data.hf_source import HubSource, list_rows
@@ -203,7 +202,7 @@ def read_picture(source: Source) -> tuple[Image.Image | None, str, str]:
         return None, "", str(error.strerror)
     digest = hashlib.sha256(content).hexdigest()
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_picture(content)[0] as image:
             return to_rgb(image), digest, ""
     except DAMAGE as error:
         return None, digest, to_reason(error)

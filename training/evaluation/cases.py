@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.images import to_signed
-from giantleap.models.rgb import DAMAGE, to_rgb
+from giantleap.models.rgb import DAMAGE, open_picture, to_rgb
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.data.frozen_vae import vae_hash
 from giantleap.training.data.pairs_store import PairsStore
@@ -86,7 +85,7 @@ def read_pictures(
 def _read_caption(picture: Path) -> str | None:
     path = picture.with_suffix(".txt")
     try:
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+        return path.read_text(encoding="utf-8-sig").strip() if path.is_file() else None
     except UnicodeDecodeError as error:
         raise EvaluationError(f"{to_name(path)}: the caption is not UTF-8; save it as UTF-8") from error
 
@@ -98,7 +97,7 @@ def read_picture(path: Path, crop_px: int | None, multiple_px: int) -> Tensor:
         EvaluationError: The picture is damaged or too small.
     """
     try:
-        with Image.open(path) as opened:
+        with open_picture(path.read_bytes())[0] as opened:
             pixels = np.array(to_rgb(opened))
     except DAMAGE as error:
         raise EvaluationError(f"{to_name(path)}: {to_reason(error)}; remove or replace it") from error

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from giantleap.service.errors import (
     GiantleapError,
@@ -24,8 +25,9 @@ from giantleap.service.errors import (
     UnsupportedMediaType,
 )
 from giantleap.service.jobs import images as images_in
-from giantleap.service.jobs.images import check_image, fit_image, is_image, read_base64, read_image
+from giantleap.service.jobs.images import ImageSize, check_image, fit_image, is_image, read_base64, read_image
 from giantleap.service.jobs.latents import read_values
+from tests.icc_profiles import DISPLAY_P3, rgb_profile, srgb_to_linear
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -211,3 +213,28 @@ def test_other_formats_are_named(body: bytes, name: str, content_type: str | Non
     read: Any = check_image if is_image(body, content_type) else read_values
     with pytest.raises(UnsupportedMediaType, match=f"the body is {name}; send .*PNG, JPEG or WebP"):
         read(body, content_type, *((100,) if read is check_image else ()))
+
+
+def test_the_first_picture_of_a_camera_counts_and_an_animation_is_refused() -> None:
+    """Cameras and phones store previews and gain maps as further pictures of the file (MPO)."""
+    frames = [Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)]
+    photo = to_file(frames[0], "MPO", save_all=True, append_images=frames[1:], quality=100, subsampling=0)
+    for content_type in ("image/jpeg", None):
+        assert check_image(photo, content_type, 54) == ImageSize(9, 6)
+    np.testing.assert_array_equal(
+        read_image(photo, 54), read_image(to_file(frames[0], "JPEG", quality=100, subsampling=0), 54)
+    )
+    animation = to_file(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    with pytest.raises(UnsupportedMediaType, match="animated"):
+        check_image(animation, "image/png", 10**6)
+
+
+def test_the_workflow_that_comfyui_stores_in_a_png_may_be_long() -> None:
+    info = PngInfo()
+    info.add_text("workflow", "a node of many " * 200_000, zip=True)
+    np.testing.assert_array_equal(read_image(to_file(Image.fromarray(PIXELS), pnginfo=info), 54), PIXELS)
+
+
+def test_the_colors_of_a_profile_become_srgb() -> None:
+    body = to_file(Image.new("RGB", (2, 2), (185, 71, 58)), icc_profile=rgb_profile(DISPLAY_P3, srgb_to_linear))
+    assert np.abs(read_image(body, 4).astype(int) - (200, 60, 50)).max() <= 1
