@@ -7,7 +7,7 @@ the numbers mean (which latent space, scaled or raw, packed or not); the worker 
 import io
 import math
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,16 @@ from giantleap.service.errors import InvalidRequest, MalformedRequest, Unsupport
 from giantleap.service.jobs.media_types import NPY_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE, name_format, read_media_type
 
 LATENT_TENSOR = "latent"
-# A header names a handful of tensors: real ones hold some hundred bytes. The limit keeps a hostile header from
-# costing many times its size when it is parsed.
-_MAX_HEADER_BYTES = 16_384
+_COMFY_TENSOR = "latent_tensor"
+# What programs call a latent, in the order in which a file with several tensors is searched.
+_LATENT_NAMES = (LATENT_TENSOR, "latents", "samples", _COMFY_TENSOR)
+# ComfyUI marks latents that are raw; those of its first version are multiplied by this factor.
+_COMFY_MARK, _COMFY_FACTOR = "latent_format_version_0", 0.18215
+# The limits keep a hostile header from costing many times its size when it is parsed. One of safetensors also holds
+# metadata, such as the workflow that made the latent; its tensors are counted before.
+_MAX_HEADER_BYTES = 8 << 20
+_MAX_TENSORS = 64
+_MAX_NPY_HEADER_BYTES = 16_384
 _MAX_DIMS = 5
 _READ = "send a latent as safetensors or .npy, or an image as PNG, JPEG or WebP"
 # Version 3 differs from 2 in the encoding of field names only, which no dtype that is read has.
@@ -51,6 +58,7 @@ class _Tensor:
     data: bytes | bytearray
     offset_bytes: int = 0
     fortran_order: bool = False
+    factor: float = 1.0
 
 
 def read_latent(body: bytes, content_type: str | None) -> Floats:
@@ -61,7 +69,8 @@ def read_latent(body: bytes, content_type: str | None) -> Floats:
 def read_values(body: bytes, content_type: str | None) -> Values:
     """Read the one tensor of a safetensors or .npy body: F16 as float16, F32 and BF16 as float32.
 
-    A safetensors file may hold one tensor of any name, or several of which one is called `latent`.
+    A safetensors file may hold one tensor of any name, or several of which one is called `latent`, `latents`, `samples`
+    or `latent_tensor`. The last is ComfyUI's name: without its mark of a version, the values are divided by 0.18215.
 
     Returns:
         The tensor in the shape in which it was sent: [C, h, w], [B, C, h, w], a video [B, C, frames, h, w], or packed
@@ -83,6 +92,9 @@ def read_values(body: bytes, content_type: str | None) -> Values:
     # The readers compared shape and length: nothing larger than the body has been allocated.
     flat = np.frombuffer(tensor.data, FLOAT_DTYPES[tensor.dtype], math.prod(tensor.shape), tensor.offset_bytes)
     values: Values = to_floats(flat.reshape(tensor.shape, order="F" if tensor.fortran_order else "C"), tensor.dtype)
+    if tensor.factor != 1.0:
+        with np.errstate(over="ignore"):  # overflow is refused below
+            values = values.astype(np.float32) * np.float32(tensor.factor)
     require_finite(values)
     return values
 
@@ -154,17 +166,30 @@ def _read_safetensors(body: bytes) -> _Tensor:
             f"the safetensors header claims {header_bytes} bytes; the body has {max(0, len(body) - 8)} after "
             f"its length and {_MAX_HEADER_BYTES} are allowed"
         )
+    # A tensor's entry has this key; the text of metadata would have a backslash before the last quote.
+    if body.count(b'"data_offsets"', 8, 8 + header_bytes) > _MAX_TENSORS:
+        raise InvalidRequest(f"the file holds more than {_MAX_TENSORS} tensors; send the latent alone")
     try:
         # The library checks that the tensors fill the file without gap or overlap and that each
         # shape times its dtype is its byte range.
         tensors: dict[str, dict[str, Any]] = dict(safetensors.deserialize(body))
     except safetensors.SafetensorError as error:
         raise MalformedRequest("the body is not valid safetensors: its header does not match its data") from error
-    name = LATENT_TENSOR if len(tensors) > 1 else next(iter(tensors), LATENT_TENSOR)
-    if name not in tensors:
-        raise InvalidRequest(f"the file holds {len(tensors)} tensors; send one, or name one of them {LATENT_TENSOR!r}")
+    name = _choose_name(tensors)
     tensor = tensors[name]
-    return _Tensor(_require_dtype(tensor["dtype"]), tuple(tensor["shape"]), tensor["data"])
+    factor = 1.0 if name != _COMFY_TENSOR or _COMFY_MARK in tensors else 1.0 / _COMFY_FACTOR
+    return _Tensor(_require_dtype(tensor["dtype"]), tuple(tensor["shape"]), tensor["data"], factor=factor)
+
+
+def _choose_name(tensors: Collection[str]) -> str:
+    """The name of the one tensor that is no mark, or a name that is known."""
+    others = [name for name in tensors if name != _COMFY_MARK]
+    name = others[0] if len(others) == 1 else next((known for known in _LATENT_NAMES if known in tensors), None)
+    if name is None:
+        raise InvalidRequest(
+            f"the file holds {len(others)} tensors; send one, or name one of them {', '.join(_LATENT_NAMES)}"
+        )
+    return name
 
 
 def _read_npy(body: bytes) -> _Tensor:
@@ -172,7 +197,7 @@ def _read_npy(body: bytes) -> _Tensor:
     file = io.BytesIO(body)
     try:
         read_header = _NPY_HEADERS[npy.read_magic(file)]
-        shape, fortran_order, stored = read_header(file, max_header_size=_MAX_HEADER_BYTES)
+        shape, fortran_order, stored = read_header(file, max_header_size=_MAX_NPY_HEADER_BYTES)
     except _NPY_FAULTS as error:
         raise MalformedRequest("the .npy header is cut off, too long or not valid; write it with numpy.save") from error
     dtype = _require_dtype({"<f4": "F32", "<f2": "F16"}.get(stored.str, stored.str))

@@ -229,3 +229,28 @@ def test_one_changed_byte_is_read_or_refused_but_never_a_fault(body: bytes, at: 
         assert refused.status in (400, 415, 422)
     else:
         assert np.isfinite(read).all() and read.size == 8
+
+
+def test_a_latent_of_comfyui_is_read_as_comfyui_reads_it() -> None:
+    """`LoadLatent` divides by 0.18215 unless the file has the empty tensor that marks raw latents."""
+    metadata = {"workflow": "a node " * 100_000, "prompt": '"data_offsets" ' * 100}
+    mark = {"latent_format_version_0": np.zeros(0, np.float32)}
+    raw = save({"latent_tensor": LATENT} | mark, metadata)
+    np.testing.assert_array_equal(read_latent(raw, None), LATENT)
+    scaled = save({"latent_tensor": LATENT * np.float32(0.18215)}, metadata)
+    np.testing.assert_allclose(read_latent(scaled, None), LATENT, rtol=1e-6)
+    half = save({"latent_tensor": (LATENT * np.float32(0.18215)).astype(np.float16)})
+    np.testing.assert_allclose(read_latent(half, None), LATENT, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["latent", "latents", "samples", "latent_tensor"])
+def test_a_latent_has_one_of_the_usual_names_among_other_tensors(name: str) -> None:
+    tensors_of_file = {"batch_index": LATENT[:1], name: LATENT, "noise_mask": LATENT[:1]}
+    mark = {"latent_format_version_0": np.zeros(0, np.float32)}
+    np.testing.assert_array_equal(read_latent(save(tensors_of_file | mark), None), LATENT)
+
+
+def test_a_file_of_many_tensors_is_refused_before_it_is_parsed() -> None:
+    body = save({"latent": LATENT} | {f"t{number}": np.zeros(0, np.float32) for number in range(100)})
+    with pytest.raises(InvalidRequest, match="more than 64 tensors"):
+        read_latent(body, None)
