@@ -1,6 +1,8 @@
 """The device that a route runs on: its choice, its compute type, and the time and memory that work takes there."""
 
 import gc
+import logging
+import platform
 import resource
 import sys
 import time
@@ -10,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
+
+log = logging.getLogger(__name__)
 
 StageName = Literal["generate", "vae_encode", "upscale", "decode", "encode"]
 PartCallback = Callable[[float | None], None]
@@ -120,7 +124,34 @@ def choose_dtype(name: str, device: torch.device, preferred: str | None = None) 
     if name == "float16" and device.type == "cpu":
         raise ValueError("dtype float16 on a CPU: many of its operators are missing there; use float32 or bfloat16")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    warn_of_slow_dtype(dtypes[name], device)
     return dtypes[name]
+
+
+def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Log a warning where a processor only emulates a type: bfloat16 was 50 times slower than float32 there."""
+    if dtype == torch.bfloat16 and device.type == "cpu" and not has_fast_bfloat16():
+        log.warning("this processor has no arithmetic for bfloat16 (AVX512-BF16 or AMX): float32 is far faster on it")
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16 itself."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def choose_upscaler_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type that SwinIR and LUA compute in if the pipeline computes in `dtype`: never float16.
+
+    Their residual stream is not normalized and grows from group to group; that of published SwinIR files exceeds the
+    65,504 of float16, and every value becomes NaN. bfloat16 has the range of float32. GPUs before Ampere have no
+    arithmetic for it.
+    """
+    if dtype != torch.float16:
+        return dtype
+    has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,10 +4,12 @@
 `giantleap.models.bundle.vocabulary` checks the words of a prompt.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, Self
@@ -15,7 +17,6 @@ from typing import Any, Self
 import diffusers
 import torch
 from diffusers import (
-    AutoModel,
     DiffusionPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -42,6 +43,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from giantleap.models.bundle.bundle import Bundle, BundleError, ModelSource
+from giantleap.models.bundle.load_errors import load_errors
 from giantleap.models.latent_space import LatentSpace
 from giantleap.models.prompt_tokens import (
     own_prompt_length,
@@ -54,6 +56,7 @@ from giantleap.models.prompt_tokens import (
     truncated_by_qwen25,
     truncated_by_t5,
 )
+from giantleap.models.vae.autoencoder import read_vae_model
 
 StepCallback = Callable[[int, int], None]
 CancelCheck = Callable[[int], bool]
@@ -159,8 +162,7 @@ class Generator:
         Silences the logs and progress bars of diffusers and transformers, which would print prompts.
 
         Raises:
-            OSError: The directory or a file in it is missing.
-            BundleError: There is a VAE and no pipeline.
+            BundleError: There is a VAE and no pipeline, or a file or class of it cannot be loaded.
             ValueError: The pipeline is of an unknown class.
         """
         if bundle.pipeline_class == "DiffusionPipeline":
@@ -169,12 +171,12 @@ class Generator:
         transformers_logging.disable_progress_bar()
         diffusers_logging.set_verbosity_error()  # they log prompts that are cut off
         diffusers_logging.disable_progress_bar()
-        parts = {} if bundle.vae is None else {"vae": _load(AutoModel, bundle.vae, dtype)}
-        source = ModelSource(bundle.pipeline, bundle.revision, bundle.variant)
-        pipeline = _load(DiffusionPipeline, source, dtype, **parts)
-        if bundle.scheduler is not None:
-            scheduler = getattr(diffusers, bundle.scheduler)
-            pipeline.register_modules(scheduler=scheduler.from_config(pipeline.scheduler.config))
+        with load_errors(bundle, "pipeline"):
+            parts = {} if bundle.vae is None else {"vae": read_vae_model(bundle, torch.device("cpu"), dtype)}
+            pipeline = _load_pipeline(ModelSource(bundle.pipeline, bundle.revision, bundle.variant), dtype, parts)
+            if bundle.scheduler is not None:
+                scheduler = _scheduler_class(bundle.scheduler)
+                pipeline.register_modules(scheduler=scheduler.from_config(pipeline.scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline.to(device), bundle.latent_space)
 
@@ -291,7 +293,8 @@ class Generator:
             pipeline.set_progress_bar_config(disable=True)
             # Pipelines take tensors in [0, 1]; one in [-1, 1] without a negative value would pass as such.
             arguments |= {"image": torch.stack(images).clamp(-1, 1) / 2 + 0.5, "strength": first.strength}
-        latents: Tensor = pipeline(**arguments).images.float()
+        with _seeded_steps(pipeline.scheduler, arguments["generator"]):
+            latents: Tensor = pipeline(**arguments).images.float()
         if self.family.returns_raw:
             self.latent_space.check_raw(tuple(latents.shape))
             return latents
@@ -316,6 +319,28 @@ class Generator:
         }
 
 
+@contextmanager
+def _seeded_steps(scheduler: Any, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Give the generators to the scheduler's steps too, which most pipelines of flow models do not.
+
+    A scheduler that draws noise in its steps would draw it from torch's global generator.
+    """
+    step = scheduler.step
+    if "generator" not in inspect.signature(step).parameters:
+        yield
+        return
+
+    @wraps(step)
+    def seeded(*args: Any, **options: Any) -> Any:
+        return step(*args, **{"generator": generators} | options)
+
+    scheduler.step = seeded
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
 class _ImageEncoder:
     """The VAE of an image-to-image pipeline, which encodes to the posterior's mean and keeps the type of its weights.
 
@@ -338,15 +363,24 @@ class _ImageEncoder:
         return SimpleNamespace(latents=mean, latent=mean)
 
 
-def _load(cls: Any, source: ModelSource, dtype: torch.dtype, **options: Any) -> Any:
-    return cls.from_pretrained(
+def _scheduler_class(name: str) -> Any:
+    found = getattr(diffusers, name, None)
+    if found is None:
+        alike = difflib.get_close_matches(name, [each for each in dir(diffusers) if each.endswith("Scheduler")], n=3)
+        hint = f"; did you mean {' or '.join(alike)}?" if alike else ""
+        raise BundleError(f"pipeline.scheduler: diffusers {diffusers.__version__} has no class {name}{hint}")
+    return found
+
+
+def _load_pipeline(source: ModelSource, dtype: torch.dtype, parts: Mapping[str, Any]) -> Any:
+    return DiffusionPipeline.from_pretrained(
         str(source.place),
         revision=source.revision,
         variant=source.variant,
         dtype=dtype,
         use_safetensors=True,
         local_files_only=isinstance(source.place, Path),
-        **options,
+        **parts,
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import Bundle, BundleError, check_files
 from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.bundle.load_errors import load_errors
 from giantleap.models.bundle.names import load_bundle
 from giantleap.models.device import (
     NoObserver,
@@ -116,10 +117,10 @@ class Route:
 
         Raises:
             EngineError: The engine cannot run here.
-            BundleError: A weight file differs from its digest, or LUA does not fit the descriptor.
+            BundleError: A weight file differs from its digest, a part cannot be loaded, or LUA does not fit the
+                descriptor.
             VaeError: The VAE is of an unknown class or of another latent space.
             CheckpointError: The LUA weights cannot be read.
-            OSError: The pipeline lacks a file.
         """
         check_files(bundle)
         lua, clamp = None, None
@@ -129,7 +130,8 @@ class Route:
         generator = Generator.open(bundle, device, dtype) if role.loads_pipeline else None
         space = bundle.latent_space if generator is None else generator.latent_space
         model = read_vae_model(bundle, device, dtype) if generator is None else generator.pipeline.vae
-        tiny = read_tiny(bundle.tiny_vae, device, dtype) if bundle.tiny_vae and role.loads_decoder else None
+        with load_errors(bundle, "tiny VAE"):
+            tiny = read_tiny(bundle.tiny_vae, device, dtype) if bundle.tiny_vae and role.loads_decoder else None
         vae = Vae(model, space, dtype=dtype, tiny=tiny)
         if not role.loads_decoder:
             vae.drop_decoder()

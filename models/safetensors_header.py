@@ -6,6 +6,7 @@ same core. Nothing here imports torch.
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -13,6 +14,10 @@ import numpy.typing as npt
 
 FLOAT_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 """How a float type is stored; bfloat16, which numpy lacks, as its bits."""
+
+
+LFS_ADVICE = "is a pointer of Git LFS, not the weights: run `git lfs pull` in its repository"
+_LFS_START = b"version https://git-lfs"
 
 
 def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
@@ -23,6 +28,12 @@ def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     """
     header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return header, file.tell()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in place of a large file that was not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS_START)) == _LFS_START
 
 
 def to_file_bytes(name: str, dtype: str, shape: Sequence[int], data: bytes | memoryview) -> bytes:

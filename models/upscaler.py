@@ -12,7 +12,7 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import Bundle, BundleError, check_files
 from giantleap.models.bundle.names import load_bundle
-from giantleap.models.device import choose_device, choose_dtype
+from giantleap.models.device import choose_device, choose_dtype, choose_upscaler_dtype
 from giantleap.models.engines.base import Artifact, Engine, EngineName
 from giantleap.models.engines.factory import open_engine
 from giantleap.models.latent_space import LatentSpace
@@ -101,7 +101,7 @@ def load_upscaler(
     """Load the LUA of a bundle, or one from a weight file.
 
     Args:
-        source: A bundle, its directory or its name (`load_bundle`), or a `.safetensors`, `.pth` or `.pt` file.
+        source: A bundle, its directory or its name (`load_bundle`), or a `.safetensors`, `.pth`, `.pt` or `.ckpt` file.
         device: Where it runs; "auto" is the first GPU, else the CPU.
         dtype: What it computes in; "auto" is float32 on a CPU, on a GPU the type that the bundle names, else bfloat16.
 
@@ -115,7 +115,7 @@ def load_upscaler(
     dtype_name = str(dtype).removeprefix("torch.")
     if not isinstance(source, Bundle):
         path = Path(source)
-        if path.is_file() or path.suffix in WEIGHT_SUFFIXES:
+        if path.is_file() or path.suffix.lower() in WEIGHT_SUFFIXES:
             return _load_file(path, chosen, choose_dtype(dtype_name, chosen))
         source = load_bundle(source)
     if source.lua is None:
@@ -124,7 +124,8 @@ def load_upscaler(
     compute_dtype = choose_dtype(dtype_name, chosen, source.dtype)
     engine, clamp = open_lua(source, source.lua, chosen, compute_dtype)
     scales = source.scales_of("lua")[1:]
-    return Upscaler(source.name, engine, chosen, compute_dtype, scales, source.latent_space, clamp)
+    own_dtype = choose_upscaler_dtype(compute_dtype, chosen)
+    return Upscaler(source.name, engine, chosen, own_dtype, scales, source.latent_space, clamp)
 
 
 def open_lua(
@@ -151,5 +152,5 @@ def open_lua(
 
 
 def _load_file(path: Path, device: torch.device, dtype: torch.dtype) -> Upscaler:
-    net = read_lua(path)
+    net, dtype = read_lua(path), choose_upscaler_dtype(dtype, device)
     return Upscaler(path.name, open_engine("torch", net, device, dtype), device, dtype, net.spec.scales)

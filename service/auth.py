@@ -123,7 +123,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
             text = file.read(_MAX_FILE_BYTES + 1)
         if len(text) > _MAX_FILE_BYTES:
             raise KeysFileError(f"{path} is too large; a key file may have at most {_MAX_FILE_BYTES} bytes")
-        entries = _File.model_validate(tomllib.loads(text.decode())).key
+        entries = _File.model_validate(tomllib.loads(text.decode("utf-8-sig"))).key
     except OSError as error:
         raise KeysFileError(f"{path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

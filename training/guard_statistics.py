@@ -68,7 +68,7 @@ def add_statistics(weights: Path, store: PairsStore, out: Path) -> LatentStatist
     if statistics.channels != net.spec.channels:
         raise StatisticsError(f"{weights}: {net.spec.channels} channels; the pairs have {statistics.channels}")
     header: dict[str, str] = {}
-    if weights.suffix == ".safetensors":
+    if weights.suffix.lower() == ".safetensors":
         with safe_open(weights, framework="numpy") as file:
             header = dict(file.metadata() or {})
     other_entries = {key: value for key, value in header.items() if key != SPEC_KEY}

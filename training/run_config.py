@@ -286,7 +286,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: It is missing or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: it cannot be read; give a run file (docs/training.md)") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

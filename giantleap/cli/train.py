@@ -286,7 +286,7 @@ def _check_run_directory(out: Path, resume: bool) -> None:
 
 def _find_weights_or_bundle(name: str) -> Path:
     path = Path(name)
-    if path.suffix in WEIGHT_SUFFIXES:
+    if path.suffix.lower() in WEIGHT_SUFFIXES:
         check_input_files(path)
         return path
     return _find_local_bundle(name)

@@ -34,23 +34,23 @@ from giantleap.models.bundle.descriptor import (
     to_toml,
 )
 from giantleap.models.bundle.digests import file_hash, weight_files
+from giantleap.models.bundle.errors import BundleError, MethodError, SizeError
+from giantleap.models.bundle.paths import DESCRIPTOR, check_paths, find_descriptor, inside
 from giantleap.models.latent_space import LatentSpace, read_vae_statistics
 from giantleap.models.lua.spec import SPEC_KEY, LuaSpec, is_whole, scaled_size
 from giantleap.models.lua.statistics import StatisticsError, read_statistics
 
-DESCRIPTOR = "bundle.toml"
-
-
-class BundleError(ValueError):
-    """A bundle that cannot be served; the message says why."""
-
-
-class SizeError(BundleError):
-    """A size or scale that a bundle does not reach; the message names what it reaches."""
-
-
-class MethodError(BundleError):
-    """A method that a bundle does not have; the message says why and names those that it has."""
+__all__ = [
+    "DESCRIPTOR",
+    "Bundle",
+    "BundleError",
+    "MethodError",
+    "ModelSource",
+    "SizeError",
+    "check_files",
+    "read_bundle",
+    "write_bundle",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,15 +299,13 @@ def read_bundle(directory: Path) -> Bundle:
         BundleError: The descriptor is missing, not TOML, or has a wrong or unknown key; a path is missing or leaves the
             bundle; LUA or VAE do not fit the descriptor.
     """
-    path = directory / DESCRIPTOR
-    if not path.is_file():
-        raise BundleError(f"{directory} is no bundle: {DESCRIPTOR} is missing")
+    path = find_descriptor(directory)
     try:
         descriptor = from_toml(path.read_bytes())
     except DescriptorError as error:
         raise BundleError(f"{path}: {error}") from error
     bundle = Bundle(directory, descriptor)
-    _check_paths(bundle)
+    check_paths(directory, descriptor)
     _check_lua_header(bundle)
     _check_clamp(bundle)
     _check_vae(bundle)
@@ -341,41 +339,14 @@ def check_files(bundle: Bundle) -> None:
             f"bundle {bundle.name}: {min(present - set(listed))} is not listed in [files] of {DESCRIPTOR}"
         )
     for name, expected in listed.items():
-        actual = file_hash(_inside(bundle.directory, name, "files"))
+        actual = file_hash(inside(bundle.directory, name, "files"))
         if actual != expected:
             raise BundleError(f"bundle {bundle.name}: {name} has sha256 {actual}; {DESCRIPTOR} says {expected}")
 
 
-def _check_paths(bundle: Bundle) -> None:
-    descriptor, directory = bundle.descriptor, bundle.directory
-    if descriptor.pipeline.path is not None:
-        _need_file(_inside(directory, descriptor.pipeline.path, "pipeline.path") / "model_index.json", "pipeline")
-    for key, source in (("vae", descriptor.vae), ("tiny_vae", descriptor.tiny_vae)):
-        if source is not None and source.path is not None:
-            _need_file(_inside(directory, source.path, f"{key}.path") / "config.json", "VAE")
-    names = [(name, "files") for name in descriptor.files]
-    if descriptor.lua is not None:
-        names.insert(0, (descriptor.lua.file, "lua.file"))
-    for name, key in names:
-        if not _inside(directory, name, key).is_file():
-            raise BundleError(f"bundle {bundle.name}: {key}: {name} is missing in {directory}")
-
-
-def _need_file(path: Path, what: str) -> None:
-    if not path.is_file():
-        raise BundleError(f"{path.parent} is no {what} directory: {path.name} is missing")
-
-
-def _inside(directory: Path, name: str, key: str) -> Path:
-    path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise BundleError(f"{directory / DESCRIPTOR}: {key}: {name!r} leaves the bundle directory")
-    return path
-
-
 def _check_lua_header(bundle: Bundle) -> None:
     """Check files in our own format; released files are checked when they are read (`Bundle.check_lua`)."""
-    if bundle.lua is None or bundle.lua.suffix != ".safetensors":
+    if bundle.lua is None or bundle.lua.suffix.lower() != ".safetensors":
         return
     try:
         with safe_open(bundle.lua, framework="numpy") as file:

@@ -336,7 +336,7 @@ def from_toml(content: bytes) -> Descriptor:
         DescriptorError: It is not TOML in UTF-8, or has a missing, wrong or unknown key.
     """
     try:
-        return Descriptor.model_validate(tomllib.loads(content.decode()))
+        return Descriptor.model_validate(tomllib.loads(content.decode("utf-8-sig")))  # editors may add the mark
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DescriptorError(toml_fault(error)) from error
     except ValidationError as error:

@@ -8,7 +8,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx")
 
 def weight_files(directory: Path) -> list[Path]:
     """Files with a suffix of weights, without hidden ones, which are incomplete."""
-    paths = (path for path in directory.rglob("*") if path.suffix in WEIGHT_SUFFIXES and path.is_file())
+    paths = (path for path in directory.rglob("*") if path.suffix.lower() in WEIGHT_SUFFIXES and path.is_file())
     return sorted(path for path in paths if not path.name.startswith("."))
 
 

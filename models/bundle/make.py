@@ -12,7 +12,8 @@ from safetensors import safe_open
 from giantleap.models.bundle.bundle import DESCRIPTOR, Bundle, BundleError, read_bundle, write_bundle
 from giantleap.models.bundle.descriptor import Defaults, Descriptor, LuaFile
 from giantleap.models.bundle.digests import file_hash
-from giantleap.models.bundle.pull import LOCK, LUA_FILE
+from giantleap.models.bundle.paths import LOCK
+from giantleap.models.bundle.pull import LUA_FILE
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import SPEC_KEY

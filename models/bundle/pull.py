@@ -18,8 +18,8 @@ from giantleap.models.bundle.bundle import DESCRIPTOR, Bundle, BundleError, chec
 from giantleap.models.bundle.descriptor import Descriptor
 from giantleap.models.bundle.digests import WEIGHT_SUFFIXES, file_hash
 from giantleap.models.bundle.hub import Hub, HubSnapshot
+from giantleap.models.bundle.paths import LOCK
 
-LOCK = "pull.json"
 LUA_FILE = "lua.safetensors"
 _DOWNLOADS = ".downloads"  # hidden from the bundle's own list of weights
 
@@ -70,6 +70,8 @@ def choose_pipeline_files(
     parts = {key: str(value[1]) for key, value in model_index.items() if isinstance(value, list) and value[0]}
     own = {part: [n for n in names if n.startswith(f"{part}/") and n.count("/") == 1] for part in parts}
     for part, files in own.items():
+        if not files:
+            raise BundleError(f"model_index.json names the part {part}, of which the repository has no file")
         variant = variant or _only_variant(part, files)
     chosen = ["model_index.json", *(name for name in names if re.fullmatch(r"(?i)licen[cs]e[^/]*", name))]
     for part, class_name in parts.items():

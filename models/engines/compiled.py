@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from giantleap.models.device import on_device
+from giantleap.models.device import choose_upscaler_dtype, on_device
 from giantleap.models.engines.base import EngineError, EngineName, first_line
 from giantleap.models.engines.packed_lua import Grids, PackedLua
 from giantleap.models.lua.network import Lua, check_latent, pad_to_window
@@ -60,12 +60,19 @@ class CompileEngine:
 
     @classmethod
     def open(cls, net: Lua, device: torch.device, dtype: torch.dtype, width_multiple: int = 1) -> "CompileEngine":
-        """Prepare for compilation; nothing is compiled yet. `width_multiple` is as in `PackedLua`.
+        """Prepare for compilation in `choose_upscaler_dtype`; nothing is compiled yet.
+
+        Args:
+            net: The network.
+            device: Where it runs.
+            dtype: The compute type of the pipeline.
+            width_multiple: As in `PackedLua`.
 
         Raises:
             EngineError: There is no compiler for the device.
         """
         require_compiler(device)
+        dtype = choose_upscaler_dtype(dtype, device)
         return cls(PackedLua(net.to(device), dtype, packed=False, width_multiple=width_multiple), device)
 
     @torch.inference_mode()

@@ -3,6 +3,7 @@
 The packed form uses private operators of torch. `pack_lua` therefore compares its output with the network's at load.
 """
 
+import copy
 import logging
 from typing import Protocol
 
@@ -17,6 +18,9 @@ log = logging.getLogger(__name__)
 
 # Largest difference as a share of the output's largest value. 1e-5 was measured in float32.
 _MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+
+_ALLOWED_RATIO = 4.0  # of the packed form's error to the network's own
 
 
 class LatentUpscaler(Protocol):
@@ -63,26 +67,45 @@ def pack_lua(net: Lua, device: torch.device, dtype: torch.dtype) -> LatentUpscal
     if packing_unavailable_reason(device, dtype) is not None:
         return net
     packed = PackedLua(net, dtype)
-    check_packed(packed, net)
-    return packed
+    return packed if check_packed(packed, net) else net
 
 
 @torch.inference_mode()
-def check_packed(packed: PackedLua, net: Lua) -> None:
+def check_packed(packed: PackedLua, net: Lua) -> bool:
     """Compare both forms on noise of two by three windows, at every scale.
 
+    Where they differ, the network in float64 decides. One that amplifies rounding is far from it in either form, and in
+    the packed form perhaps farther, because that adds in another order.
+
+    Returns:
+        Whether the packed form is about as exact as the network.
+
     Raises:
-        PackingError: They differ by more than rounding explains.
+        PackingError: They differ, though the network is exact.
     """
     generator = torch.Generator().manual_seed(0)
     window = net.spec.window
     latent = torch.randn(2, net.spec.channels, 2 * window, 3 * window, generator=generator)
     limit = _MAX_ERROR[packed.dtype]
     for scale in net.spec.scales:
-        expected, actual = net(latent, scale), packed(latent, scale)
-        error = float((actual - expected).abs().max() / expected.abs().max())
-        if not error <= limit:
+        actual = packed(latent, scale)
+        error = _relative_error(actual, net(latent, scale))
+        if error <= limit:
+            continue
+        exact = copy.deepcopy(net).double()(latent.double(), scale)
+        with torch.autocast("cpu", packed.dtype, enabled=packed.dtype != torch.float32):
+            own_error = _relative_error(net(latent, scale), exact)
+        if own_error <= limit:
             raise PackingError(
                 f"the packed LUA in {packed.dtype} differs from the network by {error:.2g} of the largest value at "
                 f"x{scale}; at most {limit:.2g} is expected. Use another build than torch {torch.__version__}"
             )
+        log.warning("this LUA amplifies rounding: in %s its error at x%d is %.2g", packed.dtype, scale, own_error)
+        if not _relative_error(actual, exact) <= _ALLOWED_RATIO * own_error:
+            return False
+    return True
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference as a share of the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from giantleap.models.device import choose_upscaler_dtype
 from giantleap.models.engines.base import EngineError, EngineName
 from giantleap.models.engines.cpu import LatentUpscaler, pack_lua
 from giantleap.models.engines.packed_lua import PackedLua
@@ -28,11 +29,12 @@ class TorchEngine:
 
     @classmethod
     def open(cls, net: Lua, device: torch.device, dtype: torch.dtype) -> "TorchEngine":
-        """Move a network to a device and pack it if possible (`pack_lua`).
+        """Move a network to a device and pack it if possible (`pack_lua`); in `choose_upscaler_dtype`.
 
         Raises:
             PackingError: The packed form computes something else.
         """
+        dtype = choose_upscaler_dtype(dtype, device)
         return cls(pack_lua(net.to(device), device, dtype), device, dtype)
 
     @property

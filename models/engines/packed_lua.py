@@ -274,7 +274,11 @@ def _run_blocks(blocks: Sequence[PackedBlock], tokens: Tensor, grids: Grids) -> 
     order: bool | None = None  # whether the windows are shifted; None is row by row
     for block in blocks:
         grid = grids.shifted if block.shifted else grids.plain
-        tokens = block(tokens, enters[order, block.shifted], grid)
+        if order == block.shifted:  # of a network that shifts no window (`LuaSpec.shift`)
+            enter = torch.arange(len(tokens), device=tokens.device)
+        else:
+            enter = enters[order, block.shifted]
+        tokens = block(tokens, enter, grid)
         order = block.shifted
     return tokens.index_select(0, (grids.shifted if order else grids.plain).scatter)
 

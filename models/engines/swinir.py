@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from giantleap.models.device import PartCallback, part_of
+from giantleap.models.device import PartCallback, choose_upscaler_dtype, part_of
 from giantleap.models.engines.cpu import LatentUpscaler, pack_lua
 from giantleap.models.engines.packed_lua import PackedLua
 from giantleap.models.lua.checkpoints import CheckpointError, read_lua
@@ -99,12 +99,13 @@ class PixelUpscaler:
 
     @classmethod
     def open(cls, files: Mapping[int, Path], device: torch.device, dtype: torch.dtype) -> Self:
-        """Read one file per scale: `.safetensors`, or `.pth` and `.pt` with nothing but tensors in them.
+        """Read one file per scale (`read_lua`), to compute in `choose_upscaler_dtype`.
 
         Raises:
             FileNotFoundError: A file is not there.
             CheckpointError: A file is damaged, of another layout, of another scale, or not for RGB.
         """
+        dtype = choose_upscaler_dtype(dtype, device)
         nets: dict[int, LatentUpscaler] = {}
         for scale, path in sorted(files.items()):
             net = read_lua(path, device)

@@ -1,43 +1,26 @@
 """Reads and writes the weights of a LUA.
 
 Our own file is safetensors with the spec as JSON in its header. The authors' multi-head release and single-head SwinIR
-files are read as well (`models/lua/released_layouts.py`). A file that does not fit is rejected with the key, its value
+files are read as well (`models/lua/released_layouts.py`), also as training loops wrap them
+(`models/lua/weight_files.py`). A file that does not fit is rejected with the key, its value
 and the expected value.
 """
 
 import os
-import pickle
-import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.released_layouts import CheckpointError, convert_state_dict
 from giantleap.models.lua.spec import SPEC_KEY, LuaSpec
+from giantleap.models.lua.weight_files import read_weights
 
 __all__ = ["CheckpointError", "read_lua", "write_lua"]
-
-_PICKLE_SUFFIXES = (".pth", ".pt")
-# What torch.load raised on 12,000 files with changed or missing bytes; it has no error class of its own.
-_DAMAGE = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-)
 
 
 def write_lua(path: Path, net: Lua, metadata: Mapping[str, str] | None = None) -> None:
@@ -63,7 +46,7 @@ def read_lua(path: Path, device: torch.device | str = "cpu") -> Lua:
     """Read a LUA in our format, in the authors' released layout or in SwinIR's.
 
     Args:
-        path: A `.safetensors`, `.pth` or `.pt` file.
+        path: A `.safetensors`, `.pth`, `.pt` or `.ckpt` file.
         device: Where the network goes.
 
     Returns:
@@ -73,55 +56,19 @@ def read_lua(path: Path, device: torch.device | str = "cpu") -> Lua:
         FileNotFoundError: There is no such file.
         CheckpointError: The file is damaged, its layout is not known, or it does not fit its spec.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no LUA weights at {path}")
-    if path.suffix == ".safetensors":
-        spec, weights = _read_safetensors(path)
-    elif path.suffix in _PICKLE_SUFFIXES:
-        spec, weights = None, _read_pickle(path)
-    else:
-        raise CheckpointError(f"{path}: found suffix {path.suffix!r}, expected .safetensors, .pth or .pt")
+    header, weights = read_weights(path)
+    try:
+        spec = LuaSpec.from_json(header[SPEC_KEY]) if SPEC_KEY in header else None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: header {SPEC_KEY}: {error}") from error
     try:
         if spec is None:
             spec, weights = convert_state_dict(weights)
         net = _build(spec, weights)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    _refuse_not_finite(path, weights)
+    _refuse_not_finite(path, net.state_dict())
     return net.to(device).eval()
-
-
-def _read_safetensors(path: Path) -> tuple[LuaSpec | None, dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged or no safetensors file: {error}") from error
-    if SPEC_KEY not in header:
-        return None, weights
-    try:
-        return LuaSpec.from_json(header[SPEC_KEY]), weights
-    except ValueError as error:
-        raise CheckpointError(f"{path}: header {SPEC_KEY}: {error}") from error
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        try:
-            content: Any = torch.load(file, map_location="cpu", weights_only=True)
-        except _DAMAGE as error:
-            reason = str(error).splitlines()[0] if str(error) else "it ends too early"
-            raise CheckpointError(f"{path}: damaged, or holds more than tensors: {reason}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: found a {type(content).__name__}, expected a dict of tensors")
-    for outer in ("params_ema", "params"):
-        if outer in content:
-            content = content[outer]
-            break
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise CheckpointError(f"{path}: expected tensors at the top or under params_ema or params")
-    return {str(key): value for key, value in content.items()}
 
 
 def _build(spec: LuaSpec, weights: Mapping[str, Tensor]) -> Lua:

@@ -7,6 +7,7 @@ Only names and shapes are read; no torch is imported.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from giantleap.models.lua.spec import LuaSpec
@@ -41,7 +42,20 @@ def convert_state_dict(weights: Mapping[str, Weight]) -> tuple[LuaSpec, dict[str
     _refuse_variants(own)
     if not any(key.startswith("heads.") for key in own):
         own = _single_head(own)
-    return _infer_spec(own), own
+    spec = _infer_spec(own)
+    return replace(spec, shift=_shifts_windows(weights, spec)), own
+
+
+def _shifts_windows(weights: Mapping[str, Shaped], spec: LuaSpec) -> bool:
+    """Whether odd blocks shift their windows: SwinIR does so unless it was built for images of one window.
+
+    A file tells by the masks of the shifts, which SwinIR stores; one without any of these buffers tells nothing.
+    """
+    masks = sum(key.endswith(".attn_mask") for key in weights)
+    odd_blocks = sum(depth // 2 for depth in spec.depths)
+    if 0 < masks < odd_blocks:
+        raise CheckpointError(f"found masks of {masks} blocks; expected those of all {odd_blocks} odd blocks, or none")
+    return masks > 0 or not any(key.endswith(".relative_position_index") for key in weights)
 
 
 def _refuse_variants(weights: Mapping[str, Shaped]) -> None:

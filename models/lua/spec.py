@@ -10,11 +10,11 @@ from typing import Any, Literal, Self, get_args
 HeadName = Literal["pixelshuffle", "liif"]
 
 SPEC_KEY = "giantleap.lua_spec"  # key of the spec in the header of our weight files
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
 SCALES = (2, 4)
 LIIF_POINTS = 16_384  # points of a LIIF head per step; at 256 wide, in float32, four corners take 64 MiB per map
 _SCALE_SETS = ((2,), (4,), (2, 4))
-_OPTIONAL_KEYS = frozenset({"head", "linear_skip"})  # absent in older files
+_OPTIONAL_KEYS = frozenset({"head", "linear_skip", "shift"})  # absent in older files
 _ROUNDING = 1e-6  # of a latent pixel: 4/3 of 12 is not 16 in floating point
 
 
@@ -37,6 +37,7 @@ class LuaSpec:
             heads at zero. It starts as the bicubic one; `giantleap train run` fits it to the pairs by least squares.
         image_mean: Subtracted before and added after the network, one value per channel; for RGB SwinIR files.
         latent_norm: The network carries a mean and a standard deviation per channel (`set_latent_statistics`).
+        shift: Odd blocks shift their windows by half of one; False for a SwinIR built for images of one window.
         head: "pixelshuffle" for one head per scale, or "liif" for one that takes any scale (`models/lua/liif.py`).
 
     Raises:
@@ -57,6 +58,7 @@ class LuaSpec:
     latent_norm: bool = False
     head: HeadName = "pixelshuffle"
     linear_skip: bool = False
+    shift: bool = True
 
     def __post_init__(self) -> None:
         if _is_count(self.num_heads, 1):
@@ -78,7 +80,7 @@ class LuaSpec:
         yield "mlp_ratio", _is_number(self.mlp_ratio) and self.mlp_hidden >= 1, "a number that leaves a hidden width"
         yield "scales", self.scales in _SCALE_SETS, f"one of {_SCALE_SETS}"
         yield "conv_first_kernel", self.conv_first_kernel in (1, 3), "1 or 3"
-        for name in ("bicubic_skip", "latent_norm", "linear_skip"):
+        for name in ("bicubic_skip", "latent_norm", "linear_skip", "shift"):
             yield name, isinstance(getattr(self, name), bool), "true or false"
         yield "head", self.head in get_args(HeadName), f"one of {get_args(HeadName)}"
         yield "linear_skip", not (self.linear_skip and self.bicubic_skip), "false beside a bicubic_skip"

@@ -81,7 +81,7 @@ def read_statistics(path: Path) -> LatentStatistics:
     Raises:
         StatisticsError: The file is of another format or damaged, or its header has none.
     """
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise StatisticsError(f"{path}: only .safetensors weights carry latent statistics")
     try:
         with safe_open(path, framework="numpy") as file:

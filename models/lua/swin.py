@@ -85,8 +85,8 @@ class Mlp(nn.Module):
 class SwinBlock(nn.Module):
     """Window attention and an MLP, each after a LayerNorm and with a residual.
 
-    Odd blocks shift their windows by half a window. Whether a block shifts depends on its position and never on the
-    size of the input, as in a network trained on patches larger than the window.
+    Odd blocks shift their windows by half a window (`LuaSpec.shift`). Whether a block shifts depends on its place and
+    never on the size of the input, as in a network trained on patches larger than the window.
     """
 
     def __init__(self, dim: int, window: int, heads: int, mlp_hidden: int, shift: int) -> None:
@@ -120,7 +120,7 @@ class BlockGroup(nn.Module):
 
     def __init__(self, spec: LuaSpec, depth: int, heads: int) -> None:
         super().__init__()
-        shifts = [0 if j % 2 == 0 else spec.window // 2 for j in range(depth)]
+        shifts = [spec.window // 2 if spec.shift and j % 2 else 0 for j in range(depth)]
         self.blocks = nn.ModuleList(
             SwinBlock(spec.embed_dim, spec.window, heads, spec.mlp_hidden, shift) for shift in shifts
         )

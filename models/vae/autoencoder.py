@@ -16,6 +16,7 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import Bundle, ModelSource
 from giantleap.models.bundle.descriptor import DecodeName
+from giantleap.models.bundle.load_errors import load_errors
 from giantleap.models.device import PartCallback
 from giantleap.models.images import to_pixels
 from giantleap.models.latent_space import LatentSpace
@@ -213,15 +214,21 @@ def read_vae_model(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> 
     """Load the autoencoder that a bundle decodes with, without its pipeline: the weights that the pipeline would load.
 
     Raises:
-        OSError: The directory or a file in it is missing.
+        BundleError: A file is missing or damaged.
     """
-    source = bundle.vae or ModelSource(bundle.pipeline, bundle.revision)
-    variant = bundle.variant if bundle.vae is None else bundle.vae.variant
+    with load_errors(bundle, "VAE"):
+        model = _load_vae_model(bundle, dtype)
+    return model.to(device)
+
+
+def _load_vae_model(bundle: Bundle, dtype: torch.dtype) -> Any:
+    source = bundle.vae or ModelSource(bundle.pipeline, bundle.revision, bundle.variant)
+    variant = source.variant
     place = bundle.vae_directory or source.place
     if isinstance(place, Path) and not any(place.glob(f"*.{variant}[.-]*safetensors")):
         variant = None  # a part without files of the variant has files without one
     in_pipeline = bundle.vae is None and isinstance(place, str)
-    model: Any = AutoModel.from_pretrained(
+    return AutoModel.from_pretrained(
         str(place),
         subfolder="vae" if in_pipeline else "",
         revision=source.revision,
@@ -230,7 +237,6 @@ def read_vae_model(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> 
         use_safetensors=True,
         local_files_only=isinstance(place, Path),
     )
-    return model.to(device)
 
 
 def read_tiny(source: ModelSource, device: torch.device, dtype: torch.dtype) -> AutoencoderTiny:

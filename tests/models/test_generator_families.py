@@ -9,12 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, EulerDiscreteScheduler
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
-from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.bundle.bundle import Bundle, BundleError
 from giantleap.models.bundle.descriptor import (
     IMAGE_TO_IMAGE,
     NO_NEGATIVE_PROMPT,
@@ -602,3 +613,79 @@ def test_what_the_api_knows_of_a_class_without_loading_it_is_what_the_generator_
     by_name = {cls.__name__: family for cls, family in FAMILIES.items()}
     assert {name for name, family in by_name.items() if family.image_pipeline is not None} == IMAGE_TO_IMAGE
     assert {name for name, family in by_name.items() if family.no_negative is None} == NO_NEGATIVE_PROMPT
+
+
+STEP_NOISE: dict[str, Callable[[Any], Any]] = {
+    "flow Euler": lambda config: FlowMatchEulerDiscreteScheduler.from_config(config, stochastic_sampling=True),
+    "flow LCM": FlowMatchLCMScheduler.from_config,
+}
+
+
+@pytest.mark.parametrize("noise", STEP_NOISE)
+@pytest.mark.parametrize(
+    "name", ["sd3", "flux1-schnell", "flux2", "flux2-klein", "qwen-image", "qwen-image-21", "z-image"]
+)
+def test_a_seed_repeats_where_the_scheduler_draws_noise_in_each_step(name: str, noise: str) -> None:
+    family = build(name)
+    family.pipeline.scheduler = STEP_NOISE[noise](family.pipeline.scheduler.config)
+    first, second = replace(family.item, seed=1), replace(family.item, prompt=LONG, seed=2)
+    torch.manual_seed(0)
+    (once,) = draw(family.generator, first)
+    torch.manual_seed(9)
+    (again,) = draw(family.generator, first)
+    assert torch.equal(once, again)
+    check_close(draw(family.generator, second, first)[1], once)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [EulerAncestralDiscreteScheduler, DDPMScheduler, LCMScheduler, TCDScheduler, KDPM2AncestralDiscreteScheduler],
+)
+def test_a_seed_repeats_with_the_schedulers_of_stable_diffusion_that_draw_noise(scheduler: Any) -> None:
+    family = build("sd15")
+    family.pipeline.scheduler = scheduler.from_config(family.pipeline.scheduler.config)
+    first, second = replace(family.item, seed=1), replace(family.item, prompt=LONG, seed=2)
+    torch.manual_seed(0)
+    (once,) = draw(family.generator, first)
+    torch.manual_seed(9)
+    check_close(draw(family.generator, second, first)[1], once)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [("EulerDiscreetScheduler", "did you mean EulerDiscreteScheduler"), ("NoSuchScheduler", "has no class NoSuch")],
+)
+def test_a_scheduler_that_diffusers_does_not_have_is_named(tmp_path: Path, scheduler: str, words: str) -> None:
+    source = PipelineSource(path="pipeline", scheduler=scheduler)
+    bundle = saved(tmp_path, tiny_sd15(), LATENT_SPACES["sd15"], pipeline=source)
+    with pytest.raises(BundleError, match=words):
+        Generator.open(bundle, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("unet/config.json", "{"),
+        ("unet/config.json", None),
+        ("scheduler/scheduler_config.json", None),
+        ("unet/diffusion_pytorch_model.safetensors", "version https://git-lfs.github.com/spec/v1"),
+        ("unet/diffusion_pytorch_model.safetensors", None),
+        ("text_encoder/model.safetensors", None),
+        ("tokenizer/tokenizer.json", "{"),
+        ("vae/diffusion_pytorch_model.safetensors", "nothing"),
+        ("model_index.json", '{"_class_name": "NoSuchPipeline"}'),
+        ("model_index.json", '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "NoSuchModel"]}'),
+    ],
+    ids=str,
+)
+def test_a_part_that_cannot_be_loaded_is_one_line_with_the_name_of_the_bundle(
+    tmp_path: Path, name: str, content: str | None
+) -> None:
+    bundle = saved(tmp_path, tiny_sd15(), LATENT_SPACES["sd15"])
+    path = tmp_path / "pipeline" / name
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(BundleError, match=f"bundle {bundle.name}: its pipeline cannot be loaded: ") as refusal:
+        Generator.open(bundle, torch.device("cpu"), torch.float32)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500

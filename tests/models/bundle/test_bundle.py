@@ -290,3 +290,64 @@ def test_statistics_that_are_weights_of_the_vae_become_part_of_the_space(directo
     save_file({"other": mean}, weights)
     with pytest.raises(BundleError, match="statistics"):
         read_bundle(directory)
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"])
+def test_weights_may_be_links_into_the_cache_of_the_hub(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    root = tmp_path / "elsewhere"
+    monkeypatch.setenv(variable, str(root))
+    cache = root / {"HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub"}.get(variable, "")
+    blob = cache / "models--maker--lua" / "blobs" / "0123"
+    write(directory)
+    replace_by_link(directory / "lua.safetensors", blob)
+    replace_by_link(directory / "vae", cache / "models--maker--base" / "snapshots" / "0123")
+    check_files(read_bundle(directory))
+
+
+def replace_by_link(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize("name", ["lua.safetensors", "vae/diffusion_pytorch_model.safetensors"])
+def test_a_link_to_anywhere_else_is_refused(directory: Path, tmp_path: Path, name: str) -> None:
+    write(directory)
+    replace_by_link(directory / name, tmp_path / "other" / name)
+    with pytest.raises(BundleError, match="leaves the bundle directory"):
+        read_bundle(directory)
+
+
+def test_a_name_that_leads_into_the_cache_without_a_link_is_refused(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    write(directory, put("lua", file="../lua.safetensors"))
+    (directory / "lua.safetensors").rename(tmp_path / "lua.safetensors")
+    with pytest.raises(BundleError, match="leaves the bundle directory"):
+        read_bundle(directory)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_descriptor(directory: Path) -> None:
+    path = write(directory) / "bundle.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_bundle(directory).name == "tiny"
+
+
+def test_a_pointer_of_git_lfs_is_named(directory: Path) -> None:
+    write(directory)
+    (directory / "lua.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(BundleError, match=r"lua\.safetensors is a pointer of Git LFS.*git lfs pull"):
+        read_bundle(directory)
+
+
+@pytest.mark.parametrize(("content", "words"), [("{", "not valid JSON"), ("[]", "found a list")])
+def test_an_index_of_the_pipeline_that_cannot_be_read_is_named(directory: Path, content: str, words: str) -> None:
+    write(directory)
+    (directory / "model_index.json").write_text(content)
+    with pytest.raises(BundleError, match=rf"model_index\.json: {words}"):
+        read_bundle(directory)

@@ -351,3 +351,20 @@ def test_a_part_whose_weights_cannot_be_fetched_ends_the_pull(
 def test_weights_that_are_pickles_only_are_refused() -> None:
     with pytest.raises(BundleError, match="come as pickles only"):
         choose_model_files(["unet/config.json", "unet/diffusion_pytorch_model.bin"])
+
+
+def test_a_part_of_which_the_repository_has_no_file_ends_the_pull(pull: Pull, server: FakeHub, tmp_path: Path) -> None:
+    pipeline = server.repositories[PIPELINE]
+    for name in [name for name in pipeline if name.startswith("vae/")]:
+        del pipeline[name]
+    with pytest.raises(BundleError, match="names the part vae, of which the repository has no file"):
+        pull()
+    assert not (tmp_path / "to" / "bundle.toml").exists()
+
+
+def test_a_directory_whose_pull_broke_off_says_how_it_goes_on(pull: Pull, server: FakeHub, tmp_path: Path) -> None:
+    server.statuses["lua.pth"] = 503
+    with pytest.raises(HubError):
+        pull()
+    with pytest.raises(BundleError, match="unfinished download: resume it"):
+        read_bundle(tmp_path / "to")

@@ -14,7 +14,9 @@ from giantleap.models.engines.cpu import (
     packing_unavailable_reason,
 )
 from giantleap.models.engines.packed_lua import GRIDS_KEPT, Grid, PackedBlock, PackedLua
+from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec
+from giantleap.models.lua.swin import SwinBlock
 from tests.random_lua import random_lua
 
 CPU = torch.device("cpu")
@@ -22,6 +24,7 @@ SPECS = {
     "tiny": LuaSpec(4, 12, (2, 3), (2, 3), window=4, mlp_ratio=1.5, num_feat=8),
     "window 8, skip": LuaSpec(16, 24, (2, 2), 6, window=8, num_feat=16, bicubic_skip=True, latent_norm=True),
     "linear skip": LuaSpec(8, 12, (2,), 2, window=4, num_feat=8, linear_skip=True, latent_norm=True),
+    "no shift": LuaSpec(4, 12, (2, 3), 2, window=4, num_feat=8, shift=False),
     "rgb, odd window": LuaSpec(
         3, 20, (3,), 2, window=5, num_feat=6, scales=(4,), conv_first_kernel=1, image_mean=(0.4, 0.5, 0.6)
     ),
@@ -167,3 +170,31 @@ def test_the_check_sees_a_wrong_shift_mask() -> None:
     packed._grids[2, 2 * window, 3 * window] = replace(grids, shifted=shifted)
     with pytest.raises(PackingError):
         check_packed(packed, net)
+
+
+def amplifying_lua() -> Lua:
+    """A net that adds 100,000 to its features, and whose next layer takes it off, which loses most of their digits."""
+    net = random_lua(SPECS["tiny"])
+    with torch.no_grad():
+        for block in (module for module in net.modules() if isinstance(module, SwinBlock)):
+            block.norm1.bias.fill_(1e5)
+            block.attn.qkv.weight.sub_(block.attn.qkv.weight.mean(dim=1, keepdim=True))
+    return net
+
+
+def test_a_network_that_amplifies_rounding_runs_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    net = amplifying_lua()
+    latent = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own = relative_error(net(latent, 2), copy.deepcopy(net).double()(latent.double(), 2))
+    assert own > 1e-4, "the case is what it is for"
+    assert pack_lua(net, CPU, torch.float32).spec == net.spec
+    assert "amplifies rounding" in caplog.text
+
+
+def test_a_network_of_zeros_is_packed() -> None:
+    net = random_lua(SPECS["tiny"])
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert isinstance(pack_lua(net, CPU, torch.float32), PackedLua)

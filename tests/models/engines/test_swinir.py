@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from giantleap.models.device import choose_upscaler_dtype
+from giantleap.models.engines.eager import TorchEngine
 from giantleap.models.engines.swinir import HALO_PX, TILE_PX, PixelUpscaler, blend_weights, plan_spans
 from giantleap.models.lua.checkpoints import CheckpointError, write_lua
 from giantleap.models.lua.network import Lua, LuaSpec
@@ -225,3 +227,47 @@ def test_the_outer_half_of_a_halo_weighs_nothing() -> None:
 def test_a_tile_shorter_than_four_halos_is_refused() -> None:
     with pytest.raises(ValueError, match="96 px are too short for a halo of 32 px"):
         plan_spans(1000, 96, 32, 8)
+
+
+def growing_swinir(scale: int = 2) -> Lua:
+    """A SwinIR whose residual stream grows by 8 in each group, beyond the range of float16."""
+    torch.manual_seed(0)
+    spec = LuaSpec(3, 12, (2,) * 6, 2, window=WINDOW, num_feat=6, scales=(scale,), image_mean=RGB_MEAN)
+    net = Lua(spec).eval()
+    with torch.no_grad():
+        for group in net.layers:
+            conv = group.get_submodule("conv")
+            torch.nn.init.dirac_(conv.get_parameter("weight")).mul_(7.0)
+            conv.get_parameter("bias").zero_()
+        net.conv_first.weight.mul_(3.0)
+    return net
+
+
+def test_a_residual_stream_beyond_float16_stays_finite_in_a_pipeline_of_float16(tmp_path: Path) -> None:
+    net = growing_swinir()
+    images = torch.rand(1, 3, 8, 8)
+    peaks: list[float] = []
+    for layer in net.layers:
+        layer.register_forward_hook(lambda module, given, given_back: peaks.append(float(given_back.abs().max())))
+    expected = whole(net, images)
+    assert max(peaks) > 65_504, "the case is what it is for"
+    write_lua(tmp_path / "x2.safetensors", net)
+    opened = PixelUpscaler.open({2: tmp_path / "x2.safetensors"}, CPU, torch.float16)
+    assert opened.dtype != torch.float16
+    assert torch.allclose(opened.upscale(images, 2), expected, atol=0.01)
+
+
+def test_lua_never_computes_in_float16() -> None:
+    for head in ("pixelshuffle", "liif"):
+        net = Lua(LuaSpec(4, 12, (2,), 2, window=WINDOW, num_feat=6, head=head)).eval()  # type: ignore[arg-type]
+        assert TorchEngine.open(net, CPU, torch.float16)._dtype == torch.float32
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_on_a_gpu_the_range_of_bfloat16_is_taken_where_it_has_one(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], chosen: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_upscaler_dtype(torch.float16, torch.device("cuda:0")) == chosen
+    for dtype in (torch.float32, torch.bfloat16):
+        assert choose_upscaler_dtype(dtype, torch.device("cuda:0")) == dtype

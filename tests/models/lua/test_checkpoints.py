@@ -1,5 +1,6 @@
 """Weight files: round trips of our own, the two published layouts rebuilt from their documentation, and refusals."""
 
+import argparse
 import json
 import random
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 from giantleap.models.lua.checkpoints import CheckpointError, read_lua, write_lua
 from giantleap.models.lua.network import Lua, LuaSpec, preset
 from giantleap.models.lua.spec import SPEC_KEY
+from giantleap.models.lua.swin import SwinBlock
 from tests.random_lua import random_lua
 
 SMALL = LuaSpec(5, 12, (2, 1), (3, 2), window=3, mlp_ratio=1.25, num_feat=6, conv_first_kernel=1)
@@ -372,3 +374,117 @@ def test_a_missing_file_and_a_strange_suffix_have_their_own_errors(tmp_path: Pat
     (tmp_path / "lua.onnx").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"found suffix '\.onnx'"):
         read_lua(tmp_path / "lua.onnx")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "netG.", "module._orig_mod.", "generator.net.", "net_g_ema."]
+)
+@pytest.mark.parametrize("form", [".pth", ".PTH", ".pt", ".ckpt", ".safetensors"])
+def test_the_prefix_of_a_wrapper_is_taken_off(tmp_path: Path, prefix: str, form: str) -> None:
+    weights = single_head_swinir(4, 2)
+    wrapped = {prefix + key: value for key, value in weights.items()}
+    path = tmp_path / f"swinir{form}"
+    if form == ".safetensors":
+        save_file(wrapped, path)
+    else:
+        write_pth(path, wrapped, None)
+    assert torch.equal(read_lua(path).conv_first.weight, weights["conv_first.weight"])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("state_dict",),
+        ("params-ema",),
+        ("model",),
+        ("model_state_dict",),
+        ("netG",),
+        ("anything",),
+        ("state_dict", "params_ema"),
+        ("checkpoint", "model", "params"),
+    ],
+)
+def test_weights_are_found_within_what_a_training_loop_saves(tmp_path: Path, names: tuple[str, ...]) -> None:
+    weights = single_head_swinir(4, 2)
+    content: dict[str, object] = {
+        "module." + key: torch.nn.Parameter(value) for key, value in weights.items() if value.is_floating_point()
+    }
+    content |= {"epoch": 3}
+    for depth, name in enumerate(reversed(names)):
+        content = {name: content} | (
+            {"optimizer": {"step": 4}, "epoch": 3} if name in ("state_dict", "model") or depth else {}
+        )
+    torch.save(content, tmp_path / "last.ckpt")
+    assert torch.equal(read_lua(tmp_path / "last.ckpt").conv_first.weight, weights["conv_first.weight"])
+
+
+def test_of_two_networks_the_averaged_one_is_taken_and_others_are_named(tmp_path: Path) -> None:
+    last, average = single_head_swinir(4, 2), single_head_swinir(4, 2)
+    both = {f"netG.{key}": value for key, value in last.items()} | {f"netG_ema.{k}": v for k, v in average.items()}
+    net = read_lua(write_pth(tmp_path / "gan.pth", both | {"netD.weight": torch.zeros(1)}, "state_dict"))
+    assert torch.equal(net.conv_first.weight, average["conv_first.weight"])
+    two = {f"{name}.{key}": value for name in ("one", "two") for key, value in last.items()}
+    with pytest.raises(CheckpointError, match=r"2 networks, 'one\.', 'two\.'"):
+        read_lua(write_pth(tmp_path / "two.pth", two, None))
+
+
+def test_the_state_of_a_compiled_network_is_read_in_our_own_format(tmp_path: Path) -> None:
+    net = random_lua(SMALL)
+    weights = {f"_orig_mod.{key}": value for key, value in net.state_dict().items()}
+    save_file(weights, tmp_path / "lua.safetensors", {SPEC_KEY: SMALL.to_json()})
+    assert torch.equal(read_lua(tmp_path / "lua.safetensors").conv_first.weight, net.conv_first.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64])
+@pytest.mark.parametrize("form", ["safetensors", "pth"])
+def test_weights_of_any_float_type_are_read(tmp_path: Path, dtype: torch.dtype, form: str) -> None:
+    weights = {key: value.to(dtype) for key, value in random_lua(SMALL).state_dict().items()}
+    path = tmp_path / f"lua.{form}"
+    if form == "safetensors":
+        save_file(weights, path, {SPEC_KEY: SMALL.to_json()})
+        assert torch.equal(read_lua(path).conv_first.weight, weights["conv_first.weight"].float())
+        weights["norm.bias"] = torch.full((12,), torch.nan).to(dtype)
+        save_file(weights, path, {SPEC_KEY: SMALL.to_json()})
+    else:
+        broken = {key: value.to(dtype) for key, value in single_head_swinir(4, 2).items()}
+        write_pth(path, broken | {"norm.bias": torch.full((12,), torch.nan).to(dtype)})
+    with pytest.raises(CheckpointError, match=r"norm\.bias: found NaN"):
+        read_lua(path)
+
+
+def test_a_swinir_for_images_of_one_window_shifts_no_window(tmp_path: Path) -> None:
+    """Built so, SwinIR shifts no window at any size; its file has no mask of a shift."""
+    weights = {key: value for key, value in single_head_swinir(4, 2).items() if not key.endswith("attn_mask")}
+    net = read_lua(write_pth(tmp_path / "small.pth", weights))
+    bare = {key: value for key, value in weights.items() if not key.endswith("relative_position_index")}
+    usual = read_lua(write_pth(tmp_path / "usual.pth", bare))
+    assert (net.spec.shift, usual.spec.shift) == (False, True), "a file without any of these buffers does not tell"
+    assert {module.shift for module in net.modules() if isinstance(module, SwinBlock)} == {0}
+    latent = torch.randn(1, 4, 12, 8)
+    with torch.no_grad():
+        assert not torch.allclose(net(latent, 2), usual(latent, 2), rtol=1e-4)
+    write_lua(tmp_path / "own.safetensors", net)
+    with torch.no_grad():
+        assert torch.equal(read_lua(tmp_path / "own.safetensors")(latent, 2), net(latent, 2))
+
+
+def test_masks_of_some_blocks_only_are_refused(tmp_path: Path) -> None:
+    weights = single_head_swinir(4, 2)
+    del weights["layers.1.residual_group.blocks.1.attn_mask"]
+    with pytest.raises(CheckpointError, match="masks of 1 blocks"):
+        read_lua(write_pth(tmp_path / "swinir.pth", weights))
+
+
+def test_an_object_in_a_pickle_is_named_in_one_plain_line(tmp_path: Path) -> None:
+    torch.save({"params": single_head_swinir(4, 2), "settings": argparse.Namespace(scale=2)}, tmp_path / "swinir.pth")
+    with pytest.raises(CheckpointError, match=r"holds more than tensors: argparse\.Namespace") as refusal:
+        read_lua(tmp_path / "swinir.pth")
+    assert "\n" not in str(refusal.value) and "\x1b" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, form: str) -> None:
+    path = tmp_path / f"lua.{form}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        read_lua(path)
