@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from giantleap.export.aoti import write_aoti
+from giantleap.export.float16_range import check_float16_range
 from giantleap.export.graphs import DTYPES, DecoderGraph, LuaGraph, trace
 from giantleap.export.machine import read_machine, read_versions
 from giantleap.export.manifest import (
@@ -37,7 +38,7 @@ from giantleap.export.manifest import (
     vae_directory,
 )
 from giantleap.export.onnx_files import OPSETS, write_onnx
-from giantleap.export.parity import choose_cases, compare
+from giantleap.export.parity import choose_cases, compare, sample_latents
 from giantleap.export.tensorrt_plans import PlanOptions, build_plan, plan_profiles, trtexec_line
 from giantleap.models.bundle.bundle import Bundle, check_files
 from giantleap.models.bundle.digests import file_hash
@@ -279,6 +280,10 @@ def _export_part(
 ) -> ArtifactRecord:
     engine, space = request.engine, request.bundle.latent_space
     precision = _part_precision(part, request.precision, reference)
+    if precision == "fp16" and reference.lua is not None and scale is not None:
+        sides = [2 * reference.lua.spec.window, 3 * reference.lua.spec.window]
+        latents = sample_latents((1, space.channels, sides[0], sides[1]), *reference.statistics, seed=0)
+        check_float16_range(reference.lua, scale, latents.to(request.device))
     graph, unit = _graph(reference, scale, precision)
     # An ONNX graph is traced on the CPU; compiled code is for the device.
     traced_on = request.device if engine == "aoti" else torch.device("cpu")

@@ -85,7 +85,8 @@ COLOR = (185, 71, 58)
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_color_profile_is_applied(name: str, form: str) -> None:
     matrix, to_linear = PROFILES[name]
-    options: dict[str, Any] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(form, {})
+    settings: dict[str, dict[str, Any]] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
+    options = settings.get(form, {})
     image = reopened(Image.new("RGB", (16, 16), COLOR), form, icc_profile=rgb_profile(matrix, to_linear), **options)
     expected = shown_in_srgb(COLOR, matrix, to_linear)
     found = shown(image)[8, 8].astype(int)

@@ -1,5 +1,6 @@
 """The route with real, tiny networks: sizes, isolation of items, parity with the stock pipeline, devices."""
 
+import platform
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +194,21 @@ def test_a_gpu_that_is_not_there_is_refused_and_auto_takes_the_cpu() -> None:
     for name in ("cuda", "cuda:0"):
         with pytest.raises(ValueError, match="CUDA devices"):
             choose_device(name)
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_bfloat16_that_a_processor_only_emulates_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_units: bool
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert choose_dtype("bfloat16", CPU) == torch.bfloat16
+    assert ("no arithmetic for bfloat16" in caplog.text) is not has_units
+    caplog.clear()
+    choose_dtype("float32", CPU)
+    choose_dtype("bfloat16", torch.device("cuda:0"))
+    assert caplog.text == ""
 
 
 def test_dtypes_follow_the_device() -> None:

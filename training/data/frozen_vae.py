@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from giantleap.models.bundle.bundle import Bundle, BundleError
 from giantleap.models.bundle.digests import file_hashes
+from giantleap.models.device import warn_of_slow_dtype
 from giantleap.models.vae.autoencoder import Vae, read_vae_model
 from giantleap.models.vae.decode import FRAME_CLASSES
 
@@ -36,6 +37,7 @@ def read_vae(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Vae:
         VaeError: The VAE does not match the bundle's latent space.
     """
     require_vae(bundle)
+    warn_of_slow_dtype(dtype, device)
     model = read_vae_model(bundle, device, torch.float32).requires_grad_(False).eval()
     return Vae(model, bundle.latent_space, dtype=dtype)
 

@@ -259,7 +259,7 @@ def test_a_residual_stream_beyond_float16_stays_finite_in_a_pipeline_of_float16(
 
 def test_lua_never_computes_in_float16() -> None:
     for head in ("pixelshuffle", "liif"):
-        net = Lua(LuaSpec(4, 12, (2,), 2, window=WINDOW, num_feat=6, head=head)).eval()  # type: ignore[arg-type]
+        net = Lua(LuaSpec(4, 12, (2,), 2, window=WINDOW, num_feat=6, head=head)).eval()
         assert TorchEngine.open(net, CPU, torch.float16)._dtype == torch.float32
 
 
