@@ -24,11 +24,11 @@ COMMANDS = {
     "bundle check": "bundle check {bundle}",
     "export": "export --engine aoti --part decoder",
     "export check": "export check {tmp}",
-    "train prepare": "train prepare {tmp}/nothing --bundle {bundle} --out {tmp}/pairs",
-    "train run": "train run --config {tmp}/run.toml --out {tmp}/run",
-    "train transfer": "train transfer --from {tmp} --to-bundle {bundle} --pairs {tmp} --out {tmp}/run",
-    "train evaluate": "train evaluate --bundle {bundle} --out {tmp}/report --images {tmp}/nothing",
-    "train statistics": "train statistics --lua {tmp}/no.safetensors --pairs {tmp} --out {tmp}/lua.safetensors",
+    "train prepare": "train prepare {tmp}/empty --bundle {bundle} --out {tmp}/out",
+    "train run": "train run --config {tmp}/run.toml --out {tmp}/out",
+    "train transfer": "train transfer --from {bundle} --to-bundle {bundle} --pairs {tmp}/empty --out {tmp}/out",
+    "train evaluate": "train evaluate --bundle {bundle} --out {tmp}/out --images {tmp}/empty",
+    "train statistics": "train statistics --lua {tmp}/lua.safetensors --pairs {tmp}/empty --out {tmp}/new.safetensors",
 }
 
 
@@ -45,9 +45,10 @@ def three_threads(tiny_bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.mark.parametrize("line", COMMANDS.values(), ids=COMMANDS.keys())
 def test_a_command_uses_the_threads_of_the_setting(line: str, tiny_bundle_dir: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "latent.npy", np.zeros((16, 4, 4), np.float32))
-    (tmp_path / "run.toml").write_text(
-        f'bundle = "{tmp_path}"\npairs = "{tmp_path}"\n[lua]\nstart = "no.safetensors"\n'
-    )
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "lua.safetensors").touch()
+    run = f'bundle = "{tiny_bundle_dir}"\npairs = "empty"\n[lua]\nstart = "lua.safetensors"\n'
+    (tmp_path / "run.toml").write_text(run)
     CliRunner().invoke(app, line.format(tmp=tmp_path, bundle=tiny_bundle_dir).split())
     assert torch.get_num_threads() == THREADS
 
