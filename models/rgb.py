@@ -10,15 +10,15 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, JpegImagePlugin, PngImagePlugin
 
-from giantleap.models.png_chunks import SIGNATURE, read_png
-
 MAX_JPEG_PX = 178_956_970  # where `Image.open` stops
 _MAX_GREY = 2**16 - 1
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 _JPEG_START = b"\xff\xd8\xff"
 # What Pillow raises on damaged, truncated or oversized pictures.
 DAMAGE = (
@@ -52,6 +52,9 @@ _TURNS: dict[object, Image.Transpose] = dict(
     )
 )
 _PROFILE_MODES = {"GRAY": ("L", "I;16"), "RGB ": ("L", "I;16", "RGB"), "CMYK": ("CMYK",)}
+_MAX_PROFILE_BYTES = 8 << 20  # of a decompressed color profile; those of printers have some MiB
+_TRANSPARENCY_BYTES = {0: (2, 2), 2: (6, 6), 3: (1, 256)}  # fewest and most, by color type
+_ANCILLARY = 0x20  # bit of the first letter
 _SRGB_LEVELS = 2  # by which two versions of the sRGB profile differ
 
 
@@ -81,8 +84,8 @@ def _no_warnings() -> Iterator[None]:
 
 
 def _open(content: bytes, formats: Sequence[str] | None) -> tuple[Image.Image, int]:
-    if content.startswith(SIGNATURE):
-        parts = read_png(content)
+    if content.startswith(_PNG_START):
+        parts = _read_png(content)
         image: Image.Image = Image.open(io.BytesIO(parts.picture), formats=("PNG",))
         for name, value in (("icc_profile", parts.icc_profile), ("exif", parts.exif)):
             if value is not None:
@@ -95,6 +98,64 @@ def _open(content: bytes, formats: Sequence[str] | None) -> tuple[Image.Image, i
         return jpeg, 1
     image = Image.open(io.BytesIO(content), formats=None if formats is None else tuple(formats))
     return image, int(getattr(image, "n_frames", 1))
+
+
+@dataclass(frozen=True, slots=True)
+class _PngParts:
+    """The parts of a PNG file.
+
+    Args:
+        picture: A PNG file with nothing but what the pixels need.
+        icc_profile: The color profile; None where there is none that can be read.
+        exif: As Pillow names it, with the head that JPEG files have; None where there is none.
+        frames: Number of frames, more than 1 for an animation.
+    """
+
+    picture: bytes
+    icc_profile: bytes | None = None
+    exif: bytes | None = None
+    frames: int = 1
+
+
+def _read_png(content: bytes) -> _PngParts:
+    """Take a PNG file apart; a damaged ancillary chunk counts as missing, a damaged critical one stays as it is."""
+    view = memoryview(content)
+    kept, found = [view[: len(_PNG_START)]], dict[bytes, bytes]()
+    start, color_type = len(_PNG_START), -1
+    while (stop := start + 12 + int.from_bytes(view[start : start + 4])) <= len(view):
+        name, data = bytes(view[start + 4 : start + 8]), view[start + 8 : stop - 4]
+        if not name[0] & _ANCILLARY:
+            kept.append(view[start:stop])
+            color_type = data[9] if name == b"IHDR" and len(data) > 9 else color_type
+        elif name in (b"tRNS", b"iCCP", b"eXIf", b"acTL") and zlib.crc32(view[start + 4 : stop - 4]) == int.from_bytes(
+            view[stop - 4 : stop]
+        ):
+            fewest, most = _TRANSPARENCY_BYTES.get(color_type, (1, 0))
+            if name != b"tRNS":
+                found[name] = bytes(data)
+            elif fewest <= len(data) <= most:
+                kept.append(view[start:stop])
+        start = stop
+        if name == b"IEND":
+            break
+    else:
+        kept.append(view[start:])  # cut off: Pillow decides whether the pixels are whole
+    frames = int.from_bytes(found.get(b"acTL", b"")[:4])
+    exif = b"Exif\0\0" + found[b"eXIf"] if b"eXIf" in found else None
+    return _PngParts(b"".join(kept), _inflate_profile(found.get(b"iCCP", b"")), exif, max(1, frames))
+
+
+def _inflate_profile(chunk: bytes) -> bytes | None:
+    """A profile from its chunk: a name, a zero byte, the method 0, compressed data."""
+    _, _, packed = chunk.partition(b"\0")
+    if packed[:1] != b"\0":
+        return None
+    inflater = zlib.decompressobj()
+    try:
+        profile = inflater.decompress(packed[1:], _MAX_PROFILE_BYTES)
+    except zlib.error:
+        return None
+    return profile if inflater.eof else None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -19,7 +19,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "models.constraints",
         "models.image_formats",
         "models.messages",
-        "models.png_chunks",
         "models.safetensors_header",
     ),
     (
@@ -29,7 +28,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "models.live_storage",
         "models.prompt_tokens",
         "models.rgb",
-        "models.threads",
         "models.worker_role",
     ),
     ("models.lua",),

@@ -90,7 +90,7 @@ def engines(
 
     from giantleap.cli.engine_bench import measure_engines, to_table
     from giantleap.models.device import choose_device
-    from giantleap.models.threads import set_threads
+    from giantleap.models.engines.threads import set_threads
     from giantleap.service.jobs.planning import choose_scale
 
     try:

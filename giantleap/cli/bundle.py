@@ -146,9 +146,9 @@ def check(
     chosen = _choose_method(bundle, method)
 
     from giantleap.models.device import choose_device, choose_dtype
+    from giantleap.models.engines.threads import set_threads
     from giantleap.models.lua.checkpoints import CheckpointError
     from giantleap.models.route import Route
-    from giantleap.models.threads import set_threads
 
     set_threads(settings.torch_threads)
     try:

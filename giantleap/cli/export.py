@@ -110,7 +110,7 @@ def _parts(names: list[str] | None) -> tuple[Part, ...]:
 def _configure(settings: Settings) -> None:
     from diffusers.utils import logging as diffusers_logging
 
-    from giantleap.models.threads import set_threads
+    from giantleap.models.engines.threads import set_threads
 
     diffusers_logging.set_verbosity_error()
     set_threads(settings.torch_threads)

@@ -88,7 +88,7 @@ def open_bundle_route(settings: Settings, bundle: Bundle) -> "Route":
     import_torch()
 
     from giantleap.models.device import choose_device, choose_dtype
-    from giantleap.models.threads import set_threads
+    from giantleap.models.engines.threads import set_threads
     from giantleap.service.worker.engines import open_route
 
     set_threads(settings.torch_threads)

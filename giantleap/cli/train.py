@@ -330,7 +330,7 @@ def _one_line_errors() -> Iterator[None]:
 
 def _set_threads() -> None:
     """Set the number of threads; the processes of `torchrun` share what is free."""
-    from giantleap.models.threads import set_threads
+    from giantleap.models.engines.threads import set_threads
 
     set_threads(settings_from().torch_threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 

@@ -15,8 +15,8 @@ from prometheus_client import start_http_server
 
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.device import choose_device, choose_dtype
+from giantleap.models.engines.threads import set_threads
 from giantleap.models.route import Route
-from giantleap.models.threads import set_threads
 from giantleap.service.errors import BadConfiguration
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from giantleap.models.threads import CpuQuota, Processors, choose_threads, read_quotas, set_threads
+from giantleap.models.engines.threads import CpuQuota, Processors, choose_threads, read_quotas, set_threads
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_the_setting_comes_first() -> None:
     assert set_threads(0) == 1 == torch.get_num_threads(), "OMP_NUM_THREADS is the most that the rule takes"
 
 
-_READ = "from giantleap.models.threads import read_processors; print(read_processors(0.5).busy)"
+_READ = "from giantleap.models.engines.threads import read_processors; print(read_processors(0.5).busy)"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="binds processes to one processor")
