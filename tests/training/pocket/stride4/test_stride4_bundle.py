@@ -64,7 +64,9 @@ def test_the_service_draws_what_the_stock_pipeline_draws(tmp_path: Path) -> None
     route = Route.open(read_bundle(tmp_path / "small"), torch.device("cpu"), torch.float32)
     shown = []
     for prompt in ("a red sphere on a green floor", "a blue cube"):
-        _, (image,) = route.upscale_and_decode(route.generate([GenerationItem(prompt, "", 7, 128, 96, 3, 3.0)]), 1)
+        (latent,) = route.generate([GenerationItem(prompt, "", 7, 128, 96, 3, 3.0)])
+        assert latent is not None
+        _, (image,) = route.upscale_and_decode([latent], 1)
         assert image is not None
         stock = SanaPipeline.from_pretrained(tmp_path / "small")
         stock.set_progress_bar_config(disable=True)
