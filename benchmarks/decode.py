@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 
 import psutil
 import torch
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.utils import logging as diffusers_logging
@@ -31,13 +32,13 @@ from torch import Tensor
 from benchmarks.machine import read_machine
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.models.live_storage import LiveStorage
+from giantleap.models.vae.dc_strips import DcStrips
 from giantleap.models.vae.decode import decode_exact, decode_plain, decode_tiled, decode_tiny
 from giantleap.models.vae.strip_plan import DecoderShape, plain_decode_bytes, plan_decode
 
 DecodeMethod = Literal["plain", "exact", "tiled", "tiny"]
 METHODS: tuple[DecodeMethod, ...] = get_args(DecodeMethod)
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
-STRIDE_PX = 8
 SEED = 0
 
 _KL: Mapping[str, Any] = MappingProxyType(
@@ -50,6 +51,7 @@ _KL: Mapping[str, Any] = MappingProxyType(
         "sample_size": 1024,
     }
 )
+_SANA_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
 VAE_CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "sdxl": {**_KL, "latent_channels": 4},
@@ -64,8 +66,33 @@ VAE_CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "use_quant_conv": False,
             "use_post_quant_conv": False,
         },
+        "pocket24": {
+            "latent_channels": 24,
+            "encoder_block_out_channels": (32, 32, 64),
+            "decoder_block_out_channels": (32, 32, 64),
+            "encoder_layers_per_block": (0, 1, 1),
+            "decoder_layers_per_block": (0, 2, 2),
+            "encoder_qkv_multiscales": ((),) * 3,
+            "decoder_qkv_multiscales": ((),) * 3,
+            "encoder_out_shortcut": False,
+            "decoder_in_shortcut": False,
+        },
+        "sana": {
+            "latent_channels": 32,
+            "encoder_block_types": _SANA_BLOCKS,
+            "decoder_block_types": _SANA_BLOCKS,
+            "encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
+            "downsample_block_type": "Conv",
+            "upsample_block_type": "interpolate",
+        },
     }
 )
+
+
+def stride_px(family: str) -> int:
+    """Image pixels per latent pixel."""
+    config = VAE_CONFIGS[family]
+    return int(2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1))
 
 
 @dataclass(frozen=True)
@@ -89,23 +116,28 @@ class DecodeFigures:
 
 
 def build_decoder(family: str, method: DecodeMethod) -> Any:
-    """Build the AutoencoderKL of a family (AutoencoderTiny for "tiny") at full size with fixed random weights."""
+    """Build the autoencoder of a family (AutoencoderTiny for "tiny") at full size with fixed random weights."""
     torch.manual_seed(SEED)
     if method == "tiny":
         return AutoencoderTiny(latent_channels=VAE_CONFIGS[family]["latent_channels"]).eval()
-    return AutoencoderKL(**VAE_CONFIGS[family]).eval()
+    cls: Any = AutoencoderDC if "encoder_block_out_channels" in VAE_CONFIGS[family] else AutoencoderKL
+    return cls(**VAE_CONFIGS[family]).eval()
 
 
 def random_latents(family: str, image_px: int, device: str | torch.device = "cpu") -> Tensor:
     """Return random raw latents of one square image."""
-    side = image_px // STRIDE_PX
+    side = image_px // stride_px(family)
     generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(SEED)
     shape = (1, VAE_CONFIGS[family]["latent_channels"], side, side)
     return torch.randn(shape, generator=generator, device=device)
 
 
-def run_decode(vae: Any, family: str, method: DecodeMethod, latents: Tensor) -> Tensor:
-    """Decode by one of the methods."""
+def run_decode(
+    vae: Any, family: str, method: DecodeMethod, latents: Tensor, dc_strips: DcStrips | None = None
+) -> Tensor:
+    """Decode by one of the methods; an AutoencoderDC with its own strips."""
+    if method == "exact" and dc_strips is not None:
+        return dc_strips.decode(vae, latents, dc_strips.choose_rows(*latents.shape[2:]))
     if method == "exact":
         return decode_exact(vae, latents)
     if method == "tiled":
@@ -119,9 +151,10 @@ def count_live(family: str, method: DecodeMethod, image_px: int, dtype: torch.dt
     """Measure the peak of live tensors on the meta device."""
     with torch.device("meta"):
         vae = build_decoder(family, method).to(dtype)
-    live = LiveStorage()
+    live, dc_strips = LiveStorage(), DcStrips.of(vae, dtype)
+    latents = random_latents(family, image_px, "meta").to(dtype)
     with live:
-        run_decode(vae, family, method, random_latents(family, image_px, "meta").to(dtype))
+        run_decode(vae, family, method, latents, dc_strips)
     return live
 
 
@@ -149,12 +182,13 @@ def run_child(case: Case, method: DecodeMethod, image_px: int, image_path: Path)
     if case.channels_last:
         vae.to(memory_format=torch.channels_last)
     latents = random_latents(family, image_px).to(dtype)
-    run_decode(vae, family, method, random_latents(family, 64).to(dtype))
+    dc_strips = DcStrips.of(vae, dtype)
+    run_decode(vae, family, method, random_latents(family, 64).to(dtype), dc_strips)
     before_bytes = psutil.Process().memory_info().rss
     walls_s, cpus_s = [], []
     for _ in range(case.runs):
         wall_s, cpu_s = time.perf_counter(), time.process_time()
-        image = run_decode(vae, family, method, latents)
+        image = run_decode(vae, family, method, latents, dc_strips)
         walls_s.append(time.perf_counter() - wall_s)
         cpus_s.append(time.process_time() - cpu_s)
     unit_bytes = 1 if sys.platform == "darwin" else 1024
@@ -198,7 +232,7 @@ def measure_size(
                 if method in ("exact", "tiled") and plain.exists():
                     difference = compare(path, plain)
             live = count_live(case.family, method, image_px, DTYPES[case.dtype])
-            side = image_px // STRIDE_PX
+            side = image_px // stride_px(case.family)
             estimate = estimate_bytes(case.family, method, side, case.dtype)
             row = DecodeFigures(
                 method,
@@ -220,7 +254,12 @@ def estimate_bytes(family: str, method: DecodeMethod, side: int, dtype: str) -> 
     if method not in ("plain", "exact"):
         return None
     with torch.device("meta"):
-        shape = DecoderShape.from_config(build_decoder(family, method).config)
+        vae = build_decoder(family, method)
+    cut = DcStrips.of(vae, DTYPES[dtype])
+    if cut is not None:
+        whole_bytes = int(cut.whole_decode.bytes_per_px * side * side)
+        return whole_bytes if method == "plain" else cut.peak_bytes(side, side, cut.choose_rows(side, side))
+    shape = DecoderShape.from_config(vae.config)
     if method == "exact":
         return plan_decode(shape, side, side, dtype).peak_bytes
     return plain_decode_bytes(shape, side, side, dtype)

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from benchmarks.decode import (
     METHODS,
-    STRIDE_PX,
     DecodeMethod,
     build_decoder,
     estimate_bytes,
     random_latents,
     run_decode,
+    stride_px,
 )
 from benchmarks.gpu_check.engines import VARIANTS, EngineCase, EngineFigures, measure_matrix_rate
 from benchmarks.gpu_check.engines import line as engine_line
@@ -127,7 +127,7 @@ def measure_case(case: GpuFigures, vae: Any, device: torch.device, plain: Tensor
     """
     dtype = DTYPES[case.dtype]
     latents = random_latents(case.family, case.image_px).to(device, dtype)
-    side = case.image_px // STRIDE_PX
+    side = case.image_px // stride_px(case.family)
     plan = None
     estimate = estimate_bytes(case.family, case.method, side, case.dtype)
     if case.strip_mib is not None:

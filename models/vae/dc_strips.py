@@ -22,8 +22,8 @@ from giantleap.models.vae.decode import choose_memory_format
 from giantleap.models.vae.decoder_check import UnknownDecoderError, convolution_problem, has_hook
 from giantleap.models.vae.strip_plan import MAX_ELEMENTS, DecodeBudgetError
 
-HALOS_PER_STRIP = 4  # rows of a strip over those of one overlap, where no budget decides
-STRIPS_FAST_PX = 512 * 512  # of an image, on a CPU in float32: strips take no longer from here on (docs/lab/vae.md)
+HALOS_PER_STRIP = 8  # rows of a strip over those of one overlap, where no budget decides: a quarter of the work repeats
+STRIPS_FAST_PX = 1024 * 1024  # of an image, on a CPU in float32: strips take no longer from here on (docs/lab/vae.md)
 PROBE_SIDE = 16  # latent pixels of the square that memory is measured with
 _POINTWISE = (RMSNorm, nn.SiLU, nn.ReLU, nn.ReLU6, nn.GELU, nn.Mish, nn.Identity, nn.Sequential)
 
@@ -61,7 +61,7 @@ class DcStrips:
         image_bytes_per_px: Of the image, per latent pixel.
         whole_decode: Of a decode without strips, per latent pixel.
         first_steps: Of the steps on the whole latent, per latent pixel.
-        map_bytes_per_px: Of the map, per latent pixel.
+        map_bytes_per_px: Of the map or the reordered latent that strips are cut from, per latent pixel.
         strip: Of the rest, per pixel of the map.
     """
 
@@ -100,7 +100,7 @@ class DcStrips:
             row_px=row_px,
             halo_rows=halo_rows,
             image_bytes_per_px=vae.config["in_channels"] * (map_scale * row_px) ** 2 * dtype.itemsize,
-            map_bytes_per_px=cut_map.shape[1] * map_scale**2 * dtype.itemsize if count else 0,
+            map_bytes_per_px=cut_map.shape[1] * map_scale**2 * dtype.itemsize,
             whole_decode=Footprint.measure(decoder, channels, dtype),
             first_steps=Footprint.measure(lambda latent: _run_first(decoder, latent, count), channels, dtype),
             strip=Footprint.measure(lambda rows: _run_rest(decoder, rows, count), cut_map.shape[1], dtype),
@@ -126,6 +126,14 @@ class DcStrips:
         image_px = height * width * (self.map_scale * self.row_px) ** 2
         return device == "cpu" and self.dtype == torch.float32 and image_px >= STRIPS_FAST_PX
 
+    def peak_bytes(self, height: int, width: int, rows: int, *, batch: int = 1) -> int:
+        """Memory of a decode in strips of `rows` rows beyond weights and latents."""
+        latent_px = height * width
+        strip_px = min(rows + 2 * self.halo_rows, height * self.map_scale) * width * self.map_scale
+        in_strips = self.map_bytes_per_px * latent_px + self.strip.bytes_per_px * strip_px
+        first_steps = self.first_steps.bytes_per_px * latent_px
+        return int(batch * self.image_bytes_per_px * latent_px + max(in_strips, first_steps))
+
     def choose_rows(self, height: int, width: int, *, batch: int = 1, budget_bytes: int | None = None) -> int:
         """Rows of the map per strip, without the overlap.
 
@@ -136,19 +144,15 @@ class DcStrips:
         fitting = int(MAX_ELEMENTS / (self.strip.elements_per_px * map_width)) - 2 * self.halo_rows
         if budget_bytes is None:
             return max(1, min(map_height, HALOS_PER_STRIP * self.halo_rows, fitting))
-        row_bytes = self.strip.bytes_per_px * map_width
-        kept_bytes = (batch * self.image_bytes_per_px + self.map_bytes_per_px) * height * width
-        fitting = min(fitting, int((budget_bytes - kept_bytes) / row_bytes) - 2 * self.halo_rows)
-        needed_bytes = max(
-            kept_bytes + (1 + 2 * self.halo_rows) * row_bytes,
-            batch * self.image_bytes_per_px * height * width + self.first_steps.bytes_per_px * height * width,
-        )
+        needed_bytes = self.peak_bytes(height, width, 1, batch=batch)
         if needed_bytes > budget_bytes:
             raise DecodeBudgetError(
-                f"an exact decode of a {height}x{width} latent needs {int(needed_bytes)} bytes with the thinnest "
-                f"strips; {budget_bytes} are allowed: decode a smaller image"
+                f"an exact decode of a {height}x{width} latent needs {needed_bytes} bytes with the thinnest strips; "
+                f"{budget_bytes} are allowed: decode a smaller image"
             )
-        return min(map_height, fitting)
+        kept_bytes = (batch * self.image_bytes_per_px + self.map_bytes_per_px) * height * width
+        row_bytes = self.strip.bytes_per_px * map_width
+        return max(1, min(map_height, fitting, int((budget_bytes - kept_bytes) / row_bytes) - 2 * self.halo_rows))
 
     @torch.inference_mode()
     def decode(self, vae: Any, latents: Tensor, rows: int, on_part: PartCallback | None = None) -> Tensor:

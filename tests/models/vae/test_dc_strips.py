@@ -101,8 +101,8 @@ def test_the_published_decoder_of_sana_is_cut_behind_its_attention() -> None:
 
 def test_without_a_budget_strips_are_for_large_images_on_a_cpu_in_float32_and_for_tensors_beyond_an_index() -> None:
     full, half = (cut_of(make_vae(**SHUFFLES).to(dtype), dtype) for dtype in (torch.float32, torch.bfloat16))
-    assert full.prefers_strips(128, 128) and not full.prefers_strips(128, 127)
-    assert not full.prefers_strips(128, 128, device="cuda") and not half.prefers_strips(128, 128)
+    assert full.prefers_strips(256, 256) and not full.prefers_strips(256, 255)
+    assert not full.prefers_strips(256, 256, device="cuda") and not half.prefers_strips(256, 256)
     side = int((2**31 / full.whole_decode.elements_per_px) ** 0.5)
     assert full.prefers_strips(side + 1, side + 1, device="cuda")
     assert not full.prefers_strips(side - 1, side - 1, device="cuda")
