@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from giantleap.models.constraints import explain
 
+EXIT_FAILURE: Final = 1
+"""Exit code of a process that cannot do its work now, as without its Redis: a restart may help."""
 EXIT_BAD_CONFIGURATION: Final = 2
 """Exit code of a process whose settings, bundle or engine are wrong: a restart cannot help."""
 EXIT_HUNG: Final = 75

@@ -40,7 +40,7 @@ from giantleap.cli.options import (
 from giantleap.cli.train import app as train_commands
 from giantleap.models.bundle.bundle import BundleError
 from giantleap.service.auth import check_auth_config
-from giantleap.service.errors import BadConfiguration, NotReady
+from giantleap.service.errors import EXIT_FAILURE, BadConfiguration, NotReady
 from giantleap.service.settings import Settings, explain_settings, format_errors, read_settings, to_markdown
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, epilog=EXIT_CODES, pretty_exceptions_enable=False)
@@ -142,10 +142,12 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
     from giantleap.models.allocator import keep_freed_memory
     from giantleap.service.api.app import create_app
     from giantleap.service.api.server import server_config
+    from giantleap.service.jobqueue.server import check_url
     from giantleap.service.supervisor.supervisor import notify_ready
 
     keep_freed_memory()
     try:
+        check_url(settings.redis_url or "", settings)
         application = create_app(settings)
     except (BundleError, BadConfiguration) as error:
         stop(str(error))
@@ -191,17 +193,20 @@ def worker(
     if lifeline_fd is not None:
         exit_with_parent(lifeline_fd, settings.drain_grace_s)
 
+    stopping = threading.Event()
+    for number_of_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number_of_signal, lambda *_: stopping.set())
+
     from giantleap.models.allocator import keep_freed_memory
     from giantleap.service.worker.process import run_worker
 
     keep_freed_memory()
-    stopping = threading.Event()
-    for number_of_signal in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number_of_signal, lambda *_: stopping.set())
     try:
         run_worker(settings, stopping, number, lambda: notify_ready(ready_fd))
     except BadConfiguration as error:
         stop(error.detail)
+    except NotReady as error:
+        stop(error.detail, code=EXIT_FAILURE)
 
 
 @app.command("settings")

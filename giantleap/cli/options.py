@@ -119,8 +119,8 @@ def stop_if_on_hub(bundle: Bundle) -> None:
         stop(f"bundle {bundle.name} is on the hub: fetch it with `giantleap bundle pull {bundle.name}` first")
 
 
-def stop(*lines: str) -> NoReturn:
-    """Print the lines to standard error and exit with `EXIT_BAD_CONFIGURATION`."""
+def stop(*lines: str, code: int = EXIT_BAD_CONFIGURATION) -> NoReturn:
+    """Print the lines to standard error and exit."""
     for line in lines:
         typer.echo(f"giantleap: {line}", err=True)
-    raise typer.Exit(EXIT_BAD_CONFIGURATION)
+    raise typer.Exit(code)

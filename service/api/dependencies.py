@@ -82,10 +82,9 @@ class AppState:
         if self.stopping.is_set():
             return ["this process is stopping"]
         try:
-            stats = await self.producer.stats()
-            await self.producer.read_devices()
-        except NotReady:
-            return ["Redis cannot be reached"]
+            stats, _ = await asyncio.gather(self.producer.stats(), self.producer.read_devices())
+        except NotReady as error:
+            return [f"Redis cannot be reached: {error.detail}"]
         return missing_roles(self.producer.devices) if stats.live_workers else ["no worker is ready"]
 
 

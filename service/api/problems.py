@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from http import HTTPMethod, HTTPStatus
 from typing import Any
 
-import redis.exceptions
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -38,8 +37,6 @@ _JOB_ERRORS: dict[str, type[GiantleapError]] = {
         *(errors.StorageFull, errors.NotReady, errors.DeadlinePassed, errors.JobFailed, errors.EngineFault),
     )
 }
-# Redis refuses writes for now; where it cannot be reached, `giantleap.service.jobqueue.producer` raises NotReady.
-REDIS_REFUSALS = (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError)
 
 
 def problem_body(error: GiantleapError, request_id: str, **members: Any) -> dict[str, Any]:
@@ -113,8 +110,6 @@ def handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _handle_validation)
     app.add_exception_handler(HTTPException, _handle_http)
     app.add_exception_handler(ClientDisconnect, _handle_disconnect)
-    for kind in REDIS_REFUSALS:
-        app.add_exception_handler(kind, handle_redis_refusal)
 
 
 def unexpected(error: Exception, request: Request) -> Response:
@@ -127,12 +122,6 @@ def unexpected(error: Exception, request: Request) -> Response:
         "request %s met an unexpected %s", request.state.request_id, type(error).__name__, extra={"frames": frames}
     )
     return problem_response(GiantleapError("an unexpected error; the log has it under this instance"), request)
-
-
-async def handle_redis_refusal(request: Request, error: Exception) -> Response:
-    """The 503 response where Redis takes no writes."""
-    log.error("request %s: Redis refuses to write: %s", request.state.request_id, type(error).__name__)
-    return problem_response(errors.NotReady("Redis takes no writes at the moment; try again"), request)
 
 
 async def _handle_own(request: Request, error: Exception) -> Response:

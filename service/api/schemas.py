@@ -172,6 +172,7 @@ class Ready(BaseModel):
 
     ready: bool = Field(description="true: send requests here.")
     reasons: list[str] = Field(description="Why not; empty where ready.")
+    warnings: list[str] = Field(description="How Redis may lose accepted jobs; empty where it is set up well.")
 
 
 def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:

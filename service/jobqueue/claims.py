@@ -3,14 +3,13 @@
 import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-
-import redis
+from dataclasses import dataclass, field
 
 from giantleap.service.jobqueue import scripts
-from giantleap.service.jobqueue.client import REDIS_UNAVAILABLE
+from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE, name_fault
 from giantleap.service.jobqueue.keys import FINISH
 from giantleap.service.jobqueue.replies import ClaimedJob
 from giantleap.service.jobqueue.runner import ScriptRunner
@@ -38,6 +37,7 @@ class Claim:
     """A job that this worker holds. `delivery` counts its starts, this one included, and fences late writes.
 
     The count restarts when the job is transferred. `body` is the input blob, or, with `base_latents`, the raw latents.
+    `waited_s` is the time from the acceptance of the job to the claim, by the clock of Redis.
     """
 
     job: Job
@@ -46,6 +46,12 @@ class Claim:
     message_id: str
     delivery: int
     base_latents: BaseLatents | None = None
+    waited_s: float = 0.0
+    claimed_s: float = field(default_factory=time.monotonic, compare=False)
+
+    def age_s(self) -> float:
+        """Seconds since the job was accepted, whatever the clocks of the hosts say."""
+        return self.waited_s + time.monotonic() - self.claimed_s
 
     @property
     def key(self) -> tuple[str, str]:
@@ -58,13 +64,13 @@ class Claim:
 
 
 def to_claim(claimed: ClaimedJob) -> Claim | None:
-    """The claim, without its body; None if an API process of another version made the job, which then becomes stale."""
+    """The claim, without its body; None if an API process of another version made the job."""
     try:
         job = Job.from_json(claimed.job)
     except ValueError as error:
-        _LOG.error("a job of another version is left to become stale: %s", error)
+        _LOG.error("a job of another version is left to other workers: %s", error)
         return None
-    claim = Claim(job, None, claimed.lane, claimed.message, claimed.delivery)
+    claim = Claim(job, None, claimed.lane, claimed.message, claimed.delivery, waited_s=claimed.waited_s)
     if isinstance(job.params, GenerateParams) and f"{FINISH}:" in claimed.lane:
         return dataclasses.replace(claim, base_latents=BaseLatents(claimed.stages or {}, claimed.warnings))
     return claim
@@ -136,8 +142,8 @@ class Leases:
             try:
                 claims = [claim.to_arguments() for claim in held]
                 lost = self._runner.run(scripts.RENEW, {**self._worker, "claims": claims}).ids
-            except (*REDIS_UNAVAILABLE, redis.RedisError) as error:  # any: without this thread every claim is lost
-                _LOG.warning("leases not renewed (%s)", type(error).__name__)
+            except REDIS_UNAVAILABLE as error:
+                _LOG.warning("leases not renewed (%s)", name_fault(error))
                 pause_s = min(self._period_s, _RETRY_S)
                 continue
             pause_s = self._period_s

@@ -7,12 +7,15 @@
 | `redis+cluster://[user:password@]host[:6379],host` | the nodes of a cluster |
 
 `rediss+sentinel://` and `rediss+cluster://` use TLS. User and password are those of the data servers; credentials of
-the sentinels are `?sentinel_username=` and `?sentinel_password=`. No error of this module holds a URL.
+the sentinels are `?sentinel_username=` and `?sentinel_password=`. With TLS, `?ssl_ca_certs=FILE` names an authority.
+No error of this module holds a URL.
 """
 
 import asyncio
+import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -22,35 +25,31 @@ import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
-from redis.exceptions import ClusterError, OutOfMemoryError, ReadOnlyError, RedisClusterException, TryAgainError
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from giantleap.service.errors import BadConfiguration, NotReady
+from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE, to_bad_configuration
 
 SyncRedis = redis.Redis | redis.RedisCluster
 AsyncRedis = redis.asyncio.Redis | redis.asyncio.RedisCluster
 
-REDIS_UNAVAILABLE = (
-    redis.ConnectionError,
-    redis.TimeoutError,
-    ReadOnlyError,
-    OutOfMemoryError,
-    TryAgainError,
-    ClusterError,
-    RedisClusterException,  # no node of a cluster is reachable: redis-py has no narrower class
-)
-"""Errors of a server that is unreachable, fails over or refuses writes for now: a retry can succeed."""
-
 _FORMS = "redis://, rediss://, unix://, redis+sentinel://host:26379,host/service/db or redis+cluster://host:6379,host"
-# MISCONF: the disk is full; UNBLOCKED: a master that became a replica ended a blocking command.
-_TEMPORARY = ("NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "MISCONF", "UNBLOCKED")
 _MAX_OUTAGE_S, _PAUSE_S = 120.0, 0.5
 _CANCEL_AGAIN_S = 0.1
 _SENTINEL_PORT, _SERVER_PORT = 26379, 6379
 # A sentinel that does not answer costs this once; redis-py then asks the next one first.
 _SENTINEL_TIMEOUT_S = 1.0
-_TIMEOUTS: dict[str, Any] = {"socket_timeout": 10.0, "socket_connect_timeout": 5.0}
+_TIMEOUT_S, _CONNECT_S = 10.0, 5.0
+_TLS_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+# Others would change the replies, or are no options of redis-py, which then fails at its first connection.
+_PARAMETERS = frozenset(
+    {
+        *("client_name", "db", "health_check_interval", "max_connections", "password", "protocol", "socket_keepalive"),
+        *("socket_connect_timeout", "socket_timeout", "ssl_ca_path", "ssl_cert_reqs", "ssl_check_hostname", "username"),
+        *_TLS_FILES,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,7 @@ class Address:
     db: int = 0
     login: dict[str, str] = field(default_factory=dict, repr=False)
     sentinel_login: dict[str, str] = field(default_factory=dict, repr=False)
+    tls_files: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 def read_address(url: str) -> Address:
@@ -77,6 +77,7 @@ def read_address(url: str) -> Address:
     if not rest:
         raise BadConfiguration(f"the Redis URL has no scheme; allowed is {_FORMS}")
     if scheme in ("redis", "rediss", "unix"):
+        _check_parameters(url, scheme)
         return Address("server", url, tls=scheme == "rediss")
     transport, _, kind = scheme.partition("+")
     if transport not in ("redis", "rediss") or kind not in ("sentinel", "cluster"):
@@ -87,6 +88,25 @@ def read_address(url: str) -> Address:
         raise BadConfiguration(f"the Redis URL of the form {scheme}:// cannot be read: {error}; see {_FORMS}") from None
 
 
+def _check_parameters(url: str, scheme: str) -> None:
+    parts = urlsplit(url)
+    query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
+    if unknown := sorted(query.keys() - _PARAMETERS):
+        raise BadConfiguration(
+            f"the Redis URL has the parameter {unknown[0][:32]!r}; allowed are {', '.join(sorted(_PARAMETERS))}"
+        )
+    db = query.get("db", "" if scheme == "unix" else parts.path.strip("/"))
+    if db and not db.isdecimal():
+        raise BadConfiguration("the database in the Redis URL is not a number; write redis://host:6379/0")
+    _check_files(query)
+
+
+def _check_files(query: Mapping[str, str]) -> None:
+    for name in _TLS_FILES:
+        if name in query and not os.access(query[name], os.R_OK):
+            raise BadConfiguration(f"{name} in the Redis URL names a file that cannot be read; correct its path")
+
+
 def _read_several(url: str, kind: str, tls: bool) -> Address:
     parts = urlsplit(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
@@ -94,10 +114,12 @@ def _read_several(url: str, kind: str, tls: bool) -> Address:
     login = {name: unquote(value) for name, value in zip(names, credentials.split(":", 1), strict=False) if value}
     query = {name: values[-1] for name, values in parse_qs(parts.query, strict_parsing=bool(parts.query)).items()}
     path = [unquote(part) for part in parts.path.split("/") if part]
+    tls_files = {name: query.pop(name) for name in _TLS_FILES if tls and name in query}
+    _check_files(tls_files)
     if kind == "cluster":
         if query or path not in ([], ["0"]):
-            raise ValueError("a cluster has database 0 only and takes no parameters")
-        return Address("cluster", url, tls, _read_hosts(hosts, _SERVER_PORT), login=login)
+            raise ValueError(f"a cluster has database 0 only and no parameters but, with TLS, {', '.join(_TLS_FILES)}")
+        return Address("cluster", url, tls, _read_hosts(hosts, _SERVER_PORT), login=login, tls_files=tls_files)
     unknown = set(query) - {f"sentinel_{name}" for name in names}
     if unknown or not 1 <= len(path) <= 2:
         raise ValueError("after the hosts come /service and maybe /db, then only sentinel_username and _password")
@@ -105,7 +127,8 @@ def _read_several(url: str, kind: str, tls: bool) -> Address:
         raise ValueError("the database is not a number")
     db = int(path[1]) if len(path) == 2 else 0
     sentinel_login = {name.removeprefix("sentinel_"): value for name, value in query.items()}
-    return Address("sentinel", url, tls, _read_hosts(hosts, _SENTINEL_PORT), path[0], db, login, sentinel_login)
+    where = _read_hosts(hosts, _SENTINEL_PORT)
+    return Address("sentinel", url, tls, where, path[0], db, login, sentinel_login, tls_files)
 
 
 def _read_hosts(text: str, default_port: int) -> tuple[tuple[str, int], ...]:
@@ -122,21 +145,32 @@ def _read_hosts(text: str, default_port: int) -> tuple[tuple[str, int], ...]:
     return tuple(hosts)
 
 
-def open_redis(url: str, max_outage_s: float = _MAX_OUTAGE_S) -> SyncRedis:
-    """A client for threads, with bounded timeouts and a few quick retries. `JobConsumer` waits for longer outages.
+def open_redis(
+    url: str,
+    max_outage_s: float = _MAX_OUTAGE_S,
+    timeout_s: float = _TIMEOUT_S,
+    stop: threading.Event | None = None,
+) -> SyncRedis:
+    """A client for threads. It tries again where a connection broke, but waits once for a server that hangs.
 
     Effects: reads the nodes of a cluster at once; any other client connects with its first command.
 
+    Args:
+        url: Where Redis is.
+        max_outage_s: How long to wait for a node of a cluster.
+        timeout_s: How long to wait for a reply.
+        stop: Ends the wait for a cluster.
+
     Raises:
-        BadConfiguration: The URL cannot be read.
-        NotReady: No node of a cluster answered for `max_outage_s`.
+        BadConfiguration: The URL cannot be read, or the cluster refuses the login.
+        NotReady: No node of a cluster answered for `max_outage_s`, or until the stop.
     """
     address = read_address(url)
-    retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2)
-    options: dict[str, Any] = {**_timeouts(url), **address.login, "retry": retry}
+    retry = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 2, (redis.ConnectionError,))
+    options: dict[str, Any] = {**_timeouts(url, timeout_s), **address.login, **address.tls_files, "retry": retry}
     if address.kind == "cluster":
-        return _open_cluster(address, options, max_outage_s)
-    options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
+        return _open_cluster(address, options, max_outage_s, stop or threading.Event())
+    options["retry_on_error"] = [redis.ConnectionError]
     if address.kind == "sentinel":
         sentinel = Sentinel(address.hosts, sentinel_kwargs=_sentinel_options(address, Retry(NoBackoff(), 0)))
         master: redis.Redis = sentinel.master_for(address.service, db=address.db, ssl=address.tls, **options)
@@ -147,32 +181,39 @@ def open_redis(url: str, max_outage_s: float = _MAX_OUTAGE_S) -> SyncRedis:
         raise BadConfiguration(f"the Redis URL cannot be read; allowed is {_FORMS}") from None
 
 
-def _timeouts(url: str) -> dict[str, Any]:
+def _timeouts(url: str, timeout_s: float) -> dict[str, Any]:
     """Timeouts of every connection; redis-py refuses keep-alive for Unix sockets."""
-    return _TIMEOUTS if url.startswith("unix") else {**_TIMEOUTS, "socket_keepalive": True}
+    timeouts: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": min(_CONNECT_S, timeout_s)}
+    return timeouts if url.startswith("unix") else {**timeouts, "socket_keepalive": True}
 
 
-def _open_cluster(address: Address, options: dict[str, Any], max_outage_s: float) -> redis.RedisCluster:
+def _open_cluster(
+    address: Address, options: dict[str, Any], max_outage_s: float, stop: threading.Event
+) -> redis.RedisCluster:
     deadline_s = time.monotonic() + max_outage_s
     while True:
         nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.hosts]
         try:
             return redis.RedisCluster(startup_nodes=nodes, ssl=address.tls, **options)
         except REDIS_UNAVAILABLE as error:
-            if time.monotonic() >= deadline_s:
+            if (wrong := to_bad_configuration(error)) is not None:
+                raise wrong from None
+            if time.monotonic() >= deadline_s or stop.wait(_PAUSE_S):
                 raise NotReady(f"no node of the Redis cluster answered for {max_outage_s:.0f} s") from error
-            time.sleep(_PAUSE_S)
 
 
 def open_async_redis(url: str) -> AsyncRedis:
     """A client for asyncio, with room for one connection per event reader. It connects with its first command.
+
+    Callers bound the time of a command with its retries (`JobProducer`).
 
     Raises:
         BadConfiguration: The URL cannot be read.
     """
     address = read_address(url)
     retry = AsyncRetry(ExponentialWithJitterBackoff(base=0.05, cap=1.0), 4)
-    options: dict[str, Any] = {**_timeouts(url), **address.login, "retry": retry, "max_connections": 10_000}
+    options: dict[str, Any] = {**_timeouts(url, _TIMEOUT_S), **address.login, **address.tls_files, "retry": retry}
+    options["max_connections"] = 10_000
     if address.kind == "cluster":
         nodes = [redis.asyncio.cluster.ClusterNode(host, port) for host, port in address.hosts]
         return redis.asyncio.RedisCluster(startup_nodes=nodes, ssl=address.tls, **options)
@@ -189,7 +230,7 @@ def open_async_redis(url: str) -> AsyncRedis:
 
 def _sentinel_options(address: Address, retry: Retry | AsyncRetry) -> dict[str, Any]:
     times = {"socket_timeout": _SENTINEL_TIMEOUT_S, "socket_connect_timeout": _SENTINEL_TIMEOUT_S}
-    return {**times, **address.sentinel_login, "ssl": address.tls, "retry": retry}
+    return {**times, **address.sentinel_login, **address.tls_files, "ssl": address.tls, "retry": retry}
 
 
 def check_client(client: SyncRedis | AsyncRedis) -> float:
@@ -216,8 +257,3 @@ async def cancel_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()  # retrieved, because asyncio logs an exception that nobody retrieves
-
-
-def is_temporary(error: redis.ResponseError) -> bool:
-    """Whether a server refused a command for a temporary reason, as during a failover."""
-    return str(error).startswith(_TEMPORARY)

@@ -10,9 +10,9 @@ import logging
 from collections.abc import Iterator
 
 from pydantic import TypeAdapter
-from redis.exceptions import RedisError
 
-from giantleap.service.jobqueue.client import REDIS_UNAVAILABLE, AsyncRedis
+from giantleap.service.jobqueue.client import AsyncRedis
+from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE, name_fault
 from giantleap.service.jobqueue.replies import StoredJob
 from giantleap.service.jobs.job import Job, JobRecord
 
@@ -43,8 +43,8 @@ class CompletionListener:
                         message = await channel.get_message(ignore_subscribe_messages=True, timeout=_READ_S)
                         if message is not None:
                             self.on_completion(message["data"].decode())
-            except (*REDIS_UNAVAILABLE, RedisError, OSError) as error:  # any: without a listener every wait polls
-                _LOG.warning("listener lost Redis (%s); next attempt in %.1f s", type(error).__name__, delay_s)
+            except (*REDIS_UNAVAILABLE, OSError) as error:
+                _LOG.warning("listener lost Redis (%s); next attempt in %.1f s", name_fault(error), delay_s)
                 await asyncio.sleep(delay_s)
                 delay_s = min(2.0, 2 * delay_s)
 

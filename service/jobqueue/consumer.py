@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import random
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,11 @@ from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import NotReady, StorageFull
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.claims import Claim, Leases, to_claim
-from giantleap.service.jobqueue.client import REDIS_UNAVAILABLE, SyncRedis, check_client
+from giantleap.service.jobqueue.client import SyncRedis, check_client
+from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE, name_fault, to_bad_configuration
 from giantleap.service.jobqueue.keys import Keys, claim_order
 from giantleap.service.jobqueue.replies import ClaimedJob, ClaimReply, SettleReply
-from giantleap.service.jobqueue.runner import Command, ScriptRunner, run_command, upload_results
+from giantleap.service.jobqueue.runner import Command, ScriptRunner, upload_results
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.job import JobError, JobState, ResultFile
 from giantleap.service.settings import Settings
@@ -43,7 +45,10 @@ Value = TypeVar("Value")
 
 
 class JobConsumer:
-    """The consumer of one worker process. Its methods may be called from several threads."""
+    """The consumer of one worker process. Its methods may be called from several threads.
+
+    `stop` ends its waits for a Redis that is away: at once, or after the drain's grace where a job would be lost.
+    """
 
     def __init__(
         self,
@@ -53,6 +58,7 @@ class JobConsumer:
         consumer: str,
         device: Device | None = None,
         role: WorkerRole = WorkerRole.ALL,
+        stop: threading.Event | None = None,
     ) -> None:
         if not bundles:
             raise ValueError("no bundle was given; a worker serves at least one")
@@ -73,27 +79,44 @@ class JobConsumer:
         self._leases = Leases(self._scripts, self._worker, settings.visibility_timeout_s)
         self._turn = 0
         self._failures = 0
+        self._claiming = threading.Lock()
+        # Jobs that only another version can read, and those whose end Redis did not take for two minutes.
+        self._unreadable: set[str] = set()
+        self._dropped: set[str] = set()
+        self._stop = threading.Event() if stop is None else stop
 
     def open(self) -> None:
         """Creates the groups and starts the lease thread, which also sends the heartbeat of this worker.
 
         Effects: creates streams and groups that are missing; deletes consumers that were idle for an hour and hold
-        nothing. Waits while Redis is loading. Safe to repeat after `close`.
+        nothing. Waits while Redis is away or loading. Safe to repeat after `close`.
 
         Raises:
-            NotReady: Redis did not answer for two minutes.
+            BadConfiguration: Redis refuses this worker, and a retry cannot help.
+            NotReady: Redis did not answer for two minutes, or until the stop.
         """
         arguments = {**self._worker, "lanes": self._lanes()}
-        self._retry_until_available(lambda: self._scripts.run(scripts.REGISTER_WORKER, arguments))
+
+        def register() -> None:
+            try:
+                self._scripts.run(scripts.REGISTER_WORKER, arguments)
+            except REDIS_UNAVAILABLE as error:
+                if (wrong := to_bad_configuration(error)) is not None:
+                    raise wrong from None
+                raise
+
+        self._retry_until_available(register, grace_s=0.0)
         self._leases.open()
 
     def close(self) -> None:
         """Stops the lease thread and unregisters the worker. Other workers take its remaining claims when stale."""
         self._leases.close()
+        if self._failures:
+            return  # Redis is away; the heartbeat expires
         try:
             self._scripts.run(scripts.UNREGISTER_WORKER, {**self._worker, "lanes": self._lanes()})
         except REDIS_UNAVAILABLE as error:
-            _LOG.warning("could not unregister (%s); the heartbeat will expire", type(error).__name__)
+            _LOG.warning("could not unregister (%s); the heartbeat will expire", name_fault(error))
 
     def claim(self, max_jobs: int, block_s: float) -> list[Claim]:
         """At most `max_jobs` jobs, at once if there are any, else the first that arrive within `block_s`.
@@ -104,12 +127,9 @@ class JobConsumer:
 
         Effects: one atomic script per attempt. Each job returned is in state processing and counted as started, and
         its lease is renewed until it is ended or released. Canceled jobs and jobs started too often are closed on the
-        way. If Redis is unavailable it waits and retries, and returns nothing after `block_s`. A lost reply costs the
-        job one delivery: another claim takes it when it is stale. The caller must end every job by `complete`,
-        `transfer`, `fail`, `cancel` or `release`.
-
-        Raises:
-            NotReady: Jobs were claimed, but Redis did not return their inputs for two minutes.
+        way. If Redis is unavailable or refuses, it waits and retries, and returns nothing after `block_s` or at a
+        stop. What a lost reply claimed comes with the next claim. The caller must end every job by `complete`,
+        `transfer`, `fail`, `cancel`, `release` or `drop`.
         """
         if max_jobs < 1:
             raise ValueError(f"max_jobs is {max_jobs}; claim at least one job")
@@ -117,10 +137,12 @@ class JobConsumer:
         while True:
             try:
                 lanes = self._lanes()
-                reply = self._send_claim(max_jobs, lanes)
-                self._failures = 0
+                with self._claiming:  # a claim that is not yet held would look like one whose reply was lost
+                    reply = self._send_claim(max_jobs, lanes)
+                    self._failures = 0
+                    held = self._hold(reply.claims)
+                claims = self._read_bodies(held, reply.claims)
                 left_s = deadline_s - time.monotonic()
-                claims = self._hold(reply.claims)
                 if claims or left_s <= 0:
                     return claims
                 if reply.last_ids:  # absent if all jobs taken had ended meanwhile
@@ -128,9 +150,8 @@ class JobConsumer:
             except REDIS_UNAVAILABLE as error:
                 self._failures += 1
                 pause_s = _backoff_s(self._failures)
-                _LOG.warning("claim lost Redis (%s); next attempt in %.1f s", type(error).__name__, pause_s)
-                time.sleep(pause_s)
-                if time.monotonic() >= deadline_s:
+                _LOG.warning("claim lost Redis (%s); next attempt in %.1f s", name_fault(error), pause_s)
+                if self._stop.wait(pause_s) or time.monotonic() >= deadline_s:
                     return []
 
     def emit(self, claim: Claim, name: str, data: Mapping[str, object]) -> None:
@@ -138,7 +159,7 @@ class JobConsumer:
         try:
             self._scripts.run(scripts.EMIT, {**self._fence(claim), "name": name, "data": json.dumps(data)})
         except REDIS_UNAVAILABLE as error:
-            _LOG.warning("event %s of job %s dropped (%s)", name, claim.job.id, type(error).__name__)
+            _LOG.warning("event %s of job %s dropped (%s)", name, claim.job.id, name_fault(error))
 
     def find_canceled(self, claims: Sequence[Claim]) -> frozenset[str]:
         """Ids of the jobs whose cancel flag is set or whose deadline has passed, in one round trip.
@@ -148,7 +169,7 @@ class JobConsumer:
         try:
             return self._scripts.run(scripts.FIND_STOPPED, {"ids": [claim.job.id for claim in claims]}).ids
         except REDIS_UNAVAILABLE as error:
-            _LOG.warning("cancel flags not read (%s)", type(error).__name__)
+            _LOG.warning("cancel flags not read (%s)", name_fault(error))
             return frozenset()
 
     def complete(
@@ -271,7 +292,13 @@ class JobConsumer:
             try:
                 self._scripts.run(scripts.RELEASE, self._fence(claim))
             except REDIS_UNAVAILABLE as error:
-                _LOG.warning("job %s not returned (%s); it becomes stale", claim.job.id, type(error).__name__)
+                _LOG.warning("job %s not returned (%s); it becomes stale", claim.job.id, name_fault(error))
+
+    def drop(self, claims: Sequence[Claim]) -> None:
+        """Leaves jobs to become stale: their ends could not be written, so they must run again."""
+        for claim in claims:
+            self._leases.drop(claim)
+            self._dropped.add(claim.job.id)
 
     def _lanes(self) -> list[str]:
         """Every lane of this worker in the order of the next claim."""
@@ -287,30 +314,48 @@ class JobConsumer:
         )
 
     def _send_claim(self, max_jobs: int, lanes: Sequence[str]) -> ClaimReply:
-        held = [" ".join(claim.key) for claim in self._leases.held()]
-        arguments = {"consumer": self._consumer, "max_jobs": max_jobs, "held": held, "lanes": lanes}
+        arguments = {
+            "consumer": self._consumer,
+            "max_jobs": max_jobs,
+            "held": [*(claim.job.id for claim in self._leases.held()), *self._unreadable],
+            "dropped": list(self._dropped),
+            "lanes": lanes,
+        }
         return self._scripts.run(scripts.CLAIM, arguments)
 
     def _hold(self, claimed: Sequence[ClaimedJob]) -> list[Claim]:
-        """Starts renewing the claims and reads their inputs."""
+        """Starts renewing the claims. Effects: returns jobs that this version cannot read, for workers that can."""
         if claimed:
             self._turn += 1
-        read = [(claim, row.input_bytes) for row in claimed if (claim := to_claim(row)) is not None]
-        self._leases.hold([claim for claim, _ in read])
+        claims = []
+        for row in claimed:
+            self._dropped.discard(row.id)
+            if (claim := to_claim(row)) is not None:
+                claims.append(claim)
+                continue
+            self._unreadable.add(row.id)
+            fence = {"lane": row.lane, "message": row.message, "id": row.id, "delivery": row.delivery}
+            self._scripts.run(scripts.RELEASE, {"consumer": self._consumer, **fence})
+        self._leases.hold(claims)
+        return claims
+
+    def _read_bodies(self, held: Sequence[Claim], claimed: Sequence[ClaimedJob]) -> list[Claim]:
+        """The claims with their inputs; nothing if Redis does not return these for two minutes."""
+        with_input = {row.id for row in claimed if row.input_bytes}
         try:
-            whole = [self._with_body(claim) if size_bytes else claim for claim, size_bytes in read]
-        except NotReady:
-            for claim, _ in read:  # the caller never sees these claims: they must not be renewed for ever
-                self._leases.drop(claim)
-            raise
+            whole = [self._with_body(claim) if claim.job.id in with_input else claim for claim in held]
+        except NotReady as error:
+            _LOG.error("inputs not read, their jobs become stale: %s", error.detail)
+            self.drop(held)  # the caller never sees these claims: they must not be renewed for ever
+            return []
         return [claim for claim in whole if claim is not None]
 
     def _with_body(self, claim: Claim) -> Claim | None:
         """The claim with its input; None if the input is gone: then another worker has ended the job."""
         key = self._keys.input(claim.job.id)
-        body: Any = self._retry_until_available(lambda: run_command(lambda: self._redis.get(key)))
+        body: Any = self._retry_until_available(lambda: self._redis.get(key), self._settings.drain_grace_s)
         if body is None:
-            self._leases.drop(claim)
+            self.drop([claim])
             return None
         return dataclasses.replace(claim, body=body)
 
@@ -321,7 +366,7 @@ class JobConsumer:
         last_ids: dict[KeyT, StreamIdT] = {
             self._keys.stream(lane): last_id for lane, last_id in zip(lanes, reply.last_ids, strict=True)
         }
-        run_command(lambda: self._redis.xread(last_ids, count=1, block=block_ms))
+        self._redis.xread(last_ids, count=1, block=block_ms)
 
     def _settle(
         self,
@@ -345,9 +390,9 @@ class JobConsumer:
 
         with self._leases.settling(claim):
             try:
-                reply = self._retry_until_available(send)
+                reply = self._retry_until_available(send, self._settings.drain_grace_s)
             except NotReady:
-                self._leases.drop(claim)  # left to become stale, so that another worker runs the job again
+                self.drop([claim])
                 raise
             if reply.status != "no_room":
                 self._leases.drop(claim)
@@ -355,20 +400,34 @@ class JobConsumer:
             _LOG.warning("job %s was ended too late: delivery %d is not current", claim.job.id, claim.delivery)
         return reply
 
-    def _retry_until_available(self, call: Callable[[], Value]) -> Value:
-        """Runs `call` until Redis answers, with growing pauses, for two minutes at most."""
-        deadline_s = time.monotonic() + _MAX_OUTAGE_S
+    def _retry_until_available(self, call: Callable[[], Value], grace_s: float) -> Value:
+        """Runs `call` until Redis answers, with growing pauses, for two minutes at most, or `grace_s` after a stop."""
+        started_s = time.monotonic()
+        stopping_s: float | None = None
         failures = 0
         while True:
             try:
-                return call()
+                reply = call()
             except REDIS_UNAVAILABLE as error:
-                if time.monotonic() >= deadline_s:
-                    raise NotReady(f"Redis did not answer for {_MAX_OUTAGE_S:.0f} s; it must be reachable.") from error
+                now_s = time.monotonic()
+                if self._stop.is_set() and stopping_s is None:
+                    stopping_s = now_s
+                is_over = stopping_s is not None and now_s >= stopping_s + grace_s
+                if is_over or now_s >= started_s + _MAX_OUTAGE_S:
+                    raise NotReady(
+                        f"Redis did not answer for {now_s - started_s:.0f} s ({name_fault(error)}); it must be "
+                        "reachable: look at its log and at GIANTLEAP_REDIS_URL"
+                    ) from error
                 failures += 1
                 pause_s = _backoff_s(failures)
-                _LOG.warning("lost Redis (%s); next attempt in %.1f s", type(error).__name__, pause_s)
-                time.sleep(pause_s)
+                _LOG.warning("lost Redis (%s); next attempt in %.1f s", name_fault(error), pause_s)
+                if stopping_s is None:
+                    self._stop.wait(pause_s)
+                else:
+                    time.sleep(pause_s)
+                continue
+            self._failures = 0
+            return reply
 
 
 def _backoff_s(failures: int) -> float:

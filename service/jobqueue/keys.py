@@ -26,6 +26,7 @@ The Lua scripts (`giantleap.service.jobqueue.scripts`) build the same names from
 | {tag}:workers:<role>            | zset   | live workers of one role                          | swept by heartbeats   |
 | {tag}:devices                   | hash   | device of each live worker, JSON                  | swept by heartbeats   |
 | {tag}:durations, :durations:<queue> | list | seconds of recent jobs (in that queue)          | 100, 31 entries       |
+| {tag}:seen_ms, :resumed_ms      | string | when Redis last served, and again after an outage | one number, TTL       |
 | {tag}:queued_px                 | string | latent pixels of live jobs                        | one number            |
 | {tag}:deadlines                 | zset   | jobs with a deadline, by deadline                 | live                  |
 | {tag}:jobs:<owner>              | zset   | jobs of an owner, by time of entry                | 1,000, TTL            |

@@ -9,13 +9,14 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import math
 import re
 import statistics
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,17 +25,13 @@ import redis
 from giantleap.service.errors import InvalidRequest, MalformedRequest, NotFound, NotReady
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.backpressure import retry_after_s, to_refusal
-from giantleap.service.jobqueue.client import (
-    REDIS_UNAVAILABLE,
-    AsyncRedis,
-    cancel_tasks,
-    check_client,
-    is_temporary,
-)
+from giantleap.service.jobqueue.client import AsyncRedis, cancel_tasks, check_client
 from giantleap.service.jobqueue.completions import CompletionListener
+from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE, to_not_ready
 from giantleap.service.jobqueue.keys import Keys, idempotency_digest
 from giantleap.service.jobqueue.replies import EnqueueReply
 from giantleap.service.jobqueue.runner import AsyncScriptRunner, upload_input
+from giantleap.service.jobqueue.server import find_warnings
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.job import Job, JobEvent, JobRecord, JobState, QueueStats, UpscaleParams
 from giantleap.service.settings import Settings
@@ -44,7 +41,13 @@ CURSOR_PATTERN = r"^[0-9]{1,17}$"  # not \d, which matches the digits of all scr
 SMALL_BODY_BYTES = 1 << 20
 """Bodies up to this size are handled in the event loop; a thread would cost more."""
 _POLL_S = 1.0
+# How long to wait for a Redis that hangs: a probe or scrape gives up after a few seconds, and so must its answer.
+_PROBE_S = 2.0
+_COMMAND_S = 5.0
+_STREAM_S = 30.0
+_TRANSFER_BYTES_PER_S = 10e6
 _DEVICES_EVERY_S = 3.0
+_WARNINGS_EVERY = 20
 _REFUSAL_CACHE_S = 0.25
 _EVENT_ID = re.compile(r"\d{1,19}(-\d{1,19})?")  # each part has 64 bits
 _LOG = logging.getLogger(__name__)
@@ -58,6 +61,7 @@ class Enqueued:
     job_id: str
     created: bool
     queue_position: int
+    created_at_s: float | None = None
     estimated_start_s: float | None = None
 
 
@@ -79,18 +83,18 @@ class JobProducer:
         self._scripts = AsyncScriptRunner(redis, settings)
         self._keys = Keys(settings.key_prefix)
         self._devices: tuple[Device, ...] = ()
+        self._warnings: tuple[str, ...] = ()
         self._completions = CompletionListener(redis, self._keys.done_channel)
         self._refusal: tuple[int, float] = (1, -math.inf)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
-        """Checks that Redis answers, starts the listener that wakes `wait` and the task that keeps `devices` fresh.
-
-        Raises:
-            NotReady: Redis does not answer.
-        """
-        await self.ping()
-        await self.read_devices()
+        """Starts the listener that wakes `wait` and the task that keeps `devices` fresh. Redis may be away."""
+        try:
+            await self.read_devices()
+            await self.read_warnings()
+        except NotReady as error:
+            _LOG.warning("requests get 503 until Redis is there: %s", error.detail)
         self._tasks = [
             asyncio.create_task(self._completions.listen(), name="job-done-listener"),
             asyncio.create_task(self._watch_devices(), name="device-watcher"),
@@ -106,6 +110,19 @@ class JobProducer:
         """The devices of the live workers, as of seconds ago: reading them takes no round trip."""
         return self._devices
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Why the server may lose accepted jobs, as of a minute ago."""
+        return self._warnings
+
+    async def read_warnings(self) -> None:
+        """Updates `warnings`.
+
+        Raises:
+            NotReady: Redis does not answer.
+        """
+        self._warnings = find_warnings(await self._await(self._scripts.run(scripts.READ_SERVER), _PROBE_S))
+
     async def read_devices(self) -> None:
         """Updates `devices`. Devices that a worker of another version wrote are left out.
 
@@ -113,7 +130,7 @@ class JobProducer:
             NotReady: Redis does not answer.
         """
         devices = []
-        for text in (await self._await(self._scripts.run(scripts.LIST_DEVICES))).devices:
+        for text in (await self._await(self._scripts.run(scripts.LIST_DEVICES), _PROBE_S)).devices:
             try:
                 devices.append(Device.from_json(text))
             except ValueError as error:
@@ -126,7 +143,7 @@ class JobProducer:
         Raises:
             NotReady: Redis does not answer or is still loading its data.
         """
-        await self._await(self._redis.ping())
+        await self._await(self._redis.execute_command("PING"), _PROBE_S)
 
     async def enqueue(
         self, job: Job, body: bytes | None = None, idempotency_key: str | None = None, max_live: int | None = None
@@ -157,9 +174,16 @@ class JobProducer:
             "idempotency": None if idempotency_key is None else idempotency_digest(idempotency_key, job.owner),
             "max_live": max_live,
         }
-        reply = await self._await(self._send_job(job, body, arguments))
+        within_s = _COMMAND_S + len(body or b"") / _TRANSFER_BYTES_PER_S
+        reply = await self._await(self._send_job(job, body, arguments), within_s)
         if reply.status in ("created", "existing"):
-            return Enqueued(reply.job_id, reply.status == "created", reply.queue_position or 0, reply.estimated_start_s)
+            return Enqueued(
+                reply.job_id,
+                reply.status == "created",
+                reply.queue_position or 0,
+                reply.created_at_s,
+                reply.estimated_start_s,
+            )
         if reply.status == "mismatch":
             raise InvalidRequest(
                 "The idempotency key or job id was used before for another request; a repeat must be the same "
@@ -266,7 +290,8 @@ class JobProducer:
 
     async def read_result(self, job_id: str, index: int) -> bytes | None:
         """One result blob, or None if there is none, it has expired, or it was evicted for newer ones."""
-        blob: Any = await self._await(self._redis.hget(self._keys.result(job_id), str(index)))
+        read = self._redis.execute_command("HGET", self._keys.result(job_id), index)
+        blob: Any = await self._await(read, _COMMAND_S + self._settings.max_body_bytes / _TRANSFER_BYTES_PER_S)
         return None if blob is None else bytes(blob)
 
     async def wait(self, job_id: str, timeout_s: float, created: Job | None = None) -> JobRecord:
@@ -310,14 +335,13 @@ class JobProducer:
             raise MalformedRequest("Last-Event-ID is not an event's id; allowed is `<ms>-<n>` as it was sent.")
         while True:
             # The state is read first: the read after it sees what was written together with a final state.
-            state: Any = await self._await(self._redis.hget(self._keys.job(job_id), "state"))
+            read = self._redis.execute_command("HGET", self._keys.job(job_id), "state")
+            state: Any = await self._await(read, _STREAM_S)
             if state is None:
                 raise NotFound(f"No job {job_id} is known; it never was or its record has expired.")
             final = JobState(state.decode()).final
-            reply: Any = await self._await(
-                self._redis.xread({self._keys.events(job_id): last_event_id}, block=None if final else self._block_ms)
-            )
-            for entry_id, fields in reply[0][1] if reply else ():
+            reply = await self._await(self._read_events(job_id, last_event_id, wait=not final), _STREAM_S)
+            for entry_id, fields in reply:
                 last_event_id = entry_id.decode()
                 name = fields[b"name"].decode()
                 yield JobEvent(last_event_id, name, json.loads(fields[b"data"]))
@@ -326,9 +350,17 @@ class JobProducer:
             if final and not reply:
                 return
 
+    async def _read_events(self, job_id: str, last_event_id: str, wait: bool) -> Sequence[tuple[bytes, Any]]:
+        """Entries of the stream of a job after an id; `wait` for the first."""
+        block_ms = self._block_ms if wait else None
+        reply: Any = await self._redis.xread({self._keys.events(job_id): last_event_id}, block=block_ms)
+        if isinstance(reply, dict):  # protocol 3
+            return [entry for entries in reply.values() for part in entries for entry in part]
+        return reply[0][1] if reply else ()
+
     async def stats(self) -> QueueStats:
         """The queue at this moment. Effects: releases the bytes of results that have expired."""
-        reply = await self._await(self._scripts.run(scripts.READ_STATS))
+        reply = await self._await(self._scripts.run(scripts.READ_STATS), _PROBE_S)
         return QueueStats(
             queued={(lane.queue, lane.priority): lane.queued for lane in reply.lanes},
             processing=reply.processing,
@@ -364,30 +396,41 @@ class JobProducer:
             raise NotFound(f"No job {job_id} is known; it never was or its record has expired.")
         return record
 
-    async def _await(self, command: Awaitable[Value]) -> Value:
+    async def _await(self, command: Coroutine[Any, Any, Value], within_s: float = _COMMAND_S) -> Value:
         """The reply of a command.
 
+        It runs in a task of its own, because a timeout's cancellation may be swallowed (see `cancel_tasks`).
+
         Raises:
-            NotReady: Redis is unavailable.
+            NotReady: Redis is unavailable, refuses, or has not answered in time.
         """
+        task = asyncio.create_task(command)
         try:
-            return await command
+            await asyncio.wait([task], timeout=within_s)
+            if not task.done():
+                raise NotReady(
+                    f"Redis has not answered for {within_s:.0f} s; it hangs or is overloaded: try again soon.",
+                    retry_after_s=1,
+                )
+            return task.result()
         except REDIS_UNAVAILABLE as error:
-            raise _to_not_ready(error) from error
-        except redis.ResponseError as error:
-            if is_temporary(error):
-                raise _to_not_ready(error) from error
-            raise
+            raise to_not_ready(error) from error
+        finally:
+            if not task.done():
+                task.add_done_callback(_retrieve)
+                task.cancel()
 
     async def _watch_devices(self) -> None:
-        """Keeps `devices` fresh; while Redis is unavailable they stay. Ends jobs whose deadline has passed."""
-        while True:
+        """Keeps `devices` and `warnings` fresh; while Redis is unavailable they stay. Ends jobs past their deadline."""
+        for turn in itertools.count(1):
             await asyncio.sleep(_DEVICES_EVERY_S)
             try:
                 await self.read_devices()
                 await self._await(self._scripts.run(scripts.END_OVERDUE_JOBS))
-            except (NotReady, redis.RedisError) as error:
-                _LOG.warning("devices not read (%s)", type(error).__name__)
+                if turn % _WARNINGS_EVERY == 0:
+                    await self.read_warnings()
+            except NotReady as error:
+                _LOG.warning("devices not read: %s", error.detail)
 
 
 async def _wait_for_event(wake: asyncio.Event, timeout_s: float) -> None:
@@ -397,13 +440,10 @@ async def _wait_for_event(wake: asyncio.Event, timeout_s: float) -> None:
             await wake.wait()
 
 
-def _to_not_ready(error: Exception) -> NotReady:
-    if isinstance(error, redis.ResponseError):
-        return NotReady("Redis takes no writes at the moment, it is full or failing over; try again.", retry_after_s=5)
-    return NotReady(
-        f"Redis does not answer ({type(error).__name__}); it must be reachable and loaded: try again soon.",
-        retry_after_s=1,
-    )
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Retrieves the exception of a task that nobody waits for any more: asyncio logs it otherwise."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _sha256(body: bytes | None) -> str:

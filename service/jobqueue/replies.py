@@ -3,7 +3,7 @@
 An empty list is absent in a reply, because the JSON encoder of Redis cannot tell it from an empty object.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pydantic import Json
@@ -18,6 +18,7 @@ class StoredJob:
     state: JobState
     deliveries: int
     job: Json[Job] | None = None
+    created_at_s: float | None = None
     started_at_s: float | None = None
     finished_at_s: float | None = None
     cancel: bool = False
@@ -34,6 +35,8 @@ class StoredJob:
         job = self.job or created
         if job is None:
             raise ValueError("a stored job without its job needs the job that was created")
+        if self.created_at_s is not None:
+            job = replace(job, created_at_s=self.created_at_s)
         left_ms = self.deadline_left_ms
         return JobRecord(
             job=job,
@@ -58,6 +61,7 @@ class EnqueueReply:
 
     status: Literal["created", "existing", "mismatch", "full", "full_px", "busy", "storage", "upload"]
     job_id: str
+    created_at_s: float | None = None
     queue_position: int | None = None
     estimated_start_s: float | None = None
     amount: int = 0
@@ -139,6 +143,14 @@ class DroppedReply:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerReply:
+    """How the server treats its data; None: its user may not read it."""
+
+    maxmemory_policy: str | None = None
+    aof_enabled: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class IdsReply:
     """Ids of jobs."""
 
@@ -147,13 +159,18 @@ class IdsReply:
 
 @dataclass(frozen=True, slots=True)
 class ClaimedJob:
-    """A message that now belongs to the worker. `stages` is there if another worker transferred the job."""
+    """A message that now belongs to the worker. `stages` is there if another worker transferred the job.
 
+    `waited_s`: how long the job exists; absent if an API process of an older version made it.
+    """
+
+    id: str
     job: str
     lane: str
     message: str
     delivery: int
     input_bytes: int
+    waited_s: float = 0.0
     stages: Json[dict[str, float]] | None = None
     warnings: Json[tuple[str, ...]] = ()
 

@@ -6,15 +6,14 @@ the script runs, the key expires. Both go in one pipeline, which costs one sync 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import redis
 from redis.exceptions import NoScriptError
 
-from giantleap.service.jobqueue.client import AsyncRedis, SyncRedis, is_temporary
+from giantleap.service.jobqueue.client import AsyncRedis, SyncRedis
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.scripts import LuaScript, to_config
 from giantleap.service.settings import Settings
@@ -23,7 +22,6 @@ UPLOAD_TTL_MS = 60_000
 NO_ARGUMENTS: Mapping[str, object] = MappingProxyType({})
 
 Reply = TypeVar("Reply")
-Value = TypeVar("Value")
 Command = tuple[Any, ...]
 
 
@@ -102,7 +100,7 @@ class AsyncScriptRunner:
 
 
 class ScriptRunner:
-    """Runs scripts from any thread. A temporary refusal is raised as `redis.ConnectionError`."""
+    """Runs scripts from any thread."""
 
     def __init__(self, client: SyncRedis, settings: Settings) -> None:
         self._client = client
@@ -120,9 +118,9 @@ class ScriptRunner:
         command = self._call.to_command(script, arguments, value)
         while True:
             try:
-                return script.parse(run_command(lambda: self._send([*before, command])))
+                return script.parse(self._send([*before, command]))
             except NoScriptError:
-                run_command(lambda: self._client.script_load(script.text))
+                self._client.script_load(script.text)
 
     def _send(self, commands: Sequence[Command]) -> Any:
         if len(commands) == 1:
@@ -131,19 +129,6 @@ class ScriptRunner:
         for command in commands:
             pipe.execute_command(*command)
         return last_reply(pipe.execute(raise_on_error=False))
-
-
-def run_command(command: Callable[[], Value]) -> Value:
-    """Runs a command of a worker; a temporary refusal is raised as `redis.ConnectionError`.
-
-    Such are `NOREPLICAS` (fewer replicas than `min-replicas-to-write`) and a server whose memory or disk is full.
-    """
-    try:
-        return command()
-    except redis.ResponseError as error:
-        if is_temporary(error) or isinstance(error, redis.OutOfMemoryError):
-            raise redis.ConnectionError(f"refused: {str(error)[:80]}") from error
-        raise
 
 
 def last_reply(replies: Sequence[Any]) -> Any:

@@ -98,6 +98,7 @@ DROP_DEAD_LETTER: LuaScript[replies.DroppedReply] = _load("drop_dead_letter", re
 END_OVERDUE_JOBS: LuaScript[None] = _load("end_overdue_jobs", None)
 LIST_JOBS: LuaScript[replies.ListReply] = _load("list_jobs", replies.ListReply)
 READ_STATS: LuaScript[replies.StatsReply] = _load("read_stats", replies.StatsReply)
+READ_SERVER: LuaScript[replies.ServerReply] = _load("read_server", replies.ServerReply)
 LIST_DEVICES: LuaScript[replies.DevicesReply] = _load("list_devices", replies.DevicesReply)
 
 # What a worker runs.

@@ -108,11 +108,11 @@ class Tracing:
             _CURRENT.reset(token)
             span.end()
 
-    def waited(self, job: Job, claimed_at_s: float) -> None:
-        """The span of a job's wait in the queue, from its acceptance to its claim."""
+    def waited(self, job: Job, claimed_at_s: float, waited_s: float) -> None:
+        """The span of a job's wait in the queue, from its acceptance to its claim, by the clock of this host."""
         if self._provider is not None:
             attributes = {"giantleap.bundle": job.bundle, "giantleap.priority": str(job.priority)}
-            start_ns = _to_ns(min(job.created_at_s, claimed_at_s))
+            start_ns = _to_ns(claimed_at_s - waited_s)
             span = self._tracer.start_span(
                 "queue", _to_context(job.traceparent), SpanKind.CONSUMER, attributes, start_time=start_ns
             )

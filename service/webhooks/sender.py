@@ -17,10 +17,10 @@ from importlib.metadata import version
 
 import httpcore
 import httpx
-import redis
 
 from giantleap.service.jobqueue import scripts
-from giantleap.service.jobqueue.client import REDIS_UNAVAILABLE, AsyncRedis, cancel_tasks
+from giantleap.service.jobqueue.client import AsyncRedis, cancel_tasks
+from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE, name_fault
 from giantleap.service.jobqueue.replies import Delivery
 from giantleap.service.jobqueue.runner import AsyncScriptRunner
 from giantleap.service.jobs.job import JobState, to_rfc3339
@@ -127,8 +127,8 @@ class WebhookSender:
             taken = 0
             try:
                 taken = await self._start_due()
-            except (redis.RedisError, *REDIS_UNAVAILABLE) as error:
-                _LOG.warning("webhooks not read (%s)", type(error).__name__)
+            except REDIS_UNAVAILABLE as error:
+                _LOG.warning("webhooks not read (%s)", name_fault(error))
             if taken == 0:
                 await asyncio.sleep(_POLL_S)
 
@@ -163,7 +163,7 @@ class WebhookSender:
         if reason is not None:
             fields = {"job_id": delivery.job_id, "attempt": delivery.attempt, "reason": reason, "outcome": outcome}
             _LOG.warning("webhook not taken", extra={"fields": fields})
-        with contextlib.suppress(redis.RedisError, *REDIS_UNAVAILABLE):
+        with contextlib.suppress(*REDIS_UNAVAILABLE):
             await self._scripts.run(
                 scripts.SETTLE_WEBHOOK,
                 {

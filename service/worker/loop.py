@@ -5,13 +5,14 @@ run in `giantleap.service.worker.batch_runner`, the end of a job in `giantleap.s
 fault ends the process: the leases bring its jobs to another worker, which gives up after `max_deliveries` starts.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.route import Route
-from giantleap.service.errors import DoesNotFit
+from giantleap.service.errors import DoesNotFit, NotReady
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.capacity import check_capacity, max_items
@@ -30,6 +31,8 @@ from giantleap.service.worker.settlement import BatchSummary, JobSettler, find_w
 from giantleap.service.worker.watchdog import Watchdog
 
 _BLOCK_S = 1.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,12 @@ class Worker:
             for batch in batches:
                 if self._drain.is_requested():
                     self._consumer.release(batch)
-                else:
+                    continue
+                try:
                     self.run_batch(batch)
+                except NotReady as error:  # the work is lost, but the loaded worker need not be
+                    log.error("ends of jobs not written, they run again: %s", error.detail)
+                    self._consumer.drop(batch)
 
     def run_batch(self, batch: Sequence[Claim]) -> None:
         """Run one batch and end each of its jobs."""
@@ -127,8 +134,8 @@ class Worker:
     def _observe_waits(self, claims: Sequence[Claim]) -> None:
         for claim in claims:
             if claim.delivery == 1 and claim.base_latents is None:
-                self._tracing.waited(claim.job, time.time())
-                self._metrics.observe_wait(claim.job.priority, max(0.0, time.time() - claim.job.created_at_s))
+                self._tracing.waited(claim.job, time.time(), claim.waited_s)
+                self._metrics.observe_wait(claim.job.priority, claim.waited_s)
 
     def _slice_size(self, job: Job) -> int:
         """How many images of a job may be on the device at once.

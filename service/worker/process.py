@@ -17,9 +17,10 @@ from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.engines.threads import set_threads
 from giantleap.models.route import Route
-from giantleap.service.errors import BadConfiguration
+from giantleap.service.errors import BadConfiguration, NotReady
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
+from giantleap.service.jobqueue.server import check_url
 from giantleap.service.jobs.devices import Device
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
@@ -32,6 +33,9 @@ from giantleap.service.worker.timing import ProtocolPlan, time_runs, to_result
 from giantleap.service.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+
+# No call of a worker that hangs may hold up its drain for long.
+_REDIS_TIMEOUT_S = 5.0
 
 
 def run_worker(
@@ -50,7 +54,7 @@ def run_worker(
     with `giantleap.service.errors.EXIT_HUNG` if a step makes no progress.
 
     Raises:
-        BadConfiguration: A bundle, checkpoint, device, dtype or engine does not fit.
+        BadConfiguration: A bundle, checkpoint, device, dtype or engine does not fit, or Redis refuses this process.
         NotReady: Redis did not answer for two minutes.
     """
     redis_url = settings.redis_url
@@ -59,14 +63,22 @@ def run_worker(
     settings = settings.model_copy(update={"device": choose_gpu(settings.device, number, torch.cuda.device_count())})
     set_threads(settings.torch_threads, settings.worker_processes)
     metrics = _open_metrics(settings)
+    check_url(redis_url, settings)  # before minutes of loading
     loaded = _load(settings, metrics, stop)
     if stop.is_set():
         return
     device = _measure(loaded, settings, metrics)
     tracing = open_tracing(settings.otlp_endpoint, "worker")
-    client = open_redis(redis_url)
-    consumer = JobConsumer(client, settings, tuple(loaded), f"{platform.node()}-{os.getpid()}", device, settings.role)
-    consumer.open()
+    name = f"{platform.node()}-{os.getpid()}"
+    try:
+        client = open_redis(redis_url, timeout_s=_REDIS_TIMEOUT_S, stop=stop)
+        consumer = JobConsumer(client, settings, tuple(loaded), name, device, settings.role, stop)
+        consumer.open()
+    except NotReady:
+        if stop.is_set():
+            log.info("worker stopped while it waited for Redis")
+            return
+        raise
     log.info("worker ready", extra={"fields": {"bundles": sorted(loaded), "role": settings.role}})
     watchdog = Watchdog(settings.step_timeout_s)
     watchdog.open()

@@ -1,7 +1,6 @@
 """Ends the jobs of a batch that ran: success, failure, cancel, release, or transfer to a worker that decodes."""
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -105,7 +104,7 @@ class JobSettler:
     def _record(self, claim: Claim, status: Status | None, stages_s: Mapping[str, float], batch_items: int) -> None:
         """One log line and the metrics of a job that ended here; `status` is None if the lease was lost."""
         job, params = claim.job, claim.job.params
-        duration_s = max(0.0, time.time() - job.created_at_s)
+        duration_s = claim.age_s()
         if isinstance(status, JobState) and status.final:
             self._metrics.observe_job(params.kind, job.bundle, params.method, params.scale, status, duration_s)
         fields = {

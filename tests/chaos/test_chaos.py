@@ -21,7 +21,7 @@ import pytest
 import redis
 
 from giantleap.models.worker_role import WorkerRole
-from giantleap.service.jobqueue.client import REDIS_UNAVAILABLE
+from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.settings import read_settings
 from tests.chaos.harness import ROOT, Clients, ProcessManager, free_port

@@ -71,6 +71,7 @@ class FakeProducer:
     outage: GiantleapError | None = None
     live_workers: int = 1
     devices: tuple[Device, ...] = ()
+    warnings: tuple[str, ...] = ()
     records: dict[str, JobRecord] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     keys: dict[str, tuple[str, str]] = field(default_factory=dict)

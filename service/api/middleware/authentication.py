@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
 from giantleap.service.api.paths import REMOTE_VAE_PATH, route_path
-from giantleap.service.api.problems import REDIS_REFUSALS, handle_redis_refusal, problem_response
+from giantleap.service.api.problems import problem_response
 from giantleap.service.auth import (
     ANONYMOUS,
     OPEN_PATHS,
@@ -82,8 +82,6 @@ class AuthenticationMiddleware:
             request.state.caller = await self._authenticate(request)
         except GiantleapError as error:
             await problem_response(error, request, _challenge(error))(scope, receive, send)
-        except REDIS_REFUSALS as error:
-            await (await handle_redis_refusal(request, error))(scope, receive, send)
         else:
             await self.app(scope, limit_json(request, receive), send)
 

@@ -208,7 +208,8 @@ async def _respond(
     wait_s = options.preference.wait_s
     if wait_s == 0 and enqueued.created:
         position, start_s = enqueued.queue_position, enqueued.estimated_start_s
-        record = JobRecord(job, JobState.QUEUED, queue_position=position, estimated_start_s=start_s)
+        accepted = job if enqueued.created_at_s is None else replace(job, created_at_s=enqueued.created_at_s)
+        record = JobRecord(accepted, JobState.QUEUED, queue_position=position, estimated_start_s=start_s)
         return _accepted(request, record, options)
     if wait_s == 0:
         return _accepted(request, await get_job(state, enqueued.job_id), options)

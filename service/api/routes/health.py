@@ -36,10 +36,10 @@ async def get_version() -> Version:
 @router.get("/readyz", response_model=Ready, responses=describe_responses({}, 503))
 async def get_ready(request: Request, state: AppStateDep) -> Ready | Response:
     """Jobs are accepted and run: Redis answers, workers of all stages live, this process is not stopping."""
-    reasons = await state.unready_reasons()
+    reasons, warnings = await state.unready_reasons(), list(state.producer.warnings)
     if not reasons:
-        return Ready(ready=True, reasons=[])
-    return problem_response(NotReady("; ".join(reasons)), request, reasons=reasons)
+        return Ready(ready=True, reasons=[], warnings=warnings)
+    return problem_response(NotReady("; ".join(reasons)), request, reasons=reasons, warnings=warnings)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

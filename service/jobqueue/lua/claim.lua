@@ -1,26 +1,28 @@
--- Claims jobs for a worker: due retries return to their streams, then stale messages are taken, then new ones. Jobs
--- that were canceled, are overdue or have been started too often are closed on the way.
+-- Claims jobs for a worker: due retries return to their streams; then come claims of this worker whose reply was lost,
+-- stale messages and new ones. Jobs that were canceled, are overdue or were started too often are closed on the way.
 --
 -- KEYS[1]  the hash tag
 -- ARGV[1]  the settings
--- ARGV[2]  consumer, max_jobs, held (list of '<lane> <message>' that this consumer works on), lanes in the order in
---          which to take; some may not exist
--- Reply    claims (job, lane, message, delivery, input_bytes; stages and warnings of a job that was transferred), or,
---          if there are none, last_ids of each lane's stream and retry_ms until the next retry is due
+-- ARGV[2]  consumer, max_jobs, held (ids of jobs that this worker runs or cannot read), dropped (ids of its jobs that
+--          count as stale when their time is up), lanes in the order in which to take; some may not exist
+-- Reply    claims (id, job, lane, message, delivery, input_bytes, waited_s; stages and warnings of a job that was
+--          transferred), or, if there are none, last_ids of each lane's stream and retry_ms until the next retry is due
 -- @include arguments
 -- @include now_s
 -- @include close_failed
 -- @include drop_message
 -- @include end_overdue
+-- @include outage
 -- @include push
 
-local consumer, left, held = args.consumer, args.max_jobs, {}
-for _, name in ipairs(args.held) do held[name] = true end
-local claims, lanes = {}, {}
+local consumer, left = args.consumer, args.max_jobs
+local claims, lanes, held, dropped = {}, {}, {}, {}
+for _, id in ipairs(args.held) do held[id] = true end
+for _, id in ipairs(args.dropped) do dropped[id] = true end
 for _, lane in ipairs(args.lanes) do
-  if redis.call('EXISTS', prefix .. ':stream:' .. lane) == 1 then
+  if redis.call('EXISTS', stream_key(lane)) == 1 or redis.call('SISMEMBER', prefix .. ':lanes', lane) == 1 then
     lanes[#lanes + 1] = lane
-    redis.call('SADD', prefix .. ':lanes', lane)  -- a server whose memory is full refuses here, before a job is taken
+    ensure_group(lane)  -- a server whose memory is full refuses here, before a job is taken
   end
 end
 
@@ -41,56 +43,98 @@ local function close_instead(id, state, deliveries)
   return false
 end
 
-local function start(lane, message, id)
+-- The id of the job that a message names; nil if the message was deleted.
+local function job_of(lane, message)
+  local entry = redis.call('XRANGE', stream_key(lane), message, message)[1]
+  return entry and entry[2][2]
+end
+
+-- Starts the job of a message that is now this worker's, unless it is to be closed. `resumed`: its start was counted.
+local function start(lane, message, id, resumed)
   local state, deliveries = get(id, 'state'), get_number(id, 'deliveries')
   redis.call('ZREM', prefix .. ':queued:' .. lane, id)
-  if close_instead(id, state, deliveries) then return drop_message(lane, message) end
-  deliveries = deliveries + 1
+  if close_instead(id, state, resumed and 0 or deliveries) then
+    if state then redis.call('HDEL', job_key(id), 'worker', 'message') end
+    return drop_message(lane, message)
+  end
   redis.call('SADD', prefix .. ':running', id)
-  local job, input_bytes, stages, warnings =
-    unpack(redis.call('HMGET', job_key(id), 'job', 'input_bytes', 'stages', 'warnings'))
-  redis.call('HSET', job_key(id), 'state', 'processing', 'deliveries', deliveries, 'begun_s', now_s,
-    stages and 'begun_s' or 'started_at_s', now_s)  -- a job that was transferred has started before
-  add_event(id, 'started', string.format('{"delivery":%d}', deliveries))
+  local job, input_bytes, created_at_s, stages, warnings =
+    unpack(redis.call('HMGET', job_key(id), 'job', 'input_bytes', 'created_at_s', 'stages', 'warnings'))
+  if not resumed then
+    deliveries = deliveries + 1
+    redis.call('HSET', job_key(id), 'state', 'processing', 'deliveries', deliveries, 'begun_s', now_s,
+      'worker', consumer, 'message', message,
+      stages and 'begun_s' or 'started_at_s', now_s)  -- a job that was transferred has started before
+    add_event(id, 'started', string.format('{"delivery":%d}', deliveries))
+  end
   claims[#claims + 1] = {
-    job = job, lane = lane, message = message, delivery = deliveries, input_bytes = tonumber(input_bytes or 0),
+    id = id, job = job, lane = lane, message = message, delivery = deliveries, input_bytes = tonumber(input_bytes or 0),
+    waited_s = created_at_s and math.max(0, tonumber(now_s) - tonumber(created_at_s)) or nil,
     stages = stages or nil, warnings = warnings or nil,
   }
-  left = left - 1
+  held[id], left = true, left - 1
 end
 
-end_overdue()
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', prefix .. ':delayed', '-inf', now_ms, 'LIMIT', 0, 100)) do
-  redis.call('ZREM', prefix .. ':delayed', id)
-  push(id)
+local function runs_here(id)
+  return get(id, 'state') == 'processing' and get(id, 'worker') == consumer and not dropped[id]
 end
 
-for _, lane in ipairs(lanes) do
-  local stream = prefix .. ':stream:' .. lane
-  local stale = redis.call('XPENDING', stream, GROUP, 'IDLE', config.visibility_ms, '-', '+', 1000)
-  for _, entry in ipairs(stale) do
-    if left > 0 and not (entry[2] == consumer and held[lane .. ' ' .. entry[1]]) then
+-- Claims of this worker that it does not know of: it lost the reply.
+local function resume(lane)
+  for _, entry in ipairs(redis.call('XPENDING', stream_key(lane), GROUP, '-', '+', 1000, consumer)) do
+    local id = left > 0 and job_of(lane, entry[1])
+    if id and not held[id] and runs_here(id) then
+      redis.call('XCLAIM', stream_key(lane), GROUP, consumer, 0, entry[1], 'JUSTID')
+      start(lane, entry[1], id, true)
+    end
+  end
+end
+
+local function take_stale(lane, only_released)
+  local stream = stream_key(lane)
+  for _, entry in ipairs(redis.call('XPENDING', stream, GROUP, 'IDLE', config.visibility_ms, '-', '+', 1000)) do
+    local is_free = left > 0 and (entry[2] == 'released' or not only_released)
+    if is_free and not held[job_of(lane, entry[1])] then
       local claimed = redis.call('XCLAIM', stream, GROUP, consumer, 0, entry[1])
       if claimed[1] then start(lane, entry[1], claimed[1][2][2]) end
     end
   end
 end
 
-for _, lane in ipairs(lanes) do
+-- A message is delivered again, though its job runs, if somebody destroyed the group: then it returns to its worker.
+local function start_new(lane, message, id)
+  local worker = get(id, 'state') == 'processing' and get(id, 'worker')
+  if worker and (worker ~= consumer or held[id] or dropped[id]) then
+    redis.call('XCLAIM', stream_key(lane), GROUP, worker, 0, message, 'JUSTID')
+  else
+    start(lane, message, id, worker)
+  end
+end
+
+local function take_new(lane)
   local read = true
   while left > 0 and read do
-    local stream = prefix .. ':stream:' .. lane
-    read = redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', left, 'STREAMS', stream, '>')
+    read = redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', left, 'STREAMS', stream_key(lane), '>')
     if read then
-      for _, entry in ipairs(read[1][2]) do start(lane, entry[1], entry[2][2]) end
+      for _, entry in ipairs(read[1][2]) do start_new(lane, entry[1], entry[2][2]) end
     end
   end
 end
+
+end_overdue()
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', prefix .. ':delayed', '-inf', now_ms, 'LIMIT', 0, 100)) do
+  redis.call('ZREM', prefix .. ':delayed', id)
+  if get(id, 'state') == 'queued' then push(id) end  -- the record may be gone
+end
+local may_renew = now_ms - serves_since_ms() < config.visibility_ms
+for _, lane in ipairs(lanes) do resume(lane) end
+for _, lane in ipairs(lanes) do take_stale(lane, may_renew) end
+for _, lane in ipairs(lanes) do take_new(lane) end
 if #claims > 0 then return cjson.encode({claims = claims}) end
 
 local last_ids = {}
 for i, lane in ipairs(args.lanes) do
-  local stream = prefix .. ':stream:' .. lane
+  local stream = stream_key(lane)
   last_ids[i] = '0-0'
   local info = redis.call('EXISTS', stream) == 1 and redis.call('XINFO', 'STREAM', stream) or {}
   for j = 1, #info, 2 do

@@ -8,4 +8,4 @@
 -- @include is_final
 -- @include add_event
 
-if owns_claim() and not is_final(get(args.id, 'state')) then add_event(args.id, args.name, args.data) end
+if owns(args.consumer, args) and not is_final(get(args.id, 'state')) then add_event(args.id, args.name, args.data) end

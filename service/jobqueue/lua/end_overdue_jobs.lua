@@ -6,7 +6,9 @@
 -- Reply    nothing
 -- @include arguments
 -- @include end_overdue
+-- @include outage
 
+serves_since_ms()
 local id = args.id
 local state = id and get(id, 'state')
 if state and not is_final(state) and is_overdue(id) then close_overdue(id, '{}') end

@@ -8,13 +8,14 @@
 --          cancel_after_s, webhook (JSON text)
 -- ARGV[3]  the job as JSON, stored as it is
 -- Reply    status: created, existing, mismatch, full, full_px, busy, storage, or upload (the input has not arrived);
---          job_id; queue_position; estimated_start_s; amount (jobs, pixels or bytes in use, for a refusal)
+--          job_id; created_at_s; queue_position; estimated_start_s; amount (what is in use, for a refusal)
 -- @include arguments
 -- @include config
 -- @include free_expired
 -- @include get
 -- @include is_final
 -- @include make_room
+-- @include now_s
 -- @include push
 -- @include estimate_start_s
 
@@ -32,7 +33,9 @@ end
 local function reply_known(known_id, digest)
   if digest ~= args.digest then return reply_without_job('mismatch', {job_id = known_id}) end
   local rank = redis.call('EXISTS', job_key(known_id)) == 1 and position(known_id) or nil
-  return reply_without_job('existing', {job_id = known_id, queue_position = rank})
+  return reply_without_job('existing', {
+    job_id = known_id, queue_position = rank, created_at_s = tonumber(get(known_id, 'created_at_s') or nil),
+  })
 end
 
 if caller_key then
@@ -72,7 +75,7 @@ if args.input_bytes > 0 then
 end
 
 redis.call('HSET', job_key(id), 'job', ARGV[3], 'bundle', args.bundle, 'priority', args.priority, 'digest', args.digest,
-  'deliveries', 0, 'input_bytes', args.input_bytes)
+  'deliveries', 0, 'input_bytes', args.input_bytes, 'created_at_s', now_s)
 if args.finish and redis.call('EXISTS', prefix .. ':stream:' .. args.bundle .. '+finish:' .. args.priority) == 1 then
   redis.call('HSET', job_key(id), 'part', '+finish')
 end
@@ -103,4 +106,6 @@ if caller_key then
 end
 local rank = push(id)
 local start_s = estimate_start_s(id, rank)
-return cjson.encode({status = 'created', job_id = id, queue_position = rank, estimated_start_s = start_s})
+return cjson.encode({
+  status = 'created', job_id = id, created_at_s = now_s, queue_position = rank, estimated_start_s = start_s,
+})

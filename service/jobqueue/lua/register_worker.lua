@@ -10,9 +10,9 @@
 -- @include heartbeat
 
 for _, lane in ipairs(args.lanes) do
-  local stream = prefix .. ':stream:' .. lane
+  local stream = stream_key(lane)
   if args.role ~= 'all' or not string.find(lane, '+finish:', 1, true) then ensure_group(lane) end
-  local known = redis.call('EXISTS', stream) == 1 and redis.call('XINFO', 'CONSUMERS', stream, GROUP) or {}
+  local known = has_group(lane) and redis.call('XINFO', 'CONSUMERS', stream, GROUP) or {}
   for _, info in ipairs(known) do
     local consumer = {}
     for j = 1, #info, 2 do consumer[info[j]] = info[j + 1] end

@@ -6,14 +6,18 @@
 -- ARGV[2]  the claim (see claim_fence)
 -- Reply    status: done, canceled, lost
 -- @include settle_canceled
+-- @include ensure_group
 -- @include position
 
-local id, lane, stream = args.id, args.lane, prefix .. ':stream:' .. args.lane
+local id, lane = args.id, args.lane
 if not owns_claim() then return reply_not_owned() end
 if end_if_overdue('{}') then return reply('done') end
 local canceled = settle_canceled('{}')
 if canceled then return canceled end
-redis.call('XCLAIM', stream, GROUP, 'released', 0, args.message, 'IDLE', 86400000 + config.visibility_ms, 'JUSTID')
+ensure_group(lane)
+redis.call('XCLAIM', stream_key(lane), GROUP, 'released', 0, get(id, 'message') or args.message,
+  'IDLE', 86400000 + config.visibility_ms, 'FORCE', 'JUSTID')
+redis.call('HDEL', job_key(id), 'worker', 'message')
 redis.call('SREM', prefix .. ':running', id)
 redis.call('HINCRBY', job_key(id), 'deliveries', -1)
 redis.call('HSET', job_key(id), 'state', 'queued')

@@ -1,23 +1,24 @@
 -- Renews the leases of a worker and its heartbeat. The owner is checked before XCLAIM: an unconditional one would take
--- a message back from its new owner.
+-- a message back from its new owner. FORCE: the group may be a new one.
 --
 -- KEYS[1]  the hash tag
 -- ARGV[1]  the settings
 -- ARGV[2]  consumer, device and role as for register_worker, claims (lane, message, id, delivery)
 -- Reply    ids of the jobs whose claim is lost
 -- @include arguments
--- @include group
+-- @include claim_fence
+-- @include ensure_group
 -- @include heartbeat
--- @include get
+-- @include outage
 
 heartbeat(args.consumer, args.device, args.role)
+serves_since_ms()
 local lost = {}
 for _, claim in ipairs(args.claims) do
-  local stream = prefix .. ':stream:' .. claim.lane
-  local pending = redis.call('XPENDING', stream, GROUP, claim.message, claim.message, 1)
-  local owned = #pending == 1 and pending[1][2] == args.consumer
-  if owned and tonumber(get(claim.id, 'deliveries')) == claim.delivery then
-    redis.call('XCLAIM', stream, GROUP, args.consumer, 0, claim.message, 'JUSTID')
+  if owns(args.consumer, claim) then
+    ensure_group(claim.lane)
+    local message = get(claim.id, 'message') or claim.message
+    redis.call('XCLAIM', stream_key(claim.lane), GROUP, args.consumer, 0, message, 'FORCE', 'JUSTID')
   else
     lost[#lost + 1] = claim.id
   end

@@ -6,15 +6,15 @@
 -- Reply    nothing
 -- @include prefix
 -- @include arguments
--- @include group
+-- @include has_group
 
 local consumer = args.consumer
 redis.call('ZREM', prefix .. ':workers', consumer)
 redis.call('ZREM', prefix .. ':workers:' .. args.role, consumer)
 redis.call('HDEL', prefix .. ':devices', consumer)
 for _, lane in ipairs(args.lanes) do
-  local stream = prefix .. ':stream:' .. lane
-  if redis.call('EXISTS', stream) == 1 and #redis.call('XPENDING', stream, GROUP, '-', '+', 1, consumer) == 0 then
+  local stream = stream_key(lane)
+  if has_group(lane) and #redis.call('XPENDING', stream, GROUP, '-', '+', 1, consumer) == 0 then
     redis.call('XGROUP', 'DELCONSUMER', stream, GROUP, consumer)
   end
 end

@@ -642,7 +642,9 @@ async def test_models_list_what_a_request_may_use(client: httpx.AsyncClient) -> 
 
 
 async def test_ready_means_that_a_worker_lives(client: httpx.AsyncClient, producer: FakeProducer) -> None:
-    assert (await client.get("/readyz")).json() == {"ready": True, "reasons": []}
+    assert (await client.get("/readyz")).json() == {"ready": True, "reasons": [], "warnings": []}
+    producer.warnings = ("Redis has no append-only file",)
+    assert (await client.get("/readyz")).json()["warnings"] == ["Redis has no append-only file"]
     producer.live_workers = 0
     response = await client.get("/readyz")
     assert_problem(response, 503, "not_ready")

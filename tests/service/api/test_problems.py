@@ -12,7 +12,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
-from redis.exceptions import OutOfMemoryError
 
 from giantleap.service.api.middleware.request_context import RequestContextMiddleware, read_request_id
 from giantleap.service.api.problems import from_job_error, handle_errors
@@ -40,7 +39,6 @@ def build_app(metrics: Metrics) -> FastAPI:
         "plain-full": QueueFull("full"),
         "away": NotReady("Redis"),
         "fields": InvalidFields(*(("width", "is 3"), ("steps", "is 0"))),
-        "memory": OutOfMemoryError(SECRET),
         "bug": RuntimeError(SECRET),
     }
 
@@ -99,7 +97,6 @@ async def test_own_errors_carry_their_status_and_code(client: httpx.AsyncClient)
         ("full", 429, "queue_full", "17"),
         ("plain-full", 429, "queue_full", "5"),
         ("away", 503, "not_ready", "5"),
-        ("memory", 503, "not_ready", "5"),
     ],
 )
 async def test_what_may_be_repeated_says_when(

@@ -9,15 +9,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-import redis
 
 from giantleap.service.errors import BadConfiguration, NotReady
 from giantleap.service.jobqueue.claims import Claim
-from giantleap.service.jobqueue.client import is_temporary, open_async_redis, open_redis, read_address
+from giantleap.service.jobqueue.client import open_async_redis, open_redis, read_address
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.producer import JobProducer
-from giantleap.service.jobqueue.runner import run_command
 from giantleap.service.jobs.job import Job, JobError, JobState, ResultFile
 from giantleap.service.settings import Settings, read_settings
 from tests.service.redis_groups import Server, cluster, free_ports, is_whole
@@ -80,23 +78,6 @@ def test_clients_connect_and_read_within_bounded_times() -> None:
         options: dict[str, Any] = client.get_connection_kwargs()
         assert 0 < options["socket_connect_timeout"] <= 5 and 0 < options["socket_timeout"] <= 10
         assert options["password"] == "p"
-
-
-@pytest.mark.parametrize(
-    "refusal",
-    [
-        redis.ResponseError("NOREPLICAS Not enough good replicas to write. script: abc"),
-        redis.ResponseError("MISCONF Redis is configured to save RDB snapshots, but it's unable to persist to disk."),
-        redis.OutOfMemoryError("command not allowed when used memory > 'maxmemory'."),
-    ],
-)
-def test_a_server_that_may_not_write_just_now_is_waited_for(refusal: redis.ResponseError) -> None:
-    def refuse(*_: object) -> None:
-        raise refusal
-
-    with pytest.raises(redis.ConnectionError, match=str(refusal)[:10]):
-        run_command(refuse)
-    assert not is_temporary(redis.ResponseError("WRONGTYPE not a list"))
 
 
 @pytest.fixture(scope="module")

@@ -231,7 +231,10 @@ def test_a_job_of_a_newer_version_ends_no_worker(
     job = put()
     assert [claim.job for claim in worker.claim(2, 0.3)] == [job]
     assert worker.claim(2, 0.3) == []
-    assert redis_client.hget(record, "state") == b"processing", "it goes stale, for a worker that can read it"
+    assert redis_client.hmget(record, "state", "deliveries") == [b"queued", b"0"], "for a worker that can read it"
+    redis_client.hset(record, "job", json.dumps(text))
+    [claim] = open_consumer().claim(2, 60.0)
+    assert (claim.job.id, claim.delivery) == (newer.id, 1)
 
 
 def test_stale_claim_goes_first_to_another_worker(put: Put, open_consumer: Any, make_stale: Any) -> None:

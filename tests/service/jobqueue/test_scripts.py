@@ -32,7 +32,7 @@ def test_a_resolved_script_has_each_include_once(script: scripts.LuaScript[objec
 @pytest.mark.parametrize("path", sorted(LUA.glob("*.lua")), ids=lambda path: path.stem)
 def test_the_head_of_a_script_documents_its_arguments_and_reply(path: Path) -> None:
     text = path.read_text()
-    head = text[: text.index("-- @include")]
+    head = text.partition("-- @include")[0]
     assert all(f"\n-- {part} " in head for part in ("KEYS[1]", "ARGV[1]", "Reply   "))
     assert all(f"-- ARGV[{n}]" in head for n in set(re.findall(r"ARGV\[(\d)\]", text)))
 

@@ -247,7 +247,7 @@ def test_spans_reach_an_otlp_receiver() -> None:
     try:
         tracing = open_tracing(f"http://127.0.0.1:{server.server_port}/", "worker")
         job = make_claim("job", traceparent=SENT).job
-        tracing.waited(replace(job, created_at_s=1000.0), 1002.5)
+        tracing.waited(job, 1002.5, 2.5)
         with tracing.batch([job], {"giantleap.scale": 2}) as trace, trace.stage("decode", ["job"]):
             pass
         tracing.close()

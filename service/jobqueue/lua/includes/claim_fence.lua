@@ -1,11 +1,10 @@
 -- @include arguments
--- @include group
 -- @include get
+-- @include lane_of
 
--- The fence before every write of a worker: its claim must be the current one.
--- Arguments: consumer, lane, message, id, delivery.
-local function owns_claim()
-  local pending = redis.call('XPENDING', prefix .. ':stream:' .. args.lane, GROUP, args.message, args.message, 1)
-  local owned = #pending == 1 and pending[1][2] == args.consumer
-  return owned and tonumber(get(args.id, 'deliveries')) == args.delivery
+-- The fence before every write of a worker: its claim must be the current one. The record says whose the job is; the
+-- group, which says it too, may have been destroyed. Arguments: consumer, lane, message, id, delivery.
+local function owns(consumer, claim)
+  local worker, deliveries = unpack(redis.call('HMGET', job_key(claim.id), 'worker', 'deliveries'))
+  return worker == consumer and tonumber(deliveries) == claim.delivery and lane_of(claim.id) == claim.lane
 end

@@ -8,7 +8,7 @@
 local function push(id)
   local lane = lane_of(id)
   ensure_group(lane)
-  redis.call('XADD', prefix .. ':stream:' .. lane, '*', 'job', id)
+  redis.call('XADD', stream_key(lane), '*', 'job', id)
   redis.call('HSET', job_key(id), 'state', 'queued', 'queued_us', string.format('%.0f', now_us))
   redis.call('ZADD', prefix .. ':queued:' .. lane, now_us, id)
   local rank = position(id)

@@ -4,6 +4,7 @@
 -- @include is_final
 local token = args.consumer .. ' ' .. args.message .. ' ' .. args.delivery .. ' '
 
+local function owns_claim() return owns(args.consumer, args) end
 local function reply(status) return cjson.encode({status = status}) end
 
 -- The reply to a worker that does not own the claim. If it settled the job and lost the reply, it gets the same again.
@@ -12,9 +13,14 @@ local function reply_not_owned()
   return reply(string.sub(settled, 1, #token) == token and string.sub(settled, #token + 1) or 'lost')
 end
 
+local function drop_claim()
+  drop_message(args.lane, get(args.id, 'message') or args.message)
+  redis.call('HDEL', job_key(args.id), 'worker', 'message')
+end
+
 local function settle(status)
   redis.call('HSET', job_key(args.id), 'settled', token .. status)
-  drop_message(args.lane, args.message)
+  drop_claim()
   return reply(status)
 end
 
@@ -23,6 +29,6 @@ local function end_if_overdue(stages)
   local final = is_final(get(args.id, 'state'))
   if not final and not is_overdue(args.id) then return false end
   if not final then close_overdue(args.id, stages) end
-  drop_message(args.lane, args.message)
+  drop_claim()
   return true
 end
