@@ -82,6 +82,7 @@ class JobProducer:
         self._settings = settings
         self._scripts = AsyncScriptRunner(redis, settings)
         self._keys = Keys(settings.key_prefix)
+        self._transfer_s = _COMMAND_S + settings.max_body_bytes / _TRANSFER_BYTES_PER_S
         self._devices: tuple[Device, ...] = ()
         self._warnings: tuple[str, ...] = ()
         self._completions = CompletionListener(redis, self._keys.done_channel)
@@ -285,13 +286,13 @@ class JobProducer:
 
     async def read_input(self, job_id: str) -> bytes | None:
         """The input blob of a job, or None if there is none any more."""
-        blob: Any = await self._await(self._redis.get(self._keys.input(job_id)))
+        blob: Any = await self._await(self._redis.execute_command("GET", self._keys.input(job_id)), self._transfer_s)
         return None if blob is None else bytes(blob)
 
     async def read_result(self, job_id: str, index: int) -> bytes | None:
         """One result blob, or None if there is none, it has expired, or it was evicted for newer ones."""
         read = self._redis.execute_command("HGET", self._keys.result(job_id), index)
-        blob: Any = await self._await(read, _COMMAND_S + self._settings.max_body_bytes / _TRANSFER_BYTES_PER_S)
+        blob: Any = await self._await(read, self._transfer_s)
         return None if blob is None else bytes(blob)
 
     async def wait(self, job_id: str, timeout_s: float, created: Job | None = None) -> JobRecord:
