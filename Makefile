@@ -105,7 +105,8 @@ ablations: $(VENV)/.dev ## Train and compare the variants of the paper's ablatio
 	$(BIN)/python -m benchmarks.ablations
 
 deploy-check: $(VENV)/.dev ## Check what needs promtool, Helm or a system Redis: images, chart, alert rules, queue
-	@missing=`for tool in prometheus promtool redis-server luacheck; do command -v $$tool >/dev/null || printf ' %s' $$tool; done`; \
+	@missing=`for tool in prometheus promtool luacheck; do command -v $$tool >/dev/null || printf ' %s' $$tool; done; \
+	  command -v valkey-server >/dev/null || command -v redis-server >/dev/null || printf ' %s' 'valkey-server or redis-server'`; \
 	  [ -z "$$missing" ] || { echo "Not on the PATH:$$missing. Debian and Ubuntu: apt-get install prometheus redis-server lua-check"; exit 1; }
 	$(BIN)/python -m benchmarks.checks deploy
 

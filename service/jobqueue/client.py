@@ -15,9 +15,9 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis
@@ -29,10 +29,14 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from giantleap.service.errors import BadConfiguration, NotReady
-from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE, to_bad_configuration
+from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE, to_bad_configuration, to_not_ready
 
 SyncRedis = redis.Redis | redis.RedisCluster
 AsyncRedis = redis.asyncio.Redis | redis.asyncio.RedisCluster
+Value = TypeVar("Value")
+
+COMMAND_S = 5.0
+"""How long a request waits for a command without a blob."""
 
 _FORMS = "redis://, rediss://, unix://, redis+sentinel://host:26379,host/service/db or redis+cluster://host:6379,host"
 _MAX_OUTAGE_S, _PAUSE_S = 120.0, 0.5
@@ -257,3 +261,34 @@ async def cancel_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()  # retrieved, because asyncio logs an exception that nobody retrieves
+
+
+async def await_reply(command: Coroutine[Any, Any, Value], within_s: float = COMMAND_S) -> Value:
+    """The reply of a command to Redis.
+
+    It runs in a task of its own, because a timeout's cancellation may be swallowed (see `cancel_tasks`).
+
+    Raises:
+        NotReady: Redis is unavailable, refuses, or has not answered in time.
+    """
+    task = asyncio.create_task(command)
+    try:
+        await asyncio.wait([task], timeout=within_s)
+        if not task.done():
+            raise NotReady(
+                f"Redis has not answered for {within_s:.0f} s; it hangs or is overloaded: try again soon.",
+                retry_after_s=1,
+            )
+        return task.result()
+    except REDIS_UNAVAILABLE as error:
+        raise to_not_ready(error) from error
+    finally:
+        if not task.done():
+            task.add_done_callback(_retrieve)
+            task.cancel()
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Retrieves the exception of a task that nobody waits for any more: asyncio logs it otherwise."""
+    if not task.cancelled():
+        task.exception()

@@ -19,7 +19,7 @@ _CODE = re.compile(r"[A-Z]{3,}\b")
 _RETRY_S = 1
 # What a server says, and what to do; the first match counts.
 _WRONG = (
-    ("NOPERM", "lacks a permission; grant the rule of docs/security.md"),
+    ("NOPERM", "lacks a permission; grant the rule of deploy/redis/giantleap.acl"),
     ("WRONGPASS|NOAUTH|AUTH ", "refuses the login; set user and password in the Redis URL"),
     ("DB index|SELECT is not allowed", "has no database of this number; correct the end of the Redis URL"),
     ("unknown command", "does not know a command; use Redis 7.0 or newer, or Valkey"),

@@ -16,7 +16,7 @@ import math
 import re
 import statistics
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,9 +25,8 @@ import redis
 from giantleap.service.errors import InvalidRequest, MalformedRequest, NotFound, NotReady
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.backpressure import retry_after_s, to_refusal
-from giantleap.service.jobqueue.client import AsyncRedis, cancel_tasks, check_client
+from giantleap.service.jobqueue.client import COMMAND_S, AsyncRedis, await_reply, cancel_tasks, check_client
 from giantleap.service.jobqueue.completions import CompletionListener
-from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE, to_not_ready
 from giantleap.service.jobqueue.keys import Keys, idempotency_digest
 from giantleap.service.jobqueue.replies import EnqueueReply
 from giantleap.service.jobqueue.runner import AsyncScriptRunner, upload_input
@@ -43,7 +42,6 @@ SMALL_BODY_BYTES = 1 << 20
 _POLL_S = 1.0
 # How long to wait for a Redis that hangs: a probe or scrape gives up after a few seconds, and so must its answer.
 _PROBE_S = 2.0
-_COMMAND_S = 5.0
 _STREAM_S = 30.0
 _TRANSFER_BYTES_PER_S = 10e6
 _DEVICES_EVERY_S = 3.0
@@ -82,7 +80,7 @@ class JobProducer:
         self._settings = settings
         self._scripts = AsyncScriptRunner(redis, settings)
         self._keys = Keys(settings.key_prefix)
-        self._transfer_s = _COMMAND_S + settings.max_body_bytes / _TRANSFER_BYTES_PER_S
+        self._transfer_s = COMMAND_S + settings.max_body_bytes / _TRANSFER_BYTES_PER_S
         self._devices: tuple[Device, ...] = ()
         self._warnings: tuple[str, ...] = ()
         self._completions = CompletionListener(redis, self._keys.done_channel)
@@ -122,7 +120,7 @@ class JobProducer:
         Raises:
             NotReady: Redis does not answer.
         """
-        self._warnings = find_warnings(await self._await(self._scripts.run(scripts.READ_SERVER), _PROBE_S))
+        self._warnings = find_warnings(await await_reply(self._scripts.run(scripts.READ_SERVER), _PROBE_S))
 
     async def read_devices(self) -> None:
         """Updates `devices`. Devices that a worker of another version wrote are left out.
@@ -131,7 +129,7 @@ class JobProducer:
             NotReady: Redis does not answer.
         """
         devices = []
-        for text in (await self._await(self._scripts.run(scripts.LIST_DEVICES), _PROBE_S)).devices:
+        for text in (await await_reply(self._scripts.run(scripts.LIST_DEVICES), _PROBE_S)).devices:
             try:
                 devices.append(Device.from_json(text))
             except ValueError as error:
@@ -144,7 +142,7 @@ class JobProducer:
         Raises:
             NotReady: Redis does not answer or is still loading its data.
         """
-        await self._await(self._redis.execute_command("PING"), _PROBE_S)
+        await await_reply(self._redis.execute_command("PING"), _PROBE_S)
 
     async def enqueue(
         self, job: Job, body: bytes | None = None, idempotency_key: str | None = None, max_live: int | None = None
@@ -175,8 +173,8 @@ class JobProducer:
             "idempotency": None if idempotency_key is None else idempotency_digest(idempotency_key, job.owner),
             "max_live": max_live,
         }
-        within_s = _COMMAND_S + len(body or b"") / _TRANSFER_BYTES_PER_S
-        reply = await self._await(self._send_job(job, body, arguments), within_s)
+        within_s = COMMAND_S + len(body or b"") / _TRANSFER_BYTES_PER_S
+        reply = await await_reply(self._send_job(job, body, arguments), within_s)
         if reply.status in ("created", "existing"):
             return Enqueued(
                 reply.job_id,
@@ -229,7 +227,7 @@ class JobProducer:
             NotReady: Redis does not answer.
         """
         run = self._scripts.run(scripts.ACQUIRE_RATE_LIMIT, {"owner": owner, "per_minute": per_minute})
-        return (await self._await(run)).wait_us / 1e6
+        return (await await_reply(run)).wait_us / 1e6
 
     async def get(self, job_id: str) -> JobRecord | None:
         """The record, or None if the job is unknown or its record has expired.
@@ -241,11 +239,11 @@ class JobProducer:
         record = await self._get(job_id)
         if record is None or record.state.final or record.deadline_left_s is None or record.deadline_left_s > 0:
             return record
-        await self._await(self._scripts.run(scripts.END_OVERDUE_JOBS, {"id": job_id}))
+        await await_reply(self._scripts.run(scripts.END_OVERDUE_JOBS, {"id": job_id}))
         return await self._get(job_id)
 
     async def _get(self, job_id: str) -> JobRecord | None:
-        stored = await self._await(self._scripts.run(scripts.GET_JOB, {"id": job_id}))
+        stored = await await_reply(self._scripts.run(scripts.GET_JOB, {"id": job_id}))
         return None if stored is None else stored.to_record()
 
     async def list_jobs(
@@ -256,7 +254,7 @@ class JobProducer:
         Effects: forgets jobs whose record has expired.
         """
         arguments = {"owner": owner, "state": state, "max_jobs": max_jobs, "cursor": cursor}
-        reply = await self._await(self._scripts.run(scripts.LIST_JOBS, arguments))
+        reply = await await_reply(self._scripts.run(scripts.LIST_JOBS, arguments))
         return Page(tuple(stored.to_record() for stored in reply.records), reply.next_cursor)
 
     async def cancel(self, job_id: str) -> JobRecord | None:
@@ -265,7 +263,7 @@ class JobProducer:
         Effects: sets the flag. A queued job is canceled at once, though it counts against the queue limit until a
         worker meets its message; a running one ends at its next step; a final one stays as it is. Safe to repeat.
         """
-        stored = await self._await(self._scripts.run(scripts.CANCEL_JOB, {"id": job_id}))
+        stored = await await_reply(self._scripts.run(scripts.CANCEL_JOB, {"id": job_id}))
         return None if stored is None else stored.to_record()
 
     async def delete(self, job_id: str) -> JobRecord | None:
@@ -282,17 +280,17 @@ class JobProducer:
         Raises:
             NotReady: Redis does not answer.
         """
-        return await self._await(self._scripts.run(script, arguments))
+        return await await_reply(self._scripts.run(script, arguments))
 
     async def read_input(self, job_id: str) -> bytes | None:
         """The input blob of a job, or None if there is none any more."""
-        blob: Any = await self._await(self._redis.execute_command("GET", self._keys.input(job_id)), self._transfer_s)
+        blob: Any = await await_reply(self._redis.execute_command("GET", self._keys.input(job_id)), self._transfer_s)
         return None if blob is None else bytes(blob)
 
     async def read_result(self, job_id: str, index: int) -> bytes | None:
         """One result blob, or None if there is none, it has expired, or it was evicted for newer ones."""
         read = self._redis.execute_command("HGET", self._keys.result(job_id), index)
-        blob: Any = await self._await(read, self._transfer_s)
+        blob: Any = await await_reply(read, self._transfer_s)
         return None if blob is None else bytes(blob)
 
     async def wait(self, job_id: str, timeout_s: float, created: Job | None = None) -> JobRecord:
@@ -337,11 +335,11 @@ class JobProducer:
         while True:
             # The state is read first: the read after it sees what was written together with a final state.
             read = self._redis.execute_command("HGET", self._keys.job(job_id), "state")
-            state: Any = await self._await(read, _STREAM_S)
+            state: Any = await await_reply(read, _STREAM_S)
             if state is None:
                 raise NotFound(f"No job {job_id} is known; it never was or its record has expired.")
             final = JobState(state.decode()).final
-            reply = await self._await(self._read_events(job_id, last_event_id, wait=not final), _STREAM_S)
+            reply = await await_reply(self._read_events(job_id, last_event_id, wait=not final), _STREAM_S)
             for entry_id, fields in reply:
                 last_event_id = entry_id.decode()
                 name = fields[b"name"].decode()
@@ -361,7 +359,7 @@ class JobProducer:
 
     async def stats(self) -> QueueStats:
         """The queue at this moment. Effects: releases the bytes of results that have expired."""
-        reply = await self._await(self._scripts.run(scripts.READ_STATS), _PROBE_S)
+        reply = await await_reply(self._scripts.run(scripts.READ_STATS), _PROBE_S)
         return QueueStats(
             queued={(lane.queue, lane.priority): lane.queued for lane in reply.lanes},
             processing=reply.processing,
@@ -397,37 +395,13 @@ class JobProducer:
             raise NotFound(f"No job {job_id} is known; it never was or its record has expired.")
         return record
 
-    async def _await(self, command: Coroutine[Any, Any, Value], within_s: float = _COMMAND_S) -> Value:
-        """The reply of a command.
-
-        It runs in a task of its own, because a timeout's cancellation may be swallowed (see `cancel_tasks`).
-
-        Raises:
-            NotReady: Redis is unavailable, refuses, or has not answered in time.
-        """
-        task = asyncio.create_task(command)
-        try:
-            await asyncio.wait([task], timeout=within_s)
-            if not task.done():
-                raise NotReady(
-                    f"Redis has not answered for {within_s:.0f} s; it hangs or is overloaded: try again soon.",
-                    retry_after_s=1,
-                )
-            return task.result()
-        except REDIS_UNAVAILABLE as error:
-            raise to_not_ready(error) from error
-        finally:
-            if not task.done():
-                task.add_done_callback(_retrieve)
-                task.cancel()
-
     async def _watch_devices(self) -> None:
         """Keeps `devices` and `warnings` fresh; while Redis is unavailable they stay. Ends jobs past their deadline."""
         for turn in itertools.count(1):
             await asyncio.sleep(_DEVICES_EVERY_S)
             try:
                 await self.read_devices()
-                await self._await(self._scripts.run(scripts.END_OVERDUE_JOBS))
+                await await_reply(self._scripts.run(scripts.END_OVERDUE_JOBS))
                 if turn % _WARNINGS_EVERY == 0:
                     await self.read_warnings()
             except NotReady as error:
@@ -439,12 +413,6 @@ async def _wait_for_event(wake: asyncio.Event, timeout_s: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
             await wake.wait()
-
-
-def _retrieve(task: asyncio.Task[Any]) -> None:
-    """Retrieves the exception of a task that nobody waits for any more: asyncio logs it otherwise."""
-    if not task.cancelled():
-        task.exception()
 
 
 async def _sha256(body: bytes | None) -> str:

@@ -281,6 +281,26 @@ def test_redis_urls_of_every_mode() -> None:
     assert urls["cluster"] == "redis+cluster://n1:7000,n2:7001"
 
 
+@pytest.mark.parametrize("mode", [{}, SENTINEL["redis"], CLUSTER["redis"]], ids=["server", "sentinel", "cluster"])
+def test_a_redis_user_and_authority_reach_every_process_and_the_scaler(mode: dict[str, Any], tmp_path: Path) -> None:
+    login = {"user": "giantleap", "passwordSecret": {"name": "r"}, "tls": True, "caSecret": {"name": "ca"}}
+    pools = [{"name": "a", "resources": {}, "autoscaling": {"enabled": True}}]
+    manifests = render({"redis": mode | login, "pools": pools})
+    (tmp_path / "ca.crt").touch()
+    for deployment in of_kind(manifests, "Deployment"):
+        url = env_of(deployment)["GIANTLEAP_REDIS_URL"]
+        assert "://giantleap:$(REDIS_PASSWORD)@" in url and url.endswith("?ssl_ca_certs=/etc/giantleap/redis/ca.crt")
+        assert read_address(url.replace("/etc/giantleap/redis", str(tmp_path))).tls
+        pod = pod_of(deployment)
+        assert {"name": "redis-ca", "secret": {"secretName": "ca"}} in pod["volumes"]
+        mounts = {each["name"]: each["mountPath"] for each in pod["containers"][0]["volumeMounts"]}
+        assert mounts["redis-ca"] == "/etc/giantleap/redis"
+    (scaled,) = of_kind(manifests, "ScaledObject")
+    assert {trigger["metadata"]["usernameFromEnv"] for trigger in scaled["spec"]["triggers"]} == {"REDIS_USER"}
+    (authentication,) = of_kind(manifests, "TriggerAuthentication")
+    assert {each["parameter"] for each in authentication["spec"]["secretTargetRef"]} == {"password", "ca"}
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "bundles"),
     [("gpu", "redis-streams", ["sdxl"]), ("sentinel", "redis-sentinel-streams", ["pocket"]),
@@ -381,6 +401,8 @@ def test_metrics_are_scraped_where_they_are_served_and_rules_are_those_that_are_
         ({"redis": {"mode": "sentinel", "addresses": ["s:1"]}}, "sentinelMaster"),
         ({"redis": {"addresses": ["a:1", "b:2"]}}, "one address"),
         ({"redis": {"mode": "both"}}, "mode"),
+        ({"redis": {"user": "a"}}, "needs redis.passwordSecret"),
+        ({"redis": {"caSecret": {"name": "ca"}}}, "needs redis.tls"),
         ({"replicas": 3}, "replicas"),
         ({"ingress": {"enabled": True}}, "host"),
         ({"pools": [{"name": "a", "resources": {}, "autoscaling": {"minReplicas": 0}}]}, "minReplicas"),

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -141,13 +140,14 @@ def test_redis_starts_with_the_password_of_its_file_and_hides_it(tmp_path: Path)
     """The container's own command line, with the paths of a test: the server asks for the password."""
     from giantleap.cli.demo import free_port
     from giantleap.service.settings import read_settings
+    from tests.redis_fixtures import server_binary
 
     redis, port = SERVICES["redis"], free_port()
     shell, flag, script, name = redis["entrypoint"]
     script = script.replace("$$", "$").replace("/run/redis", str(tmp_path))
+    script = script.replace("exec redis-server", f"exec {server_binary('system')}")
     command = [part.replace("/data", str(tmp_path)) for part in redis["command"]]
     argv = [shell, flag, script, name, *command, "--port", str(port)]
-    assert shutil.which("redis-server"), "redis-server is missing: apt-get install redis-server"
     environment = {"PATH": os.environ["PATH"], "REDIS_PASSWORD": "0123abcd"}
     server = subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE)
     try:

@@ -19,15 +19,18 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{/* The Redis URL; Kubernetes puts the password in. */}}
 {{- define "giantleap.redisUrl" -}}
 {{- $redis := .Values.redis -}}
-{{- $login := ternary ":$(REDIS_PASSWORD)@" "" (ne $redis.passwordSecret.name "") -}}
+{{- if and $redis.user (not $redis.passwordSecret.name) }}{{ fail "redis.user needs redis.passwordSecret" }}{{ end -}}
+{{- if and $redis.caSecret.name (not $redis.tls) }}{{ fail "redis.caSecret needs redis.tls" }}{{ end -}}
+{{- $login := ternary (printf "%s:$(REDIS_PASSWORD)@" $redis.user) "" (ne $redis.passwordSecret.name "") -}}
+{{- $ca := ternary (printf "?ssl_ca_certs=/etc/giantleap/redis/%s" $redis.caSecret.key) "" (ne $redis.caSecret.name "") -}}
 {{- $scheme := ternary "rediss" "redis" $redis.tls -}}
 {{- if eq $redis.mode "server" -}}
 {{- if gt (len $redis.addresses) 1 }}{{ fail "redis.addresses: mode server takes one address" }}{{ end -}}
-{{ $scheme }}://{{ $login }}{{ first $redis.addresses }}/{{ $redis.db }}
+{{ $scheme }}://{{ $login }}{{ first $redis.addresses }}/{{ $redis.db }}{{ $ca }}
 {{- else if eq $redis.mode "sentinel" -}}
-{{ $scheme }}+sentinel://{{ $login }}{{ join "," $redis.addresses }}/{{ required "redis.sentinelMaster: mode sentinel needs the master's name" $redis.sentinelMaster }}/{{ $redis.db }}
+{{ $scheme }}+sentinel://{{ $login }}{{ join "," $redis.addresses }}/{{ required "redis.sentinelMaster: mode sentinel needs the master's name" $redis.sentinelMaster }}/{{ $redis.db }}{{ $ca }}
 {{- else -}}
-{{ $scheme }}+cluster://{{ $login }}{{ join "," $redis.addresses }}
+{{ $scheme }}+cluster://{{ $login }}{{ join "," $redis.addresses }}{{ $ca }}
 {{- end -}}
 {{- end }}
 
@@ -66,6 +69,10 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   valueFrom:
     secretKeyRef: {name: {{ .name }}, key: {{ .key }}}
 {{- end }}{{ end }}
+{{- with $root.Values.redis.user }}
+- name: REDIS_USER
+  value: {{ . | quote }}
+{{- end }}
 - name: GIANTLEAP_REDIS_URL
   value: {{ include "giantleap.redisUrl" $root | quote }}
 - name: GIANTLEAP_KEY_PREFIX
@@ -109,6 +116,9 @@ capabilities: {drop: [ALL]}
 {{- if .Values.bundleVolume }}
 - {name: bundles, mountPath: /bundles, readOnly: true}
 {{- end }}
+{{- if .Values.redis.caSecret.name }}
+- {name: redis-ca, mountPath: /etc/giantleap/redis, readOnly: true}
+{{- end }}
 {{- end }}
 
 {{- define "giantleap.volumes" -}}
@@ -116,6 +126,10 @@ capabilities: {drop: [ALL]}
   emptyDir: {sizeLimit: 4Gi}
 - name: data
   emptyDir: {sizeLimit: 1Gi}
+{{- with .Values.redis.caSecret.name }}
+- name: redis-ca
+  secret: {secretName: {{ . }}}
+{{- end }}
 {{- with .Values.bundleVolume }}
 - name: bundles
   {{- toYaml . | nindent 2 }}
