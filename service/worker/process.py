@@ -57,9 +57,19 @@ def run_worker(
         BadConfiguration: A bundle, checkpoint, device, dtype or engine does not fit, or Redis refuses this process.
         NotReady: Redis did not answer for two minutes.
     """
-    redis_url = settings.redis_url
-    if redis_url is None:
+    if settings.redis_url is None:
         raise ValueError("redis_url is not set; a worker needs the Redis that the API uses")
+    try:
+        _run(settings, settings.redis_url, stop, number, on_ready)
+    except NotReady:
+        if not stop.is_set():
+            raise
+        log.info("worker stopped while it waited for Redis")
+
+
+def _run(
+    settings: Settings, redis_url: str, stop: threading.Event, number: int, on_ready: Callable[[], None] | None
+) -> None:
     settings = settings.model_copy(update={"device": choose_gpu(settings.device, number, torch.cuda.device_count())})
     set_threads(settings.torch_threads, settings.worker_processes)
     metrics = _open_metrics(settings)
@@ -69,16 +79,10 @@ def run_worker(
         return
     device = _measure(loaded, settings, metrics)
     tracing = open_tracing(settings.otlp_endpoint, "worker")
+    client = open_redis(redis_url, timeout_s=_REDIS_TIMEOUT_S, stop=stop)
     name = f"{platform.node()}-{os.getpid()}"
-    try:
-        client = open_redis(redis_url, timeout_s=_REDIS_TIMEOUT_S, stop=stop)
-        consumer = JobConsumer(client, settings, tuple(loaded), name, device, settings.role, stop)
-        consumer.open()
-    except NotReady:
-        if stop.is_set():
-            log.info("worker stopped while it waited for Redis")
-            return
-        raise
+    consumer = JobConsumer(client, settings, tuple(loaded), name, device, settings.role, stop)
+    consumer.open()
     log.info("worker ready", extra={"fields": {"bundles": sorted(loaded), "role": settings.role}})
     watchdog = Watchdog(settings.step_timeout_s)
     watchdog.open()
