@@ -49,7 +49,7 @@ class Problem(BaseModel):
 class ResultBody(BaseModel):
     """One file that a job made."""
 
-    url: str = Field(description="Path of the file.")
+    url: str = Field(description="Path of the file; signed, where the service signs: then it needs no key.")
     content_type: str = Field(description="An image type, or application/x-safetensors.")
     size_bytes: int = Field(description="Length of the file.")
     seed: int | None = Field(description="Gives this image again; null for an upscale.")
@@ -82,7 +82,7 @@ class JobBody(BaseModel):
     results: list[ResultBody] = Field(description="Its files; empty until it has succeeded.")
     result_url: str | None = Field(description="The first result; null until the job has succeeded.")
     status_url: str = Field(description="GET: this document as it is then.")
-    events_url: str = Field(description="GET: its progress as server-sent events.")
+    events_url: str = Field(description="GET: its progress as server-sent events; signed as the results are.")
     cancel_url: str = Field(description="POST: cancel it.")
     error: dict[str, Any] | None = Field(description="A problem, where status is failed.")
 
