@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import typer
 
+from giantleap.cli.errors import EXIT_INTERRUPTED, to_line
 from giantleap.cli.files import check_output_directory
 from giantleap.cli.progress import working
 
@@ -97,16 +99,27 @@ def main() -> None:
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
-    check_output_directory(options.out)
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        check_output_directory(options.out)
+        options.out.mkdir(parents=True, exist_ok=True)
+        _draw_both(options.out, options.prompt, options.seed)
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+    except (OSError, RuntimeError, httpx.HTTPError) as error:
+        sys.exit(f"giantleap: {to_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _draw_both(out: Path, prompt: str, seed: int) -> None:
     os.environ.setdefault("GIANTLEAP_LOG_LEVEL", "warning")  # or the service's log hides the lines below
     print("starting Redis, the API and a worker that loads bundle pocket ...", flush=True)
     with running_service() as url:
         for scale in (2, 4):
-            path = options.out / f"demo_x{scale}.png"
+            path = out / f"demo_x{scale}.png"
             print(f"drawing {path} over HTTP ...", flush=True)
             with working(f"{path}: generate, upscale, decode"):
-                image, stages = draw(url, options.prompt, scale, options.seed)
+                image, stages = draw(url, prompt, scale, seed)
             path.write_bytes(image)
             times = "  ".join(f"{name} {duration_s:.3f} s" for name, duration_s in stages.items())
             print(f"{path}  x{scale}  {times}", flush=True)

@@ -5,6 +5,7 @@ interrupts into that line; commands end themselves with `giantleap.cli.options.s
 """
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,8 @@ class OneLineErrors(TyperGroup):
         """Run the command and exit."""
         # Read once at its import, where it would warn of optional packages that nothing here uses.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
         try:
             code = super().main(args, "giantleap", complete_var, False, windows_expand_args, **extra)
         except _UsageError as error:

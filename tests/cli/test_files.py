@@ -1,6 +1,10 @@
 """Inputs and outputs of commands: `-` for standard input and output, and outputs that are checked before the work."""
 
 import io
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,3 +126,20 @@ def test_a_full_disk_is_one_line(run: Run, tmp_path: Path) -> None:
     ended = run("generate", "a", "-o", tmp_path / "out.png", "--steps", "1")
     assert ended.exit_code == 1 and "the disk is full; free space and run the command again" in ended.output
     assert "Traceback" not in ended.output
+
+
+def test_a_name_of_any_bytes_is_written_and_shown(tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    directory = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(tiny_bundle_dir, directory)
+    command = [sys.executable, "-m", "giantleap", "models", "--bundle", str(directory)]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    ended = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+    assert ended.returncode == 0 and b"caf\\udce9" in ended.stdout, ended.stderr
+
+
+def test_the_demo_refuses_a_place_for_its_images_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "giantleap.cli.demo", "--out", str(tmp_path / "file" / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith("giantleap: ") and len(ended.stderr.splitlines()) == 1
