@@ -175,7 +175,7 @@ async def test_options_may_be_fields_of_the_form(client: httpx.AsyncClient, prod
     assert [(each.scale, each.method, each.output_format) for each in params] == [
         (4, "bicubic", "png"), (4, "bicubic", "jpeg"),
     ]  # fmt: skip
-    assert_refused(await send("/upscale", colour="red"), "colour", "is not a known field")
+    assert_refused(await send("/upscale", shade="red"), "shade", "is not a known field")
     assert_refused(await send("/upscale?scale=2", scale="4"), "scale", "is in the query too")
     assert_refused(await send("/upscale", scale="four"), "scale", "must be a number")
     assert len(producer.jobs) == 2
