@@ -599,7 +599,9 @@ def test_the_statistics_of_flux2_come_from_its_vae() -> None:
     torch.testing.assert_close(torch.tensor(std), (norm.running_var + 1e-4).sqrt())
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux1-dev", "flux2", "flux2-klein", "qwen-image", "z-image"])
+@pytest.mark.parametrize(
+    "name", ["sdxl", "sd3", "flux1-dev", "flux2", "flux2-klein", "qwen-image", "z-image", "prx", "sana", "sana-sprint"]
+)
 def test_a_pipeline_in_bfloat16_gives_float32_latents(name: str) -> None:
     made = build(name)
     full = draw(made.generator, made.item)[0]

@@ -126,6 +126,13 @@ def test_memory_is_what_was_measured_on_shapes_alone(config: dict[str, Any], dty
     assert decoded.dtype == dtype
 
 
+def test_each_strip_is_reported_with_the_fraction_that_is_done() -> None:
+    vae = make_vae(**SHUFFLES)
+    done: list[float | None] = []
+    cut_of(vae).decode(vae, latents_of(vae, 10, 4, batch=2), 4, done.append)
+    assert done == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
+
+
 def test_a_budget_below_the_thinnest_strips_is_refused() -> None:
     vae = make_vae(**SHUFFLES)
     with pytest.raises(DecodeBudgetError, match=r"48x20 latent needs \d+ bytes with the thinnest strips; 9000 are"):
