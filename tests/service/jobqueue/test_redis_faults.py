@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -276,3 +277,43 @@ def test_a_stop_ends_the_wait_for_a_server_that_is_away(settings: Settings) -> N
     stop.set()
     thread.join(30)
     assert not thread.is_alive() and "ConnectionError" in str(failed[0])
+
+
+@pytest.mark.parametrize(("policy", "appendonly"), [("allkeys-lru", "yes"), ("noeviction", "no")])
+async def test_a_server_that_may_lose_accepted_jobs_is_warned_of(
+    policy: str, appendonly: str, server: Server, settings: Settings, open_producer: ProducerOpener, caplog: Any
+) -> None:
+    server.client.config_set("maxmemory-policy", policy)
+    server.client.config_set("appendonly", appendonly)
+    try:
+        async with open_producer() as producer:
+            [warning] = producer.warnings
+        check_url(str(settings.redis_url), settings)
+        assert warning in caplog.text
+        assert ("evicts" in warning) is (policy != "noeviction") and ("append-only" in warning) is (appendonly == "no")
+    finally:
+        server.client.config_set("maxmemory-policy", "noeviction")
+        server.client.config_set("appendonly", "yes")
+    async with open_producer() as producer:
+        assert producer.warnings == ()
+
+
+@pytest.mark.parametrize("skew_s", [-3600.0, 3600.0])
+async def test_a_wrong_clock_of_a_host_changes_no_time_of_a_job(
+    skew_s: float, server: Server, make_job: Any, open_producer: ProducerOpener, open_consumer: Any
+) -> None:
+    seconds, _ = server.client.time()
+    worker: JobConsumer = open_consumer()
+    async with open_producer() as producer:
+        job = make_job()
+        skewed = dataclasses.replace(job, created_at_s=job.created_at_s + skew_s)
+        enqueued = await producer.enqueue(skewed)
+        [claim] = await asyncio.to_thread(worker.claim, 1, 60.0)
+        record = await producer.get(job.id)
+        assert record is not None and enqueued.created_at_s == record.job.created_at_s
+        assert abs(record.job.created_at_s - seconds) < 600
+        assert 0 <= claim.waited_s <= claim.age_s() < 600
+        assert 0 <= record.stages_s["queue"] < 600
+        assert await asyncio.to_thread(worker.complete, claim, [], {}, [])
+        ended = await producer.wait(job.id, 60.0, skewed)
+        assert ended.job.created_at_s == record.job.created_at_s
