@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from giantleap.cli.main import app
+from giantleap.export.manifest import FILE
 from giantleap.service.errors import BadConfiguration
 from giantleap.service.settings import read_settings
 from giantleap.service.worker.process import run_worker
@@ -23,7 +24,7 @@ COMMANDS = {
     "bench engines": "bench engines --runs 1 --warmups 0 --scale 2",
     "bundle check": "bundle check {bundle}",
     "export": "export --engine aoti --part decoder",
-    "export check": "export check {tmp}",
+    "export check": "export check {tmp}/exported",
     "train prepare": "train prepare {tmp}/empty --bundle {bundle} --out {tmp}/out",
     "train run": "train run --config {tmp}/run.toml --out {tmp}/out",
     "train transfer": "train transfer --from {bundle} --to-bundle {bundle} --pairs {tmp}/empty --out {tmp}/out",
@@ -46,6 +47,8 @@ def three_threads(tiny_bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 def test_a_command_uses_the_threads_of_the_setting(line: str, tiny_bundle_dir: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "latent.npy", np.zeros((16, 4, 4), np.float32))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / FILE).write_text("{}")
     (tmp_path / "lua.safetensors").touch()
     run = f'bundle = "{tiny_bundle_dir}"\npairs = "empty"\n[lua]\nstart = "lua.safetensors"\n'
     (tmp_path / "run.toml").write_text(run)

@@ -17,7 +17,6 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
-    KDPM2AncestralDiscreteScheduler,
     LCMScheduler,
     TCDScheduler,
 )
@@ -641,7 +640,7 @@ def test_a_seed_repeats_where_the_scheduler_draws_noise_in_each_step(name: str, 
 
 @pytest.mark.parametrize(
     "scheduler",
-    [EulerAncestralDiscreteScheduler, DDPMScheduler, LCMScheduler, TCDScheduler, KDPM2AncestralDiscreteScheduler],
+    [EulerAncestralDiscreteScheduler, DDPMScheduler, LCMScheduler, TCDScheduler],
 )
 def test_a_seed_repeats_with_the_schedulers_of_stable_diffusion_that_draw_noise(scheduler: Any) -> None:
     family = build("sd15")
