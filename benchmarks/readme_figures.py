@@ -1,7 +1,7 @@
-"""Write the figures of the README from the reports in `benchmarks/results/`.
+"""Write the figures of the README and of `docs/operations.md` from the reports in `benchmarks/results/`.
 
-Run `python -m benchmarks.readme_figures` after a report has changed: it replaces the blocks between the README's marks.
-A test compares README and reports.
+Run `python -m benchmarks.readme_figures` after a report has changed: it replaces the blocks between the marks. A test
+compares pages and reports.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+OPERATIONS = ROOT / "docs" / "operations.md"
 _END = "<!-- end -->\n"
 
 
@@ -26,6 +27,23 @@ def to_blocks(results: Path) -> dict[str, str]:
         "figures": to_summary(reports["methods"], reports["load"], reports["chaos"], reports["pocket_quality"]),
         "pocket_quality": to_quality_table(reports["pocket_quality"]),
     }
+
+
+def to_thread_blocks(results: Path) -> dict[str, str]:
+    """Return the block of `docs/operations.md`: the chosen number of threads compared with one.
+
+    Args:
+        results: Directory with `threads.json`.
+    """
+    report = _read(results / "threads.json")
+    parts = []
+    for row in report["results"]:
+        where = f" beside {row['busy_loops']} busy loops" if row["busy_loops"] else ""
+        chosen_s, one_s = (row["median_s"][rule] for rule in ("chosen", "one thread"))
+        parts.append(f"`{row['command']}`{where} {chosen_s:.1f} s, with one thread {one_s:.1f} s")
+    machine = report["machine"]
+    where = f"On {machine['cores']} cores at load {machine['load_1min']:.0f}"
+    return {"threads": f"{where} (`python -m benchmarks.threads`): {'; '.join(parts)}.\n"}
 
 
 def to_summary(
@@ -113,8 +131,9 @@ def put_blocks(text: str, blocks: Mapping[str, str]) -> str:
 
 
 def main() -> None:
-    """Update the README."""
+    """Update the pages."""
     README.write_text(put_blocks(README.read_text(), to_blocks(RESULTS)))
+    OPERATIONS.write_text(put_blocks(OPERATIONS.read_text(), to_thread_blocks(RESULTS)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from benchmarks.readme_figures import RESULTS, put_blocks, to_blocks
+from benchmarks.readme_figures import OPERATIONS, RESULTS, put_blocks, to_blocks, to_thread_blocks
 from giantleap.cli.main import app
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.descriptor import from_toml
@@ -240,6 +240,11 @@ def test_the_table_of_bundles_is_that_of_the_descriptors() -> None:
 def test_the_readme_has_the_figures_of_the_reports() -> None:
     text = (ROOT / "README.md").read_text()
     assert text == put_blocks(text, to_blocks(RESULTS)), "run `python -m benchmarks.readme_figures`"
+
+
+def test_the_operations_page_has_the_measured_threads() -> None:
+    text = OPERATIONS.read_text()
+    assert text == put_blocks(text, to_thread_blocks(RESULTS)), "run `python -m benchmarks.readme_figures`"
 
 
 def _report(name: str) -> dict[str, Any]:
