@@ -245,9 +245,8 @@ def test_status_prints_the_queue_and_the_workers(service: Service) -> None:
 
 def test_probes_name_the_version_and_the_readiness(service: Service) -> None:
     assert service.client.get("/version").json()["version"]
-    assert (
-        service.client.get("/health").json() == service.client.get("/readyz").json() == {"ready": True, "reasons": []}
-    )
+    health, ready = (service.client.get(path).json() for path in ("/health", "/readyz"))
+    assert health == ready and (ready["ready"], ready["reasons"]) == (True, [])
 
 
 def test_a_wait_that_ends_too_early_names_where_the_job_is(settings: Settings, tmp_path: Path) -> None:
