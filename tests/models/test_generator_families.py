@@ -160,8 +160,6 @@ class Family:
 
 
 def build(name: str) -> Family:
-    if name.startswith("prx"):
-        pytest.importorskip("ftfy")  # without it the stock pipeline fails
     case = CASES[name]
     pipeline = case.build()
     pipeline.set_progress_bar_config(disable=True)

@@ -79,8 +79,6 @@ def repositories_of(bundle: Bundle, pipeline: Any, directory: Path) -> dict[str,
 
 @pytest.mark.parametrize("name", BUILD)
 def test_a_shipped_bundle_is_pulled_and_draws(name: str, tmp_path: Path) -> None:
-    if name.startswith("prx"):
-        pytest.importorskip("ftfy")  # without it the stock pipeline fails
     shipped = read_bundle(BUNDLES / name)
     repositories = repositories_of(shipped, BUILD[name](), tmp_path / "built")
     with serve_hub(repositories) as server:
