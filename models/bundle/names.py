@@ -66,4 +66,7 @@ def is_name(name: str | Path) -> bool:
 
 def is_bundle(directory: Path) -> bool:
     """Whether a directory has a descriptor."""
-    return (directory / DESCRIPTOR).is_file()
+    try:
+        return (directory / DESCRIPTOR).is_file()
+    except OSError:  # a name that is too long for a file, or behind a directory that may not be read
+        return False

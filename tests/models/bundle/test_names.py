@@ -30,7 +30,7 @@ def test_a_directory_comes_before_a_name(tmp_path: Path) -> None:
     assert find_bundle("sdxl", beside=tmp_path) == tmp_path / "sdxl"
 
 
-@pytest.mark.parametrize("name", ["pockt", "sdxl.toml", "pocket ", "ä"])
+@pytest.mark.parametrize("name", ["pockt", "sdxl.toml", "pocket ", "ä", "x" * 5000], ids=lambda name: name[:8])
 def test_an_unknown_name_gets_the_known_ones(name: str) -> None:
     with pytest.raises(BundleError, match=r"pocket.*giantleap bundle pull"):
         find_bundle(name)
