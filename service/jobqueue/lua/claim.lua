@@ -101,11 +101,15 @@ local function take_stale(lane, only_released)
   end
 end
 
--- A message is delivered again, though its job runs, if somebody destroyed the group: then it returns to its worker.
+-- A message is delivered again, though its job runs, if somebody destroyed the group: then it returns to its worker. A
+-- job that this worker cannot read goes to the others, as one that was released.
 local function start_new(lane, message, id)
-  local worker = get(id, 'state') == 'processing' and get(id, 'worker')
+  local state, stream = get(id, 'state'), stream_key(lane)
+  local worker = state == 'processing' and get(id, 'worker')
   if worker and (worker ~= consumer or held[id] or dropped[id]) then
-    redis.call('XCLAIM', stream_key(lane), GROUP, worker, 0, message, 'JUSTID')
+    redis.call('XCLAIM', stream, GROUP, worker, 0, message, 'JUSTID')
+  elseif held[id] and state == 'queued' then
+    redis.call('XCLAIM', stream, GROUP, 'released', 0, message, 'IDLE', 86400000 + config.visibility_ms, 'JUSTID')
   else
     start(lane, message, id, worker)
   end
