@@ -58,7 +58,7 @@ def read_weights(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise FileNotFoundError(f"no LUA weights at {path}")
     suffix = path.suffix.lower()
     if suffix not in WEIGHT_SUFFIXES:
-        raise CheckpointError(f"{path}: found suffix {path.suffix!r}, expected one of {', '.join(WEIGHT_SUFFIXES)}")
+        raise CheckpointError(f"{path}: found suffix {path.suffix!r}, expected .ckpt, .safetensors, .pth or .pt")
     if is_lfs_pointer(path):
         raise CheckpointError(f"{path} {LFS_ADVICE}")
     header, weights = _read_safetensors(path) if suffix == ".safetensors" else ({}, _read_pickle(path))
