@@ -293,7 +293,7 @@ def main(
     pipeline: Annotated[Path, typer.Argument(help="Directory of a SanaPipeline.")],
     count: int = 200,
     steps: int = 12,
-    guidance: float = 2.0,
+    guidance: float = 1.5,
     out: Annotated[Path | None, typer.Option(help="Where to store the figures.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Where to store a contact sheet instead of measuring.")] = None,
 ) -> None:

@@ -23,7 +23,7 @@ from giantleap.models.bundle.digests import file_hashes
 from giantleap.training.pocket.stride4.network import STRIDE_PX
 
 LUA_FILE = "lua.safetensors"
-GUIDANCE_SCALE = 2.0
+GUIDANCE_SCALE = 1.5
 PROVENANCE = (
     "Started at the principal components of 4 x 4 blocks and trained by `python -m giantleap.training.pocket.stride4` "
     "on pictures that its own code draws and on nine photographs under CC0-1.0 and CC-BY-4.0 from Debian's package "

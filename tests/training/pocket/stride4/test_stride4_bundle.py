@@ -18,6 +18,8 @@ from giantleap.training.pocket.stride4.text import SCALING_FACTOR, Recipe, TextT
 from giantleap.training.pocket.swinir import swinir_spec, write_swinir
 from giantleap.training.pocket.tokenizer import open_sana_tokenizer
 
+TRAINED = Path(__file__).parents[4] / "training" / "pocket" / "stride4" / "checkpoints" / "pocket2"
+
 
 def test_a_whole_bundle_is_read_and_its_digests_hold(tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -83,3 +85,23 @@ def test_the_service_draws_what_the_stock_pipeline_draws(tmp_path: Path) -> None
         assert np.abs(image.numpy().astype(int) - np.asarray(picture).astype(int)).max() <= 1
         shown.append(image.float())
     assert (shown[0] - shown[1]).abs().max() > 8, "the prompt takes part"
+
+
+def test_the_trained_bundle_draws_the_colors_of_a_prompt() -> None:
+    bundle = read_bundle(TRAINED)
+    check_files(bundle)
+    route = Route.open(bundle, torch.device("cpu"), torch.float32)
+    item = GenerationItem("a large red sphere on a green floor under a blue sky, on the left", "", 7, 128, 128, 8, 1.5)
+    latents = [latent for latent in route.generate([item]) if latent is not None]
+    _, (image,) = route.upscale_and_decode(latents, 2)
+    assert image is not None
+    assert image.shape == (256, 256, 3)
+    sky, ground, thing = (
+        image[rows, columns].float().mean(dim=(0, 1))
+        for rows, columns in (
+            (slice(8, 30), slice(0, 256)),
+            (slice(232, 250), slice(0, 256)),
+            (slice(110, 150), slice(50, 80)),
+        )
+    )
+    assert [int(color.argmax()) for color in (thing, ground, sky)] == [0, 1, 2]
