@@ -134,7 +134,7 @@ def test_a_missing_library_is_named_with_what_installs_it(
     monkeypatch: pytest.MonkeyPatch, package: str, load: Any, device: torch.device
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(EngineError, match=rf"{package}.*pip install 'giantleap\["):
+    with pytest.raises(EngineError, match=rf"{package}.*pip install '\.\["):
         load(device)
 
 

@@ -108,7 +108,7 @@ def test_a_scale_between_takes_the_next_larger_statistics() -> None:
     expected = torch.minimum(reach_of(4), high).expand(1, 2, 12, 12)
     assert bool((low < 0).all())
     torch.testing.assert_close(GUARD.limit(small, far, 3.0), expected)
-    with pytest.raises(StatisticsError, match="at 6"):
+    with pytest.raises(StatisticsError, match="at scale 6"):
         GUARD.limit(small, torch.zeros(1, 2, 24, 24), 6)
     with pytest.raises(StatisticsError, match="3 channels"):
         GUARD.limit(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 8, 8), 2)

@@ -59,7 +59,9 @@ def make_server() -> Iterator[Callable[..., EmbeddedRedis]]:
 def await_end(pid: int) -> None:
     def has_ended() -> bool:
         try:
-            return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+            process = psutil.Process(pid)
+            # The main thread may end before the others, which hold the lock until then.
+            return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
         except psutil.NoSuchProcess:
             return True
 
