@@ -61,7 +61,7 @@ def await_end(pid: int) -> None:
         try:
             process = psutil.Process(pid)
             # The main thread may end before the others, which hold the lock until then.
-            return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
+            return bool(process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1)
         except psutil.NoSuchProcess:
             return True
 
