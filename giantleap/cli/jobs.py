@@ -3,6 +3,7 @@
 They use the service over HTTP, so that they work from any machine and with the rights of their API key.
 """
 
+import ipaddress
 import json
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from urllib.parse import quote
@@ -110,6 +111,17 @@ def _print_metrics(text: str) -> None:
     typer.echo(f"storage  {totals['blob_bytes'] / 2**20:.0f} of {totals['blob_budget_bytes'] / 2**20:.0f} MiB")
 
 
+def to_local_url(host: str, port: int) -> str:
+    """The URL of the service on this machine; one that listens on every address is reached by loopback."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return f"http://{host}:{port}"
+    if address.is_unspecified:
+        host = "127.0.0.1" if address.version == 4 else "::1"
+    return f"http://{host}:{port}" if address.version == 4 else f"http://[{host}]:{port}"
+
+
 def _request(
     method: str, path: str, url: str | None, params: dict[str, Any] | None = None, accepted: tuple[int, ...] = ()
 ) -> "httpx.Response":
@@ -120,8 +132,7 @@ def _request(
         settings = read_settings(**({} if url is None else {"api_url": url}))
     except ValueError as error:
         stop(*format_errors(error))
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    base_url = settings.api_url or f"http://{host}:{settings.port}"
+    base_url = settings.api_url or to_local_url(settings.host, settings.port)
     headers = {} if settings.api_key is None else {"Authorization": f"Bearer {settings.api_key.get_secret_value()}"}
     try:
         response = httpx.request(method, base_url + path, params=params, headers=headers, timeout=_TIMEOUT_S)
