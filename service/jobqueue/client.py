@@ -18,7 +18,7 @@ import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 import redis
 import redis.asyncio
@@ -92,8 +92,17 @@ def read_address(url: str) -> Address:
         raise BadConfiguration(f"the Redis URL of the form {scheme}:// cannot be read: {error}; see {_FORMS}") from None
 
 
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # whose text may hold the password
+        raise BadConfiguration(
+            f"the Redis URL cannot be read; percent-encode special characters of user and password; allowed is {_FORMS}"
+        ) from None
+
+
 def _check_parameters(url: str, scheme: str) -> None:
-    parts = urlsplit(url)
+    parts = _split(url)
     query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
     if unknown := sorted(query.keys() - _PARAMETERS):
         raise BadConfiguration(
@@ -112,11 +121,11 @@ def _check_files(query: Mapping[str, str]) -> None:
 
 
 def _read_several(url: str, kind: str, tls: bool) -> Address:
-    parts = urlsplit(url)
+    parts = _split(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
     names = ("username", "password")
     login = {name: unquote(value) for name, value in zip(names, credentials.split(":", 1), strict=False) if value}
-    query = {name: values[-1] for name, values in parse_qs(parts.query, strict_parsing=bool(parts.query)).items()}
+    query = {name: values[-1] for name, values in _parse_query(parts.query).items()}
     path = [unquote(part) for part in parts.path.split("/") if part]
     tls_files = {name: query.pop(name) for name in _TLS_FILES if tls and name in query}
     _check_files(tls_files)
@@ -135,14 +144,21 @@ def _read_several(url: str, kind: str, tls: bool) -> Address:
     return Address("sentinel", url, tls, where, path[0], db, login, sentinel_login, tls_files)
 
 
+def _parse_query(text: str) -> dict[str, list[str]]:
+    try:
+        return parse_qs(text, strict_parsing=bool(text))
+    except ValueError:  # whose text may hold the password
+        raise ValueError("its parameters are not of the form ?name=value&name=value") from None
+
+
 def _read_hosts(text: str, default_port: int) -> tuple[tuple[str, int], ...]:
     hosts = []
     for part in text.split(","):
-        read = urlsplit(f"//{part}")
         try:
+            read = urlsplit(f"//{part}")
             port = read.port or default_port
         except ValueError:
-            raise ValueError("a port is not a number from 1 to 65535") from None
+            raise ValueError("a host is not of the form name:port, with a port from 1 to 65535") from None
         if not read.hostname:
             raise ValueError("a host is missing")
         hosts.append((read.hostname, port))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.bundle.errors import BundleError
 from giantleap.models.generator import GenerationItem, Generator
 from tests.tiny_bundle import SCALING_FACTOR
 
@@ -130,5 +131,5 @@ def test_a_pipeline_whose_weights_are_not_safetensors_is_refused(tiny_bundle_dir
     torch.save(load_file(weights), unet / "diffusion_pytorch_model.bin")
     weights.unlink()
     bundle = replace(read_bundle(tiny_bundle_dir), directory=directory)
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(BundleError, match="safetensors"):
         Generator.open(bundle, torch.device("cpu"), torch.float32)

@@ -63,6 +63,13 @@ def test_a_cluster_url_names_hosts_and_login() -> None:
         f"redis+cluster://u:{SECRET}@a,,b",
         f"redis://u:{SECRET}@h:port",
         f"redis+other://u:{SECRET}@h",
+        f"redis://u:{SECRET}@[::1/0",
+        f"redis+cluster://u:{SECRET}@[::1,h",
+        f"redis+sentinel://u:{SECRET}@h,[::1/jobs",
+        f"redis+sentinel://u:{SECRET}/@h/jobs",
+        f"redis+sentinel://u:p@h/jobs?sentinel_password&{SECRET}",
+        f"redis://u:{SECRET}\u2100@h/0",
+        f"redis+cluster://u:{SECRET}\u2100@h",
     ],
 )
 @pytest.mark.parametrize("opened", [open_redis, open_async_redis])
