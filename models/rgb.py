@@ -120,12 +120,12 @@ class _PngParts:
 def _read_png(content: bytes) -> _PngParts:
     """Take a PNG file apart; a damaged ancillary chunk counts as missing, a damaged critical one stays as it is."""
     view = memoryview(content)
-    kept, found = [view[: len(_PNG_START)]], dict[bytes, bytes]()
+    chunks, found = [view[: len(_PNG_START)]], dict[bytes, bytes]()
     start, color_type = len(_PNG_START), -1
     while (stop := start + 12 + int.from_bytes(view[start : start + 4])) <= len(view):
         name, data = bytes(view[start + 4 : start + 8]), view[start + 8 : stop - 4]
         if not name[0] & _ANCILLARY:
-            kept.append(view[start:stop])
+            chunks.append(view[start:stop])
             color_type = data[9] if name == b"IHDR" and len(data) > 9 else color_type
         elif name in (b"tRNS", b"iCCP", b"eXIf", b"acTL") and zlib.crc32(view[start + 4 : stop - 4]) == int.from_bytes(
             view[stop - 4 : stop]
@@ -134,15 +134,15 @@ def _read_png(content: bytes) -> _PngParts:
             if name != b"tRNS":
                 found[name] = bytes(data)
             elif fewest <= len(data) <= most:
-                kept.append(view[start:stop])
+                chunks.append(view[start:stop])
         start = stop
         if name == b"IEND":
             break
     else:
-        kept.append(view[start:])  # cut off: Pillow decides whether the pixels are whole
+        chunks.append(view[start:])  # cut off: Pillow decides whether the pixels are whole
     frames = int.from_bytes(found.get(b"acTL", b"")[:4])
     exif = b"Exif\0\0" + found[b"eXIf"] if b"eXIf" in found else None
-    return _PngParts(b"".join(kept), _inflate_profile(found.get(b"iCCP", b"")), exif, max(1, frames))
+    return _PngParts(b"".join(chunks), _inflate_profile(found.get(b"iCCP", b"")), exif, max(1, frames))
 
 
 def _inflate_profile(chunk: bytes) -> bytes | None:

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.quality.prompt_sheet import write_prompt_sheet
 from giantleap.training.pocket.captions import COLORS, POSITIONS, SHAPES, SIZES, Slots, draw_prompts
 from giantleap.training.pocket.scenes import PALETTE, draw_scene, plain_scene, render
 
@@ -210,25 +210,7 @@ def write_sheet(bundle: Path, path: Path, count: int, steps: int, guidance_scale
     drawn = [text for text, _ in draw_prompts(count - len(SHEET_PROMPTS), seed)]
     prompts = [*SHEET_PROMPTS, *drawn]
     images = generate(DiffusionPipeline.from_pretrained(bundle), prompts, steps, guidance_scale, seed)
-    columns, side, foot = 6, 192, 44
-    rows = -(-len(prompts) // columns)
-    sheet = Image.new("RGB", (columns * side, rows * (side + foot)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (text, image) in enumerate(zip(prompts, images, strict=True)):
-        left, top = index % columns * side, index // columns * (side + foot)
-        pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
-        sheet.paste(Image.fromarray(pixels).resize((side - 4, side - 4), Image.Resampling.LANCZOS), (left + 2, top + 2))
-        pen.multiline_text((left + 4, top + side), _wrap(text, 32), fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def _wrap(text: str, width: int) -> str:
-    lines = [""]
-    for word in text.split(" "):
-        fits = len(lines[-1]) + len(word) < width
-        lines[-1:] = [f"{lines[-1]} {word}".strip()] if fits else [lines[-1], word]
-    return "\n".join(lines)
+    write_prompt_sheet(path, prompts, images)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 import typer
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.pipelines.sana.pipeline_sana import SanaPipeline
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.quality.prompt_following import FLOOR_ROWS, SHADES, SKY_ROWS, object_core, read_color
+from benchmarks.quality.prompt_sheet import write_prompt_sheet
 from giantleap.training.pocket.captions import POSITIONS, SHAPES, SIZES, Slots
 from giantleap.training.pocket.stride4.prompts import Prompt, draw_prompt, prompt_caption
 from giantleap.training.pocket.stride4.still_life import render_still_life
@@ -268,25 +268,7 @@ def write_sheet(directory: Path, path: Path, count: int, steps: int, guidance_sc
     drawn = [prompt_caption(draw_prompt(rng)) for _ in range(count - len(SHEET_PROMPTS))]
     prompts = [*SHEET_PROMPTS, *drawn]
     images = generate(SanaPipeline.from_pretrained(directory), prompts, steps, guidance_scale, seed)
-    columns, side, foot = 6, 192, 60
-    rows = -(-len(prompts) // columns)
-    sheet = Image.new("RGB", (columns * side, rows * (side + foot)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (text, image) in enumerate(zip(prompts, images, strict=True)):
-        left, top = index % columns * side, index // columns * (side + foot)
-        pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
-        sheet.paste(Image.fromarray(pixels).resize((side - 4, side - 4), Image.Resampling.LANCZOS), (left + 2, top + 2))
-        pen.multiline_text((left + 4, top + side), _wrap(text, 32), fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def _wrap(text: str, width: int) -> str:
-    lines = [""]
-    for word in text.split(" "):
-        fits = len(lines[-1]) + len(word) < width
-        lines[-1:] = [f"{lines[-1]} {word}".strip()] if fits else [lines[-1], word]
-    return "\n".join(lines)
+    write_prompt_sheet(path, prompts, images)
 
 
 def main(

@@ -54,9 +54,9 @@ def to_not_ready(error: Exception) -> NotReady:
 def to_bad_configuration(error: Exception) -> BadConfiguration | None:
     """The end of a start that met an error of Redis; None where a retry may help."""
     for each in _causes(error):
-        said = f"{name_fault(each)} {each}"
+        text = f"{name_fault(each)} {each}"
         for pattern, advice in _WRONG:
-            if re.search(pattern, said):
+            if re.search(pattern, text):
                 return BadConfiguration(f"Redis {advice} ({_first_words(each)})")
     return None
 
@@ -70,6 +70,6 @@ def _causes(error: BaseException) -> Iterator[Exception]:
 
 
 def _first_words(error: Exception) -> str:
-    """What the server said, without the arguments of a command: they may hold a prompt."""
+    """The server's text, without the arguments of a command: they may hold a prompt."""
     words = re.split(r",? with args| script: ", str(error))[0]
     return f"{name_fault(error)}: {words}"[:160]

@@ -76,12 +76,12 @@ def test_list_names_every_shipped_bundle_with_its_methods(run: Run) -> None:
 
 def test_show_says_where_the_parts_are_and_why_a_method_is_not_there(run: Run) -> None:
     ended = run("show", "sdxl")
-    said = _plain(ended.output)
+    output = _plain(ended.output)
     assert ended.exit_code == 0
-    assert "stabilityai/stable-diffusion-xl-base-1.0 at main, on the hub" in said
-    assert "vae madebyollin/sdxl-vae-fp16-fix" in said and "Open RAIL++-M" in said
-    assert "lua not available" in said and "train your own" in said
-    assert "direct sides up to 4096 px" in said and "bicubic x1, x2, x4" in said
+    assert "stabilityai/stable-diffusion-xl-base-1.0 at main, on the hub" in output
+    assert "vae madebyollin/sdxl-vae-fp16-fix" in output and "Open RAIL++-M" in output
+    assert "lua not available" in output and "train your own" in output
+    assert "direct sides up to 4096 px" in output and "bicubic x1, x2, x4" in output
 
 
 def test_an_unknown_bundle_is_refused_with_the_known_ones(run: Run) -> None:
@@ -120,9 +120,9 @@ def test_a_pulled_bundle_is_found_by_name_and_runs_with_the_network_off(
     assert f"pipeline from {PIPELINE}@{hub.commit_of(PIPELINE)}" in _plain(run("show", "tiny").output)
     ended = run("check", "tiny")
     assert ended.exit_code == 0, ended.output
-    said = _plain(ended.output)
-    assert "method lua x2, 128 x 128 px" in said and "peak" in said and "generate" in said
-    assert "swinir is not available" in said and "lua is not available" not in said
+    output = _plain(ended.output)
+    assert "method lua x2, 128 x 128 px" in output and "peak" in output and "generate" in output
+    assert "swinir is not available" in output and "lua is not available" not in output
     assert len(hub.fetched) == fetched_before
 
 

@@ -61,11 +61,11 @@ class Command:
             yield from (self.fill(place, each.name) for each in self.parameters if each.required)
             yield from ([*self.fill(place), each.opts[-1]] for each in options if not each.is_flag)
         for each in options:
-            kept, *extras = get_args(self.hints[each.name]) if each.name in self.hints else (str,)
+            annotation, *extras = get_args(self.hints[each.name]) if each.name in self.hints else (str,)
             wrong = {
-                "no number": "three" if {int, float} & _types(kept) else None,
+                "no number": "three" if {int, float} & _types(annotation) else None,
                 "out of range": "-7" if any(getattr(extra, "min", None) is not None for extra in extras) else None,
-                "no choice": "no-such-choice" if _is_choice(kept) else None,
+                "no choice": "no-such-choice" if _is_choice(annotation) else None,
             }.get(kind)
             if wrong is not None:
                 yield [*self.fill(place, each.name), each.opts[-1], wrong]

@@ -42,16 +42,18 @@ def test_generate_names_the_words_that_the_bundle_does_not_know(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--scale", "3"), "scale: is 3"),
         (("--width", "130", "--height", "128"), "nearest"),
     ],
 )
-def test_generate_refuses_what_the_bundle_cannot_reach(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+def test_generate_refuses_what_the_bundle_cannot_reach(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
     out = tmp_path / "out.png"
     ended = _run("generate", PROMPT, "-o", out, *arguments)
-    assert ended.exit_code == 2 and said in ended.output and not out.exists()
+    assert ended.exit_code == 2 and message in ended.output and not out.exists()
 
 
 def test_generate_refuses_an_unknown_image_format(tmp_path: Path) -> None:

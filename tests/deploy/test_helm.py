@@ -394,7 +394,7 @@ def test_metrics_are_scraped_where_they_are_served_and_rules_are_those_that_are_
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"settings": {"GIANTLEAP_REDIS_URL": "redis://x"}}, "set by the chart"),
         ({"pools": [{"name": "a", "resources": {}, "bundles": ["other"]}]}, "no bundle is named other"),
@@ -415,6 +415,6 @@ def test_metrics_are_scraped_where_they_are_served_and_rules_are_those_that_are_
         ({"api": {"forwardedAllowIps": ["proxy"]}}, "forwardedAllowIps"),
     ],
 )  # fmt: skip
-def test_wrong_values_are_refused(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(HelmRefused, match=said):
+def test_wrong_values_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(HelmRefused, match=message):
         find_helm().render(CHART, wrong)

@@ -170,7 +170,7 @@ def test_the_sizes_that_a_refusal_names_are_reached(width: int, height: int, sca
 
 
 def test_what_is_written_is_read_again_with_every_section(tmp_path: Path) -> None:
-    said = Descriptor.model_validate(
+    written = Descriptor.model_validate(
         values(
             bundle=values()["bundle"] | {"license_notes": "ask first"},
             pipeline=values()["pipeline"] | {"dtype": "bfloat16", "scheduler": "DDIMScheduler", "variant": "fp16"},
@@ -184,9 +184,9 @@ def test_what_is_written_is_read_again_with_every_section(tmp_path: Path) -> Non
     )
     (tmp_path / "up").mkdir()
     (tmp_path / "up" / "x4.pth").write_bytes(b"")
-    write_bundle(tmp_path, said)
+    write_bundle(tmp_path, written)
     read = read_bundle(tmp_path)
-    assert read.descriptor == said
+    assert read.descriptor == written
     assert (read.dtype, read.scheduler, read.variant) == ("bfloat16", "DDIMScheduler", "fp16")
     assert read.vae == ModelSource("maker/vae", "1") and read.tiny_vae == ModelSource("maker/tiny", "2")
     assert read.decodes == ("exact", "tiled", "tiny") and bundle().decodes == ("exact", "tiled")

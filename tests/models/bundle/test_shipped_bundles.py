@@ -56,24 +56,26 @@ def repository_of(model: Any, directory: Path, variant: str | None = None) -> Re
 
 def repositories_of(bundle: Bundle, pipeline: Any, directory: Path) -> dict[str, Repository]:
     """What the hub has under the ids of a descriptor; the VAE that overrides is recognized by one of its weights."""
-    said = bundle.descriptor
-    found = {str(said.pipeline.hub_id): repository_of(pipeline, directory / "pipeline", said.pipeline.variant)}
-    if said.tiny_vae is not None:
+    descriptor = bundle.descriptor
+    found = {
+        str(descriptor.pipeline.hub_id): repository_of(pipeline, directory / "pipeline", descriptor.pipeline.variant)
+    }
+    if descriptor.tiny_vae is not None:
         narrow = (8, 8, 8, 8)
         tiny = AutoencoderTiny(
             encoder_block_out_channels=narrow,
             decoder_block_out_channels=narrow,
             latent_channels=bundle.latent_space.channels,
         )
-        found[str(said.tiny_vae.hub_id)] = repository_of(tiny, directory / "tiny")
-    if said.vae is not None:
+        found[str(descriptor.tiny_vae.hub_id)] = repository_of(tiny, directory / "tiny")
+    if descriptor.vae is not None:
         torch.nn.init.constant_(pipeline.vae.decoder.conv_out.bias, VAE_MARK)
-        found[str(said.vae.hub_id)] = repository_of(pipeline.vae, directory / "vae")
-    if said.lua_source is not None and said.lua_source.file is not None:
+        found[str(descriptor.vae.hub_id)] = repository_of(pipeline.vae, directory / "vae")
+    if descriptor.lua_source is not None and descriptor.lua_source.file is not None:
         released = io.BytesIO()
         torch.manual_seed(0)
         torch.save({"params_ema": Lua(LuaSpec(16, 12, (2,), 2, window=4, num_feat=8)).state_dict()}, released)
-        found[str(said.lua_source.hub_id)] = {said.lua_source.file: released.getvalue()}
+        found[str(descriptor.lua_source.hub_id)] = {descriptor.lua_source.file: released.getvalue()}
     return found
 
 

@@ -281,9 +281,6 @@ class QueueMachine(RuleBasedStateMachine):
             )
 
         def end(ended: ModelJob) -> str:
-            if ended.is_canceled:
-                ended.end("canceled")
-                return "canceled"
             needed = self.model.input_bytes() - ended.input_bytes + size_bytes
             if size_bytes > ended.input_bytes and needed > BUDGET_BYTES:
                 return "no_room"
@@ -304,9 +301,6 @@ class QueueMachine(RuleBasedStateMachine):
             )
 
         def end(ended: ModelJob) -> str:
-            if ended.is_canceled:
-                ended.end("canceled")
-                return "canceled"
             if retryable and ended.deliveries < MAX_DELIVERIES:
                 ended.state, ended.has_message = "delayed", False
                 return "retried"
@@ -321,9 +315,6 @@ class QueueMachine(RuleBasedStateMachine):
             return str(self.run_script("transfer", arguments, value=b"l" * size_bytes).status)
 
         def end(moved: ModelJob) -> str:
-            if moved.is_canceled:
-                moved.end("canceled")
-                return "canceled"
             needed = self.model.input_bytes() - moved.input_bytes + size_bytes
             if size_bytes > moved.input_bytes and needed > BUDGET_BYTES:
                 return "no_room"
@@ -344,16 +335,13 @@ class QueueMachine(RuleBasedStateMachine):
             ended.end("canceled")
             return "done"
 
-        self._settle(held, times, run, end, overdue="done")
+        self._settle(held, times, run, end, overdue="done", canceled="done")
 
     def _give_back(self, held: HeldClaim) -> None:
         def run(fenced: dict[str, object]) -> str:
             return str(self.run_script("release", fenced).status)
 
         def end(returned: ModelJob) -> str:
-            if returned.is_canceled:
-                returned.end("canceled")
-                return "canceled"
             self._release(returned)
             return "done"
 
@@ -370,6 +358,7 @@ class QueueMachine(RuleBasedStateMachine):
         run: Callable[[dict[str, object]], str],
         end: Callable[[ModelJob], str],
         overdue: str = "lost",
+        canceled: str = "canceled",
     ) -> None:
         """A worker ends a claim that it believes to hold, once or twice: only a current claim changes anything."""
         worker, job, claim = held
@@ -382,7 +371,11 @@ class QueueMachine(RuleBasedStateMachine):
                 job.end("failed" if job.is_live else job.state)
                 job.worker, status = "", overdue
             else:
-                status = end(job)
+                if job.is_canceled:
+                    job.end("canceled")
+                    status = canceled
+                else:
+                    status = end(job)
                 is_settled = status != "no_room"
                 if is_settled:
                     job.worker, job.is_stale = "", False

@@ -1,7 +1,7 @@
 """Fetches the ten photographs under CC0 or CC-BY that the pocket networks train on, and cuts crops from them.
 
 The pictures come from Debian's package `lomiri-wallpapers-16.04` and are never stored in the repository. Pictures of
-that package under a share-alike licence are left out. `Crops` holds square crops in memory-mapped files; the networks
+that package under a share-alike license are left out. `Crops` holds square crops in memory-mapped files; the networks
 that read them are in `training/pocket/stride4/network.py`.
 """
 
@@ -29,7 +29,7 @@ CANDIDATES = 3  # of so many windows the most detailed one becomes a crop
 
 @dataclass(frozen=True)
 class Photograph:
-    """One picture of the package: its file, its author and its licence as the package's copyright file states them."""
+    """One picture of the package: its file, its author and its license as the package's copyright file states them."""
 
     file: str
     author: str
