@@ -20,7 +20,7 @@ from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import Method
 from giantleap.models.device import choose_device, choose_dtype
-from giantleap.models.generator import GenerationItem
+from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.route import Route
 from giantleap.service.worker.timing import ProtocolPlan, ProtocolResult, time_runs, to_result, to_table
 

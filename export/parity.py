@@ -14,7 +14,7 @@ from torch import Tensor
 
 from giantleap.export.manifest import ArtifactError, Case, Parity, Part, Precision
 from giantleap.models.engines.base import Profile, Runner
-from giantleap.models.images import psnr_db
+from giantleap.models.pixels.images import psnr_db
 
 # In float32 the largest absolute difference; in half types a share of the reference's root mean square, because
 # rounding is relative. A step of an 8-bit pixel is 7.8e-3 in [-1, 1].

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from giantleap.models.bundle.bundle import Bundle, BundleError
     from giantleap.models.bundle.names import load_bundle
-    from giantleap.models.generator import GenerationItem
+    from giantleap.models.generation.generator import GenerationItem
     from giantleap.models.route import Route, load_route
     from giantleap.models.upscaler import Upscaler, load_upscaler
     from giantleap.models.vae.autoencoder import decode_images
@@ -31,7 +31,7 @@ __all__ = [
 _MODULES = {
     "Bundle": "models.bundle.bundle",
     "BundleError": "models.bundle.bundle",
-    "GenerationItem": "models.generator",
+    "GenerationItem": "models.generation.generator",
     "Route": "models.route",
     "Upscaler": "models.upscaler",
     "decode_images": "models.vae.autoencoder",

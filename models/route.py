@@ -36,11 +36,11 @@ from giantleap.models.device import (
 )
 from giantleap.models.engines.base import Artifact, Engine, EngineName
 from giantleap.models.engines.swinir import PixelUpscaler
-from giantleap.models.generator import CancelCheck, GenerationItem, Generator, StepCallback
-from giantleap.models.images import to_pixels, to_signed
+from giantleap.models.generation.generator import CancelCheck, GenerationItem, Generator, StepCallback
 from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import pad_to_window
 from giantleap.models.lua.spec import scaled_size
+from giantleap.models.pixels.images import to_pixels, to_signed
 from giantleap.models.upscaler import open_lua
 from giantleap.models.vae.autoencoder import Vae, read_tiny, read_vae_model
 from giantleap.models.worker_role import WorkerRole

@@ -35,10 +35,10 @@ from giantleap.models.engines.artifacts import ArtifactEngine
 from giantleap.models.engines.base import Artifact
 from giantleap.models.engines.eager import TorchEngine
 from giantleap.models.engines.swinir import RGB_CHANNELS
-from giantleap.models.generator import GenerationItem
-from giantleap.models.images import psnr_db
+from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua, preset
+from giantleap.models.pixels.images import psnr_db
 from giantleap.models.route import Route
 from giantleap.service.settings import POCKET_BUNDLE
 

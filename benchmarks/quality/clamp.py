@@ -23,13 +23,13 @@ from tqdm import tqdm
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.quality.photos import read_photos
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.generator import GenerationItem
-from giantleap.models.images import psnr_db
+from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.statistics import LatentStatistics
+from giantleap.models.pixels.images import psnr_db
 from giantleap.models.route import Route
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.evaluation.cases import shrink

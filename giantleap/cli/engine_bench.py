@@ -17,9 +17,9 @@ from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.device import synchronize
 from giantleap.models.engines.base import ENGINES, Engine, EngineName
 from giantleap.models.engines.factory import open_engine
-from giantleap.models.generator import GenerationItem
-from giantleap.models.images import psnr_db
+from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.lua.checkpoints import read_lua
+from giantleap.models.pixels.images import psnr_db
 from giantleap.models.route import Route
 from giantleap.service.settings import Settings
 from giantleap.service.worker.engines import find_artifacts

@@ -10,7 +10,7 @@ from giantleap.cli.errors import to_line
 from giantleap.cli.options import stop
 
 if TYPE_CHECKING:
-    from giantleap.models.image_formats import ImageFormat
+    from giantleap.models.pixels.image_formats import ImageFormat
 
 STANDARD: Final = Path("-")
 LATENT: Final = ".safetensors"

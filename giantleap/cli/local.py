@@ -41,8 +41,8 @@ from giantleap.service.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from giantleap.models.generator import GenerationItem
-    from giantleap.models.image_formats import ImageFormat
+    from giantleap.models.generation.generator import GenerationItem
+    from giantleap.models.pixels.image_formats import ImageFormat
     from giantleap.models.route import Route
     from giantleap.service.jobs.job import GenerateParams
 
@@ -139,8 +139,8 @@ def _to_item(params: "GenerateParams", start: bytes | None) -> "GenerationItem":
     """The item to generate; `start` is an image of the base size for a job with a strength."""
     import torch
 
-    from giantleap.models.generator import GenerationItem
-    from giantleap.models.images import to_signed
+    from giantleap.models.generation.generator import GenerationItem
+    from giantleap.models.pixels.images import to_signed
     from giantleap.service.jobs.images import read_image
 
     width_px, height_px = params.base_size_px
@@ -240,7 +240,7 @@ def upscale(
 
 
 def _write_image(out: Path, output_format: "ImageFormat", pixels: "Tensor | None", stages: ShownStages) -> None:
-    from giantleap.models.images import to_image_bytes
+    from giantleap.models.pixels.images import to_image_bytes
 
     if pixels is None:
         stop("the decoded image has values that are not finite; nothing was written")

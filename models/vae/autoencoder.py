@@ -18,8 +18,8 @@ from giantleap.models.bundle.bundle import Bundle, ModelSource
 from giantleap.models.bundle.descriptor import DecodeName
 from giantleap.models.bundle.load_errors import load_errors
 from giantleap.models.device import PartCallback
-from giantleap.models.images import to_pixels
 from giantleap.models.latent_space import LatentSpace
+from giantleap.models.pixels.images import to_pixels
 from giantleap.models.vae.dc_strips import DcStrips
 from giantleap.models.vae.decode import (
     DC_CLASSES,

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from fastapi import Depends, Path, Request
 
-from giantleap.models.image_formats import ImageFormat
+from giantleap.models.pixels.image_formats import ImageFormat
 from giantleap.service.auth import Caller
 from giantleap.service.errors import NotFound, NotReady
 from giantleap.service.jobqueue.dead_letters import DeadLetters

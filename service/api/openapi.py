@@ -13,7 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from giantleap.models.image_formats import CONTENT_TYPES
+from giantleap.models.pixels.image_formats import CONTENT_TYPES
 from giantleap.service import errors
 from giantleap.service.api.dependencies import UNKNOWN_JOB, AppState
 from giantleap.service.api.paths import KSERVE_PATH, OPENAI_PATH, REMOTE_VAE_PATH

@@ -10,7 +10,7 @@ from typing import Final
 
 from fastapi import Request, Response
 
-from giantleap.models.image_formats import CONTENT_TYPES
+from giantleap.models.pixels.image_formats import CONTENT_TYPES
 from giantleap.service.api.dependencies import AppState, links_of
 from giantleap.service.api.problems import from_job_error, problem_response
 from giantleap.service.api.schemas import to_job_body

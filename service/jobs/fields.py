@@ -16,7 +16,7 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 
-from giantleap.models.image_formats import ImageFormat
+from giantleap.models.pixels.image_formats import ImageFormat
 
 
 def to_whole(value: object) -> object:

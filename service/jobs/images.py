@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from giantleap.models.rgb import DAMAGE, open_picture, to_rgb
+from giantleap.models.pixels.rgb import DAMAGE, open_picture, to_rgb
 from giantleap.service.errors import InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
 from giantleap.service.jobs.media_types import OCTETS_TYPE, name_format, read_media_type
 

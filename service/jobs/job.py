@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
-from giantleap.models.image_formats import ImageFormat
+from giantleap.models.pixels.image_formats import ImageFormat
 from giantleap.service.errors import field_errors
 
 FinalState = Literal["succeeded", "failed", "canceled"]

@@ -9,9 +9,9 @@ import numpy as np
 
 from giantleap.models.bundle.bundle import Bundle, SizeError
 from giantleap.models.bundle.descriptor import DecodeName, Method, nearest_sides
-from giantleap.models.image_formats import MAX_SIDE_PX, ImageFormat
 from giantleap.models.latent_space import LatentSpace, LatentSpaceError
 from giantleap.models.lua.spec import is_whole, scaled_size
+from giantleap.models.pixels.image_formats import MAX_SIDE_PX, ImageFormat
 from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.bundles import ServedBundle
 from giantleap.service.jobs.capacity import (

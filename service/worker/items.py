@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from giantleap.models.device import is_out_of_memory
-from giantleap.models.generator import GenerationItem, image_seed
-from giantleap.models.image_formats import CONTENT_TYPES
-from giantleap.models.images import to_image_bytes, to_signed
+from giantleap.models.generation.generator import GenerationItem, image_seed
+from giantleap.models.pixels.image_formats import CONTENT_TYPES
+from giantleap.models.pixels.images import to_image_bytes, to_signed
 from giantleap.models.route import finite_items
 from giantleap.service.errors import EngineFault, GiantleapError, JobFailed
 from giantleap.service.jobqueue.claims import Claim

@@ -20,9 +20,9 @@ from torch import Tensor
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.device import is_out_of_memory, synchronize
-from giantleap.models.generator import GenerationItem
-from giantleap.models.images import to_pixels
+from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.live_storage import LiveStorage
+from giantleap.models.pixels.images import to_pixels
 from giantleap.models.route import Route
 from giantleap.service.jobs.capacity import stage_name
 from giantleap.service.jobs.devices import Device, DeviceKind, StagePeak, machine_memory_bytes, usable_bytes

@@ -9,7 +9,7 @@ from giantleap.export.manifest import ArtifactError, Parity, Precision
 from giantleap.export.parity import CASES, choose_cases, compare, sample_latents
 from giantleap.export.tensorrt_plans import plan_profiles
 from giantleap.models.engines.base import Runner
-from giantleap.models.images import MAX_PSNR_DB
+from giantleap.models.pixels.images import MAX_PSNR_DB
 
 CHANNELS = 4
 STATISTICS = torch.tensor([0.0, 1.0, -1.0, 0.5]), torch.tensor([1.0, 2.0, 0.5, 1.0])

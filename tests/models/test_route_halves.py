@@ -10,7 +10,7 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.descriptor import Method
-from giantleap.models.generator import GenerationItem, Generator
+from giantleap.models.generation.generator import GenerationItem, Generator
 from giantleap.models.route import Route
 from giantleap.models.vae.autoencoder import VaeError, read_vae_model
 from giantleap.models.worker_role import WorkerRole

@@ -14,7 +14,7 @@ from torch import Tensor
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.descriptor import METHODS, Method
 from giantleap.models.device import PartCallback, StageName
-from giantleap.models.generator import GenerationItem
+from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.route import Route, run_once, stages_of
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from giantleap.models.generator import CancelCheck, GenerationItem, StepCallback
+from giantleap.models.generation.generator import CancelCheck, GenerationItem, StepCallback
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.settings import read_settings

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from giantleap.cli.main import app
 from giantleap.models.bundle.bundle import BundleError, read_bundle
-from giantleap.models.generator import Generator
+from giantleap.models.generation.generator import Generator
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.rgb import DAMAGE, open_picture, to_rgb
+from giantleap.models.pixels.rgb import DAMAGE, open_picture, to_rgb
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.data.frozen_vae import read_vae, vae_hash
 from giantleap.training.data.hf_source import HubSource, list_rows

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from giantleap.models.bundle.bundle import Bundle
-from giantleap.models.images import to_signed
-from giantleap.models.rgb import DAMAGE, open_picture, to_rgb
+from giantleap.models.pixels.images import to_signed
+from giantleap.models.pixels.rgb import DAMAGE, open_picture, to_rgb
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.data.frozen_vae import vae_hash
 from giantleap.training.data.pairs_store import PairsStore

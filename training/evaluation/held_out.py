@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from giantleap.models.images import psnr_db
 from giantleap.models.lua.network import Lua
+from giantleap.models.pixels.images import psnr_db
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.data.pairs_store import PairsStore
 

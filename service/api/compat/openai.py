@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
 from giantleap.models.bundle.descriptor import Method
-from giantleap.models.image_formats import ImageFormat
+from giantleap.models.pixels.image_formats import ImageFormat
 from giantleap.service.api.compat.shared import find_bundle, validate_as
 from giantleap.service.api.dependencies import AppState, AppStateDep, RecordDep, links_of
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content

@@ -19,8 +19,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from giantleap.models.bundle.descriptor import DecodeName
-from giantleap.models.image_formats import ImageFormat
 from giantleap.models.latent_space import LatentSpace, LatentSpaceError
+from giantleap.models.pixels.image_formats import ImageFormat
 from giantleap.service.api.compat.shared import find_bundle, stack_latents, validate_as
 from giantleap.service.api.dependencies import AppState, AppStateDep
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from giantleap.models.image_formats import CONTENT_TYPES, ImageFormat
+from giantleap.models.pixels.image_formats import CONTENT_TYPES, ImageFormat
 from giantleap.service.api.dependencies import JOB_ID, AppState, AppStateDep, JobId, links_of
 from giantleap.service.api.negotiation import choose_media_type
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content, upload_request_body

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.clamp import BROKEN_SHARE, changes, judge, measure_case, reach, summarize, to_table
-from giantleap.models.images import psnr_db
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import Lua, LuaSpec
 from giantleap.models.lua.statistics import LatentStatistics
+from giantleap.models.pixels.images import psnr_db
 
 STATISTICS = LatentStatistics((0.0,) * 16, (2.0,) * 16, {2: (0.5,) * 16, 4: (0.5,) * 16}, tiles=1)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.image_formats import ImageFormat
 from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.models.pixels.image_formats import ImageFormat
 from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.latents import to_blob
 from giantleap.service.jobs.planning import choose_scale, plan_generate, prepare_upscale

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from giantleap.models.bundle.bundle import Bundle, read_bundle
-from giantleap.models.generator import GenerationItem
+from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.route import Route
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobs.devices import StagePeak, machine_memory_bytes, usable_bytes

@@ -7,7 +7,7 @@ import torch
 from diffusers import SanaPipeline
 
 from giantleap.models.bundle.bundle import check_files, read_bundle
-from giantleap.models.generator import GenerationItem
+from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.lua.checkpoints import write_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec

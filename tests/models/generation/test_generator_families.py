@@ -37,7 +37,7 @@ from giantleap.models.bundle.descriptor import (
     VaeSource,
     Vocabulary,
 )
-from giantleap.models.generator import FAMILIES, GenerationItem, Generator
+from giantleap.models.generation.generator import FAMILIES, GenerationItem, Generator
 from giantleap.models.latent_space import LATENT_SPACES, LatentSpace
 from tests.tiny_pipelines import (
     save_pipeline,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from giantleap.models.rgb import open_picture, to_rgb
+from giantleap.models.pixels.rgb import open_picture, to_rgb
 from tests.icc_profiles import (
     ADOBE_RGB,
     DISPLAY_P3,

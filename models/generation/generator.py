@@ -44,8 +44,7 @@ from transformers.utils import logging as transformers_logging
 
 from giantleap.models.bundle.bundle import Bundle, BundleError, ModelSource
 from giantleap.models.bundle.load_errors import load_errors
-from giantleap.models.latent_space import LatentSpace
-from giantleap.models.prompt_tokens import (
+from giantleap.models.generation.prompt_tokens import (
     own_prompt_length,
     truncated_by_clip,
     truncated_by_gemma,
@@ -56,6 +55,7 @@ from giantleap.models.prompt_tokens import (
     truncated_by_qwen25,
     truncated_by_t5,
 )
+from giantleap.models.latent_space import LatentSpace
 from giantleap.models.vae.autoencoder import read_vae_model
 
 StepCallback = Callable[[int, int], None]

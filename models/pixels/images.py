@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from giantleap.models.image_formats import ImageFormat
+from giantleap.models.pixels.image_formats import ImageFormat
 
 # A low PNG level: here the time of encoding counts for more than the size of the file.
 _OPTIONS: dict[str, dict[str, int]] = {

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from giantleap.models.image_formats import CONTENT_TYPES, ImageFormat
-from giantleap.models.images import MAX_PSNR_DB, psnr_db, to_image_bytes
+from giantleap.models.pixels.image_formats import CONTENT_TYPES, ImageFormat
+from giantleap.models.pixels.images import MAX_PSNR_DB, psnr_db, to_image_bytes
 
 
 @pytest.fixture

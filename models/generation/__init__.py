@@ -1,0 +1,1 @@
+"""Runs a stock diffusers pipeline up to its latent."""

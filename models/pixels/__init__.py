@@ -1,0 +1,1 @@
+"""Pixels: reading images, image formats, encoding."""
