@@ -1,6 +1,6 @@
 """Finds the words of a prompt that a bundle with a closed vocabulary does not know. It imports no torch.
 
-The API process warns about them when it accepts a job. The pipeline's tokenizer in `models/generation/generator.py` reads the
+The API process warns about them when it accepts a job. The tokenizer in `models/generation/generator.py` reads the
 same `tokenizer/tokenizer.json`.
 """
 
