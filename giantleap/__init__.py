@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from giantleap.models.bundle.bundle import Bundle, BundleError
     from giantleap.models.bundle.names import load_bundle
     from giantleap.models.generation.generator import GenerationItem
-    from giantleap.models.route import Route, load_route
+    from giantleap.models.load import load_route
+    from giantleap.models.route import Route
     from giantleap.models.upscaler import Upscaler, load_upscaler
     from giantleap.models.vae.autoencoder import decode_images
 
@@ -36,7 +37,7 @@ _MODULES = {
     "Upscaler": "models.upscaler",
     "decode_images": "models.vae.autoencoder",
     "load_bundle": "models.bundle.names",
-    "load_route": "models.route",
+    "load_route": "models.load",
     "load_upscaler": "models.upscaler",
 }
 

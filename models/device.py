@@ -15,7 +15,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-StageName = Literal["generate", "vae_encode", "upscale", "decode", "encode"]
+StageName = Literal["generate", "vae_encode", "upscale", "refine", "decode", "encode"]
 PartCallback = Callable[[float | None], None]
 """Called after each part of a stage with the fraction of the stage that is done, None if unknown. It may raise."""
 

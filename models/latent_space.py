@@ -209,7 +209,7 @@ class LatentSpace:
         if not self._has_token_statistics:
             return self._denormalize(latent, (1, 1))
         height, width = latent.shape[-2:]
-        tokens = self._denormalize(self._pack(latent), ())
+        tokens = self._denormalize(self.pack(latent), ())
         return self._unpack(tokens, self.stride_px * height, self.stride_px * width)
 
     def from_raw(self, raw: "Latent") -> "Latent":
@@ -224,8 +224,8 @@ class LatentSpace:
         self.check_raw(tuple(raw.shape))
         self._check_statistics()
         if self._has_token_statistics:
-            return self._normalize(self._pack(raw), ())
-        return self._pack(self._normalize(raw, (1, 1)))
+            return self._normalize(self.pack(raw), ())
+        return self.pack(self._normalize(raw, (1, 1)))
 
     @property
     def _side_multiple(self) -> int:
@@ -280,7 +280,12 @@ class LatentSpace:
         raw: Latent = spread.reshape(batch, self.channels, height, width)
         return raw
 
-    def _pack(self, latent: "Latent") -> "Latent":
+    def pack(self, latent: "Latent") -> "Latent":
+        """Pack [batch, channels, h, w] as the pipeline does, without scaling it.
+
+        Raises:
+            LatentSpaceError: It has an odd side that cannot be packed.
+        """
         if self.packing == "frame":
             return latent[:, :, None]
         if self.packing == "none":

@@ -1,15 +1,14 @@
 """One loaded bundle on one device: generate, upscale, decode.
 
 A worker holds one `Route` per bundle (`giantleap.service.worker.loop`); the command line uses it without a service.
-Each stage is a method, because an upscale job starts at the second stage and a latent result ends there. `stages_of`
-gives their order.
+Each stage is a method, because an upscale job starts at the second stage and a latent result ends there. Their order
+is in `giantleap.models.bundle.stages`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,18 +16,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from giantleap.models.bundle.bundle import Bundle, BundleError, check_files
+from giantleap.models.bundle.bundle import Bundle, check_files
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.bundle.load_errors import load_errors
-from giantleap.models.bundle.names import load_bundle
+from giantleap.models.bundle.stages import stages_of
 from giantleap.models.device import (
     NoObserver,
     PartCallback,
     PeakMemory,
     StageClock,
     StageObserver,
-    choose_device,
-    choose_dtype,
     free_cache,
     part_of,
     peak_memory,
@@ -37,22 +34,16 @@ from giantleap.models.device import (
 from giantleap.models.engines.base import Artifact, Engine, EngineName
 from giantleap.models.engines.swinir import PixelUpscaler
 from giantleap.models.generation.generator import CancelCheck, GenerationItem, Generator, StepCallback
+from giantleap.models.generation.refine import refine_latent
 from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import pad_to_window
 from giantleap.models.lua.spec import scaled_size
-from giantleap.models.pixels.images import to_pixels, to_signed
+from giantleap.models.pixels.images import finite_items, to_pixels, to_signed
 from giantleap.models.upscaler import open_lua
 from giantleap.models.vae.autoencoder import Vae, read_tiny, read_vae_model
 from giantleap.models.worker_role import WorkerRole
 
 NO_OBSERVER = NoObserver()
-
-
-def stages_of(method: Method, scale: float) -> tuple[Literal["upscale", "decode"], ...]:
-    """The stages after the base latent, in order: `swinir` upscales pixels, `lua` and `bicubic` the latent."""
-    if scale == 1 or method == "direct":
-        return ("decode",)
-    return ("decode", "upscale") if method == "swinir" else ("upscale", "decode")
 
 
 class Route:
@@ -285,6 +276,15 @@ class Route:
         sizes = [[scaled_size(side, scale) for side in latent.shape[-2:]] for latent in latents]
         return [upscaled[:, :height, :width] for upscaled, (height, width) in zip(enlarged, sizes, strict=True)]
 
+    def refine_items(
+        self, latents: Sequence[Tensor], items: Sequence[GenerationItem], on_part: PartCallback | None = None
+    ) -> list[Tensor]:
+        """Refine latents of any sizes one by one, each as its item asks for (`refine_latent`)."""
+        return [
+            refine_latent(self.generator, latent.to(self.device), item, part_of(on_part, index, len(items)))
+            for index, (latent, item) in enumerate(zip(latents, items, strict=True))
+        ]
+
     def decode_items(
         self, latents: Sequence[Tensor], how: DecodeName = "exact", on_part: PartCallback | None = None
     ) -> list[Tensor | None]:
@@ -328,6 +328,7 @@ class Route:
         method: Method = "lua",
         decode: DecodeName | None = "exact",
         observer: StageObserver = NO_OBSERVER,
+        refine: Sequence[GenerationItem] = (),
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Run the stages of a method on base latents.
 
@@ -337,19 +338,25 @@ class Route:
             method: How to upscale.
             decode: How to decode; None for latents without images.
             observer: Sees each stage; a `StageClock` times them.
+            refine: What to refine each latent by; empty for no refine pass.
 
         Returns:
             The upscaled latents, and the images as `decode` returns them (empty without it).
         """
         images: list[Tensor | None] = []
-        for stage in stages_of(method, scale):
+        for stage in stages_of(method, scale, bool(refine)):
             if decode is None and stage == "decode":
                 continue
             with observer.measure(stage):
+                report = partial(observer.report_part, stage)
                 if stage == "decode" and decode is not None:
-                    images = self.decode_items(latents, decode, partial(observer.report_part, stage))
+                    images = self.decode_items(latents, decode, report)
+                elif stage == "refine":
+                    latents = self.refine_items(latents, refine, report)
+                elif stage == "vae_encode":
+                    latents = self._encode_items(images, latents, report)
                 elif method == "swinir":
-                    images = self.upscale_pixels(images, scale, partial(observer.report_part, stage))
+                    images = self.upscale_pixels(images, scale, report)
                 else:
                     latents = self.upscale_items(latents, scale, method)
         return latents, images
@@ -361,30 +368,42 @@ class Route:
         method: Method = "lua",
         decode: DecodeName | None = "exact",
         observer: StageObserver = NO_OBSERVER,
+        refine: Sequence[GenerationItem] = (),
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Upscale images: encoded to latents or, by `swinir`, in pixels without a latent between.
+        """Upscale images: encoded to latents or, by `swinir`, in pixels, which are encoded only to be refined.
 
         Args and Returns are those of `upscale_and_decode`; the latents are those of the padded images.
 
         Shape:
             Each [height_px, width_px, 3] -> [scale * height_px, scale * width_px, 3], uint8, on the CPU.
         """
+        sides = [(scaled_size(image.shape[0], scale), scaled_size(image.shape[1], scale)) for image in pixels]
+        images: list[Tensor | None] = [torch.from_numpy(image) for image in pixels]
         if method == "swinir" and scale > 1:
             with observer.measure("upscale"):
-                report = partial(observer.report_part, "upscale")
-                return [], self.upscale_pixels([torch.from_numpy(image) for image in pixels], scale, report)
+                images = self.upscale_pixels(images, scale, partial(observer.report_part, "upscale"))
+            if not refine:
+                return [], images
+            scale = 1
         with observer.measure("vae_encode"):
-            report = partial(observer.report_part, "vae_encode")
-            encoded = [
-                self.encode_image(image, part_of(report, index, len(pixels))) for index, image in enumerate(pixels)
-            ]
-        latents, images = self.upscale_and_decode(encoded, scale, method, decode, observer)
-        sides = [(scaled_size(image.shape[0], scale), scaled_size(image.shape[1], scale)) for image in pixels]
+            latents = self._encode_items(images, (), partial(observer.report_part, "vae_encode"))
+        latents, images = self.upscale_and_decode(latents, scale, method, decode, observer, refine)
         cut = [
             None if image is None else image[:height, :width].contiguous()
             for image, (height, width) in zip(images, sides, strict=False)  # no images without `decode`
         ]
         return latents, cut
+
+    def _encode_items(
+        self, images: Sequence[Tensor | None], latents: Sequence[Tensor], on_part: PartCallback
+    ) -> list[Tensor]:
+        """Encode images one by one. For an image that was not finite, NaN in the shape of its latent."""
+        return [
+            torch.full_like(latents[index], torch.nan)
+            if image is None
+            else self.encode_image(image.numpy(), part_of(on_part, index, len(images)))
+            for index, image in enumerate(images)
+        ]
 
     def reset_peak_memory(self) -> None:
         """Reset the peak of `peak_memory`, if the device can."""
@@ -397,12 +416,6 @@ class Route:
     def free_cache(self) -> None:
         """Release memory that no tensor uses."""
         free_cache(self.device)
-
-
-def finite_items(batch: Tensor) -> list[bool]:
-    """For each item of a batch, whether all of its values are finite."""
-    finite: list[bool] = batch.isfinite().flatten(1).all(dim=1).tolist()
-    return finite
 
 
 def run_once(route: Route, item: GenerationItem, scale: float, method: Method = "lua") -> StageClock:
@@ -420,28 +433,6 @@ def run_once(route: Route, item: GenerationItem, scale: float, method: Method = 
     clock = route.clock()
     if method == "direct":
         item = replace(item, width_px=scaled_size(item.width_px, scale), height_px=scaled_size(item.height_px, scale))
-    route.upscale_and_decode(route.generate_latents(item, clock), scale, method, "exact", clock)
+    refine = [] if item.refine is None else [item]
+    route.upscale_and_decode(route.generate_latents(item, clock), scale, method, "exact", clock, refine)
     return clock
-
-
-def load_route(
-    bundle: Bundle | Path | str, *, device: torch.device | str = "auto", dtype: torch.dtype | str = "auto"
-) -> Route:
-    """Load a bundle: its pipeline, its VAE and its upscalers.
-
-    Args:
-        bundle: A bundle, its directory or its name (`load_bundle`).
-        device: Where it runs; "auto" is the first GPU, else the CPU.
-        dtype: The compute type; "auto" is float32 on a CPU, on a GPU the type that the bundle names, else bfloat16.
-
-    Raises:
-        BundleError: The bundle cannot be read, its weights were not pulled, or a file differs from its digest.
-        ValueError: The device does not exist or cannot compute in that type, or as `Route.open`.
-        OSError: The pipeline lacks a file.
-    """
-    if not isinstance(bundle, Bundle):
-        bundle = load_bundle(bundle)
-    if isinstance(bundle.pipeline, str):
-        raise BundleError(f"bundle {bundle.name} is on the hub: run `giantleap bundle pull {bundle.name}` first")
-    chosen = choose_device(str(device))
-    return Route.open(bundle, chosen, choose_dtype(str(dtype).removeprefix("torch."), chosen, bundle.dtype))

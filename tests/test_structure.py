@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models.engines", "models.vae"),
     ("models.generation", "models.upscaler"),
     ("models.route",),
+    ("models.load",),
     ("export", "training.data"),
     ("training.evaluation",),
     ("training",),

@@ -14,12 +14,15 @@ from giantleap.cli.options import (
     BundleOption,
     DeviceOption,
     MethodOption,
+    RefineStepsOption,
+    RefineStrengthOption,
     open_bundle_route,
     read_bundles,
     settings_from,
     stop,
     stop_if_on_hub,
     to_message,
+    to_refine,
 )
 from giantleap.service.errors import GiantleapError
 
@@ -40,6 +43,8 @@ def protocol(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     warmups: WarmupsOption = 20,
     runs: RunsOption = 20,
+    refine_strength: RefineStrengthOption = None,
+    refine_steps: RefineStepsOption = None,
     json_out: JsonOption = None,
     bundle: BundleOption = None,
     device: DeviceOption = None,
@@ -53,9 +58,11 @@ def protocol(
     from tqdm import tqdm
 
     from giantleap.service.jobs.planning import choose_method, choose_scale
+    from giantleap.service.jobs.refining import choose_refine
     from giantleap.service.worker.timing import ProtocolPlan, time_runs, to_result, to_table
 
     try:
+        refine = choose_refine(served, to_refine(refine_strength, refine_steps))
         chosen = choose_method(served, method)
         scales = [choose_scale(served, chosen, each) for each in scale or served.scales_of(chosen)]
     except (ValueError, GiantleapError) as error:
@@ -64,7 +71,7 @@ def protocol(
     defaults, results = served.defaults, []
     for factor in scales:
         base_px = (defaults.base_width_px, defaults.base_height_px)
-        plan = ProtocolPlan(factor, *base_px, steps or defaults.steps, chosen, warmups, runs)
+        plan = ProtocolPlan(factor, *base_px, steps or defaults.steps, chosen, warmups, runs, refine)
         timed = tqdm(time_runs(route, plan), total=warmups + runs, desc=f"x{factor}", unit="run")
         results.append(to_result(route, plan, list(timed)))
     typer.echo(to_table(results))

@@ -26,12 +26,15 @@ from giantleap.cli.options import (
     DecodeOption,
     DeviceOption,
     MethodOption,
+    RefineStepsOption,
+    RefineStrengthOption,
     advance,
     open_bundle_route,
     read_bundles,
     settings_from,
     stop,
     to_message,
+    to_refine,
 )
 from giantleap.cli.progress import ShownStages, import_torch
 from giantleap.models.bundle.bundle import Bundle
@@ -86,6 +89,8 @@ def generate(
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.", min=0)] = None,
     init_image: Annotated[Path | None, typer.Option(help="Image to start from: .png, .jpg or .webp.")] = None,
     strength: Annotated[float | None, typer.Option(help="How far the result may differ from it, 0 to 1.")] = None,
+    refine_strength: RefineStrengthOption = None,
+    refine_steps: RefineStepsOption = None,
     decode: DecodeOption = "exact",
     lua: LuaOption = None,
     bundle: BundleOption = None,
@@ -95,9 +100,7 @@ def generate(
     output_format = image_format(out)
     check_output_file(out)
     check_input_files(lua, init_image)
-    if prompt == "-" and init_image == STANDARD:
-        stop("standard input is either the prompt or the image; give the other one on the command line")
-    prompt = read_input(STANDARD).decode(errors="replace").strip() if prompt == "-" else prompt
+    prompt = _read_prompt(prompt, init_image)
     from giantleap.service.jobs.images import fit_image
     from giantleap.service.jobs.planning import plan_generate
     from giantleap.service.jobs.requests import GenerateRequest
@@ -119,20 +122,29 @@ def generate(
                 "decode": decode,
                 "init_image": None if start is None else b64encode(start).decode(),
                 "strength": strength,
+                "refine": to_refine(refine_strength, refine_steps),
             }
         )
         params = plan_generate(request, served, settings, seed, output_format)
         fitted = None if start is None else fit_image(start, settings.max_image_px, *params.base_size_px)
     except (ValueError, GiantleapError) as error:
         stop(to_message(error))
-    if served.closed_vocabulary:
-        _warn_of_unknown_words(served, prompt)
+    _warn_of_unknown_words(served, prompt)
 
     route = open_bundle_route(settings, served)
-    stages = ShownStages(route.clock())
-    latent = _draw(route, _to_item(params, fitted), stages)
-    _, images = route.upscale_and_decode([latent], params.scale, params.method, params.decode, stages)
+    item, stages = _to_item(params, fitted), ShownStages(route.clock())
+    latents, refine = [_draw(route, item, stages)], [item] if item.refine else []
+    _, images = route.upscale_and_decode(latents, params.scale, params.method, params.decode, stages, refine)
     _write_image(out, output_format, images[0], stages)
+
+
+def _read_prompt(prompt: str, init_image: Path | None) -> str:
+    """The prompt of the command line, or that of standard input."""
+    if prompt != "-":
+        return prompt
+    if init_image == STANDARD:
+        stop("standard input is either the prompt or the image; give the other one on the command line")
+    return read_input(STANDARD).decode(errors="replace").strip()
 
 
 def _to_item(params: "GenerateParams", start: bytes | None) -> "GenerationItem":
@@ -145,7 +157,14 @@ def _to_item(params: "GenerateParams", start: bytes | None) -> "GenerationItem":
 
     width_px, height_px = params.base_size_px
     item = GenerationItem(
-        params.prompt, params.negative_prompt, params.seed, width_px, height_px, params.steps, params.guidance_scale
+        params.prompt,
+        params.negative_prompt,
+        params.seed,
+        width_px,
+        height_px,
+        params.steps,
+        params.guidance_scale,
+        refine=params.refine,
     )
     if start is None or params.strength is None:
         return item
@@ -250,6 +269,8 @@ def _write_image(out: Path, output_format: "ImageFormat", pixels: "Tensor | None
 
 
 def _warn_of_unknown_words(bundle: Bundle, prompt: str) -> None:
+    if not bundle.closed_vocabulary:
+        return
     from giantleap.models.bundle.vocabulary import read_prompt_words
 
     unknown = read_prompt_words(Path(bundle.pipeline)).unknown_words(prompt)

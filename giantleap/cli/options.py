@@ -101,6 +101,18 @@ def open_bundle_route(settings: Settings, bundle: Bundle) -> "Route":
         stop(f"bundle {bundle.name}: {to_line(error).removeprefix(f'bundle {bundle.name}: ')}")
 
 
+RefineStrengthOption = Annotated[
+    float | None, typer.Option(help="Sample the enlarged latent again: share of the noise, 0 to 0.5; start with 0.15.")
+]
+RefineStepsOption = Annotated[int | None, typer.Option(help="Denoising steps of the refine pass; by default 4.")]
+
+
+def to_refine(strength: float | None, steps: int | None) -> dict[str, float] | None:
+    """The field `refine` of a request; None where neither option is given."""
+    given = {"strength": strength, "steps": steps}
+    return {name: value for name, value in given.items() if value is not None} or None
+
+
 def advance(bar: "tqdm[NoReturn]", done: int, total: int = 0) -> None:
     """Set a progress bar to `done`; `total` is what callers report and the bar knows already."""
     bar.update(done - bar.n)

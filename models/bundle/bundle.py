@@ -20,6 +20,8 @@ from giantleap.models.bundle.descriptor import (
     IMAGE_TO_IMAGE,
     METHODS,
     NO_NEGATIVE_PROMPT,
+    REFINING,
+    SHORT_SCHEDULES,
     About,
     DecodeName,
     Defaults,
@@ -173,6 +175,24 @@ class Bundle:
     def takes_negative_prompt(self) -> bool:
         """Whether the pipeline takes a negative prompt; True for one on the hub, which is not known."""
         return self.pipeline_class not in NO_NEGATIVE_PROMPT
+
+    @property
+    def refine_unavailable(self) -> str:
+        """Why an enlarged latent cannot be refined; empty if it can, or for a pipeline on the hub, not known yet."""
+        if isinstance(self.pipeline, str):
+            return ""
+        index = json.loads((self.pipeline / "model_index.json").read_text(encoding="utf-8"))
+        pipeline, scheduler = str(index.get("_class_name", "")), self.scheduler or index.get("scheduler", ["", ""])[1]
+        if pipeline not in REFINING:
+            return f"the {pipeline} of bundle {self.name} does not start from a latent with noise"
+        if scheduler in SHORT_SCHEDULES:
+            return f"the {scheduler} of bundle {self.name} has too few steps for a weak pass"
+        return ""
+
+    @property
+    def max_side_px(self) -> int:
+        """Longest side of an image that the base model draws at once."""
+        return self.limits.max_direct_px or self.limits.max_base_px
 
     @property
     def pipeline_class(self) -> str | None:

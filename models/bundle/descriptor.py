@@ -34,6 +34,20 @@ IMAGE_TO_IMAGE = frozenset(
         "ZImagePipeline",
     }
 )
+SHORT_SCHEDULES = frozenset({"LCMScheduler", "TCDScheduler"})  # they run at most 50 steps
+REFINING = frozenset(
+    {
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxPipeline",
+        "QwenImagePipeline",
+        "QwenImage21Pipeline",
+        "ZImagePipeline",
+        "PRXPipeline",
+        "SanaPipeline",
+    }
+)
 
 Side = Annotated[int, Field(ge=1)]
 Scale = Annotated[float, AfterValidator(to_scale), PlainSerializer(to_scale, return_type=Any)]  # a float would say 2.0

@@ -55,6 +55,7 @@ from giantleap.models.generation.prompt_tokens import (
     truncated_by_qwen25,
     truncated_by_t5,
 )
+from giantleap.models.generation.refinement import Refinement
 from giantleap.models.latent_space import LatentSpace
 from giantleap.models.vae.autoencoder import read_vae_model
 
@@ -78,6 +79,7 @@ class GenerationItem:
         guidance_scale: In the pipeline's own scale: 1 is none, for Z-Image 0.
         init_image: Start image in place of noise, [3, height_px, width_px], in [-1, 1].
         strength: How far to depart from `init_image`, above 0 and up to 1.
+        refine: How to sample the enlarged latent again (`giantleap.models.generation.refine`); None leaves it out.
     """
 
     prompt: str
@@ -89,6 +91,7 @@ class GenerationItem:
     guidance_scale: float
     init_image: Tensor | None = None
     strength: float = 1.0
+    refine: Refinement | None = None
 
     @property
     def shared(self) -> tuple[int, int, int, float, float | None]:
@@ -117,6 +120,7 @@ class Family:
         no_negative: The negative prompt that stands for none; None if the class takes no negative prompt.
         returns_raw: Whether `output_type="latent"` returns raw latents already.
         batches: Whether an item's result is the same in a batch of prompts of different lengths.
+        refines: Whether it can start from a latent with noise, at a later step of its schedule.
         arguments: Further arguments of the call, in place of defaults that do not fit the pipeline or the item.
         prepare: Called once with the pipeline.
     """
@@ -127,6 +131,7 @@ class Family:
     no_negative: str | None = ""
     returns_raw: bool = False
     batches: bool = True
+    refines: bool = True
     arguments: Callable[[Any, GenerationItem], dict[str, Any]] = lambda pipeline, item: {}
     prepare: Callable[[Any], object] = lambda pipeline: None
 
@@ -137,12 +142,13 @@ class Generator:
     Args:
         pipeline: Of one of the classes in `FAMILIES`.
         latent_space: Converts the pipeline's latents to raw ones.
+        max_side_px: Longest side of an image that it samples at once in a refine pass; None for any.
 
     Raises:
         ValueError: The pipeline is of another class.
     """
 
-    def __init__(self, pipeline: Any, latent_space: LatentSpace) -> None:
+    def __init__(self, pipeline: Any, latent_space: LatentSpace, max_side_px: int | None = None) -> None:
         if type(pipeline) not in FAMILIES:
             known = ", ".join(cls.__name__ for cls in FAMILIES)
             raise ValueError(f"pipeline class {type(pipeline).__name__}: only {known} are known")
@@ -150,6 +156,7 @@ class Generator:
         self.family = FAMILIES[type(pipeline)]
         self.family.prepare(pipeline)
         self.latent_space = latent_space
+        self.max_side_px = max_side_px
         if latent_space.statistics_in_vae and latent_space.mean is None:
             norm, eps = pipeline.vae.bn, pipeline.vae.config.batch_norm_eps
             std = (norm.running_var.double() + eps).sqrt()
@@ -178,7 +185,7 @@ class Generator:
                 scheduler = _scheduler_class(bundle.scheduler)
                 pipeline.register_modules(scheduler=scheduler.from_config(pipeline.scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline.to(device), bundle.latent_space)
+        return cls(pipeline.to(device), bundle.latent_space, bundle.max_side_px)
 
     @property
     def supports_init_image(self) -> bool:
@@ -237,7 +244,7 @@ class Generator:
             if canceled.issuperset(run):
                 continue
             with suppress(_AllCanceledError):
-                latents_of_run = self._run([items[index] for index in run], partial(end_step, run=run))
+                latents_of_run = self.run([items[index] for index in run], partial(end_step, run=run))
                 for index, latent in zip(run, latents_of_run, strict=True):
                     latents[index] = latent
         return [None if index in canceled else latent for index, latent in enumerate(latents)]
@@ -272,7 +279,7 @@ class Generator:
                 f"strength {item.strength} of {item.steps} steps: must be above 0, at most 1, and leave a step to do"
             )
 
-    def _run(self, items: Sequence[GenerationItem], end_step: Callable[..., dict[str, Any]]) -> Tensor:
+    def run(self, items: Sequence[GenerationItem], end_step: Callable[..., dict[str, Any]]) -> Tensor:
         """Call the pipeline once; returns raw latents, [items, channels, latent_height, latent_width], float32."""
         first = items[0]
         arguments = self._prompts(items) | {
@@ -416,8 +423,8 @@ FAMILIES: Mapping[type, Family] = MappingProxyType(
         StableDiffusionXLPipeline: Family(truncated_by_clip, StableDiffusionXLImg2ImgPipeline),
         StableDiffusion3Pipeline: Family(truncated_by_t5, StableDiffusion3Img2ImgPipeline),
         FluxPipeline: Family(truncated_by_t5, FluxImg2ImgPipeline, no_negative=None),
-        Flux2Pipeline: Family(truncated_by_mistral, no_negative=None),
-        Flux2KleinPipeline: Family(truncated_by_qwen3, no_negative=None, returns_raw=True),
+        Flux2Pipeline: Family(truncated_by_mistral, no_negative=None, refines=False),
+        Flux2KleinPipeline: Family(truncated_by_qwen3, no_negative=None, returns_raw=True, refines=False),
         QwenImagePipeline: Family(
             truncated_by_qwen25, QwenImageImg2ImgPipeline, guidance="true_cfg_scale", no_negative=" "
         ),
@@ -426,7 +433,11 @@ FAMILIES: Mapping[type, Family] = MappingProxyType(
         PRXPipeline: Family(truncated_by_prx, arguments=_prx_arguments, prepare=_repeat_timesteps),
         SanaPipeline: Family(truncated_by_gemma, arguments=_sana_arguments),
         SanaSprintPipeline: Family(
-            truncated_by_gemma, SanaSprintImg2ImgPipeline, no_negative=None, arguments=_sprint_arguments
+            truncated_by_gemma,
+            SanaSprintImg2ImgPipeline,
+            no_negative=None,
+            refines=False,
+            arguments=_sprint_arguments,
         ),
     }
 )

@@ -31,6 +31,12 @@ def to_signed(pixels: Tensor) -> Tensor:
     return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
 
 
+def finite_items(batch: Tensor) -> list[bool]:
+    """For each item of a batch, whether all of its values are finite."""
+    finite: list[bool] = batch.isfinite().flatten(1).all(dim=1).tolist()
+    return finite
+
+
 def to_pixels(values: Tensor) -> Tensor:
     """Round images to bytes.
 

@@ -71,11 +71,12 @@ class AppState:
         content_type: str | None,
         served: ServedBundle,
         output_format: ImageFormat,
+        seed: int = 0,
     ) -> tuple[UpscaleParams, bytes]:
         """`giantleap.service.jobs.planning.prepare_upscale` with this process's settings and devices."""
         bundle = served.bundle
         devices = self.devices(bundle.name)
-        return prepare_upscale(query, body, content_type, bundle, self.settings, output_format, devices)
+        return prepare_upscale(query, body, content_type, bundle, self.settings, output_format, devices, seed)
 
     async def unready_reasons(self) -> list[str]:
         """Why no job should be sent to this process; empty when it is ready."""

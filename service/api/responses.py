@@ -15,7 +15,7 @@ from giantleap.service.api.dependencies import AppState, links_of
 from giantleap.service.api.problems import from_job_error, problem_response
 from giantleap.service.api.schemas import to_job_body
 from giantleap.service.errors import Conflict, GiantleapError, JobFailed, NotFound
-from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState
+from giantleap.service.jobs.job import JobRecord, JobState
 from giantleap.service.jobs.media_types import JSON_TYPE, SAFETENSORS_TYPE
 
 ZIP_TYPE: Final = "application/zip"
@@ -138,7 +138,7 @@ def job_headers(record: JobRecord) -> dict[str, str]:
     """The headers of every response about a job."""
     params = record.job.params
     headers = {"X-Job-Id": record.job.id, "X-Method": params.method, "X-Decode": params.decode}
-    if isinstance(params, GenerateParams):
+    if params.seed is not None:
         headers["X-Seed"] = str(params.seed)
     timing = ", ".join(f"{stage};dur={seconds * 1000:.1f}" for stage, seconds in record.stages_s.items())
     if timing:

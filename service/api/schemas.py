@@ -15,7 +15,7 @@ from giantleap.service.api.problems import from_job_error, problem_body
 from giantleap.service.jobqueue.dead_letters import blocked_reason
 from giantleap.service.jobqueue.keys import to_bundle
 from giantleap.service.jobqueue.replies import DeadLetter
-from giantleap.service.jobs.job import GenerateParams, JobRecord, JobState, Priority, to_rfc3339
+from giantleap.service.jobs.job import JobRecord, JobState, Priority, to_rfc3339
 from giantleap.service.links import Links
 from giantleap.service.settings import Settings
 
@@ -52,7 +52,7 @@ class ResultBody(BaseModel):
     url: str = Field(description="Path of the file; signed, where the service signs: then it needs no key.")
     content_type: str = Field(description="An image type, or application/x-safetensors.")
     size_bytes: int = Field(description="Length of the file.")
-    seed: int | None = Field(description="Gives this image again; null for an upscale.")
+    seed: int | None = Field(description="Gives this image again; null for an upscale that is not refined.")
     width: int | None = Field(description="Pixels.")
     height: int | None = Field(description="Pixels.")
 
@@ -68,7 +68,7 @@ class JobBody(BaseModel):
     decode: DecodeName = Field(description="exact, or how the image differs from that.")
     scale: int | float = Field(description="Enlargement of each side.")
     priority: Priority = Field(description="high is claimed before low.")
-    seed: int | None = Field(description="Seed of the first image; null for an upscale.")
+    seed: int | None = Field(description="Seed of the first image; null for an upscale that is not refined.")
     created_at: str = Field(description="When it was accepted, RFC 3339 in UTC.", examples=["2026-11-20T13:45:00.123Z"])
     started_at: str | None = Field(description="When a worker claimed it; null before.")
     finished_at: str | None = Field(description="When it reached its final state; null before.")
@@ -148,6 +148,8 @@ class ModelBody(BaseModel):
     decodes: list[DecodeName] = Field(description="The ways to decode that it has.")
     from_image: bool = Field(description="Whether init_image is taken.")
     negative_prompt: bool = Field(description="Whether a negative prompt is taken.")
+    refine: bool = Field(description="Whether an enlarged latent can be refined.")
+    refine_unavailable: str | None = Field(description="Why not; null if it can.")
     scales: list[int | float] = Field(description="Every enlargement, by whatever method.")
     steps: int = Field(description="Denoising steps by default.")
     max_steps: int = Field(description="Most denoising steps.")
@@ -189,6 +191,8 @@ def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
         decodes=list(bundle.decodes),
         from_image=bundle.supports_init_image,
         negative_prompt=bundle.takes_negative_prompt,
+        refine=not bundle.refine_unavailable,
+        refine_unavailable=bundle.refine_unavailable or None,
         scales=list(bundle.scales),
         steps=defaults.steps,
         max_steps=limits.max_steps,
@@ -241,7 +245,7 @@ def to_job_body(record: JobRecord, links: Links) -> JobBody:
         decode=job.params.decode,
         scale=job.params.scale,
         priority=job.priority,
-        seed=job.params.seed if isinstance(job.params, GenerateParams) else None,
+        seed=job.params.seed,
         created_at=to_rfc3339(job.created_at_s),
         started_at=None if record.started_at_s is None else to_rfc3339(record.started_at_s),
         finished_at=None if record.finished_at_s is None else to_rfc3339(record.finished_at_s),

@@ -20,7 +20,7 @@ from giantleap.service.jobs.job import GenerateParams, JobParams
 
 _IMAGE_BYTES_PER_PX = 48  # four float32 copies of three channels exist while an image becomes bytes
 _ROUNDING = 1e-6  # of a pixel
-_SEQUENTIAL = ("encode", "swinir")  # stages that run one image at a time
+_SEQUENTIAL = ("encode", "swinir", "refine")  # stages that run one image at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Workload:
         decode: How the latent becomes an image; None leaves it a latent.
         source: What the job starts from.
         stride_px: Image pixels per latent pixel.
+        refine_side_px: Longest side of a window of the refine pass; None without that pass.
     """
 
     width_px: int
@@ -44,13 +45,16 @@ class Workload:
     decode: DecodeName | None
     source: Literal["prompt", "prompt and image", "latent", "image"]
     stride_px: int
+    refine_side_px: int | None = None
 
     def stages(self, role: WorkerRole) -> dict[str, int]:
         """The stages that a worker of this role runs, each with the pixels of the latent that enters it."""
         factor = 1 if self.method == "direct" else self.scale
         base_px, final_px = self._latent_px(factor), self._latent_px(1)
         enlarges = factor > 1
-        pixels_only = self.source == "image" and self.method == "swinir" and enlarges
+        refines = self.refine_side_px is not None
+        enlarges_pixels = self.method == "swinir" and enlarges
+        pixels_only = self.source == "image" and enlarges_pixels and not refines
         stages: dict[str, int] = {}
         if self.source in ("prompt", "prompt and image") and role.loads_pipeline:
             stages["generate"] = base_px
@@ -61,13 +65,17 @@ class Workload:
             return stages
         if enlarges:
             stages[stage_name(self.method, self.scale)] = base_px
+        if self.refine_side_px is not None:
+            stages["refine"] = self._latent_px(1, self.refine_side_px)
+            if enlarges_pixels:
+                stages["encode"] = final_px
         if self.decode is not None and not pixels_only:
-            stages[self.decode] = base_px if self.method == "swinir" else final_px
+            stages[self.decode] = base_px if self.method == "swinir" and not refines else final_px
         return stages
 
-    def _latent_px(self, factor: float) -> int:
+    def _latent_px(self, factor: float, max_side_px: float = math.inf) -> int:
         width, height = (
-            math.ceil(math.ceil(side_px / factor - _ROUNDING) / self.stride_px)
+            math.ceil(math.ceil(min(side_px, max_side_px) / factor - _ROUNDING) / self.stride_px)
             for side_px in (self.width_px, self.height_px)
         )
         return width * height
@@ -81,6 +89,7 @@ def stage_name(method: Method, scale: float) -> str:
 def to_workload(params: JobParams, bundle: Bundle) -> Workload:
     """One image of a job."""
     stride_px = bundle.latent_space.stride_px
+    refine_side_px = None if params.refine is None else bundle.max_side_px
     if isinstance(params, GenerateParams):
         return Workload(
             width_px=params.width_px,
@@ -90,6 +99,7 @@ def to_workload(params: JobParams, bundle: Bundle) -> Workload:
             decode=params.decode,
             source="prompt" if params.strength is None else "prompt and image",
             stride_px=stride_px,
+            refine_side_px=refine_side_px,
         )
     if params.image_width_px is not None and params.image_height_px is not None:
         sides, from_image = (params.image_width_px, params.image_height_px), True
@@ -103,6 +113,7 @@ def to_workload(params: JobParams, bundle: Bundle) -> Workload:
         decode=params.decode if params.output == "image" else None,
         source="image" if from_image else "latent",
         stride_px=stride_px,
+        refine_side_px=refine_side_px,
     )
 
 

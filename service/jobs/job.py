@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.generation.refinement import Refinement
 from giantleap.models.pixels.image_formats import ImageFormat
 from giantleap.service.errors import field_errors
 
@@ -52,7 +53,8 @@ class GenerateParams:
     """Images to generate from a prompt.
 
     Sizes are those of the final image; `base_size_px` is the size that the base model generates. With a `strength`
-    generation starts from an image, the job's input blob: a PNG file of the base size.
+    generation starts from an image, the job's input blob: a PNG file of the base size. `refine` is a second, short
+    sampling of the enlarged latent.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _NO_UNKNOWN_FIELDS
@@ -70,6 +72,7 @@ class GenerateParams:
     method: Method = "lua"
     decode: DecodeName = "exact"
     strength: float | None = None
+    refine: Refinement | None = None
 
     kind: Literal["generate"] = "generate"
 
@@ -88,6 +91,8 @@ class UpscaleParams:
     validated and converted to the raw latent space. The input blob of an image, which has `image_width_px` and
     `image_height_px`, is the validated file; the latent size is then that of the image padded to whole latent pixels.
     With `one_frame` the latent was sent as a video of one frame, and is returned as one: [C, 1, h, w].
+
+    Prompts, guidance and seed are those of the refine pass; without one they are empty, 0 and None.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _NO_UNKNOWN_FIELDS
@@ -105,6 +110,11 @@ class UpscaleParams:
     image_width_px: int | None = None
     image_height_px: int | None = None
     one_frame: bool = False
+    refine: Refinement | None = None
+    prompt: str = ""
+    negative_prompt: str = ""
+    guidance_scale: float = 0.0
+    seed: int | None = None
 
     kind: Literal["upscale"] = "upscale"
 

@@ -24,13 +24,12 @@ from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_p
 from giantleap.service.jobs.images import ImageSize, check_image, is_image
 from giantleap.service.jobs.job import GenerateParams, JobParams, UpscaleParams
 from giantleap.service.jobs.latents import Values, read_values, require_finite, to_blob
+from giantleap.service.jobs.refining import Check, query_checks, refine_checks, to_refinement, with_refine
 from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 from giantleap.service.settings import Settings
 
 DEFAULT_STRENGTH = 0.6
 _MAX_WORD_WARNINGS = 32
-
-Check = tuple[bool, str, str]  # whether the field is wrong, its name, and the reason
 
 
 def plan_generate(
@@ -66,6 +65,7 @@ def plan_generate(
         method=method,
         decode=request.decode,
         strength=None if request.init_image is None else request.strength or DEFAULT_STRENGTH,
+        refine=None if request.refine is None else to_refinement(request.refine.strength, request.refine.steps),
     )
     _refuse(
         (
@@ -76,6 +76,7 @@ def plan_generate(
             ),
             *_prompt_checks(params, bundle, settings.max_prompt_chars),
             *_step_checks(params, bundle),
+            *refine_checks(params.refine, bundle, devices),
             _no_decode(params.decode, bundle),
             _too_many("num_images", params.num_images, settings),
             _too_large("width", params, bundle, settings, devices),
@@ -97,7 +98,7 @@ def _refuse(checks: Iterable[Check]) -> None:
         raise InvalidFields(*faults)
 
 
-def _prompt_checks(params: GenerateParams, bundle: Bundle, max_chars: int) -> tuple[Check, ...]:
+def _prompt_checks(params: JobParams, bundle: Bundle, max_chars: int) -> tuple[Check, ...]:
     texts = {"prompt": params.prompt, "negative_prompt": params.negative_prompt}
     return (
         *(
@@ -202,7 +203,7 @@ def total_latent_px(params: JobParams, bundle: Bundle) -> int:
     return count_items(params) * output_latent_px(params, grid)
 
 
-def warn_of_words(served: ServedBundle, params: GenerateParams) -> tuple[str, ...]:
+def warn_of_words(served: ServedBundle, params: JobParams) -> tuple[str, ...]:
     """A warning for each word of the prompts that the bundle does not know, at most 32."""
     if served.words is None:
         return ()
@@ -225,12 +226,13 @@ def prepare_upscale(
     settings: Settings,
     output_format: ImageFormat,
     devices: Sequence[Device] = (),
+    seed: int = 0,
 ) -> tuple[UpscaleParams, bytes]:
     """The parameters of an /upscale job and its input blob, from a body that holds a latent or an image.
 
     The worker encodes an image to its posterior mean, enlarges the latent and decodes it; `swinir` enlarges pixels. A
     latent with `scaled=true` is as the bundle's pipeline returns it: scaled, and packed if the latent space is packed
-    (then the width and height of its image are needed). Otherwise it is raw.
+    (then the width and height of its image are needed). Otherwise it is raw. `seed` is that of a refine pass.
 
     Without `devices`, those that the job may run on, memory is not checked.
 
@@ -269,7 +271,9 @@ def prepare_upscale(
         image_height_px=None if image is None else image.height_px,
         one_frame=one_frame,
     )
-    _refuse((*_body_checks(query, params, bundle, image), *_upscale_checks(params, bundle, settings, devices)))
+    params = with_refine(query, params, bundle, seed)
+    body_checks = _body_checks(query, params, bundle, image)
+    _refuse((*body_checks, *query_checks(query), *_upscale_checks(params, bundle, settings, devices)))
     check_capacity(params, bundle, devices, settings.max_image_px)
     return params, body if image is not None else to_blob(latent)
 
@@ -357,6 +361,8 @@ def _upscale_checks(
     return (
         _no_decode(params.decode, bundle),
         (to_latent, "output", "is latent, but swinir enlarges pixels; choose another method"),
+        *_prompt_checks(params, bundle, settings.max_prompt_chars),
+        *refine_checks(params.refine, bundle, devices, ("refine_strength", "refine_strength", "refine_steps")),
         _too_many("body", params.batch_items, settings),
         _too_large("body", params, bundle, settings, devices),
         _too_long(params, bundle),

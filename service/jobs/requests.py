@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.generation.refinement import DEFAULT_STEPS, DEFAULT_STRENGTH, MAX_STRENGTH
 from giantleap.models.lua.spec import to_scale
 from giantleap.service.jobs.fields import FormatName, Integer, JsonRequest, Pattern, Text, to_whole
 from giantleap.service.jobs.job import FINAL_STATES, FinalState, Webhook
@@ -44,6 +45,19 @@ class WebhookRequest(JsonRequest):
 def _to_webhook(value: object) -> object:
     """A URL alone as a webhook for every final state."""
     return {"url": value} if isinstance(value, str) else value
+
+
+class RefineRequest(JsonRequest):
+    """A second, short sampling of the enlarged latent, which adds detail; the bundle says whether it can."""
+
+    strength: float = Field(
+        DEFAULT_STRENGTH,
+        ge=0.0,
+        le=MAX_STRENGTH,
+        allow_inf_nan=False,
+        description="Share of the noise schedule that is run again: how far to leave the enlarged latent; 0: no pass.",
+    )
+    steps: Integer = Field(DEFAULT_STEPS, ge=1, le=100, description="Denoising steps that are run; start with 4 to 8.")
 
 
 class GenerateRequest(JsonRequest):
@@ -91,6 +105,7 @@ class GenerateRequest(JsonRequest):
         allow_inf_nan=False,
         description="How far to leave init_image: its share of the steps is run. 0.6 if left out.",
     )
+    refine: RefineRequest | None = Field(None, description="Sample the enlarged latent again; not done if left out.")
     webhook: Annotated[
         WebhookRequest | None, BeforeValidator(_to_webhook, json_schema_input_type=WebhookRequest | str | None)
     ] = Field(None, description="Whom to tell when the job has ended; a URL alone: of every final state.")
@@ -124,6 +139,22 @@ class UpscaleQuery(BaseModel):
     decode: DecodeName = DecodeField
     width: SideField = Field(None, description="Only for a packed tensor: width of its own image, pixels.")
     height: SideField = Field(None, description="Only for a packed tensor: height of its own image, pixels.")
+    refine_strength: float | None = Field(
+        None,
+        ge=0.0,
+        le=MAX_STRENGTH,
+        allow_inf_nan=False,
+        description="As refine.strength of /generate; this or refine_steps asks for the pass, which needs a prompt.",
+    )
+    refine_steps: Annotated[int | None, Field(ge=1, le=100)] = Field(None, description="As refine.steps of /generate.")
+    prompt: Annotated[str | None, Pattern(r"\S", "is empty; describe the image")] = Field(
+        None, description="What the image shows, for the refine pass; in a form, so that no log of URLs has it."
+    )
+    negative_prompt: str | None = Field(None, description="As of /generate, for the refine pass.")
+    guidance_scale: float | None = Field(
+        None, ge=0.0, le=100.0, allow_inf_nan=False, description="As of /generate, for the refine pass."
+    )
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Of the refine pass; drawn if left out.")
     webhook_url: str | None = Field(
         None, min_length=1, max_length=2048, description="Where to post a signed note when the job has ended."
     )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from giantleap.models.device import StageClock, is_out_of_memory
+from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.route import Route
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import UpscaleParams
@@ -106,7 +107,10 @@ class BatchRun:
             return [Latent(latent.float().cpu()) for latent in latents]
         params, observer = items[0].claim.job.params, self._observe(items)
         decode = params.decode if wants_image(params) else None
-        upscaled, images = self._route.upscale_and_decode(latents, params.scale, params.method, decode, observer)
+        refine = _refine_items(items)
+        upscaled, images = self._route.upscale_and_decode(
+            latents, params.scale, params.method, decode, observer, refine
+        )
         return _encode(items, upscaled, images, observer)
 
     def _upscale_images(self, items: Sequence[Item]) -> Sequence[Outcome]:
@@ -114,11 +118,17 @@ class BatchRun:
         params, observer = items[0].claim.job.params, self._observe(items)
         decode = params.decode if wants_image(params) else None
         pixels = [read_pixels(item) for item in items]
-        upscaled, images = self._route.upscale_images(pixels, params.scale, params.method, decode, observer)
+        refine = _refine_items(items)
+        upscaled, images = self._route.upscale_images(pixels, params.scale, params.method, decode, observer, refine)
         return _encode(items, upscaled, images, observer)
 
     def _observe(self, items: Sequence[Item]) -> BatchObserver:
         return BatchObserver(items, self.clock, self._trace, self._consumer, self._flags, self._watchdog)
+
+
+def _refine_items(items: Sequence[Item]) -> list[GenerationItem]:
+    """What the refine pass of a batch takes; empty if its jobs have none."""
+    return [] if items[0].claim.job.params.refine is None else [to_generation_item(item) for item in items]
 
 
 def _encode(

@@ -14,8 +14,7 @@ from torch import Tensor
 from giantleap.models.device import is_out_of_memory
 from giantleap.models.generation.generator import GenerationItem, image_seed
 from giantleap.models.pixels.image_formats import CONTENT_TYPES
-from giantleap.models.pixels.images import to_image_bytes, to_signed
-from giantleap.models.route import finite_items
+from giantleap.models.pixels.images import finite_items, to_image_bytes, to_signed
 from giantleap.service.errors import EngineFault, GiantleapError, JobFailed
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobs.grid import count_items
@@ -73,9 +72,10 @@ def to_job_error(error: Exception) -> JobError:
 
 
 def to_generation_item(item: Item) -> GenerationItem:
-    """The input of the generator for one image of a job to generate."""
+    """The input of the generator for one image of a job: to generate it, and to refine it."""
     params = item.claim.job.params
-    assert isinstance(params, GenerateParams)
+    if isinstance(params, UpscaleParams):
+        return _to_refine_item(params, item.index)
     width_px, height_px = params.base_size_px
     generation = GenerationItem(
         prompt=params.prompt,
@@ -85,11 +85,26 @@ def to_generation_item(item: Item) -> GenerationItem:
         height_px=height_px,
         steps=params.steps,
         guidance_scale=params.guidance_scale,
+        refine=params.refine,
     )
     if params.strength is None:
         return generation
     init_image = to_signed(torch.from_numpy(read_image(item.claim.body or b"", width_px * height_px)))
     return replace(generation, init_image=init_image, strength=params.strength)
+
+
+def _to_refine_item(params: UpscaleParams, index: int) -> GenerationItem:
+    assert params.refine is not None and params.seed is not None
+    return GenerationItem(
+        prompt=params.prompt,
+        negative_prompt=params.negative_prompt,
+        seed=image_seed(params.seed, index),
+        width_px=0,  # that of the enlarged latent
+        height_px=0,
+        steps=params.refine.steps,
+        guidance_scale=params.guidance_scale,
+        refine=params.refine,
+    )
 
 
 def read_latent(item: Item) -> Tensor:
@@ -127,8 +142,8 @@ def to_image_output(item: Item, pixels: Tensor | None) -> Output | JobError:
     params = item.claim.job.params
     content = to_image_bytes(pixels, params.output_format)
     height_px, width_px = pixels.shape[:2]
-    seed = image_seed(params.seed, item.index) if isinstance(params, GenerateParams) else None
-    return Output(ResultFile(CONTENT_TYPES[params.output_format], len(content), seed, width_px, height_px), content)
+    file = ResultFile(CONTENT_TYPES[params.output_format], len(content), _seed_of(item), width_px, height_px)
+    return Output(file, content)
 
 
 def to_latent_output(item: Item, latent: Tensor) -> Output | JobError:
@@ -138,4 +153,10 @@ def to_latent_output(item: Item, latent: Tensor) -> Output | JobError:
         return to_job_error(JobFailed("the upscaled latent has values that are not finite; check the input"))
     shaped = latent[:, None] if isinstance(params, UpscaleParams) and params.one_frame else latent
     content = safetensors.torch.save({LATENT_TENSOR: shaped.float().cpu().contiguous()})
-    return Output(ResultFile(SAFETENSORS_TYPE, len(content)), content)
+    return Output(ResultFile(SAFETENSORS_TYPE, len(content), _seed_of(item)), content)
+
+
+def _seed_of(item: Item) -> int | None:
+    """The seed of one image; None where nothing random was done."""
+    seed = item.claim.job.params.seed
+    return None if seed is None else image_seed(seed, item.index)

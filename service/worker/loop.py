@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.route import Route
-from giantleap.service.errors import DoesNotFit, NotReady
+from giantleap.models.worker_role import WorkerRole
+from giantleap.service.errors import DoesNotFit, JobFailed, NotReady
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.capacity import check_capacity, max_items
@@ -112,7 +113,7 @@ class Worker:
         stages_s: Mapping[str, float] = {}
         try:
             slice_size = self._slice_size(job)
-        except DoesNotFit as error:  # the API did not know this device
+        except (DoesNotFit, JobFailed) as error:  # the API did not know this worker
             outcomes: list[Outcome] = [to_job_error(error)] * len(items)
         else:
             outcomes, stages_s = self._run(batch, items, slice_size)
@@ -142,7 +143,11 @@ class Worker:
 
         Raises:
             DoesNotFit: Not even one fits.
+            JobFailed: This worker runs one half of a job that needs both.
         """
+        role = self._loaded[job.bundle].route.role
+        if job.params.refine is not None and role is not WorkerRole.ALL:
+            raise JobFailed(f"a refine pass needs a worker of role {WorkerRole.ALL}; this one is of role {role}")
         item_latent_px = output_latent_px(job.params, self._grids[job.bundle])
         items = slice_items(item_latent_px, self._settings.batch_items, self._settings.batch_budget_latent_px)
         bundle = self._loaded[job.bundle].bundle

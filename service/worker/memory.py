@@ -24,6 +24,7 @@ from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.live_storage import LiveStorage
 from giantleap.models.pixels.images import to_pixels
 from giantleap.models.route import Route
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobs.capacity import stage_name
 from giantleap.service.jobs.devices import Device, DeviceKind, StagePeak, machine_memory_bytes, usable_bytes
 from giantleap.service.settings import Settings
@@ -59,6 +60,8 @@ def measure_stages(route: Route, bundle: Bundle) -> dict[str, StagePeak]:
                 raise
             route.free_cache()
             peaks[name] = _measure(route, run, small, base)
+    if route.role is WorkerRole.ALL and route.generator.family.refines:
+        peaks["refine"] = peaks["generate"]  # the same network, for one image
     for scale in route.scales_of("swinir")[1:]:
         run = partial(_upscale_pixels, route, scale)
         side_px = min(tile_px, *base) // 2

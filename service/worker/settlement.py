@@ -10,7 +10,7 @@ from giantleap.service.errors import StorageFull
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.grid import count_items
-from giantleap.service.jobs.job import GenerateParams, JobError, JobState
+from giantleap.service.jobs.job import JobError, JobState
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import trace_id_of
 from giantleap.service.worker.items import Latent, Outcome, Output, Stop, to_job_error, to_latents_blob
@@ -129,7 +129,9 @@ def find_warnings(claim: Claim, route: Route) -> list[str]:
     params = claim.job.params
     if claim.base_latents is not None:
         return list(claim.base_latents.warnings)
-    if not isinstance(params, GenerateParams):
+    if (
+        not params.prompt or not route.role.loads_pipeline
+    ):  # upscales without a refine pass, or fails for the lack of it
         return []
     return [
         f"the {name} is {excess} tokens longer than the text encoder takes; its end was ignored"

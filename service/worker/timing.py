@@ -16,6 +16,7 @@ import torch
 
 from giantleap.models.bundle.descriptor import Method
 from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.refinement import Refinement
 from giantleap.models.lua.spec import scaled_size
 from giantleap.models.route import Route, run_once
 
@@ -37,6 +38,7 @@ class ProtocolPlan:
         method: How the image is enlarged.
         warmups: Runs that are discarded first.
         runs: Runs that count.
+        refine: The refine pass; None leaves it out.
     """
 
     scale: float
@@ -46,6 +48,7 @@ class ProtocolPlan:
     method: Method = "lua"
     warmups: int = WARMUPS
     runs: int = RUNS
+    refine: Refinement | None = None
 
     def __post_init__(self) -> None:
         if self.runs < 1 or self.warmups < 0:
@@ -76,6 +79,7 @@ class ProtocolResult:
     steps: int
     warmups: int
     runs: int
+    refine: Refinement | None
     engine: str
     device: str
     dtype: str
@@ -96,7 +100,7 @@ def time_runs(route: Route, plan: ProtocolPlan) -> Iterator[Mapping[str, float]]
     """
     if plan.scale not in route.scales_of(plan.method):
         raise ValueError(f"scale {plan.scale}: this bundle has {route.scales_of(plan.method)} by method {plan.method}")
-    item = GenerationItem("", "", _SEED, plan.width_px, plan.height_px, plan.steps, _GUIDANCE_SCALE)
+    item = GenerationItem("", "", _SEED, plan.width_px, plan.height_px, plan.steps, _GUIDANCE_SCALE, refine=plan.refine)
     for _ in range(plan.warmups + plan.runs):
         yield run_once(route, item, plan.scale, plan.method).stages_s
 
@@ -112,6 +116,7 @@ def to_result(route: Route, plan: ProtocolPlan, runs_s: Sequence[Mapping[str, fl
         steps=plan.steps,
         warmups=plan.warmups,
         runs=plan.runs,
+        refine=plan.refine,
         engine=route.engine,
         device=_device_name(route.device),
         dtype=str(route.dtype).removeprefix("torch."),

@@ -102,3 +102,14 @@ def test_bench_protocol_prints_and_stores_every_stage(tmp_path: Path) -> None:
     (result,) = map(json.loads, stored.read_text().splitlines())
     assert set(result["stages"]) == {"generate", "upscale", "decode", "total"} and result["image_px"] == "128x128"
     assert "median" in ended.output
+
+
+def test_generate_refines(tmp_path: Path) -> None:
+    plain, refined = tmp_path / "plain.png", tmp_path / "refined.png"
+    assert _run("generate", PROMPT, "-o", plain, "--steps", "2").exit_code == 0
+    ended = _run("generate", PROMPT, "-o", refined, "--steps", "2", "--refine-strength", "0.3", "--refine-steps", "2")
+    assert ended.exit_code == 0 and "refine " in ended.output, ended.output
+    with Image.open(plain) as before, Image.open(refined) as after:
+        assert before.size == after.size and before.tobytes() != after.tobytes()
+    ended = _run("generate", PROMPT, "-o", refined, "--refine-strength", "0.6")
+    assert ended.exit_code == 2 and "refine.strength: must be at most 0.5" in ended.output

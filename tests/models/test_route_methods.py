@@ -13,9 +13,10 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.descriptor import METHODS, Method
+from giantleap.models.bundle.stages import stages_of
 from giantleap.models.device import PartCallback, StageName
 from giantleap.models.generation.generator import GenerationItem
-from giantleap.models.route import Route, run_once, stages_of
+from giantleap.models.route import Route, run_once
 
 CPU = torch.device("cpu")
 ITEM = GenerationItem(

@@ -206,12 +206,16 @@ class FakeRoute:
         method: Method,
         decode: DecodeName | None,
         observer: StageObserver,
+        refine: Sequence[GenerationItem] = (),
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         self.finished.append((method, scale, decode))
         images: list[Tensor | None] = []
         if scale > 1:
             with observer.measure("upscale"):
                 latents = [latent.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for latent in latents]
+        if refine:
+            with observer.measure("refine"):
+                observer.report_part("refine", 0.5)
         if decode is not None:
             with observer.measure("decode"):
                 images = [self._decode(latent) for latent in latents]

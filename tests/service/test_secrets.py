@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from safetensors.numpy import save
 
 from giantleap.service.auth import new_key
 from giantleap.service.settings import read_settings
@@ -43,6 +44,13 @@ def ask_everything(url: str, key: str, wrong_key: str) -> set[int]:
             ("/generate", {"json": body | {"init_image": WORD}}),
             ("/upscale", {"content": WORD.encode() * 100}),
             (f"/upscale?bundle={WORD}", {"content": LATENT.tobytes()}),
+            (
+                f"/upscale?refine_steps=4&prompt={WORD}&negative_prompt={WORD}",
+                {
+                    "content": save({"latent": LATENT}),
+                    "headers": {"Content-Type": "application/x-safetensors", "Idempotency-Key": "refine"},
+                },
+            ),
             (f"/v2/models/{WORD}/infer", {"json": {"inputs": WORD}}),
             ("/v1/images/generations", {"json": body | {"size": WORD}}),
             ("/generate", {"json": body, "headers": {"Authorization": f"Bearer {wrong_key}"}}),

@@ -7,6 +7,7 @@ Read, plan, enqueue, wait, respond: the checks are in `giantleap.service.jobs.pl
 import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -88,18 +89,19 @@ async def post_upscale(
     query = _with_fields(query, fields)
     served = state.select_bundle(query.bundle)
     response_type, output_format = _choose_format(options.accept, query.output_format, query.output)
+    plan = partial(state.prepare_upscale, query, body, content_type, served, output_format)
+    seed = options.choose_seed(query.seed)
     if is_image(body, content_type):  # a small file may hold many pixels
-        params, blob = await asyncio.to_thread(state.prepare_upscale, query, body, content_type, served, output_format)
+        params, blob = await asyncio.to_thread(plan, seed)
     else:
-        params, blob = await run_in_thread_if_large(
-            len(body), state.prepare_upscale, query, body, content_type, served, output_format
-        )
+        params, blob = await run_in_thread_if_large(len(body), plan, seed)
     if response_type != JSON_TYPE and params.batch_items != 1:
         raise InvalidFields(("body", f"holds {params.batch_items} latents, but a file holds one; accept JSON instead"))
     webhook = query.to_webhook()
     if webhook is not None:
         await check_webhook(webhook, state.settings)
-    job = new_job(served, params, options, priority=query.priority, webhook=webhook)
+    warnings = warn_of_words(served, params)
+    job = new_job(served, params, options, priority=query.priority, webhook=webhook, warnings=warnings)
     return await _respond(request, state, job, blob, options, response_type)
 
 

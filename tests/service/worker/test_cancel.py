@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 
 from giantleap.models.device import StageClock
+from giantleap.models.generation.refinement import Refinement
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_redis
@@ -32,6 +34,8 @@ MOMENTS = [
     (GENERATE, {"step": 3}),
     *((GENERATE, {"stage": stage}) for stage in ("generate", "upscale", "decode", "encode")),
     *((UPSCALE, {"stage": stage}) for stage in ("upscale", "decode", "encode")),
+    (replace(GENERATE, refine=Refinement(0.2, 4)), {"stage": "refine"}),
+    (replace(UPSCALE, refine=Refinement(0.2, 4), prompt="a red sphere", seed=1), {"stage": "refine"}),
 ]
 
 
@@ -66,7 +70,7 @@ async def test_a_cancel_is_kept_at_every_moment_of_a_job(
     consumer = CancelingConsumer(settings, moment)
     worker, metrics = open_worker(FakeRoute(), consumer, settings, stop=stop)
     async with open_producer() as producer:
-        await producer.enqueue(job, None if params is GENERATE else LATENT)
+        await producer.enqueue(job, None if params.kind == "generate" else LATENT)
         consumer.open()
         thread = threading.Thread(target=worker.run)
         thread.start()

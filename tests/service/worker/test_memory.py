@@ -49,7 +49,7 @@ def test_every_shipped_bundle_is_measured_at_growing_sizes(directory: Path) -> N
 
 def test_every_stage_of_the_route_has_a_peak(peaks: dict[str, StagePeak]) -> None:
     upscalers = {f"{method} x{scale}" for method in ("lua", "bicubic", "swinir") for scale in (2, 4)}
-    assert set(peaks) == {"generate", "encode", "exact"} | upscalers
+    assert set(peaks) == {"generate", "refine", "encode", "exact"} | upscalers
     assert all(peak.bytes_per_px > 0 for peak in peaks.values())
     assert {name for name, peak in peaks.items() if peak.tile_px is not None} == {"swinir x2", "swinir x4"}
 

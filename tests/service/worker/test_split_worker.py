@@ -11,11 +11,12 @@ import safetensors.torch
 import torch
 
 from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.generation.refinement import Refinement
 from giantleap.models.route import Route
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobqueue.claims import BaseLatents, Claim
 from giantleap.service.jobs.grid import LatentGrid
-from giantleap.service.jobs.job import GenerateParams
+from giantleap.service.jobs.job import GenerateParams, JobParams
 from giantleap.service.settings import POCKET_BUNDLE, read_settings
 from giantleap.service.telemetry.logs import JsonFormatter
 from giantleap.service.telemetry.metrics import Metrics
@@ -72,6 +73,18 @@ def test_transferred_jobs_finish_in_batches_with_the_times_and_warnings_of_both_
     labels = {"bundle": "tiny", "method": "lua", "scale": "2", "engine": "fake", "warmup": "false"}
     assert sample(metrics, "giantleap_stage_duration_seconds_count", stage="generate", **labels) is None
     assert sample(metrics, "giantleap_queue_wait_seconds_count", priority="high") is None, "it was counted before"
+
+
+@pytest.mark.parametrize("role", [WorkerRole.GENERATE, WorkerRole.DECODE])
+def test_half_a_route_fails_a_job_with_a_refine_pass_and_says_why(role: WorkerRole) -> None:
+    refinement = Refinement(0.2, 4)
+    params: JobParams = replace(GENERATE, refine=refinement)
+    if role is WorkerRole.DECODE:
+        params = replace(UPSCALE, refine=refinement, prompt="a red sphere", seed=1)
+    consumer = FakeConsumer([make_claim("job", params)])
+    run_all(FakeRoute(), consumer, role)
+    assert consumer.failed["job"].code == "job_failed" and not consumer.transferred
+    assert consumer.failed["job"].detail == f"a refine pass needs a worker of role all; this one is of role {role}"
 
 
 def test_a_job_that_fails_in_generation_is_not_transferred() -> None:

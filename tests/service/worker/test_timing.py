@@ -1,7 +1,7 @@
 """The paper's protocol on a fake route: what is warm-up, what counts, and that the figures are those of the runs."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.bundle.stages import stages_of
 from giantleap.models.device import StageClock, StageName, StageObserver
 from giantleap.models.generation.generator import GenerationItem
-from giantleap.models.route import stages_of
+from giantleap.models.generation.refinement import Refinement
 from giantleap.service.worker.timing import ProtocolPlan, ProtocolResult, time_runs, to_result, to_statistics, to_table
 
 
@@ -57,9 +58,10 @@ class TimedRoute:
         method: Method,
         decode: DecodeName | None,
         observer: StageObserver,
+        refine: Sequence[GenerationItem],
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         self.scaled.append(scale)
-        for stage in stages_of(method, scale):
+        for stage in stages_of(method, scale, bool(refine)):
             with observer.measure(stage):
                 pass
         return latents, []
@@ -116,3 +118,12 @@ def test_an_unknown_scale_and_an_empty_measurement_are_refused() -> None:
         measure(route, ProtocolPlan(3, 64, 64, 4))
     with pytest.raises(ValueError, match="runs is 0"):
         ProtocolPlan(2, 64, 64, 4, runs=0)
+
+
+def test_a_refine_pass_is_a_row_of_its_own() -> None:
+    route = TimedRoute(iter([1.0] * 8))
+    plan = ProtocolPlan(2, 64, 32, 4, warmups=1, runs=1, refine=Refinement(0.15, 4))
+    result = measure(route, plan)
+    assert list(result.stages) == ["generate", "upscale", "refine", "decode", "total"]
+    assert json.loads(result.to_json())["refine"] == {"strength": 0.15, "steps": 4}
+    assert any(" refine " in line for line in to_table([result]).splitlines())

@@ -1,0 +1,21 @@
+"""The order of the stages after the base latent, by method. Nothing here imports torch."""
+
+from typing import TYPE_CHECKING
+
+from giantleap.models.bundle.descriptor import Method
+
+if TYPE_CHECKING:
+    from giantleap.models.device import StageName
+
+
+def stages_of(method: Method, scale: float, refines: bool = False) -> "tuple[StageName, ...]":
+    """The stages after the base latent, in order.
+
+    `swinir` upscales pixels, the other methods latents. A refine pass takes latents, so that pixels are encoded for it.
+    """
+    refine: tuple[StageName, ...] = ("refine",) if refines else ()
+    if scale == 1 or method == "direct":
+        return (*refine, "decode")
+    if method == "swinir":
+        return ("decode", "upscale", "vae_encode", "refine", "decode") if refines else ("decode", "upscale")
+    return ("upscale", *refine, "decode")
