@@ -431,7 +431,7 @@ LATENT_SPACES: Mapping[str, LatentSpace] = MappingProxyType(
                 has_frames=True,
             ),
             LatentSpace("sana", 32, 32, scale=0.41407),
-            LatentSpace("pocket16", 16, 8, scale=1.0),
+            LatentSpace("pocket24", 24, 4, scale=0.5),
         )
     }
 )

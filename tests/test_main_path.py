@@ -55,7 +55,7 @@ def test_the_same_seed_draws_the_same_image_at_x2_and_x4(url: str) -> None:
 
 
 def test_a_raw_latent_comes_back_twice_as_large(url: str) -> None:
-    latent = np.random.default_rng(0).standard_normal((16, 16, 16)).astype(np.float32)
+    latent = np.random.default_rng(0).standard_normal((24, 16, 16)).astype(np.float32)
     answer = httpx.post(
         f"{url}/upscale",
         params={"scale": 2, "scaled": "false", "output": "latent"},
@@ -65,7 +65,7 @@ def test_a_raw_latent_comes_back_twice_as_large(url: str) -> None:
     )
     assert answer.status_code == 200, answer.text
     (enlarged,) = load(answer.content).values()
-    assert enlarged.shape[-3:] == (16, 32, 32) and np.isfinite(enlarged.astype(np.float32)).all()
+    assert enlarged.shape[-3:] == (24, 32, 32) and np.isfinite(enlarged.astype(np.float32)).all()
 
 
 def test_the_openai_client_draws(url: str) -> None:
@@ -78,19 +78,19 @@ def test_the_openai_client_draws(url: str) -> None:
 
 
 def test_the_triton_client_enlarges_a_latent(url: str) -> None:
-    latent = np.random.default_rng(0).standard_normal((2, 16, 8, 8)).astype(np.float32)
+    latent = np.random.default_rng(0).standard_normal((2, 24, 8, 8)).astype(np.float32)
     given = triton.InferInput("latent", list(latent.shape), "FP32")
     given.set_data_from_numpy(latent)
     with triton.InferenceServerClient(url.removeprefix("http://"), network_timeout=60) as client:
         assert client.is_model_ready("pocket")
         enlarged = client.infer("pocket", [given], parameters={"scale": 2}).as_numpy("latent")
-    assert enlarged.shape == (2, 16, 16, 16) and np.isfinite(enlarged).all()
+    assert enlarged.shape == (2, 24, 16, 16) and np.isfinite(enlarged).all()
 
 
 def test_diffusers_remote_vae_encodes_and_decodes_back(url: str) -> None:
     image = Image.open(io.BytesIO(draw(url, PROMPT, 1, seed=7)[0])).convert("RGB")
     latent = remote_encode(f"{url}/remote_vae/pocket/encode", image)
-    assert latent.shape == (1, 16, BASE_PX // 8, BASE_PX // 8)
+    assert latent.shape == (1, 24, BASE_PX // 4, BASE_PX // 4)
     back = remote_decode(f"{url}/remote_vae/pocket/decode", latent, do_scaling=False, image_format="png")
     assert np.abs(np.asarray(back, np.float64) - np.asarray(image, np.float64)).mean() < 8, "the VAE's own loss"
     large = remote_decode(f"{url}/remote_vae/pocket/decode?scale=2", latent, do_scaling=False)

@@ -42,7 +42,7 @@ def test_every_public_name_is_there() -> None:
 
 def test_an_upscaler_prints_its_contract() -> None:
     assert repr(giantleap.load_upscaler(ROOT / "bundles" / "pocket", device="cpu")) == (
-        "Upscaler(name='pocket', latent_space='pocket16', channels=16, scales=(2, 4), window=8, engine='torch', "
+        "Upscaler(name='pocket', latent_space='pocket24', channels=24, scales=(2, 4), window=8, engine='torch', "
         "device='cpu', dtype=torch.float32)"
     )
 
@@ -50,12 +50,12 @@ def test_an_upscaler_prints_its_contract() -> None:
 @pytest.mark.parametrize(
     ("latents", "scale", "message"),
     [
-        (torch.zeros(1, 4, 8, 8), 2, r"\[batch, 16, height, width\]; found \[1, 4, 8, 8\]"),
-        (torch.zeros(16, 8, 8), 2, r"found \[16, 8, 8\]"),
-        (torch.zeros(0, 16, 8, 8), 2, r"found \[0, 16, 8, 8\]"),
-        (torch.zeros(1, 16, 8, 8, dtype=torch.int64), 2, "floating point; found torch.int64"),
-        (torch.full((1, 16, 8, 8), float("nan")), 2, "must be finite"),
-        (torch.zeros(1, 16, 8, 8), 3, "one of 2, 4; found 3"),
+        (torch.zeros(1, 4, 8, 8), 2, r"\[batch, 24, height, width\]; found \[1, 4, 8, 8\]"),
+        (torch.zeros(24, 8, 8), 2, r"found \[24, 8, 8\]"),
+        (torch.zeros(0, 24, 8, 8), 2, r"found \[0, 24, 8, 8\]"),
+        (torch.zeros(1, 24, 8, 8, dtype=torch.int64), 2, "floating point; found torch.int64"),
+        (torch.full((1, 24, 8, 8), float("nan")), 2, "must be finite"),
+        (torch.zeros(1, 24, 8, 8), 3, "one of 2, 4; found 3"),
     ],
 )
 def test_an_upscaler_says_what_is_wrong_with_its_input(latents: torch.Tensor, scale: float, message: str) -> None:
@@ -64,12 +64,12 @@ def test_an_upscaler_says_what_is_wrong_with_its_input(latents: torch.Tensor, sc
 
 
 def test_an_upscaler_from_a_weight_file_computes_as_that_of_the_bundle() -> None:
-    latents = torch.randn(2, 16, 9, 13, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(2, 24, 9, 13, generator=torch.Generator().manual_seed(0))
     whole = giantleap.load_upscaler("pocket", device="cpu")
     alone = giantleap.load_upscaler(ROOT / "bundles" / "pocket" / "lua.safetensors", device=torch.device("cpu"))
     assert alone.latent_space is None
     large = alone(latents, scale=4)
-    assert large.shape == (2, 16, 36, 52)
+    assert large.shape == (2, 24, 36, 52)
     torch.testing.assert_close(large, whole(latents, scale=4))
     torch.testing.assert_close(whole(latents.half()), whole(latents.half().float(), scale=2))
 

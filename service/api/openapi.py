@@ -217,7 +217,7 @@ def _example_job() -> JobRecord:
         width_px=256,
         height_px=256,
         steps=12,
-        guidance_scale=3.0,
+        guidance_scale=1.5,
         seed=7,
         num_images=1,
         output_format="png",

@@ -13,6 +13,7 @@ from giantleap.export.graphs import DecoderGraph, trace
 from giantleap.export.manifest import Precision
 from giantleap.export.onnx_files import write_onnx
 from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.bundle.names import SHIPPED
 from giantleap.models.engines.base import Artifact
 from giantleap.models.engines.onnx_runtime import open_graph
 from giantleap.models.vae.decode import decode_plain
@@ -20,7 +21,6 @@ from tests.export.random_networks import random_vae
 from tests.tiny_bundle import write_tiny_bundle
 
 CPU = torch.device("cpu")
-POCKET24 = Path(__file__).parents[2] / "training" / "pocket" / "stride4" / "checkpoints" / "pocket24"
 
 
 @pytest.mark.parametrize(("capability", "level"), [("AVX2", "x86-64-v3"), ("AVX512", "x86-64-v4")])
@@ -73,7 +73,7 @@ def test_decoders_of_every_family_export(tmp_path: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_decoder_of_a_bundle_of_an_autoencoder_alone_is_exported_and_checked(tmp_path: Path) -> None:
-    bundle = read_bundle(POCKET24)
+    bundle = read_bundle(SHIPPED / "pocket")
     manifest = export_bundle(Request(bundle, "onnx", "fp32", tmp_path / "out", parts=("decoder",)))
     (artifact,) = manifest.artifacts
     assert (artifact.channels, artifact.output_stride) == (24, 4)

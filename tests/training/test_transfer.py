@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from giantleap.cli.main import app
 from giantleap.models.bundle.bundle import BundleError, read_bundle
+from giantleap.models.bundle.names import SHIPPED
 from giantleap.models.generation.generator import Generator
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import Lua
@@ -37,7 +38,6 @@ from giantleap.training.transfer import (
 from tests.training.pictures import write_pictures
 
 CPU = torch.device("cpu")
-POCKET24 = Path(__file__).parents[2] / "training" / "pocket" / "stride4" / "checkpoints" / "pocket24"
 PLACE = DistributedContext(CPU)
 SPEC = LuaSpec(16, 12, (2,), 2, window=4, num_feat=8, bicubic_skip=True, latent_norm=True)
 LINEAR = replace(SPEC, bicubic_skip=False, linear_skip=True)
@@ -281,12 +281,14 @@ def test_a_transfer_goes_on_where_it_was_stopped(other: SimpleNamespace, tiny_bu
 
 def test_a_network_moves_to_an_autoencoder_of_another_stride(tiny_bundle_dir: Path, tmp_path: Path) -> None:
     write_pictures(tmp_path / "pictures", 4, 128, 64)
-    prepare(PrepareConfig(tmp_path / "pictures", POCKET24, tmp_path / "pairs", 64, 64), CPU)
+    prepare(PrepareConfig(tmp_path / "pictures", SHIPPED / "pocket", tmp_path / "pairs", 64, 64), CPU)
     (tmp_path / "config.toml").write_text(CONFIG)
 
     def go(start: Start) -> Path:
         out, config = tmp_path / start, tmp_path / "config.toml"
-        return transfer_and_train(tiny_bundle_dir, POCKET24, tmp_path / "pairs", out, PLACE, start=start, config=config)
+        return transfer_and_train(
+            tiny_bundle_dir, SHIPPED / "pocket", tmp_path / "pairs", out, PLACE, start=start, config=config
+        )
 
     with pytest.raises(TransferError, match="one stride are needed: use another start"):
         go("fit")

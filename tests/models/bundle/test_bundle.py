@@ -85,10 +85,10 @@ def test_what_is_written_is_read(directory: Path) -> None:
 
 
 def test_a_known_latent_space_is_written_by_its_name_alone(directory: Path) -> None:
-    values = values_of(directory) | {"latent_space": {"name": "pocket16"}}
+    values = values_of(directory) | {"latent_space": {"name": "pocket24"}}
     write_bundle(directory, Descriptor.model_validate(values))
     assert tomllib.loads((directory / "bundle.toml").read_text(encoding="utf-8"))["latent_space"] == {
-        "name": "pocket16"
+        "name": "pocket24"
     }
 
 

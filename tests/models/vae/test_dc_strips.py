@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.bundle.names import SHIPPED
 from giantleap.models.latent_space import LatentSpace
 from giantleap.models.live_storage import LiveStorage
 from giantleap.models.vae.autoencoder import Vae, read_vae_model
@@ -23,7 +23,6 @@ from giantleap.models.vae.strip_plan import DecodeBudgetError
 from tests.tiny_pipelines import tiny_dc_vae
 
 TOLERANCE = 1e-5
-POCKET24 = Path(__file__).parents[3] / "training" / "pocket" / "stride4" / "checkpoints" / "pocket24"
 SHUFFLES: dict[str, Any] = {"latent_channels": 8, "channels": (8, 16, 8), "attention": 0}
 SANA: dict[str, Any] = {
     "latent_channels": 8,
@@ -194,7 +193,7 @@ def test_bfloat16_errs_no_more_than_the_whole_decode_does() -> None:
 
 
 def test_the_trained_autoencoder_of_stride_4_keeps_an_image_in_strips_as_well() -> None:
-    bundle = read_bundle(POCKET24)
+    bundle = read_bundle(SHIPPED / "pocket")
     model = read_vae_model(bundle, torch.device("cpu"), torch.float32)
     rows, columns = torch.meshgrid(torch.linspace(-1, 1, 160), torch.linspace(-1, 1, 96), indexing="ij")
     image = torch.stack([rows, columns, torch.sin(20 * rows * columns)])[None]

@@ -29,7 +29,7 @@ from giantleap.service.jobs.devices import Device, StagePeak, machine_memory_byt
 from giantleap.service.jobs.job import UpscaleParams
 from giantleap.service.jobs.planning import plan_generate
 from giantleap.service.jobs.requests import GenerateRequest
-from giantleap.service.settings import POCKET_BUNDLE, Settings, read_settings
+from giantleap.service.settings import Settings, read_settings
 from tests.redis_fixtures import ProducerOpener
 from tests.service.fake_producer import FakeProducer
 from tests.service.fakes import GENERATE, FakeConsumer, FakeRoute, make_claim, open_worker
@@ -42,11 +42,11 @@ REFUSALS = 200
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pocket bundle under the name `large`, with limits that allow 8192 px."""
+def directory(tmp_path_factory: pytest.TempPathFactory, tiny_bundle_dir: Path) -> Path:
+    """The tiny bundle under the name `large`, with limits that allow 8192 px."""
     directory = tmp_path_factory.mktemp("bundles") / "large"
-    shutil.copytree(POCKET_BUNDLE, directory)
-    descriptor = read_bundle(POCKET_BUNDLE).descriptor
+    shutil.copytree(tiny_bundle_dir, directory)
+    descriptor = read_bundle(tiny_bundle_dir).descriptor
     about = descriptor.bundle.model_copy(update={"name": "large"})
     limits = Limits(min_base_px=64, max_base_px=2048, multiple_px=32, max_steps=100, max_direct_px=8192)
     write_bundle(directory, descriptor.model_copy(update={"bundle": about, "limits": limits}))
@@ -58,7 +58,7 @@ def bundle(directory: Path) -> Bundle:
     return read_bundle(directory)
 
 
-# Figures of the pocket bundle in float32 on a CPU, as its worker measures them.
+# Figures of a small bundle of stride 8 in float32 on a CPU, as a worker measures them.
 PEAKS = {
     "generate": StagePeak(50_000, 7_300.0),
     "encode": StagePeak(0, 17_000.0),
@@ -127,7 +127,7 @@ def test_each_role_runs_its_stages(bundle: Bundle) -> None:
     assert direct.stages(WorkerRole.ALL) == {"generate": final_px, "exact": final_px}
     pixels = to_workload(replace(LARGE, method="swinir"), bundle)
     assert pixels.stages(WorkerRole.DECODE) == {"swinir x4": base_px, "exact": base_px}
-    image = UpscaleParams(2, "pocket16", 1, 16, 16, 16, "image", "png", image_width_px=120, image_height_px=128)
+    image = UpscaleParams(2, "tiny", 1, 16, 16, 16, "image", "png", image_width_px=120, image_height_px=128)
     assert to_workload(image, bundle).stages(WorkerRole.ALL) == {"encode": 240, "lua x2": 240, "exact": 960}
     assert not to_workload(image, bundle).stages(WorkerRole.GENERATE)
     assert set(to_workload(replace(image, method="swinir"), bundle).stages(WorkerRole.ALL)) == {"swinir x2"}
@@ -222,7 +222,7 @@ def test_the_size_that_is_offered_is_accepted(bundle: Bundle, method: str) -> No
 
 
 def test_an_upscale_is_planned_by_its_latent_or_image(bundle: Bundle) -> None:
-    latent = UpscaleParams(4, "pocket16", 2, 16, 100, 50, "image", "png")
+    latent = UpscaleParams(4, "tiny", 2, 16, 100, 50, "image", "png")
     work = to_workload(latent, bundle)
     assert (work.width_px, work.height_px, work.source) == (1600, 3200, "latent")
     image = to_workload(replace(latent, image_width_px=393, image_height_px=799), bundle)

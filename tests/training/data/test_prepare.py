@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from giantleap.cli.main import app
 from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.bundle.names import SHIPPED
 from giantleap.training.data.frozen_vae import read_vae
 from giantleap.training.data.pairs_store import PairsError, PairsStore, read_index, tensor_hash
 from giantleap.training.data.prepare import PrepareConfig, cut_tiles, list_sources, prepare, shrink_tiles
@@ -26,7 +27,6 @@ from tests.training.killed import killed_at_write
 from tests.training.pictures import write_pictures
 
 CPU = torch.device("cpu")
-POCKET24 = Path(__file__).parents[3] / "training" / "pocket" / "stride4" / "checkpoints" / "pocket24"
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_latents_are_the_posterior_means_of_the_tile_and_of_the_shrunk_one(
 
 
 def test_an_autoencoder_without_a_posterior_gives_its_codes(pictures: Path, tmp_path: Path) -> None:
-    prepare(config_of(pictures, POCKET24, tmp_path / "out"), CPU)
-    model: Any = AutoencoderDC.from_pretrained(POCKET24 / "vae")
+    prepare(config_of(pictures, SHIPPED / "pocket", tmp_path / "out"), CPU)
+    model: Any = AutoencoderDC.from_pretrained(SHIPPED / "pocket" / "vae")
     pixels = np.asarray(Image.open(pictures / "picture-3.png"))[:, 64:128]
     tile = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1.0
     latents = PairsStore.open(tmp_path / "out").read([7])

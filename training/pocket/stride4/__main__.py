@@ -1,10 +1,11 @@
 """The commands that make autoencoder and adapter of stride 4: `python -m giantleap.training.pocket.stride4 <command>`.
 
-In order: `autoencoder`, `bundle`, `pictures`, `scenes`, `text`, `swinir`; then the public trainer makes the adapter, as
-for any bundle: `giantleap train prepare` and `giantleap train run` with `training/pocket/stride4/adapter.toml`;
-`adapter` makes its file small. `training/pocket/stride4/checkpoints` holds the results, with the figures.
+In order: `autoencoder`, `bundle`, `pictures`; then the public trainer makes the adapter, as for any bundle:
+`giantleap train prepare` and `giantleap train run` with `training/pocket/stride4/adapter.toml`; then `swinir`,
+`scenes`, `text`, and `pack`.
 """
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.training.optim import Budget
 from giantleap.training.pocket.options import Length, Resume, Seed
-from giantleap.training.pocket.stride4.bundle import write_autoencoder_bundle, write_pocket_bundle
+from giantleap.training.pocket.stride4.bundle import LUA_FILE, write_autoencoder_bundle, write_descriptor
 from giantleap.training.pocket.stride4.pictures import write_pictures
 from giantleap.training.pocket.stride4.studio import write_pool
 from giantleap.training.pocket.stride4.text import Recipe as TextRecipe
@@ -82,19 +83,6 @@ def swinir(
 
 
 @app.command()
-def adapter(
-    lua_file: Annotated[Path, typer.Argument(help="What `giantleap train run` wrote.")],
-    out: Path = RUNS / "lua.safetensors",
-) -> None:
-    """Write an adapter's weights as float16."""
-    provenance = {
-        "trained_by": "giantleap train run --config training/pocket/stride4/adapter.toml",
-        "license": "Apache-2.0",
-    }
-    write_lua(out, read_lua(lua_file).half(), provenance)
-
-
-@app.command()
 def scenes(
     out: Path = RUNS / "scenes",
     autoencoder_dir: Path = RUNS / "pocket24/vae",
@@ -132,15 +120,22 @@ def text(
 
 @app.command()
 def pack(
-    out: Annotated[Path, typer.Option(help="Directory of the bundle; replaced.")] = RUNS / "pocket",
-    text_dir: Path = RUNS / "text/pipeline",
-    lua_file: Path = RUNS / "lua.safetensors",
-    swinir_x2: Path | None = None,
-    swinir_x4: Path | None = None,
+    bundle: Annotated[Path, typer.Option(help="Directory of the bundle.")] = Path("bundles/pocket"),
+    text_dir: Annotated[Path | None, typer.Option(help="Pipeline, for example runs/pocket/text/pipeline.")] = None,
+    lua_file: Annotated[Path | None, typer.Option(help="Adapter, what `giantleap train run` wrote.")] = None,
+    swinir: Annotated[list[Path] | None, typer.Option(help="Files such as runs/swinir2/swinir_x2.safetensors.")] = None,
 ) -> None:
-    """Make the bundle that is served."""
-    files = {scale: file for scale, file in ((2, swinir_x2), (4, swinir_x4)) if file is not None}
-    write_pocket_bundle(out, text_dir, lua_file, files)
+    """Copy the given parts into the bundle, LUA as float16, and write its descriptor; keep other parts."""
+    if text_dir is not None:
+        for part in bundle.glob("*/"):  # those of another pipeline
+            shutil.rmtree(part)
+        shutil.copytree(text_dir, bundle, dirs_exist_ok=True)
+    if lua_file is not None:
+        provenance = {"trained_by": "giantleap train run", "license": "Apache-2.0"}
+        write_lua(bundle / LUA_FILE, read_lua(lua_file).half(), provenance)
+    for file in swinir or ():
+        shutil.copyfile(file, bundle / file.name)
+    write_descriptor(bundle)
 
 
 def _open_autoencoder(directory: Path) -> AutoencoderDC:

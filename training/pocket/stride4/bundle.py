@@ -20,9 +20,10 @@ from giantleap.models.bundle.descriptor import (
     Vocabulary,
 )
 from giantleap.models.bundle.digests import file_hashes
-from giantleap.training.pocket.stride4.network import STRIDE_PX
 
 LUA_FILE = "lua.safetensors"
+SWINIR_FILES = {"x2": "swinir_x2.safetensors", "x4": "swinir_x4.safetensors"}
+LATENT_SPACE = "pocket24"
 GUIDANCE_SCALE = 1.5
 PROVENANCE = (
     "Started at the principal components of 4 x 4 blocks and trained by `python -m giantleap.training.pocket.stride4` "
@@ -43,18 +44,12 @@ def write_autoencoder_bundle(directory: Path, autoencoder: AutoencoderDC) -> Non
     autoencoder.save_pretrained(directory / "vae")
     index = {"_class_name": "DiffusionPipeline", "vae": ["diffusers", "AutoencoderDC"]}
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    stride_px = int(autoencoder.spatial_compression_ratio)
     write_bundle(
         directory,
         Descriptor(
             bundle=About(name=name, title="An autoencoder alone", license="Apache-2.0", provenance=PROVENANCE),
             pipeline=PipelineSource(path="."),
-            latent_space=LatentSpaceSource(
-                name=name,
-                channels=int(autoencoder.config["latent_channels"]),
-                stride_px=stride_px,
-                scale=float(autoencoder.config["scaling_factor"]),
-            ),
+            latent_space=_latent_space(name, autoencoder),
             lua_source=LuaSource(train="giantleap train prepare, giantleap train run"),
             # What a pipeline would need; there is none.
             defaults=Defaults(
@@ -67,39 +62,35 @@ def write_autoencoder_bundle(directory: Path, autoencoder: AutoencoderDC) -> Non
     )
 
 
-def write_pocket_bundle(directory: Path, pipeline_dir: Path, lua_file: Path, swinir_files: dict[int, Path]) -> None:
-    """Write a bundle to serve; its name is the directory's.
+def _latent_space(name: str, autoencoder: AutoencoderDC) -> LatentSpaceSource:
+    if name == LATENT_SPACE:
+        return LatentSpaceSource(name=name)
+    return LatentSpaceSource(
+        name=name,
+        channels=int(autoencoder.config["latent_channels"]),
+        stride_px=int(autoencoder.spatial_compression_ratio),
+        scale=float(autoencoder.config["scaling_factor"]),
+    )
 
-    Args:
-        directory: Replaced.
-        pipeline_dir: What the command `text` wrote.
-        lua_file: What the command `adapter` wrote, for x2 and x4.
-        swinir_files: By scale, what the command `swinir` wrote; may be empty.
-    """
-    shutil.rmtree(directory, ignore_errors=True)
-    shutil.copytree(pipeline_dir, directory)
-    shutil.copyfile(lua_file, directory / LUA_FILE)
-    for scale, file in swinir_files.items():
-        shutil.copyfile(file, directory / f"swinir_x{scale}.safetensors")
+
+def write_descriptor(directory: Path) -> None:
+    """Write or replace `bundle.toml` of the pocket bundle for the weights in `directory`."""
     hashes = file_hashes(directory)
-    vae = json.loads((directory / "vae" / "config.json").read_text())
+    swinir = {key: name for key, name in SWINIR_FILES.items() if name in hashes}
     write_bundle(
         directory,
         Descriptor(
             bundle=About(
-                name=directory.name,
+                name="pocket",
                 title="Scenes of one or two objects, 128 px, drawn from a closed vocabulary",
                 license="Apache-2.0",
                 provenance=PROVENANCE,
             ),
             pipeline=PipelineSource(path="."),
-            latent_space=LatentSpaceSource(
-                name="pocket24", channels=vae["latent_channels"], stride_px=STRIDE_PX, scale=vae["scaling_factor"]
-            ),
+            latent_space=LatentSpaceSource(name=LATENT_SPACE),
             lua=LuaFile(file=LUA_FILE, scales=(2, 4), sha256=hashes.pop(LUA_FILE)),
-            swinir=SwinirFiles(**{f"x{scale}": f"swinir_x{scale}.safetensors" for scale in swinir_files})
-            if swinir_files
-            else None,
+            swinir=SwinirFiles(**swinir) if swinir else None,
+            # Trained at 128 px only; other sizes are allowed for comparing the methods.
             defaults=Defaults(steps=12, guidance_scale=GUIDANCE_SCALE, base_width_px=128, base_height_px=128),
             limits=Limits(min_base_px=96, max_base_px=192, multiple_px=32, max_steps=100, max_direct_px=512),
             vocabulary=Vocabulary(closed=True),

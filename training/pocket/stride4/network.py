@@ -16,6 +16,7 @@ from torch import Tensor, nn
 STRIDE_PX = 4
 PIXELS = 3 * STRIDE_PX**2  # values of one block
 CHANNELS = 24
+SCALING_FACTOR = 0.5  # the brightest channel of rendered scenes has a deviation near one
 SIGNALS = 12  # values of a 2 x 2 block of pixels, which the half-size stages carry
 ANCHORS = 16  # channels of the decoder's last stage that hold a constant, so that its RMS norm is nearly linear
 ANCHOR = 4.0
@@ -64,6 +65,7 @@ def make_autoencoder(channels: int = CHANNELS) -> AutoencoderDC:
     """Builds the network with its default random weights, channels last."""
     network: Any = AutoencoderDC(
         latent_channels=channels,
+        scaling_factor=SCALING_FACTOR,
         encoder_block_types="ResBlock",
         decoder_block_types="ResBlock",
         encoder_block_out_channels=(32, 32, 64),

@@ -27,14 +27,13 @@ from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from giantleap.training.optim import Budget, Ema, MuonAdamW
 from giantleap.training.pocket.state import TrainState, smoothed
-from giantleap.training.pocket.stride4.network import CHANNELS
+from giantleap.training.pocket.stride4.network import CHANNELS, SCALING_FACTOR
 from giantleap.training.pocket.stride4.prompts import CHOICES, SECOND, Prompt, draw_prompt, prompt_caption, vary_prompt
 from giantleap.training.pocket.stride4.studio import StudioPool, read_pool
 from giantleap.training.pocket.stride4.tokens import halve_patches, patch_of
 from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_sana_tokenizer
 from giantleap.training.pocket.vae import train_steps, write_log
 
-SCALING_FACTOR = 0.5  # the brightest channel of the scenes has a deviation near one
 LATENT_SIDE = 32  # 128 px at stride 4
 TEXT_WIDTH = 128
 PLACES = 8  # of the position embedding, along a side of the picture
