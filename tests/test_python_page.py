@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import giantleap
 from giantleap.models.lua.checkpoints import CheckpointError
@@ -21,6 +22,9 @@ def test_the_page_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "bundles").symlink_to(ROOT / "bundles")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, str(PAGE), "exec"), {"__name__": "page"})
+    for path in tmp_path.glob("*.png"):
+        with Image.open(path) as image:
+            assert image.size == (256, 256), "128 px at x2"
 
 
 def test_the_page_is_short() -> None:

@@ -131,7 +131,7 @@ def work(settings: Settings, workers: int, work_ms: float) -> None:
     """Run the worker process: complete each job after `work_ms`; a latent returns as many bytes as its tensor had."""
     assert settings.redis_url is not None
     bundle = "pocket"
-    blobs = {size_bytes: os.urandom(size_bytes) for size_bytes in (1 << 17, 1 << 19, 1 << 21)}
+    blobs = {size_bytes: os.urandom(size_bytes) for size_bytes in (131_040, 524_256, 2_097_120)}
 
     def run() -> None:
         dice = random.Random(uuid.uuid4().hex)

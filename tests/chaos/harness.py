@@ -165,7 +165,7 @@ class Clients:
         headers = {"Idempotency-Key": f"chaos-{self.seed}-{index}", "Prefer": "respond-async"}
         priority = dice.choice(("high", "high", "low"))
         if index % 4 == 3:
-            body = save({"latent": np.full((16, 4, 4), index, np.float32)})
+            body = save({"latent": np.full((24, 4, 4), index, np.float32)})
             headers["Content-Type"] = "application/x-safetensors"
             return client.build_request("POST", f"/upscale?priority={priority}", content=body, headers=headers)
         seed = LONG_SEED if index == 0 else index
