@@ -20,12 +20,12 @@ FROM builder AS builder-cpu
 ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 # Versions are bounded in pyproject.toml.
 # hadolint ignore=DL3013,DL3042
-RUN --mount=type=cache,target=/root/.cache/pip pip install ".[cpu,otel]"
+RUN --mount=type=cache,target=/root/.cache/pip pip install ".[cpu,otel,provenance]"
 
 FROM builder AS builder-gpu
 # torch from PyPI brings its CUDA libraries; the host needs only the driver and the NVIDIA container toolkit.
 # hadolint ignore=DL3013,DL3042
-RUN --mount=type=cache,target=/root/.cache/pip pip install ".[gpu,otel]"
+RUN --mount=type=cache,target=/root/.cache/pip pip install ".[gpu,otel,provenance]"
 
 FROM python:3.12.11-slim-bookworm AS runtime
 # The root file system may be read-only: what is written goes to /data (a volume) and /tmp (a tmpfs).

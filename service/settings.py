@@ -184,6 +184,13 @@ class Settings(BaseSettings):
         "below it. Their addresses are checked all the same.",
     )
 
+    c2pa_cert: Path | None = Field(
+        None,
+        description="PEM file of the certificates whose first one signs a C2PA manifest into every image; none: XMP "
+        "alone.",
+    )
+    c2pa_key: Path | None = Field(None, description="PEM file of that certificate's private key.")
+
     metrics_port: int = Field(0, description="Port of a worker's own /metrics; 0: none.", ge=0, le=65535)
     measure_protocol: bool = Field(
         False, description="Measure the paper's timing protocol in the worker before it is ready."
@@ -257,6 +264,12 @@ class Settings(BaseSettings):
     def _bundles_given(self) -> Self:
         if not self.bundle:
             raise ValueError("bundle is empty; name at least one bundle directory")
+        return self
+
+    @model_validator(mode="after")
+    def _certificate_has_key(self) -> Self:
+        if (self.c2pa_cert is None) != (self.c2pa_key is None):
+            raise ValueError("c2pa_cert and c2pa_key belong together; set both or none")
         return self
 
     @model_validator(mode="after")

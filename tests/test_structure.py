@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "models.pixels",
         "models.worker_role",
     ),
+    ("models.provenance",),
     ("models.lua",),
     ("models.latent_space",),
     ("models.bundle",),

@@ -38,7 +38,7 @@ from giantleap.cli.options import (
 )
 from giantleap.cli.progress import ShownStages, import_torch
 from giantleap.models.bundle.bundle import Bundle
-from giantleap.service.errors import GiantleapError
+from giantleap.service.errors import BadConfiguration, GiantleapError
 from giantleap.service.settings import Settings
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
     from giantleap.models.generation.generator import GenerationItem
     from giantleap.models.pixels.image_formats import ImageFormat
+    from giantleap.models.provenance.marker import ImageMarker
+    from giantleap.models.provenance.xmp import Origin
     from giantleap.models.route import Route
     from giantleap.service.jobs.job import GenerateParams
 
@@ -92,6 +94,9 @@ def generate(
     refine_strength: RefineStrengthOption = None,
     refine_steps: RefineStepsOption = None,
     decode: DecodeOption = "exact",
+    embed_parameters: Annotated[
+        bool, typer.Option("--embed-parameters", help="Write prompt, seed and so on into the file's metadata.")
+    ] = False,
     lua: LuaOption = None,
     bundle: BundleOption = None,
     device: DeviceOption = None,
@@ -123,6 +128,7 @@ def generate(
                 "init_image": None if start is None else b64encode(start).decode(),
                 "strength": strength,
                 "refine": to_refine(refine_strength, refine_steps),
+                "embed_parameters": embed_parameters,
             }
         )
         params = plan_generate(request, served, settings, seed, output_format)
@@ -130,12 +136,20 @@ def generate(
     except (ValueError, GiantleapError) as error:
         stop(to_message(error))
     _warn_of_unknown_words(served, prompt)
+    _draw_to_file(settings, served, params, fitted, out)
 
+
+def _draw_to_file(settings: Settings, served: Bundle, params: "GenerateParams", start: bytes | None, out: Path) -> None:
+    """Load the bundle and draw one image; `start` is as in `_to_item`."""
+    from giantleap.service.jobs.marking import to_origin
+
+    marker = _open_marker(settings)
     route = open_bundle_route(settings, served)
-    item, stages = _to_item(params, fitted), ShownStages(route.clock())
+    item, stages = _to_item(params, start), ShownStages(route.clock())
     latents, refine = [_draw(route, item, stages)], [item] if item.refine else []
     _, images = route.upscale_and_decode(latents, params.scale, params.method, params.decode, stages, refine)
-    _write_image(out, output_format, images[0], stages)
+    origin = to_origin(params, served.name, params.seed)
+    _write_image(out, params.output_format, images[0], stages, marker, origin)
 
 
 def _read_prompt(prompt: str, init_image: Path | None) -> str:
@@ -219,6 +233,7 @@ def upscale(
 
     from giantleap.service.jobs.images import read_image
     from giantleap.service.jobs.latents import LATENT_TENSOR
+    from giantleap.service.jobs.marking import to_origin
     from giantleap.service.jobs.planning import prepare_upscale
     from giantleap.service.jobs.requests import UpscaleQuery
 
@@ -244,6 +259,7 @@ def upscale(
 
     from safetensors.torch import load, save
 
+    marker = _open_marker(settings)
     route = open_bundle_route(settings, served)
     stages = ShownStages(route.clock())
     how = (params.scale, params.method, None if as_latent else params.decode, stages)
@@ -255,16 +271,34 @@ def upscale(
         write_output(out, save({LATENT_TENSOR: latents[0].contiguous()}))
         _report(out, stages.clock.stages_s)
     else:
-        _write_image(out, output_format, images[0], stages)
+        _write_image(out, output_format, images[0], stages, marker, to_origin(params, served.name, None))
 
 
-def _write_image(out: Path, output_format: "ImageFormat", pixels: "Tensor | None", stages: ShownStages) -> None:
-    from giantleap.models.pixels.images import to_image_bytes
+def _open_marker(settings: Settings) -> "ImageMarker":
+    """What encodes the images; a certificate of the settings that cannot sign ends the command."""
+    import_torch()
 
+    from giantleap.models.provenance.marker import ImageMarker
+    from giantleap.service.jobs.marking import open_manifest_signer
+
+    try:
+        return ImageMarker(open_manifest_signer(settings))
+    except BadConfiguration as error:
+        stop(error.detail)
+
+
+def _write_image(
+    out: Path,
+    output_format: "ImageFormat",
+    pixels: "Tensor | None",
+    stages: ShownStages,
+    marker: "ImageMarker",
+    origin: "Origin",
+) -> None:
     if pixels is None:
         stop("the decoded image has values that are not finite; nothing was written")
     with stages.measure("encode"):
-        write_output(out, to_image_bytes(pixels, output_format))
+        write_output(out, marker.to_file(pixels, output_format, origin))
     _report(out, stages.clock.stages_s)
 
 

@@ -37,6 +37,7 @@ from giantleap.cli.options import (
     stop,
     stop_if_on_hub,
 )
+from giantleap.cli.provenance import app as provenance_commands
 from giantleap.cli.train import app as train_commands
 from giantleap.models.bundle.bundle import BundleError
 from giantleap.service.auth import check_auth_config
@@ -51,6 +52,7 @@ app.add_typer(bundle_commands, name="bundle")
 app.add_typer(export_commands, name="export")
 app.add_typer(job_commands, name="jobs")
 app.add_typer(key_commands, name="keys")
+app.add_typer(provenance_commands, name="provenance")
 app.add_typer(train_commands, name="train")
 
 log = logging.getLogger(__name__)
@@ -88,7 +90,7 @@ def serve(
     for served in read_bundles(settings):
         stop_if_on_hub(served)
     try:
-        check_auth_config(settings)
+        _check(settings)
         raise typer.Exit(serve_all(settings, reread))
     except OSError as error:
         _stop_not_listening(settings, error)
@@ -130,10 +132,18 @@ def _read_twice(options: Mapping[str, object]) -> tuple[Settings, Callable[[], S
 
     def reread() -> Settings:
         settings = read_settings(**{name: value for name, value in options.items() if value is not None})
-        check_auth_config(settings)
+        _check(settings)
         return settings
 
     return settings_from(**options), reread
+
+
+def _check(settings: Settings) -> None:
+    """Check at start what the child processes would stop at, one after the other."""
+    from giantleap.service.jobs.marking import open_manifest_signer
+
+    check_auth_config(settings)
+    open_manifest_signer(settings)
 
 
 def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -> None:

@@ -1,10 +1,10 @@
-"""Encodes decoded pixels as image files without metadata, and measures how similar two images are."""
+"""Encodes decoded pixels as image files, and measures how similar two images are."""
 
 import io
 import math
 
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from giantleap.models.pixels.image_formats import ImageFormat
@@ -49,12 +49,13 @@ def to_pixels(values: Tensor) -> Tensor:
     return (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-def to_image_bytes(pixels: Tensor, output_format: ImageFormat) -> bytes:
-    """Encode one image. The file holds the pixels and their size, nothing else.
+def to_image_bytes(pixels: Tensor, output_format: ImageFormat, xmp: bytes | None = None) -> bytes:
+    """Encode one image. The file holds the pixels, their size and the packet, nothing else.
 
     Args:
         pixels: [height_px, width_px, 3], uint8, on the CPU.
         output_format: Of the file.
+        xmp: Packet of metadata (`giantleap.models.provenance.xmp`).
 
     Raises:
         ValueError: The tensor has another shape or type, or the format is unknown.
@@ -64,7 +65,12 @@ def to_image_bytes(pixels: Tensor, output_format: ImageFormat) -> bytes:
     if pixels.dim() != 3 or pixels.shape[-1] != 3 or str(pixels.dtype) != "torch.uint8":
         raise ValueError(f"an image is uint8 [height, width, 3]; found {pixels.dtype} {list(pixels.shape)}")
     buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, format=output_format.upper(), **_OPTIONS[output_format])
+    metadata: dict[str, object] = {} if xmp is None else {"xmp": xmp}
+    if xmp is not None and output_format == "png":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        metadata = {"pnginfo": chunks}
+    Image.fromarray(pixels.numpy()).save(buffer, format=output_format.upper(), **_OPTIONS[output_format], **metadata)
     return buffer.getvalue()
 
 

@@ -54,7 +54,7 @@ class GenerateParams:
 
     Sizes are those of the final image; `base_size_px` is the size that the base model generates. With a `strength`
     generation starts from an image, the job's input blob: a PNG file of the base size. `refine` is a second, short
-    sampling of the enlarged latent.
+    sampling of the enlarged latent. With `embed_parameters` the files name the prompt and the seed.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _NO_UNKNOWN_FIELDS
@@ -73,6 +73,7 @@ class GenerateParams:
     decode: DecodeName = "exact"
     strength: float | None = None
     refine: Refinement | None = None
+    embed_parameters: bool = False
 
     kind: Literal["generate"] = "generate"
 

@@ -24,6 +24,7 @@ from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_p
 from giantleap.service.jobs.images import ImageSize, check_image, is_image
 from giantleap.service.jobs.job import GenerateParams, JobParams, UpscaleParams
 from giantleap.service.jobs.latents import Values, read_values, require_finite, to_blob
+from giantleap.service.jobs.marking import MAX_PARAMETERS_BYTES, to_parameters
 from giantleap.service.jobs.refining import Check, query_checks, refine_checks, to_refinement, with_refine
 from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 from giantleap.service.settings import Settings
@@ -66,6 +67,7 @@ def plan_generate(
         decode=request.decode,
         strength=None if request.init_image is None else request.strength or DEFAULT_STRENGTH,
         refine=None if request.refine is None else to_refinement(request.refine.strength, request.refine.steps),
+        embed_parameters=request.embed_parameters,
     )
     _refuse(
         (
@@ -77,6 +79,7 @@ def plan_generate(
             *_prompt_checks(params, bundle, settings.max_prompt_chars),
             *_step_checks(params, bundle),
             *refine_checks(params.refine, bundle, devices),
+            _too_long_to_embed(params, bundle),
             _no_decode(params.decode, bundle),
             _too_many("num_images", params.num_images, settings),
             _too_large("width", params, bundle, settings, devices),
@@ -111,6 +114,11 @@ def _prompt_checks(params: JobParams, bundle: Bundle, max_chars: int) -> tuple[C
             f"is not supported by the pipeline of bundle {bundle.name}; leave it out",
         ),
     )
+
+
+def _too_long_to_embed(params: GenerateParams, bundle: Bundle) -> Check:
+    is_wrong = params.embed_parameters and len(to_parameters(params, bundle.name, params.seed)) > MAX_PARAMETERS_BYTES
+    return is_wrong, "embed_parameters", f"needs prompts of at most {MAX_PARAMETERS_BYTES} bytes as JSON; leave it out"
 
 
 def _step_checks(params: GenerateParams, bundle: Bundle) -> tuple[Check, ...]:

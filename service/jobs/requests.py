@@ -106,6 +106,9 @@ class GenerateRequest(JsonRequest):
         description="How far to leave init_image: its share of the steps is run. 0.6 if left out.",
     )
     refine: RefineRequest | None = Field(None, description="Sample the enlarged latent again; not done if left out.")
+    embed_parameters: bool = Field(
+        False, description="Write prompt, seed and the other parameters into the file's XMP; else it names none."
+    )
     webhook: Annotated[
         WebhookRequest | None, BeforeValidator(_to_webhook, json_schema_input_type=WebhookRequest | str | None)
     ] = Field(None, description="Whom to tell when the job has ended; a URL alone: of every final state.")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from giantleap.models.device import StageClock, is_out_of_memory
 from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.route import Route
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import UpscaleParams
@@ -41,10 +42,17 @@ class BatchRun:
         drain: When to give up.
         trace: Where each stage is recorded.
         watchdog: Where progress is recorded.
+        marker: Encodes the images.
     """
 
     def __init__(
-        self, route: Route, consumer: JobConsumer, drain: Drain, trace: BatchTrace, watchdog: Watchdog
+        self,
+        route: Route,
+        consumer: JobConsumer,
+        drain: Drain,
+        trace: BatchTrace,
+        watchdog: Watchdog,
+        marker: ImageMarker,
     ) -> None:
         self.clock: StageClock = route.clock()
         self._route = route
@@ -52,6 +60,7 @@ class BatchRun:
         self._flags = StopFlags(consumer, drain)
         self._trace = trace
         self._watchdog = watchdog
+        self._marker = marker
 
     def run(self, items: Sequence[Item], slice_size: int) -> list[Outcome]:
         """The outcome of each item, in order; at most `slice_size` of them are on the device at once."""
@@ -111,7 +120,7 @@ class BatchRun:
         upscaled, images = self._route.upscale_and_decode(
             latents, params.scale, params.method, decode, observer, refine
         )
-        return _encode(items, upscaled, images, observer)
+        return self._encode(items, upscaled, images, observer)
 
     def _upscale_images(self, items: Sequence[Item]) -> Sequence[Outcome]:
         """From clients' images to files."""
@@ -120,7 +129,15 @@ class BatchRun:
         pixels = [read_pixels(item) for item in items]
         refine = _refine_items(items)
         upscaled, images = self._route.upscale_images(pixels, params.scale, params.method, decode, observer, refine)
-        return _encode(items, upscaled, images, observer)
+        return self._encode(items, upscaled, images, observer)
+
+    def _encode(
+        self, items: Sequence[Item], latents: Sequence[Tensor], images: Sequence[Tensor | None], observer: BatchObserver
+    ) -> Sequence[Outcome]:
+        with observer.measure("encode"):
+            if wants_image(items[0].claim.job.params):
+                return [to_image_output(item, image, self._marker) for item, image in zip(items, images, strict=True)]
+            return [to_latent_output(item, latent) for item, latent in zip(items, latents, strict=True)]
 
     def _observe(self, items: Sequence[Item]) -> BatchObserver:
         return BatchObserver(items, self.clock, self._trace, self._consumer, self._flags, self._watchdog)
@@ -129,12 +146,3 @@ class BatchRun:
 def _refine_items(items: Sequence[Item]) -> list[GenerationItem]:
     """What the refine pass of a batch takes; empty if its jobs have none."""
     return [] if items[0].claim.job.params.refine is None else [to_generation_item(item) for item in items]
-
-
-def _encode(
-    items: Sequence[Item], latents: Sequence[Tensor], images: Sequence[Tensor | None], observer: BatchObserver
-) -> Sequence[Outcome]:
-    with observer.measure("encode"):
-        if wants_image(items[0].claim.job.params):
-            return [to_image_output(item, image) for item, image in zip(items, images, strict=True)]
-        return [to_latent_output(item, latent) for item, latent in zip(items, latents, strict=True)]

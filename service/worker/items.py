@@ -14,13 +14,15 @@ from torch import Tensor
 from giantleap.models.device import is_out_of_memory
 from giantleap.models.generation.generator import GenerationItem, image_seed
 from giantleap.models.pixels.image_formats import CONTENT_TYPES
-from giantleap.models.pixels.images import finite_items, to_image_bytes, to_signed
+from giantleap.models.pixels.images import finite_items, to_signed
+from giantleap.models.provenance.marker import ImageMarker
 from giantleap.service.errors import EngineFault, GiantleapError, JobFailed
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobs.grid import count_items
 from giantleap.service.jobs.images import Pixels, read_image
 from giantleap.service.jobs.job import GenerateParams, JobError, JobParams, ResultFile, UpscaleParams
 from giantleap.service.jobs.latents import LATENT_TENSOR
+from giantleap.service.jobs.marking import to_origin
 from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
 
 
@@ -135,15 +137,15 @@ def to_latents_blob(latents: Sequence[Latent]) -> bytes:
     return safetensors.torch.save({LATENT_TENSOR: torch.stack([latent.values for latent in latents]).contiguous()})
 
 
-def to_image_output(item: Item, pixels: Tensor | None) -> Output | JobError:
+def to_image_output(item: Item, pixels: Tensor | None, marker: ImageMarker) -> Output | JobError:
     """The image file of one item; an error if its pixels were not finite."""
     if pixels is None:
         return to_job_error(JobFailed("the decoded image has values that are not finite; try another seed or input"))
     params = item.claim.job.params
-    content = to_image_bytes(pixels, params.output_format)
+    seed = _seed_of(item)
+    content = marker.to_file(pixels, params.output_format, to_origin(params, item.claim.job.bundle, seed))
     height_px, width_px = pixels.shape[:2]
-    file = ResultFile(CONTENT_TYPES[params.output_format], len(content), _seed_of(item), width_px, height_px)
-    return Output(file, content)
+    return Output(ResultFile(CONTENT_TYPES[params.output_format], len(content), seed, width_px, height_px), content)
 
 
 def to_latent_output(item: Item, latent: Tensor) -> Output | JobError:

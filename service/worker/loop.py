@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.route import Route
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import DoesNotFit, JobFailed, NotReady
@@ -61,6 +62,7 @@ class Worker:
         watchdog: What ends the process if a batch makes no progress.
         drain: When to stop.
         settings: Budgets and retry limits.
+        marker: Encodes the images.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Worker:
         watchdog: Watchdog,
         drain: Drain,
         settings: Settings,
+        marker: ImageMarker,
     ) -> None:
         self._loaded = loaded
         self._grids = {name: each.grid for name, each in loaded.items()}
@@ -84,6 +87,7 @@ class Worker:
         self._watchdog = watchdog
         self._drain = drain
         self._settings = settings
+        self._marker = marker
         self._settler = JobSettler(consumer, metrics)
 
     def run(self) -> None:
@@ -167,7 +171,7 @@ class Worker:
             self._tracing.batch(jobs, _trace_attributes(job, route, len(items))) as trace,
             log_fields(job_ids=[each.id for each in jobs], trace_ids=trace_ids),
         ):
-            run = BatchRun(route, self._consumer, self._drain, trace, self._watchdog)
+            run = BatchRun(route, self._consumer, self._drain, trace, self._watchdog, self._marker)
             try:
                 outcomes = run.run(items, slice_size)
             finally:

@@ -16,12 +16,14 @@ from prometheus_client import start_http_server
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.engines.threads import set_threads
+from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.route import Route
 from giantleap.service.errors import BadConfiguration, NotReady
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.server import check_url
 from giantleap.service.jobs.devices import Device
+from giantleap.service.jobs.marking import open_manifest_signer
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import open_tracing
@@ -74,6 +76,7 @@ def _run(
     set_threads(settings.torch_threads, settings.worker_processes)
     metrics = _open_metrics(settings)
     check_url(redis_url, settings)  # before minutes of loading
+    marker = ImageMarker(open_manifest_signer(settings))
     loaded = _load(settings, metrics, stop)
     if stop.is_set():
         return
@@ -97,6 +100,7 @@ def _run(
         watchdog=watchdog,
         drain=Drain(stop, settings.drain_grace_s),
         settings=settings,
+        marker=marker,
     )
     try:
         worker.run()

@@ -30,6 +30,7 @@ EVERYTHING: dict[str, Any] = GPU | {
     "ingress": {"enabled": True, "className": "nginx", "host": "giantleap.test", "tlsSecret": "tls",
                 "annotations": {"nginx.ingress.kubernetes.io/proxy-body-size": "64m"}},
     "signedUrls": {"secretName": "urls"},
+    "c2pa": {"secretName": "c2pa"},
     "api": {"rootPath": "/giantleap", "forwardedAllowIps": ["10.0.0.0/8", "fd00::1"]},
     "networkPolicy": {
         "apiFrom": [{"podSelector": {"matchLabels": {"app": "gateway"}}}],

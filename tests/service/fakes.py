@@ -14,6 +14,7 @@ from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.device import PeakMemory, StageClock, StageObserver
 from giantleap.models.generation.generator import CancelCheck, GenerationItem, StepCallback
+from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import StorageFull
 from giantleap.service.jobqueue.claims import BaseLatents, Claim
@@ -260,5 +261,6 @@ def open_worker(
         watchdog=watchdog or Watchdog(3600.0),
         drain=Drain(stop or threading.Event(), settings.drain_grace_s),
         settings=settings,
+        marker=ImageMarker(),
     )
     return worker, metrics

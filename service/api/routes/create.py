@@ -12,8 +12,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 
 from giantleap.models.pixels.image_formats import CONTENT_TYPES, ImageFormat
 from giantleap.service.api.dependencies import JOB_ID, AppState, AppStateDep, JobId, links_of
@@ -33,10 +31,11 @@ from giantleap.service.api.submission import (
     submit_job,
     wait_for_job,
 )
+from giantleap.service.api.uploads import read_upload
 from giantleap.service.errors import GiantleapError, InvalidFields, MalformedRequest, validation_problem
 from giantleap.service.jobs.images import fit_image, is_image, read_base64
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord, JobState
-from giantleap.service.jobs.media_types import FORM_TYPE, JSON_TYPE, SAFETENSORS_TYPE, read_media_type
+from giantleap.service.jobs.media_types import JSON_TYPE, SAFETENSORS_TYPE, read_media_type
 from giantleap.service.jobs.planning import warn_of_words
 from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 from giantleap.service.settings import Settings
@@ -85,7 +84,7 @@ async def post_upscale(
     request: Request, query: Annotated[UpscaleQuery, Query()], options: SubmitOptionsDep, state: AppStateDep
 ) -> Response:
     """Enlarge a latent (safetensors or .npy) or an image; decode it once, or answer the larger latent."""
-    body, content_type, fields = await _read_upload(request)
+    body, content_type, fields = await read_upload(request, len(UpscaleQuery.model_fields))
     query = _with_fields(query, fields)
     served = state.select_bundle(query.bundle)
     response_type, output_format = _choose_format(options.accept, query.output_format, query.output)
@@ -147,26 +146,6 @@ def _to_init_blob(text: str, params: GenerateParams, settings: Settings) -> byte
         return fit_image(read_base64(text), settings.max_image_px, *params.base_size_px)
     except GiantleapError as error:
         raise InvalidFields(("init_image", error.detail)) from error
-
-
-async def _read_upload(request: Request) -> tuple[bytes, str | None, Mapping[str, str]]:
-    """The body and its type; of a multipart form, those of its one file, whatever its field is called, and the others.
-
-    Raises:
-        MalformedRequest: The form is broken, or does not hold exactly one file.
-    """
-    content_type = request.headers.get("content-type")
-    if read_media_type(content_type) != FORM_TYPE:
-        return await request.body(), content_type, {}
-    try:
-        async with request.form(max_files=1, max_fields=len(UpscaleQuery.model_fields)) as form:
-            files = [value for value in form.values() if isinstance(value, UploadFile)]
-            if len(files) != 1:
-                raise MalformedRequest(f"the form holds {len(files)} files; send one")
-            fields = {name: value for name, value in form.items() if isinstance(value, str)}
-            return await files[0].read(), files[0].content_type, fields
-    except HTTPException as error:
-        raise MalformedRequest("the form cannot be read; send one file, and options as fields") from error
 
 
 def _with_fields(query: UpscaleQuery, fields: Mapping[str, str]) -> UpscaleQuery:

@@ -100,6 +100,7 @@ async def test_what_is_left_out_takes_the_bundles_defaults(client: httpx.AsyncCl
         "method": "lua",
         "decode": "exact",
         "strength": None,
+        "embed_parameters": False,
         "kind": "generate",
     }
 
@@ -667,7 +668,7 @@ async def test_the_app_opens_and_closes_the_queue(app: FastAPI, producer: FakePr
 async def test_openapi_documents_every_route_and_its_problems(client: httpx.AsyncClient) -> None:
     document = (await client.get("/openapi.json")).json()
     assert {"/generate", "/upscale", "/jobs", "/jobs/{job_id}", "/jobs/{job_id}/result", "/jobs/{job_id}/events",
-            "/jobs/{job_id}/cancel", "/jobs/{job_id}/results", "/dead-letters", "/dead-letters/{job_id}",
+            "/jobs/{job_id}/cancel", "/jobs/{job_id}/results", "/dead-letters", "/dead-letters/{job_id}", "/verify",
             "/dead-letters/{job_id}/retry", "/models", "/livez", "/readyz", "/health", "/version", "/metrics"} == {
                 path for path in document["paths"] if not path.startswith(FRONTS)}  # fmt: skip
     schemas = document["components"]["schemas"]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from giantleap.models.generation.generator import image_seed
 from giantleap.service.jobs.job import JobParams
+from giantleap.service.jobs.verification import verify_image
 from giantleap.service.settings import read_settings
 from giantleap.service.telemetry.logs import JsonFormatter
 from giantleap.service.telemetry.metrics import Metrics
@@ -57,6 +58,16 @@ def test_jobs_of_one_kind_run_together_and_each_gets_its_own_images() -> None:
     assert [file.seed for file, _ in consumer.finished["job-20"]] == [20, 21]
     assert sample(metrics, "giantleap_images_total", bundle="tiny", scale="2") == 6
     assert sample(metrics, "giantleap_pixels_total", bundle="tiny", scale="2") == 6 * 64 * 64
+
+
+def test_files_say_that_they_are_generated_and_name_the_prompt_only_where_the_request_asks() -> None:
+    claims = [make_claim("plain", GENERATE), make_claim("named", replace(GENERATE, embed_parameters=True, seed=5))]
+    consumer = FakeConsumer(claims)
+    run_all(FakeRoute(), consumer)
+    marks = {name: verify_image(files[0][1], None, 64 * 64) for name, files in consumer.finished.items()}
+    assert all(each.generated for each in marks.values()) and marks["plain"].xmp.parameters is None
+    parameters = json.loads(str(marks["named"].xmp.parameters))
+    assert (parameters["prompt"], parameters["seed"], parameters["bundle"]) == ("a red sphere", 5, "tiny")
 
 
 def test_every_stage_is_timed_and_reported() -> None:

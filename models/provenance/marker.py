@@ -1,0 +1,30 @@
+"""Encodes images with the metadata that say how they were made: the one way from pixels to a file that leaves."""
+
+from torch import Tensor
+
+from giantleap.models.pixels.image_formats import ImageFormat
+from giantleap.models.pixels.images import to_image_bytes
+from giantleap.models.provenance.manifest import ManifestSigner
+from giantleap.models.provenance.xmp import Origin, to_xmp
+
+
+class ImageMarker:
+    """Encodes images with XMP and, with a signer, a C2PA manifest.
+
+    Args:
+        signer: Signs manifests; None for XMP alone.
+    """
+
+    def __init__(self, signer: ManifestSigner | None = None) -> None:
+        self._signer = signer
+
+    def to_file(self, pixels: Tensor, output_format: ImageFormat, origin: Origin) -> bytes:
+        """Encode one image.
+
+        Args:
+            pixels: [height_px, width_px, 3], uint8, on the CPU.
+            output_format: Of the file.
+            origin: How it was made.
+        """
+        content = to_image_bytes(pixels, output_format, to_xmp(origin))
+        return content if self._signer is None else self._signer.sign(content, output_format, origin)
