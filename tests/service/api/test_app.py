@@ -100,6 +100,7 @@ async def test_what_is_left_out_takes_the_bundles_defaults(client: httpx.AsyncCl
         "method": "lua",
         "decode": "exact",
         "strength": None,
+        "refine": None,
         "embed_parameters": False,
         "kind": "generate",
     }
