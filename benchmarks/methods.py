@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from giantleap.models.bundle.bundle import Bundle, read_bundle
-from giantleap.models.bundle.descriptor import Method
+from giantleap.models.bundle.descriptor import REDIFFUSION, Method
 from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.route import Route
@@ -36,10 +36,15 @@ def draw_row(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int) -
         Pixels [height_px, width_px, 3], uint8, by the name of the method; "base" is the image at scale 1.
     """
     images = {"base": _draw(route, bundle, prompt, seed, 1, "bicubic")}
-    for method in bundle.methods:
+    for method in enlarging_methods(bundle):
         if scale in bundle.scales_of(method):
             images[method] = _draw(route, bundle, prompt, seed, scale, method)
     return images
+
+
+def enlarging_methods(bundle: Bundle) -> list[Method]:
+    """The methods of a bundle but for those that draw again, to compare with."""
+    return [method for method in bundle.methods if method not in REDIFFUSION]
 
 
 def _draw(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int, method: Method) -> Tensor:
@@ -47,7 +52,7 @@ def _draw(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int, meth
     factor = scale if method == "direct" else 1
     width_px, height_px = factor * defaults.base_width_px, factor * defaults.base_height_px
     item = GenerationItem(prompt, "", seed, width_px, height_px, defaults.steps, defaults.guidance_scale)
-    latents = [latent for latent in route.generate([item]) if latent is not None]
+    latents = [latent for latent in route.generate([item], method, scale) if latent is not None]
     _, (image,) = route.upscale_and_decode(latents, scale, method, "exact", route.clock())
     if image is None:
         raise RuntimeError(f"{method} x{scale} of {prompt!r} has values that are not finite")
@@ -86,7 +91,7 @@ def time_methods(route: Route, bundle: Bundle, warmups: int, runs: int) -> list[
     size = (defaults.base_width_px, defaults.base_height_px)
     plans = [
         ProtocolPlan(scale, *size, defaults.steps, method, warmups, runs)
-        for method in bundle.methods
+        for method in enlarging_methods(bundle)
         for scale in bundle.scales_of(method)[1:]
     ]
     return [to_result(route, plan, list(time_runs(route, plan))) for plan in plans]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from giantleap.models.bundle.bundle import Bundle, check_files
-from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.bundle.descriptor import NEEDS_DECODER, REDIFFUSION, DecodeName, Method
 from giantleap.models.bundle.load_errors import load_errors
 from giantleap.models.bundle.stages import stages_of
 from giantleap.models.device import (
@@ -38,6 +38,7 @@ from giantleap.models.generation.refine import refine_latent
 from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import pad_to_window
 from giantleap.models.lua.spec import scaled_size
+from giantleap.models.methods.draw import Tools, draw_items
 from giantleap.models.pixels.images import finite_items, to_pixels, to_signed
 from giantleap.models.upscaler import open_lua
 from giantleap.models.vae.autoencoder import Vae, read_tiny, read_vae_model
@@ -156,30 +157,51 @@ class Route:
             return (1,) if self.lua is None else (1, *(self.lua_scales or self.lua.spec.scales))
         if method == "swinir":
             return (1,) if self.pixel is None else (1, *self.pixel.scales)
+        if method == "lsrna":
+            return tuple(scale for scale in self.scales_of("lua") if isinstance(scale, int))
         return (1, 2, 4)
 
     def clock(self) -> StageClock:
         """A clock for the stages of one batch."""
         return StageClock(self.device)
 
-    def generate_latents(self, item: GenerationItem, clock: StageClock) -> list[Tensor]:
+    def generate_latents(
+        self, item: GenerationItem, clock: StageClock, method: Method = "lua", scale: float = 1
+    ) -> list[Tensor]:
         """Generate and time the raw latent of one item; noise of its size if this role does not generate."""
         if not self.role.loads_pipeline:
-            sides = [side_px // self.vae.latent_space.stride_px for side_px in (item.height_px, item.width_px)]
+            factor = scale if method in REDIFFUSION else 1
+            height, width = self.vae.latent_space.latent_size(item.height_px, item.width_px)
+            sides = scaled_size(height, factor), scaled_size(width, factor)
             return [torch.randn(self.vae.latent_space.channels, *sides, device=self.device)]
         with clock.measure("generate"):
-            latents = self.generate([item])
+            latents = self.generate([item], method, scale)
         return [latent for latent in latents if latent is not None]
 
     def generate(
         self,
         items: Sequence[GenerationItem],
+        method: Method = "lua",
+        scale: float = 1,
         *,
         on_step: StepCallback | None = None,
         is_canceled: CancelCheck | None = None,
+        on_part: PartCallback | None = None,
     ) -> list[Tensor | None]:
-        """Generate raw latents; see `Generator.generate`."""
-        return self.generator.generate(items, on_step=on_step, is_canceled=is_canceled)
+        """Generate the raw latents that the other stages of a method start from; see `Generator.generate`.
+
+        Those of a re-diffusion method are of the final size, `scale` times that of the items. It calls `on_part` within
+        long steps, which may raise.
+
+        Raises:
+            ValueError: As `Generator.generate`, or the method needs a decoder, which this role does not load.
+        """
+        if method not in REDIFFUSION or scale == 1:
+            return self.generator.generate(items, on_step=on_step, is_canceled=is_canceled)
+        if method in NEEDS_DECODER and not self.role.loads_decoder:
+            raise ValueError(f"method {method} decodes while it generates; a worker of role {self.role} has no decoder")
+        tools = Tools(self.vae, self.upscale)
+        return draw_items(self.generator, tools, items, method, round(scale), on_step, is_canceled, on_part)
 
     @torch.inference_mode()
     def encode_image(self, pixels: NDArray[np.uint8], on_part: PartCallback | None = None) -> Tensor:
@@ -232,17 +254,7 @@ class Route:
         """
         if self.pixel is None:
             raise ValueError(f"bundle {self.name} has no SwinIR weights to upscale pixels with")
-        upscaled: list[Tensor | None] = []
-        for index, image in enumerate(images):
-            report = part_of(on_part, index, len(images))
-            upscaled.append(None if image is None else self._upscale_image(self.pixel, image, scale, report))
-            if report is not None:
-                report(1.0)
-        return upscaled
-
-    def _upscale_image(self, pixel: PixelUpscaler, image: Tensor, scale: float, on_part: PartCallback | None) -> Tensor:
-        values = image.to(self.device).permute(2, 0, 1)[None].float() / 255
-        return to_pixels(pixel.upscale(values, scale, on_part))[0]
+        return self.pixel.upscale_pixels(images, scale, on_part)
 
     @torch.inference_mode()
     def decode(
@@ -319,7 +331,7 @@ class Route:
             methods.append("swinir")
         runs = [(method, scale) for method in methods for scale in self.scales_of(method)]
         runs = [run for run in runs if run != ("swinir", 1)]  # the same as the first method's
-        return {(method, scale): run_once(self, item, scale, method).stages_s for method, scale in runs}
+        return {(method, scale): run_once(self, item, scale, method)[0].stages_s for method, scale in runs}
 
     def upscale_and_decode(
         self,
@@ -418,21 +430,21 @@ class Route:
         free_cache(self.device)
 
 
-def run_once(route: Route, item: GenerationItem, scale: float, method: Method = "lua") -> StageClock:
-    """Run one image through all stages and discard it.
+def run_once(
+    route: Route, item: GenerationItem, scale: float, method: Method = "lua"
+) -> tuple[StageClock, Tensor | None]:
+    """Run one image through all stages.
 
     Args:
-        route: The route.
         item: Its size is that of the base image; `direct` generates `scale` times as large.
-        scale: One of the method's scales.
-        method: How to upscale.
 
     Returns:
-        The clock with the time of each stage.
+        The clock with the time of each stage, and the image as `Route.decode` returns it.
     """
     clock = route.clock()
     if method == "direct":
         item = replace(item, width_px=scaled_size(item.width_px, scale), height_px=scaled_size(item.height_px, scale))
     refine = [] if item.refine is None else [item]
-    route.upscale_and_decode(route.generate_latents(item, clock), scale, method, "exact", clock, refine)
-    return clock
+    latents = route.generate_latents(item, clock, method, scale)
+    _, (image,) = route.upscale_and_decode(latents, scale, method, "exact", clock, refine)
+    return clock, image

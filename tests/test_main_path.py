@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.numpy import load, save
 
 from giantleap.cli.demo import PROMPT, draw, running_service
+from giantleap.models.bundle.descriptor import REDIFFUSION
 
 BASE_PX = 128
 
@@ -52,6 +53,21 @@ def test_the_same_seed_draws_the_same_image_at_x2_and_x4(url: str) -> None:
     small, large = (_read_png(draw(url, PROMPT, scale, seed=11)[0]) for scale in (2, 4))
     shrunk = large.reshape(BASE_PX * 2, 2, BASE_PX * 2, 2, 3).mean(axis=(1, 3))
     assert np.abs(shrunk - small).mean() < 16, "both are enlargements of one base latent"
+
+
+def test_every_method_of_the_bundle_draws_and_those_that_it_lacks_say_why(url: str) -> None:
+    """Those that change the network are followed by a plain drawing, which is as it was."""
+    (model,) = httpx.get(f"{url}/models").json()
+    plain = draw(url, PROMPT, 2, seed=3)[0]
+    for method in REDIFFUSION:
+        body = {"prompt": PROMPT, "method": method, "scale": 2, "steps": 3, "width": 256, "height": 192}
+        answer = httpx.post(f"{url}/generate", json=body, headers={"Accept": "image/png"}, timeout=300)
+        if method in model["unavailable"]:
+            assert answer.status_code == 422 and model["unavailable"][method] in answer.json()["detail"]
+        else:
+            assert answer.status_code == 200 and _read_png(answer.content).shape == (192, 256, 3)
+            assert answer.headers["X-Method"] == method
+    assert draw(url, PROMPT, 2, seed=3)[0] == plain
 
 
 def test_a_raw_latent_comes_back_twice_as_large(url: str) -> None:

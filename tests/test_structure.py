@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models.bundle",),
     ("models.engines", "models.vae"),
     ("models.generation", "models.upscaler"),
+    ("models.methods",),
     ("models.route",),
     ("models.load",),
     ("export", "training.data"),

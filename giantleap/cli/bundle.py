@@ -26,7 +26,7 @@ from giantleap.cli.options import (
 )
 from giantleap.cli.progress import ShownStages, working
 from giantleap.models.bundle.bundle import DESCRIPTOR, Bundle, BundleError, ModelSource
-from giantleap.models.bundle.descriptor import METHODS, Method
+from giantleap.models.bundle.descriptor import METHODS, Method, smallest_steps
 from giantleap.models.bundle.names import list_bundles as list_directories
 
 if TYPE_CHECKING:
@@ -171,10 +171,11 @@ def _draw_once(route: "Route", bundle: Bundle, method: Method, report: Callable[
     if method == "direct":
         scale = 1
     route.reset_peak_memory()
-    item = GenerationItem("", "", 0, width_px, height_px, 1, defaults.guidance_scale)
+    steps = smallest_steps(method, scale)
+    item = GenerationItem("", "", 0, width_px, height_px, steps, defaults.guidance_scale)
     shown = ShownStages(route.clock())
     with shown.measure("generate"):
-        drawn = route.generate([item])
+        drawn = route.generate([item], method, scale)
     latents = [latent for latent in drawn if latent is not None]
     _, images = route.upscale_and_decode(latents, scale, method, "exact", shown)
     if not images or images[0] is None:

@@ -146,7 +146,7 @@ def _draw_to_file(settings: Settings, served: Bundle, params: "GenerateParams", 
     marker = _open_marker(settings)
     route = open_bundle_route(settings, served)
     item, stages = _to_item(params, start), ShownStages(route.clock())
-    latents, refine = [_draw(route, item, stages)], [item] if item.refine else []
+    latents, refine = [_draw(route, item, params, stages)], [item] if item.refine else []
     _, images = route.upscale_and_decode(latents, params.scale, params.method, params.decode, stages, refine)
     origin = to_origin(params, served.name, params.seed)
     _write_image(out, params.output_format, images[0], stages, marker, origin)
@@ -201,12 +201,16 @@ def _read_bundle(settings: Settings, lua: Path | None) -> Bundle:
         stop(to_message(error))
 
 
-def _draw(route: "Route", item: "GenerationItem", stages: ShownStages) -> "Tensor":
+def _draw(route: "Route", item: "GenerationItem", params: "GenerateParams", stages: ShownStages) -> "Tensor":
     """Generate the item's raw latent and show the steps in a progress bar."""
     from tqdm import tqdm
 
+    def show(step: int, steps: int) -> None:
+        bar.total = steps
+        advance(bar, step)
+
     with tqdm(total=item.steps, desc="generate", unit="step") as bar, stages.clock.measure("generate"):
-        (latent,) = route.generate([item], on_step=lambda step, steps: advance(bar, step))
+        (latent,) = route.generate([item], params.method, params.scale, on_step=show)
     if latent is None:
         stop("the generation was canceled")
     return latent

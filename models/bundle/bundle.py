@@ -33,6 +33,7 @@ from giantleap.models.bundle.descriptor import (
     VaeSource,
     from_toml,
     nearest_sides,
+    refused_class,
     to_toml,
 )
 from giantleap.models.bundle.digests import file_hash, weight_files
@@ -159,7 +160,7 @@ class Bundle:
     @property
     def methods(self) -> tuple[Method, ...]:
         """The upscaling methods of this bundle; one is never used in place of another."""
-        return self.descriptor.methods
+        return tuple(method for method in METHODS if not self.unavailable_reason(method))
 
     @property
     def decodes(self) -> tuple[DecodeName, ...]:
@@ -196,22 +197,22 @@ class Bundle:
 
     @property
     def pipeline_class(self) -> str | None:
-        """The diffusers class; None while the pipeline is on the hub."""
-        if isinstance(self.pipeline, str):
+        """The diffusers class; None while the pipeline is on the hub, or if it has no index."""
+        if isinstance(self.pipeline, str) or not (self.pipeline / "model_index.json").is_file():
             return None
         index = json.loads((self.pipeline / "model_index.json").read_text(encoding="utf-8"))
         return str(index.get("_class_name", ""))
 
     def unavailable_reason(self, method: Method) -> str:
         """Why a method is not available, and what to do; empty if it is."""
-        return self.descriptor.unavailable_reason(method)
+        return self.descriptor.unavailable_reason(method) or refused_class(method, self.pipeline_class)
 
     def scales_of(self, method: Method) -> tuple[float, ...]:
         """The scales of a method, 1 included; empty if the method is not available.
 
         For "direct", which upscales nothing, a scale gives the image size if the request gives none.
         """
-        return self.descriptor.scales_of(method)
+        return () if self.unavailable_reason(method) else self.descriptor.scales_of(method)
 
     @property
     def scales(self) -> tuple[float, ...]:

@@ -15,7 +15,13 @@ from giantleap.models.latent_space import LATENT_SPACES, LatentSpace, Packing
 from giantleap.models.lua.spec import is_whole, scaled_size, to_scale
 from giantleap.models.messages import toml_fault
 
-Method = Literal["lua", "direct", "bicubic", "swinir"]
+Rediffusion = Literal["rectifiedhr", "hidiffusion", "demofusion", "lsrna", "scalecrafter"]
+REDIFFUSION: tuple[Rediffusion, ...] = get_args(Rediffusion)
+# One flat list, so that a refusal of pydantic names all of them once.
+Method = Literal[
+    "lua", "direct", "bicubic", "swinir", "rectifiedhr", "hidiffusion", "demofusion", "lsrna", "scalecrafter"
+]
+NEEDS_DECODER: tuple[Rediffusion, ...] = ("rectifiedhr", "lsrna")  # within generation
 METHODS: tuple[Method, ...] = get_args(Method)
 BICUBIC_SCALES = (2, 4)
 DecodeName = Literal["exact", "tiled", "tiny"]
@@ -23,6 +29,8 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 
 # What the API must know of a pipeline class unloaded; `FAMILIES` in `models/generation/generator.py` has the rest.
 NO_NEGATIVE_PROMPT = frozenset({"FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "SanaSprintPipeline"})
+HAS_UNET = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
+DRAWS_AGAIN = HAS_UNET | {"SanaPipeline"}
 IMAGE_TO_IMAGE = frozenset(
     {
         "StableDiffusionPipeline",
@@ -301,7 +309,7 @@ class Descriptor(_Section):
     def unavailable_reason(self, method: Method) -> str:
         """Why a method is not available, and what to do; empty if it is."""
         name = self.bundle.name
-        if method == "lua" and self.lua is None:
+        if method in ("lua", "lsrna") and self.lua is None:
             return f"bundle {name} has no LUA weights: {self._lua_advice()}"
         if method == "swinir" and self.swinir is None:
             return f"bundle {name} has no SwinIR weights: name files in [swinir] of its bundle.toml"
@@ -324,9 +332,33 @@ class Descriptor(_Section):
         lua: set[float] = set() if self.lua is None else set(self.lua.scales)
         if method == "lua":
             return (1, *sorted(lua))
+        if method == "lsrna":
+            return (1, *sorted(scale for scale in lua if isinstance(scale, int)))
+        if method in REDIFFUSION:
+            return (1, *BICUBIC_SCALES)
         if method == "swinir" and self.swinir is not None:
             return (1, *sorted(self.swinir.by_scale()))
         return (1, *sorted(lua | set(BICUBIC_SCALES)))
+
+
+def refused_class(method: Method, pipeline_class: str | None) -> str:
+    """Why a pipeline of this class cannot run a method; empty if it can."""
+    if method not in REDIFFUSION:
+        return ""
+    if pipeline_class is None:
+        return f"{method} depends on the class of the pipeline, which is known once the bundle is pulled"
+    known = HAS_UNET if method in ("hidiffusion", "scalecrafter") else DRAWS_AGAIN
+    if pipeline_class in known:
+        return ""
+    where = "works inside a UNet" if known is HAS_UNET else "has a sampling loop of its own"
+    return f"{method} {where}, for {' and '.join(sorted(known))}; this is a {pipeline_class}"
+
+
+def smallest_steps(method: Method, scale: float) -> int:
+    """The fewest denoising steps that leave one for each part of a method."""
+    if scale == 1 or method not in ("rectifiedhr", "lsrna"):
+        return 1
+    return 3 if method == "rectifiedhr" and scale > 2 else 2
 
 
 def nearest_sides(side_px: float, limits: Limits, method: Method = "lua") -> tuple[int, int]:

@@ -5,7 +5,7 @@ the attention window, so that a tile and the whole picture have the same windows
 what a tile cannot see. `models/lua/checkpoints.py` reads the files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -17,6 +17,7 @@ from giantleap.models.device import PartCallback, choose_upscaler_dtype, part_of
 from giantleap.models.engines.cpu import LatentUpscaler, pack_lua
 from giantleap.models.engines.packed_lua import PackedLua
 from giantleap.models.lua.checkpoints import CheckpointError, read_lua
+from giantleap.models.pixels.images import to_pixels
 
 RGB_CHANNELS = 3
 TILE_PX = 512  # side of the largest tile, of the input; a picture of at most its square is not tiled
@@ -162,6 +163,26 @@ class PixelUpscaler:
             else:
                 upscaled[start : start + at_once] = self._run(net, part, whole)
         return upscaled.clamp_(0.0, 1.0)
+
+    def upscale_pixels(
+        self, images: Sequence[Tensor | None], scale: float, on_part: PartCallback | None = None
+    ) -> list[Tensor | None]:
+        """Upscale pixels one image at a time; None stays None.
+
+        Shape:
+            Each [height_px, width_px, 3], uint8 -> [scale * height_px, scale * width_px, 3], on the CPU.
+        """
+        upscaled: list[Tensor | None] = []
+        for index, image in enumerate(images):
+            report = part_of(on_part, index, len(images))
+            if image is None:
+                upscaled.append(None)
+            else:
+                values = image.to(self.device).permute(2, 0, 1)[None].float() / 255
+                upscaled.append(to_pixels(self.upscale(values, scale, report))[0])
+            if report is not None:
+                report(1.0)
+        return upscaled
 
     def _run(self, net: LatentUpscaler, images: Tensor, scale: int) -> Tensor:
         images = images.to(self.device, torch.float32)

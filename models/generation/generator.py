@@ -223,7 +223,7 @@ class Generator:
             ValueError: The items differ in what a batch shares, or one needs what the pipeline cannot do.
         """
         for item in items:
-            self._check(item, items[0])
+            self.check(item, items[0])
         runs = [list(range(len(items)))] if self.family.batches else [[index] for index in range(len(items))]
         latents: list[Tensor | None] = [None] * len(items)
         canceled: set[int] = set()
@@ -256,7 +256,8 @@ class Generator:
         """
         return max(0, self.family.truncated_tokens(self.pipeline, prompt))
 
-    def _check(self, item: GenerationItem, first: GenerationItem) -> None:
+    def check(self, item: GenerationItem, first: GenerationItem) -> None:
+        """Raise ValueError, as `generate` does, for an item that cannot be generated, or not together with `first`."""
         name, multiple_px = type(self.pipeline).__name__, self.latent_space.multiple_px
         if item.shared != first.shared:
             raise ValueError("items of one batch must share size, steps, guidance and strength; use several batches")

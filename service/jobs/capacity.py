@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from giantleap.models.bundle.bundle import Bundle
-from giantleap.models.bundle.descriptor import DecodeName, Method, nearest_sides
+from giantleap.models.bundle.descriptor import NEEDS_DECODER, REDIFFUSION, DecodeName, Method, nearest_sides
 from giantleap.models.lua.spec import scaled_size
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import DoesNotFit
@@ -57,13 +57,15 @@ class Workload:
         pixels_only = self.source == "image" and enlarges_pixels and not refines
         stages: dict[str, int] = {}
         if self.source in ("prompt", "prompt and image") and role.loads_pipeline:
-            stages["generate"] = base_px
+            stages["generate"] = final_px if self.draws_again else base_px
         encodes_here = role.loads_pipeline if self.source == "prompt and image" else role.loads_decoder
         if self.source in ("image", "prompt and image") and encodes_here and not pixels_only:
             stages["encode"] = base_px
+        if self.draws_again and self.method in NEEDS_DECODER and role.loads_pipeline:
+            stages["encode"] = final_px
         if not role.loads_decoder:
             return stages
-        if enlarges:
+        if enlarges and not self.draws_again:
             stages[stage_name(self.method, self.scale)] = base_px
         if self.refine_side_px is not None:
             stages["refine"] = self._latent_px(1, self.refine_side_px)
@@ -72,6 +74,11 @@ class Workload:
         if self.decode is not None and not pixels_only:
             stages[self.decode] = base_px if self.method == "swinir" and not refines else final_px
         return stages
+
+    @property
+    def draws_again(self) -> bool:
+        """Whether generation ends at the final size, one image at a time."""
+        return self.method in REDIFFUSION and self.scale > 1
 
     def _latent_px(self, factor: float, max_side_px: float = math.inf) -> int:
         width, height = (
@@ -124,7 +131,11 @@ def required_bytes(work: Workload, bundle: str, device: Device, items: int = 1) 
         peak = peaks.get(stage)
         if peak is None:
             continue
-        one_by_one = stage.startswith(_SEQUENTIAL) or (stage == work.decode and device.kind == "cpu")
+        one_by_one = (
+            stage.startswith(_SEQUENTIAL)
+            or (stage == work.decode and device.kind == "cpu")
+            or (stage == "generate" and work.draws_again)
+        )
         stage_bytes = peak.peak_bytes(latent_px if one_by_one else latent_px * items)
         if peak.tile_px is not None and latent_px > peak.tile_px:
             stage_bytes += _IMAGE_BYTES_PER_PX * work.width_px * work.height_px

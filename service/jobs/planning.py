@@ -8,7 +8,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from giantleap.models.bundle.bundle import Bundle, SizeError
-from giantleap.models.bundle.descriptor import DecodeName, Method, nearest_sides
+from giantleap.models.bundle.descriptor import (
+    NEEDS_DECODER,
+    REDIFFUSION,
+    DecodeName,
+    Method,
+    nearest_sides,
+    smallest_steps,
+)
 from giantleap.models.latent_space import LatentSpace, LatentSpaceError
 from giantleap.models.lua.spec import is_whole, scaled_size
 from giantleap.models.pixels.image_formats import MAX_SIDE_PX, ImageFormat
@@ -80,6 +87,7 @@ def plan_generate(
             *_step_checks(params, bundle),
             *refine_checks(params.refine, bundle, devices),
             _too_long_to_embed(params, bundle),
+            *_rediffusion_checks(params, devices),
             _no_decode(params.decode, bundle),
             _too_many("num_images", params.num_images, settings),
             _too_large("width", params, bundle, settings, devices),
@@ -135,6 +143,24 @@ def _step_checks(params: GenerateParams, bundle: Bundle) -> tuple[Check, ...]:
             strength is not None and int(steps * strength) < 1,
             "strength",
             f"is {strength}, which leaves no step of {steps} to run; raise one of them",
+        ),
+    )
+
+
+def _rediffusion_checks(params: GenerateParams, devices: Sequence[Device]) -> tuple[Check, ...]:
+    """What the methods that sample again cannot do."""
+    method, steps = params.method, smallest_steps(params.method, params.scale)
+    if method not in REDIFFUSION or params.scale == 1:
+        return ()
+    generating = [device.role for device in devices if device.role.loads_pipeline]
+    has_decoder = not generating or any(role.loads_decoder for role in generating)
+    return (
+        (params.strength is not None, "init_image", f"is not supported by method {method}, which starts from noise"),
+        (params.steps < steps, "steps", f"is {params.steps}; method {method} at scale {params.scale} needs {steps}"),
+        (
+            method in NEEDS_DECODER and not has_decoder,
+            "method",
+            f"is {method}, which decodes while it generates; workers of role generate have no decoder",
         ),
     )
 

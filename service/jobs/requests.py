@@ -90,7 +90,9 @@ class GenerateRequest(JsonRequest):
     method: Method | None = Field(
         None,
         description="lua: enlarge the latent, decode once; bicubic: the same by interpolation; swinir: decode, then "
-        "enlarge pixels; direct: draw at the final size. The bundle's default if left out; never replaced by another.",
+        "enlarge pixels; direct: draw at the final size. To compare with, by drawing again at the final size: "
+        "rectifiedhr, hidiffusion, demofusion, scalecrafter, and lsrna, here with LUA as its latent enlarger. The "
+        "bundle's default if left out; never replaced by another.",
     )
     decode: DecodeName = DecodeField
     init_image: str | None = Field(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -100,14 +101,18 @@ class BatchRun:
 
     def _base_latents(self, items: Sequence[Item]) -> list[Tensor | None]:
         """The base latent of each item: generated, or read from the job's input or from another worker's output."""
-        if isinstance(items[0].claim.job.params, UpscaleParams) or items[0].claim.base_latents is not None:
+        params = items[0].claim.job.params
+        if isinstance(params, UpscaleParams) or items[0].claim.base_latents is not None:
             return [read_latent(item) for item in items]
         observer = self._observe(items)
         with observer.measure("generate"):
             return self._route.generate(
                 [to_generation_item(item) for item in items],
+                params.method,
+                params.scale,
                 on_step=observer.report_step,
                 is_canceled=lambda index: self._flags.is_stopped(items[index]),
+                on_part=partial(observer.report_part, "generate"),
             )
 
     def _decode(self, items: Sequence[Item], latents: list[Tensor]) -> Sequence[Outcome]:

@@ -102,7 +102,7 @@ def time_runs(route: Route, plan: ProtocolPlan) -> Iterator[Mapping[str, float]]
         raise ValueError(f"scale {plan.scale}: this bundle has {route.scales_of(plan.method)} by method {plan.method}")
     item = GenerationItem("", "", _SEED, plan.width_px, plan.height_px, plan.steps, _GUIDANCE_SCALE, refine=plan.refine)
     for _ in range(plan.warmups + plan.runs):
-        yield run_once(route, item, plan.scale, plan.method).stages_s
+        yield run_once(route, item, plan.scale, plan.method)[0].stages_s
 
 
 def to_result(route: Route, plan: ProtocolPlan, runs_s: Sequence[Mapping[str, float]]) -> ProtocolResult:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.bundle.descriptor import Method
+from giantleap.models.bundle.descriptor import NEEDS_DECODER, REDIFFUSION, Method
 from giantleap.models.generation.generator import GenerationItem, Generator
 from giantleap.models.route import Route
 from giantleap.models.vae.autoencoder import VaeError, read_vae_model
@@ -61,6 +61,22 @@ def test_two_halves_make_the_image_of_the_whole(
     assert torch.equal(whole[0], drawn[0])
     expected, found = finish(route, whole, scale, method), finish(finishing, drawn, scale, method)
     assert torch.equal(expected[0][0], found[0][0]) and torch.equal(expected[1], found[1])
+
+
+@pytest.mark.parametrize("method", REDIFFUSION)
+def test_a_half_that_draws_has_no_decoder_for_the_methods_that_need_one(
+    route: Route, halves: tuple[Route, Route], method: Method
+) -> None:
+    drawing, finishing = halves
+    item = replace(ITEM, steps=2)
+    if method in NEEDS_DECODER:
+        with pytest.raises(ValueError, match="has no decoder"):
+            drawing.generate([item], method, 2)
+    else:
+        whole, drawn = (each.generate([item], method, 2)[0] for each in (route, drawing))
+        assert whole is not None and drawn is not None and torch.equal(whole, drawn)
+    (stand_in,) = finishing.generate_latents(item, finishing.clock(), method, 2)
+    assert tuple(stand_in.shape) == (16, 12, 16)
 
 
 def test_each_half_holds_only_what_its_role_needs(route: Route, halves: tuple[Route, Route]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
-from giantleap.models.device import PeakMemory, StageClock, StageObserver
+from giantleap.models.device import PartCallback, PeakMemory, StageClock, StageObserver
 from giantleap.models.generation.generator import CancelCheck, GenerationItem, StepCallback
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.worker_role import WorkerRole
@@ -180,7 +180,14 @@ class FakeRoute:
         return StageClock(self.device)
 
     def generate(
-        self, items: Sequence[GenerationItem], *, on_step: StepCallback, is_canceled: CancelCheck
+        self,
+        items: Sequence[GenerationItem],
+        method: Method,
+        scale: float,
+        *,
+        on_step: StepCallback,
+        is_canceled: CancelCheck,
+        on_part: PartCallback,
     ) -> list[Tensor | None]:
         self.batches.append(len(items))
         prompts = [item.prompt for item in items]

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from giantleap.models.bundle.descriptor import Method
+from giantleap.models.device import PartCallback
 from giantleap.models.generation.generator import CancelCheck, GenerationItem, StepCallback
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
@@ -25,14 +27,21 @@ class Route(FakeRoute):
     stop = threading.Event()
 
     def generate(
-        self, items: Sequence[GenerationItem], *, on_step: StepCallback, is_canceled: CancelCheck
+        self,
+        items: Sequence[GenerationItem],
+        method: Method,
+        scale: float,
+        *,
+        on_step: StepCallback,
+        is_canceled: CancelCheck,
+        on_part: PartCallback,
     ) -> list[Tensor | None]:
         if any("hang" in item.prompt for item in items):
             time.sleep(3600)
         if any("patient" in item.prompt for item in items):
             on_step(0, items[0].steps)  # says that the draw has begun
             self.stop.wait(600)
-        return super().generate(items, on_step=on_step, is_canceled=is_canceled)
+        return super().generate(items, method, scale, on_step=on_step, is_canceled=is_canceled, on_part=on_part)
 
 
 def main(url: str, prefix: str, limit_s: float, grace_s: float) -> None:

@@ -21,7 +21,7 @@ from giantleap.models.bundle.bundle import (
     read_bundle,
     write_bundle,
 )
-from giantleap.models.bundle.descriptor import METHODS, Descriptor, Method, to_toml
+from giantleap.models.bundle.descriptor import METHODS, REDIFFUSION, Descriptor, Method, smallest_steps, to_toml
 from giantleap.models.bundle.digests import file_hash
 
 BUNDLES = Path(__file__).parents[3] / "bundles"
@@ -62,11 +62,43 @@ def bundle(**change: Any) -> Bundle:
 
 def test_each_method_has_its_scales() -> None:
     whole = bundle()
-    assert whole.methods == METHODS == ("lua", "direct", "bicubic", "swinir")
-    assert [whole.scales_of(method) for method in METHODS] == [(1, 2), (1, 2, 4), (1, 2, 4), (1, 4)]
+    own: tuple[Method, ...] = ("lua", "direct", "bicubic", "swinir")
+    assert whole.methods == own and (*own, *REDIFFUSION) == METHODS
+    assert [whole.scales_of(method) for method in own] == [(1, 2), (1, 2, 4), (1, 2, 4), (1, 4)]
     assert whole.scales == (1, 2, 4)
     assert whole.swinir == {4: Path("nowhere/up/x4.pth")} and whole.lua == Path("nowhere/lua.safetensors")
-    assert not any(whole.unavailable_reason(method) for method in METHODS)
+    assert not any(whole.unavailable_reason(method) for method in own)
+    assert {whole.unavailable_reason(method).split()[-1] for method in REDIFFUSION} == {"pulled"}
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "refused"),
+    [
+        ("StableDiffusionPipeline", {}),
+        ("StableDiffusionXLPipeline", {}),
+        ("SanaPipeline", dict.fromkeys(("hidiffusion", "scalecrafter"), "works inside a UNet, for .*; this is a Sana")),
+        ("FluxPipeline", dict.fromkeys(REDIFFUSION, "this is a FluxPipeline")),
+    ],
+)
+def test_the_class_of_the_pipeline_decides_who_draws_again(
+    tmp_path: Path, pipeline_class: str, refused: dict[Method, str]
+) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps({"_class_name": pipeline_class}))
+    lua = {"file": "lua.safetensors", "scales": (1.5, 2, 4), "sha256": SHA}
+    served = Bundle(tmp_path, Descriptor.model_validate(values(lua=lua, pipeline={"path": "pipeline"})))
+    for method in REDIFFUSION:
+        assert served.scales_of(method) == (() if method in refused else (1, 2, 4))
+        assert re.search(refused.get(method, "^$"), served.unavailable_reason(method))
+    without = bundle(lua=None, defaults=defaults(method="direct"))
+    assert "no LUA weights" in without.unavailable_reason("lsrna")
+    if not refused:
+        assert served.base_size(256, 128, 2, "hidiffusion") == (128, 64)
+
+
+def test_a_method_says_how_many_steps_it_needs() -> None:
+    assert [smallest_steps("rectifiedhr", scale) for scale in (1, 2, 4)] == [1, 2, 3]
+    assert [smallest_steps(method, 4) for method in ("lsrna", "demofusion", "lua")] == [2, 1, 1]
 
 
 def test_bicubic_is_always_there_and_the_others_say_why_not() -> None:
@@ -107,7 +139,7 @@ def test_a_bundle_without_lua_says_where_one_comes_from(source: Values, words: s
     [
         ({"lua": None}, "defaults.method is lua, but .* has no LUA weights.*; name another of direct, bicubic, swinir"),
         ({"swinir": None, "defaults": defaults(method="swinir")}, "defaults.method is swinir, but"),
-        ({"defaults": defaults(method="nearest")}, "'lua', 'direct', 'bicubic' or 'swinir'"),
+        ({"defaults": defaults(method="nearest")}, "'lua', 'direct', 'bicubic', 'swinir', 'rectifiedhr', "),
         ({"defaults": defaults(scale=4)}, r"defaults.scale 4 is not among the scales \(1, 2\) of method lua"),
         ({"defaults": defaults(method="swinir")}, r"defaults.scale 2 is not among the scales \(1, 4\)"),
         ({"defaults": defaults(method="direct", scale=4)}, "384 px exceed limits.max_direct_px 300"),
@@ -136,7 +168,7 @@ def test_a_descriptor_that_contradicts_itself_is_refused(tmp_path: Path, change:
 
 def test_scale_one_belongs_to_every_method() -> None:
     whole = bundle()
-    assert {whole.base_size(128, 64, 1, method) for method in METHODS} == {(128, 64)}
+    assert {whole.base_size(128, 64, 1, method) for method in whole.methods} == {(128, 64)}
 
 
 def test_direct_draws_the_final_size_itself_whatever_the_scale() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from giantleap.models.bundle.descriptor import METHODS
 from giantleap.service.api.app import create_app
 from giantleap.service.jobs.job import GenerateParams, UpscaleParams
 from giantleap.service.settings import read_settings
@@ -79,6 +80,8 @@ def assert_refused(response: httpx.Response, field: str, *words: str) -> None:
         ({"method": "lua", "scale": 2}, (64, 64), (128, 128)),
         ({"method": "bicubic", "scale": 4}, (64, 64), (256, 256)),
         ({"method": "direct", "scale": 4}, (256, 256), (256, 256)),
+        ({"method": "demofusion", "scale": 4}, (64, 64), (256, 256)),
+        ({"method": "lsrna", "width": 256, "height": 128}, (128, 64), (256, 128)),
         ({"method": "direct", "width": 208, "height": 48}, (208, 48), (208, 48)),
         ({}, (64, 64), (128, 128)),
     ],
@@ -111,10 +114,22 @@ async def test_a_method_that_is_not_there_is_refused_with_the_reason(
 
 async def test_the_bundles_say_what_they_have(client: httpx.AsyncClient) -> None:
     paper, plain = (await client.get("/models")).json()
-    assert paper["methods"] == {"lua": [1, 2, 4], "direct": [1, 2, 4], "bicubic": [1, 2, 4]}
+    assert paper["methods"] == {method: [1, 2, 4] for method in METHODS if method != "swinir"}
     assert list(paper["unavailable"]) == ["swinir"] and (paper["method"], plain["method"]) == ("lua", "bicubic")
-    assert set(plain["unavailable"]) == {"lua", "direct", "swinir"} and plain["methods"] == {"bicubic": [1, 2, 4]}
+    assert set(plain["unavailable"]) == set(METHODS) - {"bicubic"} and plain["methods"] == {"bicubic": [1, 2, 4]}
+    assert "this is a Flux2KleinPipeline" in plain["unavailable"]["demofusion"]
     assert paper["decodes"] == ["exact", "tiled"] and (paper["from_image"], plain["from_image"]) == (True, False)
+
+
+async def test_what_a_method_that_draws_again_cannot_do_is_refused(
+    client: httpx.AsyncClient, producer: FakeProducer
+) -> None:
+    assert_refused(await generate(client, method="hidiffusion", bundle="plain"), "method", "inside a UNet", "bicubic")
+    assert_refused(await generate(client, method="rectifiedhr", steps=2, scale=4), "steps", "needs 3")
+    assert_refused(await generate(client, method="lsrna", steps=1), "steps", "needs 2")
+    assert_refused(await generate(client, method="demofusion", init_image=TEXT), "init_image", "starts from noise")
+    assert_refused(await generate(client, method="scalecrafter", width=1024), "width", "nearest")
+    assert producer.jobs == []
 
 
 async def test_a_negative_prompt_is_refused_where_the_pipeline_takes_none(

@@ -125,6 +125,13 @@ def test_each_role_runs_its_stages(bundle: Bundle) -> None:
     assert start.stages(WorkerRole.DECODE) == {"lua x4": base_px, "exact": final_px}
     direct = to_workload(replace(LARGE, method="direct"), bundle)
     assert direct.stages(WorkerRole.ALL) == {"generate": final_px, "exact": final_px}
+    again = to_workload(replace(LARGE, method="demofusion"), bundle)
+    assert again.stages(WorkerRole.ALL) == {"generate": final_px, "exact": final_px}
+    decoding = to_workload(replace(LARGE, method="rectifiedhr"), bundle)
+    assert decoding.stages(WorkerRole.ALL) == {"generate": final_px, "encode": final_px, "exact": final_px}
+    assert decoding.stages(WorkerRole.DECODE) == {"exact": final_px}
+    device = device_of(loaded_bytes=0)
+    assert required_bytes(again, "large", device, items=4) == required_bytes(again, "large", device), "one by one"
     pixels = to_workload(replace(LARGE, method="swinir"), bundle)
     assert pixels.stages(WorkerRole.DECODE) == {"swinir x4": base_px, "exact": base_px}
     image = UpscaleParams(2, "tiny", 1, 16, 16, 16, "image", "png", image_width_px=120, image_height_px=128)

@@ -43,7 +43,7 @@ class TimedRoute:
     def clock(self) -> StageClock:
         return TickingClock(self.times_s)
 
-    def generate_latents(self, item: GenerationItem, clock: StageClock) -> list[Tensor]:
+    def generate_latents(self, item: GenerationItem, clock: StageClock, method: Method, scale: float) -> list[Tensor]:
         self.generated.append(item)
         with clock.measure("generate"):
             return [torch.zeros(4, 2, 2)]
@@ -64,7 +64,7 @@ class TimedRoute:
         for stage in stages_of(method, scale, bool(refine)):
             with observer.measure(stage):
                 pass
-        return latents, []
+        return latents, [None]
 
 
 def measure(route: TimedRoute, plan: ProtocolPlan) -> ProtocolResult:

@@ -1,0 +1,136 @@
+"""Every method on small random pipelines of the real classes: sizes, seeds, batches, cancellation, and what stays."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from giantleap.models.bundle.descriptor import DRAWS_AGAIN, HAS_UNET, NO_NEGATIVE_PROMPT, REDIFFUSION, Rediffusion
+from giantleap.models.generation.generator import GenerationItem, Generator
+from giantleap.models.methods.draw import Tools, count_steps, draw_items
+from giantleap.models.vae.autoencoder import Vae
+from tests.models.methods.tiny_unets import ITEM, PIPELINES, WIDE, open_generator
+
+LOOPS: tuple[Rediffusion, ...] = ("rectifiedhr", "demofusion", "lsrna")
+CASES = [(name, method) for name in PIPELINES for method in REDIFFUSION if name != "sana" or method in LOOPS]
+EVERY = pytest.mark.parametrize(("name", "method"), CASES)
+HOOKED = pytest.mark.parametrize("method", ["hidiffusion", "scalecrafter"])
+
+
+@pytest.fixture(scope="module")
+def generators() -> dict[str, Generator]:
+    return {name: open_generator(name) for name in PIPELINES}
+
+
+def tools_of(generator: Generator) -> Tools:
+    vae = Vae(generator.pipeline.vae, generator.latent_space)
+    return Tools(vae, lambda raw, scale: F.interpolate(raw, scale_factor=scale, mode="bicubic"))
+
+
+def draw(generator: Generator, method: Rediffusion, *items: GenerationItem, scale: int = 2, **calls: Any) -> Any:
+    return draw_items(generator, tools_of(generator), items, method, scale, **calls)
+
+
+def weights(generator: Generator) -> list[Tensor]:
+    network = getattr(generator.pipeline, "unet", None) or generator.pipeline.transformer
+    return [each.clone() for each in network.state_dict().values()]
+
+
+@EVERY
+@pytest.mark.parametrize(("item", "scale"), [(ITEM, 4), (WIDE, 2)], ids=["square x4", "wide x2"])
+def test_a_method_draws_the_final_size_and_leaves_the_pipeline_as_it_was(
+    generators: dict[str, Generator], name: str, method: Rediffusion, item: GenerationItem, scale: int
+) -> None:
+    generator = generators[name]
+    stride_px, channels = generator.latent_space.stride_px, generator.latent_space.channels
+    plain, before, state = generator.generate([item]), weights(generator), torch.get_rng_state()
+    steps: list[tuple[int, int]] = []
+    (drawn,) = draw(generator, method, item, scale=scale, on_step=lambda *step: steps.append(step))
+    size = (scale * item.height_px // stride_px, scale * item.width_px // stride_px)
+    assert drawn.shape == (channels, *size) and drawn.dtype == torch.float32 and bool(drawn.isfinite().all())
+    total = count_steps(method, scale, item.steps)
+    assert steps == [(step, total) for step in range(1, total + 1)]
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn from the global generator"
+    after = generator.generate([item])
+    assert plain[0] is not None and after[0] is not None and torch.equal(plain[0], after[0])
+    assert all(torch.equal(one, other) for one, other in zip(before, weights(generator), strict=True))
+
+
+@EVERY
+def test_a_batch_gives_what_each_seed_gives_alone(
+    generators: dict[str, Generator], name: str, method: Rediffusion
+) -> None:
+    generator, other = generators[name], replace(ITEM, prompt="a green cone", seed=9)
+    (first,), (second,) = draw(generator, method, ITEM), draw(generator, method, other)
+    torch.rand(5)
+    together = draw(generator, method, other, ITEM)
+    assert torch.equal(together[0], second) and torch.equal(together[1], first) and not torch.equal(first, second)
+
+
+@EVERY
+def test_a_canceled_run_stops_at_its_step_and_leaves_nothing_behind(
+    generators: dict[str, Generator], name: str, method: Rediffusion
+) -> None:
+    generator = generators[name]
+    steps: list[int] = []
+    plain = generator.generate([ITEM])
+
+    def is_canceled(index: int) -> bool:
+        return index == 0 and len(steps) >= 2
+
+    whole = draw(generator, method, ITEM)
+    first, second = draw(
+        generator, method, ITEM, ITEM, on_step=lambda step, total: steps.append(step), is_canceled=is_canceled
+    )
+    total = count_steps(method, 2, ITEM.steps)
+    assert first is None and torch.equal(second, whole[0])
+    assert steps == [1, 2, *range(total + 1, 2 * total + 1)]
+    after = generator.generate([ITEM])
+    assert plain[0] is not None and after[0] is not None and torch.equal(plain[0], after[0])
+
+
+class StopError(Exception):
+    pass
+
+
+@HOOKED
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_an_error_in_a_step_leaves_nothing_behind(
+    generators: dict[str, Generator], name: str, method: Rediffusion
+) -> None:
+    generator = generators[name]
+    plain = generator.generate([ITEM])
+
+    def fail(step: int, steps: int) -> None:
+        raise StopError
+
+    with pytest.raises(StopError):
+        draw(generator, method, ITEM, on_step=fail)
+    after = generator.generate([ITEM])
+    assert plain[0] is not None and after[0] is not None and torch.equal(plain[0], after[0])
+
+
+@pytest.mark.parametrize("method", ["demofusion", "lsrna", "rectifiedhr"])
+def test_long_steps_report_their_parts(generators: dict[str, Generator], method: Rediffusion) -> None:
+    parts: list[float | None] = []
+    draw(generators["sdxl"], method, ITEM, on_part=parts.append)
+    assert parts and set(parts) == {None}
+
+
+def test_what_a_method_cannot_do_is_refused(generators: dict[str, Generator]) -> None:
+    generator = generators["sd15"]
+    start = replace(ITEM, init_image=torch.zeros(3, 64, 64), strength=0.5)
+    with pytest.raises(ValueError, match="starts from noise"):
+        draw(generator, "demofusion", start)
+    with pytest.raises(ValueError, match="items of one batch must share"):
+        draw(generator, "demofusion", ITEM, WIDE)
+    with pytest.raises(ValueError, match="does not draw again"):
+        draw(generator, "lua", ITEM)  # type: ignore[arg-type]
+
+
+def test_the_classes_that_draw_again_take_negative_prompts() -> None:
+    assert {type(open_generator(name).pipeline).__name__ for name in PIPELINES} == DRAWS_AGAIN
+    assert HAS_UNET < DRAWS_AGAIN and not NO_NEGATIVE_PROMPT & DRAWS_AGAIN
