@@ -3,7 +3,7 @@
 `python -m benchmarks.ablations` (`make ablations`) draws procedural pictures, makes pairs of them with the pocket
 bundle's frozen VAE, trains every variant with every seed through `training/run.py`, and measures each on the six
 held-out photographs of `benchmarks/quality/photos.py`. Each result is stored at once in
-`benchmarks/results/ablations.json`; a killed run continues with the first missing result. `docs/lab/ablations.md` is
+`benchmarks/results/ablations.json`; a killed run continues with the first missing result. A page of the lab log is
 written from that file.
 
 References: arXiv 2511.10629, tables 3 and 4.
@@ -18,31 +18,29 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from PIL import Image
 from skimage.metrics import structural_similarity
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
+from benchmarks.pictures import read_leaves, write_pictures
 from benchmarks.quality.photos import psnr_db, read_photos
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua
-from giantleap.training.data.frozen_vae import vae_hash
+from giantleap.models.vae.autoencoder import Vae
+from giantleap.training.data.frozen_vae import read_vae, vae_hash
 from giantleap.training.data.pairs_store import PairsStore, replace_file
 from giantleap.training.data.prepare import PrepareConfig, prepare
-from giantleap.training.pocket.pairs import SCENE_SHARE, draw_scene_view, draw_view, shrink
-from giantleap.training.pocket.vae import Pool
+from giantleap.training.evaluation.cases import shrink
 from giantleap.training.run import DistributedContext, train
 from giantleap.training.run_config import RunConfig
 
 CPU = torch.device("cpu")
 PICTURE_PX = 256
+LEAVES = 160
 SCALES = (2, 4)
 STEPS_SHARED_BY = 6  # a number of updates that one, two or three stages share evenly
 NET = {"embed_dim": 24, "depths": [2, 2], "num_heads": 4, "window": 8, "num_feat": 32}
@@ -124,14 +122,7 @@ def make_pairs(out: Path, bundle: Path, pool: Path, count: int) -> None:
         return
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(bundle, out / "bundle")
-    (out / "pictures").mkdir()
-    pools = Pool(pool, scene_count=160, scene_px=512).read(0)
-    rng = np.random.default_rng(0)
-    for number in tqdm(range(count), desc="pictures", unit="picture"):
-        is_scene = rng.random() < SCENE_SHARE
-        draw, source = (draw_scene_view, pools.scenes) if is_scene else (draw_view, pools.leaves)
-        levels = ((draw(rng, source, PICTURE_PX, PICTURE_PX)[0] + 1.0) * 127.5).round().byte()
-        Image.fromarray(levels.permute(1, 2, 0).numpy()).save(out / "pictures" / f"{number:05d}.png")
+    write_pictures(out / "pictures", read_leaves(pool, LEAVES, seed=0), range(count), PICTURE_PX)
     prepare(PrepareConfig(out / "pictures", out / "bundle", out / "pairs", PICTURE_PX, PICTURE_PX), CPU)
 
 
@@ -145,26 +136,22 @@ class Photo:
 
 
 @torch.no_grad()
-def encode_photos(vae: Any) -> dict[str, Photo]:
+def encode_photos(vae: Vae) -> dict[str, Photo]:
     """Encode the six photographs, by name."""
-
-    def encode(picture: Tensor) -> Tensor:
-        latent: Tensor = vae.encode(picture).latent_dist.mode()
-        return latent
-
     return {
         name: Photo(
-            photo, {scale: encode(shrink(photo, scale)) for scale in SCALES}, decode_picture(vae, encode(photo))
+            photo,
+            {scale: vae.encode(shrink(photo, scale)) for scale in SCALES},
+            decode_picture(vae, vae.encode(photo)),
         )
         for name, photo in read_photos().items()
     }
 
 
 @torch.no_grad()
-def decode_picture(vae: Any, latent: Tensor) -> Tensor:
-    """Decode [1, channels, h, w] to [1, 3, 8 h, 8 w], clamped to [-1, 1]."""
-    picture: Tensor = vae.decode(latent).sample
-    return picture.clamp(-1.0, 1.0)
+def decode_picture(vae: Vae, latent: Tensor) -> Tensor:
+    """Decode [1, channels, h, w] to [1, 3, height, width], clamped to [-1, 1]."""
+    return vae.decode(latent).clamp(-1.0, 1.0)
 
 
 def enlarge(maps: Tensor, scale: int) -> Tensor:
@@ -197,7 +184,7 @@ def mean_of(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure_net(net: Lua, vae: Any, photos: Mapping[str, Photo]) -> dict[str, dict[str, float]]:
+def measure_net(net: Lua, vae: Vae, photos: Mapping[str, Photo]) -> dict[str, dict[str, float]]:
     """Return the mean of `score` over the photographs, by scale."""
     return {
         f"x{scale}": mean_of([score(decode_picture(vae, net(p.small[scale], scale)), p) for p in photos.values()])
@@ -206,7 +193,7 @@ def measure_net(net: Lua, vae: Any, photos: Mapping[str, Photo]) -> dict[str, di
 
 
 @torch.no_grad()
-def measure_untrained(vae: Any, photos: Mapping[str, Photo]) -> dict[str, Any]:
+def measure_untrained(vae: Vae, photos: Mapping[str, Photo]) -> dict[str, Any]:
     """Return the baselines (both bicubic upscales) and the ceiling (the round trip of the large photograph)."""
     result: dict[str, Any] = {
         "round_trip": mean_of([{**score(p.round_trip, p), "round_trip_psnr_db": 100.0} for p in photos.values()])
@@ -219,7 +206,7 @@ def measure_untrained(vae: Any, photos: Mapping[str, Photo]) -> dict[str, Any]:
 
 
 def run_one(
-    variant: Variant, updates: int, seed: int, out: Path, vae: Any, photos: Mapping[str, Photo]
+    variant: Variant, updates: int, seed: int, out: Path, vae: Vae, photos: Mapping[str, Photo]
 ) -> dict[str, Any]:
     """Train and measure one variant with one seed; an unfinished earlier run is discarded first."""
     folder = out / "run"
@@ -268,7 +255,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def to_markdown(record: Mapping[str, Any]) -> str:
-    """Return the text of `docs/lab/ablations.md`."""
+    """Return the text of the page."""
     lines = [
         PAGE_HEAD.format(**record["settings"], **record["settings"]["net"], **_words(record)),
         *_table(record, STAGES),
@@ -359,7 +346,7 @@ def main(
     torch.set_num_threads(1)
     make_pairs(out, bundle, pool, pictures)
     record = read_results(results, settings_of(updates, out / "bundle", out / "pairs"))
-    vae = AutoencoderKL.from_pretrained(out / "bundle" / "vae").float().eval()
+    vae = read_vae(read_bundle(out / "bundle"), CPU, torch.float32)
     photos = encode_photos(vae)
     if "untrained" not in record:
         record["untrained"] = measure_untrained(vae, photos)

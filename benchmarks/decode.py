@@ -56,16 +56,6 @@ VAE_CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "sdxl": {**_KL, "latent_channels": 4},
         "flux1": {**_KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
-        "pocket16": {
-            **_KL,
-            "latent_channels": 16,
-            "block_out_channels": (16, 32, 64, 128),
-            "layers_per_block": 1,
-            "mid_block_add_attention": False,
-            "norm_num_groups": 1,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        },
         "pocket24": {
             "latent_channels": 24,
             "encoder_block_out_channels": (32, 32, 64),

@@ -1,7 +1,7 @@
-"""Transfer the pocket adapter to a VAE with 4 channels and compare with ten times as many steps from scratch.
+"""Transfer the pocket adapter to an autoencoder with 12 channels and compare with ten times the steps from scratch.
 
-`python -m benchmarks.transfer` draws pictures, encodes them with the VAE of `--bundle` (see docs/training.md,
-"Transfer"), trains every variant with `training/run.py` (equal losses, batch and rate) and measures held-out pictures
+`python -m benchmarks.transfer` makes the autoencoder (the principal components of 4 x 4 blocks), draws pictures,
+encodes them, trains every variant with `training/run.py` (equal losses, batch and rate) and measures held-out pictures
 and six photographs. It resumes where it was stopped; `--only` trains one variant. It writes
 `benchmarks/results/transfer.json` and exits with 1 when the transferred adapter is more than 0.3 dB behind.
 """
@@ -13,26 +13,27 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
+from benchmarks.pictures import Pixels, read_leaves, write_pictures
 from benchmarks.quality.photos import SCALES, psnr_db, read_photos
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.data.frozen_vae import read_vae
-from giantleap.training.data.pairs_store import PairsStore, replace_file, replacing
+from giantleap.training.data.pairs_store import PairsStore, replace_file
 from giantleap.training.data.prepare import PrepareConfig, prepare
+from giantleap.training.evaluation.cases import shrink
 from giantleap.training.evaluation.held_out import evaluate
-from giantleap.training.pocket.pairs import SCENE_SHARE, draw_scene_view, draw_view, shrink
-from giantleap.training.pocket.vae import Pictures, Pool
+from giantleap.training.pocket.bundle import write_autoencoder_bundle
+from giantleap.training.pocket.network import BlockPca, make_autoencoder, start_at_pca
+from giantleap.training.pocket.pictures import to_images
 from giantleap.training.run import DistributedContext, train
 from giantleap.training.run_config import RunConfig, check_config
 from giantleap.training.transfer import Start, prepare_start
@@ -40,6 +41,9 @@ from giantleap.training.transfer import Start, prepare_start
 CPU = torch.device("cpu")
 TILE_PX = 256
 HELD_OUT = 32
+LEAVES, HELD_OUT_LEAVES = 160, 24
+CHANNELS = 12
+CROP_PX = 96  # of each picture of leaves, to fit the components
 MAX_BEHIND_DB = 0.3
 TIMES = 10  # times as many steps from scratch
 BEST: Start = "fit"  # the start that is compared with scratch
@@ -64,24 +68,18 @@ def variants_of(steps: int) -> list[Variant]:
     ]
 
 
-def write_pictures(folder: Path, pool: Pool, count: int) -> None:
-    """Draw the missing pictures as for the pocket adapter's own pairs; the last `HELD_OUT` come from another pool."""
-    folder.mkdir(parents=True, exist_ok=True)
-    parts: tuple[tuple[Pictures, range], ...] = (
-        (pool.read(0), range(count)),
-        (pool.read_held_out(0), range(count, count + HELD_OUT)),
-    )
-    for pictures, numbers in parts:
-        for number in tqdm(numbers, desc="pictures"):
-            path = folder / f"{number:06d}.png"
-            if path.is_file():
-                continue
-            rng = np.random.default_rng((4, number))
-            is_scene = rng.random() < SCENE_SHARE
-            draw, source = (draw_scene_view, pictures.scenes) if is_scene else (draw_view, pictures.leaves)
-            levels = ((draw(rng, source, TILE_PX, TILE_PX)[0] + 1.0) * 127.5).round().byte()
-            with replacing(path) as file:
-                Image.fromarray(levels.permute(1, 2, 0).numpy()).save(file, "png", compress_level=1)
+def draw_pictures(folder: Path, pool: Path, count: int) -> None:
+    """Draw the missing pictures; the last `HELD_OUT` come from other leaves."""
+    write_pictures(folder, read_leaves(pool, LEAVES, seed=0), range(count), TILE_PX)
+    write_pictures(folder, read_leaves(pool, HELD_OUT_LEAVES, seed=1), range(count, count + HELD_OUT), TILE_PX)
+
+
+def make_bundle(directory: Path, leaves: Pixels) -> None:
+    """Write the bundle of another autoencoder: the principal components of 4 x 4 blocks, untrained."""
+    crops = to_images(leaves[:, :CROP_PX, :CROP_PX])
+    autoencoder = make_autoencoder(CHANNELS)
+    start_at_pca(autoencoder, BlockPca.fit(crops, CHANNELS))
+    write_autoencoder_bundle(directory, autoencoder)
 
 
 def plan(bundle: Path, pairs: Path, start_file: Path | None, steps: int, rate: float, batch: int) -> RunConfig:
@@ -192,7 +190,6 @@ def collect(
 
 
 def main(
-    bundle: Annotated[Path, typer.Option(help="Bundle with the 4-channel VAE.")] = Path("runs/pocket4"),
     source: Annotated[Path, typer.Option(help="Bundle whose adapter is transferred.")] = Path("bundles/pocket"),
     folder: Annotated[Path, typer.Option(help="Where pictures, pairs and runs go.")] = Path("runs/transfer"),
     pool: Annotated[Path, typer.Option(help="Pool of procedural pictures; filled when empty.")] = Path("runs/pool"),
@@ -205,7 +202,10 @@ def main(
 ) -> None:
     """Train, measure, write the JSON; exit status 1 when the transfer is more than 0.3 dB behind."""
     torch.set_num_threads(1)
-    write_pictures(folder / "pictures", Pool(pool, scene_count=160, scene_px=512), pictures)
+    draw_pictures(folder / "pictures", pool, pictures)
+    bundle = folder / f"pocket{CHANNELS}"
+    if not bundle.is_dir():
+        make_bundle(bundle, read_leaves(pool, LEAVES, seed=0))
     prepare(PrepareConfig(folder / "pictures", bundle, folder / "pairs", TILE_PX, TILE_PX), CPU, torch.bfloat16)
     variants = variants_of(steps)
     for variant in variants:

@@ -271,24 +271,6 @@ def _queue_rows() -> Iterator[str]:
         )
 
 
-def _training_figures() -> Iterator[str]:
-    report = _report("evaluation")
-    pixels, latents = report["pixel_statistics"], report["latent_statistics"]
-    yield (
-        f"(Wasserstein-1 x2 {pixels['x2 lua']['wasserstein']:.4f} against "
-        f"{pixels['x2 bicubic latent']['wasserstein']:.4f})"
-    )
-    yield f"({latents['x2 lua']['wasserstein']:.3f} against {latents['x2 bicubic latent']['wasserstein']:.3f})"
-
-
-def _transfer_rows() -> Iterator[str]:
-    figures = _report("transfer")["figures"]
-    for key, name in (("scratch_short 250", "from scratch"), ("scratch 2500", "from scratch")):
-        row = figures[key]
-        values = [row[f"{where}_x{scale}_db"] for where in ("held_out", "photos") for scale in (2, 4)]
-        yield f"| {name} | {row['steps']:,} | {' | '.join(f'{value:.2f}' for value in values)} |"
-
-
 def _decode_rows() -> Iterator[str]:
     rows = {(row["method"], row["image_px"]): row for row in _report("decode")["rows"]}
     for px in (512, 1024):
@@ -313,8 +295,6 @@ def _provenance_figures() -> Iterator[str]:
         ("operations.md", _operations_figures),
         ("provenance.md", _provenance_figures),
         ("decisions/0003-own-queue-on-streams.md", _queue_rows),
-        ("training.md", _training_figures),
-        ("lab/lua-training.md", _transfer_rows),
         ("decisions/0008-exact-bounded-decode.md", _decode_rows),
     ],
 )

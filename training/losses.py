@@ -3,7 +3,7 @@
 A clamp before a loss kills the gradient exactly where the picture is wrong, so predictions come in raw. Losses compute
 in float32 whatever comes in, and from the padding to the shrinking only with operations whose backward pass adds in a
 fixed order, so that a run on a GPU can be repeated to the bit. Which stage weighs which loss how is in
-`training/curriculum.py`; `reconstruction` and `gradient_l1` are those of the pocket VAE.
+`training/curriculum.py`.
 """
 
 from functools import lru_cache
@@ -15,23 +15,6 @@ from torch import Tensor
 from giantleap.training.run_config import HighPass
 
 LUMA = (0.2989, 0.5870, 0.1140)
-
-
-def gradient_l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error of the differences between neighbouring pixels, down and right."""
-    error = prediction - target
-    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-
-
-def reconstruction(prediction: Tensor, target: Tensor) -> Tensor:
-    """The VAE's picture loss: L1 + 5 MSE + 0.25 gradient L1.
-
-    Shape:
-        both [batch, 3, height, width].
-    """
-    error = prediction - target
-    loss: Tensor = error.abs().mean() + 5.0 * error.square().mean() + 0.25 * gradient_l1(prediction, target)
-    return loss
 
 
 def l1(prediction: Tensor, target: Tensor) -> Tensor:

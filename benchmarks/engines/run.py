@@ -191,7 +191,8 @@ def measure_pocket() -> list[dict[str, Any]]:
     assert bundle.lua is not None
     route, net = Route.open(bundle, CPU, torch.float32), read_lua(bundle.lua)
     prompts = ("a red sphere on a green floor", "a blue cube and a yellow cone")
-    items = [GenerationItem(prompt, "", seed, 128, 128, 12, 3.0) for seed, prompt in enumerate(prompts)]
+    steps, guidance_scale = bundle.defaults.steps, bundle.defaults.guidance_scale
+    items = [GenerationItem(prompt, "", seed, 128, 128, steps, guidance_scale) for seed, prompt in enumerate(prompts)]
     latents = torch.stack([each for each in route.generate(items) if each is not None])
     rows = []
     for scale in net.spec.scales:

@@ -1,7 +1,7 @@
 """Compare LUA with and without the latent clamp, on latents like those of the training and on others.
 
 `python -m benchmarks.quality.clamp` writes `benchmarks/results/clamp.json`. The statistics come from procedural
-pictures (`training/pocket/pairs.py`), the latents from the six photographs (`benchmarks/quality/photos.py`) and from
+pictures (`benchmarks/pictures.py`), the latents from the six photographs (`benchmarks/quality/photos.py`) and from
 images that the bundle generates. An image is *broken* when a value is not finite or more than 1 % of its pixels have a
 channel beyond 1.5, where [-1, 1] is visible. The bicubic latent of the same input is decoded as well: where that is
 broken too, the input itself is out of range and no clamp on LUA helps.
@@ -21,8 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
+from benchmarks.pictures import draw_picture
 from benchmarks.quality.photos import read_photos
-from giantleap.models.bundle.bundle import read_bundle
+from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.models.lua.checkpoints import read_lua
@@ -34,8 +35,8 @@ from giantleap.models.route import Route
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.evaluation.cases import shrink
 from giantleap.training.guard_statistics import measure_statistics
-from giantleap.training.pocket.leaves import draw_leaves
-from giantleap.training.pocket.pairs import draw_view
+from giantleap.training.pocket.drawing.leaves import draw_leaves
+from giantleap.training.pocket.pictures import to_images
 
 SCALES = (2, 4)
 FAR = 1.5
@@ -90,20 +91,21 @@ def measure_procedural(vae: Vae, pictures: int, side_px: int = SIDE_PX) -> Laten
     """Measure statistics over pictures like the pocket LUA's training data, with another seed."""
     rng = np.random.default_rng(20)
     pool = np.stack([draw_leaves(rng, 2 * side_px) for _ in range(max(1, pictures // 8))])
-    views = (draw_view(rng, pool, side_px, side_px) for _ in range(pictures))
+    views = (to_images(draw_picture(rng, pool, side_px)[None]) for _ in range(pictures))
     pairs = ({level: vae.encode(shrink(view, level)) for level in (1, *SCALES)} for view in views)
     return measure_statistics(tqdm(pairs, desc="statistics", total=pictures), SCALES)
 
 
 @torch.inference_mode()
-def read_inputs(route: Route, scale: int) -> dict[str, Tensor]:
+def read_inputs(route: Route, bundle: Bundle, scale: int) -> dict[str, Tensor]:
     """Return typical small latents: reduced centers of photographs, and generated latents."""
     inputs = {}
     for name, photo in read_photos().items():
         top = (photo.shape[-1] - SIDE_PX) // 2
         center = photo[..., top : top + SIDE_PX, top : top + SIDE_PX]
         inputs[name] = route.vae.encode(shrink(center, scale))
-    items = [GenerationItem(words, "", seed, 128, 128, 12, 3.0) for seed, words in enumerate(PROMPTS)]
+    steps, guidance_scale = bundle.defaults.steps, bundle.defaults.guidance_scale
+    items = [GenerationItem(words, "", seed, 128, 128, steps, guidance_scale) for seed, words in enumerate(PROMPTS)]
     generated = route.generate(items)
     return inputs | {
         item.prompt: latent[None] for item, latent in zip(items, generated, strict=True) if latent is not None
@@ -195,7 +197,7 @@ def main(
     groups: dict[str, list[dict[str, dict[str, float]]]] = {}
     as_trained: dict[str, dict[str, float]] = {}
     for scale in net.spec.scales:
-        inputs = read_inputs(route, scale)
+        inputs = read_inputs(route, bundle, scale)
         with torch.inference_mode():
             as_trained |= {f"x{scale} {name}": reach(statistics, z, net(z, scale), scale) for name, z in inputs.items()}
         for name, change in tqdm(changes(statistics).items(), desc=f"x{scale}"):

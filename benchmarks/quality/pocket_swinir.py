@@ -14,14 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.quality.photos import SCALES, psnr_db, read_photos
 from giantleap.models.engines.swinir import HALO_PX, PixelUpscaler
-from giantleap.training.pocket.lua import shrink
+from giantleap.training.evaluation.cases import shrink
 
 CPU = torch.device("cpu")
 TILE_PX = 192
@@ -29,12 +29,12 @@ HALOS_PX = (8, 16, HALO_PX, 48)
 
 
 @torch.no_grad()
-def measure_photo(vae: AutoencoderKL, upscaler: PixelUpscaler, photo: Tensor) -> dict[str, float]:
+def measure_photo(vae: AutoencoderDC, upscaler: PixelUpscaler, photo: Tensor) -> dict[str, float]:
     """Return the PSNR in dB of SwinIR and bicubic on the clean and the decoded small picture, by scale."""
     scores = {}
     for scale in SCALES:
         clean = shrink(photo, scale)
-        decoded = vae.decode(vae.encode(clean).latent_dist.mode()).sample.clamp(-1.0, 1.0)
+        decoded = vae.decode(vae.encode(clean).latent).sample.clamp(-1.0, 1.0)
         for name, small in (("clean", clean), ("decoded", decoded)):
             upscaled = upscaler.upscale(small / 2 + 0.5, scale) * 2.0 - 1.0
             scores[f"x{scale} {name} swinir"] = psnr_db(upscaled, photo)
@@ -101,7 +101,7 @@ def main(
 ) -> None:
     """Measure, print, write the JSON."""
     torch.set_num_threads(threads)
-    vae = AutoencoderKL.from_pretrained(bundle / "vae").float().eval()
+    vae = AutoencoderDC.from_pretrained(bundle / "vae").float().eval()
     files = {scale: bundle / f"swinir_x{scale}.safetensors" for scale in SCALES}
     upscaler = PixelUpscaler.open(files, CPU, torch.float32)
     originals = read_photos()

@@ -23,13 +23,12 @@ from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua
 from giantleap.training.checkpoint import read_checkpoint
 from giantleap.training.evaluation.cases import shrink
-from giantleap.training.pocket.stride4.pictures import draw_held_out_scene
+from giantleap.training.pocket.pictures import draw_held_out_scene
 from giantleap.training.run_config import LuaConfig
 
 SCENES = 4
 SCENE_PX = 128
 SMALL_SAMPLES = 4  # per pixel and direction: with the 2 of the large ones, fine patterns would alias
-DEFAULT_FOLDER = Path("training/pocket/stride4/checkpoints")
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def measure(vae: AutoencoderDC, lua: Lua | None, sheet: Path | None) -> dict[str
 
 
 def main(
-    vae: Annotated[Path, typer.Option(help="Directory of the autoencoder.")] = DEFAULT_FOLDER / "pocket24/vae",
+    vae: Annotated[Path, typer.Option(help="Directory of the autoencoder.")] = Path("bundles/pocket/vae"),
     lua: Annotated[Path | None, typer.Option(help="Weights of the adapter.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="In place of weights: a checkpoint of a run.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes too.")] = None,

@@ -22,12 +22,12 @@ from diffusers.pipelines.sana.pipeline_sana import SanaPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.quality.prompt_following import FLOOR_ROWS, SHADES, SKY_ROWS, object_core, read_color
+from benchmarks.quality.colors import FLOOR_ROWS, SHADES, SKY_ROWS, object_core, read_color
 from benchmarks.quality.prompt_sheet import write_prompt_sheet
-from giantleap.training.pocket.captions import POSITIONS, SHAPES, SIZES, Slots
-from giantleap.training.pocket.stride4.prompts import Prompt, draw_prompt, prompt_caption
-from giantleap.training.pocket.stride4.still_life import render_still_life
-from giantleap.training.pocket.stride4.studio import IMAGE_PX, draw_studio
+from giantleap.training.pocket.drawing.captions import POSITIONS, SHAPES, SIZES, Slots
+from giantleap.training.pocket.drawing.prompts import Prompt, draw_prompt, prompt_caption
+from giantleap.training.pocket.drawing.still_life import render_still_life
+from giantleap.training.pocket.studio import IMAGE_PX, draw_studio
 from giantleap.training.pocket.tokenizer import MAX_TOKENS
 
 SCORES = ("floor", "sky", "color", "shape", "position", "size", "two objects")

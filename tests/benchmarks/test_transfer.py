@@ -4,10 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
 
-from benchmarks.transfer import HELD_OUT, judge, plan, table, variants_of, write_pictures
-from giantleap.training.pocket.vae import Pool
+from benchmarks.transfer import judge, make_bundle, plan, table, variants_of
+from giantleap.models.bundle.bundle import read_bundle
+from giantleap.training.data.frozen_vae import read_vae
+from giantleap.training.pocket.drawing.leaves import draw_leaves
+from giantleap.training.pocket.network import BlockPca
+from giantleap.training.pocket.pictures import to_images
 
 
 def test_variants_differ_in_start_and_length_alone() -> None:
@@ -37,15 +41,13 @@ def test_a_figure_says_how_far_the_transfer_is_ahead() -> None:
     assert len(table(figures).splitlines()) == 5
 
 
-def test_pictures_are_seeded_and_not_drawn_twice(tmp_path: Path) -> None:
-    pool = Pool(tmp_path / "pool", leaf_count=2, scene_count=2, held_out_count=2, leaf_px=64, scene_px=64)
-    write_pictures(tmp_path / "pictures", pool, 1)
-    paths = sorted((tmp_path / "pictures").iterdir())
-    assert len(paths) == 1 + HELD_OUT
-    before = [np.asarray(Image.open(path)) for path in paths]
-    assert before[0].shape == (256, 256, 3) and not np.array_equal(before[1], before[2])
-    paths[1].unlink()
-    written_ns = paths[0].stat().st_mtime_ns
-    write_pictures(tmp_path / "pictures", pool, 1)
-    assert np.array_equal(np.asarray(Image.open(paths[1])), before[1])
-    assert paths[0].stat().st_mtime_ns == written_ns
+def test_the_other_autoencoder_starts_at_the_principal_components(tmp_path: Path) -> None:
+    leaves = np.stack([draw_leaves(np.random.default_rng((7, i)), 96) for i in range(3)])
+    make_bundle(tmp_path / "pocket12", leaves)
+    bundle = read_bundle(tmp_path / "pocket12")
+    assert (bundle.latent_space.channels, bundle.latent_space.stride_px) == (12, 4)
+    vae, pictures = read_vae(bundle, torch.device("cpu"), torch.float32), to_images(leaves)
+    codes = vae.encode(pictures)
+    expected = BlockPca.fit(pictures, 12)
+    torch.testing.assert_close(codes, expected.encode(pictures), rtol=0.01, atol=0.02)
+    torch.testing.assert_close(vae.decode(codes), expected.decode(codes), rtol=0.05, atol=0.05)

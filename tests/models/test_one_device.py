@@ -37,7 +37,6 @@ LOSSES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     losses.downsampled_l1,
     losses.high_frequency_l1,
     losses.eagle,
-    losses.reconstruction,
 )
 
 

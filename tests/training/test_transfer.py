@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -22,7 +21,7 @@ from giantleap.models.lua.spec import LuaSpec
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.data.pairs_store import PairsStore
 from giantleap.training.data.prepare import PrepareConfig, prepare
-from giantleap.training.pocket.bundle import write_vae_bundle
+from giantleap.training.pocket.bundle import write_autoencoder_bundle
 from giantleap.training.run import DistributedContext
 from giantleap.training.run_config import ConfigError
 from giantleap.training.transfer import (
@@ -35,6 +34,7 @@ from giantleap.training.transfer import (
     transfer,
     transfer_and_train,
 )
+from tests.tiny_pipelines import tiny_dc_vae
 from tests.training.pictures import write_pictures
 
 CPU = torch.device("cpu")
@@ -235,18 +235,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("transfer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 8, 8),
-            norm_num_groups=4,
-            layers_per_block=1,
-            latent_channels=4,
-            scaling_factor=1.0,
-            mid_block_add_attention=False,
-        )
-    vae.save_pretrained(folder / "vae")
-    write_vae_bundle(folder / "four", folder / "vae", "four")
+        autoencoder = tiny_dc_vae(latent_channels=4, channels=(8, 8, 8, 8), attention=0)
+    write_autoencoder_bundle(folder / "four", autoencoder)
     write_pictures(folder / "pictures", 4, 128, 64)
     prepare(PrepareConfig(folder / "pictures", folder / "four", folder / "pairs", 64, 64), CPU)
     (folder / "config.toml").write_text(CONFIG)

@@ -1,4 +1,4 @@
-"""Options that several commands of `training/pocket/__main__.py` and `training/pocket/stride4/__main__.py` share."""
+"""Options that several commands of `training/pocket/__main__.py` share."""
 
 import re
 from typing import Annotated

@@ -1,22 +1,20 @@
-"""Train the pocket bundle's pixel-space SwinIR networks, one per scale, on procedural pictures.
+"""Train the pocket bundle's pixel-space SwinIR networks, one per scale, on the adapter's pictures.
 
-In use they upscale images that the pocket VAE decoded, so half of the inputs pass that VAE and half are clean; the
-target is the picture at full size, the loss L1. Pictures come from a pool or from files. The network is an RGB `Lua`
-that starts as bicubic interpolation; its file has the published single-head layout, which `models/engines/swinir.py`
-opens.
+In use they upscale images that the pocket autoencoder decoded, so half of the inputs pass it and half are clean; the
+target is the picture at full size, the loss L1. The network is an RGB `Lua` that starts as bicubic interpolation; its
+file has the published single-head layout, which `models/engines/swinir.py` opens.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
@@ -26,21 +24,16 @@ from tqdm import tqdm
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua, LuaSpec, ScaleHead
 from giantleap.models.lua.released_layouts import RGB_MEAN
+from giantleap.training.evaluation.cases import shrink
 from giantleap.training.optim import Budget, Ema, MuonAdamW, cosine_rate
-from giantleap.training.pocket.lua import shrink
-from giantleap.training.pocket.state import TrainState, smoothed
-from giantleap.training.pocket.vae import Pictures, Pool, psnr_db, train_steps, write_log
+from giantleap.training.pocket.autoencoder import psnr_db
+from giantleap.training.pocket.state import TrainState, smoothed, train_steps, write_log
 
 Pixels = NDArray[np.uint8]
 
-PICTURE_PX = 512  # side of a drawn picture
-SMALL_PX = 128  # side of a small picture: the base image of the pocket bundle
 CROP_PX = 32  # side of a small crop: four windows
 BATCH = 8
 DECODED_SHARE = 0.5  # share of the inputs
-PAIR_COUNT = {2: 1200, 4: 480}
-HELD_OUT_COUNT = 8
-ENCODE_BATCH = 4
 MUON_LR = 0.01
 EMA_DECAY = 0.998
 SAVE_EVERY_S = 90.0
@@ -126,30 +119,16 @@ def _to_pixels(images: Tensor) -> Pixels:
     return levels
 
 
-def make_pairs(vae: AutoencoderKL, source: Pictures, scale: int, small_px: int, count: int, seed: int) -> PicturePairs:
-    """Cut `count` pictures, reduce them to `small_px`, and pass the reductions through the VAE."""
-    rng = np.random.default_rng((seed, scale))
-    starts = range(0, count, ENCODE_BATCH)
-    batches = (source.crops(rng, min(ENCODE_BATCH, count - start), scale * small_px) for start in starts)
-    return _pair(vae, batches, len(starts), scale)
-
-
-def read_pairs(vae: AutoencoderDC, files: Sequence[Path], scale: int) -> PicturePairs:
-    """Read square pictures of one size, reduce them, and pass the reductions through the VAE."""
-    batches = (to_images(np.array(Image.open(file).convert("RGB"))[None]) * 2.0 - 1.0 for file in files)
-    return _pair(vae, batches, len(files), scale)
-
-
 @torch.no_grad()
-def _pair(vae: AutoencoderKL | AutoencoderDC, batches: Iterable[Tensor], count: int, scale: int) -> PicturePairs:
+def read_pairs(vae: AutoencoderDC, files: Sequence[Path], scale: int) -> PicturePairs:
+    """Read square pictures of one size, reduce them, and pass the reductions through the autoencoder."""
     large, clean, decoded = [], [], []
-    for images in tqdm(batches, total=count, desc=f"pairs x{scale}", unit="batch", mininterval=5.0):
+    for file in tqdm(files, desc=f"pairs x{scale}", unit="img", mininterval=5.0):
+        images = to_images(np.array(Image.open(file).convert("RGB"))[None]) * 2.0 - 1.0
         small = shrink(images, scale)
-        encoded = vae.encode(small)
-        latents = encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latent_dist.mode()
         large.append(_to_pixels(images))
         clean.append(_to_pixels(small))
-        decoded.append(_to_pixels(vae.decode(latents).sample))
+        decoded.append(_to_pixels(vae.decode(vae.encode(small).latent).sample))
     return PicturePairs(np.concatenate(large), np.concatenate(clean), np.concatenate(decoded))
 
 
@@ -187,16 +166,6 @@ def validate(net: Lua, pairs: PicturePairs) -> dict[str, float]:
     return scores
 
 
-def pool_pairs(vae_dir: Path, pool: Pool, scale: int, seed: int) -> tuple[PicturePairs, PicturePairs]:
-    """Pairs to train on, and held-out ones, of a pool's pictures."""
-    vae: Any = AutoencoderKL.from_pretrained(vae_dir)  # missing in the library's annotations
-    frozen = vae.float().requires_grad_(False).eval()
-    small_px = min(SMALL_PX, pool.leaf_px // scale)
-    count, held_out_count = min(PAIR_COUNT[scale], 4 * pool.leaf_count), min(HELD_OUT_COUNT, pool.held_out_count)
-    pairs = make_pairs(frozen, pool.read(seed), scale, small_px, count, seed)
-    return pairs, make_pairs(frozen, pool.read_held_out(seed), scale, small_px, held_out_count, seed)
-
-
 def train_swinir(
     out: Path, pairs: PicturePairs, held_out: PicturePairs, start: Path | None, budget: Budget, seed: int, resume: bool
 ) -> None:
@@ -219,7 +188,7 @@ def train_swinir(
     if resume:
         state.read(out / "state.pt")
     smooth = math.nan
-    for progress in train_steps(state, budget, f"swinir x{scale}"):
+    for progress in train_steps(state, budget):
         small, large = pairs.draw(state.rng, BATCH, CROP_PX)
         with torch.autocast("cpu", torch.bfloat16):
             upscaled = net(small, scale)

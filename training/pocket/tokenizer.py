@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Regex, normalizers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-from giantleap.training.pocket.captions import known_words
+from giantleap.training.pocket.drawing.captions import known_words
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 32
@@ -23,7 +23,7 @@ Pair = tuple[str, str]
 
 
 def open_tokenizer() -> CLIPTokenizer:
-    """Build the tokenizer from the words of `giantleap.training.pocket.captions`; ids depend on nothing else.
+    """Build the tokenizer from the words of `giantleap.training.pocket.drawing.captions`; ids depend on nothing else.
 
     Raises:
         graphlib.CycleError: No order of merges works for all words; rename one of them.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from benchmarks.quality import stride4
 from giantleap.models.lua.network import Lua, LuaSpec
-from giantleap.training.pocket.stride4.network import BlockPca, make_autoencoder, start_at_pca
+from giantleap.training.pocket.network import BlockPca, make_autoencoder, start_at_pca
 
 CHANNELS = 47  # nearly transparent
 

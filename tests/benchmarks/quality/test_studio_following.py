@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks.quality.studio_following import Seen, draw_truth, grade, read_pictures, score, train_judge
-from giantleap.training.pocket.captions import Slots
-from giantleap.training.pocket.stride4.prompts import Prompt, draw_prompt
+from giantleap.training.pocket.drawing.captions import Slots
+from giantleap.training.pocket.drawing.prompts import Prompt, draw_prompt
 
 PAIR = Prompt(
     Slots("sphere", "red", "green", "white", "left", "large"), Slots("cube", "blue", None, None, "right", "large")

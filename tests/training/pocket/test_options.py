@@ -21,6 +21,6 @@ def test_what_is_no_length_is_refused(text: str) -> None:
 
 
 def test_the_command_line_says_which_lengths_there_are() -> None:
-    ended = CliRunner().invoke(app, ["vae", "--length", "30s"])
+    ended = CliRunner().invoke(app, ["autoencoder", "--length", "30s"])
     assert ended.exit_code == 2 and "30m" in ended.output
-    assert "[default: 30m]" in CliRunner().invoke(app, ["vae", "--help"], env={"COLUMNS": "160"}).output
+    assert "[default: 46m]" in CliRunner().invoke(app, ["autoencoder", "--help"], env={"COLUMNS": "160"}).output

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -16,14 +16,13 @@ from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.engines.swinir import PixelUpscaler
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua
+from giantleap.training.evaluation.cases import shrink
 from giantleap.training.optim import Budget
-from giantleap.training.pocket.leaves import draw_leaves
-from giantleap.training.pocket.lua import shrink
-from giantleap.training.pocket.stride4.network import make_autoencoder
+from giantleap.training.pocket.autoencoder import psnr_db
+from giantleap.training.pocket.drawing.leaves import draw_leaves
+from giantleap.training.pocket.network import make_autoencoder
 from giantleap.training.pocket.swinir import (
     PicturePairs,
-    make_pairs,
-    pool_pairs,
     read_pairs,
     start_as_bicubic,
     swinir_spec,
@@ -31,19 +30,21 @@ from giantleap.training.pocket.swinir import (
     train_swinir,
     write_swinir,
 )
-from giantleap.training.pocket.vae import Pictures, Pool, make_vae, psnr_db
 
 
 @pytest.fixture(scope="module")
-def vae() -> AutoencoderKL:
+def vae() -> AutoencoderDC:
     torch.manual_seed(0)
-    return make_vae().requires_grad_(False).eval()
+    return make_autoencoder().requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Pictures:
-    leaves = np.stack([draw_leaves(np.random.default_rng((7, i)), 128) for i in range(2)])
-    return Pictures(leaves, leaves)
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two pictures of 128 px."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(2):
+        Image.fromarray(draw_leaves(np.random.default_rng((7, index)), 128)).save(folder / f"{index}.png")
+    return sorted(folder.iterdir())
 
 
 def fresh(scale: int) -> Lua:
@@ -54,8 +55,8 @@ def fresh(scale: int) -> Lua:
 
 
 @pytest.mark.parametrize("scale", [2, 4])
-def test_an_untrained_network_enlarges_nearly_bicubically(scale: int, pictures: Pictures) -> None:
-    large = to_images(pictures.leaves[:1, :96, :96]) * 2.0 - 1.0
+def test_an_untrained_network_enlarges_nearly_bicubically(scale: int) -> None:
+    large = to_images(draw_leaves(np.random.default_rng((7, 0)), 96)[None]) * 2.0 - 1.0
     small = (shrink(large, scale) + 1.0) / 2.0
     bicubic = F.interpolate(small, scale_factor=float(scale), mode="bicubic")
     with torch.no_grad():
@@ -81,33 +82,17 @@ def test_the_bicubic_start_leaves_no_weight_without_gradient(scale: int) -> None
     assert still == []
 
 
-def test_pairs_hold_the_shrunk_picture_and_its_decode(vae: AutoencoderKL, pictures: Pictures) -> None:
-    pairs = make_pairs(vae, pictures, 2, 32, 5, seed=0)
-    assert pairs.scale == 2
-    assert [part.shape for part in (pairs.large, pairs.clean, pairs.decoded)] == [
-        (5, 64, 64, 3), (5, 32, 32, 3), (5, 32, 32, 3),
-    ]  # fmt: skip
-    large = to_images(pairs.large) * 2.0 - 1.0
-    small = to_images(pairs.clean) * 2.0 - 1.0
-    assert float((shrink(large, 2) - small).abs().max()) <= 1.01 * 2 / 255
-    with torch.no_grad():
-        decoded = vae.decode(vae.encode(small).latent_dist.mode()).sample.clamp(-1.0, 1.0)
-    assert float((to_images(pairs.decoded) * 2.0 - 1.0 - decoded).abs().max()) < 1.01 * 2 / 255
-    again = make_pairs(vae, pictures, 2, 32, 5, seed=0)
-    assert np.array_equal(again.large, pairs.large)
-
-
-def test_pairs_of_files_are_those_of_their_pictures(pictures: Pictures, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    vae = make_autoencoder().requires_grad_(False).eval()
-    for index, picture in enumerate(pictures.leaves):
-        Image.fromarray(picture).save(tmp_path / f"{index}.png")
-    pairs = read_pairs(vae, sorted(tmp_path.glob("*.png")), 4)
+def test_pairs_hold_the_shrunk_picture_and_its_decode(vae: AutoencoderDC, files: list[Path]) -> None:
+    pairs = read_pairs(vae, files, 4)
     assert pairs.scale == 4
-    assert np.array_equal(pairs.large, pictures.leaves)
-    small = to_images(pairs.clean) * 2.0 - 1.0
-    decoded = vae.decode(vae.encode(small).latent).sample.clamp(-1.0, 1.0)
-    assert float((to_images(pairs.decoded) * 2.0 - 1.0 - decoded).abs().mean()) < 0.02
+    assert [part.shape for part in (pairs.large, pairs.clean, pairs.decoded)] == [
+        (2, 128, 128, 3), (2, 32, 32, 3), (2, 32, 32, 3),
+    ]  # fmt: skip
+    large, small = (to_images(part) * 2.0 - 1.0 for part in (pairs.large, pairs.clean))
+    assert float((shrink(large, 4) - small).abs().max()) <= 1.01 * 2 / 255
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(small).latent).sample.clamp(-1.0, 1.0)
+    assert float((to_images(pairs.decoded) * 2.0 - 1.0 - decoded).abs().max()) < 1.01 * 2 / 255
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -149,15 +134,9 @@ def test_the_file_has_the_published_keys_and_opens_as_the_same_network(scale: in
     torch.testing.assert_close(opened.upscale(images, scale), expected, rtol=0, atol=1e-5)
 
 
-def test_a_run_writes_its_files_and_resumes(vae: AutoencoderKL, pictures: Pictures, tmp_path: Path) -> None:
-    vae.save_pretrained(tmp_path / "vae")
-    pool = Pool(tmp_path / "pool", leaf_count=2, scene_count=2, held_out_count=2, leaf_px=128, scene_px=128)
-    pool.folder.mkdir()
-    for seed in (0, 1):
-        for kind in ("leaves", "scenes"):
-            np.save(pool.folder / f"{kind}_{seed}_128_2.npy", pictures.leaves)
+def test_a_run_writes_its_files_and_resumes(vae: AutoencoderDC, files: list[Path], tmp_path: Path) -> None:
     out, small = tmp_path / "x2", tmp_path / "x2" / "swinir_x2.safetensors"
-    pairs = pool_pairs(tmp_path / "vae", pool, 2, 0)
+    pairs = read_pairs(vae, files[:1], 2), read_pairs(vae, files[1:], 2)
     train_swinir(out, *pairs, None, Budget(steps=2), 0, False)
     first = read_lua(small)
     train_swinir(out, *pairs, None, Budget(steps=2), 0, True)  # its budget is spent already
@@ -168,7 +147,8 @@ def test_a_run_writes_its_files_and_resumes(vae: AutoencoderKL, pictures: Pictur
     assert {"clean_gain", "decoded_gain"} <= log[0].keys()
     trained = read_lua(small)
     assert not torch.equal(trained.conv_first.weight, first.conv_first.weight)
-    train_swinir(tmp_path / "x4", *pool_pairs(tmp_path / "vae", pool, 4, 0), small, Budget(steps=1), 0, False)
+    pairs = read_pairs(vae, files[:1], 4), read_pairs(vae, files[1:], 4)
+    train_swinir(tmp_path / "x4", *pairs, small, Budget(steps=1), 0, False)
     larger = read_lua(tmp_path / "x4" / "swinir_x4.safetensors")
     key = "layers.1.residual_group.blocks.3.mlp.fc2.weight"
     taken, own = trained.state_dict()[key], larger.state_dict()[key]

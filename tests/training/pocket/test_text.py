@@ -1,159 +1,174 @@
-"""The text-to-latent training learns, resumes, and leaves a pipeline that stock diffusers opens."""
+"""The text training of stride 4 learns, resumes exactly, and leaves a stock SanaPipeline."""
 
+import inspect
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import SanaPipeline
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from transformers import PreTrainedTokenizerFast
 
-from giantleap.training.optim import Budget
+from giantleap.training.optim import Budget, MuonAdamW
 from giantleap.training.pocket import text as pocket_text
-from giantleap.training.pocket.captions import known_words
-from giantleap.training.pocket.scenes import write_pool
+from giantleap.training.pocket.network import SCALING_FACTOR, make_autoencoder
+from giantleap.training.pocket.state import TrainState
+from giantleap.training.pocket.studio import write_pool
 from giantleap.training.pocket.text import (
+    ADAM_NAMES,
     EARLY_SHIFTS,
-    LATE_SHIFTS,
+    Recipe,
     TextToLatent,
-    compass_loss,
     draw_sigma,
+    falling_rate,
     flow_loss,
-    low_level_features,
-    make_optimizer,
     make_scheduler,
-    to_tokens,
+    make_text_encoder,
+    picture_gains,
+    tokenize,
+    train_reader,
     train_text,
 )
-from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_tokenizer
+from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_sana_tokenizer, open_tokenizer
+
+SMALL = Recipe(batch=2, width=64, depth=1, is_bfloat16=False)
 
 
-def small_network() -> TextToLatent:
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderDC:
     torch.manual_seed(0)
-    return TextToLatent(len(open_tokenizer()), (32, 32, 32))
+    return make_autoencoder().eval()
 
 
-def test_every_known_word_is_one_token_and_no_other_word_is() -> None:
-    tokenizer = open_tokenizer()
-    assert all(len(tokenizer.tokenize(word)) == 1 for word in known_words())
-    strangers = ("dog", "re", "gre", "sp", "spheres", "rred", "floo", "é", "ed", "nk", "3")
-    for word in strangers:
-        pieces = tokenizer.tokenize(word)
-        assert len(pieces) > 1 or pieces == [tokenizer.unk_token], word
-
-
-def test_tokens_survive_saving(tmp_path: Path) -> None:
-    tokenizer = open_tokenizer()
-    tokenizer.save_pretrained(tmp_path)
-    caption = ["A Large red SPHERE on a green floor, on the left", ""]
-    again = type(tokenizer).from_pretrained(tmp_path)
-    assert torch.equal(to_tokens(tokenizer, caption), to_tokens(again, caption))
-    assert to_tokens(tokenizer, caption).shape == (2, MAX_TOKENS)
-
-
-def test_sampler_times_are_thousandths_of_its_noise_levels() -> None:
-    scheduler = make_scheduler()
-    scheduler.set_timesteps(20)
-    assert scheduler.init_noise_sigma == 1.0
-    assert np.allclose(scheduler.timesteps.numpy() / 1000, scheduler.sigmas[:-1].numpy(), atol=1.1e-3)
-    assert scheduler.sigmas[0] > 0.99 and scheduler.sigmas[-1] == 0.0
-
-
-def test_sampler_follows_the_velocity_of_the_loss_back_to_the_latent() -> None:
-    scheduler = make_scheduler()
-    scheduler.set_timesteps(12)
-    latent, noise = torch.randn(1, 16, 4, 4), torch.randn(1, 16, 4, 4)
-    sample = noise
-    for timestep in scheduler.timesteps:
-        (sample,) = scheduler.step(noise - latent, timestep, sample, return_dict=False)
-    assert torch.allclose(sample, latent, atol=0.02)
-
-
-def test_loss_moves_both_networks() -> None:
-    network, tokenizer = small_network(), open_tokenizer()
-    optimizer = make_optimizer(network, 0.02, 1e-3)
-    before = {name: value.detach().clone() for name, value in network.named_parameters()}
-    torch.manual_seed(1)
-    latents, tokens = torch.randn(4, 16, 16, 16), to_tokens(tokenizer, ["a red cube"] * 4)
-    for _ in range(3):  # the first steps open the zero-initialised layers for the gradient behind them
-        flow_loss(network, latents, tokens, draw_sigma(4), torch.randn_like(latents)).backward()
-        optimizer.step(1.0)
-    moved = {name.split(".")[0] for name, value in network.named_parameters() if not torch.equal(value, before[name])}
-    assert moved == {"text_encoder", "unet"}
-
-
-def test_caption_changes_the_velocity_after_a_step() -> None:
-    network, tokenizer = small_network(), open_tokenizer()
-    optimizer = make_optimizer(network, 0.02, 1e-3)
-    latents = torch.randn(4, 16, 16, 16)
-    tokens = to_tokens(tokenizer, ["a red cube", "", "a blue cone", "right"])
-    for _ in range(3):
-        flow_loss(network, latents, tokens, draw_sigma(4), torch.randn_like(latents)).backward()
-        optimizer.step(1.0)
-    sigma = torch.full((4,), 0.9)
-    with torch.no_grad():
-        assert not torch.allclose(network(latents, sigma, tokens), network(latents, sigma, tokens.flip(0)), atol=1e-5)
-
-
-def test_compass_teaches_the_unet_left_from_right() -> None:
-    network, tokenizer = small_network(), open_tokenizer()
-    optimizer = make_optimizer(network, 0.02, 3e-3)
-    tokens, losses = to_tokens(tokenizer, [""] * 4), []
-    for _ in range(12):
-        latents = torch.randn(4, 16, 16, 16)
-        with low_level_features(network.unet) as features:
-            network(latents, torch.full((4,), 0.9), tokens)
-        losses.append(compass_loss(network, features))
-        losses[-1].backward()
-        optimizer.step(1.0)
-    assert len(features) == 3
-    assert losses[-1] < 0.8 * losses[0]
-    with low_level_features(network.unet) as features:
-        pass
-    network(latents, torch.full((4,), 0.9), tokens)
-    assert features == []
-
-
-def test_noise_levels_lean_to_high_noise_until_the_late_part() -> None:
-    early = draw_sigma(4000, EARLY_SHIFTS, torch.Generator().manual_seed(0))
-    late = draw_sigma(4000, LATE_SHIFTS, torch.Generator().manual_seed(0))
-    assert early.min() > 0.0 and early.max() < 1.0
-    assert late.median() < 0.7 < 0.78 < early.median() < 0.9
+@pytest.fixture(scope="module")
+def scenes(vae: AutoencoderDC, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    write_pool(folder, vae, 6, seed=0)
+    return folder
 
 
 @pytest.fixture
-def vae_folder(tmp_path: Path) -> Path:
-    vae: Any = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=1,
-        sample_size=128,
-        scaling_factor=1.0,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    vae.save_pretrained(tmp_path / "vae")
-    return tmp_path / "vae"
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pocket_text, "READER_STEPS", 2)
+    monkeypatch.setattr(pocket_text, "HELD_OUT", 2)
 
 
-def test_training_resumes_and_leaves_a_stock_pipeline(
-    tmp_path: Path, vae_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_instruction_before_a_prompt_is_dropped(tmp_path: Path) -> None:
+    lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    open_sana_tokenizer().save_pretrained(tmp_path)
+    for tokenizer in (open_sana_tokenizer(), PreTrainedTokenizerFast.from_pretrained(tmp_path)):
+        for prompt in ("a large red sphere on the left", "", "a dog, a red cube"):
+            assert tokenizer("\n".join(lines) + prompt).input_ids == open_tokenizer()(prompt).input_ids
+
+
+def test_sampler_follows_the_clean_latents_of_the_network() -> None:
+    scheduler = make_scheduler()
+    scheduler.set_timesteps(12)
+    clean, sample = torch.randn(1, 24, 4, 4), torch.randn(1, 24, 4, 4)
+    for timestep in scheduler.timesteps:
+        (sample,) = scheduler.step(clean, timestep, sample, return_dict=False)
+    assert torch.allclose(sample, clean, atol=1e-5)
+
+
+def test_error_of_the_clean_latents_counts_as_that_of_the_velocity() -> None:
+    network = TextToLatent(len(open_sana_tokenizer()), SMALL)  # its last layer is zero: it predicts zeros
+    latents, sigma = torch.ones(2, 24, 32, 32), torch.tensor([0.5, 0.01])
+    captions = tokenize(open_sana_tokenizer(), ["a red cube", ""])
+    loss = flow_loss(network, latents, captions, sigma, torch.zeros_like(latents), torch.ones(24), is_bfloat16=False)
+    assert float(loss.detach()) == pytest.approx((1 / 0.5**2 + 1 / pocket_text.SIGMA_FLOOR**2) / 2)
+
+
+def test_a_channel_counts_by_what_it_changes_in_the_picture(vae: AutoencoderDC) -> None:
+    torch.manual_seed(0)
+    latents = torch.randn(2, 24, 8, 8)
+    deaf = make_autoencoder().eval()
+    deaf.load_state_dict(vae.state_dict())
+    first = deaf.decoder.conv_in
+    with torch.no_grad():
+        first.weight[:, 3] = 0.0  # hears channel 3 by no way
+    gains = picture_gains(deaf, latents)
+    assert gains.shape == (24,)
+    assert float(gains.mean()) == pytest.approx(1.0)
+    assert float(gains[3]) < 1e-6 < float(gains[2])
+
+
+def test_caption_changes_the_picture_after_steps() -> None:
+    torch.manual_seed(0)
+    network, tokenizer = TextToLatent(len(open_sana_tokenizer()), SMALL), open_sana_tokenizer()
+    optimizer = MuonAdamW(network.named_parameters(), 0.02, 1e-3, ADAM_NAMES)
+    latents = torch.randn(4, 24, 32, 32)
+    captions = tokenize(tokenizer, ["a red cube", "", "a blue cone", "right"])
+    for _ in range(3):
+        sigma = draw_sigma(4, EARLY_SHIFTS)
+        flow_loss(
+            network, latents, captions, sigma, torch.randn_like(latents), torch.ones(24), is_bfloat16=False
+        ).backward()
+        optimizer.step(1.0)
+    other = tokenize(tokenizer, ["right", "a blue cone", "", "a red cube"])
+    with torch.no_grad():
+        one, two = (network(latents, torch.full((4,), 0.9), words) for words in (captions, other))
+    assert not torch.allclose(one, two, atol=1e-5)
+
+
+def test_text_encoder_learns_to_read_slots() -> None:
+    torch.manual_seed(0)
+    tokenizer = open_sana_tokenizer()
+    few, more = (train_reader(make_text_encoder(len(tokenizer)), tokenizer, steps, seed=0) for steps in (2, 60))
+    assert more > few + 0.2
+
+
+def test_rate_warms_up_stays_and_falls_to_zero() -> None:
+    assert falling_rate(0.0, 0) == pytest.approx(0.02)
+    assert falling_rate(0.3, 1000) == 1.0
+    assert falling_rate(1.0, 1000) == 0.0
+
+
+def test_rate_of_a_run_with_a_start_is_lower_and_falls_all_the_time() -> None:
+    assert [falling_rate(share, 1000, has_start=True) for share in (0.0, 0.5, 1.0)] == pytest.approx([0.4, 0.2, 0.0])
+
+
+def test_stopped_run_goes_on_as_if_it_had_not_been(
+    scenes: Path, vae: AutoencoderDC, tmp_path: Path, short: None
 ) -> None:
-    monkeypatch.setattr(pocket_text, "HELD_OUT", 4)
-    scenes, out = tmp_path / "scenes", tmp_path / "out"
-    write_pool(scenes, 12, seed=0)
-    train_text(out, scenes, vae_folder, Budget(steps=2), seed=0, resume=False, threads=1, batch=2)
-    train_text(out, scenes, vae_folder, Budget(steps=3), seed=0, resume=True, threads=1, batch=2)
-    steps = [line.split(",")[0] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert steps == ['{"step": 2', '{"step": 3']
+    train_text(tmp_path / "whole", scenes, vae, Budget(steps=4), 0, False, SMALL)
+    # A budget's length shapes the rate, so the first half of the same run is stopped by hand.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pocket_text, "train_steps", lambda *_, **__: iter((0.0, 0.25)))
+        patch.setattr(TrainState, "is_due", lambda state, *_: state.step == 2)
+        train_text(tmp_path / "parts", scenes, vae, Budget(steps=4), 0, False, SMALL)
+    train_text(tmp_path / "parts", scenes, vae, Budget(steps=4), 0, True, SMALL)
+    whole, parts = (torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 4
+    assert all(torch.equal(whole["network"][name], value) for name, value in parts["network"].items())
 
-    pipeline = DiffusionPipeline.from_pretrained(out / "pipeline")
+
+def test_pipeline_is_stock_and_draws(scenes: Path, vae: AutoencoderDC, tmp_path: Path, short: None) -> None:
+    train_text(tmp_path, scenes, vae, Budget(steps=1), 0, False, SMALL)
+    pipeline = SanaPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
-    assert type(pipeline).__name__ == "StableDiffusionPipeline"
-    assert {module.dtype for module in (pipeline.vae, pipeline.unet, pipeline.text_encoder)} == {torch.float32}
-    image = pipeline("a red cube", num_inference_steps=2, output_type="np").images[0]
-    assert image.shape == (128, 128, 3) and np.isfinite(image).all()
+    assert pipeline.vae.config.scaling_factor == SCALING_FACTOR
+    pictures = pipeline(
+        ["a red cube", "a large blue sphere on the left"],
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        width=128,
+        height=128,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(2)],
+        max_sequence_length=MAX_TOKENS,
+        use_resolution_binning=False,
+        output_type="np",
+    ).images
+    assert pictures.shape == (2, 128, 128, 3)
+    assert np.isfinite(pictures).all()
+
+
+def test_a_run_of_small_tokens_begins_with_one_of_large_ones(
+    scenes: Path, vae: AutoencoderDC, tmp_path: Path, short: None
+) -> None:
+    train_text(tmp_path / "large", scenes, vae, Budget(steps=1), 0, False, SMALL)
+    fine = replace(SMALL, patch=2)
+    train_text(tmp_path / "fine", scenes, vae, Budget(steps=1), 0, False, fine, tmp_path / "large" / "state.pt")
+    pipeline = SanaPipeline.from_pretrained(tmp_path / "fine" / "pipeline")
+    assert pipeline.transformer.config.patch_size == 2
