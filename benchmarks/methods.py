@@ -6,34 +6,31 @@ protocol of `giantleap.service.worker.timing` with fewer runs, one method after 
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from PIL import Image, ImageDraw
-from torch import Tensor
+from PIL import Image
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
+from giantleap.cli.paper.sheet import write_sheet
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import REDIFFUSION, Method
 from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.generation.generator import GenerationItem
-from giantleap.models.route import Route
+from giantleap.models.route import Route, run_once
 from giantleap.service.worker.timing import ProtocolPlan, ProtocolResult, time_runs, to_result, to_table
 
 PROMPT = "a large red sphere on a green floor under a blue sky, in the centre"
-HEAD_PX = 20
-CELL_PX = 256
 
 
-def draw_row(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int) -> dict[str, Tensor]:
+def draw_row(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int) -> dict[str, Image.Image]:
     """Generate one prompt by every method that has the scale, after the base image.
 
     Returns:
-        Pixels [height_px, width_px, 3], uint8, by the name of the method; "base" is the image at scale 1.
+        Images by the name of the method; "base" is the image at scale 1.
     """
     images = {"base": _draw(route, bundle, prompt, seed, 1, "bicubic")}
     for method in enlarging_methods(bundle):
@@ -47,42 +44,14 @@ def enlarging_methods(bundle: Bundle) -> list[Method]:
     return [method for method in bundle.methods if method not in REDIFFUSION]
 
 
-def _draw(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int, method: Method) -> Tensor:
+def _draw(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int, method: Method) -> Image.Image:
     defaults = bundle.defaults
-    factor = scale if method == "direct" else 1
-    width_px, height_px = factor * defaults.base_width_px, factor * defaults.base_height_px
-    item = GenerationItem(prompt, "", seed, width_px, height_px, defaults.steps, defaults.guidance_scale)
-    latents = [latent for latent in route.generate([item], method, scale) if latent is not None]
-    _, (image,) = route.upscale_and_decode(latents, scale, method, "exact", route.clock())
+    size = (defaults.base_width_px, defaults.base_height_px)
+    item = GenerationItem(prompt, "", seed, *size, defaults.steps, defaults.guidance_scale)
+    _, image = run_once(route, item, scale, method)
     if image is None:
         raise RuntimeError(f"{method} x{scale} of {prompt!r} has values that are not finite")
-    return image
-
-
-def write_sheet(rows: Sequence[tuple[str, dict[str, Tensor]]], path: Path) -> None:
-    """Write one row per scale and one column per method, all of the same central crop."""
-    columns = list(dict.fromkeys(name for _, images in rows for name in images))
-    sheet = Image.new("RGB", (len(columns) * CELL_PX, len(rows) * (HEAD_PX + CELL_PX)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (title, images) in enumerate(rows):
-        top = row * (HEAD_PX + CELL_PX)
-        largest_px = max(image.shape[1] for image in images.values())
-        for name, image in images.items():
-            left = columns.index(name) * CELL_PX
-            label = (
-                f"{title}: base, pixels repeated" if name == "base" else f"{name} {image.shape[1]}x{image.shape[0]} px"
-            )
-            pen.text((left + 4, top + 4), label, fill="black")
-            sheet.paste(to_cell(Image.fromarray(image.numpy()), largest_px), (left, top + HEAD_PX))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, optimize=True)
-
-
-def to_cell(image: Image.Image, largest_px: int) -> Image.Image:
-    """Return the central crop at `CELL_PX`; pixels of images smaller than the row's largest are repeated."""
-    side = min(image.width, CELL_PX * image.width // largest_px)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side)).resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST)
+    return Image.fromarray(image.numpy())
 
 
 def time_methods(route: Route, bundle: Bundle, warmups: int, runs: int) -> list[ProtocolResult]:

@@ -1,6 +1,7 @@
-"""`giantleap bench protocol` and `giantleap bench engines`: measurements on this machine.
+"""`giantleap bench protocol`, `engines` and `paper`: measurements on this machine.
 
-`giantleap.cli.main` mounts these commands; `giantleap.service.worker.timing` and `giantleap.cli.engine_bench` measure.
+`giantleap.cli.main` mounts these commands; `giantleap.service.worker.timing`, `giantleap.cli.engine_bench` and
+`giantleap.cli.paper.measure` measure.
 """
 
 import json
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from giantleap.cli.files import check_output_file, write_output
+from giantleap.cli.files import check_output_directory, check_output_file, write_output
 from giantleap.cli.options import (
     BundleOption,
     DeviceOption,
@@ -110,3 +111,40 @@ def engines(
     typer.echo(to_table(rows))
     if json_out is not None:
         write_output(json_out, "".join(f"{json.dumps(row.to_record())}\n" for row in rows).encode())
+
+
+@app.command()
+def paper(
+    out: Annotated[Path, typer.Option(help="Directory of the results; a run goes on with what is there.")],
+    captions: Annotated[Path | None, typer.Option(help="JSON list of prompts, used in turn; none: one prompt.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Methods, repeatable; by default all.")] = None,
+    scale: ScaleOption = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first image.", min=0)] = 42,
+    warmups: WarmupsOption = 20,
+    runs: RunsOption = 20,
+    bundle: BundleOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Time every method at every scale as Table 1 of the paper: JSON, a Markdown table and a sheet of crops."""
+    check_output_directory(out)
+    settings = settings_from(bundle=bundle, device=device)
+    served = read_bundles(settings)[0]
+    stop_if_on_hub(served)
+
+    from giantleap.cli.demo import PROMPT
+    from giantleap.cli.paper.measure import PaperBenchError, TablePlan, measure_table, plan_cells, read_captions
+
+    try:
+        plan = TablePlan(
+            cells=plan_cells(served, method or (), scale or served.scales),
+            captions=(PROMPT,) if captions is None else read_captions(captions),
+            steps=steps or served.defaults.steps,
+            seed=seed,
+            warmups=warmups,
+            runs=runs,
+        )
+        table = measure_table(open_bundle_route(settings, served), served, plan, out)
+    except PaperBenchError as error:
+        stop(str(error))
+    typer.echo(table)

@@ -118,7 +118,7 @@ def to_result(route: Route, plan: ProtocolPlan, runs_s: Sequence[Mapping[str, fl
         runs=plan.runs,
         refine=plan.refine,
         engine=route.engine,
-        device=_device_name(route.device),
+        device=device_name(route.device),
         dtype=str(route.dtype).removeprefix("torch."),
         torch_version=torch.__version__,
         machine=f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
@@ -154,5 +154,6 @@ def to_table(results: Sequence[ProtocolResult]) -> str:
     return "\n".join(lines)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The name of a GPU; `cpu` for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
