@@ -1,13 +1,14 @@
 """`giantleap bench paper` on random weights: what it fills, how it goes on, and what it refuses."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from giantleap.cli.paper import measure
 from giantleap.cli.paper.measure import (
     Cell,
     PaperBenchError,
@@ -18,7 +19,8 @@ from giantleap.cli.paper.measure import (
 )
 from giantleap.cli.paper.report import PAPER_S, to_markdown
 from giantleap.models.bundle.bundle import Bundle, read_bundle
-from giantleap.models.bundle.descriptor import METHODS
+from giantleap.models.bundle.descriptor import METHODS, Method
+from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.route import Route
 
 
@@ -70,14 +72,14 @@ def test_a_run_that_ended_early_goes_on_where_it_was(
     cells = (Cell("lua", 2), Cell("hidiffusion", 2))
     measure_table(route, bundle, plan_of(cells[0]), tmp_path)
     first = (tmp_path / "lua_x2.json").read_bytes()
-    measured = []
-    run_once = measure.run_once
+    measured: list[tuple[str, float]] = []
+    generate = route.generate
 
-    def record(route: Route, item: object, scale: float, method: str) -> object:
+    def record(items: Sequence[GenerationItem], method: Method, scale: float) -> list[Tensor | None]:
         measured.append((method, scale))
-        return run_once(route, item, scale, method)  # type: ignore[arg-type]
+        return generate(items, method, scale)
 
-    monkeypatch.setattr(measure, "run_once", record)
+    monkeypatch.setattr(route, "generate", record)
     table = measure_table(route, bundle, plan_of(*cells), tmp_path)
     assert measured == [("hidiffusion", 2)] * 3, "one warm-up and two runs"
     assert (tmp_path / "lua_x2.json").read_bytes() == first
