@@ -21,7 +21,7 @@ from giantleap.models.methods.hidiffusion import hidiffusion, plan_hidiffusion
 from giantleap.models.methods.lsrna import draw_lsrna, first_step
 from giantleap.models.methods.rectifiedhr import draw_rectifiedhr, plan_stages
 from giantleap.models.methods.scalecrafter import plan_scalecrafter, scalecrafter
-from giantleap.models.methods.steppers import Stepper, open_stepper, sample
+from giantleap.models.methods.steppers import FlowStepper, Stepper, open_stepper, sample
 from giantleap.models.methods.views import NoiseSource, Progress, View
 from giantleap.models.vae.autoencoder import Vae
 
@@ -132,7 +132,8 @@ class _Drawing:
         base, final = self._view(1), self._view(scale)
         places = (self._network.config.sample_size, self._space.stride_px)
         if method == "rectifiedhr":
-            stages = plan_stages(self._item.steps, scale)
+            # The authors' guidance is for networks that predict noise; flow matching has no published one.
+            stages = plan_stages(self._item.steps, scale, raises_guidance=not isinstance(stepper, FlowStepper))
             return draw_rectifiedhr(denoiser, stepper, self._start(1), base, stages, self._grow, noise, progress)
         if method == "demofusion":
             return draw_demofusion(denoiser, stepper, self._start(1), final, scale, *places, noise, progress)

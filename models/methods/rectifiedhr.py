@@ -30,10 +30,10 @@ class Stage:
     guidance: float
 
 
-def plan_stages(steps: int, scale: float) -> tuple[Stage, ...]:
+def plan_stages(steps: int, scale: float, raises_guidance: bool = True) -> tuple[Stage, ...]:
     """The stages of a scale: one for 1, two up to 2, three above; x = i / (stages - 1) places stage i.
 
-    The guidance ends at 6 and 10 times the requested one, 30 and 50 at the authors' 5.
+    The guidance ends at 6 and 10 times the requested one, 30 and 50 at the authors' 5, if it is raised at all.
 
     Raises:
         ValueError: There are fewer steps than stages.
@@ -43,7 +43,8 @@ def plan_stages(steps: int, scale: float) -> tuple[Stage, ...]:
         raise ValueError(f"rectifiedhr at scale {scale:g} needs at least {count} steps; found {steps}")
     if count == 1:
         return (Stage(range(steps), 1.0, 1.0),)
-    first, guidance = (0.6, 6.0) if count == 2 else (0.8, 10.0)
+    first, most = (0.6, 6.0) if count == 2 else (0.8, 10.0)
+    guidance = most if raises_guidance else 1.0
     places = [index / (count - 1) for index in range(count)]
     # One step at least for each stage, also in short runs.
     ends = [

@@ -146,6 +146,10 @@ def test_the_stages_of_rectifiedhr(
     assert [5 * stage.guidance for stage in stages] == pytest.approx(guidances, abs=0.03)
 
 
+def test_guidance_stays_where_it_is_not_raised() -> None:
+    assert [stage.guidance for stage in plan_stages(50, 4, raises_guidance=False)] == [1, 1, 1]
+
+
 def test_too_few_steps_for_the_stages_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 3 steps; found 2"):
         plan_stages(2, 4)
