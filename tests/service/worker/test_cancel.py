@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import redis
 import safetensors.torch
 import torch
 
+from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.device import StageClock
 from giantleap.models.generation.refinement import Refinement
+from giantleap.models.route import Route
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_redis
@@ -20,8 +23,9 @@ from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.runner import ScriptRunner
 from giantleap.service.jobs.job import Job, JobParams, JobState
-from giantleap.service.settings import Settings
+from giantleap.service.settings import Settings, read_settings
 from giantleap.service.telemetry.tracing import Tracing
+from giantleap.service.worker import progress
 from giantleap.service.worker.drain import Drain
 from giantleap.service.worker.items import Stop, to_items
 from giantleap.service.worker.progress import BatchObserver, BatchStopped, StopFlags
@@ -141,3 +145,37 @@ def test_a_stopped_item_is_canceled_or_released() -> None:
     flags.poll([gone.claim, stays.claim])
     assert [flags.stop_of(item) for item in (gone, stays)] == [Stop.CANCELED, Stop.RELEASED]
     assert [flags.is_stopped(item) for item in (gone, stays)] == [True, False]
+
+
+@dataclass
+class CancelsInRefine(FakeConsumer):
+    """Cancels the job `gone` at its second look at the flags after the upscale, which is after the first step."""
+
+    looks: int = 0
+
+    def find_canceled(self, claims: Sequence[Claim]) -> set[str]:
+        upscaled = any(name == "stage" and data["stage"] == "upscale" for _, name, data in self.events)
+        self.looks += upscaled and claims[0].job.id == "gone"
+        return {"gone"} if self.looks >= 3 else set()
+
+
+def test_a_cancel_in_the_middle_of_a_refine_pass_leaves_nothing_behind(
+    tiny_bundle_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = read_bundle(tiny_bundle_dir)
+    route = Route.open(bundle, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(progress, "_POLL_S", 0.0)
+    images = []
+    for names in (["plain"], ["gone", "plain"]):
+        stop, steps = threading.Event(), list[int]()
+        refined = replace(GENERATE, refine=Refinement(0.5, 6), scale=2, width_px=128, height_px=128)
+        plain = replace(refined, refine=None)
+        claims = [make_claim(name, refined if name == "gone" else plain) for name in names]
+        consumer = CancelsInRefine(claims, on_empty=stop.set)
+        hook = route.generator.pipeline.unet.register_forward_pre_hook(lambda *_, steps=steps: steps.append(1))
+        open_worker(route, consumer, read_settings(), stop=stop, bundle=bundle)[0].run()
+        hook.remove()
+        images.append(consumer.finished["plain"][0][1])
+        assert consumer.canceled_ids == names[:-1]
+        assert len(steps) == 3 * len(names) + (2 if "gone" in names else 0), "two of six steps of the pass"
+    assert images[0] == images[1]
