@@ -23,6 +23,7 @@ from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.planning import plan_generate
 from giantleap.service.jobs.requests import GenerateRequest
 from giantleap.service.settings import POCKET_BUNDLE, read_settings
+from giantleap.training.pocket.drawing.captions import known_words
 from giantleap.training.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,6 +202,13 @@ def test_bodies_of_generate_are_accepted_by_the_pocket_bundle(name: str) -> None
                 plan_generate(request, bundle, settings, 7, "png")
             accepted += 1
     assert accepted >= 3
+
+
+def test_the_pocket_bundle_knows_the_words_of_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    prompts = re.findall(r'"prompt": "(.*?)"|giantleap generate "(.*?)"|`(a [a-z, ]+ sky)`', text)
+    words = {word for groups in prompts for word in re.findall(r"[a-z]+", "".join(groups))}
+    assert len(prompts) >= 5 and words - set(known_words()) == {"zebra"}, "the README shows the warning about it"
 
 
 def test_the_bundle_of_the_guide_is_one() -> None:
