@@ -7,7 +7,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PATH=/opt/giantleap/bin:$PATH
 WORKDIR /src
 RUN python -m venv /opt/giantleap
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY giantleap giantleap
 COPY bundles bundles
 COPY export export

@@ -17,7 +17,7 @@ LINKS = [path.name for path in (ROOT / "giantleap").iterdir() if path.is_symlink
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built wheel. A build writes into its source tree, hence the copy."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
     for name in ("giantleap", *LINKS, "benchmarks", "tests"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -40,6 +40,7 @@ def test_the_wheel_holds_giantleap_and_its_metadata_only(names: set[str]) -> Non
         "cli",
         *LINKS,
     }
+    assert any(name.endswith(".dist-info/licenses/NOTICE") for name in names), "authors of photographs it trained on"
 
 
 def test_every_module_script_and_bundle_is_in_the_wheel(names: set[str]) -> None:

@@ -41,7 +41,8 @@ def test_both_images_are_the_runtime_and_one_virtual_environment() -> None:
         base, text = found[name]
         assert base == "runtime" and f"COPY --from=builder-{name} /opt/giantleap /opt/giantleap" in text
         assert (
-            found[f"builder-{name}"][0] == "builder" and f'pip install ".[{name},otel]"' in found[f"builder-{name}"][1]
+            found[f"builder-{name}"][0] == "builder"
+            and f'pip install ".[{name},otel,provenance]"' in found[f"builder-{name}"][1]
         )
         assert not re.search(r"^(RUN|USER|COPY (?!--from))", text, re.MULTILINE)
     for name in ("builder", "runtime"):
