@@ -16,8 +16,9 @@ import typer
 
 from benchmarks.readme_figures import OPERATIONS, RESULTS, put_blocks, to_blocks, to_thread_blocks
 from giantleap.cli.main import app
+from giantleap.cli.paper.report import PAPER_S
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.bundle.descriptor import from_toml
+from giantleap.models.bundle.descriptor import Method, from_toml
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.planning import plan_generate
@@ -297,10 +298,26 @@ def _provenance_figures() -> Iterator[str]:
     yield xmp.format(*shares)
 
 
+_COMPARED: tuple[Method, ...] = ("swinir", "direct", "hidiffusion", "rectifiedhr", "demofusion", "lsrna")
+
+
+def _paper_rows() -> Iterator[str]:
+    """Totals over that of LUA, ours and the paper's, by method."""
+    cells = {(cell["scale"], cell["method"]): cell["median_s"]["total"] for cell in _report("paper")["cells"]}
+    for scale, paper_s in PAPER_S.items():
+        for name, totals in (
+            ("here", {method: total for (each, method), total in cells.items() if each == scale}),
+            ("paper", paper_s),
+        ):
+            ratios = [f"{totals[method] / totals['lua']:.2f}" if method in totals else "-" for method in _COMPARED]
+            yield f"| x{scale:g} {name} | {' | '.join(ratios)} |"
+
+
 @pytest.mark.parametrize(
     ("page", "figures"),
     [
         ("operations.md", _operations_figures),
+        ("methods.md", _paper_rows),
         ("provenance.md", _provenance_figures),
         ("decisions/0003-own-queue-on-streams.md", _queue_rows),
         ("decisions/0008-exact-bounded-decode.md", _decode_rows),

@@ -5,6 +5,7 @@ Ref: arXiv 2511.10629, section 4.2: batch 1, 20 warm-ups, then the median.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -219,7 +220,12 @@ def measure_table(route: Route, bundle: Bundle, plan: TablePlan, out: Path) -> s
             for _ in measure_cell(route, bundle, cell, conditions, plan.captions, out):
                 bar.update()
     cells = [record for cell in plan.cells if (record := read_cell(out, cell, conditions)) is not None]
-    machine = {"torch": version("torch"), "diffusers": version("diffusers"), "threads": torch.get_num_threads()}
+    machine = {
+        "torch": version("torch"),
+        "diffusers": version("diffusers"),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+    }
     table = to_markdown(cells, asdict(conditions), machine)
     write_text(out / "paper.json", json.dumps({"machine": machine, "cells": cells}, indent=2) + "\n")
     write_text(out / "paper.md", table)
