@@ -40,6 +40,7 @@ NOISE_LEVELS = 1000  # the network's timestep is sigma * NOISE_LEVELS
 FLOW_SHIFT = 3.0  # of the sampler's noise levels towards high noise
 EARLY_SHIFTS = (4.0, 12.0)  # of the training samples, half each: colors and positions are decided there
 LATE_SHIFTS = (4.0, 1.0)  # once those are learned: edges and clean areas
+FINISH_SHIFTS = (2.0, 0.5)  # in the second half of a run with `start`: sharp edges, no grid of tokens
 LATE_FROM = 0.15  # share of the run
 SIGMA_FLOOR = 0.2  # errors count by 1 / sigma^2 down to this noise level, which is the error of the velocity
 EMPTY_SHARE = 0.10  # captions replaced by "", for classifier-free guidance
@@ -291,6 +292,13 @@ def falling_rate(progress: float, step: int, has_start: bool = False, warmup_ste
     return peak * min(1.0, (step + 1) / warmup_steps, max(0.0, (1.0 - progress) / decay_share))
 
 
+def training_shifts(progress: float, has_start: bool = False) -> tuple[float, float]:
+    """Return the shifts of the noise levels, from high ones to low ones in the course of a run."""
+    if has_start:
+        return LATE_SHIFTS if progress < 0.5 else FINISH_SHIFTS
+    return EARLY_SHIFTS if progress < LATE_FROM else LATE_SHIFTS
+
+
 def train_text(
     out: Path,
     scenes: Path,
@@ -323,12 +331,12 @@ def train_text(
     gains = picture_gains(vae, torch.from_numpy(pool.latents[:GAIN_SCENES, 0].astype(np.float32)))
     if recipe.is_compiled:
         network.transformer.compile(dynamic=False)
-    smooth, late_from = math.nan, LATE_FROM if start is None else 0.0
+    smooth = math.nan
     for progress in train_steps(state, budget):
         latents, captions = draw_batch(
             pool, state.rng, recipe.batch, tokenizer, FREEDOM * max(0.0, 2.0 * progress - 1.0)
         )
-        sigma = draw_sigma(recipe.batch, EARLY_SHIFTS if progress < late_from else LATE_SHIFTS)
+        sigma = draw_sigma(recipe.batch, training_shifts(progress, start is not None))
         loss = flow_loss(network, latents, captions, sigma, torch.randn_like(latents), gains, recipe.is_bfloat16)
         torch.autograd.backward(loss)
         optimizer.step(falling_rate(progress, state.step, start is not None))

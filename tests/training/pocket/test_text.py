@@ -30,6 +30,7 @@ from giantleap.training.pocket.text import (
     tokenize,
     train_reader,
     train_text,
+    training_shifts,
 )
 from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_sana_tokenizer, open_tokenizer
 
@@ -127,6 +128,12 @@ def test_rate_warms_up_stays_and_falls_to_zero() -> None:
 
 def test_rate_of_a_run_with_a_start_is_lower_and_falls_all_the_time() -> None:
     assert [falling_rate(share, 1000, has_start=True) for share in (0.0, 0.5, 1.0)] == pytest.approx([0.4, 0.2, 0.0])
+
+
+def test_noise_levels_fall_in_the_course_of_a_run() -> None:
+    levels = [draw_sigma(4096, training_shifts(*when)).mean() for when in ((0.0,), (0.2,), (0.2, True), (0.9, True))]
+    assert levels[0] > levels[1] > levels[3]
+    assert training_shifts(0.2) == training_shifts(0.2, has_start=True)
 
 
 def test_stopped_run_goes_on_as_if_it_had_not_been(
