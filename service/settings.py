@@ -96,6 +96,12 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute type of the pipeline; auto: float32 on a CPU, on a GPU the bundle's or bfloat16."
     )
+    lora_dir: Path | None = Field(
+        None, description="Directory of LoRA files (.safetensors) that requests may name, read at start; none: no LoRA."
+    )
+    lora_memory_bytes: int = Field(
+        1 << 30, description="Most bytes of LoRA files that a worker keeps on the device for the next job.", ge=0
+    )
     device_memory_bytes: int | None = Field(
         None,
         description="Memory of the device that jobs may take; none: 95 % of a GPU's, 75 % of the machine's.",

@@ -1,13 +1,23 @@
 """Files that commands read and write: `-` is standard input or output, and outputs are checked before the work."""
 
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
 
 from giantleap.cli.errors import to_line
-from giantleap.cli.options import stop
+from giantleap.cli.options import stop, to_message
+from giantleap.models.adapters.files import SUFFIX, AdapterError, AdapterUse, read_file
+from giantleap.models.bundle.bundle import Bundle
+from giantleap.service.errors import GiantleapError
+from giantleap.service.jobs.bundles import ServedBundle, choose_loras, with_loras
+from giantleap.service.jobs.requests import LoraRequest
+from giantleap.service.settings import Settings
 
 if TYPE_CHECKING:
     from giantleap.models.pixels.image_formats import ImageFormat
@@ -15,6 +25,12 @@ if TYPE_CHECKING:
 STANDARD: Final = Path("-")
 LATENT: Final = ".safetensors"
 IMAGE_FORMATS: "Final[Mapping[str, ImageFormat]]" = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(help="LoRA: a .safetensors file, or a name in GIANTLEAP_LORA_DIR; NAME:0.8 sets its weight. Repeat."),
+]
 
 
 def read_input(path: Path) -> bytes:
@@ -88,3 +104,35 @@ def check_input_directory(path: Path) -> None:
 def _check_writable(place: Path, path: Path) -> None:
     if not os.access(place, os.W_OK):
         stop(f"{path}: {place} cannot be written to; change its permissions or name another path")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalLoras:
+    """The LoRAs of a command, and the paths of their files by name."""
+
+    uses: tuple[AdapterUse, ...] = ()
+    paths: tuple[tuple[str, Path], ...] = ()
+
+
+def read_loras(options: Sequence[str] | None, bundle: Bundle, settings: Settings) -> LocalLoras:
+    """The files of the options; one that is missing, no LoRA, or for another model ends the command."""
+    if not options:
+        return LocalLoras()
+    parts = [re.fullmatch(r"(.+?)(?::(-?[0-9.]+))?", option, re.DOTALL) for option in options]
+    try:
+        named = [(_to_path(part[1], settings), float(part[2] or 1)) for part in parts if part is not None]
+        files = [read_file(path) for path, _ in named]
+        requests = [LoraRequest(name=file.name, weight=named[index][1]) for index, file in enumerate(files)]
+        served = with_loras(ServedBundle(bundle, None), {file.name: file for file in files})
+        uses = choose_loras(requests, served)
+    except (ValueError, GiantleapError) as error:
+        stop(f"--lora: {to_message(error)}")
+    return LocalLoras(uses, tuple((file.name, path) for file, (path, _) in zip(files, named, strict=True)))
+
+
+def _to_path(text: str, settings: Settings) -> Path:
+    if text.endswith(SUFFIX):
+        return Path(text)
+    if settings.lora_dir is None:
+        raise AdapterError(f"{text[:80]}: name a {SUFFIX} file, or set GIANTLEAP_LORA_DIR")
+    return settings.lora_dir / f"{text}{SUFFIX}"

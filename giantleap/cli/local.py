@@ -15,10 +15,13 @@ import typer
 from giantleap.cli.files import (
     LATENT,
     STANDARD,
+    LocalLoras,
+    LoraOption,
     check_input_files,
     check_output_file,
     image_format,
     read_input,
+    read_loras,
     write_output,
 )
 from giantleap.cli.options import (
@@ -54,6 +57,9 @@ if TYPE_CHECKING:
 
 OutOption = Annotated[
     Path, typer.Option("-o", "--out", help="Image to write: .png, .jpg or .webp; - for a PNG on standard output.")
+]
+EmbedOption = Annotated[
+    bool, typer.Option("--embed-parameters", help="Write prompt, seed and so on into the file's metadata.")
 ]
 LuaOption = Annotated[
     Path | None, typer.Option(help="LUA weights in place of the bundle's own: .safetensors, .pth or .pt.")
@@ -94,9 +100,8 @@ def generate(
     refine_strength: RefineStrengthOption = None,
     refine_steps: RefineStepsOption = None,
     decode: DecodeOption = "exact",
-    embed_parameters: Annotated[
-        bool, typer.Option("--embed-parameters", help="Write prompt, seed and so on into the file's metadata.")
-    ] = False,
+    embed_parameters: EmbedOption = False,
+    lora: LoraOption = None,
     lua: LuaOption = None,
     bundle: BundleOption = None,
     device: DeviceOption = None,
@@ -112,7 +117,7 @@ def generate(
 
     settings = settings_from(bundle=bundle, device=device)
     served = _read_bundle(settings, lua)
-    start = None if init_image is None else read_input(init_image)
+    loras, start = read_loras(lora, served, settings), None if init_image is None else read_input(init_image)
     try:
         request = GenerateRequest.model_validate(
             {
@@ -131,20 +136,23 @@ def generate(
                 "embed_parameters": embed_parameters,
             }
         )
-        params = plan_generate(request, served, settings, seed, output_format)
+        params = plan_generate(request, served, settings, seed, output_format, loras=loras.uses)
         fitted = None if start is None else fit_image(start, settings.max_image_px, *params.base_size_px)
     except (ValueError, GiantleapError) as error:
         stop(to_message(error))
     _warn_of_unknown_words(served, prompt)
-    _draw_to_file(settings, served, params, fitted, out)
+    _draw_to_file(settings, served, params, fitted, loras, out)
 
 
-def _draw_to_file(settings: Settings, served: Bundle, params: "GenerateParams", start: bytes | None, out: Path) -> None:
+def _draw_to_file(
+    settings: Settings, served: Bundle, params: "GenerateParams", start: bytes | None, loras: LocalLoras, out: Path
+) -> None:
     """Load the bundle and draw one image; `start` is as in `_to_item`."""
     from giantleap.service.jobs.marking import to_origin
 
     marker = _open_marker(settings)
     route = open_bundle_route(settings, served)
+    route.generator.adapters.offer(dict(loras.paths), budget_bytes=0)
     item, stages = _to_item(params, start), ShownStages(route.clock())
     latents, refine = [_draw(route, item, params, stages)], [item] if item.refine else []
     _, images = route.upscale_and_decode(latents, params.scale, params.method, params.decode, stages, refine)
@@ -179,6 +187,7 @@ def _to_item(params: "GenerateParams", start: bytes | None) -> "GenerationItem":
         params.steps,
         params.guidance_scale,
         refine=params.refine,
+        loras=params.loras,
     )
     if start is None or params.strength is None:
         return item

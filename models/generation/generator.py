@@ -1,7 +1,6 @@
 """Generates raw latents from prompts with a stock diffusers pipeline: seeded per item, cancelable between steps.
 
 `FAMILIES` holds what differs between the pipeline classes. The latents go to the upscaler in `giantleap.models.route`.
-`giantleap.models.bundle.vocabulary` checks the words of a prompt.
 """
 
 import difflib
@@ -42,6 +41,8 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from giantleap.models.adapters.cache import AdapterCache
+from giantleap.models.adapters.files import AdapterUse
 from giantleap.models.bundle.bundle import Bundle, BundleError, ModelSource
 from giantleap.models.bundle.load_errors import load_errors
 from giantleap.models.generation.prompt_tokens import (
@@ -80,6 +81,7 @@ class GenerationItem:
         init_image: Start image in place of noise, [3, height_px, width_px], in [-1, 1].
         strength: How far to depart from `init_image`, above 0 and up to 1.
         refine: How to sample the enlarged latent again (`giantleap.models.generation.refine`); None leaves it out.
+        loras: LoRA adapters that act on this image.
     """
 
     prompt: str
@@ -92,12 +94,13 @@ class GenerationItem:
     init_image: Tensor | None = None
     strength: float = 1.0
     refine: Refinement | None = None
+    loras: tuple[AdapterUse, ...] = ()
 
     @property
-    def shared(self) -> tuple[int, int, int, float, float | None]:
+    def shared(self) -> tuple[int, int, int, float, float | None, tuple[AdapterUse, ...]]:
         """What the items of one batch must have in common."""
         strength = None if self.init_image is None else self.strength
-        return self.width_px, self.height_px, self.steps, self.guidance_scale, strength
+        return self.width_px, self.height_px, self.steps, self.guidance_scale, strength, self.loras
 
 
 class _AllCanceledError(Exception):
@@ -156,6 +159,7 @@ class Generator:
         self.family = FAMILIES[type(pipeline)]
         self.family.prepare(pipeline)
         self.latent_space = latent_space
+        self.adapters = AdapterCache(pipeline)
         self.max_side_px = max_side_px
         if latent_space.statistics_in_vae and latent_space.mean is None:
             norm, eps = pipeline.vae.bn, pipeline.vae.config.batch_norm_eps
@@ -207,8 +211,7 @@ class Generator:
         """Generate the raw latents of a batch.
 
         A seed gives the same latent on every device and in every batch, up to rounding: each item has its own generator
-            on the
-        CPU. A pipeline whose result depends on the other prompts of a batch runs the items one by one.
+        on the CPU. A pipeline whose result depends on the other prompts of a batch runs the items one by one.
 
         Args:
             items: At least one; all of one size, number of steps, guidance and strength.
@@ -260,7 +263,9 @@ class Generator:
         """Raise ValueError, as `generate` does, for an item that cannot be generated, or not together with `first`."""
         name, multiple_px = type(self.pipeline).__name__, self.latent_space.multiple_px
         if item.shared != first.shared:
-            raise ValueError("items of one batch must share size, steps, guidance and strength; use several batches")
+            raise ValueError(
+                "items of one batch must share size, steps, guidance, strength and LoRAs; use several batches"
+            )
         if item.width_px % multiple_px or item.height_px % multiple_px:
             raise ValueError(
                 f"{item.width_px}x{item.height_px} px: {name} needs sides that are multiples of {multiple_px}"
@@ -283,6 +288,7 @@ class Generator:
     def run(self, items: Sequence[GenerationItem], end_step: Callable[..., dict[str, Any]]) -> Tensor:
         """Call the pipeline once; returns raw latents, [items, channels, latent_height, latent_width], float32."""
         first = items[0]
+        self.adapters.activate(first.loras)
         arguments = self._prompts(items) | {
             self.family.guidance: first.guidance_scale,
             "width": first.width_px,

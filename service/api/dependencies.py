@@ -16,7 +16,7 @@ from giantleap.service.auth import Caller
 from giantleap.service.errors import NotFound, NotReady
 from giantleap.service.jobqueue.dead_letters import DeadLetters
 from giantleap.service.jobqueue.producer import JobProducer
-from giantleap.service.jobs.bundles import ServedBundle, select_bundle
+from giantleap.service.jobs.bundles import ServedBundle, choose_loras, select_bundle
 from giantleap.service.jobs.devices import Device, missing_roles
 from giantleap.service.jobs.job import GenerateParams, JobRecord, UpscaleParams
 from giantleap.service.jobs.planning import plan_generate, prepare_upscale
@@ -61,8 +61,8 @@ class AppState:
         self, request: GenerateRequest, served: ServedBundle, seed: int, output_format: ImageFormat
     ) -> GenerateParams:
         """`giantleap.service.jobs.planning.plan_generate` with this process's settings and devices."""
-        bundle = served.bundle
-        return plan_generate(request, bundle, self.settings, seed, output_format, self.devices(bundle.name))
+        bundle, loras = served.bundle, choose_loras(request.loras, served)
+        return plan_generate(request, bundle, self.settings, seed, output_format, self.devices(bundle.name), loras)
 
     def prepare_upscale(
         self,

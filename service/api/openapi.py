@@ -244,5 +244,5 @@ def _add_examples(document: dict[str, Any], state: AppState) -> None:
                 described["examples"] = requests
         if (path, method) == ("/models", "get"):
             first = next(iter(state.bundles.values()))
-            body = to_model_body(first.bundle, state.settings).model_dump(mode="json")
+            body = to_model_body(first, state.settings).model_dump(mode="json")
             operation["responses"]["200"]["content"][JSON_TYPE]["example"] = [body]

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import METHODS, DecodeName, Method
 from giantleap.models.latent_space import Packing
 from giantleap.service.api.problems import from_job_error, problem_body
 from giantleap.service.jobqueue.dead_letters import blocked_reason
 from giantleap.service.jobqueue.keys import to_bundle
 from giantleap.service.jobqueue.replies import DeadLetter
+from giantleap.service.jobs.bundles import ServedBundle
 from giantleap.service.jobs.job import JobRecord, JobState, Priority, to_rfc3339
 from giantleap.service.links import Links
 from giantleap.service.settings import Settings
@@ -133,6 +133,16 @@ class LatentSpaceBody(BaseModel):
     std: list[float] | None = Field(description="Per channel, divides before the factor; null where there is none.")
 
 
+class LoraBody(BaseModel):
+    """A LoRA that requests for a bundle may name."""
+
+    name: str = Field(description="What loras of a request are compared with.")
+    base: str | None = Field(description="The model that it was made for, as its file says; null where it does not.")
+    rank: int = Field(description="The largest of its layers.")
+    size_bytes: int = Field(description="Of its file.")
+    sha256: str = Field(description="Of its file.")
+
+
 class ModelBody(BaseModel):
     """A bundle that jobs may name, with what a request gets that does not say, and what it may ask for."""
 
@@ -166,6 +176,7 @@ class ModelBody(BaseModel):
     max_prompt_chars: int = Field(description="Longest prompt.")
     closed_vocabulary: bool = Field(description="Words that are not in the vocabulary have no meaning; they are named.")
     latent_space: LatentSpaceBody = Field(description="Its latents.")
+    loras: list[LoraBody] = Field(description="The LoRAs that fit it.")
     engine: str = Field(description="What runs LUA.")
 
 
@@ -177,8 +188,9 @@ class Ready(BaseModel):
     warnings: list[str] = Field(description="How Redis may lose accepted jobs; empty where it is set up well.")
 
 
-def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
+def to_model_body(served: ServedBundle, settings: Settings) -> ModelBody:
     """A bundle as GET /models lists it."""
+    bundle = served.bundle
     defaults, limits, space = bundle.defaults, bundle.limits, bundle.latent_space
     return ModelBody(
         name=bundle.name,
@@ -218,6 +230,10 @@ def to_model_body(bundle: Bundle, settings: Settings) -> ModelBody:
             mean=None if space.mean is None else list(space.mean),
             std=None if space.std is None else list(space.std),
         ),
+        loras=[
+            LoraBody(name=each.name, base=each.base, rank=each.rank, size_bytes=each.size_bytes, sha256=each.sha256)
+            for each in served.loras.values()
+        ],
         engine="torch" if bundle.lua is None else settings.engine,
     )
 

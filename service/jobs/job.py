@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from giantleap.models.adapters.files import AdapterUse
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.generation.refinement import Refinement
 from giantleap.models.pixels.image_formats import ImageFormat
@@ -74,6 +75,7 @@ class GenerateParams:
     strength: float | None = None
     refine: Refinement | None = None
     embed_parameters: bool = False
+    loras: tuple[AdapterUse, ...] = ()
 
     kind: Literal["generate"] = "generate"
 

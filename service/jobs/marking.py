@@ -55,6 +55,7 @@ def to_parameters(params: GenerateParams, bundle: str, seed: int | None) -> str:
         "scale": params.scale,
         "method": params.method,
         "refine": None if params.refine is None else asdict(params.refine),
+        "loras": {each.name: each.weight for each in params.loras} or None,
         "bundle": bundle,
     }
     return json.dumps({name: value for name, value in values.items() if value not in (None, "")})

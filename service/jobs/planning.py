@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from giantleap.models.adapters.files import AdapterUse
 from giantleap.models.bundle.bundle import Bundle, SizeError
 from giantleap.models.bundle.descriptor import (
     NEEDS_DECODER,
@@ -47,10 +48,12 @@ def plan_generate(
     seed: int,
     output_format: ImageFormat,
     devices: Sequence[Device] = (),
+    loras: tuple[AdapterUse, ...] = (),
 ) -> GenerateParams:
     """The parameters of a /generate job, with the bundle's defaults for what the request leaves out.
 
-    Without `devices`, the devices that the job may run on, memory is not checked.
+    Without `devices`, the devices that the job may run on, memory is not checked. `loras` are the files of those that
+    the request names.
 
     Raises:
         InvalidFields: The bundle lacks the method, or values are over a limit; all of them are named.
@@ -75,6 +78,7 @@ def plan_generate(
         strength=None if request.init_image is None else request.strength or DEFAULT_STRENGTH,
         refine=None if request.refine is None else to_refinement(request.refine.strength, request.refine.steps),
         embed_parameters=request.embed_parameters,
+        loras=loras,
     )
     _refuse(
         (

@@ -60,6 +60,19 @@ class RefineRequest(JsonRequest):
     steps: Integer = Field(DEFAULT_STEPS, ge=1, le=100, description="Denoising steps that are run; start with 4 to 8.")
 
 
+class LoraRequest(JsonRequest):
+    """A LoRA that acts on the images of a job."""
+
+    name: str = Field(min_length=1, max_length=64, description="One that GET /models lists for the bundle.")
+    weight: float = Field(
+        1.0, ge=-8.0, le=8.0, allow_inf_nan=False, description="Factor of what it adds; 1 as it was trained."
+    )
+
+
+Loras = Annotated[tuple[LoraRequest, ...], Field(max_length=8, strict=False)]
+LORAS_FIELD: Any = Field((), description="LoRAs for this job alone, each once.")
+
+
 class GenerateRequest(JsonRequest):
     """A prompt to draw. What is left out takes the bundle's default (`GET /models` lists them)."""
 
@@ -108,6 +121,7 @@ class GenerateRequest(JsonRequest):
         description="How far to leave init_image: its share of the steps is run. 0.6 if left out.",
     )
     refine: RefineRequest | None = Field(None, description="Sample the enlarged latent again; not done if left out.")
+    loras: Loras = LORAS_FIELD
     embed_parameters: bool = Field(
         False, description="Write prompt, seed and the other parameters into the file's XMP; else it names none."
     )

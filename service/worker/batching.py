@@ -7,12 +7,13 @@ Jobs of a batch have equal tensor shapes, and their output fits the budget in la
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from giantleap.models.adapters.files import AdapterUse
 from giantleap.models.generation.refinement import Refinement
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px
 from giantleap.service.jobs.job import GenerateParams, JobParams
 
-BatchKey = tuple[str | int | float | Refinement | None, ...]
+BatchKey = tuple[str | int | float | Refinement | tuple[AdapterUse, ...] | None, ...]
 
 
 @dataclass(slots=True)
@@ -26,12 +27,13 @@ class _OpenBatch:
 def batch_key(bundle: str, params: JobParams, grid: LatentGrid, is_generated: bool = False) -> BatchKey:
     """What jobs of one batch have in common.
 
-    Always bundle, scale, method, decode and refine pass. To generate: the final size, which with the scale gives the
-    base size, the steps, the guidance and the strength; once base latents are generated only the size. To upscale: the
-    size of the latent padded to the window, so that sizes that differ by less than a window run together, the kind of
-    output, and whether the input is an image.
+    Always bundle, scale, method, decode, refine pass and LoRAs. To generate: the final size, which with the scale gives
+    the base size, the steps, the guidance and the strength; once base latents are generated only the size. To upscale:
+    the size of the latent padded to the window, so that sizes that differ by less than a window run together, the kind
+    of output, and whether the input is an image.
     """
-    shared = (params.kind, bundle, params.scale, params.method, params.decode, params.refine)
+    loras = params.loras if isinstance(params, GenerateParams) else ()
+    shared = (params.kind, bundle, params.scale, params.method, params.decode, params.refine, loras)
     if isinstance(params, GenerateParams) and is_generated:
         return ("generated", *shared, params.width_px, params.height_px)
     if isinstance(params, GenerateParams):

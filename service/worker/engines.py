@@ -11,6 +11,7 @@ import torch
 
 from giantleap.export.machine import read_machine
 from giantleap.export.manifest import FILE, check_manifest
+from giantleap.models.adapters.files import find_files
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.engines.base import Artifact, EngineError
 from giantleap.models.engines.onnx_runtime import load_onnxruntime
@@ -27,7 +28,10 @@ def open_route(bundle: Bundle, settings: Settings, device: torch.device, dtype: 
         OSError: the pipeline lacks a file.
     """
     artifacts = find_artifacts(bundle, settings, device) if settings.role.loads_decoder else {}
-    return Route.open(bundle, device, dtype, settings.engine, artifacts, settings.role)
+    route = Route.open(bundle, device, dtype, settings.engine, artifacts, settings.role)
+    if settings.lora_dir is not None and settings.role.loads_pipeline:
+        route.generator.adapters.offer(find_files(settings.lora_dir), settings.lora_memory_bytes)
+    return route
 
 
 def find_artifacts(bundle: Bundle, settings: Settings, device: torch.device) -> Mapping[int, Artifact]:

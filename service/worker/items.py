@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from giantleap.models.adapters.files import AdapterError
 from giantleap.models.device import is_out_of_memory
 from giantleap.models.generation.generator import GenerationItem, image_seed
 from giantleap.models.pixels.image_formats import CONTENT_TYPES
@@ -68,6 +69,8 @@ def to_job_error(error: Exception) -> JobError:
     """The error that the client of a job sees; an unexpected exception only by its type, since its text may quote."""
     if is_out_of_memory(error):
         error = EngineFault("the device ran out of memory for this job alone; ask for fewer or smaller images")
+    if isinstance(error, AdapterError):
+        error = JobFailed(str(error))
     if isinstance(error, GiantleapError):
         return JobError(error.code, error.detail, error.retryable)
     return JobError("engine_error", f"the engine raised {type(error).__name__}; the worker's log has the traceback")
@@ -88,6 +91,7 @@ def to_generation_item(item: Item) -> GenerationItem:
         steps=params.steps,
         guidance_scale=params.guidance_scale,
         refine=params.refine,
+        loras=params.loras,
     )
     if params.strength is None:
         return generation

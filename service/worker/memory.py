@@ -41,7 +41,8 @@ def measure_device(bundles: Mapping[str, Bundle], routes: Mapping[str, Route], s
     device = next(iter(routes.values())).device
     kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
     memory_bytes = settings.device_memory_bytes or usable_bytes(kind, _total_bytes(device))
-    loaded_bytes = _used_bytes(device)
+    reserved_bytes = 0 if settings.lora_dir is None else settings.lora_memory_bytes
+    loaded_bytes = _used_bytes(device) + reserved_bytes
     peaks = {name: measure_stages(route, bundles[name]) for name, route in routes.items()}
     log.info("worker measured memory", extra={"fields": {"memory_bytes": memory_bytes, "loaded_bytes": loaded_bytes}})
     return Device(kind, memory_bytes, loaded_bytes, peaks, settings.role)

@@ -31,6 +31,7 @@ EVERYTHING: dict[str, Any] = GPU | {
                 "annotations": {"nginx.ingress.kubernetes.io/proxy-body-size": "64m"}},
     "signedUrls": {"secretName": "urls"},
     "c2pa": {"secretName": "c2pa"},
+    "loraVolume": {"persistentVolumeClaim": {"claimName": "loras", "readOnly": True}},
     "api": {"rootPath": "/giantleap", "forwardedAllowIps": ["10.0.0.0/8", "fd00::1"]},
     "networkPolicy": {
         "apiFrom": [{"podSelector": {"matchLabels": {"app": "gateway"}}}],

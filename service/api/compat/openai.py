@@ -41,7 +41,7 @@ from giantleap.service.jobs.fields import FormatName, Integer, JsonRequest, Patt
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord
 from giantleap.service.jobs.media_types import JSON_TYPE
 from giantleap.service.jobs.planning import warn_of_words
-from giantleap.service.jobs.requests import GenerateRequest, RefineRequest, Scale
+from giantleap.service.jobs.requests import LORAS_FIELD, GenerateRequest, Loras, RefineRequest, Scale
 
 router = APIRouter(prefix=OPENAI_PATH, tags=["OpenAI"])
 
@@ -61,7 +61,7 @@ _SIZE = Pattern(
 
 
 class ImagesRequest(JsonRequest):
-    """A prompt to draw, with OpenAI's field names; the last seven fields are our own."""
+    """A prompt to draw, with OpenAI's field names; the last eight fields are our own."""
 
     prompt: str = Field(description="What to draw.")
     model: str | None = Field(default=None, max_length=128, description="A bundle; the first one if left out.")
@@ -91,6 +91,7 @@ class ImagesRequest(JsonRequest):
     scale: Scale | None = Field(default=None, description="Enlargement of the base latent.")
     method: Method | None = None
     refine: RefineRequest | None = Field(default=None, description="Sample the enlarged latent again.")
+    loras: Loras = LORAS_FIELD
 
 
 class OpenAIErrorFields(BaseModel):
@@ -226,6 +227,7 @@ def plan_job(body: ImagesRequest, state: AppState, options: SubmitOptions) -> Jo
         "scale": body.scale,
         "method": body.method,
         "refine": body.refine,
+        "loras": body.loras,
     }
     request = validate_as(GenerateRequest, values, _NAMES)
     try:

@@ -17,7 +17,7 @@ router = APIRouter(tags=["service"])
 @router.get("/models")
 async def get_models(state: AppStateDep) -> list[ModelBody]:
     """The bundles that jobs may name, the default first."""
-    return [to_model_body(served.bundle, state.settings) for served in state.bundles.values()]
+    return [to_model_body(served, state.settings) for served in state.bundles.values()]
 
 
 @router.get("/livez")

@@ -102,6 +102,7 @@ async def test_what_is_left_out_takes_the_bundles_defaults(client: httpx.AsyncCl
         "strength": None,
         "refine": None,
         "embed_parameters": False,
+        "loras": (),
         "kind": "generate",
     }
 
@@ -475,6 +476,11 @@ async def test_a_raw_latent_becomes_a_job(client: httpx.AsyncClient, producer: F
         "image_width_px": None,
         "image_height_px": None,
         "one_frame": False,
+        "refine": None,
+        "prompt": "",
+        "negative_prompt": "",
+        "guidance_scale": 0.0,
+        "seed": None,
         "kind": "upscale",
     }
     np.testing.assert_array_equal(load(producer.blobs[job.id])["latent"], LATENT[None])

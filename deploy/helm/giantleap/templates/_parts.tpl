@@ -63,7 +63,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{/* Environment of API and workers. Takes (dict "root" $ "bundles" names "own" settings of the pool). */}}
 {{- define "giantleap.env" -}}
 {{- $root := .root -}}
-{{- $reserved := list "GIANTLEAP_REDIS_URL" "GIANTLEAP_KEY_PREFIX" "GIANTLEAP_BUNDLE" "GIANTLEAP_DRAIN_GRACE_S" "GIANTLEAP_HOST" "GIANTLEAP_PORT" "GIANTLEAP_METRICS_PORT" "GIANTLEAP_API_PROCESSES" "GIANTLEAP_API_KEYS_FILE" "GIANTLEAP_OTLP_ENDPOINT" "GIANTLEAP_DATA_DIR" "GIANTLEAP_ROLE" "GIANTLEAP_URL_SECRET" "GIANTLEAP_C2PA_CERT" "GIANTLEAP_C2PA_KEY" -}}
+{{- $reserved := list "GIANTLEAP_REDIS_URL" "GIANTLEAP_KEY_PREFIX" "GIANTLEAP_BUNDLE" "GIANTLEAP_DRAIN_GRACE_S" "GIANTLEAP_HOST" "GIANTLEAP_PORT" "GIANTLEAP_METRICS_PORT" "GIANTLEAP_API_PROCESSES" "GIANTLEAP_API_KEYS_FILE" "GIANTLEAP_OTLP_ENDPOINT" "GIANTLEAP_DATA_DIR" "GIANTLEAP_ROLE" "GIANTLEAP_URL_SECRET" "GIANTLEAP_C2PA_CERT" "GIANTLEAP_C2PA_KEY" "GIANTLEAP_LORA_DIR" -}}
 {{- with $root.Values.redis.passwordSecret }}{{ if .name }}
 - name: REDIS_PASSWORD
   valueFrom:
@@ -79,6 +79,10 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   value: {{ $root.Values.keyPrefix | quote }}
 - name: GIANTLEAP_BUNDLE
   value: {{ include "giantleap.bundlePaths" (dict "root" $root "names" .bundles) | quote }}
+{{- if $root.Values.loraVolume }}
+- name: GIANTLEAP_LORA_DIR
+  value: /loras
+{{- end }}
 - name: GIANTLEAP_DRAIN_GRACE_S
   value: {{ $root.Values.drainGraceSeconds | quote }}
 {{- with $root.Values.otlp }}{{ if .endpoint }}
@@ -116,6 +120,9 @@ capabilities: {drop: [ALL]}
 {{- if .Values.bundleVolume }}
 - {name: bundles, mountPath: /bundles, readOnly: true}
 {{- end }}
+{{- if .Values.loraVolume }}
+- {name: loras, mountPath: /loras, readOnly: true}
+{{- end }}
 {{- if .Values.redis.caSecret.name }}
 - {name: redis-ca, mountPath: /etc/giantleap/redis, readOnly: true}
 {{- end }}
@@ -132,6 +139,10 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- with .Values.bundleVolume }}
 - name: bundles
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.loraVolume }}
+- name: loras
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}

@@ -1,0 +1,1 @@
+"""LoRA adapters: the files of a directory, and those on a loaded pipeline."""

@@ -1,0 +1,122 @@
+"""Adapters (LoRA) on one loaded pipeline: loaded on demand, kept in an LRU, active for the call that names them alone.
+
+An adapter that is not active adds nothing to a layer: the layer runs as it does without any, to the bit.
+"""
+
+import hashlib
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from diffusers.loaders.lora_base import disable_lora_for_text_encoder, enable_lora_for_text_encoder
+from diffusers.loaders.peft import PeftAdapterMixin
+
+from giantleap.models.adapters.files import AdapterError, AdapterUse
+
+_LOAD_ERRORS: Final = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What diffusers, peft and torch raise for files that they cannot put onto a model."""
+
+
+class AdapterCache:
+    """The adapters of one pipeline; until there is an offer it has none.
+
+    Args:
+        pipeline: Of any class that a bundle may name.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        self._paths: Mapping[str, Path] = {}
+        self._budget_bytes = 0
+        self._sizes_bytes: OrderedDict[AdapterUse, int] = OrderedDict()  # at weight 1, the least recently used first
+
+    def offer(self, paths: Mapping[str, Path], budget_bytes: int) -> None:
+        """Let images name these files.
+
+        Args:
+            paths: The files by name.
+            budget_bytes: Most bytes of files whose adapters are kept; those of one call may exceed it.
+        """
+        self._paths, self._budget_bytes = paths, budget_bytes
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the adapters that are kept, the least recently used first."""
+        return tuple(use.name for use in self._sizes_bytes)
+
+    def activate(self, uses: Sequence[AdapterUse]) -> None:
+        """Load what is missing, and make these adapters, at their weights, the only ones that act.
+
+        Raises:
+            AdapterError: A file is not there, is not the one that the job was planned with, or does not fit.
+        """
+        for use in uses:
+            key = use.at_full_weight
+            if key not in self._sizes_bytes:
+                self._sizes_bytes[key] = self._load(key)
+            self._sizes_bytes.move_to_end(key)
+        self._evict(len(uses))
+        if not self._sizes_bytes:
+            return
+        self._switch(bool(uses))
+        if uses:
+            self._pipeline.set_adapters([use.key for use in uses], [use.weight for use in uses])
+
+    def _load(self, use: AdapterUse) -> int:
+        if use.name not in self._paths:
+            raise AdapterError(f"LoRA {use.name} was not in GIANTLEAP_LORA_DIR when this worker started; restart it")
+        path = self._paths[use.name]
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise AdapterError(f"the file of LoRA {use.name} cannot be read: {error.strerror}") from None
+        if digest != use.sha256:
+            raise AdapterError(f"the file of LoRA {use.name} has changed since the API read it; restart the API")
+        options = {"weight_name": path.name, "adapter_name": use.key, "local_files_only": True, "use_safetensors": True}
+        try:
+            with _without_advice():
+                self._pipeline.load_lora_weights(str(path.parent), **options)
+        except _LOAD_ERRORS as error:
+            self._delete(use)
+            raise AdapterError(f"LoRA {use.name} does not fit this pipeline ({type(error).__name__})") from error
+        return path.stat().st_size
+
+    def _evict(self, in_use: int) -> None:
+        while len(self._sizes_bytes) > in_use and sum(self._sizes_bytes.values()) > self._budget_bytes:
+            use, _ = self._sizes_bytes.popitem(last=False)
+            self._delete(use)
+
+    def _delete(self, use: AdapterUse) -> None:
+        with _without_advice():
+            self._pipeline.delete_adapters(use.key)
+
+    def _switch(self, on: bool) -> None:
+        """Turn the layers of all adapters on or off, of the denoiser and the text encoders."""
+        for name in self._pipeline.get_list_adapters():
+            model = getattr(self._pipeline, name)
+            if isinstance(model, PeftAdapterMixin):
+                model.enable_lora() if on else model.disable_lora()
+            else:
+                (enable_lora_for_text_encoder if on else disable_lora_for_text_encoder)(model)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silence peft where it warns of several adapters on one model and of a deleted active one: both are meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
+        yield

@@ -1,0 +1,189 @@
+"""LoRA on real pipelines with random weights: an image has what its own adapters give, to the bit, and nothing else."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from giantleap.models.adapters.files import NO_ADAPTERS, AdapterError, AdapterUse, misfit, read_denoiser, read_file
+from giantleap.models.generation.generator import FAMILIES, GenerationItem, Generator
+from giantleap.models.latent_space import LATENT_SPACES
+from tests.lora_files import write_kohya_lora, write_lora
+from tests.tiny_pipelines import (
+    save_pipeline,
+    tiny_flux1,
+    tiny_flux2,
+    tiny_flux2_klein,
+    tiny_prx,
+    tiny_qwen_image,
+    tiny_qwen_image_21,
+    tiny_sana,
+    tiny_sana_sprint,
+    tiny_sd3,
+    tiny_sd15,
+    tiny_sdxl,
+    tiny_z_image,
+)
+
+CASES: dict[str, tuple[Callable[[], Any], str]] = {
+    "sd15": (tiny_sd15, "sd15"),
+    "sdxl": (tiny_sdxl, "sdxl"),
+    "sd3": (tiny_sd3, "sd3"),
+    "flux1": (tiny_flux1, "flux1"),
+    "flux2": (tiny_flux2, "flux2"),
+    "flux2-klein": (tiny_flux2_klein, "flux2"),
+    "qwen-image": (tiny_qwen_image, "qwen-image"),
+    "qwen-image-21": (tiny_qwen_image_21, "qwen-image-21"),
+    "z-image": (tiny_z_image, "z-image"),
+    "sana": (tiny_sana, "sana"),
+    "sana-sprint": (tiny_sana_sprint, "sana"),
+}
+
+
+def open_generator(family: str) -> Generator:
+    build, space = CASES[family]
+    pipeline = build()
+    pipeline.set_progress_bar_config(disable=True)
+    return Generator(pipeline, LATENT_SPACES[space])
+
+
+def draw(generator: Generator, *loras: AdapterUse) -> Tensor:
+    (latent,) = generator.generate([GenerationItem("a red sphere", "", 3, 64, 96, 2, 3.0, loras=loras)])
+    assert latent is not None
+    return latent
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_two_adapters_in_turn_give_what_each_gives_alone_to_the_bit(family: str, tmp_path: Path, silent: None) -> None:
+    pipeline = CASES[family][0]()
+    paths = {name: write_lora(tmp_path / f"{name}.safetensors", pipeline, seed) for seed, name in enumerate("ab")}
+    first, second = read_file(paths["a"]).use(0.8), read_file(paths["b"]).use(1.0)
+    alone = {}
+    for use in (first, second):
+        server = open_generator(family)
+        server.adapters.offer(paths, 1 << 30)
+        alone[use.name] = draw(server, use)
+    shared = open_generator(family)
+    shared.adapters.offer(paths, 1 << 30)
+    plain = draw(shared)
+    assert not torch.equal(plain, alone["a"]) and not torch.equal(alone["a"], alone["b"])
+    for uses in ((first,), (second,), (first,), (), (second,), (), (first,)):
+        assert torch.equal(draw(shared, *uses), alone[uses[0].name] if uses else plain)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_what_fits_by_its_header_loads_and_another_rank_or_family_is_refused(family: str, tmp_path: Path) -> None:
+    pipeline = CASES[family][0]()
+    save_pipeline(pipeline, tmp_path / "pipeline")
+    name, denoiser = type(pipeline).__name__, read_denoiser(tmp_path / "pipeline")
+    own = read_file(write_lora(tmp_path / "own.safetensors", pipeline, 1, rank=2))
+    assert denoiser and own.rank == 2 and misfit(own, name, denoiser) == ""
+    other = tiny_sd3() if family != "sd3" else tiny_sdxl()
+    foreign = read_file(write_lora(tmp_path / "other.safetensors", other, 1))
+    assert misfit(foreign, name, denoiser)
+
+
+def test_every_family_but_one_takes_adapters() -> None:
+    tested = {type(build()).__name__ for build, _ in CASES.values()}
+    assert (
+        {each.__name__ for each in FAMILIES} - tested
+        == {type(tiny_prx()).__name__}
+        == NO_ADAPTERS & {each.__name__ for each in FAMILIES}
+    )
+
+
+def test_adapters_of_one_image_add_up_and_their_weights_count(tmp_path: Path, silent: None) -> None:
+    generator = open_generator("sd3")
+    paths = {n: write_lora(tmp_path / f"{n}.safetensors", generator.pipeline, seed) for seed, n in enumerate("ab")}
+    generator.adapters.offer(paths, 1 << 30)
+    a, b = read_file(paths["a"]), read_file(paths["b"])
+    plain = draw(generator)
+    both = draw(generator, a.use(1.0), b.use(0.5))
+    assert not torch.equal(both, draw(generator, a.use(1.0))) and not torch.equal(both, draw(generator, b.use(0.5)))
+    assert not torch.equal(draw(generator, a.use(0.5)), draw(generator, a.use(1.0)))
+    assert torch.equal(draw(generator, a.use(0.0)), plain)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux1"])
+def test_adapters_of_text_encoders_leave_no_trace(family: str, tmp_path: Path, silent: None) -> None:
+    generator = open_generator(family)
+    path = write_lora(tmp_path / "text.safetensors", generator.pipeline, 1, parts=("text_encoder",))
+    generator.adapters.offer({"text": path}, 1 << 30)
+    plain, use = draw(generator), read_file(path).use(1.0)
+    with_text = draw(generator, use)
+    assert set(generator.pipeline.get_list_adapters()) == {
+        "text_encoder",
+        "unet" if family[:3] in ("sd1", "sdx") else "transformer",
+    }
+    assert torch.equal(draw(generator), plain) and torch.equal(draw(generator, use), with_text)
+
+
+def test_kohyas_names_are_checked_and_loaded(tmp_path: Path, silent: None) -> None:
+    generator = open_generator("sd15")
+    save_pipeline(generator.pipeline, tmp_path / "pipeline")
+    path = write_kohya_lora(tmp_path / "kohya.safetensors", generator.pipeline, 1)
+    file = read_file(path)
+    assert misfit(file, "StableDiffusionPipeline", read_denoiser(tmp_path / "pipeline")) == ""
+    generator.adapters.offer({"kohya": path}, 1 << 30)
+    plain = draw(generator)
+    assert not torch.equal(draw(generator, file.use(1.0)), plain) and torch.equal(draw(generator), plain)
+
+
+def test_the_least_recently_used_leave_when_the_budget_is_spent(tmp_path: Path, silent: None) -> None:
+    generator = open_generator("sana")
+    paths = {n: write_lora(tmp_path / f"{n}.safetensors", generator.pipeline, seed) for seed, n in enumerate("abc")}
+    size_bytes = paths["a"].stat().st_size
+    generator.adapters.offer(paths, 2 * size_bytes)
+    uses = {name: read_file(path).use(1.0) for name, path in paths.items()}
+    plain, first = draw(generator), draw(generator, uses["a"])
+    for names, kept in (("b", "ab"), ("a", "ba"), ("c", "ac"), ("", "ac"), ("abc", "abc"), ("b", "cb")):
+        draw(generator, *(uses[name] for name in names))
+        assert generator.adapters.loaded == tuple(kept)
+    assert torch.equal(draw(generator, uses["a"]), first), "it was dropped and loaded again"
+    assert torch.equal(draw(generator), plain)
+    generator.adapters.offer(paths, 0)
+    assert torch.equal(draw(generator), plain) and generator.adapters.loaded == ()
+
+
+def test_a_file_that_cannot_be_loaded_fails_and_leaves_no_trace(tmp_path: Path, silent: None) -> None:
+    generator = open_generator("sd3")
+    good = write_lora(tmp_path / "good.safetensors", generator.pipeline, 1)
+    bad = write_lora(tmp_path / "bad.safetensors", tiny_flux1(), 2)
+    generator.adapters.offer({"good": good, "bad": bad}, 1 << 30)
+    plain, use = draw(generator), read_file(good).use(1.0)
+    expected = draw(generator, use)
+    with pytest.raises(AdapterError, match="LoRA bad does not fit"):
+        draw(generator, read_file(bad).use(1.0))
+    with pytest.raises(AdapterError, match="was not in GIANTLEAP_LORA_DIR"):
+        draw(generator, AdapterUse("missing", 1.0, use.sha256))
+    assert torch.equal(draw(generator), plain) and torch.equal(draw(generator, use), expected)
+
+
+def test_a_file_that_changed_after_the_api_read_it_is_not_used(tmp_path: Path) -> None:
+    generator = open_generator("sd15")
+    path = write_lora(tmp_path / "a.safetensors", generator.pipeline, 1)
+    planned = read_file(path).use(1.0)
+    write_lora(path, generator.pipeline, 2)
+    generator.adapters.offer({"a": path}, 1 << 30)
+    with pytest.raises(AdapterError, match="has changed"):
+        draw(generator, planned)
+
+
+def test_items_of_different_adapters_share_no_batch() -> None:
+    generator = open_generator("sd15")
+    items = [
+        GenerationItem("a", "", 1, 64, 64, 2, 3.0),
+        GenerationItem("a", "", 1, 64, 64, 2, 3.0, loras=(AdapterUse("a", 1.0, "0" * 64),)),
+    ]
+    with pytest.raises(ValueError, match="LoRAs"):
+        generator.generate(items)
