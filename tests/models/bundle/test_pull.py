@@ -64,7 +64,7 @@ def descriptor(**change: Any) -> Descriptor:
         "pipeline": {"hub_id": PIPELINE, "revision": "main", "dtype": "bfloat16", "variant": "fp16"},
         "vae": {"hub_id": VAE, "revision": "main"},
         "tiny_vae": {"hub_id": TINY, "revision": "main"},
-        "latent_space": {"name": "pocket24"},
+        "latent_space": {"name": "own", "channels": 16, "stride_px": 8, "scale": 1.0},
         "lua_source": {"hub_id": LUA, "revision": "main", "file": "lua.pth", "scales": (2, 4)},
         "defaults": {"steps": 2, "guidance_scale": 1.0, "base_width_px": 64, "base_height_px": 64, "method": "bicubic"},
         "limits": {"min_base_px": 32, "max_base_px": 128, "multiple_px": 16, "max_steps": 9, "max_direct_px": 256},
