@@ -1,8 +1,8 @@
-"""Generate one prompt by every method of a bundle at each scale, side by side, and time the stages.
+"""Time the stages of every method of a bundle at each scale.
 
-`python -m benchmarks.methods` writes `docs/methods.png` and `benchmarks/results/methods.json`. `lua`, `bicubic` and
-`swinir` start from the same base latent; `direct` generates another image at the final size. The times follow the
-protocol of `giantleap.service.worker.timing` with fewer runs, one method after another.
+`python -m benchmarks.methods` writes `benchmarks/results/methods.json`. `lua`, `bicubic` and `swinir` start from a base
+latent; `direct` generates at the final size. The times follow the protocol of `giantleap.service.worker.timing` with
+fewer runs, one method after another. `benchmarks/pocket_pictures.py` draws the pictures.
 """
 
 import json
@@ -12,46 +12,18 @@ from typing import Annotated
 
 import torch
 import typer
-from PIL import Image
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
-from giantleap.cli.paper.sheet import write_sheet
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import REDIFFUSION, Method
 from giantleap.models.device import choose_device, choose_dtype
-from giantleap.models.generation.generator import GenerationItem
-from giantleap.models.route import Route, run_once
+from giantleap.models.route import Route
 from giantleap.service.worker.timing import ProtocolPlan, ProtocolResult, time_runs, to_result, to_table
-
-PROMPT = "a large red sphere on a green floor under a blue sky, in the centre"
-
-
-def draw_row(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int) -> dict[str, Image.Image]:
-    """Generate one prompt by every method that has the scale, after the base image.
-
-    Returns:
-        Images by the name of the method; "base" is the image at scale 1.
-    """
-    images = {"base": _draw(route, bundle, prompt, seed, 1, "bicubic")}
-    for method in enlarging_methods(bundle):
-        if scale in bundle.scales_of(method):
-            images[method] = _draw(route, bundle, prompt, seed, scale, method)
-    return images
 
 
 def enlarging_methods(bundle: Bundle) -> list[Method]:
     """The methods of a bundle but for those that draw again, to compare with."""
     return [method for method in bundle.methods if method not in REDIFFUSION]
-
-
-def _draw(route: Route, bundle: Bundle, prompt: str, seed: int, scale: int, method: Method) -> Image.Image:
-    defaults = bundle.defaults
-    size = (defaults.base_width_px, defaults.base_height_px)
-    item = GenerationItem(prompt, "", seed, *size, defaults.steps, defaults.guidance_scale)
-    _, image = run_once(route, item, scale, method)
-    if image is None:
-        raise RuntimeError(f"{method} x{scale} of {prompt!r} has values that are not finite")
-    return Image.fromarray(image.numpy())
 
 
 def time_methods(route: Route, bundle: Bundle, warmups: int, runs: int) -> list[ProtocolResult]:
@@ -69,20 +41,15 @@ def time_methods(route: Route, bundle: Bundle, warmups: int, runs: int) -> list[
 def main(
     directory: Annotated[Path, typer.Option("--bundle", help="Bundle directory.")] = Path("bundles/pocket"),
     out: Annotated[Path, typer.Option(help="Where the times go.")] = Path("benchmarks/results/methods.json"),
-    sheet: Annotated[Path, typer.Option(help="Where the images go.")] = Path("docs/methods.png"),
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     warmups: Annotated[int, typer.Option(help="Uncounted runs.")] = 2,
     runs: Annotated[int, typer.Option(help="Counted runs.")] = 7,
-    times: Annotated[bool, typer.Option(help="Also time the methods (minutes).")] = True,
 ) -> None:
-    """Generate, time, print the table, write the files."""
+    """Time, print the table, write the JSON."""
     torch.set_num_threads(threads)
     bundle = read_bundle(directory)
     device = choose_device("auto")
     route = Route.open(bundle, device, choose_dtype("auto", device))
-    write_sheet([(f"x{scale}", draw_row(route, bundle, PROMPT, 0, scale)) for scale in (2, 4)], sheet)
-    if not times:
-        return
     results = time_methods(route, bundle, warmups, runs)
     typer.echo(to_table(results))
     record = {"machine": read_machine(PHOTO_PACKAGES), "results": [asdict(result) for result in results]}

@@ -1,53 +1,47 @@
-"""Measure a bundle's VAE and LUA on six real photographs that no training has seen.
+"""Six real photographs that no training has seen, and what the pocket bundle makes of them."""
 
-The honest baseline of a latent upscaler is decode-then-bicubic: latents do not survive interpolation, so beating latent
-bicubic proves little. `benchmarks/pocket_quality.py` prints the figures and compares them with targets.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import skimage.data
 import torch
-import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 from tqdm import tqdm
 
-from giantleap.models.lua.network import Lua
-from giantleap.training.evaluation import metrics
+from benchmarks.quality.routes import SCALES, Networks, Scores, psnr_db, score
 from giantleap.training.evaluation.cases import shrink
 
 MULTIPLE_PX = 32  # a quarter of the side must be whole latents
-SCALES = (2, 4)
+SIZES = {"full": 1, "half": 2, "quarter": 4}
 CELL_PX = 128  # side of a crop on the contact sheet, shown twice as large
 
 
 @dataclass(frozen=True)
-class PhotoScores:
-    """PSNR in dB against the original photograph, for one photograph or the mean of all."""
+class Photo:
+    """One photograph and its versions, each [1, 3, height, width] in [-1, 1].
 
-    round_trip: float
-    lua: dict[int, float]
-    pixel_bicubic: dict[int, float]
-    latent_bicubic: dict[int, float]
-
-
-@dataclass(frozen=True)
-class PhotoRoutes:
-    """Decoded pictures of one photograph, each [1, 3, height, width], clamped to [-1, 1]."""
+    Args:
+        original: The photograph.
+        round_trips: By the names of `SIZES`: the picture of that size, and what the VAE returns.
+        enlarged: By scale and method.
+    """
 
     original: Tensor
-    round_trip: Tensor
-    lua: dict[int, Tensor]
-    pixel_bicubic: dict[int, Tensor]
-    latent_bicubic: dict[int, Tensor]
+    round_trips: Mapping[str, tuple[Tensor, Tensor]]
+    enlarged: Mapping[int, Mapping[str, Tensor]]
+
+    def round_trip_db(self) -> dict[str, float]:
+        """Return the PSNR of the round trip by size."""
+        return {size: psnr_db(decoded, picture) for size, (picture, decoded) in self.round_trips.items()}
+
+    def scores(self) -> dict[int, Scores]:
+        """Compare every method with the photograph, by scale."""
+        return {scale: score(dict(pictures), self.original) for scale, pictures in self.enlarged.items()}
 
 
 def read_photos() -> dict[str, Tensor]:
@@ -74,86 +68,33 @@ def read_photos() -> dict[str, Tensor]:
     return photos
 
 
-def psnr_db(picture: Tensor, original: Tensor) -> float:
-    """Peak signal-to-noise ratio over all channels of 8-bit pictures; both in [-1, 1]."""
-    return metrics.psnr_db(metrics.to_levels(picture), metrics.to_levels(original), border_px=0)
-
-
-def _enlarge(maps: Tensor, scale: int) -> Tensor:
-    return F.interpolate(maps, scale_factor=float(scale), mode="bicubic")
-
-
-@torch.no_grad()
-def draw_routes(vae: Any, lua: Lua, photo: Tensor) -> PhotoRoutes:
+def enlarge_photo(networks: Networks, original: Tensor) -> Photo:
     """Send one photograph through every route; small versions are antialiased bicubic in 8 bits."""
-
-    def encode(picture: Tensor) -> Tensor:
-        encoded = vae.encode(picture)
-        latent: Tensor = encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latent_dist.mode()
-        return latent
-
-    def decode(latent: Tensor) -> Tensor:
-        picture: Tensor = vae.decode(latent).sample
-        return picture.clamp(-1.0, 1.0)
-
-    small = {scale: encode(shrink(photo, scale)) for scale in SCALES}
-    return PhotoRoutes(
-        original=photo,
-        round_trip=decode(encode(photo)),
-        lua={scale: decode(lua(small[scale], scale)) for scale in SCALES},
-        pixel_bicubic={scale: _enlarge(decode(small[scale]), scale) for scale in SCALES},
-        latent_bicubic={scale: decode(_enlarge(small[scale], scale)) for scale in SCALES},
+    sized = {name: shrink(original, factor) if factor > 1 else original for name, factor in SIZES.items()}
+    return Photo(
+        original,
+        {name: (picture, networks.round_trip(picture)) for name, picture in sized.items()},
+        {scale: networks.enlarge(shrink(original, scale), scale) for scale in SCALES},
     )
 
 
-def score(routes: PhotoRoutes) -> PhotoScores:
-    """Return the PSNR of every route."""
-
-    def each(pictures: dict[int, Tensor]) -> dict[int, float]:
-        return {scale: psnr_db(picture, routes.original) for scale, picture in pictures.items()}
-
-    return PhotoScores(
-        psnr_db(routes.round_trip, routes.original),
-        each(routes.lua),
-        each(routes.pixel_bicubic),
-        each(routes.latent_bicubic),
-    )
+def enlarge_photos(networks: Networks) -> dict[str, Photo]:
+    """Send all photographs through every route."""
+    return {name: enlarge_photo(networks, each) for name, each in tqdm(read_photos().items(), desc="photos")}
 
 
-def mean_scores(scores: list[PhotoScores]) -> PhotoScores:
-    """Return the mean over photographs of the decibels."""
-
-    def each(name: str) -> dict[int, float]:
-        return {scale: float(np.mean([getattr(s, name)[scale] for s in scores])) for scale in SCALES}
-
-    return PhotoScores(
-        float(np.mean([s.round_trip for s in scores])),
-        each("lua"),
-        each("pixel_bicubic"),
-        each("latent_bicubic"),
-    )
-
-
-def measure_photos(vae: Any, lua: Lua, sheet: Path | None = None) -> dict[str, PhotoScores]:
-    """Score every photograph and their `mean`; writes a contact sheet where a path is given."""
-    routes = {name: draw_routes(vae, lua, photo) for name, photo in tqdm(read_photos().items(), desc="photos")}
-    scores = {name: score(route) for name, route in routes.items()}
-    if sheet is not None:
-        write_photo_sheet(routes, sheet)
-    return {**scores, "mean": mean_scores(list(scores.values()))}
-
-
-def write_photo_sheet(routes: dict[str, PhotoRoutes], path: Path) -> None:
+def write_photo_sheet(photos: Mapping[str, Photo], path: Path) -> None:
     """Write one row of center crops per photograph, pixels doubled."""
-    titles = ("x4 bicubic", "x4 LUA", "x2 bicubic", "x2 LUA", "VAE ceiling", "original")
+    titles = ("x4 decoded, then bicubic", "x4 LUA", "x4 SwinIR", "x2 decoded, then bicubic", "x2 LUA", "original")
     side, head = 2 * CELL_PX, 20
-    sheet = Image.new("RGB", (len(titles) * side, head + len(routes) * side), "white")
+    sheet = Image.new("RGB", (len(titles) * side, head + len(photos) * side), "white")
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         pen.text((column * side + 4, 4), title, fill="black")
-    for row, route in enumerate(routes.values()):
-        cells = (route.pixel_bicubic[4], route.lua[4], route.pixel_bicubic[2], route.lua[2])
-        for column, picture in enumerate((*cells, route.round_trip, route.original)):
+    for row, photo in enumerate(photos.values()):
+        large, double = photo.enlarged[4], photo.enlarged[2]
+        cells = (large["resized"], large["lua"], large["swinir"], double["resized"], double["lua"], photo.original)
+        for column, picture in enumerate(cells):
             offset = (picture.shape[-1] - CELL_PX) // 2
             crop = picture[0, :, offset : offset + CELL_PX, offset : offset + CELL_PX].clamp(-1.0, 1.0)
             pixels = ((crop.permute(1, 2, 0) + 1.0) * 127.5).round().byte().numpy()

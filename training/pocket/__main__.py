@@ -18,7 +18,7 @@ from giantleap.training.optim import Budget
 from giantleap.training.pocket.autoencoder import Recipe, train_autoencoder
 from giantleap.training.pocket.bundle import LUA_FILE, write_autoencoder_bundle, write_descriptor
 from giantleap.training.pocket.options import Length, Resume, Seed
-from giantleap.training.pocket.pictures import write_pictures
+from giantleap.training.pocket.pictures import write_pictures, write_scenes
 from giantleap.training.pocket.studio import write_pool
 from giantleap.training.pocket.swinir import read_pairs, train_swinir
 from giantleap.training.pocket.text import Recipe as TextRecipe
@@ -57,10 +57,15 @@ def bundle(
 def pictures(
     out: Path = RUNS / "pictures",
     pool: PoolFolder = RUNS / "pool",
-    count: Annotated[int, typer.Option(help="Pictures of 256 x 256 px.")] = 2600,
+    count: Annotated[int, typer.Option(help="Pictures of 256 x 256 px.")] = 1000,
+    still_lifes: Annotated[int, typer.Option(help="Still lifes of 512 px more; each gives four pictures.")] = 149,
+    studio_scenes: Annotated[int, typer.Option(help="Calm scenes of 512 px more; each gives four pictures.")] = 60,
     seed: Annotated[int, typer.Option(help="Fixes the pictures.")] = 0,
 ) -> None:
     """Write the pictures that `giantleap train prepare` encodes; the held-out ones come last by name."""
+    torch.set_num_threads(1)
+    write_scenes(out, "drawn", still_lifes, seed)
+    write_scenes(out, "calm", studio_scenes, seed)
     write_pictures(out, pool, count, seed)
 
 

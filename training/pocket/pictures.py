@@ -6,6 +6,7 @@ a third of it is shown at half the size, since an upscaler lives on what the aut
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,15 +25,20 @@ from giantleap.training.pocket.drawing.photographs import (
     read_crops,
     read_photograph,
 )
+from giantleap.training.pocket.drawing.prompts import draw_prompt
 from giantleap.training.pocket.drawing.scenes import draw_scene, render
 from giantleap.training.pocket.drawing.still_life import draw_still_life, render_still_life
+from giantleap.training.pocket.studio import draw_studio
 
 Pixels = NDArray[np.uint8]
+SceneKind = Literal["calm", "drawn"]  # studio scenes, and still lifes
 
 CROP_PX = 256
 SHARES = (0.65, 0.2, 0.15)  # photographs, leaves, scenes
 HALF_SHARE = 0.35
 STILL_LIFE_SHARE, LEAF_SHARE = 0.12, 0.12  # of the pictures for the adapter; the rest are photographs
+LARGE_PX = 512  # of the scenes that are cut: a scene of 128 px at x4
+CUTS, CANDIDATES = 3, 3
 # An adapter learns nothing from smooth pictures: one is a drawn gradient, one is mostly out of focus.
 WEIGHTS = {"umang_by_Abhishek_Mudgal.jpg": 0.1, "seeding_by_Clements_Engelhardt.jpg": 0.5}
 HELD_OUT_SCENES = 8
@@ -154,6 +160,33 @@ def write_pictures(out: Path, folder: Path, count: int, seed: int) -> None:
         _write_png(out / f"held_out_{index:02d}.png", picture)
     for index in range(HELD_OUT_SCENES):
         _write_png(out / f"held_out_scene_{index:02d}.png", to_pixels(draw_held_out_scene(index, CROP_PX)))
+
+
+def write_scenes(out: Path, kind: SceneKind, count: int, seed: int) -> None:
+    """Writes scenes of 512 px as four pictures each: the whole at half its size, and detailed parts.
+
+    The whole is a scene of 128 px and its x2, the parts are what x4 makes of such a scene.
+
+    Effects:
+        Leaves scenes alone that are there, so that a stopped run goes on. The files sort before the held-out ones.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for index in tqdm(range(count), desc=f"scenes ({kind})", unit="img"):
+        whole, rng = out / f"{kind}_{index:05d}_whole.png", np.random.default_rng((seed, 3, index))
+        if whole.is_file():
+            continue
+        scene = draw_still_life(rng) if kind == "drawn" else draw_studio(rng, draw_prompt(rng))
+        image = render_still_life(scene, LARGE_PX)
+        for cut in range(CUTS):
+            _write_png(out / f"{kind}_{index:05d}_{cut}.png", _cut_detail(rng, to_pixels(image)))
+        _write_png(whole, to_pixels(shrink(image[None], LARGE_PX // CROP_PX)[0].clamp(0.0, 1.0)))
+
+
+def _cut_detail(rng: np.random.Generator, pixels: Pixels) -> Pixels:
+    """The most detailed of some windows of 256 px, at the scene's own scale."""
+    places = rng.integers(0, LARGE_PX - CROP_PX + 1, (CANDIDATES, 2))
+    windows = [pixels[top : top + CROP_PX, left : left + CROP_PX] for top, left in places]
+    return max(windows, key=lambda window: float(np.abs(np.diff(window.astype(np.float32), axis=1)).mean()))
 
 
 def draw_held_out_scene(index: int, image_px: int, samples: int = 2) -> Tensor:

@@ -1,22 +1,19 @@
-"""Measure whether the pictures of the stride-4 text pipeline show their prompts, of one object or two.
+"""Measure whether the pictures of the pocket bundle show their prompts, of one object or two.
 
 Floor and sky are read from fixed strips; an object's color from the pixels where it must be; shape and size, at each of
 the three places, by a small network trained here on true renders. A wrong position thus also counts against the color.
 The ceiling is the same measure on true renders of the prompts, before and after the VAE's round trip.
-`python -m benchmarks.quality.studio_following PIPELINE` prints the table.
 """
 
 import dataclasses
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import typer
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.pipelines.sana.pipeline_sana import SanaPipeline
 from torch import Tensor, nn
@@ -269,26 +266,3 @@ def write_sheet(directory: Path, path: Path, count: int, steps: int, guidance_sc
     prompts = [*SHEET_PROMPTS, *drawn]
     images = generate(SanaPipeline.from_pretrained(directory), prompts, steps, guidance_scale, seed)
     write_prompt_sheet(path, prompts, images)
-
-
-def main(
-    pipeline: Annotated[Path, typer.Argument(help="Directory of a SanaPipeline.")],
-    count: int = 200,
-    steps: int = 12,
-    guidance: float = 1.5,
-    out: Annotated[Path | None, typer.Option(help="Where to store the figures.")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Where to store a contact sheet instead of measuring.")] = None,
-) -> None:
-    """Measure, print, write the JSON."""
-    torch.set_num_threads(1)
-    if sheet:
-        write_sheet(pipeline, sheet, 30, steps, guidance)
-        return
-    following = measure(pipeline, count, steps, guidance)
-    typer.echo(following.table())
-    if out:
-        out.write_text(json.dumps(asdict(following), indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,4 +1,4 @@
-"""The measure of prompts with two objects reads renders back, and grades what it read."""
+"""The measure of prompts reads renders back, and grades what it read, of one object or two."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality.studio_following import Seen, draw_truth, grade, read_pictures, score, train_judge
+from benchmarks.quality.prompt_following import Seen, draw_truth, grade, read_pictures, score, train_judge
 from giantleap.training.pocket.drawing.captions import Slots
 from giantleap.training.pocket.drawing.prompts import Prompt, draw_prompt
 
