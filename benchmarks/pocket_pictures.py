@@ -25,8 +25,8 @@ from giantleap.models.pixels.images import to_pixels, to_signed
 from giantleap.models.route import Route, run_once
 from giantleap.training.evaluation.cases import shrink
 
-PROMPT = "a large red sphere on a green floor under a blue sky, in the centre"
-SEED = 0
+PROMPT = "a large green cone on a purple floor under an orange sky, in the centre"
+PROMPT_SCALE, SEED = 2, 0
 PROMPT_COUNT = 30
 COLUMNS = ("base", "decoded, then bicubic", "LUA", "decoded, then SwinIR")
 PHOTOS = (("chelsea", 2), ("coffee", 4))  # and their scales
@@ -73,7 +73,7 @@ def main(
     networks, defaults = Networks.open(directory), bundle.defaults
     photos = enlarge_photos(networks)
     rows = [(f"x{scale}", photo_row(networks, photos[name], scale)) for name, scale in PHOTOS]
-    rows += [("x4", draw_prompt_row(route, bundle, PROMPT, SEED, 4))]
+    rows += [(f"x{PROMPT_SCALE}", draw_prompt_row(route, bundle, PROMPT, SEED, PROMPT_SCALE))]
     write_sheet(rows, out / "methods.png")
     write_photo_sheet(photos, out / "pocket_photos.png")
     write_prompts(directory, out / "pocket_prompts.png", prompts, defaults.steps, defaults.guidance_scale)
