@@ -1,4 +1,4 @@
-"""Write the figures of the README and of `docs/operations.md` from the reports in `benchmarks/results/`.
+"""Write the figures of the README, the operations page and the adapter's log from `benchmarks/results/`.
 
 Run `python -m benchmarks.readme_figures` after a report has changed: it replaces the blocks between the marks. A test
 compares pages and reports.
@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
+ADAPTER_LOG = ROOT / "docs" / "lab" / "lua-training.md"
 _END = "<!-- end -->\n"
 
 
@@ -26,7 +27,6 @@ def to_blocks(results: Path) -> dict[str, str]:
     return {
         "figures": to_summary(reports["methods"], reports["load"], reports["chaos"], reports["pocket_quality"]),
         "pocket_quality": to_quality_table(reports["pocket_quality"]),
-        "pocket_methods": to_method_table(reports["pocket_quality"]),
     }
 
 
@@ -45,6 +45,15 @@ def to_thread_blocks(results: Path) -> dict[str, str]:
     machine = report["machine"]
     where = f"On {machine['cores']} cores at load {machine['load_1min']:.0f}"
     return {"threads": f"{where} (`python -m benchmarks.threads`): {'; '.join(parts)}.\n"}
+
+
+def to_method_blocks(results: Path) -> dict[str, str]:
+    """Return the block of `docs/lab/lua-training.md`: the methods by three metrics.
+
+    Args:
+        results: Directory with `pocket_quality.json`.
+    """
+    return {"pocket_methods": to_method_table(_read(results / "pocket_quality.json"))}
 
 
 def to_summary(
@@ -92,14 +101,13 @@ def to_quality_table(report: Mapping[str, Any]) -> str:
     """Return the table of the pocket bundle's figures and targets."""
     rows = [
         (
-            floor["name"],
-            f"{floor['value']:.{_DIGITS[floor['unit']]}f} {floor['unit']}",
-            f"{floor['floor']:g} {floor['unit']}",
-            "met" if floor["is_met"] else "**missed**",
+            f"{floor['name']}, {floor['unit']}",
+            f"{floor['value']:.{_DIGITS[floor['unit']]}f}" + ("" if floor["is_met"] else " **missed**"),
+            f"{floor['floor']:g}",
         )
         for floor in report["floors"]
     ]
-    return _table(("figure", "reached", "target", ""), rows)
+    return _table(("figure", "reached", "target"), rows)
 
 
 def to_method_table(report: Mapping[str, Any]) -> str:
@@ -147,6 +155,7 @@ def main() -> None:
     """Update the pages."""
     README.write_text(put_blocks(README.read_text(), to_blocks(RESULTS)))
     OPERATIONS.write_text(put_blocks(OPERATIONS.read_text(), to_thread_blocks(RESULTS)))
+    ADAPTER_LOG.write_text(put_blocks(ADAPTER_LOG.read_text(), to_method_blocks(RESULTS)))
 
 
 if __name__ == "__main__":

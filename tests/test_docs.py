@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 import typer
 
-from benchmarks.readme_figures import OPERATIONS, RESULTS, put_blocks, to_blocks, to_thread_blocks
+from benchmarks.readme_figures import (
+    ADAPTER_LOG,
+    OPERATIONS,
+    RESULTS,
+    put_blocks,
+    to_blocks,
+    to_method_blocks,
+    to_thread_blocks,
+)
 from giantleap.cli.main import app
 from giantleap.cli.paper.report import PAPER_S
 from giantleap.models.bundle.bundle import read_bundle
@@ -254,6 +262,11 @@ def test_the_readme_has_the_figures_of_the_reports() -> None:
 def test_the_operations_page_has_the_measured_threads() -> None:
     text = OPERATIONS.read_text()
     assert text == put_blocks(text, to_thread_blocks(RESULTS)), "run `python -m benchmarks.readme_figures`"
+
+
+def test_the_adapter_log_has_the_measured_methods() -> None:
+    text = ADAPTER_LOG.read_text()
+    assert text == put_blocks(text, to_method_blocks(RESULTS)), "run `python -m benchmarks.readme_figures`"
 
 
 def _report(name: str) -> dict[str, Any]:
