@@ -107,6 +107,7 @@ class _Drawing:
     def __init__(
         self, generator: Generator, tools: Tools, item: GenerationItem, scale: int, progress: Progress
     ) -> None:
+        self._adapters = generator.adapters
         self._space = generator.latent_space
         self._pipeline = generator.pipeline
         self._tools = tools
@@ -119,6 +120,7 @@ class _Drawing:
     @torch.no_grad()
     def draw(self, method: Method) -> Tensor:
         """The raw latent, [channels, h, w], float32."""
+        self._adapters.activate(self._item.loras)
         denoiser = Denoiser.open(self._pipeline, self._item)
         stepper = open_stepper(
             self._pipeline.scheduler, self._item.steps, self._noise.device, eta=1.0 if method == "scalecrafter" else 0.0

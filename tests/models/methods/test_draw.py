@@ -1,6 +1,7 @@
 """Every method on small random pipelines of the real classes: sizes, seeds, batches, cancellation, and what stays."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from giantleap.models.adapters.files import read_file
 from giantleap.models.bundle.descriptor import DRAWS_AGAIN, HAS_UNET, NO_NEGATIVE_PROMPT, REDIFFUSION, Rediffusion
 from giantleap.models.generation.generator import GenerationItem, Generator
 from giantleap.models.methods.draw import Tools, count_steps, draw_items
 from giantleap.models.vae.autoencoder import Vae
+from tests.lora_files import write_lora
 from tests.models.methods.tiny_unets import ITEM, PIPELINES, WIDE, open_generator
 
 LOOPS: tuple[Rediffusion, ...] = ("rectifiedhr", "demofusion", "lsrna")
@@ -90,6 +93,21 @@ def test_a_canceled_run_stops_at_its_step_and_leaves_nothing_behind(
     assert steps == [1, 2, *range(total + 1, 2 * total + 1)]
     after = generator.generate([ITEM])
     assert plain[0] is not None and after[0] is not None and torch.equal(plain[0], after[0])
+
+
+@EVERY
+def test_a_method_draws_with_the_adapters_of_its_item_alone(name: str, method: Rediffusion, tmp_path: Path) -> None:
+    generator = open_generator(name)
+    path = write_lora(tmp_path / "a.safetensors", generator.pipeline, seed=1)
+    generator.adapters.offer({"a": path}, 1 << 30)
+    adapted = replace(ITEM, loras=(read_file(path).use(1.0),))
+    (plain,) = draw(generator, method, ITEM)
+    (with_adapter,) = draw(generator, method, adapted)
+    assert not torch.equal(plain, with_adapter)
+    generator.generate([adapted])
+    assert torch.equal(draw(generator, method, ITEM)[0], plain)
+    generator.generate([ITEM])
+    assert torch.equal(draw(generator, method, adapted)[0], with_adapter)
 
 
 class StopError(Exception):
