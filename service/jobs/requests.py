@@ -166,7 +166,7 @@ class UpscaleQuery(BaseModel):
         description="As refine.strength of /generate; this or refine_steps asks for the pass, which needs a prompt.",
     )
     refine_steps: Annotated[int | None, Field(ge=1, le=100)] = Field(None, description="As refine.steps of /generate.")
-    prompt: Annotated[str | None, Pattern(r"\S", "is empty; describe the image")] = Field(
+    prompt: Annotated[str, Pattern(r"\S", "is empty; describe the image")] | None = Field(
         None, description="What the image shows, for the refine pass; in a form, so that no log of URLs has it."
     )
     negative_prompt: str | None = Field(None, description="As of /generate, for the refine pass.")

@@ -101,7 +101,8 @@ def _commands(group: Any, words: tuple[str, ...] = ()) -> Iterator[Command]:
 COMMANDS = list(_commands(typer.main.get_command(app)))
 # With all that they need these do their work: print, list, or serve.
 _RUNS = {("serve",), ("api",), ("worker",), ("models",), ("settings",), ("bundle", "list"), ("bundle", "show"),
-         ("bundle", "check"), ("bench", "protocol"), ("bench", "engines"), ("keys", "new"), ("keys", "list"),
+         ("bundle", "check"), ("bench", "protocol"), ("bench", "engines"), ("bench", "paper"),
+         ("keys", "new"), ("keys", "list"),
          ("generate",), ("status",), ("jobs", "list"), ("jobs", "show"), ("jobs", "cancel"), ("jobs", "delete"),
          ("jobs", "dead", "list"), ("jobs", "dead", "retry"), ("jobs", "dead", "drop"),
          ("provenance", "dev-cert")}  # fmt: skip
