@@ -351,7 +351,7 @@ def test_split_pools_have_their_own_roles_and_are_scaled_by_their_own_queues() -
 
 def test_pools_serve_their_own_bundles_and_the_api_all() -> None:
     found = {each["metadata"]["name"]: each for each in of_kind(render(GPU), "Deployment")}
-    image = "/opt/giantleap/lib/python3.12/site-packages/bundles/pocket"
+    image = "pocket"
     assert env_of(found["prod-giantleap-api"])["GIANTLEAP_BUNDLE"] == f"/bundles/sdxl,{image}"
     assert env_of(found["prod-giantleap-worker-gpu"])["GIANTLEAP_BUNDLE"] == "/bundles/sdxl"
     assert env_of(found["prod-giantleap-worker-cpu"])["GIANTLEAP_BUNDLE"] == image

@@ -34,7 +34,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end -}}
 {{- end }}
 
-{{/* Directories of bundles, comma-separated. Takes (dict "root" $ "names" list); no names: all. */}}
+{{/* Directories of bundles, and names of those in the image, comma-separated. Takes (dict "root" $ "names" list); no names: all. */}}
 {{- define "giantleap.bundlePaths" -}}
 {{- $names := .names -}}
 {{- $known := list -}}
@@ -42,7 +42,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- range .root.Values.bundles -}}
 {{- $known = append $known .name -}}
 {{- if or (not $names) (has .name $names) -}}
-{{- $paths = append $paths (ternary (printf "/bundles/%s" (.path | default "")) (printf "/opt/giantleap/lib/python3.12/site-packages/bundles/%s" .name) (not (empty .path))) -}}
+{{- $paths = append $paths (ternary (printf "/bundles/%s" (.path | default "")) .name (not (empty .path))) -}}
 {{- end -}}
 {{- end -}}
 {{- range $names }}{{ if not (has . $known) }}{{ fail (printf "pools: no bundle is named %s" .) }}{{ end }}{{ end -}}
