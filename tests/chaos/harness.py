@@ -23,6 +23,7 @@ from safetensors.numpy import save
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.settings import Settings, to_environment
 from tests.chaos.chaos_worker import LONG_SEED
+from tests.service.paper_bundle import CHANNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("chaos_worker.py")
@@ -165,7 +166,7 @@ class Clients:
         headers = {"Idempotency-Key": f"chaos-{self.seed}-{index}", "Prefer": "respond-async"}
         priority = dice.choice(("high", "high", "low"))
         if index % 4 == 3:
-            body = save({"latent": np.full((24, 4, 4), index, np.float32)})
+            body = save({"latent": np.full((CHANNELS, 4, 4), index, np.float32)})
             headers["Content-Type"] = "application/x-safetensors"
             return client.build_request("POST", f"/upscale?priority={priority}", content=body, headers=headers)
         seed = LONG_SEED if index == 0 else index
