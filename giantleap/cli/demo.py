@@ -23,7 +23,7 @@ from giantleap.cli.errors import EXIT_INTERRUPTED, to_line
 from giantleap.cli.files import check_output_directory
 from giantleap.cli.progress import working
 
-PROMPT = "a red sphere on a green floor under a blue sky"
+PROMPT = "a large yellow cone on the left and a large white sphere on the right, on a green floor under a blue sky"
 _START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 60.0
 
