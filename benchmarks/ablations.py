@@ -26,7 +26,8 @@ from torch import Tensor
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.pictures import read_leaves, write_pictures
-from benchmarks.quality.photos import psnr_db, read_photos
+from benchmarks.quality.photos import read_photos
+from benchmarks.quality.routes import psnr_db
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.pictures import Pixels, read_leaves, write_pictures
-from benchmarks.quality.photos import SCALES, psnr_db, read_photos
+from benchmarks.quality.photos import read_photos
+from benchmarks.quality.routes import SCALES, psnr_db
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import Lua
