@@ -43,12 +43,12 @@ def draw_demofusion(
         predict: The network.
         stepper: Its schedule.
         x: Noise of the base size, [1, channels, h, w].
-        view: Of the final image, which the network is told of at every size.
+        view: Of the final image, which the network gets at every size.
         scale: Of the final image over the base image.
         window: Side of a window: that of the latents that the network was trained at.
         stride_px: Image pixels per latent pixel.
         noise: Of this image.
-        progress: Told after each step and each batch of windows.
+        progress: Called after each step and each batch of windows.
 
     Returns:
         The clean latent, [1, channels, scale * h, scale * w].

@@ -77,7 +77,7 @@ def draw_rectifiedhr(
         stages: From `plan_stages`.
         grow: Enlarges a clean latent by decoding, resizing and encoding, to so many times the base size.
         noise: Of this image.
-        progress: Told after each step.
+        progress: Called after each step.
 
     Returns:
         The clean latent of the last stage's size.

@@ -119,7 +119,7 @@ def sample(
         stepper: Its schedule.
         x: [1, channels, h, w], at the time of the first index.
         view: Of the whole image.
-        progress: Told after each step.
+        progress: Called after each step.
         indices: Steps to run; all if left out.
         noise: Fresh noise for each step, for a stepper with an `eta`.
         begin: Called before each step with its index.

@@ -520,7 +520,7 @@ def test_hundreds_of_steps_in_any_order_leave_every_job_one_place_or_one_end(red
             "cancel",
             "if latent_px then redis.call('DECRBY', prefix .. ':queued_px', latent_px) end",
             "",
-            id="pixels kept",
+            id="pixels not given back",
         ),
         pytest.param(
             "enqueue", "if args.upload ~= '' then redis.call('UNLINK', upload) end", "", id="a trace of a refusal"
