@@ -22,7 +22,8 @@ from giantleap.models.bundle.descriptor import Method
 from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.pixels.images import to_pixels, to_signed
-from giantleap.models.route import Route, run_once
+from giantleap.models.route import Route
+from giantleap.models.runs import run_once
 from giantleap.training.evaluation.cases import shrink
 
 PROMPT = "a large green cone on a purple floor under an orange sky, in the centre"

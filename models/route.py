@@ -6,7 +6,6 @@ is in `giantleap.models.bundle.stages`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Self
 
@@ -39,9 +38,9 @@ from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import pad_to_window
 from giantleap.models.lua.spec import scaled_size
 from giantleap.models.methods.draw import Tools, draw_items
-from giantleap.models.pixels.images import finite_items, to_pixels, to_signed
 from giantleap.models.upscaler import open_lua
 from giantleap.models.vae.autoencoder import Vae, read_tiny, read_vae_model
+from giantleap.models.vae.pixels import decode_items, decode_pixels, encode_items, encode_pixels
 from giantleap.models.worker_role import WorkerRole
 
 NO_OBSERVER = NoObserver()
@@ -203,21 +202,9 @@ class Route:
         tools = Tools(self.vae, self.upscale)
         return draw_items(self.generator, tools, items, method, round(scale), on_step, is_canceled, on_part)
 
-    @torch.inference_mode()
     def encode_image(self, pixels: NDArray[np.uint8], on_part: PartCallback | None = None) -> Tensor:
-        """Encode an image to its raw latent, the mean of the posterior.
-
-        Sides are padded to whole latents by repeating their last pixels.
-
-        Shape:
-            [height_px, width_px, 3] -> [channels, h, w], float32.
-        """
-        height_px, width_px = pixels.shape[:2]
-        unit_px = self.vae.latent_space.multiple_px
-        filling = ((0, -height_px % unit_px), (0, -width_px % unit_px), (0, 0))
-        image = to_signed(torch.from_numpy(np.pad(pixels, filling, mode="edge")))
-        latent: Tensor = self.vae.encode(image[None].to(self.device), on_part)[0]
-        return latent
+        """Encode an image to its raw latent; see `encode_pixels`."""
+        return encode_pixels(self.vae, pixels, on_part)
 
     @torch.inference_mode()
     def upscale(self, latents: Tensor, scale: float, method: Method = "lua") -> Tensor:
@@ -256,19 +243,11 @@ class Route:
             raise ValueError(f"bundle {self.name} has no SwinIR weights to upscale pixels with")
         return self.pixel.upscale_pixels(images, scale, on_part)
 
-    @torch.inference_mode()
     def decode(
         self, latents: Tensor, how: DecodeName = "exact", on_part: PartCallback | None = None
     ) -> list[Tensor | None]:
-        """Decode raw latents in one call; None for an image with a value that is not finite.
-
-        Shape:
-            [batch, channels, h, w] -> per item [stride * h, stride * w, 3], uint8, on the CPU.
-        """
-        decoded = self.vae.decode(latents, how=how, on_part=on_part)
-        finite = finite_items(decoded)
-        pixels = to_pixels(decoded / 2 + 0.5)
-        return [image if good else None for image, good in zip(pixels, finite, strict=True)]
+        """Decode raw latents in one call; see `decode_pixels`."""
+        return decode_pixels(self.vae, latents, how, on_part)
 
     def upscale_items(self, latents: Sequence[Tensor], scale: float, method: Method = "lua") -> list[Tensor]:
         """Upscale latents. LUA takes latents of different sizes in one batch, each padded as `Lua.forward` pads it.
@@ -296,42 +275,6 @@ class Route:
             refine_latent(self.generator, latent.to(self.device), item, part_of(on_part, index, len(items)))
             for index, (latent, item) in enumerate(zip(latents, items, strict=True))
         ]
-
-    def decode_items(
-        self, latents: Sequence[Tensor], how: DecodeName = "exact", on_part: PartCallback | None = None
-    ) -> list[Tensor | None]:
-        """Decode latents of any sizes; a GPU decodes latents of one size together. See `decode`."""
-        images: list[Tensor | None] = [None] * len(latents)
-        done = 0
-        # On a CPU a batch of 8 took 1.27 times as long per image as one at a time: activations leave the cache.
-        max_items = 1 if self.device.type == "cpu" else len(latents)
-        for size in dict.fromkeys(latent.shape for latent in latents):
-            alike = [index for index, latent in enumerate(latents) if latent.shape == size]
-            for chosen in (alike[start : start + max_items] for start in range(0, len(alike), max_items)):
-                report = part_of(on_part, done, len(latents), len(chosen))
-                decoded = self.decode(torch.stack([latents[index] for index in chosen]), how, report)
-                done += len(chosen)
-                for index, image in zip(chosen, decoded, strict=True):
-                    images[index] = image
-        return images
-
-    def warm(self, width_px: int, height_px: int, steps: int) -> dict[tuple[Method, float], dict[str, float]]:
-        """Run every scale of every network once at the shapes of a request of this base size.
-
-        Returns:
-            Seconds per stage, by method and scale.
-        """
-        item = GenerationItem("", "", 0, width_px, height_px, steps, 2.0)
-        if not self.role.loads_decoder:
-            clock = self.clock()
-            self.generate_latents(item, clock)
-            return {("direct", 1): clock.stages_s}
-        methods: list[Method] = ["lua" if self.lua is not None else "bicubic"]
-        if self.pixel is not None:
-            methods.append("swinir")
-        runs = [(method, scale) for method in methods for scale in self.scales_of(method)]
-        runs = [run for run in runs if run != ("swinir", 1)]  # the same as the first method's
-        return {(method, scale): run_once(self, item, scale, method)[0].stages_s for method, scale in runs}
 
     def upscale_and_decode(
         self,
@@ -362,11 +305,11 @@ class Route:
             with observer.measure(stage):
                 report = partial(observer.report_part, stage)
                 if stage == "decode" and decode is not None:
-                    images = self.decode_items(latents, decode, report)
+                    images = decode_items(self.vae, latents, decode, report)
                 elif stage == "refine":
                     latents = self.refine_items(latents, refine, report)
                 elif stage == "vae_encode":
-                    latents = self._encode_items(images, latents, report)
+                    latents = encode_items(self.vae, images, latents, report)
                 elif method == "swinir":
                     images = self.upscale_pixels(images, scale, report)
                 else:
@@ -398,24 +341,13 @@ class Route:
                 return [], images
             scale = 1
         with observer.measure("vae_encode"):
-            latents = self._encode_items(images, (), partial(observer.report_part, "vae_encode"))
+            latents = encode_items(self.vae, images, (), partial(observer.report_part, "vae_encode"))
         latents, images = self.upscale_and_decode(latents, scale, method, decode, observer, refine)
         cut = [
             None if image is None else image[:height, :width].contiguous()
             for image, (height, width) in zip(images, sides, strict=False)  # no images without `decode`
         ]
         return latents, cut
-
-    def _encode_items(
-        self, images: Sequence[Tensor | None], latents: Sequence[Tensor], on_part: PartCallback
-    ) -> list[Tensor]:
-        """Encode images one by one. For an image that was not finite, NaN in the shape of its latent."""
-        return [
-            torch.full_like(latents[index], torch.nan)
-            if image is None
-            else self.encode_image(image.numpy(), part_of(on_part, index, len(images)))
-            for index, image in enumerate(images)
-        ]
 
     def reset_peak_memory(self) -> None:
         """Reset the peak of `peak_memory`, if the device can."""
@@ -428,23 +360,3 @@ class Route:
     def free_cache(self) -> None:
         """Release memory that no tensor uses."""
         free_cache(self.device)
-
-
-def run_once(
-    route: Route, item: GenerationItem, scale: float, method: Method = "lua"
-) -> tuple[StageClock, Tensor | None]:
-    """Run one image through all stages.
-
-    Args:
-        item: Its size is that of the base image; `direct` generates `scale` times as large.
-
-    Returns:
-        The clock with the time of each stage, and the image as `Route.decode` returns it.
-    """
-    clock = route.clock()
-    if method == "direct":
-        item = replace(item, width_px=scaled_size(item.width_px, scale), height_px=scaled_size(item.height_px, scale))
-    refine = [] if item.refine is None else [item]
-    latents = route.generate_latents(item, clock, method, scale)
-    _, (image,) = route.upscale_and_decode(latents, scale, method, "exact", clock, refine)
-    return clock, image

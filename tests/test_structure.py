@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models.generation", "models.upscaler"),
     ("models.methods",),
     ("models.route",),
-    ("models.load",),
+    ("models.load", "models.runs"),
     ("export", "training.data"),
     ("training.evaluation",),
     ("training",),

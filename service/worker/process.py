@@ -18,6 +18,7 @@ from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.engines.threads import set_threads
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.route import Route
+from giantleap.models.runs import warm
 from giantleap.service.errors import BadConfiguration, NotReady
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
@@ -147,7 +148,7 @@ def _open_route(bundle: Bundle, settings: Settings, metrics: Metrics) -> Route:
     fields = {"bundle": bundle.name, "device": str(device), "dtype": str(dtype), "engine": settings.engine}
     log.info("worker loading", extra={"fields": fields})
     route = open_route(bundle, settings, device, dtype)
-    warmed = route.warm(bundle.defaults.base_width_px, bundle.defaults.base_height_px, steps=2)
+    warmed = warm(route, bundle.defaults.base_width_px, bundle.defaults.base_height_px, steps=2)
     for (method, scale), stages_s in warmed.items():
         metrics.observe_stages(bundle.name, method, scale, route.engine, stages_s, warmup=True)
     metrics.set_engine(bundle.name, route.engine, str(device), str(dtype).removeprefix("torch."))

@@ -18,7 +18,8 @@ from giantleap.models.bundle.descriptor import Method
 from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.generation.refinement import Refinement
 from giantleap.models.lua.spec import scaled_size
-from giantleap.models.route import Route, run_once
+from giantleap.models.route import Route
+from giantleap.models.runs import run_once
 
 WARMUPS = 20
 RUNS = 20

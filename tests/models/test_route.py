@@ -14,7 +14,9 @@ from giantleap.models.bundle.bundle import BundleError, read_bundle
 from giantleap.models.device import StageClock, choose_device, choose_dtype, is_out_of_memory
 from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.pixels.images import finite_items
-from giantleap.models.route import Route, run_once
+from giantleap.models.route import Route
+from giantleap.models.runs import run_once, warm
+from giantleap.models.vae.pixels import decode_items
 
 CPU = torch.device("cpu")
 ITEM = GenerationItem(
@@ -33,7 +35,7 @@ def draw(route: Route, *items: GenerationItem) -> list[Tensor]:
 
 
 def images_of(route: Route, scale: int, *items: GenerationItem) -> list[Tensor]:
-    images = route.decode_items(route.upscale_items(draw(route, *items), scale))
+    images = decode_items(route.vae, route.upscale_items(draw(route, *items), scale))
     assert all(image is not None for image in images)
     return [image for image in images if image is not None]
 
@@ -118,7 +120,7 @@ def test_finite_items_are_found_per_item() -> None:
 
 def test_images_of_several_sizes_are_decoded_in_order(route: Route) -> None:
     latents = [torch.randn(16, h, 4, generator=torch.Generator().manual_seed(h)) for h in (4, 5, 4)]
-    images = route.decode_items(latents)
+    images = decode_items(route.vae, latents)
     for latent, image in zip(latents, images, strict=True):
         (alone,) = route.decode(latent[None])
         assert image is not None and alone is not None
@@ -134,7 +136,7 @@ def test_bfloat16_stays_close_to_float32(tiny_bundle_dir: Path, route: Route) ->
 
 
 def test_warming_runs_every_scale_at_the_requested_size(route: Route) -> None:
-    stages_s = route.warm(64, 64, steps=1)
+    stages_s = warm(route, 64, 64, steps=1)
     assert set(stages_s) == {("lua", 1), ("lua", 2), ("lua", 4), ("swinir", 2), ("swinir", 4)}
     assert set(stages_s["lua", 1]) == {"generate", "decode"}
     assert all(set(stages_s["lua", scale]) == {"generate", "upscale", "decode"} for scale in (2, 4))

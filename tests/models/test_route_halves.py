@@ -12,6 +12,7 @@ from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.descriptor import NEEDS_DECODER, REDIFFUSION, Method
 from giantleap.models.generation.generator import GenerationItem, Generator
 from giantleap.models.route import Route
+from giantleap.models.runs import warm
 from giantleap.models.vae.autoencoder import VaeError, read_vae_model
 from giantleap.models.worker_role import WorkerRole
 
@@ -87,9 +88,9 @@ def test_each_half_holds_only_what_its_role_needs(route: Route, halves: tuple[Ro
         drawing.decode(torch.zeros(1, 16, 8, 8))
     with pytest.raises(ValueError, match="generates no latents"):
         finishing.generate([ITEM])
-    assert set(drawing.warm(64, 64, 1)) == {("direct", 1)}
-    warmed = finishing.warm(64, 64, 1)
-    assert set(warmed) == set(route.warm(64, 64, 1)), "every network at every scale"
+    assert set(warm(drawing, 64, 64, 1)) == {("direct", 1)}
+    warmed = warm(finishing, 64, 64, 1)
+    assert set(warmed) == set(warm(route, 64, 64, 1)), "every network at every scale"
     assert all("generate" not in stages_s for stages_s in warmed.values())
 
 

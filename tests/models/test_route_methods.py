@@ -16,7 +16,8 @@ from giantleap.models.bundle.descriptor import METHODS, REDIFFUSION, Method
 from giantleap.models.bundle.stages import stages_of
 from giantleap.models.device import PartCallback, StageName
 from giantleap.models.generation.generator import GenerationItem
-from giantleap.models.route import Route, run_once
+from giantleap.models.route import Route
+from giantleap.models.runs import run_once, warm
 
 CPU = torch.device("cpu")
 ITEM = GenerationItem(
@@ -110,7 +111,7 @@ def test_a_route_without_weights_refuses_their_methods(route: Route) -> None:
         bare.upscale(torch.zeros(1, 16, 8, 8), 2)
     with pytest.raises(ValueError, match="pixels"):
         bare.upscale_pixels([torch.zeros(8, 8, 3, dtype=torch.uint8)], 2)
-    assert set(bare.warm(32, 32, 1)) == {("bicubic", 1), ("bicubic", 2), ("bicubic", 4)}
+    assert set(warm(bare, 32, 32, 1)) == {("bicubic", 1), ("bicubic", 2), ("bicubic", 4)}
 
 
 def test_one_run_of_direct_draws_at_the_final_size(route: Route, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from giantleap.models.generation.generator import Generator
 from giantleap.models.generation.refine import refine_latent
 from giantleap.models.generation.refinement import Refinement
 from giantleap.models.latent_space import LATENT_SPACES
-from giantleap.models.route import Route, run_once
+from giantleap.models.route import Route
+from giantleap.models.runs import run_once
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.models.worker_role import WorkerRole
 from tests.models.generation.test_generator_families import saved

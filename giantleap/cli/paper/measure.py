@@ -22,7 +22,8 @@ from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import METHODS, Method
 from giantleap.models.generation.generator import GenerationItem, image_seed
 from giantleap.models.lua.spec import scaled_size
-from giantleap.models.route import Route, run_once
+from giantleap.models.route import Route
+from giantleap.models.runs import run_once
 from giantleap.service.worker.timing import device_name, to_statistics
 
 

@@ -11,6 +11,7 @@ from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.generation.generator import GenerationItem
 from giantleap.models.pixels.images import to_pixels
 from giantleap.models.route import Route
+from giantleap.models.runs import warm
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobs.devices import StagePeak, machine_memory_bytes, usable_bytes
 from giantleap.service.settings import POCKET_BUNDLE, read_settings
@@ -28,7 +29,7 @@ def bundle() -> Bundle:
 @pytest.fixture(scope="module")
 def route(bundle: Bundle) -> Route:
     route = Route.open(bundle, CPU, torch.float32)
-    route.warm(64, 64, 1)
+    warm(route, 64, 64, 1)
     return route
 
 
