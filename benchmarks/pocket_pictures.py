@@ -20,7 +20,7 @@ from giantleap.cli.paper.sheet import write_sheet
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import Method
 from giantleap.models.device import choose_device, choose_dtype
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.pixels.images import to_pixels, to_signed
 from giantleap.models.route import Route
 from giantleap.models.runs import run_once

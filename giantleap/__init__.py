@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from giantleap.models.bundle.bundle import Bundle, BundleError
     from giantleap.models.bundle.names import load_bundle
-    from giantleap.models.generation.generator import GenerationItem
+    from giantleap.models.generation.items import GenerationItem
     from giantleap.models.load import load_route
     from giantleap.models.route import Route
     from giantleap.models.upscaler import Upscaler, load_upscaler

@@ -1,8 +1,7 @@
 """One loaded bundle on one device: generate, upscale, decode.
 
 A worker holds one `Route` per bundle (`giantleap.service.worker.loop`); the command line uses it without a service.
-Each stage is a method, because an upscale job starts at the second stage and a latent result ends there. Their order
-is in `giantleap.models.bundle.stages`.
+Each stage is a method: an upscale job starts at the second, and a latent ends there (`giantleap.models.bundle.stages`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,8 @@ from giantleap.models.device import (
 )
 from giantleap.models.engines.base import Artifact, Engine, EngineName
 from giantleap.models.engines.swinir import PixelUpscaler
-from giantleap.models.generation.generator import CancelCheck, GenerationItem, Generator, StepCallback
+from giantleap.models.generation.generator import Generator
+from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
 from giantleap.models.generation.refine import refine_latent
 from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import pad_to_window

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from giantleap.models.bundle.descriptor import Method
 from giantleap.models.device import StageClock
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.lua.spec import scaled_size
 from giantleap.models.route import Route
 

@@ -35,7 +35,7 @@ from giantleap.models.engines.artifacts import ArtifactEngine
 from giantleap.models.engines.base import Artifact
 from giantleap.models.engines.eager import TorchEngine
 from giantleap.models.engines.swinir import RGB_CHANNELS
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua, preset
 from giantleap.models.pixels.images import psnr_db

@@ -24,7 +24,7 @@ from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.pictures import draw_picture
 from benchmarks.quality.photos import read_photos
 from giantleap.models.bundle.bundle import Bundle, read_bundle
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.clamp import LatentClamp

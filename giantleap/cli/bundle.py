@@ -163,7 +163,7 @@ def check(
 
 
 def _draw_once(route: "Route", bundle: Bundle, method: Method, report: Callable[[str], object]) -> None:
-    from giantleap.models.generation.generator import GenerationItem
+    from giantleap.models.generation.items import GenerationItem
 
     defaults = bundle.defaults
     scale = defaults.scale if defaults.scale in bundle.scales_of(method) else max(bundle.scales_of(method))

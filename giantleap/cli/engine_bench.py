@@ -17,7 +17,7 @@ from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.device import synchronize
 from giantleap.models.engines.base import ENGINES, Engine, EngineName
 from giantleap.models.engines.factory import open_engine
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.pixels.images import psnr_db
 from giantleap.models.route import Route

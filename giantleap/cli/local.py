@@ -47,7 +47,7 @@ from giantleap.service.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from giantleap.models.generation.generator import GenerationItem
+    from giantleap.models.generation.items import GenerationItem
     from giantleap.models.pixels.image_formats import ImageFormat
     from giantleap.models.provenance.marker import ImageMarker
     from giantleap.models.provenance.xmp import Origin
@@ -173,7 +173,7 @@ def _to_item(params: "GenerateParams", start: bytes | None) -> "GenerationItem":
     """The item to generate; `start` is an image of the base size for a job with a strength."""
     import torch
 
-    from giantleap.models.generation.generator import GenerationItem
+    from giantleap.models.generation.items import GenerationItem
     from giantleap.models.pixels.images import to_signed
     from giantleap.service.jobs.images import read_image
 

@@ -16,7 +16,7 @@ from pydantic import ConfigDict
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 SUFFIX: Final = ".safetensors"
 NO_ADAPTERS: Final = frozenset({"PRXPipeline", "DiffusionPipeline"})
-"""Pipelines of `giantleap.models.generation.generator.FAMILIES` into which diffusers loads no LoRA."""
+"""Pipelines of `giantleap.models.generation.families.FAMILIES` into which diffusers loads no LoRA."""
 _MAX_HEADER_BYTES: Final = 16 << 20
 _DENOISERS: Final = ("unet", "transformer")
 _DOWN: Final = re.compile(r"\.(lora_A|lora_down|lora\.down)(\.default)?\.weight$")

@@ -27,7 +27,7 @@ BICUBIC_SCALES = (2, 4)
 DecodeName = Literal["exact", "tiled", "tiny"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
-# What the API must know of a pipeline class unloaded; `FAMILIES` in `models/generation/generator.py` has the rest.
+# What the API must know of a pipeline class unloaded; `FAMILIES` in `models/generation/families.py` has the rest.
 NO_NEGATIVE_PROMPT = frozenset({"FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "SanaSprintPipeline"})
 HAS_UNET = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
 DRAWS_AGAIN = HAS_UNET | {"SanaPipeline"}

@@ -1,142 +1,29 @@
 """Generates raw latents from prompts with a stock diffusers pipeline: seeded per item, cancelable between steps.
 
-`FAMILIES` holds what differs between the pipeline classes. The latents go to the upscaler in `giantleap.models.route`.
+`giantleap.models.generation.families` holds what differs between the pipeline classes. The latents go to the upscaler
+in `giantleap.models.route`.
 """
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial, wraps
-from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Self
 
-import diffusers
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    Flux2KleinPipeline,
-    Flux2Pipeline,
-    FluxImg2ImgPipeline,
-    FluxPipeline,
-    PRXPipeline,
-    QwenImage21Pipeline,
-    QwenImageImg2ImgPipeline,
-    QwenImagePipeline,
-    SanaPipeline,
-    SanaSprintImg2ImgPipeline,
-    SanaSprintPipeline,
-    StableDiffusion3Img2ImgPipeline,
-    StableDiffusion3Pipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLPipeline,
-    ZImageImg2ImgPipeline,
-    ZImagePipeline,
-)
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from giantleap.models.adapters.cache import AdapterCache
-from giantleap.models.adapters.files import AdapterUse
-from giantleap.models.bundle.bundle import Bundle, BundleError, ModelSource
-from giantleap.models.bundle.load_errors import load_errors
-from giantleap.models.generation.prompt_tokens import (
-    own_prompt_length,
-    truncated_by_clip,
-    truncated_by_gemma,
-    truncated_by_mistral,
-    truncated_by_none,
-    truncated_by_prx,
-    truncated_by_qwen3,
-    truncated_by_qwen25,
-    truncated_by_t5,
-)
-from giantleap.models.generation.refinement import Refinement
+from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.generation.families import FAMILIES
+from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
+from giantleap.models.generation.loading import load_pipeline
 from giantleap.models.latent_space import LatentSpace
-from giantleap.models.vae.autoencoder import read_vae_model
-
-StepCallback = Callable[[int, int], None]
-CancelCheck = Callable[[int], bool]
-
-SEED_LIMIT = 2**63
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationItem:
-    """One image to generate. The size is that of the base image, before upscaling.
-
-    Args:
-        prompt: What to show.
-        negative_prompt: What to avoid; empty for none. Only with guidance (`Generator.takes_negative_prompt`).
-        seed: Seed of the noise.
-        width_px: A multiple of the latent space's `multiple_px`.
-        height_px: A multiple of the latent space's `multiple_px`.
-        steps: Denoising steps, of which `strength` skips a part.
-        guidance_scale: In the pipeline's own scale: 1 is none, for Z-Image 0.
-        init_image: Start image in place of noise, [3, height_px, width_px], in [-1, 1].
-        strength: How far to depart from `init_image`, above 0 and up to 1.
-        refine: How to sample the enlarged latent again (`giantleap.models.generation.refine`); None leaves it out.
-        loras: LoRA adapters that act on this image.
-    """
-
-    prompt: str
-    negative_prompt: str
-    seed: int
-    width_px: int
-    height_px: int
-    steps: int
-    guidance_scale: float
-    init_image: Tensor | None = None
-    strength: float = 1.0
-    refine: Refinement | None = None
-    loras: tuple[AdapterUse, ...] = ()
-
-    @property
-    def shared(self) -> tuple[int, int, int, float, float | None, tuple[AdapterUse, ...]]:
-        """What the items of one batch must have in common."""
-        strength = None if self.init_image is None else self.strength
-        return self.width_px, self.height_px, self.steps, self.guidance_scale, strength, self.loras
 
 
 class _AllCanceledError(Exception):
     """Leaves the pipeline's loop: no image of the call is wanted any more. Not every pipeline can be interrupted."""
-
-
-def image_seed(seed: int, index: int) -> int:
-    """The seed of image `index` of a job: seed + index, modulo `SEED_LIMIT`."""
-    return (seed + index) % SEED_LIMIT
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How one pipeline class differs from the others.
-
-    Args:
-        truncated_tokens: Number of tokens of a prompt that are cut off; negative if there is room left.
-        image_pipeline: Its image-to-image class; None if diffusers has none.
-        guidance: The argument that takes `GenerationItem.guidance_scale`.
-        no_negative: The negative prompt that stands for none; None if the class takes no negative prompt.
-        returns_raw: Whether `output_type="latent"` returns raw latents already.
-        batches: Whether an item's result is the same in a batch of prompts of different lengths.
-        refines: Whether it can start from a latent with noise, at a later step of its schedule.
-        arguments: Further arguments of the call, in place of defaults that do not fit the pipeline or the item.
-        prepare: Called once with the pipeline.
-    """
-
-    truncated_tokens: Callable[[Any, str], int]
-    image_pipeline: type | None = None
-    guidance: str = "guidance_scale"
-    no_negative: str | None = ""
-    returns_raw: bool = False
-    batches: bool = True
-    refines: bool = True
-    arguments: Callable[[Any, GenerationItem], dict[str, Any]] = lambda pipeline, item: {}
-    prepare: Callable[[Any], object] = lambda pipeline: None
 
 
 class Generator:
@@ -168,28 +55,13 @@ class Generator:
 
     @classmethod
     def open(cls, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Self:
-        """Load the bundle's pipeline, from safetensors only, and from disk only if it is a directory.
-
-        Silences the logs and progress bars of diffusers and transformers, which would print prompts.
+        """Load the bundle's pipeline (`load_pipeline`) to a device.
 
         Raises:
             BundleError: There is a VAE and no pipeline, or a file or class of it cannot be loaded.
             ValueError: The pipeline is of an unknown class.
         """
-        if bundle.pipeline_class == "DiffusionPipeline":
-            raise BundleError(f"bundle {bundle.name} holds a VAE alone, to train with: there is no pipeline to serve")
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        diffusers_logging.set_verbosity_error()  # they log prompts that are cut off
-        diffusers_logging.disable_progress_bar()
-        with load_errors(bundle, "pipeline"):
-            parts = {} if bundle.vae is None else {"vae": read_vae_model(bundle, torch.device("cpu"), dtype)}
-            pipeline = _load_pipeline(ModelSource(bundle.pipeline, bundle.revision, bundle.variant), dtype, parts)
-            if bundle.scheduler is not None:
-                scheduler = _scheduler_class(bundle.scheduler)
-                pipeline.register_modules(scheduler=scheduler.from_config(pipeline.scheduler.config))
-        pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline.to(device), bundle.latent_space, bundle.max_side_px)
+        return cls(load_pipeline(bundle, dtype).to(device), bundle.latent_space, bundle.max_side_px)
 
     @property
     def supports_init_image(self) -> bool:
@@ -375,76 +247,3 @@ class _ImageEncoder:
         codes = self._vae.encode(image.to(self._vae.dtype))
         mean = (codes.latent if hasattr(codes, "latent") else codes.latent_dist.mode()).to(image.dtype)
         return SimpleNamespace(latents=mean, latent=mean)
-
-
-def _scheduler_class(name: str) -> Any:
-    found = getattr(diffusers, name, None)
-    if found is None:
-        alike = difflib.get_close_matches(name, [each for each in dir(diffusers) if each.endswith("Scheduler")], n=3)
-        hint = f"; did you mean {' or '.join(alike)}?" if alike else ""
-        raise BundleError(f"pipeline.scheduler: diffusers {diffusers.__version__} has no class {name}{hint}")
-    return found
-
-
-def _load_pipeline(source: ModelSource, dtype: torch.dtype, parts: Mapping[str, Any]) -> Any:
-    return DiffusionPipeline.from_pretrained(
-        str(source.place),
-        revision=source.revision,
-        variant=source.variant,
-        dtype=dtype,
-        use_safetensors=True,
-        local_files_only=isinstance(source.place, Path),
-        **parts,
-    )
-
-
-def _prx_arguments(pipeline: Any, item: GenerationItem) -> dict[str, Any]:
-    return {"use_resolution_binning": False}  # the size of the item, not the nearest of a list
-
-
-def _sana_arguments(pipeline: Any, item: GenerationItem) -> dict[str, Any]:
-    return {"use_resolution_binning": False, **own_prompt_length(pipeline)}
-
-
-def _sprint_arguments(pipeline: Any, item: GenerationItem) -> dict[str, Any]:
-    # The time between two steps is a setting of two steps only.
-    return _sana_arguments(pipeline, item) | ({} if item.steps == 2 else {"intermediate_timesteps": None})
-
-
-def _repeat_timesteps(pipeline: Any) -> None:
-    """Give the network a timestep for each image; PRXPipeline gives one for each half of a guided batch."""
-
-    def repeat(network: Any, positional: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        timestep, count = named["timestep"], len(named["hidden_states"])
-        return positional, named | {"timestep": timestep.repeat_interleave(count // len(timestep))}
-
-    pipeline.transformer.register_forward_pre_hook(repeat, with_kwargs=True)
-
-
-# As the classes behave in diffusers 0.42. Qwen-Image takes no guidance at all without a negative prompt, and a space is
-# what its model card gives for none. In Qwen-Image 2.1 the place of the image among the tokens, and with it the image,
-# moves with the longest prompt of the batch.
-FAMILIES: Mapping[type, Family] = MappingProxyType(
-    {
-        StableDiffusionPipeline: Family(truncated_by_clip, StableDiffusionImg2ImgPipeline),
-        StableDiffusionXLPipeline: Family(truncated_by_clip, StableDiffusionXLImg2ImgPipeline),
-        StableDiffusion3Pipeline: Family(truncated_by_t5, StableDiffusion3Img2ImgPipeline),
-        FluxPipeline: Family(truncated_by_t5, FluxImg2ImgPipeline, no_negative=None),
-        Flux2Pipeline: Family(truncated_by_mistral, no_negative=None, refines=False),
-        Flux2KleinPipeline: Family(truncated_by_qwen3, no_negative=None, returns_raw=True, refines=False),
-        QwenImagePipeline: Family(
-            truncated_by_qwen25, QwenImageImg2ImgPipeline, guidance="true_cfg_scale", no_negative=" "
-        ),
-        ZImagePipeline: Family(truncated_by_qwen3, ZImageImg2ImgPipeline),
-        QwenImage21Pipeline: Family(truncated_by_none, guidance="true_cfg_scale", batches=False),
-        PRXPipeline: Family(truncated_by_prx, arguments=_prx_arguments, prepare=_repeat_timesteps),
-        SanaPipeline: Family(truncated_by_gemma, arguments=_sana_arguments),
-        SanaSprintPipeline: Family(
-            truncated_by_gemma,
-            SanaSprintImg2ImgPipeline,
-            no_negative=None,
-            refines=False,
-            arguments=_sprint_arguments,
-        ),
-    }
-)

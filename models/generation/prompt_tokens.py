@@ -1,6 +1,6 @@
 """Counts the tokens of a prompt beyond what a pipeline's text encoder takes; negative if there is room left.
 
-One function per pipeline, for `FAMILIES` in `models/generation/generator.py`. Each counts as its classes do it in
+One function per pipeline, for `FAMILIES` in `models/generation/families.py`. Each counts as its classes do it in
 diffusers 0.42, with the words that they put around a prompt.
 """
 

@@ -18,7 +18,8 @@ from diffusers import PNDMScheduler
 from torch import Tensor
 
 from giantleap.models.device import PartCallback, part_of
-from giantleap.models.generation.generator import GenerationItem, Generator
+from giantleap.models.generation.generator import Generator
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.generation.refinement import Refinement, refine_seed, window_starts
 
 _STEP_TABLES = ("timesteps", "sigmas", "sigmas_interpol")  # of a scheduler, an entry per step

@@ -12,7 +12,7 @@ import torch
 from diffusers import SanaPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.generation.prompt_tokens import own_prompt_length
 from giantleap.models.methods.views import View
 

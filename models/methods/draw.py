@@ -14,7 +14,8 @@ from torch import Tensor
 
 from giantleap.models.bundle.descriptor import Method
 from giantleap.models.device import PartCallback
-from giantleap.models.generation.generator import CancelCheck, GenerationItem, Generator, StepCallback
+from giantleap.models.generation.generator import Generator
+from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
 from giantleap.models.methods.demofusion import draw_demofusion
 from giantleap.models.methods.denoiser import Denoiser
 from giantleap.models.methods.hidiffusion import hidiffusion, plan_hidiffusion

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from giantleap.models.device import StageClock, is_out_of_memory
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.route import Route
 from giantleap.service.jobqueue.consumer import JobConsumer

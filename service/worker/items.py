@@ -13,7 +13,7 @@ from torch import Tensor
 
 from giantleap.models.adapters.files import AdapterError
 from giantleap.models.device import is_out_of_memory
-from giantleap.models.generation.generator import GenerationItem, image_seed
+from giantleap.models.generation.items import GenerationItem, image_seed
 from giantleap.models.pixels.image_formats import CONTENT_TYPES
 from giantleap.models.pixels.images import finite_items, to_signed
 from giantleap.models.provenance.marker import ImageMarker

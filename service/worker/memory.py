@@ -20,7 +20,7 @@ from torch import Tensor
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.device import is_out_of_memory, synchronize
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.live_storage import LiveStorage
 from giantleap.models.pixels.images import to_pixels
 from giantleap.models.route import Route

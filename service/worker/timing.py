@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from giantleap.models.bundle.descriptor import Method
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.generation.refinement import Refinement
 from giantleap.models.lua.spec import scaled_size
 from giantleap.models.route import Route

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import BundleError, read_bundle
 from giantleap.models.device import StageClock, choose_device, choose_dtype, is_out_of_memory
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.pixels.images import finite_items
 from giantleap.models.route import Route
 from giantleap.models.runs import run_once, warm

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.descriptor import NEEDS_DECODER, REDIFFUSION, Method
-from giantleap.models.generation.generator import GenerationItem, Generator
+from giantleap.models.generation.generator import Generator
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.route import Route
 from giantleap.models.runs import warm
 from giantleap.models.vae.autoencoder import VaeError, read_vae_model

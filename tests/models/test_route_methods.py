@@ -15,7 +15,7 @@ from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.descriptor import METHODS, REDIFFUSION, Method
 from giantleap.models.bundle.stages import stages_of
 from giantleap.models.device import PartCallback, StageName
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.route import Route
 from giantleap.models.runs import run_once, warm
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.device import PartCallback, PeakMemory, StageClock, StageObserver
-from giantleap.models.generation.generator import CancelCheck, GenerationItem, StepCallback
+from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import StorageFull

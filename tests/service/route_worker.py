@@ -14,7 +14,7 @@ from torch import Tensor
 
 from giantleap.models.bundle.descriptor import Method
 from giantleap.models.device import PartCallback
-from giantleap.models.generation.generator import CancelCheck, GenerationItem, StepCallback
+from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.settings import read_settings

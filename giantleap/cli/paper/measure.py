@@ -20,7 +20,7 @@ from giantleap.cli.paper.report import to_markdown
 from giantleap.cli.paper.sheet import write_sheet
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import METHODS, Method
-from giantleap.models.generation.generator import GenerationItem, image_seed
+from giantleap.models.generation.items import GenerationItem, image_seed
 from giantleap.models.lua.spec import scaled_size
 from giantleap.models.route import Route
 from giantleap.models.runs import run_once

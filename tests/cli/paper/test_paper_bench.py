@@ -20,7 +20,7 @@ from giantleap.cli.paper.measure import (
 from giantleap.cli.paper.report import PAPER_S, to_markdown
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import METHODS, Method
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.route import Route
 
 

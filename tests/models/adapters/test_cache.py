@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from giantleap.models.adapters.files import NO_ADAPTERS, AdapterError, AdapterUse, misfit, read_denoiser, read_file
-from giantleap.models.generation.generator import FAMILIES, GenerationItem, Generator
+from giantleap.models.generation.families import FAMILIES
+from giantleap.models.generation.generator import Generator
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.latent_space import LATENT_SPACES
 from tests.lora_files import write_kohya_lora, write_lora
 from tests.tiny_pipelines import (

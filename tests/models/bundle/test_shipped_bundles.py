@@ -12,7 +12,7 @@ from diffusers import AutoencoderTiny
 from giantleap.models.bundle.bundle import Bundle, check_files, read_bundle
 from giantleap.models.bundle.hub import Hub
 from giantleap.models.bundle.pull import pull_bundle
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec
 from giantleap.models.route import Route

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.bundle.errors import BundleError
-from giantleap.models.generation.generator import GenerationItem, Generator
+from giantleap.models.generation.generator import Generator
+from giantleap.models.generation.items import GenerationItem
 from tests.tiny_bundle import SCALING_FACTOR
 
 ITEM = GenerationItem("a red sphere", "", seed=1, width_px=64, height_px=48, steps=4, guidance_scale=3.0)

@@ -37,7 +37,9 @@ from giantleap.models.bundle.descriptor import (
     VaeSource,
     Vocabulary,
 )
-from giantleap.models.generation.generator import FAMILIES, GenerationItem, Generator
+from giantleap.models.generation.families import FAMILIES
+from giantleap.models.generation.generator import Generator
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.latent_space import LATENT_SPACES, LatentSpace
 from tests.tiny_pipelines import (
     save_pipeline,

@@ -22,7 +22,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from giantleap.models.bundle.descriptor import REFINING
-from giantleap.models.generation.generator import FAMILIES
+from giantleap.models.generation.families import FAMILIES
 from giantleap.models.generation.refine import refine_latent
 from giantleap.models.generation.refinement import Refinement, refine_seed, window_starts
 from tests.models.generation.test_generator_families import LONG, Family, build, draw

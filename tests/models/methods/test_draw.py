@@ -11,7 +11,8 @@ from torch import Tensor
 
 from giantleap.models.adapters.files import read_file
 from giantleap.models.bundle.descriptor import DRAWS_AGAIN, HAS_UNET, NO_NEGATIVE_PROMPT, REDIFFUSION, Rediffusion
-from giantleap.models.generation.generator import GenerationItem, Generator
+from giantleap.models.generation.generator import Generator
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.methods.draw import Tools, count_steps, draw_items
 from giantleap.models.vae.autoencoder import Vae
 from tests.lora_files import write_lora

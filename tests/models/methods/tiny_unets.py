@@ -7,7 +7,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from giantleap.models.generation.generator import GenerationItem, Generator
+from giantleap.models.generation.generator import Generator
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.latent_space import LATENT_SPACES, LatentSpace
 from giantleap.models.methods.views import NoiseSource, Progress
 from tests.tiny_pipelines import tiny_sana, tiny_sd15, tiny_sdxl

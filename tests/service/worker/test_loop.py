@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from giantleap.models.generation.generator import image_seed
+from giantleap.models.generation.items import image_seed
 from giantleap.service.jobs.job import JobParams
 from giantleap.service.jobs.verification import verify_image
 from giantleap.service.settings import read_settings

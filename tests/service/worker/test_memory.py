@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from giantleap.models.bundle.bundle import Bundle, read_bundle
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.pixels.images import to_pixels
 from giantleap.models.route import Route
 from giantleap.models.runs import warm

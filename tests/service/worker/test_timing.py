@@ -12,7 +12,7 @@ from torch import Tensor
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.bundle.stages import stages_of
 from giantleap.models.device import StageClock, StageName, StageObserver
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.generation.refinement import Refinement
 from giantleap.service.worker.timing import ProtocolPlan, ProtocolResult, time_runs, to_result, to_statistics, to_table
 

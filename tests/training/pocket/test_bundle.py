@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from giantleap.models.bundle.bundle import check_files, read_bundle
 from giantleap.models.bundle.names import SHIPPED
-from giantleap.models.generation.generator import GenerationItem
+from giantleap.models.generation.items import GenerationItem
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.spec import LuaSpec

@@ -1,0 +1,56 @@
+"""What to generate: one image's request to the pipeline, its seed, and how callers follow the steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from giantleap.models.adapters.files import AdapterUse
+from giantleap.models.generation.refinement import Refinement
+
+StepCallback = Callable[[int, int], None]
+CancelCheck = Callable[[int], bool]
+
+SEED_LIMIT = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationItem:
+    """One image to generate. The size is that of the base image, before upscaling.
+
+    Args:
+        prompt: What to show.
+        negative_prompt: What to avoid; empty for none. Only with guidance (`Generator.takes_negative_prompt`).
+        seed: Seed of the noise.
+        width_px: A multiple of the latent space's `multiple_px`.
+        height_px: A multiple of the latent space's `multiple_px`.
+        steps: Denoising steps, of which `strength` skips a part.
+        guidance_scale: In the pipeline's own scale: 1 is none, for Z-Image 0.
+        init_image: Start image in place of noise, [3, height_px, width_px], in [-1, 1].
+        strength: How far to depart from `init_image`, above 0 and up to 1.
+        refine: How to sample the enlarged latent again (`giantleap.models.generation.refine`); None leaves it out.
+        loras: LoRA adapters that act on this image.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    width_px: int
+    height_px: int
+    steps: int
+    guidance_scale: float
+    init_image: Tensor | None = None
+    strength: float = 1.0
+    refine: Refinement | None = None
+    loras: tuple[AdapterUse, ...] = ()
+
+    @property
+    def shared(self) -> tuple[int, int, int, float, float | None, tuple[AdapterUse, ...]]:
+        """What the items of one batch must have in common."""
+        strength = None if self.init_image is None else self.strength
+        return self.width_px, self.height_px, self.steps, self.guidance_scale, strength, self.loras
+
+
+def image_seed(seed: int, index: int) -> int:
+    """The seed of image `index` of a job: seed + index, modulo `SEED_LIMIT`."""
+    return (seed + index) % SEED_LIMIT
