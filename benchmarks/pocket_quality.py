@@ -18,9 +18,10 @@ import typer
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.quality.photos import enlarge_photos
 from benchmarks.quality.prompt_following import measure
-from benchmarks.quality.routes import METHODS, SCALES, Networks, Scores, mean_scores
+from benchmarks.quality.routes import METHODS, SCALES, Networks, Scores, mean_scores, open_jod
 from benchmarks.quality.scenes import KINDS, measure_scenes
 from giantleap.models.bundle.bundle import read_bundle
+from giantleap.training.evaluation.perceptual import Jod
 
 Part = Literal["all", "pictures", "prompts"]
 
@@ -52,10 +53,10 @@ class Floor:
         return f"{self.name:<44}{self.value:>8.2f} {self.unit:<3}{self.floor:>8.2f}   {verdict}"
 
 
-def measure_photos(networks: Networks) -> dict[str, dict[str, Any]]:
+def measure_photos(networks: Networks, jod: Jod | None) -> dict[str, dict[str, Any]]:
     """Return the round trip by size and the scores of every method by scale, for each photograph and their `mean`."""
     photos: dict[str, dict[str, Any]] = {
-        name: {"round_trip_db": photo.round_trip_db(), **{f"x{scale}": each for scale, each in photo.scores().items()}}
+        name: {"round_trip_db": photo.round_trip_db(), **{f"x{scale}": each for scale, each in photo.scores(jod).items()}}
         for name, photo in enlarge_photos(networks).items()
     }
     rows = list(photos.values())
@@ -66,11 +67,11 @@ def measure_photos(networks: Networks) -> dict[str, dict[str, Any]]:
     return photos | {"mean": mean | {f"x{s}": mean_scores([row[f"x{s}"] for row in rows]) for s in SCALES}}
 
 
-def measure_all_scenes(networks: Networks) -> dict[str, dict[str, Any]]:
+def measure_all_scenes(networks: Networks, jod: Jod | None) -> dict[str, dict[str, Any]]:
     """Return the scores of every scene and their `mean`, by kind and scale."""
     scenes: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
-        measured = measure_scenes(networks, kind)
+        measured = measure_scenes(networks, kind, jod)
         scenes[kind] = {f"x{scale}": {"scenes": each, "mean": mean_scores(each)} for scale, each in measured.items()}
     return scenes
 
@@ -106,11 +107,14 @@ def judge_prompts(shares: Mapping[str, float]) -> list[Floor]:
 
 def score_table(sets: Mapping[str, Scores]) -> str:
     """Format one line per set of pictures and method."""
-    lines = [f"{'pictures':<22}{'method':<16}{'PSNR dB':>9}{'MS-SSIM':>9}{'FLIP':>8}"]
+    lines = [f"{'pictures':<22}{'method':<16}{'PSNR dB':>9}{'MS-SSIM':>9}{'FLIP':>8}{'JOD':>7}"]
     for name, scores in sets.items():
         for method in METHODS:
             row = scores[method]
-            lines.append(f"{name:<22}{method:<16}{row['psnr_db']:>9.2f}{row['ms_ssim']:>9.4f}{row['flip']:>8.4f}")
+            jod = f"{row['jod']:>7.3f}" if "jod" in row else f"{'-':>7}"
+            lines.append(
+                f"{name:<22}{method:<16}{row['psnr_db']:>9.2f}{row['ms_ssim']:>9.4f}{row['flip']:>8.4f}{jod}"
+            )
     return "\n".join(lines)
 
 
@@ -126,7 +130,8 @@ def photo_table(photos: Mapping[str, Mapping[str, Any]]) -> str:
 
 def measure_pictures(networks: Networks) -> dict[str, Any]:
     """Measure photographs and scenes, and print them."""
-    photos, scenes = measure_photos(networks), measure_all_scenes(networks)
+    jod = open_jod()
+    photos, scenes = measure_photos(networks, jod), measure_all_scenes(networks, jod)
     typer.echo(photo_table(photos))
     sets = {f"photographs x{scale}": photos["mean"][f"x{scale}"] for scale in SCALES}
     sets |= {f"{kind} x{scale}": each[f"x{scale}"]["mean"] for kind, each in scenes.items() for scale in SCALES}

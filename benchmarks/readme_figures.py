@@ -111,16 +111,19 @@ def to_quality_table(report: Mapping[str, Any]) -> str:
 
 
 def to_method_table(report: Mapping[str, Any]) -> str:
-    """Return the table that compares the methods by three metrics."""
+    """Return the table that compares the methods by three metrics, and JOD where it was measured."""
     photos, scenes = report["photos"]["mean"], report["scenes"]
     sets = {f"photographs x{scale}": photos[f"x{scale}"] for scale in (2, 4)}
     sets |= {f"{kind} x{scale}": scenes[kind][f"x{scale}"]["mean"] for kind in scenes for scale in (2, 4)}
+    digits = {"psnr_db": 2, "ms_ssim": 4, "flip": 4, "jod": 2}
+    titles = {"psnr_db": "PSNR in dB", "ms_ssim": "MS-SSIM", "flip": "FLIP", "jod": "JOD"}
+    measured = [name for name in titles if name in photos["x2"]["lua"]]
     rows = [
-        (name, *(f"{row['psnr_db']:.2f} / {row['ms_ssim']:.4f} / {row['flip']:.4f}" for row in each))
+        (name, *(" / ".join(f"{row[metric]:.{digits[metric]}f}" for metric in measured) for row in each))
         for name, scores in sets.items()
         for each in [[scores[method] for method in ("lua", "resized", "swinir")]]
     ]
-    return _table(("PSNR in dB / MS-SSIM / FLIP", "`lua`", "decode, then bicubic", "`swinir`"), rows)
+    return _table((" / ".join(titles[name] for name in measured), "`lua`", "decode, then bicubic", "`swinir`"), rows)
 
 
 _DIGITS = {"dB": 2, "%": 1}

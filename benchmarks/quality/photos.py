@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.quality.routes import SCALES, Networks, Scores, psnr_db, score
 from giantleap.training.evaluation.cases import shrink
+from giantleap.training.evaluation.perceptual import Jod
 
 MULTIPLE_PX = 32  # a quarter of the side must be whole latents
 SIZES = {"full": 1, "half": 2, "quarter": 4}
@@ -39,9 +40,9 @@ class Photo:
         """Return the PSNR of the round trip by size."""
         return {size: psnr_db(decoded, picture) for size, (picture, decoded) in self.round_trips.items()}
 
-    def scores(self) -> dict[int, Scores]:
+    def scores(self, jod: Jod | None = None) -> dict[int, Scores]:
         """Compare every method with the photograph, by scale."""
-        return {scale: score(dict(pictures), self.original) for scale, pictures in self.enlarged.items()}
+        return {scale: score(dict(pictures), self.original, jod) for scale, pictures in self.enlarged.items()}
 
 
 def read_photos() -> dict[str, Tensor]:

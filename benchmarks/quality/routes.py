@@ -4,6 +4,7 @@ The rival that counts is `resized`: decode the small latent, then resize the pic
 interpolation, so beating `latent bicubic` proves little.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,10 +19,11 @@ from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.vae.autoencoder import read_vae_model
 from giantleap.training.evaluation import metrics
+from giantleap.training.evaluation.metrics import NotAvailableError
+from giantleap.training.evaluation.perceptual import Jod, flip, ms_ssim
 
 SCALES = (2, 4)
 METHODS = ("lua", "resized", "swinir", "latent bicubic")
-METRICS = ("psnr_db", "ms_ssim", "flip")
 CPU = torch.device("cpu")
 
 Scores = dict[str, dict[str, float]]  # method -> metric -> value
@@ -79,33 +81,25 @@ def psnr_db(picture: Tensor, original: Tensor) -> float:
     return metrics.psnr_db(metrics.to_levels(picture), metrics.to_levels(original), border_px=0)
 
 
-def score(pictures: dict[str, Tensor], original: Tensor) -> Scores:
-    """Return `METRICS` of every picture: PSNR and MS-SSIM are better when larger, FLIP when smaller."""
-    return {
-        name: {
+def open_jod() -> Jod | None:
+    """Open ColorVideoVDP; None where it is not installed."""
+    with suppress(NotAvailableError):
+        return Jod()
+    return None
+
+
+def score(pictures: dict[str, Tensor], original: Tensor, jod: Jod | None = None) -> Scores:
+    """Return the metrics of every picture, JOD if it is given; all but FLIP are better when larger."""
+    expected = metrics.to_levels(original)
+    scores: Scores = {}
+    for name, picture in pictures.items():
+        seen = metrics.to_levels(picture)
+        scores[name] = {
             "psnr_db": psnr_db(picture, original),
-            "ms_ssim": ms_ssim(picture, original),
-            "flip": flip(picture, original),
-        }
-        for name, picture in pictures.items()
-    }
-
-
-def ms_ssim(picture: Tensor, original: Tensor) -> float:
-    """Multi-scale structural similarity (Wang et al. 2003) of 8-bit pictures; sides above 160 px."""
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
-
-    seen, expected = (metrics.to_levels(each).float() / 255.0 for each in (picture, original))
-    return float(multiscale_structural_similarity_index_measure(seen, expected, data_range=1.0))
-
-
-def flip(picture: Tensor, original: Tensor) -> float:
-    """Mean perceived difference while flipping between 8-bit pictures (Andersson et al. 2020), at 67 px per degree."""
-    import flip_evaluator
-
-    levels = (metrics.to_levels(each)[0].permute(1, 2, 0) for each in (original, picture))
-    reference, test = ((each.float() / 255.0).contiguous().numpy() for each in levels)
-    return float(flip_evaluator.evaluate(reference, test, "LDR", applyMagma=False)[1])
+            "ms_ssim": ms_ssim(seen, expected),
+            "flip": flip(seen, expected),
+        } | ({} if jod is None else {"jod": jod(seen, expected)})
+    return scores
 
 
 def mean_scores(scores: list[Scores]) -> Scores:

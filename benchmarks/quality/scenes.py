@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.quality.routes import SCALES, Networks, Scores, score
+from giantleap.training.evaluation.perceptual import Jod
 from giantleap.training.pocket.drawing.prompts import draw_prompt
 from giantleap.training.pocket.drawing.still_life import render_still_life
 from giantleap.training.pocket.pictures import HELD_OUT_SEED, draw_held_out_scene
@@ -33,7 +34,7 @@ KINDS: dict[str, Callable[[int, int, int], Tensor]] = {
 }
 
 
-def measure_scenes(networks: Networks, kind: str, count: int = SCENES) -> dict[int, list[Scores]]:
+def measure_scenes(networks: Networks, kind: str, jod: Jod | None = None, count: int = SCENES) -> dict[int, list[Scores]]:
     """Enlarge scenes of 128 px of a kind of `KINDS` and compare them with those of 256 and 512 px; by scale."""
     draw = KINDS[kind]
     scores: dict[int, list[Scores]] = {scale: [] for scale in SCALES}
@@ -41,7 +42,7 @@ def measure_scenes(networks: Networks, kind: str, count: int = SCENES) -> dict[i
         for scale in SCALES:
             small = to_levels(draw(index, SCENE_PX, SAMPLES * scale))
             large = to_levels(draw(index, scale * SCENE_PX, SAMPLES))
-            scores[scale].append(score(networks.enlarge(small, scale), large))
+            scores[scale].append(score(networks.enlarge(small, scale), large, jod))
     return scores
 
 
