@@ -56,7 +56,10 @@ class Floor:
 def measure_photos(networks: Networks, jod: Jod | None) -> dict[str, dict[str, Any]]:
     """Return the round trip by size and the scores of every method by scale, for each photograph and their `mean`."""
     photos: dict[str, dict[str, Any]] = {
-        name: {"round_trip_db": photo.round_trip_db(), **{f"x{scale}": each for scale, each in photo.scores(jod).items()}}
+        name: {
+            "round_trip_db": photo.round_trip_db(),
+            **{f"x{scale}": each for scale, each in photo.scores(jod).items()},
+        }
         for name, photo in enlarge_photos(networks).items()
     }
     rows = list(photos.values())
@@ -112,9 +115,7 @@ def score_table(sets: Mapping[str, Scores]) -> str:
         for method in METHODS:
             row = scores[method]
             jod = f"{row['jod']:>7.3f}" if "jod" in row else f"{'-':>7}"
-            lines.append(
-                f"{name:<22}{method:<16}{row['psnr_db']:>9.2f}{row['ms_ssim']:>9.4f}{row['flip']:>8.4f}{jod}"
-            )
+            lines.append(f"{name:<22}{method:<16}{row['psnr_db']:>9.2f}{row['ms_ssim']:>9.4f}{row['flip']:>8.4f}{jod}")
     return "\n".join(lines)
 
 

@@ -34,7 +34,9 @@ KINDS: dict[str, Callable[[int, int, int], Tensor]] = {
 }
 
 
-def measure_scenes(networks: Networks, kind: str, jod: Jod | None = None, count: int = SCENES) -> dict[int, list[Scores]]:
+def measure_scenes(
+    networks: Networks, kind: str, jod: Jod | None = None, count: int = SCENES
+) -> dict[int, list[Scores]]:
     """Enlarge scenes of 128 px of a kind of `KINDS` and compare them with those of 256 and 512 px; by scale."""
     draw = KINDS[kind]
     scores: dict[int, list[Scores]] = {scale: [] for scale in SCALES}

@@ -21,9 +21,7 @@ def photo() -> Tensor:
 
 @pytest.fixture(scope="module")
 def blurred(photo: Tensor) -> list[Tensor]:
-    return [
-        F.avg_pool2d(photo.float(), size, stride=1, padding=size // 2).round().to(torch.uint8) for size in (3, 9)
-    ]
+    return [F.avg_pool2d(photo.float(), size, stride=1, padding=size // 2).round().to(torch.uint8) for size in (3, 9)]
 
 
 def test_structure_and_flip_know_the_better_picture(photo: Tensor, blurred: list[Tensor]) -> None:
