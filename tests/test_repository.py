@@ -73,7 +73,7 @@ def test_what_is_imported_is_declared() -> None:
     needs = [*project["dependencies"], *(need for extra in project["optional-dependencies"].values() for need in extra)]
     declared = {re.split(r"[^A-Za-z0-9._-]", need)[0].lower().replace("_", "-") for need in needs}
     declared |= {"anyio", "httptools", "pyarrow", "starlette", "tokenizers", "uvloop"}  # of those that are declared
-    declared.add("torch-fidelity")  # for one metric, by whoever has its weights (docs/training.md)
+    declared |= {"torch-fidelity", "cvvdp", "pycvvdp"}  # for one metric each, which is else not available
     names = {
         name.split(".")[0]
         for path in _modules()
