@@ -32,7 +32,7 @@ __all__ = [
 _MODULES = {
     "Bundle": "models.bundle.bundle",
     "BundleError": "models.bundle.bundle",
-    "GenerationItem": "models.generation.generator",
+    "GenerationItem": "models.generation.items",
     "Route": "models.route",
     "Upscaler": "models.upscaler",
     "decode_images": "models.vae.autoencoder",

@@ -181,6 +181,18 @@ class JobFailed(GiantleapError):
     code, status, title = "job_failed", 500, "The job failed"
 
 
+class BlockedByFilter(GiantleapError):
+    """An image that a filter of the settings refused. Nothing of the job is stored but that it failed."""
+
+    code, status, title = "blocked_by_filter", 422, "A filter refused the image"
+
+
+class FilterFault(GiantleapError):
+    """A filter that failed, so that its image is held back."""
+
+    code, status, title = "filter_failed", 500, "A filter failed"
+
+
 class EngineFault(GiantleapError):
     """A fault of the device or the engine that another attempt may survive (out of memory, a lost device)."""
 

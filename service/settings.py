@@ -45,6 +45,7 @@ _PAGE_DEFAULTS = {
     "forwarded_allow_ips": "none",
     "root_path": "none",
     "webhook_hosts": "any",
+    "filters": "none",
     "model_aliases": "none",
 }
 
@@ -190,6 +191,11 @@ class Settings(BaseSettings):
         "below it. Their addresses are checked all the same.",
     )
 
+    filters: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Image filters of installed packages (entry points 'giantleap.filters') that may refuse an image, "
+        "in this order, comma-separated.",
+    )
     c2pa_cert: Path | None = Field(
         None,
         description="PEM file of the certificates whose first one signs a C2PA manifest into every image; none: XMP "
@@ -212,7 +218,7 @@ class Settings(BaseSettings):
         pattern=r"^https?://[^/?#\s]+$",
     )
 
-    @field_validator("bundle", "cors_origins", "forwarded_allow_ips", "webhook_hosts", mode="before")
+    @field_validator("bundle", "cors_origins", "forwarded_allow_ips", "webhook_hosts", "filters", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "models.pixels",
         "models.worker_role",
     ),
-    ("models.provenance", "models.adapters"),
+    ("models.provenance", "models.adapters", "models.filters"),
     ("models.lua",),
     ("models.latent_space",),
     ("models.bundle",),

@@ -6,12 +6,13 @@ them, so that `giantleap --help` starts fast.
 
 from base64 import b64encode
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from giantleap.cli.errors import EXIT_FAILED
 from giantleap.cli.files import (
     LATENT,
     STANDARD,
@@ -47,12 +48,11 @@ from giantleap.service.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from giantleap.models.filters.chain import FilterChain
     from giantleap.models.generation.items import GenerationItem
-    from giantleap.models.pixels.image_formats import ImageFormat
     from giantleap.models.provenance.marker import ImageMarker
-    from giantleap.models.provenance.xmp import Origin
     from giantleap.models.route import Route
-    from giantleap.service.jobs.job import GenerateParams
+    from giantleap.service.jobs.job import GenerateParams, JobParams
 
 
 OutOption = Annotated[
@@ -148,16 +148,13 @@ def _draw_to_file(
     settings: Settings, served: Bundle, params: "GenerateParams", start: bytes | None, loras: LocalLoras, out: Path
 ) -> None:
     """Load the bundle and draw one image; `start` is as in `_to_item`."""
-    from giantleap.service.jobs.marking import to_origin
-
-    marker = _open_marker(settings)
+    writer = _open_writer(settings)
     route = open_bundle_route(settings, served)
     route.generator.adapters.offer(dict(loras.paths), budget_bytes=0)
     item, stages = _to_item(params, start), ShownStages(route.clock())
     latents, refine = [_draw(route, item, params, stages)], [item] if item.refine else []
     _, images = route.upscale_and_decode(latents, params.scale, params.method, params.decode, stages, refine)
-    origin = to_origin(params, served.name, params.seed)
-    _write_image(out, params.output_format, images[0], stages, marker, origin)
+    writer.write(out, params, served.name, images[0], stages)
 
 
 def _read_prompt(prompt: str, init_image: Path | None) -> str:
@@ -246,7 +243,6 @@ def upscale(
 
     from giantleap.service.jobs.images import read_image
     from giantleap.service.jobs.latents import LATENT_TENSOR
-    from giantleap.service.jobs.marking import to_origin
     from giantleap.service.jobs.planning import prepare_upscale
     from giantleap.service.jobs.requests import UpscaleQuery
 
@@ -272,7 +268,7 @@ def upscale(
 
     from safetensors.torch import load, save
 
-    marker = _open_marker(settings)
+    writer = _open_writer(settings)
     route = open_bundle_route(settings, served)
     stages = ShownStages(route.clock())
     how = (params.scale, params.method, None if as_latent else params.decode, stages)
@@ -284,35 +280,47 @@ def upscale(
         write_output(out, save({LATENT_TENSOR: latents[0].contiguous()}))
         _report(out, stages.clock.stages_s)
     else:
-        _write_image(out, output_format, images[0], stages, marker, to_origin(params, served.name, None))
+        writer.write(out, params, served.name, images[0], stages)
 
 
-def _open_marker(settings: Settings) -> "ImageMarker":
-    """What encodes the images; a certificate of the settings that cannot sign ends the command."""
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """What stands between the pixels of an image and its file."""
+
+    filters: "FilterChain"
+    marker: "ImageMarker"
+
+    def write(self, out: Path, params: "JobParams", bundle: str, pixels: "Tensor | None", stages: ShownStages) -> None:
+        """Write an image of the seed of its parameters; one that a filter holds back ends the command."""
+        from giantleap.models.filters.chain import FilterFailed, ImageRefused
+        from giantleap.service.jobs.marking import to_origin
+        from giantleap.service.worker.filters import to_context
+
+        if pixels is None:
+            stop("the decoded image has values that are not finite; nothing was written")
+        with stages.measure("encode"):
+            try:
+                self.filters.check(pixels, to_context(params, bundle, pixels))
+            except (ImageRefused, FilterFailed) as error:
+                stop(f"{error}; nothing was written", code=EXIT_FAILED)
+            origin = to_origin(params, bundle, params.seed)
+            write_output(out, self.marker.to_file(pixels, params.output_format, origin))
+        _report(out, stages.clock.stages_s)
+
+
+def _open_writer(settings: Settings) -> _Writer:
+    """A filter or a certificate of the settings that cannot be used ends the command."""
     import_torch()
 
     from giantleap.models.provenance.marker import ImageMarker
     from giantleap.service.jobs.marking import open_manifest_signer
+    from giantleap.service.worker.filters import open_filters
 
     try:
-        return ImageMarker(open_manifest_signer(settings))
+        marker = ImageMarker(open_manifest_signer(settings))
+        return _Writer(open_filters(settings.filters, lambda name, outcome: None), marker)
     except BadConfiguration as error:
         stop(error.detail)
-
-
-def _write_image(
-    out: Path,
-    output_format: "ImageFormat",
-    pixels: "Tensor | None",
-    stages: ShownStages,
-    marker: "ImageMarker",
-    origin: "Origin",
-) -> None:
-    if pixels is None:
-        stop("the decoded image has values that are not finite; nothing was written")
-    with stages.measure("encode"):
-        write_output(out, marker.to_file(pixels, output_format, origin))
-    _report(out, stages.clock.stages_s)
 
 
 def _warn_of_unknown_words(bundle: Bundle, prompt: str) -> None:

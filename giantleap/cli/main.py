@@ -140,9 +140,14 @@ def _read_twice(options: Mapping[str, object]) -> tuple[Settings, Callable[[], S
 
 def _check(settings: Settings) -> None:
     """Check at start what the child processes would stop at, one after the other."""
+    from giantleap.models.filters.image_filter import FilterSetupError, find_filters
     from giantleap.service.jobs.marking import open_manifest_signer
 
     check_auth_config(settings)
+    try:
+        find_filters(settings.filters)  # the workers open them
+    except FilterSetupError as error:
+        raise BadConfiguration(f"filters: {error}") from error
     open_manifest_signer(settings)
 
 

@@ -35,6 +35,7 @@ _JOB_ERRORS: dict[str, type[GiantleapError]] = {
         *(errors.MalformedRequest, errors.NotFound, errors.NotAcceptable, errors.Conflict, errors.PayloadTooLarge),
         *(errors.UnsupportedMediaType, errors.InvalidRequest, errors.DoesNotFit, errors.QueueFull),
         *(errors.StorageFull, errors.NotReady, errors.DeadlinePassed, errors.JobFailed, errors.EngineFault),
+        *(errors.BlockedByFilter, errors.FilterFault),
     )
 }
 

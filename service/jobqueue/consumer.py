@@ -20,7 +20,7 @@ import redis
 from redis.typing import KeyT, StreamIdT
 
 from giantleap.models.worker_role import WorkerRole
-from giantleap.service.errors import NotReady, StorageFull
+from giantleap.service.errors import BlockedByFilter, NotReady, StorageFull
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.claims import Claim, Leases, to_claim
 from giantleap.service.jobqueue.client import SyncRedis, check_client
@@ -257,8 +257,9 @@ class JobConsumer:
         """Ends an attempt with an error.
 
         Effects: one atomic script. A retryable error with starts left puts the job into the delayed set, the delay
-        doubling up to 300 s; any other closes it as failed and adds it to the dead-letter stream. A job whose cancel
-        flag is set is closed as canceled instead. Waits while Redis is unavailable; safe to repeat.
+        doubling up to 300 s; any other closes it as failed and, unless a filter refused an image, adds it to the
+        dead-letter stream. A job whose cancel flag is set is closed as canceled instead. Waits while Redis is
+        unavailable; safe to repeat.
 
         Returns:
             Queued for a retry, failed or canceled; None if the claim was lost: then nothing is written.
@@ -269,6 +270,7 @@ class JobConsumer:
         arguments = {
             "error": json.dumps(dataclasses.asdict(error)),
             "retryable": error.retryable,
+            "refused": error.code == BlockedByFilter.code,
             "stages": json.dumps(dict(stages)),
         }
         reply = self._settle(claim, scripts.FAIL, arguments)

@@ -19,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from giantleap.models.filters.image_filter import FilterOutcome
 from giantleap.service.jobqueue.keys import FINISH, to_bundle
 from giantleap.service.jobs.job import QueueStats
 
@@ -60,6 +61,9 @@ class Metrics:
         self._fenced = self._counter("fenced", "Finished jobs that were dropped because another worker owns them.")
         self._retries = self._counter("retries", "Jobs handed back for another attempt.", "bundle")
         self._failures = self._counter("job_failures", "Attempts that failed, by the error's code.", "bundle", "code")
+        self._filtered = self._counter(
+            "filtered_images", "Final images that a filter saw, by what it said.", "filter", "outcome"
+        )
         self._webhooks = self._counter("webhooks", "Attempts to deliver a webhook, by what came of them.", "outcome")
 
         self._peak_bytes = self._gauge(
@@ -158,6 +162,10 @@ class Metrics:
     def count_failure(self, bundle: str, code: str) -> None:
         """Counts a failed attempt; `code` is that of a `GiantleapError` or `engine_error`."""
         self._failures.labels(bundle, code).inc()
+
+    def count_filtered(self, name: str, outcome: FilterOutcome) -> None:
+        """Counts a final image that a filter of the settings saw."""
+        self._filtered.labels(name, outcome).inc()
 
     def set_device_memory(self, device: str, memory_bytes: int) -> None:
         """Sets the memory that jobs may use on the device of this worker."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from giantleap.models.device import StageClock, is_out_of_memory
+from giantleap.models.filters.chain import FilterChain
 from giantleap.models.generation.items import GenerationItem
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.route import Route
@@ -44,6 +45,7 @@ class BatchRun:
         trace: Where each stage is recorded.
         watchdog: Where progress is recorded.
         marker: Encodes the images.
+        filters: See the images before that.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class BatchRun:
         trace: BatchTrace,
         watchdog: Watchdog,
         marker: ImageMarker,
+        filters: FilterChain,
     ) -> None:
         self.clock: StageClock = route.clock()
         self._route = route
@@ -62,6 +65,7 @@ class BatchRun:
         self._trace = trace
         self._watchdog = watchdog
         self._marker = marker
+        self._filters = filters
 
     def run(self, items: Sequence[Item], slice_size: int) -> list[Outcome]:
         """The outcome of each item, in order; at most `slice_size` of them are on the device at once."""
@@ -141,7 +145,10 @@ class BatchRun:
     ) -> Sequence[Outcome]:
         with observer.measure("encode"):
             if wants_image(items[0].claim.job.params):
-                return [to_image_output(item, image, self._marker) for item, image in zip(items, images, strict=True)]
+                return [
+                    to_image_output(item, image, self._marker, self._filters)
+                    for item, image in zip(items, images, strict=True)
+                ]
             return [to_latent_output(item, latent) for item, latent in zip(items, latents, strict=True)]
 
     def _observe(self, items: Sequence[Item]) -> BatchObserver:

@@ -3,9 +3,10 @@
 `giantleap.service.worker.batch_runner` runs them; `giantleap.service.worker.settlement` ends their jobs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from types import MappingProxyType
 
 import safetensors.torch
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from giantleap.models.adapters.files import AdapterError
 from giantleap.models.device import is_out_of_memory
+from giantleap.models.filters.chain import FilterChain, FilterFailed, ImageRefused
 from giantleap.models.generation.items import GenerationItem, image_seed
 from giantleap.models.pixels.image_formats import CONTENT_TYPES
 from giantleap.models.pixels.images import finite_items, to_signed
 from giantleap.models.provenance.marker import ImageMarker
-from giantleap.service.errors import EngineFault, GiantleapError, JobFailed
+from giantleap.service.errors import BlockedByFilter, EngineFault, FilterFault, GiantleapError, JobFailed
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobs.grid import count_items
 from giantleap.service.jobs.images import Pixels, read_image
@@ -25,6 +27,7 @@ from giantleap.service.jobs.job import GenerateParams, JobError, JobParams, Resu
 from giantleap.service.jobs.latents import LATENT_TENSOR
 from giantleap.service.jobs.marking import to_origin
 from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
+from giantleap.service.worker.filters import to_context
 
 
 class Stop(Enum):
@@ -57,6 +60,11 @@ class Latent:
     values: Tensor
 
 
+_CAUSES: Mapping[type[Exception], type[GiantleapError]] = MappingProxyType(
+    {AdapterError: JobFailed, ImageRefused: BlockedByFilter, FilterFailed: FilterFault}
+)
+"""What a client is told where the models raise an error whose text it may see."""
+
 Outcome = Output | Latent | JobError | Stop
 
 
@@ -69,8 +77,9 @@ def to_job_error(error: Exception) -> JobError:
     """The error that the client of a job sees; an unexpected exception only by its type, since its text may quote."""
     if is_out_of_memory(error):
         error = EngineFault("the device ran out of memory for this job alone; ask for fewer or smaller images")
-    if isinstance(error, AdapterError):
-        error = JobFailed(str(error))
+    for cause, kind in _CAUSES.items():
+        if isinstance(error, cause):
+            error = kind(str(error))
     if isinstance(error, GiantleapError):
         return JobError(error.code, error.detail, error.retryable)
     return JobError("engine_error", f"the engine raised {type(error).__name__}; the worker's log has the traceback")
@@ -141,11 +150,15 @@ def to_latents_blob(latents: Sequence[Latent]) -> bytes:
     return safetensors.torch.save({LATENT_TENSOR: torch.stack([latent.values for latent in latents]).contiguous()})
 
 
-def to_image_output(item: Item, pixels: Tensor | None, marker: ImageMarker) -> Output | JobError:
-    """The image file of one item; an error if its pixels were not finite."""
+def to_image_output(item: Item, pixels: Tensor | None, marker: ImageMarker, filters: FilterChain) -> Output | JobError:
+    """The image file of one item; an error if its pixels were not finite, or a filter holds it back."""
     if pixels is None:
         return to_job_error(JobFailed("the decoded image has values that are not finite; try another seed or input"))
     params = item.claim.job.params
+    try:
+        filters.check(pixels, to_context(params, item.claim.job.bundle, pixels))
+    except (ImageRefused, FilterFailed) as error:
+        return to_job_error(error)
     seed = _seed_of(item)
     content = marker.to_file(pixels, params.output_format, to_origin(params, item.claim.job.bundle, seed))
     height_px, width_px = pixels.shape[:2]

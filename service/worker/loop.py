@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.filters.chain import FilterChain
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.route import Route
 from giantleap.models.worker_role import WorkerRole
@@ -63,6 +64,7 @@ class Worker:
         drain: When to stop.
         settings: Budgets and retry limits.
         marker: Encodes the images.
+        filters: See the images before that.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Worker:
         drain: Drain,
         settings: Settings,
         marker: ImageMarker,
+        filters: FilterChain,
     ) -> None:
         self._loaded = loaded
         self._grids = {name: each.grid for name, each in loaded.items()}
@@ -88,6 +91,7 @@ class Worker:
         self._drain = drain
         self._settings = settings
         self._marker = marker
+        self._filters = filters
         self._settler = JobSettler(consumer, metrics)
 
     def run(self) -> None:
@@ -171,7 +175,7 @@ class Worker:
             self._tracing.batch(jobs, _trace_attributes(job, route, len(items))) as trace,
             log_fields(job_ids=[each.id for each in jobs], trace_ids=trace_ids),
         ):
-            run = BatchRun(route, self._consumer, self._drain, trace, self._watchdog, self._marker)
+            run = BatchRun(route, self._consumer, self._drain, trace, self._watchdog, self._marker, self._filters)
             try:
                 outcomes = run.run(items, slice_size)
             finally:

@@ -30,6 +30,7 @@ from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import open_tracing
 from giantleap.service.worker.drain import Drain
 from giantleap.service.worker.engines import open_route
+from giantleap.service.worker.filters import open_filters
 from giantleap.service.worker.loop import LoadedBundle, Worker
 from giantleap.service.worker.memory import measure_device
 from giantleap.service.worker.timing import ProtocolPlan, time_runs, to_result
@@ -78,6 +79,7 @@ def _run(
     metrics = _open_metrics(settings)
     check_url(redis_url, settings)  # before minutes of loading
     marker = ImageMarker(open_manifest_signer(settings))
+    filters = open_filters(settings.filters, metrics.count_filtered)
     loaded = _load(settings, metrics, stop)
     if stop.is_set():
         return
@@ -102,6 +104,7 @@ def _run(
         drain=Drain(stop, settings.drain_grace_s),
         settings=settings,
         marker=marker,
+        filters=filters,
     )
     try:
         worker.run()

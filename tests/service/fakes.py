@@ -13,6 +13,7 @@ from torch import Tensor
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.device import PartCallback, PeakMemory, StageClock, StageObserver
+from giantleap.models.filters.chain import FilterChain
 from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.worker_role import WorkerRole
@@ -255,6 +256,7 @@ def open_worker(
     device: Device | None = None,
     tracing: Tracing | None = None,
     watchdog: Watchdog | None = None,
+    filters: FilterChain | None = None,
 ) -> tuple[Worker, Metrics]:
     """A worker with one route under a name, on the grid of the pocket bundle; no job is too large for its device."""
     bundle = bundle or read_bundle(POCKET_BUNDLE)
@@ -269,5 +271,6 @@ def open_worker(
         drain=Drain(stop or threading.Event(), settings.drain_grace_s),
         settings=settings,
         marker=ImageMarker(),
+        filters=filters or FilterChain(),
     )
     return worker, metrics

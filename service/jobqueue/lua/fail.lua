@@ -3,7 +3,8 @@
 --
 -- KEYS[1]  the hash tag
 -- ARGV[1]  the settings
--- ARGV[2]  the claim (see claim_fence), error and stages (JSON texts), retryable
+-- ARGV[2]  the claim (see claim_fence), error and stages (JSON texts), retryable, refused (the job
+--          did what it was to do, and its image is not wanted: no dead letter, nothing to retry)
 -- Reply    status: done, retried, canceled, lost
 -- @include settle_canceled
 -- @include close_failed
@@ -21,5 +22,10 @@ if args.retryable and delivery < config.max_deliveries then
   add_event(id, 'retrying', string.format('{"delivery":%d,"delay_s":%.3f}', delivery, delay_ms / 1000))
   return settle('retried')
 end
-close_failed(id, args.error, stages)
+if args.refused then
+  redis.call('HSET', job_key(id), 'error', args.error)
+  close_job(id, 'failed', stages)
+else
+  close_failed(id, args.error, stages)
+end
 return settle('done')

@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from giantleap.models.worker_role import WorkerRole
+from giantleap.service.errors import BlockedByFilter
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_redis
@@ -371,6 +372,17 @@ def test_error_that_is_not_retryable_fails_at_once(
     assert worker.fail(take_one(worker), JobError("invalid_request", "NaN in the latent"), {"generate": 0.1})
     assert state_of(job) == "failed"
     assert redis_client.xlen(Keys(settings.key_prefix).dead) == 1
+    assert worker.claim(1, 0.2) == []
+
+
+def test_a_job_that_a_filter_refused_fails_without_a_dead_letter_and_leaves_no_input(
+    put: Put, open_consumer: Any, redis_client: redis.Redis, settings: Settings, state_of: Any
+) -> None:
+    job, keys = put(body=b"photograph"), Keys(settings.key_prefix)
+    worker = open_consumer()
+    assert worker.fail(take_one(worker), JobError(BlockedByFilter.code, "filter x refused the image"))
+    assert state_of(job) == "failed" and b"blocked" in (redis_client.hget(keys.job(job.id), "error") or b"")
+    assert not redis_client.exists(keys.dead, keys.input(job.id))
     assert worker.claim(1, 0.2) == []
 
 

@@ -66,6 +66,7 @@ def fill(metrics: Metrics) -> None:
     metrics.count_images("pocket", 2, 3, 300)
     metrics.count_fenced()
     metrics.count_webhook("delivered")
+    metrics.count_filtered("flat", "refused")
     metrics.count_retry("pocket")
     metrics.set_peak_memory("cpu", "process_rss", 12345)
     metrics.set_protocol("pocket", "lua", 2, "256x256", "total", "median", 0.5)

@@ -7,11 +7,15 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
+from giantleap.models.filters.chain import FilterChain
+from giantleap.models.filters.image_filter import ImageContext
 from giantleap.models.generation.items import image_seed
 from giantleap.service.jobs.job import JobParams
 from giantleap.service.jobs.verification import verify_image
@@ -22,10 +26,10 @@ from giantleap.service.worker.process import choose_gpu, run_worker
 from tests.service.fakes import GENERATE, UPSCALE, FakeConsumer, FakeRoute, make_claim, open_worker
 
 
-def run_all(route: FakeRoute, consumer: FakeConsumer, **changes: Any) -> Metrics:
+def run_all(route: FakeRoute, consumer: FakeConsumer, filters: FilterChain | None = None, **changes: Any) -> Metrics:
     stop = threading.Event()
     consumer.on_empty = stop.set
-    worker, metrics = open_worker(route, consumer, read_settings(**changes), stop=stop)
+    worker, metrics = open_worker(route, consumer, read_settings(**changes), stop=stop, filters=filters)
     worker.run()
     return metrics
 
@@ -68,6 +72,29 @@ def test_files_say_that_they_are_generated_and_name_the_prompt_only_where_the_re
     assert all(each.generated for each in marks.values()) and marks["plain"].xmp.parameters is None
     parameters = json.loads(str(marks["named"].xmp.parameters))
     assert (parameters["prompt"], parameters["seed"], parameters["bundle"]) == ("a red sphere", 5, "tiny")
+
+
+class Dark:
+    """Refuses images that are dark; the fake route's are as bright as their seed. Cannot judge black ones."""
+
+    def refuses(self, pixels: NDArray[np.uint8], context: ImageContext) -> bool:
+        assert context == ImageContext("generate", "tiny", 64, 64)
+        if pixels.max() == 0:
+            raise RuntimeError("too dark to say")
+        return bool(pixels.max() < 10)
+
+
+def test_a_filter_fails_the_job_of_the_image_that_it_refuses_and_no_other() -> None:
+    seeds = {"bright": 50, "dark": 5, "black": 0, "half": 9}  # `half` has two images, of which the first is dark
+    jobs = {name: replace(GENERATE, seed=seed, num_images=1 + (name == "half")) for name, seed in seeds.items()}
+    consumer, route = FakeConsumer([make_claim(name, params) for name, params in jobs.items()]), FakeRoute()
+    metrics = run_all(route, consumer, filters=FilterChain({"dark": Dark()}))
+    assert route.batches == [5], "nothing is run again"
+    assert list(consumer.finished) == ["bright"]
+    errors = {name: (error.code, error.retryable) for name, error in consumer.failed.items()}
+    refused, failed = ("blocked_by_filter", False), ("filter_failed", False)
+    assert errors == {"dark": refused, "black": failed, "half": refused}
+    assert sample(metrics, "giantleap_job_failures_total", bundle="tiny", code="blocked_by_filter") == 2
 
 
 def test_every_stage_is_timed_and_reported() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from giantleap.models.filters.chain import FilterChain
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.service.errors import EXIT_HUNG
 from giantleap.service.jobqueue.consumer import JobConsumer
@@ -83,7 +84,7 @@ def test_every_stage_and_step_is_progress() -> None:
     marks, consumer = Marks(), FakeConsumer()
     drain = Drain(threading.Event(), 0)
     with Tracing().batch([], {}) as trace:
-        run = BatchRun(FakeRoute(), consumer, drain, trace, marks, ImageMarker())  # type: ignore[arg-type]
+        run = BatchRun(FakeRoute(), consumer, drain, trace, marks, ImageMarker(), FilterChain())  # type: ignore[arg-type]
         run.run(to_items([make_claim("a", GENERATE)]), 8)
     assert marks.seen == ["generate"] * (1 + GENERATE.steps) + ["upscale", "decode", "encode"]
 
@@ -122,7 +123,7 @@ def test_a_redis_that_answers_slowly_is_not_a_hung_step() -> None:
 
     drain, consumer = Drain(threading.Event(), 0), SlowConsumer()
     with Tracing().batch([], {}) as trace:
-        run = BatchRun(FakeRoute(), consumer, drain, trace, watchdog, ImageMarker())  # type: ignore[arg-type]
+        run = BatchRun(FakeRoute(), consumer, drain, trace, watchdog, ImageMarker(), FilterChain())  # type: ignore[arg-type]
         run.run(to_items([make_claim(name, GENERATE) for name in "abc"]), 8)
     assert not codes
 

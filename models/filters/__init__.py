@@ -1,0 +1,1 @@
+"""Filters of other packages that see decoded images and may refuse them."""
