@@ -37,15 +37,11 @@ from giantleap.training.evaluation.metrics import (
     KID_SUBSET_SIZE,
     KID_SUBSETS,
     Networks,
-    NotAvailableError,
-    crop,
-    crop_places,
-    fid,
-    kid,
     psnr_db,
     ssim,
     to_levels,
 )
+from giantleap.training.evaluation.picture_sets import PictureSet, SetSettings, Value, not_available
 from giantleap.training.evaluation.report import read_machine, to_markdown, write_distributions, write_sheet
 
 BICUBIC_PIXELS, BICUBIC_LATENT, ROUND_TRIP = "bicubic pixels", "bicubic latent", "VAE round trip"
@@ -84,17 +80,21 @@ class EvaluateConfig:
     kid_subset_size: int = KID_SUBSET_SIZE
     seed: int = 0
 
+    @property
+    def sets(self) -> SetSettings:
+        """How FID and KID are measured."""
+        return SetSettings(self.patch_px, self.patches, self.kid_subsets, self.kid_subset_size, self.seed)
+
 
 @dataclass
 class Tally:
-    """Results of one method at one scale, per case."""
+    """Results of one method at one scale, per case; the pictures for FID and KID."""
 
+    pictures: PictureSet
     psnr_db: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
     lpips: list[float] = field(default_factory=list)
     clip_score: list[float] = field(default_factory=list)
-    features: list[Tensor] = field(default_factory=list)
-    patch_features: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -140,14 +140,15 @@ def evaluate(config: EvaluateConfig, device: torch.device, networks: Networks | 
     nets = _read_nets(config, bundle, device)
     scales = sorted({scale for net in nets.values() for scale in net.spec.scales})
     vae = read_vae(bundle, device, torch.float32)
-    findings = Findings(Judge(config, networks))
+    judge = Judge(config, networks)
+    findings = Findings(judge, judge.open_set())
     count, cases = _cases(config, bundle, vae, scales)
     for case in tqdm(cases, total=count, desc="evaluate", unit="picture"):
         findings.add(case, vae, nets, scales)
     latents, pixels = findings.latents.merged(), findings.pixels.merged()
     report = {
         **_origin(config, bundle, nets, networks, findings.count, device),
-        "scores": _scores(config, findings.tallies, findings.targets, findings.judge.missing),
+        "scores": _scores(findings.tallies, findings.targets, judge.missing),
         "latent_statistics": _gaps(latents),
         "pixel_statistics": _gaps(pixels),
     }
@@ -239,21 +240,11 @@ class Judge:
             self.missing["clip_score"] = f"{case.name} has no caption (.txt beside the picture)"
         else:
             tally.clip_score.append(float(self.networks.text(image, [case.caption])[0]))
-        self.add_features(tally, index, image)
+        tally.pictures.add(index, image)
 
-    def add_features(self, tally: Tally, index: int, image: Tensor) -> None:
-        """Add features of the whole picture and of crops at positions equal for every method."""
-        if isinstance(self.networks.features, str):
-            self.missing["features"] = self.missing["patch_features"] = self.networks.features
-            return
-        config, image = self.config, image.cpu()
-        tally.features.append(self.networks.features(image).cpu())
-        try:
-            places = crop_places(image.shape[-2], image.shape[-1], config.patch_px, config.patches, config.seed, index)
-        except NotAvailableError as error:
-            self.missing["patch_features"] = str(error)
-            return
-        tally.patch_features.append(self.networks.features(crop(image, places, config.patch_px)).cpu())
+    def open_set(self) -> PictureSet:
+        """An empty set of pictures."""
+        return PictureSet(self.networks.features, self.config.sets)
 
 
 @dataclass
@@ -262,7 +253,7 @@ class Findings:
 
     Attributes:
         judge: Compares pictures with targets.
-        targets: Features of the targets.
+        targets: The targets, for FID and KID.
         tallies: Results by scale and method.
         latents: Statistics of the latents, by kind.
         pixels: Statistics of the pictures in [0, 1], by kind.
@@ -271,7 +262,7 @@ class Findings:
     """
 
     judge: Judge
-    targets: Tally = field(default_factory=Tally)
+    targets: PictureSet
     tallies: dict[tuple[int, str], Tally] = field(default_factory=dict)
     latents: Statistics = field(default_factory=Statistics)
     pixels: Statistics = field(default_factory=Statistics)
@@ -283,7 +274,7 @@ class Findings:
         target = to_levels(case.target)
         self.latents.add("target", case.latents[1])
         self.pixels.add("target", target.float() / 255.0)
-        self.judge.add_features(self.targets, self.count, target)
+        self.targets.add(self.count, target)
         shown = {"target": target}
         if case.is_photo:
             round_trip = to_levels(vae.decode(case.latents[1]))
@@ -303,18 +294,11 @@ class Findings:
         self.count += 1
 
     def _tally(self, scale: int, method: str) -> Tally:
-        return self.tallies.setdefault((scale, method), Tally())
-
-
-Value = float | str
-"""A figure, or "not available: ..." with the reason."""
+        return self.tallies.setdefault((scale, method), Tally(self.judge.open_set()))
 
 
 def _scores(
-    config: EvaluateConfig,
-    tallies: Mapping[tuple[int, str], Tally],
-    targets: Tally,
-    missing: Mapping[str, str],
+    tallies: Mapping[tuple[int, str], Tally], targets: PictureSet, missing: Mapping[str, str]
 ) -> dict[str, dict[str, dict[str, Value]]]:
     """Return every metric by scale ("x1" for the round trip) and method."""
     scores: dict[str, dict[str, dict[str, Value]]] = {}
@@ -322,39 +306,9 @@ def _scores(
         row: dict[str, Value] = {"psnr_db": _mean(tally.psnr_db), "ssim": _mean(tally.ssim)}
         for name, values in (("lpips", tally.lpips), ("clip_score", tally.clip_score)):
             row[name] = not_available(missing[name]) if name in missing else _mean(values)
-        for prefix, actual, expected in (
-            ("", tally.features, targets.features),
-            ("patch_", tally.patch_features, targets.patch_features),
-        ):
-            reason = missing.get(f"{prefix}features")
-            row |= {f"{prefix}{name}": value for name, value in _set_scores(config, actual, expected, reason).items()}
+        row |= tally.pictures.compare(targets)
         scores.setdefault(f"x{scale}", {})[method] = row
     return scores
-
-
-def _set_scores(
-    config: EvaluateConfig, actual: Sequence[Tensor], expected: Sequence[Tensor], reason: str | None
-) -> dict[str, Value]:
-    """Return FID and KID of two lists of features."""
-    if reason is not None:
-        return {name: not_available(reason) for name in ("fid", "kid", "kid_std")}
-    features, targets = torch.cat(list(actual)), torch.cat(list(expected))
-    row: dict[str, Value] = {}
-    try:
-        row["fid"] = fid(features, targets)
-    except NotAvailableError as error:
-        row["fid"] = not_available(str(error))
-    try:
-        value = kid(features, targets, config.kid_subsets, config.kid_subset_size, config.seed)
-        row |= {"kid": value.mean, "kid_std": value.std}
-    except NotAvailableError as error:
-        row |= {"kid": not_available(str(error)), "kid_std": not_available(str(error))}
-    return row
-
-
-def not_available(reason: str) -> str:
-    """Return the text that replaces an unavailable figure."""
-    return f"not available: {reason}"
 
 
 def _mean(values: Sequence[float]) -> float:
