@@ -5,12 +5,19 @@
 """
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from giantleap.cli.files import check_output_directory, check_output_file, write_output
+from giantleap.cli.files import (
+    check_input_directories,
+    check_input_files,
+    check_output_directory,
+    check_output_file,
+    write_output,
+)
 from giantleap.cli.options import (
     BundleOption,
     DeviceOption,
@@ -25,6 +32,7 @@ from giantleap.cli.options import (
     to_message,
     to_refine,
 )
+from giantleap.models.messages import install_hint
 from giantleap.service.errors import GiantleapError
 
 app = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
@@ -123,28 +131,46 @@ def paper(
     seed: Annotated[int, typer.Option(help="Seed of the first image.", min=0)] = 42,
     warmups: WarmupsOption = 20,
     runs: RunsOption = 20,
+    refine_strength: RefineStrengthOption = None,
+    refine_steps: RefineStepsOption = None,
+    images: Annotated[int, typer.Option(help="Images for FID, KID and CLIP, if more than the runs.", min=0)] = 0,
+    reference: Annotated[Path | None, typer.Option(help="Folder of true pictures, for FID and KID.")] = None,
+    inception: Annotated[Path | None, typer.Option(help="Weights of torch-fidelity's Inception, for FID, KID.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="Directory of a CLIP, for the CLIP score.")] = None,
+    patch_px: Annotated[int, typer.Option(help="Side of the crops of patch FID and KID.", min=1)] = 1024,
+    kid_subset_size: Annotated[int, typer.Option(help="Images in each subset of KID.", min=2)] = 1000,
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Time every method at every scale as Table 1 of the paper: JSON, a Markdown table and a sheet of crops."""
+    """Measure every method at every scale as Table 1 of the paper: JSON, Markdown tables and a sheet of crops."""
+    if find_spec("torchmetrics") is None:  # checked before hours of images
+        stop(f"torchmetrics is missing: {install_hint('bench')}")
     check_output_directory(out)
+    check_input_directories(reference, clip)
+    check_input_files(inception)
     settings = settings_from(bundle=bundle, device=device)
     served = read_bundles(settings)[0]
     stop_if_on_hub(served)
 
     from giantleap.cli.demo import PROMPT
-    from giantleap.cli.paper.measure import PaperBenchError, TablePlan, measure_table, plan_cells, read_captions
+    from giantleap.cli.paper.measure import measure_table
+    from giantleap.cli.paper.plan import TablePlan, plan_cells, read_captions
+    from giantleap.cli.paper.scores import ScorePlan
+    from giantleap.service.jobs.refining import choose_refine
 
     try:
+        refine = choose_refine(served, to_refine(refine_strength, refine_steps))
         plan = TablePlan(
-            cells=plan_cells(served, method or (), scale or served.scales),
+            cells=plan_cells(served, method or (), scale or served.scales, refines=refine is not None),
             captions=(PROMPT,) if captions is None else read_captions(captions),
             steps=steps or served.defaults.steps,
             seed=seed,
             warmups=warmups,
             runs=runs,
+            refine=refine,
+            scores=ScorePlan(images, reference, patch_px, kid_subset_size, inception, clip),
         )
-        table = measure_table(open_bundle_route(settings, served), served, plan, out)
-    except PaperBenchError as error:
-        stop(str(error))
-    typer.echo(table)
+        page = measure_table(open_bundle_route(settings, served), served, plan, out)
+    except (ValueError, GiantleapError) as error:
+        stop(to_message(error))
+    typer.echo(page)

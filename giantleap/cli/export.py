@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 import typer
 
 from giantleap.cli.errors import to_line
-from giantleap.cli.files import check_input_directory, check_output_directory
+from giantleap.cli.files import check_input_directories, check_output_directory
 from giantleap.cli.options import BundleOption, DeviceOption, read_bundle_or_stop, settings_from, stop, stop_if_on_hub
 from giantleap.cli.progress import working
 from giantleap.export.manifest import FILE, ArtifactError, Compatibility, Part, Precision
@@ -81,7 +81,7 @@ def check(
     device: DeviceOption = None,
 ) -> None:
     """Compare an export with its bundle, with this machine, and each artifact with PyTorch again."""
-    check_input_directory(directory)
+    check_input_directories(directory)
     if not (directory / FILE).is_file():
         stop(f"{directory} holds no exported artifacts: {FILE} is missing; write some with: giantleap export --out DIR")
     settings = settings_from(bundle=bundle, device=device)

@@ -95,10 +95,11 @@ def check_input_files(*paths: Path | None) -> None:
             stop(f"{path}: there is no such file; check the path")
 
 
-def check_input_directory(path: Path) -> None:
-    """End the command if there is no such directory."""
-    if not path.is_dir():
-        stop(f"{path}: there is no such directory; check the path")
+def check_input_directories(*paths: Path | None) -> None:
+    """End the command if one of the directories is missing."""
+    for path in paths:
+        if path is not None and not path.is_dir():
+            stop(f"{path}: there is no such directory; check the path")
 
 
 def _check_writable(place: Path, path: Path) -> None:

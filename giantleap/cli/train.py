@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from giantleap.cli.errors import to_line
-from giantleap.cli.files import check_input_directory, check_input_files, check_output_directory, check_output_file
+from giantleap.cli.files import check_input_directories, check_input_files, check_output_directory, check_output_file
 from giantleap.cli.options import (
     bundle_directory,
     complete_bundle,
@@ -143,7 +143,7 @@ def run(
             stage.micro_batches(int(os.environ.get("WORLD_SIZE", "1")))
     except (BundleError, ConfigError) as error:
         stop(to_line(error))
-    check_input_directory(plan.pairs)
+    check_input_directories(plan.pairs)
     check_input_files(plan.lua.start)
     _check_run_directory(out, resume)
     import_torch()
@@ -177,7 +177,7 @@ def transfer(
 ) -> None:
     """Adapt weights to another VAE: replace the first and last convolutions, then fine-tune."""
     weights, target = _find_weights_or_bundle(source), _find_local_bundle(to_bundle)
-    check_input_directory(pairs)
+    check_input_directories(pairs)
     check_input_files(config)
     _check_run_directory(out, resume)
     import_torch()
@@ -201,7 +201,7 @@ def statistics(
 ) -> None:
     """Write latent statistics into the header of weights, for `clamp_sigmas`; `run` does so itself."""
     check_input_files(lua)
-    check_input_directory(pairs)
+    check_input_directories(pairs)
     check_output_file(out)
 
     from giantleap.models.lua.released_layouts import CheckpointError
@@ -242,7 +242,7 @@ def evaluate(
     source = pairs if images is None else images
     if source is None or None not in (images, pairs):
         stop("give either pictures (--images) or pairs (--pairs)")
-    check_input_directory(source)
+    check_input_directories(source)
     check_input_files(*(lua or ()), inception, lpips)
     directory = _find_local_bundle(bundle)
     check_output_directory(out)

@@ -61,7 +61,8 @@ class PictureSet:
         picture, settings = picture.cpu(), self.settings
         self._whole.append(self.network(picture).cpu())
         try:
-            places = crop_places(*picture.shape[-2:], settings.patch_px, settings.patches, settings.seed, index)
+            height_px, width_px = picture.shape[-2:]
+            places = crop_places(height_px, width_px, settings.patch_px, settings.patches, settings.seed, index)
         except NotAvailableError as error:
             self._patch_fault = str(error)
             return
@@ -69,7 +70,7 @@ class PictureSet:
 
     def compare(self, targets: "PictureSet") -> dict[str, Value]:
         """Return FID and KID against the true pictures, of both whole pictures and crops."""
-        reason = self.network if isinstance(self.network, str) else ""
+        reason = next((each for each in (self.network, targets.network) if isinstance(each, str)), "")
         whole = self._compare(self._whole, targets._whole, reason)
         patches = self._compare(self._patches, targets._patches, reason or self._patch_fault or targets._patch_fault)
         return whole | {f"patch_{name}": value for name, value in patches.items()}

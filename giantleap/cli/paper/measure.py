@@ -1,126 +1,34 @@
-"""Measures one method at one scale by the paper's protocol, and keeps each result in a file, so that a run can go on.
+"""Measures each cell by the paper's protocol and keeps its result in a file, so that a run that ended can go on.
 
 Ref: arXiv 2511.10629, section 4.2: batch 1, 20 warm-ups, then the median.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
+from giantleap.cli.paper.plan import BASE, Cell, Conditions, PaperBenchError, TablePlan
 from giantleap.cli.paper.report import to_markdown
+from giantleap.cli.paper.scores import NO_BASE, CellScores, Scorer
 from giantleap.cli.paper.sheet import write_sheet
 from giantleap.models.bundle.bundle import Bundle
-from giantleap.models.bundle.descriptor import METHODS, Method
+from giantleap.models.device import PeakMemory
 from giantleap.models.generation.items import GenerationItem, image_seed
 from giantleap.models.lua.spec import scaled_size
 from giantleap.models.route import Route
-from giantleap.models.runs import run_once
-from giantleap.service.worker.timing import device_name, to_statistics
+from giantleap.service.worker.timing import to_statistics
 
-
-class PaperBenchError(ValueError):
-    """Captions or results that cannot be used; the message says what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conditions:
-    """What all cells of a table share; a cell measured under others is not used again."""
-
-    bundle: str
-    steps: int
-    guidance_scale: float
-    seed: int
-    warmups: int
-    runs: int
-    captions_sha256: str
-    device: str
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One place of the table."""
-
-    method: Method
-    scale: float
-
-    @property
-    def name(self) -> str:
-        """The stem of its files."""
-        return f"{self.method}_x{self.scale:g}"
-
-
-@dataclass(frozen=True, slots=True)
-class TablePlan:
-    """What is measured.
-
-    Args:
-        cells: From `plan_cells`.
-        captions: Prompts, used in turn.
-        steps: Denoising steps.
-        seed: Of the first image; the next ones follow.
-        warmups: Runs of each cell that are discarded first.
-        runs: Runs that count.
-    """
-
-    cells: Sequence[Cell]
-    captions: Sequence[str]
-    steps: int
-    seed: int
-    warmups: int
-    runs: int
-
-
-def plan_cells(bundle: Bundle, names: Sequence[str], scales: Sequence[float]) -> list[Cell]:
-    """The cells that the bundle can fill, by scale; at scale 1 all methods are the plain pipeline, which is `direct`.
-
-    Without names all methods count.
-
-    Raises:
-        PaperBenchError: A named method or scale is not available.
-    """
-    if unknown := sorted(set(names) - set(METHODS)):
-        raise PaperBenchError(f"method {unknown[0]}: unknown; choose from {', '.join(METHODS)}")
-    methods = [method for method in METHODS if method in (names or bundle.methods)]
-    for method in methods:
-        if reason := bundle.unavailable_reason(method):
-            raise PaperBenchError(f"method {method}: {reason}; choose from {', '.join(bundle.methods)}")
-    for scale in scales:
-        if scale not in bundle.scales:
-            raise PaperBenchError(f"scale {scale:g}: bundle {bundle.name} has {', '.join(map(str, bundle.scales))}")
-    return [Cell(method, scale) for scale in scales for method in methods if _is_filled(bundle, method, scale)]
-
-
-def _is_filled(bundle: Bundle, method: Method, scale: float) -> bool:
-    defaults = bundle.defaults
-    longest_px = scaled_size(max(defaults.base_width_px, defaults.base_height_px), scale)
-    if method == "direct":
-        return longest_px <= (bundle.limits.max_direct_px or 0)
-    return scale > 1 and scale in bundle.scales_of(method)
-
-
-def read_captions(path: Path) -> tuple[str, ...]:
-    """The captions of a JSON file: a list of texts.
-
-    Raises:
-        PaperBenchError: It is none.
-    """
-    try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PaperBenchError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) and text for text in captions):
-        raise PaperBenchError(f'{path}: expected a list of captions, such as ["a red sphere", "a green cone"]')
-    return tuple(captions)
+_IS_BASE = "this is the base image"
 
 
 def read_cell(out: Path, cell: Cell, conditions: Conditions) -> dict[str, Any] | None:
@@ -138,52 +46,134 @@ def read_cell(out: Path, cell: Cell, conditions: Conditions) -> dict[str, Any] |
     return record
 
 
-def measure_cell(
-    route: Route, bundle: Bundle, cell: Cell, conditions: Conditions, captions: Sequence[str], out: Path
-) -> Iterator[None]:
-    """Measure a cell, run by run, each with the next caption and seed.
+@dataclass
+class _Row:
+    """A cell in progress."""
 
-    Effects: writes the image of the first counted run, then the record, each in one step.
-
-    Raises:
-        RuntimeError: An image has values that are not finite.
-    """
-    base_px, stages_s = (bundle.defaults.base_width_px, bundle.defaults.base_height_px), []
-    route.reset_peak_memory()
+    cell: Cell
+    conditions: Conditions
+    scores: CellScores
+    stages_s: list[dict[str, float]] = field(default_factory=list)
+    peak: PeakMemory | None = None
     first: Image.Image | None = None
-    for run in range(-conditions.warmups, conditions.runs):
-        number = max(run, 0)
+
+    def write(self, out: Path) -> None:
+        """Write the first image, then the record, each in one step."""
+        assert self.first is not None and self.peak is not None
+        statistics = {stage: to_statistics([each[stage] for each in self.stages_s]) for stage in self.stages_s[0]}
+        record = {
+            "method": self.cell.method,
+            "scale": self.cell.scale,
+            "is_refined": self.cell.is_refined,
+            "image_px": f"{self.first.width}x{self.first.height}",
+            "median_s": {stage: each.median_s for stage, each in statistics.items()},
+            "mean_s": {stage: each.mean_s for stage, each in statistics.items()},
+            "peak_bytes": self.peak.size_bytes,
+            "peak_source": self.peak.source,
+            "scores": self.scores.result(),
+            "conditions": asdict(self.conditions),
+        }
+        write_image(self.first, out / f"{self.cell.name}.png")
+        write_text(out / f"{self.cell.name}.json", json.dumps(record, indent=2) + "\n")
+
+
+class Table:
+    """A table in progress.
+
+    Args:
+        route: Of the bundle.
+        bundle: What is measured.
+        plan: Which cells, and how.
+        out: Directory of the results.
+    """
+
+    def __init__(self, route: Route, bundle: Bundle, plan: TablePlan, out: Path) -> None:
+        self._route = route
+        self._bundle = bundle
+        self._plan = plan
+        self._out = out
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """As `read_cell`."""
+        return read_cell(self._out, cell, self._plan.conditions(self._route, self._bundle, cell))
+
+    def measure_missing(self) -> None:
+        """Measure what is not there yet. A refined cell shares the generation of its plain twin.
+
+        Raises:
+            PaperBenchError: The directory holds results of other conditions.
+            RuntimeError: An image has values that are not finite.
+        """
+        missing: dict[Cell, list[Cell]] = {}
+        for cell in self._plan.cells:
+            if self.read(cell) is None:
+                missing.setdefault(replace(cell, is_refined=False), []).append(cell)
+        if not missing:
+            return
+        scores = self._plan.scores
+        scorer = Scorer(scores, scores.open_networks(), self._plan.seed)
+        with tqdm(total=len(missing) * (self._plan.warmups + self._plan.images), unit="run") as bar:
+            for shared, cells in missing.items():
+                bar.set_description(shared.name)
+                for _ in self._measure(shared, cells, scorer):
+                    bar.update()
+
+    def _measure(self, shared: Cell, cells: Sequence[Cell], scorer: Scorer) -> Iterator[None]:
+        """Measure cells that differ in refinement, image by image, each with the next caption and seed."""
+        plan = self._plan
+        has_bases = shared != BASE and BASE in plan.cells
+        reason = _IS_BASE if shared == BASE else NO_BASE
+        rows = [
+            _Row(cell, plan.conditions(self._route, self._bundle, cell), CellScores(scorer, reason)) for cell in cells
+        ]
+        self._route.reset_peak_memory()
+        for run in range(-plan.warmups, plan.images):
+            number = max(run, 0)
+            base = self._read_base(number) if has_bases and 0 <= run < plan.runs else None
+            for row, stages_s, image in self._draw(shared, rows, number):
+                if 0 <= run < plan.runs:
+                    row.stages_s.append(stages_s | {"total": sum(stages_s.values())})
+                    row.peak = self._route.peak_memory()
+                    row.first = row.first or Image.fromarray(image.numpy())
+                    if shared == BASE:
+                        write_image(Image.fromarray(image.numpy()), self._base_path(number))
+                if run >= 0:
+                    row.scores.add(number, image, self._caption(number), base)
+            yield
+        for row in rows:
+            row.write(self._out)
+
+    def _draw(self, cell: Cell, rows: Sequence[_Row], number: int) -> Iterator[tuple[_Row, dict[str, float], Tensor]]:
+        """Generate once, and run the other stages for every row."""
+        defaults, route, plan = self._bundle.defaults, self._route, self._plan
+        factor = cell.scale if cell.method == "direct" else 1
         item = GenerationItem(
-            captions[number % len(captions)],
-            "",
-            image_seed(conditions.seed, number),
-            *base_px,
-            conditions.steps,
-            conditions.guidance_scale,
+            prompt=self._caption(number),
+            negative_prompt="",
+            seed=image_seed(plan.seed, number),
+            width_px=scaled_size(defaults.base_width_px, factor),
+            height_px=scaled_size(defaults.base_height_px, factor),
+            steps=plan.steps,
+            guidance_scale=defaults.guidance_scale,
+            refine=plan.refine,
         )
-        clock, image = run_once(route, item, cell.scale, cell.method)
-        if image is None:
-            raise RuntimeError(f"{cell.name}: the image has values that are not finite")
-        if run >= 0:
-            first = first or Image.fromarray(image.numpy())
-            stages_s.append({**clock.stages_s, "total": sum(clock.stages_s.values())})
-        yield
-    assert first is not None
-    peak = route.peak_memory()
-    statistics = {stage: to_statistics([each[stage] for each in stages_s]) for stage in stages_s[0]}
-    record = {
-        "method": cell.method,
-        "scale": cell.scale,
-        "image_px": f"{first.width}x{first.height}",
-        "median_s": {stage: each.median_s for stage, each in statistics.items()},
-        "mean_s": {stage: each.mean_s for stage, each in statistics.items()},
-        "peak_bytes": peak.size_bytes,
-        "peak_source": peak.source,
-        "conditions": asdict(conditions),
-    }
-    first.save(out / f".{cell.name}.png", format="PNG")
-    (out / f".{cell.name}.png").replace(out / f"{cell.name}.png")
-    write_text(out / f"{cell.name}.json", json.dumps(record, indent=2) + "\n")
+        generation = route.clock()
+        latents = route.generate_latents(item, generation, cell.method, cell.scale)
+        for row in rows:
+            clock, refine = route.clock(), [item] if row.cell.is_refined else []
+            _, (image,) = route.upscale_and_decode(latents, cell.scale, cell.method, "exact", clock, refine)
+            if image is None:
+                raise RuntimeError(f"{row.cell.name}: the image has values that are not finite")
+            yield row, generation.stages_s | clock.stages_s, image
+
+    def _caption(self, number: int) -> str:
+        return self._plan.captions[number % len(self._plan.captions)]
+
+    def _base_path(self, number: int) -> Path:
+        return self._out / "base" / f"{number}.png"
+
+    def _read_base(self, number: int) -> Tensor:
+        return torch.from_numpy(np.array(Image.open(self._base_path(number)).convert("RGB")))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -193,48 +183,44 @@ def write_text(path: Path, text: str) -> None:
     draft.replace(path)
 
 
+def write_image(image: Image.Image, path: Path) -> None:
+    """Write an image in one step; its directory is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}")
+    image.save(draft, format="PNG")
+    draft.replace(path)
+
+
 def measure_table(route: Route, bundle: Bundle, plan: TablePlan, out: Path) -> str:
     """Measure what is not there yet, and write `paper.json`, `paper.md` and `sheet.png`.
 
     Returns:
-        The Markdown table.
+        The page in Markdown.
 
     Raises:
         PaperBenchError: The directory holds results of other conditions.
     """
-    conditions = Conditions(
-        bundle=bundle.name,
-        steps=plan.steps,
-        guidance_scale=bundle.defaults.guidance_scale,
-        seed=plan.seed,
-        warmups=plan.warmups,
-        runs=plan.runs,
-        captions_sha256=hashlib.sha256("\0".join(plan.captions).encode()).hexdigest(),
-        device=device_name(route.device),
-        dtype=str(route.dtype).removeprefix("torch."),
-    )
     out.mkdir(parents=True, exist_ok=True)
-    missing = [cell for cell in plan.cells if read_cell(out, cell, conditions) is None]
-    with tqdm(total=len(missing) * (plan.warmups + plan.runs), unit="run") as bar:
-        for cell in missing:
-            bar.set_description(cell.name)
-            for _ in measure_cell(route, bundle, cell, conditions, plan.captions, out):
-                bar.update()
-    cells = [record for cell in plan.cells if (record := read_cell(out, cell, conditions)) is not None]
+    table = Table(route, bundle, plan, out)
+    table.measure_missing()
+    cells = [record for cell in plan.cells if (record := table.read(cell)) is not None]
     machine = {
         "torch": version("torch"),
         "diffusers": version("diffusers"),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
     }
-    table = to_markdown(cells, asdict(conditions), machine)
+    page = to_markdown(cells, machine)
     write_text(out / "paper.json", json.dumps({"machine": machine, "cells": cells}, indent=2) + "\n")
-    write_text(out / "paper.md", table)
+    write_text(out / "paper.md", page)
     write_sheet(list(_sheet_rows(plan.cells, out)), out / "sheet.png")
-    return table
+    return page
 
 
 def _sheet_rows(cells: Sequence[Cell], out: Path) -> Iterator[tuple[str, dict[str, Image.Image]]]:
-    for scale in dict.fromkeys(cell.scale for cell in cells):
-        row = [cell for cell in cells if cell.scale == scale]
-        yield f"x{scale:g}", {cell.method: Image.open(out / f"{cell.name}.png").convert("RGB") for cell in row}
+    """A row per scale, and one of refined images; the base image stands first in each."""
+    base = {"base": BASE} if BASE in cells and len(cells) > 1 else {}
+    for scale, is_refined in dict.fromkeys((cell.scale, cell.is_refined) for cell in cells if cell != BASE or not base):
+        row = base | {cell.method: cell for cell in cells if (cell.scale, cell.is_refined) == (scale, is_refined)}
+        images = {name: Image.open(out / f"{cell.name}.png").convert("RGB") for name, cell in row.items()}
+        yield f"x{scale:g}{' refined' if is_refined else ''}", images

@@ -23,24 +23,11 @@ from giantleap.training.evaluation.cases import EvaluationError, list_pictures, 
 from giantleap.training.evaluation.evaluate import EvaluateConfig, evaluate
 from giantleap.training.evaluation.metrics import Networks, fid, kid, psnr_db, ssim, to_levels
 from tests.tiny_bundle import write_tiny_lua
+from tests.training.evaluation.random_networks import RandomFeatures
 from tests.training.pictures import write_pictures
 
 CPU = torch.device("cpu")
 METRICS = {"psnr_db", "ssim", "lpips", "clip_score", "fid", "kid", "kid_std", "patch_fid", "patch_kid", "patch_kid_std"}
-
-
-class RandomFeatures:
-    """A fixed random projection of the picture, averaged over 4 x 4 cells."""
-
-    name = "random projection"
-
-    def __init__(self) -> None:
-        self.matrix = torch.randn(48, 5, generator=torch.Generator().manual_seed(0))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        assert images.dtype == torch.uint8
-        cells = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255.0, 4)
-        return cells.flatten(1) @ self.matrix
 
 
 class MeanDifference:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from giantleap.training.evaluation.feature_extractors import ClipScore, Inception, Lpips, open_networks
 from giantleap.training.evaluation.metrics import NotAvailableError
+from tests.training.evaluation.random_networks import write_random_inception, write_tiny_clip
 
 CPU = torch.device("cpu")
 ALEXNET = ((0, 64, 3, 11), (3, 192, 64, 5), (6, 384, 192, 3), (8, 256, 384, 3), (10, 256, 256, 3))
@@ -65,28 +66,7 @@ def lpips_weights() -> Path:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of random weights with a tokenizer of letters, in the layout of transformers."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-    directory = tmp_path_factory.mktemp("clip") / "tiny"
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
-    text = {
-        "vocab_size": len(words), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1,
-    }  # fmt: skip
-    vision = {
-        "image_size": 32, "patch_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    model.save_pretrained(directory)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, tokenizer).save_pretrained(directory)
-    return directory
+    return write_tiny_clip(tmp_path_factory.mktemp("clip") / "tiny")
 
 
 def test_clip_score_is_a_hundred_cosines_of_one_picture_and_its_words(clip: Path) -> None:
@@ -125,3 +105,10 @@ def test_networks_that_were_not_named_or_cannot_be_read_leave_a_reason(tmp_path:
     assert isinstance(networks.features, str) and "none.pth" in networks.features
     assert networks.text == "no weights were given (--clip)"
     assert networks.names() == {"features": None, "distance": "lpips alex 0.1 (alexnet.pth)", "text": None}
+
+
+def test_inception_of_random_weights_gives_its_features(tmp_path: Path) -> None:
+    pytest.importorskip("torch_fidelity", exc_type=ImportError)
+    inception = Inception(write_random_inception(tmp_path / "inception.pth"), CPU)
+    features = inception(levels(2, 3, 64, 48))
+    assert features.shape == (2, 2048) and bool(features.isfinite().all()) and not torch.equal(*features)
