@@ -60,6 +60,7 @@ class Caller:
     scopes: frozenset[Scope] = frozenset(Scope)
     requests_per_minute: int | None = None
     max_jobs: int | None = None
+    megapixel_steps_per_minute: int | None = None
 
     def sees(self, owner: str) -> bool:
         """Whether the caller may see and cancel the jobs of an owner."""
@@ -91,6 +92,7 @@ class _Entry(BaseModel):
     scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1)]
     requests_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_jobs: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    megapixel_steps_per_minute: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
 
 
 class _File(BaseModel):
@@ -163,7 +165,13 @@ def add_entry(path: Path, entry: str) -> None:
 
 
 def _to_caller(entry: _Entry) -> Caller:
-    return Caller(entry.name, frozenset(entry.scopes), entry.requests_per_minute, entry.max_jobs)
+    return Caller(
+        entry.name,
+        frozenset(entry.scopes),
+        entry.requests_per_minute,
+        entry.max_jobs,
+        entry.megapixel_steps_per_minute,
+    )
 
 
 def find_caller(keys: Iterable[ApiKey], presented: str) -> Caller | None:

@@ -151,6 +151,23 @@ class TooManyJobs(GiantleapError):
     code, status, title, retryable = "too_many_jobs", 429, "The key has too many jobs", True
 
 
+class WorkLimited(GiantleapError):
+    """The key's budget of work per minute is used up. Both amounts in megapixel-steps, as of `OverBudget`."""
+
+    code, status, title, retryable = "work_limited", 429, "The key's work comes too fast", True
+
+    def __init__(self, detail: str, *, needed: float, per_minute: int, retry_after_s: int | None = None) -> None:
+        super().__init__(detail, retry_after_s=retry_after_s)
+        self.needed = needed
+        self.per_minute = per_minute
+
+
+class OverBudget(WorkLimited):
+    """A job that is more work than the key's budget of a whole minute: no wait helps."""
+
+    code, status, title, retryable = "over_budget", 422, "The job is larger than the key's budget", False
+
+
 class StorageFull(GiantleapError):
     """The input does not fit the blob budget."""
 

@@ -21,6 +21,9 @@ def new(
         int | None, typer.Option(help="Limit of requests for work per minute.", min=1)
     ] = None,
     max_jobs: Annotated[int | None, typer.Option(help="Limit of jobs queued and running at once.", min=1)] = None,
+    megapixel_steps_per_minute: Annotated[
+        int | None, typer.Option(help="Limit of work per minute, in megapixels times steps.", min=1)
+    ] = None,
     add: Annotated[bool, typer.Option("--add", help="Add it to GIANTLEAP_API_KEYS_FILE, for its owner only.")] = False,
 ) -> None:
     """Create a key: print it once to standard output; --add stores its entry, else standard error shows it."""
@@ -31,10 +34,12 @@ def new(
     key, digest = new_key()
     scopes = ", ".join(f'"{each}"' for each in dict.fromkeys(scope))
     lines = ["[[key]]", f'name = "{name}"', f'sha256 = "{digest}"', f"scopes = [{scopes}]"]
-    if requests_per_minute is not None:
-        lines.append(f"requests_per_minute = {requests_per_minute}")
-    if max_jobs is not None:
-        lines.append(f"max_jobs = {max_jobs}")
+    limits = {
+        "requests_per_minute": requests_per_minute,
+        "max_jobs": max_jobs,
+        "megapixel_steps_per_minute": megapixel_steps_per_minute,
+    }
+    lines.extend(f"{name} = {limit}" for name, limit in limits.items() if limit is not None)
     entry = "\n".join(lines) + "\n"
     if add:
         path = _keys_file()
@@ -60,7 +65,11 @@ def list_keys() -> None:
         caller = key.caller
         limits = [
             f"{number} {words}"
-            for number, words in ((caller.requests_per_minute, "requests/min"), (caller.max_jobs, "jobs"))
+            for number, words in (
+                (caller.requests_per_minute, "requests/min"),
+                (caller.max_jobs, "jobs"),
+                (caller.megapixel_steps_per_minute, "megapixel-steps/min"),
+            )
             if number is not None
         ]
         scopes = ",".join(sorted(caller.scopes))

@@ -19,8 +19,9 @@ from giantleap.models.generation.items import CancelCheck, GenerationItem, StepC
 from giantleap.models.methods.demofusion import draw_demofusion
 from giantleap.models.methods.denoiser import Denoiser
 from giantleap.models.methods.hidiffusion import hidiffusion, plan_hidiffusion
-from giantleap.models.methods.lsrna import draw_lsrna, first_step
-from giantleap.models.methods.rectifiedhr import draw_rectifiedhr, plan_stages
+from giantleap.models.methods.lsrna import draw_lsrna
+from giantleap.models.methods.passes import first_step, plan_stages
+from giantleap.models.methods.rectifiedhr import draw_rectifiedhr
 from giantleap.models.methods.scalecrafter import plan_scalecrafter, scalecrafter
 from giantleap.models.methods.steppers import FlowStepper, Stepper, open_stepper, sample
 from giantleap.models.methods.views import NoiseSource, Progress, View

@@ -14,23 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from giantleap.models.methods.demofusion import draw_again, restandardize
+from giantleap.models.methods.passes import first_step
 from giantleap.models.methods.steppers import Stepper, sample
 from giantleap.models.methods.views import NoiseSource, Predict, Progress, View
 
 _MAX_STD = 1.2
-_DEPTH = 0.6
-
-
-def first_step(steps: int) -> int:
-    """The step at which the enlarged latent enters: 20 of 50.
-
-    Raises:
-        ValueError: There are too few steps to leave one for it.
-    """
-    depth = int(_DEPTH * steps + 1e-9)
-    if depth < 1:
-        raise ValueError(f"lsrna needs at least 2 steps; found {steps}")
-    return steps - depth
 
 
 def draw_lsrna(

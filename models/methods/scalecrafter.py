@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from giantleap.models.methods.denoiser import Denoiser, guide
+from giantleap.models.methods.passes import undilated_from
 from giantleap.models.methods.unet_hooks import Geometry, attention_level, down_block, geometry_inside, up_block
 from giantleap.models.methods.views import View
 
@@ -61,7 +62,7 @@ def plan_scalecrafter(unet: Any, scale: float, steps: int) -> ScaleCrafterPlan:
     weak = _factors(unet, is_large=False)
     strong = _factors(unet, is_large=True) if is_large else weak
     convs = [DilatedConv(conv, strong.get(conv, 1), weak.get(conv, 1)) for conv in dict.fromkeys([*strong, *weak])]
-    return ScaleCrafterPlan(convs, int((0.7 if is_large else 0.6) * steps + 1e-9), is_large)
+    return ScaleCrafterPlan(convs, undilated_from(scale, steps), is_large)
 
 
 def _factors(unet: Any, is_large: bool) -> dict[nn.Module, int]:

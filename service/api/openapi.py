@@ -81,6 +81,8 @@ _EXAMPLES: tuple[errors.GiantleapError, ...] = (
     errors.QueueFull("256 jobs are queued or running, as many as are allowed"),
     errors.RateLimited("this key may send 60 requests a minute; wait for the seconds of Retry-After"),
     errors.TooManyJobs("this key has 8 jobs queued or running, as many as it may"),
+    errors.WorkLimited("the job is 5.2 megapixel-steps of work", needed=5.2, per_minute=60),
+    errors.OverBudget("the job is 90.0 megapixel-steps of work", needed=90.0, per_minute=60),
     errors.HeadersTooLarge("101 headers, with the address 4000 bytes; send at most 100 headers and 32768 bytes"),
     errors.GiantleapError("an unexpected error; the log has it under this instance"),
     errors.JobFailed("the image has values that are not finite"),

@@ -48,6 +48,8 @@ def problem_body(error: GiantleapError, request_id: str, **members: Any) -> dict
         size = error.largest_px
         largest = None if size is None else {"width": size[0], "height": size[1]}
         members |= {"needed_bytes": error.needed_bytes, "device_bytes": error.device_bytes, "largest": largest}
+    if isinstance(error, errors.WorkLimited):
+        members |= {"needed_megapixel_steps": error.needed, "megapixel_steps_per_minute": error.per_minute}
     return {
         "type": f"urn:giantleap:problem:{error.code}",
         "title": error.title,

@@ -43,6 +43,8 @@ class Problem(BaseModel):
     needed_bytes: int | None = Field(None, description="Of does_not_fit: what the job needs.")
     device_bytes: int | None = Field(None, description="Of does_not_fit: what the largest device has.")
     largest: dict[str, int] | None = Field(None, description="Of does_not_fit: width and height that would fit.")
+    needed_megapixel_steps: float | None = Field(None, description="Of work_limited, over_budget: work of the job.")
+    megapixel_steps_per_minute: int | None = Field(None, description="Of work_limited, over_budget: the key's budget.")
     reasons: list[str] | None = Field(None, description="Of /readyz: each reason.")
 
 

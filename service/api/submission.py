@@ -32,6 +32,7 @@ from giantleap.service.errors import (
 from giantleap.service.jobqueue.client import cancel_tasks
 from giantleap.service.jobqueue.producer import SMALL_BODY_BYTES, Enqueued
 from giantleap.service.jobs.bundles import ServedBundle
+from giantleap.service.jobs.grid import Charge, count_pixel_steps
 from giantleap.service.jobs.job import Job, JobParams, JobRecord, JobState, Priority, Webhook
 from giantleap.service.jobs.media_types import JSON_TYPE, read_media_type
 from giantleap.service.jobs.planning import total_latent_px
@@ -218,7 +219,13 @@ async def submit_job(
     caller = await get_caller(request)
     require_scope(caller, _SCOPES[job.params.kind])
     owned = replace(job, owner=caller.name)
-    return await state.producer.enqueue(owned, blob, options.idempotency_key, caller.max_jobs)
+    pixel_steps = count_pixel_steps(job.params, state.bundles[job.bundle].bundle)
+    budget = caller.megapixel_steps_per_minute
+    charge = None if budget is None else Charge(pixel_steps, budget)
+    enqueued = await state.producer.enqueue(owned, blob, options.idempotency_key, caller.max_jobs, charge)
+    if enqueued.created:
+        state.metrics.count_work(job.params.kind, job.bundle, pixel_steps)
+    return enqueued
 
 
 async def run_job(request: Request, state: AppState, job: Job, blob: bytes | None, options: SubmitOptions) -> JobRecord:

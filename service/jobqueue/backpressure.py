@@ -2,9 +2,17 @@
 
 import math
 
-from giantleap.service.errors import GiantleapError, QueueFull, StorageFull, TooManyJobs
+from giantleap.service.errors import (
+    GiantleapError,
+    OverBudget,
+    QueueFull,
+    StorageFull,
+    TooManyJobs,
+    WorkLimited,
+)
 from giantleap.service.jobqueue.keys import FINISH
 from giantleap.service.jobqueue.replies import EnqueueReply
+from giantleap.service.jobs.grid import Charge
 from giantleap.service.jobs.job import Job, QueueStats
 from giantleap.service.settings import Settings
 
@@ -32,9 +40,18 @@ def retry_after_s(stats: QueueStats) -> int:
 
 
 def to_refusal(
-    reply: EnqueueReply, job: Job, *, input_bytes: int, max_live: int | None, settings: Settings, retry_s: int
+    reply: EnqueueReply,
+    job: Job,
+    *,
+    input_bytes: int,
+    max_live: int | None,
+    charge: Charge | None,
+    settings: Settings,
+    retry_s: int,
 ) -> GiantleapError:
     """The error for a job that the enqueue script refused."""
+    if reply.status == "work" and charge is not None:
+        return _to_work_refusal(reply, charge)
     if reply.status == "busy":
         return TooManyJobs(
             f"{reply.amount} jobs of this key are queued or running, {max_live} are allowed; wait for one to end.",
@@ -52,4 +69,21 @@ def to_refusal(
     return QueueFull(
         f"{reply.amount} {what} are in the queue, {limit} are allowed; try again after the time in Retry-After.",
         retry_after_s=retry_s,
+    )
+
+
+def _to_work_refusal(reply: EnqueueReply, charge: Charge) -> WorkLimited:
+    needed, per_minute = round(charge.pixel_steps / 1e6, 3), charge.megapixel_steps_per_minute
+    what = f"The job is {needed:g} megapixel-steps of work, this key may use {per_minute} a minute"
+    if charge.is_too_large:
+        return OverBudget(
+            f"{what}: send fewer or smaller images, fewer steps, or another method.",
+            needed=needed,
+            per_minute=per_minute,
+        )
+    return WorkLimited(
+        f"{what} and has used most of them; try again after the time in Retry-After.",
+        needed=needed,
+        per_minute=per_minute,
+        retry_after_s=math.ceil(reply.wait_us / 1e6),
     )

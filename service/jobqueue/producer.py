@@ -32,6 +32,7 @@ from giantleap.service.jobqueue.replies import EnqueueReply
 from giantleap.service.jobqueue.runner import AsyncScriptRunner, upload_input
 from giantleap.service.jobqueue.server import find_warnings
 from giantleap.service.jobs.devices import Device
+from giantleap.service.jobs.grid import Charge
 from giantleap.service.jobs.job import Job, JobEvent, JobRecord, JobState, QueueStats, UpscaleParams
 from giantleap.service.settings import Settings
 
@@ -145,7 +146,12 @@ class JobProducer:
         await await_reply(self._redis.execute_command("PING"), _PROBE_S)
 
     async def enqueue(
-        self, job: Job, body: bytes | None = None, idempotency_key: str | None = None, max_live: int | None = None
+        self,
+        job: Job,
+        body: bytes | None = None,
+        idempotency_key: str | None = None,
+        max_live: int | None = None,
+        charge: Charge | None = None,
     ) -> Enqueued:
         """Puts a job in the queue, or finds the one that is there already under the same key or the same id.
 
@@ -158,20 +164,21 @@ class JobProducer:
             body: Its input blob.
             idempotency_key: As the caller sent it.
             max_live: Jobs of the same owner that may be queued or running at once, this one included.
+            charge: What the job takes from the owner's budget of work, which gets it back if the job ends unstarted.
 
         Raises:
             InvalidRequest: The key or the id belongs to a job with another payload.
             QueueFull: `queue_limit` jobs are queued, running or waiting for a retry, or their latent pixels and those
                 of this job are more than `queue_limit_latent_px`.
             TooManyJobs: `max_live` jobs of the owner are live.
+            WorkLimited: The budget does not cover the charge now; `OverBudget`: it never does.
             StorageFull: The input does not fit beside the inputs of live jobs, even with all results evicted.
             NotReady: Redis does not answer.
         """
         self._completions.discard(job.id)
-        arguments = _to_arguments(job, len(body or b"")) | {
+        arguments = _to_arguments(job, len(body or b""), max_live, charge) | {
             "digest": job.payload_sha256() + await _sha256(body),
             "idempotency": None if idempotency_key is None else idempotency_digest(idempotency_key, job.owner),
-            "max_live": max_live,
         }
         within_s = COMMAND_S + len(body or b"") / _TRANSFER_BYTES_PER_S
         reply = await await_reply(self._send_job(job, body, arguments), within_s)
@@ -193,6 +200,7 @@ class JobProducer:
             job,
             input_bytes=len(body or b""),
             max_live=max_live,
+            charge=charge,
             settings=self._settings,
             retry_s=await self._retry_after_s(),
         )
@@ -424,14 +432,16 @@ async def _sha256(body: bytes | None) -> str:
     return (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
 
 
-def _to_arguments(job: Job, input_bytes: int) -> dict[str, Any]:
-    """The arguments of `enqueue.lua` that depend on the job alone."""
+def _to_arguments(job: Job, input_bytes: int, max_live: int | None, charge: Charge | None) -> dict[str, Any]:
+    """The arguments of `enqueue.lua` that depend on the job and its owner's limits."""
     return {
         "id": job.id,
         "bundle": job.bundle,
         "priority": job.priority,
         "owner": job.owner,
         "latent_px": job.latent_px,
+        "max_live": max_live,
+        "cost_us": None if charge is None else charge.cost_us,
         "input_bytes": input_bytes,
         "finish": isinstance(job.params, UpscaleParams),
         "cancel_after_s": job.cancel_after_s,

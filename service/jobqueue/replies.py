@@ -57,14 +57,15 @@ class StoredJob:
 
 @dataclass(frozen=True, slots=True)
 class EnqueueReply:
-    """What became of a job; `amount` is what is in use where it was refused."""
+    """What became of a job; where it was refused `amount` is what is in use, `wait_us` until its work is allowed."""
 
-    status: Literal["created", "existing", "mismatch", "full", "full_px", "busy", "storage", "upload"]
+    status: Literal["created", "existing", "mismatch", "full", "full_px", "busy", "work", "storage", "upload"]
     job_id: str
     created_at_s: float | None = None
     queue_position: int | None = None
     estimated_start_s: float | None = None
     amount: int = 0
+    wait_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)

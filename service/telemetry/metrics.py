@@ -41,6 +41,9 @@ class Metrics:
         disable_created_metrics()  # a timestamp per series, which multiprocess mode does not support anyway
         self.registry = registry if registry is not None else CollectorRegistry()
         self._rejections = self._counter("rejections", "Requests refused, by reason.", "reason")
+        self._work = self._counter(
+            "megapixel_steps", "Work of the accepted jobs, as budgets count it.", "kind", "bundle"
+        )
         self._http_requests = self._counter("http_requests", "HTTP requests answered.", "route", "method", "code")
         self._http_seconds = self._histogram("http_request_duration_seconds", "Time to answer.", "route", "method")
         self._http_open = self._gauge("http_requests_open", "HTTP requests being answered now.", "livesum")
@@ -112,6 +115,10 @@ class Metrics:
     def count_rejection(self, reason: str) -> None:
         """Counts a refused request; `reason` is the code of a `GiantleapError`."""
         self._rejections.labels(reason).inc()
+
+    def count_work(self, kind: str, bundle: str, pixel_steps: int) -> None:
+        """Counts the work of a job that was accepted."""
+        self._work.labels(kind, bundle).inc(pixel_steps / 1e6)
 
     def observe_http(self, route: str, method: str, code: int, duration_s: float) -> None:
         """Records a response; `route` is the path template, never the path."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from giantleap.service.errors import GiantleapError, InvalidRequest
 from giantleap.service.jobqueue.producer import Enqueued, Page
 from giantleap.service.jobs.devices import Device
+from giantleap.service.jobs.grid import Charge
 from giantleap.service.jobs.job import (
     GenerateParams,
     Job,
@@ -78,6 +79,7 @@ class FakeProducer:
     event_list: list[JobEvent] = field(default_factory=list)
     endless_events: bool = False
     spent: list[str] = field(default_factory=list)
+    limits: list[tuple[int | None, Charge | None]] = field(default_factory=list)
     waits: int = 0
     open_events: int = 0
     is_open: bool = False
@@ -93,9 +95,15 @@ class FakeProducer:
         self.is_open = False
 
     async def enqueue(
-        self, job: Job, body: bytes | None = None, idempotency_key: str | None = None, max_live: int | None = None
+        self,
+        job: Job,
+        body: bytes | None = None,
+        idempotency_key: str | None = None,
+        max_live: int | None = None,
+        charge: Charge | None = None,
     ) -> Enqueued:
         self._require_up()
+        self.limits.append((max_live, charge))
         if self.refusal is not None:
             raise self.refusal
         digest = job.payload_sha256() + hashlib.sha256(body or b"").hexdigest()

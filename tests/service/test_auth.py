@@ -54,11 +54,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_key_stands_for_its_caller_with_scopes_and_limits(path: Path) -> None:
-    limits = "requests_per_minute = 60\nmax_jobs = 4\n"
+    limits = "requests_per_minute = 60\nmax_jobs = 4\nmegapixel_steps_per_minute = 600\n"
     path.write_text(entry("k1") + entry("k2", "bob", limits).replace('"generate"', '"admin", "metrics"'))
     keys = read_keys(path)
     assert find_caller(keys, "k1") == Caller("alice", frozenset({Scope.GENERATE}))
-    assert find_caller(keys, "k2") == Caller("bob", frozenset({Scope.ADMIN, Scope.METRICS}), 60, 4)
+    assert find_caller(keys, "k2") == Caller("bob", frozenset({Scope.ADMIN, Scope.METRICS}), 60, 4, 600)
     for wrong in ("", "k", "k3", digest("k1"), "K1", "k1 ", "\udcff"):
         assert find_caller(keys, wrong) is None
 
@@ -182,12 +182,14 @@ def test_listening_beyond_the_machine_without_keys_is_warned_of(
 
 
 def test_keys_new_prints_the_key_once_and_what_to_add() -> None:
-    command = ["keys", "new", "--name", "alice", "--scope", "generate", "--scope", "upscale", "--max-jobs", "2"]
+    limits = ["--max-jobs", "2", "--megapixel-steps-per-minute", "600"]
+    command = ["keys", "new", "--name", "alice", "--scope", "generate", "--scope", "upscale", *limits]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0
     key = done.stdout.strip()
     (added,) = tomllib.loads(done.stderr)["key"]
-    assert added == {"name": "alice", "sha256": digest(key), "scopes": ["generate", "upscale"], "max_jobs": 2}
+    limited = {"max_jobs": 2, "megapixel_steps_per_minute": 600}
+    assert added == {"name": "alice", "sha256": digest(key), "scopes": ["generate", "upscale"]} | limited
     assert key not in done.stderr
 
 
@@ -197,11 +199,11 @@ def test_keys_new_refuses_a_name_that_the_file_would(path: Path) -> None:
 
 
 def test_keys_list_names_them_without_the_digest(path: Path) -> None:
-    path.write_text(entry("k1", more="max_jobs = 3\n") + entry("k2", "bob"))
+    path.write_text(entry("k1", more="max_jobs = 3\nmegapixel_steps_per_minute = 9\n") + entry("k2", "bob"))
     done = CliRunner().invoke(app, ["keys", "list"], env={"GIANTLEAP_API_KEYS_FILE": str(path)})
     assert done.exit_code == 0 and digest("k1") not in done.stdout
     assert done.stdout.splitlines() == [
-        f"alice  {digest('k1')[:8]}  generate  3 jobs",
+        f"alice  {digest('k1')[:8]}  generate  3 jobs, 9 megapixel-steps/min",
         f"bob  {digest('k2')[:8]}  generate  no limits",
     ]
 

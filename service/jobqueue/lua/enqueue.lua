@@ -5,10 +5,10 @@
 -- ARGV[2]  id, bundle, priority, owner ('' for none), digest of the payload, latent_px, input_bytes, upload (name of
 --          the uploaded input, '' for none), finish (nothing is generated: the job goes to the finish queue if a
 --          worker has created it), and optionally idempotency (digest of the key), max_live (live jobs of the owner),
---          cancel_after_s, webhook (JSON text)
+--          cost_us (of the job's work, in time of the owner's budget), cancel_after_s, webhook (JSON text)
 -- ARGV[3]  the job as JSON, stored as it is
--- Reply    status: created, existing, mismatch, full, full_px, busy, storage, or upload (the input has not arrived);
---          job_id; created_at_s; queue_position; estimated_start_s; amount (what is in use, for a refusal)
+-- Reply    status: created, existing, mismatch, full, full_px, busy, work, storage, or upload (the input has not arrived);
+--          job_id; created_at_s; queue_position; estimated_start_s; for a refusal amount (what is in use) or wait_us
 -- @include arguments
 -- @include config
 -- @include free_expired
@@ -16,7 +16,9 @@
 -- @include is_final
 -- @include make_room
 -- @include now_s
+-- @include pay
 -- @include push
+-- @include wait_us
 -- @include estimate_start_s
 
 local id, owner, upload = args.id, args.owner, prefix .. ':upload:' .. args.upload
@@ -65,6 +67,10 @@ if args.max_live and redis.call('SCARD', live) >= args.max_live then
   if count >= args.max_live then return reply_without_job('busy', {amount = count}) end
 end
 
+local budget = prefix .. ':work:' .. owner
+local left_us = args.cost_us and wait_us(budget, args.cost_us) or 0
+if left_us >= 1 then return reply_without_job('work', {wait_us = left_us}) end
+
 if args.input_bytes > 0 then
   local arrived = args.upload ~= '' and redis.call('STRLEN', upload) == args.input_bytes
   if not arrived then return reply_without_job('upload', {}) end
@@ -82,6 +88,10 @@ end
 if owner ~= '' then
   redis.call('HSET', job_key(id), 'owner', owner)
   redis.call('SADD', live, id)
+end
+if args.cost_us then
+  pay(budget, args.cost_us)
+  redis.call('HSET', job_key(id), 'cost_us', string.format('%.0f', args.cost_us))
 end
 if args.webhook then redis.call('HSET', job_key(id), 'webhook', args.webhook) end
 if args.latent_px > 0 then

@@ -14,6 +14,7 @@ from giantleap.models.bundle.descriptor import DRAWS_AGAIN, HAS_UNET, NO_NEGATIV
 from giantleap.models.generation.generator import Generator
 from giantleap.models.generation.items import GenerationItem
 from giantleap.models.methods.draw import Tools, count_steps, draw_items
+from giantleap.models.methods.passes import network_pixel_steps
 from giantleap.models.vae.autoencoder import Vae
 from tests.lora_files import write_lora
 from tests.models.methods.tiny_unets import ITEM, PIPELINES, WIDE, open_generator
@@ -61,6 +62,31 @@ def test_a_method_draws_the_final_size_and_leaves_the_pipeline_as_it_was(
     after = generator.generate([item])
     assert plain[0] is not None and after[0] is not None and torch.equal(plain[0], after[0])
     assert all(torch.equal(one, other) for one, other in zip(before, weights(generator), strict=True))
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@EVERY
+def test_the_work_of_a_method_is_what_the_network_sees(
+    generators: dict[str, Generator], name: str, method: Rediffusion, scale: int
+) -> None:
+    generator = generators[name]
+    network = getattr(generator.pipeline, "unet", None) or generator.pipeline.transformer
+    side = network.config.sample_size  # windows are as large as the base image where that is the model's own size
+    side_px = side * generator.latent_space.stride_px
+    item = replace(ITEM, width_px=side_px, height_px=side_px, steps=3)
+    seen = 0
+
+    def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal seen
+        x = args[0] if args else kwargs["hidden_states"]
+        seen += x.shape[0] * x.shape[-2] * x.shape[-1]
+
+    hook = network.register_forward_pre_hook(count, with_kwargs=True)
+    draw(generator, method, item, scale=scale)
+    hook.remove()
+    stride_px = generator.latent_space.stride_px
+    guided = 2  # each step runs with and without the prompt
+    assert network_pixel_steps(method, scale, item.steps, (scale * side_px) ** 2) == seen * stride_px**2 / guided
 
 
 @EVERY

@@ -9,8 +9,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from giantleap.models.methods.demofusion import draw_again, draw_demofusion, restandardize
-from giantleap.models.methods.lsrna import draw_lsrna, edge_strength, first_step
-from giantleap.models.methods.rectifiedhr import draw_rectifiedhr, plan_stages
+from giantleap.models.methods.lsrna import draw_lsrna, edge_strength
+from giantleap.models.methods.passes import first_step, plan_stages
+from giantleap.models.methods.rectifiedhr import draw_rectifiedhr
 from giantleap.models.methods.steppers import DdimStepper, FlowStepper, Stepper, sample
 from giantleap.models.methods.views import Progress, View
 from tests.models.methods.tiny_unets import NO_PROGRESS, noise_of

@@ -15,7 +15,9 @@ from fastapi import FastAPI
 
 from giantleap.service.api.middleware.authentication import MAX_HEADER_BYTES, MAX_HEADERS
 from giantleap.service.auth import OPEN_PATHS, new_key
-from giantleap.service.jobs.job import JobEvent, JobState
+from giantleap.service.errors import OverBudget, WorkLimited
+from giantleap.service.jobs.grid import Charge
+from giantleap.service.jobs.job import GenerateParams, JobEvent, JobState
 from tests.service.compat_fakes import LATENT, FileProducer, build_app
 from tests.service.fake_producer import stay_queued, succeed
 from tests.service.live_server import live_server
@@ -57,7 +59,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path
     for name, scopes in SCOPES.items():
         made[name], digest = new_key()
         lines.append(f'[[key]]\nname = "{name}"\nsha256 = "{digest}"\nscopes = {json.dumps(scopes)}')
-        lines.append("requests_per_minute = 2\nmax_jobs = 1" if name == "slow" else "")
+        lines.append("requests_per_minute = 2\nmax_jobs = 1\nmegapixel_steps_per_minute = 50" if name == "slow" else "")
     path = tmp_path_factory.mktemp("keys") / "keys.toml"
     path.write_text("\n".join(lines))
     path.chmod(0o600)
@@ -290,21 +292,36 @@ async def test_bad_requests_count_against_the_rate_too(callers: Callers) -> None
         assert (await callers.ask("slow", "POST", "/generate", json={})).status_code == status
 
 
-async def test_the_queue_gets_the_keys_own_limit_of_jobs(
-    callers: Callers, producer: FileProducer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limits = []
-    plain = producer.enqueue
-
-    async def enqueue(job: Any, body: Any = None, key: Any = None, max_live: int | None = None) -> Any:
-        limits.append(max_live)
-        return await plain(job, body, key, max_live)
-
-    monkeypatch.setattr(producer, "enqueue", enqueue)
+async def test_the_queue_gets_the_keys_own_limits(callers: Callers, producer: FileProducer) -> None:
     for name in ("slow", "alice"):
         await callers.ask(name, "POST", "/generate", json={"prompt": PROMPT})
         await callers.ask(name, "POST", "/v1/images/generations", json={"prompt": PROMPT})
-    assert limits == [1, 1, None, None]
+    params = producer.jobs[0].params
+    assert isinstance(params, GenerateParams) and (params.method, params.scale) == ("lua", 2)
+    final_px = params.width_px * params.height_px
+    charge = Charge(final_px + params.steps * final_px // 4, megapixel_steps_per_minute=50)
+    assert producer.limits == [(1, charge), (1, charge), (None, None), (None, None)]
+
+
+REFUSALS = [
+    (WorkLimited("5 of 50", needed=5.5, per_minute=50, retry_after_s=7), 429, "7"),
+    (OverBudget("90 of 50", needed=90.0, per_minute=50), 422, None),
+]
+
+
+@pytest.mark.parametrize(("refusal", "status", "retry_after"), REFUSALS, ids=["used up", "too large"])
+async def test_a_refusal_of_work_names_the_amounts_and_a_wait_only_where_one_helps(
+    callers: Callers, producer: FileProducer, refusal: WorkLimited, status: int, retry_after: str | None
+) -> None:
+    producer.refusal = refusal
+    for path in ("/generate", "/v1/images/generations"):
+        response = await callers.ask("alice", "POST", path, json={"prompt": PROMPT})
+        assert response.status_code == status and response.headers.get("retry-after") == retry_after
+        body = response.json()
+        assert (body["error"] if path.startswith("/v1") else body)["code"] == refusal.code
+    native = (await callers.ask("alice", "POST", "/generate", json={"prompt": PROMPT})).json()
+    amounts = native["needed_megapixel_steps"], native["megapixel_steps_per_minute"]
+    assert amounts == (refusal.needed, 50) and native["retryable"] == (status == 429)
 
 
 @pytest.fixture(scope="module")

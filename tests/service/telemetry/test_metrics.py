@@ -55,6 +55,7 @@ sys.stdin.read()
 def fill(metrics: Metrics) -> None:
     """Touch every metric once."""
     metrics.count_rejection("queue_full")
+    metrics.count_work("generate", "pocket", 1_500_000)
     metrics.observe_http("/generate", "POST", 200, 0.3)
     metrics.observe_wait("high", 0.1)
     metrics.observe_job("generate", "pocket", "lua", 2, "succeeded", 1.5)

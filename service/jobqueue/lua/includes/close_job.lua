@@ -3,6 +3,7 @@
 -- @include get_number
 -- @include lane_of
 -- @include now_s
+-- @include pay
 -- @include record_blob
 -- @include stored_fields
 
@@ -36,12 +37,21 @@ local function release_input(id, keeps_input)
   end
 end
 
+-- Gives the work of a job that no worker started back to the budget of its owner.
+local function give_back(id, owner)
+  local cost_us = get_number(id, 'cost_us')
+  if cost_us > 0 and get_number(id, 'deliveries') == 0 and not get(id, 'stages') then
+    pay(prefix .. ':work:' .. (owner or ''), -cost_us)
+  end
+end
+
 -- Brings a job into a final state and publishes its outcome. With the stages '{}' those recorded earlier stay.
 local function close_job(id, state, stages, keeps_input)
   local job, lane = job_key(id), lane_of(id)
   local latent_px, deadline_ms, webhook, owner =
     unpack(redis.call('HMGET', job, 'latent_px', 'deadline_ms', 'webhook', 'owner'))
   release_input(id, keeps_input)
+  give_back(id, owner)
   redis.call('ZREM', prefix .. ':queued:' .. lane, id)
   redis.call('ZREM', prefix .. ':delayed', id)
   redis.call('SREM', prefix .. ':running', id)
