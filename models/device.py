@@ -1,6 +1,7 @@
 """The device that a route runs on: its choice, its compute type, and the time and memory that work takes there."""
 
 import gc
+import importlib.util
 import logging
 import platform
 import resource
@@ -81,6 +82,21 @@ def part_of(on_part: PartCallback | None, done: int, total: int, items: int = 1)
     if on_part is None:
         return None
     return lambda fraction: on_part(None if fraction is None else (done + items * fraction) / total)
+
+
+def compiler_fault(device: torch.device) -> str:
+    """Why this machine cannot compile a network for a device; empty if it can."""
+    if device.type == "cuda":
+        missing = importlib.util.find_spec("triton") is None
+        return "on a GPU needs the package triton, which comes with torch for CUDA" if missing else ""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError) as error:
+        return f"on a CPU needs a C++ compiler: {str(error).strip().partition(chr(10))[0]}"
+    return ""
 
 
 def synchronize(device: torch.device) -> None:

@@ -40,6 +40,7 @@ from giantleap.models.lua.spec import scaled_size
 from giantleap.models.methods.draw import Tools, draw_items
 from giantleap.models.upscaler import open_lua
 from giantleap.models.vae.autoencoder import Vae, read_tiny, read_vae_model
+from giantleap.models.vae.compiled import compile_decoder
 from giantleap.models.vae.pixels import decode_items, decode_pixels, encode_items, encode_pixels
 from giantleap.models.worker_role import WorkerRole
 
@@ -126,6 +127,8 @@ class Route:
         vae = Vae(model, space, dtype=dtype, tiny=tiny)
         if not role.loads_decoder:
             vae.drop_decoder()
+        elif bundle.modes.compile_vae:
+            compile_decoder(vae)
         scales = bundle.scales_of("lua")[1:]
         return cls(bundle.name, generator, lua, pixel, vae, device, dtype, clamp, scales, role)
 

@@ -15,6 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from giantleap.models.bundle.modes import PLAIN
 from giantleap.models.bundle.names import PULLED, SHIPPED, find_bundle
 from giantleap.models.engines.base import EngineName
 from giantleap.models.messages import toml_fault
@@ -47,6 +48,7 @@ _PAGE_DEFAULTS = {
     "webhook_hosts": "any",
     "filters": "none",
     "model_aliases": "none",
+    "modes": "none",
 }
 
 
@@ -102,6 +104,11 @@ class Settings(BaseSettings):
     )
     lora_memory_bytes: int = Field(
         1 << 30, description="Most bytes of LoRA files that a worker keeps on the device for the next job.", ge=0
+    )
+    modes: Annotated[dict[str, str], NoDecode] = Field(
+        {},
+        description="Modes in place of those of every bundle, as `offload=model,quantize.transformer=bnb4` "
+        "(`memory-modes.md`).",
     )
     device_memory_bytes: int | None = Field(
         None,
@@ -230,15 +237,22 @@ class Settings(BaseSettings):
             return value
         return tuple(find_bundle(each, info.data["data_dir"] / PULLED) for each in value)
 
-    @field_validator("model_aliases", mode="before")
+    @field_validator("model_aliases", "modes", mode="before")
     @classmethod
-    def _split_aliases(cls, value: object) -> object:
+    def _split_pairs(cls, value: object, info: ValidationInfo) -> object:
         if not isinstance(value, str):
             return value
         pairs = [part.partition("=") for part in value.split(",") if part.strip()]
-        if not all(alias.strip() and name.strip() for alias, _, name in pairs):
-            raise ValueError("must be pairs as dall-e-3=pocket, separated by commas")
-        return {alias.strip(): name.strip() for alias, _, name in pairs}
+        if not all(left.strip() and right.strip() for left, _, right in pairs):
+            example = "offload=model" if info.field_name == "modes" else "dall-e-3=pocket"
+            raise ValueError(f"must be pairs as {example}, separated by commas")
+        return {left.strip(): right.strip() for left, _, right in pairs}
+
+    @field_validator("modes")
+    @classmethod
+    def _known_modes(cls, value: dict[str, str]) -> dict[str, str]:
+        PLAIN.with_values(value)
+        return value
 
     @field_validator("cors_origins")
     @classmethod

@@ -15,6 +15,7 @@ from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.bundle.names import PULLED, find_bundle, list_bundles
 from giantleap.service.errors import EXIT_BAD_CONFIGURATION, field_errors
+from giantleap.service.jobs.bundles import read_in_modes
 from giantleap.service.settings import Settings, format_errors, read_settings
 from giantleap.service.telemetry.logs import configure_logging
 
@@ -78,8 +79,11 @@ def read_bundle_or_stop(directory: Path) -> Bundle:
 
 
 def read_bundles(settings: Settings) -> list[Bundle]:
-    """The bundles that the settings name."""
-    return [read_bundle_or_stop(directory) for directory in settings.bundle]
+    """The bundles that the settings name, in their modes."""
+    try:
+        return [read_in_modes(directory, settings.modes) for directory in settings.bundle]
+    except BundleError as error:
+        stop(to_line(error))
 
 
 def open_bundle_route(settings: Settings, bundle: Bundle) -> "Route":

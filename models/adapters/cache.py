@@ -14,7 +14,7 @@ from typing import Any, Final
 from diffusers.loaders.lora_base import disable_lora_for_text_encoder, enable_lora_for_text_encoder
 from diffusers.loaders.peft import PeftAdapterMixin
 
-from giantleap.models.adapters.files import AdapterError, AdapterUse
+from giantleap.models.adapters.files import AdapterError, AdapterUse, largest_rank
 
 _LOAD_ERRORS: Final = (
     AssertionError,
@@ -34,12 +34,17 @@ class AdapterCache:
 
     Args:
         pipeline: Of any class that a bundle may name.
+        hotswap: Keep one adapter for each place in a call and exchange its weights, so that a compiled network is not
+            compiled again for each adapter. An adapter of other layers than the one before it is loaded anew.
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, hotswap: bool = False) -> None:
         self._pipeline = pipeline
+        self._hotswap = hotswap
         self._paths: Mapping[str, Path] = {}
         self._budget_bytes = 0
+        self._rank = 1  # the largest of the files
+        self._places: list[AdapterUse | None] = []  # with hotswap, what each place holds, at weight 1
         self._sizes_bytes: OrderedDict[AdapterUse, int] = OrderedDict()  # at weight 1, the least recently used first
 
     def offer(self, paths: Mapping[str, Path], budget_bytes: int) -> None:
@@ -48,13 +53,18 @@ class AdapterCache:
         Args:
             paths: The files by name.
             budget_bytes: Most bytes of files whose adapters are kept; those of one call may exceed it.
+
+        Raises:
+            AdapterError: One is no safetensors file, where their ranks matter.
         """
         self._paths, self._budget_bytes = paths, budget_bytes
+        if self._hotswap:
+            self._rank = largest_rank(paths.values())
 
     @property
     def loaded(self) -> tuple[str, ...]:
         """Names of the adapters that are kept, the least recently used first."""
-        return tuple(use.name for use in self._sizes_bytes)
+        return tuple(use.name for use in (*self._sizes_bytes, *self._places) if use is not None)
 
     def activate(self, uses: Sequence[AdapterUse]) -> None:
         """Load what is missing, and make these adapters, at their weights, the only ones that act.
@@ -62,19 +72,52 @@ class AdapterCache:
         Raises:
             AdapterError: A file is not there, is not the one that the job was planned with, or does not fit.
         """
-        for use in uses:
-            key = use.at_full_weight
-            if key not in self._sizes_bytes:
-                self._sizes_bytes[key] = self._load(key)
-            self._sizes_bytes.move_to_end(key)
-        self._evict(len(uses))
-        if not self._sizes_bytes:
+        names = self._fill_places(uses) if self._hotswap else self._load_missing(uses)
+        if not self.loaded:
             return
         self._switch(bool(uses))
         if uses:
-            self._pipeline.set_adapters([use.key for use in uses], [use.weight for use in uses])
+            self._pipeline.set_adapters(names, [use.weight for use in uses])
 
-    def _load(self, use: AdapterUse) -> int:
+    def _load_missing(self, uses: Sequence[AdapterUse]) -> list[str]:
+        for use in uses:
+            key = use.at_full_weight
+            if key not in self._sizes_bytes:
+                path = self._find(key)
+                self._load(key, path, key.key)
+                self._sizes_bytes[key] = path.stat().st_size
+            self._sizes_bytes.move_to_end(key)
+        self._evict(len(uses))
+        return [use.key for use in uses]
+
+    def _fill_places(self, uses: Sequence[AdapterUse]) -> list[str]:
+        names = [f"place{index}" for index in range(len(uses))]
+        self._places += [None] * (len(uses) - len(self._places))
+        for index, (use, name) in enumerate(zip(uses, names, strict=True)):
+            key = use.at_full_weight
+            if self._places[index] == key:
+                continue
+            path = self._find(key)
+            holds_one, self._places[index] = self._places[index] is not None, None
+            if not (holds_one and self._exchange(key, path, name)):
+                self._pipeline.enable_lora_hotswap(target_rank=self._rank, check_compiled="ignore")
+                self._load(key, path, name)
+            self._places[index] = key
+        return names
+
+    def _exchange(self, use: AdapterUse, path: Path, name: str) -> bool:
+        """Put another adapter in a place; False, and the place is empty, where one of them has layers of its own."""
+        holders = [part for part, held in self._pipeline.get_list_adapters().items() if name in held]
+        if not all(isinstance(getattr(self._pipeline, part), PeftAdapterMixin) for part in holders):
+            self._delete(name)  # what it added to a text encoder would stay
+            return False
+        try:
+            self._load(use, path, name, hotswap=True)
+        except AdapterError:
+            return False
+        return True
+
+    def _find(self, use: AdapterUse) -> Path:
         if use.name not in self._paths:
             raise AdapterError(f"LoRA {use.name} was not in GIANTLEAP_LORA_DIR when this worker started; restart it")
         path = self._paths[use.name]
@@ -85,23 +128,26 @@ class AdapterCache:
             raise AdapterError(f"the file of LoRA {use.name} cannot be read: {error.strerror}") from None
         if digest != use.sha256:
             raise AdapterError(f"the file of LoRA {use.name} has changed since the API read it; restart the API")
-        options = {"weight_name": path.name, "adapter_name": use.key, "local_files_only": True, "use_safetensors": True}
+        return path
+
+    def _load(self, use: AdapterUse, path: Path, name: str, hotswap: bool = False) -> None:
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+        options |= {"hotswap": True} if hotswap else {}
         try:
             with _without_advice():
-                self._pipeline.load_lora_weights(str(path.parent), **options)
+                self._pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, **options)
         except _LOAD_ERRORS as error:
-            self._delete(use)
+            self._delete(name)
             raise AdapterError(f"LoRA {use.name} does not fit this pipeline ({type(error).__name__})") from error
-        return path.stat().st_size
 
     def _evict(self, in_use: int) -> None:
         while len(self._sizes_bytes) > in_use and sum(self._sizes_bytes.values()) > self._budget_bytes:
             use, _ = self._sizes_bytes.popitem(last=False)
-            self._delete(use)
+            self._delete(use.key)
 
-    def _delete(self, use: AdapterUse) -> None:
+    def _delete(self, name: str) -> None:
         with _without_advice():
-            self._pipeline.delete_adapters(use.key)
+            self._pipeline.delete_adapters(name)
 
     def _switch(self, on: bool) -> None:
         """Turn the layers of all adapters on or off, of the denoiser and the text encoders."""

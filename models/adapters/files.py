@@ -6,7 +6,7 @@ Nothing here imports torch: the API process refuses what cannot fit before a job
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final, Self
@@ -126,7 +126,7 @@ def read_file(path: Path) -> AdapterFile:
     header = _read_header(path)
     metadata = header.pop("__metadata__", {})
     shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
-    downs = {_DOWN.sub("", key): shape for key, shape in shapes.items() if _DOWN.search(key)}
+    downs = _downs(shapes)
     ups = {_UP.sub("", key): shape for key, shape in shapes.items() if _UP.search(key)}
     if not downs or downs.keys() != ups.keys() or any(len(shape) < 2 for shape in (*downs.values(), *ups.values())):
         raise AdapterError(
@@ -142,6 +142,21 @@ def read_file(path: Path) -> AdapterFile:
         base=metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version"),
         layers={layer: (downs[layer][1], ups[layer][0]) for layer in downs},
     )
+
+
+def largest_rank(paths: Iterable[Path]) -> int:
+    """The largest rank of any layer of some LoRA files.
+
+    Raises:
+        AdapterError: One is no safetensors file.
+    """
+    headers = [_read_header(path) for path in paths]
+    shapes = [{key: tuple(entry["shape"]) for key, entry in each.items() if key != "__metadata__"} for each in headers]
+    return max((shape[0] for each in shapes for shape in _downs(each).values()), default=1)
+
+
+def _downs(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    return {_DOWN.sub("", key): shape for key, shape in shapes.items() if _DOWN.search(key)}
 
 
 def _read_header(path: Path) -> dict[str, Any]:

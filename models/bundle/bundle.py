@@ -38,6 +38,7 @@ from giantleap.models.bundle.descriptor import (
 )
 from giantleap.models.bundle.digests import file_hash, weight_files
 from giantleap.models.bundle.errors import BundleError, MethodError, SizeError
+from giantleap.models.bundle.modes import Modes
 from giantleap.models.bundle.paths import DESCRIPTOR, check_paths, find_descriptor, inside
 from giantleap.models.latent_space import LatentSpace, read_vae_statistics
 from giantleap.models.lua.spec import SPEC_KEY, LuaSpec, is_whole, scaled_size
@@ -205,7 +206,11 @@ class Bundle:
 
     def unavailable_reason(self, method: Method) -> str:
         """Why a method is not available, and what to do; empty if it is."""
-        return self.descriptor.unavailable_reason(method) or refused_class(method, self.pipeline_class)
+        return (
+            self.descriptor.unavailable_reason(method)
+            or refused_class(method, self.pipeline_class)
+            or self.modes.method_misfit(method)
+        )
 
     def scales_of(self, method: Method) -> tuple[float, ...]:
         """The scales of a method, 1 included; empty if the method is not available.
@@ -228,6 +233,11 @@ class Bundle:
     def limits(self) -> Limits:
         """Limits of the base image and of the steps."""
         return self.descriptor.limits
+
+    @property
+    def modes(self) -> Modes:
+        """How the pipeline is loaded."""
+        return self.descriptor.modes
 
     @property
     def closed_vocabulary(self) -> bool:

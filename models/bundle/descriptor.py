@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
+from giantleap.models.bundle.modes import Modes
 from giantleap.models.constraints import explain
 from giantleap.models.latent_space import LATENT_SPACES, LatentSpace, Packing
 from giantleap.models.lua.spec import is_whole, scaled_size, to_scale
@@ -259,6 +260,7 @@ class Descriptor(_Section):
     defaults: Defaults
     limits: Limits
     vocabulary: Vocabulary
+    modes: Modes = Field(default_factory=Modes)
     origin: dict[str, str] = Field(default_factory=dict)
     files: dict[str, Digest] = Field(default_factory=dict)
 
@@ -409,6 +411,10 @@ def to_toml(descriptor: Descriptor) -> str:
 def _to_toml_lines(values: Mapping[str, Any]) -> Sequence[str]:
     # For the types in a descriptor, TOML writes values as JSON does, and any key may be in quotes.
     keys = (key if key.isidentifier() and key.isascii() else json.dumps(key) for key in values)
-    return [
-        f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in zip(keys, values.values(), strict=True)
-    ]
+    return [f"{key} = {_to_toml_value(value)}" for key, value in zip(keys, values.values(), strict=True)]
+
+
+def _to_toml_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(_to_toml_lines(value))}}}"
+    return json.dumps(value, ensure_ascii=False)

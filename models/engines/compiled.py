@@ -6,7 +6,6 @@ kernels take any size, except for some sizes of a few windows, which are compile
 error; torch by itself would continue without the compiler.
 """
 
-import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from giantleap.models.device import choose_upscaler_dtype, on_device
-from giantleap.models.engines.base import EngineError, EngineName, first_line
+from giantleap.models.device import choose_upscaler_dtype, compiler_fault, on_device
+from giantleap.models.engines.base import EngineError, EngineName
 from giantleap.models.engines.packed_lua import Grids, PackedLua
 from giantleap.models.lua.network import Lua, check_latent, pad_to_window
 from giantleap.models.lua.spec import scaled_size
@@ -159,14 +158,5 @@ def require_compiler(device: torch.device) -> None:
     Raises:
         EngineError: There is no C++ compiler for a CPU, or no Triton for a GPU.
     """
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            raise EngineError("engine torch-compile on a GPU needs the package triton, which comes with torch for CUDA")
-        return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError) as error:
-        raise EngineError(f"engine torch-compile on a CPU needs a C++ compiler: {first_line(error)}") from error
+    if fault := compiler_fault(device):
+        raise EngineError(f"engine torch-compile {fault}")

@@ -6,7 +6,7 @@ in `giantleap.models.route`.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any, Self
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from giantleap.models.adapters.cache import AdapterCache
 from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.bundle.modes import PLAIN, Modes
 from giantleap.models.generation.families import FAMILIES
 from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
 from giantleap.models.generation.loading import load_pipeline
@@ -33,12 +34,15 @@ class Generator:
         pipeline: Of one of the classes in `FAMILIES`.
         latent_space: Converts the pipeline's latents to raw ones.
         max_side_px: Longest side of an image that it samples at once in a refine pass; None for any.
+        modes: Those that the pipeline has (`giantleap.models.generation.modes`).
 
     Raises:
         ValueError: The pipeline is of another class.
     """
 
-    def __init__(self, pipeline: Any, latent_space: LatentSpace, max_side_px: int | None = None) -> None:
+    def __init__(
+        self, pipeline: Any, latent_space: LatentSpace, max_side_px: int | None = None, modes: Modes = PLAIN
+    ) -> None:
         if type(pipeline) not in FAMILIES:
             known = ", ".join(cls.__name__ for cls in FAMILIES)
             raise ValueError(f"pipeline class {type(pipeline).__name__}: only {known} are known")
@@ -46,7 +50,8 @@ class Generator:
         self.family = FAMILIES[type(pipeline)]
         self.family.prepare(pipeline)
         self.latent_space = latent_space
-        self.adapters = AdapterCache(pipeline)
+        self.modes = modes
+        self.adapters = AdapterCache(pipeline, hotswap=modes.compile != "none")
         self.max_side_px = max_side_px
         if latent_space.statistics_in_vae and latent_space.mean is None:
             norm, eps = pipeline.vae.bn, pipeline.vae.config.batch_norm_eps
@@ -55,13 +60,13 @@ class Generator:
 
     @classmethod
     def open(cls, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Self:
-        """Load the bundle's pipeline (`load_pipeline`) to a device.
+        """Load the bundle's pipeline (`load_pipeline`).
 
         Raises:
-            BundleError: There is a VAE and no pipeline, or a file or class of it cannot be loaded.
+            BundleError: As `load_pipeline`.
             ValueError: The pipeline is of an unknown class.
         """
-        return cls(load_pipeline(bundle, dtype).to(device), bundle.latent_space, bundle.max_side_px)
+        return cls(load_pipeline(bundle, device, dtype), bundle.latent_space, bundle.max_side_px, bundle.modes)
 
     @property
     def supports_init_image(self) -> bool:
@@ -99,7 +104,8 @@ class Generator:
         """
         for item in items:
             self.check(item, items[0])
-        runs = [list(range(len(items)))] if self.family.batches else [[index] for index in range(len(items))]
+        together = self.family.batches and self.modes.cache == "none"  # a cache decides by the mean of its batch
+        runs = [list(range(len(items)))] if together else [[index] for index in range(len(items))]
         latents: list[Tensor | None] = [None] * len(items)
         canceled: set[int] = set()
 
@@ -179,12 +185,29 @@ class Generator:
             pipeline.set_progress_bar_config(disable=True)
             # Pipelines take tensors in [0, 1]; one in [-1, 1] without a negative value would pass as such.
             arguments |= {"image": torch.stack(images).clamp(-1, 1) / 2 + 0.5, "strength": first.strength}
-        with _seeded_steps(pipeline.scheduler, arguments["generator"]):
+        with _seeded_steps(pipeline.scheduler, arguments["generator"]), self.cleared():
             latents: Tensor = pipeline(**arguments).images.float()
         if self.family.returns_raw:
             self.latent_space.check_raw(tuple(latents.shape))
             return latents
         return self.latent_space.to_raw(latents, first.height_px, first.width_px)
+
+    @contextmanager
+    def cleared(self) -> Iterator[None]:
+        """What one call of the pipeline or its network runs in: afterwards no step is remembered, no weight left.
+
+        The pipelines themselves do this only at the end of a call that is not canceled.
+        """
+        if self.modes.cache == "none" and self.modes.offload != "model":
+            yield
+            return
+        try:
+            with ExitStack() as stack:
+                if self.modes.cache != "none":  # FLUX.1 from an image names no cache itself
+                    stack.enter_context(self.pipeline.transformer.cache_context("cond"))
+                yield
+        finally:
+            self.pipeline.maybe_free_model_hooks()
 
     @torch.no_grad()
     def _prompts(self, items: Sequence[GenerationItem]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def draw_items(
         done = index * total // len(items)
         drawn: Tensor | None = None
         if is_canceled is None or not is_canceled(index):
-            with suppress(_CanceledError):
+            with suppress(_CanceledError), generator.cleared():
                 drawn = _Drawing(generator, tools, item, scale, progress).draw(method)
         latents.append(drawn)
     return latents

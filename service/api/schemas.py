@@ -180,6 +180,9 @@ class ModelBody(BaseModel):
     latent_space: LatentSpaceBody = Field(description="Its latents.")
     loras: list[LoraBody] = Field(description="The LoRAs that fit it.")
     engine: str = Field(description="What runs LUA.")
+    modes: dict[str, str] = Field(
+        description="How its weights are stored, moved, compiled and skipped; empty: plainly."
+    )
 
 
 class Ready(BaseModel):
@@ -237,6 +240,7 @@ def to_model_body(served: ServedBundle, settings: Settings) -> ModelBody:
             for each in served.loras.values()
         ],
         engine="torch" if bundle.lua is None else settings.engine,
+        modes=bundle.modes.named,
     )
 
 

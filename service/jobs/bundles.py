@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from giantleap.models.adapters.files import AdapterError, AdapterFile, AdapterUse, misfit, read_denoiser, read_directory
 from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
+from giantleap.models.bundle.modes import read_misfit
 from giantleap.models.bundle.vocabulary import PromptWords, read_prompt_words
 from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.requests import LoraRequest
@@ -41,7 +43,7 @@ def load_bundles(settings: Settings) -> dict[str, ServedBundle]:
         raise BundleError(str(error)) from error
     served: dict[str, ServedBundle] = {}
     for directory in settings.bundle:
-        bundle = read_bundle(directory)
+        bundle = read_in_modes(directory, settings.modes)
         if bundle.name in served:
             raise BundleError(f"{directory}: another bundle is named {bundle.name} too; names must differ")
         served[bundle.name] = with_loras(ServedBundle(bundle, _read_words(bundle)), loras)
@@ -51,13 +53,30 @@ def load_bundles(settings: Settings) -> dict[str, ServedBundle]:
     return served
 
 
+def read_in_modes(directory: Path, modes: Mapping[str, str]) -> Bundle:
+    """Read a bundle with the modes of the settings in place of its own.
+
+    Raises:
+        BundleError: As `read_bundle`, or its pipeline cannot have these modes.
+    """
+    bundle = read_bundle(directory)
+    try:
+        chosen = bundle.modes.with_values(modes)
+    except ValueError as error:
+        raise BundleError(f"bundle {bundle.name}: its modes and those of the settings: {error}") from None
+    if fault := read_misfit(chosen, bundle.pipeline, bundle.vae_directory):
+        raise BundleError(f"bundle {bundle.name}: modes.{fault}")
+    return replace(bundle, descriptor=bundle.descriptor.model_copy(update={"modes": chosen}))
+
+
 def with_loras(served: ServedBundle, loras: Mapping[str, AdapterFile]) -> ServedBundle:
     """A bundle with those of the LoRA files that fit it, and the reasons of the others."""
     pipeline, pipeline_class = served.bundle.pipeline, served.bundle.pipeline_class
     if not loras or isinstance(pipeline, str) or pipeline_class is None:
         return served
     denoiser = read_denoiser(pipeline)
-    reasons = {name: misfit(each, pipeline_class, denoiser) for name, each in loras.items()}
+    unusable = served.bundle.modes.lora_misfit
+    reasons = {name: unusable or misfit(each, pipeline_class, denoiser) for name, each in loras.items()}
     fitting = {name: each for name, each in loras.items() if not reasons[name]}
     return replace(served, loras=fitting, misfits={name: reason for name, reason in reasons.items() if reason})
 

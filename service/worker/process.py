@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from prometheus_client import start_http_server
 
-from giantleap.models.bundle.bundle import Bundle, read_bundle
+from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.engines.threads import set_threads
 from giantleap.models.provenance.marker import ImageMarker
@@ -23,6 +23,7 @@ from giantleap.service.errors import BadConfiguration, NotReady
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.server import check_url
+from giantleap.service.jobs.bundles import read_in_modes
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.marking import open_manifest_signer
 from giantleap.service.settings import Settings
@@ -134,7 +135,7 @@ def _open_metrics(settings: Settings) -> Metrics:
 def _load(settings: Settings, metrics: Metrics, stop: threading.Event) -> dict[str, LoadedBundle]:
     """The loaded bundles by name, timed by the paper's protocol if the settings ask for it."""
     try:
-        bundles = list(map(read_bundle, settings.bundle))
+        bundles = [read_in_modes(directory, settings.modes) for directory in settings.bundle]
         loaded = {bundle.name: LoadedBundle(bundle, _open_route(bundle, settings, metrics)) for bundle in bundles}
     except ValueError as error:
         raise BadConfiguration(str(error)) from error
@@ -149,6 +150,7 @@ def _open_route(bundle: Bundle, settings: Settings, metrics: Metrics) -> Route:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device, bundle.dtype)
     fields = {"bundle": bundle.name, "device": str(device), "dtype": str(dtype), "engine": settings.engine}
+    fields |= bundle.modes.named
     log.info("worker loading", extra={"fields": fields})
     route = open_route(bundle, settings, device, dtype)
     warmed = warm(route, bundle.defaults.base_width_px, bundle.defaults.base_height_px, steps=2)

@@ -125,7 +125,7 @@ class JobSettler:
 
 
 def find_warnings(claim: Claim, route: Route) -> list[str]:
-    """Warnings for the client that the tokenizer of the pipeline knows and the API process does not."""
+    """Warnings for the client that the pipeline knows and the API process does not: cut prompts, a step cache."""
     params = claim.job.params
     if claim.base_latents is not None:
         return list(claim.base_latents.warnings)
@@ -133,7 +133,8 @@ def find_warnings(claim: Claim, route: Route) -> list[str]:
         not params.prompt or not route.role.loads_pipeline
     ):  # upscales without a refine pass, or fails for the lack of it
         return []
-    return [
+    cache = [note] if (note := route.generator.modes.cache_note) else []
+    return cache + [
         f"the {name} is {excess} tokens longer than the text encoder takes; its end was ignored"
         for name, text in (("prompt", params.prompt), ("negative prompt", params.negative_prompt))
         if (excess := route.generator.truncated_tokens(text)) > 0
