@@ -102,7 +102,7 @@ quality: $(VENV)/.dev ## Measure the pocket bundle (minutes) and store the table
 	$(BIN)/python -m benchmarks.pocket_quality; status=$$?; $(BIN)/python -m benchmarks.readme_figures; exit $$status
 
 ablations: $(VENV)/.dev ## Train and compare the variants of the paper's ablation tables (half an hour of one core)
-	$(BIN)/python -m benchmarks.ablations
+	$(BIN)/python -m benchmarks.training.ablations
 
 deploy-check: $(VENV)/.dev ## Check what needs promtool, Helm or a system Redis: images, chart, alert rules, queue
 	@missing=`for tool in prometheus promtool luacheck; do command -v $$tool >/dev/null || printf ' %s' $$tool; done; \

@@ -1,8 +1,8 @@
 """Train and compare the variants of the paper's ablation tables at pocket scale, with equal numbers of updates.
 
-`python -m benchmarks.ablations` (`make ablations`) draws procedural pictures, makes pairs of them with the pocket
-bundle's frozen VAE, trains every variant with every seed through `training/run.py`, and measures each on the six
-held-out photographs of `benchmarks/quality/photos.py`. Each result is stored at once in
+`python -m benchmarks.training.ablations` (`make ablations`) draws procedural pictures, makes pairs of them with the
+pocket bundle's frozen VAE, trains every variant with every seed through `training/run.py`, and measures each on the
+six held-out photographs of `benchmarks/quality/photos.py`. Each result is stored at once in
 `benchmarks/results/ablations.json`; a killed run continues with the first missing result. A page of the lab log is
 written from that file.
 
@@ -302,7 +302,7 @@ def _table(record: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
 
 PAGE_HEAD = """# Ablations at pocket scale
 
-Written by `python -m benchmarks.ablations` (`make ablations`); figures in `benchmarks/results/ablations.json`.
+Written by `python -m benchmarks.training.ablations` (`make ablations`); figures in `benchmarks/results/ablations.json`.
 
 {runs} runs: each variant with {seeds} seeds, {updates} updates in all, shared evenly by its stages, and nothing else
 changed: {tiles} procedural tiles of {tile_px} px, the pocket bundle's frozen VAE, a network of width {embed_dim} with

@@ -1,8 +1,8 @@
 """Transfer the pocket adapter to an autoencoder with 12 channels and compare with ten times the steps from scratch.
 
-`python -m benchmarks.transfer` makes the autoencoder (the principal components of 4 x 4 blocks), draws pictures,
-encodes them, trains every variant with `training/run.py` (equal losses, batch and rate) and measures held-out pictures
-and six photographs. It resumes where it was stopped; `--only` trains one variant. It writes
+`python -m benchmarks.training.transfer` makes the autoencoder (the principal components of 4 x 4 blocks), draws
+pictures, encodes them, trains every variant with `training/run.py` (equal losses, batch and rate) and measures held-
+out pictures and six photographs. It resumes where it was stopped; `--only` trains one variant. It writes
 `benchmarks/results/transfer.json` and exits with 1 when the transferred adapter is more than 0.3 dB behind.
 """
 
@@ -96,7 +96,7 @@ def plan(bundle: Path, pairs: Path, start_file: Path | None, steps: int, rate: f
         "log_every": 50,
         "save_every": 25,
     }
-    return check_config(values, "benchmarks.transfer")
+    return check_config(values, "benchmarks.training.transfer")
 
 
 def run_folder(variant: Variant, folder: Path, rate: float, batch: int) -> Path:
