@@ -2,7 +2,7 @@
 
 `python -m benchmarks.gpu_check decode` times full-size SDXL and FLUX.1 decoders with random weights by the paper's
 protocol (batch 1, 20 warm-ups, median) and measures the peak of allocated memory. `engines` times every engine of LUA
-(`benchmarks/gpu_check/engines.py`). Both exit with 2 without CUDA. On a CPU: `benchmarks/decode.py` and
+(`benchmarks/gpu_check/engines.py`). Both exit with 2 without CUDA. On a CPU: `benchmarks/images/decode.py` and
 `benchmarks/engines/run.py`.
 """
 
@@ -20,7 +20,10 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.decode import (
+from benchmarks.gpu_check.engines import VARIANTS, EngineCase, EngineFigures, measure_matrix_rate
+from benchmarks.gpu_check.engines import line as engine_line
+from benchmarks.gpu_check.engines import measure_case as measure_engine_case
+from benchmarks.images.decode import (
     METHODS,
     DecodeMethod,
     build_decoder,
@@ -29,9 +32,6 @@ from benchmarks.decode import (
     run_decode,
     stride_px,
 )
-from benchmarks.gpu_check.engines import VARIANTS, EngineCase, EngineFigures, measure_matrix_rate
-from benchmarks.gpu_check.engines import line as engine_line
-from benchmarks.gpu_check.engines import measure_case as measure_engine_case
 from benchmarks.machine import read_machine
 from giantleap.models.lua.network import preset as lua_preset
 from giantleap.models.vae.decode import decode_exact

@@ -4,14 +4,13 @@ import io
 import math
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 
-from giantleap.models.pixels.image_formats import ImageFormat
+from giantleap.models.pixels.image_formats import MAX_SIDE_PX, ImageFormat
+from giantleap.models.pixels.png import to_png
 
-# A low PNG level: here the time of encoding counts for more than the size of the file.
 _OPTIONS: dict[str, dict[str, int]] = {
-    "png": {"compress_level": 3},
     "jpeg": {"quality": 95, "subsampling": 0},
     "webp": {"quality": 95, "method": 2},
 }
@@ -60,16 +59,14 @@ def to_image_bytes(pixels: Tensor, output_format: ImageFormat, xmp: bytes | None
     Raises:
         ValueError: The tensor has another shape or type, or the format is unknown.
     """
-    if output_format not in _OPTIONS:
-        raise ValueError(f"image format {output_format!r} is not known; there are {sorted(_OPTIONS)}")
+    if output_format not in MAX_SIDE_PX:
+        raise ValueError(f"image format {output_format!r} is not known; there are {sorted(MAX_SIDE_PX)}")
     if pixels.dim() != 3 or pixels.shape[-1] != 3 or str(pixels.dtype) != "torch.uint8":
         raise ValueError(f"an image is uint8 [height, width, 3]; found {pixels.dtype} {list(pixels.shape)}")
+    if output_format == "png":
+        return to_png(pixels.numpy(), xmp)
     buffer = io.BytesIO()
     metadata: dict[str, object] = {} if xmp is None else {"xmp": xmp}
-    if xmp is not None and output_format == "png":
-        chunks = PngImagePlugin.PngInfo()
-        chunks.add_itxt("XML:com.adobe.xmp", xmp.decode())
-        metadata = {"pnginfo": chunks}
     Image.fromarray(pixels.numpy()).save(buffer, format=output_format.upper(), **_OPTIONS[output_format], **metadata)
     return buffer.getvalue()
 

@@ -1,9 +1,9 @@
 """Compare the decode methods (time, memory, difference to the plain decode) on full-size decoders with random weights.
 
-`python -m benchmarks.decode --px 512 1024` prints a table and writes `benchmarks/results/decode.json`. Each method runs
-in a separate process, so that resident memory is its own. Live bytes are counted on the meta device
-(`models/live_storage.py`), which also covers sizes that do not fit in memory. Timing does not depend on the
-weights; the difference of the tiled decode does. On a GPU: `benchmarks/gpu_check/run.py`.
+`python -m benchmarks.images.decode --px 512 1024` prints a table and writes `benchmarks/results/decode.json`. Each
+method runs in a separate process, so that resident memory is its own. Live bytes are counted on the meta device
+(`models/live_storage.py`), which also covers sizes that do not fit in memory. Timing does not depend on the weights;
+the difference of the tiled decode does. On a GPU: `benchmarks/gpu_check/run.py`.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def run_in_process(case: Case, method: DecodeMethod, image_px: int, image_path: 
     Raises:
         RuntimeError: The process failed; the message has the end of its output.
     """
-    command = [sys.executable, "-m", "benchmarks.decode", *case.options, "--methods", method]
+    command = [sys.executable, "-m", "benchmarks.images.decode", *case.options, "--methods", method]
     command += ["--px", str(image_px), "--child", str(image_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:

@@ -1,6 +1,6 @@
 """What marks cost per image: encoding alone, with XMP, and with a signed C2PA manifest, as CPU time and size.
 
-    python -m benchmarks.provenance        writes benchmarks/results/provenance.json
+    python -m benchmarks.images.provenance        writes benchmarks/results/provenance.json
 
 CPU time and not wall-clock time, so that other work on the machine counts little. The image is smoothed noise, which
 takes the encoders about as long as a photograph.
