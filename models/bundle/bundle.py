@@ -33,13 +33,13 @@ from giantleap.models.bundle.descriptor import (
     VaeSource,
     from_toml,
     nearest_sides,
-    refused_class,
     to_toml,
 )
 from giantleap.models.bundle.digests import file_hash, weight_files
 from giantleap.models.bundle.errors import BundleError, MethodError, SizeError
 from giantleap.models.bundle.modes import Modes
 from giantleap.models.bundle.paths import DESCRIPTOR, check_paths, find_descriptor, inside
+from giantleap.models.bundle.redrawing import refused_pipeline
 from giantleap.models.latent_space import LatentSpace, read_vae_statistics
 from giantleap.models.lua.spec import SPEC_KEY, LuaSpec, is_whole, scaled_size
 from giantleap.models.lua.statistics import StatisticsError, read_statistics
@@ -206,9 +206,10 @@ class Bundle:
 
     def unavailable_reason(self, method: Method) -> str:
         """Why a method is not available, and what to do; empty if it is."""
+        place = self.pipeline if isinstance(self.pipeline, Path) else None
         return (
             self.descriptor.unavailable_reason(method)
-            or refused_class(method, self.pipeline_class)
+            or refused_pipeline(method, place, self.pipeline_class, self.scheduler)
             or self.modes.method_misfit(method)
         )
 

@@ -343,19 +343,6 @@ class Descriptor(_Section):
         return (1, *sorted(lua | set(BICUBIC_SCALES)))
 
 
-def refused_class(method: Method, pipeline_class: str | None) -> str:
-    """Why a pipeline of this class cannot run a method; empty if it can."""
-    if method not in REDIFFUSION:
-        return ""
-    if pipeline_class is None:
-        return f"{method} depends on the class of the pipeline, which is known once the bundle is pulled"
-    known = HAS_UNET if method in ("hidiffusion", "scalecrafter") else DRAWS_AGAIN
-    if pipeline_class in known:
-        return ""
-    where = "works inside a UNet" if known is HAS_UNET else "has a sampling loop of its own"
-    return f"{method} {where}, for {' and '.join(sorted(known))}; this is a {pipeline_class}"
-
-
 def smallest_steps(method: Method, scale: float) -> int:
     """The fewest denoising steps that leave one for each part of a method."""
     if scale == 1 or method not in ("rectifiedhr", "lsrna"):

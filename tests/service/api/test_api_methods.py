@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,23 @@ async def test_the_bundles_say_what_they_have(client: httpx.AsyncClient) -> None
     assert set(plain["unavailable"]) == set(METHODS) - {"bicubic"} and plain["methods"] == {"bicubic": [1, 2, 4]}
     assert "this is a Flux2KleinPipeline" in plain["unavailable"]["demofusion"]
     assert paper["decodes"] == ["exact", "tiled"] and (paper["from_image"], plain["from_image"]) == (True, False)
+
+
+async def test_a_unet_that_a_method_cannot_serve_is_refused_before_the_queue(
+    tmp_path: Path, producer: FakeProducer
+) -> None:
+    directory = write_paper_bundle(tmp_path / "flat")
+    (directory / "pipeline" / "unet").mkdir()
+    config = {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "sample_size": None}
+    (directory / "pipeline" / "unet" / "config.json").write_text(json.dumps(config))
+    app = create_app(read_settings(bundle=(directory,)), producer)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        assert_refused(await generate(client, method="hidiffusion"), "method", "last level", "lua", "scalecrafter")
+        assert_refused(await generate(client, method="demofusion"), "method", "sample_size")
+        (models,) = (await client.get("/models")).json()
+        assert {"hidiffusion", "demofusion", "lsrna"} <= models["unavailable"].keys()
+        assert (await generate(client, method="scalecrafter")).status_code == 200
+    assert [job.params.method for job in producer.jobs] == ["scalecrafter"]
 
 
 async def test_what_a_method_that_draws_again_cannot_do_is_refused(
