@@ -1,6 +1,10 @@
 """`giantleap bench paper` on random weights: what it fills, how it goes on, and what it refuses."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from giantleap.cli.demo import PROMPT
 from giantleap.cli.paper.measure import measure_table
 from giantleap.cli.paper.plan import Cell, PaperBenchError, TablePlan, plan_cells, read_captions
 from giantleap.cli.paper.report import PAPER_S, to_markdown
@@ -19,6 +24,7 @@ from giantleap.models.bundle.descriptor import METHODS, Method
 from giantleap.models.generation.items import GenerationItem
 from giantleap.models.generation.refinement import Refinement
 from giantleap.models.route import Route
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +110,29 @@ def test_a_run_that_ended_early_goes_on_where_it_was(
         assert sheet.size == (2 * 256, 256 + 20)
     with pytest.raises(PaperBenchError, match="under other conditions"):
         measure_table(route, bundle, plan_of(*cells, steps=3), tmp_path)
+
+
+def test_a_run_that_was_killed_goes_on_without_its_finished_cells(
+    route: Route, bundle: Bundle, tmp_path: Path, drawn: list[tuple[str, float]]
+) -> None:
+    options = ["--scale", "2", "--method", "bicubic", "--method", "demofusion", "--steps", "2", "--device", "cpu"]
+    places = ["--bundle", str(bundle.directory), "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "giantleap", "bench", "paper", *places, *options, "--warmups", "0", "--runs", "30"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    try:
+        done = tmp_path / "bicubic_x2.json"
+        wait_until(lambda: done.is_file() or process.poll() is not None, "the first cell", within_s=300)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL, "it was at work on the second cell"
+    assert not (tmp_path / "demofusion_x2.json").exists()
+    before = (tmp_path / "bicubic_x2.json").read_bytes()
+    cells = plan_cells(bundle, ("bicubic", "demofusion"), (2,))
+    plan = TablePlan(cells, (PROMPT,), 2, seed=42, warmups=0, runs=30)
+    with pytest.raises(PaperBenchError, match="under other conditions"):
+        measure_table(route, bundle, replace(plan, seed=1), tmp_path)
+    measure_table(route, bundle, plan, tmp_path)
+    assert drawn == [("demofusion", 2)] * 30 and (tmp_path / "bicubic_x2.json").read_bytes() == before
 
 
 def test_weights_that_changed_are_other_conditions(route: Route, bundle: Bundle, tmp_path: Path) -> None:

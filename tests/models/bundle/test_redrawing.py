@@ -1,4 +1,4 @@
-"""What a re-diffusion method cannot serve is known from the configuration of a pipeline, and refused with the reason."""
+"""Networks that a re-diffusion method cannot serve are known from their configuration, and refused with the reason."""
 
 import json
 from pathlib import Path
