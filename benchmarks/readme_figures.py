@@ -1,4 +1,4 @@
-"""Write the figures of the README, the operations page and the adapter's log from `benchmarks/results/`.
+"""Write the figures of the README, the operations and methods pages and the adapter's log from `benchmarks/results/`.
 
 Run `python -m benchmarks.readme_figures` after a report has changed: it replaces the blocks between the marks. A test
 compares pages and reports.
@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from giantleap.cli.paper.report import PAPER_S
+from giantleap.models.bundle.descriptor import METHODS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
+METHODS_PAGE = ROOT / "docs" / "methods.md"
 ADAPTER_LOG = ROOT / "docs" / "lab" / "lua-training.md"
 _END = "<!-- end -->\n"
 
@@ -54,6 +58,15 @@ def to_method_blocks(results: Path) -> dict[str, str]:
         results: Directory with `pocket_quality.json`.
     """
     return {"pocket_methods": to_method_table(_read(results / "pocket_quality.json"))}
+
+
+def to_paper_blocks(results: Path) -> dict[str, str]:
+    """Return the block of `docs/methods.md`: `giantleap bench paper` beside the paper.
+
+    Args:
+        results: Directory with `paper.json`.
+    """
+    return {"paper": to_paper_table(_read(results / "paper.json"))}
 
 
 def to_summary(
@@ -126,6 +139,35 @@ def to_method_table(report: Mapping[str, Any]) -> str:
     return _table((" / ".join(titles[name] for name in measured), "`lua`", "decode, then bicubic", "`swinir`"), rows)
 
 
+def to_paper_table(report: Mapping[str, Any]) -> str:
+    """Return a row per method: its time over that of LUA, ours and the paper's, and what it keeps of the base image."""
+    cells = {(cell["method"], cell["scale"], cell["is_refined"]): cell for cell in report["cells"]}
+    methods = [method for method in METHODS if (method, 2, False) in cells]
+    columns = {"method": [f"`{method}`" for method in methods]}
+    for scale, paper_s in PAPER_S.items():
+        lua_s = cells["lua", scale, False]["median_s"]["total"]
+        for title, is_refined in (("", False), (" refined", True)):
+            found = [cells.get((method, scale, is_refined)) for method in methods]
+            ratios = [None if cell is None else cell["median_s"]["total"] / lua_s for cell in found]
+            columns[f"x{scale:g}{title}"] = [_number(ratio, 2) for ratio in ratios]
+        published = [paper_s[method] / paper_s["lua"] if method in paper_s else None for method in methods]
+        columns[f"x{scale:g} paper"] = [_number(ratio, 2) for ratio in published]
+    for scale in PAPER_S:
+        scores = [
+            cells[method, scale, False]["scores"] if (method, scale, False) in cells else {} for method in methods
+        ]
+        columns[f"x{scale:g} PSNR/FLIP/JOD"] = [
+            "/".join(_number(each.get(f"base_{name}"), digits) for name, digits in _TO_BASE.items())
+            for each in scores
+        ]
+    return _table(tuple(columns), list(zip(*columns.values(), strict=True)))
+
+
+def _number(value: float | str | None, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, float) else "-"
+
+
+_TO_BASE = {"psnr_db": 1, "flip": 3, "jod": 1}
 _DIGITS = {"dB": 2, "%": 1}
 
 
@@ -158,6 +200,7 @@ def main() -> None:
     """Update the pages."""
     README.write_text(put_blocks(README.read_text(), to_blocks(RESULTS)))
     OPERATIONS.write_text(put_blocks(OPERATIONS.read_text(), to_thread_blocks(RESULTS)))
+    METHODS_PAGE.write_text(put_blocks(METHODS_PAGE.read_text(), to_paper_blocks(RESULTS)))
     ADAPTER_LOG.write_text(put_blocks(ADAPTER_LOG.read_text(), to_method_blocks(RESULTS)))
 
 

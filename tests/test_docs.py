@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,19 @@ import typer
 
 from benchmarks.readme_figures import (
     ADAPTER_LOG,
+    METHODS_PAGE,
     OPERATIONS,
+    README,
     RESULTS,
     put_blocks,
     to_blocks,
     to_method_blocks,
+    to_paper_blocks,
     to_thread_blocks,
 )
 from giantleap.cli.main import app
-from giantleap.cli.paper.report import PAPER_S
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.bundle.descriptor import Method, from_toml
+from giantleap.models.bundle.descriptor import from_toml
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.planning import plan_generate
@@ -254,19 +256,18 @@ def test_the_table_of_bundles_is_that_of_the_descriptors() -> None:
         assert f"{limits.min_base_px} to {limits.max_base_px} by {limits.multiple_px} |" in line
 
 
-def test_the_readme_has_the_figures_of_the_reports() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert text == put_blocks(text, to_blocks(RESULTS)), "run `python -m benchmarks.readme_figures`"
-
-
-def test_the_operations_page_has_the_measured_threads() -> None:
-    text = OPERATIONS.read_text()
-    assert text == put_blocks(text, to_thread_blocks(RESULTS)), "run `python -m benchmarks.readme_figures`"
-
-
-def test_the_adapter_log_has_the_measured_methods() -> None:
-    text = ADAPTER_LOG.read_text()
-    assert text == put_blocks(text, to_method_blocks(RESULTS)), "run `python -m benchmarks.readme_figures`"
+@pytest.mark.parametrize(
+    ("page", "blocks"),
+    [
+        (README, to_blocks),
+        (OPERATIONS, to_thread_blocks),
+        (ADAPTER_LOG, to_method_blocks),
+        (METHODS_PAGE, to_paper_blocks),
+    ],
+)
+def test_a_page_has_the_figures_of_the_reports(page: Path, blocks: Callable[[Path], dict[str, str]]) -> None:
+    text = page.read_text()
+    assert text == put_blocks(text, blocks(RESULTS)), "run `python -m benchmarks.readme_figures`"
 
 
 def _report(name: str) -> dict[str, Any]:
@@ -311,26 +312,10 @@ def _provenance_figures() -> Iterator[str]:
     yield xmp.format(*shares)
 
 
-_COMPARED: tuple[Method, ...] = ("swinir", "direct", "hidiffusion", "rectifiedhr", "demofusion", "lsrna")
-
-
-def _paper_rows() -> Iterator[str]:
-    """Totals over that of LUA, ours and the paper's, by method."""
-    cells = {(cell["scale"], cell["method"]): cell["median_s"]["total"] for cell in _report("paper")["cells"]}
-    for scale, paper_s in PAPER_S.items():
-        for name, totals in (
-            ("here", {method: total for (each, method), total in cells.items() if each == scale}),
-            ("paper", paper_s),
-        ):
-            ratios = [f"{totals[method] / totals['lua']:.2f}" if method in totals else "-" for method in _COMPARED]
-            yield f"| x{scale:g} {name} | {' | '.join(ratios)} |"
-
-
 @pytest.mark.parametrize(
     ("page", "figures"),
     [
         ("operations.md", _operations_figures),
-        ("methods.md", _paper_rows),
         ("provenance.md", _provenance_figures),
         ("decisions/0003-own-queue-on-streams.md", _queue_rows),
         ("decisions/0008-exact-bounded-decode.md", _decode_rows),
