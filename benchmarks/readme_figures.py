@@ -157,8 +157,7 @@ def to_paper_table(report: Mapping[str, Any]) -> str:
             cells[method, scale, False]["scores"] if (method, scale, False) in cells else {} for method in methods
         ]
         columns[f"x{scale:g} PSNR/FLIP/JOD"] = [
-            "/".join(_number(each.get(f"base_{name}"), digits) for name, digits in _TO_BASE.items())
-            for each in scores
+            "/".join(_number(each.get(f"base_{name}"), digits) for name, digits in _TO_BASE.items()) for each in scores
         ]
     return _table(tuple(columns), list(zip(*columns.values(), strict=True)))
 
