@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".gguf")
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -40,7 +40,11 @@ COMPILED_VAES: Final = frozenset({"AutoencoderKL", "AutoencoderKLFlux2", "Autoen
 """The others decode frames with Python lists as state, which the compiler follows badly: they become slower."""
 INDEX: Final = "model_index.json"
 _DENOISERS: Final = ("transformer", "unet")
-_HOOKS_INSIDE: Final = ("hidiffusion", "scalecrafter")
+_HOOKED: Final[Mapping[str, tuple[str, ...]]] = {
+    "none": (),
+    "blocks": ("hidiffusion",),  # in the attention of the blocks; those of scalecrafter are between them
+    "full": ("hidiffusion", "scalecrafter"),
+}
 
 
 class Modes(BaseModel):
@@ -146,8 +150,8 @@ class Modes(BaseModel):
 
     def method_misfit(self, method: str) -> str:
         """Why a method cannot run in these modes; empty if it can."""
-        if method in _HOOKS_INSIDE and self.compile != "none":
-            return f"{method} changes the UNet while it runs, which a compiled one ignores: set modes.compile to none"
+        if method in _HOOKED[self.compile]:
+            return f"{method} hooks into the UNet, which compile {self.compile} ignores: set modes.compile to none"
         return ""
 
     @property

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from giantleap.models.adapters.cache import AdapterCache
 from giantleap.models.adapters.files import NO_ADAPTERS, AdapterError, AdapterUse, misfit, read_denoiser, read_file
 from giantleap.models.generation.families import FAMILIES
 from giantleap.models.generation.generator import Generator
@@ -189,3 +191,55 @@ def test_items_of_different_adapters_share_no_batch() -> None:
     ]
     with pytest.raises(ValueError, match="LoRAs"):
         generator.generate(items)
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def places(family: str) -> Generator:
+    """As for a compiled network: adapters are exchanged in place."""
+    generator = open_generator(family)
+    generator.adapters = AdapterCache(generator.pipeline, hotswap=True)
+    return generator
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_adapters_exchanged_in_place_draw_as_those_that_are_loaded_each(
+    family: str, tmp_path: Path, silent: None
+) -> None:
+    loaded, exchanged = open_generator(family), places(family)
+    ranks = {"a": 4, "b": 2}
+    paths = {
+        name: write_lora(tmp_path / f"{name}.safetensors", loaded.pipeline, rank, rank) for name, rank in ranks.items()
+    }
+    a, b = read_file(paths["a"]).use(0.8), read_file(paths["b"]).use(0.5)
+    for generator in (loaded, exchanged):
+        generator.adapters.offer(paths, 1 << 30)
+    for uses in ((), (b,), (a,), (a, b), (), (b,)):  # the smaller rank comes first, and is padded
+        assert distance(draw(exchanged, *uses), draw(loaded, *uses)) < 1e-4
+
+
+def test_an_exchange_leaves_nothing_of_an_adapter_with_other_layers(tmp_path: Path, silent: None) -> None:
+    loaded, exchanged = open_generator("sd15"), places("sd15")
+    paths = {"all": write_lora(tmp_path / "all.safetensors", loaded.pipeline, 1)}
+    paths["text"] = write_lora(tmp_path / "text.safetensors", loaded.pipeline, 2, parts=("text_encoder",))
+    for part in ("to_q", "to_k"):
+        paths[part] = tmp_path / f"{part}.safetensors"
+        save_file({name: each for name, each in load_file(paths["all"]).items() if part in name}, paths[part])
+    use = {name: read_file(path).use(0.7) for name, path in paths.items()}
+    for generator in (loaded, exchanged):
+        generator.adapters.offer(paths, 1 << 30)
+    for names in (
+        ["all"],
+        ["text"],
+        ["all"],
+        [],
+        ["to_q"],
+        ["to_k"],
+        ["to_q", "text"],
+        ["text", "all"],
+        ["to_q", "to_k"],
+    ):
+        uses = [use[name] for name in names]
+        assert distance(draw(exchanged, *uses), draw(loaded, *uses)) < 1e-4

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.bundle.descriptor import Descriptor, from_toml, to_toml
+from giantleap.models.bundle.descriptor import REDIFFUSION, Descriptor, from_toml, to_toml
 from giantleap.models.bundle.errors import BundleError
 from giantleap.models.bundle.modes import PLAIN, Modes, read_misfit
 from giantleap.service.jobs.bundles import read_in_modes
@@ -131,10 +131,17 @@ def test_a_bundle_whose_class_lacks_a_mode_is_refused_when_it_is_read(directory:
     assert read_in_modes(directory, {"compile": "blocks"}).modes.compile == "blocks"
 
 
-def test_methods_that_hook_into_a_compiled_unet_are_unavailable(directory: Path) -> None:
-    plain, compiled = read_bundle(directory), read_in_modes(directory, {"compile": "blocks"})
-    assert set(plain.methods) - set(compiled.methods) == {"hidiffusion", "scalecrafter"}
-    assert "set modes.compile to none" in compiled.unavailable_reason("hidiffusion")
+@pytest.mark.parametrize(
+    ("compiled", "refused"), [("none", set()), ("blocks", {"hidiffusion"}), ("full", {"hidiffusion", "scalecrafter"})]
+)
+def test_methods_that_hook_into_what_is_compiled_are_unavailable(
+    directory: Path, compiled: str, refused: set[str]
+) -> None:
+    plain, bundle = read_bundle(directory), read_in_modes(directory, {"compile": compiled})
+    assert set(plain.methods) - set(bundle.methods) == refused
+    assert all(
+        "set modes.compile to none" in bundle.unavailable_reason(method) for method in REDIFFUSION if method in refused
+    )
 
 
 def test_a_pipeline_that_was_not_pulled_is_not_judged() -> None:

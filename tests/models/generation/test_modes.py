@@ -1,6 +1,7 @@
 """Modes on the real classes of diffusers with random weights: what each changes, and what none may change."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor
 
 from giantleap.models.adapters.files import read_file
+from giantleap.models.bundle.bundle import Bundle, BundleError, read_bundle
+from giantleap.models.bundle.descriptor import PipelineSource
 from giantleap.models.bundle.modes import CHOOSES_ATTENTION, HAS_BLOCKS, PLAIN, STEP_CACHED, Modes
+from giantleap.models.bundle.names import SHIPPED
 from giantleap.models.generation.generator import Generator
 from giantleap.models.generation.items import GenerationItem
 from giantleap.models.generation.modes import apply_modes, denoiser_of, machine_fault, place
 from giantleap.models.latent_space import LATENT_SPACES
 from tests.lora_files import write_lora
-from tests.models.adapters.test_cache import CASES
-from tests.tiny_pipelines import tiny_prx
+from tests.models.adapters.test_cache import CASES, distance
+from tests.tiny_pipelines import save_pipeline, tiny_prx
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda:0")
@@ -43,10 +47,6 @@ def draw(generator: Generator, item: GenerationItem = BALL, **calls: Any) -> Ten
     (latent,) = generator.generate([item], **calls)
     assert latent is not None
     return latent
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
 
 
 @EVERY
@@ -195,3 +195,77 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(modes: Modes, pac
 
 def test_diffusers_is_the_version_that_the_lists_are_for() -> None:
     assert diffusers.__version__.startswith("0.42.")
+
+
+def write_bundle_of(family: str, directory: Path, modes: Modes) -> Bundle:
+    """The descriptor of the shipped bundle of a family, around a tiny pipeline on disk."""
+    shipped = read_bundle(SHIPPED / {"flux1": "flux1-dev", "qwen-image": "qwen-image"}[family]).descriptor
+    save_pipeline(FAMILIES[family][0](), directory / "pipeline")
+    source = PipelineSource(path="pipeline")
+    changed = {"pipeline": source, "tiny_vae": None, "lua_source": None, "modes": modes}
+    return Bundle(directory, shipped.model_copy(update=changed))
+
+
+def load(bundle: Bundle) -> Generator:
+    return Generator.open(bundle, CPU, torch.float32)
+
+
+def test_a_bundle_whose_mode_this_machine_cannot_do_is_refused_in_one_line(tmp_path: Path) -> None:
+    bundle = write_bundle_of("flux1", tmp_path, Modes(offload="group"))
+    with pytest.raises(
+        BundleError, match=r"^bundle flux1-dev: modes\.offload group needs a GPU; .*: leave it out there$"
+    ):
+        load(bundle)
+
+
+def test_a_bundle_is_loaded_in_its_modes(tmp_path: Path) -> None:
+    modes = Modes(storage="fp8", attention="_native_math", cache="first_block")
+    generator = load(write_bundle_of("flux1", tmp_path, modes))
+    assert generator.modes == modes and generator.pipeline.transformer.is_cache_enabled
+    assert distance(draw(generator, QUICK), draw(open_generator("flux1", modes), QUICK)) < 1e-3
+
+
+@pytest.mark.parametrize(("how", "part"), [("int8", "text_encoder_2"), ("fp8", "transformer"), ("int8", "transformer")])
+def test_torchao_quantizes_the_named_component_and_takes_a_lora(how: Any, part: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    generator = load(write_bundle_of("flux1", tmp_path, Modes(quantize={part: how})))
+    plain = open_generator("flux1")
+    weights = {type(each).__name__ for each in getattr(generator.pipeline, part).parameters()}
+    assert any(name in ("Int8Tensor", "Float8Tensor") for name in weights)
+    assert 0 < distance(draw(generator, QUICK), draw(plain, QUICK)) < 0.05
+    check_lora(generator, plain, tmp_path)
+
+
+def check_lora(generator: Generator, plain: Generator, directory: Path) -> None:
+    """A LoRA acts on it as on the plain pipeline, up to what the mode changes, and leaves no trace."""
+    path = write_lora(directory / "ink.safetensors", plain.pipeline, 1)
+    before, item = draw(generator, QUICK), replace(QUICK, loras=(read_file(path).use(0.8),))
+    for each in (generator, plain):
+        each.adapters.offer({"ink": path}, 1 << 30)
+    assert distance(draw(generator, item), draw(plain, item)) < 0.05
+    assert torch.equal(draw(generator, QUICK), before)
+
+
+def test_a_gguf_file_replaces_the_weights_of_the_transformer(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    bundle = write_bundle_of("qwen-image", tmp_path, Modes(quantize={"transformer": "gguf"}))
+    with pytest.raises(BundleError, match=r"needs one \.gguf file there; found 0"):
+        load(bundle)
+    plain = open_generator("qwen-image")
+    writer = gguf.GGUFWriter(tmp_path / "pipeline" / "transformer" / "weights-Q8_0.gguf", "qwen_image")
+    for name, weight in denoiser_of(plain.pipeline).state_dict().items():
+        values = weight.numpy()
+        if values.ndim == 2 and values.shape[1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for path in (tmp_path / "pipeline" / "transformer").glob("*.safetensors"):
+        path.unlink()
+    generator = load(bundle)
+    assert 0 < distance(draw(generator, QUICK), draw(plain, QUICK)) < 0.05
+    check_lora(generator, plain, tmp_path)

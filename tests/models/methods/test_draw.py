@@ -11,6 +11,7 @@ from torch import Tensor
 
 from giantleap.models.adapters.files import read_file
 from giantleap.models.bundle.descriptor import DRAWS_AGAIN, HAS_UNET, NO_NEGATIVE_PROMPT, REDIFFUSION, Rediffusion
+from giantleap.models.bundle.modes import Modes
 from giantleap.models.generation.generator import Generator
 from giantleap.models.generation.items import GenerationItem
 from giantleap.models.methods.draw import Tools, count_steps, draw_items
@@ -179,3 +180,19 @@ def test_what_a_method_cannot_do_is_refused(generators: dict[str, Generator]) ->
 def test_the_classes_that_draw_again_take_negative_prompts() -> None:
     assert {type(open_generator(name).pipeline).__name__ for name in PIPELINES} == DRAWS_AGAIN
     assert HAS_UNET < DRAWS_AGAIN and not NO_NEGATIVE_PROMPT & DRAWS_AGAIN
+
+
+def test_blocks_that_are_compiled_ignore_hidiffusion_and_no_other_method() -> None:
+    """Why a bundle with `compile = "blocks"` does not have it; the backend does not matter."""
+    plain, compiled = open_generator("sd15"), open_generator("sd15")
+    compiled.pipeline.unet.compile_repeated_blocks(backend="eager")
+    (expected,), (base,) = plain.generate([ITEM]), compiled.generate([ITEM])
+    assert base is not None and expected is not None
+    torch.testing.assert_close(base, expected)
+    same = {
+        method: torch.allclose(draw(compiled, method, ITEM)[0], draw(plain, method, ITEM)[0], atol=1e-5)
+        for method in REDIFFUSION
+        if not Modes(compile="blocks").method_misfit(method) and method in ("scalecrafter", "rectifiedhr")
+    }
+    assert same == {"scalecrafter": True, "rectifiedhr": True}
+    assert not torch.allclose(draw(compiled, "hidiffusion", ITEM)[0], draw(plain, "hidiffusion", ITEM)[0], atol=1e-3)

@@ -103,3 +103,16 @@ def test_a_directory_with_a_file_that_is_no_lora_stops_the_start(tiny_bundle_dir
     (tmp_path / "broken.safetensors").write_bytes(b"broken")
     with pytest.raises(BundleError, match=r"broken\.safetensors"):
         create_app(read_settings(bundle=(tiny_bundle_dir,), lora_dir=tmp_path), FakeProducer())  # type: ignore[arg-type]
+
+
+async def test_weights_stored_in_8_bits_take_no_lora_and_the_refusal_says_why(
+    tiny_bundle_dir: Path, directory: Path, producer: FakeProducer
+) -> None:
+    settings = read_settings(bundle=(tiny_bundle_dir,), lora_dir=directory, modes="storage=fp8")
+    app = create_app(settings, producer)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://giantleap") as client:
+        (model,) = (await client.get("/models")).json()
+        refused = await client.post("/generate", json={"prompt": "a", "loras": [{"name": "ink"}]})
+    assert (model["modes"], model["loras"]) == ({"storage": "fp8"}, [])
+    assert refused.status_code == 422 and not producer.jobs
+    assert "weights stored as fp8 take no LoRA; with modes.quantize they do" in refused.json()["detail"]
