@@ -24,6 +24,7 @@ from giantleap.cli.demo import PROMPT, draw, running_service
 from giantleap.models.bundle.descriptor import REDIFFUSION
 
 BASE_PX = 128
+REFINE = {"refine": {"strength": 0.1, "steps": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +61,15 @@ def test_every_method_of_the_bundle_draws_and_those_that_it_lacks_say_why(url: s
     (model,) = httpx.get(f"{url}/models").json()
     plain = draw(url, PROMPT, 2, seed=3)[0]
     for method in REDIFFUSION:
-        body = {"prompt": PROMPT, "method": method, "scale": 2, "steps": 3, "width": 256, "height": 192}
-        answer = httpx.post(f"{url}/generate", json=body, headers={"Accept": "image/png"}, timeout=300)
-        if method in model["unavailable"]:
-            assert answer.status_code == 422 and model["unavailable"][method] in answer.json()["detail"]
-        else:
-            assert answer.status_code == 200 and _read_png(answer.content).shape == (192, 256, 3)
-            assert answer.headers["X-Method"] == method
+        for height, refine in ((192, {}), (256, {}), (192, REFINE), (256, REFINE)):
+            size = {"scale": 2, "width": 256, "height": height}
+            body = {"prompt": PROMPT, "method": method, "steps": 3, **size, **refine}
+            answer = httpx.post(f"{url}/generate", json=body, headers={"Accept": "image/png"}, timeout=300)
+            if method in model["unavailable"]:
+                assert answer.status_code == 422 and model["unavailable"][method] in answer.json()["detail"]
+            else:
+                assert answer.status_code == 200 and _read_png(answer.content).shape == (height, 256, 3)
+                assert answer.headers["X-Method"] == method
     assert draw(url, PROMPT, 2, seed=3)[0] == plain
 
 

@@ -48,8 +48,10 @@ def test_the_times_of_sdxl(scheduler: Any, steps: int, first: list[int], last: l
     [
         (0, 0.0760, 0.9971, 0.9991),
         (10, 0.2085, 0.9780, 0.8863),
+        (15, 0.3076, 0.9515, 0.7692),
         (20, 0.4241, 0.9056, 0.6259),
         (35, 0.7889, 0.6145, 0.1825),
+        (49, 0.9991, 0.0413, 2.5e-6),
     ],
 )
 def test_noise_levels_and_cosine_factors_of_sdxl(index: int, signal: float, noise: float, cosine: float) -> None:
