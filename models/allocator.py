@@ -1,4 +1,4 @@
-"""Makes glibc keep freed memory for the next buffer instead of returning it to the system.
+"""Makes glibc keep freed memory for the next buffer, or return it to the system where much was freed for good.
 
 LUA on a CPU allocates and frees buffers of some MiB for every portion of a block, and each request with a latent
 several of its size, in the API and in the worker. By default glibc may map each of them anew, page by page: packing a
@@ -20,3 +20,10 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         libc.mallopt(_M_MMAP_THRESHOLD, _REUSED_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Return what this process has freed to the system; no effect without glibc."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

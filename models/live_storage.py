@@ -2,8 +2,10 @@
 
 A CPU has no allocator statistics, and the resident memory of a process keeps buffers that were freed. This counts the
 storage of each operator's result until it is freed. Workspace that an operator allocates and frees inside is not seen.
+`tensor_bytes` is what all tensors of the process hold now.
 """
 
+import gc
 import weakref
 from typing import Any
 
@@ -49,6 +51,22 @@ class LiveStorage(TorchDispatchMode):
         self._watched[key] = weakref.ref(storage, forget)
         self._live_bytes += size_bytes
         self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors on the CPU that Python knows, each storage once. Effects: collects garbage."""
+    gc.collect()
+    sizes_bytes: dict[int, int] = {}
+    for each in gc.get_objects():
+        # The type alone: isinstance would run code of lazy objects. Subclasses that dispatch hold plain tensors inside.
+        if not issubclass(type(each), Tensor) or type(each).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            continue
+        if each.is_mkldnn:
+            sizes_bytes[id(each)] = each.numel() * each.element_size()
+        elif each.device.type == "cpu" and each.layout == torch.strided:
+            storage = each.untyped_storage()
+            sizes_bytes[storage._cdata] = storage.nbytes()
+    return sum(sizes_bytes.values())
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -216,6 +216,12 @@ class EngineFault(GiantleapError):
     code, status, title, retryable = "engine_fault", 500, "The engine failed", True
 
 
+class BundleNotLoaded(GiantleapError):
+    """A bundle that a worker could not load now; it serves its others."""
+
+    code, status, title, retryable = "bundle_not_loaded", 503, "The bundle could not be loaded", True
+
+
 class BadConfiguration(GiantleapError):
     """The settings name something that cannot run: the process ends, and a restart cannot help."""
 

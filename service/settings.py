@@ -99,6 +99,12 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute type of the pipeline; auto: float32 on a CPU, on a GPU the bundle's or bfloat16."
     )
+    bundle_memory_bytes: int | None = Field(
+        None, description="Most bytes of bundles that a worker has loaded at once; none: it loads all.", ge=1
+    )
+    loaded_first_s: float = Field(
+        30.0, description="How long after a load jobs of loaded bundles go first; then the oldest job does.", ge=0
+    )
     lora_dir: Path | None = Field(
         None, description="Directory of LoRA files (.safetensors) that requests may name, read at start; none: no LoRA."
     )
@@ -111,9 +117,7 @@ class Settings(BaseSettings):
         "(`memory-modes.md`).",
     )
     device_memory_bytes: int | None = Field(
-        None,
-        description="Memory of the device that jobs may take; none: 95 % of a GPU's, 75 % of the machine's.",
-        ge=1,
+        None, description="Memory that jobs may take of the device; none: 95 % of a GPU's, 75 % of the machine's.", ge=1
     )
     torch_threads: int = Field(
         0,

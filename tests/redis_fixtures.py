@@ -12,9 +12,12 @@ import pytest
 import redis
 
 from giantleap.models.worker_role import WorkerRole
+from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.client import open_async_redis, open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
+from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.producer import JobProducer
+from giantleap.service.jobqueue.runner import ScriptRunner, upload_input
 from giantleap.service.jobs.job import GenerateParams, Job, Priority
 from giantleap.service.settings import Settings, read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_server, find_system_server
@@ -29,6 +32,7 @@ ServerStarter = Callable[[str], str]
 JobMaker = Callable[..., Job]
 ProducerOpener = Callable[..., AbstractAsyncContextManager[JobProducer]]
 ConsumerOpener = Callable[..., JobConsumer]
+Put = Callable[..., Job]
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +117,22 @@ def enqueue_arguments(job: Job, **changes: object) -> dict[str, object]:
     """The arguments of `enqueue.lua` for a test that runs the script itself."""
     arguments: dict[str, object] = {"id": job.id, "bundle": job.bundle, "priority": job.priority, "owner": job.owner}
     return arguments | {"digest": "", "latent_px": 0, "input_bytes": 0, "upload": "", "finish": False} | changes
+
+
+@pytest.fixture
+def put(settings: Settings, redis_client: redis.Redis, make_job: Any) -> Put:
+    """Enqueues a job through the script that the producer uses, without an event loop."""
+    keys, runner = Keys(settings.key_prefix), ScriptRunner(redis_client, settings)
+
+    def enqueue(priority: Priority = Priority.HIGH, body: bytes | None = None, **rest: Any) -> Job:
+        job: Job = make_job(priority, **rest)
+        before = upload_input(keys.upload(job.id), body) if body else []
+        arguments = enqueue_arguments(job, upload=job.id if body else "", input_bytes=len(body or b""))
+        reply = runner.run(scripts.ENQUEUE, arguments, before=before, value=job.to_json())
+        assert reply.status == "created"
+        return job
+
+    return enqueue
 
 
 @pytest.fixture

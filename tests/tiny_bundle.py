@@ -39,16 +39,16 @@ STEPS = 4
 WINDOW = 4
 
 
-def write_tiny_bundle(directory: Path) -> None:
-    """Write a bundle: pipeline, LUA with heads x2 and x4, SwinIRs, `bundle.toml`. The same weights each time."""
+def write_tiny_bundle(directory: Path, name: str = NAME, seed: int = 0) -> None:
+    """Write a bundle: pipeline, LUA with heads x2 and x4, SwinIRs, `bundle.toml`. A seed gives the same weights."""
     directory.mkdir(parents=True)
-    write_tiny_pipeline(directory / "pipeline")
-    write_tiny_lua(directory / "lua.safetensors")
+    write_tiny_pipeline(directory / "pipeline", seed)
+    write_tiny_lua(directory / "lua.safetensors", seed)
     for scale in (2, 4):
         write_tiny_swinir(directory / f"swinir_x{scale}.safetensors", scale)
     files = file_hashes(directory)
     descriptor = Descriptor(
-        bundle=About(name=NAME, title="Tiny", license="Apache-2.0", provenance="Random weights, for tests only."),
+        bundle=About(name=name, title="Tiny", license="Apache-2.0", provenance="Random weights, for tests only."),
         pipeline=PipelineSource(path="pipeline"),
         latent_space=LatentSpaceSource(name=NAME, channels=LATENT_CHANNELS, stride_px=STRIDE_PX, scale=SCALING_FACTOR),
         lua=LuaFile(file="lua.safetensors", scales=(2, 4), sha256=files["lua.safetensors"]),

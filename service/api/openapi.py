@@ -90,6 +90,7 @@ _EXAMPLES: tuple[errors.GiantleapError, ...] = (
     errors.FilterFault("filter faces raised ValueError; the worker's log has more"),
     errors.NotReady("Redis cannot be reached"),
     errors.StorageFull("the body does not fit the store; try again later"),
+    errors.BundleNotLoaded("bundle sdxl could not be loaded; other bundles are served: try again later"),
     errors.DeadlinePassed("the job did not finish within 300 s and continues; follow it at its status_url"),
 )
 
@@ -248,5 +249,5 @@ def _add_examples(document: dict[str, Any], state: AppState) -> None:
                 described["examples"] = requests
         if (path, method) == ("/models", "get"):
             first = next(iter(state.bundles.values()))
-            body = to_model_body(first, state.settings).model_dump(mode="json")
+            body = to_model_body(first, state.settings, loaded=True).model_dump(mode="json")
             operation["responses"]["200"]["content"][JSON_TYPE]["example"] = [body]

@@ -183,6 +183,7 @@ class ModelBody(BaseModel):
     modes: dict[str, str] = Field(
         description="How its weights are stored, moved, compiled and skipped; empty: plainly."
     )
+    loaded: bool = Field(description="Whether a worker has it in memory; if none has, a job waits for the load.")
 
 
 class Ready(BaseModel):
@@ -193,7 +194,7 @@ class Ready(BaseModel):
     warnings: list[str] = Field(description="How Redis may lose accepted jobs; empty where it is set up well.")
 
 
-def to_model_body(served: ServedBundle, settings: Settings) -> ModelBody:
+def to_model_body(served: ServedBundle, settings: Settings, loaded: bool) -> ModelBody:
     """A bundle as GET /models lists it."""
     bundle = served.bundle
     defaults, limits, space = bundle.defaults, bundle.limits, bundle.latent_space
@@ -241,6 +242,7 @@ def to_model_body(served: ServedBundle, settings: Settings) -> ModelBody:
         ],
         engine="torch" if bundle.lua is None else settings.engine,
         modes=bundle.modes.named,
+        loaded=loaded,
     )
 
 

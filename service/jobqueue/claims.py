@@ -63,6 +63,14 @@ class Claim:
         return {"lane": self.lane, "message": self.message_id, "id": self.job.id, "delivery": self.delivery}
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedBundles:
+    """The bundles that a worker of more of them has in memory; whether their jobs `go_first`, before older ones."""
+
+    names: tuple[str, ...]
+    go_first: bool
+
+
 def to_claim(claimed: ClaimedJob) -> Claim | None:
     """The claim, without its body; None if an API process of another version made the job."""
     try:

@@ -22,7 +22,7 @@ from redis.typing import KeyT, StreamIdT
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import BlockedByFilter, NotReady, StorageFull
 from giantleap.service.jobqueue import scripts
-from giantleap.service.jobqueue.claims import Claim, Leases, to_claim
+from giantleap.service.jobqueue.claims import Claim, Leases, LoadedBundles, to_claim
 from giantleap.service.jobqueue.client import SyncRedis, check_client
 from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE, name_fault, to_bad_configuration
 from giantleap.service.jobqueue.keys import Keys, claim_order
@@ -118,12 +118,23 @@ class JobConsumer:
         except REDIS_UNAVAILABLE as error:
             _LOG.warning("could not unregister (%s); the heartbeat will expire", name_fault(error))
 
-    def claim(self, max_jobs: int, block_s: float) -> list[Claim]:
+    def announce(self, device: Device) -> None:
+        """Publishes what has changed of the device. Effects: a heartbeat; if Redis is unavailable, the next one."""
+        self._worker["device"] = device.to_json()
+        try:
+            self._scripts.run(scripts.RENEW, {**self._worker, "claims": []})
+        except REDIS_UNAVAILABLE as error:
+            _LOG.warning("device not published (%s)", name_fault(error))
+
+    def claim(self, max_jobs: int, block_s: float, loaded: LoadedBundles | None = None) -> list[Claim]:
         """At most `max_jobs` jobs, at once if there are any, else the first that arrive within `block_s`.
 
         Due retries return to their streams, then stale messages are taken, then high priority, then low. Each eighth
         claim takes low priority first, so that a steady flow of high priority does not starve it. A worker of one
         role takes from its own queues only (`giantleap.service.jobqueue.keys.queues_of`).
+
+        With `loaded`, new jobs are of these bundles, or all of one other: that of the job that has waited longest at
+        its priority, unless those of `loaded` go first and some wait.
 
         Effects: one atomic script per attempt. Each job returned is in state processing and counted as started, and
         its lease is renewed until it is ended or released. Canceled jobs and jobs started too often are closed on the
@@ -138,7 +149,7 @@ class JobConsumer:
             try:
                 lanes = self._lanes()
                 with self._claiming:  # a claim that is not yet held would look like one whose reply was lost
-                    reply = self._send_claim(max_jobs, lanes)
+                    reply = self._send_claim(max_jobs, lanes, loaded)
                     self._failures = 0
                     held = self._hold(reply.claims)
                 claims = self._read_bodies(held, reply.claims)
@@ -315,13 +326,14 @@ class JobConsumer:
             f"{self._settings.blob_budget_bytes} bytes are allowed in all: raise blob_budget_bytes."
         )
 
-    def _send_claim(self, max_jobs: int, lanes: Sequence[str]) -> ClaimReply:
+    def _send_claim(self, max_jobs: int, lanes: Sequence[str], loaded: LoadedBundles | None) -> ClaimReply:
         arguments = {
             "consumer": self._consumer,
             "max_jobs": max_jobs,
             "held": [*(claim.job.id for claim in self._leases.held()), *self._unreadable],
             "dropped": list(self._dropped),
             "lanes": lanes,
+            **({} if loaded is None else {"loaded": loaded.names, "loaded_first": loaded.go_first}),
         }
         return self._scripts.run(scripts.CLAIM, arguments)
 

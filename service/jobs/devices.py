@@ -59,9 +59,10 @@ class Device:
     Args:
         kind: A CPU or a GPU.
         memory_bytes: What weights and activations may use.
-        loaded_bytes: In use once all bundles are loaded.
-        bundles: Measured stages of each loaded bundle, by bundle and stage (`giantleap.service.jobs.capacity`).
+        loaded_bytes: In use once all bundles are loaded, or as many of them as may be at once.
+        bundles: Measured stages of each bundle, by bundle and stage (`giantleap.service.jobs.capacity`).
         role: Role of the worker.
+        loaded: The bundles that are in memory now.
     """
 
     kind: DeviceKind
@@ -69,6 +70,7 @@ class Device:
     loaded_bytes: int
     bundles: Mapping[str, Mapping[str, StagePeak]] = field(default_factory=dict)
     role: WorkerRole = WorkerRole.ALL
+    loaded: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """One line of JSON."""

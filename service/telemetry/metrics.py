@@ -69,6 +69,7 @@ class Metrics:
         )
         self._webhooks = self._counter("webhooks", "Attempts to deliver a webhook, by what came of them.", "outcome")
 
+        self._make_bundle_metrics()
         self._peak_bytes = self._gauge(
             "peak_memory_bytes",
             "Peak memory of the last batch; source says what was measured.",
@@ -94,6 +95,13 @@ class Metrics:
             "role",
         )
         self._build.labels(version("giantleap"), platform.python_version()).set(1)
+
+    def _make_bundle_metrics(self) -> None:
+        self._load_seconds = self._histogram("bundle_load_seconds", "Time to load a bundle.", "bundle")
+        self._load_failures = self._counter("bundle_load_failures", "Loads that failed.", "bundle")
+        self._evictions = self._counter("bundle_evictions", "Bundles that made room for others.", "bundle")
+        self._loaded = self._gauge("bundle_loaded", "Workers of this host that have it in memory.", "livesum", "bundle")
+        self._bundle_bytes = self._gauge("bundle_bytes", "Memory of a loaded bundle, as measured.", "livemax", "bundle")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"giantleap_{name}", text, labels, registry=self.registry)
@@ -173,6 +181,25 @@ class Metrics:
     def count_filtered(self, name: str, outcome: FilterOutcome) -> None:
         """Counts a final image that a filter of the settings saw."""
         self._filtered.labels(name, outcome).inc()
+
+    def observe_load(self, bundle: str, load_s: float) -> None:
+        """Records a bundle that was loaded."""
+        self._load_seconds.labels(bundle).observe(load_s)
+        self._loaded.labels(bundle).set(1)
+
+    def count_load_failure(self, bundle: str) -> None:
+        """Counts a load that failed."""
+        self._load_failures.labels(bundle).inc()
+
+    def count_eviction(self, bundle: str) -> None:
+        """Counts a bundle that was dropped from memory."""
+        self._evictions.labels(bundle).inc()
+        self._loaded.labels(bundle).set(0)
+
+    def set_bundle_size(self, bundle: str, size_bytes: int) -> None:
+        """Sets what a loaded bundle takes."""
+        self._bundle_bytes.labels(bundle).set(size_bytes)
+        self._load_failures.labels(bundle).inc(0)  # an increase needs the value before the first failure
 
     def set_device_memory(self, device: str, memory_bytes: int) -> None:
         """Sets the memory that jobs may use on the device of this worker."""

@@ -36,14 +36,21 @@ Size = tuple[int, int]  # width and height of an image, pixels
 Run = Callable[[Size], object]
 
 
-def measure_device(bundles: Mapping[str, Bundle], routes: Mapping[str, Route], settings: Settings) -> Device:
-    """The device of a worker whose routes are loaded and warm."""
-    device = next(iter(routes.values())).device
+def measure_device(
+    device: torch.device, peaks: Mapping[str, Mapping[str, StagePeak]], settings: Settings, missing_bytes: int = 0
+) -> Device:
+    """The device of a worker whose bundles were measured.
+
+    Args:
+        device: Where they are.
+        peaks: Of each bundle (`measure_stages`).
+        settings: All settings.
+        missing_bytes: Of the bundles that are not loaded now and may be later, beside those that are.
+    """
     kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
     memory_bytes = settings.device_memory_bytes or usable_bytes(kind, _total_bytes(device))
     reserved_bytes = 0 if settings.lora_dir is None else settings.lora_memory_bytes
-    loaded_bytes = _used_bytes(device) + reserved_bytes
-    peaks = {name: measure_stages(route, bundles[name]) for name, route in routes.items()}
+    loaded_bytes = _used_bytes(device) + reserved_bytes + missing_bytes
     log.info("worker measured memory", extra={"fields": {"memory_bytes": memory_bytes, "loaded_bytes": loaded_bytes}})
     return Device(kind, memory_bytes, loaded_bytes, peaks, settings.role)
 

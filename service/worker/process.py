@@ -9,6 +9,8 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 from prometheus_client import start_http_server
@@ -24,16 +26,17 @@ from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.server import check_url
 from giantleap.service.jobs.bundles import read_in_modes
-from giantleap.service.jobs.devices import Device
+from giantleap.service.jobs.devices import Device, StagePeak
 from giantleap.service.jobs.marking import open_manifest_signer
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import open_tracing
+from giantleap.service.worker.bundles import BundleCache
 from giantleap.service.worker.drain import Drain
 from giantleap.service.worker.engines import open_route
 from giantleap.service.worker.filters import open_filters
-from giantleap.service.worker.loop import LoadedBundle, Worker
-from giantleap.service.worker.memory import measure_device
+from giantleap.service.worker.loop import Worker
+from giantleap.service.worker.memory import measure_device, measure_stages
 from giantleap.service.worker.timing import ProtocolPlan, time_runs, to_result
 from giantleap.service.worker.watchdog import Watchdog
 
@@ -81,22 +84,22 @@ def _run(
     check_url(redis_url, settings)  # before minutes of loading
     marker = ImageMarker(open_manifest_signer(settings))
     filters = open_filters(settings.filters, metrics.count_filtered)
-    loaded = _load(settings, metrics, stop)
+    bundles, device = open_bundles(settings, metrics, stop)
     if stop.is_set():
         return
-    device = _measure(loaded, settings, metrics)
     tracing = open_tracing(settings.otlp_endpoint, "worker")
     client = open_redis(redis_url, timeout_s=_REDIS_TIMEOUT_S, stop=stop)
     name = f"{platform.node()}-{os.getpid()}"
-    consumer = JobConsumer(client, settings, tuple(loaded), name, device, settings.role, stop)
+    consumer = JobConsumer(client, settings, tuple(bundles.bundles), name, device, settings.role, stop)
     consumer.open()
-    log.info("worker ready", extra={"fields": {"bundles": sorted(loaded), "role": settings.role}})
+    fields = {"bundles": sorted(bundles.bundles), "loaded": sorted(bundles.loaded), "role": settings.role}
+    log.info("worker ready", extra={"fields": fields})
     watchdog = Watchdog(settings.step_timeout_s)
     watchdog.open()
     if on_ready is not None:
         on_ready()
     worker = Worker(
-        loaded=loaded,
+        bundles=bundles,
         device=device,
         consumer=consumer,
         metrics=metrics,
@@ -132,43 +135,55 @@ def _open_metrics(settings: Settings) -> Metrics:
     return metrics
 
 
-def _load(settings: Settings, metrics: Metrics, stop: threading.Event) -> dict[str, LoadedBundle]:
-    """The loaded bundles by name, timed by the paper's protocol if the settings ask for it."""
+def open_bundles(settings: Settings, metrics: Metrics, stop: threading.Event) -> tuple[BundleCache, Device]:
+    """Load, warm and measure each bundle, the default last, which therefore stays where not all fit.
+
+    Returns:
+        The bundles, and what was measured of the device.
+    """
     try:
-        bundles = [read_in_modes(directory, settings.modes) for directory in settings.bundle]
-        loaded = {bundle.name: LoadedBundle(bundle, _open_route(bundle, settings, metrics)) for bundle in bundles}
+        read = [read_in_modes(directory, settings.modes) for directory in settings.bundle]
+        bundles = {bundle.name: bundle for bundle in read}
+        device = choose_device(settings.device)
+        opener = partial(_open_route, settings=settings, device=device)
+        cache = BundleCache(bundles, opener, device, settings.bundle_memory_bytes, metrics)
+        peaks: dict[str, Mapping[str, StagePeak]] = {}
+        for name in reversed(bundles):
+            peaks[name] = _measure_bundle(cache, bundles[name], settings, metrics, stop)
     except ValueError as error:
         raise BadConfiguration(str(error)) from error
+    missing_bytes = cache.reserved_bytes - sum(cache.sizes_bytes[name] for name in cache.loaded)
+    measured = replace(measure_device(device, peaks, settings, missing_bytes), loaded=cache.loaded)
+    cache.give_decode_budget(max(0, measured.memory_bytes - measured.loaded_bytes))
+    metrics.set_device_memory(str(device), measured.memory_bytes)
+    return cache, measured
+
+
+def _measure_bundle(
+    cache: BundleCache, bundle: Bundle, settings: Settings, metrics: Metrics, stop: threading.Event
+) -> Mapping[str, StagePeak]:
+    """Load a bundle and measure its stages; on return nothing but the cache holds its route."""
+    route = cache.measure(bundle.name, partial(_warm, bundle, metrics=metrics))
+    peaks = measure_stages(route, bundle)
     if settings.measure_protocol:
-        for each in loaded.values():
-            _publish_protocol(each.route, each.bundle, metrics, stop)
-    return loaded
+        _publish_protocol(route, bundle, metrics, stop)
+    return peaks
 
 
-def _open_route(bundle: Bundle, settings: Settings, metrics: Metrics) -> Route:
-    """Load a bundle and run each scale of its upscalers once at the shapes of its default request."""
-    device = choose_device(settings.device)
+def _open_route(bundle: Bundle, settings: Settings, device: torch.device) -> Route:
     dtype = choose_dtype(settings.dtype, device, bundle.dtype)
     fields = {"bundle": bundle.name, "device": str(device), "dtype": str(dtype), "engine": settings.engine}
     fields |= bundle.modes.named
     log.info("worker loading", extra={"fields": fields})
-    route = open_route(bundle, settings, device, dtype)
+    return open_route(bundle, settings, device, dtype)
+
+
+def _warm(bundle: Bundle, route: Route, metrics: Metrics) -> None:
+    """Run each scale of a bundle's upscalers once at the shapes of its default request."""
     warmed = warm(route, bundle.defaults.base_width_px, bundle.defaults.base_height_px, steps=2)
     for (method, scale), stages_s in warmed.items():
         metrics.observe_stages(bundle.name, method, scale, route.engine, stages_s, warmup=True)
-    metrics.set_engine(bundle.name, route.engine, str(device), str(dtype).removeprefix("torch."))
-    return route
-
-
-def _measure(loaded: Mapping[str, LoadedBundle], settings: Settings, metrics: Metrics) -> Device:
-    """What is measured of the device. Effects: gives each decoder the memory that the loaded bundles leave."""
-    bundles = {name: each.bundle for name, each in loaded.items()}
-    routes = {name: each.route for name, each in loaded.items()}
-    device = measure_device(bundles, routes, settings)
-    for route in routes.values():
-        route.vae.budget_bytes = max(0, device.memory_bytes - device.loaded_bytes)
-        metrics.set_device_memory(str(route.device), device.memory_bytes)
-    return device
+    metrics.set_engine(bundle.name, route.engine, str(route.device), str(route.dtype).removeprefix("torch."))
 
 
 def _publish_protocol(route: Route, bundle: Bundle, metrics: Metrics, stop: threading.Event) -> None:

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
+from giantleap.models.bundle.modes import PLAIN
 from giantleap.models.device import PartCallback, PeakMemory, StageClock, StageObserver
 from giantleap.models.filters.chain import FilterChain
 from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import StorageFull
-from giantleap.service.jobqueue.claims import BaseLatents, Claim
+from giantleap.service.jobqueue.claims import BaseLatents, Claim, LoadedBundles
 from giantleap.service.jobs.devices import Device
+from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import (
     GenerateParams,
     Job,
@@ -33,8 +35,9 @@ from giantleap.service.jobs.job import (
 from giantleap.service.settings import POCKET_BUNDLE, Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import Tracing
+from giantleap.service.worker.bundles import BundleCache
 from giantleap.service.worker.drain import Drain
-from giantleap.service.worker.loop import LoadedBundle, Worker
+from giantleap.service.worker.loop import Worker
 from giantleap.service.worker.watchdog import Watchdog
 
 STRIDE_PX = 8
@@ -77,6 +80,7 @@ class FakeConsumer:
     lost_ids: set[str] = field(default_factory=set)
     full_ids: set[str] = field(default_factory=set)
     on_empty: Callable[[], None] = lambda: None
+    on_fail: Callable[[], None] = lambda: None
 
     finished: dict[str, list[tuple[ResultFile, bytes]]] = field(default_factory=dict)
     transferred: dict[str, Claim] = field(default_factory=dict)
@@ -84,16 +88,22 @@ class FakeConsumer:
     failed: dict[str, JobError] = field(default_factory=dict)
     canceled_ids: list[str] = field(default_factory=list)
     released_ids: list[str] = field(default_factory=list)
+    announced: list[tuple[str, ...]] = field(default_factory=list)
+    preferences: list[LoadedBundles | None] = field(default_factory=list)
     events: list[tuple[str, str, dict[str, object]]] = field(default_factory=list)
     warnings: dict[str, list[str]] = field(default_factory=dict)
     batch_jobs: dict[str, int] = field(default_factory=dict)
     polls: int = 0
 
-    def claim(self, max_jobs: int, block_s: float) -> list[Claim]:
+    def claim(self, max_jobs: int, block_s: float, loaded: LoadedBundles | None = None) -> list[Claim]:
+        self.preferences.append(loaded)
         taken, self.waiting = self.waiting[:max_jobs], self.waiting[max_jobs:]
         if not taken:
             self.on_empty()
         return taken
+
+    def announce(self, device: Device) -> None:
+        self.announced.append(device.loaded)
 
     def emit(self, claim: Claim, name: str, data: Mapping[str, object]) -> None:
         self.events.append((claim.job.id, name, dict(data)))
@@ -142,6 +152,7 @@ class FakeConsumer:
 
     def fail(self, claim: Claim, error: JobError, stages: Mapping[str, float]) -> JobState | None:
         self.failed[claim.job.id] = error
+        self.on_fail()
         if claim.job.id in self.lost_ids:
             return None
         return JobState.QUEUED if error.retryable and claim.delivery < 3 else JobState.FAILED
@@ -173,8 +184,11 @@ class FakeRoute:
     window: int = 4
     role: WorkerRole = WorkerRole.ALL
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    vae: SimpleNamespace = field(default_factory=SimpleNamespace)
     generator: SimpleNamespace = field(
-        default_factory=lambda: SimpleNamespace(truncated_tokens=lambda text: max(0, len(text.split()) - 30))
+        default_factory=lambda: SimpleNamespace(
+            truncated_tokens=lambda text: max(0, len(text.split()) - 30), modes=PLAIN
+        )
     )
 
     def clock(self) -> StageClock:
@@ -257,13 +271,17 @@ def open_worker(
     tracing: Tracing | None = None,
     watchdog: Watchdog | None = None,
     filters: FilterChain | None = None,
+    bundles: BundleCache | None = None,
 ) -> tuple[Worker, Metrics]:
     """A worker with one route under a name, on the grid of the pocket bundle; no job is too large for its device."""
     bundle = bundle or read_bundle(POCKET_BUNDLE)
     metrics = Metrics(CollectorRegistry())
+    if bundles is None:
+        bundles = BundleCache({name: bundle}, lambda _: route, torch.device("cpu"), None, metrics)
+        bundles.grids[name] = LatentGrid(bundle.latent_space.stride_px, bundles.load(name).window)
     worker = Worker(
-        loaded={name: LoadedBundle(bundle, route)},
-        device=device or Device("cpu", 1, 0, {bundle.name: {}}),
+        bundles=bundles,
+        device=device or Device("cpu", 1, 0, {each: {} for each in (bundle.name, *bundles.bundles)}),
         consumer=consumer,
         metrics=metrics,
         tracing=tracing or Tracing(),

@@ -17,7 +17,8 @@ router = APIRouter(tags=["service"])
 @router.get("/models")
 async def get_models(state: AppStateDep) -> list[ModelBody]:
     """The bundles that jobs may name, the default first."""
-    return [to_model_body(served, state.settings) for served in state.bundles.values()]
+    loaded = {name for device in state.producer.devices for name in device.loaded}
+    return [to_model_body(served, state.settings, name in loaded) for name, served in state.bundles.items()]
 
 
 @router.get("/livez")

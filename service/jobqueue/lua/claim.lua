@@ -4,7 +4,9 @@
 -- KEYS[1]  the hash tag
 -- ARGV[1]  the settings
 -- ARGV[2]  consumer, max_jobs, held (ids of jobs that this worker runs or cannot read), dropped (ids of its jobs that
---          count as stale when their time is up), lanes in the order in which to take; some may not exist
+--          count as stale when their time is up), lanes in the order in which to take; some may not exist. Optional,
+--          of a worker that holds a part of its bundles: loaded (their names), loaded_first (whether their jobs go
+--          before older ones)
 -- Reply    claims (id, job, lane, message, delivery, input_bytes, waited_s; stages and warnings of a job that was
 --          transferred), or, if there are none, last_ids of each lane's stream and retry_ms until the next retry is due
 -- @include arguments
@@ -125,6 +127,54 @@ local function take_new(lane)
   end
 end
 
+-- What may be taken together: lanes of loaded bundles, which are the group `true`, or of one other bundle.
+local loaded = {}
+for _, bundle in ipairs(args.loaded or {}) do loaded[bundle] = true end
+local function group_of(lane)
+  local bundle = string.match(lane, '^[^+:]+')
+  return loaded[bundle] or bundle
+end
+
+local function take_group(group)
+  for _, lane in ipairs(lanes) do
+    if group_of(lane) == group then take_new(lane) end
+  end
+end
+
+-- The group, of those not tried, whose job has waited longest at a priority; nil if no job waits.
+local function find_group(priority, tried)
+  local found, oldest_us
+  for _, lane in ipairs(lanes) do
+    local group = group_of(lane)
+    if string.match(lane, ':(%w+)$') == priority and not tried[group] then
+      local first = redis.call('ZRANGE', prefix .. ':queued:' .. lane, 0, 0, 'WITHSCORES')
+      local goes_first = group == true and args.loaded_first
+      local queued_us = first[2] and (goes_first and 0 or tonumber(first[2]))
+      if queued_us and (not oldest_us or queued_us < oldest_us) then found, oldest_us = group, queued_us end
+    end
+  end
+  return found
+end
+
+-- Takes jobs of one group: that of a job which this worker has again, else the one to take first at the first priority
+-- at which a job waits.
+local function take_new_of_one_group()
+  for _, lane in ipairs(lanes) do
+    -- Messages of jobs that have ended, or of those that run, if somebody destroyed the group.
+    if redis.call('ZCARD', prefix .. ':queued:' .. lane) == 0 then take_new(lane) end
+  end
+  if #claims > 0 then return take_group(group_of(claims[1].lane)) end
+  local tried = {}
+  for _, lane in ipairs(lanes) do
+    local group = true
+    while #claims == 0 and group do
+      group = find_group(string.match(lane, ':(%w+)$'), tried)
+      tried[group or ''] = true
+      if group then take_group(group) end
+    end
+  end
+end
+
 end_overdue()
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', prefix .. ':delayed', '-inf', now_ms, 'LIMIT', 0, 100)) do
   redis.call('ZREM', prefix .. ':delayed', id)
@@ -133,7 +183,11 @@ end
 local may_renew = now_ms - serves_since_ms() < config.visibility_ms
 for _, lane in ipairs(lanes) do resume(lane) end
 for _, lane in ipairs(lanes) do take_stale(lane, may_renew) end
-for _, lane in ipairs(lanes) do take_new(lane) end
+if args.loaded then
+  take_new_of_one_group()
+else
+  for _, lane in ipairs(lanes) do take_new(lane) end
+end
 if #claims > 0 then return cjson.encode({claims = claims}) end
 
 local last_ids = {}

@@ -22,6 +22,7 @@ from giantleap.models.bundle.bundle import BundleError
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.service.api.app import _add_middlewares, create_app
 from giantleap.service.errors import NotReady, QueueFull, StorageFull
+from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.job import Job, JobState, Priority
 from giantleap.service.settings import Settings, read_settings
 from tests.service.fake_producer import IMAGE, FakeProducer, fail, stay_queued, succeed
@@ -647,6 +648,17 @@ async def test_models_list_what_a_request_may_use(client: httpx.AsyncClient) -> 
     }  # fmt: skip
     assert second["latent_space"]["packing"] == "flux"
     assert (first["base_width"], first["max_steps"], first["max_image_pixels"]) == (64, 50, 512 * 512)
+
+
+async def test_models_say_whether_a_worker_has_them_in_memory(
+    client: httpx.AsyncClient, producer: FakeProducer
+) -> None:
+    found = []
+    for loaded in ((), ("flux",), ("flux", "paper")):
+        one, other = (Device("cpu", 1, 0, {"paper": {}, "flux": {}}, loaded=each) for each in (loaded, ()))
+        producer.devices = (one, other)
+        found.append([model["loaded"] for model in (await client.get("/models")).json()])
+    assert found == [[False, False], [False, True], [True, True]]
 
 
 async def test_ready_means_that_a_worker_lives(client: httpx.AsyncClient, producer: FakeProducer) -> None:

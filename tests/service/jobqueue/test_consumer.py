@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,38 +19,20 @@ from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.keys import Keys, claim_order
-from giantleap.service.jobqueue.runner import ScriptRunner, upload_input
+from giantleap.service.jobqueue.runner import ScriptRunner
 from giantleap.service.jobs.job import Job, JobError, JobState, Priority, ResultFile
 from giantleap.service.settings import Settings
-from tests.redis_fixtures import SERVERS, enqueue_arguments
+from tests.redis_fixtures import SERVERS, Put
 from tests.waiting import wait_until
 
 PNG = ResultFile("image/png", 3, seed=7)
 FLAKY = JobError("engine_fault", "lost device", retryable=True)
-
-Put = Callable[..., Job]
 
 
 @pytest.fixture(params=SERVERS)
 def redis_url(request: pytest.FixtureRequest, start_server: Any) -> str:
     url: str = start_server(request.param)
     return url
-
-
-@pytest.fixture
-def put(settings: Settings, redis_client: redis.Redis, make_job: Any) -> Iterator[Put]:
-    """Enqueues a job through the script that the producer uses, without an event loop."""
-    keys, runner = Keys(settings.key_prefix), ScriptRunner(redis_client, settings)
-
-    def enqueue(priority: Priority = Priority.HIGH, body: bytes | None = None, **rest: Any) -> Job:
-        job: Job = make_job(priority, **rest)
-        before = upload_input(keys.upload(job.id), body) if body else []
-        arguments = enqueue_arguments(job, upload=job.id if body else "", input_bytes=len(body or b""))
-        reply = runner.run(scripts.ENQUEUE, arguments, before=before, value=job.to_json())
-        assert reply.status == "created"
-        return job
-
-    yield enqueue
 
 
 @pytest.fixture

@@ -133,7 +133,8 @@ class QueueMachine(RuleBasedStateMachine):
         if what == "enqueue":
             self.enqueue(draw)
         elif what == "claim":
-            self.claim(draw(*self.workers), draw(1, 2, 3), is_lost=draw(False, False, False, True))
+            loaded = draw(None, None, [], [BUNDLE])
+            self.claim(draw(*self.workers), draw(1, 2, 3), is_lost=draw(False, False, False, True), loaded=loaded)
         elif what == "happen":
             self.happen(draw)
         elif self._claims() and what == "settle":
@@ -185,12 +186,14 @@ class QueueMachine(RuleBasedStateMachine):
 
     # --- workers
 
-    def claim(self, worker: ModelWorker, max_jobs: int, is_lost: bool) -> None:
-        """A worker claims. `is_lost`: it never gets the reply."""
+    def claim(self, worker: ModelWorker, max_jobs: int, is_lost: bool, loaded: list[str] | None = None) -> None:
+        """A worker claims. `is_lost`: it never gets the reply. `loaded`: what it has in memory of several bundles."""
         may_take = {job.id for job in self.model.live() if self._may_take(worker, job)}
         resumed = {job.id for job in self.model.live() if self._is_lost_claim(worker, job)}
         arguments = {"consumer": worker.consumer, "max_jobs": max_jobs, "lanes": self._lanes(worker)}
         arguments |= {"held": [*worker.held, *worker.unreadable], "dropped": [*worker.dropped]}
+        if loaded is not None:
+            arguments |= {"loaded": loaded, "loaded_first": bool(max_jobs % 2)}
         reply: ClaimReply = self.run_script("claim", arguments)
         assert len(reply.claims) <= max_jobs
         self._end_overdue()

@@ -101,11 +101,10 @@ def test_a_stage_that_runs_out_of_memory_is_measured_at_smaller_sizes(
     assert sides_px == [128, 192, 64, 128]
 
 
-def test_a_device_is_what_the_settings_say_or_the_usable_part_of_the_machine(route: Route, bundle: Bundle) -> None:
-    bundles, routes = {bundle.name: bundle}, {bundle.name: route}
-    given = measure_device(bundles, routes, read_settings(device_memory_bytes=1000 * MIB))
+def test_a_device_is_what_the_settings_say_or_the_usable_part_of_the_machine(peaks: dict[str, StagePeak]) -> None:
+    given = measure_device(CPU, {"pocket": peaks}, read_settings(device_memory_bytes=1000 * MIB), 64 * MIB)
     assert (given.kind, given.memory_bytes, given.role) == ("cpu", 1000 * MIB, WorkerRole.ALL)
-    assert 64 * MIB < given.loaded_bytes < machine_memory_bytes()
-    assert set(given.bundles) == {bundle.name}
-    found = measure_device(bundles, routes, read_settings())
+    assert 128 * MIB < given.loaded_bytes < machine_memory_bytes()
+    assert set(given.bundles) == {"pocket"}
+    found = measure_device(CPU, {"pocket": peaks}, read_settings())
     assert found.memory_bytes == usable_bytes("cpu", machine_memory_bytes())
