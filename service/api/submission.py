@@ -29,8 +29,9 @@ from giantleap.service.errors import (
     UnsupportedMediaType,
     WaitTimeout,
 )
+from giantleap.service.jobqueue.arguments import SMALL_BODY_BYTES
 from giantleap.service.jobqueue.client import cancel_tasks
-from giantleap.service.jobqueue.producer import SMALL_BODY_BYTES, Enqueued
+from giantleap.service.jobqueue.producer import Enqueued
 from giantleap.service.jobs.bundles import ServedBundle
 from giantleap.service.jobs.grid import Charge, count_pixel_steps
 from giantleap.service.jobs.job import Job, JobParams, JobRecord, JobState, Priority, Webhook

@@ -7,8 +7,6 @@ job's own stream.
 
 import asyncio
 import contextlib
-import dataclasses
-import hashlib
 import itertools
 import json
 import logging
@@ -22,8 +20,9 @@ from typing import Any, TypeVar
 
 import redis
 
-from giantleap.service.errors import InvalidRequest, MalformedRequest, NotFound, NotReady
+from giantleap.service.errors import InvalidRequest, MalformedRequest, NotFound, NotReady, QueueFull
 from giantleap.service.jobqueue import scripts
+from giantleap.service.jobqueue.arguments import body_sha256, enqueue_arguments
 from giantleap.service.jobqueue.backpressure import retry_after_s, to_refusal
 from giantleap.service.jobqueue.client import COMMAND_S, AsyncRedis, await_reply, cancel_tasks, check_client
 from giantleap.service.jobqueue.completions import CompletionListener
@@ -33,13 +32,11 @@ from giantleap.service.jobqueue.runner import AsyncScriptRunner, upload_input
 from giantleap.service.jobqueue.server import find_warnings
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.grid import Charge
-from giantleap.service.jobs.job import Job, JobEvent, JobRecord, JobState, QueueStats, UpscaleParams
+from giantleap.service.jobs.job import Job, JobEvent, JobRecord, JobState, QueueStats
 from giantleap.service.settings import Settings
 
 MAX_PER_PAGE = 100
 CURSOR_PATTERN = r"^[0-9]{1,17}$"  # not \d, which matches the digits of all scripts
-SMALL_BODY_BYTES = 1 << 20
-"""Bodies up to this size are handled in the event loop; a thread would cost more."""
 _POLL_S = 1.0
 # How long to wait for a Redis that hangs: a probe or scrape gives up after a few seconds, and so must its answer.
 _PROBE_S = 2.0
@@ -48,6 +45,7 @@ _TRANSFER_BYTES_PER_S = 10e6
 _DEVICES_EVERY_S = 3.0
 _WARNINGS_EVERY = 20
 _REFUSAL_CACHE_S = 0.25
+_FULL_S = 0.05  # how long a full queue counts as full
 _EVENT_ID = re.compile(r"\d{1,19}(-\d{1,19})?")  # each part has 64 bits
 _LOG = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -86,6 +84,7 @@ class JobProducer:
         self._warnings: tuple[str, ...] = ()
         self._completions = CompletionListener(redis, self._keys.done_channel)
         self._refusal: tuple[int, float] = (1, -math.inf)
+        self._full: tuple[QueueFull, float] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -176,8 +175,8 @@ class JobProducer:
             NotReady: Redis does not answer.
         """
         self._completions.discard(job.id)
-        arguments = _to_arguments(job, len(body or b""), max_live, charge) | {
-            "digest": job.payload_sha256() + await _sha256(body),
+        arguments = enqueue_arguments(job, len(body or b""), max_live, charge) | {
+            "digest": job.payload_sha256() + await body_sha256(body),
             "idempotency": None if idempotency_key is None else idempotency_digest(idempotency_key, job.owner),
         }
         within_s = COMMAND_S + len(body or b"") / _TRANSFER_BYTES_PER_S
@@ -195,7 +194,7 @@ class JobProducer:
                 "The idempotency key or job id was used before for another request; a repeat must be the same "
                 "request: send it unchanged or choose a new key."
             )
-        raise to_refusal(
+        refusal = to_refusal(
             reply,
             job,
             input_bytes=len(body or b""),
@@ -204,6 +203,15 @@ class JobProducer:
             settings=self._settings,
             retry_s=await self._retry_after_s(),
         )
+        if reply.status == "full" and isinstance(refusal, QueueFull):
+            self._full = (refusal, asyncio.get_running_loop().time() + _FULL_S)
+        raise refusal
+
+    def recent_refusal(self) -> QueueFull | None:
+        """The refusal of a queue that was full a moment ago: a crowd is sent away without a script for each request."""
+        if self._full is None or asyncio.get_running_loop().time() >= self._full[1]:
+            return None
+        return self._full[0]
 
     async def _send_job(self, job: Job, body: bytes | None, arguments: dict[str, Any]) -> EnqueueReply:
         """Sends the job, with the body in front of it if there is one.
@@ -421,29 +429,3 @@ async def _wait_for_event(wake: asyncio.Event, timeout_s: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
             await wake.wait()
-
-
-async def _sha256(body: bytes | None) -> str:
-    """Digest of a body, computed in a thread if it is large."""
-    if body is None:
-        return ""
-    if len(body) <= SMALL_BODY_BYTES:
-        return hashlib.sha256(body).hexdigest()
-    return (await asyncio.to_thread(hashlib.sha256, body)).hexdigest()
-
-
-def _to_arguments(job: Job, input_bytes: int, max_live: int | None, charge: Charge | None) -> dict[str, Any]:
-    """The arguments of `enqueue.lua` that depend on the job and its owner's limits."""
-    return {
-        "id": job.id,
-        "bundle": job.bundle,
-        "priority": job.priority,
-        "owner": job.owner,
-        "latent_px": job.latent_px,
-        "max_live": max_live,
-        "cost_us": None if charge is None else charge.cost_us,
-        "input_bytes": input_bytes,
-        "finish": isinstance(job.params, UpscaleParams),
-        "cancel_after_s": job.cancel_after_s,
-        "webhook": None if job.webhook is None else json.dumps(dataclasses.asdict(job.webhook)),
-    }

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 
-from giantleap.service.errors import GiantleapError, InvalidRequest
+from giantleap.service.errors import GiantleapError, InvalidRequest, QueueFull
 from giantleap.service.jobqueue.producer import Enqueued, Page
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.grid import Charge
@@ -117,6 +117,9 @@ class FakeProducer:
         if body is not None:
             self.blobs[job.id] = body
         return Enqueued(job.id, created=True, queue_position=len(self.records) - 1)
+
+    def recent_refusal(self) -> QueueFull | None:
+        return None
 
     async def acquire_rate_limit(self, owner: str, per_minute: int) -> float:
         self._require_up()

@@ -1,7 +1,8 @@
 """Refuses requests before their body is read: too large headers, other sites' pages, unknown keys, too many requests.
 
-Every path needs a key except those of `giantleap.service.auth.OPEN_PATHS`. Whether a caller may see a job is decided
-in `giantleap.service.api.dependencies.get_record`.
+New jobs are refused there too for a moment after the queue was full. Every path needs a key except those of
+`giantleap.service.auth.OPEN_PATHS`. Whether a caller may see a job is decided in
+`giantleap.service.api.dependencies.get_record`.
 """
 
 import math
@@ -79,13 +80,17 @@ class AuthenticationMiddleware:
         try:
             check_headers(request)
             check_site(request, self.origins)
-            request.state.caller = await self._authenticate(request)
+            request.state.caller = caller = self._authenticate(request)
+            refusal = self.producer.recent_refusal() if makes_new_job(request) else None
+            if refusal is None:
+                await self._acquire_rate_limit(caller, request)
         except GiantleapError as error:
             await problem_response(error, request, _challenge(error))(scope, receive, send)
         else:
-            await self.app(scope, limit_json(request, receive), send)
+            next_app = self.app if refusal is None else problem_response(refusal, request)
+            await next_app(scope, limit_json(request, receive), send)
 
-    async def _authenticate(self, request: Request) -> Caller:
+    def _authenticate(self, request: Request) -> Caller:
         path = route_path(request.scope)
         signed = None
         if self.signer is not None and request.method == "GET":  # HEAD too, which runs as GET
@@ -102,15 +107,18 @@ class AuthenticationMiddleware:
         scope = scope_of(request.method, path)
         if scope is not None:
             require_scope(caller, scope)
-        if caller.requests_per_minute is not None and is_counted(request.method, path):
-            wait_s = await self.producer.acquire_rate_limit(caller.name, caller.requests_per_minute)
-            if wait_s > 0:
-                raise RateLimited(
-                    f"this key may send {caller.requests_per_minute} requests a minute; wait for the seconds of "
-                    "Retry-After",
-                    retry_after_s=math.ceil(wait_s),
-                )
         return caller
+
+    async def _acquire_rate_limit(self, caller: Caller, request: Request) -> None:
+        if caller.requests_per_minute is None or not is_counted(request.method, route_path(request.scope)):
+            return
+        wait_s = await self.producer.acquire_rate_limit(caller.name, caller.requests_per_minute)
+        if wait_s > 0:
+            raise RateLimited(
+                f"this key may send {caller.requests_per_minute} requests a minute; wait for the seconds of "
+                "Retry-After",
+                retry_after_s=math.ceil(wait_s),
+            )
 
 
 def find_caller_of(keys: KeyRing, presented: Collection[str]) -> Caller:
@@ -143,6 +151,12 @@ def scope_of(method: str, path: str) -> Scope | None:
     if method == "POST" and (path == "/upscale" or path.startswith(REMOTE_VAE_PATH + "/") or infers):
         return Scope.UPSCALE
     return None
+
+
+def makes_new_job(request: Request) -> bool:
+    """Whether a request can only add a job: with a key or an id of the client's it may find one that is there."""
+    scope = scope_of(request.method, route_path(request.scope))
+    return scope in (Scope.GENERATE, Scope.UPSCALE) and "idempotency-key" not in request.headers
 
 
 def is_counted(method: str, path: str) -> bool:

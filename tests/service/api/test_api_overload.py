@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from giantleap.service.api.app import create_app
+from giantleap.service.jobqueue import producer
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
@@ -105,6 +106,50 @@ async def test_a_crowd_gets_200_202_or_429_and_nobody_hangs(overload_settings: S
             metrics = (await client.get("/metrics")).text
             assert f'giantleap_rejections_total{{reason="queue_full"}} {statuses.count(429)}.0' in metrics
             assert (await client.get("/readyz")).status_code == 200
+
+
+async def refused_unread(url: str, headers: str) -> bytes:
+    """The start of the response to a request whose body never comes."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(f"POST /generate HTTP/1.1\r\nHost: {host}\r\nContent-Length: 100\r\n{headers}\r\n".encode())
+        await writer.drain()
+        return await reader.readuntil(b"\r\n\r\n")
+    finally:
+        writer.close()
+
+
+async def test_a_full_queue_refuses_new_jobs_before_their_body_is_read(
+    overload_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(producer, "_FULL_S", 600.0)
+    settings = overload_settings.model_copy(update={"queue_limit": 1})
+    first, key = {"prompt": "a", "seed": 1}, {"Prefer": "respond-async", "Idempotency-Key": "first"}
+    with live_server(create_app(settings)) as url:
+        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+            created = await client.post("/generate", json=first, headers=key)
+            assert created.status_code == 202
+            assert (await client.post("/generate", json={"prompt": "a"})).json()["code"] == "queue_full"
+            answer = await refused_unread(url, "Content-Type: application/json\r\n")
+            assert answer.startswith(b"HTTP/1.1 429 ") and b"\r\nretry-after: " in answer.lower()
+            repeated = await client.post("/generate", json=first, headers=key)
+            assert repeated.json()["id"] == created.json()["id"], "a key may belong to a job that is there"
+            assert (await client.get(created.json()["status_url"])).status_code == 200
+            metrics = (await client.get("/metrics")).text
+            assert 'giantleap_rejections_total{reason="queue_full"} 2.0' in metrics
+
+
+async def test_a_queue_that_was_full_is_asked_again_after_a_moment(overload_settings: Settings) -> None:
+    settings = overload_settings.model_copy(update={"queue_limit": 1})
+    with live_server(create_app(settings)) as url:
+        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+            first = await client.post("/generate", json={"prompt": "a"}, headers={"Prefer": "respond-async"})
+            assert (await client.post("/generate", json={"prompt": "a"})).status_code == 429
+            with paper_worker(settings):
+                while (await client.get(first.json()["status_url"])).json()["status"] != "succeeded":
+                    await asyncio.sleep(producer._FULL_S)
+                assert (await client.post("/generate", json={"prompt": "a", "seed": 2})).status_code == 200
 
 
 async def test_clients_that_obey_retry_after_are_all_served(overload_settings: Settings) -> None:
