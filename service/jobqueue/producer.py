@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import redis
 
-from giantleap.service.errors import InvalidRequest, MalformedRequest, NotFound, NotReady, QueueFull
+from giantleap.service.errors import GiantleapError, InvalidRequest, MalformedRequest, NotFound, NotReady, QueueFull
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.arguments import body_sha256, enqueue_arguments
 from giantleap.service.jobqueue.backpressure import retry_after_s, to_refusal
@@ -203,9 +203,12 @@ class JobProducer:
             settings=self._settings,
             retry_s=await self._retry_after_s(),
         )
-        if reply.status == "full" and isinstance(refusal, QueueFull):
+        raise self._remembered(refusal, reply)
+
+    def _remembered(self, refusal: GiantleapError, reply: EnqueueReply) -> GiantleapError:
+        if isinstance(refusal, QueueFull) and reply.status == "full":
             self._full = (refusal, asyncio.get_running_loop().time() + _FULL_S)
-        raise refusal
+        return refusal
 
     def recent_refusal(self) -> QueueFull | None:
         """The refusal of a queue that was full a moment ago: a crowd is sent away without a script for each request."""
