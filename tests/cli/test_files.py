@@ -22,10 +22,7 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run(tiny_bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("GIANTLEAP_BUNDLE", str(tiny_bundle_dir))
-    monkeypatch.setenv("GIANTLEAP_DEVICE", "cpu")
-    monkeypatch.setenv("GIANTLEAP_LOG_LEVEL", "error")
+def run(tiny_settings: None) -> Run:
     return lambda *arguments, **more: CliRunner().invoke(app, [str(argument) for argument in arguments], **more)
 
 

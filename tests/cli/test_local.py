@@ -11,14 +11,9 @@ from typer.testing import CliRunner, Result
 
 from giantleap.cli.main import app
 
+pytestmark = pytest.mark.usefixtures("tiny_settings")
+
 PROMPT = "a red sphere on a green floor"
-
-
-@pytest.fixture(autouse=True)
-def tiny_settings(tiny_bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIANTLEAP_BUNDLE", str(tiny_bundle_dir))
-    monkeypatch.setenv("GIANTLEAP_DEVICE", "cpu")
-    monkeypatch.setenv("GIANTLEAP_LOG_LEVEL", "error")
 
 
 def _run(*arguments: str | Path) -> Result:

@@ -12,12 +12,7 @@ from giantleap.models.bundle.bundle import read_bundle
 from tests.lora_files import write_lora
 from tests.tiny_pipelines import tiny_sd15
 
-
-@pytest.fixture(autouse=True)
-def tiny_settings(tiny_bundle_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIANTLEAP_BUNDLE", str(tiny_bundle_dir))
-    monkeypatch.setenv("GIANTLEAP_DEVICE", "cpu")
-    monkeypatch.setenv("GIANTLEAP_LOG_LEVEL", "error")
+pytestmark = pytest.mark.usefixtures("tiny_settings")
 
 
 def _draw(out: Path, *options: str | Path) -> Result:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -15,7 +16,9 @@ from giantleap.service.api.app import create_app
 from giantleap.service.jobs.job import GenerateParams, Job
 from giantleap.service.settings import read_settings
 from tests.lora_files import write_lora
+from tests.service.compat_fakes import FileProducer
 from tests.service.fake_producer import FakeProducer
+from tests.service.live_server import live_server
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +65,22 @@ async def test_names_and_weights_reach_the_job_by_every_front(
 ) -> None:
     loras = [{"name": "oil", "weight": 0.8}, {"name": "ink"}]
     native = await client.post("/generate", json={"prompt": "a", "loras": loras})
-    openai = await client.post("/v1/images/generations", json={"prompt": "a", "loras": loras})
-    assert native.status_code == openai.status_code == 200, openai.text
+    compatible = await client.post("/v1/images/generations", json={"prompt": "a", "loras": loras})
+    assert native.status_code == compatible.status_code == 200, compatible.text
     for job in producer.jobs:
         assert loras_of(job) == [("oil", 0.8), ("ink", 1.0)]
         assert Job.from_json(job.to_json()) == job
+
+
+def test_the_openai_client_sends_them_in_its_extra_body(tiny_bundle_dir: Path, directory: Path) -> None:
+    producer = FileProducer()
+    app = create_app(read_settings(bundle=(tiny_bundle_dir,), lora_dir=directory), producer)  # type: ignore[arg-type]
+    with live_server(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        drawn = client.images.generate(prompt="a", extra_body={"loras": [{"name": "oil", "weight": 0.8}]})
+        with pytest.raises(openai.UnprocessableEntityError, match="is not served") as refused:
+            client.images.generate(prompt="a", extra_body={"loras": [{"name": "chalk"}]})
+    assert drawn.data and refused.value.param == "loras.0.name"
+    assert [loras_of(job) for job in producer.jobs] == [[("oil", 0.8)]]
 
 
 @pytest.mark.parametrize(
