@@ -208,11 +208,12 @@ class Settings(BaseSettings):
         "in this order, comma-separated.",
     )
     c2pa_cert: Path | None = Field(
-        None,
-        description="PEM file of the certificates whose first one signs a C2PA manifest into every image; none: XMP "
-        "alone.",
+        None, description="PEM certificates; the first signs a C2PA manifest into every image; none: XMP alone."
     )
     c2pa_key: Path | None = Field(None, description="PEM file of that certificate's private key.")
+    watermark: int | None = Field(
+        None, description="Number that a mark in the pixels of every image holds; none: no mark.", ge=0, le=65_535
+    )
 
     metrics_port: int = Field(0, description="Port of a worker's own /metrics; 0: none.", ge=0, le=65535)
     measure_protocol: bool = Field(

@@ -312,11 +312,32 @@ def _provenance_figures() -> Iterator[str]:
     yield xmp.format(*shares)
 
 
+def _watermark_figures() -> Iterator[str]:
+    report = _report("watermark")
+    shares: dict[str, list[float]] = {}
+    for row in report["marked"]:
+        name = row["kind"] if row["image_px"] == 256 else "larger"
+        shares.setdefault(name, []).extend(100 * share for share in row["found"].values())
+    spans = {
+        name: f"{min(found):.0f} %" if min(found) == max(found) else f"{min(found):.0f} to {max(found):.0f} %"
+        for name, found in shares.items()
+    }
+    yield "at 256 px of flat drawings {flat}, of scenes {scenes}, of dead leaves {leaves}".format(**spans)
+    yield f"at 512 and 1024 px {spans['larger']}"
+    psnrs = [row["psnr_db"] for row in report["marked"]]
+    add_ms = max(1000 * row["add_s"] for row in report["marked"])
+    yield f"{min(psnrs):.0f} to {max(psnrs):.0f} dB, and up to {add_ms:.0f} ms of CPU time at 1024 px"
+    without = report["unmarked"]
+    yield f"{without['false_alarms']} false alarms in {without['images']:,} pictures"
+    yield f"{without['highest_score']:.1f} standard deviations, the threshold is {without['threshold']:.1f}"
+
+
 @pytest.mark.parametrize(
     ("page", "figures"),
     [
         ("operations.md", _operations_figures),
         ("provenance.md", _provenance_figures),
+        ("provenance.md", _watermark_figures),
         ("decisions/0003-own-queue-on-streams.md", _queue_rows),
         ("decisions/0008-exact-bounded-decode.md", _decode_rows),
     ],

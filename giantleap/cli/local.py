@@ -317,7 +317,7 @@ def _open_writer(settings: Settings) -> _Writer:
     from giantleap.service.worker.filters import open_filters
 
     try:
-        marker = ImageMarker(open_manifest_signer(settings))
+        marker = ImageMarker(open_manifest_signer(settings), settings.watermark)
         return _Writer(open_filters(settings.filters, lambda name, outcome: None), marker)
     except BadConfiguration as error:
         stop(error.detail)

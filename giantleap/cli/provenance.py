@@ -24,7 +24,7 @@ def verify(file: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP image;
         marks = verify_image(read_input(file), None, settings_from().max_image_px)
     except GiantleapError as error:
         stop(f"{file}: {error.detail}")
-    manifest = marks.manifest
+    manifest, mark = marks.manifest, marks.watermark
     rows = {
         "generated": "yes" if marks.generated else "not known",
         "xmp source type": marks.xmp.digital_source_type,
@@ -34,6 +34,7 @@ def verify(file: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP image;
         "manifest source type": manifest.digital_source_type,
         "manifest signed by": manifest.signed_by,
         "manifest problems": ", ".join(manifest.problems) or None,
+        "watermark": None if mark is None else f"{mark.number}, {mark.score} standard deviations above chance",
     }
     for name, value in rows.items():
         if value is not None:

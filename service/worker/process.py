@@ -82,7 +82,7 @@ def _run(
     set_threads(settings.torch_threads, settings.worker_processes)
     metrics = _open_metrics(settings)
     check_url(redis_url, settings)  # before minutes of loading
-    marker = ImageMarker(open_manifest_signer(settings))
+    marker = ImageMarker(open_manifest_signer(settings), settings.watermark)
     filters = open_filters(settings.filters, metrics.count_filtered)
     bundles, device = open_bundles(settings, metrics, stop)
     if stop.is_set():

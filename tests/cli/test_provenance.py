@@ -12,12 +12,7 @@ from typer.testing import CliRunner, Result
 
 from giantleap.cli.main import app
 
-
-@pytest.fixture(autouse=True)
-def tiny_settings(tiny_bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIANTLEAP_BUNDLE", str(tiny_bundle_dir))
-    monkeypatch.setenv("GIANTLEAP_DEVICE", "cpu")
-    monkeypatch.setenv("GIANTLEAP_LOG_LEVEL", "error")
+pytestmark = pytest.mark.usefixtures("tiny_settings")
 
 
 def _run(*arguments: str | Path) -> Result:
@@ -46,6 +41,23 @@ def test_a_made_certificate_signs_what_generate_writes(tmp_path: Path, monkeypat
     out.write_bytes(content[:-2] + b"\0" + content[-2:])
     altered = _run("provenance", "verify", out)
     assert altered.exit_code == 1 and "assertion.dataHash.mismatch" in altered.output
+
+
+def test_a_number_marks_the_pixels_of_what_both_commands_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIANTLEAP_WATERMARK", "4711")
+    drawn, enlarged, stripped = tmp_path / "drawn.png", tmp_path / "enlarged.jpg", tmp_path / "stripped.jpg"
+    assert _run("generate", "a red sphere", "-o", drawn, "--scale", "4", "--steps", "1").exit_code == 0
+    assert _run("upscale", drawn, "-o", enlarged, "--scale", "2").exit_code == 0
+    Image.open(enlarged).save(stripped, quality=90)
+    rows = _rows(stripped)
+    assert rows["watermark"].startswith("4711, ") and rows["generated"] == "yes" and "xmp creator" not in rows
+    assert "watermark" in _rows(drawn)
+
+
+def test_a_watermark_that_is_no_number_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIANTLEAP_WATERMARK", "yes")
+    ended = _run("generate", "a red sphere", "-o", tmp_path / "out.png")
+    assert ended.exit_code == 2 and "watermark" in ended.output
 
 
 def test_an_enlarged_photograph_is_a_composite(tmp_path: Path) -> None:

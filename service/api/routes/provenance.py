@@ -43,12 +43,20 @@ class ManifestBody(BaseModel):
     problems: list[str] = Field(description="C2PA's codes of what does not match.")
 
 
+class WatermarkBody(BaseModel):
+    """A mark that was found in the pixels; anyone can put one in."""
+
+    number: int = Field(description="GIANTLEAP_WATERMARK of the service that drew the image.")
+    score: float = Field(description="Standard deviations above chance.")
+
+
 class VerifyBody(BaseModel):
     """What an image carries of how it was made."""
 
     generated: bool = Field(description="A mark says that a model made it, at least in part; false: nothing is known.")
     xmp: XmpBody = Field(description="Its XMP packet.")
     manifest: ManifestBody = Field(description="Its C2PA manifest.")
+    watermark: WatermarkBody | None = Field(description="The mark in its pixels; null: none was found.")
 
 
 @router.post(
@@ -68,7 +76,7 @@ async def post_verify(request: Request, state: AppStateDep) -> VerifyBody:
 
 def to_verify_body(marks: ImageMarks) -> VerifyBody:
     """The marks as JSON."""
-    xmp, manifest = marks.xmp, marks.manifest
+    xmp, manifest, mark = marks.xmp, marks.manifest, marks.watermark
     return VerifyBody(
         generated=marks.generated,
         xmp=XmpBody(
@@ -81,4 +89,5 @@ def to_verify_body(marks: ImageMarks) -> VerifyBody:
             digital_source_type=manifest.digital_source_type,
             problems=list(manifest.problems),
         ),
+        watermark=None if mark is None else WatermarkBody(number=mark.number, score=mark.score),
     )

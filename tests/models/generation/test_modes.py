@@ -1,6 +1,5 @@
 """Modes on the real classes of diffusers with random weights: what each changes, and what none may change."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,27 +19,27 @@ from giantleap.models.bundle.names import SHIPPED
 from giantleap.models.generation.generator import Generator
 from giantleap.models.generation.items import GenerationItem
 from giantleap.models.generation.modes import apply_modes, denoiser_of, machine_fault, place
-from giantleap.models.latent_space import LATENT_SPACES
 from tests.lora_files import write_lora
-from tests.models.adapters.test_cache import CASES, distance
-from tests.tiny_pipelines import save_pipeline, tiny_prx
+from tests.models.adapters.test_cache import FAMILY_NAMES, distance
+from tests.models.generation.test_generator_families import CASES, Case
+from tests.tiny_pipelines import save_pipeline
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda:0")
-FAMILIES: dict[str, tuple[Callable[[], Any], str]] = CASES | {"prx": (lambda: tiny_prx(flux_vae=True), "z-image")}
+FAMILIES: dict[str, Case] = {name: CASES[name] for name in (*FAMILY_NAMES, "prx-flux-vae")}
 EVERY = pytest.mark.parametrize("family", FAMILIES)
-CACHED = pytest.mark.parametrize("family", ["flux1", "qwen-image"])
+CACHED = pytest.mark.parametrize("family", ["flux1-dev", "qwen-image"])
 QUICK = GenerationItem("a red ball", "", 3, 64, 64, 2, 3.0)
 BALL = GenerationItem("a red ball", "", 3, 64, 96, 6, 3.0)
 CAT = GenerationItem("a cat on a mat", "", 8, 64, 64, 5, 3.0)
 
 
 def open_generator(family: str, modes: Modes = PLAIN) -> Generator:
-    build, space = FAMILIES[family]
-    pipeline = build()
+    case = FAMILIES[family]
+    pipeline = case.build()
     pipeline.set_progress_bar_config(disable=True)
     apply_modes(pipeline, modes, torch.float32)
-    return Generator(place(pipeline, modes, CPU), LATENT_SPACES[space], modes=modes)
+    return Generator(place(pipeline, modes, CPU), case.space, modes=modes)
 
 
 def draw(generator: Generator, item: GenerationItem = BALL, **calls: Any) -> Tensor:
@@ -76,7 +75,7 @@ def test_offload_gives_the_same_latent_and_never_moves_the_vae(family: str, how:
 
 @EVERY
 def test_a_lora_acts_under_group_offload_as_without_it(family: str, tmp_path: Path) -> None:
-    if family == "prx":
+    if family == "prx-flux-vae":
         pytest.skip("diffusers loads no LoRA into PRX")
     plain, moved = open_generator(family), open_generator(family, Modes(offload="group"))
     path = write_lora(tmp_path / "ink.safetensors", plain.pipeline, 1)
@@ -88,7 +87,7 @@ def test_a_lora_acts_under_group_offload_as_without_it(family: str, tmp_path: Pa
 
 @EVERY
 def test_the_lists_of_classes_are_those_of_diffusers(family: str) -> None:
-    pipeline = FAMILIES[family][0]()
+    pipeline = FAMILIES[family].build()
     name, network = type(pipeline).__name__, denoiser_of(pipeline)
     choosing = [hasattr(getattr(each, "processor", None), "_attention_backend") for each in network.modules()]
     assert (name in CHOOSES_ATTENTION) == any(choosing)
@@ -98,12 +97,12 @@ def test_the_lists_of_classes_are_those_of_diffusers(family: str) -> None:
 
 def test_an_attention_backend_is_that_of_its_own_pipeline_alone() -> None:
     default, _ = _AttentionBackendRegistry.get_active_backend()
-    generator = open_generator("flux1", Modes(attention="_native_math"))
+    generator = open_generator("flux1-dev", Modes(attention="_native_math"))
     assert _AttentionBackendRegistry.get_active_backend()[0] == default
     network: Any = denoiser_of(generator.pipeline)
     chosen = {each.processor._attention_backend for each in network.modules() if hasattr(each, "processor")}
     assert [each.value for each in chosen] == ["_native_math"]
-    assert distance(draw(generator), draw(open_generator("flux1"))) < 1e-5
+    assert distance(draw(generator), draw(open_generator("flux1-dev"))) < 1e-5
 
 
 @CACHED
@@ -199,8 +198,8 @@ def test_diffusers_is_the_version_that_the_lists_are_for() -> None:
 
 def write_bundle_of(family: str, directory: Path, modes: Modes) -> Bundle:
     """The descriptor of the shipped bundle of a family, around a tiny pipeline on disk."""
-    shipped = read_bundle(SHIPPED / {"flux1": "flux1-dev", "qwen-image": "qwen-image"}[family]).descriptor
-    save_pipeline(FAMILIES[family][0](), directory / "pipeline")
+    shipped = read_bundle(SHIPPED / family).descriptor
+    save_pipeline(FAMILIES[family].build(), directory / "pipeline")
     source = PipelineSource(path="pipeline")
     changed = {"pipeline": source, "tiny_vae": None, "lua_source": None, "modes": modes}
     return Bundle(directory, shipped.model_copy(update=changed))
@@ -211,7 +210,7 @@ def load(bundle: Bundle) -> Generator:
 
 
 def test_a_bundle_whose_mode_this_machine_cannot_do_is_refused_in_one_line(tmp_path: Path) -> None:
-    bundle = write_bundle_of("flux1", tmp_path, Modes(offload="group"))
+    bundle = write_bundle_of("flux1-dev", tmp_path, Modes(offload="group"))
     with pytest.raises(
         BundleError, match=r"^bundle flux1-dev: modes\.offload group needs a GPU; .*: leave it out there$"
     ):
@@ -220,16 +219,16 @@ def test_a_bundle_whose_mode_this_machine_cannot_do_is_refused_in_one_line(tmp_p
 
 def test_a_bundle_is_loaded_in_its_modes(tmp_path: Path) -> None:
     modes = Modes(storage="fp8", attention="_native_math", cache="first_block")
-    generator = load(write_bundle_of("flux1", tmp_path, modes))
+    generator = load(write_bundle_of("flux1-dev", tmp_path, modes))
     assert generator.modes == modes and generator.pipeline.transformer.is_cache_enabled
-    assert distance(draw(generator, QUICK), draw(open_generator("flux1", modes), QUICK)) < 1e-3
+    assert distance(draw(generator, QUICK), draw(open_generator("flux1-dev", modes), QUICK)) < 1e-3
 
 
 @pytest.mark.parametrize(("how", "part"), [("int8", "text_encoder_2"), ("fp8", "transformer"), ("int8", "transformer")])
 def test_torchao_quantizes_the_named_component_and_takes_a_lora(how: Any, part: str, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
-    generator = load(write_bundle_of("flux1", tmp_path, Modes(quantize={part: how})))
-    plain = open_generator("flux1")
+    generator = load(write_bundle_of("flux1-dev", tmp_path, Modes(quantize={part: how})))
+    plain = open_generator("flux1-dev")
     weights = {type(each).__name__ for each in getattr(generator.pipeline, part).parameters()}
     assert any(name in ("Int8Tensor", "Float8Tensor") for name in weights)
     assert 0 < distance(draw(generator, QUICK), draw(plain, QUICK)) < 0.05

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from giantleap.models.pixels.images import to_image_bytes
 from giantleap.models.provenance.marker import ImageMarker
+from giantleap.models.provenance.watermark import add_watermark
 from giantleap.models.provenance.xmp import GENERATED, Origin
 from giantleap.service.api.app import create_app
 from giantleap.service.settings import read_settings
@@ -31,6 +33,18 @@ async def test_a_body_and_a_form_are_read_alike(client: httpx.AsyncClient) -> No
     body = by_body.json()
     assert body["generated"] is True and body["manifest"]["state"] == "none"
     assert body["xmp"]["digital_source_type"] == GENERATED and body["xmp"]["creator_tool"].startswith("Giantleap ")
+
+
+async def test_a_mark_in_the_pixels_alone_is_reported(client: httpx.AsyncClient) -> None:
+    marked = torch.from_numpy(add_watermark(np.full((256, 256, 3), 90, np.uint8), 4711))
+    answer = await client.post(
+        "/verify", content=to_image_bytes(marked, "jpeg"), headers={"Content-Type": "image/jpeg"}
+    )
+    body = answer.json()
+    assert body["generated"] is True and body["watermark"]["number"] == 4711 and body["watermark"]["score"] > 10
+    assert body["xmp"]["digital_source_type"] is None
+    plain = await client.post("/verify", content=IMAGE, headers={"Content-Type": "image/webp"})
+    assert plain.json()["watermark"] is None
 
 
 @pytest.mark.parametrize(
