@@ -33,6 +33,7 @@ from giantleap.models.engines.base import Artifact, Engine, EngineName
 from giantleap.models.engines.swinir import PixelUpscaler
 from giantleap.models.generation.generator import Generator
 from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
+from giantleap.models.generation.previews import PreviewCallback
 from giantleap.models.generation.refine import refine_latent
 from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import pad_to_window
@@ -42,6 +43,7 @@ from giantleap.models.upscaler import open_lua
 from giantleap.models.vae.autoencoder import Vae, read_tiny, read_vae_model
 from giantleap.models.vae.compiled import compile_decoder
 from giantleap.models.vae.pixels import decode_items, decode_pixels, encode_items, encode_pixels
+from giantleap.models.vae.preview import Previewer, open_previewer
 from giantleap.models.worker_role import WorkerRole
 
 NO_OBSERVER = NoObserver()
@@ -61,6 +63,7 @@ class Route:
         clamp: Bounds the output of LUA; None for no bound.
         lua_scales: The scales that the bundle serves; empty for those of the network's heads.
         role: The stages that run here.
+        previewer: Shows latents that are not finished; None if the bundle has nothing for that.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Route:
         clamp: LatentClamp | None = None,
         lua_scales: Sequence[float] = (),
         role: WorkerRole = WorkerRole.ALL,
+        previewer: Previewer | None = None,
     ) -> None:
         self.name = name
         self._generator = generator
@@ -86,6 +90,7 @@ class Route:
         self.clamp = clamp
         self.lua_scales = tuple(lua_scales)
         self.role = role
+        self.previewer = previewer
 
     @classmethod
     def open(
@@ -123,14 +128,15 @@ class Route:
         space = bundle.latent_space if generator is None else generator.latent_space
         model = read_vae_model(bundle, device, dtype) if generator is None else generator.pipeline.vae
         with load_errors(bundle, "tiny VAE"):
-            tiny = read_tiny(bundle.tiny_vae, device, dtype) if bundle.tiny_vae and role.loads_decoder else None
+            tiny = read_tiny(bundle.tiny_vae, device, dtype) if bundle.tiny_vae else None
         vae = Vae(model, space, dtype=dtype, tiny=tiny)
         if not role.loads_decoder:
             vae.drop_decoder()
         elif bundle.modes.compile_vae:
             compile_decoder(vae)
         scales = bundle.scales_of("lua")[1:]
-        return cls(bundle.name, generator, lua, pixel, vae, device, dtype, clamp, scales, role)
+        previewer = open_previewer(bundle, tiny)
+        return cls(bundle.name, generator, lua, pixel, vae, device, dtype, clamp, scales, role, previewer)
 
     @property
     def generator(self) -> Generator:
@@ -189,6 +195,7 @@ class Route:
         on_step: StepCallback | None = None,
         is_canceled: CancelCheck | None = None,
         on_part: PartCallback | None = None,
+        on_preview: PreviewCallback | None = None,
     ) -> list[Tensor | None]:
         """Generate the raw latents that the other stages of a method start from; see `Generator.generate`.
 
@@ -199,11 +206,11 @@ class Route:
             ValueError: As `Generator.generate`, or the method needs a decoder, which this role does not load.
         """
         if method not in REDIFFUSION or scale == 1:
-            return self.generator.generate(items, on_step=on_step, is_canceled=is_canceled)
+            return self.generator.generate(items, on_step=on_step, is_canceled=is_canceled, on_preview=on_preview)
         if method in NEEDS_DECODER and not self.role.loads_decoder:
             raise ValueError(f"method {method} decodes while it generates; a worker of role {self.role} has no decoder")
         tools = Tools(self.vae, self.upscale)
-        return draw_items(self.generator, tools, items, method, round(scale), on_step, is_canceled, on_part)
+        return draw_items(self.generator, tools, items, method, round(scale), on_step, is_canceled, on_part, on_preview)
 
     def encode_image(self, pixels: NDArray[np.uint8], on_part: PartCallback | None = None) -> Tensor:
         """Encode an image to its raw latent; see `encode_pixels`."""

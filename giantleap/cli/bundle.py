@@ -65,6 +65,7 @@ def show(name: NameArgument) -> None:
     )
     typer.echo(f"  vae         {'that of the pipeline' if bundle.vae is None else _place(bundle.vae)}")
     typer.echo(f"  tiny vae    {'none' if bundle.tiny_vae is None else _place(bundle.tiny_vae)}")
+    typer.echo(f"  previews    {bundle.descriptor.previews_unavailable or 'yes'}")
     typer.echo(f"  latents     {space.name}: {space.channels} channels, stride {space.stride_px} px")
     sides = f"sides from {limits.min_base_px} to {limits.max_base_px} px in steps of {limits.multiple_px}"
     typer.echo(f"  base image  {defaults.base_width_px} x {defaults.base_height_px} px; {sides}")
@@ -120,11 +121,14 @@ def make(
     check_output_directory(target)
 
     from giantleap.models.bundle.make import make_bundle
+    from giantleap.models.vae.preview_fit import add_preview_map
 
     about = {key: text for key, text in (("title", title), ("license", license_name)) if text is not None}
     try:
         with working(f"making bundle {name}"):
             made = make_bundle(source, lua, name, target, about)
+            if made.descriptor.previews_unavailable and made.vae_directory is not None:
+                made = add_preview_map(made)
     except (OSError, ValueError) as error:
         stop(to_line(error))
     shown = made.name if to is None else target

@@ -294,7 +294,7 @@ class _Writer:
         """Write an image of the seed of its parameters; one that a filter holds back ends the command."""
         from giantleap.models.filters.chain import FilterFailed, ImageRefused
         from giantleap.service.jobs.marking import to_origin
-        from giantleap.service.worker.filters import to_context
+        from giantleap.service.worker.outputs.filters import to_context
 
         if pixels is None:
             stop("the decoded image has values that are not finite; nothing was written")
@@ -314,7 +314,7 @@ def _open_writer(settings: Settings) -> _Writer:
 
     from giantleap.models.provenance.marker import ImageMarker
     from giantleap.service.jobs.marking import open_manifest_signer
-    from giantleap.service.worker.filters import open_filters
+    from giantleap.service.worker.outputs.filters import open_filters
 
     try:
         marker = ImageMarker(open_manifest_signer(settings), settings.watermark)

@@ -207,6 +207,12 @@ class SwinirFiles(_Section):
         return {scale: name for scale, name in ((2, self.x2), (4, self.x4)) if name is not None}
 
 
+class PreviewFile(_Section):
+    """`[preview]`: a linear map from latents to colors inside the bundle, for previews without a tiny VAE."""
+
+    file: Text
+
+
 class Defaults(_Section):
     """`[defaults]`: values of a request that does not set them. A bundle without `[lua]` must name its method."""
 
@@ -257,6 +263,7 @@ class Descriptor(_Section):
     lua: LuaFile | None = None
     lua_source: LuaSource | None = None
     swinir: SwinirFiles | None = None
+    preview: PreviewFile | None = None
     defaults: Defaults
     limits: Limits
     vocabulary: Vocabulary
@@ -282,6 +289,8 @@ class Descriptor(_Section):
         for scale, name in ({} if self.swinir is None else self.swinir.by_scale()).items():
             if name not in self.files:
                 raise ValueError(f"swinir.x{scale}: {name} has no digest in files")
+        if self.preview is not None and self.preview.file not in self.files:
+            raise ValueError(f"preview.file: {self.preview.file} has no digest in files")
         self._check_default_method()
         for factor in () if self.lua is None else self.lua.scales:
             if not all(is_whole(side_px // space.multiple_px, factor) for side_px in self._base_sides_px):
@@ -318,6 +327,13 @@ class Descriptor(_Section):
         if method == "direct" and self.limits.max_direct_px is None:
             return f"the base model of bundle {name} draws no large images: limits.max_direct_px is not set"
         return ""
+
+    @property
+    def previews_unavailable(self) -> str:
+        """Why no previews can be made, and what to do; empty if they can."""
+        if self.tiny_vae is not None or self.preview is not None:
+            return ""
+        return f"bundle {self.bundle.name} has no [tiny_vae] and no [preview]; `giantleap bundle make` fits one"
 
     def _lua_advice(self) -> str:
         source = self.lua_source

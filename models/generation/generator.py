@@ -5,7 +5,7 @@ in `giantleap.models.route`.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from giantleap.models.bundle.modes import PLAIN, Modes
 from giantleap.models.generation.families import FAMILIES
 from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
 from giantleap.models.generation.loading import load_pipeline
+from giantleap.models.generation.previews import PreviewCallback, preview_steps, to_clean
 from giantleap.models.latent_space import LatentSpace
 
 
@@ -53,6 +54,7 @@ class Generator:
         self.modes = modes
         self.adapters = AdapterCache(pipeline, hotswap=modes.compile != "none")
         self.max_side_px = max_side_px
+        self._clean: Tensor | None = None  # of the last step, while previews are asked for
         if latent_space.statistics_in_vae and latent_space.mean is None:
             norm, eps = pipeline.vae.bn, pipeline.vae.config.batch_norm_eps
             std = (norm.running_var.double() + eps).sqrt()
@@ -84,6 +86,7 @@ class Generator:
         *,
         on_step: StepCallback | None = None,
         is_canceled: CancelCheck | None = None,
+        on_preview: PreviewCallback | None = None,
     ) -> list[Tensor | None]:
         """Generate the raw latents of a batch.
 
@@ -95,6 +98,7 @@ class Generator:
             on_step: Called after each denoising step with (steps done, steps).
             is_canceled: Called after each step, and after `on_step`, with the index of each item: whether its result is
                 no longer wanted. Once all items are canceled the remaining steps are skipped.
+            on_preview: Called after `is_canceled`, for each item whose `previews` ask for this step.
 
         Returns:
             A raw float32 latent per item, [channels, latent_height, latent_width]; None for a canceled one.
@@ -119,6 +123,11 @@ class Generator:
                 canceled.update(index for index in range(len(items)) if is_canceled(index))
             if canceled.issuperset(run):
                 raise _AllCanceledError
+            if on_preview is not None and self._clean is not None:
+                asked = {index for index in run if step + 1 in preview_steps(items[index].previews, steps)}
+                for index in sorted(asked - canceled):
+                    row = self._clean[run.index(index)][None].float()
+                    on_preview(index, step + 1, self._to_raw(row, items[index])[0])
             return {}
 
         for run in runs:
@@ -185,12 +194,22 @@ class Generator:
             pipeline.set_progress_bar_config(disable=True)
             # Pipelines take tensors in [0, 1]; one in [-1, 1] without a negative value would pass as such.
             arguments |= {"image": torch.stack(images).clamp(-1, 1) / 2 + 0.5, "strength": first.strength}
-        with _seeded_steps(pipeline.scheduler, arguments["generator"]), self.cleared():
-            latents: Tensor = pipeline(**arguments).images.float()
+        keep = self._keep_clean if any(item.previews for item in items) else None
+        try:
+            with _prepared_steps(pipeline.scheduler, arguments["generator"], keep), self.cleared():
+                latents: Tensor = pipeline(**arguments).images.float()
+        finally:
+            self._clean = None
         if self.family.returns_raw:
             self.latent_space.check_raw(tuple(latents.shape))
             return latents
-        return self.latent_space.to_raw(latents, first.height_px, first.width_px)
+        return self._to_raw(latents, first)
+
+    def _to_raw(self, latents: Tensor, item: GenerationItem) -> Tensor:
+        return self.latent_space.to_raw(latents, item.height_px, item.width_px)
+
+    def _keep_clean(self, arguments: Mapping[str, Any], made: Any, scheduler: Any) -> None:
+        self._clean = to_clean(scheduler, arguments, made)
 
     @contextmanager
     def cleared(self) -> Iterator[None]:
@@ -229,21 +248,27 @@ class Generator:
 
 
 @contextmanager
-def _seeded_steps(scheduler: Any, generators: Sequence[torch.Generator]) -> Iterator[None]:
+def _prepared_steps(
+    scheduler: Any, generators: Sequence[torch.Generator], on_made: Callable[..., object] | None
+) -> Iterator[None]:
     """Give the generators to the scheduler's steps too, which most pipelines of flow models do not.
 
-    A scheduler that draws noise in its steps would draw it from torch's global generator.
+    A scheduler that draws noise in its steps would draw it from torch's global generator. `on_made` sees the arguments
+    and the result of each step, and the scheduler.
     """
     step = scheduler.step
-    if "generator" not in inspect.signature(step).parameters:
-        yield
-        return
+    signature = inspect.signature(step)
+    seeds = {"generator": generators} if "generator" in signature.parameters else {}
 
     @wraps(step)
-    def seeded(*args: Any, **options: Any) -> Any:
-        return step(*args, **{"generator": generators} | options)
+    def prepared(*args: Any, **options: Any) -> Any:
+        options = seeds | options
+        made = step(*args, **options)
+        if on_made is not None:
+            on_made(signature.bind(*args, **options).arguments, made, scheduler)
+        return made
 
-    scheduler.step = seeded
+    scheduler.step = prepared
     try:
         yield
     finally:

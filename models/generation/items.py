@@ -30,6 +30,7 @@ class GenerationItem:
         strength: How far to depart from `init_image`, above 0 and up to 1.
         refine: How to sample the enlarged latent again (`giantleap.models.generation.refine`); None leaves it out.
         loras: LoRA adapters that act on this image.
+        previews: How many previews to make on the way; they change nothing.
     """
 
     prompt: str
@@ -43,6 +44,7 @@ class GenerationItem:
     strength: float = 1.0
     refine: Refinement | None = None
     loras: tuple[AdapterUse, ...] = ()
+    previews: int = 0
 
     @property
     def shared(self) -> tuple[int, int, int, float, float | None, tuple[AdapterUse, ...]]:

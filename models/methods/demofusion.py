@@ -8,6 +8,7 @@ Ref: arXiv 2311.16973; cosine scales 3, 1, 1 and sigma 0.8, as in the comparison
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -97,8 +98,8 @@ def draw_again(
         seen_strided = F.pixel_unshuffle(blurred.transpose(0, 1), factor).transpose(0, 1)
         moved = _in_batches(advance, seen_strided, strided, [(0, 0)] * len(strided), progress)
         whole = F.pixel_shuffle(moved.transpose(0, 1), factor).transpose(0, 1)
-        x = (1 - cosine) * local + cosine * whole
-        progress.step()
+        before, x = x, (1 - cosine) * local + cosine * whole
+        progress.step(partial(stepper.clean_between, before, x, index))
     return x
 
 

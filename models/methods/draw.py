@@ -16,6 +16,7 @@ from giantleap.models.bundle.descriptor import Method
 from giantleap.models.device import PartCallback
 from giantleap.models.generation.generator import Generator
 from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
+from giantleap.models.generation.previews import PreviewCallback, preview_steps
 from giantleap.models.methods.demofusion import draw_demofusion
 from giantleap.models.methods.denoiser import Denoiser
 from giantleap.models.methods.hidiffusion import hidiffusion, plan_hidiffusion
@@ -54,6 +55,7 @@ def draw_items(
     on_step: StepCallback | None = None,
     is_canceled: CancelCheck | None = None,
     on_part: PartCallback | None = None,
+    on_preview: PreviewCallback | None = None,
 ) -> list[Tensor | None]:
     """Draw images `scale` times as large as their items. Arguments not named here as of `Generator.generate`.
 
@@ -73,21 +75,26 @@ def draw_items(
         generator.check(item, items[0])
     if any(item.init_image is not None for item in items):
         raise ValueError(f"{method} starts from noise; leave init_image out")
-    total = len(items) * count_steps(method, scale, items[0].steps)
+    steps = count_steps(method, scale, items[0].steps)
+    total = len(items) * steps
     latents: list[Tensor | None] = []
     done = 0
 
-    def end_step() -> None:
+    def end_step(to_clean: Callable[[], Tensor]) -> None:
         nonlocal done
         done += 1
         if on_step is not None:
             on_step(done, total)
         if is_canceled is not None and is_canceled(len(latents)):
             raise _CanceledError
+        index = len(latents)
+        step = done - index * steps
+        if on_preview is not None and step in preview_steps(items[index].previews, steps):
+            on_preview(index, step, generator.latent_space.to_raw(to_clean().float())[0])
 
     progress = Progress(end_step, lambda: None if on_part is None else on_part(None))
     for index, item in enumerate(items):
-        done = index * total // len(items)
+        done = index * steps
         drawn: Tensor | None = None
         if is_canceled is None or not is_canceled(index):
             with suppress(_CanceledError), generator.cleared():

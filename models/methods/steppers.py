@@ -4,6 +4,7 @@ Multistep solvers remember earlier outputs, which belong to other windows. A bun
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from giantleap.models.methods.views import NoiseSource, Predict, Progress, View
+
+_SMALL = 1e-6
 
 
 class Stepper(Protocol):
@@ -25,6 +28,10 @@ class Stepper(Protocol):
 
     def add_noise(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
         """A clean latent at the time of step `index`."""
+        ...
+
+    def clean_between(self, x: Tensor, following: Tensor, index: int) -> Tensor:
+        """The clean latent that a step without fresh noise went to, from the latents before and after it."""
         ...
 
 
@@ -55,6 +62,19 @@ class DdimStepper:
         noised: Tensor = self._scheduler.add_noise(clean, noise, self.timesteps[index : index + 1])
         return noised
 
+    def clean_between(self, x: Tensor, following: Tensor, index: int) -> Tensor:
+        """See `Stepper`."""
+        (kept, noise), (next_kept, next_noise) = self._shares(index), self._shares(index + 1)
+        change = next_kept - kept * next_noise / noise
+        return following if change < _SMALL else (following - next_noise / noise * x) / change  # the last may stay
+
+    def _shares(self, index: int) -> tuple[float, float]:
+        """The shares of clean latent and noise at the time of step `index`, or at the end."""
+        alpha = self._scheduler.final_alpha_cumprod
+        if index < len(self.timesteps):
+            alpha = self._scheduler.alphas_cumprod[int(self.timesteps[index])]
+        return float(alpha) ** 0.5, (1 - float(alpha)) ** 0.5
+
 
 class FlowStepper:
     """Euler steps of flow matching: x = (1 - sigma) clean + sigma noise.
@@ -83,6 +103,11 @@ class FlowStepper:
         sigma = self._sigmas[index]
         return (1 - sigma) * clean + sigma * noise
 
+    def clean_between(self, x: Tensor, following: Tensor, index: int) -> Tensor:
+        """See `Stepper`."""
+        share = self._sigmas[index + 1] / self._sigmas[index]
+        return (following - share * x) / (1 - share)
+
 
 def open_stepper(scheduler: Any, steps: int, device: torch.device, eta: float = 0.0) -> Stepper:
     """The stepper for the noise schedule of a pipeline's scheduler, which is not touched.
@@ -99,6 +124,10 @@ def open_stepper(scheduler: Any, steps: int, device: torch.device, eta: float = 
     own = type(scheduler).from_config(config)
     own.set_timesteps(steps, device=device)
     return FlowStepper(own.timesteps, own.sigmas, config.get("prediction_type", "flow_prediction"))
+
+
+def _same(latent: Tensor) -> Tensor:
+    return latent
 
 
 def sample(
@@ -132,5 +161,5 @@ def sample(
         begin(index)
         output = predict(x, stepper.timesteps[index], view)
         x, clean = stepper.step(output, index, x, None if noise is None else noise.normal(x.shape))
-        progress.step()
+        progress.step(partial(_same, clean))
     return x, clean

@@ -54,8 +54,8 @@ class NoiseSource:
 
 
 class Progress:
-    """What a loop reports: a whole step, or a part of one. Both may raise, to end the loop."""
+    """What a loop reports: a whole step, with what gives its clean latent, or a part of one. Both may raise."""
 
-    def __init__(self, on_step: Callable[[], object], on_part: Callable[[], object]) -> None:
+    def __init__(self, on_step: Callable[[Callable[[], Tensor]], object], on_part: Callable[[], object]) -> None:
         self.step = on_step
         self.part = on_part

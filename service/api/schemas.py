@@ -162,6 +162,7 @@ class ModelBody(BaseModel):
     negative_prompt: bool = Field(description="Whether a negative prompt is taken.")
     refine: bool = Field(description="Whether an enlarged latent can be refined.")
     refine_unavailable: str | None = Field(description="Why not; null if it can.")
+    previews: bool = Field(description="Whether previews can be made on the way.")
     scales: list[int | float] = Field(description="Every enlargement, by whatever method.")
     steps: int = Field(description="Denoising steps by default.")
     max_steps: int = Field(description="Most denoising steps.")
@@ -211,6 +212,7 @@ def to_model_body(served: ServedBundle, settings: Settings, loaded: bool) -> Mod
         negative_prompt=bundle.takes_negative_prompt,
         refine=not bundle.refine_unavailable,
         refine_unavailable=bundle.refine_unavailable or None,
+        previews=not bundle.descriptor.previews_unavailable,
         scales=list(bundle.scales),
         steps=defaults.steps,
         max_steps=limits.max_steps,

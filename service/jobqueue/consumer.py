@@ -165,10 +165,11 @@ class JobConsumer:
                 if self._stop.wait(pause_s) or time.monotonic() >= deadline_s:
                     return []
 
-    def emit(self, claim: Claim, name: str, data: Mapping[str, object]) -> None:
-        """Adds a progress event. Effects: none if the claim is lost; dropped with a warning if Redis is unavailable."""
+    def emit(self, claim: Claim, name: str, data: Mapping[str, object], image: bytes | None = None) -> None:
+        """Adds a progress event, of a preview with its image; none if the claim is lost or Redis has no room."""
+        script = scripts.EMIT if image is None else scripts.EMIT_PREVIEW
         try:
-            self._scripts.run(scripts.EMIT, {**self._fence(claim), "name": name, "data": json.dumps(data)})
+            self._scripts.run(script, {**self._fence(claim), "name": name, "data": json.dumps(data)}, value=image)
         except REDIS_UNAVAILABLE as error:
             _LOG.warning("event %s of job %s dropped (%s)", name, claim.job.id, name_fault(error))
 

@@ -83,6 +83,10 @@ class Keys:
         """Stream of the events of a job."""
         return f"{self.tag}:events:{job_id}"
 
+    def preview(self, job_id: str) -> str:
+        """Hash of the previews of a job, by the ids of their events."""
+        return f"{self.tag}:preview:{job_id}"
+
     def input(self, job_id: str) -> str:
         """Input blob of a job."""
         return f"{self.tag}:input:{job_id}"

@@ -8,7 +8,6 @@ job's own stream.
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
 import math
 import re
@@ -26,6 +25,7 @@ from giantleap.service.jobqueue.arguments import body_sha256, enqueue_arguments
 from giantleap.service.jobqueue.backpressure import retry_after_s, to_refusal
 from giantleap.service.jobqueue.client import COMMAND_S, AsyncRedis, await_reply, cancel_tasks, check_client
 from giantleap.service.jobqueue.completions import CompletionListener
+from giantleap.service.jobqueue.events import read_event
 from giantleap.service.jobqueue.keys import Keys, idempotency_digest
 from giantleap.service.jobqueue.replies import EnqueueReply
 from giantleap.service.jobqueue.runner import AsyncScriptRunner, upload_input
@@ -361,9 +361,9 @@ class JobProducer:
             reply = await await_reply(self._read_events(job_id, last_event_id, wait=not final), _STREAM_S)
             for entry_id, fields in reply:
                 last_event_id = entry_id.decode()
-                name = fields[b"name"].decode()
-                yield JobEvent(last_event_id, name, json.loads(fields[b"data"]))
-                if name == "done":
+                if (event := await read_event(self._redis, self._keys.preview(job_id), entry_id, fields)) is not None:
+                    yield event
+                if fields[b"name"] == b"done":
                     return
             if final and not reply:
                 return

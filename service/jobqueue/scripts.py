@@ -33,6 +33,9 @@ _LIST_TTL_S = 86_400
 # Deliveries that wait for their receivers; further ones go to the dead list.
 _WEBHOOK_LIMIT = 10_000
 _WEBHOOK_TTL_S = 86_400
+# Previews of one job that are stored at once, and for how long after the last one.
+_PREVIEW_LIMIT = 64
+_PREVIEW_TTL_S = 60
 _LUA = resources.files(__package__) / "lua"
 
 
@@ -108,6 +111,7 @@ CLAIM: LuaScript[replies.ClaimReply] = _load("claim", replies.ClaimReply)
 FIND_STOPPED: LuaScript[replies.IdsReply] = _load("find_stopped", replies.IdsReply)
 RENEW: LuaScript[replies.IdsReply] = _load("renew", replies.IdsReply)
 EMIT: LuaScript[None] = _load("emit", None)
+EMIT_PREVIEW: LuaScript[None] = _load("emit_preview", None)
 COMPLETE: LuaScript[replies.SettleReply] = _load("complete", replies.SettleReply)
 TRANSFER: LuaScript[replies.SettleReply] = _load("transfer", replies.SettleReply)
 FAIL: LuaScript[replies.SettleReply] = _load("fail", replies.SettleReply)
@@ -129,6 +133,8 @@ def to_config(settings: Settings) -> str:
             "idempotency_ttl_ms": settings.idempotency_ttl_s * 1000,
             "budget_bytes": settings.blob_budget_bytes,
             "event_limit": settings.event_limit,
+            "preview_limit": _PREVIEW_LIMIT,
+            "preview_ttl_ms": _PREVIEW_TTL_S * 1000,
             "visibility_ms": int(settings.visibility_timeout_s * 1000),
             "max_deliveries": settings.max_deliveries,
             "backoff_ms": int(settings.retry_backoff_s * 1000),

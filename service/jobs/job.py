@@ -76,6 +76,7 @@ class GenerateParams:
     refine: Refinement | None = None
     embed_parameters: bool = False
     loras: tuple[AdapterUse, ...] = ()
+    previews: int = 0
 
     kind: Literal["generate"] = "generate"
 
@@ -250,8 +251,9 @@ class JobEvent:
 
     Attributes:
         id: Id in the Redis stream, sent as the id of the server-sent event.
-        name: queued, started, step (data: step, steps), progress (data: stage, seconds, fraction where known), stage
-            (data: stage, seconds), retrying, or done (data: state), which is always the last.
+        name: queued, started, step (data: step, steps), preview (data: index, step, width, height, image), progress
+            (data: stage, seconds, fraction where known), stage (data: stage, seconds), retrying, or done (data: state),
+            which is always the last.
     """
 
     id: str

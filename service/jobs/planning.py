@@ -52,8 +52,7 @@ def plan_generate(
 ) -> GenerateParams:
     """The parameters of a /generate job, with the bundle's defaults for what the request leaves out.
 
-    Without `devices`, the devices that the job may run on, memory is not checked. `loras` are the files of those that
-    the request names.
+    Memory is checked for `devices`, those that may run the job. `loras` are the files of those that the request names.
 
     Raises:
         InvalidFields: The bundle lacks the method, or values are over a limit; all of them are named.
@@ -79,6 +78,7 @@ def plan_generate(
         refine=None if request.refine is None else to_refinement(request.refine.strength, request.refine.steps),
         embed_parameters=request.embed_parameters,
         loras=loras,
+        previews=request.previews,
     )
     _refuse(
         (
@@ -133,10 +133,16 @@ def _too_long_to_embed(params: GenerateParams, bundle: Bundle) -> Check:
     return is_wrong, "embed_parameters", f"needs prompts of at most {MAX_PARAMETERS_BYTES} bytes as JSON; leave it out"
 
 
+def _no_previews(params: GenerateParams, bundle: Bundle) -> Check:
+    reason = bundle.descriptor.previews_unavailable if params.previews else ""
+    return bool(reason), "previews", f"are not available: {reason}; leave them out"
+
+
 def _step_checks(params: GenerateParams, bundle: Bundle) -> tuple[Check, ...]:
     """At least one step and not too many: with an init_image only the share `strength` of the steps is run."""
     steps, strength, max_steps = params.steps, params.strength, bundle.limits.max_steps
     return (
+        _no_previews(params, bundle),
         (steps > max_steps, "steps", f"is {steps}; bundle {bundle.name} takes at most {max_steps}"),
         (
             strength is not None and not bundle.supports_init_image,

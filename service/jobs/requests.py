@@ -16,6 +16,7 @@ from giantleap.service.jobs.job import FINAL_STATES, FinalState, Webhook
 
 PriorityName = Literal["high", "low"]
 MAX_SEED = 2**63 - 1
+MAX_PREVIEWS = 10
 _ANY_STATE = "|".join(FINAL_STATES)
 
 SideField = Annotated[int | None, Field(ge=1, le=65_536, examples=[256]), BeforeValidator(to_whole)]
@@ -122,6 +123,9 @@ class GenerateRequest(JsonRequest):
     )
     refine: RefineRequest | None = Field(None, description="Sample the enlarged latent again; not done if left out.")
     loras: Loras = LORAS_FIELD
+    previews: Integer = Field(
+        0, ge=0, le=MAX_PREVIEWS, description="So many small JPEGs of each image on its way come as events."
+    )
     embed_parameters: bool = Field(
         False, description="Write prompt, seed and the other parameters into the file's XMP; else it names none."
     )

@@ -29,6 +29,7 @@ from giantleap.service.worker.items import (
     to_latent_output,
     wants_image,
 )
+from giantleap.service.worker.outputs.previews import PreviewSender
 from giantleap.service.worker.progress import BatchObserver, BatchStopped, StopFlags
 from giantleap.service.worker.watchdog import Watchdog
 
@@ -117,6 +118,7 @@ class BatchRun:
                 on_step=observer.report_step,
                 is_canceled=lambda index: self._flags.is_stopped(items[index]),
                 on_part=partial(observer.report_part, "generate"),
+                on_preview=PreviewSender(items, self._route.previewer, self._filters, self._consumer).send,
             )
 
     def _decode(self, items: Sequence[Item], latents: list[Tensor]) -> Sequence[Outcome]:

@@ -27,7 +27,7 @@ from giantleap.service.jobs.job import GenerateParams, JobError, JobParams, Resu
 from giantleap.service.jobs.latents import LATENT_TENSOR
 from giantleap.service.jobs.marking import to_origin
 from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
-from giantleap.service.worker.filters import to_context
+from giantleap.service.worker.outputs.filters import to_context
 
 
 class Stop(Enum):
@@ -101,6 +101,7 @@ def to_generation_item(item: Item) -> GenerationItem:
         guidance_scale=params.guidance_scale,
         refine=params.refine,
         loras=params.loras,
+        previews=params.previews,
     )
     if params.strength is None:
         return generation

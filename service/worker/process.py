@@ -34,9 +34,9 @@ from giantleap.service.telemetry.tracing import open_tracing
 from giantleap.service.worker.bundles import BundleCache
 from giantleap.service.worker.drain import Drain
 from giantleap.service.worker.engines import open_route
-from giantleap.service.worker.filters import open_filters
 from giantleap.service.worker.loop import Worker
 from giantleap.service.worker.memory import measure_device, measure_stages
+from giantleap.service.worker.outputs.filters import open_filters
 from giantleap.service.worker.timing import ProtocolPlan, time_runs, to_result
 from giantleap.service.worker.watchdog import Watchdog
 

@@ -16,6 +16,7 @@ from giantleap.models.bundle.modes import PLAIN
 from giantleap.models.device import PartCallback, PeakMemory, StageClock, StageObserver
 from giantleap.models.filters.chain import FilterChain
 from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
+from giantleap.models.generation.previews import PreviewCallback
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import StorageFull
@@ -91,6 +92,7 @@ class FakeConsumer:
     announced: list[tuple[str, ...]] = field(default_factory=list)
     preferences: list[LoadedBundles | None] = field(default_factory=list)
     events: list[tuple[str, str, dict[str, object]]] = field(default_factory=list)
+    previews: list[tuple[str, bytes]] = field(default_factory=list)
     warnings: dict[str, list[str]] = field(default_factory=dict)
     batch_jobs: dict[str, int] = field(default_factory=dict)
     polls: int = 0
@@ -105,8 +107,10 @@ class FakeConsumer:
     def announce(self, device: Device) -> None:
         self.announced.append(device.loaded)
 
-    def emit(self, claim: Claim, name: str, data: Mapping[str, object]) -> None:
+    def emit(self, claim: Claim, name: str, data: Mapping[str, object], image: bytes | None = None) -> None:
         self.events.append((claim.job.id, name, dict(data)))
+        if image is not None:
+            self.previews.append((claim.job.id, image))
 
     def find_canceled(self, claims: Sequence[Claim]) -> set[str]:
         self.polls += 1
@@ -183,6 +187,7 @@ class FakeRoute:
     engine: str = "fake"
     window: int = 4
     role: WorkerRole = WorkerRole.ALL
+    previewer: None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     vae: SimpleNamespace = field(default_factory=SimpleNamespace)
     generator: SimpleNamespace = field(
@@ -203,6 +208,7 @@ class FakeRoute:
         on_step: StepCallback,
         is_canceled: CancelCheck,
         on_part: PartCallback,
+        on_preview: PreviewCallback,
     ) -> list[Tensor | None]:
         self.batches.append(len(items))
         prompts = [item.prompt for item in items]

@@ -15,6 +15,7 @@ from torch import Tensor
 from giantleap.models.bundle.descriptor import Method
 from giantleap.models.device import PartCallback
 from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
+from giantleap.models.generation.previews import PreviewCallback
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.settings import read_settings
@@ -35,13 +36,16 @@ class Route(FakeRoute):
         on_step: StepCallback,
         is_canceled: CancelCheck,
         on_part: PartCallback,
+        on_preview: PreviewCallback,
     ) -> list[Tensor | None]:
         if any("hang" in item.prompt for item in items):
             time.sleep(3600)
         if any("patient" in item.prompt for item in items):
             on_step(0, items[0].steps)  # says that the draw has begun
             self.stop.wait(600)
-        return super().generate(items, method, scale, on_step=on_step, is_canceled=is_canceled, on_part=on_part)
+        return super().generate(
+            items, method, scale, on_step=on_step, is_canceled=is_canceled, on_part=on_part, on_preview=on_preview
+        )
 
 
 def main(url: str, prefix: str, limit_s: float, grace_s: float) -> None:

@@ -13,7 +13,10 @@ import torch
 import typer
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 
+from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.lua.checkpoints import read_lua, write_lua
+from giantleap.models.vae.preview import PREVIEW_FILE
+from giantleap.models.vae.preview_fit import add_preview_map
 from giantleap.training.optim import Budget
 from giantleap.training.pocket.autoencoder import Recipe, train_autoencoder
 from giantleap.training.pocket.bundle import LUA_FILE, write_autoencoder_bundle, write_descriptor
@@ -130,7 +133,10 @@ def pack(
     lua_file: Annotated[Path | None, typer.Option(help="Adapter, what `giantleap train run` wrote.")] = None,
     swinir: Annotated[list[Path] | None, typer.Option(help="Files such as runs/swinir2/swinir_x2.safetensors.")] = None,
 ) -> None:
-    """Copy the given parts into the bundle, LUA as float16, and write its descriptor; keep other parts."""
+    """Copy the given parts into the bundle, LUA as float16, and write its descriptor; keep other parts.
+
+    Fits the map for previews where the pipeline is new or has none.
+    """
     if text_dir is not None:
         for part in bundle.glob("*/"):  # those of another pipeline
             shutil.rmtree(part)
@@ -141,6 +147,8 @@ def pack(
     for file in swinir or ():
         shutil.copyfile(file, bundle / file.name)
     write_descriptor(bundle)
+    if text_dir is not None or not (bundle / PREVIEW_FILE).exists():
+        add_preview_map(read_bundle(bundle))
 
 
 def _open_autoencoder(directory: Path) -> AutoencoderDC:

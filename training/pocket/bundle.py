@@ -16,10 +16,12 @@ from giantleap.models.bundle.descriptor import (
     LuaFile,
     LuaSource,
     PipelineSource,
+    PreviewFile,
     SwinirFiles,
     Vocabulary,
 )
 from giantleap.models.bundle.digests import file_hashes
+from giantleap.models.vae.preview import PREVIEW_FILE
 
 LUA_FILE = "lua.safetensors"
 SWINIR_FILES = {"x2": "swinir_x2.safetensors", "x4": "swinir_x4.safetensors"}
@@ -92,6 +94,7 @@ def write_descriptor(directory: Path) -> None:
             latent_space=LatentSpaceSource(name=LATENT_SPACE),
             lua=LuaFile(file=LUA_FILE, scales=(2, 4), sha256=hashes.pop(LUA_FILE)),
             swinir=SwinirFiles(**swinir) if swinir else None,
+            preview=PreviewFile(file=PREVIEW_FILE) if PREVIEW_FILE in hashes else None,
             # Trained at 128 px only; other sizes are allowed for comparing the methods.
             defaults=Defaults(steps=12, guidance_scale=GUIDANCE_SCALE, base_width_px=128, base_height_px=128),
             limits=Limits(min_base_px=96, max_base_px=192, multiple_px=32, max_steps=100, max_direct_px=512),

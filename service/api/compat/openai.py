@@ -8,6 +8,7 @@ import asyncio
 import base64
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Annotated, Any, Literal
 
@@ -37,6 +38,7 @@ from giantleap.service.api.submission import (
     wait_for_job,
 )
 from giantleap.service.errors import GiantleapError, InvalidFields
+from giantleap.service.jobqueue.client import cancel_tasks
 from giantleap.service.jobs.fields import FormatName, Integer, JsonRequest, Pattern, to_whole
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord
 from giantleap.service.jobs.media_types import JSON_TYPE
@@ -52,6 +54,7 @@ _NAMES = {
     "width": "size",
     "height": "size",
     "steps": "num_inference_steps",
+    "previews": "partial_images",
 }
 
 
@@ -75,7 +78,7 @@ class ImagesRequest(JsonRequest):
     background: Literal["auto", "opaque"] | None = Field(default=None, description="Images are opaque.")
     stream: bool | None = Field(default=None, description="Answer as events.")
     partial_images: Integer | None = Field(
-        default=None, ge=0, le=3, description="At most so many are sent before the image; this service sends none."
+        default=None, ge=0, le=3, description="At most so many previews, small JPEGs, are sent before each image."
     )
     output_compression: Annotated[Literal[100], BeforeValidator(to_whole)] | None = Field(
         default=None, description="Its default; it changes nothing."
@@ -174,7 +177,7 @@ async def post_generation(
     if body.stream:
         enqueued = await submit_job(request, state, job, None, options)
         headers = EVENT_STREAM_HEADERS | {"X-Job-Id": enqueued.job_id}
-        events = stream_generation(request, state, enqueued.job_id, options)
+        events = stream_generation(request, state, replace(job, id=enqueued.job_id), options)
         return StreamingResponse(events, 200, headers, EVENT_STREAM_TYPE)
     record = await run_job(request, state, job, None, options)
     files = [] if body.response_format == "url" else await read_results(state, record)
@@ -228,6 +231,7 @@ def plan_job(body: ImagesRequest, state: AppState, options: SubmitOptions) -> Jo
         "method": body.method,
         "refine": body.refine,
         "loras": body.loras,
+        "previews": body.partial_images or 0,
     }
     request = validate_as(GenerateRequest, values, _NAMES)
     try:
@@ -240,29 +244,55 @@ def plan_job(body: ImagesRequest, state: AppState, options: SubmitOptions) -> Jo
 
 
 async def stream_generation(
-    request: Request, state: AppState, job_id: str, options: SubmitOptions, heartbeat_s: float = HEARTBEAT_S
+    request: Request, state: AppState, job: Job, options: SubmitOptions, heartbeat_s: float = HEARTBEAT_S
 ) -> AsyncGenerator[str]:
     """One event `image_generation.completed` for each image, or one `error`; comments while there is nothing to send.
 
-    No partial image is sent, since latents between two steps are not decoded. When the client stops reading, the job
-    is canceled as the options say.
+    Before them come the previews that the job asks for. When the client stops reading, the job is canceled as the
+    options say.
     """
-    waiting = asyncio.ensure_future(wait_for_job(request, state, job_id, options))
+    waiting = asyncio.ensure_future(wait_for_job(request, state, job.id, options))
+    partials = _read_partials(state, job)
+    pending = asyncio.ensure_future(anext(partials, None))
     try:
-        while not waiting.done():
-            await asyncio.wait({waiting}, timeout=heartbeat_s)
-            if not waiting.done():
+        while tasks := [task for task in (waiting, pending) if not task.done()]:
+            await asyncio.wait(tasks, timeout=heartbeat_s, return_when=asyncio.FIRST_COMPLETED)
+            if pending.done() and (partial := pending.result()) is not None:
+                yield to_block(*partial)
+                pending = asyncio.ensure_future(anext(partials, None))
+            elif not waiting.done():
                 yield ": waiting\n\n"
+            elif waiting.exception() is not None or not waiting.result().state.final:
+                break
         for name, data in await _to_events(request, state, waiting, options):
             yield to_block(name, data)
     finally:
         # The server cancels this generator when the client disconnects; the job must be canceled all the same.
         with anyio.CancelScope(shield=True), suppress(asyncio.CancelledError, ClientDisconnect, GiantleapError):
+            await cancel_tasks((pending,))
+            await partials.aclose()
             if not waiting.done():
                 waiting.cancel()
                 if options.cancel_on_disconnect:
-                    await state.producer.cancel(job_id)
+                    await state.producer.cancel(job.id)
             await waiting
+
+
+async def _read_partials(state: AppState, job: Job) -> AsyncGenerator[tuple[str, dict[str, Any]]]:
+    """The previews of a job as events `image_generation.partial_image`; those of an image are counted from 0."""
+    assert isinstance(job.params, GenerateParams), "this protocol makes no other job"
+    if not job.params.previews:
+        return
+    name, counts = "image_generation.partial_image", dict.fromkeys(range(job.params.num_images), 0)
+    shared = {"type": name, "size": f"{job.params.width_px}x{job.params.height_px}", "output_format": "jpeg"}
+    shared |= {"background": "opaque", "quality": "auto"}
+    with suppress(GiantleapError):  # the waiting caller says what is wrong
+        async for event in state.producer.events(job.id):
+            if event.name == "preview":
+                index = event.data["index"]
+                data = {"b64_json": event.data["image"], "partial_image_index": counts[index], "image_index": index}
+                yield name, shared | {"created_at": int(job.created_at_s)} | data
+                counts[index] += 1
 
 
 async def _to_events(

@@ -76,7 +76,7 @@ async def get_events(
     state: AppStateDep,
     last_event_id: Annotated[str | None, Header(description="Resume after this event.")] = None,
 ) -> Response:
-    """Progress as server-sent events: queued, started, step, progress, stage, retrying, done, which ends the stream."""
+    """Progress as server-sent events: queued, started, step, preview, progress, stage, retrying; done ends it."""
     after = state.producer.events(record.job.id, read_last_event_id(last_event_id))
     events = await open_events(after, record.state.final)
     if events is None:

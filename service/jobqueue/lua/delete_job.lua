@@ -21,6 +21,6 @@ end
 free_results(id)
 drop_dead(id)
 redis.call('ZREM', prefix .. ':jobs:' .. (get(id, 'owner') or ''), id)
-redis.call('UNLINK', prefix .. ':events:' .. id)
+redis.call('UNLINK', prefix .. ':events:' .. id, prefix .. ':preview:' .. id)
 redis.call('HDEL', job_key(id), 'job', 'owner', 'stages', 'results', 'warnings', 'error', 'webhook')
 return nil

@@ -315,6 +315,28 @@ def test_a_canceled_item_leaves_the_other_as_it_is(family: Family) -> None:
 
 
 @EVERY
+def test_previews_show_clean_raw_latents_and_change_nothing(family: Family) -> None:
+    plain = replace(family.item, steps=4)
+    items, seen = [replace(plain, previews=3), replace(plain, seed=2), replace(plain, previews=1, seed=3)], []
+
+    def show(index: int, step: int, raw: Tensor) -> None:
+        seen.append((index, step))
+        assert raw.shape == latents[0].shape and bool(raw.isfinite().all())
+        distances[index, step] = float((raw - latents[index]).square().mean())
+
+    latents = draw(family.generator, *(replace(item, previews=0) for item in items))
+    distances: dict[tuple[int, int], float] = {}
+    again = family.generator.generate(items, on_preview=show)
+    assert all(one is not None and torch.equal(one, other) for one, other in zip(again, latents, strict=True))
+    assert sorted(seen) == [(0, 1), (0, 2), (0, 3), (2, 2)]
+    noise = float(latents[0].square().mean())
+    assert distances[0, 3] < min(distances[0, 1] + 1e-6, 4 * noise), "it comes closer to the image"
+    seen.clear()
+    family.generator.generate([items[0]], is_canceled=lambda index: bool(seen), on_preview=show)
+    assert seen == [(0, 1)], "none after a cancel"
+
+
+@EVERY
 def test_tokens_that_are_cut_off_are_counted(family: Family) -> None:
     prompt, lost = family.case.overflow
     assert family.generator.truncated_tokens(prompt) == lost

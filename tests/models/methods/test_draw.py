@@ -14,6 +14,7 @@ from giantleap.models.bundle.descriptor import DRAWS_AGAIN, HAS_UNET, NO_NEGATIV
 from giantleap.models.bundle.modes import Modes
 from giantleap.models.generation.generator import Generator
 from giantleap.models.generation.items import GenerationItem
+from giantleap.models.generation.previews import preview_steps
 from giantleap.models.methods.draw import Tools, count_steps, draw_items
 from giantleap.models.methods.passes import network_pixel_steps
 from giantleap.models.vae.autoencoder import Vae
@@ -88,6 +89,21 @@ def test_the_work_of_a_method_is_what_the_network_sees(
     stride_px = generator.latent_space.stride_px
     guided = 2  # each step runs with and without the prompt
     assert network_pixel_steps(method, scale, item.steps, (scale * side_px) ** 2) == seen * stride_px**2 / guided
+
+
+@EVERY
+def test_previews_of_a_method_change_nothing(generators: dict[str, Generator], name: str, method: Rediffusion) -> None:
+    items, seen = [replace(ITEM, previews=3), replace(ITEM, seed=9, previews=1)], []
+    plain = draw(generators[name], method, *(replace(item, previews=0) for item in items))
+
+    def show(index: int, step: int, raw: Tensor) -> None:
+        assert raw.ndim == 3 and bool(raw.isfinite().all())
+        seen.append((index, step))
+
+    drawn = draw(generators[name], method, *items, on_preview=show)
+    assert all(torch.equal(one, other) for one, other in zip(drawn, plain, strict=True))
+    total = count_steps(method, 2, ITEM.steps)
+    assert seen == [(0, step) for step in preview_steps(3, total)] + [(1, step) for step in preview_steps(1, total)]
 
 
 @EVERY

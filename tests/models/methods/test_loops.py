@@ -113,7 +113,7 @@ def test_demofusion_repeats_with_its_seed_whatever_others_draw() -> None:
 
 def test_demofusion_reports_each_step_of_each_phase_and_each_batch_of_windows() -> None:
     seen: list[str] = []
-    run_demofusion(1, Progress(lambda: seen.append("step"), lambda: seen.append("part")))
+    run_demofusion(1, Progress(lambda to_clean: seen.append("step"), lambda: seen.append("part")))
     assert seen.count("step") == 3 * 4
     windows = {2: 3 * 5, 3: 5 * 8}  # of 32x48 and 48x72 latents
     assert seen.count("part") == 4 * sum(-(-n // 4) + -(-(factor**2) // 4) for factor, n in windows.items())

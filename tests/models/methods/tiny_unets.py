@@ -15,7 +15,7 @@ from tests.tiny_pipelines import tiny_sana, tiny_sd15, tiny_sdxl
 
 ITEM = GenerationItem("a red sphere", "", 3, width_px=64, height_px=64, steps=3, guidance_scale=3.0)
 WIDE = GenerationItem("a red sphere", "fog", 3, width_px=96, height_px=64, steps=3, guidance_scale=3.0)
-NO_PROGRESS = Progress(lambda: None, lambda: None)
+NO_PROGRESS = Progress(lambda to_clean: None, lambda: None)
 
 
 def sd15_levels(sample_size: int = 16) -> Any:

@@ -52,8 +52,8 @@ class CancelingConsumer(JobConsumer):
         super().__init__(self.client, settings, ("tiny",), "canceling")
         self.runner, self.awaited = ScriptRunner(self.client, settings), awaited
 
-    def emit(self, claim: Claim, name: str, data: Mapping[str, object]) -> None:
-        super().emit(claim, name, data)
+    def emit(self, claim: Claim, name: str, data: Mapping[str, object], image: bytes | None = None) -> None:
+        super().emit(claim, name, data, image)
         if self.awaited.items() <= data.items():
             stored = self.runner.run(scripts.CANCEL_JOB, {"id": claim.job.id})
             assert stored is not None and stored.cancel and stored.state is JobState.PROCESSING, "acknowledged"

@@ -62,6 +62,7 @@ local function close_job(id, state, stages, keeps_input)
   if stages == '{}' then stages = get(id, 'stages') or '{}' end
   redis.call('HSET', job, 'state', state, 'finished_at_s', now_s, 'stages', stages, 'input_bytes', 0)
   add_event(id, 'done', '{"state":"' .. state .. '"}')
+  if state ~= 'succeeded' then redis.call('UNLINK', prefix .. ':preview:' .. id) end
   redis.call('PEXPIRE', job, config.ttl_ms)
   redis.call('PEXPIRE', prefix .. ':events:' .. id, config.ttl_ms)
   redis.call('PUBLISH', prefix .. ':done', id .. ' ' .. cjson.encode(stored_fields(id)))

@@ -6,6 +6,7 @@ import http.client
 import json
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from giantleap.models.bundle.bundle import BundleError
 from giantleap.service.api.compat.openai import ImagesRequest, stream_generation
 from giantleap.service.api.submission import SubmitOptions
 from giantleap.service.errors import NotReady, QueueFull
-from giantleap.service.jobs.job import GenerateParams, Job, JobState
+from giantleap.service.jobs.job import GenerateParams, Job, JobEvent, JobState
 from giantleap.service.settings import read_settings, to_environment
 from tests.service.compat_fakes import STAGES, FileProducer, build_app, read_pixels
 from tests.service.fake_producer import expire, fail, stay_queued
@@ -216,14 +217,39 @@ def test_a_failed_job_is_the_clients_exception(client: openai.OpenAI, producer: 
     assert failed.value.code == "engine_fault" and failed.value.response.headers["x-job-id"] == producer.jobs[0].id
 
 
-def test_a_stream_completes_with_each_image_and_no_partial_one(client: openai.OpenAI, producer: FileProducer) -> None:
-    with client.images.generate(prompt=PROMPT, n=2, stream=True, partial_images=2, size="256x128") as stream:
+def test_a_stream_completes_with_each_image(client: openai.OpenAI, producer: FileProducer) -> None:
+    with client.images.generate(prompt=PROMPT, n=2, stream=True, size="256x128") as stream:
         assert stream.response.headers["content-type"].startswith("text/event-stream")
         events = list(stream)
     assert stream.response.headers["x-job-id"] == producer.jobs[0].id
     assert [event.type for event in events] == ["image_generation.completed"] * 2
     assert [base64.b64decode(event.b64_json) for event in events] == producer.files[producer.jobs[0].id]
     assert {(event.size, event.output_format, event.background) for event in events} == {("256x128", "png", "opaque")}
+
+
+def test_a_bundle_without_previews_refuses_partial_images(url: str, producer: FileProducer) -> None:
+    answer = post(url, stream=True, partial_images=2)
+    assert_error(answer, 422, "invalid_request", "partial_images")
+    assert "no [tiny_vae] and no [preview]" in answer.text and not producer.jobs
+    assert post(url, stream=True, partial_images=0).status_code == 200
+
+
+async def test_previews_come_as_partial_images_before_the_image(bundle_dirs: tuple[Path, ...]) -> None:
+    previews = [{"index": index, "step": step, "image": f"{index}{step}"} for step in (1, 2) for index in (0, 1)]
+    producer = FileProducer(event_list=[JobEvent(f"{n}-0", "preview", data) for n, data in enumerate(previews, 1)])
+    app = build_app(producer, bundle_dirs)
+    job = await enqueue(app, producer)
+    assert isinstance(job.params, GenerateParams)
+    asked = replace(job, params=replace(job.params, previews=2, num_images=2))
+    blocks = stream_generation(request_of(), app.state.giantleap, asked, NO_KEY, heartbeat_s=60.0)
+    partials = [json.loads((await anext(blocks)).partition("data: ")[2]) for _ in previews]
+    assert {each["type"] for each in partials} == {"image_generation.partial_image"}
+    assert [each["b64_json"] for each in partials] == ["01", "11", "02", "12"]
+    assert [(each["image_index"], each["partial_image_index"]) for each in partials] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    producer.records[job.id] = producer.work(job)
+    rest = [block async for block in blocks if not block.startswith(":")]
+    assert [block.splitlines()[0] for block in rest] == ["event: image_generation.completed"]
+    assert producer.open_events == 0 and producer.waits == 0
 
 
 def test_a_stream_waits_until_the_job_ends(client: openai.OpenAI, producer: FileProducer) -> None:
@@ -269,7 +295,7 @@ async def test_a_silent_stream_sends_comments_until_the_image(bundle_dirs: tuple
     producer = FileProducer()
     app = build_app(producer, bundle_dirs)
     job = await enqueue(app, producer)
-    blocks = stream_generation(request_of(), app.state.giantleap, job.id, NO_KEY, heartbeat_s=0.01)
+    blocks = stream_generation(request_of(), app.state.giantleap, job, NO_KEY, heartbeat_s=0.01)
     assert [await anext(blocks) for _ in range(2)] == [": waiting\n\n"] * 2
     producer.records[job.id] = producer.work(job)
     rest = [block async for block in blocks if not block.startswith(":")]
@@ -280,7 +306,7 @@ async def test_a_stream_ends_with_the_deadline(bundle_dirs: tuple[Path, ...]) ->
     producer = FileProducer()
     app = build_app(producer, bundle_dirs, wait_timeout_s=0.05)
     job = await enqueue(app, producer)
-    *_, last = [block async for block in stream_generation(request_of(), app.state.giantleap, job.id, NO_KEY)]
+    *_, last = [block async for block in stream_generation(request_of(), app.state.giantleap, job, NO_KEY)]
     name, data, *_ = last.splitlines()
     assert name == "event: error" and json.loads(data.removeprefix("data: "))["error"]["code"] == "deadline_passed"
     assert producer.records[job.id].state is JobState.CANCELED

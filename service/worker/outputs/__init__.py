@@ -1,0 +1,1 @@
+"""What leaves a worker besides results: previews; and the filters that see all images before they leave."""
