@@ -90,7 +90,7 @@ types: $(VENV)/.dev ## Check the types
 	$(BIN)/mypy
 
 security: $(VENV)/.dev ## Look for unsafe code (bandit) and vulnerable dependencies, as far as the index tells
-	$(BIN)/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive models export service training giantleap/cli
+	$(BIN)/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive models export service training giantleap/cli clients
 	$(BIN)/python .ci/audit.py
 
 audit: $(VENV)/.dev ## Fail where a dependency has a known vulnerability or could not be checked

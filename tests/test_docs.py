@@ -38,10 +38,10 @@ from giantleap.training.pocket.drawing.captions import known_words
 from giantleap.training.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "clients").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CODE = sorted(
     path
-    for folder in ("benchmarks", "export", "giantleap/cli", "models", "service", "tests", "training")
+    for folder in ("benchmarks", "clients", "export", "giantleap/cli", "models", "service", "tests", "training")
     for path in (ROOT / folder).rglob("*.py")
 )
 ALL = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -139,7 +139,7 @@ def test_names_in_docstrings_exist(path: Path) -> None:
 
 
 def test_the_pages_are_short_enough_to_be_read() -> None:
-    pages = [page for page in PAGES if "lab" not in page.relative_to(ROOT).parts]
+    pages = [page for page in PAGES if not {"clients", "lab"} & set(page.relative_to(ROOT).parts)]
     words = {str(page.relative_to(ROOT)): len(page.read_text().split()) for page in pages}
     assert sum(words.values()) <= MAX_WORDS, sorted(words.items(), key=lambda item: -item[1])
 

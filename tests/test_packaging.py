@@ -1,4 +1,4 @@
-"""The wheel, built from a copy of the tree: `giantleap` with its data, and nothing else."""
+"""The wheels, built from copies of the tree: `giantleap` with its data, `giantleap_client`, and nothing else."""
 
 import os
 import shutil
@@ -21,6 +21,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     for name in ("giantleap", *LINKS, "benchmarks", "tests"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return build(source, out)
+
+
+def build(source: Path, out: Path) -> Path:
+    """The wheel of a source tree, built without the network."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     built = subprocess.run([*command, "--wheel-dir", out, source], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
@@ -67,3 +72,23 @@ def test_the_installed_command_and_package_run_outside_the_repository(wheel: Pat
             [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
         )
         assert ran.returncode == 0 and expected in ran.stdout, ran.stderr
+
+
+def test_the_client_is_a_wheel_of_its_own_that_needs_httpx_alone(tmp_path: Path) -> None:
+    source = shutil.copytree(ROOT / "clients" / "python", tmp_path / "source")
+    with zipfile.ZipFile(build(source, tmp_path / "out")) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
+    package = source / "giantleap_client"
+    assert names == {f"giantleap_client/{path.name}" for path in package.iterdir() if path.is_file()}
+    assert "giantleap_client/py.typed" in names
+    assert [line for line in metadata.splitlines() if line.startswith("Requires-Dist")] == [
+        "Requires-Dist: httpx<1,>=0.28"
+    ]
+
+
+def test_the_client_imports_the_standard_library_and_httpx_at_first() -> None:
+    code = "import sys, giantleap_client; print({'numpy', 'torch', 'PIL', 'safetensors', 'giantleap'} & {*sys.modules})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "clients" / "python")}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert ran.stdout == "set()\n", ran.stderr

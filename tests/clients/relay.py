@@ -1,0 +1,84 @@
+"""A TCP relay in a thread that cuts connections where a plan says so, for tests of clients that lose answers."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+
+@dataclass
+class Relay:
+    """Between a client and a service.
+
+    Attributes:
+        target: Host and port of the service.
+        cut_after: For each connection to come, how many bytes of the service's answers it passes on before it is cut;
+            connections after the last one are whole.
+        cuts: Connections that were cut.
+    """
+
+    target: tuple[str, int]
+    cut_after: list[int] = field(default_factory=list)
+    url: str = ""
+    cuts: int = 0
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        limit_bytes = self.cut_after.pop(0) if self.cut_after else None
+        there_reader, there_writer = await asyncio.open_connection(*self.target)
+        there = asyncio.create_task(_pass_on(reader, there_writer, None))
+        try:
+            if await _pass_on(there_reader, writer, limit_bytes):
+                self.cuts += 1
+                writer.transport.abort()
+        finally:
+            there.cancel()
+            for each in (there_writer, writer):
+                each.close()
+
+
+async def _pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter, limit_bytes: int | None) -> bool:
+    """Whether it ended at the limit, and not with the connection."""
+    passed_bytes = 0
+    with contextlib.suppress(ConnectionError):
+        while chunk := await source.read(4096):
+            part = chunk if limit_bytes is None else chunk[: limit_bytes - passed_bytes]
+            sink.write(part)
+            await sink.drain()
+            passed_bytes += len(part)
+            if len(part) < len(chunk) or passed_bytes == limit_bytes:
+                return True
+        sink.close()
+    return False
+
+
+@contextlib.contextmanager
+def running_relay(url: str) -> Iterator[Relay]:
+    """Relay to a service until the block ends."""
+    parts = urlsplit(url)
+    assert parts.hostname is not None and parts.port is not None
+    relay = Relay((parts.hostname, parts.port))
+    started, stop = threading.Event(), asyncio.Event()
+    loop = asyncio.new_event_loop()
+
+    async def run() -> None:
+        server = await asyncio.start_server(relay._serve, "127.0.0.1", 0)
+        relay.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        started.set()
+        await stop.wait()
+        server.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),), daemon=True)
+    thread.start()
+    assert started.wait(60)
+    try:
+        yield relay
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(60)
+        loop.close()
