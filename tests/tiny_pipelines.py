@@ -25,6 +25,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     PRXPipeline,
@@ -179,6 +180,12 @@ def tiny_flux1(guidance_embeds: bool = True) -> FluxPipeline:
                 axes_dims_rope=(4, 4, 8),
             ),
         )
+
+
+def tiny_flux1_kontext() -> FluxKontextPipeline:
+    """FLUX.1 Kontext: the networks of FLUX.1 dev, which also read the tokens of an image."""
+    plain: Any = tiny_flux1()
+    return FluxKontextPipeline(**plain.components)
 
 
 def tiny_flux2() -> Flux2Pipeline:

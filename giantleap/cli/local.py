@@ -5,8 +5,8 @@ them, so that `giantleap --help` starts fast.
 """
 
 from base64 import b64encode
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,6 +97,8 @@ def generate(
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.", min=0)] = None,
     init_image: Annotated[Path | None, typer.Option(help="Image to start from: .png, .jpg or .webp.")] = None,
     strength: Annotated[float | None, typer.Option(help="How far the result may differ from it, 0 to 1.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where the initial image is drawn anew.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image that the prompt talks about. Repeat.")] = None,
     refine_strength: RefineStrengthOption = None,
     refine_steps: RefineStepsOption = None,
     decode: DecodeOption = "exact",
@@ -109,15 +111,16 @@ def generate(
     """Make one image without a service: generate, upscale, decode."""
     output_format = image_format(out)
     check_output_file(out)
-    check_input_files(lua, init_image)
-    prompt = _read_prompt(prompt, init_image)
-    from giantleap.service.jobs.images import fit_image
+    files = (init_image, mask, *(image or ()))
+    check_input_files(lua, *files)
+    prompt = _read_prompt(prompt, files)
+    from giantleap.service.jobs.edits.inputs import to_input
     from giantleap.service.jobs.planning import plan_generate
     from giantleap.service.jobs.requests import GenerateRequest
 
     settings = settings_from(bundle=bundle, device=device)
     served = _read_bundle(settings, lua)
-    loras, start = read_loras(lora, served, settings), None if init_image is None else read_input(init_image)
+    loras, images = read_loras(lora, served, settings), _read_images(*files)
     try:
         request = GenerateRequest.model_validate(
             {
@@ -130,66 +133,49 @@ def generate(
                 "guidance_scale": guidance_scale,
                 "method": method,
                 "decode": decode,
-                "init_image": None if start is None else b64encode(start).decode(),
                 "strength": strength,
                 "refine": to_refine(refine_strength, refine_steps),
                 "embed_parameters": embed_parameters,
             }
+            | images
         )
         params = plan_generate(request, served, settings, seed, output_format, loras=loras.uses)
-        fitted = None if start is None else fit_image(start, settings.max_image_px, *params.base_size_px)
+        blob = to_input(request, params, settings.max_image_px)
     except (ValueError, GiantleapError) as error:
         stop(to_message(error))
-    _warn_of_unknown_words(served, prompt)
-    _draw_to_file(settings, served, params, fitted, loras, out)
+    _draw_to_file(settings, served, params, blob, loras, out)
 
 
 def _draw_to_file(
-    settings: Settings, served: Bundle, params: "GenerateParams", start: bytes | None, loras: LocalLoras, out: Path
+    settings: Settings, served: Bundle, params: "GenerateParams", blob: bytes | None, loras: LocalLoras, out: Path
 ) -> None:
-    """Load the bundle and draw one image; `start` is as in `_to_item`."""
+    """Load the bundle and draw one image; `blob` holds the images that come in, as of a job."""
+    from giantleap.service.worker.items import draw_item
+
+    _warn_of_unknown_words(served, params.prompt)
     writer = _open_writer(settings)
     route = open_bundle_route(settings, served)
     route.generator.adapters.offer(dict(loras.paths), budget_bytes=0)
-    item, stages = _to_item(params, start), ShownStages(route.clock())
+    item, stages = draw_item(params, 0, blob or b""), ShownStages(route.clock())
     latents, refine = [_draw(route, item, params, stages)], [item] if item.refine else []
     _, images = route.upscale_and_decode(latents, params.scale, params.method, params.decode, stages, refine)
     writer.write(out, params, served.name, images[0], stages)
 
 
-def _read_prompt(prompt: str, init_image: Path | None) -> str:
-    """The prompt of the command line, or that of standard input."""
+def _read_images(init_image: Path | None, mask: Path | None, *images: Path) -> dict[str, object]:
+    """The images of the command line as a request has them."""
+    named = {"init_image": init_image, "mask": mask}
+    texts = {name: b64encode(read_input(path)).decode() for name, path in named.items() if path is not None}
+    return texts | {"images": [b64encode(read_input(path)).decode() for path in images]}
+
+
+def _read_prompt(prompt: str, files: Sequence[Path | None]) -> str:
+    """The prompt of the command line, or that of standard input, which is one input only."""
+    if [prompt == "-", *(path == STANDARD for path in files)].count(True) > 1:
+        stop("standard input is either the prompt or an image; give the others on the command line")
     if prompt != "-":
         return prompt
-    if init_image == STANDARD:
-        stop("standard input is either the prompt or the image; give the other one on the command line")
     return read_input(STANDARD).decode(errors="replace").strip()
-
-
-def _to_item(params: "GenerateParams", start: bytes | None) -> "GenerationItem":
-    """The item to generate; `start` is an image of the base size for a job with a strength."""
-    import torch
-
-    from giantleap.models.generation.items import GenerationItem
-    from giantleap.models.pixels.images import to_signed
-    from giantleap.service.jobs.images import read_image
-
-    width_px, height_px = params.base_size_px
-    item = GenerationItem(
-        params.prompt,
-        params.negative_prompt,
-        params.seed,
-        width_px,
-        height_px,
-        params.steps,
-        params.guidance_scale,
-        refine=params.refine,
-        loras=params.loras,
-    )
-    if start is None or params.strength is None:
-        return item
-    pixels = torch.from_numpy(read_image(start, width_px * height_px))
-    return replace(item, init_image=to_signed(pixels), strength=params.strength)
 
 
 def _read_bundle(settings: Settings, lua: Path | None) -> Bundle:

@@ -29,7 +29,9 @@ DecodeName = Literal["exact", "tiled", "tiny"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 # What the API must know of a pipeline class unloaded; `FAMILIES` in `models/generation/families.py` has the rest.
-NO_NEGATIVE_PROMPT = frozenset({"FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "SanaSprintPipeline"})
+NO_NEGATIVE_PROMPT = frozenset(
+    {"FluxPipeline", "FluxKontextPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "SanaSprintPipeline"}
+)
 HAS_UNET = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
 DRAWS_AGAIN = HAS_UNET | {"SanaPipeline"}
 IMAGE_TO_IMAGE = frozenset(
@@ -43,6 +45,19 @@ IMAGE_TO_IMAGE = frozenset(
         "ZImagePipeline",
     }
 )
+UNET_INPAINT_CHANNELS = 4  # the inpaint pipelines of diffusers take no other latents for a UNet
+# The most pixels of a base image with a mask; None for any.
+INPAINTING: dict[str, int | None] = {
+    "StableDiffusionPipeline": None,
+    "StableDiffusionXLPipeline": None,
+    "StableDiffusion3Pipeline": None,
+    "FluxPipeline": None,
+    "Flux2KleinPipeline": 1024 * 1024,
+    "QwenImagePipeline": None,
+    "ZImagePipeline": None,
+}
+# The most reference images.
+REFERENCES = {"FluxKontextPipeline": 1, "Flux2Pipeline": 8, "Flux2KleinPipeline": 8}
 SHORT_SCHEDULES = frozenset({"LCMScheduler", "TCDScheduler"})  # they run at most 50 steps
 REFINING = frozenset(
     {
@@ -357,6 +372,11 @@ class Descriptor(_Section):
         if method == "swinir" and self.swinir is not None:
             return (1, *sorted(self.swinir.by_scale()))
         return (1, *sorted(lua | set(BICUBIC_SCALES)))
+
+
+def takes_mask(pipeline_class: str, channels: int) -> bool:
+    """Whether a pipeline of this class, with so many channels in a raw latent, draws a masked part of an image anew."""
+    return pipeline_class in INPAINTING and (pipeline_class not in HAS_UNET or channels == UNET_INPAINT_CHANNELS)
 
 
 def smallest_steps(method: Method, scale: float) -> int:

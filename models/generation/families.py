@@ -6,24 +6,32 @@ from types import MappingProxyType
 from typing import Any
 
 from diffusers import (
+    Flux2KleinInpaintPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
     FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     PRXPipeline,
     QwenImage21Pipeline,
     QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
     QwenImagePipeline,
     SanaPipeline,
     SanaSprintImg2ImgPipeline,
     SanaSprintPipeline,
     StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
     ZImagePipeline,
 )
 
@@ -48,6 +56,9 @@ class Family:
     Args:
         truncated_tokens: Number of tokens of a prompt that are cut off; negative if there is room left.
         image_pipeline: Its image-to-image class; None if diffusers has none.
+        inpaint_pipeline: Its class that draws the masked part of an image anew; None if diffusers has none.
+        max_mask_px: Pixels of an image above which that class would change its size; None for any.
+        max_references: The most reference images that it draws after.
         guidance: The argument that takes `GenerationItem.guidance_scale`.
         no_negative: The negative prompt that stands for none; None if the class takes no negative prompt.
         returns_raw: Whether `output_type="latent"` returns raw latents already.
@@ -59,6 +70,9 @@ class Family:
 
     truncated_tokens: Callable[[Any, str], int]
     image_pipeline: type | None = None
+    inpaint_pipeline: type | None = None
+    max_mask_px: int | None = None
+    max_references: int = 0
     guidance: str = "guidance_scale"
     no_negative: str | None = ""
     returns_raw: bool = False
@@ -66,6 +80,10 @@ class Family:
     refines: bool = True
     arguments: Callable[[Any, GenerationItem], dict[str, Any]] = lambda pipeline, item: {}
     prepare: Callable[[Any], object] = lambda pipeline: None
+
+
+def _kontext_arguments(pipeline: Any, item: GenerationItem) -> dict[str, Any]:
+    return {"max_area": item.width_px * item.height_px}  # the size of the item, not one of a megapixel
 
 
 def _prx_arguments(pipeline: Any, item: GenerationItem) -> dict[str, Any]:
@@ -96,16 +114,37 @@ def _repeat_timesteps(pipeline: Any) -> None:
 # moves with the longest prompt of the batch.
 FAMILIES: Mapping[type, Family] = MappingProxyType(
     {
-        StableDiffusionPipeline: Family(truncated_by_clip, StableDiffusionImg2ImgPipeline),
-        StableDiffusionXLPipeline: Family(truncated_by_clip, StableDiffusionXLImg2ImgPipeline),
-        StableDiffusion3Pipeline: Family(truncated_by_t5, StableDiffusion3Img2ImgPipeline),
-        FluxPipeline: Family(truncated_by_t5, FluxImg2ImgPipeline, no_negative=None),
-        Flux2Pipeline: Family(truncated_by_mistral, no_negative=None, refines=False),
-        Flux2KleinPipeline: Family(truncated_by_qwen3, no_negative=None, returns_raw=True, refines=False),
-        QwenImagePipeline: Family(
-            truncated_by_qwen25, QwenImageImg2ImgPipeline, guidance="true_cfg_scale", no_negative=" "
+        StableDiffusionPipeline: Family(
+            truncated_by_clip, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
         ),
-        ZImagePipeline: Family(truncated_by_qwen3, ZImageImg2ImgPipeline),
+        StableDiffusionXLPipeline: Family(
+            truncated_by_clip, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
+        ),
+        StableDiffusion3Pipeline: Family(
+            truncated_by_t5, StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline
+        ),
+        FluxPipeline: Family(truncated_by_t5, FluxImg2ImgPipeline, FluxInpaintPipeline, no_negative=None),
+        FluxKontextPipeline: Family(
+            truncated_by_t5, max_references=1, no_negative=None, refines=False, arguments=_kontext_arguments
+        ),
+        Flux2Pipeline: Family(truncated_by_mistral, max_references=8, no_negative=None, refines=False),
+        Flux2KleinPipeline: Family(
+            truncated_by_qwen3,
+            inpaint_pipeline=Flux2KleinInpaintPipeline,
+            max_mask_px=1024 * 1024,
+            max_references=8,
+            no_negative=None,
+            returns_raw=True,
+            refines=False,
+        ),
+        QwenImagePipeline: Family(
+            truncated_by_qwen25,
+            QwenImageImg2ImgPipeline,
+            QwenImageInpaintPipeline,
+            guidance="true_cfg_scale",
+            no_negative=" ",
+        ),
+        ZImagePipeline: Family(truncated_by_qwen3, ZImageImg2ImgPipeline, ZImageInpaintPipeline),
         QwenImage21Pipeline: Family(truncated_by_none, guidance="true_cfg_scale", batches=False),
         PRXPipeline: Family(truncated_by_prx, arguments=_prx_arguments, prepare=_repeat_timesteps),
         SanaPipeline: Family(truncated_by_gemma, arguments=_sana_arguments),

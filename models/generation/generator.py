@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
-from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -21,6 +20,7 @@ from giantleap.models.generation.families import FAMILIES
 from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
 from giantleap.models.generation.loading import load_pipeline
 from giantleap.models.generation.previews import PreviewCallback, preview_steps, to_clean
+from giantleap.models.generation.sources import check_images, with_images
 from giantleap.models.latent_space import LatentSpace
 
 
@@ -91,10 +91,11 @@ class Generator:
         """Generate the raw latents of a batch.
 
         A seed gives the same latent on every device and in every batch, up to rounding: each item has its own generator
-        on the CPU. A pipeline whose result depends on the other prompts of a batch runs the items one by one.
+        on the CPU. A pipeline whose result depends on the other prompts of a batch, and one that takes reference
+        images, runs the items one by one.
 
         Args:
-            items: At least one; all of one size, number of steps, guidance and strength.
+            items: At least one; all of one size, number of steps, guidance, strength and kind of images.
             on_step: Called after each denoising step with (steps done, steps).
             is_canceled: Called after each step, and after `on_step`, with the index of each item: whether its result is
                 no longer wanted. Once all items are canceled the remaining steps are skipped.
@@ -108,7 +109,8 @@ class Generator:
         """
         for item in items:
             self.check(item, items[0])
-        together = self.family.batches and self.modes.cache == "none"  # a cache decides by the mean of its batch
+        together = self.family.batches and not items[0].references
+        together = together and self.modes.cache == "none"  # a cache decides by the mean of its batch
         runs = [list(range(len(items)))] if together else [[index] for index in range(len(items))]
         latents: list[Tensor | None] = [None] * len(items)
         canceled: set[int] = set()
@@ -151,7 +153,7 @@ class Generator:
         name, multiple_px = type(self.pipeline).__name__, self.latent_space.multiple_px
         if item.shared != first.shared:
             raise ValueError(
-                "items of one batch must share size, steps, guidance, strength and LoRAs; use several batches"
+                "items of one batch must share size, steps, guidance, strength, images and LoRAs; use several batches"
             )
         if item.width_px % multiple_px or item.height_px % multiple_px:
             raise ValueError(
@@ -159,18 +161,7 @@ class Generator:
             )
         if item.negative_prompt and not self.takes_negative_prompt:
             raise ValueError(f"{name} takes no negative prompt")
-        if item.init_image is None:
-            return
-        if not self.supports_init_image:
-            raise ValueError(f"{name} cannot start from an image: diffusers has no image-to-image pipeline for it")
-        if tuple(item.init_image.shape) != (3, item.height_px, item.width_px):
-            raise ValueError(
-                f"init_image must be [3, {item.height_px}, {item.width_px}]; found {list(item.init_image.shape)}"
-            )
-        if not 0 < item.strength <= 1 or int(item.steps * item.strength) < 1:
-            raise ValueError(
-                f"strength {item.strength} of {item.steps} steps: must be above 0, at most 1, and leave a step to do"
-            )
+        check_images(item, self.pipeline, self.family, self.latent_space.channels)
 
     def run(self, items: Sequence[GenerationItem], end_step: Callable[..., dict[str, Any]]) -> Tensor:
         """Call the pipeline once; returns raw latents, [items, channels, latent_height, latent_width], float32."""
@@ -186,14 +177,8 @@ class Generator:
             "callback_on_step_end": end_step,
             **self.family.arguments(self.pipeline, first),
         }
-        pipeline = self.pipeline
-        images = [item.init_image for item in items if item.init_image is not None]
-        if images and self.family.image_pipeline is not None:
-            parts = self.pipeline.components | {"vae": _ImageEncoder(self.pipeline.vae)}
-            pipeline = self.family.image_pipeline(**parts)
-            pipeline.set_progress_bar_config(disable=True)
-            # Pipelines take tensors in [0, 1]; one in [-1, 1] without a negative value would pass as such.
-            arguments |= {"image": torch.stack(images).clamp(-1, 1) / 2 + 0.5, "strength": first.strength}
+        pipeline, images = with_images(self.pipeline, self.family, items, self.latent_space.stride_px)
+        arguments |= images
         keep = self._keep_clean if any(item.previews for item in items) else None
         try:
             with _prepared_steps(pipeline.scheduler, arguments["generator"], keep), self.cleared():
@@ -273,25 +258,3 @@ def _prepared_steps(
         yield
     finally:
         del scheduler.step
-
-
-class _ImageEncoder:
-    """The VAE of an image-to-image pipeline, which encodes to the posterior's mean and keeps the type of its weights.
-
-    The pipelines themselves sample the posterior, give the VAE images of another type than its weights, or (SDXL) leave
-    the weights in another type.
-    """
-
-    def __init__(self, vae: Any) -> None:
-        self._vae = vae
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._vae, name)
-
-    def to(self, *args: Any, **options: Any) -> Self:
-        return self
-
-    def encode(self, image: Tensor) -> Any:
-        codes = self._vae.encode(image.to(self._vae.dtype))
-        mean = (codes.latent if hasattr(codes, "latent") else codes.latent_dist.mode()).to(image.dtype)
-        return SimpleNamespace(latents=mean, latent=mean)

@@ -28,6 +28,8 @@ class GenerationItem:
         guidance_scale: In the pipeline's own scale: 1 is none, for Z-Image 0.
         init_image: Start image in place of noise, [3, height_px, width_px], in [-1, 1].
         strength: How far to depart from `init_image`, above 0 and up to 1.
+        mask: [1, height_px, width_px]: 1 where `init_image` is drawn anew, 0 where it stays; None for all of it.
+        references: Images that the prompt talks about, of any size, each [height_px, width_px, 3], uint8, on the CPU.
         refine: How to sample the enlarged latent again (`giantleap.models.generation.refine`); None leaves it out.
         loras: LoRA adapters that act on this image.
         previews: How many previews to make on the way; they change nothing.
@@ -42,15 +44,18 @@ class GenerationItem:
     guidance_scale: float
     init_image: Tensor | None = None
     strength: float = 1.0
+    mask: Tensor | None = None
+    references: tuple[Tensor, ...] = ()
     refine: Refinement | None = None
     loras: tuple[AdapterUse, ...] = ()
     previews: int = 0
 
     @property
-    def shared(self) -> tuple[int, int, int, float, float | None, tuple[AdapterUse, ...]]:
+    def shared(self) -> tuple[object, ...]:
         """What the items of one batch must have in common."""
         strength = None if self.init_image is None else self.strength
-        return self.width_px, self.height_px, self.steps, self.guidance_scale, strength, self.loras
+        images = (strength, self.mask is None, len(self.references))
+        return self.width_px, self.height_px, self.steps, self.guidance_scale, *images, self.loras
 
 
 def image_seed(seed: int, index: int) -> int:

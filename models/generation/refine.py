@@ -80,7 +80,7 @@ class _Window:
         self, generator: Generator, item: GenerationItem, refinement: Refinement, on_part: PartCallback | None
     ) -> None:
         self._generator = generator
-        self._item = replace(item, steps=refinement.schedule_steps, init_image=None)
+        self._item = replace(item, steps=refinement.schedule_steps, init_image=None, mask=None, references=())
         self._steps = refinement.steps
         self._on_part = on_part
 

@@ -73,8 +73,8 @@ def draw_items(
     """
     for item in items:
         generator.check(item, items[0])
-    if any(item.init_image is not None for item in items):
-        raise ValueError(f"{method} starts from noise; leave init_image out")
+    if any(item.init_image is not None or item.references for item in items):
+        raise ValueError(f"{method} starts from noise; leave images out")
     steps = count_steps(method, scale, items[0].steps)
     total = len(items) * steps
     latents: list[Tensor | None] = []

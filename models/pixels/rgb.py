@@ -164,18 +164,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: The values have no known range (floats, or integers beyond 16 bits), or cannot be converted to RGB.
     """
+    color, alpha, turn = _split(image)
+    color = _to_srgb(color, image.info.get("icc_profile"))
+    if alpha is not None:
+        color.putalpha(alpha)
+        color = Image.alpha_composite(Image.new("RGBA", color.size, "white"), color).convert("RGB")
+    return color if turn is None else color.transpose(turn)
+
+
+def to_alpha(image: Image.Image) -> Image.Image | None:
+    """The opacity of a picture, upright, "L": 0 where it is transparent; None if it has none.
+
+    Raises:
+        ValueError: As `to_rgb`.
+    """
+    _, alpha, turn = _split(image)
+    return alpha if alpha is None or turn is None else alpha.transpose(turn)
+
+
+def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None, Image.Transpose | None]:
+    """The colors of a picture as "L", "I;16", "RGB" or "CMYK", its opacity, and the turn that makes it upright."""
     deep_alpha = _read_clear_color(image)
     image.load()  # a PNG may store its orientation after the pixels
     turn = _TURNS.get(_orientation(image))
     if image.mode == "F":
         raise ValueError("grey values in floating point have no known range")
     color, alpha = _split_deep_grey(image) if image.mode.startswith("I") else _split_alpha(image)
-    alpha = deep_alpha or alpha
-    color = _to_srgb(color, image.info.get("icc_profile"))
-    if alpha is not None:
-        color.putalpha(alpha)
-        color = Image.alpha_composite(Image.new("RGBA", color.size, "white"), color).convert("RGB")
-    return color if turn is None else color.transpose(turn)
+    return color, deep_alpha or alpha, turn
 
 
 def _read_clear_color(image: Image.Image) -> Image.Image | None:

@@ -11,7 +11,7 @@ from types import FrameType
 
 from fastapi import Depends, FastAPI
 
-from giantleap.service.api.compat import kserve, openai, remote_vae
+from giantleap.service.api.compat import kserve, openai, openai_edits, remote_vae
 from giantleap.service.api.dependencies import AppState
 from giantleap.service.api.middleware.authentication import AuthenticationMiddleware
 from giantleap.service.api.middleware.head import HeadMiddleware
@@ -76,7 +76,7 @@ def create_app(settings: Settings, producer: JobProducer | None = None, tracing:
     _add_middlewares(app, state, spans)
     handle_errors(app)
     app.add_exception_handler(JobProblem, handle_job_problem)
-    for routes in (create, jobs, dead_letters, provenance, health, openai, kserve, remote_vae):
+    for routes in (create, jobs, dead_letters, provenance, health, openai, openai_edits, kserve, remote_vae):
         app.include_router(routes.router)
     app.openapi = cache(partial(describe, app))  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.route_table = cache(lambda: RouteTable.from_document(app.openapi()))

@@ -62,7 +62,8 @@ class AppState:
     ) -> GenerateParams:
         """`giantleap.service.jobs.planning.plan_generate` with this process's settings and devices."""
         bundle, loras = served.bundle, choose_loras(request.loras, served)
-        return plan_generate(request, bundle, self.settings, seed, output_format, self.devices(bundle.name), loras)
+        devices, others = self.devices(bundle.name), [each.bundle for each in self.bundles.values()]
+        return plan_generate(request, bundle, self.settings, seed, output_format, devices, loras, others)
 
     def prepare_upscale(
         self,

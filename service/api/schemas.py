@@ -15,6 +15,7 @@ from giantleap.service.jobqueue.dead_letters import blocked_reason
 from giantleap.service.jobqueue.keys import to_bundle
 from giantleap.service.jobqueue.replies import DeadLetter
 from giantleap.service.jobs.bundles import ServedBundle
+from giantleap.service.jobs.edits.checks import max_references, supports_mask
 from giantleap.service.jobs.job import JobRecord, JobState, Priority, to_rfc3339
 from giantleap.service.links import Links
 from giantleap.service.settings import Settings
@@ -159,6 +160,8 @@ class ModelBody(BaseModel):
     unavailable: dict[Method, str] = Field(description="The other methods, with the reason.")
     decodes: list[DecodeName] = Field(description="The ways to decode that it has.")
     from_image: bool = Field(description="Whether init_image is taken.")
+    mask: bool = Field(description="Whether a mask is taken with it.")
+    max_images_in: int = Field(description="Most reference images, images of /generate; 0: none.")
     negative_prompt: bool = Field(description="Whether a negative prompt is taken.")
     refine: bool = Field(description="Whether an enlarged latent can be refined.")
     refine_unavailable: str | None = Field(description="Why not; null if it can.")
@@ -209,6 +212,8 @@ def to_model_body(served: ServedBundle, settings: Settings, loaded: bool) -> Mod
         unavailable={method: reason for method in METHODS if (reason := bundle.unavailable_reason(method))},
         decodes=list(bundle.decodes),
         from_image=bundle.supports_init_image,
+        mask=supports_mask(bundle),
+        max_images_in=max_references(bundle),
         negative_prompt=bundle.takes_negative_prompt,
         refine=not bundle.refine_unavailable,
         refine_unavailable=bundle.refine_unavailable or None,

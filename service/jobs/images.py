@@ -5,16 +5,17 @@ stores the file as the job's input; the worker reads the same bytes with `read_i
 """
 
 import binascii
-import io
 import threading
 from base64 import b64decode
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from giantleap.models.pixels.rgb import DAMAGE, open_picture, to_rgb
+from giantleap.models.pixels.rgb import DAMAGE, open_picture, to_alpha, to_rgb
 from giantleap.service.errors import InvalidRequest, MalformedRequest, PayloadTooLarge, UnsupportedMediaType
 from giantleap.service.jobs.media_types import OCTETS_TYPE, name_format, read_media_type
 
@@ -73,6 +74,13 @@ def read_image(body: bytes, max_px: int) -> Pixels:
         MalformedRequest: The bytes are damaged or cut off.
         PayloadTooLarge: More pixels than `max_px`.
     """
+    with _opened(body, max_px) as image:
+        return np.array(to_rgb(image))  # a writable copy: torch warns of read-only arrays
+
+
+@contextmanager
+def _opened(body: bytes, max_px: int) -> Iterator[Image.Image]:
+    """The image of a file, not decoded yet; turns what Pillow raises on a damaged one into an error of the request."""
     try:
         opened, frames = open_picture(body, _FORMATS)
         with opened as image:
@@ -82,25 +90,34 @@ def read_image(body: bytes, max_px: int) -> Pixels:
                 )
             if frames > 1:
                 raise UnsupportedMediaType("the image is animated; send one frame")
-            return np.array(to_rgb(image))  # a writable copy: torch warns of read-only arrays
+            yield image
     except Image.DecompressionBombError as error:
         raise PayloadTooLarge(f"the image has too many pixels; send at most {max_px}") from error
     except DAMAGE as error:
         raise MalformedRequest("the image is damaged or cut off; send a complete PNG, JPEG or WebP file") from error
 
 
-def fit_image(body: bytes, max_px: int, width_px: int, height_px: int) -> bytes:
-    """Resize an image, without keeping its aspect ratio, and return it as a PNG file.
+@contextmanager
+def decoded_image(body: bytes, max_px: int) -> Iterator[Image.Image]:
+    """An image of a client as RGB, as `read_image` reads it. Do not nest: few images at once are in memory.
 
     Raises:
         GiantleapError: As `check_image`.
     """
     _check_type(body, None)
     with _DECODES:
-        image = Image.fromarray(read_image(body, max_px)).resize((width_px, height_px), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
+        yield Image.fromarray(read_image(body, max_px))
+
+
+def open_alpha(body: bytes, max_px: int) -> Image.Image | None:
+    """How opaque an image of a client is, as "L" and upright; None if it has no transparency.
+
+    Raises:
+        GiantleapError: As `check_image`.
+    """
+    _check_type(body, None)
+    with _DECODES, _opened(body, max_px) as image:
+        return to_alpha(image)
 
 
 def read_base64(text: str) -> bytes:
@@ -109,6 +126,8 @@ def read_base64(text: str) -> bytes:
     Raises:
         InvalidRequest: It is not base64.
     """
+    if text.startswith(("http://", "https://")):
+        raise InvalidRequest("the image is a URL, which this service does not fetch; send the file as base64")
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):

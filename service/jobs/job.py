@@ -54,7 +54,8 @@ class GenerateParams:
     """Images to generate from a prompt.
 
     Sizes are those of the final image; `base_size_px` is the size that the base model generates. With a `strength`
-    generation starts from an image, the job's input blob: a PNG file of the base size. `refine` is a second, short
+    generation starts from an image, of which with `mask` only a part is drawn anew; or it draws after a number of
+    `images`. The job's input blob has them (`giantleap.service.jobs.edits.inputs`). `refine` is a second, short
     sampling of the enlarged latent. With `embed_parameters` the files name the prompt and the seed.
     """
 
@@ -73,12 +74,19 @@ class GenerateParams:
     method: Method = "lua"
     decode: DecodeName = "exact"
     strength: float | None = None
+    mask: bool = False
+    images: int = 0
     refine: Refinement | None = None
     embed_parameters: bool = False
     loras: tuple[AdapterUse, ...] = ()
     previews: int = 0
 
     kind: Literal["generate"] = "generate"
+
+    @property
+    def from_image(self) -> bool:
+        """Whether images of the client come in, as the job's input blob."""
+        return self.strength is not None or self.images > 0
 
     @property
     def base_size_px(self) -> tuple[int, int]:

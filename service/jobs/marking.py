@@ -38,7 +38,7 @@ def to_origin(params: JobParams, bundle: str, seed: int | None) -> Origin:
     """
     if not isinstance(params, GenerateParams):
         return Origin(from_image=params.image_width_px is not None)
-    return Origin(params.strength is not None, to_parameters(params, bundle, seed) if params.embed_parameters else None)
+    return Origin(params.from_image, to_parameters(params, bundle, seed) if params.embed_parameters else None)
 
 
 def to_parameters(params: GenerateParams, bundle: str, seed: int | None) -> str:

@@ -28,6 +28,7 @@ from giantleap.service.jobs.capacity import (
     to_workload,
 )
 from giantleap.service.jobs.devices import Device
+from giantleap.service.jobs.edits.checks import edit_checks
 from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px
 from giantleap.service.jobs.images import ImageSize, check_image, is_image
 from giantleap.service.jobs.job import GenerateParams, JobParams, UpscaleParams
@@ -49,10 +50,11 @@ def plan_generate(
     output_format: ImageFormat,
     devices: Sequence[Device] = (),
     loras: tuple[AdapterUse, ...] = (),
+    others: Sequence[Bundle] = (),
 ) -> GenerateParams:
     """The parameters of a /generate job, with the bundle's defaults for what the request leaves out.
 
-    Memory is checked for `devices`, those that may run the job. `loras` are the files of those that the request names.
+    Memory is checked for `devices`. `loras` are the files that the request names, `others` the bundles it might name.
 
     Raises:
         InvalidFields: The bundle lacks the method, or values are over a limit; all of them are named.
@@ -61,6 +63,7 @@ def plan_generate(
     defaults = bundle.defaults
     method = choose_method(bundle, request.method)
     scale = choose_scale(bundle, method, request.scale, (request.width, request.height))
+    default_strength = DEFAULT_STRENGTH if request.mask is None else 1.0
     params = GenerateParams(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt or "",
@@ -74,7 +77,9 @@ def plan_generate(
         output_format=output_format,
         method=method,
         decode=request.decode,
-        strength=None if request.init_image is None else request.strength or DEFAULT_STRENGTH,
+        strength=None if request.init_image is None else request.strength or default_strength,
+        mask=request.mask is not None,
+        images=len(request.images),
         refine=None if request.refine is None else to_refinement(request.refine.strength, request.refine.steps),
         embed_parameters=request.embed_parameters,
         loras=loras,
@@ -82,13 +87,9 @@ def plan_generate(
     )
     _refuse(
         (
-            (
-                request.strength is not None and params.strength is None,
-                "strength",
-                "needs an init_image, which is missing",
-            ),
             *_prompt_checks(params, bundle, settings.max_prompt_chars),
             *_step_checks(params, bundle),
+            *edit_checks(request, params, bundle, others),
             *refine_checks(params.refine, bundle, devices),
             _too_long_to_embed(params, bundle),
             *_rediffusion_checks(params, devices),
@@ -145,11 +146,6 @@ def _step_checks(params: GenerateParams, bundle: Bundle) -> tuple[Check, ...]:
         _no_previews(params, bundle),
         (steps > max_steps, "steps", f"is {steps}; bundle {bundle.name} takes at most {max_steps}"),
         (
-            strength is not None and not bundle.supports_init_image,
-            "init_image",
-            f"is not supported by the pipeline of bundle {bundle.name}, which starts from noise; leave it out",
-        ),
-        (
             strength is not None and int(steps * strength) < 1,
             "strength",
             f"is {strength}, which leaves no step of {steps} to run; raise one of them",
@@ -164,8 +160,10 @@ def _rediffusion_checks(params: GenerateParams, devices: Sequence[Device]) -> tu
         return ()
     generating = [device.role for device in devices if device.role.loads_pipeline]
     has_decoder = not generating or any(role.loads_decoder for role in generating)
+    noise = f"not supported by method {method}, which starts from noise"
     return (
-        (params.strength is not None, "init_image", f"is not supported by method {method}, which starts from noise"),
+        (params.strength is not None, "init_image", f"is {noise}"),
+        (params.images > 0, "images", f"are {noise}"),
         (params.steps < steps, "steps", f"is {params.steps}; method {method} at scale {params.scale} needs {steps}"),
         (
             method in NEEDS_DECODER and not has_decoder,

@@ -30,6 +30,9 @@ DecodeField: Any = Field(
 )
 
 
+Base64Image = Annotated[str, Field(min_length=1)]
+
+
 class WebhookRequest(JsonRequest):
     """Where to post a signed notification when the job has ended."""
 
@@ -119,7 +122,15 @@ class GenerateRequest(JsonRequest):
         gt=0.0,
         le=1.0,
         allow_inf_nan=False,
-        description="How far to leave init_image: its share of the steps is run. 0.6 if left out.",
+        description="How far to leave init_image: its share of the steps is run. If left out 0.6, with a mask 1.",
+    )
+    mask: str | None = Field(
+        None,
+        min_length=1,
+        description="Which part of init_image to draw anew: an image of its size, white there and black elsewhere.",
+    )
+    images: Annotated[tuple[Base64Image, ...], Field(max_length=16, strict=False)] = Field(
+        (), description="Images that the prompt talks about, as base64; the bundle says how many it takes."
     )
     refine: RefineRequest | None = Field(None, description="Sample the enlarged latent again; not done if left out.")
     loras: Loras = LORAS_FIELD

@@ -28,16 +28,17 @@ def batch_key(bundle: str, params: JobParams, grid: LatentGrid, is_generated: bo
     """What jobs of one batch have in common.
 
     Always bundle, scale, method, decode, refine pass and LoRAs. To generate: the final size, which with the scale gives
-    the base size, the steps, the guidance and the strength; once base latents are generated only the size. To upscale:
-    the size of the latent padded to the window, so that sizes that differ by less than a window run together, the kind
-    of output, and whether the input is an image.
+    the base size, the steps, the guidance, the strength and the kind of images; once base latents are generated only
+    the size. To upscale: the size of the latent padded to the window, so that sizes that differ by less than a window
+    run together, the kind of output, and whether the input is an image.
     """
     loras = params.loras if isinstance(params, GenerateParams) else ()
     shared = (params.kind, bundle, params.scale, params.method, params.decode, params.refine, loras)
     if isinstance(params, GenerateParams) and is_generated:
         return ("generated", *shared, params.width_px, params.height_px)
     if isinstance(params, GenerateParams):
-        return (*shared, params.width_px, params.height_px, params.steps, params.guidance_scale, params.strength)
+        start = (params.strength, params.mask, params.images)
+        return (*shared, params.width_px, params.height_px, params.steps, params.guidance_scale, *start)
     size = (grid.padded(params.latent_width), grid.padded(params.latent_height))
     return (*shared, *size, params.output, params.image_width_px is not None)
 

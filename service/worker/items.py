@@ -21,6 +21,7 @@ from giantleap.models.pixels.images import finite_items, to_signed
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.service.errors import BlockedByFilter, EngineFault, FilterFault, GiantleapError, JobFailed
 from giantleap.service.jobqueue.claims import Claim
+from giantleap.service.jobs.edits.inputs import read_input
 from giantleap.service.jobs.grid import count_items
 from giantleap.service.jobs.images import Pixels, read_image
 from giantleap.service.jobs.job import GenerateParams, JobError, JobParams, ResultFile, UpscaleParams
@@ -90,11 +91,16 @@ def to_generation_item(item: Item) -> GenerationItem:
     params = item.claim.job.params
     if isinstance(params, UpscaleParams):
         return _to_refine_item(params, item.index)
+    return draw_item(params, item.index, item.claim.body or b"")
+
+
+def draw_item(params: GenerateParams, index: int, blob: bytes) -> GenerationItem:
+    """The input of the generator for image `index` of a job with an input blob."""
     width_px, height_px = params.base_size_px
     generation = GenerationItem(
         prompt=params.prompt,
         negative_prompt=params.negative_prompt,
-        seed=image_seed(params.seed, item.index),
+        seed=image_seed(params.seed, index),
         width_px=width_px,
         height_px=height_px,
         steps=params.steps,
@@ -103,10 +109,14 @@ def to_generation_item(item: Item) -> GenerationItem:
         loras=params.loras,
         previews=params.previews,
     )
-    if params.strength is None:
+    images = read_input(blob, params)
+    generation = replace(generation, references=tuple(map(torch.from_numpy, images.references)))
+    if params.strength is None or images.init_image is None:
         return generation
-    init_image = to_signed(torch.from_numpy(read_image(item.claim.body or b"", width_px * height_px)))
-    return replace(generation, init_image=init_image, strength=params.strength)
+    start, mask = to_signed(torch.from_numpy(images.init_image)), None
+    if images.mask is not None:
+        mask = torch.from_numpy(images.mask)[None].float()
+    return replace(generation, init_image=start, strength=params.strength, mask=mask)
 
 
 def _to_refine_item(params: UpscaleParams, index: int) -> GenerationItem:

@@ -6,7 +6,7 @@ taken, which changes nothing; the names of a user have no effect there either. `
 
 import asyncio
 import base64
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import zip_longest
@@ -47,6 +47,8 @@ from giantleap.service.jobs.requests import LORAS_FIELD, GenerateRequest, Loras,
 
 router = APIRouter(prefix=OPENAI_PATH, tags=["OpenAI"])
 
+EventKind = Literal["image_generation", "image_edit"]
+
 # Names of the fields of GenerateRequest in OpenAI's requests.
 _NAMES = {
     "bundle": "model",
@@ -55,6 +57,8 @@ _NAMES = {
     "height": "size",
     "steps": "num_inference_steps",
     "previews": "partial_images",
+    "init_image": "image",
+    "images": "image",
 }
 
 
@@ -173,13 +177,26 @@ async def post_generation(
     request: Request, body: ImagesRequest, state: AppStateDep, options: CompatOptionsDep
 ) -> Response:
     """Draw a prompt; the images come as base64 text, by URL, or as an event."""
-    job = plan_job(body, state, options)
+    job, _ = plan_job(body, state, options)
+    return await respond(request, state, body, job, None, options)
+
+
+async def respond(
+    request: Request,
+    state: AppState,
+    body: ImagesRequest,
+    job: Job,
+    blob: bytes | None,
+    options: SubmitOptions,
+    kind: EventKind = "image_generation",
+) -> Response:
+    """Run a job and answer its images, as events of a kind where the client streams."""
     if body.stream:
-        enqueued = await submit_job(request, state, job, None, options)
+        enqueued = await submit_job(request, state, job, blob, options)
         headers = EVENT_STREAM_HEADERS | {"X-Job-Id": enqueued.job_id}
-        events = stream_generation(request, state, replace(job, id=enqueued.job_id), options)
+        events = stream_generation(request, state, replace(job, id=enqueued.job_id), options, kind=kind)
         return StreamingResponse(events, 200, headers, EVENT_STREAM_TYPE)
-    record = await run_job(request, state, job, None, options)
+    record = await run_job(request, state, job, blob, options)
     files = [] if body.response_format == "url" else await read_results(state, record)
     data = await asyncio.to_thread(to_data, record, files)
     if body.response_format != "b64_json":  # clients of some libraries read the url without requesting it
@@ -204,8 +221,10 @@ async def get_content(
     return await result_response(state, record, index)
 
 
-def plan_job(body: ImagesRequest, state: AppState, options: SubmitOptions) -> Job:
-    """The request as a job.
+def plan_job(
+    body: ImagesRequest, state: AppState, options: SubmitOptions, further: Mapping[str, object] | None = None
+) -> tuple[Job, GenerateRequest]:
+    """The request as a job, and as one of /generate, with `further` fields of that.
 
     Raises:
         InvalidFields: A value is not valid or over a limit; fields have OpenAI's names.
@@ -232,7 +251,7 @@ def plan_job(body: ImagesRequest, state: AppState, options: SubmitOptions) -> Jo
         "refine": body.refine,
         "loras": body.loras,
         "previews": body.partial_images or 0,
-    }
+    } | dict(further or {})
     request = validate_as(GenerateRequest, values, _NAMES)
     try:
         served = state.select_bundle(request.bundle)
@@ -240,19 +259,24 @@ def plan_job(body: ImagesRequest, state: AppState, options: SubmitOptions) -> Jo
         params = state.plan_generate(request, served, seed, request.output_format or "png")
     except InvalidFields as error:
         raise InvalidFields(*((_NAMES.get(name, name), reason) for name, reason in error.fields)) from error
-    return new_job(served, params, options, warnings=warn_of_words(served, params))
+    return new_job(served, params, options, warnings=warn_of_words(served, params)), request
 
 
 async def stream_generation(
-    request: Request, state: AppState, job: Job, options: SubmitOptions, heartbeat_s: float = HEARTBEAT_S
+    request: Request,
+    state: AppState,
+    job: Job,
+    options: SubmitOptions,
+    heartbeat_s: float = HEARTBEAT_S,
+    kind: EventKind = "image_generation",
 ) -> AsyncGenerator[str]:
-    """One event `image_generation.completed` for each image, or one `error`; comments while there is nothing to send.
+    """One event for each image, or one `error`; comments while there is nothing to send.
 
     Before them come the previews that the job asks for. When the client stops reading, the job is canceled as the
     options say.
     """
     waiting = asyncio.ensure_future(wait_for_job(request, state, job.id, options))
-    partials = _read_partials(state, job)
+    partials = _read_partials(state, job, kind)
     pending = asyncio.ensure_future(anext(partials, None))
     try:
         while tasks := [task for task in (waiting, pending) if not task.done()]:
@@ -264,7 +288,7 @@ async def stream_generation(
                 yield ": waiting\n\n"
             elif waiting.exception() is not None or not waiting.result().state.final:
                 break
-        for name, data in await _to_events(request, state, waiting, options):
+        for name, data in await _to_events(request, state, waiting, options, f"{kind}.completed"):
             yield to_block(name, data)
     finally:
         # The server cancels this generator when the client disconnects; the job must be canceled all the same.
@@ -278,12 +302,12 @@ async def stream_generation(
             await waiting
 
 
-async def _read_partials(state: AppState, job: Job) -> AsyncGenerator[tuple[str, dict[str, Any]]]:
-    """The previews of a job as events `image_generation.partial_image`; those of an image are counted from 0."""
+async def _read_partials(state: AppState, job: Job, kind: EventKind) -> AsyncGenerator[tuple[str, dict[str, Any]]]:
+    """The previews of a job as events `partial_image` of a kind; those of an image are counted from 0."""
     assert isinstance(job.params, GenerateParams), "this protocol makes no other job"
     if not job.params.previews:
         return
-    name, counts = "image_generation.partial_image", dict.fromkeys(range(job.params.num_images), 0)
+    name, counts = f"{kind}.partial_image", dict.fromkeys(range(job.params.num_images), 0)
     shared = {"type": name, "size": f"{job.params.width_px}x{job.params.height_px}", "output_format": "jpeg"}
     shared |= {"background": "opaque", "quality": "auto"}
     with suppress(GiantleapError):  # the waiting caller says what is wrong
@@ -296,7 +320,7 @@ async def _read_partials(state: AppState, job: Job) -> AsyncGenerator[tuple[str,
 
 
 async def _to_events(
-    request: Request, state: AppState, waiting: "asyncio.Future[JobRecord]", options: SubmitOptions
+    request: Request, state: AppState, waiting: "asyncio.Future[JobRecord]", options: SubmitOptions, name: str
 ) -> list[tuple[str, dict[str, Any]]]:
     try:
         record = require_success(state, waiting.result(), options)
@@ -307,8 +331,12 @@ async def _to_events(
         error = problem.error if isinstance(problem, JobProblem) else problem
         body = problem_body(error, request.state.request_id)
         return [("error", compat_error(OPENAI_PATH, body) or body)]
-    name, shared = "image_generation.completed", describe_images(record)
-    shared |= {"type": name, "created_at": created_s(record), "background": "opaque", "quality": "auto"}
+    shared = describe_images(record) | {
+        "type": name,
+        "created_at": created_s(record),
+        "background": "opaque",
+        "quality": "auto",
+    }
     return [(name, shared | image.model_dump(exclude_none=True)) for image in images]
 
 

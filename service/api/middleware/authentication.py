@@ -145,7 +145,7 @@ def scope_of(method: str, path: str) -> Scope | None:
         return Scope.METRICS
     if path == "/dead-letters" or path.startswith("/dead-letters/"):
         return Scope.ADMIN
-    if method == "POST" and path in ("/generate", "/v1/images/generations"):
+    if method == "POST" and path in ("/generate", "/v1/images/generations", "/v1/images/edits"):
         return Scope.GENERATE
     infers = path.startswith("/v2/models/") and path.endswith("/infer")
     if method == "POST" and (path == "/upscale" or path.startswith(REMOTE_VAE_PATH + "/") or infers):

@@ -32,13 +32,13 @@ from giantleap.service.api.submission import (
     wait_for_job,
 )
 from giantleap.service.api.uploads import read_upload
-from giantleap.service.errors import GiantleapError, InvalidFields, MalformedRequest, validation_problem
-from giantleap.service.jobs.images import fit_image, is_image, read_base64
-from giantleap.service.jobs.job import GenerateParams, Job, JobRecord, JobState
+from giantleap.service.errors import InvalidFields, MalformedRequest, validation_problem
+from giantleap.service.jobs.edits.inputs import to_input
+from giantleap.service.jobs.images import is_image
+from giantleap.service.jobs.job import Job, JobRecord, JobState
 from giantleap.service.jobs.media_types import JSON_TYPE, SAFETENSORS_TYPE, read_media_type
 from giantleap.service.jobs.planning import warn_of_words
 from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
-from giantleap.service.settings import Settings
 
 router = APIRouter(tags=["create"])
 
@@ -64,8 +64,8 @@ async def post_generate(
         raise InvalidFields(("num_images", f"is {body.num_images}, but a file holds one image; accept JSON instead"))
     params = state.plan_generate(body, served, options.choose_seed(body.seed), output_format)
     blob = None
-    if body.init_image is not None:
-        blob = await asyncio.to_thread(_to_init_blob, body.init_image, params, state.settings)
+    if params.from_image:
+        blob = await asyncio.to_thread(to_input, body, params, state.settings.max_image_px)
     webhook = None if body.webhook is None else body.webhook.to_webhook()
     if webhook is not None:
         await check_webhook(webhook, state.settings)
@@ -138,14 +138,6 @@ async def put_job(
     except ValidationError as error:
         raise validation_problem(error.errors(include_url=False, include_input=False)) from error
     return await post_generate(request, body, options, state)
-
-
-def _to_init_blob(text: str, params: GenerateParams, settings: Settings) -> bytes:
-    """The input blob of a job with an init_image: the image at the base size."""
-    try:
-        return fit_image(read_base64(text), settings.max_image_px, *params.base_size_px)
-    except GiantleapError as error:
-        raise InvalidFields(("init_image", error.detail)) from error
 
 
 def _with_fields(query: UpscaleQuery, fields: Mapping[str, str]) -> UpscaleQuery:

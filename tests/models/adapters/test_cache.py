@@ -1,6 +1,8 @@
 """LoRA on real pipelines with random weights: an image has what its own adapters give, to the bit, and nothing else."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +16,25 @@ from giantleap.models.generation.generator import Generator
 from giantleap.models.generation.items import GenerationItem
 from giantleap.models.generation.refine import refine_latent
 from giantleap.models.generation.refinement import Refinement
+from giantleap.models.pixels.images import to_signed
 from tests.lora_files import write_flux_in_both_layouts, write_kohya_lora, write_lora, write_sgm_copy
 from tests.models.generation.test_generator_families import CASES, build
 from tests.tiny_pipelines import save_pipeline, tiny_flux1, tiny_prx, tiny_sd3, tiny_sdxl
 
 FAMILY_NAMES = (
-    *("sd15", "sdxl", "sd3", "flux1-dev", "flux2", "flux2-klein", "qwen-image", "qwen-image-21", "z-image", "sana"),
-    "sana-sprint",
+    *(
+        "sd15",
+        "sdxl",
+        "sd3",
+        "flux1-dev",
+        "flux1-kontext",
+        "flux2",
+        "flux2-klein",
+        "qwen-image",
+        "qwen-image-21",
+        "z-image",
+    ),
+    *("sana", "sana-sprint"),
 )
 REFINE = Refinement(strength=0.25, steps=2)
 
@@ -79,6 +93,23 @@ def test_every_family_but_one_takes_adapters() -> None:
         == {type(tiny_prx()).__name__}
         == NO_ADAPTERS & {each.__name__ for each in FAMILIES}
     )
+
+
+@pytest.mark.parametrize("kind", ["mask", "references"])
+def test_an_adapter_acts_on_edits_too_and_leaves_the_next_one_alone(kind: str, tmp_path: Path, silent: None) -> None:
+    generator = open_generator("flux2-klein")
+    path = write_lora(tmp_path / "a.safetensors", generator.pipeline, 0)
+    generator.adapters.offer({"a": path}, 1 << 30)
+    photo = torch.randint(0, 256, (96, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images: dict[str, Any] = {"references": (photo,)}
+    if kind == "mask":
+        images = {"init_image": to_signed(photo), "mask": torch.ones(1, 96, 64)}
+    plain = GenerationItem("a red sphere", "", 3, 64, 96, 2, 3.0, **images)
+    before, changed, after = (
+        generator.generate([replace(plain, loras=loras)])[0] for loras in ((), (read_file(path).use(1.0),), ())
+    )
+    assert before is not None and changed is not None and after is not None
+    assert torch.equal(after, before) and not torch.equal(changed, before)
 
 
 def test_adapters_of_one_image_add_up_and_their_weights_count(tmp_path: Path, silent: None) -> None:

@@ -44,6 +44,7 @@ from giantleap.models.latent_space import LATENT_SPACES, LatentSpace
 from tests.tiny_pipelines import (
     save_pipeline,
     tiny_flux1,
+    tiny_flux1_kontext,
     tiny_flux2,
     tiny_flux2_klein,
     tiny_prx,
@@ -94,6 +95,7 @@ T5_LOSS = ("a" * 600, 600 + 2 - 512)
 PRX_LOSS = ("a" * 300, 300 - 256)
 SANA_LOSS = ("a" * 400, 400 + 2 - 300)
 ANY_SIZE: dict[str, Any] = {"use_resolution_binning": False}
+OWN_AREA: dict[str, Any] = {"max_area": WIDTH_PX * HEIGHT_PX}
 
 CASES = {
     "sd15": Case(tiny_sd15, LATENT_SPACES["sd15"], CLIP_LOSS),
@@ -107,6 +109,7 @@ CASES = {
     "sd3-without-t5": Case(lambda: tiny_sd3(t5=False), LATENT_SPACES["sd3"], CLIP_LOSS),
     "flux1-dev": Case(tiny_flux1, LATENT_SPACES["flux1"], T5_LOSS),
     "flux1-schnell": Case(lambda: tiny_flux1(guidance_embeds=False), LATENT_SPACES["flux1"], T5_LOSS),
+    "flux1-kontext": Case(tiny_flux1_kontext, LATENT_SPACES["flux1"], T5_LOSS, arguments=OWN_AREA),
     "flux2": Case(tiny_flux2, LATENT_SPACES["flux2"], ("a" * 600, 600 + 30 + 168 - 512)),
     "flux2-klein": Case(tiny_flux2_klein, LATENT_SPACES["flux2"], ("a" * 600, 600 + 19 + 19 - 512)),
     "flux2-klein-distilled": Case(

@@ -20,6 +20,7 @@ from giantleap.service.jobs.grid import Charge
 from giantleap.service.jobs.job import GenerateParams, JobEvent, JobState
 from tests.service.compat_fakes import LATENT, FileProducer, build_app
 from tests.service.fake_producer import stay_queued, succeed
+from tests.service.jobs.test_images import PNG
 from tests.service.live_server import live_server
 
 PROMPT = "a red sphere on a green floor"
@@ -42,6 +43,7 @@ WORK: dict[str, tuple[str, str, dict[str, Any]]] = {
     "generate": ("generate", "/generate", {"json": {"prompt": PROMPT}}),
     "openai": ("generate", "/v1/images/generations", {"json": {"prompt": PROMPT}}),
     "openai stream": ("generate", "/v1/images/generations", {"json": {"prompt": PROMPT, "stream": True}}),
+    "openai edit": ("generate", "/v1/images/edits", {"data": {"prompt": PROMPT}, "files": {"image": PNG}}),
     "upscale": ("upscale", "/upscale", {"content": b"not a latent", "headers": SAFETENSORS}),
     "kserve": ("upscale", "/v2/models/paper/infer", {"json": INFER}),
     "remote vae": (

@@ -25,7 +25,7 @@ from giantleap.service.errors import (
     UnsupportedMediaType,
 )
 from giantleap.service.jobs import images as images_in
-from giantleap.service.jobs.images import ImageSize, check_image, fit_image, is_image, read_base64, read_image
+from giantleap.service.jobs.images import ImageSize, check_image, decoded_image, is_image, read_base64, read_image
 from giantleap.service.jobs.latents import read_values
 from tests.icc_profiles import DISPLAY_P3, rgb_profile, srgb_to_linear
 
@@ -131,10 +131,15 @@ def test_few_images_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None
         return PIXELS
 
     monkeypatch.setattr(images_in, "read_image", read)
+
+    def open_one() -> bool:
+        with decoded_image(PNG, 54) as image:
+            return image.size == (9, 6)
+
     with ThreadPoolExecutor(16) as pool:
         checked = [pool.submit(check_image, PNG, None, 54) for _ in range(16)]
-        fitted = [pool.submit(fit_image, PNG, 54, 4, 4) for _ in range(16)]
-        assert all(each.result() for each in checked) and all(each.result() for each in fitted)
+        opened = [pool.submit(open_one) for _ in range(16)]
+        assert all(each.result() for each in checked) and all(each.result() for each in opened)
     assert len(seen) == 32 and max(seen) <= images_in.DECODES_AT_ONCE
 
 
