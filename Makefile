@@ -10,7 +10,7 @@ WORKERS  ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile
 COVERAGE ?= $(if $(CI),--cov --cov-report=term:skip-covered)
 
 .DEFAULT_GOAL := help
-.PHONY: help hooks oldest demo serve test slow compiler browser check security audit format lint types quality ablations chaos fuzz compat peers deploy-check clean
+.PHONY: help hooks oldest demo serve test slow compiler browser ui-test check security audit format lint types quality ablations chaos fuzz compat peers deploy-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ compiler: $(VENV)/.dev ## Run the tests of compiled code, which need a C++ compi
 
 browser: $(VENV)/.dev ## Run the tests of pages in Chromium, which must be on the PATH
 	$(BIN)/python -m pytest -m browser
+
+ui-test: $(VENV)/.dev ## Run those of the page at /ui only
+	$(BIN)/python -m pytest -m browser tests/browser/test_ui.py
 
 # What is cut off by a kill is reported as not closed when it is collected; elsewhere that is an error.
 CUT_OFF := -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning

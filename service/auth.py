@@ -30,8 +30,10 @@ from giantleap.service.settings import Settings
 log = logging.getLogger(__name__)
 
 KEY_PREFIX = "gl_"
+UI_PATH: Final = "/ui"
 OPEN_PATHS: Final = frozenset(
     {"/livez", "/readyz", "/health", "/version", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"}
+    | {"/", UI_PATH}
 )
 """Paths that need no key. Every other path does: a new route is closed until it is listed here."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"

@@ -168,6 +168,7 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(
         None, description="API key that `giantleap jobs` and `status` send.", min_length=1
     )
+    ui: bool = Field(True, description="Serve the page for browsers at `/ui`.")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Sites whose pages may call the API, such as https://app.example.org, comma-separated."
     )

@@ -52,7 +52,9 @@ def test_every_module_script_and_bundle_is_in_the_wheel(names: set[str]) -> None
     missing = []
     for folder in LINKS:
         for path in (ROOT / folder).rglob("*"):
-            data = path.suffix in (".py", ".lua") or (folder == "bundles" and path.is_file())
+            data = path.suffix in (".py", ".lua", ".html", ".js", ".css", ".svg") or (
+                folder == "bundles" and path.is_file()
+            )
             if data and "__pycache__" not in path.parts and f"giantleap/{path.relative_to(ROOT)}" not in names:
                 missing.append(str(path))
     assert not missing

@@ -22,7 +22,7 @@ from giantleap.service.api.openapi import describe, operation_id
 from giantleap.service.api.problems import handle_errors
 from giantleap.service.api.responses import JobProblem, handle_job_problem
 from giantleap.service.api.route_table import RouteTable, refuse_unknown_parameters
-from giantleap.service.api.routes import create, dead_letters, health, jobs, provenance
+from giantleap.service.api.routes import create, dead_letters, health, jobs, page, provenance
 from giantleap.service.auth import open_keys
 from giantleap.service.jobqueue.client import AsyncRedis, open_async_redis
 from giantleap.service.jobqueue.producer import JobProducer
@@ -78,6 +78,8 @@ def create_app(settings: Settings, producer: JobProducer | None = None, tracing:
     app.add_exception_handler(JobProblem, handle_job_problem)
     for routes in (create, jobs, dead_letters, provenance, health, openai, openai_edits, kserve, remote_vae):
         app.include_router(routes.router)
+    if settings.ui:
+        app.include_router(page.router)
     app.openapi = cache(partial(describe, app))  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.route_table = cache(lambda: RouteTable.from_document(app.openapi()))
     return app

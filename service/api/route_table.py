@@ -13,10 +13,11 @@ from fastapi import Request
 from starlette.routing import compile_path
 
 from giantleap.service.api.paths import route_path
+from giantleap.service.auth import UI_PATH
 from giantleap.service.errors import InvalidFields
 
 UNKNOWN_ROUTE = "none"
-_PAGES = ("/docs", "/openapi.json")
+_PAGES = ("/", "/docs", "/openapi.json", UI_PATH, f"{UI_PATH}/{{name}}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,6 @@ import http.server
 import json
 import queue
 import re
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,21 +20,15 @@ from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
 from giantleap.service.settings import Settings
+from tests.browser.devtools import chromium
 from tests.service.compat_fakes import to_file
 from tests.service.live_server import serve
 from tests.service.paper_bundle import write_paper_bundle
 from tests.service.thread_worker import thread_worker
 
 pytestmark = pytest.mark.browser
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PAGE = Path(__file__).with_name("page.html").read_bytes()
 STEPS = 3
-
-
-def find_chromium() -> str:
-    found = next((path for name in PROGRAMS if (path := shutil.which(name))), None)
-    assert found is not None, "no Chromium on the PATH: apt-get install chromium"
-    return found
 
 
 def draw(consumer: JobConsumer, claim: Claim) -> None:
@@ -95,18 +87,6 @@ def open_site() -> Iterator[Site]:
         finally:
             site.shutdown()
             thread.join(30)
-
-
-@contextlib.contextmanager
-def chromium(url: str, profile: Path) -> Iterator[None]:
-    flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
-    command = [find_chromium(), *flags, "--remote-debugging-port=0", f"--user-data-dir={profile}", url]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def visit(settings: Settings, tmp_path: Path, **changes: object) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Refuses requests before their body is read: too large headers, other sites' pages, unknown keys, too many requests.
 
 New jobs are refused there too for a moment after the queue was full. Every path needs a key except those of
-`giantleap.service.auth.OPEN_PATHS`. Whether a caller may see a job is decided in
+`giantleap.service.auth.OPEN_PATHS` and the files of the page. Whether a caller may see a job is decided in
 `giantleap.service.api.dependencies.get_record`.
 """
 
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from giantleap.service.api.paths import REMOTE_VAE_PATH, route_path
+from giantleap.service.api.paths import REMOTE_VAE_PATH, is_page_file, route_path
 from giantleap.service.api.problems import problem_response
 from giantleap.service.auth import (
     ANONYMOUS,
@@ -98,7 +98,7 @@ class AuthenticationMiddleware:
             request.scope["query_string"] = query  # what routes know
         if signed:
             return URL_HOLDER
-        if self.keys is None or path in OPEN_PATHS:
+        if self.keys is None or path in OPEN_PATHS or is_page_file(path):
             return ANONYMOUS
         presented = presented_keys(request.scope["headers"])
         if signed is False and not presented:

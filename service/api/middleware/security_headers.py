@@ -3,7 +3,7 @@
 A response that is sent before the whole body was read closes the connection; otherwise the server would receive the
 rest of the body, however long. It first discards some more of the body, since a client that is still sending would
 otherwise meet a connection reset instead of its response. The values of the headers are those of the OWASP REST
-Security Cheat Sheet for an API; the page /docs may load Swagger UI.
+Security Cheat Sheet for an API; the page /docs may load Swagger UI, /ui its own files.
 """
 
 import asyncio
@@ -14,7 +14,8 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from giantleap.service.api.paths import route_path
+from giantleap.service.api.paths import is_page_file, route_path
+from giantleap.service.auth import UI_PATH
 
 _ALWAYS: Final = (
     (b"x-content-type-options", b"nosniff"),
@@ -26,6 +27,11 @@ _NOTHING = b"default-src 'none'; frame-ancestors 'none'"
 _SWAGGER = (
     b"default-src 'none'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src https://cdn.jsdelivr.net "
     b"'unsafe-inline'; img-src 'self' data: https://fastapi.tiangolo.com; connect-src 'self'; frame-ancestors 'none'"
+)
+# The page at /ui: its own files, the API, and pictures that it made or has just fetched.
+_UI = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _SHORT_BODY_DIGITS = 5  # less than 100 kB
 _LINGER_S = 10.0  # longest time to discard the rest of a body
@@ -56,7 +62,7 @@ class SecurityHeadersMiddleware:
             await self.app(scope, receive, send)
             return
         path = route_path(scope)
-        added = [*_ALWAYS, (b"content-security-policy", _SWAGGER if path == "/docs" else _NOTHING)]
+        added = [*_ALWAYS, (b"content-security-policy", _policy(path))]
         unread = _has_long_body(scope["headers"])
         allowed = any(name == b"origin" and value in self.origins for name, value in scope["headers"])
         defaults = [(b"cross-origin-resource-policy", b"cross-origin" if allowed else b"same-origin")]
@@ -84,6 +90,12 @@ class SecurityHeadersMiddleware:
             await send(message)
 
         await self.app(scope, receive_tracked if unread else receive, send_with_headers)
+
+
+def _policy(path: str) -> bytes:
+    if path == "/docs":
+        return _SWAGGER
+    return _UI if path == UI_PATH or is_page_file(path) else _NOTHING
 
 
 async def _discard_body(receive: Receive) -> None:

@@ -20,7 +20,19 @@ def paths_of(app: FastAPI, job_id: str) -> list[str]:
     paths = [path for path, operations in app.openapi()["paths"].items() if "get" in operations]
     assert len(paths) > 12
     named = [path.format(job_id=job_id, model="paper") for path in paths]
-    return [*named, "/openapi.json", "/docs", f"/jobs/{uuid.uuid4()}", "/nothing", "/generate", "/models/"]
+    return [
+        *named,
+        "/openapi.json",
+        "/docs",
+        "/",
+        "/ui",
+        "/ui/app.js",
+        "/ui/none.js",
+        f"/jobs/{uuid.uuid4()}",
+        "/nothing",
+        "/generate",
+        "/models/",
+    ]
 
 
 def test_head_has_the_status_and_headers_of_get_everywhere(bundle_dirs: tuple[Path, ...]) -> None:
