@@ -218,6 +218,7 @@ async function submit(event) {
   if (!isUpload) request.seed ??= String(crypto.getRandomValues(new Uint32Array(1))[0]);
   setBusy(true);
   announce("Sent");
+  $("output").scrollIntoView({block: "nearest"}); // on a phone it is below the form
   try {
     const text = isUpload ? file.name : request.prompt;
     const jobs = await start(request);
