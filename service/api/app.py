@@ -118,15 +118,14 @@ async def _opened(
 ) -> AsyncGenerator[None]:
     """Open the queue and the webhook sender; close them, and the app's own Redis client, when the app ends."""
     await state.producer.open()
-    # It takes a tenth of a second, for which the first request with a query would hold up all others.
-    preparing = asyncio.ensure_future(asyncio.to_thread(app.state.route_table))
     try:
+        # FastAPI cannot make the document in two threads at once, so that no request may need it before it is there.
+        await asyncio.to_thread(app.state.route_table)
         if sender is not None:
             sender.open()
         with _stop_on_signals(state.stopping):
             yield
     finally:
-        await preparing
         if sender is not None:
             await sender.close()
         await state.producer.close()

@@ -94,6 +94,8 @@ def test_a_prompt_becomes_an_image_and_a_link_and_is_in_the_strip(visit: Visit) 
     page.open(link)
     page.until("document.getElementById('prompt').value === 'a red sphere'")
     assert page.run("['seed', 'scale'].map(name => document.getElementById(name).value)") == ["7", "4"]
+    page.open(link.replace("method=lua", "method=magic"))
+    page.until(f"{ERROR} === 'method: magic does not exist here; choose another value'")
     page.click("#jobs button")
     page.until(RESULT)
     assert page.run(FACTS) == ["lua \u00b7 x4 \u00b7 256 x 256 px \u00b7 seed 7"]

@@ -30,7 +30,9 @@ export function newId() {
 
 async function call(path, options = {}) {
   const headers = {...options.headers, ...(key.get() ? {"X-API-Key": key.get()} : {})};
-  const response = await fetch(path, {...options, headers});
+  const response = await fetch(path, {...options, headers}).catch(() => {
+    throw new Error("The service does not respond. Try again later.");
+  });
   if (response.ok) return response;
   throw new Problem(response.status, await response.json().catch(() => ({})));
 }

@@ -26,17 +26,15 @@ const model = () => models.find((each) => each.name === $("bundle").value) ?? mo
 // --- The form
 
 function drawForm(wanted = {}) {
-  fill($("bundle"), models.map((each) => each.name), wanted.bundle, Object.fromEntries(models.map((each) => [each.name, each.title ? `${each.name}: ${each.title}` : each.name])));
-  if (wanted.bundle) $("bundle").value = wanted.bundle;
+  const titles = Object.fromEntries(models.map(({name, title}) => [name, `${name}: ${title}`]));
+  fill($("bundle"), Object.keys(titles), wanted.bundle, "", titles);
   const {methods, ...current} = model();
   const names = Object.keys(methods).filter((name) => !file || UPLOAD_METHODS.includes(name));
-  fill($("method"), names, current.method);
-  if (names.includes(wanted.method)) $("method").value = wanted.method;
-  fill($("compare"), ["", ...names.filter((name) => name !== $("method").value)], "", {"": "nothing"});
-  if (wanted.compare) $("compare").value = wanted.compare;
+  fill($("method"), names, wanted.method, current.method);
+  fill($("compare"), ["", ...names.filter((name) => name !== $("method").value)], wanted.compare, "", {"": "nothing"});
   const scales = [$("method").value, $("compare").value].filter(Boolean).map((name) => methods[name]);
-  fill($("scale"), scales[0].filter((scale) => scales.every((each) => each.includes(scale))), current.scale);
-  fill($("decode"), current.decodes, "exact");
+  fill($("scale"), scales[0].filter((scale) => scales.every((each) => each.includes(scale))), wanted.scale, current.scale);
+  fill($("decode"), current.decodes, wanted.decode, "exact");
   $("prompt").maxLength = current.max_prompt_chars;
   $("steps").max = current.max_steps;
   for (const name of ["steps", "guidance_scale"]) $(name).placeholder = current[name];
@@ -75,16 +73,22 @@ function readForm() {
   return Object.fromEntries(FIELDS.filter(visible).map((name) => [name, $(name).value.trim()]).filter(([, value]) => value !== ""));
 }
 
+/** Show a request in the form, and what of it this service does not have. */
 function writeForm(request) {
-  for (const name of FIELDS) if (!["bundle", "method", "compare"].includes(name)) $(name).value = request[name] ?? "";
+  for (const name of FIELDS) $(name).value = request[name] ?? "";
   drawForm(request);
-  if (request.scale) $("scale").value = request.scale;
-  drawSize();
+  const lost = Object.keys(request).filter((name) => !FIELDS.includes(name) || $(name).value !== request[name]);
+  const errors = lost.map((field) => ({field, reason: `${request[field]} does not exist here; choose another value`}));
+  if (errors.length) showError({errors});
 }
 
 function readLink() {
   const request = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-  if (Object.keys(request).length) writeForm(request);
+  clearError();
+  if (Object.keys(request).length) {
+    setFile(null);
+    writeForm(request);
+  }
 }
 
 // --- Errors
@@ -134,31 +138,32 @@ function progressRow(label) {
 }
 
 function showEvent(row, name, data) {
-  if (name === "queued") row.show(data.position ? `queued, ${data.position} before it` : "queued");
   if (name === "started") row.show("started");
+  if (name === "loading") row.show("loading the model");
   if (name === "step") row.show(`step ${data.step} of ${data.steps}`, data.step / data.steps);
   if (name === "progress") row.show(`${data.stage}, ${Math.round(data.seconds)} s`, data.fraction ?? undefined);
   if (name === "stage") row.show(`${data.stage} done`);
   if (name === "retrying") row.show("a worker failed; it will be tried again");
 }
 
-/** Tell the place in the queue until the job has started; events tell it only once. */
-async function watchQueue(id, row, isWaiting) {
+/** Show the place in the queue until the job has started; events tell it only once. */
+async function watchQueue(job, row, isWaiting) {
   while (isWaiting()) {
+    if (job.status === "queued") {
+      const start = job.estimated_start_s === null ? "" : `, starts in about ${Math.ceil(job.estimated_start_s)} s`;
+      row.show(`queued, ${job.queue_position ? `${job.queue_position} before it` : "next in line"}${start}`);
+    }
     await api.wait(POSITION_MS);
-    const job = await api.getJob(id).catch(() => null);
-    if (job?.status !== "queued" || !isWaiting()) continue;
-    const start = job.estimated_start_s === null ? "" : `, starts in about ${Math.ceil(job.estimated_start_s)} s`;
-    row.show(`queued, ${job.queue_position} before it${start}`);
+    if (isWaiting()) job = await api.getJob(job.id).catch(() => job);
   }
 }
 
-async function runJob(id, payload, row) {
+async function runJob(id, payload, row, jobs) {
   row.show("sending");
-  await api.putJob(id, payload);
-  if (run.canceled) await api.cancelJob(id).catch(() => null);
+  const accepted = await api.putJob(id, payload);
+  if (jobs.canceled) await api.cancelJob(id).catch(() => null);
   let waiting = true;
-  watchQueue(id, row, () => waiting);
+  watchQueue(accepted, row, () => waiting);
   try {
     return await api.follow(id, (name, data) => {
       waiting = name === "queued" || name === "retrying";
@@ -175,10 +180,7 @@ async function start(request) {
   run = {ids: methods.map(api.newId), canceled: false};
   $("progress").replaceChildren(...rows.map((row) => row.element));
   const payloads = methods.map((method) => toPayload({...request, method}));
-  const ended = await Promise.allSettled(run.ids.map((id, index) => runJob(id, payloads[index], rows[index])));
-  const refused = ended.find((each) => each.status === "rejected");
-  if (refused) throw refused.reason;
-  const jobs = ended.map((each) => each.value);
+  const jobs = await Promise.all(run.ids.map((id, index) => runJob(id, payloads[index], rows[index], run)));
   const failed = jobs.find((job) => job.status === "failed");
   if (failed) throw new api.Problem(failed.error.status, failed.error);
   if (jobs.some((job) => job.status === "canceled")) return null;
@@ -234,14 +236,16 @@ async function submit(event) {
     $("progress").replaceChildren();
     announce("");
     showError(error);
+    if (run?.ids.length > 1) await cancelAll();
   } finally {
     run = null;
     setBusy(false);
   }
 }
 
-async function cancel() {
+async function cancelAll() {
   $("cancel").disabled = true;
+  if (!run) return;
   run.canceled = true;
   await Promise.all(run.ids.map((id) => api.cancelJob(id).catch(() => null))); // one that has ended stays as it is
 }
@@ -291,7 +295,7 @@ async function watchService() {
 
 function listen() {
   $("form").addEventListener("submit", submit);
-  $("cancel").addEventListener("click", cancel);
+  $("cancel").addEventListener("click", cancelAll);
   for (const name of ["bundle", "method", "compare"]) $(name).addEventListener("change", () => drawForm());
   $("scale").addEventListener("change", drawSize);
   $("key").addEventListener("change", () => {

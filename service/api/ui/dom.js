@@ -10,10 +10,10 @@ export function make(tag, {class: name, ...properties} = {}, ...children) {
   return element;
 }
 
-/** Fill a select with values; keep the chosen one where it still exists, else choose `preferred`. */
-export function fill(select, values, preferred, texts = {}) {
-  const chosen = select.value;
-  select.replaceChildren(...values.map((value) => make("option", {value: String(value), textContent: texts[value] ?? value})));
+/** Fill a select with values; choose `wanted`, else what was chosen, else `preset`: the first that is there. */
+export function fill(select, values, wanted, preset, texts = {}) {
   const all = values.map(String);
-  select.value = all.includes(chosen) ? chosen : String(preferred ?? values[0]);
+  const current = select.value;
+  select.replaceChildren(...all.map((value) => make("option", {value, textContent: texts[value] ?? value})));
+  select.value = [wanted, current, String(preset), ...all].find((value) => all.includes(value)) ?? "";
 }
