@@ -181,6 +181,13 @@ def test_no_key_and_no_password_is_ever_shown(kind: type[Client] | type[AsyncCli
         assert KEY not in str(refused.value) and "word@" not in str(refused.value)
 
 
+@pytest.mark.parametrize("job_id", ["", "7", "../models", JOB.upper(), f"{JOB}/cancel", f"{JOB}\n"])
+def test_only_a_uuid_names_a_job(job_id: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(ValueError, match="not a UUID"):
+            kind("http://127.0.0.1:9").job(job_id)
+
+
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_wait_without_an_end_is_refused(timeout_s: float) -> None:
     with pytest.raises(ValueError, match="finite number of seconds"):

@@ -11,7 +11,7 @@ from typing import Generic, Self, TypeVar, Unpack
 import httpx
 
 from giantleap_client import flows
-from giantleap_client.calls import Request, generate_request, upscale_request
+from giantleap_client.calls import Request, check_job_id, generate_request, upscale_request
 from giantleap_client.errors import GiantleapError
 from giantleap_client.events import Event
 from giantleap_client.flows import Deadline, Done, Flow, JobBody, Machine, Open, Outcome, Pause, Read
@@ -155,7 +155,7 @@ class AsyncJob:
 
     def __init__(self, client: AsyncClient, job_id: str) -> None:
         self._client = client
-        self.id = job_id
+        self.id = check_job_id(job_id)
 
     def __repr__(self) -> str:
         return f"AsyncJob({self.id!r})"

@@ -15,6 +15,7 @@ from giantleap_client.options import GenerateOptions, UpscaleOptions
 from giantleap_client.payloads import Source, to_body
 
 MAX_CANCEL_AFTER_S = 7 * 86_400
+_JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _KEY = re.compile(r"[\x21-\x7e]+")
 # What the service's log and proxies' logs must not have: it goes into the body.
 _PRIVATE = frozenset({"prompt", "negative_prompt"})
@@ -99,6 +100,17 @@ def result_call(job_id: str, index: int) -> Call:
 def cancel_call(job_id: str) -> Call:
     """Cancel the job; the service takes a repeat for the same."""
     return Call("POST", f"jobs/{job_id}/cancel", job_id)
+
+
+def check_job_id(job_id: str) -> str:
+    """An id that is one part of a path.
+
+    Raises:
+        ValueError: It is not a UUID as the service writes it.
+    """
+    if not _JOB_ID.fullmatch(job_id):
+        raise ValueError("the job_id is not a UUID in lower case, such as str(uuid.uuid4())")
+    return job_id
 
 
 def check_url(url: str) -> str:

@@ -12,7 +12,7 @@ from typing import Generic, Self, TypeVar, Unpack
 import httpx
 
 from giantleap_client import flows
-from giantleap_client.calls import Request, generate_request, upscale_request
+from giantleap_client.calls import Request, check_job_id, generate_request, upscale_request
 from giantleap_client.errors import GiantleapError
 from giantleap_client.events import Event
 from giantleap_client.flows import Deadline, Done, Flow, JobBody, Machine, Open, Outcome, Pause, Read
@@ -136,7 +136,8 @@ class Client:
     ) -> Iterator[Result | GiantleapError]:
         """Run requests, some at a time; yields the result or the error of each, in their order.
 
-        Takes the next request only when the caller has taken a result.
+        Takes the next request only when the caller has taken a result. When the caller stops early, it waits for those
+        that run.
         """
         pool = ThreadPoolExecutor(concurrency)
         running: deque[Future[Result | GiantleapError]] = deque()
@@ -176,7 +177,7 @@ class Job:
 
     def __init__(self, client: Client, job_id: str) -> None:
         self._client = client
-        self.id = job_id
+        self.id = check_job_id(job_id)
 
     def __repr__(self) -> str:
         return f"Job({self.id!r})"

@@ -16,7 +16,7 @@ class GiantleapError(Exception):
 
     Attributes:
         code: The problem's code, such as `queue_full`; without a problem document `http_<status>`. The client's own
-            codes: `timeout`, `unreachable`, `canceled`.
+            codes: `timeout`, `unreachable`, `unexpected_response`, `canceled`.
         status: HTTP status of the response; None without one.
         job_id: The job that the error is about.
         request_id: The service's log has the request under this id.

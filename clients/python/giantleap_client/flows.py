@@ -137,7 +137,10 @@ def cancel(job_id: str, deadline: Deadline) -> Flow[JobBody]:
 
 
 def wait(job_id: str, deadline: Deadline) -> Flow[JobBody]:
-    """Wait until a job has ended."""
+    """Wait until a job has ended. One that has is read at once, however short the time is."""
+    body = yield from show(job_id, deadline)
+    if body["status"] in _FINAL:
+        return body
     yield from follow(job_id, deadline)
     return (yield from show(job_id, deadline))
 
@@ -151,7 +154,8 @@ def result(job_id: str, deadline: Deadline) -> Flow[Result]:
 def _download(body: JobBody, deadline: Deadline) -> Flow[Result]:
     job_id = str(body["id"])
     if body["status"] == "failed":
-        raise from_problem(body["error"], job_id, ended=True)
+        unknown = {"code": "job_failed", "status": 500, "detail": "the job failed"}
+        raise from_problem(body["error"] or unknown, job_id, ended=True)
     if body["status"] != "succeeded":
         raise JobFailed("the job was canceled", "canceled", job_id=job_id)
     files = []
@@ -204,7 +208,13 @@ def _stream(job_id: str, cursor: _Cursor, deadline: Deadline) -> Flow[None]:
 
 def _get_json(call: Call, deadline: Deadline) -> Flow[JobBody]:
     content = yield from _send(call, deadline)
-    body: JobBody = json.loads(content)
+    try:
+        body = json.loads(content)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict) or body.get("id") != call.job_id:
+        detail = "the response is not the job; check the url and what is between here and the service"
+        raise GiantleapError(detail, "unexpected_response", job_id=call.job_id)
     return body
 
 
