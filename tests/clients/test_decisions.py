@@ -1,5 +1,6 @@
 """What the client decides without a service: retries, errors, events, bodies, addresses and keys."""
 
+import base64
 import json
 import re
 import typing
@@ -157,6 +158,8 @@ def test_bodies_say_what_they_hold() -> None:
             to_body(source)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="init_image is a latent"):
         generate_request("a", init_image=latent)
+    body = json.loads(generate_request("a", mask=pixels[..., 0], images=[pixels, pixels]).content)
+    assert body["images"] == [base64.b64encode(image[0]).decode()] * 2 and body["mask"].startswith("iVBORw0KGgo")
 
 
 def test_an_image_is_sent_upright_as_its_file_is_read() -> None:

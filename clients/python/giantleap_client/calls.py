@@ -46,15 +46,24 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> Request
     """A prompt to draw.
 
     Raises:
-        TypeError: The init_image is not an image.
+        TypeError: An image is of another kind.
+        OSError: A file cannot be read.
     """
     body: dict[str, Any] = {"prompt": prompt, **options}
     if "init_image" in options:
-        content, content_type = to_body(options["init_image"])
-        if not content_type.startswith("image/"):
-            raise TypeError("init_image is a latent; give an image: a path, bytes, a uint8 array or a PIL image")
-        body["init_image"] = base64.b64encode(content).decode()
+        body["init_image"] = _to_base64("init_image", options["init_image"])
+    if "mask" in options:
+        body["mask"] = _to_base64("mask", options["mask"])
+    if "images" in options:
+        body["images"] = [_to_base64("images", image) for image in options["images"]]
     return Request(json.dumps(body).encode(), "application/json")
+
+
+def _to_base64(name: str, source: Source) -> str:
+    content, content_type = to_body(source)
+    if not content_type.startswith("image/"):
+        raise TypeError(f"{name} is a latent; give an image: a path, bytes, a uint8 array or a PIL image")
+    return base64.b64encode(content).decode()
 
 
 def upscale_request(source: Source, **options: Unpack[UpscaleOptions]) -> Request:

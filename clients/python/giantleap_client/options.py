@@ -30,7 +30,7 @@ class Webhook(TypedDict, total=False):
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The fields of `POST /generate`; an `init_image` is anything that `upscale` takes as an image."""
+    """The fields of `POST /generate`; an image is anything that `upscale` takes as one."""
 
     negative_prompt: str
     scale: float
@@ -46,9 +46,12 @@ class GenerateOptions(TypedDict, total=False):
     method: str
     decode: Decode
     init_image: Source
+    mask: Source
+    images: list[Source]
     strength: float
     refine: Refine
     loras: list[Lora]
+    previews: int
     embed_parameters: bool
     webhook: str | Webhook
 
