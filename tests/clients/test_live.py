@@ -200,7 +200,7 @@ def test_a_relay_that_cuts_connections_loses_no_job_and_repeats_none(service: Se
             job = through.submit(generate_request(PROMPT, seed=number), job_id=job_id)
             relay.cut_after = [0, 300, 2000]
             assert job.result().seed() == number
-        assert relay.cuts >= 3 * len(ids)
+        assert relay.cuts >= len(ids), "each first connection is cut at once"
         relay.cut_after = [0, 0, 100, 0, 500] * 3
         drawn = list(through.map([generate_request(PROMPT, seed=seed) for seed in range(6)]))
     assert [each.seed() if isinstance(each, Result) else each.code for each in drawn] == list(range(6))
