@@ -104,6 +104,9 @@ async def test_what_is_left_out_takes_the_bundles_defaults(client: httpx.AsyncCl
         "refine": None,
         "embed_parameters": False,
         "loras": (),
+        "mask": False,
+        "images": 0,
+        "previews": 0,
         "kind": "generate",
     }
 
