@@ -5,7 +5,7 @@ Nothing here imports torch: an API process refuses what cannot work before a job
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -29,6 +29,7 @@ Attention = Literal[
 # As the classes are in diffusers 0.42; tests/models/generation/test_modes.py compares each list with them.
 STEP_CACHED: Final = frozenset({"FluxPipeline", "QwenImagePipeline"})
 CHOOSES_ATTENTION: Final = STEP_CACHED | {
+    "FluxKontextPipeline",
     "Flux2Pipeline",
     "Flux2KleinPipeline",
     "QwenImage21Pipeline",
@@ -121,8 +122,7 @@ class Modes(BaseModel):
         try:
             return self.model_validate(values, strict=False)
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, each['loc']))} {explain(each)}".strip() for each in error.errors()]
-            raise ValueError("; ".join(lines)) from None
+            raise ValueError("; ".join(_to_line(each["loc"], explain(each)) for each in error.errors())) from None
 
     def misfit(self, index: Mapping[str, Any], vae_class: str) -> str:
         """Why a pipeline cannot have these modes; empty if it can.
@@ -160,6 +160,13 @@ class Modes(BaseModel):
         if self.storage == "none":
             return ""
         return f"weights stored as {self.storage} take no LoRA; with modes.quantize they do"
+
+
+def _to_line(place: Sequence[int | str], reason: str) -> str:
+    """A fault of a mode. What is unknown is not repeated: a setting may hold a secret by mistake."""
+    if place and place[0] not in Modes.model_fields:
+        return f"a name is not that of a mode; there are {', '.join(Modes.model_fields)}"
+    return f"{place[0]} {reason}" if place else reason
 
 
 PLAIN: Final = Modes()

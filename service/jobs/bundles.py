@@ -66,6 +66,8 @@ def read_in_modes(directory: Path, modes: Mapping[str, str]) -> Bundle:
         raise BundleError(f"bundle {bundle.name}: its modes and those of the settings: {error}") from None
     if fault := read_misfit(chosen, bundle.pipeline, bundle.vae_directory):
         raise BundleError(f"bundle {bundle.name}: modes.{fault}")
+    if chosen == bundle.modes:
+        return bundle  # as its file has it
     return replace(bundle, descriptor=bundle.descriptor.model_copy(update={"modes": chosen}))
 
 

@@ -268,7 +268,7 @@ def places(family: str) -> Generator:
     return generator
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_adapters_exchanged_in_place_draw_as_those_that_are_loaded_each(
     family: str, tmp_path: Path, silent: None
 ) -> None:

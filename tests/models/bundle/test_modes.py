@@ -95,7 +95,7 @@ def test_a_setting_replaces_one_mode_and_leaves_the_others() -> None:
     ("given", "reason"),
     [
         ({"offload": "disk"}, "offload must be 'none', 'model' or 'group'"),
-        ({"ofload": "model"}, "ofload is not a known field"),
+        ({"ofload": "model"}, "a name is not that of a mode; there are quantize, "),
         ({"quantize": "bnb4"}, "quantize must be an object"),
         ({"compile": "full", "offload": "model"}, "compile full excludes offload"),
     ],
