@@ -24,7 +24,7 @@ from giantleap.models.provenance.manifest import ManifestSigner
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.provenance.xmp import Origin
 
-RESULT = Path(__file__).parent / "results" / "provenance.json"
+RESULT = Path(__file__).resolve().parents[1] / "results" / "provenance.json"
 SIDES_PX = (512, 1024)
 RUNS = 9
 
