@@ -1,6 +1,5 @@
 """Images with a mask and reference images with the stock pipelines: what stays, what changes, and what is refused."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -8,13 +7,11 @@ import pytest
 import torch
 from diffusers import FluxKontextPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 
 from giantleap.models.bundle.descriptor import INPAINTING, REFERENCES
 from giantleap.models.generation.families import FAMILIES
-from giantleap.models.generation.generator import Generator
 from giantleap.models.generation.items import GenerationItem
 from giantleap.models.pixels.images import to_signed
 from tests.models.generation.test_generator_families import (
@@ -27,6 +24,7 @@ from tests.models.generation.test_generator_families import (
     check_close,
     decode,
     draw,
+    draw_in_bfloat16,
     encode,
 )
 
@@ -34,14 +32,6 @@ MASKED = ["sd15", "sdxl", "sd3", "flux1-dev", "flux2-klein", "qwen-image", "z-im
 REFERRING = ["flux1-kontext", "flux2", "flux2-klein"]
 PIXELS = torch.randint(0, 256, (HEIGHT_PX, WIDTH_PX, 3), generator=torch.Generator().manual_seed(7), dtype=torch.uint8)
 RIGHT = (torch.arange(WIDTH_PX) >= WIDTH_PX // 2).float().expand(1, HEIGHT_PX, WIDTH_PX).contiguous()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    before = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    yield
-    diffusers_logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="module", params=MASKED)
@@ -149,25 +139,18 @@ def test_a_masked_batch_reports_its_steps_and_stops_when_canceled(masked: Family
 
 
 def test_a_mask_works_in_bfloat16_beside_a_vae_in_float32(masked: Family) -> None:
-    lower: Any = masked.case.build()
-    weights = {name: weight.clone() for name, weight in lower.vae.state_dict().items()}
-    lower.to(torch.bfloat16)
-    lower.vae.to(torch.float32).load_state_dict(weights)
-    lower.set_progress_bar_config(disable=True)
-    latent = draw(Generator(lower, masked.case.space), masked.item)[0]
-    assert latent.dtype == torch.float32 and latent.isfinite().all()
-    assert all(torch.equal(weight, weights[name]) for name, weight in lower.vae.state_dict().items())
+    latent = draw_in_bfloat16(masked)
     stays, before = halves(latent)[0], halves(encode(masked.pipeline, start_of(masked.item)))[0]
     assert float((stays - before).abs().mean() / before.abs().mean()) < 0.02
 
 
 def test_references_change_the_image_each_of_them(referring: Family) -> None:
-    most = referring.generator.family.max_references
+    max_references = referring.generator.family.max_references
     plain = draw(referring.generator, replace(referring.item, references=()))[0]
     one, again = draw(referring.generator, referring.item)[0], draw(referring.generator, referring.item)[0]
     assert one.shape == plain.shape and torch.equal(one, again)
     seen = [plain, one, draw(referring.generator, replace(referring.item, references=(reference(2),)))[0]]
-    if most > 1:
+    if max_references > 1:
         two = (reference(1), reference(2, side_px=96))
         seen.append(draw(referring.generator, replace(referring.item, references=two))[0])
     changes = [float((a - b).abs().max()) for index, a in enumerate(seen) for b in seen[:index]]

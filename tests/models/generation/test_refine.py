@@ -1,7 +1,7 @@
 """The refine pass with the stock pipeline of every family: its schedule, its noise, its windows, and how it ends."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import wraps
 from itertools import pairwise
@@ -18,7 +18,6 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from giantleap.models.bundle.descriptor import REFINING
@@ -30,14 +29,6 @@ from tests.models.generation.test_generator_families import LONG, Family, build,
 REFINE = Refinement(strength=0.25, steps=3)
 REFINED = ["sd15", "sdxl", "sd3", "flux1-dev", "qwen-image", "qwen-image-21", "z-image", "prx", "sana", "sana-short"]
 SQUARE, WIDE = (96, 96), (64, 128)  # width and height, pixels
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    before = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    yield
-    diffusers_logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="module", params=REFINED)
