@@ -152,9 +152,9 @@ def to_paper_table(report: Mapping[str, Any]) -> str:
             columns[f"x{scale:g}{title}"] = [_number(ratio, 2) for ratio in ratios]
         published = [paper_s[method] / paper_s["lua"] if method in paper_s else None for method in methods]
         columns[f"x{scale:g} paper"] = [_number(ratio, 2) for ratio in published]
-    kept = [cells[method, 2, False]["scores"] for method in methods]
+    rows = [cells[method, 2, False]["scores"] for method in methods]
     columns["x2 PSNR/FLIP/JOD"] = [
-        "/".join(_number(scores[f"base_{name}"], digits) for name, digits in _TO_BASE.items()) for scores in kept
+        "/".join(_number(scores[f"base_{name}"], digits) for name, digits in _TO_BASE.items()) for scores in rows
     ]
     return _table(tuple(columns), list(zip(*columns.values(), strict=True)))
 

@@ -104,7 +104,7 @@ class Modes(BaseModel):
 
     @property
     def cache_note(self) -> str:
-        """What clients are told of a cache, which changes images; empty without one."""
+        """The warning for clients about a cache, which changes images; empty without one."""
         if self.cache == "none":
             return ""
         return f"drawn with the step cache {self.cache} at threshold {self.cache_threshold:g}, which changes the image"

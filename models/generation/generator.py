@@ -54,7 +54,7 @@ class Generator:
         self.modes = modes
         self.adapters = AdapterCache(pipeline, hotswap=modes.compile != "none")
         self.max_side_px = max_side_px
-        self._clean: Tensor | None = None  # of the last step, while previews are asked for
+        self._clean: Tensor | None = None  # of the last step, while an item has previews
         if latent_space.statistics_in_vae and latent_space.mean is None:
             norm, eps = pipeline.vae.bn, pipeline.vae.config.batch_norm_eps
             std = (norm.running_var.double() + eps).sqrt()
@@ -126,8 +126,8 @@ class Generator:
             if canceled.issuperset(run):
                 raise _AllCanceledError
             if on_preview is not None and self._clean is not None:
-                asked = {index for index in run if step + 1 in preview_steps(items[index].previews, steps)}
-                for index in sorted(asked - canceled):
+                previewed = {index for index in run if step + 1 in preview_steps(items[index].previews, steps)}
+                for index in sorted(previewed - canceled):
                     row = self._clean[run.index(index)][None].float()
                     on_preview(index, step + 1, self._to_raw(row, items[index])[0])
             return {}

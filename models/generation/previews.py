@@ -59,10 +59,10 @@ def _from_noise(scheduler: Any, arguments: Mapping[str, Any]) -> Tensor:
     """From a schedule of noise (arXiv 2010.02502, equation 9)."""
     sample, output = arguments["sample"], arguments["model_output"]
     alpha = scheduler.alphas_cumprod.to(sample.device)[int(arguments["timestep"])]
-    kept, noise = alpha**0.5, (1 - alpha) ** 0.5
+    signal, noise = alpha**0.5, (1 - alpha) ** 0.5
     clean: Tensor = {
-        "epsilon": lambda: (sample - noise * output) / kept,
-        "v_prediction": lambda: kept * sample - noise * output,
+        "epsilon": lambda: (sample - noise * output) / signal,
+        "v_prediction": lambda: signal * sample - noise * output,
         "sample": lambda: output,
     }[scheduler.config.prediction_type]()
     return clean

@@ -64,8 +64,8 @@ class DdimStepper:
 
     def clean_between(self, x: Tensor, following: Tensor, index: int) -> Tensor:
         """See `Stepper`."""
-        (kept, noise), (next_kept, next_noise) = self._shares(index), self._shares(index + 1)
-        change = next_kept - kept * next_noise / noise
+        (signal, noise), (next_signal, next_noise) = self._shares(index), self._shares(index + 1)
+        change = next_signal - signal * next_noise / noise
         return following if change < _SMALL else (following - next_noise / noise * x) / change  # the last may stay
 
     def _shares(self, index: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What the enqueue script is told about a job."""
+"""The arguments of the enqueue script that come from a job."""
 
 import asyncio
 import dataclasses

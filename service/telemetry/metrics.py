@@ -65,7 +65,7 @@ class Metrics:
         self._retries = self._counter("retries", "Jobs handed back for another attempt.", "bundle")
         self._failures = self._counter("job_failures", "Attempts that failed, by the error's code.", "bundle", "code")
         self._filtered = self._counter(
-            "filtered_images", "Final images that a filter saw, by what it said.", "filter", "outcome"
+            "filtered_images", "Final images that a filter saw, by outcome.", "filter", "outcome"
         )
         self._webhooks = self._counter("webhooks", "Attempts to deliver a webhook, by what came of them.", "outcome")
 

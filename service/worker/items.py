@@ -64,7 +64,7 @@ class Latent:
 _CAUSES: Mapping[type[Exception], type[GiantleapError]] = MappingProxyType(
     {AdapterError: JobFailed, ImageRefused: BlockedByFilter, FilterFailed: FilterFault}
 )
-"""What a client is told where the models raise an error whose text it may see."""
+"""The text for clients of errors that the models raise, where they may see it."""
 
 Outcome = Output | Latent | JobError | Stop
 

@@ -109,7 +109,7 @@ class BundleLoader:
         self._loaded_at_s = self._clock()  # also after a failure: a broken bundle costs the others no more than this
         if failure is None:
             return watch.remaining, self._loaded_at_s - started_s
-        self._cache.free()  # after the handler, whose frames kept what was loaded
+        self._cache.free()  # after the handler, whose frames hold what was loaded
         self._metrics.count_load_failure(name)
         for claim in watch.remaining:
             settle(self._settler, claim, failure)

@@ -43,7 +43,7 @@ class Script:
         step = machine.next()
         while not isinstance(step, Done):
             step = machine.next(self._perform(step))
-        assert not self._answers, "the flow asked for less"
+        assert not self._answers, "the flow used fewer answers"
         return step.value
 
     def _perform(self, step: Open | Read | Pause | Event) -> Outcome:

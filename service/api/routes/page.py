@@ -16,7 +16,7 @@ from giantleap.service.errors import NotFound
 router = APIRouter(include_in_schema=False)
 
 _FILES: Final = StaticFiles(directory=Path(__file__).parent.parent / "ui")
-# With the files' ETag: asked for each time, sent again only after an update.
+# With the files' ETag: revalidated each time, sent again only after an update.
 _CACHED: Final = {"Cache-Control": "no-cache"}
 
 

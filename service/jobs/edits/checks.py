@@ -32,7 +32,7 @@ def edit_checks(
         others: The bundles that requests may name, to say which of them can.
     """
     starts, width_px, height_px = params.strength is not None, *params.base_size_px
-    most_px, most = INPAINTING.get(bundle.pipeline_class or ""), max_references(bundle)
+    max_px, max_images = INPAINTING.get(bundle.pipeline_class or ""), max_references(bundle)
     return (
         (request.strength is not None and not starts, "strength", "needs an init_image, which is missing"),
         (
@@ -48,17 +48,21 @@ def edit_checks(
             f"is not supported by the pipeline of bundle {bundle.name}; {_able(others, supports_mask)}",
         ),
         (
-            params.mask and most_px is not None and width_px * height_px > most_px,
+            params.mask and max_px is not None and width_px * height_px > max_px,
             "mask",
-            f"goes with a base image of at most {most_px} pixels here; {width_px}x{height_px} are more",
+            f"goes with a base image of at most {max_px} pixels here; {width_px}x{height_px} are more",
         ),
         (
-            params.images > 0 and most == 0,
+            params.images > 0 and max_images == 0,
             "images",
             f"are not supported by the pipeline of bundle {bundle.name}; "
             f"{_able(others, max_references)}; or start from one as init_image",
         ),
-        (params.images > most > 0, "images", f"are {params.images}; bundle {bundle.name} takes at most {most}"),
+        (
+            params.images > max_images > 0,
+            "images",
+            f"are {params.images}; bundle {bundle.name} takes at most {max_images}",
+        ),
         (params.images > 0 and starts, "images", "exclude an init_image; leave one of them out"),
         (
             params.refine is not None and (params.mask or params.images > 0),

@@ -174,7 +174,7 @@ def test_kohyas_names_of_flux_give_the_bits_of_diffusers_names(tmp_path: Path, s
 
 
 def test_a_fused_layer_of_the_published_flux_alone_is_refused_and_leaves_no_trace(tmp_path: Path, silent: None) -> None:
-    """diffusers splits `linear1` at the published sizes: a file for a smaller model cannot be told apart."""
+    """diffusers splits `linear1` at the published sizes: a file for a smaller model cannot be distinguished."""
     generator = open_generator("flux1-dev")
     path = write_flux_in_both_layouts(tmp_path, generator.pipeline, 1, fused_single=True)["kohya"]
     generator.adapters.offer({"kohya": path}, 1 << 30)

@@ -1,4 +1,4 @@
-"""Image filters: found by entry point, asked in order, and whatever goes wrong holds the image back."""
+"""Image filters: found by entry point, run in order, and whatever goes wrong holds the image back."""
 
 from pathlib import Path
 

@@ -140,7 +140,7 @@ async def test_a_full_queue_refuses_new_jobs_before_their_body_is_read(
             assert 'giantleap_rejections_total{reason="queue_full"} 2.0' in metrics
 
 
-async def test_a_queue_that_was_full_is_asked_again_after_a_moment(overload_settings: Settings) -> None:
+async def test_a_queue_that_was_full_is_checked_again_after_a_moment(overload_settings: Settings) -> None:
     settings = overload_settings.model_copy(update={"queue_limit": 1})
     with live_server(create_app(settings)) as url:
         async with httpx.AsyncClient(base_url=url, timeout=300) as client:

@@ -240,8 +240,8 @@ async def test_previews_come_as_partial_images_before_the_image(bundle_dirs: tup
     app = build_app(producer, bundle_dirs)
     job = await enqueue(app, producer)
     assert isinstance(job.params, GenerateParams)
-    asked = replace(job, params=replace(job.params, previews=2, num_images=2))
-    blocks = stream_generation(request_of(), app.state.giantleap, asked, NO_KEY, heartbeat_s=60.0)
+    with_previews = replace(job, params=replace(job.params, previews=2, num_images=2))
+    blocks = stream_generation(request_of(), app.state.giantleap, with_previews, NO_KEY, heartbeat_s=60.0)
     partials = [json.loads((await anext(blocks)).partition("data: ")[2]) for _ in previews]
     assert {each["type"] for each in partials} == {"image_generation.partial_image"}
     assert [each["b64_json"] for each in partials] == ["01", "11", "02", "12"]
