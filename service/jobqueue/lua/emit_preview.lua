@@ -1,5 +1,5 @@
--- Adds a preview to a job as an event whose image is stored beside it for a short time. Dropped if the claim is lost, or
--- if the blobs leave no room: results go before previews.
+-- Adds a preview to a job as an event whose image is stored beside it for a short time. Dropped if the claim is lost,
+-- or if the blobs leave no room: results go before previews.
 --
 -- KEYS[1]  the hash tag
 -- ARGV[1]  the settings
@@ -9,7 +9,7 @@
 -- @include claim_fence
 -- @include is_final
 -- @include add_event
--- @include free_expired
+-- @include blob_bytes
 
 local image, previews = ARGV[3], prefix .. ':preview:' .. args.id
 if not owns(args.consumer, args) or is_final(get(args.id, 'state')) or get(args.id, 'cancel') then return end

@@ -7,8 +7,9 @@
 --          worker has created it), and optionally idempotency (digest of the key), max_live (live jobs of the owner),
 --          cost_us (of the job's work, in time of the owner's budget), cancel_after_s, webhook (JSON text)
 -- ARGV[3]  the job as JSON, stored as it is
--- Reply    status: created, existing, mismatch, full, full_px, busy, work, storage, or upload (the input has not arrived);
---          job_id; created_at_s; queue_position; estimated_start_s; for a refusal amount (what is in use) or wait_us
+-- Reply    status: created, existing, mismatch, full, full_px, busy, work, storage, or upload (the input has not
+--          arrived); job_id; created_at_s; queue_position; estimated_start_s; for a refusal amount (what is in use)
+--          or wait_us
 -- @include arguments
 -- @include config
 -- @include free_expired

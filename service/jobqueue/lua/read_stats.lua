@@ -5,6 +5,7 @@
 -- Reply    lanes (queue, priority, queued, median_s), processing, delayed, dead_lettered, oldest_age_us, live_workers,
 --          generate_workers and decode_workers (of these roles), durations_s, blob_bytes
 -- @include prefix
+-- @include blob_bytes
 -- @include config
 -- @include free_expired
 -- @include live_workers

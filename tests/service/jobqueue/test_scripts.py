@@ -29,6 +29,14 @@ def test_a_resolved_script_has_each_include_once(script: scripts.LuaScript[objec
     assert "@include" not in script.text and len(functions) == len(set(functions))
 
 
+@pytest.mark.parametrize("script", LOADED.values(), ids=lambda script: script.name)
+def test_a_resolved_script_calls_each_function_and_has_short_lines(script: scripts.LuaScript[object]) -> None:
+    """Two of the rules of luacheck, which `make lint` can run only where it is installed."""
+    functions = re.findall(r"^local function (\w+)", script.text, re.M)
+    assert [name for name in functions if len(re.findall(rf"\b{name}\b", script.text)) == 1] == []
+    assert [line for line in script.text.splitlines() if len(line) > 120] == []
+
+
 @pytest.mark.parametrize("path", sorted(LUA.glob("*.lua")), ids=lambda path: path.stem)
 def test_the_head_of_a_script_documents_its_arguments_and_reply(path: Path) -> None:
     text = path.read_text()

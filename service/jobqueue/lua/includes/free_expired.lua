@@ -1,6 +1,5 @@
 -- @include clock
 -- @include free_results
-local function blob_bytes() return tonumber(redis.call('GET', prefix .. ':blob_bytes') or 0) end
 
 local function free_expired()
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', prefix .. ':blob_results', '-inf', now_ms)) do free_results(id) end

@@ -1,3 +1,4 @@
+-- @include blob_bytes
 -- @include config
 -- @include free_expired
 
