@@ -23,10 +23,7 @@ from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import field_errors
 
 POCKET_BUNDLE = SHIPPED / "pocket"
-_PREFIX = "GIANTLEAP_"
-_MASK = "***"
-_USER_IN_URL = re.compile(r"(://).*@")  # up to the last @: a password may hold one, or a slash
-_PASSWORD_IN_QUERY = re.compile(r"([?&][^=&]*password=)[^&]*", re.IGNORECASE)
+PREFIX = "GIANTLEAP_"
 NEEDS_RESTART = (
     "settings_file",
     "redis_url",
@@ -39,23 +36,12 @@ NEEDS_RESTART = (
     "role",
 )
 """Settings that a reload does not change: the running supervisor holds their sockets, processes and data."""
-_PAGE_DEFAULTS = {
-    "bundle": "`bundles/pocket` of the installation",
-    "data_dir": "`~/.giantleap`",
-    "cors_origins": "none",
-    "forwarded_allow_ips": "none",
-    "root_path": "none",
-    "webhook_hosts": "any",
-    "filters": "none",
-    "model_aliases": "none",
-    "modes": "none",
-}
 
 
 class Settings(BaseSettings):
     """Settings of one process. A misspelt `GIANTLEAP_*` variable is an error, never ignored."""
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
     settings_file: Path | None = Field(
         None, description="TOML file of settings, read by `serve` and `api` again at SIGHUP; none: variables only."
@@ -320,10 +306,11 @@ def to_environment(settings: Settings) -> dict[str, str]:
     for name in values:  # a dump hides secrets
         if isinstance(secret := getattr(settings, name), SecretStr):
             values[name] = secret.get_secret_value()
-    return {_PREFIX + name.upper(): _to_variable(value) for name, value in values.items()}
+    return {PREFIX + name.upper(): to_variable(value) for name, value in values.items()}
 
 
-def _to_variable(value: object) -> str:
+def to_variable(value: object) -> str:
+    """A value as the text of its variable."""
     if isinstance(value, dict):
         return ",".join(f"{alias}={name}" for alias, name in value.items())
     return ",".join(value) if isinstance(value, list) else str(value)
@@ -331,7 +318,7 @@ def _to_variable(value: object) -> str:
 
 def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of an environment that are not settings."""
-    return {name: value for name, value in environment.items() if not name.upper().startswith(_PREFIX)}
+    return {name: value for name, value in environment.items() if not name.upper().startswith(PREFIX)}
 
 
 def read_settings(**overrides: object) -> Settings:
@@ -341,45 +328,21 @@ def read_settings(**overrides: object) -> Settings:
         ValueError: A variable or a name in the file is unknown or has a bad value, or the file cannot be read; the
             message names it and holds no value.
     """
-    variables = _read_variables()
-    path = overrides.get("settings_file", variables.get(_PREFIX + "SETTINGS_FILE"))
-    from_file = {} if path is None else _read_file(Path(str(path)))
-    unset = {name: value for name, value in from_file.items() if _PREFIX + name.upper() not in variables}
+    variables = read_variables()
+    path = overrides.get("settings_file", variables.get(PREFIX + "SETTINGS_FILE"))
+    from_file = {} if path is None else read_file(Path(str(path)))
+    unset = {name: value for name, value in from_file.items() if PREFIX + name.upper() not in variables}
     return Settings(**(unset | overrides))  # type: ignore[arg-type]
 
 
-def explain_settings() -> list[tuple[str, str, str]]:
-    """Variable, value and origin of each setting in force: `environment`, the settings file, or `default`.
-
-    Secrets are masked, and so are user and password in URLs.
+def read_variables() -> dict[str, str]:
+    """The `GIANTLEAP_*` variables of the environment.
 
     Raises:
-        ValueError: As `read_settings`.
+        ValueError: A variable is no setting.
     """
-    settings, variables = read_settings(), _read_variables()
-    in_file = {} if settings.settings_file is None else _read_file(settings.settings_file)
-    rows = []
-    for name in Settings.model_fields:
-        variable = _PREFIX + name.upper()
-        origin = (
-            "environment" if variable in variables else str(settings.settings_file) if name in in_file else "default"
-        )
-        rows.append((variable, _to_shown(getattr(settings, name)), origin))
-    return rows
-
-
-def _to_shown(value: object) -> str:
-    if value is None or value in ((), "", {}):
-        return "none"
-    if isinstance(value, SecretStr):
-        return _MASK
-    text = _to_variable(list(map(str, value)) if isinstance(value, tuple) else value)
-    return _PASSWORD_IN_QUERY.sub(rf"\1{_MASK}", _USER_IN_URL.sub(rf"\1{_MASK}@", text))
-
-
-def _read_variables() -> dict[str, str]:
-    known = {_PREFIX + name.upper() for name in Settings.model_fields}
-    variables = {name.upper(): value for name, value in os.environ.items() if name.upper().startswith(_PREFIX)}
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    variables = {name.upper(): value for name, value in os.environ.items() if name.upper().startswith(PREFIX)}
     if unknown := sorted(variables.keys() - known):
         raise ValueError(
             f"unknown setting {', '.join(unknown)}; `giantleap settings --markdown` prints those that exist"
@@ -387,7 +350,12 @@ def _read_variables() -> dict[str, str]:
     return variables
 
 
-def _read_file(path: Path) -> dict[str, object]:
+def read_file(path: Path) -> dict[str, object]:
+    """The settings of a TOML file, not yet checked.
+
+    Raises:
+        ValueError: The file cannot be read or names what is no setting.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -419,32 +387,3 @@ def merge_reloadable(running: Settings, read: Settings) -> tuple[Settings, list[
     """
     changed = [name for name in NEEDS_RESTART if getattr(read, name) != getattr(running, name)]
     return read.model_copy(update={name: getattr(running, name) for name in NEEDS_RESTART}), changed
-
-
-def to_markdown() -> str:
-    """Every setting as a Markdown page: variable, default, meaning. `docs/settings.md` is this text."""
-    rows = []
-    for name, info in Settings.model_fields.items():
-        default = _PAGE_DEFAULTS.get(name, "none" if info.default is None else str(info.default))
-        rows.append(f"| `{_PREFIX}{name.upper()}` | {default} | {info.description} |")
-    return "\n".join(
-        [
-            "# Settings",
-            "",
-            "Every setting is an environment variable; `giantleap settings` prints the values in force, and",
-            "`giantleap settings --markdown` this page. A variable with this prefix and another name stops the process",
-            "at start.",
-            "",
-            "`GIANTLEAP_SETTINGS_FILE` names a TOML file of the same settings, in small letters without the prefix:",
-            "`queue_limit = 512`. What the command line or the environment says wins. SIGHUP to `giantleap serve` or",
-            "`giantleap api` reads it again (`operations.md`); only a restart changes "
-            + ", ".join(f"`{name}`" for name in NEEDS_RESTART[:4])
-            + ",",
-            ", ".join(f"`{name}`" for name in NEEDS_RESTART[4:]) + ".",
-            "",
-            "| variable | default | meaning |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )

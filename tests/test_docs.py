@@ -51,7 +51,7 @@ _FILE = re.compile(
     r"`((?:\.ci|benchmarks|bundles|deploy|docs|export|giantleap|models|service|tests|training)/[\w./-]*\w\.\w+)`"
 )
 _TEST = re.compile(r"`(test_\w+\.py)`")
-MAX_WORDS = 25_000  # of all pages but the lab logs
+MAX_WORDS = 28_000  # of all pages but the lab logs
 _FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(r"^\$? ?(?:[A-Z_]+=\S+ )*(?:torchrun \S+ \S+ -m giantleap\.cli\.main|giantleap) (.*)$")
 

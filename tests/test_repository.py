@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from giantleap.service.settings import to_markdown
+from giantleap.service.settings_page import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("benchmarks", "clients/python/giantleap_client", "export", "giantleap/cli", "models", "service", "training")

@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training.pocket",),
     ("service.errors",),
     ("service.settings",),
+    ("service.settings_page",),
     ("service.auth",),
     ("service.links",),
     ("service.jobs",),

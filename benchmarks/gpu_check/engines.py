@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.engines.published_swinir import PublishedForward
-from giantleap.cli.engine_bench import Timing, interleave
+from giantleap.cli.bench.engines import Timing, interleave
 from giantleap.export.graphs import LuaGraph, trace
 from giantleap.export.manifest import INPUT, OUTPUTS, Precision
 from giantleap.export.onnx_files import write_onnx

@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from giantleap.cli.bench import app as bench_commands
+from giantleap.cli.bench.commands import app as bench_commands
 from giantleap.cli.bundle import app as bundle_commands
 from giantleap.cli.errors import EXIT_CODES, OneLineErrors
 from giantleap.cli.export import app as export_commands
@@ -42,7 +42,8 @@ from giantleap.cli.train import app as train_commands
 from giantleap.models.bundle.bundle import BundleError
 from giantleap.service.auth import check_auth_config
 from giantleap.service.errors import EXIT_FAILURE, BadConfiguration, NotReady
-from giantleap.service.settings import Settings, explain_settings, format_errors, read_settings, to_markdown
+from giantleap.service.settings import Settings, format_errors, read_settings
+from giantleap.service.settings_page import explain_settings, to_markdown
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, epilog=EXIT_CODES, pretty_exceptions_enable=False)
 for command in (generate, upscale, models, status):

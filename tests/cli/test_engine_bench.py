@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from giantleap.cli.engine_bench import EngineRow, Timing, interleave, to_table
+from giantleap.cli.bench.engines import EngineRow, Timing, interleave, to_table
 from giantleap.cli.main import app
 
 

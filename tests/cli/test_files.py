@@ -81,7 +81,7 @@ def test_outputs_are_checked_before_the_work(
     def refuse(*arguments: object) -> None:
         raise AssertionError("the work began")
 
-    for module in ("giantleap.cli.local", "giantleap.cli.bench"):
+    for module in ("giantleap.cli.local", "giantleap.cli.bench.commands"):
         monkeypatch.setattr(f"{module}.open_bundle_route", refuse)
     (tmp_path / "file").write_text("")
     (tmp_path / f"dir{words[-1].removeprefix('{}')}").mkdir()

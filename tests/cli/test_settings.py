@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from giantleap.cli.main import app
-from giantleap.service.settings import Settings, to_markdown
+from giantleap.service.settings import Settings
+from giantleap.service.settings_page import to_markdown
 
 
 def shown() -> dict[str, list[str]]:

@@ -1,6 +1,6 @@
 """`giantleap bench protocol`, `engines` and `paper`: measurements on this machine.
 
-`giantleap.cli.main` mounts these commands; `giantleap.service.worker.timing`, `giantleap.cli.engine_bench` and
+`giantleap.cli.main` mounts these commands; `giantleap.service.worker.timing`, `giantleap.cli.bench.engines` and
 `giantleap.cli.paper.measure` measure.
 """
 
@@ -104,7 +104,7 @@ def engines(
     served = read_bundles(settings)[0]
     stop_if_on_hub(served)
 
-    from giantleap.cli.engine_bench import measure_engines, to_table
+    from giantleap.cli.bench.engines import measure_engines, to_table
     from giantleap.models.device import choose_device
     from giantleap.models.engines.threads import set_threads
     from giantleap.service.jobs.planning import choose_scale
