@@ -1,47 +1,41 @@
 """The worker's side of the queue, synchronous: claim jobs and end each exactly once.
 
 Every write is a script (`giantleap.service.jobqueue.scripts`) that first checks that the claim is still current.
-`giantleap.service.jobqueue.claims` renews the claims while the worker computes. The API's side is
-`giantleap.service.jobqueue.producer`.
+`giantleap.service.jobqueue.claiming.claimer` claims, and `giantleap.service.jobqueue.claims` renews the claims while
+the worker computes. The API's side is `giantleap.service.jobqueue.producer`.
 """
 
 import dataclasses
 import json
 import logging
-import random
 import threading
-import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeVar
 
 import redis
-from redis.typing import KeyT, StreamIdT
 
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.errors import BlockedByFilter, NotReady, StorageFull
 from giantleap.service.jobqueue import scripts
-from giantleap.service.jobqueue.claims import Claim, Leases, LoadedBundles, to_claim
-from giantleap.service.jobqueue.client import SyncRedis, check_client
+from giantleap.service.jobqueue.claiming.claimer import JobClaimer
+from giantleap.service.jobqueue.claiming.outages import Outages
+from giantleap.service.jobqueue.claims import Claim, Leases, LoadedBundles
+from giantleap.service.jobqueue.client import SyncRedis
 from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE, name_fault, to_bad_configuration
-from giantleap.service.jobqueue.keys import Keys, claim_order
-from giantleap.service.jobqueue.replies import ClaimedJob, ClaimReply, SettleReply
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobqueue.replies import SettleReply
 from giantleap.service.jobqueue.runner import Command, ScriptRunner, upload_results
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.job import JobError, JobState, ResultFile
 from giantleap.service.settings import Settings
 
-_POLL_S = 1.0
-_BACKOFF_CAP_S = 2.0
-_MAX_OUTAGE_S = 120.0
 _NO_STAGES: Mapping[str, float] = MappingProxyType({})
 _ENDS: Mapping[str, JobState] = MappingProxyType(
     {"done": JobState.SUCCEEDED, "retried": JobState.QUEUED, "canceled": JobState.CANCELED}
 )
 """What a script that settles a claim made of the job, by its status; a lost claim has no entry."""
 _LOG = logging.getLogger(__name__)
-Value = TypeVar("Value")
 
 
 class JobConsumer:
@@ -60,30 +54,19 @@ class JobConsumer:
         role: WorkerRole = WorkerRole.ALL,
         stop: threading.Event | None = None,
     ) -> None:
-        if not bundles:
-            raise ValueError("no bundle was given; a worker serves at least one")
-        self._max_block_s = min(_POLL_S, check_client(redis))
-        self._redis = redis
         self._settings = settings
         self._scripts = ScriptRunner(redis, settings)
         self._keys = Keys(settings.key_prefix)
-        self._bundles = tuple(bundles)
         # Unique for each start: a new process must never pass the fence of the one that it replaces.
         self._consumer = f"{consumer}-{uuid.uuid4().hex[:8]}"
-        self._role = role
         self._worker: dict[str, object] = {
             "consumer": self._consumer,
             "device": "" if device is None else device.to_json(),
             "role": role,
         }
         self._leases = Leases(self._scripts, self._worker, settings.visibility_timeout_s)
-        self._turn = 0
-        self._failures = 0
-        self._claiming = threading.Lock()
-        # Jobs that only another version can read, and those whose end Redis did not take for two minutes.
-        self._unreadable: set[str] = set()
-        self._dropped: set[str] = set()
-        self._stop = threading.Event() if stop is None else stop
+        self._outages = Outages(threading.Event() if stop is None else stop)
+        self._claimer = JobClaimer(redis, settings, bundles, self._consumer, role, self._leases, self._outages)
 
     def open(self) -> None:
         """Creates the groups and starts the lease thread, which also sends the heartbeat of this worker.
@@ -95,7 +78,7 @@ class JobConsumer:
             BadConfiguration: Redis refuses this worker, and a retry cannot help.
             NotReady: Redis did not answer for two minutes, or until the stop.
         """
-        arguments = {**self._worker, "lanes": self._lanes()}
+        arguments = {**self._worker, "lanes": self._claimer.lanes()}
 
         def register() -> None:
             try:
@@ -105,16 +88,16 @@ class JobConsumer:
                     raise wrong from None
                 raise
 
-        self._retry_until_available(register, grace_s=0.0)
+        self._outages.retry(register, grace_s=0.0)
         self._leases.open()
 
     def close(self) -> None:
         """Stops the lease thread and unregisters the worker. Other workers take its remaining claims when stale."""
         self._leases.close()
-        if self._failures:
+        if self._outages.is_away:
             return  # Redis is away; the heartbeat expires
         try:
-            self._scripts.run(scripts.UNREGISTER_WORKER, {**self._worker, "lanes": self._lanes()})
+            self._scripts.run(scripts.UNREGISTER_WORKER, {**self._worker, "lanes": self._claimer.lanes()})
         except REDIS_UNAVAILABLE as error:
             _LOG.warning("could not unregister (%s); the heartbeat will expire", name_fault(error))
 
@@ -142,28 +125,7 @@ class JobConsumer:
         stop. What a lost reply claimed comes with the next claim. The caller must end every job by `complete`,
         `transfer`, `fail`, `cancel`, `release` or `drop`.
         """
-        if max_jobs < 1:
-            raise ValueError(f"max_jobs is {max_jobs}; claim at least one job")
-        deadline_s = time.monotonic() + block_s
-        while True:
-            try:
-                lanes = self._lanes()
-                with self._claiming:  # a claim that is not yet held would look like one whose reply was lost
-                    reply = self._send_claim(max_jobs, lanes, loaded)
-                    self._failures = 0
-                    held = self._hold(reply.claims)
-                claims = self._read_bodies(held, reply.claims)
-                left_s = deadline_s - time.monotonic()
-                if claims or left_s <= 0:
-                    return claims
-                if reply.last_ids:  # absent if all jobs taken had ended meanwhile
-                    self._await_message(lanes, reply, left_s)
-            except REDIS_UNAVAILABLE as error:
-                self._failures += 1
-                pause_s = _backoff_s(self._failures)
-                _LOG.warning("claim lost Redis (%s); next attempt in %.1f s", name_fault(error), pause_s)
-                if self._stop.wait(pause_s) or time.monotonic() >= deadline_s:
-                    return []
+        return self._claimer.claim(max_jobs, block_s, loaded)
 
     def emit(self, claim: Claim, name: str, data: Mapping[str, object], image: bytes | None = None) -> None:
         """Adds a progress event, of a preview with its image; none if the claim is lost or Redis has no room."""
@@ -302,21 +264,16 @@ class JobConsumer:
         Effects: one atomic script per claim. If Redis is unavailable the claim is left to become stale.
         """
         for claim in claims:
-            self._leases.drop(claim)
-            try:
-                self._scripts.run(scripts.RELEASE, self._fence(claim))
-            except REDIS_UNAVAILABLE as error:
-                _LOG.warning("job %s not returned (%s); it becomes stale", claim.job.id, name_fault(error))
+            with self._leases.settling(claim):
+                try:
+                    self._scripts.run(scripts.RELEASE, self._fence(claim))
+                except REDIS_UNAVAILABLE as error:
+                    _LOG.warning("job %s not returned (%s); it becomes stale", claim.job.id, name_fault(error))
+                self._leases.drop(claim)  # not before: what this worker has and does not hold, a claim resumes
 
     def drop(self, claims: Sequence[Claim]) -> None:
         """Leaves jobs to become stale: their ends could not be written, so they must run again."""
-        for claim in claims:
-            self._leases.drop(claim)
-            self._dropped.add(claim.job.id)
-
-    def _lanes(self) -> list[str]:
-        """Every lane of this worker in the order of the next claim."""
-        return claim_order(self._bundles, self._turn, self._role)
+        self._claimer.drop(claims)
 
     def _fence(self, claim: Claim) -> dict[str, object]:
         return {"consumer": self._consumer, **claim.to_arguments()}
@@ -326,62 +283,6 @@ class JobConsumer:
             f"The {what} have {size_bytes} bytes and do not fit beside the inputs of live jobs; "
             f"{self._settings.blob_budget_bytes} bytes are allowed in all: raise blob_budget_bytes."
         )
-
-    def _send_claim(self, max_jobs: int, lanes: Sequence[str], loaded: LoadedBundles | None) -> ClaimReply:
-        arguments = {
-            "consumer": self._consumer,
-            "max_jobs": max_jobs,
-            "held": [*(claim.job.id for claim in self._leases.held()), *self._unreadable],
-            "dropped": list(self._dropped),
-            "lanes": lanes,
-            **({} if loaded is None else {"loaded": loaded.names, "loaded_first": loaded.go_first}),
-        }
-        return self._scripts.run(scripts.CLAIM, arguments)
-
-    def _hold(self, claimed: Sequence[ClaimedJob]) -> list[Claim]:
-        """Starts renewing the claims. Effects: returns jobs that this version cannot read, for workers that can."""
-        if claimed:
-            self._turn += 1
-        claims = []
-        for row in claimed:
-            self._dropped.discard(row.id)
-            if (claim := to_claim(row)) is not None:
-                claims.append(claim)
-                continue
-            self._unreadable.add(row.id)
-            fence = {"lane": row.lane, "message": row.message, "id": row.id, "delivery": row.delivery}
-            self._scripts.run(scripts.RELEASE, {"consumer": self._consumer, **fence})
-        self._leases.hold(claims)
-        return claims
-
-    def _read_bodies(self, held: Sequence[Claim], claimed: Sequence[ClaimedJob]) -> list[Claim]:
-        """The claims with their inputs; nothing if Redis does not return these for two minutes."""
-        with_input = {row.id for row in claimed if row.input_bytes}
-        try:
-            whole = [self._with_body(claim) if claim.job.id in with_input else claim for claim in held]
-        except NotReady as error:
-            _LOG.error("inputs not read, their jobs become stale: %s", error.detail)
-            self.drop(held)  # the caller never sees these claims: they must not be renewed for ever
-            return []
-        return [claim for claim in whole if claim is not None]
-
-    def _with_body(self, claim: Claim) -> Claim | None:
-        """The claim with its input; None if the input is gone: then another worker has ended the job."""
-        key = self._keys.input(claim.job.id)
-        body: Any = self._retry_until_available(lambda: self._redis.get(key), self._settings.drain_grace_s)
-        if body is None:
-            self.drop([claim])
-            return None
-        return dataclasses.replace(claim, body=body)
-
-    def _await_message(self, lanes: Sequence[str], reply: ClaimReply, left_s: float) -> None:
-        """Returns when a stream has a newer message than the claim script saw, or a retry is due. Claims nothing."""
-        due_s = _POLL_S if reply.retry_ms is None else reply.retry_ms / 1000
-        block_ms = max(1, int(1000 * min(left_s, due_s, self._max_block_s)))
-        last_ids: dict[KeyT, StreamIdT] = {
-            self._keys.stream(lane): last_id for lane, last_id in zip(lanes, reply.last_ids, strict=True)
-        }
-        self._redis.xread(last_ids, count=1, block=block_ms)
 
     def _settle(
         self,
@@ -405,7 +306,7 @@ class JobConsumer:
 
         with self._leases.settling(claim):
             try:
-                reply = self._retry_until_available(send, self._settings.drain_grace_s)
+                reply = self._outages.retry(send, self._settings.drain_grace_s)
             except NotReady:
                 self.drop([claim])
                 raise
@@ -414,37 +315,3 @@ class JobConsumer:
         if reply.status == "lost":
             _LOG.warning("job %s was ended too late: delivery %d is not current", claim.job.id, claim.delivery)
         return reply
-
-    def _retry_until_available(self, call: Callable[[], Value], grace_s: float) -> Value:
-        """Runs `call` until Redis answers, with growing pauses, for two minutes at most, or `grace_s` after a stop."""
-        started_s = time.monotonic()
-        stopping_s: float | None = None
-        failures = 0
-        while True:
-            try:
-                reply = call()
-            except REDIS_UNAVAILABLE as error:
-                now_s = time.monotonic()
-                if self._stop.is_set() and stopping_s is None:
-                    stopping_s = now_s
-                is_over = stopping_s is not None and now_s >= stopping_s + grace_s
-                if is_over or now_s >= started_s + _MAX_OUTAGE_S:
-                    raise NotReady(
-                        f"Redis did not answer for {now_s - started_s:.0f} s ({name_fault(error)}); it must be "
-                        "reachable: look at its log and at GIANTLEAP_REDIS_URL"
-                    ) from error
-                failures += 1
-                pause_s = _backoff_s(failures)
-                _LOG.warning("lost Redis (%s); next attempt in %.1f s", name_fault(error), pause_s)
-                if stopping_s is None:
-                    self._stop.wait(pause_s)
-                else:
-                    time.sleep(pause_s)
-                continue
-            self._failures = 0
-            return reply
-
-
-def _backoff_s(failures: int) -> float:
-    """Pause after so many failures in a row: doubles to a cap; jitter keeps many workers apart."""
-    return float(min(_BACKOFF_CAP_S, 0.05 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0))

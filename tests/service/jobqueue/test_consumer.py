@@ -149,7 +149,7 @@ def test_a_job_wakes_an_idle_claim_and_not_a_poll(
     put: Put, settings: Settings, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker blocks in Redis for half the time for which its client reads: here the next poll is minutes away."""
-    monkeypatch.setattr("giantleap.service.jobqueue.consumer._POLL_S", 600.0)
+    monkeypatch.setattr("giantleap.service.jobqueue.claiming.claimer._POLL_S", 600.0)
     with (
         redis.Redis.from_url(str(settings.redis_url), socket_timeout=600) as client,
         ThreadPoolExecutor(1) as pool,

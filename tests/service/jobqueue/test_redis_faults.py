@@ -223,9 +223,9 @@ def test_a_claim_whose_reply_was_lost_comes_again_and_counts_once(
 
     job_id = asyncio.run(enqueue())
     worker: JobConsumer = open_consumer(visibility_timeout_s=60.0)
-    worker._send_claim(1, worker._lanes(), None)
+    worker._claimer._send(1, worker._claimer.lanes(), None)
     for _ in range(settings.max_deliveries):
-        worker._send_claim(1, worker._lanes(), None)
+        worker._claimer._send(1, worker._claimer.lanes(), None)
     [claim] = worker.claim(1, 60.0)
     assert (claim.job.id, claim.delivery) == (job_id, 1)
     assert worker.claim(1, 0.0) == []
