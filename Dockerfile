@@ -9,6 +9,7 @@ WORKDIR /src
 RUN python -m venv /opt/giantleap
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY giantleap giantleap
+COPY clients/python/giantleap_client giantleap_client
 COPY bundles bundles
 COPY export export
 COPY models models

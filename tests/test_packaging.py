@@ -1,15 +1,17 @@
-"""The wheels, built from copies of the tree: `giantleap` with its data, `giantleap_client`, and nothing else."""
+"""The wheels, built from copies of the tree: `giantleap` with its data and its client, the client alone."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+CLIENT = ROOT / "clients" / "python"
 LINKS = [path.name for path in (ROOT / "giantleap").iterdir() if path.is_symlink()]
 
 
@@ -21,6 +23,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     for name in ("giantleap", *LINKS, "benchmarks", "tests"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(CLIENT / "giantleap_client", source / "giantleap_client")  # as the Dockerfile copies it
     return build(source, out)
 
 
@@ -38,9 +41,10 @@ def names(wheel: Path) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_the_wheel_holds_giantleap_and_its_metadata_only(names: set[str]) -> None:
+def test_the_wheel_holds_giantleap_its_client_and_its_metadata_only(names: set[str]) -> None:
     top = {name.split("/")[0] for name in names}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"giantleap"} and len(top) == 2
+    packages = {"giantleap", "giantleap_client"}
+    assert {name for name in top if not name.endswith(".dist-info")} == packages and len(top) == 3
     assert {name.split("/")[1] for name in names if name.count("/") > 1 and name.startswith("giantleap/")} == {
         "cli",
         *LINKS,
@@ -59,6 +63,14 @@ def test_every_module_script_and_bundle_is_in_the_wheel(names: set[str]) -> None
                 missing.append(str(path))
     assert not missing
     assert "giantleap/py.typed" in names
+    client = {f"giantleap_client/{path.name}" for path in (CLIENT / "giantleap_client").iterdir() if path.is_file()}
+    assert client == {name for name in names if name.startswith("giantleap_client/")}
+
+
+def test_the_client_has_one_version_and_one_bound_of_httpx_in_both_distributions() -> None:
+    own, client = (tomllib.loads((each / "pyproject.toml").read_text())["project"] for each in (ROOT, CLIENT))
+    assert own["version"] == client["version"] and set(client["dependencies"]) <= set(own["dependencies"])
+    assert (ROOT / "giantleap_client").resolve() == CLIENT / "giantleap_client"
 
 
 def test_the_installed_command_and_package_run_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
@@ -69,6 +81,7 @@ def test_the_installed_command_and_package_run_outside_the_repository(wheel: Pat
     for arguments, expected in (
         (("-m", "giantleap", "models"), str(tmp_path / "giantleap" / "bundles" / "pocket")),
         (("-c", code), str(tmp_path / "giantleap" / "__init__.py")),
+        (("-m", "giantleap.cli.demo", "--help"), "--prompt PROMPT"),
     ):
         ran = subprocess.run(
             [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
@@ -77,7 +90,7 @@ def test_the_installed_command_and_package_run_outside_the_repository(wheel: Pat
 
 
 def test_the_client_is_a_wheel_of_its_own_that_needs_httpx_alone(tmp_path: Path) -> None:
-    source = shutil.copytree(ROOT / "clients" / "python", tmp_path / "source")
+    source = shutil.copytree(CLIENT, tmp_path / "source")
     with zipfile.ZipFile(build(source, tmp_path / "out")) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
@@ -91,6 +104,6 @@ def test_the_client_is_a_wheel_of_its_own_that_needs_httpx_alone(tmp_path: Path)
 
 def test_the_client_imports_the_standard_library_and_httpx_at_first() -> None:
     code = "import sys, giantleap_client; print({'numpy', 'torch', 'PIL', 'safetensors', 'giantleap'} & {*sys.modules})"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "clients" / "python")}
+    environment = {**os.environ, "PYTHONPATH": str(CLIENT)}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert ran.stdout == "set()\n", ran.stderr

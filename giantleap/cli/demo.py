@@ -1,12 +1,11 @@
 """Run by `make demo`: starts the whole service, posts one prompt at x2 and at x4, writes the images, stops it.
 
-It uses the service over HTTP only, so it is also a minimal client.
+It uses the service over HTTP only, by its client.
 """
 
 import argparse
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,12 +15,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import typer
 
 from giantleap.cli.errors import EXIT_INTERRUPTED, to_line
 from giantleap.cli.files import check_output_directory
 from giantleap.cli.progress import working
+from giantleap_client import Client, GiantleapError
 
 PROMPT = "a large yellow cone on the left and a large white sphere on the right, on a green floor under a blue sky"
 _START_TIMEOUT_S = 600.0
@@ -66,30 +65,25 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
         RuntimeError: the service ended, or was not ready in time.
     """
     deadline_s = time.monotonic() + _START_TIMEOUT_S
-    with working("waiting for the API") as work:
+    with working("waiting for the API") as work, Client(url, timeout_s=5, retry=False) as client:
         while time.monotonic() < deadline_s:
             if process.poll() is not None:
                 raise RuntimeError(f"the service ended with code {process.returncode}; see its log above")
-            with contextlib.suppress(httpx.TransportError):
-                response = httpx.get(f"{url}/readyz", timeout=5)
-                if response.status_code == 200:
-                    return
-                work.name = f"not ready yet: {response.json().get('detail', response.status_code)}"
+            try:
+                client.send("GET", "readyz")
+                return
+            except GiantleapError as error:
+                if error.status is not None:
+                    work.name = f"not ready yet: {error.detail}"
             time.sleep(0.25)
     raise RuntimeError(f"the service was not ready within {_START_TIMEOUT_S:.0f} s")
 
 
 def draw(url: str, prompt: str, scale: int, seed: int) -> tuple[bytes, dict[str, float]]:
-    """One PNG from a running service, and its stage times in seconds, from the header `Server-Timing`."""
-    response = httpx.post(
-        f"{url}/generate",
-        json={"prompt": prompt, "scale": scale, "seed": seed},
-        headers={"Accept": "image/png"},
-        timeout=300,
-    )
-    response.raise_for_status()
-    stages = re.findall(r"([\w-]+);dur=([\d.]+)", response.headers["Server-Timing"])
-    return response.content, {name: float(duration_ms) / 1000 for name, duration_ms in stages}
+    """One PNG from a running service, and its stage times in seconds."""
+    with Client(url) as client:
+        result = client.generate(prompt, scale=scale, seed=seed)
+    return result.files[0], dict(result.job["stages"])
 
 
 def main() -> None:
@@ -105,7 +99,7 @@ def main() -> None:
         _draw_both(options.out, options.prompt, options.seed)
     except typer.Exit as ended:
         sys.exit(ended.exit_code)
-    except (OSError, RuntimeError, httpx.HTTPError) as error:
+    except (OSError, RuntimeError, GiantleapError) as error:
         sys.exit(f"giantleap: {to_line(error)}")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

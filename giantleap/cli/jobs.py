@@ -1,20 +1,23 @@
 """`giantleap jobs` and `giantleap status`: follow, cancel and delete jobs of a running service, and see how it is.
 
-They use the service over HTTP, so that they work from any machine and with the rights of their API key.
+They use the service through its client, so that they work from any machine and with the rights of their API key.
 """
 
 import ipaddress
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from urllib.parse import quote
 
 import typer
 
+from giantleap.cli.errors import to_line
 from giantleap.cli.options import stop
 from giantleap.service.settings import format_errors, read_settings
 
 if TYPE_CHECKING:
-    import httpx
+    from giantleap_client import Client, Job
 
 UrlOption = Annotated[str | None, typer.Option("--url", help="Address of the service [GIANTLEAP_API_URL].")]
 JobArgument = Annotated[str, typer.Argument(help="Id of the job.")]
@@ -34,35 +37,37 @@ def list_jobs(
     url: UrlOption = None,
 ) -> None:
     """List the jobs of your key, newest first; without API keys, all jobs."""
-    params: dict[str, Any] = {"limit": limit} | ({} if status is None else {"status": status})
-    for job in _request("GET", "/jobs", url, params).json()["jobs"]:
+    params: dict[str, str | int] = {"limit": limit} | ({} if status is None else {"status": status})
+    for job in _read("jobs", url, "jobs", params):
         typer.echo(f"{job['id']}  {job['status']:<10}  {job['kind']:<8}  {job['bundle']}  {job['created_at']}")
 
 
 @app.command()
 def show(job_id: JobArgument, url: UrlOption = None) -> None:
     """Print a job as JSON."""
-    typer.echo(json.dumps(_request("GET", f"/jobs/{_quote(job_id)}", url).json(), indent=2))
+    with _job(job_id, url) as job:
+        typer.echo(json.dumps(job.show(), indent=2))
 
 
 @app.command()
 def cancel(job_id: JobArgument, url: UrlOption = None) -> None:
     """Cancel a job: at once where it waits, at its next step where it runs."""
-    job = _request("POST", f"/jobs/{_quote(job_id)}/cancel", url).json()
-    typer.echo(f"{job_id}  {job['status'] if job['status'] == 'canceled' else 'cancel requested'}")
+    with _job(job_id, url) as job:
+        state = job.cancel()["status"]
+    typer.echo(f"{job_id}  {state if state == 'canceled' else 'cancel requested'}")
 
 
 @app.command()
 def delete(job_id: JobArgument, url: UrlOption = None) -> None:
     """Delete a job that has ended, with its results; cancel one that has not."""
-    response = _request("DELETE", f"/jobs/{_quote(job_id)}", url)
-    typer.echo(f"{job_id}  {'deleted' if response.status_code == 204 else 'cancel requested'}")
+    with _job(job_id, url) as job:
+        typer.echo(f"{job_id}  {'deleted' if job.delete() else 'cancel requested'}")
 
 
 @dead.command("list")
 def list_dead(limit: LimitOption = 20, url: UrlOption = None) -> None:
     """List the jobs that failed for good, the latest first."""
-    for letter in _request("GET", "/dead-letters", url, {"limit": limit}).json()["dead_letters"]:
+    for letter in _read("dead-letters", url, "dead_letters", {"limit": limit}):
         retry = "can be retried" if letter["blocked_reason"] is None else letter["blocked_reason"]
         typer.echo(f"{letter['id']}  {letter['failed_at']}  {letter['error']['code']}  {retry}")
 
@@ -70,26 +75,36 @@ def list_dead(limit: LimitOption = 20, url: UrlOption = None) -> None:
 @dead.command()
 def retry(job_id: JobArgument, url: UrlOption = None) -> None:
     """Enqueue a job again, under a new id, which is printed."""
-    typer.echo(_request("POST", f"/dead-letters/{_quote(job_id)}/retry", url).json()["id"])
+    typer.echo(_read(f"dead-letters/{_quote(job_id)}/retry", url, "id", method="POST"))
 
 
 @dead.command()
 def drop(job_id: JobArgument, url: UrlOption = None) -> None:
     """Take a job off the list."""
-    _request("DELETE", f"/dead-letters/{_quote(job_id)}", url)
+    with _client(url) as client:
+        client.send("DELETE", f"dead-letters/{_quote(job_id)}")
     typer.echo(f"{job_id}  dropped")
 
 
 def status(url: UrlOption = None) -> None:
     """Print whether a service is ready, its queue and its workers. Exit code 1 where it is not ready."""
-    version = _request("GET", "/version", url).json()["version"]
-    ready = _request("GET", "/readyz", url, accepted=(503,)).json()
-    reasons = "; ".join(ready.get("reasons", ()))
-    typer.echo(f"giantleap {version}  {'ready' if ready.get('ready') else f'not ready: {reasons}'}")
-    metrics = _request("GET", "/metrics", url, accepted=(401, 403))
-    if metrics.status_code == 200:
-        _print_metrics(metrics.text)
-    if not ready.get("ready"):
+    from giantleap_client import GiantleapError
+
+    version, reasons = _read("version", url, "version"), ""
+    with _client(url) as client:
+        try:
+            client.send("GET", "readyz")
+        except GiantleapError as error:
+            if error.code != "not_ready":
+                raise
+            reasons = error.detail
+        typer.echo(f"giantleap {version}  {f'not ready: {reasons}' if reasons else 'ready'}")
+        try:
+            _print_metrics(client.send("GET", "metrics").decode())
+        except GiantleapError as error:
+            if error.status not in (401, 403):
+                raise
+    if reasons:
         raise typer.Exit(1)
 
 
@@ -122,37 +137,55 @@ def to_local_url(host: str, port: int) -> str:
     return f"http://{host}:{port}" if address.version == 4 else f"http://[{host}]:{port}"
 
 
-def _request(
-    method: str, path: str, url: str | None, params: dict[str, Any] | None = None, accepted: tuple[int, ...] = ()
-) -> "httpx.Response":
-    """One request; an error of the service, but one that is accepted, ends the command with its message."""
-    import httpx
+@contextmanager
+def _client(url: str | None) -> "Iterator[Client]":
+    """A client of the service; what it refuses, or its silence, ends the command with one line."""
+    from giantleap_client import Client, GiantleapError
 
     try:  # without a log, which would show each request
         settings = read_settings(**({} if url is None else {"api_url": url}))
     except ValueError as error:
         stop(*format_errors(error))
     base_url = settings.api_url or to_local_url(settings.host, settings.port)
-    headers = {} if settings.api_key is None else {"Authorization": f"Bearer {settings.api_key.get_secret_value()}"}
+    key = None if settings.api_key is None else settings.api_key.get_secret_value()
     try:
-        response = httpx.request(method, base_url + path, params=params, headers=headers, timeout=_TIMEOUT_S)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        _fail(f"{base_url} does not answer ({type(error).__name__}); start `giantleap serve`, or set --url")
-    if response.is_error and response.status_code not in accepted:
-        _fail(_to_detail(response))
-    return response
+        client = Client(base_url, key, timeout_s=_TIMEOUT_S, retry=False)
+    except ValueError as error:
+        stop(to_line(error))
+    try:
+        with client:
+            yield client
+    except GiantleapError as error:
+        if error.code == "unreachable":
+            _fail(f"{base_url} does not answer ({error.__cause__}); start `giantleap serve`, or set --url")
+        _fail(error.detail)
+
+
+@contextmanager
+def _job(job_id: str, url: str | None) -> "Iterator[Job]":
+    with _client(url) as client:
+        try:
+            job = client.job(job_id)
+        except ValueError:
+            stop(f"{job_id!r} is no id of a job; `giantleap jobs list` shows them")
+        yield job
+
+
+def _read(
+    path: str, url: str | None, member: str, params: Mapping[str, str | int] | None = None, *, method: str = "GET"
+) -> Any:
+    """A member of the JSON object that a route returns."""
+    with _client(url) as client:
+        content = client.send(method, path, **params or {})
+    try:
+        return json.loads(content)[member]
+    except (ValueError, KeyError, TypeError):
+        _fail("the address answers and is no Giantleap service; check --url")
 
 
 def _quote(job_id: str) -> str:
     """An argument as one part of a path, whatever it holds."""
     return quote(job_id, safe="")
-
-
-def _to_detail(response: "httpx.Response") -> str:
-    try:
-        return str(response.json()["detail"])
-    except (ValueError, KeyError, TypeError):
-        return f"the address answered with status {response.status_code} and is no Giantleap service; check --url"
 
 
 def _fail(line: str) -> NoReturn:

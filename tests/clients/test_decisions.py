@@ -178,6 +178,11 @@ def test_no_key_and_no_password_is_ever_shown(kind: type[Client] | type[AsyncCli
         ("http://me:word@127.0.0.1:9", KEY),
         ("127.0.0.1:9", KEY),
         ("http://", KEY),
+        ("http://127.0.0.1:none", KEY),
+        ("http://127.0.0.1:99999", KEY),
+        ("http://[::1", KEY),
+        ("http://two..dots", KEY),
+        (f"http://{'a' * 64}.org", KEY),
     ):
         with pytest.raises(ValueError, match=re.compile("api_key|url")) as refused:
             kind(url, key)

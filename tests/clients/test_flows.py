@@ -3,13 +3,28 @@
 import json
 import uuid
 from collections import deque
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pytest
 
 from giantleap_client import Event, GiantleapError, JobFailed, RateLimited, Result, Timeout, generate_request
 from giantleap_client.calls import Call
-from giantleap_client.flows import Deadline, Done, Flow, Head, Machine, Open, Outcome, Pause, Read, follow, result, run
+from giantleap_client.flows import (
+    Deadline,
+    Done,
+    Flow,
+    Head,
+    Machine,
+    Open,
+    Outcome,
+    Pause,
+    Read,
+    follow,
+    result,
+    run,
+    send,
+)
 from giantleap_client.retries import MAX_ATTEMPTS, Cut
 
 T = TypeVar("T")
@@ -102,6 +117,29 @@ def test_what_no_repeat_helps_ends_as_an_error_that_names_the_job(
         script.run(run(REQUEST, JOB, 60.0))
     assert (type(ended.value), ended.value.code, ended.value.job_id) == (kind, code, JOB)
     assert len(script.calls) == len(answers)
+
+
+@pytest.mark.parametrize(
+    ("flow", "calls"),
+    [
+        (lambda: run(REQUEST, JOB, 60.0, retry=False), 1),
+        (lambda: send("POST", f"dead-letters/{JOB}/retry", {}, Deadline.after(60)), 1),
+        (lambda: send("GET", "models", {}, Deadline.after(60)), MAX_ATTEMPTS),
+    ],
+)
+def test_only_what_may_be_sent_twice_is_repeated_and_only_where_the_caller_wants_it(
+    flow: Callable[[], Flow[Any]], calls: int
+) -> None:
+    script = Script(*[Cut("ReadError")] * calls)
+    with pytest.raises(GiantleapError, match="does not answer") as ended:
+        script.run(flow())
+    assert ended.value.code == "unreachable" and len(script.calls) == calls
+
+
+@pytest.mark.parametrize("path", ["http://elsewhere/models", "//elsewhere/models", "https:models"])
+def test_a_route_is_one_of_the_service_that_has_the_key(path: str) -> None:
+    with pytest.raises(ValueError, match="path of the service"):
+        send("GET", path, {}, Deadline.after(60))
 
 
 def test_the_result_of_a_job_that_has_ended_needs_no_events() -> None:

@@ -70,6 +70,7 @@ def test_what_is_copied_exists_is_not_ignored_and_is_all_that_is_packaged() -> N
     sources = {source for line in copied for source in line.split()}
     for source in sources:
         assert (ROOT / source).exists() and f"!{source}" in ignore, source
+    assert "COPY clients/python/giantleap_client giantleap_client\n" in DOCKERFILE, "the package, not the link to it"
     packaged = {path.resolve().name for path in (ROOT / "giantleap").iterdir() if path.is_symlink()} | {"giantleap"}
     assert packaged <= sources
 

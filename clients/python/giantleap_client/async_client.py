@@ -64,9 +64,10 @@ class _Driver(Generic[T]):
 class AsyncClient:
     """A connection to one service, for one event loop. The arguments are those of `giantleap_client.Client`."""
 
-    def __init__(self, url: str, api_key: str | None = None, *, timeout_s: float = 300.0) -> None:
+    def __init__(self, url: str, api_key: str | None = None, *, timeout_s: float = 300.0, retry: bool = True) -> None:
         self._http = httpx.AsyncClient(**client_options(url, api_key))
         self.timeout_s = timeout_s
+        self.retry = retry
 
     def __repr__(self) -> str:
         return f"AsyncClient({str(self._http.base_url)!r})"
@@ -98,19 +99,23 @@ class AsyncClient:
 
     async def run(self, request: Request, *, timeout_s: float | None = None) -> Result:
         """Make a job of a request and wait for its files."""
-        return await self._run(flows.run(request, str(uuid.uuid4()), self._timeout_s(timeout_s)))
+        return await self._run(flows.run(request, str(uuid.uuid4()), self._timeout_s(timeout_s), retry=self.retry))
 
     async def submit(
         self, request: Request, *, job_id: str | None = None, cancel_after_s: float | None = None
     ) -> "AsyncJob":
         """Make a job, and return as soon as the service has it."""
         job = self.job(job_id or str(uuid.uuid4()))
-        await self._run(flows.make(request, job.id, Deadline.after(self.timeout_s), cancel_after_s))
+        await self._run(flows.make(request, job.id, self._deadline(), cancel_after_s))
         return job
 
     def job(self, job_id: str) -> "AsyncJob":
         """A job that exists."""
         return AsyncJob(self, job_id)
+
+    async def send(self, method: str, path: str, **params: str | int) -> bytes:
+        """The body of a response of any other route."""
+        return await self._run(flows.send(method, path, params, self._deadline()))
 
     async def map(
         self, requests: Iterable[Request], *, concurrency: int = 8, timeout_s: float | None = None
@@ -131,6 +136,9 @@ class AsyncClient:
 
     def _timeout_s(self, given_s: float | None) -> float:
         return self.timeout_s if given_s is None else given_s
+
+    def _deadline(self, timeout_s: float | None = None) -> Deadline:
+        return Deadline.after(self._timeout_s(timeout_s), retry=self.retry)
 
     async def _run_or_error(self, request: Request, timeout_s: float | None) -> Result | GiantleapError:
         try:
@@ -162,19 +170,20 @@ class AsyncJob:
 
     async def show(self) -> JobBody:
         """The job as it is now."""
-        return await self._client._run(flows.show(self.id, self._deadline()))
+        return await self._client._run(flows.show(self.id, self._client._deadline()))
 
     def events(self, *, timeout_s: float | None = None) -> AsyncGenerator[Event]:
         """Its events from the first to `done`, through cut connections."""
-        return self._client._events(flows.follow(self.id, self._deadline(timeout_s)))
+        return self._client._events(flows.follow(self.id, self._client._deadline(timeout_s)))
 
     async def result(self, *, timeout_s: float | None = None) -> Result:
         """Its files, once it has ended."""
-        return await self._client._run(flows.result(self.id, self._deadline(timeout_s)))
+        return await self._client._run(flows.result(self.id, self._client._deadline(timeout_s)))
 
     async def cancel(self) -> JobBody:
         """Cancel it."""
-        return await self._client._run(flows.cancel(self.id, self._deadline()))
+        return await self._client._run(flows.cancel(self.id, self._client._deadline()))
 
-    def _deadline(self, timeout_s: float | None = None) -> Deadline:
-        return Deadline.after(self._client._timeout_s(timeout_s))
+    async def delete(self) -> bool:
+        """Delete it with its files where it has ended, and cancel it where it has not; whether it is deleted."""
+        return await self._client._run(flows.delete(self.id, self._client._deadline()))

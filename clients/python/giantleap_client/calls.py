@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Unpack
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
@@ -32,11 +32,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP request about a job."""
+    """One HTTP request, about a job unless `job_id` is None."""
 
     method: str
     path: str
-    job_id: str
+    job_id: str | None
     headers: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
     content: bytes = field(default=b"", repr=False)
@@ -106,6 +106,23 @@ def result_call(job_id: str, index: int) -> Call:
     return Call("GET", f"jobs/{job_id}/result", job_id, params={"index": index})
 
 
+def send_call(method: str, path: str, params: Mapping[str, Any]) -> Call:
+    """Any other route.
+
+    Raises:
+        ValueError: The path is not one below the address of the service.
+    """
+    parts = urlsplit(path)
+    if parts.scheme or parts.netloc:  # httpx would send the key there
+        raise ValueError("the path is an address; give a path of the service, such as models")
+    return Call(method, path.lstrip("/"), None, params=params)
+
+
+def delete_call(job_id: str) -> Call:
+    """Delete the job, or cancel it."""
+    return Call("DELETE", f"jobs/{job_id}", job_id)
+
+
 def cancel_call(job_id: str) -> Call:
     """Cancel the job; the service takes a repeat for the same."""
     return Call("POST", f"jobs/{job_id}/cancel", job_id)
@@ -128,12 +145,23 @@ def check_url(url: str) -> str:
     Raises:
         ValueError: It is not an http address, or holds a user name.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    parts = _split_url(url)
+    if parts is None or parts.scheme not in ("http", "https") or parts.query or parts.fragment:
         raise ValueError("the url is not an address of a service; give one such as http://127.0.0.1:8000")
     if parts.username is not None or parts.password is not None:
         raise ValueError("the url holds a user name or a password; give the key as api_key")
     return url.rstrip("/") + "/"
+
+
+def _split_url(url: str) -> SplitResult | None:
+    """Its parts; None where there is no host, or no connection could ever be opened to it."""
+    try:
+        parts = urlsplit(url)
+        host, _ = (parts.hostname or "").encode("idna"), parts.port  # which raises where it is no number
+        httpx.URL(url)
+    except (ValueError, httpx.InvalidURL):
+        return None
+    return parts if host else None
 
 
 def to_headers(api_key: str | None) -> dict[str, str]:

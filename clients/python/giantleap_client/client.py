@@ -68,11 +68,13 @@ class Client:
         url: Address of the service, with its path prefix if it has one.
         api_key: Key of the service.
         timeout_s: Longest wait of each method that is not given its own.
+        retry: Whether a request is repeated after a lost connection or a 429 or 503, as long as the time allows.
     """
 
-    def __init__(self, url: str, api_key: str | None = None, *, timeout_s: float = 300.0) -> None:
+    def __init__(self, url: str, api_key: str | None = None, *, timeout_s: float = 300.0, retry: bool = True) -> None:
         self._http = httpx.Client(**client_options(url, api_key))
         self.timeout_s = timeout_s
+        self.retry = retry
 
     def __repr__(self) -> str:
         return f"Client({str(self._http.base_url)!r})"
@@ -110,7 +112,7 @@ class Client:
         Raises:
             GiantleapError: As `generate`.
         """
-        return self._run(flows.run(request, str(uuid.uuid4()), self._timeout_s(timeout_s)))
+        return self._run(flows.run(request, str(uuid.uuid4()), self._timeout_s(timeout_s), retry=self.retry))
 
     def submit(self, request: Request, *, job_id: str | None = None, cancel_after_s: float | None = None) -> "Job":
         """Make a job, and return as soon as the service has it.
@@ -124,12 +126,20 @@ class Client:
             GiantleapError: It was refused, or the service was not reached; `job_id` of the error is the job's id.
         """
         job = self.job(job_id or str(uuid.uuid4()))
-        self._run(flows.make(request, job.id, Deadline.after(self.timeout_s), cancel_after_s))
+        self._run(flows.make(request, job.id, self._deadline(), cancel_after_s))
         return job
 
     def job(self, job_id: str) -> "Job":
         """A job that exists."""
         return Job(self, job_id)
+
+    def send(self, method: str, path: str, **params: str | int) -> bytes:
+        """The body of a response of any other route, such as `client.send("GET", "models")`.
+
+        Raises:
+            GiantleapError: It was refused, or the service was not reached. A POST is not repeated.
+        """
+        return self._run(flows.send(method, path, params, self._deadline()))
 
     def map(
         self, requests: Iterable[Request], *, concurrency: int = 8, timeout_s: float | None = None
@@ -153,6 +163,9 @@ class Client:
 
     def _timeout_s(self, given_s: float | None) -> float:
         return self.timeout_s if given_s is None else given_s
+
+    def _deadline(self, timeout_s: float | None = None) -> Deadline:
+        return Deadline.after(self._timeout_s(timeout_s), retry=self.retry)
 
     def _run_or_error(self, request: Request, timeout_s: float | None) -> Result | GiantleapError:
         try:
@@ -184,11 +197,11 @@ class Job:
 
     def show(self) -> JobBody:
         """The job as it is now: its status, queue position, stages, warnings and results."""
-        return self._client._run(flows.show(self.id, self._deadline()))
+        return self._client._run(flows.show(self.id, self._client._deadline()))
 
     def events(self, *, timeout_s: float | None = None) -> Iterator[Event]:
         """Its events from the first to `done`, through cut connections."""
-        return self._client._events(flows.follow(self.id, self._deadline(timeout_s)))
+        return self._client._events(flows.follow(self.id, self._client._deadline(timeout_s)))
 
     def result(self, *, timeout_s: float | None = None) -> Result:
         """Its files, once it has ended.
@@ -197,7 +210,7 @@ class Job:
             JobFailed: It failed or was canceled.
             Timeout: It has not ended in time, and goes on; or its own deadline has passed.
         """
-        return self._client._run(flows.result(self.id, self._deadline(timeout_s)))
+        return self._client._run(flows.result(self.id, self._client._deadline(timeout_s)))
 
     def cancel(self) -> JobBody:
         """Cancel it.
@@ -205,7 +218,8 @@ class Job:
         Raises:
             GiantleapError: It has ended (code `conflict`).
         """
-        return self._client._run(flows.cancel(self.id, self._deadline()))
+        return self._client._run(flows.cancel(self.id, self._client._deadline()))
 
-    def _deadline(self, timeout_s: float | None = None) -> Deadline:
-        return Deadline.after(self._client._timeout_s(timeout_s))
+    def delete(self) -> bool:
+        """Delete it with its files where it has ended, and cancel it where it has not; whether it is deleted."""
+        return self._client._run(flows.delete(self.id, self._client._deadline()))

@@ -9,10 +9,20 @@ import json
 import random
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from giantleap_client.calls import Call, Request, cancel_call, events_call, get_call, put_call, result_call
+from giantleap_client.calls import (
+    Call,
+    Request,
+    cancel_call,
+    delete_call,
+    events_call,
+    get_call,
+    put_call,
+    result_call,
+    send_call,
+)
 from giantleap_client.errors import GiantleapError, JobFailed, Timeout, from_problem, to_error
 from giantleap_client.events import Event, EventParser
 from giantleap_client.payloads import Result
@@ -86,12 +96,13 @@ class Machine(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """When the caller's time is up, by the monotonic clock."""
+    """When the caller's time is up, by the monotonic clock, and whether requests are repeated until then."""
 
     ends_at_s: float
+    retry: bool = True
 
     @classmethod
-    def after(cls, timeout_s: float) -> "Deadline":
+    def after(cls, timeout_s: float, *, retry: bool = True) -> "Deadline":
         """The deadline of a wait that starts now.
 
         Raises:
@@ -99,7 +110,7 @@ class Deadline:
         """
         if not 0 < timeout_s < float("inf"):
             raise ValueError(f"timeout_s is {timeout_s}; give a finite number of seconds above 0")
-        return cls(time.monotonic() + timeout_s)
+        return cls(time.monotonic() + timeout_s, retry)
 
     def left_s(self) -> float:
         """Seconds until then."""
@@ -111,9 +122,9 @@ def make(request: Request, job_id: str, deadline: Deadline, cancel_after_s: floa
     return _get_json(put_call(request, job_id, cancel_after_s=cancel_after_s), deadline)
 
 
-def run(request: Request, job_id: str, timeout_s: float) -> Flow[Result]:
+def run(request: Request, job_id: str, timeout_s: float, *, retry: bool = True) -> Flow[Result]:
     """Make a job that ends within the time, and return its files."""
-    deadline = Deadline.after(timeout_s)
+    deadline = Deadline.after(timeout_s, retry=retry)
     wait_s = min(_WAIT_S, timeout_s)
     try:
         body = yield from _get_json(put_call(request, job_id, wait_s=wait_s, cancel_after_s=timeout_s), deadline)
@@ -134,6 +145,17 @@ def show(job_id: str, deadline: Deadline) -> Flow[JobBody]:
 def cancel(job_id: str, deadline: Deadline) -> Flow[JobBody]:
     """Cancel a job."""
     return _get_json(cancel_call(job_id), deadline)
+
+
+def delete(job_id: str, deadline: Deadline) -> Flow[bool]:
+    """Delete a job that has ended, or cancel it; whether it is deleted."""
+    content = yield from _send(delete_call(job_id), deadline)
+    return not content
+
+
+def send(method: str, path: str, params: Mapping[str, Any], deadline: Deadline) -> Flow[bytes]:
+    """The body of the response of any route. A POST is never repeated: it might be done twice."""
+    return _send(send_call(method, path, params), replace(deadline, retry=deadline.retry and method != "POST"))
 
 
 def wait(job_id: str, deadline: Deadline) -> Flow[JobBody]:
@@ -223,20 +245,19 @@ def _send(call: Call, deadline: Deadline) -> Flow[bytes]:
     return (yield from _repeat(lambda: _exchange(call, deadline), call.job_id, deadline))
 
 
-def _repeat(attempt: Callable[[], Flow[T]], job_id: str, deadline: Deadline) -> Flow[T]:
+def _repeat(attempt: Callable[[], Flow[T]], job_id: str | None, deadline: Deadline) -> Flow[T]:
     for number in itertools.count():
         try:
             return (yield from attempt())
         except (Cut, GiantleapError) as error:
             fault = error
-        delay_s = choose_delay_s(fault, number, random.random())
+        delay_s = choose_delay_s(fault, number, random.random()) if deadline.retry else None
         fits = delay_s is not None and delay_s < deadline.left_s()
         if isinstance(fault, Cut) and not fits:
             if delay_s is not None:
                 raise Timeout(f"the time ended before an answer ({fault.kind})", "timeout", job_id=job_id)
-            raise GiantleapError(
-                f"the service cannot be reached ({fault.kind}); check its url", "unreachable", job_id=job_id
-            )
+            detail = f"the service does not answer ({fault.kind}); start it, or check its url"
+            raise GiantleapError(detail, "unreachable", job_id=job_id) from fault
         if not fits:
             raise fault
         assert delay_s is not None
