@@ -180,6 +180,12 @@ class NotReady(GiantleapError):
     code, status, title, retryable = "not_ready", 503, "The service is not ready", True
 
 
+class StoreUnavailable(GiantleapError):
+    """The store of results does not take or return a file for now."""
+
+    code, status, title, retryable = "store_unavailable", 503, "The result store is not available", True
+
+
 class DeadlinePassed(GiantleapError):
     """A wait, or the deadline of a job, has ended."""
 

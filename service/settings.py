@@ -29,6 +29,7 @@ NEEDS_RESTART = (
     "redis_url",
     "key_prefix",
     "data_dir",
+    "result_store",
     "host",
     "port",
     "api_processes",
@@ -49,7 +50,8 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(None, repr=False, description="Redis to use; none: `serve` starts an embedded one.")
     key_prefix: str = Field("giantleap", description="First part of every Redis key.", pattern=r"^[a-z0-9-]{1,32}$")
     data_dir: Path = Field(
-        Path.home() / ".giantleap", description="Where the embedded Redis keeps its append-only file."
+        Path.home() / ".giantleap",
+        description="Where the embedded Redis keeps its append-only file, `serve` its results.",
     )
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, description="Port the API listens on.", ge=0, le=65535)
@@ -121,6 +123,16 @@ class Settings(BaseSettings):
     )
     job_ttl_s: int = Field(3600, description="How long a finished job and its results stay readable.", ge=1)
     blob_budget_bytes: int = Field(1 << 30, description="Most bytes of inputs and results in Redis.", ge=1)
+    result_store: str | None = Field(
+        None,
+        description="Where results and large inputs lie: `redis`, `file:///path` or `s3://bucket/prefix`; none: "
+        "`results` in the data directory where `serve` starts its own Redis, else `redis`.",
+        pattern=r"^(redis|file:///[^?#]+|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_=-][A-Za-z0-9._=-]*)*/?)$",
+    )
+    result_urls: Literal["api", "presigned"] = Field(
+        "api",
+        description="How a GET of a result is answered: with its bytes, or, of S3, with a redirect to a presigned URL.",
+    )
     visibility_timeout_s: float = Field(
         30.0, description="A claimed job without a heartbeat for so long goes to another worker.", ge=0.5
     )
@@ -288,6 +300,12 @@ class Settings(BaseSettings):
     def _certificate_has_key(self) -> Self:
         if (self.c2pa_cert is None) != (self.c2pa_key is None):
             raise ValueError("c2pa_cert and c2pa_key belong together; set both or none")
+        return self
+
+    @model_validator(mode="after")
+    def _presigned_by_s3(self) -> Self:
+        if self.result_urls == "presigned" and not (self.result_store or "").startswith("s3://"):
+            raise ValueError("result_urls is presigned; set result_store to s3://bucket/prefix, or leave it at api")
         return self
 
     @model_validator(mode="after")

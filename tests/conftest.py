@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ("tests.redis_fixtures",)
+pytest_plugins = ("tests.redis_fixtures", "tests.s3_server")
 
 
 @pytest.fixture(autouse=True)

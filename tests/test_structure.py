@@ -47,6 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("service.auth",),
     ("service.links",),
     ("service.jobs",),
+    ("service.results",),
     ("service.jobqueue",),
     ("service.telemetry",),
     ("service.webhooks",),

@@ -41,7 +41,7 @@ from giantleap.cli.provenance import app as provenance_commands
 from giantleap.cli.train import app as train_commands
 from giantleap.models.bundle.bundle import BundleError
 from giantleap.service.auth import check_auth_config
-from giantleap.service.errors import EXIT_FAILURE, BadConfiguration, NotReady
+from giantleap.service.errors import EXIT_FAILURE, BadConfiguration, NotReady, StoreUnavailable
 from giantleap.service.settings import Settings, format_errors, read_settings
 from giantleap.service.settings_page import explain_settings, to_markdown
 
@@ -152,6 +152,16 @@ def _check(settings: Settings) -> None:
     open_manifest_signer(settings)
 
 
+def _warn_of_store(settings: Settings) -> None:
+    """Check the result store; one that is away may come back."""
+    from giantleap.service.results.store import check_store, open_store
+
+    try:
+        check_store(open_store(settings))
+    except StoreUnavailable as error:
+        log.warning("requests for results get 503 until the result store is there: %s", error.detail)
+
+
 def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -> None:
     import uvicorn
 
@@ -164,6 +174,7 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
     keep_freed_memory()
     try:
         check_url(settings.redis_url or "", settings)
+        _warn_of_store(settings)
         application = create_app(settings)
     except (BundleError, BadConfiguration) as error:
         stop(str(error))

@@ -23,11 +23,14 @@ from giantleap.service.api.problems import handle_errors
 from giantleap.service.api.responses import JobProblem, handle_job_problem
 from giantleap.service.api.route_table import RouteTable, refuse_unknown_parameters
 from giantleap.service.api.routes import create, dead_letters, health, jobs, page, provenance
+from giantleap.service.api.sweeper import Sweeper
 from giantleap.service.auth import open_keys
 from giantleap.service.jobqueue.client import AsyncRedis, open_async_redis
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.bundles import load_bundles
 from giantleap.service.links import open_signer
+from giantleap.service.results.concurrent import AsyncResultStore
+from giantleap.service.results.store import open_store
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import Tracing, open_tracing
@@ -51,17 +54,19 @@ def create_app(settings: Settings, producer: JobProducer | None = None, tracing:
     metrics = Metrics()
     metrics.set_started("api")
     spans = open_tracing(settings.otlp_endpoint, "api") if tracing is None else tracing
-    client = None
+    client, files = None, None
     if producer is None:
         if settings.redis_url is None:
             raise ValueError("redis_url is not set; name the Redis that the workers use")
         client = open_async_redis(settings.redis_url)
-        producer = JobProducer(client, settings)
+        if (store := open_store(settings)) is not None:
+            files = AsyncResultStore(store, settings.max_body_bytes)
+        producer = JobProducer(client, settings, files)
     sender = None
     if client is not None and settings.webhook_secret is not None:
         sender = WebhookSender(client, settings, metrics)
-    signer = open_signer(settings)
-    state = AppState(settings, load_bundles(settings), producer, metrics, asyncio.Event(), signer)
+    signer, bundles = open_signer(settings), load_bundles(settings)
+    state = AppState(settings, bundles, producer, metrics, asyncio.Event(), signer, files)
 
     app = FastAPI(
         title="Giantleap",
@@ -118,17 +123,24 @@ async def _opened(
 ) -> AsyncGenerator[None]:
     """Open the queue and the webhook sender; close them, and the app's own Redis client, when the app ends."""
     await state.producer.open()
+    sweeper = None if state.files is None else Sweeper(state.producer, state.files, state.settings)
     try:
         # FastAPI cannot make the document in two threads at once, so that no request may need it before it is there.
         await asyncio.to_thread(app.state.route_table)
         if sender is not None:
             sender.open()
+        if sweeper is not None:
+            sweeper.open()
         with _stop_on_signals(state.stopping):
             yield
     finally:
         if sender is not None:
             await sender.close()
+        if sweeper is not None:
+            await sweeper.close()
         await state.producer.close()
+        if state.files is not None:
+            state.files.close()
         if client is not None:
             await client.aclose()
         await asyncio.to_thread(spans.close)

@@ -13,7 +13,7 @@ from fastapi import Depends, Path, Request
 
 from giantleap.models.pixels.image_formats import ImageFormat
 from giantleap.service.auth import Caller
-from giantleap.service.errors import NotFound, NotReady
+from giantleap.service.errors import NotFound, NotReady, StoreUnavailable
 from giantleap.service.jobqueue.dead_letters import DeadLetters
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.bundles import ServedBundle, choose_loras, select_bundle
@@ -22,16 +22,23 @@ from giantleap.service.jobs.job import GenerateParams, JobRecord, UpscaleParams
 from giantleap.service.jobs.planning import plan_generate, prepare_upscale
 from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 from giantleap.service.links import Links, UrlSigner
+from giantleap.service.results.concurrent import AsyncResultStore
+from giantleap.service.results.s3 import S3ResultStore
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 
 JOB_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_PROBE_S = 2.0
 UNKNOWN_JOB = "no such job: it never existed, or its time to live has passed"
 
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """One API process: its settings, bundles, queue and signer of URLs, and whether it is stopping."""
+    """One API process: its settings, bundles, queue, signer of URLs and result store, and whether it is stopping.
+
+    Attributes:
+        files: The result store; None: results lie in Redis.
+    """
 
     settings: Settings
     bundles: dict[str, ServedBundle]
@@ -39,6 +46,13 @@ class AppState:
     metrics: Metrics
     stopping: asyncio.Event
     signer: UrlSigner | None
+    files: AsyncResultStore | None = None
+
+    @property
+    def presigner(self) -> S3ResultStore | None:
+        """Signs the URLs of results to which a GET redirects; None: it answers their bytes."""
+        store = None if self.files is None else self.files.store
+        return store if self.settings.result_urls == "presigned" and isinstance(store, S3ResultStore) else None
 
     @property
     def dead_letters(self) -> DeadLetters:
@@ -87,6 +101,11 @@ class AppState:
             stats, _ = await asyncio.gather(self.producer.stats(), self.producer.read_devices())
         except NotReady as error:
             return [f"Redis cannot be reached: {error.detail}"]
+        try:
+            if self.files is not None:
+                await self.files.ping(_PROBE_S)
+        except StoreUnavailable as error:
+            return [error.detail]
         return missing_roles(self.producer.devices) if stats.live_workers else ["no worker is ready"]
 
 

@@ -6,7 +6,7 @@ Fields are described where they are declared (`giantleap.service.api.schemas`, `
 import re
 from collections.abc import Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -90,6 +90,7 @@ _EXAMPLES: tuple[errors.GiantleapError, ...] = (
     errors.FilterFault("filter faces raised ValueError; the worker's log has more"),
     errors.NotReady("Redis cannot be reached"),
     errors.StorageFull("the body does not fit the store; try again later"),
+    errors.StoreUnavailable("the bucket of results cannot be used now (no answer); try again"),
     errors.BundleNotLoaded("bundle sdxl could not be loaded; other bundles are served: try again later"),
     errors.DeadlinePassed("the job did not finish within 300 s and continues; follow it at its status_url"),
 )
@@ -115,6 +116,11 @@ def describe_responses(good: Responses, *statuses: int, model: type[BaseModel] |
 def file_content(*media_types: str) -> dict[str, Any]:
     """The `content` of a response that may be one of these files."""
     return dict.fromkeys(media_types, _BINARY)
+
+
+REDIRECT: Final[dict[str, Any]] = {
+    "description": "The file lies at the presigned URL in Location (`GIANTLEAP_RESULT_URLS=presigned`)."
+}
 
 
 def upload_request_body() -> dict[str, Any]:

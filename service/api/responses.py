@@ -6,7 +6,7 @@ import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 from fastapi import Request, Response
 
@@ -24,6 +24,8 @@ _EXTENSIONS: Final = MappingProxyType(
 )
 # Reverse proxies refuse headers of some kilobytes.
 _WARNINGS_HEADER_BYTES = 2048
+# A client follows the redirect at once; what has begun goes on after that.
+_PRESIGNED_S = 300
 
 
 class JobProblem(Exception):
@@ -67,25 +69,35 @@ async def file_response(
     Raises:
         NotFound: The result no longer exists.
     """
-    result = record.results[index]
-    all_headers = result_headers(record) | dict(headers or {})
-    if result.seed is not None:
-        all_headers["X-Seed"] = str(result.seed)
+    all_headers = _file_headers(state, record, index) | dict(headers or {})
+    return Response(await _read_result(state, record, index), 200, all_headers, record.results[index].content_type)
+
+
+def _file_headers(state: AppState, record: JobRecord, index: int) -> dict[str, str]:
+    headers = result_headers(record)
+    if (seed := record.results[index].seed) is not None:
+        headers["X-Seed"] = str(seed)
     if state.settings.cors_origins or state.signer is not None:  # for <img>, which names no origin
-        all_headers["Cross-Origin-Resource-Policy"] = "cross-origin"
-    return Response(await _read_result(state, record, index), 200, all_headers, result.content_type)
+        headers["Cross-Origin-Resource-Policy"] = "cross-origin"
+    return headers
 
 
-async def result_response(state: AppState, record: JobRecord, index: int) -> Response:
-    """One result of a job that has succeeded.
+async def result_response(request: Request, state: AppState, record: JobRecord, index: int) -> Response:
+    """One result of a job that has succeeded: the file, or a redirect to it where the settings say so.
 
     Raises:
         JobProblem: The job has not succeeded.
         NotFound: There is no such result, or it no longer exists.
+        StoreUnavailable: The result store does not answer.
     """
     _require_succeeded(record)
     if index >= len(record.results):
         raise NotFound(f"the job has {len(record.results)} results, counted from 0; there is no {index}")
+    key = record.results[index].key
+    if state.presigner is not None and key is not None:
+        method: Literal["GET", "HEAD"] = "HEAD" if request.scope.get("is_head") else "GET"  # each has its signature
+        url = await asyncio.to_thread(state.presigner.sign, key, method, _PRESIGNED_S)
+        return Response(status_code=307, headers=_file_headers(state, record, index) | {"Location": url})
     return await file_response(state, record, index)
 
 
@@ -128,7 +140,7 @@ async def read_results(state: AppState, record: JobRecord) -> list[bytes]:
 
 
 async def _read_result(state: AppState, record: JobRecord, index: int) -> bytes:
-    content = await state.producer.read_result(record.job.id, index)
+    content = await state.producer.read_result(record.job.id, index, record.results[index].key)
     if content is None:
         raise NotFound("the result was evicted to make room, or its time to live has passed; post the job again")
     return content

@@ -23,6 +23,7 @@ The Lua scripts (`giantleap.service.jobqueue.scripts`) build the same names from
 | {tag}:live:<owner>              | set    | jobs of one API key that have not ended           | queue limit           |
 | {tag}:rate:<owner>              | string | GCRA: time up to which requests are paid, us      | TTL                   |
 | {tag}:work:<owner>              | string | the same for the work of its jobs                 | TTL                   |
+| {tag}:sweeper                   | string | whose turn it is to sweep the result store        | its turn              |
 | {tag}:workers                   | zset   | live workers, by last heartbeat                   | swept by heartbeats   |
 | {tag}:workers:<role>            | zset   | live workers of one role                          | swept by heartbeats   |
 | {tag}:devices                   | hash   | device of each live worker, JSON                  | swept by heartbeats   |

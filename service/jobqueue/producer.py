@@ -10,22 +10,23 @@ import contextlib
 import itertools
 import logging
 import math
-import re
 import statistics
+import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import redis
 
-from giantleap.service.errors import GiantleapError, InvalidRequest, MalformedRequest, NotFound, NotReady, QueueFull
+from giantleap.service.errors import GiantleapError, InvalidRequest, NotFound, NotReady, QueueFull
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.arguments import body_sha256, enqueue_arguments
 from giantleap.service.jobqueue.backpressure import retry_after_s, to_refusal
 from giantleap.service.jobqueue.client import COMMAND_S, AsyncRedis, await_reply, cancel_tasks, check_client
 from giantleap.service.jobqueue.completions import CompletionListener
-from giantleap.service.jobqueue.events import read_event
+from giantleap.service.jobqueue.events import read_events
+from giantleap.service.jobqueue.faults import to_not_ready
 from giantleap.service.jobqueue.keys import Keys, idempotency_digest
 from giantleap.service.jobqueue.replies import EnqueueReply
 from giantleap.service.jobqueue.runner import AsyncScriptRunner, upload_input
@@ -33,6 +34,9 @@ from giantleap.service.jobqueue.server import find_warnings
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.grid import Charge
 from giantleap.service.jobs.job import Job, JobEvent, JobRecord, JobState, QueueStats
+from giantleap.service.results.concurrent import AsyncResultStore, require_files
+from giantleap.service.results.keys import new_keys
+from giantleap.service.results.store import INPUT_GRACE_S, INPUT_TYPE, LARGE_INPUT_BYTES
 from giantleap.service.settings import Settings
 
 MAX_PER_PAGE = 100
@@ -40,13 +44,11 @@ CURSOR_PATTERN = r"^[0-9]{1,17}$"  # not \d, which matches the digits of all scr
 _POLL_S = 1.0
 # How long to wait for a Redis that hangs: a probe or scrape gives up after a few seconds, and so must its answer.
 _PROBE_S = 2.0
-_STREAM_S = 30.0
 _TRANSFER_BYTES_PER_S = 10e6
 _DEVICES_EVERY_S = 3.0
 _WARNINGS_EVERY = 20
 _REFUSAL_CACHE_S = 0.25
 _FULL_S = 0.05  # how long a full queue counts as full
-_EVENT_ID = re.compile(r"\d{1,19}(-\d{1,19})?")  # each part has 64 bits
 _LOG = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
@@ -71,12 +73,19 @@ class Page:
 
 
 class JobProducer:
-    """Everything that the API does with the queue. Safe to share between all tasks of one event loop."""
+    """Everything that the API does with the queue. Safe to share between all tasks of one event loop.
 
-    def __init__(self, redis: AsyncRedis, settings: Settings) -> None:
+    Args:
+        redis: The client; its owner closes it.
+        settings: Limits and times.
+        files: Where results and large inputs lie; None: in Redis.
+    """
+
+    def __init__(self, redis: AsyncRedis, settings: Settings, files: AsyncResultStore | None = None) -> None:
         self._block_ms = int(1000 * min(_POLL_S, check_client(redis)))
         self._redis = redis
         self._settings = settings
+        self._files = files
         self._scripts = AsyncScriptRunner(redis, settings)
         self._keys = Keys(settings.key_prefix)
         self._transfer_s = COMMAND_S + settings.max_body_bytes / _TRANSFER_BYTES_PER_S
@@ -172,6 +181,7 @@ class JobProducer:
             TooManyJobs: `max_live` jobs of the owner are live.
             WorkLimited: The budget does not cover the charge now; `OverBudget`: it never does.
             StorageFull: The input does not fit beside the inputs of live jobs, even with all results evicted.
+            StoreUnavailable: The result store does not take the input now.
             NotReady: Redis does not answer.
         """
         self._completions.discard(job.id)
@@ -179,8 +189,7 @@ class JobProducer:
             "digest": job.payload_sha256() + await body_sha256(body),
             "idempotency": None if idempotency_key is None else idempotency_digest(idempotency_key, job.owner),
         }
-        within_s = COMMAND_S + len(body or b"") / _TRANSFER_BYTES_PER_S
-        reply = await await_reply(self._send_job(job, body, arguments), within_s)
+        reply = await self._send_job(job, body, arguments)
         if reply.status in ("created", "existing"):
             return Enqueued(
                 reply.job_id,
@@ -223,14 +232,30 @@ class JobProducer:
         """
         text = job.to_json()
         if not body or asyncio.get_running_loop().time() < self._refusal[1]:
-            reply = await self._scripts.run(scripts.ENQUEUE, {"upload": ""} | arguments, value=text)
+            reply = await await_reply(self._scripts.run(scripts.ENQUEUE, {"upload": ""} | arguments, value=text))
             if not body or reply.status != "upload":
                 return reply
+        if self._files is not None and len(body) >= LARGE_INPUT_BYTES:
+            return await self._send_with_file(job, body, arguments, self._files)
         upload = uuid.uuid4().hex
         before = upload_input(self._keys.upload(upload), body)
-        reply = await self._scripts.run(scripts.ENQUEUE, {"upload": upload} | arguments, before=before, value=text)
+        run = self._scripts.run(scripts.ENQUEUE, {"upload": upload} | arguments, before=before, value=text)
+        reply = await await_reply(run, COMMAND_S + len(body) / _TRANSFER_BYTES_PER_S)
         if reply.status == "upload":
-            raise redis.ConnectionError("the input did not arrive whole")
+            raise to_not_ready(redis.ConnectionError("the input did not arrive whole"))
+        return reply
+
+    async def _send_with_file(
+        self, job: Job, body: bytes, arguments: dict[str, Any], files: AsyncResultStore
+    ) -> EnqueueReply:
+        """Stores the body, then sends the job. A file of a job that is not added is deleted, or expires."""
+        lifetime_s = self._settings.job_ttl_s + INPUT_GRACE_S
+        [key] = new_keys(self._keys.prefix, job.id, "input", 1, lifetime_s, time.time())
+        await files.put(key, body, INPUT_TYPE)
+        named = arguments | {"upload": "", "input_bytes": 0, "input_key": key}
+        reply = await await_reply(self._scripts.run(scripts.ENQUEUE, named, value=job.to_json()))
+        if reply.status != "created":
+            await files.delete([key])
         return reply
 
     async def acquire_rate_limit(self, owner: str, per_minute: int) -> float:
@@ -288,10 +313,18 @@ class JobProducer:
     async def delete(self, job_id: str) -> JobRecord | None:
         """Deletes a job that has ended, with its results; requests that any other stops, and returns its record.
 
-        Effects: one atomic script. The id is not free again before the record would have expired. Safe to repeat.
+        Effects: one atomic script, after its files in the result store are gone. The id is not free again before the
+        record would have expired. Safe to repeat.
+
+        Raises:
+            StoreUnavailable: Its files cannot be deleted now; then the job stays.
+            NotReady: Redis does not answer.
         """
-        stored = await self.run(scripts.DELETE_JOB, {"id": job_id})
-        return None if stored is None else stored.to_record()
+        reply = await self.run(scripts.DELETE_JOB, {"id": job_id})
+        if reply.keys:
+            await require_files(self._files).delete(reply.keys)
+            reply = await self.run(scripts.DELETE_JOB, {"id": job_id, "purged": True})
+        return None if reply.record is None else reply.record.to_record()
 
     async def run(self, script: scripts.LuaScript[Value], arguments: Mapping[str, object]) -> Value:
         """Runs a script of this queue.
@@ -303,11 +336,19 @@ class JobProducer:
 
     async def read_input(self, job_id: str) -> bytes | None:
         """The input blob of a job, or None if there is none any more."""
+        key: Any = await await_reply(self._redis.execute_command("HGET", self._keys.job(job_id), "input_key"))
+        if key is not None:
+            return await require_files(self._files).get(key.decode())
         blob: Any = await await_reply(self._redis.execute_command("GET", self._keys.input(job_id)), self._transfer_s)
         return None if blob is None else bytes(blob)
 
-    async def read_result(self, job_id: str, index: int) -> bytes | None:
-        """One result blob, or None if there is none, it has expired, or it was evicted for newer ones."""
+    async def read_result(self, job_id: str, index: int, key: str | None = None) -> bytes | None:
+        """One result, or None if there is none, it has expired, or it was evicted for newer ones.
+
+        `key` is that of its record, where it lies in the result store.
+        """
+        if key is not None:
+            return await require_files(self._files).get(key)
         read = self._redis.execute_command("HGET", self._keys.result(job_id), index)
         blob: Any = await await_reply(read, self._transfer_s)
         return None if blob is None else bytes(blob)
@@ -342,39 +383,9 @@ class JobProducer:
                     left_s = min(left_s, record.deadline_left_s)
                 await _wait_for_event(wake, max(0.001, min(_POLL_S, left_s)))
 
-    async def events(self, job_id: str, last_event_id: str = "0-0") -> AsyncGenerator[JobEvent]:
-        """The events of a job after `last_event_id`, as they arrive; ends after `done`.
-
-        Raises:
-            MalformedRequest: The id is not one that a stream gives.
-            NotFound: The job is unknown or its record has expired.
-        """
-        if not _EVENT_ID.fullmatch(last_event_id):
-            raise MalformedRequest("Last-Event-ID is not an event's id; allowed is `<ms>-<n>` as it was sent.")
-        while True:
-            # The state is read first: the read after it sees what was written together with a final state.
-            read = self._redis.execute_command("HGET", self._keys.job(job_id), "state")
-            state: Any = await await_reply(read, _STREAM_S)
-            if state is None:
-                raise NotFound(f"No job {job_id} is known; it never was or its record has expired.")
-            final = JobState(state.decode()).final
-            reply = await await_reply(self._read_events(job_id, last_event_id, wait=not final), _STREAM_S)
-            for entry_id, fields in reply:
-                last_event_id = entry_id.decode()
-                if (event := await read_event(self._redis, self._keys.preview(job_id), entry_id, fields)) is not None:
-                    yield event
-                if fields[b"name"] == b"done":
-                    return
-            if final and not reply:
-                return
-
-    async def _read_events(self, job_id: str, last_event_id: str, wait: bool) -> Sequence[tuple[bytes, Any]]:
-        """Entries of the stream of a job after an id; `wait` for the first."""
-        block_ms = self._block_ms if wait else None
-        reply: Any = await self._redis.xread({self._keys.events(job_id): last_event_id}, block=block_ms)
-        if isinstance(reply, dict):  # protocol 3
-            return [entry for entries in reply.values() for part in entries for entry in part]
-        return reply[0][1] if reply else ()
+    def events(self, job_id: str, last_event_id: str = "0-0") -> AsyncGenerator[JobEvent]:
+        """As `giantleap.service.jobqueue.events.read_events`."""
+        return read_events(self._redis, self._keys, job_id, last_event_id, self._block_ms)
 
     async def stats(self) -> QueueStats:
         """The queue at this moment. Effects: releases the bytes of results that have expired."""

@@ -69,6 +69,23 @@ class EnqueueReply:
 
 
 @dataclass(frozen=True, slots=True)
+class DeleteReply:
+    """The record of a job that was canceled instead; keys of the files that must be deleted before the job is."""
+
+    record: StoredJob | None = None
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReply:
+    """Whether it is this sweeper's turn, the time of Redis, and the keys of the files that no job needs."""
+
+    granted: bool
+    now_s: float
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class RateLimitReply:
     """Microseconds until the owner may send again; 0: the request is paid."""
 
@@ -174,6 +191,7 @@ class ClaimedJob:
     waited_s: float = 0.0
     stages: Json[dict[str, float]] | None = None
     warnings: Json[tuple[str, ...]] = ()
+    input_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ ENQUEUE: LuaScript[replies.EnqueueReply] = _load("enqueue", replies.EnqueueReply
 ACQUIRE_RATE_LIMIT: LuaScript[replies.RateLimitReply] = _load("acquire_rate_limit", replies.RateLimitReply)
 GET_JOB: LuaScript[replies.StoredJob | None] = _load("get_job", replies.StoredJob | None)
 CANCEL_JOB: LuaScript[replies.StoredJob | None] = _load("cancel_job", replies.StoredJob | None)
-DELETE_JOB: LuaScript[replies.StoredJob | None] = _load("delete_job", replies.StoredJob | None)
+DELETE_JOB: LuaScript[replies.DeleteReply] = _load("delete_job", replies.DeleteReply)
 LIST_DEAD_LETTERS: LuaScript[replies.DeadLettersReply] = _load("list_dead_letters", replies.DeadLettersReply)
 DROP_DEAD_LETTER: LuaScript[replies.DroppedReply] = _load("drop_dead_letter", replies.DroppedReply)
 END_OVERDUE_JOBS: LuaScript[None] = _load("end_overdue_jobs", None)
@@ -103,6 +103,7 @@ LIST_JOBS: LuaScript[replies.ListReply] = _load("list_jobs", replies.ListReply)
 READ_STATS: LuaScript[replies.StatsReply] = _load("read_stats", replies.StatsReply)
 READ_SERVER: LuaScript[replies.ServerReply] = _load("read_server", replies.ServerReply)
 LIST_DEVICES: LuaScript[replies.DevicesReply] = _load("list_devices", replies.DevicesReply)
+SWEEP: LuaScript[replies.SweepReply] = _load("sweep", replies.SweepReply)
 
 # What a worker runs.
 REGISTER_WORKER: LuaScript[None] = _load("register_worker", None)

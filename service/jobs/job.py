@@ -198,13 +198,14 @@ _PAYLOAD: Final = {"bundle", "priority", "params", "owner", "webhook"}
 
 @dataclass(frozen=True, slots=True)
 class ResultFile:
-    """One result of a job (an image or a latent) as stored in the blobs."""
+    """One result of a job (an image or a latent). `key` names it in the result store; None: it is in Redis."""
 
     content_type: str
     size_bytes: int
     seed: int | None = None
     width_px: int | None = None
     height_px: int | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

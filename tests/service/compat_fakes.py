@@ -44,7 +44,7 @@ class FileProducer(FakeProducer):
         self.files[job.id] = [to_file(job, index) for index in range(len(record.results))]
         return record
 
-    async def read_result(self, job_id: str, index: int) -> bytes | None:
+    async def read_result(self, job_id: str, index: int, key: str | None = None) -> bytes | None:
         self._require_up()
         params = self.records[job_id].job.params
         if isinstance(params, UpscaleParams) and params.output == "latent":

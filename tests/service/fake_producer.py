@@ -150,7 +150,7 @@ class FakeProducer:
             return None
         return await self.cancel(job_id)
 
-    async def read_result(self, job_id: str, index: int) -> bytes | None:
+    async def read_result(self, job_id: str, index: int, key: str | None = None) -> bytes | None:
         self._require_up()
         return IMAGE if index < len(self.records[job_id].results) else None
 

@@ -22,7 +22,7 @@ from giantleap.models.bundle.descriptor import Method
 from giantleap.models.pixels.image_formats import ImageFormat
 from giantleap.service.api.compat.shared import find_bundle, validate_as
 from giantleap.service.api.dependencies import AppState, AppStateDep, RecordDep, links_of
-from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content
+from giantleap.service.api.openapi import IMAGE_TYPES, REDIRECT, describe_responses, file_content
 from giantleap.service.api.paths import OPENAI_PATH
 from giantleap.service.api.problems import compat_error, problem_body
 from giantleap.service.api.responses import JobProblem, read_results, result_headers, result_response
@@ -210,15 +210,18 @@ async def respond(
 @router.get(
     "/images/{job_id}/content",
     response_class=Response,
-    responses=describe_responses({200: {"content": file_content(*IMAGE_TYPES)}}, 404, 409, 422, 503, model=OpenAIError),
+    responses=describe_responses(
+        {200: {"content": file_content(*IMAGE_TYPES)}, 307: REDIRECT}, 404, 409, 422, 503, model=OpenAIError
+    ),
 )
 async def get_content(
+    request: Request,
     record: RecordDep,
     state: AppStateDep,
     index: Annotated[int, Query(ge=0, le=9999, description="Which image, from 0.")] = 0,
 ) -> Response:
     """The file of an image that was answered by URL."""
-    return await result_response(state, record, index)
+    return await result_response(request, state, record, index)
 
 
 def plan_job(

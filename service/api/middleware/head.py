@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class HeadMiddleware:
-    """Runs HEAD as GET and drops the body."""
+    """Runs HEAD as GET and drops the body. The scope of the GET has `is_head`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -23,7 +23,7 @@ class HeadMiddleware:
                 await send(message)
                 await send({"type": "http.response.body", "body": b""})
 
-        run_as = {**scope, "method": "GET"}
+        run_as = {**scope, "method": "GET", "is_head": True}
         try:
             await self.app(run_as, receive, send_start)
         finally:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from giantleap.service.api.dependencies import UNKNOWN_JOB, AppStateDep, CallerDep, RecordDep, links_of
-from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content
+from giantleap.service.api.openapi import IMAGE_TYPES, REDIRECT, describe_responses, file_content
 from giantleap.service.api.responses import ZIP_TYPE, JobProblem, job_response, result_response, results_response
 from giantleap.service.api.schemas import JobBody, JobsBody, to_job_body
 from giantleap.service.api.sse import (
@@ -55,15 +55,18 @@ async def get_job(request: Request, record: RecordDep) -> Response:
 @router.get(
     "/jobs/{job_id}/result",
     response_class=Response,
-    responses=describe_responses({200: {"content": file_content(*IMAGE_TYPES, SAFETENSORS_TYPE)}}, 404, 409, 422, 503),
+    responses=describe_responses(
+        {200: {"content": file_content(*IMAGE_TYPES, SAFETENSORS_TYPE)}, 307: REDIRECT}, 404, 409, 422, 503
+    ),
 )
 async def get_result(
+    request: Request,
     record: RecordDep,
     state: AppStateDep,
     index: Annotated[int, Query(ge=0, le=9999, description="Which result, from 0.")] = 0,
 ) -> Response:
-    """The bytes of one result. 409 before the job has succeeded; the job's own problem where it failed."""
-    return await result_response(state, record, index)
+    """The bytes of one result, or a redirect to them. 409 before the job has succeeded; its problem where it failed."""
+    return await result_response(request, state, record, index)
 
 
 @router.get(

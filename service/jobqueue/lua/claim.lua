@@ -7,8 +7,9 @@
 --          count as stale when their time is up), lanes in the order in which to take; some may not exist. Optional,
 --          of a worker that holds a part of its bundles: loaded (their names), loaded_first (whether their jobs go
 --          before older ones)
--- Reply    claims (id, job, lane, message, delivery, input_bytes, waited_s; stages and warnings of a job that was
---          transferred), or, if there are none, last_ids of each lane's stream and retry_ms until the next retry is due
+-- Reply    claims (id, job, lane, message, delivery, input_bytes, input_key, waited_s; stages and warnings of a
+--          job that was transferred), or, if there are none, last_ids of each lane's stream and retry_ms until the next
+--          retry is due
 -- @include arguments
 -- @include now_s
 -- @include close_failed
@@ -60,8 +61,8 @@ local function start(lane, message, id, resumed)
     return drop_message(lane, message)
   end
   redis.call('SADD', prefix .. ':running', id)
-  local job, input_bytes, created_at_s, stages, warnings =
-    unpack(redis.call('HMGET', job_key(id), 'job', 'input_bytes', 'created_at_s', 'stages', 'warnings'))
+  local job, input_bytes, created_at_s, stages, warnings, input_key =
+    unpack(redis.call('HMGET', job_key(id), 'job', 'input_bytes', 'created_at_s', 'stages', 'warnings', 'input_key'))
   if not resumed then
     deliveries = deliveries + 1
     redis.call('HSET', job_key(id), 'state', 'processing', 'deliveries', deliveries, 'begun_s', now_s,
@@ -72,7 +73,7 @@ local function start(lane, message, id, resumed)
   claims[#claims + 1] = {
     id = id, job = job, lane = lane, message = message, delivery = deliveries, input_bytes = tonumber(input_bytes or 0),
     waited_s = created_at_s and math.max(0, tonumber(now_s) - tonumber(created_at_s)) or nil,
-    stages = stages or nil, warnings = warnings or nil,
+    stages = stages or nil, warnings = warnings or nil, input_key = input_key or nil,
   }
   held[id], left = true, left - 1
 end

@@ -5,7 +5,8 @@
 -- ARGV[2]  id, bundle, priority, owner ('' for none), digest of the payload, latent_px, input_bytes, upload (name of
 --          the uploaded input, '' for none), finish (nothing is generated: the job goes to the finish queue if a
 --          worker has created it), and optionally idempotency (digest of the key), max_live (live jobs of the owner),
---          cost_us (of the job's work, in time of the owner's budget), cancel_after_s, webhook (JSON text)
+--          cost_us (of the job's work, in time of the owner's budget), cancel_after_s, webhook (JSON text),
+--          input_key (of an input in the result store; input_bytes is 0 then)
 -- ARGV[3]  the job as JSON, stored as it is
 -- Reply    status: created, existing, mismatch, full, full_px, busy, work, storage, or upload (the input has not
 --          arrived); job_id; created_at_s; queue_position; estimated_start_s; for a refusal amount (what is in use)
@@ -95,6 +96,7 @@ if args.cost_us then
   redis.call('HSET', job_key(id), 'cost_us', string.format('%.0f', args.cost_us))
 end
 if args.webhook then redis.call('HSET', job_key(id), 'webhook', args.webhook) end
+if args.input_key then redis.call('HSET', job_key(id), 'input_key', args.input_key) end
 if args.latent_px > 0 then
   redis.call('HSET', job_key(id), 'latent_px', args.latent_px)
   redis.call('INCRBY', prefix .. ':queued_px', args.latent_px)

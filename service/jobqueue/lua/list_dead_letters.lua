@@ -14,7 +14,8 @@ for i, entry in ipairs(redis.call('XREVRANGE', prefix .. ':dead', '+', '-', 'COU
   local letter = {failed_at_ms = tonumber(string.match(entry[1], '^%d+'))}
   for j = 1, #entry[2], 2 do letter[entry[2][j]] = entry[2][j + 1] end
   letter.id, letter.job = letter.job, get(letter.job, 'job') or nil
-  letter.has_input = redis.call('EXISTS', prefix .. ':input:' .. letter.id) == 1
+  local is_stored = get(letter.id, 'input_key') and get(letter.id, 'keeps_input')
+  letter.has_input = is_stored and true or redis.call('EXISTS', prefix .. ':input:' .. letter.id) == 1
   letters[i] = letter
 end
 return cjson.encode({letters = #letters > 0 and letters or nil})  -- cjson writes an empty table as {}

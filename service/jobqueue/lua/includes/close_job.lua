@@ -26,6 +26,7 @@ end
 
 -- Gives up the input of a job, or leaves it until it expires, to be evicted as results are.
 local function release_input(id, keeps_input)
+  if keeps_input then redis.call('HSET', job_key(id), 'keeps_input', 1) end  -- also one in the result store
   local input_bytes = get_number(id, 'input_bytes')
   if input_bytes == 0 then return end
   if keeps_input then
