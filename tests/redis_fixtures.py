@@ -19,6 +19,9 @@ from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobqueue.runner import ScriptRunner, upload_input
 from giantleap.service.jobs.job import GenerateParams, Job, Priority
+from giantleap.service.results.concurrent import AsyncResultStore
+from giantleap.service.results.jobs import open_files
+from giantleap.service.results.store import open_store
 from giantleap.service.settings import Settings, read_settings
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_server, find_system_server
 
@@ -144,12 +147,16 @@ def open_producer(settings: Settings) -> ProducerOpener:
         changed = settings.model_copy(update=changes)
         assert changed.redis_url is not None
         async with open_async_redis(changed.redis_url) as client:
-            producer = JobProducer(client, changed)
+            store = open_store(changed)
+            files = None if store is None else AsyncResultStore(store, changed.max_body_bytes)
+            producer = JobProducer(client, changed, files)
             await producer.open()
             try:
                 yield producer
             finally:
                 await producer.close()
+                if files is not None:
+                    files.close()
 
     return opened
 
@@ -168,7 +175,9 @@ def open_consumer(settings: Settings) -> Iterator[ConsumerOpener]:
     ) -> JobConsumer:
         changed = settings.model_copy(update=changes)
         assert changed.redis_url is not None
-        worker = JobConsumer(open_redis(changed.redis_url), changed, bundles, consumer, role=role)
+        worker = JobConsumer(
+            open_redis(changed.redis_url), changed, bundles, consumer, role=role, files=open_files(changed)
+        )
         if lease:
             worker.open()
             opened.append(worker)

@@ -232,7 +232,7 @@ def worker(
         run_worker(settings, stopping, number, lambda: notify_ready(ready_fd))
     except BadConfiguration as error:
         stop(error.detail)
-    except NotReady as error:
+    except (NotReady, StoreUnavailable) as error:
         stop(error.detail, code=EXIT_FAILURE)
 
 

@@ -36,7 +36,8 @@ class BaseLatents:
 class Claim:
     """A job that this worker holds. `delivery` counts its starts, this one included, and fences late writes.
 
-    The count restarts when the job is transferred. `body` is the input blob, or, with `base_latents`, the raw latents.
+    The count restarts when the job is transferred. `body` is the input blob, or, with `base_latents`, the raw latents;
+    `input_key` names it in the result store, if it lies there.
     `waited_s` is the time from the acceptance of the job to the claim, by the clock of Redis.
     """
 
@@ -47,6 +48,7 @@ class Claim:
     delivery: int
     base_latents: BaseLatents | None = None
     waited_s: float = 0.0
+    input_key: str | None = None
     claimed_s: float = field(default_factory=time.monotonic, compare=False)
 
     def age_s(self) -> float:
@@ -78,7 +80,7 @@ def to_claim(claimed: ClaimedJob) -> Claim | None:
     except ValueError as error:
         _LOG.error("a job of another version is left to other workers: %s", error)
         return None
-    claim = Claim(job, None, claimed.lane, claimed.message, claimed.delivery, waited_s=claimed.waited_s)
+    claim = Claim(job, None, claimed.lane, claimed.message, claimed.delivery, None, claimed.waited_s, claimed.input_key)
     if isinstance(job.params, GenerateParams) and f"{FINISH}:" in claimed.lane:
         return dataclasses.replace(claim, base_latents=BaseLatents(claimed.stages or {}, claimed.warnings))
     return claim

@@ -28,6 +28,8 @@ from giantleap.service.jobqueue.replies import SettleReply
 from giantleap.service.jobqueue.runner import Command, ScriptRunner, upload_results
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.job import JobError, JobState, ResultFile
+from giantleap.service.results.jobs import JobFiles
+from giantleap.service.results.store import LARGE_INPUT_BYTES
 from giantleap.service.settings import Settings
 
 _NO_STAGES: Mapping[str, float] = MappingProxyType({})
@@ -42,6 +44,7 @@ class JobConsumer:
     """The consumer of one worker process. Its methods may be called from several threads.
 
     `stop` ends its waits for a Redis that is away: at once, or after the drain's grace where a job would be lost.
+    `files` is where results and large inputs lie; None: in Redis.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class JobConsumer:
         device: Device | None = None,
         role: WorkerRole = WorkerRole.ALL,
         stop: threading.Event | None = None,
+        files: JobFiles | None = None,
     ) -> None:
         self._settings = settings
         self._scripts = ScriptRunner(redis, settings)
@@ -66,7 +70,8 @@ class JobConsumer:
         }
         self._leases = Leases(self._scripts, self._worker, settings.visibility_timeout_s)
         self._outages = Outages(threading.Event() if stop is None else stop)
-        self._claimer = JobClaimer(redis, settings, bundles, self._consumer, role, self._leases, self._outages)
+        self._files = files
+        self._claimer = JobClaimer(redis, settings, bundles, self._consumer, role, self._leases, self._outages, files)
 
     def open(self) -> None:
         """Creates the groups and starts the lease thread, which also sends the heartbeat of this worker.
@@ -165,16 +170,19 @@ class JobConsumer:
 
         Raises:
             StorageFull: The results do not fit even then; nothing is written and the claim is still held.
+            StoreUnavailable: The result store does not take them; nothing is written and the claim is still held.
             NotReady: Redis did not answer for two minutes.
         """
-        blobs = [blob for _, blob in results]
+        files, blobs = [file for file, _ in results], [blob for _, blob in results]
+        if self._files is not None:
+            files, blobs = self._files.put_results(claim.job.id, results), []
         size_bytes = sum(map(len, blobs))
         upload = f"{self._consumer}:{claim.job.id}" if size_bytes else ""
         reply = self._settle(
             claim,
             scripts.COMPLETE,
             {
-                "results": json.dumps([dataclasses.asdict(file) for file, _ in results]),
+                "results": json.dumps([dataclasses.asdict(file) for file in files]),
                 "stages": json.dumps(dict(stages)),
                 "warnings": json.dumps(list(warnings)),
                 "batch_jobs": batch_jobs,
@@ -184,6 +192,7 @@ class JobConsumer:
             },
             before=upload_results(self._keys.upload(upload), blobs) if size_bytes else (),
         )
+        self._discard_unnamed(claim, [file.key for file in files if file.key], reply)
         if reply.status == "no_room":
             raise self._no_room("results", size_bytes)
         return _ENDS.get(reply.status)
@@ -215,14 +224,20 @@ class JobConsumer:
         Raises:
             StorageFull: The latents do not fit beside the inputs of live jobs; nothing is written and the claim is
                 still held.
+            StoreUnavailable: The result store does not take them; the same.
             NotReady: Redis did not answer for two minutes.
         """
+        key = None
+        if self._files is not None and latents is not None and len(latents) >= LARGE_INPUT_BYTES:
+            key = self._files.put_input(claim.job.id, latents)
         arguments = {
             "stages": json.dumps(dict(stages)),
             "warnings": json.dumps(list(warnings)),
             "batch_jobs": batch_jobs,
+            "input_key": key,
         }
-        reply = self._settle(claim, scripts.TRANSFER, arguments, value=latents or b"")
+        reply = self._settle(claim, scripts.TRANSFER, arguments, value=b"" if key else latents or b"")
+        self._discard_unnamed(claim, [key] if key else [], reply, keeps_input=latents is None)
         if reply.status == "no_room":
             raise self._no_room("latents", len(latents or b""))
         return JobState.QUEUED if reply.status == "done" else _ENDS.get(reply.status)
@@ -263,13 +278,7 @@ class JobConsumer:
 
         Effects: one atomic script per claim. If Redis is unavailable the claim is left to become stale.
         """
-        for claim in claims:
-            with self._leases.settling(claim):
-                try:
-                    self._scripts.run(scripts.RELEASE, self._fence(claim))
-                except REDIS_UNAVAILABLE as error:
-                    _LOG.warning("job %s not returned (%s); it becomes stale", claim.job.id, name_fault(error))
-                self._leases.drop(claim)  # not before: what this worker has and does not hold, a claim resumes
+        self._claimer.release(claims)
 
     def drop(self, claims: Sequence[Claim]) -> None:
         """Leaves jobs to become stale: their ends could not be written, so they must run again."""
@@ -277,6 +286,16 @@ class JobConsumer:
 
     def _fence(self, claim: Claim) -> dict[str, object]:
         return {"consumer": self._consumer, **claim.to_arguments()}
+
+    def _discard_unnamed(
+        self, claim: Claim, uploaded: Sequence[str], reply: SettleReply, keeps_input: bool = False
+    ) -> None:
+        """Deletes what was uploaded for nothing; else the input, which has been used up."""
+        unnamed = list(uploaded)
+        if reply.status == "done":
+            unnamed = [claim.input_key] if claim.input_key and not keeps_input else []
+        if self._files is not None and unnamed:
+            self._files.discard(unnamed)
 
     def _no_room(self, what: str, size_bytes: int) -> StorageFull:
         return StorageFull(

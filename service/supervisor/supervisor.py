@@ -29,6 +29,8 @@ from giantleap.service.supervisor.processes import Launch, ManagedProcess, Proce
 
 log = logging.getLogger(__name__)
 
+RESULTS = "results"
+"""Directory of results in the data directory of `serve` with an embedded Redis."""
 _POLL_S = 0.2
 
 
@@ -113,7 +115,10 @@ def _supervise(
     metrics_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="giantleap-metrics-"))
 
     def to_launch(chosen: Settings) -> Launch:
-        own = to_environment(chosen.model_copy(update={"redis_url": redis_url}))
+        given: dict[str, object] = {"redis_url": redis_url}
+        if redis is not None and chosen.result_store is None:
+            given["result_store"] = (settings.data_dir.resolve() / RESULTS).as_uri()
+        own = to_environment(chosen.model_copy(update=given))
         shared = {"PROMETHEUS_MULTIPROC_DIR": metrics_dir}
         return Launch(without_settings(os.environ) | own | shared, chosen.drain_grace_s)
 

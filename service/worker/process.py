@@ -28,6 +28,8 @@ from giantleap.service.jobqueue.server import check_url
 from giantleap.service.jobs.bundles import read_in_modes
 from giantleap.service.jobs.devices import Device, StagePeak
 from giantleap.service.jobs.marking import open_manifest_signer
+from giantleap.service.results.jobs import open_files
+from giantleap.service.results.store import check_store, open_store
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import open_tracing
@@ -64,6 +66,7 @@ def run_worker(
     Raises:
         BadConfiguration: A bundle, checkpoint, device, dtype or engine does not fit, or Redis refuses this process.
         NotReady: Redis did not answer for two minutes.
+        StoreUnavailable: The result store does not answer at the start.
     """
     if settings.redis_url is None:
         raise ValueError("redis_url is not set; a worker needs the Redis that the API uses")
@@ -82,6 +85,7 @@ def _run(
     set_threads(settings.torch_threads, settings.worker_processes)
     metrics = _open_metrics(settings)
     check_url(redis_url, settings)  # before minutes of loading
+    check_store(open_store(settings))
     marker = ImageMarker(open_manifest_signer(settings), settings.watermark)
     filters = open_filters(settings.filters, metrics.count_filtered)
     bundles, device = open_bundles(settings, metrics, stop)
@@ -90,7 +94,9 @@ def _run(
     tracing = open_tracing(settings.otlp_endpoint, "worker")
     client = open_redis(redis_url, timeout_s=_REDIS_TIMEOUT_S, stop=stop)
     name = f"{platform.node()}-{os.getpid()}"
-    consumer = JobConsumer(client, settings, tuple(bundles.bundles), name, device, settings.role, stop)
+    consumer = JobConsumer(
+        client, settings, tuple(bundles.bundles), name, device, settings.role, stop, open_files(settings)
+    )
     consumer.open()
     fields = {"bundles": sorted(bundles.bundles), "loaded": sorted(bundles.loaded), "role": settings.role}
     log.info("worker ready", extra={"fields": fields})

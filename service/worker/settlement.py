@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from giantleap.models.route import Route
-from giantleap.service.errors import StorageFull
+from giantleap.service.errors import StorageFull, StoreUnavailable
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.grid import count_items
@@ -71,7 +71,7 @@ class JobSettler:
     ) -> Status | None:
         try:
             state = self._consumer.transfer(claim, to_latents_blob(latents), stages_s, warnings, batch_jobs)
-        except StorageFull as error:
+        except (StorageFull, StoreUnavailable) as error:
             return self._fail(claim, to_job_error(error), stages_s)
         return "transferred" if state is JobState.QUEUED else state
 
@@ -86,7 +86,7 @@ class JobSettler:
         files = [(output.file, output.content) for output in outputs]
         try:
             state = self._consumer.complete(claim, files, stages_s, warnings, batch_jobs)
-        except StorageFull as error:
+        except (StorageFull, StoreUnavailable) as error:
             return self._fail(claim, to_job_error(error), stages_s)
         if state is JobState.SUCCEEDED:
             pixels = sum((file.width_px or 0) * (file.height_px or 0) for file, _ in files)

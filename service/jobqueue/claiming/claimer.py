@@ -10,18 +10,20 @@ from typing import Any
 from redis.typing import KeyT, StreamIdT
 
 from giantleap.models.worker_role import WorkerRole
-from giantleap.service.errors import NotReady
+from giantleap.service.errors import NotReady, StoreUnavailable
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.claiming.outages import Outages
 from giantleap.service.jobqueue.claims import Claim, Leases, LoadedBundles, to_claim
 from giantleap.service.jobqueue.client import SyncRedis, check_client
-from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE
+from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE, name_fault
 from giantleap.service.jobqueue.keys import Keys, claim_order
 from giantleap.service.jobqueue.replies import ClaimedJob, ClaimReply
 from giantleap.service.jobqueue.runner import ScriptRunner
+from giantleap.service.results.jobs import JobFiles
 from giantleap.service.settings import Settings
 
 _POLL_S = 1.0
+_STORE_PAUSE_S = 1.0
 _LOG = logging.getLogger(__name__)
 
 
@@ -36,6 +38,7 @@ class JobClaimer:
         role: What the worker runs.
         leases: Keep what was claimed.
         outages: What to do while Redis is away.
+        files: Where large inputs lie; None: in Redis.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class JobClaimer:
         role: WorkerRole,
         leases: Leases,
         outages: Outages,
+        files: JobFiles | None = None,
     ) -> None:
         if not bundles:
             raise ValueError("no bundle was given; a worker serves at least one")
@@ -60,6 +64,7 @@ class JobClaimer:
         self._role = role
         self._leases = leases
         self._outages = outages
+        self._files = files
         self._turn = 0
         self._claiming = threading.Lock()
         # Jobs that only another version can read, and those whose end Redis did not take for two minutes.
@@ -98,6 +103,16 @@ class JobClaimer:
             self._dropped.add(claim.job.id)  # first: what is neither held nor dropped, a claim resumes
             self._leases.drop(claim)
 
+    def release(self, claims: Sequence[Claim]) -> None:
+        """See `JobConsumer.release`."""
+        for claim in claims:
+            with self._leases.settling(claim):
+                try:
+                    self._scripts.run(scripts.RELEASE, {"consumer": self._consumer, **claim.to_arguments()})
+                except REDIS_UNAVAILABLE as error:
+                    _LOG.warning("job %s not returned (%s); it becomes stale", claim.job.id, name_fault(error))
+                self._leases.drop(claim)  # not before: what this worker has and does not hold, a claim resumes
+
     def _send(self, max_jobs: int, lanes: Sequence[str], loaded: LoadedBundles | None) -> ClaimReply:
         arguments = {
             "consumer": self._consumer,
@@ -126,10 +141,15 @@ class JobClaimer:
         return claims
 
     def _read_bodies(self, held: Sequence[Claim], claimed: Sequence[ClaimedJob]) -> list[Claim]:
-        """The claims with their inputs; nothing if Redis does not return these for two minutes."""
-        with_input = {row.id for row in claimed if row.input_bytes}
+        """The claims with their inputs; nothing if Redis does not return these for two minutes, or the store now."""
+        with_input = {row.id for row in claimed if row.input_bytes or row.input_key}
         try:
             whole = [self._with_body(claim) if claim.job.id in with_input else claim for claim in held]
+        except StoreUnavailable as error:
+            _LOG.error("inputs not read, their jobs wait: %s", error.detail)
+            self.release(held)
+            self._outages.wait(_STORE_PAUSE_S)
+            return []
         except NotReady as error:
             _LOG.error("inputs not read, their jobs become stale: %s", error.detail)
             self.drop(held)  # the caller never sees these claims: they must not be renewed for ever
@@ -138,12 +158,20 @@ class JobClaimer:
 
     def _with_body(self, claim: Claim) -> Claim | None:
         """The claim with its input; None if the input is gone: then another worker has ended the job."""
-        key = self._keys.input(claim.job.id)
-        body: Any = self._outages.retry(lambda: self._redis.get(key), self._settings.drain_grace_s)
+        if claim.input_key is not None:
+            body: Any = self._read_file(claim.input_key)
+        else:
+            key = self._keys.input(claim.job.id)
+            body = self._outages.retry(lambda: self._redis.get(key), self._settings.drain_grace_s)
         if body is None:
             self.drop([claim])
             return None
         return dataclasses.replace(claim, body=body)
+
+    def _read_file(self, key: str) -> bytes | None:
+        if self._files is None:
+            raise StoreUnavailable("the input lies in a result store; set GIANTLEAP_RESULT_STORE as for the API")
+        return self._files.get_input(key)
 
     def _await_message(self, lanes: Sequence[str], reply: ClaimReply, left_s: float) -> None:
         """Returns when a stream has a newer message than the claim script saw, or a retry is due. Claims nothing."""

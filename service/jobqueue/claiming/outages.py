@@ -36,6 +36,10 @@ class Outages:
         """Records that Redis has answered."""
         self._failures = 0
 
+    def wait(self, pause_s: float) -> None:
+        """Waits, but not beyond the stop."""
+        self._stop.wait(pause_s)
+
     def pause(self, what: str, error: Exception) -> bool:
         """Records a failure and waits for the next attempt; True if the stop came meanwhile."""
         self._failures += 1

@@ -1,0 +1,315 @@
+"""The queue with a store: Redis holds records and keys, a job ends when its bytes are safe, no file stays behind."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from giantleap.service.api.sweeper import Sweeper
+from giantleap.service.errors import QueueFull, StoreUnavailable
+from giantleap.service.jobqueue.claims import Claim
+from giantleap.service.jobqueue.client import open_redis
+from giantleap.service.jobqueue.consumer import JobConsumer
+from giantleap.service.jobqueue.dead_letters import DeadLetters
+from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.jobqueue.producer import JobProducer
+from giantleap.service.jobs.job import GenerateParams, Job, JobError, JobState, ResultFile
+from giantleap.service.results.concurrent import AsyncResultStore
+from giantleap.service.results.files import FileStore
+from giantleap.service.results.jobs import JobFiles
+from giantleap.service.results.keys import PART_SUFFIX, new_keys
+from giantleap.service.results.store import LARGE_INPUT_BYTES, ResultStore, open_store
+from giantleap.service.settings import Settings
+from tests.redis_fixtures import ConsumerOpener, JobMaker, ProducerOpener
+
+pytestmark = pytest.mark.anyio
+
+RESULTS = [(ResultFile("image/png", 3, seed=7), b"png"), (ResultFile("image/webp", 4, seed=8), b"webp")]
+LARGE = bytes(LARGE_INPUT_BYTES)
+PAST_S = 7200.0
+
+
+@pytest.fixture
+def store(settings: Settings) -> ResultStore:
+    opened = open_store(settings)
+    assert opened is not None
+    return opened
+
+
+def names(store: ResultStore, settings: Settings) -> list[str]:
+    """The names of everything in the store."""
+    return sorted(name for batch in store.list_expired(settings.key_prefix, time.time() + 1e8) for name in batch)
+
+
+def take(worker: JobConsumer) -> Claim:
+    [claim] = worker.claim(1, 30)
+    return claim
+
+
+def sweeper(producer: JobProducer, store: ResultStore, settings: Settings) -> Sweeper:
+    return Sweeper(producer, AsyncResultStore(store, 1 << 20), settings)
+
+
+def put_old(store: ResultStore, settings: Settings, job_id: str) -> str:
+    """An object of a job whose time has passed long ago."""
+    [key] = new_keys(settings.key_prefix, job_id, "result", 1, 60, time.time() - PAST_S)
+    store.put(key, b"x", "image/png")
+    return key
+
+
+async def test_results_lie_in_the_store_and_their_keys_in_the_record(
+    open_producer: ProducerOpener,
+    open_consumer: ConsumerOpener,
+    make_job: JobMaker,
+    settings: Settings,
+    store: ResultStore,
+) -> None:
+    job, worker = make_job(num_images=2), open_consumer()
+    async with open_producer() as producer:
+        await producer.enqueue(job)
+        assert worker.complete(take(worker), RESULTS, {}, []) is JobState.SUCCEEDED
+        record = await producer.wait(job.id, 5, job)
+        keys = [file.key for file in record.results]
+        assert [await producer.read_result(job.id, index, key) for index, key in enumerate(keys)] == [b"png", b"webp"]
+        assert names(store, settings) == sorted(map(str, keys))
+        assert await producer.read_result(job.id, 0) is None, "Redis has none of it"
+        assert (await producer.stats()).blob_bytes == 0
+
+
+@pytest.mark.parametrize(("body", "is_stored"), [(LARGE, True), (LARGE[1:], False)], ids=["large", "small"])
+async def test_a_large_input_lies_in_the_store_until_the_job_has_ended(
+    open_producer: ProducerOpener,
+    open_consumer: ConsumerOpener,
+    make_job: JobMaker,
+    settings: Settings,
+    store: ResultStore,
+    body: bytes,
+    is_stored: bool,
+) -> None:
+    worker = open_consumer()
+    async with open_producer() as producer:
+        job = make_job()
+        await producer.enqueue(job, body)
+        assert len(names(store, settings)) == is_stored
+        assert (await producer.stats()).blob_bytes == (0 if is_stored else len(body))
+        assert await producer.read_input(job.id) == body
+        claim = take(worker)
+        assert claim.body == body
+        worker.complete(claim, [], {}, [])
+        assert names(store, settings) == []
+        assert (await producer.stats()).blob_bytes == 0
+
+
+async def test_an_input_of_a_job_that_was_not_added_is_deleted(
+    open_producer: ProducerOpener, make_job: JobMaker, settings: Settings, store: ResultStore
+) -> None:
+    job = make_job()
+    async with open_producer(queue_limit=1) as producer:
+        assert (await producer.enqueue(job, LARGE, "key")).created
+        kept = names(store, settings)
+        assert not (await producer.enqueue(dataclasses.replace(job), LARGE, "key")).created
+        for _ in range(2):  # the second is refused before its body is sent
+            with pytest.raises(QueueFull):
+                await producer.enqueue(make_job(), LARGE)
+        assert names(store, settings) == kept and len(kept) == 1
+
+
+async def test_a_worker_that_is_late_leaves_no_file_and_overwrites_none(
+    open_producer: ProducerOpener,
+    open_consumer: ConsumerOpener,
+    make_job: JobMaker,
+    settings: Settings,
+    store: ResultStore,
+    redis_client: redis.Redis,
+) -> None:
+    frozen, other = open_consumer(lease=False, consumer="frozen"), open_consumer(consumer="other")
+    async with open_producer() as producer:
+        job = make_job()
+        await producer.enqueue(job)
+        late = take(frozen)
+        stream = Keys(settings.key_prefix).stream(late.lane)
+        pending: list[Any] = redis_client.xpending_range(stream, "workers", "-", "+", 1)
+        owner = pending[0]["consumer"]
+        redis_client.xclaim(stream, "workers", owner, 0, [late.message_id], idle=60_000, justid=True)
+        assert other.complete(take(other), RESULTS[:1], {}, []) is JobState.SUCCEEDED
+        before = names(store, settings)
+        assert frozen.complete(late, [(RESULTS[0][0], b"late")], {}, []) is None
+        record = await producer.get(job.id)
+        assert record is not None and names(store, settings) == before == [record.results[0].key]
+        assert await producer.read_result(job.id, 0, record.results[0].key) == b"png"
+
+
+async def test_a_deleted_job_has_no_file(
+    open_producer: ProducerOpener,
+    open_consumer: ConsumerOpener,
+    make_job: JobMaker,
+    settings: Settings,
+    store: ResultStore,
+) -> None:
+    worker = open_consumer(max_deliveries=1)
+    async with open_producer(max_deliveries=1) as producer:
+        job, failed = make_job(), make_job()
+        await producer.enqueue(job)
+        worker.complete(take(worker), RESULTS, {}, [])
+        await producer.enqueue(failed, LARGE)
+        worker.fail(take(worker), JobError("job_failed", "no"))
+        assert len(names(store, settings)) == 3, "the input of a job that failed is there for another attempt"
+        assert await producer.delete(failed.id) is None and await producer.delete(job.id) is None
+        assert names(store, settings) == []
+        assert await producer.get(job.id) is None and await producer.delete(job.id) is None
+
+
+async def test_a_dead_letter_with_a_stored_input_runs_again(
+    open_producer: ProducerOpener, open_consumer: ConsumerOpener, make_job: JobMaker
+) -> None:
+    worker = open_consumer()
+    async with open_producer() as producer:
+        job: Job = make_job()
+        assert isinstance(job.params, GenerateParams)
+        job = dataclasses.replace(job, params=dataclasses.replace(job.params, strength=0.5))
+        await producer.enqueue(job, LARGE)
+        worker.fail(take(worker), JobError("job_failed", "no"))
+        [letter] = await DeadLetters(producer).list(10)
+        assert letter.has_input
+        await DeadLetters(producer).retry(job.id)
+        assert take(worker).body == LARGE
+
+
+async def test_the_sweeper_deletes_orphans_whose_time_has_passed_and_nothing_else(
+    open_producer: ProducerOpener,
+    open_consumer: ConsumerOpener,
+    make_job: JobMaker,
+    settings: Settings,
+    store: ResultStore,
+) -> None:
+    """Orphans: of a job that never was, of one that ended otherwise, of an earlier attempt at one that has ended."""
+    worker = open_consumer()
+    async with open_producer() as producer:
+        done, canceled, running = make_job(), make_job(), make_job()
+        await producer.enqueue(done)
+        claim = take(worker)
+        old = [(dataclasses.replace(RESULTS[0][0], key=put_old(store, settings, done.id)), b"")]
+        worker._files = None  # the record names an object whose time has passed
+        worker.complete(claim, old, {}, [])
+        await producer.enqueue(canceled)
+        await producer.cancel(canceled.id)
+        await producer.enqueue(running)
+        kept = [old[0][0].key or "", put_old(store, settings, running.id)]
+        [fresh] = new_keys(settings.key_prefix, "no-job", "input", 1, 60, time.time())
+        store.put(fresh, b"x", "image/png")
+        orphans = [put_old(store, settings, each) for each in ("no-job", done.id, canceled.id)]
+        assert await sweeper(producer, store, settings).sweep() == len(orphans)
+        assert names(store, settings) == sorted([*kept, fresh])
+
+
+async def test_results_expire_with_their_records(
+    open_producer: ProducerOpener,
+    open_consumer: ConsumerOpener,
+    make_job: JobMaker,
+    settings: Settings,
+    store: ResultStore,
+) -> None:
+    worker = open_consumer(job_ttl_s=1)
+    async with open_producer(job_ttl_s=1) as producer:
+        job = make_job()
+        await producer.enqueue(job)
+        worker._files = JobFiles(store, settings.model_copy(update={"job_ttl_s": 1}))
+        worker.complete(take(worker), RESULTS, {}, [])
+        record = await producer.get(job.id)
+        assert record is not None and record.results[0].key is not None
+        swept = sweeper(producer, store, settings)
+        while await producer.get(job.id) is not None:
+            await swept.sweep()
+            assert await producer.read_result(job.id, 0, record.results[0].key) == b"png" or not await producer.get(
+                job.id
+            ), "as long as there is a record, there are its bytes"
+        while names(store, settings):
+            await swept.sweep()
+
+
+async def test_one_sweeper_works_at_a_time(
+    open_producer: ProducerOpener, settings: Settings, store: ResultStore
+) -> None:
+    async with open_producer() as producer:
+        first, second = (sweeper(producer, store, settings) for _ in range(2))
+        assert await first.sweep() == 0
+        put_old(store, settings, "no-job")
+        assert await second.sweep() == 0, "it is the other's turn"
+        assert await first.sweep() == 1
+
+
+class AwayStore(FileStore):
+    """A store that is away while `is_away`."""
+
+    is_away = False
+
+    def _refuse(self) -> None:
+        if self.is_away:
+            raise StoreUnavailable("the store is away", retry_after_s=5)
+
+    def put(self, key: str, content: bytes, content_type: str) -> None:
+        self._refuse()
+        super().put(key, content, content_type)
+
+    def get(self, key: str) -> bytes | None:
+        self._refuse()
+        return super().get(key)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        self._refuse()
+        super().delete(keys)
+
+
+@pytest.mark.parametrize("store_url", ["file"], indirect=True)
+async def test_while_the_store_is_away_jobs_are_retried_and_none_is_lost_or_started_in_vain(
+    open_producer: ProducerOpener, make_job: JobMaker, settings: Settings, tmp_path: Path
+) -> None:
+    store = AwayStore(tmp_path / "away", settings.key_prefix)
+    assert settings.redis_url is not None
+    client = open_redis(settings.redis_url)
+    worker = JobConsumer(client, settings, ("pocket",), "w", files=JobFiles(store, settings))
+    worker.open()
+    try:
+        async with open_producer() as producer:
+            producer._files = AsyncResultStore(store, 1 << 20)
+            job = make_job()
+            await producer.enqueue(job, LARGE)
+            store.is_away = True
+            assert worker.claim(1, 0.1) == []
+            record = await producer.get(job.id)
+            assert record is not None and (record.state, record.deliveries) == (JobState.QUEUED, 0)
+            store.is_away = False
+            claim = take(worker)
+            store.is_away = True
+            with pytest.raises(StoreUnavailable) as caught:
+                worker.complete(claim, RESULTS, {}, [])
+            error = JobError(caught.value.code, caught.value.detail, caught.value.retryable)
+            assert worker.fail(claim, error) is JobState.QUEUED
+            with pytest.raises(StoreUnavailable):
+                await producer.enqueue(make_job(), LARGE)
+            store.is_away = False
+            assert worker.complete(take(worker), RESULTS, {}, []) is JobState.SUCCEEDED
+            store.is_away = True
+            with pytest.raises(StoreUnavailable):
+                await producer.delete(job.id)
+            assert await producer.get(job.id) is not None, "what could not be deleted is still there"
+    finally:
+        worker.close()
+        client.close()
+
+
+@pytest.mark.parametrize("store_url", ["file"], indirect=True)
+async def test_a_file_that_was_never_finished_is_an_orphan(
+    open_producer: ProducerOpener, settings: Settings, store: ResultStore, tmp_path: Path
+) -> None:
+    put_old(store, settings, "no-job")
+    [path] = [path for path in tmp_path.rglob("*result-*") if path.is_file()]
+    path.rename(path.with_name(path.name + PART_SUFFIX))
+    (path.parent / "somebody's").write_text("x")
+    async with open_producer() as producer:
+        assert await sweeper(producer, store, settings).sweep() == 1
+    assert [each.name for each in tmp_path.rglob("*") if each.is_file()] == ["somebody's"]
