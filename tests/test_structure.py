@@ -51,7 +51,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("service.jobqueue",),
     ("service.telemetry",),
     ("service.webhooks",),
-    ("service.api", "service.supervisor", "service.worker"),
+    ("service.api", "service.doctor", "service.supervisor", "service.worker"),
     ("cli",),
 )
 LEVELS = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -164,8 +164,15 @@ class DroppedReply:
 class ServerReply:
     """How the server treats its data; None: its user may not read it."""
 
+    redis_version: str | None = None
+    role: str | None = None
+    used_memory: int | None = None
+    maxmemory: int | None = None
+    total_system_memory: int | None = None
     maxmemory_policy: str | None = None
     aof_enabled: bool | None = None
+    aof_last_write_status: str | None = None
+    errorstat_NOPERM: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ class Device:
         bundles: Measured stages of each bundle, by bundle and stage (`giantleap.service.jobs.capacity`).
         role: Role of the worker.
         loaded: The bundles that are in memory now.
+        version: Of Giantleap in the worker; None: older than this field.
     """
 
     kind: DeviceKind
@@ -71,6 +72,7 @@ class Device:
     bundles: Mapping[str, Mapping[str, StagePeak]] = field(default_factory=dict)
     role: WorkerRole = WorkerRole.ALL
     loaded: tuple[str, ...] = ()
+    version: str | None = None
 
     def to_json(self) -> str:
         """One line of JSON."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 
 import numpy as np
 import psutil
@@ -52,7 +53,7 @@ def measure_device(
     reserved_bytes = 0 if settings.lora_dir is None else settings.lora_memory_bytes
     loaded_bytes = _used_bytes(device) + reserved_bytes + missing_bytes
     log.info("worker measured memory", extra={"fields": {"memory_bytes": memory_bytes, "loaded_bytes": loaded_bytes}})
-    return Device(kind, memory_bytes, loaded_bytes, peaks, settings.role)
+    return Device(kind, memory_bytes, loaded_bytes, peaks, settings.role, version=version("giantleap"))
 
 
 def measure_stages(route: Route, bundle: Bundle) -> dict[str, StagePeak]:

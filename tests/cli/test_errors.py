@@ -103,7 +103,7 @@ COMMANDS = list(_commands(typer.main.get_command(app)))
 _RUNS = {("serve",), ("api",), ("worker",), ("models",), ("settings",), ("bundle", "list"), ("bundle", "show"),
          ("bundle", "check"), ("bench", "protocol"), ("bench", "engines"), ("bench", "paper"),
          ("keys", "new"), ("keys", "list"),
-         ("generate",), ("status",), ("jobs", "list"), ("jobs", "show"), ("jobs", "cancel"), ("jobs", "delete"),
+         ("generate",), ("status",), ("doctor",), ("jobs", "list"), ("jobs", "show"), ("jobs", "cancel"), ("jobs", "delete"),
          ("jobs", "dead", "list"), ("jobs", "dead", "retry"), ("jobs", "dead", "drop"),
          ("provenance", "dev-cert")}  # fmt: skip
 
