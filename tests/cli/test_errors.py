@@ -102,8 +102,8 @@ COMMANDS = list(_commands(typer.main.get_command(app)))
 # With all that they need these do their work: print, list, or serve.
 _RUNS = {("serve",), ("api",), ("worker",), ("models",), ("settings",), ("bundle", "list"), ("bundle", "show"),
          ("bundle", "check"), ("bench", "protocol"), ("bench", "engines"), ("bench", "paper"),
-         ("keys", "new"), ("keys", "list"),
-         ("generate",), ("status",), ("doctor",), ("jobs", "list"), ("jobs", "show"), ("jobs", "cancel"), ("jobs", "delete"),
+         ("keys", "new"), ("keys", "list"), ("doctor",),
+         ("generate",), ("status",), ("jobs", "list"), ("jobs", "show"), ("jobs", "cancel"), ("jobs", "delete"),
          ("jobs", "dead", "list"), ("jobs", "dead", "retry"), ("jobs", "dead", "drop"),
          ("provenance", "dev-cert")}  # fmt: skip
 
