@@ -31,9 +31,10 @@ log = logging.getLogger(__name__)
 
 KEY_PREFIX = "gl_"
 UI_PATH: Final = "/ui"
+DOCS_PATH: Final = "/docs"
 OPEN_PATHS: Final = frozenset(
-    {"/livez", "/readyz", "/health", "/version", "/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"}
-    | {"/", UI_PATH}
+    {"/livez", "/readyz", "/health", "/version", "/v2/health/live", "/v2/health/ready", "/openapi.json"}
+    | {"/", UI_PATH, DOCS_PATH}
 )
 """Paths that need no key. Every other path does: a new route is closed until it is listed here."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -43,7 +44,7 @@ _CHECK_EVERY_S = 2.0
 
 
 class Scope(StrEnum):
-    """What a key may do: make /generate jobs, make /upscale jobs, see and cancel every job, read the metrics."""
+    """What a key may do: make /generate jobs, make /upscale jobs, see and cancel every job, read metrics and workers."""
 
     GENERATE = "generate"
     UPSCALE = "upscale"

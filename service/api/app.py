@@ -73,6 +73,7 @@ def create_app(settings: Settings, producer: JobProducer | None = None, tracing:
         summary="Draws a small latent, enlarges it, decodes it once.",
         version=version("giantleap"),
         lifespan=partial(_opened, state, client, sender, spans),
+        docs_url=None,  # `page.docs_router` instead
         redoc_url=None,
         dependencies=[Depends(refuse_unknown_parameters)],
         generate_unique_id_function=operation_id,
@@ -83,6 +84,7 @@ def create_app(settings: Settings, producer: JobProducer | None = None, tracing:
     app.add_exception_handler(JobProblem, handle_job_problem)
     for routes in (create, jobs, dead_letters, provenance, health, openai, openai_edits, kserve, remote_vae):
         app.include_router(routes.router)
+    app.include_router(page.docs_router)
     if settings.ui:
         app.include_router(page.router)
     app.openapi = cache(partial(describe, app))  # type: ignore[method-assign]  # FastAPI's own way to extend it

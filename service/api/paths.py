@@ -4,7 +4,7 @@ from typing import Final
 
 from starlette.types import Scope
 
-from giantleap.service.auth import UI_PATH
+from giantleap.service.auth import DOCS_PATH, UI_PATH
 
 OPENAI_PATH: Final = "/v1"
 KSERVE_PATH: Final = "/v2"
@@ -12,9 +12,9 @@ REMOTE_VAE_PATH: Final = "/remote_vae"
 
 
 def is_page_file(path: str) -> bool:
-    """Whether a path is that of a file of the page: the same for everybody, so that none needs a key."""
+    """Whether a path is that of a file of a page: the same for everybody, so that none needs a key."""
     folder, _, name = path.rpartition("/")
-    return folder == UI_PATH and bool(name)
+    return folder in (UI_PATH, DOCS_PATH) and bool(name)
 
 
 def route_path(scope: Scope) -> str:

@@ -13,11 +13,11 @@ from fastapi import Request
 from starlette.routing import compile_path
 
 from giantleap.service.api.paths import route_path
-from giantleap.service.auth import UI_PATH
+from giantleap.service.auth import DOCS_PATH, UI_PATH
 from giantleap.service.errors import InvalidFields
 
 UNKNOWN_ROUTE = "none"
-_PAGES = ("/", "/docs", "/openapi.json", UI_PATH, f"{UI_PATH}/{{name}}")
+_PAGES = ("/", "/openapi.json", DOCS_PATH, f"{DOCS_PATH}/{{name}}", UI_PATH, f"{UI_PATH}/{{name}}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,13 @@ from pydantic import BaseModel, Field
 
 from giantleap.models.bundle.descriptor import METHODS, DecodeName, Method
 from giantleap.models.latent_space import Packing
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.api.problems import from_job_error, problem_body
 from giantleap.service.jobqueue.dead_letters import blocked_reason
 from giantleap.service.jobqueue.keys import to_bundle
 from giantleap.service.jobqueue.replies import DeadLetter
 from giantleap.service.jobs.bundles import ServedBundle
+from giantleap.service.jobs.devices import Device, DeviceKind
 from giantleap.service.jobs.edits.checks import max_references, supports_mask
 from giantleap.service.jobs.job import JobRecord, JobState, Priority, to_rfc3339
 from giantleap.service.links import Links
@@ -196,6 +198,29 @@ class Ready(BaseModel):
     ready: bool = Field(description="true: send requests here.")
     reasons: list[str] = Field(description="Why not; empty where ready.")
     warnings: list[str] = Field(description="How Redis may lose accepted jobs; empty where it is set up well.")
+
+
+class WorkerBody(BaseModel):
+    """A live worker: its device, what it runs and what it has in memory."""
+
+    device: DeviceKind = Field(description="What it computes on.")
+    role: WorkerRole = Field(description="The stages that it runs.")
+    memory_bytes: int = Field(description="What weights and activations may use of the device.")
+    loaded_bytes: int = Field(description="In use once its bundles are loaded, or as many as may be at once.")
+    bundles: list[str] = Field(description="The bundles whose jobs it takes.")
+    loaded: list[str] = Field(description="Those of them that are in memory now.")
+
+
+def to_worker_body(device: Device) -> WorkerBody:
+    """A worker as GET /workers lists it."""
+    return WorkerBody(
+        device=device.kind,
+        role=device.role,
+        memory_bytes=device.memory_bytes,
+        loaded_bytes=device.loaded_bytes,
+        bundles=sorted(device.bundles),
+        loaded=sorted(device.loaded),
+    )
 
 
 def to_model_body(served: ServedBundle, settings: Settings, loaded: bool) -> ModelBody:

@@ -1,5 +1,6 @@
 """A headless Chromium that a test drives over the DevTools protocol."""
 
+import base64
 import contextlib
 import json
 import shutil
@@ -41,6 +42,7 @@ class Page:
         self._socket = socket
         self._sent = 0
         self.logged: list[str] = []
+        self.requests: list[str] = []  # their URLs
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
         """Send a command and wait for its result; errors of the page are collected meanwhile."""
@@ -54,6 +56,8 @@ class Page:
                 return result
             if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
                 self.logged.append(json.dumps(message["params"]))
+            if message.get("method") == "Network.requestWillBeSent":
+                self.requests.append(message["params"]["request"]["url"])
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; a promise is awaited."""
@@ -81,6 +85,23 @@ class Page:
     def click(self, selector: str) -> None:
         self.run(f"document.querySelector({json.dumps(selector)}).click()")
 
+    def show(self, width_px: int, height_px: int, *, dark: bool = False) -> None:
+        """Set the size of the window and the color scheme."""
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width_px,
+            height=height_px,
+            deviceScaleFactor=1,
+            mobile=width_px < 600,
+        )
+        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.send("Emulation.setEmulatedMedia", features=features)
+
+    def screenshot(self, path: Path) -> None:
+        """Write the whole page as a PNG."""
+        taken = self.send("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(taken["data"]))
+
     def open(self, url: str) -> None:
         self.send("Page.navigate", url=url)
         self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
@@ -99,7 +120,7 @@ def open_page(url: str, profile: Path) -> Iterator[Page]:
         target = next(each for each in targets if each["type"] == "page")
         with connect(target["webSocketDebuggerUrl"], max_size=None) as socket:
             page = Page(socket)
-            for domain in ("Page", "Runtime", "Log"):
+            for domain in ("Page", "Runtime", "Log", "Network"):
                 page.send(f"{domain}.enable")
             page.open(url)
             yield page

@@ -141,7 +141,7 @@ def find_caller_of(keys: KeyRing, presented: Collection[str]) -> Caller:
 
 def scope_of(method: str, path: str) -> Scope | None:
     """The scope that a path needs, checked before the body is read; `submit_job` checks that of the job again."""
-    if path == "/metrics":
+    if path in ("/metrics", "/workers"):
         return Scope.METRICS
     if path == "/dead-letters" or path.startswith("/dead-letters/"):
         return Scope.ADMIN

@@ -3,7 +3,7 @@
 A response that is sent before the whole body was read closes the connection; otherwise the server would receive the
 rest of the body, however long. It first discards some more of the body, since a client that is still sending would
 otherwise meet a connection reset instead of its response. The values of the headers are those of the OWASP REST
-Security Cheat Sheet for an API; the page /docs may load Swagger UI, /ui its own files.
+Security Cheat Sheet for an API; the pages /docs and /ui may load their own files.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from giantleap.service.api.paths import is_page_file, route_path
-from giantleap.service.auth import UI_PATH
+from giantleap.service.auth import DOCS_PATH, UI_PATH
 
 _ALWAYS: Final = (
     (b"x-content-type-options", b"nosniff"),
@@ -23,20 +23,17 @@ _ALWAYS: Final = (
     (b"x-frame-options", b"DENY"),
 )
 _NOTHING = b"default-src 'none'; frame-ancestors 'none'"
-# FastAPI's page: its own inline script, Swagger UI from jsDelivr, an icon, and the document that it shows.
-_SWAGGER = (
-    b"default-src 'none'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src https://cdn.jsdelivr.net "
-    b"'unsafe-inline'; img-src 'self' data: https://fastapi.tiangolo.com; connect-src 'self'; frame-ancestors 'none'"
-)
 # The page at /ui: its own files, the API, and pictures that it made or has just fetched.
 _UI = (
     b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+# Swagger UI sets styles of elements too.
+_SWAGGER = _UI.replace(b"style-src 'self'", b"style-src 'self' 'unsafe-inline'")
 _SHORT_BODY_DIGITS = 5  # less than 100 kB
 _LINGER_S = 10.0  # longest time to discard the rest of a body
 _SILENCE_S = 1.0  # longest wait for its next part
-_PUBLIC = frozenset({"/docs", "/openapi.json"})
+_PUBLIC = frozenset({DOCS_PATH, "/openapi.json"})
 _RESPONSE_HEADERS = (
     *("Content-Disposition", "dtype", "Inference-Header-Content-Length", "Location", "Preference-Applied"),
     *("Retry-After", "Server-Timing", "shape", "WWW-Authenticate", "X-Decode", "X-Job-Id", "X-Method"),
@@ -93,9 +90,9 @@ class SecurityHeadersMiddleware:
 
 
 def _policy(path: str) -> bytes:
-    if path == "/docs":
-        return _SWAGGER
-    return _UI if path == UI_PATH or is_page_file(path) else _NOTHING
+    if path in (UI_PATH, DOCS_PATH) or is_page_file(path):
+        return _SWAGGER if path.startswith(DOCS_PATH) else _UI
+    return _NOTHING
 
 
 async def _discard_body(receive: Receive) -> None:

@@ -1,4 +1,4 @@
-"""Routes about the service itself: its bundles, liveness, readiness and metrics."""
+"""Routes about the service itself: its bundles, workers, liveness, readiness and metrics."""
 
 from importlib.metadata import version
 
@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from giantleap.service.api.dependencies import AppStateDep
 from giantleap.service.api.openapi import describe_responses
 from giantleap.service.api.problems import problem_response
-from giantleap.service.api.schemas import ModelBody, Ready, Version, to_model_body
+from giantleap.service.api.schemas import ModelBody, Ready, Version, WorkerBody, to_model_body, to_worker_body
 from giantleap.service.errors import NotReady
 from giantleap.service.telemetry.metrics import CONTENT_TYPE
 
@@ -19,6 +19,13 @@ async def get_models(state: AppStateDep) -> list[ModelBody]:
     """The bundles that jobs may name, the default first."""
     loaded = {name for device in state.producer.devices for name in device.loaded}
     return [to_model_body(served, state.settings, name in loaded) for name, served in state.bundles.items()]
+
+
+@router.get("/workers", responses=describe_responses({}, 503))
+async def get_workers(state: AppStateDep) -> list[WorkerBody]:
+    """The live workers of all hosts."""
+    await state.producer.read_devices()
+    return [to_worker_body(device) for device in state.producer.devices]
 
 
 @router.get("/livez")

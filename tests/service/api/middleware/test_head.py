@@ -24,6 +24,7 @@ def paths_of(app: FastAPI, job_id: str) -> list[str]:
         *named,
         "/openapi.json",
         "/docs",
+        "/docs/start.js",
         "/",
         "/ui",
         "/ui/app.js",
