@@ -44,7 +44,7 @@ _CHECK_EVERY_S = 2.0
 
 
 class Scope(StrEnum):
-    """What a key may do: make /generate jobs, make /upscale jobs, see and cancel every job, read metrics and workers."""
+    """What a key may do: make /generate jobs, make /upscale jobs, see and cancel every job, read metrics, workers."""
 
     GENERATE = "generate"
     UPSCALE = "upscale"

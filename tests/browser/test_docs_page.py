@@ -21,6 +21,5 @@ def test_swagger_shows_the_api_and_calls_it_without_another_host(settings: Setti
         page.click("#operations-service-get_version .try-out__btn")
         page.until("document.querySelector('#operations-service-get_version .execute') !== null")
         page.click("#operations-service-get_version .execute")
-        page.until("document.querySelector('.live-responses-table .response-col_status')?.textContent.includes('200')")
-        page.screenshot(Path("/tmp/shot_docs.png"))
+        page.until("document.querySelector('.live-responses-table .response')?.textContent.startsWith('200')")
         assert f"{visit.url}/version" in page.requests and visit.url.endswith(ROOT)

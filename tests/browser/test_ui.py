@@ -1,78 +1,28 @@
 """The page at /ui as its users meet it, in a real Chromium, below a path prefix and with API keys."""
 
-import contextlib
 import io
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from giantleap.service.api.app import create_app
-from giantleap.service.api.server import server_config
-from giantleap.service.auth import new_key
-from giantleap.service.jobqueue.claims import Claim
-from giantleap.service.jobqueue.consumer import JobConsumer
-from giantleap.service.jobs.job import GenerateParams, ResultFile
 from giantleap.service.settings import Settings
-from tests.browser.devtools import Page, open_page
-from tests.service.compat_fakes import LATENT, to_file
-from tests.service.live_server import serve
+from tests.browser.visits import ERROR, RESULT, ROOT, Visit, drop, open_visit, sign_in
+from tests.service.compat_fakes import LATENT
 from tests.service.paper_bundle import write_paper_bundle
-from tests.service.thread_worker import thread_worker
 
 pytestmark = pytest.mark.browser
-STEPS = 3
-RESULT = "document.querySelector('#result img')?.complete && !document.getElementById('submit').disabled"
 FACTS = "[...document.querySelectorAll('.facts')].map(each => each.textContent)"
-ERROR = "document.getElementById('error').textContent"
-
-
-def draw(consumer: JobConsumer, claim: Claim) -> None:
-    params = claim.job.params
-    for step in range(1, STEPS + 1):
-        consumer.emit(claim, "step", {"step": step, "steps": STEPS})
-    file = to_file(claim.job, 0)
-    seed = params.seed if isinstance(params, GenerateParams) else None
-    result = ResultFile(f"image/{params.output_format}", len(file), seed, *Image.open(io.BytesIO(file)).size)
-    consumer.complete(claim, [(result, file)], {"generate": 0.2, "decode": 0.1}, ())
-
-
-@dataclass(frozen=True)
-class Visit:
-    """A page with the form of its service, the worker's settings, and the key that was typed in."""
-
-    page: Page
-    settings: Settings
-    key: str
-
-    @contextlib.contextmanager
-    def worker(self) -> Iterator[None]:
-        with thread_worker(self.settings, "paper", draw):
-            yield
 
 
 @pytest.fixture
 def visit(settings: Settings, tmp_path: Path) -> Iterator[Visit]:
-    key, sha256 = new_key()
-    keys = tmp_path / "keys.toml"
-    keys.touch(mode=0o600)
-    keys.write_text(f'[[key]]\nname = "page"\nsha256 = "{sha256}"\nscopes = ["generate", "upscale"]\n')
-    bundle = write_paper_bundle(tmp_path / "paper")
-    settings = settings.model_copy(update={"bundle": (bundle,), "api_keys_file": keys, "root_path": "/tools/gl"})
-    with (
-        serve(server_config(create_app(settings), settings)) as url,
-        open_page(f"{url}/tools/gl/", tmp_path / "profile") as page,
-    ):
-        page.until("document.getElementById('key')?.checkVisibility()")
-        assert page.run("location.pathname") == "/tools/gl/ui"
-        page.fill("key", key)
-        page.until("document.getElementById('method').value")
-        yield Visit(page, settings, key)
-        assert [entry for entry in page.logged if '"network"' not in entry] == [], "blocked by the policy, or a fault"
+    with open_visit(settings, tmp_path, write_paper_bundle(tmp_path / "paper"), "/") as visit:
+        page = visit.page
+        sign_in(visit)
+        assert page.run("location.pathname") == f"{ROOT}/ui"
+        yield visit
 
 
 def test_a_prompt_becomes_an_image_and_a_link_and_is_in_the_strip(visit: Visit) -> None:
@@ -124,13 +74,7 @@ def test_two_methods_are_compared_with_one_seed(visit: Visit) -> None:
 def test_a_dropped_latent_is_upscaled(visit: Visit) -> None:
     page, file = visit.page, io.BytesIO()
     np.save(file, LATENT)
-    page.run(
-        f"""(() => {{
-          const data = new DataTransfer();
-          data.items.add(new File([new Uint8Array({json.dumps(list(file.getvalue()))})], "latent.npy"));
-          document.getElementById("drop").dispatchEvent(new DragEvent("drop", {{dataTransfer: data, bubbles: true}}));
-        }})()"""
-    )
+    drop(page, file.getvalue(), "latent.npy")
     assert page.run("document.getElementById('submit').textContent") == "Upscale"
     assert not page.run("document.getElementById('prompt').checkVisibility()")
     with visit.worker():

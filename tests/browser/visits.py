@@ -2,24 +2,31 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+import json
+import mimetypes
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from giantleap.models.bundle.bundle import read_bundle
 from giantleap.service.api.app import create_app
 from giantleap.service.api.server import server_config
 from giantleap.service.auth import new_key
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.consumer import JobConsumer
+from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.job import GenerateParams, ResultFile
 from giantleap.service.settings import Settings
+from giantleap.service.telemetry.metrics import Metrics
 from tests.browser.devtools import Page, open_page
 from tests.service.compat_fakes import to_file
 from tests.service.live_server import serve
 from tests.service.thread_worker import thread_worker
 
+RESULT = "document.querySelector('#result img')?.complete && !document.getElementById('submit').disabled"
+ERROR = "document.getElementById('error').textContent"
 STEPS = 3
 ROOT = "/tools/gl"
 SCOPES = ("generate", "upscale", "metrics")
@@ -38,17 +45,40 @@ def draw(consumer: JobConsumer, claim: Claim) -> None:
 
 @dataclass(frozen=True)
 class Visit:
-    """A page of a service, the service's settings and root URL, and a key of its."""
+    """A page of a service, the service's settings, root URL and metrics, and a key of its."""
 
     page: Page
     settings: Settings
     url: str
     key: str
+    metrics: Metrics
 
     @contextlib.contextmanager
-    def worker(self) -> Iterator[None]:
-        with thread_worker(self.settings, "paper", draw):
+    def worker(self, end: Callable[[JobConsumer, Claim], None] = draw) -> Iterator[None]:
+        name = read_bundle(Path(self.settings.bundle[0])).name
+        device = Device("cpu", 8 << 30, 2 << 30, {name: {}}, loaded=(name,))
+        with thread_worker(self.settings, name, end, device):
             yield
+
+
+def sign_in(visit: Visit) -> None:
+    """Enter the key once the page asks for it; the form is ready then."""
+    visit.page.until("document.getElementById('key')?.checkVisibility()")
+    visit.page.fill("key", visit.key)
+    visit.page.until("document.getElementById('method').value")
+
+
+def drop(page: Page, content: bytes, name: str) -> None:
+    """Drop a file onto the form."""
+    kind = mimetypes.guess_type(name)[0] or ""
+    page.run(
+        f"""(() => {{
+          const data = new DataTransfer();
+          const file = new File([new Uint8Array({list(content)})], {json.dumps(name)}, {{type: {json.dumps(kind)}}});
+          data.items.add(file);
+          document.getElementById("drop").dispatchEvent(new DragEvent("drop", {{dataTransfer: data, bubbles: true}}));
+        }})()"""
+    )
 
 
 @contextlib.contextmanager
@@ -60,11 +90,12 @@ def open_visit(settings: Settings, tmp_path: Path, bundle: Path, path: str) -> I
     scopes = ", ".join(f'"{scope}"' for scope in SCOPES)
     keys.write_text(f'[[key]]\nname = "page"\nsha256 = "{sha256}"\nscopes = [{scopes}]\n')
     settings = settings.model_copy(update={"bundle": (bundle,), "api_keys_file": keys, "root_path": ROOT})
+    app = create_app(settings)
     with (
-        serve(server_config(create_app(settings), settings)) as host,
+        serve(server_config(app, settings)) as host,
         open_page(f"{host}{ROOT}{path}", tmp_path / "profile") as page,
     ):
-        yield Visit(page, settings, host + ROOT, key)
+        yield Visit(page, settings, host + ROOT, key, app.state.giantleap.metrics)
         assert [entry for entry in page.logged if '"network"' not in entry] == [], "blocked by the policy, or a fault"
         others = [url for url in page.requests if not url.startswith((host, "data:", "blob:"))]
         assert page.requests and others == [], "requests to other hosts"

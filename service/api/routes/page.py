@@ -38,6 +38,12 @@ async def get_page(request: Request) -> Response:
     return await _file(_FILES, "index.html", request)
 
 
+@router.get(f"{UI_PATH}/operator")
+async def get_operator_page(request: Request) -> Response:
+    """The operator's view."""
+    return await _file(_FILES, "operator.html", request)
+
+
 @router.get(f"{UI_PATH}/{{name}}")
 async def get_page_file(request: Request, name: str) -> Response:
     """A file that the page loads."""

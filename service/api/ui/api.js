@@ -1,5 +1,7 @@
-// The service as the page uses it. URLs are relative, so that they lead below the path of a proxy.
+// The service as the pages use it.
 
+// Beside the folder of this file, so that URLs lead below the path of a proxy and work from every page.
+const ROOT = new URL("..", import.meta.url);
 const RETRY_MS = 1500;
 const FINAL = ["succeeded", "failed", "canceled"];
 
@@ -7,6 +9,9 @@ export const key = {
   get: () => sessionStorage.getItem("giantleap-key") ?? "",
   set: (value) => sessionStorage.setItem("giantleap-key", value),
 };
+
+/** Whether another key may help. */
+export const isRefused = (error) => error.status === 401 || error.status === 403;
 
 /** An error of the service: its problem document. */
 export class Problem extends Error {
@@ -30,7 +35,7 @@ export function newId() {
 
 async function call(path, options = {}) {
   const headers = {...options.headers, ...(key.get() ? {"X-API-Key": key.get()} : {})};
-  const response = await fetch(path, {...options, headers}).catch(() => {
+  const response = await fetch(new URL(path, ROOT), {...options, headers}).catch(() => {
     throw new Error("The service does not respond. Try again later.");
   });
   if (response.ok) return response;
@@ -40,20 +45,23 @@ async function call(path, options = {}) {
 const json = async (path, options) => (await call(path, options)).json();
 
 export const getModels = () => json("models");
+export const getWorkers = () => json("workers");
+export const getMetrics = async () => (await call("metrics")).text();
 export const getJob = (id) => json(`jobs/${id}`);
 export const cancelJob = (id) => call(`jobs/${id}/cancel`, {method: "POST"});
-export const getImage = async (id) => (await call(`jobs/${id}/result?index=0`)).blob();
+export const getImage = async (id, index) => (await call(`jobs/${id}/result?index=${index}`)).blob();
 
 export async function getReady() {
-  const response = await fetch("readyz");
+  const response = await fetch(new URL("readyz", ROOT));
   const body = await response.json();
   return {ready: response.ok, reasons: body.reasons ?? []};
 }
 
 /** Create the job `id`. A request without a response is repeated: the id makes that safe. */
-export async function putJob(id, {query, body, type}) {
-  const path = `jobs/${id}${query ? `?${query}` : ""}`;
-  const options = {method: "PUT", body, headers: {"Content-Type": type, Accept: "application/json", Prefer: "respond-async"}};
+export async function putJob(id, {body, type}) {
+  const path = `jobs/${id}`;
+  const headers = {Accept: "application/json", Prefer: "respond-async", ...(type ? {"Content-Type": type} : {})};
+  const options = {method: "PUT", body, headers};
   for (let tries = 0; ; tries += 1) {
     try {
       return await json(path, options);

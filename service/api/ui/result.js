@@ -1,8 +1,11 @@
-// A job's image with what made it: seed, size, method, and its time by stage.
+// A job's images with what made them: seed, size, method, and their time by stage.
 
-import {make} from "./dom.js";
+import * as api from "./api.js";
+import {compareView} from "./compare.js";
+import {$, make} from "./dom.js";
+import {seconds} from "./format.js";
 
-const seconds = (value) => (value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(1)} s`);
+let urls = []; // of the images shown
 
 /** The stages as a bar whose parts are as long as they took, with a legend. */
 function stageBar(stages) {
@@ -20,17 +23,43 @@ function stageBar(stages) {
   return [bar, legend];
 }
 
-export function caption(job, url, link) {
+const nameOf = (job, file) => `${job.method}_x${job.scale}_${file.seed ?? job.id.slice(0, 8)}.${file.content_type.split("/")[1]}`;
+
+function caption(job, images, link) {
   const [file] = job.results;
   const facts = [job.method, `x${job.scale}`, `${file.width} x ${file.height} px`, job.seed === null ? "" : `seed ${job.seed}`];
-  const name = `${job.method}_x${job.scale}_${job.seed ?? job.id.slice(0, 8)}.${file.content_type.split("/")[1]}`;
   const line = make("div", {class: "tools"}, make("span", {class: "facts"}, facts.filter(Boolean).join(" · ")));
-  line.append(make("a", {href: url, download: name}, "Download"));
+  images.forEach((url, index) => {
+    const text = images.length > 1 ? `Download ${index + 1}` : "Download";
+    line.append(make("a", {href: url, download: nameOf(job, job.results[index])}, text));
+  });
   if (link) line.append(make("a", {href: link, class: "link"}, "Link to this request"));
   const warnings = job.warnings.map((text) => make("div", {class: "warning"}, text));
   return make("figcaption", {}, line, ...stageBar(job.stages), ...warnings);
 }
 
-export function figure(job, url, alt, link) {
-  return make("figure", {}, make("img", {class: "picture", src: url, alt}), caption(job, url, link));
+function figure(job, images, alt, link) {
+  const pictures = images.map((url) => make("a", {href: url, target: "_blank", title: "Show it alone"}, make("img", {class: "picture", src: url, alt})));
+  return make("figure", {}, make("div", {class: images.length > 1 ? "gallery" : ""}, ...pictures), caption(job, images, link));
+}
+
+/**
+ * Show the images of a job, or one of each of two jobs under a slider.
+ * @param {string} alt What they show.
+ * @param {string} link To their request, or empty.
+ * @returns {Promise<Blob>} The first image.
+ */
+export async function showJobs(jobs, alt, link) {
+  const files = jobs.flatMap((job) => (jobs.length > 1 ? job.results.slice(0, 1) : job.results).map((_, index) => [job.id, index]));
+  const blobs = await Promise.all(files.map(([id, index]) => api.getImage(id, index)));
+  urls.forEach((url) => URL.revokeObjectURL(url));
+  urls = blobs.map((blob) => URL.createObjectURL(blob));
+  if (jobs.length === 1) {
+    $("result").replaceChildren(figure(jobs[0], urls, alt, link));
+  } else {
+    const [left, right] = jobs.map((job, index) => ({url: urls[index], name: job.method}));
+    const captions = jobs.map((job, index) => make("figure", {}, caption(job, [urls[index]], index ? "" : link)));
+    $("result").replaceChildren(compareView(left, right), ...captions);
+  }
+  return blobs[0];
 }

@@ -186,10 +186,11 @@ async def test_the_kind_of_the_job_decides_where_the_path_does_not(callers: Call
         await submit_job(request, unused, job, None, SubmitOptions())
 
 
-async def test_metrics_need_their_scope(callers: Callers) -> None:
-    assert (await callers.ask("scraper", "GET", "/metrics")).status_code == 200
+@pytest.mark.parametrize("path", ["/metrics", "/workers"])
+async def test_metrics_and_workers_need_their_scope(path: str, callers: Callers) -> None:
+    assert (await callers.ask("scraper", "GET", path)).status_code == 200
     for name in ("alice", "root"):
-        assert_refused(await callers.ask(name, "GET", "/metrics"), "/metrics", 403, "forbidden")
+        assert_refused(await callers.ask(name, "GET", path), path, 403, "forbidden")
 
 
 @pytest.mark.parametrize("name", ["X-API-Key", "x-api-key", "Authorization", "authorization"])

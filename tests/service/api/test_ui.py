@@ -31,7 +31,7 @@ async def client(
 
 async def test_the_page_and_its_files_need_no_key_and_data_does(client: httpx.AsyncClient) -> None:
     assert len(FILES) > 4
-    for path in ("/ui", *(f"/ui/{name}" for name in FILES)):
+    for path in ("/ui", "/ui/operator", *(f"/ui/{name}" for name in FILES)):
         response = await client.get(path)
         kind = TYPES[Path(path).suffix or ".html"]
         assert response.status_code == 200 and response.headers["content-type"].startswith(kind), path
@@ -73,5 +73,6 @@ async def test_the_root_leads_browsers_to_the_page(client: httpx.AsyncClient, ro
 
 @pytest.mark.parametrize("client", [{"ui": False}], indirect=True)
 async def test_the_page_can_be_switched_off(client: httpx.AsyncClient) -> None:
-    for path in ("/", "/ui", "/ui/app.js"):
+    for path in ("/", "/ui", "/ui/app.js", "/ui/operator"):
         assert (await client.get(path, headers=HTML)).status_code == 404, path
+    assert (await client.get("/docs")).status_code == 200

@@ -1,0 +1,62 @@
+// The files that a request starts from, and what they may be used for.
+
+import {$, make} from "./dom.js";
+import {maskPainter} from "./mask.js";
+
+const NPY = "application/x-npy";
+const SAFETENSORS = "application/x-safetensors";
+const TYPES = {npy: NPY, safetensors: SAFETENSORS, latent: SAFETENSORS};
+const USES = {enlarge: "Enlarge it", start: "Draw from it", edit: "Draw a part of it anew", refer: "Draw with it as a reference"};
+
+let files = [];
+let painter = null;
+let urls = [];
+
+export const getFiles = () => files;
+export const typeOf = (file) => TYPES[file.name.split(".").pop().toLowerCase()] ?? (file.type || "application/octet-stream");
+const isLatent = (file) => typeOf(file).startsWith("application/");
+
+/** The uses of the files that a bundle has, by name with their text; none without a file. */
+export function usesFor(model) {
+  const images = files.length > 0 && !files.some(isLatent);
+  const can = {
+    enlarge: files.length === 1,
+    start: files.length === 1 && images && model.from_image,
+    edit: files.length === 1 && images && model.mask,
+    refer: images && files.length <= model.max_images_in,
+  };
+  return Object.fromEntries(Object.entries(USES).filter(([name]) => can[name]));
+}
+
+/** Take files in place of those that are there. */
+export function setFiles(chosen) {
+  files = [...chosen];
+  if (!files.length) $("file").value = "";
+  painter = null;
+  urls.forEach((url) => URL.revokeObjectURL(url));
+  const images = files.filter((file) => !isLatent(file));
+  urls = images.map((file) => URL.createObjectURL(file));
+  $("pictures").replaceChildren(...urls.map((url, index) => make("img", {src: url, alt: images[index].name})));
+}
+
+/** Show the files and, to edit one, where to paint. `wanted` is a use of a link, whose file is not there. */
+export function drawSource(model, use, wanted) {
+  const size = files.reduce((total, file) => total + file.size, 0);
+  const names = `${files.map((file) => file.name).join(", ")}, ${Math.ceil(size / 1024)} KiB`;
+  const missing = "This request starts from a file, which a link does not hold: choose it or drop it here.";
+  const hint = wanted ? missing : "Or drop one here, to enlarge it or to draw from it.";
+  $("drop-hint").textContent = files.length ? names : hint;
+  $("drop").classList.toggle("wanted", Boolean(wanted) && !files.length);
+  $("drop-clear").hidden = !files.length;
+  $("use-row").hidden = Object.keys(usesFor(model)).length < 2;
+  $("pictures").hidden = use === "edit" || !urls.length;
+  $("scaled-row").hidden = use !== "enlarge" || !isLatent(files[0]);
+  $("mask-row").hidden = use !== "edit";
+  if (use === "edit" && !painter) {
+    painter = maskPainter(urls[0]);
+    $("mask-row").replaceChildren(painter.element);
+  }
+}
+
+/** The painted mask, a PNG. */
+export const getMask = () => painter.toBlob();
