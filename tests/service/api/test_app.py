@@ -20,6 +20,7 @@ from safetensors.numpy import load, save
 
 from giantleap.models.bundle.bundle import BundleError
 from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.models.worker_role import WorkerRole
 from giantleap.service.api.app import _add_middlewares, create_app
 from giantleap.service.errors import NotReady, QueueFull, StorageFull
 from giantleap.service.jobs.devices import Device
@@ -380,6 +381,7 @@ async def test_everything_but_livez_and_metrics_says_that_redis_is_away(
         await client.get(f"/jobs/{job_id}/events"),
         await client.delete(f"/jobs/{job_id}"),
         await client.get("/readyz"),
+        await client.get("/workers"),
     ]
     for response in responses:
         assert_problem(response, 503, "not_ready")
@@ -681,6 +683,14 @@ async def test_metrics_hold_the_queue_and_the_requests(client: httpx.AsyncClient
     assert 'route="/generate"' in response.text and "giantleap_queue_limit 32" in response.text
 
 
+async def test_workers_are_listed_with_what_they_serve(client: httpx.AsyncClient, producer: FakeProducer) -> None:
+    producer.devices = (Device("cuda", 24 << 30, 6 << 30, {"b": {}, "a": {}}, WorkerRole.DECODE, ("b",)),)
+    assert (await client.get("/workers")).json() == [
+        {"device": "cuda", "role": "decode", "memory_bytes": 24 << 30, "loaded_bytes": 6 << 30}
+        | {"bundles": ["a", "b"], "loaded": ["b"]}
+    ]
+
+
 async def test_the_app_opens_and_closes_the_queue(app: FastAPI, producer: FakeProducer) -> None:
     async with app.router.lifespan_context(app):
         assert producer.is_open
@@ -691,7 +701,8 @@ async def test_openapi_documents_every_route_and_its_problems(client: httpx.Asyn
     document = (await client.get("/openapi.json")).json()
     assert {"/generate", "/upscale", "/jobs", "/jobs/{job_id}", "/jobs/{job_id}/result", "/jobs/{job_id}/events",
             "/jobs/{job_id}/cancel", "/jobs/{job_id}/results", "/dead-letters", "/dead-letters/{job_id}", "/verify",
-            "/dead-letters/{job_id}/retry", "/models", "/livez", "/readyz", "/health", "/version", "/metrics"} == {
+            "/dead-letters/{job_id}/retry", "/models", "/livez", "/readyz", "/health", "/version", "/metrics",
+            "/workers"} == {
                 path for path in document["paths"] if not path.startswith(FRONTS)}  # fmt: skip
     schemas = document["components"]["schemas"]
     assert {"Problem", "FieldProblem", "JobBody", "GenerateRequest", "ModelBody"} <= set(schemas)
