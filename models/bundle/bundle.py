@@ -9,10 +9,10 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -38,7 +38,7 @@ from giantleap.models.bundle.descriptor import (
 from giantleap.models.bundle.digests import file_hash, weight_files
 from giantleap.models.bundle.errors import BundleError, MethodError, SizeError
 from giantleap.models.bundle.modes import Modes
-from giantleap.models.bundle.paths import DESCRIPTOR, check_paths, find_descriptor, inside
+from giantleap.models.bundle.paths import DESCRIPTOR, check_paths, check_vae, find_descriptor, inside
 from giantleap.models.bundle.redrawing import refused_pipeline
 from giantleap.models.latent_space import LatentSpace, read_vae_statistics
 from giantleap.models.lua.spec import SPEC_KEY, LuaSpec, is_whole, scaled_size
@@ -66,9 +66,9 @@ class ModelSource:
     variant: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Bundle:
-    """A bundle as read from its directory.
+    """A bundle as read from its directory. What its files say is read once: every request asks for it.
 
     Args:
         directory: Where `bundle.toml` is.
@@ -92,7 +92,7 @@ class Bundle:
         """Name, title, license and provenance."""
         return self.descriptor.bundle
 
-    @property
+    @cached_property
     def pipeline(self) -> Path | str:
         """The pipeline's directory, or its hub id (then with `revision`)."""
         source = self.descriptor.pipeline
@@ -136,7 +136,7 @@ class Bundle:
         """The AutoencoderTiny for previews."""
         return self._source(self.descriptor.tiny_vae)
 
-    @property
+    @cached_property
     def latent_space(self) -> LatentSpace:
         """The latent space of the base model and LUA."""
         space = self.descriptor.latent_space.to_latent_space()
@@ -178,7 +178,7 @@ class Bundle:
         """Whether the pipeline takes a negative prompt; True for one on the hub, which is not known."""
         return self.pipeline_class not in NO_NEGATIVE_PROMPT
 
-    @property
+    @cached_property
     def refine_unavailable(self) -> str:
         """Why an enlarged latent cannot be refined; empty if it can, or for a pipeline on the hub, not known yet."""
         if isinstance(self.pipeline, str):
@@ -196,7 +196,7 @@ class Bundle:
         """Longest side of an image that the base model draws at once."""
         return self.limits.max_direct_px or self.limits.max_base_px
 
-    @property
+    @cached_property
     def pipeline_class(self) -> str | None:
         """The diffusers class; None while the pipeline is on the hub, or if it has no index."""
         if isinstance(self.pipeline, str) or not (self.pipeline / "model_index.json").is_file():
@@ -206,12 +206,18 @@ class Bundle:
 
     def unavailable_reason(self, method: Method) -> str:
         """Why a method is not available, and what to do; empty if it is."""
-        place = self.pipeline if isinstance(self.pipeline, Path) else None
-        return (
-            self.descriptor.unavailable_reason(method)
-            or refused_pipeline(method, place, self.pipeline_class, self.scheduler)
-            or self.modes.method_misfit(method)
-        )
+        if method not in self._reasons:
+            place = self.pipeline if isinstance(self.pipeline, Path) else None
+            self._reasons[method] = (
+                self.descriptor.unavailable_reason(method)
+                or refused_pipeline(method, place, self.pipeline_class, self.scheduler)
+                or self.modes.method_misfit(method)
+            )
+        return self._reasons[method]
+
+    @cached_property
+    def _reasons(self) -> dict[Method, str]:
+        return {}
 
     def scales_of(self, method: Method) -> tuple[float, ...]:
         """The scales of a method, 1 included; empty if the method is not available.
@@ -340,7 +346,8 @@ def read_bundle(directory: Path) -> Bundle:
     check_paths(directory, descriptor)
     _check_lua_header(bundle)
     _check_clamp(bundle)
-    _check_vae(bundle)
+    if bundle.vae_directory is not None:
+        check_vae(bundle.vae_directory, bundle.latent_space)
     return _with_statistics(bundle)
 
 
@@ -406,36 +413,6 @@ def _check_clamp(bundle: Bundle) -> None:
             f"lua.clamp_sigmas: {bundle.lua} has statistics of {statistics.channels} channels at scales "
             f"{sorted(statistics.residual_rms)}; the bundle has {bundle.latent_space.channels} and {scales}"
         )
-
-
-def _check_vae(bundle: Bundle) -> None:
-    """Compare the factors of a local VAE with those of the descriptor; wrong ones would spoil every image.
-
-    A VAE on the hub is checked when it is loaded.
-    """
-    directory = bundle.vae_directory
-    if directory is None:
-        return
-    path = directory / "config.json"
-    if not path.is_file():
-        raise BundleError(f"{path} is missing; a bundle decodes with the VAE of its pipeline, or with that of [vae]")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError(f"{path}: not valid JSON: {error}") from error
-    space = bundle.latent_space
-    expected: dict[str, Any] = {
-        "latent_channels": space.channels,
-        "scaling_factor": space.scale,
-        "shift_factor": space.shift,
-    }
-    if not space.statistics_in_vae:
-        expected |= {"latents_mean": space.mean, "latents_std": space.std}
-    for key, value in expected.items():
-        actual = config.get(key, value)
-        actual = tuple(actual) if isinstance(actual, list) else actual
-        if (actual or 0) != (value or 0):  # a VAE without a shift stores null
-            raise BundleError(f"{path}: {key} is {actual or 0}; latent space {space.name} of {DESCRIPTOR} has {value}")
 
 
 def _with_statistics(bundle: Bundle) -> Bundle:

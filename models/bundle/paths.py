@@ -1,11 +1,13 @@
-"""Checks that the files which a descriptor names are there, and inside the bundle or the Hugging Face cache."""
+"""Checks that the files which a descriptor names are there, inside the bundle or the Hugging Face cache, and fit it."""
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from giantleap.models.bundle.descriptor import Descriptor
 from giantleap.models.bundle.errors import BundleError
+from giantleap.models.latent_space import LatentSpace
 from giantleap.models.safetensors_header import LFS_ADVICE, is_lfs_pointer
 
 DESCRIPTOR = "bundle.toml"
@@ -51,6 +53,35 @@ def check_paths(directory: Path, descriptor: Descriptor) -> None:
             raise BundleError(f"bundle {descriptor.bundle.name}: {key}: {name} is missing in {directory}")
         if is_lfs_pointer(file):
             raise BundleError(f"bundle {descriptor.bundle.name}: {name} {LFS_ADVICE}")
+
+
+def check_vae(directory: Path, space: LatentSpace) -> None:
+    """Compare the factors of a local VAE with those of the descriptor; wrong ones would spoil every image.
+
+    A VAE on the hub is checked when it is loaded.
+
+    Raises:
+        BundleError: A factor differs, or there is no configuration.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise BundleError(f"{path} is missing; a bundle decodes with the VAE of its pipeline, or with that of [vae]")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path}: not valid JSON: {error}") from error
+    expected: dict[str, Any] = {
+        "latent_channels": space.channels,
+        "scaling_factor": space.scale,
+        "shift_factor": space.shift,
+    }
+    if not space.statistics_in_vae:
+        expected |= {"latents_mean": space.mean, "latents_std": space.std}
+    for key, value in expected.items():
+        actual = config.get(key, value)
+        actual = tuple(actual) if isinstance(actual, list) else actual
+        if (actual or 0) != (value or 0):  # a VAE without a shift stores null
+            raise BundleError(f"{path}: {key} is {actual or 0}; latent space {space.name} of {DESCRIPTOR} has {value}")
 
 
 def inside(directory: Path, name: str, key: str) -> Path:
