@@ -14,6 +14,7 @@ from fastapi import Depends, FastAPI
 from giantleap.service.api.compat import kserve, openai, openai_edits, remote_vae
 from giantleap.service.api.dependencies import AppState
 from giantleap.service.api.middleware.authentication import AuthenticationMiddleware
+from giantleap.service.api.middleware.early_refusal import EarlyRefusal
 from giantleap.service.api.middleware.head import HeadMiddleware
 from giantleap.service.api.middleware.request_context import RequestContextMiddleware
 from giantleap.service.api.middleware.root_path import RootPathMiddleware
@@ -94,18 +95,28 @@ def create_app(settings: Settings, producer: JobProducer | None = None, tracing:
 
 def _add_middlewares(app: FastAPI, state: AppState, spans: Tracing) -> None:
     """Add the middlewares. Starlette adds each around the previous ones, so a request meets them in this order.
+    `EarlyRefusal` is none of them: with it the server's protocol refuses new jobs while the queue is full.
+
 
     1. `RootPathMiddleware`: the path below a reverse proxy.
     2. `SecurityHeadersMiddleware`: headers of every response; closes connections with unread bodies.
     3. `CORSMiddleware`, where the settings name origins: preflight requests, and CORS headers of every response.
     4. `RequestContextMiddleware`: request id, trace, log line, metrics, limit of the body, unexpected errors.
     5. `HeadMiddleware`: HEAD as GET without the body.
-    6. `AuthenticationMiddleware`: limits of headers and JSON, requests of other sites, API key, rate limit.
+    6. `AuthenticationMiddleware`: limits of headers and JSON, requests of other sites, API key, full queue, rate limit.
     """
-    settings = state.settings
+    settings, keys = state.settings, open_keys(state.settings)
+    app.state.early_refusal = EarlyRefusal(
+        app,
+        keys,
+        state.producer,
+        state.metrics,
+        root_path=settings.root_path,
+        max_body_bytes=settings.max_body_bytes,
+    )
     app.add_middleware(
         AuthenticationMiddleware,
-        keys=open_keys(settings),
+        keys=keys,
         producer=state.producer,
         origins=settings.cors_origins,
         signer=state.signer,

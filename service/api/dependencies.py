@@ -109,10 +109,15 @@ class AppState:
         return missing_roles(self.producer.devices) if stats.live_workers else ["no worker is ready"]
 
 
-async def get_app_state(request: Request) -> AppState:
-    """The state of the app that a request came to."""
+def state_of(request: Request) -> AppState:
+    """The state of the app that a request came to. Dependencies call this: FastAPI resolves each nested one again."""
     state: AppState = request.app.state.giantleap
     return state
+
+
+async def get_app_state(request: Request) -> AppState:
+    """`state_of` for routes."""
+    return state_of(request)
 
 
 def links_of(request: Request) -> Links:

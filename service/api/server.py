@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from giantleap.service.api.middleware.early_refusal import EarlyRefusal
 from giantleap.service.settings import Settings
 
 MAX_HEAD_BYTES = 128 << 10
@@ -30,12 +31,16 @@ _REFUSAL = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r
 def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """How uvicorn serves the app."""
     proxies = settings.forwarded_allow_ips
+
+    class Http(BoundedHttp):
+        early_refusal = app.state.early_refusal
+
     return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         server_header=False,
-        http=BoundedHttp,
+        http=Http,
         ws="none",
         forwarded_allow_ips="*" if "*" in proxies else list(proxies) or None,
         timeout_keep_alive=_KEEP_ALIVE_S,
@@ -82,6 +87,8 @@ class BoundedHttp(HttpToolsProtocol):
     """One connection. It is closed when a head is too large, or not complete in `head_timeout_s`."""
 
     head_timeout_s = HEAD_TIMEOUT_S
+    early_refusal: EarlyRefusal | None = None
+    _refused = False  # the request that is being read was answered from its head
     _pending_bytes = 0  # received since the parser last completed a head or a part of a body
     _timer: TimerHandle | None = None
 
@@ -120,18 +127,38 @@ class BoundedHttp(HttpToolsProtocol):
         self._stop_timer()
         if self.parser.should_upgrade():
             return
-        super().on_headers_complete()
+        refusal = self._find_refusal()
+        self._refused = refusal is not None
+        if refusal is None:
+            super().on_headers_complete()
+        else:
+            self.transport.write(refusal)
+            self._start_timer()  # of the rest of the body, which is discarded
         self.headers = []  # for the fields of a trailer, which must not become headers (RFC 9110, 6.5.1)
 
     def on_body(self, body: bytes) -> None:
         """Part of the body is complete."""
         self._pending_bytes = 0
-        super().on_body(body)
+        if not self._refused:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The body is complete, unless it is not yet known that there is one."""
-        if not self.parser.should_upgrade():
+        if self._refused:
+            self._stop_timer()
+            self.on_response_complete()
+        elif not self.parser.should_upgrade():
             super().on_message_complete()
+
+    def _find_refusal(self) -> bytes | None:
+        """The early refusal of a plain request on a connection that stays open and owes no other response."""
+        if self.early_refusal is None or self.parser.get_method() != b"POST":
+            return None
+        if self.expect_100_continue or self.parser.get_http_version() != "1.1" or not self.parser.should_keep_alive():
+            return None
+        if self.cycle is not None and not self.cycle.response_complete:
+            return None
+        return self.early_refusal.respond(self.url, self.headers, self.server_state.default_headers)
 
     def head_without_offer(self) -> bytes:
         """The head that was read last, without its Upgrade headers."""

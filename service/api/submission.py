@@ -17,7 +17,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 from fastapi import Depends, Header, Query, Request
 from starlette.requests import ClientDisconnect
 
-from giantleap.service.api.dependencies import AppState, AppStateDep, get_caller
+from giantleap.service.api.dependencies import AppState, get_caller, state_of
 from giantleap.service.api.negotiation import Preference, read_cancel_after, read_preference
 from giantleap.service.api.responses import JobProblem, job_failure
 from giantleap.service.auth import Scope, require_scope
@@ -83,7 +83,7 @@ class SubmitOptions:
 
 
 async def read_compat_options(
-    state: AppStateDep,
+    request: Request,
     idempotency_key: Annotated[
         str | None, Header(description="Posting again with the same key finds the first job.")
     ] = None,
@@ -97,7 +97,7 @@ async def read_compat_options(
         MalformedRequest: A header cannot be read.
         NotReady: This process is stopping.
     """
-    if state.stopping.is_set():
+    if state_of(request).stopping.is_set():
         raise NotReady("this process is stopping; try again", retry_after_s=1)
     if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
         raise MalformedRequest("Idempotency-Key must be 1 to 255 printable ASCII characters without spaces")
@@ -113,7 +113,7 @@ CompatOptionsDep = Annotated[SubmitOptions, Depends(read_compat_options)]
 
 
 async def read_submit_options(
-    state: AppStateDep,
+    request: Request,
     options: CompatOptionsDep,
     accept: Annotated[str | None, Header(description="An image type for the file itself, else JSON.")] = None,
     prefer: Annotated[str | None, Header(description="respond-async, or wait=N seconds.")] = None,
@@ -130,7 +130,7 @@ async def read_submit_options(
     return replace(
         options,
         accept=accept,
-        preference=read_preference(prefer, state.settings.wait_timeout_s),
+        preference=read_preference(prefer, state_of(request).settings.wait_timeout_s),
         cancel_on_disconnect=cancel_on_disconnect,
         cancel_on_timeout=False,
     )

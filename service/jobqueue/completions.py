@@ -30,6 +30,8 @@ class CompletionListener:
         self._channel = channel
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._outcomes: dict[str, str] = {}
+        self.ended = 0
+        """How many jobs have ended since this process listens, those of other API processes included."""
 
     async def listen(self) -> None:
         """Runs for ever. After a lost connection it connects again; `JobProducer.wait` polls meanwhile."""
@@ -51,6 +53,7 @@ class CompletionListener:
     def on_completion(self, message: str) -> None:
         """Wakes the waiters for a job, and stores its outcome for those that are about to wait."""
         job_id, _, outcome = message.partition(" ")
+        self.ended += 1
         self._outcomes[job_id] = outcome
         if len(self._outcomes) > _MAX_OUTCOMES:
             del self._outcomes[next(iter(self._outcomes))]

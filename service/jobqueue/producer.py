@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 
 import redis
 
-from giantleap.service.errors import GiantleapError, InvalidRequest, NotFound, NotReady, QueueFull
+from giantleap.service.errors import InvalidRequest, NotFound, NotReady, QueueFull
 from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.arguments import body_sha256, enqueue_arguments
-from giantleap.service.jobqueue.backpressure import retry_after_s, to_refusal
+from giantleap.service.jobqueue.backpressure import QueueGate, retry_after_s, to_refusal
 from giantleap.service.jobqueue.client import COMMAND_S, AsyncRedis, await_reply, cancel_tasks, check_client
 from giantleap.service.jobqueue.completions import CompletionListener
 from giantleap.service.jobqueue.events import read_events
@@ -48,7 +48,6 @@ _TRANSFER_BYTES_PER_S = 10e6
 _DEVICES_EVERY_S = 3.0
 _WARNINGS_EVERY = 20
 _REFUSAL_CACHE_S = 0.25
-_FULL_S = 0.05  # how long a full queue counts as full
 _LOG = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
@@ -93,7 +92,8 @@ class JobProducer:
         self._warnings: tuple[str, ...] = ()
         self._completions = CompletionListener(redis, self._keys.done_channel)
         self._refusal: tuple[int, float] = (1, -math.inf)
-        self._full: tuple[QueueFull, float] | None = None
+        self.gate = QueueGate(self.stats, self._completions, settings.queue_limit)
+        """Refuses new jobs while the queue is full."""
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -112,6 +112,7 @@ class JobProducer:
         """Stops the tasks that `open` started. The client stays open: its owner closes it."""
         await cancel_tasks(self._tasks)
         self._tasks = []
+        await self.gate.stop()
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -189,6 +190,7 @@ class JobProducer:
             "digest": job.payload_sha256() + await body_sha256(body),
             "idempotency": None if idempotency_key is None else idempotency_digest(idempotency_key, job.owner),
         }
+        sent_at_s = time.monotonic()
         reply = await self._send_job(job, body, arguments)
         if reply.status in ("created", "existing"):
             return Enqueued(
@@ -212,18 +214,9 @@ class JobProducer:
             settings=self._settings,
             retry_s=await self._retry_after_s(),
         )
-        raise self._remembered(refusal, reply)
-
-    def _remembered(self, refusal: GiantleapError, reply: EnqueueReply) -> GiantleapError:
         if isinstance(refusal, QueueFull) and reply.status == "full":
-            self._full = (refusal, asyncio.get_running_loop().time() + _FULL_S)
-        return refusal
-
-    def recent_refusal(self) -> QueueFull | None:
-        """The refusal of a queue that was full a moment ago: a crowd is sent away without a script for each request."""
-        if self._full is None or asyncio.get_running_loop().time() >= self._full[1]:
-            return None
-        return self._full[0]
+            self.gate.close(refusal, sent_at_s)
+        raise refusal
 
     async def _send_job(self, job: Job, body: bytes | None, arguments: dict[str, Any]) -> EnqueueReply:
         """Sends the job, with the body in front of it if there is one.

@@ -63,6 +63,16 @@ def stay_queued(job: Job) -> JobRecord:
     return JobRecord(job, JobState.QUEUED, queue_position=3, warnings=job.warnings)
 
 
+class OpenGate:
+    """The gate of a queue that refuses nobody before it is asked."""
+
+    def known_refusal(self) -> QueueFull | None:
+        return None
+
+    async def admit(self) -> QueueFull | None:
+        return None
+
+
 @dataclass
 class FakeProducer:
     """Every enqueued job becomes `end(job)`; `refusal` is raised instead of an enqueue, `outage` by everything."""
@@ -71,6 +81,7 @@ class FakeProducer:
     refusal: GiantleapError | None = None
     outage: GiantleapError | None = None
     live_workers: int = 1
+    gate: OpenGate = field(default_factory=OpenGate)
     devices: tuple[Device, ...] = ()
     warnings: tuple[str, ...] = ()
     records: dict[str, JobRecord] = field(default_factory=dict)
@@ -117,9 +128,6 @@ class FakeProducer:
         if body is not None:
             self.blobs[job.id] = body
         return Enqueued(job.id, created=True, queue_position=len(self.records) - 1)
-
-    def recent_refusal(self) -> QueueFull | None:
-        return None
 
     async def acquire_rate_limit(self, owner: str, per_minute: int) -> float:
         self._require_up()

@@ -1,7 +1,7 @@
 """Refuses requests before their body is read: too large headers, other sites' pages, unknown keys, too many requests.
 
-New jobs are refused there too for a moment after the queue was full. Every path needs a key except those of
-`giantleap.service.auth.OPEN_PATHS` and the files of the page. Whether a caller may see a job is decided in
+New jobs are refused there too while the queue is full, after the key was checked. Every path needs a key except those
+of `giantleap.service.auth.OPEN_PATHS` and the files of the page. Whether a caller may see a job is decided in
 `giantleap.service.api.dependencies.get_record`.
 """
 
@@ -81,7 +81,7 @@ class AuthenticationMiddleware:
             check_headers(request)
             check_site(request, self.origins)
             request.state.caller = caller = self._authenticate(request)
-            refusal = self.producer.recent_refusal() if makes_new_job(request) else None
+            refusal = await self.producer.gate.admit() if makes_new_job(request) else None
             if refusal is None:
                 await self._acquire_rate_limit(caller, request)
         except GiantleapError as error:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from giantleap.service.api.paths import is_page_file, route_path
 from giantleap.service.auth import DOCS_PATH, UI_PATH
 
+Header = tuple[bytes, bytes]
 _ALWAYS: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -58,13 +59,9 @@ class SecurityHeadersMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path = route_path(scope)
-        added = [*_ALWAYS, (b"content-security-policy", _policy(path))]
-        unread = _has_long_body(scope["headers"])
+        unread = has_long_body(scope["headers"])
         allowed = any(name == b"origin" and value in self.origins for name, value in scope["headers"])
-        defaults = [(b"cross-origin-resource-policy", b"cross-origin" if allowed else b"same-origin")]
-        if path not in _PUBLIC:
-            defaults.append((b"cache-control", b"no-store"))
+        added, defaults = headers_for(route_path(scope), allowed)
 
         async def receive_tracked() -> Message:
             nonlocal unread
@@ -89,6 +86,19 @@ class SecurityHeadersMiddleware:
         await self.app(scope, receive_tracked if unread else receive, send_with_headers)
 
 
+def headers_for(path: str, allowed: bool = False) -> tuple[list[Header], list[Header]]:
+    """The headers of every response of a path, and those that a response may set itself.
+
+    Args:
+        path: Of the request, without a root path.
+        allowed: Whether it comes from a site that may use what it receives.
+    """
+    defaults = [(b"cross-origin-resource-policy", b"cross-origin" if allowed else b"same-origin")]
+    if path not in _PUBLIC:
+        defaults.append((b"cache-control", b"no-store"))
+    return [*_ALWAYS, (b"content-security-policy", _policy(path))], defaults
+
+
 def _policy(path: str) -> bytes:
     if path in (UI_PATH, DOCS_PATH) or is_page_file(path):
         return _SWAGGER if path.startswith(DOCS_PATH) else _UI
@@ -107,7 +117,7 @@ async def _discard_body(receive: Receive) -> None:
         return
 
 
-def _has_long_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+def has_long_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Whether the body is of unknown length, or longer than is cheap to discard."""
     for name, value in headers:
         if name == b"transfer-encoding" or (name == b"content-length" and len(value) > _SHORT_BODY_DIGITS):

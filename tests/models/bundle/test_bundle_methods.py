@@ -96,6 +96,24 @@ def test_the_class_of_the_pipeline_decides_who_draws_again(
         assert served.base_size(256, 128, 2, "hidiffusion") == (128, 64)
 
 
+def test_the_files_of_a_pipeline_are_read_once(tmp_path: Path) -> None:
+    """Every request asks for what they say."""
+    index = tmp_path / "pipeline" / "model_index.json"
+    index.parent.mkdir()
+    index.write_text(
+        json.dumps({"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]})
+    )
+    lua = {"file": "lua.safetensors", "scales": (1.5, 2, 4), "sha256": SHA}
+    served = Bundle(tmp_path, Descriptor.model_validate(values(lua=lua, pipeline={"path": "pipeline"})))
+
+    def read() -> tuple[object, ...]:
+        return served.pipeline_class, served.methods, served.refine_unavailable, served.supports_init_image
+
+    first = read()
+    index.unlink()
+    assert read() == first and first[0] == "StableDiffusionPipeline" and "hidiffusion" in served.methods
+
+
 def test_a_method_says_how_many_steps_it_needs() -> None:
     assert [smallest_steps("rectifiedhr", scale) for scale in (1, 2, 4)] == [1, 2, 3]
     assert [smallest_steps(method, 4) for method in ("lsrna", "demofusion", "lua")] == [2, 1, 1]

@@ -1,0 +1,159 @@
+"""The response to a request for a new job while the queue is full, made from the head of the request alone.
+
+`giantleap.service.api.server.BoundedHttp` writes it before any middleware runs and before the body is read: under
+overload nine of ten requests end here, and each must cost a small part of an accepted one. The response is the one that
+the middlewares would give. Where that is not certain, as for an unknown key or a page of another site, they decide.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from fastapi import FastAPI
+from starlette.requests import Request
+
+from giantleap.service.api.middleware.authentication import (
+    MAX_HEADER_BYTES,
+    MAX_HEADERS,
+    find_caller_of,
+    scope_of,
+)
+from giantleap.service.api.middleware.request_context import read_request_id
+from giantleap.service.api.middleware.security_headers import Header, has_long_body, headers_for
+from giantleap.service.api.paths import route_path
+from giantleap.service.api.problems import problem_response
+from giantleap.service.auth import KeyRing, Scope, presented_keys, require_scope
+from giantleap.service.errors import GiantleapError, QueueFull
+from giantleap.service.jobqueue.producer import JobProducer
+from giantleap.service.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_LOG_EVERY_S = 1.0
+_ID = "0" * 32  # where a response has the id of its request
+_CREATING = frozenset({Scope.GENERATE, Scope.UPSCALE})
+# With one of these the middlewares decide: the job may be there already, or the request may be wrong in another way.
+_UNDECIDED = frozenset({b"idempotency-key", b"origin", b"sec-fetch-site", b"content-encoding"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """A response without its request id, the number of its bytes and the headers of the server."""
+
+    head: bytes
+    body: tuple[bytes, ...]
+    route: str
+    reason: str
+
+    def to_bytes(self, request_id: str, more_headers: Sequence[Header]) -> bytes:
+        encoded = request_id.encode()
+        body = encoded.join(self.body)
+        more = b"".join(b"%s: %s\r\n" % header for header in more_headers)
+        return b"%s%scontent-length: %d\r\nx-request-id: %s\r\n\r\n%s" % (self.head, more, len(body), encoded, body)
+
+
+class EarlyRefusal:
+    """Refuses new jobs for one process, and counts and logs what it refused: one line a second, not one for each.
+
+    Args:
+        app: Knows the templates of its paths.
+        keys: Valid keys; None: anyone may do anything.
+        producer: The queue.
+        metrics: Count the refusals.
+        root_path: As in the settings.
+        max_body_bytes: Longer bodies are refused for that.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        keys: KeyRing | None,
+        producer: JobProducer,
+        metrics: Metrics,
+        *,
+        root_path: str,
+        max_body_bytes: int,
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._gate = producer.gate
+        self._metrics = metrics
+        self._root_path = root_path
+        self._max_body_bytes = max_body_bytes
+        self._refusal: QueueFull | None = None
+        self._templates: dict[str, _Template] = {}
+        self._unlogged: Counter[str] = Counter()
+
+    def respond(self, target: bytes, headers: Sequence[Header], more_headers: Sequence[Header]) -> bytes | None:
+        """The refusal of a POST as it goes over the wire; None where the middlewares decide.
+
+        Args:
+            target: The path and query of the request.
+            headers: Of the request, with names in lower case.
+            more_headers: What the server adds to every response.
+        """
+        refusal = self._gate.known_refusal()
+        if refusal is None:
+            return None
+        started_s = time.perf_counter()
+        path = route_path({"path": target.partition(b"?")[0].decode("latin-1"), "root_path": self._root_path})
+        scope = scope_of("POST", path)
+        if scope not in _CREATING or not self._is_plain(target, headers) or not self._may(headers, scope):
+            return None
+        template = self._template(refusal, path)
+        given = next((value.decode("latin-1") for name, value in headers if name == b"x-request-id"), None)
+        response = template.to_bytes(read_request_id(given), more_headers)
+        self._metrics.count_rejection(template.reason)
+        self._metrics.observe_http(template.route, "POST", refusal.status, time.perf_counter() - started_s)
+        if not self._unlogged:
+            asyncio.get_running_loop().call_later(_LOG_EVERY_S, self._log)
+        self._unlogged[template.route] += 1
+        return response
+
+    def _is_plain(self, target: bytes, headers: Sequence[Header]) -> bool:
+        """Whether nothing in the head is refused for another reason, and the body is cheap to discard."""
+        size_bytes = len(target)
+        for name, value in headers:
+            if name in _UNDECIDED or (name == b"content-length" and int(value) > self._max_body_bytes):
+                return False
+            size_bytes += len(name) + len(value)
+        return len(headers) <= MAX_HEADERS and size_bytes <= MAX_HEADER_BYTES and not has_long_body(headers)
+
+    def _may(self, headers: Sequence[Header], scope: Scope) -> bool:
+        """Whether the key, where one is needed, may make such a job: else the answer is 401 or 403."""
+        if self._keys is None:
+            return True
+        try:
+            require_scope(find_caller_of(self._keys, presented_keys(headers)), scope)
+        except GiantleapError:
+            return False
+        return True
+
+    def _template(self, refusal: QueueFull, path: str) -> _Template:
+        if refusal is not self._refusal:
+            self._refusal = refusal
+            self._templates.clear()
+        if path not in self._templates:
+            request = Request({"type": "http", "method": "POST", "path": path, "headers": []})
+            request.state.request_id = _ID
+            response = problem_response(refusal, request)
+            added, defaults = headers_for(path)
+            own = [header for header in response.raw_headers if header[0] != b"content-length"]
+            lines = b"".join(b"%s: %s\r\n" % header for header in (*own, *added, *defaults))
+            status = HTTPStatus(response.status_code)
+            self._templates[path] = _Template(
+                b"HTTP/1.1 %d %s\r\n%s" % (status.value, status.phrase.encode(), lines),
+                tuple(bytes(response.body).split(_ID.encode())),
+                self._app.state.route_table().template(path),
+                request.state.problem_code,
+            )
+        return self._templates[path]
+
+    def _log(self) -> None:
+        for route, refused in self._unlogged.items():
+            log.info("new jobs refused unread", extra={"fields": {"route": route, "status": 429, "refused": refused}})
+        self._unlogged.clear()
