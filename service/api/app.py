@@ -95,8 +95,8 @@ def create_app(settings: Settings, producer: JobProducer | None = None, tracing:
 
 def _add_middlewares(app: FastAPI, state: AppState, spans: Tracing) -> None:
     """Add the middlewares. Starlette adds each around the previous ones, so a request meets them in this order.
-    `EarlyRefusal` is none of them: with it the server's protocol refuses new jobs while the queue is full.
 
+    `EarlyRefusal` is none of them: with it the server's protocol refuses new jobs while the queue is full.
 
     1. `RootPathMiddleware`: the path below a reverse proxy.
     2. `SecurityHeadersMiddleware`: headers of every response; closes connections with unread bodies.
