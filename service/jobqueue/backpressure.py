@@ -124,10 +124,10 @@ def retry_after_s(stats: QueueStats) -> int:
 def to_refusal(
     reply: EnqueueReply,
     job: Job,
-    *,
     input_bytes: int,
     max_live: int | None,
     charge: Charge | None,
+    *,
     settings: Settings,
     retry_s: int,
 ) -> GiantleapError:

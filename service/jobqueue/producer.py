@@ -206,13 +206,7 @@ class JobProducer:
                 "request: send it unchanged or choose a new key."
             )
         refusal = to_refusal(
-            reply,
-            job,
-            input_bytes=len(body or b""),
-            max_live=max_live,
-            charge=charge,
-            settings=self._settings,
-            retry_s=await self._retry_after_s(),
+            reply, job, len(body or b""), max_live, charge, settings=self._settings, retry_s=await self._retry_after_s()
         )
         if isinstance(refusal, QueueFull) and reply.status == "full":
             self.gate.close(refusal, sent_at_s)
