@@ -48,8 +48,7 @@ def check_transport(url: str) -> Finding:
 
 def check_version(answer: Answer, own: str) -> Finding:
     """Whether the service is of this command's version."""
-    document = answer.document
-    version = document.get("version") if isinstance(document, dict) else None
+    version = answer.fields.get("version")
     if version is None:
         return skipped("version", f"/version: {answer.explain()}", "let the proxy pass /version")
     if version != own:
@@ -80,9 +79,8 @@ def to_clock_finding(check: str, name: str, at_s: float, sent_s: float, received
 
 def check_readiness(answer: Answer) -> list[Finding]:
     """What /readyz says."""
-    document = answer.document if isinstance(answer.document, dict) else {}
-    reasons = document.get("reasons", [])
-    if answer.status == 200 and document.get("ready") is True:
+    reasons = answer.fields.get("reasons", [])
+    if answer.status == 200 and answer.fields.get("ready") is True:
         return [ok("readiness", "the service takes and runs jobs")]
     if not reasons:
         return [fail("readiness", f"/readyz: {answer.explain()}", "let the proxy pass /readyz")]
@@ -92,10 +90,9 @@ def check_readiness(answer: Answer) -> list[Finding]:
 def check_storage_warnings(answer: Answer) -> list[Finding]:
     """What the API says of its Redis, where the doctor has no URL of it."""
     enable = "give --redis-url, or set GIANTLEAP_REDIS_URL"
-    document = answer.document
-    if not isinstance(document, dict) or "warnings" not in document:
+    if "warnings" not in answer.fields:
         return [skipped("redis", "the API says nothing of its Redis", enable)]
-    said = [fail("redis", *warning.rsplit("; ", 1)) for warning in document["warnings"] if "; " in warning]
+    said = [fail("redis", *warning.rsplit("; ", 1)) for warning in answer.fields["warnings"] if "; " in warning]
     return [*said, skipped("redis", "version, memory, fsync, role and clock of Redis are not seen from here", enable)]
 
 

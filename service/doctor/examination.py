@@ -15,7 +15,7 @@ import httpx
 from giantleap.service.doctor import access, address, hooks, host, images, publishing, redis_server, scrape, workers
 from giantleap.service.doctor.findings import Finding, Level, skipped
 from giantleap.service.doctor.probe import Answer, Service
-from giantleap.service.doctor.requests import to_latent_request, to_long_body, to_openai_body, to_small_body
+from giantleap.service.doctor.requests import are_models, to_latent_request, to_long_body, to_openai_body, to_small_body
 from giantleap.service.settings import Settings
 
 _POLL_S: Final = 0.5
@@ -95,6 +95,7 @@ class _Examination:
             yield from self._check_webhook()
         local = address.is_loopback(urlsplit(self._options.url).hostname or "")
         yield host.check_disk(settings.data_dir, local)
+        yield host.check_results(settings, local)
 
     def _check_front(self, live: Answer, ready: Answer) -> Iterator[Finding]:
         service = self._service
@@ -102,12 +103,12 @@ class _Examination:
         about = service.send("GET", "/version", with_key=False)
         own = version("giantleap")
         yield address.check_version(about, own)
-        self._version = about.document.get("version") if about.status == 200 else None
+        self._version = about.fields.get("version")
         yield address.check_clock(live)
         yield from address.check_readiness(ready)
         with_key = service.send("GET", "/models")
         yield access.check_key(service.has_key, service.send("GET", "/models", with_key=False), with_key)
-        if with_key.status != 200 or not isinstance(with_key.document, list):
+        if with_key.status != 200 or not are_models(with_key.document):
             yield skipped("jobs", "metrics, workers, images and webhooks need /models", "correct what is above")
             return
         self._models = with_key.document
@@ -151,6 +152,7 @@ class _Examination:
 
     def _check_jobs(self) -> Iterator[Finding]:
         if "upscale" in self._lacking:
+            yield access.skip_for_scope("body size", "upscale")
             yield access.skip_for_scope("latent", "upscale")
         else:
             yield from self._check_latent()
@@ -167,25 +169,27 @@ class _Examination:
         if self._live_workers:
             yield from self._check_image(submitted, small)
         else:
-            images.cancel(self._service, submitted.document["id"])
-            yield skipped("image", "no worker would draw it", "start a worker")
+            images.cancel(self._service, submitted.fields["id"])
+            yield skipped(
+                "image", "no worker would draw it: image, marks, URLs and times are not known", "start a worker"
+            )
 
     def _check_events(self, submitted: Answer) -> Iterator[Finding]:
-        stream = publishing.read_stream(self._service, submitted.document)
+        stream = publishing.read_stream(self._service, submitted.fields)
         if stream.ended and not stream.reason:
             long_job = images.submit(self._service, to_long_body(self._models[0]))
             stream = publishing.watch_long_job(self._service, long_job)
         yield publishing.check_stream(stream)
 
     def _check_image(self, submitted: Answer, small: dict[str, Any]) -> Iterator[Finding]:
-        service, job_id = self._service, submitted.document["id"]
+        service, job_id = self._service, submitted.fields["id"]
         job = images.wait_for_end(service, job_id, self._options.timeout_s)
         failed = images.check_ended(job, self._options.timeout_s)
         if failed is not None:
             yield failed
             return
-        published = service.get_published(job.document["result_url"])
-        reached = publishing.check_result_url(job.document["result_url"], published)
+        published = service.get_published(job.fields["result_url"])
+        reached = publishing.check_result_url(job.fields["result_url"], published)
         yield reached
         file = published if reached.level is Level.OK else service.send("GET", f"/jobs/{quote(job_id)}/result")
         facts = images.ImageFacts(job, file, small["width"], small["height"])
@@ -239,5 +243,5 @@ class _Examination:
         answer = images.submit(self._service, to_small_body(self._models[0]), webhook=webhook_url)
         refused = hooks.check_accepted(answer, given)
         if refused is None:
-            images.cancel(self._service, answer.document["id"])
+            images.cancel(self._service, answer.fields["id"])
         return refused

@@ -70,7 +70,7 @@ def check_accepted(answer: Answer, given: bool) -> Finding | None:
     """
     if answer.status == 202:
         return None
-    reason = answer.document.get("detail", "") if answer.problem_code else answer.explain()
+    reason = answer.fields.get("detail", "") if answer.problem_code else answer.explain()
     if "GIANTLEAP_WEBHOOK_SECRET" in reason:
         return skipped("webhook", "the service sends no webhooks", "set GIANTLEAP_WEBHOOK_SECRET")
     if not given:

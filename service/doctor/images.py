@@ -34,7 +34,7 @@ def get_job(service: Service, job_id: str) -> Answer:
 
 def is_over(job: Answer) -> bool:
     """Whether a job is in a final state."""
-    return job.status == 200 and job.document.get("status") in _FINAL
+    return job.status == 200 and job.fields.get("status") in _FINAL
 
 
 def wait_for_end(service: Service, job_id: str, timeout_s: float) -> Answer:
@@ -72,14 +72,13 @@ def check_submitted(answer: Answer) -> Finding | None:
 
 def check_ended(job: Answer, timeout_s: float) -> Finding | None:
     """Why there is no image; None: there is one."""
-    document = job.document if isinstance(job.document, dict) else {}
-    status = document.get("status")
+    status = job.fields.get("status")
     if status == "succeeded":
         return None
     if status == "queued":
         return fail("image", f"no worker took the test image within {timeout_s:.0f} s", _LOG)
     if status == "failed":
-        detail = (document.get("error") or {}).get("detail", "without a reason")
+        detail = (job.fields.get("error") or {}).get("detail", "without a reason")
         return fail("image", f"the test image failed: {detail}", _LOG)
     return fail("image", f"the test image did not end within {timeout_s:.0f} s: {job.explain()}", "give more --timeout")
 
@@ -94,7 +93,7 @@ def check_image(facts: ImageFacts, settings: Settings) -> Iterator[Finding]:
     except GiantleapError as error:
         yield fail("image", f"the result is no image: {error.detail}", "let the proxy pass results unchanged")
         return
-    result = facts.job.document["results"][0]
+    result = facts.job.fields["results"][0]
     size = (result["width"], result["height"])
     if size != (facts.width_px, facts.height_px):
         yield fail("image", f"the image has {size[0]}x{size[1]} px, not {facts.width_px}x{facts.height_px}", _LOG)
@@ -127,7 +126,7 @@ def check_marks(marks: ImageMarks, settings: Settings) -> Iterator[Finding]:
 
 def check_stages(job: Answer) -> Finding:
     """Where the time of the test image went."""
-    stages: dict[str, float] = job.document.get("stages", {})
+    stages: dict[str, float] = job.fields.get("stages", {})
     times = ", ".join(f"{name} {duration_s:.2f} s" for name, duration_s in stages.items())
     if stages.get("queue", 0.0) > _LONG_WAIT_S:
         return warn("stages", f"the test image waited for a worker: {times}", "add workers (operations.md#sizing)")

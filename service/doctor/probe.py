@@ -36,18 +36,23 @@ class Answer:
 
     @property
     def document(self) -> Any:
-        """The body as JSON; an empty object where it is none."""
+        """The body as JSON; None where it is none."""
         try:
             return json.loads(self.body)
         except ValueError:
-            return {}
+            return None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The body as a JSON object; empty where it is none."""
+        document = self.document
+        return document if isinstance(document, dict) else {}
 
     @property
     def problem_code(self) -> str | None:
         """The code of a problem document of Giantleap; None: something else answered."""
-        document = self.document
-        code = document.get("code") if isinstance(document, dict) else None
-        return code if isinstance(code, str) and str(document.get("type", "")).startswith("urn:giantleap:") else None
+        code, kind = self.fields.get("code"), str(self.fields.get("type"))
+        return code if isinstance(code, str) and kind.startswith("urn:giantleap:") else None
 
     def explain(self) -> str:
         """The response in a few words, for a finding."""
@@ -55,7 +60,7 @@ class Answer:
             return self.reason
         if self.problem_code is None:
             return f"status {self.status} from {self.headers.get('server', 'an unnamed server')[:40]}"
-        return f"status {self.status}, {self.document.get('detail', '')}"[:_MAX_DETAIL_CHARS]
+        return f"status {self.status}, {self.fields.get('detail', '')}"[:_MAX_DETAIL_CHARS]
 
 
 class Service:
@@ -72,8 +77,11 @@ class Service:
         return self._send(method, self.base_url + path, with_key, **options)
 
     def get_published(self, path: str) -> Answer:
-        """GET of a path that the service published, as a client resolves it."""
-        return self._send("GET", self.to_published(path), True)
+        """GET of a path that the service published, as a client resolves it; follows one redirect, to a bucket."""
+        answer = self._send("GET", self.to_published(path), True)
+        if answer.status == 307 and "location" in answer.headers:
+            return self._send("GET", self.to_published(answer.headers["location"]), True)
+        return answer
 
     def to_published(self, path: str) -> str:
         """The URL to which a published path or URL leads."""

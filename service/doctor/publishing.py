@@ -39,8 +39,7 @@ def check_absolute_url(base_url: str, answer: Answer) -> Finding:
         base_url: What the client used.
         answer: That of /v1/images/generations.
     """
-    document = answer.document
-    data = document.get("data") if isinstance(document, dict) else None
+    data = answer.fields.get("data")
     if answer.status != 200 or not data:
         return fail("whole URL", f"/v1/images/generations: {answer.explain()}", "let the proxy pass /v1")
     published, own = urlsplit(str(data[0].get("url", ""))), urlsplit(base_url)
@@ -102,8 +101,8 @@ def watch_long_job(service: Service, answer: Answer) -> StreamFacts:
     """`read_stream` of a long job, which is then canceled."""
     if answer.status != 202:
         return StreamFacts(False, True)
-    facts = read_stream(service, answer.document)
-    cancel(service, answer.document["id"])
+    facts = read_stream(service, answer.fields)
+    cancel(service, answer.fields["id"])
     return facts
 
 

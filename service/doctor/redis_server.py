@@ -106,7 +106,6 @@ def check_redis(facts: RedisFacts, blob_budget_bytes: int) -> Iterator[Finding]:
     yield check_policy(server)
     yield from check_persistence(server, facts.appendfsync)
     yield check_room(server, blob_budget_bytes)
-    yield check_rights(server)
     yield to_clock_finding("redis clock", "the clock of Redis", facts.now_s, facts.sent_s, facts.received_s)
 
 
@@ -174,18 +173,6 @@ def check_room(server: ServerReply, blob_budget_bytes: int) -> Finding:
     if blob_budget_bytes >= limit:
         return warn("memory", f"{found}, less than the {_mib(blob_budget_bytes)} MiB of results it may hold", advice)
     return ok("memory", found)
-
-
-def check_rights(server: ServerReply) -> Finding:
-    """Whether the server has refused commands for lack of a permission since it counts."""
-    if server.errorstat_NOPERM is None:
-        return ok("rights", "Redis has refused no command for lack of a permission")
-    count = server.errorstat_NOPERM.removeprefix("count=")
-    return warn(
-        "rights",
-        f"Redis has refused {count} commands for lack of a permission",
-        "ACL LOG names them; grant deploy/redis/giantleap.acl, then CONFIG RESETSTAT",
-    )
 
 
 def _skip_info(check: str, what: str) -> Finding:

@@ -6,6 +6,9 @@ from typing import Any, Final
 
 import numpy as np
 
+_NEEDED: Final = frozenset(
+    {"name", "scale", "min_base", "max_base", "max_steps", "max_images", "max_image_pixels", "methods", "latent_space"}
+)
 _PROMPT: Final = "a red sphere on a green floor"
 _SEED: Final = 7
 
@@ -23,6 +26,12 @@ class LatentRequest:
     query: dict[str, str]
     body: bytes
     shape: tuple[int, int, int]
+
+
+def are_models(document: Any) -> bool:
+    """Whether a JSON document is that of /models, as this version reads it."""
+    entries = document if isinstance(document, list) else []
+    return bool(entries) and all(isinstance(entry, dict) and entry.keys() >= _NEEDED for entry in entries)
 
 
 def to_small_body(model: dict[str, Any]) -> dict[str, Any]:

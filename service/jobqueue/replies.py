@@ -172,7 +172,6 @@ class ServerReply:
     maxmemory_policy: str | None = None
     aof_enabled: bool | None = None
     aof_last_write_status: str | None = None
-    errorstat_NOPERM: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

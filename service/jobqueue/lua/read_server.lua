@@ -2,9 +2,9 @@
 --
 -- KEYS[1]  the hash tag
 -- ARGV[1]  the settings
--- Reply    the fields of INFO below; errorstat_NOPERM is text of its own form
+-- Reply    the fields of INFO below
 local info = {}
-for _, section in ipairs({'server', 'memory', 'persistence', 'replication', 'errorstats'}) do
+for _, section in ipairs({'server', 'memory', 'persistence', 'replication'}) do
   local text = redis.pcall('INFO', section)
   if type(text) == 'string' then
     for name, value in string.gmatch(text, '([%w_]+):([^\r\n]*)') do info[name] = value end
@@ -19,5 +19,4 @@ return cjson.encode({
   maxmemory_policy = info.maxmemory_policy,
   aof_enabled = info.aof_enabled,
   aof_last_write_status = info.aof_last_write_status,
-  errorstat_NOPERM = info.errorstat_NOPERM,
 })

@@ -2,19 +2,19 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from giantleap.cli.demo import running_service
 from giantleap.models.provenance.dev_certificate import make_dev_certificate
 from giantleap.service.api.app import create_app
 from giantleap.service.auth import Scope, new_key
 from giantleap.service.settings import Settings, read_settings
 from tests.chaos.stores import OneServer
+from tests.running_service import serving
 from tests.service.live_server import live_server
 
 OpenApi = Callable[..., AbstractContextManager[str]]
@@ -55,16 +55,13 @@ def installation(
     values: dict[str, Any] = {
         "redis_url": store.url,
         "api_keys_file": directory / "keys.toml",
+        "result_store": (directory / "results").as_uri(),
         "webhook_secret": "a secret of webhooks",
         "webhook_allow_private": True,
         "c2pa_cert": directory / "cert.pem",
         "c2pa_key": directory / "key.pem",
     }
-    with ExitStack() as stack:
-        with pytest.MonkeyPatch.context() as environment:  # for the start alone: other tests run in this process
-            for name, value in values.items():
-                environment.setenv(f"GIANTLEAP_{name.upper()}", str(value))
-            url = stack.enter_context(running_service("--bundle", str(tiny_bundle_dir), "--device", "cpu"))
+    with serving(tiny_bundle_dir, **values) as url:
         yield Installation(url, read_settings(**values, api_key=key, data_dir=directory))
 
 

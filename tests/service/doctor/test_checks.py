@@ -11,7 +11,7 @@ import pytest
 from giantleap.service.doctor import access, address, hooks, host, images, publishing, redis_server, scrape, workers
 from giantleap.service.doctor.findings import HIDDEN, Finding, Level, fail
 from giantleap.service.doctor.probe import Answer, Service
-from giantleap.service.doctor.requests import to_latent_request, to_long_body, to_small_body
+from giantleap.service.doctor.requests import are_models, to_latent_request, to_long_body, to_small_body
 from giantleap.service.jobqueue.replies import ServerReply
 
 GIB = 1 << 30
@@ -61,7 +61,6 @@ def server(**changes: Any) -> ServerReply:
         (redis_server.check_room(server(used_memory=4 * GIB), GIB), Level.FAIL, "refuses"),
         (redis_server.check_room(server(), 5 * GIB), Level.WARN, "5120 MiB of results"),
         (redis_server.check_room(server(maxmemory=0, total_system_memory=2 * GIB), GIB), Level.OK, "of its machine"),
-        (redis_server.check_rights(server(errorstat_NOPERM="count=3")), Level.WARN, "3 commands"),
         (redis_server.check_policy(ServerReply()), Level.SKIPPED, "maxmemory-policy"),
         (host.judge_disk(Path("/data"), 10 << 20, 100 * GIB), Level.FAIL, "0.0 GiB"),
         (host.judge_disk(Path("/data"), 5 * GIB, 100 * GIB), Level.WARN, "less than a tenth"),
@@ -111,6 +110,13 @@ def test_the_key_goes_to_the_service_alone() -> None:
     assert service.is_own(service.to_published("/images/jobs/1/result?index=0"))
     assert not service.is_own(service.to_published("https://b.example/jobs/1"))
     assert not service.is_own(service.to_published("http://a.example/jobs/1"))
+
+
+def test_what_is_no_list_of_models_is_no_base_of_requests() -> None:
+    assert are_models([MODEL])
+    others: tuple[object, ...] = (None, {}, [], ["a"], [{"name": "a"}])
+    for other in others:
+        assert not are_models(other)
 
 
 def test_requests_are_the_smallest_and_the_longest_of_a_bundle() -> None:

@@ -82,9 +82,9 @@ def test_a_healthy_service_gives_nothing_but_ok(installation: Installation) -> N
     assert Counter(each.check for each in findings) == Counter(
         [
             *("address", "transport", "version", "clock", "readiness", "key", "scopes", "metrics"),
-            *("redis", "eviction", "append file", "fsync", "memory", "rights", "redis clock"),
+            *("redis", "eviction", "append file", "fsync", "memory", "redis clock"),
             *("workers", "queue", "versions", "roles", "body size", "latent", "events"),
-            *("result URL", "image", "marks", "signature", "stages", "whole URL", "webhook", "disk"),
+            *("result URL", "image", "marks", "signature", "stages", "whole URL", "webhook", "disk", "store"),
         ]
     )
 
@@ -137,7 +137,7 @@ def test_a_service_without_worker_is_found_and_nothing_of_it_counts_as_checked(
         findings = run_doctor(url, lonely)
     assert "giantleap worker" in the(findings, "workers", Level.FAIL).advice
     assert the(findings, "readiness", Level.FAIL).found == "no worker is ready"
-    assert {each.check for each in findings if each.level is Level.SKIPPED} == {"latent", "image", "webhook"}
+    assert {each.check for each in findings if each.level is Level.SKIPPED} == {"latent", "image", "webhook", "store"}
     assert the(findings, "events", Level.OK) and the(findings, "body size", Level.OK)
     assert the(findings, "key", Level.WARN)
 
