@@ -5,6 +5,7 @@ Nothing is fetched: no time stamp, no revocation list, and no manifest that a fi
 
 import io
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
@@ -58,6 +59,7 @@ class ManifestSigner:
     def __init__(self, signer: "Signer", context: "Context") -> None:
         self._signer = signer
         self._context = context
+        self._signing = threading.Lock()  # c2pa does not promise that threads may share a signer
 
     @classmethod
     def open(cls, certificate: Path, key: Path) -> Self:
@@ -98,7 +100,7 @@ class ManifestSigner:
         import c2pa
 
         signed = io.BytesIO()
-        with c2pa.Builder(_to_manifest(origin), context=self._context) as builder:
+        with self._signing, c2pa.Builder(_to_manifest(origin), context=self._context) as builder:
             builder.sign(self._signer, CONTENT_TYPES[output_format], io.BytesIO(content), signed)
         return signed.getvalue()
 

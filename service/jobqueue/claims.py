@@ -38,7 +38,8 @@ class Claim:
 
     The count restarts when the job is transferred. `body` is the input blob, or, with `base_latents`, the raw latents;
     `input_key` names it in the result store, if it lies there.
-    `waited_s` is the time from the acceptance of the job to the claim, by the clock of Redis.
+    `waited_s` is the time from the acceptance of the job to the claim, by the clock of Redis, and `idle_s` that from
+    the claim to its batch.
     """
 
     job: Job
@@ -49,11 +50,16 @@ class Claim:
     base_latents: BaseLatents | None = None
     waited_s: float = 0.0
     input_key: str | None = None
+    idle_s: float = 0.0
     claimed_s: float = field(default_factory=time.monotonic, compare=False)
 
     def age_s(self) -> float:
         """Seconds since the job was accepted, whatever the clocks of the hosts say."""
-        return self.waited_s + time.monotonic() - self.claimed_s
+        return self.waited_s + self.held_s()
+
+    def held_s(self) -> float:
+        """Seconds since the claim."""
+        return time.monotonic() - self.claimed_s
 
     @property
     def key(self) -> tuple[str, str]:
@@ -122,6 +128,12 @@ class Leases:
         """The claims that are renewed."""
         with self._lock:
             return list(self._held.values())
+
+    def holds(self, claim: Claim) -> bool:
+        """Whether a claim is renewed: neither lost nor ended."""
+        with self._lock:
+            held = self._held.get(claim.key)
+        return held is not None and held.delivery == claim.delivery
 
     def hold(self, claims: Sequence[Claim]) -> None:
         """Starts renewing claims."""

@@ -132,6 +132,20 @@ class JobConsumer:
         """
         return self._claimer.claim(max_jobs, block_s, loaded)
 
+    def claim_ahead(self, max_jobs: int, loaded: LoadedBundles | None = None) -> list[Claim]:
+        """At most `max_jobs` jobs for a device that is still busy; at once, and mostly either so many or none.
+
+        None unless as many wait for each live worker: a job is not held here while another worker has nothing to do.
+        None either while a job waits that was started before: it goes to a worker that can run it alone.
+
+        Effects: as for `claim`; if Redis is unavailable it returns nothing.
+        """
+        return self._claimer.claim_ahead(max_jobs, loaded)
+
+    def holds(self, claim: Claim) -> bool:
+        """Whether a claim is still this worker's, as far as it knows: not lost, ended or returned."""
+        return self._leases.holds(claim)
+
     def emit(self, claim: Claim, name: str, data: Mapping[str, object], image: bytes | None = None) -> None:
         """Adds a progress event, of a preview with its image; none if the claim is lost or Redis has no room."""
         script = scripts.EMIT if image is None else scripts.EMIT_PREVIEW
@@ -315,7 +329,7 @@ class JobConsumer:
 
         Effects: the claim stays held if there is no room.
         """
-        named = {**self._fence(claim), **arguments}
+        named = {**self._fence(claim), "idle_s": claim.idle_s, **arguments}
 
         def send() -> SettleReply:
             reply = self._scripts.run(script, named, before=before, value=value)

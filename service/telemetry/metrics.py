@@ -58,6 +58,9 @@ class Metrics:
             "stage_duration_seconds", "Time of one stage of one batch, device synchronized at both ends.",
             "stage", "bundle", "method", "scale", "engine", "warmup",
         )  # fmt: skip
+        self._busy_seconds = self._counter(
+            "device_busy_seconds", "Time in which stages ran on the device: all but load and encode.", "device"
+        )
         self._images = self._counter("images", "Images made.", "bundle", "scale")
         self._pixels = self._counter("pixels", "Pixels of the images made.", "bundle", "scale")
         self._batch_items = self._histogram("batch_items", "Images in one batch.", "kind", buckets=BATCH_BUCKETS)
@@ -156,6 +159,10 @@ class Metrics:
         for stage, duration_s in stages_s.items():
             labels = (stage, bundle, method, str(scale), engine, str(warmup).lower())
             self._stage_seconds.labels(*labels).observe(duration_s)
+
+    def count_busy(self, device: str, busy_s: float) -> None:
+        """Counts time in which stages ran on a device."""
+        self._busy_seconds.labels(device).inc(busy_s)
 
     def observe_batch(self, kind: str, items: int) -> None:
         """Records a batch of `items` images that is about to run."""

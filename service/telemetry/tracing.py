@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from opentelemetry.context import Context
 from opentelemetry.trace import (
@@ -118,14 +119,9 @@ class Tracing:
             )
             span.end(_to_ns(claimed_at_s))
 
-    @contextmanager
-    def batch(self, jobs: Sequence[Job], attributes: Attributes) -> Iterator["BatchTrace"]:
+    def batch(self, jobs: Sequence[Job], attributes: Attributes) -> "BatchTrace":
         """The run of a batch: a span in the trace of each job, linked to the spans of the others."""
-        trace = BatchTrace(self._tracer if self._provider is not None else None, jobs, attributes)
-        try:
-            yield trace
-        finally:
-            trace.close()
+        return BatchTrace(self._tracer if self._provider is not None else None, jobs, attributes)
 
     def close(self) -> None:
         """Sends the remaining spans, for some seconds at most."""
@@ -149,6 +145,12 @@ class BatchTrace:
                 parent, own = _to_context(job.traceparent), {**attributes, "giantleap.job_id": job.id}
                 links = [link for other in jobs if other is not job and (link := _to_link(other.traceparent))]
                 self._spans[job.id] = tracer.start_span("run", parent, SpanKind.CONSUMER, own, links)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
 
     @contextmanager
     def stage(self, name: str, job_ids: Sequence[str]) -> Iterator[None]:

@@ -1,4 +1,7 @@
-"""Runs the items of one batch through a route and returns an outcome for each; one item never fails another."""
+"""Runs the items of one batch through a route on the device; one item never fails another.
+
+What it draws is left on the CPU: `giantleap.service.worker.pipeline.finishing` encodes it.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -10,23 +13,22 @@ from torch import Tensor
 from giantleap.models.device import StageClock, is_out_of_memory
 from giantleap.models.filters.chain import FilterChain
 from giantleap.models.generation.items import GenerationItem
-from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.route import Route
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import UpscaleParams
 from giantleap.service.telemetry.tracing import BatchTrace
 from giantleap.service.worker.drain import Drain
 from giantleap.service.worker.items import (
+    Drawn,
     Item,
     Latent,
     Outcome,
+    check_image,
     has_input_image,
     read_latent,
     read_pixels,
     to_generation_item,
-    to_image_output,
     to_job_error,
-    to_latent_output,
     wants_image,
 )
 from giantleap.service.worker.outputs.previews import PreviewSender
@@ -45,8 +47,7 @@ class BatchRun:
         drain: When to give up.
         trace: Where each stage is recorded.
         watchdog: Where progress is recorded.
-        marker: Encodes the images.
-        filters: See the images before that.
+        filters: See the images.
     """
 
     def __init__(
@@ -56,7 +57,6 @@ class BatchRun:
         drain: Drain,
         trace: BatchTrace,
         watchdog: Watchdog,
-        marker: ImageMarker,
         filters: FilterChain,
     ) -> None:
         self.clock: StageClock = route.clock()
@@ -65,15 +65,18 @@ class BatchRun:
         self._flags = StopFlags(consumer, drain)
         self._trace = trace
         self._watchdog = watchdog
-        self._marker = marker
         self._filters = filters
 
-    def run(self, items: Sequence[Item], slice_size: int) -> list[Outcome]:
-        """The outcome of each item, in order; at most `slice_size` of them are on the device at once."""
+    def run(self, items: Sequence[Item], slice_size: int) -> list[Outcome | Drawn]:
+        """What became of each item, in order; at most `slice_size` of them are on the device at once."""
         slices = [items[start : start + slice_size] for start in range(0, len(items), slice_size)]
         return [outcome for part in slices for outcome in self._run_isolated(part)]
 
-    def _run_isolated(self, items: Sequence[Item]) -> list[Outcome]:
+    def observe_encoding(self, items: Sequence[Item]) -> BatchObserver:
+        """What sees the items encoded, in another thread: its clock must not wait for the device."""
+        return self._observe(items, StageClock(torch.device("cpu"), self.clock.stages_s))
+
+    def _run_isolated(self, items: Sequence[Item]) -> list[Outcome | Drawn]:
         """Run items together; after a failure in halves if memory ran out, else one by one."""
         try:
             return self._run_together(items)
@@ -90,10 +93,10 @@ class BatchRun:
             return [failure]
         return self.run(items, (len(items) + 1) // 2 if halve else 1)
 
-    def _run_together(self, items: Sequence[Item]) -> list[Outcome]:
+    def _run_together(self, items: Sequence[Item]) -> list[Outcome | Drawn]:
         self._observe(items).poll()
         running = [index for index, item in enumerate(items) if not self._flags.is_stopped(item)]
-        outcomes: dict[int, Outcome] = {}
+        outcomes: dict[int, Outcome | Drawn] = {}
         if running and has_input_image(items[0].claim.job.params):
             outcomes = dict(zip(running, self._upscale_images([items[index] for index in running]), strict=True))
         elif running:
@@ -121,8 +124,8 @@ class BatchRun:
                 on_preview=PreviewSender(items, self._route.previewer, self._filters, self._consumer).send,
             )
 
-    def _decode(self, items: Sequence[Item], latents: list[Tensor]) -> Sequence[Outcome]:
-        """From base latents to files by the stages of the batch's method, or to latents for a worker that decodes."""
+    def _decode(self, items: Sequence[Item], latents: list[Tensor]) -> Sequence[Outcome | Drawn]:
+        """From base latents to pixels by the stages of the batch's method, or to latents for a worker that decodes."""
         if not self._route.role.loads_decoder:
             return [Latent(latent.float().cpu()) for latent in latents]
         params, observer = items[0].claim.job.params, self._observe(items)
@@ -131,30 +134,29 @@ class BatchRun:
         upscaled, images = self._route.upscale_and_decode(
             latents, params.scale, params.method, decode, observer, refine
         )
-        return self._encode(items, upscaled, images, observer)
+        return self._take(items, upscaled, images)
 
-    def _upscale_images(self, items: Sequence[Item]) -> Sequence[Outcome]:
-        """From clients' images to files."""
+    def _upscale_images(self, items: Sequence[Item]) -> Sequence[Outcome | Drawn]:
+        """From clients' images to pixels."""
         params, observer = items[0].claim.job.params, self._observe(items)
         decode = params.decode if wants_image(params) else None
         pixels = [read_pixels(item) for item in items]
         refine = _refine_items(items)
         upscaled, images = self._route.upscale_images(pixels, params.scale, params.method, decode, observer, refine)
-        return self._encode(items, upscaled, images, observer)
+        return self._take(items, upscaled, images)
 
-    def _encode(
-        self, items: Sequence[Item], latents: Sequence[Tensor], images: Sequence[Tensor | None], observer: BatchObserver
-    ) -> Sequence[Outcome]:
-        with observer.measure("encode"):
+    def _take(
+        self, items: Sequence[Item], latents: Sequence[Tensor], images: Sequence[Tensor | None]
+    ) -> Sequence[Outcome | Drawn]:
+        """What is to be encoded, off the device. Filters, which may use it, see the images here: a part of `encode`."""
+        self._watchdog.progress("encode", [item.claim.job.id for item in items])
+        with self.clock.measure("encode"):
             if wants_image(items[0].claim.job.params):
-                return [
-                    to_image_output(item, image, self._marker, self._filters)
-                    for item, image in zip(items, images, strict=True)
-                ]
-            return [to_latent_output(item, latent) for item, latent in zip(items, latents, strict=True)]
+                return [check_image(item, image, self._filters) for item, image in zip(items, images, strict=True)]
+            return [Drawn(latent.cpu()) for latent in latents]
 
-    def _observe(self, items: Sequence[Item]) -> BatchObserver:
-        return BatchObserver(items, self.clock, self._trace, self._consumer, self._flags, self._watchdog)
+    def _observe(self, items: Sequence[Item], clock: StageClock | None = None) -> BatchObserver:
+        return BatchObserver(items, clock or self.clock, self._trace, self._consumer, self._flags, self._watchdog)
 
 
 def _refine_items(items: Sequence[Item]) -> list[GenerationItem]:

@@ -55,6 +55,13 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """What the device made of one item, on the CPU: pixels [height_px, width_px, 3], uint8, or a latent."""
+
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Latent:
     """The result of an item that another worker decodes: a raw latent [channels, h, w], float32, on the CPU."""
 
@@ -161,16 +168,27 @@ def to_latents_blob(latents: Sequence[Latent]) -> bytes:
     return safetensors.torch.save({LATENT_TENSOR: torch.stack([latent.values for latent in latents]).contiguous()})
 
 
-def to_image_output(item: Item, pixels: Tensor | None, marker: ImageMarker, filters: FilterChain) -> Output | JobError:
-    """The image file of one item; an error if its pixels were not finite, or a filter holds it back."""
+def check_image(item: Item, pixels: Tensor | None, filters: FilterChain) -> Drawn | JobError:
+    """The pixels of one item; an error if they were not finite, or a filter, which may use the device, refuses them."""
     if pixels is None:
         return to_job_error(JobFailed("the decoded image has values that are not finite; try another seed or input"))
-    params = item.claim.job.params
     try:
-        filters.check(pixels, to_context(params, item.claim.job.bundle, pixels))
+        filters.check(pixels, to_context(item.claim.job.params, item.claim.job.bundle, pixels))
     except (ImageRefused, FilterFailed) as error:
         return to_job_error(error)
-    seed = _seed_of(item)
+    return Drawn(pixels)
+
+
+def encode(item: Item, drawn: Drawn, marker: ImageMarker) -> Output | JobError:
+    """The result file of one item."""
+    if wants_image(item.claim.job.params):
+        return to_image_output(item, drawn.values, marker)
+    return to_latent_output(item, drawn.values)
+
+
+def to_image_output(item: Item, pixels: Tensor, marker: ImageMarker) -> Output:
+    """The image file of one item."""
+    params, seed = item.claim.job.params, _seed_of(item)
     content = marker.to_file(pixels, params.output_format, to_origin(params, item.claim.job.bundle, seed))
     height_px, width_px = pixels.shape[:2]
     return Output(ResultFile(CONTENT_TYPES[params.output_format], len(content), seed, width_px, height_px), content)
@@ -182,7 +200,7 @@ def to_latent_output(item: Item, latent: Tensor) -> Output | JobError:
     if not finite_items(latent[None])[0]:
         return to_job_error(JobFailed("the upscaled latent has values that are not finite; check the input"))
     shaped = latent[:, None] if isinstance(params, UpscaleParams) and params.one_frame else latent
-    content = safetensors.torch.save({LATENT_TENSOR: shaped.float().cpu().contiguous()})
+    content = safetensors.torch.save({LATENT_TENSOR: shaped.float().contiguous()})
     return Output(ResultFile(SAFETENSORS_TYPE, len(content), _seed_of(item)), content)
 
 

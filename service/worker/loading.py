@@ -1,20 +1,18 @@
 """Loads a bundle for claimed jobs, which meanwhile can be canceled, pass their deadline, or go back at a drain.
 
-A load is one call of minutes that nothing can interrupt. So a thread looks after its jobs: it ends those that are no
-longer wanted at once. The watchdog sees a load as one step; the leases are renewed as ever. Two loads never overlap,
-nor a load and a batch: libraries that load weights change torch's defaults for the whole process meanwhile.
+A load is one call of minutes that nothing can interrupt. So a thread looks after its jobs
+(`giantleap.service.worker.pipeline.claim_watch`). The watchdog sees a load as one step; the leases are renewed as ever.
+Two loads never overlap, nor a load and a batch: libraries that load weights change torch's defaults for the whole
+process meanwhile.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
 
 import torch
 
-from giantleap.service.errors import BundleNotLoaded, NotReady
+from giantleap.service.errors import BundleNotLoaded
 from giantleap.service.jobqueue.claims import Claim, LoadedBundles
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import JobError
@@ -22,11 +20,10 @@ from giantleap.service.telemetry.logs import log_fields
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.worker.bundles import BundleCache
 from giantleap.service.worker.drain import Drain
-from giantleap.service.worker.items import Outcome, Stop, to_job_error
-from giantleap.service.worker.settlement import BatchSummary, JobSettler
+from giantleap.service.worker.items import to_job_error
+from giantleap.service.worker.pipeline.claim_watch import ClaimWatch, settle
+from giantleap.service.worker.settlement import JobSettler
 from giantleap.service.worker.watchdog import Watchdog
-
-_POLL_S = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +88,7 @@ class BundleLoader:
         failure: JobError | None = None
         ids = [claim.job.id for claim in claims]
         self._watchdog.progress("load", ids)
-        with log_fields(job_ids=ids), LoadWatch(claims, self._consumer, self._settler, self._drain) as watch:
+        with log_fields(job_ids=ids), ClaimWatch(claims, self._consumer, self._settler, self._drain) as watch:
             self._cache.make_room(name)
             self._announce()
             for claim in claims:
@@ -114,47 +111,6 @@ class BundleLoader:
         for claim in watch.remaining:
             settle(self._settler, claim, failure)
         return [], 0.0
-
-
-class LoadWatch:
-    """The thread that ends or returns the jobs of a load that are not to wait for it; `remaining` are the others."""
-
-    def __init__(self, claims: Sequence[Claim], consumer: JobConsumer, settler: JobSettler, drain: Drain) -> None:
-        self.remaining = list(claims)
-        self._consumer = consumer
-        self._settler = settler
-        self._drain = drain
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="load-watch", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while self.remaining and not self._done.wait(_POLL_S):
-            if self._drain.is_requested():
-                self._end(self.remaining, Stop.RELEASED)
-                continue
-            stopped = self._consumer.find_canceled(self.remaining)
-            self._end([claim for claim in self.remaining if claim.job.id in stopped], Stop.CANCELED)
-
-    def _end(self, claims: Sequence[Claim], stop: Stop) -> None:
-        for claim in list(claims):
-            self.remaining.remove(claim)
-            settle(self._settler, claim, stop)
-
-
-def settle(settler: JobSettler, claim: Claim, outcome: Outcome) -> None:
-    """End a job that did not run. Effects: if Redis does not answer for two minutes it becomes stale and runs again."""
-    try:
-        settler.settle(claim, [outcome], BatchSummary({}, 0, 1), [])
-    except NotReady as error:
-        log.error("the end of job %s was not written, it runs again: %s", claim.job.id, error.detail)
 
 
 def _to_fault(name: str, error: Exception) -> BundleNotLoaded:

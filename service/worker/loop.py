@@ -1,13 +1,17 @@
 """The loop of a worker: claim jobs, run them in batches on one device, end each.
 
-`giantleap.service.worker.process` makes what it needs. Planning is in `giantleap.service.worker.batching`, one batch's
-run in `giantleap.service.worker.batch_runner`, the end of a job in `giantleap.service.worker.settlement`. An unexpected
-fault ends the process: the leases bring its jobs to another worker, which gives up after `max_deliveries` starts.
+`giantleap.service.worker.process` makes what it needs. This thread alone uses the device. Planning is in
+`giantleap.service.worker.batching`, one batch's run in `giantleap.service.worker.batch_runner`; the claims for the next
+batch (`giantleap.service.worker.pipeline.ahead`) and the ends of those that ran
+(`giantleap.service.worker.pipeline.finishing`) are the work of other threads. An unexpected fault ends the process: the
+leases bring its jobs to another worker, which gives up after `max_deliveries` starts.
 """
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 
 from giantleap.models.filters.chain import FilterChain
@@ -19,22 +23,27 @@ from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.capacity import check_capacity, max_items
 from giantleap.service.jobs.devices import Device
-from giantleap.service.jobs.grid import count_items, output_latent_px
-from giantleap.service.jobs.job import Job, JobError, UpscaleParams
+from giantleap.service.jobs.grid import output_latent_px
+from giantleap.service.jobs.job import Job, UpscaleParams
 from giantleap.service.settings import Settings
 from giantleap.service.telemetry.logs import log_fields
 from giantleap.service.telemetry.metrics import Metrics
-from giantleap.service.telemetry.tracing import Tracing, trace_id_of
+from giantleap.service.telemetry.tracing import Tracing
 from giantleap.service.worker.batch_runner import BatchRun
 from giantleap.service.worker.batching import plan_batch, slice_items
 from giantleap.service.worker.bundles import BundleCache
 from giantleap.service.worker.drain import Drain
-from giantleap.service.worker.items import Item, Outcome, to_items, to_job_error
+from giantleap.service.worker.items import to_items, to_job_error
 from giantleap.service.worker.loading import BundleLoader
-from giantleap.service.worker.settlement import BatchSummary, JobSettler, find_warnings
+from giantleap.service.worker.pipeline.ahead import ClaimAhead
+from giantleap.service.worker.pipeline.claim_watch import settle
+from giantleap.service.worker.pipeline.finishing import BatchFinisher, RanBatch, batch_fields
+from giantleap.service.worker.settlement import JobSettler, find_warnings
 from giantleap.service.worker.watchdog import Watchdog
 
 _BLOCK_S = 1.0
+MAX_FINISHING = 2
+"""Batches that wait to be encoded or are encoded at once: each holds its pixels and files in memory."""
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +62,8 @@ class Worker:
         settings: Budgets and retry limits.
         marker: Encodes the images.
         filters: See the images before that.
+        max_finishing: Batches that may be encoded and stored while the device goes on; with 0 all happens in turn, and
+            nothing is claimed ahead.
     """
 
     def __init__(
@@ -68,6 +79,7 @@ class Worker:
         settings: Settings,
         marker: ImageMarker,
         filters: FilterChain,
+        max_finishing: int = MAX_FINISHING,
     ) -> None:
         self._bundles = bundles
         self._device = device
@@ -77,7 +89,6 @@ class Worker:
         self._watchdog = watchdog
         self._drain = drain
         self._settings = settings
-        self._marker = marker
         self._filters = filters
         self._settler = JobSettler(consumer, metrics)
         self._loader = BundleLoader(
@@ -90,12 +101,27 @@ class Worker:
             settings.loaded_first_s,
             self._announce,
         )
+        self._max_finishing = max_finishing
+        self._pool = ThreadPoolExecutor(max_finishing + 1, "pipeline")  # one of them claims
+        self._ahead = ClaimAhead(consumer, self._settler, drain, settings.batch_items, self._pool)
+        self._finisher = BatchFinisher(self._settler, metrics, watchdog, marker, max_finishing, self._pool)
 
     def run(self) -> None:
-        """Claim, plan and run until the drain is requested; releases claims that did not start."""
-        while not self._drain.is_requested():
-            taken = self._consumer.claim(self._settings.batch_items, _BLOCK_S, self._loader.preference())
-            self._run_claims(self._isolate_redelivered(taken))
+        """Claim, plan and run until the drain is requested; at the end nothing is in flight or held.
+
+        Effects: releases claims that did not start.
+        """
+        with self._pool:  # on the way out, what was handed to it ends
+            try:
+                while not self._drain.is_requested():
+                    self._run_claims(self._isolate_redelivered(self._next_claims()))
+                self._finisher.wait()
+            finally:
+                self._consumer.release(self._ahead.take())
+
+    def _next_claims(self) -> Sequence[Claim]:
+        ahead = self._ahead.take()
+        return ahead or self._consumer.claim(self._settings.batch_items, _BLOCK_S, self._loader.preference())
 
     def _run_claims(self, claims: Sequence[Claim]) -> None:
         """Run those of loaded bundles, then load one other bundle for its claims. Effects: releases the rest."""
@@ -104,41 +130,47 @@ class Worker:
         waiting = [claim for claim in others if claim.job.bundle == others[0].job.bundle]
         self._consumer.release([claim for claim in others if claim not in waiting])
         self._observe_waits([*loaded, *waiting])
-        self._run_loaded(loaded)
+        self._run_loaded(loaded, is_last=not waiting)
         if waiting:
+            self._finisher.wait()  # a load changes defaults of torch for every thread
             self._run_loaded(*self._loader.load(waiting[0].job.bundle, waiting))
 
-    def _run_loaded(self, claims: Sequence[Claim], load_s: float = 0.0) -> None:
+    def _run_loaded(self, claims: Sequence[Claim], load_s: float = 0.0, is_last: bool = True) -> None:
+        """Run claims in batches. With the last of them the next claims come, if these are the last (`is_last`)."""
         budgets = self._settings.batch_items, self._settings.batch_budget_latent_px
-        for batch in plan_batch(claims, self._bundles.grids, *budgets):
+        batches = plan_batch(claims, self._bundles.grids, *budgets)
+        for number, batch in enumerate(batches, 1):
             if self._drain.is_requested():
                 self._consumer.release(batch)
                 continue
-            try:
-                self.run_batch(batch, load_s)
-            except NotReady as error:  # the work is lost, but the loaded worker need not be
-                log.error("ends of jobs not written, they run again: %s", error.detail)
-                self._consumer.drop(batch)
+            held = [replace(claim, idle_s=claim.held_s()) for claim in batch if self._consumer.holds(claim)]
+            runs_alone = batch[0].delivery > 1  # it may have ended its worker: nothing else is to end with it
+            if runs_alone:
+                self._finisher.wait()
+            elif is_last and number == len(batches) and self._max_finishing:
+                self._ahead.start(self._loader.preference())
+            if held:
+                self._run_batch(held, load_s)
+            if runs_alone:
+                self._finisher.wait()
 
-    def run_batch(self, batch: Sequence[Claim], load_s: float = 0.0) -> None:
-        """Run one batch of a loaded bundle, which took `load_s` to load for it, and end each of its jobs."""
+    def _run_batch(self, batch: Sequence[Claim], load_s: float) -> None:
+        """Run one batch of a loaded bundle, which took `load_s` to load for it; its jobs end in the background."""
         job = batch[0].job
-        route, items = self._bundles.use(job.bundle), to_items(batch)
-        if isinstance(job.params, UpscaleParams) and not route.role.loads_decoder:
-            for claim in batch:  # enqueued before any decoding worker existed; there is nothing to generate
-                self._consumer.transfer(claim, None, {}, [])
-            return
-        stages_s: Mapping[str, float] = {"load": load_s} if load_s else {}
+        route = self._bundles.use(job.bundle)
         try:
+            if isinstance(job.params, UpscaleParams) and not route.role.loads_decoder:
+                for claim in batch:  # enqueued before any decoding worker existed; there is nothing to generate
+                    self._consumer.transfer(claim, None, {}, [])
+                return
             slice_size = self._slice_size(job)
+        except NotReady as error:
+            self._settler.drop(batch, error)
         except (DoesNotFit, JobFailed) as error:  # the API did not know this worker
-            outcomes: list[Outcome] = [to_job_error(error)] * len(items)
+            for claim in batch:
+                settle(self._settler, claim, to_job_error(error))
         else:
-            outcomes, run_s = self._run(batch, route, items, slice_size)
-            stages_s = {**stages_s, **run_s}
-        summary = BatchSummary(stages_s, len(items), len(batch))
-        for claim, ended in _by_claim(batch, outcomes):
-            self._settler.settle(claim, ended, summary, find_warnings(claim, route))
+            self._finisher.submit(self._run(batch, route, slice_size, load_s))
 
     def _announce(self) -> None:
         """Publish which bundles are loaded."""
@@ -158,7 +190,7 @@ class Worker:
     def _observe_waits(self, claims: Sequence[Claim]) -> None:
         for claim in claims:
             if claim.delivery == 1 and claim.base_latents is None:
-                self._tracing.waited(claim.job, time.time(), claim.waited_s)
+                self._tracing.waited(claim.job, time.time() - claim.held_s(), claim.waited_s)
                 self._metrics.observe_wait(claim.job.priority, claim.waited_s)
 
     def _slice_size(self, job: Job) -> int:
@@ -177,30 +209,26 @@ class Worker:
         check_capacity(job.params, bundle, [self._device], self._settings.max_image_px)
         return max_items(job.params, bundle, self._device, items)
 
-    def _run(
-        self, batch: Sequence[Claim], route: Route, items: Sequence[Item], slice_size: int
-    ) -> tuple[list[Outcome], Mapping[str, float]]:
-        """The outcome of each item and the stage times, with metrics and traces of the batch."""
-        job, jobs = batch[0].job, [claim.job for claim in batch]
+    def _run(self, batch: Sequence[Claim], route: Route, slice_size: int, load_s: float) -> RanBatch:
+        """Run a batch on the device, with its metrics; its trace stays open for the encoding."""
+        job, jobs, items = batch[0].job, [claim.job for claim in batch], to_items(batch)
         self._metrics.observe_batch(job.params.kind, len(items))
         route.reset_peak_memory()
-        trace_ids = sorted({trace_id for each in jobs if (trace_id := trace_id_of(each.traceparent))})
-        with (
-            self._tracing.batch(jobs, _trace_attributes(job, route, len(items))) as trace,
-            log_fields(job_ids=[each.id for each in jobs], trace_ids=trace_ids),
-        ):
-            run = BatchRun(route, self._consumer, self._drain, trace, self._watchdog, self._marker, self._filters)
-            try:
-                outcomes = run.run(items, slice_size)
-            finally:
-                self._watchdog.pause()
-            for claim, ended in _by_claim(batch, outcomes):
-                trace.end(claim.job.id, next((each.code for each in ended if isinstance(each, JobError)), None))
-        stages_s = run.clock.stages_s
-        self._metrics.observe_stages(job.bundle, job.params.method, job.params.scale, route.engine, stages_s)
+        with ExitStack() as stack:
+            trace = stack.enter_context(self._tracing.batch(jobs, _trace_attributes(job, route, len(items))))
+            run = BatchRun(route, self._consumer, self._drain, trace, self._watchdog, self._filters)
+            with log_fields(**batch_fields(batch)):
+                try:
+                    results = run.run(items, slice_size)
+                finally:
+                    self._watchdog.pause()
+            stack.pop_all()  # only a fault ends the trace here
+        device_s = {stage: seconds for stage, seconds in run.clock.stages_s.items() if stage != "encode"}
+        self._metrics.count_busy(str(route.device), sum(device_s.values()))
         peak = route.peak_memory()
         self._metrics.set_peak_memory(str(route.device), peak.source, peak.size_bytes)
-        return outcomes, stages_s
+        warnings = [find_warnings(claim, route) for claim in batch]
+        return RanBatch(batch, items, results, warnings, load_s, run.observe_encoding(items), trace, route.engine)
 
 
 def _trace_attributes(job: Job, route: Route, batch_items: int) -> dict[str, str | float]:
@@ -212,12 +240,3 @@ def _trace_attributes(job: Job, route: Route, batch_items: int) -> dict[str, str
         "giantleap.engine": route.engine,
         "giantleap.batch.items": batch_items,
     }
-
-
-def _by_claim(batch: Sequence[Claim], outcomes: Sequence[Outcome]) -> Iterator[tuple[Claim, Sequence[Outcome]]]:
-    """Each job with the outcomes of its own images, which are in the order of `to_items`."""
-    start = 0
-    for claim in batch:
-        end = start + count_items(claim.job.params)
-        yield claim, outcomes[start:end]
-        start = end

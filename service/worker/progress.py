@@ -78,6 +78,11 @@ class BatchObserver:
         self._clock = clock
         self._started_s = self._polled_s = self._emitted_s = clock()
 
+    @property
+    def stages_s(self) -> dict[str, float]:
+        """Seconds of each stage of the batch so far."""
+        return self._stage_clock.stages_s
+
     @contextmanager
     def measure(self, stage: StageName) -> Iterator[None]:
         """Time one stage, trace it and report it.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from giantleap.models.route import Route
-from giantleap.service.errors import StorageFull, StoreUnavailable
+from giantleap.service.errors import NotReady, StorageFull, StoreUnavailable
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.grid import count_items
@@ -60,6 +60,11 @@ class JobSettler:
         if status is None:
             self._metrics.count_fenced()
         self._record(claim, status, stages_s, batch.items)
+
+    def drop(self, claims: Sequence[Claim], error: NotReady) -> None:
+        """Leave jobs to become stale: their work is lost, but the loaded worker need not be."""
+        log.error("ends of jobs not written, they run again: %s", error.detail)
+        self._consumer.drop(claims)
 
     def _transfer(
         self,

@@ -1,9 +1,9 @@
 """Ends a worker process whose work makes no progress, so that its leases run out and its jobs go to another.
 
 The lease thread renews for a long step and for a hung one alike. `giantleap.service.worker.batch_runner` records every
-stage and step here; if the last one is older than the limit, the process exits with `EXIT_HUNG`, without clean-up that
-could hang too. Loading, warm-up and measuring are not watched. A call that never releases the GIL stops this thread and
-the lease thread: the jobs go to another worker, the process stays.
+stage and step here, each thread for itself; if the last one is older than the limit, the process exits with
+`EXIT_HUNG`, without clean-up that could hang too. Loading, warm-up and measuring are not watched. A call that never
+releases the GIL stops this thread and the lease thread: the jobs go to another worker, the process stays.
 """
 
 import logging
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """The age of the last progress of one worker.
+    """The age of the last progress of each thread of one worker.
 
     Args:
         limit_s: Longest time without progress.
@@ -34,7 +34,7 @@ class Watchdog:
         self._limit_s = limit_s
         self._end = end
         self._clock = clock
-        self._last: tuple[float, str, tuple[str, ...]] | None = None
+        self._last: dict[int, tuple[float, str, tuple[str, ...]]] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -52,22 +52,21 @@ class Watchdog:
             self._thread = None
 
     def progress(self, stage: str, job_ids: Sequence[str]) -> None:
-        """Record progress: `stage` starts or continues for these jobs."""
-        self._last = (self._clock(), stage, tuple(job_ids))
+        """Record progress of this thread: `stage` starts or continues for these jobs."""
+        self._last[threading.get_ident()] = (self._clock(), stage, tuple(job_ids))
 
     def keepalive(self) -> None:
         """Restart the time of the last progress after a call to Redis, which has a timeout of its own."""
-        last = self._last
-        if last is not None:
-            self._last = (self._clock(), last[1], last[2])
+        if (last := self._last.get(threading.get_ident())) is not None:
+            self._last[threading.get_ident()] = (self._clock(), last[1], last[2])
 
     def pause(self) -> None:
-        """Stop watching until the next progress."""
-        self._last = None
+        """Stop watching this thread until its next progress."""
+        self._last.pop(threading.get_ident(), None)
 
     def check(self) -> bool:
         """Whether the running stage hangs. Effects: if so, one log line and the end of the process."""
-        last = self._last
+        last = min(self._last.copy().values(), default=None)  # of the thread without progress for longest
         if last is None or self._clock() - last[0] <= self._limit_s:
             return False
         fields = {"stage": last[1], "job_ids": sorted(last[2]), "limit_s": self._limit_s}

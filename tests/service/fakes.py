@@ -38,7 +38,7 @@ from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import Tracing
 from giantleap.service.worker.bundles import BundleCache
 from giantleap.service.worker.drain import Drain
-from giantleap.service.worker.loop import Worker
+from giantleap.service.worker.loop import MAX_FINISHING, Worker
 from giantleap.service.worker.watchdog import Watchdog
 
 STRIDE_PX = 8
@@ -79,6 +79,7 @@ class FakeConsumer:
     waiting: list[Claim] = field(default_factory=list)
     cancel_after_polls: dict[str, int] = field(default_factory=dict)
     lost_ids: set[str] = field(default_factory=set)
+    stale_ids: set[str] = field(default_factory=set)
     full_ids: set[str] = field(default_factory=set)
     on_empty: Callable[[], None] = lambda: None
     on_fail: Callable[[], None] = lambda: None
@@ -103,6 +104,14 @@ class FakeConsumer:
         if not taken:
             self.on_empty()
         return taken
+
+    def claim_ahead(self, max_jobs: int, loaded: LoadedBundles | None = None) -> list[Claim]:
+        taken = self.waiting[:max_jobs] if len(self.waiting) >= max_jobs else []
+        self.waiting = self.waiting[len(taken) :]
+        return taken
+
+    def holds(self, claim: Claim) -> bool:
+        return claim.job.id not in self.stale_ids
 
     def announce(self, device: Device) -> None:
         self.announced.append(device.loaded)
@@ -278,6 +287,8 @@ def open_worker(
     watchdog: Watchdog | None = None,
     filters: FilterChain | None = None,
     bundles: BundleCache | None = None,
+    max_finishing: int = MAX_FINISHING,
+    marker: ImageMarker | None = None,
 ) -> tuple[Worker, Metrics]:
     """A worker with one route under a name, on the grid of the pocket bundle; no job is too large for its device."""
     bundle = bundle or read_bundle(POCKET_BUNDLE)
@@ -294,7 +305,8 @@ def open_worker(
         watchdog=watchdog or Watchdog(3600.0),
         drain=Drain(stop or threading.Event(), settings.drain_grace_s),
         settings=settings,
-        marker=ImageMarker(),
+        marker=marker or ImageMarker(),
         filters=filters or FilterChain(),
+        max_finishing=max_finishing,
     )
     return worker, metrics

@@ -97,6 +97,18 @@ class JobClaimer:
                 if self._outages.pause("claim", error) or time.monotonic() >= deadline_s:
                     return []
 
+    def claim_ahead(self, max_jobs: int, loaded: LoadedBundles | None = None) -> list[Claim]:
+        """See `JobConsumer.claim_ahead`."""
+        try:
+            with self._claiming:
+                reply = self._send(max_jobs, self.lanes(), loaded, ahead=True)
+                self._outages.end()
+                held = self._hold(reply.claims)
+        except REDIS_UNAVAILABLE as error:
+            _LOG.warning("nothing claimed ahead (%s)", name_fault(error))
+            return []
+        return self._read_bodies(held, reply.claims)
+
     def drop(self, claims: Sequence[Claim]) -> None:
         """See `JobConsumer.drop`."""
         for claim in claims:
@@ -113,7 +125,9 @@ class JobClaimer:
                     _LOG.warning("job %s not returned (%s); it becomes stale", claim.job.id, name_fault(error))
                 self._leases.drop(claim)  # not before: what this worker has and does not hold, a claim resumes
 
-    def _send(self, max_jobs: int, lanes: Sequence[str], loaded: LoadedBundles | None) -> ClaimReply:
+    def _send(
+        self, max_jobs: int, lanes: Sequence[str], loaded: LoadedBundles | None, ahead: bool = False
+    ) -> ClaimReply:
         arguments = {
             "consumer": self._consumer,
             "max_jobs": max_jobs,
@@ -121,6 +135,7 @@ class JobClaimer:
             "dropped": list(self._dropped),
             "lanes": lanes,
             **({} if loaded is None else {"loaded": loaded.names, "loaded_first": loaded.go_first}),
+            "ahead": ahead or None,
         }
         return self._scripts.run(scripts.CLAIM, arguments)
 

@@ -6,7 +6,8 @@
 -- ARGV[2]  consumer, max_jobs, held (ids of jobs that this worker runs or cannot read), dropped (ids of its jobs that
 --          count as stale when their time is up), lanes in the order in which to take; some may not exist. Optional,
 --          of a worker that holds a part of its bundles: loaded (their names), loaded_first (whether their jobs go
---          before older ones)
+--          before older ones). Optional, of a worker whose device is busy: ahead (takes new jobs that were never
+--          started, and only if enough wait for every live worker)
 -- Reply    claims (id, job, lane, message, delivery, input_bytes, input_key, waited_s; stages and warnings of a
 --          job that was transferred), or, if there are none, last_ids of each lane's stream and retry_ms until the next
 --          retry is due
@@ -15,6 +16,7 @@
 -- @include close_failed
 -- @include drop_message
 -- @include end_overdue
+-- @include live_workers
 -- @include outage
 -- @include push
 
@@ -105,13 +107,14 @@ local function take_stale(lane, only_released)
 end
 
 -- A message is delivered again, though its job runs, if somebody destroyed the group: then it returns to its worker. A
--- job that this worker cannot read goes to the others, as one that was released.
+-- job that this worker cannot read goes to the others, as one that was released; so does, ahead, one that was started
+-- before, which is to run alone.
 local function start_new(lane, message, id)
   local state, stream = get(id, 'state'), stream_key(lane)
   local worker = state == 'processing' and get(id, 'worker')
   if worker and (worker ~= consumer or held[id] or dropped[id]) then
     redis.call('XCLAIM', stream, GROUP, worker, 0, message, 'JUSTID')
-  elseif held[id] and state == 'queued' then
+  elseif state == 'queued' and (held[id] or args.ahead and get_number(id, 'deliveries') > 0) then
     redis.call('XCLAIM', stream, GROUP, 'released', 0, message, 'IDLE', 86400000 + config.visibility_ms, 'JUSTID')
   else
     start(lane, message, id, worker)
@@ -176,14 +179,31 @@ local function take_new_of_one_group()
   end
 end
 
+-- Whether to claim for a device that is still busy. A worker that has nothing to do must find a job, so all get as many
+-- as this one takes. A job that was started before and is free comes first, to the next worker that is ready for it.
+local function may_claim_ahead()
+  local waiting = 0
+  for _, lane in ipairs(lanes) do
+    waiting = waiting + redis.call('ZCARD', prefix .. ':queued:' .. lane)
+    local stale = redis.call('XPENDING', stream_key(lane), GROUP, 'IDLE', config.visibility_ms, '-', '+', 1000)
+    for _, entry in ipairs(stale) do
+      if not held[job_of(lane, entry[1])] then return false end
+    end
+  end
+  return waiting >= left * math.max(1, live_workers())
+end
+
 end_overdue()
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', prefix .. ':delayed', '-inf', now_ms, 'LIMIT', 0, 100)) do
   redis.call('ZREM', prefix .. ':delayed', id)
   if get(id, 'state') == 'queued' then push(id) end  -- the record may be gone
 end
 local may_renew = now_ms - serves_since_ms() < config.visibility_ms
-for _, lane in ipairs(lanes) do resume(lane) end
-for _, lane in ipairs(lanes) do take_stale(lane, may_renew) end
+if args.ahead and not may_claim_ahead() then return '{}' end
+if not args.ahead then
+  for _, lane in ipairs(lanes) do resume(lane) end
+  for _, lane in ipairs(lanes) do take_stale(lane, may_renew) end
+end
 if args.loaded then
   take_new_of_one_group()
 else

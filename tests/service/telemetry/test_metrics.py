@@ -65,6 +65,7 @@ def fill(metrics: Metrics) -> None:
     metrics.observe_stages("pocket", "lua", 2, "torch", {"generate": 3.0}, warmup=True)
     metrics.observe_batch("generate", 3)
     metrics.count_images("pocket", 2, 3, 300)
+    metrics.count_busy("cpu", 0.4)
     metrics.count_fenced()
     metrics.count_webhook("delivered")
     metrics.count_filtered("flat", "refused")

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from giantleap.models.filters.chain import FilterChain
-from giantleap.models.provenance.marker import ImageMarker
 from giantleap.service.errors import EXIT_HUNG
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.producer import JobProducer
@@ -84,7 +83,7 @@ def test_every_stage_and_step_is_progress() -> None:
     marks, consumer = Marks(), FakeConsumer()
     drain = Drain(threading.Event(), 0)
     with Tracing().batch([], {}) as trace:
-        run = BatchRun(FakeRoute(), consumer, drain, trace, marks, ImageMarker(), FilterChain())  # type: ignore[arg-type]
+        run = BatchRun(FakeRoute(), consumer, drain, trace, marks, FilterChain())  # type: ignore[arg-type]
         run.run(to_items([make_claim("a", GENERATE)]), 8)
     assert marks.seen == ["generate"] * (1 + GENERATE.steps) + ["upscale", "decode", "encode"]
 
@@ -97,9 +96,10 @@ def test_a_worker_that_waits_for_work_is_not_hung() -> None:
     def check(step: int) -> None:
         watchdog.check()
 
-    consumer, route = FakeConsumer(), FakeRoute(on_step=check)
-    worker, _ = open_worker(route, consumer, read_settings(), watchdog=watchdog)
-    worker.run_batch([make_claim("a")])
+    stop = threading.Event()
+    consumer, route = FakeConsumer([make_claim("a")], on_empty=stop.set), FakeRoute(on_step=check)
+    worker, _ = open_worker(route, consumer, read_settings(), watchdog=watchdog, stop=stop)
+    worker.run()
     assert list(consumer.finished) == ["a"]
     clock.now_s += 1000
     assert not watchdog.check() and not codes
@@ -123,7 +123,7 @@ def test_a_redis_that_answers_slowly_is_not_a_hung_step() -> None:
 
     drain, consumer = Drain(threading.Event(), 0), SlowConsumer()
     with Tracing().batch([], {}) as trace:
-        run = BatchRun(FakeRoute(), consumer, drain, trace, watchdog, ImageMarker(), FilterChain())  # type: ignore[arg-type]
+        run = BatchRun(FakeRoute(), consumer, drain, trace, watchdog, FilterChain())  # type: ignore[arg-type]
         run.run(to_items([make_claim(name, GENERATE) for name in "abc"]), 8)
     assert not codes
 
