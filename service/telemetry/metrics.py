@@ -58,9 +58,6 @@ class Metrics:
             "stage_duration_seconds", "Time of one stage of one batch, device synchronized at both ends.",
             "stage", "bundle", "method", "scale", "engine", "warmup",
         )  # fmt: skip
-        self._busy_seconds = self._counter(
-            "device_busy_seconds", "Time in which stages ran on the device: all but load and encode.", "device"
-        )
         self._images = self._counter("images", "Images made.", "bundle", "scale")
         self._pixels = self._counter("pixels", "Pixels of the images made.", "bundle", "scale")
         self._batch_items = self._histogram("batch_items", "Images in one batch.", "kind", buckets=BATCH_BUCKETS)
@@ -73,16 +70,7 @@ class Metrics:
         self._webhooks = self._counter("webhooks", "Attempts to deliver a webhook, by what came of them.", "outcome")
 
         self._make_bundle_metrics()
-        self._peak_bytes = self._gauge(
-            "peak_memory_bytes",
-            "Peak memory of the last batch; source says what was measured.",
-            "livemax",
-            "device",
-            "source",
-        )
-        self._device_bytes = self._gauge(
-            "device_memory_bytes", "Memory of the device that jobs may take.", "livemax", "device"
-        )
+        self._make_device_metrics()
         self._protocol = self._gauge(
             "protocol_seconds", "The paper's timing protocol: batch 1 after warm-ups; never traffic.",
             "livemostrecent", "bundle", "method", "scale", "image_px", "stage", "statistic",
@@ -105,6 +93,21 @@ class Metrics:
         self._evictions = self._counter("bundle_evictions", "Bundles that made room for others.", "bundle")
         self._loaded = self._gauge("bundle_loaded", "Workers of this host that have it in memory.", "livesum", "bundle")
         self._bundle_bytes = self._gauge("bundle_bytes", "Memory of a loaded bundle, as measured.", "livemax", "bundle")
+
+    def _make_device_metrics(self) -> None:
+        self._busy_seconds = self._counter(
+            "device_busy_seconds", "Time in which stages ran on the device: all but load and encode.", "device"
+        )
+        self._peak_bytes = self._gauge(
+            "peak_memory_bytes",
+            "Peak memory of the last batch; source says what was measured.",
+            "livemax",
+            "device",
+            "source",
+        )
+        self._device_bytes = self._gauge(
+            "device_memory_bytes", "Memory of the device that jobs may take.", "livemax", "device"
+        )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"giantleap_{name}", text, labels, registry=self.registry)

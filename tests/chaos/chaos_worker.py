@@ -1,6 +1,7 @@
 """A worker process without a model, to be killed and frozen: it runs jobs asleep and keeps a journal on disk.
 
-`python chaos_worker.py JOURNAL`, settings from the environment. A job takes two milliseconds a step; one whose seed is
+`python chaos_worker.py JOURNAL`, settings from the environment. As a worker with a model it claims ahead, and finishes
+jobs while it works on others. A job takes two milliseconds a step; one whose seed is
 `LONG_SEED` takes `LONG_S` at its first start. The journal has a line `<what> <job> <delivery> <pid> <monotonic s>`
 before work (start), before the job is finished (ending) and after the queue's answer (accepted, refused), so that
 what a kill left out is known. One that only draws hands over, and notes that (handed).
@@ -9,6 +10,8 @@ what a kill left out is known. One that only draws hands over, and notes that (h
 import os
 import sys
 import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobqueue.claims import Claim
@@ -20,6 +23,7 @@ from giantleap.service.settings import read_settings
 LONG_SEED = 424_242
 LONG_S = 10.0
 MAX_CLAIMS = 3
+MAX_FINISHING = 2
 
 
 def work(claim: Claim) -> None:
@@ -43,19 +47,30 @@ def main(journal: str) -> None:
         """One write of one line: a kill leaves the whole line or none of it."""
         os.write(file, f"{what} {claim.job.id} {claim.delivery} {os.getpid()} {time.monotonic():.6f}\n".encode())
 
-    while True:
-        for claim in consumer.claim(MAX_CLAIMS, 0.5):
-            note("start", claim)
-            work(claim)
-            content = f"{claim.job.id} {claim.delivery} {os.getpid()}".encode()
-            if settings.role is WorkerRole.GENERATE:
-                latents = content if isinstance(claim.job.params, GenerateParams) else None
-                handed = consumer.transfer(claim, latents, {}, ())
-                note("refused" if handed is None else "handed", claim)
-                continue
-            note("ending", claim)
-            ended = consumer.complete(claim, [(ResultFile("image/png", len(content)), content)], {}, ())
-            note("accepted" if ended else "refused", claim)
+    def finish(claim: Claim) -> None:
+        content = f"{claim.job.id} {claim.delivery} {os.getpid()}".encode()
+        if settings.role is WorkerRole.GENERATE:
+            latents = content if isinstance(claim.job.params, GenerateParams) else None
+            handed = consumer.transfer(claim, latents, {}, ())
+            note("refused" if handed is None else "handed", claim)
+            return
+        note("ending", claim)
+        ended = consumer.complete(claim, [(ResultFile("image/png", len(content)), content)], {}, ())
+        note("accepted" if ended else "refused", claim)
+
+    finishing: deque[Future[None]] = deque()
+    ahead: list[Claim] = []
+    with ThreadPoolExecutor(MAX_FINISHING) as pool:
+        while True:
+            claims, ahead = ahead or consumer.claim(MAX_CLAIMS, 0.5), []
+            for claim in filter(consumer.holds, claims):
+                if claim is claims[-1]:
+                    ahead = consumer.claim_ahead(MAX_CLAIMS)
+                note("start", claim)
+                work(claim)
+                finishing.append(pool.submit(finish, claim))
+                if len(finishing) > MAX_FINISHING:
+                    finishing.popleft().result()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 --
 -- KEYS[1]  the hash tag
 -- ARGV[1]  the settings
--- ARGV[2]  the claim (see claim_fence), results, stages and warnings (JSON texts), batch_jobs, upload (name of the
---          uploaded results, '' for none), files and bytes of the upload
+-- ARGV[2]  the claim (see claim_fence), results, stages and warnings (JSON texts), batch_jobs and idle_s, upload (name
+--          of the uploaded results, '' for none), files and bytes of the upload
 -- Reply    status: done, lost, canceled, no_room, or no_upload (the results have not arrived)
 -- @include settle_canceled
 -- @include make_room

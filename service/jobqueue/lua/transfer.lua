@@ -3,8 +3,8 @@
 --
 -- KEYS[1]  the hash tag
 -- ARGV[1]  the settings
--- ARGV[2]  the claim (see claim_fence), stages and warnings (JSON texts), batch_jobs, optionally input_key (of latents
---          in the result store)
+-- ARGV[2]  the claim (see claim_fence), stages and warnings (JSON texts), batch_jobs and idle_s, optionally input_key
+--          (of latents in the result store)
 -- ARGV[3]  the latents, '' if the input is a latent or they are in the store
 -- Reply    status: done, lost, no_room, canceled
 -- @include settle_canceled

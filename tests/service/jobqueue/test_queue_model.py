@@ -275,11 +275,11 @@ class QueueMachine(RuleBasedStateMachine):
 
         def run(fenced: dict[str, object]) -> str:
             upload = f"{fenced['consumer']}:{fenced['id']}" if blobs else ""
-            arguments = {**fenced, "results": "[]", "stages": "{}", "warnings": "[]", "batch_jobs": 1, "upload": upload}
+            arguments = {**fenced, "results": "[]", "stages": "{}", "warnings": "[]", "batch_jobs": 1, "idle_s": 0}
             before = upload_results(self.keys.upload(upload), blobs) if blobs else []
             return str(
                 self.run_script(
-                    "complete", arguments | {"files": len(blobs), "bytes": size_bytes}, before=before
+                    "complete", arguments | {"upload": upload, "files": len(blobs), "bytes": size_bytes}, before=before
                 ).status
             )
 
@@ -314,7 +314,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def _transfer(self, held: HeldClaim, size_bytes: int, times: int) -> None:
         def run(fenced: dict[str, object]) -> str:
-            arguments = {**fenced, "stages": "{}", "warnings": "[]", "batch_jobs": 1}
+            arguments = {**fenced, "stages": "{}", "warnings": "[]", "batch_jobs": 1, "idle_s": 0}
             return str(self.run_script("transfer", arguments, value=b"l" * size_bytes).status)
 
         def end(moved: ModelJob) -> str:
