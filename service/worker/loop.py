@@ -114,6 +114,7 @@ class Worker:
         with self._pool:  # on the way out, what was handed to it ends
             try:
                 while not self._drain.is_requested():
+                    self._finisher.check()
                     self._run_claims(self._isolate_redelivered(self._next_claims()))
                 self._finisher.wait()
             finally:

@@ -87,6 +87,10 @@ class BatchFinisher:
         self._running.add(self._pool.submit(self._finish, batch))
         self._wait_for(self._max_batches)
 
+    def check(self) -> None:
+        """Notice what went wrong meanwhile; raises as `wait`."""
+        self._wait_for(len(self._running))
+
     def wait(self) -> None:
         """Wait until every batch has ended.
 

@@ -243,10 +243,9 @@ def test_a_fault_that_no_job_can_hold_ends_the_worker_from_the_background_too() 
     def lose(name: str) -> None:
         raise AssertionError("a fault of the queue")
 
-    stop = threading.Event()
-    consumer = WatchedConsumer(claims_of(1), on_complete=lose, on_empty=stop.set)
+    consumer = WatchedConsumer(claims_of(1), on_complete=lose)
     with pytest.raises(AssertionError, match="a fault of the queue"):
-        open_worker(FakeRoute(), consumer, read_settings(batch_items=1), stop=stop)[0].run()
+        open_worker(FakeRoute(), consumer, read_settings(batch_items=1))[0].run()
 
 
 def test_a_lost_device_returns_what_waits_ahead_and_ends_what_is_encoded() -> None:
