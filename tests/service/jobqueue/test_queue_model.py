@@ -475,7 +475,7 @@ class QueueMachine(RuleBasedStateMachine):
         job.is_expired, job.result_bytes = True, 0
 
     def _delete(self, job: ModelJob) -> None:
-        assert self.run_script("delete_job", {"id": job.id}) is None
+        assert self.run_script("delete_job", {"id": job.id}).record is None
         job.is_deleted, job.is_dead, job.result_bytes = True, False, 0
 
     def _vanish(self, lane: str, what: str) -> None:
