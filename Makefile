@@ -56,8 +56,8 @@ compiler: $(VENV)/.dev ## Run the tests of compiled code, which need a C++ compi
 browser: $(VENV)/.dev ## Run the tests of pages in Chromium, which must be on the PATH
 	$(BIN)/python -m pytest -m browser
 
-ui-test: $(VENV)/.dev ## Run those of the page at /ui only
-	$(BIN)/python -m pytest -m browser tests/browser/test_ui.py
+ui-test: $(VENV)/.dev ## Run those of the pages at /ui, /ui/operator and /docs only
+	$(BIN)/python -m pytest -m browser tests/browser --ignore=tests/browser/test_page.py
 
 # What is cut off by a kill is reported as not closed when it is collected; elsewhere that is an error.
 CUT_OFF := -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning

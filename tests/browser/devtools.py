@@ -94,6 +94,7 @@ class Page:
             deviceScaleFactor=1,
             mobile=width_px < 600,
         )
+        self.send("Emulation.setScrollbarsHidden", hidden=True)
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=features)
 

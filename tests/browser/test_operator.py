@@ -85,3 +85,17 @@ def test_a_hidden_tab_asks_for_nothing(visit: Visit) -> None:
     assert requests_after(2 * PERIOD_S) == before
     hide("false")
     page.until(f"{READS} > {page.run(READS)}")
+
+
+def test_counters_are_followed_through_a_restart(visit: Visit) -> None:
+    script = """(async () => {
+      const page = document.querySelector("script").src;
+      const {groups, History, parse, sum} = await import(new URL("metrics.js", page));
+      const history = new History(60);
+      const scrape = (value) => parse(`# HELP a\\na_total{device="gpu \\\\"0\\\\"",x="y"} ${value}\\nb 1e3\\n`);
+      [5, 8, 2].forEach((value, index) => history.add(30 * index, scrape(value)));
+      const read = (metrics) => sum(metrics, "a_total", {x: "y", other: ""});
+      const last = scrape(1);
+      return [history.growth(read), history.perMinute(read), groups(last, "a_total", ["device"]), sum(last, "b")];
+    })()"""
+    assert visit.page.run(script) == [5, 5, [[['gpu "0"'], 1]], 1000]

@@ -138,7 +138,9 @@ function listenToFiles() {
     document.addEventListener(name, (event) => {
       event.preventDefault();
       $("drop").classList.toggle("over", name === "dragover");
-      if (name === "drop" && event.dataTransfer.files.length && models.length) takeFiles(event.dataTransfer.files);
+      if (name !== "drop" || !event.dataTransfer.files.length || !models.length) return;
+      $("file").files = event.dataTransfer.files; // shows their names
+      takeFiles($("file").files);
     });
   }
 }

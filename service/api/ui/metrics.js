@@ -26,7 +26,7 @@ export function parse(text) {
   return metrics;
 }
 
-const matches = (labels, wanted) => Object.entries(wanted).every(([name, value]) => labels[name] === value);
+const matches = (labels, wanted) => Object.entries(wanted).every(([name, value]) => (labels[name] ?? "") === value);
 
 /** The sum of a metric's series that have these labels; null where there is none. */
 export function sum(metrics, name, wanted = {}) {

@@ -69,7 +69,7 @@ function drawWorkers(metrics, history, workers) {
   const busy = groups(metrics, BUSY, ["device"]).map(([[device]]) => {
     const grown = history.growth((each) => sum(each, BUSY, {device}));
     const share = grown === null ? 0 : grown / history.span;
-    return barRow(`busy: ${device}`, share, grown === null ? "–" : percent(share), "generate-stage");
+    return barRow(device ? `busy: ${device}` : "busy", share, grown === null ? "–" : percent(share), "generate-stage");
   });
   const empty = make("p", {class: "warning"}, "No worker is ready: jobs wait until one is.");
   const items = workers.length ? make("ul", {class: "workers"}, ...workers.map(workerItem)) : empty;

@@ -1,6 +1,7 @@
 // The files that a request starts from, and what they may be used for.
 
 import {$, make} from "./dom.js";
+import {bytes} from "./format.js";
 import {maskPainter} from "./mask.js";
 
 const NPY = "application/x-npy";
@@ -41,11 +42,10 @@ export function setFiles(chosen) {
 
 /** Show the files and, to edit one, where to paint. `wanted` is a use of a link, whose file is not there. */
 export function drawSource(model, use, wanted) {
-  const size = files.reduce((total, file) => total + file.size, 0);
-  const names = `${files.map((file) => file.name).join(", ")}, ${Math.ceil(size / 1024)} KiB`;
+  const size = bytes(files.reduce((total, file) => total + file.size, 0));
   const missing = "This request starts from a file, which a link does not hold: choose it or drop it here.";
   const hint = wanted ? missing : "Or drop one here, to enlarge it or to draw from it.";
-  $("drop-hint").textContent = files.length ? names : hint;
+  $("drop-hint").textContent = files.length ? size : hint;
   $("drop").classList.toggle("wanted", Boolean(wanted) && !files.length);
   $("drop-clear").hidden = !files.length;
   $("use-row").hidden = Object.keys(usesFor(model)).length < 2;
