@@ -120,6 +120,13 @@ def test_an_image_is_drawn_from_or_edited_where_a_mask_was_painted(visit: Visit)
     link = page.run("document.querySelector('a.link').href")
     page.open(link)
     page.until("document.querySelector('#drop.wanted #drop-hint')?.textContent.includes('a link does not hold')")
+    assert page.run(ERROR) == "" and page.run("document.getElementById('strength').value") == "0.5"
+    page.click("#submit")
+    assert page.run(ERROR).startswith("file: "), "never drawn without its image"
+    drop(page, to_file(PIXELS), "start.png")
+    assert page.run("document.getElementById('use').value") == "start"
+    again, _ = send(visit)
+    assert again == params
 
 
 def test_previews_are_shown_while_it_draws(visit: Visit) -> None:

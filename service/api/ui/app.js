@@ -8,7 +8,7 @@ import * as history from "./history.js";
 import {Run} from "./jobs.js";
 import {toPayload} from "./payload.js";
 import {showJobs} from "./result.js";
-import {getFiles, setFiles} from "./source.js";
+import {getFiles, getWantedUse, MISSING, setFiles} from "./source.js";
 
 const READY_MS = 15000;
 const EXAMPLE = "a red sphere on a green floor under a blue sky";
@@ -19,15 +19,16 @@ let run = null; // the jobs in progress
 const announce = (text) => { $("announce").textContent = text; };
 
 function takeFiles(files) {
+  const use = getWantedUse();
   setFiles(files);
-  drawForm(models);
+  drawForm(models, use ? {use} : {});
 }
 
 // --- Requests
 
 /** Show a request in the form, and what of it this service does not have. */
 function writeRequest(request) {
-  setFiles([]);
+  setFiles([], request.use);
   const lost = writeForm(models, request);
   const errors = lost.map((field) => ({field, reason: `${request[field]} does not exist here; choose another value`}));
   if (errors.length) showError({errors});
@@ -73,6 +74,10 @@ async function submit(event) {
   event.preventDefault();
   if (run) return;
   clearError();
+  if (getWantedUse()) {
+    showError({errors: [{field: "file", reason: MISSING}]});
+    return;
+  }
   const request = readForm(modelOf(models));
   // Both images of a comparison need one seed, and a link needs it too.
   if (!$("seed-row").hidden) request.seed ??= String(crypto.getRandomValues(new Uint32Array(1))[0]);

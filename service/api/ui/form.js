@@ -2,7 +2,7 @@
 
 import {$, fill} from "./dom.js";
 import {drawLoras} from "./loras.js";
-import {drawSource, usesFor} from "./source.js";
+import {drawSource, getWantedUse, usesFor} from "./source.js";
 
 const NUMBERS = ["scale", "width", "height", "steps", "seed", "guidance_scale", "strength", "num_images", "refine", "refine_steps", "previews"];
 const TEXTS = ["bundle", "prompt", "negative_prompt", "use", "method", "compare", "decode", "output_format", "loras"];
@@ -21,6 +21,8 @@ function set(name, value) {
   if ($(name).type === "checkbox") $(name).checked = value !== "";
   else $(name).value = value;
 }
+
+const getUse = () => $("use").value || getWantedUse();
 
 export const modelOf = (models) => models.find((each) => each.name === $("bundle").value) ?? models[0];
 
@@ -55,7 +57,7 @@ export function drawForm(models, wanted = {}) {
   $("bundle-hint").textContent = `${model.title}. License: ${model.license}.`;
   const uses = usesFor(model);
   fill($("use"), Object.keys(uses), wanted.use, "", uses);
-  const use = $("use").value;
+  const use = getUse();
   const names = Object.keys(model.methods).filter((name) => use !== "enlarge" || UPLOAD_METHODS.includes(name));
   fill($("method"), names, wanted.method, model.method);
   fill($("compare"), ["", ...names.filter((name) => name !== $("method").value)], wanted.compare, "", {"": "nothing"});
@@ -64,12 +66,12 @@ export function drawForm(models, wanted = {}) {
   fill($("decode"), model.decodes, wanted.decode, "exact");
   fill($("output_format"), FORMATS, wanted.output_format, "png");
   drawLoras(model.loras);
-  drawSource(model, use, wanted.use);
+  drawSource(model, use);
   drawLimits(model, use);
 }
 
 /** The model's own values where none is given, and what has an effect; after each change of a field. */
-export function drawLimits(model, use = $("use").value) {
+export function drawLimits(model, use = getUse()) {
   $("prompt").maxLength = model.max_prompt_chars;
   $("steps").max = model.max_steps;
   $("num_images").max = model.max_images;
@@ -82,7 +84,7 @@ export function drawLimits(model, use = $("use").value) {
 
 /** @returns {Request} */
 export function readForm(model) {
-  const has = effective(model, $("use").value);
+  const has = effective(model, getUse());
   return Object.fromEntries(FIELDS.filter((name) => has[name] ?? true).map((name) => [name, get(name)]).filter(([, value]) => value !== ""));
 }
 
@@ -90,7 +92,7 @@ export function readForm(model) {
 export function writeForm(models, request) {
   for (const name of FIELDS) set(name, request[name] ?? "");
   drawForm(models, request);
-  const has = effective(modelOf(models), $("use").value);
+  const has = effective(modelOf(models), getUse());
   const shown = readForm(modelOf(models));
   const known = (name) => name === "use" || (name === "loras" ? lorasExist(models, request) : shown[name] === request[name]);
   if (has.loras) $("more").open ||= "loras" in request;

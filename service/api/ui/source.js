@@ -9,11 +9,15 @@ const SAFETENSORS = "application/x-safetensors";
 const TYPES = {npy: NPY, safetensors: SAFETENSORS, latent: SAFETENSORS};
 const USES = {enlarge: "Enlarge it", start: "Draw from it", edit: "Draw a part of it anew", refer: "Draw with it as a reference"};
 
+export const MISSING = "This request starts from a file, which a link does not hold: choose it or drop it here.";
+
 let files = [];
 let painter = null;
 let urls = [];
+let wanted = ""; // what a link or an old job does with a file that is not here
 
 export const getFiles = () => files;
+export const getWantedUse = () => (files.length ? "" : wanted);
 export const typeOf = (file) => TYPES[file.name.split(".").pop().toLowerCase()] ?? (file.type || "application/octet-stream");
 const isLatent = (file) => typeOf(file).startsWith("application/");
 
@@ -29,9 +33,10 @@ export function usesFor(model) {
   return Object.fromEntries(Object.entries(USES).filter(([name]) => can[name]));
 }
 
-/** Take files in place of those that are there. */
-export function setFiles(chosen) {
+/** Take files in place of those that are there; without any, `use` is what the request needs one for. */
+export function setFiles(chosen, use = "") {
   files = [...chosen];
+  wanted = use;
   if (!files.length) $("file").value = "";
   painter = null;
   urls.forEach((url) => URL.revokeObjectURL(url));
@@ -40,19 +45,18 @@ export function setFiles(chosen) {
   $("pictures").replaceChildren(...urls.map((url, index) => make("img", {src: url, alt: images[index].name})));
 }
 
-/** Show the files and, to edit one, where to paint. `wanted` is a use of a link, whose file is not there. */
-export function drawSource(model, use, wanted) {
+/** Show the files and, to edit one, where to paint. */
+export function drawSource(model, use) {
   const size = bytes(files.reduce((total, file) => total + file.size, 0));
-  const missing = "This request starts from a file, which a link does not hold: choose it or drop it here.";
-  const hint = wanted ? missing : "Or drop one here, to enlarge it or to draw from it.";
+  const hint = wanted ? MISSING : "Or drop one here, to enlarge it or to draw from it.";
   $("drop-hint").textContent = files.length ? size : hint;
   $("drop").classList.toggle("wanted", Boolean(wanted) && !files.length);
-  $("drop-clear").hidden = !files.length;
+  $("drop-clear").hidden = !files.length && !wanted;
   $("use-row").hidden = Object.keys(usesFor(model)).length < 2;
   $("pictures").hidden = use === "edit" || !urls.length;
-  $("scaled-row").hidden = use !== "enlarge" || !isLatent(files[0]);
-  $("mask-row").hidden = use !== "edit";
-  if (use === "edit" && !painter) {
+  $("scaled-row").hidden = use !== "enlarge" || !files.some(isLatent);
+  $("mask-row").hidden = use !== "edit" || !files.length;
+  if (!$("mask-row").hidden && !painter) {
     painter = maskPainter(urls[0]);
     $("mask-row").replaceChildren(painter.element);
   }
