@@ -21,7 +21,9 @@ def check_key(has_key: bool, without: Answer, with_key: Answer) -> Finding:
     if without.status == 200:
         ignored = "; the key that you gave is not checked" if has_key else ""
         return warn(
-            "key", f"everybody who reaches the service may use it{ignored}", "set GIANTLEAP_API_KEYS_FILE (security.md)"
+            "key",
+            f"everybody who reaches the service may use it{ignored}",
+            "set GIANTLEAP_API_KEYS_FILE (docs/security.md)",
         )
     if without.status != 401:
         return fail("key", f"/models: {without.explain()}", "let the proxy pass /models")

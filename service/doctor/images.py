@@ -121,7 +121,7 @@ def check_marks(marks: ImageMarks, settings: Settings) -> Iterator[Finding]:
             "signature", "GIANTLEAP_C2PA_CERT is set and the image has no manifest", "set it for the workers too"
         )
     else:
-        yield skipped("signature", "no C2PA certificate is set here", "set GIANTLEAP_C2PA_CERT (provenance.md)")
+        yield skipped("signature", "no C2PA certificate is set here", "set GIANTLEAP_C2PA_CERT (docs/provenance.md)")
 
 
 def check_stages(job: Answer) -> Finding:
@@ -129,7 +129,7 @@ def check_stages(job: Answer) -> Finding:
     stages: dict[str, float] = job.fields.get("stages", {})
     times = ", ".join(f"{name} {duration_s:.2f} s" for name, duration_s in stages.items())
     if stages.get("queue", 0.0) > _LONG_WAIT_S:
-        return warn("stages", f"the test image waited for a worker: {times}", "add workers (operations.md#sizing)")
+        return warn("stages", f"the test image waited for a worker: {times}", "add workers (docs/operations.md#sizing)")
     return ok("stages", times)
 
 
