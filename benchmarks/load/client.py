@@ -126,35 +126,42 @@ async def open_connections(port: int, number: int) -> list[Connection]:
     return [connection for _, connection in opened]
 
 
-async def run_closed(port: int, request: bytes, clients: int, warm_up: int, seconds: float) -> Load:
+async def run_closed(
+    port: int, request: bytes, clients: int, warm_up: int, seconds: float, allowed: tuple[int, ...] = (200,)
+) -> Load:
     """Run a closed loop: each of `clients` sends its next request when the last one is answered.
 
     Raises:
-        RuntimeError: A response is not 200.
+        RuntimeError: The status of a response is not allowed.
     """
     connections = await open_connections(port, clients)
     try:
         for _ in range(-(-warm_up // clients)):
-            await asyncio.gather(*(_require_good(connection, request) for connection in connections))
-        times_ms: list[float] = []
+            await asyncio.gather(*(_ask(connection, request, allowed) for connection in connections))
+        responses: list[Response] = []
         started_s = time.perf_counter()
 
         async def run(connection: Connection) -> None:
             while time.perf_counter() - started_s < seconds:
-                times_ms.append((await _require_good(connection, request)).time_ms)
+                responses.append(await _ask(connection, request, allowed))
 
         await asyncio.gather(*map(run, connections))
-        return Load(times_ms, [], time.perf_counter() - started_s, len(times_ms))
+        return _to_load(responses, time.perf_counter() - started_s)
     finally:
         for connection in connections:
             connection.close()
 
 
-async def _require_good(connection: Connection, request: bytes) -> Response:
+async def _ask(connection: Connection, request: bytes, allowed: tuple[int, ...]) -> Response:
     response = await connection.ask(request)
-    if response.status != 200:
-        raise RuntimeError(f"got status {response.status}, expected 200")
+    if response.status not in allowed:
+        raise RuntimeError(f"got status {response.status}, expected {' or '.join(map(str, allowed))}")
     return response
+
+
+def _to_load(responses: Sequence[Response], duration_s: float) -> Load:
+    good = [response.time_ms for response in responses if response.status == 200]
+    return Load(good, [response for response in responses if response.status != 200], duration_s, len(responses))
 
 
 async def run_open(port: int, request: bytes, per_s: float, seconds: float, seed: int) -> Load:
@@ -184,8 +191,7 @@ async def run_open(port: int, request: bytes, per_s: float, seconds: float, seed
     duration_s = time.perf_counter() - started_s
     for connection in opened:
         connection.close()
-    good = [response.time_ms for response in responses if response.status == 200]
-    return Load(good, [response for response in responses if response.status != 200], duration_s, len(responses))
+    return _to_load(responses, duration_s)
 
 
 def median_of(runs: Sequence[float]) -> float:

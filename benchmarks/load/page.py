@@ -1,5 +1,6 @@
 """Write `docs/load.md` from the report of `benchmarks.load`."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ request of all server processes, Redis and worker included.
 
 ## Targets
 
+Ratios of one run, since machines differ. Beside other servers, above 1 Giantleap is faster. Missed by: the distance to
+the target, as a part of it.
+
 {aims}
 
 ## Giantleap
@@ -35,7 +39,7 @@ request of all server processes, Redis and worker included.
 
 ## Overload
 
-{overload}
+{refusals}{overload}
 {peers}"""
 _PEERS = """
 ## Beside other servers
@@ -52,9 +56,6 @@ def to_markdown(report: dict[str, Any]) -> str:
     ours = report["medians"]["giantleap"]
     columns = {name: title for name, title in _COLUMNS.items() if name in next(iter(ours.values()))}
     rows = [[_run_name(run), *(figures[name] for name in columns)] for run, figures in ours.items()]
-    aims = [
-        [name, each["aim"], each["reached"], "yes" if each["met"] else "no"] for name, each in report["aims"].items()
-    ]
     before, after = (
         ", ".join(f"{value:.1f}" for value in report[f"load_average_{when}"]) for when in ("before", "after")
     )
@@ -68,18 +69,62 @@ def to_markdown(report: dict[str, Any]) -> str:
         seconds=report["seconds"],
         warm_up=report["warm_up"],
         command="with `--peers`" if report["peers"] else "without peers",
-        aims=_table(["", "target", "reached", "met"], aims),
+        aims=_table(["", "target", "reached", "missed by"], [_judge(*aim) for aim in _aims(report)]),
         ours=_table(["", *columns.values()], rows),
-        overload=_overload(report["overload"]),
+        refusals=_refusals(report["refusals"]) if "refusals" in report else "",
+        overload="\n\n".join(_overload(*each) for each in _overloads(report)),
         peers=_peers(report) if report["peers"] else "",
     )
 
 
-def _overload(figures: dict[str, Any]) -> str:
+def _aims(report: dict[str, Any]) -> Iterator[tuple[str, float, str, float]]:
+    """The name, the reached value, the sign and the value of every target; none of what the report did not measure."""
+    for name in report["peers"]:
+        ratios = {run: _ratios(report, name, run) for run in report["medians"][name]}
+        if name == "litserve":
+            yield "p50 of a no-op at 1 client beside LitServe", ratios["no-op, 1"][0], ">=", 0.5
+            yield "no-ops per second at 8 clients beside LitServe", ratios["no-op, 8"][1], ">=", 0.9
+            yield "p50 of a 512 KiB latent beside LitServe", ratios["512 KiB"][0], ">=", 1.0
+        else:
+            run, which = min(((run, which) for run in ratios for which in (0, 1)), key=lambda at: ratios[at[0]][at[1]])
+            figure = f"{('p50', 'per second')[which]}, {_run_name(run)}"
+            yield f"smallest ratio beside {_NAMES[name]} ({figure})", ratios[run][which], ">=", 1.0
+    if "refusals" in report:
+        yield "processor time of a refused request over an accepted one, API", report["refusals"]["ratio"], "<=", 0.1
+    for figures, where in _overloads(report):
+        yield f"accepted p99 under overload over unloaded p99{where}", figures["p99_ratio"], "<=", 2.0
+
+
+def _judge(name: str, reached: float, sign: str, aim: float) -> list[str]:
+    missed = (reached - aim if sign == "<=" else aim - reached) / aim
+    return [name, f"{sign} {aim:g}", f"{reached:.3g}", f"{100 * missed:.0f} %" if missed > 0 else "met"]
+
+
+def _ratios(report: dict[str, Any], name: str, run: str) -> tuple[float, float]:
+    """How many times as fast as a peer Giantleap is: by p50 and by requests per second."""
+    peer, ours = report["medians"][name][run], report["medians"]["giantleap"][run]
+    return peer["p50_ms"] / ours["p50_ms"], ours["per_s"] / peer["per_s"]
+
+
+def _overloads(report: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    runs = [(report["overload"], "")]
+    return runs + ([(report["overload_pinned"], ", all on one core")] if "overload_pinned" in report else [])
+
+
+def _refusals(figures: dict[str, Any]) -> str:
+    return (
+        f"An accepted no-op takes {figures['accepted_api_ms']:.3f} ms of processor time of the API, a refused one "
+        f"{figures['refused_api_ms']:.3f} ms: a ratio of {figures['ratio']:.3f}, both with {figures['clients']} "
+        f"clients ({figures['accepted']} and {figures['refused']} requests).\n\n"
+    )
+
+
+def _overload(figures: dict[str, Any], where: str) -> str:
+    times = f", medians of {figures['repetitions']} repetitions" if "repetitions" in figures else ""
     return (
         f"{figures['workers']} workers of {figures['work_ms']:g} ms per job, ± {100 * figures['work_spread']:.0f} %, "
         f"complete {figures['capacity_per_s']:g} jobs/s; {figures['offered_per_s']:g} jobs/s were offered, with a "
-        f"queue limit of {figures['queue_limit']}.\n\n"
+        f"queue limit of {figures['queue_limit']}{times}{where}.\n\n"
         + _table(
             ["", "p50 ms", "p99 ms"],
             [
@@ -94,11 +139,10 @@ def _overload(figures: dict[str, Any]) -> str:
 
 def _peers(report: dict[str, Any]) -> str:
     medians = report["medians"]
-    ours = medians["giantleap"]
     rows = []
     for name in report["peers"]:
         for run, figures in medians[name].items():
-            ratio, faster = figures["p50_ms"] / ours[run]["p50_ms"], ours[run]["per_s"] / figures["per_s"]
+            ratio, faster = _ratios(report, name, run)
             figures = [figures["p50_ms"], figures["p99_ms"], figures["per_s"], figures["cpu_ms"]]
             rows.append([_NAMES[name], _run_name(run), *figures, f"{ratio:.2f}", f"{faster:.2f}"])
     versions = ", ".join(f"{_NAMES[name]} {version}" for name, version in report["peers"].items())

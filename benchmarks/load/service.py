@@ -20,6 +20,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from benchmarks.processes import run_process
 from giantleap.models.allocator import keep_freed_memory
 from giantleap.service.jobqueue.claims import Claim
@@ -34,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".peers"
 PEER_NAMES = ("litserve", "bentoml", "ray")
 SPREAD = 0.2
+PARTS = ("api", "worker", "redis")
 _START_TIMEOUT_S = 120.0
 
 
@@ -125,6 +128,23 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def used_cpu_s(root: psutil.Process | None = None) -> dict[str, float]:
+    """Return the processor seconds of all live processes below `root`, by part of the service."""
+    used_s = dict.fromkeys(PARTS, 0.0)
+    for process in (root or psutil.Process()).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            used_s[part_of(process.cmdline())] += times.user + times.system
+    return used_s
+
+
+def part_of(command: list[str]) -> str:
+    """Return which of `PARTS` a process is, by its command line."""
+    if any("redis" in word or "valkey" in word for word in command[:4]):
+        return "redis"
+    return "worker" if "benchmarks.load.service" in command else "api"
 
 
 def work(settings: Settings, workers: int, work_ms: float) -> None:

@@ -26,7 +26,7 @@ from giantleap.service.jobs.job import Job, QueueStats
 from giantleap.service.settings import Settings
 
 STATE_S = 0.05
-"""For how long what was read of the queue counts."""
+"""For how long what was read of the queue counts, from its arrival: a starved process must not doubt it at once."""
 _MAX_RETRY_S = 600
 _CROWD_S = 1.0  # after the last refusal of a crowd; then the enqueue script alone decides again
 
@@ -54,16 +54,21 @@ class QueueGate:
         self._fresh_until_s = self._crowd_until_s = -math.inf
         self._reading: asyncio.Task[None] | None = None
 
-    def close(self, refusal: QueueFull, read_at_s: float, places: int = 0) -> None:
-        """Keeps the state of the queue, as it was read at a monotonic time, for as long as it counts."""
+    def close(self, refusal: QueueFull, places: int = 0) -> None:
+        """Keeps the state of the queue, which has just arrived, for as long as it counts."""
+        now_s = time.monotonic()
         self._refusal, self._places = refusal, places - self._completions.ended
-        self._fresh_until_s = read_at_s + STATE_S
+        self._fresh_until_s = now_s + STATE_S
         if places <= 0:
-            self._crowd_until_s = read_at_s + _CROWD_S
+            self._crowd_until_s = now_s + _CROWD_S
 
     def known_refusal(self) -> QueueFull | None:
-        """The refusal of a queue that is known to be full now; costs next to nothing."""
-        return None if time.monotonic() >= self._fresh_until_s else self._refusal_if_full()
+        """The refusal of a queue that is known to be full now; costs little. Renews a state of half its age."""
+        left_s = self._fresh_until_s - time.monotonic()
+        refusal = self._refusal_if_full() if left_s > 0 else None
+        if refusal is not None and left_s < STATE_S / 2:
+            self._start_read()
+        return refusal
 
     async def admit(self) -> QueueFull | None:
         """Takes a place for one request; returns the refusal if there is none. Callers share the read of the state."""
@@ -74,9 +79,7 @@ class QueueGate:
             self._refusal = None
             return None
         if now_s >= self._fresh_until_s:
-            if self._reading is None or self._reading.done():
-                self._reading = asyncio.create_task(self._read(), name="queue-gate")
-            await asyncio.wait((self._reading,))
+            await asyncio.wait((self._start_read(),))
         refusal = self._refusal_if_full()
         self._places -= refusal is None
         return refusal
@@ -84,8 +87,12 @@ class QueueGate:
     def _refusal_if_full(self) -> QueueFull | None:
         return self._refusal if self._places + self._completions.ended <= 0 else None
 
+    def _start_read(self) -> asyncio.Task[None]:
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read(), name="queue-gate")
+        return self._reading
+
     async def _read(self) -> None:
-        read_at_s = time.monotonic()
         try:
             stats = await self._read_stats()
         except NotReady:
@@ -93,7 +100,7 @@ class QueueGate:
             return
         jobs = sum(stats.queued.values()) + stats.processing + stats.delayed
         refusal = _queue_full(f"{max(jobs, self._limit)} jobs", self._limit, retry_after_s(stats))
-        self.close(refusal, read_at_s, self._limit - jobs)
+        self.close(refusal, self._limit - jobs)
 
     async def stop(self) -> None:
         """Ends a read that is under way."""

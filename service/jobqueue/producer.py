@@ -190,7 +190,6 @@ class JobProducer:
             "digest": job.payload_sha256() + await body_sha256(body),
             "idempotency": None if idempotency_key is None else idempotency_digest(idempotency_key, job.owner),
         }
-        sent_at_s = time.monotonic()
         reply = await self._send_job(job, body, arguments)
         if reply.status in ("created", "existing"):
             return Enqueued(
@@ -209,7 +208,7 @@ class JobProducer:
             reply, job, len(body or b""), max_live, charge, settings=self._settings, retry_s=await self._retry_after_s()
         )
         if isinstance(refusal, QueueFull) and reply.status == "full":
-            self.gate.close(refusal, sent_at_s)
+            self.gate.close(refusal)
         raise refusal
 
     async def _send_job(self, job: Job, body: bytes | None, arguments: dict[str, Any]) -> EnqueueReply:

@@ -1,7 +1,6 @@
 """The gate of a full queue: what it knows is at most 50 ms old, shared by a crowd, and follows the jobs that end."""
 
 import asyncio
-import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -35,16 +34,19 @@ class Queue:
             raise NotReady("away")
         return QueueStats({("tiny", Priority.HIGH): self.jobs - 1}, 1, 0, 0, 0.0, LIMIT, 1, 0.5, 0, 1)
 
-    def gate(self, age_s: float = 0.0) -> QueueGate:
-        """A gate that knows since `age_s` that the queue is full."""
+    def gate(self, counts_s: float = 60.0, crowd_s: float = 600.0) -> QueueGate:
+        """A gate that knows that the queue is full, and for how long that counts."""
         gate = QueueGate(self.stats, self.completions, LIMIT)
-        gate.close(FULL, time.monotonic() - age_s)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backpressure, "STATE_S", counts_s)
+            patch.setattr(backpressure, "_CROWD_S", crowd_s)
+            gate.close(FULL)
         return gate
 
 
 @pytest.fixture(autouse=True)
 def patient_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A state counts for a minute, so that a stalled test does not see it age; `Queue.gate` may make it older."""
+    """A state counts for a minute, so that a stalled test does not see it age; `Queue.gate` may shorten that."""
     monkeypatch.setattr(backpressure, "STATE_S", 60.0)
     monkeypatch.setattr(backpressure, "_CROWD_S", 600.0)
 
@@ -52,7 +54,16 @@ def patient_state(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_state_counts_for_fifty_milliseconds() -> None:
     assert STATE_S == 0.05
     assert Queue().gate().known_refusal() is FULL
-    assert Queue().gate(age_s=61).known_refusal() is None
+    assert Queue().gate(counts_s=0).known_refusal() is None
+
+
+async def test_a_state_of_half_its_age_is_read_again_while_it_refuses() -> None:
+    queue = Queue()
+    gate = queue.gate(counts_s=29)
+    assert [gate.known_refusal() for _ in range(5)] == [FULL] * 5
+    while gate.known_refusal() is FULL:
+        await asyncio.sleep(0)
+    assert queue.reads == 1 and gate.known_refusal() is not None
 
 
 async def test_an_open_gate_reads_nothing() -> None:
@@ -63,7 +74,7 @@ async def test_an_open_gate_reads_nothing() -> None:
 
 async def test_a_crowd_shares_one_read_of_an_old_state() -> None:
     queue = Queue()
-    gate = queue.gate(age_s=61)
+    gate = queue.gate(counts_s=0)
     refusals = await asyncio.gather(*(gate.admit() for _ in range(20)))
     assert queue.reads == 1 and all(refusals) and refusals[0] is not FULL
     assert refusals[0] is not None and refusals[0].retry_after_s == 3, "5 wait and 1 runs for 0.5 s each"
@@ -72,7 +83,7 @@ async def test_a_crowd_shares_one_read_of_an_old_state() -> None:
 
 async def test_as_many_are_admitted_as_there_are_places() -> None:
     queue = Queue(jobs=LIMIT - 2)
-    gate = queue.gate(age_s=61)
+    gate = queue.gate(counts_s=0)
     refusals = await asyncio.gather(*(gate.admit() for _ in range(5)))
     assert [refusal is None for refusal in refusals] == [True, True, False, False, False]
     assert gate.known_refusal() is refusals[-1] and "6 jobs are in the queue, 6" in str(refusals[-1])
@@ -88,7 +99,7 @@ async def test_a_job_that_ends_gives_its_place_to_one_request() -> None:
 
 async def test_the_gate_opens_when_the_crowd_has_gone_or_redis_is_away() -> None:
     gone = Queue()
-    assert await gone.gate(age_s=601).admit() is None and gone.reads == 0
+    assert await gone.gate(counts_s=0, crowd_s=0).admit() is None and gone.reads == 0
     away = Queue(away=True)
-    gate = away.gate(age_s=61)
+    gate = away.gate(counts_s=0)
     assert await gate.admit() is None and await gate.admit() is None and away.reads == 1
