@@ -1,46 +1,81 @@
-"""Time the encoding of PNG files, against Pillow at the level that was used before, in turns.
+"""Time how image files are written: every format and option of a request, against Pillow's PNG, in turns.
 
 `python -m benchmarks.images.encode` enlarges a photograph, adds grain to a copy, and draws a prompt with the pocket
-bundle; it prints CPU seconds and megabytes and writes `benchmarks/results/encode.json`.
+bundle; it prints CPU seconds, megabytes and the PSNR of lossy files, and writes `benchmarks/results/encode.json`.
+`times_as_fast` is relative to Pillow's PNG at the level that was used before. AVIF is measured and not served.
 """
 
 import io
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-import numpy as np
-import skimage.data
-import torch
 import typer
-from numpy.typing import NDArray
-from PIL import Image
 
-from benchmarks.machine import read_machine
-from giantleap.models.bundle.bundle import read_bundle
-from giantleap.models.generation.items import GenerationItem
-from giantleap.models.pixels.png import to_png
-from giantleap.models.route import Route
-from giantleap.models.runs import run_once
+if TYPE_CHECKING:  # `--help` loads neither torch nor numpy
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Encoders = Mapping[str, Callable[[NDArray[np.uint8]], bytes]]
 
 RESULTS = Path("benchmarks/results/encode.json")
 PILLOW_LEVEL = 3
+BASELINE = f"png, Pillow level {PILLOW_LEVEL}"
 GRAIN = 4.0  # deviation, in levels of 255
 PROMPT = "a large green cone on a purple floor under an orange sky, in the centre"
+# Settings of Pillow that the options of a request could have had.
+OTHERS: Mapping[str, Mapping[str, Any]] = {
+    BASELINE: {"format": "PNG", "compress_level": PILLOW_LEVEL},
+    "png, Pillow level 9": {"format": "PNG", "optimize": True},
+    "jpeg 95, 4:2:0": {"format": "JPEG", "quality": 95, "subsampling": 2},
+    **{f"webp 95, method {method}": {"format": "WEBP", "quality": 95, "method": method} for method in (0, 1, 4, 5)},
+    "avif 90, speed 8": {"format": "AVIF", "quality": 90, "speed": 8, "max_threads": 1},
+}
 
 
-def with_pillow(pixels: NDArray[np.uint8]) -> bytes:
-    """Encode with zlib and a filter per row."""
+def with_pillow(pixels: "NDArray[np.uint8]", options: Mapping[str, Any]) -> bytes:
+    """Encode with Pillow."""
+    from PIL import Image
+
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=PILLOW_LEVEL)
+    Image.fromarray(pixels).save(buffer, **options)
     return buffer.getvalue()
 
 
-def make_images(side_px: int, bundle: Path) -> dict[str, NDArray[np.uint8]]:
+def make_encoders() -> "Encoders":
+    """What a request can choose, and what it could be."""
+    import torch
+
+    from giantleap.models.pixels.image_formats import CONTENT_TYPES, Compression, FileOptions, ImageFormat
+    from giantleap.models.pixels.images import to_image_bytes
+
+    def encode(pixels: "NDArray[np.uint8]", name: ImageFormat, options: FileOptions) -> bytes:
+        return to_image_bytes(torch.from_numpy(pixels), name, options=options)
+
+    served = {
+        f"{name}, {compression}": partial(encode, name=name, options=FileOptions(compression))
+        for name in CONTENT_TYPES
+        for compression in get_args(Compression)
+    }
+    return served | {name: partial(with_pillow, options=options) for name, options in OTHERS.items()}
+
+
+def make_images(side_px: int, bundle: Path) -> "dict[str, NDArray[np.uint8]]":
     """A photograph, the same with grain, and a generated picture, enlarged to this side."""
+    import numpy as np
+    import skimage.data
+    import torch
+    from PIL import Image
+
+    from giantleap.models.bundle.bundle import read_bundle
+    from giantleap.models.generation.items import GenerationItem
+    from giantleap.models.route import Route
+    from giantleap.models.runs import run_once
+
     read_photograph: Callable[[], NDArray[np.uint8]] = skimage.data.astronaut
     opened = read_bundle(bundle)
     route, defaults = Route.open(opened, torch.device("cpu"), torch.float32), opened.defaults
@@ -58,19 +93,39 @@ def make_images(side_px: int, bundle: Path) -> dict[str, NDArray[np.uint8]]:
     return enlarged | {"photograph with grain": grain}
 
 
-def measure(pixels: NDArray[np.uint8], runs: int) -> dict[str, float]:
-    """Median CPU seconds and sizes of both encoders, run in turns, and how many times as fast the own one is."""
-    encoders: dict[str, Callable[[NDArray[np.uint8]], bytes]] = {"pillow": with_pillow, "own": to_png}
+def measure(pixels: "NDArray[np.uint8]", encoders: "Encoders", runs: int) -> dict[str, dict[str, float | None]]:
+    """Median CPU seconds, megabytes and PSNR of each encoder, run in turns; no PSNR where every pixel is kept."""
     times: dict[str, list[float]] = {name: [] for name in encoders}
-    sizes: dict[str, float] = {}
+    files: dict[str, bytes] = {}
     for _ in range(runs):
         for name, encode in encoders.items():
             start_s = time.process_time()
-            file = encode(pixels)
+            files[name] = encode(pixels)
             times[name].append(time.process_time() - start_s)
-            sizes[f"{name}_mb"] = round(len(file) / 1e6, 3)
-    seconds = {f"{name}_s": round(statistics.median(each), 4) for name, each in times.items()}
-    return seconds | sizes | {"times_as_fast": round(seconds["pillow_s"] / seconds["own_s"], 1)}
+    cpu_s = {name: statistics.median(each) for name, each in times.items()}
+    return {
+        name: {
+            "cpu_s": round(cpu_s[name], 4),
+            "mb": round(len(file) / 1e6, 3),
+            "psnr_db": _psnr_db(pixels, file),
+            "times_as_fast": round(cpu_s[BASELINE] / cpu_s[name], 1),
+        }
+        for name, file in files.items()
+    }
+
+
+def _psnr_db(pixels: "NDArray[np.uint8]", file: bytes) -> float | None:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from giantleap.models.pixels.images import psnr_db, to_signed
+
+    with Image.open(io.BytesIO(file)) as image:
+        found = np.array(image.convert("RGB"))
+    if np.array_equal(found, pixels):
+        return None
+    return round(psnr_db(to_signed(torch.from_numpy(found)), to_signed(torch.from_numpy(pixels))), 2)
 
 
 def main(
@@ -80,12 +135,19 @@ def main(
     out: Annotated[Path, typer.Option(help="The report.")] = RESULTS,
 ) -> None:
     """Measure, print, write the JSON."""
+    import torch
+
+    from benchmarks.machine import read_machine
+
     torch.set_num_threads(1)
-    report: dict[str, Any] = {"machine": read_machine(("isal", "pillow")), "pillow_level": PILLOW_LEVEL, "images": {}}
+    encoders = make_encoders()
+    images: dict[str, Any] = {}
     for side in side_px or (1024, 2048, 4096):
         for name, pixels in make_images(side, bundle).items():
-            report["images"][f"{name} {side} px"] = row = measure(pixels, runs)
-            typer.echo(f"{name} {side} px: {row}")
+            images[f"{name} {side} px"] = rows = measure(pixels, encoders, runs)
+            for encoder, row in rows.items():
+                typer.echo(f"{name} {side} px, {encoder}: {row}")
+    report = {"machine": read_machine(("isal", "pillow")), "pillow_level": PILLOW_LEVEL, "images": images}
     out.write_text(json.dumps(report, indent=1) + "\n")
 
 

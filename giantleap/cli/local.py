@@ -42,6 +42,7 @@ from giantleap.cli.options import (
 )
 from giantleap.cli.progress import ShownStages, import_torch
 from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.pixels.image_formats import Compression
 from giantleap.service.errors import BadConfiguration, GiantleapError
 from giantleap.service.settings import Settings
 
@@ -61,6 +62,10 @@ OutOption = Annotated[
 EmbedOption = Annotated[
     bool, typer.Option("--embed-parameters", help="Write prompt, seed and so on into the file's metadata.")
 ]
+CompressionOption = Annotated[
+    Compression | None, typer.Option(help="fast, the default, or small: fewer bytes, several times the time.")
+]
+QualityOption = Annotated[int | None, typer.Option(help="Of .jpg and .webp, 1 to 100; by default 95.")]
 LuaOption = Annotated[
     Path | None, typer.Option(help="LUA weights in place of the bundle's own: .safetensors, .pth or .pt.")
 ]
@@ -102,6 +107,8 @@ def generate(
     refine_strength: RefineStrengthOption = None,
     refine_steps: RefineStepsOption = None,
     decode: DecodeOption = "exact",
+    compression: CompressionOption = None,
+    quality: QualityOption = None,
     embed_parameters: EmbedOption = False,
     lora: LoraOption = None,
     lua: LuaOption = None,
@@ -109,49 +116,46 @@ def generate(
     device: DeviceOption = None,
 ) -> None:
     """Make one image without a service: generate, upscale, decode."""
-    output_format = image_format(out)
+    image_format(out)
     check_output_file(out)
     files = (init_image, mask, *(image or ()))
     check_input_files(lua, *files)
-    prompt = _read_prompt(prompt, files)
-    from giantleap.service.jobs.edits.inputs import to_input
-    from giantleap.service.jobs.planning import plan_generate
-    from giantleap.service.jobs.requests import GenerateRequest
-
+    fields = {
+        "prompt": _read_prompt(prompt, files),
+        "negative_prompt": negative_prompt,
+        "scale": scale,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "method": method,
+        "decode": decode,
+        "strength": strength,
+        "refine": to_refine(refine_strength, refine_steps),
+        "compression": compression,
+        "quality": quality,
+        "embed_parameters": embed_parameters,
+    }
     settings = settings_from(bundle=bundle, device=device)
     served = _read_bundle(settings, lua)
-    loras, images = read_loras(lora, served, settings), _read_images(*files)
-    try:
-        request = GenerateRequest.model_validate(
-            {
-                "prompt": prompt,
-                "negative_prompt": negative_prompt,
-                "scale": scale,
-                "width": width,
-                "height": height,
-                "steps": steps,
-                "guidance_scale": guidance_scale,
-                "method": method,
-                "decode": decode,
-                "strength": strength,
-                "refine": to_refine(refine_strength, refine_steps),
-                "embed_parameters": embed_parameters,
-            }
-            | images
-        )
-        params = plan_generate(request, served, settings, seed, output_format, loras=loras.uses)
-        blob = to_input(request, params, settings.max_image_px)
-    except (ValueError, GiantleapError) as error:
-        stop(to_message(error))
-    _draw_to_file(settings, served, params, blob, loras, out)
+    _draw_to_file(settings, served, fields | _read_images(*files), seed, read_loras(lora, served, settings), out)
 
 
 def _draw_to_file(
-    settings: Settings, served: Bundle, params: "GenerateParams", blob: bytes | None, loras: LocalLoras, out: Path
+    settings: Settings, served: Bundle, fields: Mapping[str, object], seed: int, loras: LocalLoras, out: Path
 ) -> None:
-    """Load the bundle and draw one image; `blob` holds the images that come in, as of a job."""
+    """Plan a request of these fields, load the bundle and draw one image."""
+    from giantleap.service.jobs.edits.inputs import to_input
+    from giantleap.service.jobs.planning import plan_generate
+    from giantleap.service.jobs.requests import GenerateRequest
     from giantleap.service.worker.items import draw_item
 
+    try:
+        request = GenerateRequest.model_validate(fields)
+        params = plan_generate(request, served, settings, seed, image_format(out), loras=loras.uses)
+        blob = to_input(request, params, settings.max_image_px)
+    except (ValueError, GiantleapError) as error:
+        stop(to_message(error))
     _warn_of_unknown_words(served, params.prompt)
     writer = _open_writer(settings)
     route = open_bundle_route(settings, served)
@@ -217,6 +221,8 @@ def upscale(
     width: Annotated[int | None, typer.Option(help="Width of the image of a packed latent, px.")] = None,
     height: Annotated[int | None, typer.Option(help="Height of the image of a packed latent, px.")] = None,
     decode: DecodeOption = "exact",
+    compression: CompressionOption = None,
+    quality: QualityOption = None,
     lua: LuaOption = None,
     bundle: BundleOption = None,
     device: DeviceOption = None,
@@ -241,10 +247,9 @@ def upscale(
                 "scaled": scaled,
                 "method": method,
                 "decode": decode,
-                "width": width,
-                "height": height,
                 "output": "latent" if as_latent else "image",
             }
+            | {"width": width, "height": height, "compression": compression, "quality": quality}
         )
         params, blob = prepare_upscale(query, body, None, served, settings, output_format)
         if params.batch_items != 1:
@@ -290,7 +295,7 @@ class _Writer:
             except (ImageRefused, FilterFailed) as error:
                 stop(f"{error}; nothing was written", code=EXIT_FAILED)
             origin = to_origin(params, bundle, params.seed)
-            write_output(out, self.marker.to_file(pixels, params.output_format, origin))
+            write_output(out, self.marker.to_file(pixels, params.output_format, origin, params.file))
         _report(out, stages.clock.stages_s)
 
 

@@ -2,18 +2,33 @@
 
 import io
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from giantleap.models.pixels.image_formats import MAX_SIDE_PX, ImageFormat
-from giantleap.models.pixels.png import to_png
+from giantleap.models.pixels.image_formats import (
+    DEFAULT_FILE,
+    DEFAULT_QUALITY,
+    MAX_SIDE_PX,
+    Compression,
+    FileOptions,
+    ImageFormat,
+)
+from giantleap.models.pixels.png import to_png, to_small_png
 
-_OPTIONS: dict[str, dict[str, int]] = {
-    "jpeg": {"quality": 95, "subsampling": 0},
-    "webp": {"quality": 95, "method": 2},
-}
+# What Pillow takes. `python -m benchmarks.images.encode` measures both; 4:2:0 would cost 3 dB and blur colored edges.
+_OPTIONS: Final[Mapping[tuple[ImageFormat, Compression], Mapping[str, int | bool]]] = MappingProxyType(
+    {
+        ("jpeg", "fast"): {"subsampling": 0},
+        ("jpeg", "small"): {"subsampling": 0, "optimize": True, "progressive": True},
+        ("webp", "fast"): {"method": 2},
+        ("webp", "small"): {"method": 6},
+    }
+)
 
 MAX_PSNR_DB = 150.0  # of images that are equal: JSON has no infinity
 
@@ -48,13 +63,16 @@ def to_pixels(values: Tensor) -> Tensor:
     return (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-def to_image_bytes(pixels: Tensor, output_format: ImageFormat, xmp: bytes | None = None) -> bytes:
+def to_image_bytes(
+    pixels: Tensor, output_format: ImageFormat, xmp: bytes | None = None, options: FileOptions = DEFAULT_FILE
+) -> bytes:
     """Encode one image. The file holds the pixels, their size and the packet, nothing else.
 
     Args:
         pixels: [height_px, width_px, 3], uint8, on the CPU.
         output_format: Of the file.
         xmp: Packet of metadata (`giantleap.models.provenance.xmp`).
+        options: How it is compressed.
 
     Raises:
         ValueError: The tensor has another shape or type, or the format is unknown.
@@ -64,10 +82,11 @@ def to_image_bytes(pixels: Tensor, output_format: ImageFormat, xmp: bytes | None
     if pixels.dim() != 3 or pixels.shape[-1] != 3 or str(pixels.dtype) != "torch.uint8":
         raise ValueError(f"an image is uint8 [height, width, 3]; found {pixels.dtype} {list(pixels.shape)}")
     if output_format == "png":
-        return to_png(pixels.numpy(), xmp)
+        return (to_png if options.compression == "fast" else to_small_png)(pixels.numpy(), xmp)
     buffer = io.BytesIO()
+    how = {**_OPTIONS[output_format, options.compression], "quality": options.quality or DEFAULT_QUALITY}
     metadata: dict[str, object] = {} if xmp is None else {"xmp": xmp}
-    Image.fromarray(pixels.numpy()).save(buffer, format=output_format.upper(), **_OPTIONS[output_format], **metadata)
+    Image.fromarray(pixels.numpy()).save(buffer, format=output_format.upper(), **how, **metadata)
     return buffer.getvalue()
 
 

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from giantleap.models.adapters.files import AdapterUse
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.generation.refinement import Refinement
-from giantleap.models.pixels.image_formats import ImageFormat
+from giantleap.models.pixels.image_formats import DEFAULT_FILE, FileOptions, ImageFormat
 from giantleap.service.errors import field_errors
 
 FinalState = Literal["succeeded", "failed", "canceled"]
@@ -80,6 +80,7 @@ class GenerateParams:
     embed_parameters: bool = False
     loras: tuple[AdapterUse, ...] = ()
     previews: int = 0
+    file: FileOptions = DEFAULT_FILE
 
     kind: Literal["generate"] = "generate"
 
@@ -127,6 +128,7 @@ class UpscaleParams:
     negative_prompt: str = ""
     guidance_scale: float = 0.0
     seed: int | None = None
+    file: FileOptions = DEFAULT_FILE
 
     kind: Literal["upscale"] = "upscale"
 

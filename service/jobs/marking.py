@@ -1,13 +1,21 @@
-"""What the files of a job say of how they were made, and who signs it; `giantleap.models.provenance` writes it."""
+"""What the files of a job can hold, what they say of how they were made, and who signs it.
+
+`giantleap.models.pixels.images` and `giantleap.models.provenance` write them.
+"""
 
 import json
 from dataclasses import asdict
 from typing import Final
 
+from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.pixels.image_formats import LOSSY, MAX_SIDE_PX
 from giantleap.models.provenance.manifest import ManifestSigner, ProvenanceError
 from giantleap.models.provenance.xmp import Origin
 from giantleap.service.errors import BadConfiguration
+from giantleap.service.jobs.capacity import to_workload
 from giantleap.service.jobs.job import GenerateParams, JobParams
+from giantleap.service.jobs.refining import Check
+from giantleap.service.jobs.requests import UpscaleQuery
 from giantleap.service.settings import Settings
 
 MAX_PARAMETERS_BYTES: Final = 60_000
@@ -59,3 +67,40 @@ def to_parameters(params: GenerateParams, bundle: str, seed: int | None) -> str:
         "bundle": bundle,
     }
     return json.dumps({name: value for name, value in values.items() if value not in (None, "")})
+
+
+def file_checks(params: JobParams, bundle: Bundle) -> tuple[Check, ...]:
+    """Whether files of the format hold such an image, what they say of it, and take the options."""
+    work, name = to_workload(params, bundle), params.output_format
+    longest_px, max_px = max(work.width_px, work.height_px), MAX_SIDE_PX[name]
+    others = ", ".join(each for each, side_px in MAX_SIDE_PX.items() if longest_px <= side_px)
+    text = ""
+    if isinstance(params, GenerateParams) and params.embed_parameters:
+        text = to_parameters(params, bundle.name, params.seed)
+    return (
+        (
+            work.decode is not None and longest_px > max_px,
+            "output_format",
+            f"is {name}, which holds sides up to {max_px} px; an image of {work.width_px}x{work.height_px} "
+            f"px needs one of {others}",
+        ),
+        (
+            work.decode is not None and params.file.quality is not None and name not in LOSSY,
+            "quality",
+            f"applies to {' and '.join(LOSSY)}; a {name} keeps every pixel: leave it out, or send output_format",
+        ),
+        (
+            len(text) > MAX_PARAMETERS_BYTES,
+            "embed_parameters",
+            f"needs prompts of at most {MAX_PARAMETERS_BYTES} bytes as JSON; leave it out",
+        ),
+    )
+
+
+def no_file_options(query: UpscaleQuery) -> tuple[Check, ...]:
+    """A latent is stored as it is: the options of image files do not go with it."""
+    is_latent, reason = query.output == "latent", "applies to images; leave it out with output=latent"
+    return tuple(
+        (is_latent and value is not None, name, reason)
+        for name, value in (("compression", query.compression), ("quality", query.quality))
+    )

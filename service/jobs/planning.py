@@ -19,7 +19,7 @@ from giantleap.models.bundle.descriptor import (
 )
 from giantleap.models.latent_space import LatentSpace, LatentSpaceError
 from giantleap.models.lua.spec import is_whole, scaled_size
-from giantleap.models.pixels.image_formats import MAX_SIDE_PX, ImageFormat
+from giantleap.models.pixels.image_formats import FileOptions, ImageFormat
 from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.bundles import ServedBundle
 from giantleap.service.jobs.capacity import (
@@ -33,7 +33,7 @@ from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_p
 from giantleap.service.jobs.images import ImageSize, check_image, is_image
 from giantleap.service.jobs.job import GenerateParams, JobParams, UpscaleParams
 from giantleap.service.jobs.latents import Values, read_values, require_finite, to_blob
-from giantleap.service.jobs.marking import MAX_PARAMETERS_BYTES, to_parameters
+from giantleap.service.jobs.marking import file_checks, no_file_options
 from giantleap.service.jobs.refining import Check, query_checks, refine_checks, to_refinement, with_refine
 from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 from giantleap.service.settings import Settings
@@ -84,6 +84,7 @@ def plan_generate(
         embed_parameters=request.embed_parameters,
         loras=loras,
         previews=request.previews,
+        file=FileOptions(request.compression or "fast", request.quality),
     )
     _refuse(
         (
@@ -91,12 +92,11 @@ def plan_generate(
             *_step_checks(params, bundle),
             *edit_checks(request, params, bundle, others),
             *refine_checks(params.refine, bundle, devices),
-            _too_long_to_embed(params, bundle),
             *_rediffusion_checks(params, devices),
             _no_decode(params.decode, bundle),
             _too_many("num_images", params.num_images, settings),
             _too_large("width", params, bundle, settings, devices),
-            _too_long(params, bundle),
+            *file_checks(params, bundle),
             _no_base_size(params, bundle),
         )
     )
@@ -127,11 +127,6 @@ def _prompt_checks(params: JobParams, bundle: Bundle, max_chars: int) -> tuple[C
             f"is not supported by the pipeline of bundle {bundle.name}; leave it out",
         ),
     )
-
-
-def _too_long_to_embed(params: GenerateParams, bundle: Bundle) -> Check:
-    is_wrong = params.embed_parameters and len(to_parameters(params, bundle.name, params.seed)) > MAX_PARAMETERS_BYTES
-    return is_wrong, "embed_parameters", f"needs prompts of at most {MAX_PARAMETERS_BYTES} bytes as JSON; leave it out"
 
 
 def _no_previews(params: GenerateParams, bundle: Bundle) -> Check:
@@ -312,10 +307,11 @@ def prepare_upscale(
         image_width_px=None if image is None else image.width_px,
         image_height_px=None if image is None else image.height_px,
         one_frame=one_frame,
+        file=FileOptions(query.compression or "fast", query.quality),
     )
     params = with_refine(query, params, bundle, seed)
-    body_checks = _body_checks(query, params, bundle, image)
-    _refuse((*body_checks, *query_checks(query), *_upscale_checks(params, bundle, settings, devices)))
+    own_checks = (*_body_checks(query, params, bundle, image), *no_file_options(query), *query_checks(query))
+    _refuse((*own_checks, *_upscale_checks(params, bundle, settings, devices)))
     check_capacity(params, bundle, devices, settings.max_image_px)
     return params, body if image is not None else to_blob(latent)
 
@@ -407,7 +403,7 @@ def _upscale_checks(
         *refine_checks(params.refine, bundle, devices, ("refine_strength", "refine_strength", "refine_steps")),
         _too_many("body", params.batch_items, settings),
         _too_large("body", params, bundle, settings, devices),
-        _too_long(params, bundle),
+        *file_checks(params, bundle),
     )
 
 
@@ -421,16 +417,3 @@ def _too_large(field: str, params: JobParams, bundle: Bundle, settings: Settings
     image_px = work.width_px * work.height_px
     note = largest_note(work, bundle, devices, max_px) if image_px > max_px else ""
     return image_px > max_px, field, f"makes an image of {image_px} pixels; at most {max_px} are allowed{note}"
-
-
-def _too_long(params: JobParams, bundle: Bundle) -> Check:
-    """Fails where the file format holds no image with such a side."""
-    work, max_px = to_workload(params, bundle), MAX_SIDE_PX[params.output_format]
-    longest_px = max(work.width_px, work.height_px)
-    others = ", ".join(name for name, side_px in MAX_SIDE_PX.items() if longest_px <= side_px)
-    return (
-        work.decode is not None and longest_px > max_px,
-        "output_format",
-        f"is {params.output_format}, which holds sides up to {max_px} px; an image of {work.width_px}x{work.height_px} "
-        f"px needs one of {others}",
-    )

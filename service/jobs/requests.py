@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from giantleap.models.bundle.descriptor import DecodeName, Method
 from giantleap.models.generation.refinement import DEFAULT_STEPS, DEFAULT_STRENGTH, MAX_STRENGTH
 from giantleap.models.lua.spec import to_scale
+from giantleap.models.pixels.image_formats import Compression
 from giantleap.service.jobs.fields import FormatName, Integer, JsonRequest, Pattern, Text, to_whole
 from giantleap.service.jobs.job import FINAL_STATES, FinalState, Webhook
 
@@ -22,6 +23,12 @@ _ANY_STATE = "|".join(FINAL_STATES)
 SideField = Annotated[int | None, Field(ge=1, le=65_536, examples=[256]), BeforeValidator(to_whole)]
 
 
+CompressionField: Any = Field(
+    None, description="Of an image file: fast, which is the default, or small: fewer bytes in several times the time."
+)
+QualityField: Any = Field(
+    None, ge=1, le=100, description="Of JPEG and WebP: 1 to 100, 95 if left out. PNG keeps every pixel."
+)
 Scale = Annotated[float, Field(ge=1, le=64, allow_inf_nan=False), AfterValidator(to_scale)]
 DecodeField: Any = Field(
     "exact",
@@ -103,6 +110,8 @@ class GenerateRequest(JsonRequest):
     output_format: FormatName | None = Field(
         None, description="File format; if left out, the one that Accept names, else png."
     )
+    compression: Compression | None = CompressionField
+    quality: Integer | None = QualityField
     priority: PriorityName = Field("high", description="high is claimed before low.")
     method: Method | None = Field(
         None,
@@ -166,6 +175,8 @@ class UpscaleQuery(BaseModel):
     output_format: FormatName | None = Field(
         None, description="File format of an image; if left out, the one that Accept names, else png."
     )
+    compression: Compression | None = CompressionField
+    quality: Integer | None = QualityField
     priority: PriorityName = Field("high", description="high is claimed before low.")
     method: Literal["lua", "bicubic", "swinir"] | None = Field(
         None, description="As of /generate; swinir enlarges the pixels of an image as they are."

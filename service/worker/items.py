@@ -189,7 +189,8 @@ def encode(item: Item, drawn: Drawn, marker: ImageMarker) -> Output | JobError:
 def to_image_output(item: Item, pixels: Tensor, marker: ImageMarker) -> Output:
     """The image file of one item."""
     params, seed = item.claim.job.params, _seed_of(item)
-    content = marker.to_file(pixels, params.output_format, to_origin(params, item.claim.job.bundle, seed))
+    origin = to_origin(params, item.claim.job.bundle, seed)
+    content = marker.to_file(pixels, params.output_format, origin, params.file)
     height_px, width_px = pixels.shape[:2]
     return Output(ResultFile(CONTENT_TYPES[params.output_format], len(content), seed, width_px, height_px), content)
 

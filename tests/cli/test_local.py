@@ -51,6 +51,17 @@ def test_generate_refuses_what_the_bundle_cannot_reach(
     assert ended.exit_code == 2 and message in ended.output and not out.exists()
 
 
+def test_generate_compresses_as_the_options_say(tmp_path: Path) -> None:
+    sizes: list[int] = []
+    for options in ((), ("--quality", "30"), ("--quality", "30", "--compression", "small")):
+        out = tmp_path / f"{len(sizes)}.jpg"
+        assert _run("generate", PROMPT, "-o", out, "--steps", "1", *options).exit_code == 0
+        sizes.append(out.stat().st_size)
+    assert sizes[0] > sizes[1] > sizes[2]
+    refused = _run("generate", PROMPT, "-o", tmp_path / "a.png", "--quality", "30")
+    assert refused.exit_code == 2 and "quality: applies to jpeg and webp" in refused.output
+
+
 def test_generate_refuses_an_unknown_image_format(tmp_path: Path) -> None:
     ended = _run("generate", PROMPT, "-o", tmp_path / "out.bmp")
     assert ended.exit_code == 2 and ".png" in ended.output

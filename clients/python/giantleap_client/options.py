@@ -6,6 +6,7 @@ from giantleap_client.payloads import Source
 
 Priority = Literal["high", "low"]
 Decode = Literal["exact", "tiled", "tiny"]
+Compression = Literal["fast", "small"]
 
 
 class Refine(TypedDict, total=False):
@@ -42,6 +43,8 @@ class GenerateOptions(TypedDict, total=False):
     num_images: int
     bundle: str
     output_format: str
+    compression: Compression
+    quality: int
     priority: Priority
     method: str
     decode: Decode
@@ -65,6 +68,8 @@ class UpscaleOptions(TypedDict, total=False):
     bundle: str
     output: Literal["image", "latent"]
     output_format: str
+    compression: Compression
+    quality: int
     priority: Priority
     method: str
     decode: Decode

@@ -93,6 +93,8 @@ class InferParameters(JsonRequest):
     width: Integer | None = None
     height: Integer | None = None
     output_format: FormatName | None = Field(default=None, description="Of the output image; png if left out.")
+    compression: str | None = None
+    quality: Integer | None = None
     priority: Integer = Field(default=0, ge=0, le=2, description="0 and 1: high; 2: low.")
     timeout: Integer | None = Field(
         default=None, ge=1, le=MAX_CANCEL_AFTER_S * 10**6, description="Deadline, microseconds, as Cancel-After."

@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, Field
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
 from giantleap.models.bundle.descriptor import Method
-from giantleap.models.pixels.image_formats import ImageFormat
+from giantleap.models.pixels.image_formats import Compression, ImageFormat
 from giantleap.service.api.compat.shared import find_bundle, validate_as
 from giantleap.service.api.dependencies import AppState, AppStateDep, RecordDep, links_of
 from giantleap.service.api.openapi import IMAGE_TYPES, REDIRECT, describe_responses, file_content
@@ -39,11 +39,18 @@ from giantleap.service.api.submission import (
 )
 from giantleap.service.errors import GiantleapError, InvalidFields
 from giantleap.service.jobqueue.client import cancel_tasks
-from giantleap.service.jobs.fields import FormatName, Integer, JsonRequest, Pattern, to_whole
+from giantleap.service.jobs.fields import FormatName, Integer, JsonRequest, Pattern
 from giantleap.service.jobs.job import GenerateParams, Job, JobRecord
 from giantleap.service.jobs.media_types import JSON_TYPE
 from giantleap.service.jobs.planning import warn_of_words
-from giantleap.service.jobs.requests import LORAS_FIELD, GenerateRequest, Loras, RefineRequest, Scale
+from giantleap.service.jobs.requests import (
+    LORAS_FIELD,
+    CompressionField,
+    GenerateRequest,
+    Loras,
+    RefineRequest,
+    Scale,
+)
 
 router = APIRouter(prefix=OPENAI_PATH, tags=["OpenAI"])
 
@@ -57,6 +64,7 @@ _NAMES = {
     "height": "size",
     "steps": "num_inference_steps",
     "previews": "partial_images",
+    "quality": "output_compression",
     "init_image": "image",
     "images": "image",
 }
@@ -68,7 +76,7 @@ _SIZE = Pattern(
 
 
 class ImagesRequest(JsonRequest):
-    """A prompt to draw, with OpenAI's field names; the last eight fields are our own."""
+    """A prompt to draw, with OpenAI's field names; the last nine fields are our own."""
 
     prompt: str = Field(description="What to draw.")
     model: str | None = Field(default=None, max_length=128, description="A bundle; the first one if left out.")
@@ -84,8 +92,8 @@ class ImagesRequest(JsonRequest):
     partial_images: Integer | None = Field(
         default=None, ge=0, le=3, description="At most so many previews, small JPEGs, are sent before each image."
     )
-    output_compression: Annotated[Literal[100], BeforeValidator(to_whole)] | None = Field(
-        default=None, description="Its default; it changes nothing."
+    output_compression: Integer | None = Field(
+        default=None, ge=0, le=100, description="The quality of JPEG and WebP, 95 if left out; of PNG only 100."
     )
     moderation: Literal["auto", "low"] | None = Field(default=None, description="Prompts are not moderated.")
     style: Literal["vivid"] | None = Field(default=None, description="vivid, its default; it changes nothing.")
@@ -99,6 +107,7 @@ class ImagesRequest(JsonRequest):
     method: Method | None = None
     refine: RefineRequest | None = Field(default=None, description="Sample the enlarged latent again.")
     loras: Loras = LORAS_FIELD
+    compression: Compression | None = CompressionField
 
 
 class OpenAIErrorFields(BaseModel):
@@ -245,6 +254,8 @@ def plan_job(
         "width": width,
         "height": height,
         "output_format": body.output_format,
+        "compression": body.compression,
+        "quality": _to_quality(body),
         "negative_prompt": body.negative_prompt,
         "steps": body.num_inference_steps,
         "guidance_scale": body.guidance_scale,
@@ -263,6 +274,12 @@ def plan_job(
     except InvalidFields as error:
         raise InvalidFields(*((_NAMES.get(name, name), reason) for name, reason in error.fields)) from error
     return new_job(served, params, options, warnings=warn_of_words(served, params)), request
+
+
+def _to_quality(body: ImagesRequest) -> int | None:
+    """The quality that output_compression means; its default 100 says nothing of a PNG."""
+    percent = body.output_compression
+    return None if percent is None or (percent == 100 and body.output_format in (None, "png")) else max(1, percent)
 
 
 async def stream_generation(

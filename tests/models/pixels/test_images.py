@@ -2,13 +2,18 @@
 
 import io
 import math
+from collections.abc import Callable
+from typing import get_args
 
+import numpy as np
 import pytest
+import skimage.data
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from giantleap.models.pixels.image_formats import CONTENT_TYPES, ImageFormat
+from giantleap.models.pixels.image_formats import CONTENT_TYPES, LOSSY, Compression, FileOptions, ImageFormat
 from giantleap.models.pixels.images import MAX_PSNR_DB, psnr_db, to_image_bytes
 
 
@@ -16,6 +21,11 @@ from giantleap.models.pixels.images import MAX_PSNR_DB, psnr_db, to_image_bytes
 def pixels() -> Tensor:
     rows, columns = torch.meshgrid(torch.arange(24), torch.arange(40), indexing="ij")
     return torch.stack([rows * 10, columns * 6, (rows + columns) * 4], dim=-1).to(torch.uint8)
+
+
+def read(file: bytes) -> Tensor:
+    with Image.open(io.BytesIO(file)) as image:
+        return torch.from_numpy(np.array(image.convert("RGB")))
 
 
 def test_png_keeps_every_pixel(pixels: Tensor) -> None:
@@ -40,6 +50,25 @@ def test_nothing_but_pixels_is_written(pixels: Tensor, output_format: ImageForma
     known = {"jfif", "jfif_version", "jfif_unit", "jfif_density", "loop", "background", "timestamp", "duration"}
     assert set(image.info) <= known
     assert not image.getexif() and b"tEXt" not in content and b"tIME" not in content and b"Exif" not in content
+
+
+def test_a_small_file_is_smaller_and_keeps_the_quality() -> None:
+    read_photograph: Callable[[], NDArray[np.uint8]] = skimage.data.astronaut
+    photograph = torch.from_numpy(read_photograph())
+    grain = torch.randn(photograph.shape, generator=torch.Generator().manual_seed(0)) * 4
+    for image in (photograph, (photograph + grain).clamp(0, 255).to(torch.uint8)):
+        for name in CONTENT_TYPES:
+            fast, small = (to_image_bytes(image, name, options=FileOptions(each)) for each in get_args(Compression))
+            errors = [float((read(file).float() - image.float()).square().mean()) for file in (fast, small)]
+            assert len(small) < len(fast), name
+            assert errors[1] <= errors[0] * 1.1, name
+
+
+@pytest.mark.parametrize("output_format", LOSSY)
+def test_a_lower_quality_gives_a_smaller_file_and_the_default_is_95(pixels: Tensor, output_format: ImageFormat) -> None:
+    sizes = [len(to_image_bytes(pixels, output_format, options=FileOptions(quality=each))) for each in (1, 60, 95, 100)]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4
+    assert len(to_image_bytes(pixels, output_format)) == sizes[2]
 
 
 def test_equal_pixels_give_equal_bytes(pixels: Tensor) -> None:

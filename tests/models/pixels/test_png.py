@@ -3,14 +3,14 @@
 import io
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from giantleap.models.pixels.png import to_png
+from giantleap.models.pixels.png import to_png, to_small_png
 
 PACKET = "<x:xmpmeta>\N{SNOWMAN}</x:xmpmeta>".encode()
 
@@ -64,10 +64,20 @@ def test_extremes_and_views_are_encoded() -> None:
     assert np.array_equal(decode(to_png(view)), view)
 
 
-def test_metadata_is_read_back() -> None:
-    with Image.open(io.BytesIO(to_png(noise(8, 8), PACKET))) as image:
+@pytest.mark.parametrize("encode", [to_png, to_small_png])
+def test_metadata_is_read_back(encode: Callable[[NDArray[np.uint8], bytes], bytes]) -> None:
+    with Image.open(io.BytesIO(encode(noise(8, 8), PACKET))) as image:
         assert image.info["XML:com.adobe.xmp"] == PACKET.decode()
         assert np.array_equal(np.asarray(image), noise(8, 8))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 1), (33, 65)])
+def test_a_small_file_has_the_same_pixels_and_chunks(size: tuple[int, int]) -> None:
+    pixels = noise(*size)
+    file = to_small_png(pixels)
+    with Image.open(io.BytesIO(file), formats=("PNG",)) as image:
+        assert image.mode == "RGB" and np.array_equal(np.asarray(image), pixels)
+    assert [kind for kind, _ in read_chunks(file)] == [b"IHDR", b"IDAT", b"IEND"]
 
 
 def test_smooth_images_become_small() -> None:

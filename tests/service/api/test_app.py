@@ -108,6 +108,7 @@ async def test_what_is_left_out_takes_the_bundles_defaults(client: httpx.AsyncCl
         "mask": False,
         "images": 0,
         "previews": 0,
+        "file": {"compression": "fast", "quality": None},
         "kind": "generate",
     }
 
@@ -123,11 +124,13 @@ async def test_every_field_reaches_the_job(client: httpx.AsyncClient, producer: 
         "seed": 2**63 - 1,
         "num_images": 2,
         "output_format": "webp",
+        "compression": "small",
+        "quality": 80,
     }
     assert (await generate(client, **fields, bundle="flux", priority="low")).status_code == 200
     (job,) = producer.jobs
     params = dataclasses.asdict(job.params)
-    params["width"], params["height"] = params["width_px"], params["height_px"]
+    params |= params["file"] | {"width": params["width_px"], "height": params["height_px"]}
     assert {name: params[name] for name in fields} == fields
     assert job.bundle == "flux" and job.priority is Priority.LOW
 
@@ -168,6 +171,10 @@ async def test_seeds_are_drawn_anew_for_each_job(client: httpx.AsyncClient) -> N
         ("num_images", 5),
         ("bundle", "unknown"),
         ("output_format", "gif"),
+        ("compression", "best"),
+        ("quality", 0),
+        ("quality", 101),
+        ("quality", 80),
         ("priority", "urgent"),
         ("stepss", 3),
     ],
@@ -487,6 +494,7 @@ async def test_a_raw_latent_becomes_a_job(client: httpx.AsyncClient, producer: F
         "negative_prompt": "",
         "guidance_scale": 0.0,
         "seed": None,
+        "file": {"compression": "fast", "quality": None},
         "kind": "upscale",
     }
     np.testing.assert_array_equal(load(producer.blobs[job.id])["latent"], LATENT[None])
@@ -545,6 +553,8 @@ async def test_the_latent_itself_is_returned_on_request(client: httpx.AsyncClien
         ({"bundle": "unknown"}, LATENT, "bundle"),
         ({"output": "video"}, LATENT, "output"),
         ({"output": "latent", "output_format": "png"}, LATENT, "output_format"),
+        ({"output": "latent", "quality": 80}, LATENT, "quality"),
+        ({"compression": "best"}, LATENT, "compression"),
         ({"scaled": "perhaps"}, LATENT, "scaled"),
         ({"priority": "urgent"}, LATENT, "priority"),
         ({"nonsense": 1}, LATENT, "nonsense"),

@@ -8,7 +8,7 @@ import pytest
 
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.latent_space import LATENT_SPACES
-from giantleap.models.pixels.image_formats import ImageFormat
+from giantleap.models.pixels.image_formats import FileOptions, ImageFormat
 from giantleap.service.errors import InvalidFields
 from giantleap.service.jobs.latents import to_blob
 from giantleap.service.jobs.planning import choose_scale, plan_generate, prepare_upscale
@@ -39,6 +39,23 @@ def test_a_side_that_the_format_does_not_hold_is_refused_before_the_work(
             upscale(*size, output_format)
         assert upscale(*size, "png").output_format == "png"
         upscale(*size, output_format, output="latent")
+
+
+def test_a_quality_needs_a_format_that_has_one() -> None:
+    assert upscale(4, 4, "webp", quality="80", compression="small").file == FileOptions("small", 80)
+    assert upscale(4, 4, "png").file == FileOptions("fast", None)
+    with pytest.raises(InvalidFields, match="quality: applies to jpeg and webp; a png keeps every pixel"):
+        upscale(4, 4, "png", quality="80")
+    request = GenerateRequest.model_validate({"prompt": "a red sphere", "quality": 80, "compression": "small"})
+    assert plan_generate(request, POCKET, SETTINGS, 0, "jpeg").file == FileOptions("small", 80)
+    with pytest.raises(InvalidFields, match="quality: applies to jpeg and webp"):
+        plan_generate(request, POCKET, SETTINGS, 0, "png")
+
+
+@pytest.mark.parametrize(("name", "value"), [("compression", "fast"), ("quality", "80")])
+def test_a_latent_takes_no_option_of_an_image_file(name: str, value: str) -> None:
+    with pytest.raises(InvalidFields, match=f"{name}: applies to images; leave it out with output=latent"):
+        upscale(4, 4, "png", output="latent", **{name: value})
 
 
 def test_the_limit_is_that_of_the_encoder() -> None:

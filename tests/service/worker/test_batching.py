@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from giantleap.models.pixels.image_formats import FileOptions
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px
 from giantleap.service.jobs.job import JobParams
@@ -84,7 +85,16 @@ def test_what_fixes_the_work_parts_batches(change: dict[str, Any]) -> None:
     assert len(plan_batch(claims, GRIDS, WIDE, WIDE)) == 2
 
 
-@pytest.mark.parametrize("change", [{"seed": 9}, {"prompt": "x"}, {"negative_prompt": "x"}, {"output_format": "webp"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 9},
+        {"prompt": "x"},
+        {"negative_prompt": "x"},
+        {"output_format": "webp"},
+        {"file": FileOptions("small", 80)},
+    ],
+)
 def test_what_differs_per_item_does_not_part_batches(change: dict[str, Any]) -> None:
     claims = [make_claim("a"), make_claim("b", replace(GENERATE, **change))]
     assert len(plan_batch(claims, GRIDS, WIDE, WIDE)) == 1

@@ -16,6 +16,7 @@ import pytest
 from fastapi import FastAPI, Request
 
 from giantleap.models.bundle.bundle import BundleError
+from giantleap.models.pixels.image_formats import FileOptions
 from giantleap.service.api.compat.openai import ImagesRequest, stream_generation
 from giantleap.service.api.submission import SubmitOptions
 from giantleap.service.errors import NotReady, QueueFull
@@ -153,6 +154,7 @@ def test_a_deadline_comes_by_header(client: openai.OpenAI, producer: FileProduce
         ({"response_format": "file"}, "response_format"),
         ({"output_format": "gif"}, "output_format"),
         ({"output_compression": 50}, "output_compression"),
+        ({"output_compression": 101, "output_format": "webp"}, "output_compression"),
         ({"quality": "hd"}, "quality"),
         ({"background": "transparent"}, "background"),
         ({"style": "natural"}, "style"),
@@ -338,6 +340,23 @@ DEFAULTS = {
     "output_compression": 100, "output_format": "png", "style": "vivid", "stream": False, "user": "u",
     "safety_identifier": "s", "response_format": "b64_json",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "quality"),
+    [
+        ({"output_format": "jpeg"}, None),
+        ({"output_format": "jpeg", "output_compression": 100}, 100),
+        ({"output_format": "webp", "output_compression": 50}, 50),
+        ({"output_format": "webp", "output_compression": 0}, 1),
+        ({"output_compression": 100}, None),
+    ],
+)
+def test_output_compression_is_the_quality(
+    url: str, producer: FileProducer, body: dict[str, Any], quality: int | None
+) -> None:
+    assert post(url, **body, compression="small").status_code == 200
+    assert params_of(producer).file == FileOptions("small", quality)
 
 
 def test_every_optional_field_may_be_null(url: str, producer: FileProducer) -> None:
