@@ -3,10 +3,14 @@
 import asyncio
 import contextlib
 import io
+import json
+import re
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +20,11 @@ from safetensors.numpy import save
 
 from giantleap_client import (
     AsyncClient,
+    AsyncJob,
     Client,
     GiantleapError,
     InvalidRequest,
+    Job,
     JobFailed,
     Result,
     Timeout,
@@ -207,13 +213,45 @@ def test_a_relay_that_cuts_connections_loses_no_job_and_repeats_none(service: Se
     assert all(starts(client, job_id) == {"queued": 1, "started": 1, "done": 1} for job_id in ids)
 
 
-def test_a_redis_that_restarts_in_the_middle_loses_no_job(service: Service, client: Client) -> None:
+def test_a_redis_that_restarts_behind_a_relay_that_cuts_loses_no_job_and_ends_none_twice(
+    service: Service, client: Client
+) -> None:
     ids = [str(uuid.uuid4()) for _ in range(8)]
-    jobs = [client.submit(generate_request(PROMPT, seed=seed), job_id=job_id) for seed, job_id in enumerate(ids[:4])]
-    service.store.harm()
-    jobs += [client.submit(generate_request(PROMPT, seed=seed), job_id=ids[seed]) for seed in range(4, 8)]
-    results = [job.result() for job in jobs]
-    assert [result.seed() for result in results] == list(range(8))
-    for job_id in ids:
+    with running_relay(service.url) as relay:
+        for seed, job_id in enumerate(ids):
+            if seed == 4:
+                service.store.harm()
+            relay.cut_after = [0, 40, 700][: 1 + seed % 3]
+            with Client(relay.url, timeout_s=120) as through:  # with connections of its own
+                through.submit(generate_request(PROMPT, seed=seed), job_id=job_id)
+        for seed, job_id in enumerate(ids):
+            relay.cut_after = [0, 300, 2000]
+            with Client(relay.url, timeout_s=120) as through:
+                assert through.job(job_id).result().seed() == seed
+        assert relay.cuts >= 2 * len(ids), "each first connection is cut at once"
+    listed = json.loads(client.send("GET", "jobs", limit=len(ids)))["jobs"]
+    assert {job["id"] for job in listed} == set(ids), "no repeat made a job of its own"
+    for job_id in ids:  # a claim whose answer died with Redis starts again, and only one start can end the job
         counts = starts(client, job_id)
         assert (counts["queued"], counts["done"]) == (1, 1)
+
+
+def test_the_readme_runs(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "clients" / "python" / "README.md"
+    block = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[0]
+    Image.fromarray(PIXELS).save(tmp_path / "photo.jpg")
+    (tmp_path / "latent.safetensors").write_bytes(save({"latent": LATENT}))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(block.replace("http://127.0.0.1:8000", service.url), str(page), "exec"), names)
+    assert len(names["files"]) == 2 and names["image"].size == (4 * BASE_PX, 4 * BASE_PX)
+    assert names["larger"].shape == (LATENT_CHANNELS, 16, 16) and (tmp_path / "sphere.png").exists()
+
+
+@pytest.mark.parametrize(("one", "other"), [(Client, AsyncClient), (Job, AsyncJob)])
+def test_both_clients_have_the_same_methods_and_arguments(one: type, other: type) -> None:
+    public = [{name: each for name, each in vars(kind).items() if not name.startswith("_")} for kind in (one, other)]
+    assert public[0].keys() == public[1].keys()
+    for name, method in public[0].items():
+        assert [*signature(method).parameters] == [*signature(public[1][name]).parameters]
+    assert [*signature(one).parameters] == [*signature(other).parameters]
