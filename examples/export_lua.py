@@ -1,7 +1,7 @@
 """A trained LUA as a file of other tools: in the authors' released layout, or as SwinIR with one head.
 
 python examples/export_lua.py lua.safetensors lua.pth          # heads.x2 and heads.x4, as the authors release them
-python examples/export_lua.py lua.safetensors swinir.pth 2     # the head of one scale, for loaders of SwinIR
+python examples/export_lua.py lua.safetensors swinir.pth 2     # one head, for loaders of SwinIR such as spandrel
 
 The layouts have no place for a skip connection, latent statistics or a LIIF head: train with `bicubic_skip`,
 `linear_skip` and `latent_norm` off and the head `pixelshuffle`, as the preset `release` does.

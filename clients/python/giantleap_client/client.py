@@ -221,5 +221,9 @@ class Job:
         return self._client._run(flows.cancel(self.id, self._client._deadline()))
 
     def delete(self) -> bool:
-        """Delete it with its files where it has ended, and cancel it where it has not; whether it is deleted."""
+        """Delete it with its files where it has ended, and cancel it where it has not; whether it is deleted.
+
+        Raises:
+            GiantleapError: There is none (code `not_found`), which is also what a repeat after a lost answer finds.
+        """
         return self._client._run(flows.delete(self.id, self._client._deadline()))
