@@ -4,7 +4,8 @@
 jobs while it works on others. A job takes two milliseconds a step; one whose seed is
 `LONG_SEED` takes `LONG_S` at its first start. The journal has a line `<what> <job> <delivery> <pid> <monotonic s>`
 before work (start), before the job is finished (ending) and after the queue's answer (accepted, refused), so that
-what a kill left out is known. One that only draws hands over, and notes that (handed).
+what a kill left out is known. What is claimed ahead is noted too (ahead). One that only draws hands over, and notes
+that (handed).
 """
 
 import os
@@ -66,6 +67,8 @@ def main(journal: str) -> None:
             for claim in filter(consumer.holds, claims):
                 if claim is claims[-1]:
                     ahead = consumer.claim_ahead(MAX_CLAIMS)
+                    for waiting in ahead:
+                        note("ahead", waiting)
                 note("start", claim)
                 work(claim)
                 finishing.append(pool.submit(finish, claim))

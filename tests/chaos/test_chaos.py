@@ -152,6 +152,7 @@ class Run:
             "jobs_accepted": len(self.clients.accepted),
             "harm_done": dict(self.done),
             "posts_refused": dict(self.clients.refusals),
+            "claimed_ahead": self.fleet.count("ahead"),
             "starts": sum(starts.values()),
             "jobs_started_again": sum(number > 1 for number in starts.values()),
             "ends_accepted": sum(note.what == "accepted" for note in notes),
