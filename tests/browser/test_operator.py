@@ -47,10 +47,12 @@ def test_an_operator_sees_queue_workers_stages_and_errors(visit: Visit) -> None:
     visit.metrics.observe_stages("paper", "lua", 2, "torch", {"generate": 1.5, "decode": 0.25})
     visit.metrics.observe_stages("paper", "lua", 2, "torch", {"generate": 60.0}, warmup=True)
     visit.metrics.count_failure("paper", "engine_error")
+    visit.metrics.count_busy("cuda:0", 1000.0)  # more than the time that has passed
     with visit.worker():
         page.until(f"({TILES}).Waiting === '0' && ({TILES}).Workers === '1'")
-        (memory,) = page.run(ROWS.format("workers"))
-        assert memory[2] == "2.0 GiB of 8.0 GiB"
+        page.until("document.getElementById('workers').textContent.includes('busy: cuda:0')")
+        memory, busy = page.run(ROWS.format("workers"))
+        assert memory[2] == "2.0 GiB of 8.0 GiB" and busy[2] == "100%"
         assert page.run("document.querySelector('#workers .chip.loaded').textContent") == "paper"
     stages = page.run(ROWS.format("stages"))
     assert [[row[0], row[2]] for row in stages] == [["generate", "1.5 s x 1"], ["decode", "250 ms x 1"]]
