@@ -28,7 +28,7 @@ request of all server processes, Redis and worker included.
 
 ## Targets
 
-Ratios of one run, since machines differ. Beside other servers, above 1 Giantleap is faster. Missed by: the distance to
+Ratios of one run, since machines differ. Beside a peer, above 1 Giantleap is faster. Missed by: the distance to
 the target, as a part of it.
 
 {aims}
