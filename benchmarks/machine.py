@@ -2,20 +2,48 @@
 
 import os
 import platform
+import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "diffusers")
 PHOTO_PACKAGES = (*PACKAGES, "scikit-image", "scikit-learn")  # the last two contain the photographs
 
+ISA_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+_EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def read_processor(cpuinfo: str) -> dict[str, Any]:
+    """The name of the processor and which extensions that matter to torch it has, from the text of /proc/cpuinfo."""
+    lines = dict(re.findall(r"^(model name|flags)\s*: (.*)$", cpuinfo, re.MULTILINE))
+    flags = lines.get("flags", "").split()
+    return {"model": lines.get("model name", "unknown"), "extensions": [name for name in _EXTENSIONS if name in flags]}
+
+
+def describe_cpu(machine: Mapping[str, Any]) -> str:
+    """Processor and instruction set of a report, for a page."""
+    shown = [f"{machine['model']} with {machine['cpu_capability']}", *machine.get("extensions", ())]
+    limits = [f"limited by {name}={value}" for name, value in machine.get("limits", {}).items()]
+    return ", ".join([*shown, *limits])
+
 
 def read_machine(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
-    """Return processor, load, system and the versions of these packages."""
+    """Return processor, its instruction set, load, system and the versions of these packages.
+
+    `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2` make torch behave as on a processor without AVX-512; the
+    capability and the variables are in the report.
+    """
     import torch  # not at the top: `--help` of a benchmark must not load torch
 
+    info = Path("/proc/cpuinfo")
     return {
         "processor": platform.processor() or platform.machine(),
+        **read_processor(info.read_text() if info.exists() else ""),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "limits": {name: os.environ[name] for name in ISA_LIMITS if name in os.environ},
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_1min": os.getloadavg()[0],

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.machine import describe_cpu
+
 RESULTS = Path("benchmarks/results/engines.json")
 PAGE = Path("docs/engines.md")
 MARKS = ("<!-- benchmarks.engines -->\n", "<!-- end -->\n")
@@ -78,7 +80,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     """Return the table of `docs/engines.md` from the JSON record."""
     about = record["machine"]
     lines = [
-        f"{about['model']}, {about['cores']} cores, load {about['load_1min']:.1f}, "
+        f"{describe_cpu(about)}, {about['cores']} cores, load {about['load_1min']:.1f}, "
         f"torch {about['versions']['torch']}, "
         f"onnxruntime {about['versions']['onnxruntime']}, {about['measured_at'][:10]}.",
         "",

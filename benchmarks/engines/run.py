@@ -237,8 +237,6 @@ def measure(
         report_line(f"pocket x{image['scale']} {image['variant']:<16} decoded image {image['psnr_db']:.1f} dB")
     machine = read_machine() | {
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "onnx")},
-        "model": _processor(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
         "load_average": os.getloadavg(),
         "warmups": warmups,
@@ -258,9 +256,3 @@ def _run_in_process(work: Callable[..., None], *arguments: object) -> None:
     process.join()
     if process.exitcode != 0:
         raise RuntimeError(f"{work.__name__} ended with status {process.exitcode}")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [each for each in info.read_text().splitlines() if each.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else "unknown"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from giantleap.models.pixels.image_formats import ImageFormat
+from giantleap.models.pixels.image_formats import DEFAULT_FILE, FileOptions, ImageFormat
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.provenance.xmp import Origin
 from giantleap.service.jobqueue.claims import Claim, LoadedBundles
@@ -65,9 +65,11 @@ class GatedMarker(ImageMarker):
         super().__init__()
         self._on_encode = on_encode
 
-    def to_file(self, pixels: Tensor, output_format: ImageFormat, origin: Origin) -> bytes:
+    def to_file(
+        self, pixels: Tensor, output_format: ImageFormat, origin: Origin, options: FileOptions = DEFAULT_FILE
+    ) -> bytes:
         self._on_encode(int(pixels[0, 0, 0]))
-        return super().to_file(pixels, output_format, origin)
+        return super().to_file(pixels, output_format, origin, options)
 
 
 def claims_of(*seeds: int) -> list[Claim]:
