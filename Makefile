@@ -10,7 +10,7 @@ WORKERS  ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile
 COVERAGE ?= $(if $(CI),--cov --cov-report=term:skip-covered)
 
 .DEFAULT_GOAL := help
-.PHONY: help hooks oldest demo serve test slow compiler browser ui-test check security audit format lint types quality ablations chaos fuzz compat peers deploy-check clean
+.PHONY: help hooks oldest demo serve test slow compiler browser ui-test check security audit format lint types quality ablations chaos batch-test fuzz compat peers deploy-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ chaos: $(VENV)/.dev ## Kill workers and Redis under thousands of jobs (minutes) 
 	$(BIN)/python -m pytest -s -m chaos $(CUT_OFF)
 	$(BIN)/python -m benchmarks.readme_figures
 
+batch-test: $(VENV)/.dev ## Kill processes of `giantleap batch` at random and compare every output (minutes)
+	$(BIN)/python -m pytest -m slow tests/batch
+
 fuzz: $(VENV)/.dev ## Send 20,000 broken requests and many that the OpenAPI document allows (minutes)
 	$(BIN)/python -m benchmarks.checks fuzz
 
@@ -93,7 +96,7 @@ types: $(VENV)/.dev ## Check the types
 	$(BIN)/mypy
 
 security: $(VENV)/.dev ## Look for unsafe code (bandit) and vulnerable dependencies, as far as the index tells
-	$(BIN)/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive models export service training giantleap/cli clients
+	$(BIN)/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive models export service training giantleap/batch giantleap/cli clients
 	$(BIN)/python .ci/audit.py
 
 audit: $(VENV)/.dev ## Fail where a dependency has a known vulnerability or could not be checked

@@ -41,7 +41,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "clients").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CODE = sorted(
     path
-    for folder in ("benchmarks", "clients", "export", "giantleap/cli", "models", "service", "tests", "training")
+    for folder in (
+        "benchmarks",
+        "clients",
+        "export",
+        "giantleap/batch",
+        "giantleap/cli",
+        "models",
+        "service",
+        "tests",
+        "training",
+    )
     for path in (ROOT / folder).rglob("*.py")
 )
 ALL = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -46,6 +46,7 @@ def test_the_wheel_holds_giantleap_its_client_and_its_metadata_only(names: set[s
     packages = {"giantleap", "giantleap_client"}
     assert {name for name in top if not name.endswith(".dist-info")} == packages and len(top) == 3
     assert {name.split("/")[1] for name in names if name.count("/") > 1 and name.startswith("giantleap/")} == {
+        "batch",
         "cli",
         *LINKS,
     }

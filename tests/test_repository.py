@@ -12,7 +12,10 @@ import pytest
 from giantleap.service.settings_page import to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("benchmarks", "clients/python/giantleap_client", "export", "giantleap/cli", "models", "service", "training")
+FOLDERS = (
+    "benchmarks", "clients/python/giantleap_client", "export", "giantleap/batch", "giantleap/cli", "models", "service",
+    "training",
+)  # fmt: skip
 MAY_IMPORT = {
     "models": {"models"},
     "service": {"export", "models", "service"},

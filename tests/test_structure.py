@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("benchmarks", "clients/python/giantleap_client", "export", "giantleap/cli", "models", "service", "training")
+FOLDERS = (
+    "benchmarks", "clients/python/giantleap_client", "export", "giantleap/batch", "giantleap/cli", "models", "service",
+    "training",
+)  # fmt: skip
 MAX_MODULES_PER_FOLDER = 15
 MAX_MODULE_LINES = 450
 MAX_FUNCTION_LINES = 60
@@ -52,6 +55,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("service.telemetry",),
     ("service.webhooks",),
     ("service.api", "service.doctor", "service.supervisor", "service.worker"),
+    ("batch",),
     ("cli",),
 )
 LEVELS = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -19,10 +19,11 @@ from giantleap.models.constraints import explain
 from giantleap.service.errors import EXIT_BAD_CONFIGURATION
 
 EXIT_FAILED: Final = 1
+EXIT_ROWS_FAILED: Final = 4
 EXIT_INTERRUPTED: Final = 130
 EXIT_CODES: Final = (
     "Exit codes: 0 success; 1 failure, such as a full disk: try again; 2 wrong usage, input or configuration; "
-    "3 a training diverged; 75 a worker's step hung; 130 interrupted."
+    "3 a training diverged; 4 rows of a batch failed; 75 a worker's step hung; 130 interrupted."
 )
 
 # typer has a copy of click or click itself, by its version.

@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from giantleap.cli.batch import batch
 from giantleap.cli.bench.commands import app as bench_commands
 from giantleap.cli.bundle import app as bundle_commands
 from giantleap.cli.doctor import doctor
@@ -47,7 +48,7 @@ from giantleap.service.settings import Settings, format_errors, read_settings
 from giantleap.service.settings_page import explain_settings, to_markdown
 
 app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, epilog=EXIT_CODES, pretty_exceptions_enable=False)
-for command in (generate, upscale, models, status, doctor):
+for command in (generate, upscale, batch, models, status, doctor):
     app.command()(command)
 app.add_typer(bench_commands, name="bench")
 app.add_typer(bundle_commands, name="bundle")

@@ -91,16 +91,11 @@ def open_bundle_route(settings: Settings, bundle: Bundle) -> "Route":
     stop_if_on_hub(bundle)
     import_torch()
 
-    from giantleap.models.device import choose_device, choose_dtype
-    from giantleap.models.engines.threads import set_threads
-    from giantleap.service.worker.engines import open_route
+    from giantleap.service.worker.engines import open_local_route
 
-    set_threads(settings.torch_threads)
     try:
-        device = choose_device(settings.device)
-        dtype = choose_dtype(settings.dtype, device, bundle.dtype)
         with working(f"loading bundle {bundle.name}"):
-            return open_route(bundle, settings, device, dtype)
+            return open_local_route(bundle, settings)
     except (OSError, ValueError) as error:
         stop(f"bundle {bundle.name}: {to_line(error).removeprefix(f'bundle {bundle.name}: ')}")
 

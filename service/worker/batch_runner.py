@@ -14,7 +14,6 @@ from giantleap.models.device import StageClock, is_out_of_memory
 from giantleap.models.filters.chain import FilterChain
 from giantleap.models.generation.items import GenerationItem
 from giantleap.models.route import Route
-from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import UpscaleParams
 from giantleap.service.telemetry.tracing import BatchTrace
 from giantleap.service.worker.drain import Drain
@@ -32,7 +31,7 @@ from giantleap.service.worker.items import (
     wants_image,
 )
 from giantleap.service.worker.outputs.previews import PreviewSender
-from giantleap.service.worker.progress import BatchObserver, BatchStopped, StopFlags
+from giantleap.service.worker.progress import BatchObserver, BatchStopped, Reports, StopFlags
 from giantleap.service.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -48,16 +47,18 @@ class BatchRun:
         trace: Where each stage is recorded.
         watchdog: Where progress is recorded.
         filters: See the images.
+        to_latents: Results are latents, also those of jobs that ask for images.
     """
 
     def __init__(
         self,
         route: Route,
-        consumer: JobConsumer,
+        consumer: Reports,
         drain: Drain,
         trace: BatchTrace,
         watchdog: Watchdog,
         filters: FilterChain,
+        to_latents: bool = False,
     ) -> None:
         self.clock: StageClock = route.clock()
         self._route = route
@@ -66,6 +67,7 @@ class BatchRun:
         self._trace = trace
         self._watchdog = watchdog
         self._filters = filters
+        self._to_latents = to_latents
 
     def run(self, items: Sequence[Item], slice_size: int) -> list[Outcome | Drawn]:
         """What became of each item, in order; at most `slice_size` of them are on the device at once."""
@@ -129,7 +131,7 @@ class BatchRun:
         if not self._route.role.loads_decoder:
             return [Latent(latent.float().cpu()) for latent in latents]
         params, observer = items[0].claim.job.params, self._observe(items)
-        decode = params.decode if wants_image(params) else None
+        decode = params.decode if self._wants_images(items) else None
         refine = _refine_items(items)
         upscaled, images = self._route.upscale_and_decode(
             latents, params.scale, params.method, decode, observer, refine
@@ -139,7 +141,7 @@ class BatchRun:
     def _upscale_images(self, items: Sequence[Item]) -> Sequence[Outcome | Drawn]:
         """From clients' images to pixels."""
         params, observer = items[0].claim.job.params, self._observe(items)
-        decode = params.decode if wants_image(params) else None
+        decode = params.decode if self._wants_images(items) else None
         pixels = [read_pixels(item) for item in items]
         refine = _refine_items(items)
         upscaled, images = self._route.upscale_images(pixels, params.scale, params.method, decode, observer, refine)
@@ -151,9 +153,12 @@ class BatchRun:
         """What is to be encoded, off the device. Filters, which may use it, see the images here: a part of `encode`."""
         self._watchdog.progress("encode", [item.claim.job.id for item in items])
         with self.clock.measure("encode"):
-            if wants_image(items[0].claim.job.params):
+            if self._wants_images(items):
                 return [check_image(item, image, self._filters) for item, image in zip(items, images, strict=True)]
             return [Drawn(latent.cpu()) for latent in latents]
+
+    def _wants_images(self, items: Sequence[Item]) -> bool:
+        return not self._to_latents and wants_image(items[0].claim.job.params)
 
     def _observe(self, items: Sequence[Item], clock: StageClock | None = None) -> BatchObserver:
         return BatchObserver(items, clock or self.clock, self._trace, self._consumer, self._flags, self._watchdog)

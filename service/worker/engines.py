@@ -13,9 +13,11 @@ from giantleap.export.machine import read_machine
 from giantleap.export.manifest import FILE, check_manifest
 from giantleap.models.adapters.files import find_files
 from giantleap.models.bundle.bundle import Bundle
+from giantleap.models.device import choose_device, choose_dtype
 from giantleap.models.engines.base import Artifact, EngineError
 from giantleap.models.engines.onnx_runtime import load_onnxruntime
 from giantleap.models.engines.tensorrt_runtime import load_tensorrt
+from giantleap.models.engines.threads import set_threads
 from giantleap.models.route import Route
 from giantleap.service.settings import Settings
 
@@ -32,6 +34,18 @@ def open_route(bundle: Bundle, settings: Settings, device: torch.device, dtype: 
     if settings.lora_dir is not None and settings.role.loads_pipeline:
         route.generator.adapters.offer(find_files(settings.lora_dir), settings.lora_memory_bytes)
     return route
+
+
+def open_local_route(bundle: Bundle, settings: Settings) -> Route:
+    """Load a bundle in a process without a queue, on the device of the settings.
+
+    Raises:
+        ValueError: the device does not exist or cannot compute in that type, or as `open_route`.
+        OSError: the pipeline lacks a file.
+    """
+    set_threads(settings.torch_threads)
+    device = choose_device(settings.device)
+    return open_route(bundle, settings, device, choose_dtype(settings.dtype, device, bundle.dtype))
 
 
 def find_artifacts(bundle: Bundle, settings: Settings, device: torch.device) -> Mapping[int, Artifact]:

@@ -5,12 +5,12 @@ each stage and, at most every half second, after each part of one: a tile, a str
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from typing import Protocol
 
 from giantleap.models.device import StageClock, StageName
 from giantleap.service.jobqueue.claims import Claim
-from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.telemetry.tracing import BatchTrace
 from giantleap.service.worker.drain import Drain
 from giantleap.service.worker.items import Item, Stop
@@ -20,6 +20,16 @@ _POLL_S = 0.5
 _PROGRESS_S = 1.0
 
 
+class Reports(Protocol):
+    """Where progress of jobs goes, and who knows which of them nobody wants: the queue's `JobConsumer`."""
+
+    def emit(self, claim: Claim, name: str, data: Mapping[str, object], image: bytes | None = None) -> None:
+        """Add a progress event, of a preview with its image."""
+
+    def find_canceled(self, claims: Sequence[Claim]) -> Set[str]:
+        """Ids of the jobs that shall not run on."""
+
+
 class BatchStopped(Exception):
     """Raised inside a stage when no item of the batch is wanted any more."""
 
@@ -27,7 +37,7 @@ class BatchStopped(Exception):
 class StopFlags:
     """Which jobs shall not run on: those that were canceled or are overdue, and all once the drain's grace is over."""
 
-    def __init__(self, consumer: JobConsumer, drain: Drain) -> None:
+    def __init__(self, consumer: Reports, drain: Drain) -> None:
         self._consumer = consumer
         self._drain = drain
         self._canceled_ids: set[str] = set()
@@ -63,7 +73,7 @@ class BatchObserver:
         items: Sequence[Item],
         stage_clock: StageClock,
         trace: BatchTrace,
-        consumer: JobConsumer,
+        consumer: Reports,
         flags: StopFlags,
         watchdog: Watchdog,
         clock: Callable[[], float] = time.monotonic,

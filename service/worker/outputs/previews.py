@@ -9,10 +9,10 @@ from giantleap.models.filters.image_filter import ImageContext
 from giantleap.models.pixels.images import to_image_bytes
 from giantleap.models.provenance.xmp import to_xmp
 from giantleap.models.vae.preview import Previewer
-from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import GenerateParams
 from giantleap.service.jobs.marking import to_origin
 from giantleap.service.worker.items import Item
+from giantleap.service.worker.progress import Reports
 
 
 class PreviewSender:
@@ -26,7 +26,7 @@ class PreviewSender:
     """
 
     def __init__(
-        self, items: Sequence[Item], previewer: Previewer | None, filters: FilterChain, consumer: JobConsumer
+        self, items: Sequence[Item], previewer: Previewer | None, filters: FilterChain, consumer: Reports
     ) -> None:
         self._items = items
         self._previewer = previewer

@@ -97,10 +97,10 @@ def observe(claims: list[Claim], consumer: FakeConsumer, clock: list[float], gra
     stop = threading.Event()
     if grace_s == 0:
         stop.set()
-    flags, stages = StopFlags(consumer, Drain(stop, grace_s)), StageClock(torch.device("cpu"))  # type: ignore[arg-type]
+    flags, stages = StopFlags(consumer, Drain(stop, grace_s)), StageClock(torch.device("cpu"))
     with Tracing().batch([claim.job for claim in claims], {}) as trace:
         items = to_items(claims)
-        return BatchObserver(items, stages, trace, consumer, flags, Watchdog(60.0), lambda: clock[0])  # type: ignore[arg-type]
+        return BatchObserver(items, stages, trace, consumer, flags, Watchdog(60.0), lambda: clock[0])
 
 
 def test_a_stage_reports_its_progress_each_second_and_reads_the_flags_each_half_second() -> None:
@@ -140,7 +140,7 @@ def test_a_stop_past_its_grace_ends_a_stage_but_keeps_results_that_are_there() -
 
 
 def test_a_stopped_item_is_canceled_or_released() -> None:
-    flags = StopFlags(FakeConsumer(cancel_after_polls={"gone": 0}), Drain(threading.Event(), 1.0))  # type: ignore[arg-type]
+    flags = StopFlags(FakeConsumer(cancel_after_polls={"gone": 0}), Drain(threading.Event(), 1.0))
     gone, stays = to_items([make_claim("gone"), make_claim("stays")])
     flags.poll([gone.claim, stays.claim])
     assert [flags.stop_of(item) for item in (gone, stays)] == [Stop.CANCELED, Stop.RELEASED]

@@ -34,7 +34,7 @@ class NoPreviews:
 def test_a_preview_is_a_small_jpeg_that_says_that_it_is_generated() -> None:
     consumer = FakeConsumer()
     items = to_items([make_claim("a", GENERATE), make_claim("b", replace(GENERATE, num_images=2))])
-    PreviewSender(items, PREVIEWER, FilterChain(), consumer).send(2, 3, RAW)  # type: ignore[arg-type]
+    PreviewSender(items, PREVIEWER, FilterChain(), consumer).send(2, 3, RAW)
     assert consumer.events == [("b", "preview", {"index": 1, "step": 3, "width": 24, "height": 16})]
     ((job_id, content),) = consumer.previews
     image = Image.open(io.BytesIO(content))
@@ -49,7 +49,7 @@ def test_a_preview_that_a_filter_holds_back_is_not_sent_and_its_job_goes_on() ->
     consumer, stop = FakeConsumer([make_claim("a")]), threading.Event()
     consumer.on_empty = stop.set
     filters = FilterChain({"strict": NoPreviews()})
-    PreviewSender(to_items([make_claim("a")]), PREVIEWER, filters, consumer).send(0, 1, RAW)  # type: ignore[arg-type]
+    PreviewSender(to_items([make_claim("a")]), PREVIEWER, filters, consumer).send(0, 1, RAW)
     assert consumer.events == [] and consumer.previews == []
     worker, _ = open_worker(FakeRoute(), consumer, read_settings(), stop=stop, filters=filters)
     worker.run()
