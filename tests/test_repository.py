@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "export": {"export", "models"},
     "training": {"models", "training"},
     "clients": set(),  # a distribution of its own
-    "cli": {"cli", "export", "models", "service", "training"},
-    "benchmarks": {"cli", "export", "models", "service", "training"},
+    "batch": {"batch", "models", "service"},
+    "cli": {"batch", "cli", "export", "models", "service", "training"},
+    "benchmarks": {"batch", "cli", "export", "models", "service", "training"},
 }
 
 
