@@ -23,7 +23,7 @@ def read_lines(file: BinaryIO, name: str, rows: range, is_json: bool) -> Iterato
         key = f"{name}-{index:06d}"
         try:
             text = line.decode()
-            yield _to_row(key, json.loads(text)) if is_json else Row(key, prompt=text.strip())
+            yield to_row(key, json.loads(text)) if is_json else Row(key, prompt=text.strip())
         except ValueError:
             kind = "a JSON object" if is_json else "UTF-8 text"
             yield Row(key, error=f"line {index + 1} is not {kind}; correct it")
@@ -57,9 +57,9 @@ def _to_sample(key: str, files: Mapping[str, bytes]) -> Row:
     try:
         fields = json.loads(files.get("json", b"{}"))
         if (body := next((files[end] for end in _TAR_BODIES if end in files), None)) is not None:
-            return _to_row(key, {"image": body, **fields, "key": None})
+            return to_row(key, {"image": body, **fields, "key": None})
         text = {"prompt": files["txt"].decode().strip()} if "txt" in files else {}
-        return _to_row(key, {**fields, **text, "key": None})
+        return to_row(key, {**fields, **text, "key": None})
     except (ValueError, TypeError):
         return Row(key, error="its .txt is not UTF-8 text or its .json no object; correct it")
 
@@ -82,7 +82,7 @@ def read_parquet(file: BinaryIO, name: str, rows: range, _: bool) -> Iterator[Ro
     try:
         opened = _import_parquet().ParquetFile(file)
         for index, values in _read_columns(opened, rows):
-            yield _to_row(f"{name}-{index:06d}", values)
+            yield to_row(f"{name}-{index:06d}", values)
     except (ValueError, OSError) as error:
         reason = f"rows {rows.start} to {rows.stop} cannot be read ({type(error).__name__}); make the file again"
         yield Row(f"{name}-{rows.start:06d}-damaged", error=reason)
@@ -102,7 +102,7 @@ def _read_columns(opened: Any, rows: range) -> Iterator[tuple[int, Mapping[str, 
         start = stop
 
 
-def _to_row(key: str, values: Any) -> Row:
+def to_row(key: str, values: Any) -> Row:
     """A row from named values; others than those that a row may have are left alone."""
     if not isinstance(values, dict):
         return Row(key, error="is no JSON object; give one with a prompt")
