@@ -10,7 +10,7 @@ WORKERS  ?= --numprocesses=logical --maxprocesses=8 --dist=loadfile
 COVERAGE ?= $(if $(CI),--cov --cov-report=term:skip-covered)
 
 .DEFAULT_GOAL := help
-.PHONY: help hooks oldest demo serve test slow compiler browser ui-test check security audit format lint types quality ablations chaos batch-test fuzz compat peers deploy-check clean
+.PHONY: help hooks oldest demo serve test slow compiler browser ui-test check security audit format lint types quality ablations chaos batch-test ray-test fuzz compat peers deploy-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,7 +45,7 @@ serve: $(VENV)/.run ## Install and run the service on http://127.0.0.1:8000 unti
 	$(BIN)/giantleap serve
 
 test: $(VENV)/.dev ## Install and run every test (starts its own Redis)
-	$(BIN)/python -m pytest $(WORKERS) $(COVERAGE) -m "not slow and not gpu and not chaos and not fuzz and not deploy and not compiler and not browser"
+	$(BIN)/python -m pytest $(WORKERS) $(COVERAGE) -m "not slow and not gpu and not chaos and not fuzz and not deploy and not compiler and not browser and not ray"
 
 slow: $(VENV)/.dev ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu and not chaos and not fuzz"
@@ -68,6 +68,10 @@ chaos: $(VENV)/.dev ## Kill workers and Redis under thousands of jobs (minutes) 
 
 batch-test: $(VENV)/.dev ## Kill processes of `giantleap batch` at random and compare every output (minutes)
 	$(BIN)/python -m pytest -m slow tests/batch
+
+ray-test: $(VENV)/.dev ## Install Ray Data below .peers, kill a job on a local Ray and resume it (minutes)
+	$(BIN)/python benchmarks/batch/install.py
+	.peers/ray-data/bin/python -m pytest -m ray tests/batch
 
 fuzz: $(VENV)/.dev ## Send 20,000 broken requests and many that the OpenAPI document allows (minutes)
 	$(BIN)/python -m benchmarks.checks fuzz

@@ -2,13 +2,16 @@
 
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from giantleap.batch.claims import FOLDER, Claim, Claims, State
 from giantleap.batch.store import Store
+from tests.batch.conftest import Loaded
 from tests.waiting import wait_until
 
 SHARDS = ("a", "b", "c")
@@ -80,3 +83,34 @@ def test_a_file_is_created_by_one_and_replaced_by_any(tmp_path: Path, url: str) 
     assert store.read("x/y") == b"3" and store.names("x") == ["y"] and store.modified_s("x/y")
     store.delete("x/y")
     assert store.names("x") == []
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a place in a bucket of a local S3."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    httpx.put(f"http://{host}:{port}/bucket").raise_for_status()
+    yield "s3://bucket/out"
+    server.stop()
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore")  # of the libraries of S3
+def test_claims_and_outputs_work_on_s3(loaded: Loaded, latents: Path, tmp_path: Path, bucket: str) -> None:
+    store = Store(bucket)
+    first, second = Claims(store, LEASE_S), Claims(store, LEASE_S)
+    claim = first.take(SHARDS[:1])
+    assert claim == Claim("a", 0) and second.take(SHARDS[:1]) is None and first.is_held(claim)
+    first.end(claim, State.FREE)
+    assert second.take(SHARDS[:1]) == Claim("a", 1) and not first.is_held(claim)
+    local, remote = loaded.run(latents, tmp_path / "out"), loaded.run(latents, bucket)
+    assert {key: entry.sha256 for key, entry in remote.items()} == {key: entry.sha256 for key, entry in local.items()}
+    assert sorted(store.names("_batch/manifest")) and (store.read("000.png") or b"").startswith(b"\x89PNG")
+    assert set(loaded.run(f"{bucket}/*.png", tmp_path / "again")) == set(local)
