@@ -54,7 +54,8 @@ def test_the_example_draws_each_row_though_it_is_killed_in_between(
     assert 0 < len(before) < 200, "it was killed in between"
     with run_process(command, directory=ROOT, output=subprocess.DEVNULL) as process:
         assert process.wait(1800) == 0
-    lines = [line for path in (tmp_path / "out" / "_batch" / "manifest").iterdir() for line in path.open()]
+    manifests = (tmp_path / "out" / "_batch" / "manifest").iterdir()
+    lines = [line for path in manifests for line in path.read_text().splitlines()]
     assert len(lines) == 200, "nothing that an entry names is drawn again"
     after = read_entries(Store(str(tmp_path / "out")))
     assert Counter(entry.sha256 for entry in after.values()) == Counter(entry.sha256 for entry in single.values())

@@ -149,6 +149,6 @@ def test_exit_codes_are_in_the_help_and_in_the_pages() -> None:
     helped = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
     page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
     codes = next(line for line in page.splitlines() if line.startswith("- **Exit codes**"))
-    for code in ("0", "1", "2", "3", "75", "130"):
+    for code in ("0", "1", "2", "3", "4", "75", "130"):
         assert re.search(rf"\b{code} [a-z]", EXIT_CODES) and re.search(rf"\b{code} [a-z]", codes), code
     assert EXIT_CODES in " ".join(helped.split())
