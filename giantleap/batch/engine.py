@@ -21,7 +21,16 @@ from giantleap.service.telemetry.tracing import BatchTrace
 from giantleap.service.worker.batch_runner import BatchRun
 from giantleap.service.worker.batching import plan_batch
 from giantleap.service.worker.drain import Drain
-from giantleap.service.worker.items import Drawn, Item, Outcome, Output, encode, to_items, to_job_error, to_latent_output
+from giantleap.service.worker.items import (
+    Drawn,
+    Item,
+    Outcome,
+    Output,
+    encode,
+    to_items,
+    to_job_error,
+    to_latent_output,
+)
 from giantleap.service.worker.outputs.filters import open_filters
 from giantleap.service.worker.watchdog import Watchdog
 
@@ -118,8 +127,19 @@ class RowEngine:
     def _run_batch(self, batch: Sequence[Claim]) -> list[Outcome]:
         trace, watchdog = BatchTrace(None, [], {}), Watchdog(self._settings.step_timeout_s)
         to_latents = self._options.out == "latents"
-        run = BatchRun(self._route, _NoReports(), self._drain, trace, watchdog, self._marker, self._filters, to_latents)
-        return run.run(to_items(batch), len(batch))
+        run = BatchRun(self._route, _NoReports(), self._drain, trace, watchdog, self._filters, to_latents)
+        items = to_items(batch)
+        return [self._encode(*pair) for pair in zip(items, run.run(items, len(batch)), strict=True)]
+
+    def _encode(self, item: Item, result: Outcome | Drawn) -> Outcome:
+        if not isinstance(result, Drawn):
+            return result
+        try:
+            if self._options.out == "latents":
+                return to_latent_output(item, result.values)
+            return encode(item, result, self._marker)
+        except (OSError, RuntimeError, ValueError) as error:
+            return to_job_error(error)
 
     def _write(self, claim: Claim, outcome: Outcome, seconds: float) -> Entry | None:
         """Write the output of a row; None if it was stopped."""
