@@ -62,7 +62,7 @@ ui-test: $(VENV)/.dev ## Run those of the pages at /ui, /ui/operator and /docs o
 # What is cut off by a kill is reported as not closed when it is collected; elsewhere that is an error.
 CUT_OFF := -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
 
-chaos: $(VENV)/.dev ## Kill workers and Redis under thousands of jobs (minutes) and store the report
+chaos: $(VENV)/.dev ## Kill workers, Redis and S3 under thousands of jobs (minutes) and store the report
 	$(BIN)/python -m pytest -s -m chaos $(CUT_OFF)
 	$(BIN)/python -m benchmarks.readme_figures
 

@@ -104,7 +104,7 @@ def to_summary(
             "[docs/load.md](docs/load.md), beside LitServe, BentoML and Ray Serve",
         ),
         (
-            f"{jobs:,} jobs through {kills} kills of workers and Redis",
+            f"{jobs:,} jobs through {kills} kills of workers, Redis and S3",
             f"{lost} lost or ended twice",
             "`make chaos`",
         ),

@@ -65,6 +65,11 @@ class S3Server:
             assert time.monotonic() < deadline_s, (self._directory / "log").read_text()[-2000:]
             time.sleep(0.1)
 
+    def set_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Lets this process and its children find the server."""
+        for name, value in self.environment.items():
+            monkeypatch.setenv(name, value)
+
     def _takes_objects(self) -> bool:
         store = self.client()
         try:
@@ -116,8 +121,7 @@ def session_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3(session_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The session's server, which this process finds by its environment."""
-    for name, value in session_s3.environment.items():
-        monkeypatch.setenv(name, value)
+    session_s3.set_environment(monkeypatch)
     return session_s3
 
 

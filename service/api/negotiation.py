@@ -49,6 +49,11 @@ def read_preference(prefer: str | None, max_wait_s: float) -> Preference:
     return Preference(wait_s)
 
 
+def prefers_bytes(prefer: str | None) -> bool:
+    """Whether a client prefers `return=representation` (RFC 7240, 4.2): the file in the response, not a redirect."""
+    return any(part.replace(" ", "").lower() == "return=representation" for part in (prefer or "").split(","))
+
+
 def read_cancel_after(header: str | None) -> float | None:
     """The deadline of a job in seconds, from Cancel-After; None where there is no such header.
 

@@ -36,7 +36,7 @@ _JOB_ERRORS: dict[str, type[GiantleapError]] = {
         *(errors.UnsupportedMediaType, errors.InvalidRequest, errors.DoesNotFit, errors.QueueFull),
         *(errors.StorageFull, errors.NotReady, errors.DeadlinePassed, errors.JobFailed, errors.EngineFault),
         *(errors.BlockedByFilter, errors.FilterFault),
-        errors.BundleNotLoaded,
+        *(errors.BundleNotLoaded, errors.StoreUnavailable),
     )
 }
 

@@ -82,8 +82,10 @@ def _file_headers(state: AppState, record: JobRecord, index: int) -> dict[str, s
     return headers
 
 
-async def result_response(request: Request, state: AppState, record: JobRecord, index: int) -> Response:
-    """One result of a job that has succeeded: the file, or a redirect to it where the settings say so.
+async def result_response(
+    request: Request, state: AppState, record: JobRecord, index: int, wants_bytes: bool = False
+) -> Response:
+    """One result of a job that has succeeded: the file, or a redirect where the settings say so.
 
     Raises:
         JobProblem: The job has not succeeded.
@@ -94,7 +96,7 @@ async def result_response(request: Request, state: AppState, record: JobRecord, 
     if index >= len(record.results):
         raise NotFound(f"the job has {len(record.results)} results, counted from 0; there is no {index}")
     key = record.results[index].key
-    if state.presigner is not None and key is not None:
+    if state.presigner is not None and key is not None and not wants_bytes:
         method: Literal["GET", "HEAD"] = "HEAD" if request.scope.get("is_head") else "GET"  # each has its signature
         url = await asyncio.to_thread(state.presigner.sign, key, method, _PRESIGNED_S)
         return Response(status_code=307, headers=_file_headers(state, record, index) | {"Location": url})

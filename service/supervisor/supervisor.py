@@ -115,10 +115,7 @@ def _supervise(
     metrics_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="giantleap-metrics-"))
 
     def to_launch(chosen: Settings) -> Launch:
-        given: dict[str, object] = {"redis_url": redis_url}
-        if redis is not None and chosen.result_store is None:
-            given["result_store"] = (settings.data_dir.resolve() / RESULTS).as_uri()
-        own = to_environment(chosen.model_copy(update=given))
+        own = to_environment(to_child_settings(chosen, redis_url, is_embedded=redis is not None))
         shared = {"PROMETHEUS_MULTIPROC_DIR": metrics_dir}
         return Launch(without_settings(os.environ) | own | shared, chosen.drain_grace_s)
 
@@ -148,6 +145,14 @@ def _supervise(
                 manager.start_rolling_restart(to_launch(chosen))
         stop.wait(_POLL_S)
     return 0
+
+
+def to_child_settings(settings: Settings, redis_url: str, is_embedded: bool) -> Settings:
+    """The settings of the child processes: with an embedded Redis, which is of this host alone, results are files."""
+    store = settings.result_store
+    if store is None and is_embedded:
+        store = (settings.data_dir.resolve() / RESULTS).as_uri()
+    return settings.model_copy(update={"redis_url": redis_url, "result_store": store})
 
 
 def reload(settings: Settings, reread: Callable[[], Settings]) -> Settings | None:

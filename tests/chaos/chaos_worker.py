@@ -5,7 +5,7 @@ jobs while it works on others. A job takes two milliseconds a step; one whose se
 `LONG_SEED` takes `LONG_S` at its first start. The journal has a line `<what> <job> <delivery> <pid> <monotonic s>`
 before work (start), before the job is finished (ending) and after the queue's answer (accepted, refused), so that
 what a kill left out is known. What is claimed ahead is noted too (ahead). One that only draws hands over, and notes
-that (handed).
+that (handed); a result store that is away makes the job run again (unstored).
 """
 
 import os
@@ -15,11 +15,14 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from giantleap.models.worker_role import WorkerRole
+from giantleap.service.errors import StoreUnavailable
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
-from giantleap.service.jobs.job import GenerateParams, ResultFile
+from giantleap.service.jobs.job import GenerateParams, JobError, ResultFile
+from giantleap.service.results.jobs import open_files
 from giantleap.service.settings import read_settings
+from tests.chaos.files import to_content
 
 LONG_SEED = 424_242
 LONG_S = 10.0
@@ -40,7 +43,8 @@ def work(claim: Claim) -> None:
 def main(journal: str) -> None:
     settings = read_settings()
     assert settings.redis_url is not None
-    consumer = JobConsumer(open_redis(settings.redis_url), settings, ["paper"], "chaos", role=settings.role)
+    client, files = open_redis(settings.redis_url), open_files(settings)
+    consumer = JobConsumer(client, settings, ["paper"], "chaos", role=settings.role, files=files)
     consumer.open()
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
@@ -49,14 +53,20 @@ def main(journal: str) -> None:
         os.write(file, f"{what} {claim.job.id} {claim.delivery} {os.getpid()} {time.monotonic():.6f}\n".encode())
 
     def finish(claim: Claim) -> None:
-        content = f"{claim.job.id} {claim.delivery} {os.getpid()}".encode()
+        line = f"{claim.job.id} {claim.delivery} {os.getpid()}"
+        content = line.encode() if files is None else to_content(line)
         if settings.role is WorkerRole.GENERATE:
             latents = content if isinstance(claim.job.params, GenerateParams) else None
             handed = consumer.transfer(claim, latents, {}, ())
             note("refused" if handed is None else "handed", claim)
             return
         note("ending", claim)
-        ended = consumer.complete(claim, [(ResultFile("image/png", len(content)), content)], {}, ())
+        try:
+            ended = consumer.complete(claim, [(ResultFile("image/png", len(content)), content)], {}, ())
+        except StoreUnavailable as error:
+            consumer.fail(claim, JobError(error.code, error.detail, error.retryable))
+            note("unstored", claim)
+            return
         note("accepted" if ended else "refused", claim)
 
     finishing: deque[Future[None]] = deque()

@@ -28,6 +28,8 @@ from tests.service.paper_bundle import CHANNELS
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("chaos_worker.py")
 _START_S = 120.0
+LARGE_SIDE = 256
+"""Side of a latent that is larger than what goes to Redis where there is a result store."""
 
 
 class Note(NamedTuple):
@@ -118,6 +120,7 @@ class Clients:
     url: str
     number: int
     seed: int
+    with_large_inputs: bool = False
     accepted: dict[int, str] = field(default_factory=dict)
     accepted_at_s: dict[str, float] = field(default_factory=dict)
     refusals: Counter[str] = field(default_factory=Counter)
@@ -166,7 +169,8 @@ class Clients:
         headers = {"Idempotency-Key": f"chaos-{self.seed}-{index}", "Prefer": "respond-async"}
         priority = dice.choice(("high", "high", "low"))
         if index % 4 == 3:
-            body = save({"latent": np.full((CHANNELS, 4, 4), index, np.float32)})
+            side = LARGE_SIDE if index % 40 == 3 and self.with_large_inputs else 4
+            body = save({"latent": np.full((CHANNELS, side, side), index + 1 / 3, np.float32)})  # not exact in float16
             headers["Content-Type"] = "application/x-safetensors"
             return client.build_request("POST", f"/upscale?priority={priority}", content=body, headers=headers)
         seed = LONG_SEED if index == 0 else index

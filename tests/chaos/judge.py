@@ -9,6 +9,7 @@ from typing import Any
 import redis
 
 from giantleap.service.jobqueue.keys import Keys
+from tests.chaos.files import StoredFiles, is_whole
 from tests.chaos.harness import Note
 
 
@@ -31,9 +32,14 @@ class Verdict:
 
 
 def judge(
-    client: redis.Redis, prefix: str, accepted: Sequence[str], notes: Iterable[Note], killed_pids: Sequence[int]
+    client: redis.Redis,
+    prefix: str,
+    accepted: Sequence[str],
+    notes: Iterable[Note],
+    killed_pids: Sequence[int],
+    files: StoredFiles | None = None,
 ) -> Verdict:
-    """Compares what was promised with what is there."""
+    """Compares what was promised with what is there; `files` is the result store of the run."""
     keys = Keys(prefix)
     notes = list(notes)
     records = _read(client, [keys.job(job_id) for job_id in accepted])
@@ -47,7 +53,9 @@ def judge(
         lost=tuple(job_id for job_id in accepted if not by_id[job_id]),
         failed=tuple(job_id for job_id in ended if by_id[job_id][b"state"] != b"succeeded"),
         not_one_done=tuple(job_id for job_id in ended if _done_events(client, keys, job_id) != 1),
-        not_one_result=tuple(job_id for job_id in ended if not _is_own_result(client, keys, job_id, by_id[job_id])),
+        not_one_result=tuple(
+            job_id for job_id in ended if not _is_own_result(client, keys, job_id, by_id[job_id], files)
+        ),
         accepted_twice=tuple(job_id for job_id, number in ends.items() if number > 1),
         unexplained=tuple(
             job_id for job_id in ended if not ends[job_id] and (job_id, int(by_id[job_id][b"deliveries"])) not in dying
@@ -69,10 +77,18 @@ def _done_events(client: redis.Redis, keys: Keys, job_id: str) -> int:
     return sum(fields[b"name"] == b"done" for _, fields in events)
 
 
-def _is_own_result(client: redis.Redis, keys: Keys, job_id: str, record: dict[bytes, bytes]) -> bool:
-    """One result, which names this job and the start that the record counts as its last."""
+def _is_own_result(
+    client: redis.Redis, keys: Keys, job_id: str, record: dict[bytes, bytes], files: StoredFiles | None
+) -> bool:
+    """One whole result, which names this job and the start that the record counts as its last."""
     results: Any = client.hgetall(keys.result(job_id))
-    if list(results) != [b"0"] or len(json.loads(record.get(b"results", b"[]"))) != 1:
+    named = json.loads(record.get(b"results", b"[]"))
+    if len(named) != 1:
+        return False
+    if files is not None:
+        content = files.read(named[0]["key"])
+        results = {b"0": content.partition(b"\n")[0]} if content and is_whole(content) and not results else {}
+    if list(results) != [b"0"]:
         return False
     named_id, delivery, _ = results[b"0"].decode().split()
     return bool(named_id == job_id and delivery == record[b"deliveries"].decode())

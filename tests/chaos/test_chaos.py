@@ -21,12 +21,17 @@ import pytest
 import redis
 
 from giantleap.models.worker_role import WorkerRole
+from giantleap.service.jobqueue.client import cancel_tasks
 from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE
 from giantleap.service.jobqueue.keys import Keys
+from giantleap.service.results.store import open_store
 from giantleap.service.settings import read_settings
+from tests.chaos.files import StoredFiles
 from tests.chaos.harness import ROOT, Clients, ProcessManager, free_port
 from tests.chaos.judge import Verdict, judge
-from tests.chaos.stores import OneServer, Replicated, Store, open_store
+from tests.chaos.stores import OneServer, Replicated, Store
+from tests.chaos.stores import open_store as open_redis_of
+from tests.s3_server import BUCKET, S3Server
 from tests.service.paper_bundle import write_paper_bundle
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -39,12 +44,21 @@ VISIBILITY_S = 5.0
 # What a master that is killed may have promised and not yet sent to a replica: milliseconds on one machine.
 FAILOVER_LOSS_S = 2.0
 _END_S = 300.0
+# Of the runs with a result store, which wait until it has passed; longer than such a run takes.
+FILES_TTL_S = 240
 
 
 class Run:
     """One run: its processes, its clients, and what was done to them."""
 
-    def __init__(self, store: Store, root: Path, jobs: int, pools: tuple[WorkerRole, ...] = (WorkerRole.ALL,)) -> None:
+    def __init__(
+        self,
+        store: Store,
+        root: Path,
+        jobs: int,
+        pools: tuple[WorkerRole, ...] = (WorkerRole.ALL,),
+        **changes: object,
+    ) -> None:
         self.store, self.jobs = store, jobs
         settings = read_settings(
             redis_url=store.url,
@@ -54,50 +68,70 @@ class Run:
             visibility_timeout_s=VISIBILITY_S,
             max_deliveries=10,
             log_level="error",
+            **changes,
         )
+        self.files: StoredFiles | None = None
+        if (opened := open_store(settings)) is not None:
+            self.files = StoredFiles(opened, PREFIX)
         self.fleet = ProcessManager(settings, root / "journal", pools)
-        self.clients = Clients(f"http://127.0.0.1:{settings.port}", jobs, SEED)
+        self.clients = Clients(f"http://127.0.0.1:{settings.port}", jobs, SEED, self.files is not None)
         self.done: Counter[str] = Counter()
+        self.left: list[str] = []
         self._frozen = asyncio.Event()
 
-    def execute(self, kills: int, harms: int) -> Verdict:
-        """Everything from the first start to the judgement; stops all of it."""
+    def execute(self, kills: int, harms: int, store_harms: int = 0, left_after_s: float | None = None) -> Verdict:
+        """Everything from the first start to the judgement; stops all of it.
+
+        With `left_after_s` it also waits so long until nothing is left in the result store: `left` names the rest.
+        """
         started_s = time.monotonic()
         try:
             self.fleet.start(WORKERS)
-            asyncio.run(self._scenario(kills, harms))
-            with open_store(self.store) as client:
+            asyncio.run(self._scenario(self._plan(kills, harms, store_harms)))
+            with open_redis_of(self.store) as client:
                 accepted = list(self.clients.accepted.values())
-                verdict = judge(client, PREFIX, accepted, self.fleet.notes(), self.fleet.killed_pids)
+                verdict = judge(client, PREFIX, accepted, self.fleet.notes(), self.fleet.killed_pids, self.files)
+            if self.files is not None and left_after_s is not None:
+                self.left = self.files.await_empty(left_after_s)
         finally:
             self.fleet.stop()
         self.duration_s = time.monotonic() - started_s
         return verdict
 
-    async def _scenario(self, kills: int, harms: int) -> None:
-        with open_store(self.store) as client:
+    async def _scenario(self, plan: list[tuple[int, str]]) -> None:
+        with open_redis_of(self.store) as client:
+            watching = asyncio.create_task(self._watch_files())
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.clients.run())
                 tasks.create_task(self._freeze(client))
-                tasks.create_task(self._harm(kills, harms))
+                tasks.create_task(self._harm(plan))
             await self._await_ends(client)
+            await cancel_tasks([watching])
         await asyncio.sleep(1.0)  # a worker notes the end of its last job after the queue has it
 
-    def _plan(self, kills: int, harms: int) -> list[tuple[int, str]]:
+    async def _watch_files(self) -> None:
+        while self.files is not None:
+            await asyncio.to_thread(self.files.look)
+            await asyncio.sleep(0.2)
+
+    def _plan(self, kills: int, harms: int, store_harms: int) -> list[tuple[int, str]]:
         """What is done after how many ends, in order, at random moments."""
         dice = random.Random(SEED)
         killed = [(moment, "worker kills") for moment in dice.sample(range(20, self.jobs - 50), kills)]
         harmed = [(moment, "Redis kills") for moment in dice.sample(range(100, self.jobs - 100), harms)]
-        return sorted(killed + harmed)
+        stores = [(moment, "store kills") for moment in dice.sample(range(50, self.jobs - 50), store_harms)]
+        return sorted(killed + harmed + stores)
 
-    async def _harm(self, kills: int, harms: int) -> None:
+    async def _harm(self, plan: list[tuple[int, str]]) -> None:
         dice = random.Random(SEED + 1)
         await self._frozen.wait()
-        for moment, what in self._plan(kills, harms):
+        for moment, what in plan:
             await await_until(f"{moment} jobs end", lambda moment=moment: self.fleet.count("accepted") >= moment)  # type: ignore[misc]
             await asyncio.sleep(dice.uniform(0, 0.1))
             if what == "worker kills":
                 self.fleet.kill_worker(dice.choice(self.fleet.workers))
+            elif what == "store kills" and self.files is not None:
+                await asyncio.to_thread(self.files.harm)
             else:
                 await asyncio.to_thread(self.store.harm)
             self.done[what] += 1
@@ -191,6 +225,34 @@ def test_every_accepted_job_ends_exactly_once(tmp_path: Path) -> None:
         store.stop()
     assert run.done == {"worker kills": 20, "Redis kills": 3, "frozen workers": 1}
     assert len(set(run.clients.accepted.values())) == 2000
+    assert verdict.is_clean, verdict
+
+
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_every_job_with_a_result_store_ends_exactly_once_and_leaves_no_file(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, with fewer jobs; a server of S3 is killed too. Nobody reads half a result."""
+    store, server = OneServer(tmp_path / "redis"), S3Server(tmp_path / "s3") if kind == "s3" else None
+    url = (tmp_path / "results").as_uri() if server is None else f"s3://{BUCKET}/chaos"
+    try:
+        if server is not None:
+            server.start()
+            server.set_environment(monkeypatch)
+        run = Run(store, tmp_path, jobs=300, result_store=url, job_ttl_s=FILES_TTL_S)
+        assert run.files is not None
+        run.files.server = server
+        verdict = run.execute(kills=6, harms=1, store_harms=kind == "s3", left_after_s=FILES_TTL_S + 150)
+        unstored = run.fleet.count("unstored")
+        read = {"results_read_meanwhile": run.files.reads, "torn": len(run.files.torn), "files_left": len(run.left)}
+        run.report(verdict, f"Store-{kind}", ends_not_stored=unstored, **read)
+    finally:
+        store.stop()
+        if server is not None:
+            server.kill()
+    expected = {"worker kills": 6, "Redis kills": 1, "frozen workers": 1}
+    assert run.done == (expected if server is None else expected | {"store kills": 1})
+    assert run.files.reads > 0 and run.files.torn == [] and run.left == []
     assert verdict.is_clean, verdict
 
 

@@ -32,6 +32,8 @@ EVERYTHING: dict[str, Any] = GPU | {
     "signedUrls": {"secretName": "urls"},
     "c2pa": {"secretName": "c2pa"},
     "loraVolume": {"persistentVolumeClaim": {"claimName": "loras", "readOnly": True}},
+    "resultStore": {"url": "s3://results/giantleap", "presigned": True, "credentialsSecret": "s3",
+                    "environment": {"AWS_REGION": "eu-central-1"}},
     "api": {"rootPath": "/giantleap", "forwardedAllowIps": ["10.0.0.0/8", "fd00::1"]},
     "networkPolicy": {
         "apiFrom": [{"podSelector": {"matchLabels": {"app": "gateway"}}}],
@@ -164,6 +166,22 @@ def test_no_object_stands_twice_and_all_carry_the_labels(manifests: list[Manifes
     assert len(named) == len(set(named))
     for manifest in manifests:
         assert manifest["metadata"]["labels"]["app.kubernetes.io/instance"] == "prod"
+
+
+def test_results_go_to_the_bucket_of_the_values_from_api_and_workers() -> None:
+    manifests = render(EVERYTHING)
+    for deployment in of_kind(manifests, "Deployment"):
+        env = env_of(deployment)
+        settings = {name.removeprefix("GIANTLEAP_").lower(): value for name, value in env.items() if "_RESULT_" in name}
+        assert Settings(**settings).result_store == "s3://results/giantleap" and settings["result_urls"] == "presigned"
+        assert env["AWS_REGION"] == "eu-central-1"
+        assert env["AWS_SECRET_ACCESS_KEY"] == {"secretKeyRef": {"name": "s3", "key": "AWS_SECRET_ACCESS_KEY"}}
+    for policy in of_kind(manifests, "NetworkPolicy"):
+        assert {"ports": [{"protocol": "TCP", "port": 443}]} in policy["spec"]["egress"]
+    assert "GIANTLEAP_RESULT_STORE" not in env_of(of_kind(render({}), "Deployment")[0])
+    for wrong in ({"url": "file:///results"}, {"url": "s3://a", "environment": {"PATH": "x"}}):
+        with pytest.raises(HelmRefused):
+            render({"resultStore": wrong})
 
 
 def test_selectors_find_the_pods_they_mean(manifests: list[Manifest]) -> None:

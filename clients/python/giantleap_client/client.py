@@ -18,7 +18,7 @@ from giantleap_client.events import Event
 from giantleap_client.flows import Deadline, Done, Flow, JobBody, Machine, Open, Outcome, Pause, Read
 from giantleap_client.options import GenerateOptions, UpscaleOptions
 from giantleap_client.payloads import Result, Source
-from giantleap_client.transport import build, client_options, to_cut, to_head
+from giantleap_client.transport import build, client_options, follows, to_cut, to_head
 
 T = TypeVar("T")
 
@@ -48,7 +48,9 @@ class _Driver(Generic[T]):
                     return next(self._chunks, b"")
                 case Open():
                     self.close()
-                    self._response = self._http.send(build(self._http, step), stream=True)
+                    self._response = self._http.send(
+                        build(self._http, step), stream=True, follow_redirects=follows(step)
+                    )
                     self._chunks = self._response.iter_bytes()
                     return to_head(self._response)
         except (httpx.TransportError, httpx.DecodingError) as error:

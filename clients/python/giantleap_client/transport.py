@@ -24,6 +24,11 @@ def client_options(url: str, api_key: str | None) -> dict[str, Any]:
     }
 
 
+def follows(step: Open) -> bool:
+    """Whether a redirect is followed: that of a result to its bucket. httpx leaves the key behind at another origin."""
+    return step.call.method == "GET"
+
+
 def build(http: httpx.Client | httpx.AsyncClient, step: Open) -> httpx.Request:
     """The request of a step."""
     call = step.call

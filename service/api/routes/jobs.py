@@ -6,6 +6,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.responses import StreamingResponse
 
 from giantleap.service.api.dependencies import UNKNOWN_JOB, AppStateDep, CallerDep, RecordDep, links_of
+from giantleap.service.api.negotiation import prefers_bytes
 from giantleap.service.api.openapi import IMAGE_TYPES, REDIRECT, describe_responses, file_content
 from giantleap.service.api.responses import ZIP_TYPE, JobProblem, job_response, result_response, results_response
 from giantleap.service.api.schemas import JobBody, JobsBody, to_job_body
@@ -64,9 +65,10 @@ async def get_result(
     record: RecordDep,
     state: AppStateDep,
     index: Annotated[int, Query(ge=0, le=9999, description="Which result, from 0.")] = 0,
+    prefer: Annotated[str | None, Header(description="return=representation: the bytes, never a redirect.")] = None,
 ) -> Response:
     """The bytes of one result, or a redirect to them. 409 before the job has succeeded; its problem where it failed."""
-    return await result_response(request, state, record, index)
+    return await result_response(request, state, record, index, prefers_bytes(prefer))
 
 
 @router.get(

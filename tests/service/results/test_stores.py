@@ -201,8 +201,7 @@ def test_a_server_of_s3_killed_in_the_middle_of_uploads_has_them_whole_or_not_at
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = S3Server(tmp_path / "s3")
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
+    server.set_environment(monkeypatch)
     try:
         server.start()
         store, content = S3ResultStore(BUCKET, "killed", PREFIX), os.urandom(4_000_000)

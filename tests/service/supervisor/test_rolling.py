@@ -192,3 +192,4 @@ def test_settings_of_the_file_are_in_force_after_sighup_and_jobs_end_once(
             until(lambda job_id=job_id: state(service.url, job_id)["status"] == "succeeded", job_id)  # type: ignore[misc]
         until(lambda: len(ends(service)) >= len(clients.jobs), "every end is in the log")
         assert sorted(ends(service)) == sorted((job_id, "succeeded") for job_id in clients.jobs)
+        assert len(list((tmp_path / "data" / "results").rglob("*.result-*"))) == len(clients.jobs)

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from giantleap.service.errors import EXIT_BAD_CONFIGURATION, EXIT_HUNG, BadConfiguration
 from giantleap.service.settings import Settings, read_settings, to_environment
 from giantleap.service.supervisor.processes import Launch, ManagedProcess, ProcessManager, plan_restart, to_reason
-from giantleap.service.supervisor.supervisor import open_listener, reload
+from giantleap.service.supervisor.supervisor import open_listener, reload, to_child_settings
 from giantleap.service.telemetry.metrics import RestartCollector
 
 
@@ -46,6 +46,15 @@ def test_settings_reach_the_children_through_the_environment(monkeypatch: pytest
     for name, value in to_environment(settings).items():
         monkeypatch.setenv(name, value)
     assert read_settings() == settings
+
+
+def test_results_are_files_of_the_data_directory_only_with_an_embedded_redis(tmp_path: Path) -> None:
+    plain = read_settings(data_dir=tmp_path / "a b")
+    given = plain.model_copy(update={"result_store": "redis"})
+    store = to_child_settings(plain, "redis://h", is_embedded=True).result_store
+    assert store == (tmp_path / "a b" / "results").as_uri() and read_settings(result_store=store).result_store == store
+    assert to_child_settings(plain, "redis://h", is_embedded=False).result_store is None
+    assert to_child_settings(given, "redis://h", is_embedded=True).result_store == "redis"
 
 
 def test_serve_ends_at_once_when_a_bundle_is_missing(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{/* Environment of API and workers. Takes (dict "root" $ "bundles" names "own" settings of the pool). */}}
 {{- define "giantleap.env" -}}
 {{- $root := .root -}}
-{{- $reserved := list "GIANTLEAP_REDIS_URL" "GIANTLEAP_KEY_PREFIX" "GIANTLEAP_BUNDLE" "GIANTLEAP_DRAIN_GRACE_S" "GIANTLEAP_HOST" "GIANTLEAP_PORT" "GIANTLEAP_METRICS_PORT" "GIANTLEAP_API_PROCESSES" "GIANTLEAP_API_KEYS_FILE" "GIANTLEAP_OTLP_ENDPOINT" "GIANTLEAP_DATA_DIR" "GIANTLEAP_ROLE" "GIANTLEAP_URL_SECRET" "GIANTLEAP_C2PA_CERT" "GIANTLEAP_C2PA_KEY" "GIANTLEAP_LORA_DIR" -}}
+{{- $reserved := list "GIANTLEAP_REDIS_URL" "GIANTLEAP_KEY_PREFIX" "GIANTLEAP_BUNDLE" "GIANTLEAP_DRAIN_GRACE_S" "GIANTLEAP_HOST" "GIANTLEAP_PORT" "GIANTLEAP_METRICS_PORT" "GIANTLEAP_API_PROCESSES" "GIANTLEAP_API_KEYS_FILE" "GIANTLEAP_OTLP_ENDPOINT" "GIANTLEAP_DATA_DIR" "GIANTLEAP_ROLE" "GIANTLEAP_URL_SECRET" "GIANTLEAP_C2PA_CERT" "GIANTLEAP_C2PA_KEY" "GIANTLEAP_LORA_DIR" "GIANTLEAP_RESULT_STORE" "GIANTLEAP_RESULT_URLS" -}}
 {{- with $root.Values.redis.passwordSecret }}{{ if .name }}
 - name: REDIS_PASSWORD
   valueFrom:
@@ -83,6 +83,23 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 - name: GIANTLEAP_LORA_DIR
   value: /loras
 {{- end }}
+{{- with $root.Values.resultStore }}{{ if .url }}
+- name: GIANTLEAP_RESULT_STORE
+  value: {{ .url | quote }}
+- name: GIANTLEAP_RESULT_URLS
+  value: {{ ternary "presigned" "api" .presigned }}
+{{- range $name, $value := .environment }}
+- name: {{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- if .credentialsSecret }}
+{{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
+- name: {{ . }}
+  valueFrom:
+    secretKeyRef: {name: {{ $root.Values.resultStore.credentialsSecret }}, key: {{ . }}}
+{{- end }}
+{{- end }}
+{{- end }}{{ end }}
 - name: GIANTLEAP_DRAIN_GRACE_S
   value: {{ $root.Values.drainGraceSeconds | quote }}
 {{- with $root.Values.otlp }}{{ if .endpoint }}
