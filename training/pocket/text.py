@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 from giantleap.training.optim import Budget, Ema, MuonAdamW
+from giantleap.training.pocket.drawing.captions import DROP_SHARE
 from giantleap.training.pocket.drawing.prompts import CHOICES, SECOND, Prompt, draw_prompt, prompt_caption, vary_prompt
 from giantleap.training.pocket.network import CHANNELS, SCALING_FACTOR
 from giantleap.training.pocket.state import TrainState, smoothed, train_steps, write_log
@@ -38,15 +39,9 @@ TEXT_WIDTH = 128
 PLACES = 8  # of the position embedding, along a side of the picture
 NOISE_LEVELS = 1000  # the network's timestep is sigma * NOISE_LEVELS
 FLOW_SHIFT = 3.0  # of the sampler's noise levels towards high noise
-EARLY_SHIFTS = (4.0, 12.0)  # of the training samples, half each: colors and positions are decided there
-LATE_SHIFTS = (4.0, 1.0)  # once those are learned: edges and clean areas
-FINISH_SHIFTS = (2.0, 0.5)  # in the second half of a run with `start`: sharp edges, no grid of tokens
-LATE_FROM = 0.15  # share of the run
+COARSE_PATCH = 4  # of the first runs; the last ones have tokens of half the side
 SIGMA_FLOOR = 0.2  # errors count by 1 / sigma^2 down to this noise level, which is the error of the velocity
 EMPTY_SHARE = 0.10  # captions replaced by "", for classifier-free guidance
-FREEDOM = 0.6  # share of freely worded captions at the end of a run, from zero at its middle
-DECAY_SHARE = 0.65  # of a run from random weights, at its end, in which the rate falls to zero
-CONTINUED_RATE = 0.4  # share of the peak rate in a run with a start; it falls from the beginning
 HELD_OUT = 64  # last scenes of the pool, never trained on
 SAVE_EVERY_S = 240.0
 ADAM_NAMES = ("patch_embed", "proj_out", "embed_tokens", "conv_depth", "scale_shift_table")
@@ -64,9 +59,70 @@ class Recipe:
     ema_decay: float = 0.998
     width: int = 256
     depth: int = 6
-    patch: int = 4
+    patch: int = COARSE_PATCH
     is_bfloat16: bool = True
     is_compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and noise levels in the course of a run.
+
+    Args:
+        peak: Share of the recipe's rates at the highest.
+        decay_share: Last part of the run, in which the rate falls to zero.
+        early_shifts: Shifts of the noise levels at first, half of the samples each (`draw_sigma`).
+        late_shifts: The same later.
+        late_from: Share of the run after which `late_shifts` hold.
+        early_freedom: Share of freely worded captions in the first half; plain ones are learned sooner.
+        late_freedom: The same at the end; it rises in the second half.
+        drop_share: Share of the free captions of one object that leave slots out.
+    """
+
+    peak: float
+    decay_share: float
+    early_shifts: tuple[float, float]
+    late_shifts: tuple[float, float]
+    late_from: float
+    early_freedom: float = 0.0
+    late_freedom: float = 0.6
+    drop_share: float = DROP_SHARE
+
+    def rate(self, progress: float, step: int, warmup_steps: int = 50) -> float:
+        """Return the share of the recipe's rates: linear warm-up, level, then linear to zero at progress 1."""
+        return self.peak * min(1.0, (step + 1) / warmup_steps, max(0.0, (1.0 - progress) / self.decay_share))
+
+    def shifts(self, progress: float) -> tuple[float, float]:
+        """Return the shifts of the noise levels."""
+        return self.early_shifts if progress < self.late_from else self.late_shifts
+
+    def freedom(self, progress: float) -> float:
+        """Return the share of freely worded captions."""
+        return self.early_freedom + (self.late_freedom - self.early_freedom) * max(0.0, 2.0 * progress - 1.0)
+
+
+# High noise first, where colors and positions are decided; then edges and clean areas.
+FRESH = Schedule(peak=1.0, decay_share=0.65, early_shifts=(4.0, 12.0), late_shifts=(4.0, 1.0), late_from=0.15)
+CONTINUED = Schedule(peak=0.4, decay_share=1.0, early_shifts=(4.0, 1.0), late_shifts=(2.0, 0.5), late_from=0.5)
+HALVED = Schedule(peak=0.2, decay_share=1.0, early_shifts=(4.0, 0.7), late_shifts=(2.0, 0.5), late_from=0.5)
+# Short prompts: where a caption leaves the place open, the network must choose one at high noise.
+SHORT = Schedule(
+    peak=0.15,
+    decay_share=1.0,
+    early_shifts=(8.0, 1.5),
+    late_shifts=(4.0, 0.6),
+    late_from=0.5,
+    early_freedom=0.7,
+    late_freedom=0.7,
+    drop_share=0.7,
+)
+
+
+def choose_schedule(start_patch: int, patch: int) -> Schedule:
+    """Return the schedule of a run that begins with the weights of another one."""
+    if start_patch == 2 * patch:
+        return HALVED
+    return CONTINUED if patch == COARSE_PATCH else SHORT
 
 
 @dataclass(frozen=True)
@@ -202,22 +258,27 @@ def train_reader(encoder: Gemma2Model, tokenizer: PreTrainedTokenizerFast, steps
     return float(np.mean(shares[-50:]))
 
 
-def draw_caption(prompt: Prompt, rng: np.random.Generator, freedom: float) -> str:
-    """Draw an empty, freely worded or plain caption. Runs start with plain ones, which are learned sooner."""
+def draw_caption(prompt: Prompt, rng: np.random.Generator, freedom: float, drop_share: float) -> str:
+    """Draw an empty, freely worded or plain caption."""
     if rng.random() < EMPTY_SHARE:
         return ""
-    return vary_prompt(prompt, rng) if rng.random() < freedom else prompt_caption(prompt)
+    return vary_prompt(prompt, rng, drop_share) if rng.random() < freedom else prompt_caption(prompt)
 
 
 def draw_batch(
-    pool: StudioPool, rng: np.random.Generator, batch: int, tokenizer: PreTrainedTokenizerFast, freedom: float
+    pool: StudioPool,
+    rng: np.random.Generator,
+    batch: int,
+    tokenizer: PreTrainedTokenizerFast,
+    freedom: float,
+    drop_share: float = DROP_SHARE,
 ) -> tuple[Tensor, Captions]:
-    """Draw scaled latents [batch, channels, h, w] and captions; half of the pictures are mirrored."""
+    """Draw scaled latents [batch, channels, h, w] and captions (`Schedule`); half of the pictures are mirrored."""
     index = rng.integers(0, len(pool.prompts) - HELD_OUT, size=batch)
     flip = rng.integers(0, 2, size=batch)
     latents = torch.from_numpy(pool.latents[index, flip].astype(np.float32)) * SCALING_FACTOR
     shown = [pool.prompts[i].mirrored() if flipped else pool.prompts[i] for i, flipped in zip(index, flip, strict=True)]
-    return latents, tokenize(tokenizer, [draw_caption(prompt, rng, freedom) for prompt in shown])
+    return latents, tokenize(tokenizer, [draw_caption(prompt, rng, freedom, drop_share) for prompt in shown])
 
 
 def draw_sigma(count: int, shifts: tuple[float, float], generator: torch.Generator | None = None) -> Tensor:
@@ -280,23 +341,10 @@ def validate(
     captions = tokenize(tokenizer, [prompt_caption(prompt) for prompt in pool.prompts[-HELD_OUT:]])
     noise = torch.randn(latents.shape, generator=generator)
     scores = {}
-    for name, shifts in (("high", EARLY_SHIFTS), ("low", (1.0, 0.3))):
+    for name, shifts in (("high", FRESH.early_shifts), ("low", (1.0, 0.3))):
         sigma = draw_sigma(len(latents), shifts, generator)
         scores[f"{name}_loss"] = float(flow_loss(network, latents, captions, sigma, noise, gains, is_bfloat16))
     return scores
-
-
-def falling_rate(progress: float, step: int, has_start: bool = False, warmup_steps: int = 50) -> float:
-    """Return the share of the peak rate: linear warm-up, level, then linear to zero at progress 1."""
-    peak, decay_share = (CONTINUED_RATE, 1.0) if has_start else (1.0, DECAY_SHARE)
-    return peak * min(1.0, (step + 1) / warmup_steps, max(0.0, (1.0 - progress) / decay_share))
-
-
-def training_shifts(progress: float, has_start: bool = False) -> tuple[float, float]:
-    """Return the shifts of the noise levels, from high ones to low ones in the course of a run."""
-    if has_start:
-        return LATE_SHIFTS if progress < 0.5 else FINISH_SHIFTS
-    return EARLY_SHIFTS if progress < LATE_FROM else LATE_SHIFTS
 
 
 def train_text(
@@ -320,8 +368,11 @@ def train_text(
     pool, tokenizer = read_pool(scenes), open_sana_tokenizer()
     network, averaged = TextToLatent(len(tokenizer), recipe), TextToLatent(len(tokenizer), recipe)
     optimizer = MuonAdamW(network.named_parameters(), recipe.muon_lr, recipe.adam_lr, ADAM_NAMES, recipe.is_bfloat16)
+    schedule = FRESH
     if start is not None:
-        network.load_state_dict(read_start(start, network))
+        weights = torch.load(start, weights_only=True)["ema"]
+        schedule = choose_schedule(patch_of(weights), recipe.patch)
+        network.load_state_dict(halve_patches(weights) if schedule is HALVED else weights)
     elif not resume:
         share = train_reader(network.text_encoder, tokenizer, READER_STEPS, seed)
         tqdm.write(json.dumps({"slots_read": round(share, 4)}))
@@ -334,12 +385,12 @@ def train_text(
     smooth = math.nan
     for progress in train_steps(state, budget):
         latents, captions = draw_batch(
-            pool, state.rng, recipe.batch, tokenizer, FREEDOM * max(0.0, 2.0 * progress - 1.0)
+            pool, state.rng, recipe.batch, tokenizer, schedule.freedom(progress), schedule.drop_share
         )
-        sigma = draw_sigma(recipe.batch, training_shifts(progress, start is not None))
+        sigma = draw_sigma(recipe.batch, schedule.shifts(progress))
         loss = flow_loss(network, latents, captions, sigma, torch.randn_like(latents), gains, recipe.is_bfloat16)
         torch.autograd.backward(loss)
-        optimizer.step(falling_rate(progress, state.step, start is not None))
+        optimizer.step(schedule.rate(progress, state.step))
         state.ema.update(network, state.step)
         state.tick()
         smooth = smoothed(smooth, float(loss.detach()))
@@ -348,14 +399,6 @@ def train_text(
             state.ema.copy_to(averaged)
             write_log(out, state, {"loss": smooth, **validate(averaged, pool, tokenizer, gains, recipe.is_bfloat16)})
             write_pipeline(out / "pipeline", averaged, vae, open_sana_tokenizer())
-
-
-def read_start(path: Path, network: TextToLatent) -> dict[str, Tensor]:
-    """Read the averaged weights of a run's state, with halved tokens where the network has those."""
-    weights: dict[str, Tensor] = torch.load(path, weights_only=True)["ema"]
-    if patch_of(weights) == 2 * patch_of(network.state_dict()):
-        return halve_patches(weights)
-    return weights
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:

@@ -18,11 +18,14 @@ from giantleap.training.pocket.state import TrainState
 from giantleap.training.pocket.studio import write_pool
 from giantleap.training.pocket.text import (
     ADAM_NAMES,
-    EARLY_SHIFTS,
+    CONTINUED,
+    FRESH,
+    HALVED,
+    SHORT,
     Recipe,
     TextToLatent,
+    choose_schedule,
     draw_sigma,
-    falling_rate,
     flow_loss,
     make_scheduler,
     make_text_encoder,
@@ -30,7 +33,6 @@ from giantleap.training.pocket.text import (
     tokenize,
     train_reader,
     train_text,
-    training_shifts,
 )
 from giantleap.training.pocket.tokenizer import MAX_TOKENS, open_sana_tokenizer, open_tokenizer
 
@@ -102,7 +104,7 @@ def test_caption_changes_the_picture_after_steps() -> None:
     latents = torch.randn(4, 24, 32, 32)
     captions = tokenize(tokenizer, ["a red cube", "", "a blue cone", "right"])
     for _ in range(3):
-        sigma = draw_sigma(4, EARLY_SHIFTS)
+        sigma = draw_sigma(4, FRESH.early_shifts)
         flow_loss(
             network, latents, captions, sigma, torch.randn_like(latents), torch.ones(24), is_bfloat16=False
         ).backward()
@@ -121,19 +123,26 @@ def test_text_encoder_learns_to_read_slots() -> None:
 
 
 def test_rate_warms_up_stays_and_falls_to_zero() -> None:
-    assert falling_rate(0.0, 0) == pytest.approx(0.02)
-    assert falling_rate(0.3, 1000) == 1.0
-    assert falling_rate(1.0, 1000) == 0.0
+    assert FRESH.rate(0.0, 0) == pytest.approx(0.02)
+    assert FRESH.rate(0.3, 1000) == 1.0
+    assert FRESH.rate(1.0, 1000) == 0.0
 
 
 def test_rate_of_a_run_with_a_start_is_lower_and_falls_all_the_time() -> None:
-    assert [falling_rate(share, 1000, has_start=True) for share in (0.0, 0.5, 1.0)] == pytest.approx([0.4, 0.2, 0.0])
+    assert [CONTINUED.rate(share, 1000) for share in (0.0, 0.5, 1.0)] == pytest.approx([0.4, 0.2, 0.0])
+    assert HALVED.rate(0.0, 1000) < CONTINUED.rate(0.0, 1000) and HALVED.rate(1.0, 1000) == 0.0
+
+
+def test_the_tokens_of_start_and_run_choose_the_schedule() -> None:
+    assert choose_schedule(4, 4) is CONTINUED and choose_schedule(4, 2) is HALVED and choose_schedule(2, 2) is SHORT
+    assert [CONTINUED.freedom(share) for share in (0.0, 0.5, 1.0)] == [0.0, 0.0, 0.6]
+    assert SHORT.freedom(0.0) == SHORT.freedom(1.0) == 0.7
 
 
 def test_noise_levels_fall_in_the_course_of_a_run() -> None:
-    levels = [draw_sigma(4096, training_shifts(*when)).mean() for when in ((0.0,), (0.2,), (0.2, True), (0.9, True))]
-    assert levels[0] > levels[1] > levels[3]
-    assert training_shifts(0.2) == training_shifts(0.2, has_start=True)
+    levels = [draw_sigma(4096, each).mean() for each in (FRESH.shifts(0.0), FRESH.shifts(0.2), CONTINUED.shifts(0.9))]
+    assert levels[0] > levels[1] > levels[2]
+    assert FRESH.shifts(0.2) == CONTINUED.shifts(0.2)
 
 
 def test_stopped_run_goes_on_as_if_it_had_not_been(

@@ -2,7 +2,6 @@
 
 A prompt fills up to six slots: shape, color, size and position of one object, color of the floor, color of the sky.
 This module writes captions with free order and missing parts.
-This module writes captions with free order and missing parts;
 """
 
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", 
 SHAPES = ("sphere", "cube", "cone", "cylinder")
 POSITIONS = ("left", "centre", "right")
 SIZES = ("small", "medium", "large")
+
+DROP_SHARE = 0.35  # of the free captions leave slots out
 
 SYNONYMS = {
     "sphere": ("sphere", "sphere", "ball"),
@@ -85,12 +86,9 @@ def to_caption(slots: Slots) -> str:
     return f"{caption}, {where[slots.position]}" if slots.position else caption
 
 
-def vary_caption(slots: Slots, rng: np.random.Generator) -> str:
-    """Write a variation: synonyms, other orders, missing slots, sometimes an unknown word.
-
-    Half of the captions keep the plain order with every slot, because a fixed order is learned faster.
-    """
-    slots = _say_synonyms(_drop_slots(slots, rng) if rng.random() < 0.35 else slots, rng)
+def vary_caption(slots: Slots, rng: np.random.Generator, drop_share: float = DROP_SHARE) -> str:
+    """Write a variation: synonyms, other orders, sometimes an unknown word; `drop_share` of them leave slots out."""
+    slots = _say_synonyms(_drop_slots(slots, rng) if rng.random() < drop_share else slots, rng)
     ground = "floor" if rng.random() < 0.8 else "ground"
     trailing_size = slots.size is not None and rng.random() < 0.2
     object_words = _object_words(slots, with_size=not trailing_size)

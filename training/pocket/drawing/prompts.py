@@ -11,6 +11,7 @@ import numpy as np
 
 from giantleap.training.pocket.drawing.captions import (
     COLORS,
+    DROP_SHARE,
     POSITIONS,
     SHAPES,
     SIZES,
@@ -101,10 +102,10 @@ def prompt_caption(prompt: Prompt) -> str:
     return _pair_caption(_object(prompt.slots), _object(prompt.second), prompt.slots, "left", "right")
 
 
-def vary_prompt(prompt: Prompt, rng: np.random.Generator) -> str:
+def vary_prompt(prompt: Prompt, rng: np.random.Generator, drop_share: float = DROP_SHARE) -> str:
     """Write a variation: other orders and synonyms, for one object also missing slots and unknown words."""
     if prompt.second is None:
-        return vary_caption(prompt.slots, rng)
+        return vary_caption(prompt.slots, rng, drop_share)
     left, right = (_object(slots, rng) for slots in prompt.objects)
     if rng.random() < 0.5:
         return _pair_caption(left, right, prompt.slots, "left", "right")

@@ -94,3 +94,11 @@ def test_varied_captions_never_contradict_their_slots() -> None:
     assert not any(wrong & set(caption.replace(",", "").split()) for caption in captions)
     assert len(set(captions)) > 100
     assert any("green" not in caption for caption in captions)
+
+
+def test_drop_share_is_the_share_of_captions_that_leave_slots_out() -> None:
+    def without_floor(share: float) -> int:
+        rng = np.random.default_rng(1)
+        return sum("green" not in vary_caption(SLOTS, rng, share) for _ in range(400))
+
+    assert without_floor(0.0) == 0 < without_floor(0.35) < without_floor(0.7)
