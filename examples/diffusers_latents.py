@@ -17,11 +17,11 @@ def main(out: str, url: str = "http://127.0.0.1:8000", model: str = "bundles/poc
     """Draw a latent here, and let the service enlarge it twice."""
     pipeline = DiffusionPipeline.from_pretrained(model)
     latents = pipeline(
-        "a red sphere on a green floor",
+        "a large red sphere on a green floor under a blue sky, on the left",
         width=128,
         height=128,
-        num_inference_steps=12,
-        guidance_scale=1.5,
+        num_inference_steps=8,
+        guidance_scale=1.0,
         use_resolution_binning=False,  # of Sana alone: the size as it is
         generator=torch.Generator().manual_seed(7),
         output_type="latent",

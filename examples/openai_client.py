@@ -11,7 +11,7 @@ from pathlib import Path
 
 import openai
 
-PROMPT = "a red sphere on a green floor"
+PROMPT = "a large red sphere on a green floor under a blue sky, on the left"
 
 
 def main(out: str, editor: str | None = None, url: str = "http://127.0.0.1:8000") -> None:

@@ -11,7 +11,7 @@ import {showJobs} from "./result.js";
 import {getFiles, getWantedUse, MISSING, setFiles} from "./source.js";
 
 const READY_MS = 15000;
-const EXAMPLE = "a red sphere on a green floor under a blue sky";
+const EXAMPLE = "a large red sphere on a green floor under a blue sky, on the left";
 
 let models = [];
 let run = null; // the jobs in progress

@@ -98,7 +98,7 @@ def test_the_shipped_bundle_draws_the_colors_of_a_prompt() -> None:
     bundle = read_bundle(SHIPPED / "pocket")
     check_files(bundle)
     route = Route.open(bundle, torch.device("cpu"), torch.float32)
-    item = GenerationItem("a large red sphere on a green floor under a blue sky, on the left", "", 7, 128, 128, 8, 1.5)
+    item = GenerationItem("a large red sphere on a green floor under a blue sky, on the left", "", 7, 128, 128, 8, 1.0)
     latents = [latent for latent in route.generate([item]) if latent is not None]
     _, (image,) = route.upscale_and_decode(latents, 2)
     assert image is not None
