@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from benchmarks.batching.report import to_markdown
 from giantleap.cli.paper.report import PAPER_S
 from giantleap.models.bundle.descriptor import METHODS
 
@@ -36,13 +37,18 @@ def to_blocks(results: Path) -> dict[str, str]:
     }
 
 
-def to_thread_blocks(results: Path) -> dict[str, str]:
-    """Return the block of `docs/operations.md`: the chosen number of threads compared with one.
+def to_operations_blocks(results: Path) -> dict[str, str]:
+    """Return the blocks of `docs/operations.md`: the chosen number of threads compared with one, and batch sizes.
 
     Args:
-        results: Directory with `threads.json`.
+        results: Directory with `threads.json` and `batching.json`.
     """
-    report = _read(results / "threads.json")
+    batching = to_markdown(_read(results / "batching.json"))
+    return {"threads": to_thread_line(_read(results / "threads.json")), "batching": batching}
+
+
+def to_thread_line(report: Mapping[str, Any]) -> str:
+    """Return the line that compares the chosen number of threads with one."""
     parts = []
     for row in report["results"]:
         where = f" beside {row['busy_loops']} busy loops" if row["busy_loops"] else ""
@@ -50,7 +56,7 @@ def to_thread_blocks(results: Path) -> dict[str, str]:
         parts.append(f"`{row['command']}`{where} {chosen_s:.1f} s, with one thread {one_s:.1f} s")
     machine = report["machine"]
     where = f"On {machine['cores']} cores at load {machine['load_1min']:.0f}"
-    return {"threads": f"{where} (`python -m benchmarks.threads`): {'; '.join(parts)}.\n"}
+    return f"{where} (`python -m benchmarks.threads`): {'; '.join(parts)}.\n"
 
 
 def to_method_blocks(results: Path) -> dict[str, str]:
@@ -197,7 +203,7 @@ def put_blocks(text: str, blocks: Mapping[str, str]) -> str:
 def main() -> None:
     """Update the pages."""
     README.write_text(put_blocks(README.read_text(), to_blocks(RESULTS)))
-    OPERATIONS.write_text(put_blocks(OPERATIONS.read_text(), to_thread_blocks(RESULTS)))
+    OPERATIONS.write_text(put_blocks(OPERATIONS.read_text(), to_operations_blocks(RESULTS)))
     METHODS_PAGE.write_text(put_blocks(METHODS_PAGE.read_text(), to_paper_blocks(RESULTS)))
     ADAPTER_LOG.write_text(put_blocks(ADAPTER_LOG.read_text(), to_method_blocks(RESULTS)))
 

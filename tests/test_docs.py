@@ -23,8 +23,8 @@ from benchmarks.readme_figures import (
     put_blocks,
     to_blocks,
     to_method_blocks,
+    to_operations_blocks,
     to_paper_blocks,
-    to_thread_blocks,
 )
 from giantleap.cli.main import app
 from giantleap.models.bundle.bundle import read_bundle
@@ -270,7 +270,7 @@ def test_the_table_of_bundles_is_that_of_the_descriptors() -> None:
     ("page", "blocks"),
     [
         (README, to_blocks),
-        (OPERATIONS, to_thread_blocks),
+        (OPERATIONS, to_operations_blocks),
         (ADAPTER_LOG, to_method_blocks),
         (METHODS_PAGE, to_paper_blocks),
     ],
