@@ -45,6 +45,8 @@ PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float1
 PADDED_MULTIPLE = 64  # 180 -> 192: rows of 16-byte multiples for tensor cores
 TARGETS = {64: 5.0, 128: 3.0, 256: 2.2}  # minimum speed-up over "published": bfloat16, batch 1, medium, x2, H200
 MATRIX_SIDE = 8192
+WARMUPS = 20
+RUNS = 20
 Run = Callable[[Tensor], Tensor]
 
 
@@ -158,8 +160,8 @@ def measure_case(
     folder: Path,
     matrix_rate: float,
     variants: Sequence[Variant] = VARIANTS,
-    warmups: int = 20,
-    runs: int = 20,
+    warmups: int = WARMUPS,
+    runs: int = RUNS,
 ) -> list[EngineFigures]:
     """Measure all variants of one case; "published float32" and "published" must be among them.
 

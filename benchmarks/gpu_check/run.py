@@ -1,201 +1,21 @@
 """Measurements that need a GPU, one subcommand each, as JSON in `benchmarks/results/` with card, driver and versions.
 
-`python -m benchmarks.gpu_check decode` times full-size SDXL and FLUX.1 decoders with random weights by the paper's
-protocol (batch 1, 20 warm-ups, median) and measures the peak of allocated memory. `engines` times every engine of LUA
-(`benchmarks/gpu_check/engines.py`). Both exit with 2 without CUDA. On a CPU: `benchmarks/images/decode.py` and
-`benchmarks/engines/run.py`.
+`python -m benchmarks.gpu_check decode` times decoders (`benchmarks/gpu_check/decode.py`), `engines` every engine of LUA
+(`benchmarks/gpu_check/engines.py`). Both exit with 2 without CUDA; `decode --device cpu` checks that it works, and
+stores nothing as figures of a GPU. On a CPU: `benchmarks/images/decode` and `benchmarks/engines`.
 """
 
 import itertools
 import json
-import subprocess
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import torch
 import typer
-from torch import Tensor
 
-from benchmarks.gpu_check.engines import VARIANTS, EngineCase, EngineFigures, measure_matrix_rate
-from benchmarks.gpu_check.engines import line as engine_line
-from benchmarks.gpu_check.engines import measure_case as measure_engine_case
-from benchmarks.images.decode import (
-    METHODS,
-    DecodeMethod,
-    build_decoder,
-    estimate_bytes,
-    random_latents,
-    run_decode,
-    stride_px,
-)
-from benchmarks.machine import read_machine
-from giantleap.models.lua.network import preset as lua_preset
-from giantleap.models.vae.decode import decode_exact
-from giantleap.models.vae.strip_plan import DecoderShape, plan_decode
-from giantleap.service.worker.timing import to_statistics
+from benchmarks.gpu_check.cases import DECODE_RESULT, ENGINES_RESULT, METHODS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-
-WARMUPS = 20
-RUNS = 20
-SLOW_S = 2.0  # longer decodes are repeated less often; every row has its counts
-SLOW_WARMUPS = 2
-SLOW_RUNS = 5
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class GpuFigures:
-    """One decoder, method, size and dtype. `error` is the reason for missing figures, such as too little memory.
-
-    `peak_bytes` is allocated memory beyond weights and latents, `reserved_bytes` the allocator's total. Differences are
-    to the plain decode of the same dtype.
-    """
-
-    family: str
-    method: DecodeMethod
-    strip_mib: int | None
-    image_px: int
-    dtype: str
-    warmups: int
-    runs: int
-    median_s: float | None = None
-    p95_s: float | None = None
-    peak_bytes: int | None = None
-    reserved_bytes: int | None = None
-    estimated_bytes: int | None = None
-    max_difference: float | None = None
-    error: str | None = None
-
-
-def require_cuda() -> torch.device:
-    """Return the first GPU.
-
-    Raises:
-        typer.Exit: With status 2 when there is none.
-    """
-    if not torch.cuda.is_available():
-        typer.echo(
-            f"gpu_check needs a CUDA device; torch {torch.__version__} finds none here. Nothing was measured.", err=True
-        )
-        raise typer.Exit(2)
-    return torch.device("cuda:0")
-
-
-def card(device: torch.device) -> dict[str, Any]:
-    """Describe the card, its driver and its libraries."""
-    properties = torch.cuda.get_device_properties(device)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    return {
-        "card": properties.name,
-        "memory_bytes": properties.total_memory,
-        "driver": driver,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "tf32": torch.backends.cudnn.allow_tf32,
-    }
-
-
-def time_runs(run: Callable[[], Tensor], device: torch.device) -> tuple[list[float], int]:
-    """Return the seconds of each counted run, synchronized at both ends, and the number of warm-ups."""
-
-    def once() -> float:
-        torch.cuda.synchronize(device)
-        started_s = time.perf_counter()
-        run()
-        torch.cuda.synchronize(device)
-        return time.perf_counter() - started_s
-
-    once()  # selects convolution kernels
-    slow = once() > SLOW_S
-    warmups, runs = (SLOW_WARMUPS, SLOW_RUNS) if slow else (WARMUPS, RUNS)
-    for _ in range(warmups - 2):
-        once()
-    return [once() for _ in range(runs)], warmups
-
-
-def measure_case(case: GpuFigures, vae: Any, device: torch.device, plain: Tensor | None) -> tuple[GpuFigures, Tensor]:
-    """Measure one row; returns it and the image.
-
-    Raises:
-        RuntimeError: The decode failed, for example with torch.OutOfMemoryError.
-    """
-    dtype = DTYPES[case.dtype]
-    latents = random_latents(case.family, case.image_px).to(device, dtype)
-    side = case.image_px // stride_px(case.family)
-    plan = None
-    estimate = estimate_bytes(case.family, case.method, side, case.dtype)
-    if case.strip_mib is not None:
-        shape = DecoderShape.from_config(vae.config)
-        plan = plan_decode(shape, side, side, case.dtype, strip_bytes=case.strip_mib * 2**20)
-        estimate = plan.peak_bytes
-
-    def run() -> Tensor:
-        return decode_exact(vae, latents, plan=plan) if plan else run_decode(vae, case.family, case.method, latents)
-
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before_bytes = torch.cuda.memory_allocated(device)
-    image = run().cpu()
-    torch.cuda.synchronize(device)
-    peak_bytes = torch.cuda.max_memory_allocated(device) - before_bytes
-    reserved_bytes = torch.cuda.max_memory_reserved(device)
-    seconds, warmups = time_runs(run, device)
-    timed = to_statistics(seconds)
-    figures = {
-        "warmups": warmups,
-        "runs": len(seconds),
-        "median_s": timed.median_s,
-        "p95_s": timed.p95_s,
-        "peak_bytes": peak_bytes,
-        "reserved_bytes": reserved_bytes,
-        "estimated_bytes": estimate,
-        "max_difference": None if plain is None else float((image.float() - plain.float()).abs().max()),
-    }
-    return GpuFigures(**{**asdict(case), **figures}), image
-
-
-def cases_of(family: str, image_px: int, dtype: str, strips_mib: list[int]) -> list[GpuFigures]:
-    """Return the rows of one size: every method, and the exact one also with other strip sizes."""
-    rows = [GpuFigures(family, method, None, image_px, dtype, 0, 0) for method in METHODS]
-    return rows + [GpuFigures(family, "exact", strip_mib, image_px, dtype, 0, 0) for strip_mib in strips_mib]
-
-
-@torch.inference_mode()
-def measure_size(
-    family: str, image_px: int, dtype: str, strips_mib: list[int], device: torch.device
-) -> list[GpuFigures]:
-    """Measure all rows of one decoder, size and dtype; a failure is a row with its reason."""
-    done: list[GpuFigures] = []
-    plain: Tensor | None = None
-    for case in cases_of(family, image_px, dtype, strips_mib):
-        vae = build_decoder(family, case.method).to(device, DTYPES[dtype])
-        try:
-            row, image = measure_case(case, vae, device, None if case.method == "tiny" else plain)
-        except RuntimeError as error:  # out of memory, or a tensor too large for a kernel: a result, too
-            row = GpuFigures(**{**asdict(case), "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
-        else:
-            plain = image if case.method == "plain" else plain
-        done.append(row)
-        typer.echo(line(row))
-        del vae
-        torch.cuda.empty_cache()
-    return done
-
-
-def line(row: GpuFigures) -> str:
-    """Format one row."""
-    strips = "" if row.strip_mib is None else f" strips of {row.strip_mib} MiB"
-    name = f"{row.family:<6}{row.image_px:>5} {row.dtype:<9}{row.method + strips:<24}"
-    if row.error or row.median_s is None or row.peak_bytes is None:
-        return f"{name} {row.error}"
-    difference = "-" if row.max_difference is None else f"{row.max_difference:.1e}"
-    return f"{name}{row.median_s * 1e3:>9.1f} ms{row.peak_bytes / 2**20:>9.0f} MiB  difference {difference}"
 
 
 @app.callback()
@@ -208,21 +28,42 @@ def decode(
     px: Annotated[list[int] | None, typer.Option(help="Side of the square images; may be repeated.")] = None,
     family: Annotated[list[str] | None, typer.Option(help="sdxl or flux1; may be repeated.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or float32; may be repeated.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(METHODS)}; may be repeated.")] = None,
     strip_mib: Annotated[list[int] | None, typer.Option(help="More strip sizes of the exact decode.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/gpu_decode.json"),
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="cpu only checks that it works.")] = "cuda",
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = DECODE_RESULT,
 ) -> None:
-    """Measure plain, exact, tiled and tiny decodes; status 1 when an exact one could not run."""
-    device = require_cuda()
-    rows: list[GpuFigures] = []
-    for name in family or ["sdxl", "flux1"]:
-        for type_name in dtype or list(DTYPES):
-            for image_px in px or [1024, 2048, 4096]:
-                rows += measure_size(name, image_px, type_name, strip_mib or [4, 64, 256], device)
-    record = {"machine": {**read_machine(), **card(device)}, "rows": [asdict(row) for row in rows]}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=2) + "\n")
+    """Measure decodes, also in channels-last and compiled; status 1 when an exact one could not run."""
+    if device == "cpu" and out.resolve() == DECODE_RESULT.resolve():
+        typer.echo(
+            f"{DECODE_RESULT} holds figures of a GPU only; with --device cpu give another file as --out.", err=True
+        )
+        raise typer.Exit(2)
+    from benchmarks.gpu_check.card import choose_device
+    from benchmarks.gpu_check.decode import cases_of, measure_rows, to_records
+
+    chosen = choose_device(device)
+    if unknown := set(method or ()) - set(METHODS):
+        raise typer.BadParameter(f"--method {', '.join(sorted(unknown))}: expected one of {', '.join(METHODS)}")
+    methods = [each for each in METHODS if method is None or each in method]
+    rows = []
+    for name, type_name, image_px in itertools.product(
+        family or ["sdxl", "flux1"], dtype or ["bfloat16", "float32"], px or [1024, 2048, 4096]
+    ):
+        rows += measure_rows(cases_of(name, image_px, type_name, strip_mib or [4, 64, 256], methods), chosen)
+    write_record(out, chosen, {}, to_records(rows))
     if any(row.error for row in rows if row.method == "exact"):
         raise typer.Exit(1)
+
+
+def write_record(out: Path, device: Any, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Store the rows with the machine and its card."""
+    from benchmarks.gpu_check.card import describe_device
+    from benchmarks.machine import read_machine
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    machine = {**read_machine(), **describe_device(device), **about}
+    out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
 
 @app.command()
@@ -233,25 +74,37 @@ def engines(
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="bfloat16 or float16; may be repeated.")] = None,
     channels: Annotated[int, typer.Option(help="Channels of the latents.")] = 4,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/gpu_engines.json"),
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = ENGINES_RESULT,
 ) -> None:
     """Measure LUA with every installed engine; status 1 when a target of the H200 is missed."""
-    device = require_cuda()
+    import torch
+
+    from benchmarks.gpu_check.card import choose_device
+    from benchmarks.gpu_check.engines import (
+        RUNS,
+        VARIANTS,
+        WARMUPS,
+        EngineCase,
+        line,
+        measure_case,
+        measure_matrix_rate,
+    )
+    from giantleap.models.lua.network import preset as lua_preset
+
+    device = choose_device("cuda")
     types = [getattr(torch, name) for name in dtype or ["bfloat16", "float16"]]
     roofs = {each: measure_matrix_rate(device, each) for each in types}
-    rows: list[EngineFigures] = []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, side, by, items, each in itertools.product(
             preset or ["medium", "release"], latent or [64, 128, 256], scale or [2, 4], batch or [1, 8], types
         ):
             case = EngineCase(name, lua_preset(name, channels), side, by, items, each)
-            done = measure_engine_case(case, device, Path(folder), roofs[each], VARIANTS, WARMUPS, RUNS)
+            done = measure_case(case, device, Path(folder), roofs[each], VARIANTS, WARMUPS, RUNS)
             rows += done
             for row in done:
-                typer.echo(engine_line(row))
+                typer.echo(line(row))
     rates = {str(each).removeprefix("torch."): rate for each, rate in roofs.items()}
-    about = {**read_machine(), **card(device), "matrix_flop_per_s": rates}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": about, "rows": [row.to_record() for row in rows]}, indent=2) + "\n")
+    write_record(out, device, {"matrix_flop_per_s": rates}, [row.to_record() for row in rows])
     if any(row.target is not None and (row.ratio or 0.0) < row.target for row in rows):
         raise typer.Exit(1)

@@ -1,12 +1,10 @@
 """Compare the decode methods (time, memory, difference to the plain decode) on full-size decoders with random weights.
 
-`python -m benchmarks.images.decode --px 512 1024` prints a table and writes `benchmarks/results/decode.json`. Each
-method runs in a separate process, so that resident memory is its own. Live bytes are counted on the meta device
+Each method runs in a separate process, so that resident memory is its own. Live bytes are counted on the meta device
 (`models/live_storage.py`), which also covers sizes that do not fit in memory. Timing does not depend on the weights;
-the difference of the tiled decode does. On a GPU: `benchmarks/gpu_check/run.py`.
+the difference of the tiled decode does. On a GPU: `benchmarks/gpu_check/decode.py`.
 """
 
-import argparse
 import json
 import resource
 import statistics
@@ -14,11 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import psutil
 import torch
@@ -29,60 +26,14 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.machine import read_machine
+from benchmarks.images.decode.cases import VAE_CONFIGS, Case, DecodeMethod, stride_px
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.models.live_storage import LiveStorage
 from giantleap.models.vae.dc_strips import DcStrips
 from giantleap.models.vae.decode import decode_exact, decode_plain, decode_tiled, decode_tiny
 from giantleap.models.vae.strip_plan import DecoderShape, plain_decode_bytes, plan_decode
 
-DecodeMethod = Literal["plain", "exact", "tiled", "tiny"]
-METHODS: tuple[DecodeMethod, ...] = get_args(DecodeMethod)
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
 SEED = 0
-
-_KL: Mapping[str, Any] = MappingProxyType(
-    {
-        "block_out_channels": (128, 256, 512, 512),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "layers_per_block": 2,
-        "norm_num_groups": 32,
-        "sample_size": 1024,
-    }
-)
-_SANA_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-VAE_CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "sdxl": {**_KL, "latent_channels": 4},
-        "flux1": {**_KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
-        "pocket24": {
-            "latent_channels": 24,
-            "encoder_block_out_channels": (32, 32, 64),
-            "decoder_block_out_channels": (32, 32, 64),
-            "encoder_layers_per_block": (0, 1, 1),
-            "decoder_layers_per_block": (0, 2, 2),
-            "encoder_qkv_multiscales": ((),) * 3,
-            "decoder_qkv_multiscales": ((),) * 3,
-            "encoder_out_shortcut": False,
-            "decoder_in_shortcut": False,
-        },
-        "sana": {
-            "latent_channels": 32,
-            "encoder_block_types": _SANA_BLOCKS,
-            "decoder_block_types": _SANA_BLOCKS,
-            "encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
-            "downsample_block_type": "Conv",
-            "upsample_block_type": "interpolate",
-        },
-    }
-)
-
-
-def stride_px(family: str) -> int:
-    """Image pixels per latent pixel."""
-    config = VAE_CONFIGS[family]
-    return int(2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1))
 
 
 @dataclass(frozen=True)
@@ -148,26 +99,11 @@ def count_live(family: str, method: DecodeMethod, image_px: int, dtype: torch.dt
     return live
 
 
-@dataclass(frozen=True)
-class Case:
-    """Settings shared by all rows. `channels_last` is the memory format of the weights; strips choose their own."""
-
-    family: str
-    dtype: str
-    channels_last: bool
-    threads: int
-    runs: int
-
-    @property
-    def options(self) -> list[str]:
-        """The settings as command-line options."""
-        options = ["--family", self.family, "--dtype", self.dtype, "--threads", str(self.threads)]
-        return [*options, "--runs", str(self.runs), *(["--channels-last"] if self.channels_last else [])]
-
-
 def run_child(case: Case, method: DecodeMethod, image_px: int, image_path: Path) -> dict[str, float]:
     """Measure time and resident memory of one method in this process and write the image to `image_path`."""
-    family, dtype = case.family, DTYPES[case.dtype]
+    torch.set_num_threads(case.threads)
+    diffusers_logging.set_verbosity_error()
+    family, dtype = case.family, getattr(torch, case.dtype)
     vae = build_decoder(family, method).to(dtype)
     if case.channels_last:
         vae.to(memory_format=torch.channels_last)
@@ -221,7 +157,7 @@ def measure_size(
                 measured = run_in_process(case, method, image_px, path)
                 if method in ("exact", "tiled") and plain.exists():
                     difference = compare(path, plain)
-            live = count_live(case.family, method, image_px, DTYPES[case.dtype])
+            live = count_live(case.family, method, image_px, getattr(torch, case.dtype))
             side = image_px // stride_px(case.family)
             estimate = estimate_bytes(case.family, method, side, case.dtype)
             row = DecodeFigures(
@@ -245,7 +181,7 @@ def estimate_bytes(family: str, method: DecodeMethod, side: int, dtype: str) -> 
         return None
     with torch.device("meta"):
         vae = build_decoder(family, method)
-    cut = DcStrips.of(vae, DTYPES[dtype])
+    cut = DcStrips.of(vae, getattr(torch, dtype))
     if cut is not None:
         whole_bytes = int(cut.whole_decode.bytes_per_px * side * side)
         return whole_bytes if method == "plain" else cut.peak_bytes(side, side, cut.choose_rows(side, side))
@@ -282,37 +218,7 @@ def line(row: DecodeFigures) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--px", type=int, nargs="+", default=[512, 1024], help="Sides of the square images.")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--family", choices=sorted(VAE_CONFIGS), default="sdxl")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--channels-last", action="store_true", help="Memory format of the weights.")
-    parser.add_argument("--runs", type=int, default=1, help="Decodes per method and size; medians are printed.")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads.")
-    parser.add_argument(
-        "--largest-run-px", type=int, default=1024, help="Above this size measure memory only, on the meta device."
-    )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.json"))
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    diffusers_logging.set_verbosity_error()
-    case = Case(options.family, options.dtype, options.channels_last, options.threads, options.runs)
-    if options.child:
-        figures = run_child(case, options.methods[0], options.px[0], options.child)
-        print(json.dumps(figures))
-        return
+def measure(case: Case, methods: Sequence[DecodeMethod], sides_px: Sequence[int], largest_run_px: int) -> list[Any]:
+    """Measure every method at every size, print the table, and return its rows for JSON."""
     print(HEADER)
-    rows = []
-    for image_px in options.px:
-        rows += measure_size(case, options.methods, image_px, options.largest_run_px)
-    record = {**asdict(case), "machine": read_machine(), "rows": [asdict(row) for row in rows]}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return [asdict(row) for image_px in sides_px for row in measure_size(case, methods, image_px, largest_run_px)]
