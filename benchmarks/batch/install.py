@@ -3,6 +3,7 @@
 `python benchmarks/batch/install.py` takes minutes. The new environment sees the packages of this one, with torch.
 """
 
+import argparse
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,7 @@ PACKAGES = ("ray[data]==2.60.0", "s3fs>=2025.3,<2028", "moto[server]>=5.1,<6")
 
 def main() -> None:
     """Create the environment."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)

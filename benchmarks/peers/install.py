@@ -4,6 +4,7 @@
 after its first package.
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ ENVIRONMENTS = HERE.parents[1] / ".peers"
 
 def main() -> None:
     """Create every environment."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     for line in (HERE / "pins.txt").read_text().splitlines():
         name = line.partition("==")[0].partition("[")[0]
         python = ENVIRONMENTS / name / "bin" / "python"

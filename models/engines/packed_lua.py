@@ -130,14 +130,14 @@ class PackedBlock:
         qkv = self.qkv(self.norm1(x)).view(-1, self.window**2, 3, self.heads, self.head_dim)
         attend = self._attention_math if self.uses_attention_math() else self._attention_fused
         y = attend(qkv.permute(2, 0, 3, 1, 4), mask).transpose(1, 2).reshape(len(x), -1)
-        x = self.proj(y).add_(x)  # oneDNN's own fused addition is no faster: `benchmarks/engines/parts.py`
+        x = self.proj(y).add_(x)  # oneDNN's own fused addition is no faster: `benchmarks/engines/parts`
         torch.add(self.fc2(self.fc1(self.norm2(x))), x, out=out)
 
     def uses_attention_math(self) -> bool:
         """Whether two products are faster than the fused kernel.
 
         On Zen 5 they are 1.6 times as fast in bfloat16, and faster in float32 with more than one thread, which the
-        kernel uses poorly (`benchmarks/engines/parts.py`).
+        kernel uses poorly (`benchmarks/engines/parts`).
         """
         return self.packed and (self.dtype == torch.bfloat16 or torch.get_num_threads() > 1)
 

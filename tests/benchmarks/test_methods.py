@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import methods, pocket_pictures
+from benchmarks.methods import run as methods
+from benchmarks.pocket_pictures import run as pocket_pictures
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.route import Route
 
 
 def test_every_method_has_a_time(tiny_bundle_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "methods.json"
-    methods.main(tiny_bundle_dir, out, threads=1, warmups=0, runs=1)
+    methods.run(tiny_bundle_dir, out, threads=1, warmups=0, runs=1)
     record = json.loads(out.read_text())
     timed = [(result["method"], result["scale"]) for result in record["results"]]
     assert timed == [(method, scale) for method in ("lua", "direct", "bicubic", "swinir") for scale in (2, 4)]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.mode_memory import device_bytes, flux1_networks
+from benchmarks.mode_memory.run import device_bytes, flux1_networks
 from giantleap.models.bundle.bundle import read_bundle
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -23,4 +23,4 @@ def test_a_report_goes_to_the_folder_of_results(name: str, monkeypatch: pytest.M
 
 
 def test_the_modules_are_found() -> None:
-    assert len(MODULES) > 5 and "benchmarks.images.provenance" in MODULES
+    assert len(MODULES) > 5 and "benchmarks.images.provenance.run" in MODULES

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.quality.clamp import BROKEN_SHARE, changes, judge, measure_case, reach, summarize, to_table
+from benchmarks.quality.clamp.run import BROKEN_SHARE, changes, judge, measure_case, reach, summarize, to_table
 from giantleap.models.latent_space import LATENT_SPACES
 from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import Lua, LuaSpec

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.pocket_quality import Floor, judge_pictures, photo_table, score_table
+from benchmarks.pocket_quality.run import Floor, judge_pictures, photo_table, score_table
 from benchmarks.quality import scenes
 from benchmarks.quality.photos import enlarge_photo, read_photos, write_photo_sheet
 from benchmarks.quality.routes import CPU, METHODS, Networks, mean_scores, psnr_db, score

@@ -7,8 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.training import ablations
-from benchmarks.training.ablations import BATCH, HEADS, NET, STAGES, VARIANTS, Photo, config_of, run_one, score, spread
+from benchmarks.training.ablations import run as ablations
+from benchmarks.training.ablations.run import (
+    BATCH,
+    HEADS,
+    NET,
+    STAGES,
+    VARIANTS,
+    Photo,
+    config_of,
+    run_one,
+    score,
+    spread,
+)
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.training.data.frozen_vae import read_vae
 from giantleap.training.data.prepare import PrepareConfig, prepare

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.training.transfer import judge, make_bundle, plan, table, variants_of
+from benchmarks.training.transfer.run import judge, make_bundle, plan, table, variants_of
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.training.data.frozen_vae import read_vae
 from giantleap.training.pocket.drawing.leaves import draw_leaves

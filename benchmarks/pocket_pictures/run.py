@@ -1,15 +1,13 @@
 """Draw the pictures of the README with the pocket bundle: methods side by side, photographs, prompts.
 
 `python -m benchmarks.pocket_pictures` writes `docs/methods.png`, `docs/pocket_photos.png` and `docs/pocket_prompts.png`
-in two minutes; `benchmarks/pocket_quality.py` measures the same routes.
+in two minutes; `benchmarks/pocket_quality` measures the same routes.
 """
 
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-import typer
 from PIL import Image
 from torch import Tensor
 
@@ -28,7 +26,6 @@ from giantleap.training.evaluation.cases import shrink
 
 PROMPT = "a large green cone on a purple floor under an orange sky, in the centre"
 PROMPT_SCALE, SEED = 2, 0
-PROMPT_COUNT = 30
 COLUMNS = ("base", "decoded, then bicubic", "LUA", "decoded, then SwinIR")
 PHOTOS = (("chelsea", 2), ("coffee", 4))  # and their scales
 
@@ -60,12 +57,7 @@ def photo_row(networks: Networks, photo: Photo, scale: int) -> dict[str, Image.I
     return {name: Image.fromarray(each) for name, each in zip(COLUMNS, pixels, strict=True)}
 
 
-def main(
-    directory: Annotated[Path, typer.Option("--bundle", help="Bundle directory.")] = Path("bundles/pocket"),
-    out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("docs"),
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    prompts: Annotated[int, typer.Option(help="Pictures on the sheet of prompts.")] = PROMPT_COUNT,
-) -> None:
+def run(directory: Path, out: Path, threads: int, prompts: int) -> None:
     """Generate, enlarge, write the three pictures."""
     torch.set_num_threads(threads)
     bundle = read_bundle(directory)
@@ -78,7 +70,3 @@ def main(
     write_sheet(rows, out / "methods.png")
     write_photo_sheet(photos, out / "pocket_photos.png")
     write_prompts(directory, out / "pocket_prompts.png", prompts, defaults.steps, defaults.guidance_scale)
-
-
-if __name__ == "__main__":
-    typer.run(main)

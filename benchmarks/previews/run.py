@@ -5,7 +5,6 @@
 CPU time and not wall-clock time, so that other work on the machine counts little.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -22,16 +21,13 @@ from giantleap.models.load import load_route
 from giantleap.models.pixels.images import psnr_db, to_image_bytes, to_signed
 from giantleap.models.provenance.xmp import Origin, to_xmp
 
-RESULT = Path(__file__).parent / "results" / "previews.json"
+RESULT = Path(__file__).resolve().parents[1] / "results" / "previews.json"
 RUNS = 9
 PREVIEWS = 3
 
 
-def main() -> None:
+def run(out: Path | None) -> None:
     """Measure, print and store."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    out: Path | None = parser.parse_args().out
     route = load_route("pocket", device="cpu")
     previewer, files = route.previewer, {}
     assert previewer is not None
@@ -68,7 +64,3 @@ def main() -> None:
         (out / "latent.jpg").write_bytes(to_image_bytes(previewer.show(last), "jpeg"))
         (out / "decoded.jpg").write_bytes(to_image_bytes(decoded, "jpeg"))
     RESULT.write_text(json.dumps({"machine": read_machine(("torch", "pillow")), **row}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,7 +53,6 @@ from giantleap.service.worker.loop import MAX_FINISHING, Worker
 from giantleap.service.worker.process import open_bundles
 from giantleap.service.worker.watchdog import Watchdog
 
-RESULTS = Path("benchmarks/results/pipeline.json")
 ORDERS = {"in_turn": 0, "pipeline": MAX_FINISHING}
 FAKE_SIDE_PX, POCKET_SIDE_PX, POCKET_JOBS = 4096, 512, 16
 STEPS = 4
@@ -262,12 +261,7 @@ def open_queue() -> Iterator[Settings]:
             redis.stop()
 
 
-def main(
-    jobs: Annotated[int, typer.Option(help="Jobs on the device that sleeps, for each order.", min=3)] = 16,
-    batch_s: Annotated[float, typer.Option(help="Seconds that a batch sleeps there.", min=0.1)] = 2.0,
-    rounds: Annotated[int, typer.Option(help="Runs of each order on the pocket bundle.", min=1)] = 5,
-    out: Annotated[Path, typer.Option(help="The report.")] = RESULTS,
-) -> None:
+def run(jobs: int, batch_s: float, rounds: int, out: Path) -> None:
     """Measure, print, write the JSON."""
     with open_queue() as settings:
         fake = measure_fake(settings, jobs, batch_s)
@@ -278,7 +272,3 @@ def main(
         "pocket": {"jobs": POCKET_JOBS, "image_px": POCKET_SIDE_PX, **pocket},
     }
     out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(main)

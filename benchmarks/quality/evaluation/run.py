@@ -8,7 +8,6 @@ networks are given, and listed as not available where not.
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
@@ -27,15 +26,15 @@ def write_photos(folder: Path) -> None:
         Image.fromarray(to_levels(photo)[0].permute(1, 2, 0).numpy()).save(folder / f"{name}.png")
 
 
-def main(
-    bundle: Annotated[Path, typer.Option(help="Bundle directory.")] = Path("bundles/pocket"),
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/evaluation.json"),
-    report: Annotated[Path, typer.Option(help="Where report, sheet and plots go.")] = Path("out/evaluation"),
-    inception: Annotated[Path | None, typer.Option(help="Weights of torch-fidelity's Inception.")] = None,
-    lpips: Annotated[Path | None, typer.Option(help="Weights of torchvision's AlexNet.")] = None,
-    clip: Annotated[str | None, typer.Option(help="Directory or hub id of a CLIP.")] = None,
-    patch_px: Annotated[int, typer.Option(min=1, help="Side of the crops of patch FID and KID.")] = 256,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+def run(
+    bundle: Path,
+    out: Path,
+    report: Path,
+    inception: Path | None,
+    lpips: Path | None,
+    clip: str | None,
+    patch_px: int,
+    threads: int,
 ) -> None:
     """Measure, print, write the JSON."""
     torch.set_num_threads(threads)
@@ -47,7 +46,3 @@ def main(
     typer.echo(to_markdown(results))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(main)

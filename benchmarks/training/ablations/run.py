@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -329,17 +329,8 @@ specialist's head is trained in every update, each joint head in four of five. D
 """
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="Where pictures, pairs and the current run go.")] = Path("runs/ablations"),
-    bundle: Annotated[Path, typer.Option(help="The bundle whose VAE is used.")] = Path("bundles/pocket"),
-    pool: Annotated[Path, typer.Option(help="Pool of procedural pictures; filled when empty.")] = Path("runs/pool"),
-    results: Annotated[Path, typer.Option(help="The results file.")] = Path("benchmarks/results/ablations.json"),
-    page: Annotated[Path, typer.Option(help="The table.")] = Path("docs/lab/ablations.md"),
-    updates: Annotated[
-        int, typer.Option(min=6, help="Updates of each variant over all stages; a multiple of 6.")
-    ] = 300,
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    pictures: Annotated[int, typer.Option(min=1, help="Number of training pictures.")] = 384,
+def run(
+    out: Path, bundle: Path, pool: Path, results: Path, page: Path, updates: int, seeds: int, pictures: int
 ) -> None:
     """Train the missing variants, store each result, write the page."""
     if updates % STEPS_SHARED_BY:
@@ -363,7 +354,3 @@ def main(
                 f"{variant.key} seed {seed}: {', '.join(line)}, {result['cpu_s']:.0f} CPU s, {result['wall_s']:.0f} s"
             )
     replace_file(page, to_markdown(record).encode())
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -12,11 +12,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import typer
 from PIL import Image, ImageDraw
 
 from benchmarks.machine import read_machine
@@ -26,7 +25,7 @@ from giantleap.training.pocket.drawing.scenes import draw_scene, render
 
 Pixels = npt.NDArray[np.uint8]
 
-RESULT = Path(__file__).parent / "results" / "watermark.json"
+RESULT = Path(__file__).resolve().parents[1] / "results" / "watermark.json"
 SIDES_PX = (256, 512, 1024)
 
 
@@ -142,10 +141,7 @@ def measure_unmarked(count: int) -> dict[str, object]:
     }
 
 
-def main(
-    marked: Annotated[int, typer.Option(help="Marked pictures of each kind and size.")] = 20,
-    unmarked: Annotated[int, typer.Option(help="Pictures without a mark.")] = 1000,
-) -> None:
+def run(marked: int, unmarked: int) -> None:
     """Measure marked and unmarked pictures, print the rows and store them."""
     rows = []
     for side_px in SIDES_PX:
@@ -156,7 +152,3 @@ def main(
     print(without)
     machine = read_machine(("numpy", "pillow"))
     RESULT.write_text(json.dumps({"machine": machine, "marked": rows, "unmarked": without}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(main)

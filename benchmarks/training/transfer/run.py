@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,16 +190,16 @@ def collect(
     return figures
 
 
-def main(
-    source: Annotated[Path, typer.Option(help="Bundle whose adapter is transferred.")] = Path("bundles/pocket"),
-    folder: Annotated[Path, typer.Option(help="Where pictures, pairs and runs go.")] = Path("runs/transfer"),
-    pool: Annotated[Path, typer.Option(help="Pool of procedural pictures; filled when empty.")] = Path("runs/pool"),
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/transfer.json"),
-    pictures: Annotated[int, typer.Option(help="Number of training pictures.")] = 1600,
-    steps: Annotated[int, typer.Option(help="Steps of a transfer; from scratch ten times as many.")] = 250,
-    rate: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-3,
-    batch: Annotated[int, typer.Option(help="Pictures per update.")] = 8,
-    only: Annotated[str | None, typer.Option(help="Train this variant, then stop.")] = None,
+def run(
+    source: Path,
+    folder: Path,
+    pool: Path,
+    out: Path,
+    pictures: int,
+    steps: int,
+    rate: float,
+    batch: int,
+    only: str | None,
 ) -> None:
     """Train, measure, write the JSON; exit status 1 when the transfer is more than 0.3 dB behind."""
     torch.set_num_threads(1)
@@ -231,7 +231,3 @@ def main(
     out.write_text(json.dumps(record, indent=2) + "\n")
     if not is_met:
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

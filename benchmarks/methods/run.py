@@ -2,13 +2,12 @@
 
 `python -m benchmarks.methods` writes `benchmarks/results/methods.json`. `lua`, `bicubic` and `swinir` start from a base
 latent; `direct` generates at the final size. The times follow the protocol of `giantleap.service.worker.timing` with
-fewer runs, one method after another. `benchmarks/pocket_pictures.py` draws the pictures.
+fewer runs, one method after another. `benchmarks/pocket_pictures` draws the pictures.
 """
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
@@ -38,13 +37,7 @@ def time_methods(route: Route, bundle: Bundle, warmups: int, runs: int) -> list[
     return [to_result(route, plan, list(time_runs(route, plan))) for plan in plans]
 
 
-def main(
-    directory: Annotated[Path, typer.Option("--bundle", help="Bundle directory.")] = Path("bundles/pocket"),
-    out: Annotated[Path, typer.Option(help="Where the times go.")] = Path("benchmarks/results/methods.json"),
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    warmups: Annotated[int, typer.Option(help="Uncounted runs.")] = 2,
-    runs: Annotated[int, typer.Option(help="Counted runs.")] = 7,
-) -> None:
+def run(directory: Path, out: Path, threads: int, warmups: int, runs: int) -> None:
     """Time, print the table, write the JSON."""
     torch.set_num_threads(threads)
     bundle = read_bundle(directory)
@@ -54,7 +47,3 @@ def main(
     typer.echo(to_table(results))
     record = {"machine": read_machine(PHOTO_PACKAGES), "results": [asdict(result) for result in results]}
     out.write_text(json.dumps(record, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -10,20 +10,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import typer
 
 from benchmarks.machine import PHOTO_PACKAGES, read_machine
+from benchmarks.pocket_quality import Part
 from benchmarks.quality.photos import enlarge_photos
 from benchmarks.quality.prompt_following import measure
 from benchmarks.quality.routes import METHODS, SCALES, Networks, Scores, mean_scores, open_jod
 from benchmarks.quality.scenes import KINDS, measure_scenes
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.training.evaluation.perceptual import Jod
-
-Part = Literal["all", "pictures", "prompts"]
 
 PROMPTS = 100
 ROUND_TRIP_DB = 36.0
@@ -148,13 +147,7 @@ def measure_prompts(directory: Path) -> dict[str, Any]:
     return asdict(following)
 
 
-def main(
-    bundle: Annotated[Path, typer.Option(help="Bundle directory.")] = Path("bundles/pocket"),
-    lua: Annotated[Path | None, typer.Option(help="Other weights of LUA.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/pocket_quality.json"),
-    part: Annotated[Part, typer.Option(help="Measure one part again and keep the other of the file.")] = "all",
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-) -> None:
+def run(bundle: Path, lua: Path | None, out: Path, part: Part, threads: int) -> None:
     """Measure, print, write the JSON; exit status 1 when a floor is missed."""
     torch.set_num_threads(threads)
     record: dict[str, Any] = {} if part == "all" else json.loads(out.read_text())
@@ -172,7 +165,3 @@ def main(
     out.write_text(json.dumps(record, indent=1) + "\n")
     if not all(floor.is_met for floor in floors):
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import typer
 from torch import Tensor
 
 from giantleap.models.allocator import keep_freed_memory
@@ -157,7 +156,7 @@ def cases(threads: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def main(threads: int = 1) -> None:
+def run(threads: int) -> None:
     """Print the minimum time of every part."""
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -165,7 +164,3 @@ def main(threads: int = 1) -> None:
     with torch.inference_mode():
         for name, call in {**cases(threads), **convolutions()}.items():
             print(f"{name:<38}{min_us(call):>8.0f} us")
-
-
-if __name__ == "__main__":
-    typer.run(main)

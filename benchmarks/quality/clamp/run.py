@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,14 +175,7 @@ def to_table(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def main(
-    directory: Annotated[Path, typer.Option("--bundle", help="Bundle directory.")] = Path("bundles/pocket"),
-    lua: Annotated[Path | None, typer.Option(help="Other weights than the bundle's own.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("benchmarks/results/clamp.json"),
-    pictures: Annotated[int, typer.Option(min=1, help="Procedural pictures for the statistics.")] = 96,
-    sigmas: Annotated[list[float] | None, typer.Option(help="Clamp widths to compare; may be repeated.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-) -> None:
+def run(directory: Path, lua: Path | None, out: Path, pictures: int, sigmas: list[float] | None, threads: int) -> None:
     """Measure, print, write the JSON."""
     torch.set_num_threads(threads)
     bundle = read_bundle(directory)
@@ -220,7 +213,3 @@ def main(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(main)

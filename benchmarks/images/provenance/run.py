@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import typer
 
 from benchmarks.machine import read_machine
 from giantleap.models.pixels.image_formats import CONTENT_TYPES, ImageFormat
@@ -25,7 +24,7 @@ from giantleap.models.provenance.manifest import ManifestSigner
 from giantleap.models.provenance.marker import ImageMarker
 from giantleap.models.provenance.xmp import Origin
 
-RESULT = Path(__file__).resolve().parents[1] / "results" / "provenance.json"
+RESULT = Path(__file__).resolve().parents[2] / "results" / "provenance.json"
 SIDES_PX = (512, 1024)
 RUNS = 9
 
@@ -54,7 +53,7 @@ def measure_format(output_format: ImageFormat, side_px: int, signer: ManifestSig
     return row
 
 
-def main() -> None:
+def run() -> None:
     """Measure every format and size, print the rows and store them."""
     with tempfile.TemporaryDirectory() as folder:
         paths = Path(folder, "cert.pem"), Path(folder, "key.pem")
@@ -66,7 +65,3 @@ def main() -> None:
         print(row)
     machine = read_machine(("torch", "pillow", "c2pa-python"))
     RESULT.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    typer.run(main)  # so that --help measures and writes nothing

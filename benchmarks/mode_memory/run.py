@@ -67,6 +67,7 @@ def device_bytes(networks: Mapping[str, nn.Module]) -> dict[str, int]:
     }
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Print one line for each choice of modes."""
     for modes, size in device_bytes(flux1_networks()).items():
         print(f"{modes:<28} {size / 1e9:5.1f} GB")

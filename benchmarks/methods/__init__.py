@@ -1,0 +1,1 @@
+"""Time the stages of every method of a bundle at each scale."""

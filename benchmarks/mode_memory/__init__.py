@@ -1,0 +1,1 @@
+"""The bytes of FLUX.1 on the device by mode."""

@@ -1,0 +1,1 @@
+"""Measure what the worker's pipeline gives, against a worker that does everything in turn, in one run."""

@@ -1,0 +1,1 @@
+"""What previews of the pocket bundle cost."""

@@ -1,0 +1,1 @@
+"""Compare LUA with and without the latent clamp, on latents like those of the training and on others."""
