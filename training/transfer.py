@@ -2,7 +2,7 @@
 
 `transfer` is a pure function from one network to another; `match_latents` measures the linear maps between two VAEs'
 latents that its best start needs. `transfer_and_train` does both and hands the rest to `giantleap.training.run.train`;
-`giantleap train transfer` calls it. `benchmarks/training/transfer.py` compares the starts.
+`giantleap train transfer` calls it. `benchmarks/training/transfer/run.py` compares the starts.
 """
 
 from collections.abc import Sequence

@@ -91,7 +91,9 @@ def test_a_slow_import_is_found() -> None:
     assert slow_imports("benchmarks.images.decode.pocket")[-1] == "torch"
 
 
-@pytest.mark.parametrize("name", ["benchmarks.batching", "benchmarks.engines", "benchmarks.gpu_check", "benchmarks.images.decode"])
+@pytest.mark.parametrize(
+    "name", ["benchmarks.batching", "benchmarks.engines", "benchmarks.gpu_check", "benchmarks.images.decode"]
+)
 def test_help_is_printed_without_torch(name: str) -> None:
     code = (
         f"import runpy, sys; sys.argv = [{name!r}, '--help']\n"
