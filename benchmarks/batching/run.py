@@ -63,7 +63,7 @@ def time_rounds(
 def simulate_policy(route: Route, row: Mapping[str, Any], scale: int, sizes: Sequence[int]) -> dict[str, float]:
     """The default settings of a worker, by the measured times of all stages."""
     items, budget = (Settings.model_fields[name].default for name in ("batch_items", "batch_budget_latent_px"))
-    policy = Policy(min(items, max(sizes)), budget)
+    policy = Policy("cuda" if route.device.type == "cuda" else "cpu", min(items, max(sizes)), budget)
     side_px = BASE_PX * scale
     params = GenerateParams(PROMPT, "", scale, side_px, side_px, STEPS, NO_GUIDANCE, 0, 1, "png")
     grid = LatentGrid(route.vae.latent_space.stride_px, route.window)

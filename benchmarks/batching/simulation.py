@@ -1,21 +1,22 @@
 """One worker that serves equal jobs, as arithmetic: when its batches start and end, given what a batch takes.
 
 The worker never waits for a batch to fill. Once its device is free it claims the jobs that wait, at most `batch_items`,
-and `plan_batch` groups them. The jobs of a batch end together. Claims that the worker makes ahead change nothing here:
-it makes them only where a full claim waits.
+and `plan_batch` groups as many as `items_together` allows. The jobs of a batch end together. Claims that the worker
+makes ahead change nothing here: it makes them only where a full claim waits.
 """
 
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from giantleap.service.jobqueue.claims import Claim
+from giantleap.service.jobs.devices import DeviceKind
 from giantleap.service.jobs.grid import LatentGrid
 from giantleap.service.jobs.job import GenerateParams, Job, Priority
-from giantleap.service.worker.batching import plan_batch
+from giantleap.service.worker.batching import items_together, plan_batch
 
 LOW_LOAD = 0.3  # of what the worker serves without batching
 JOBS = 1600
@@ -23,8 +24,9 @@ JOBS = 1600
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The settings of a worker that fix its batches."""
+    """What fixes the batches of a worker: its device and two settings."""
 
+    kind: DeviceKind
     batch_items: int
     batch_budget_latent_px: int
 
@@ -74,7 +76,8 @@ def simulate(
         now_s = max(now_s, arrivals_s[first])
         end = min(first + policy.batch_items, len(arrivals_s))
         claims = [_claim(index, params) for index in range(first, end) if arrivals_s[index] <= now_s]
-        for batch in plan_batch(claims, {"": grid}, policy.batch_items, policy.batch_budget_latent_px):
+        items = items_together(policy.kind, len(claims), policy.batch_items)
+        for batch in plan_batch(claims, {"": grid}, items, policy.batch_budget_latent_px):
             now_s += batch_seconds(measured_s, len(batch))
             latencies_s += [now_s - arrivals_s[int(claim.job.id)] for claim in batch]
         first += len(claims)
@@ -93,7 +96,7 @@ def evaluate(
     """Compare a policy with every fixed size at full load, and with no batching at low load."""
     fixed_per_s = {size: size / seconds for size, seconds in measured_s.items()}
     best = max(fixed_per_s, key=fixed_per_s.__getitem__)
-    single = Policy(1, policy.batch_budget_latent_px)
+    single = replace(policy, batch_items=1)
     low = random_arrivals(LOW_LOAD * fixed_per_s[1])
     full = simulate([0.0] * JOBS, measured_s, policy, params, grid)
     batched, alone = (simulate(low, measured_s, each, params, grid) for each in (policy, single))

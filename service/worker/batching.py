@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from giantleap.models.adapters.files import AdapterUse
 from giantleap.models.generation.refinement import Refinement
 from giantleap.service.jobqueue.claims import Claim
+from giantleap.service.jobs.devices import DeviceKind
 from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px
 from giantleap.service.jobs.job import GenerateParams, JobParams
 
@@ -76,6 +77,20 @@ def plan_batch(
         batch.items += items
         batch.latent_px += latent_px
     return [batch.claims for batch in batches]
+
+
+def items_together(kind: DeviceKind, waiting: int, batch_items: int) -> int:
+    """How many images of several jobs run together: on a CPU one, unless a full claim waits.
+
+    There a batch gains a few percent per image (`python -m benchmarks.batching`) and all its jobs end with the last, so
+    it pays only at full load.
+
+    Args:
+        kind: Of the worker's device.
+        waiting: Jobs that were claimed at once.
+        batch_items: The setting, and most jobs of one claim.
+    """
+    return 1 if kind == "cpu" and waiting < batch_items else batch_items
 
 
 def slice_items(item_latent_px: int, budget_items: int, budget_latent_px: int) -> int:

@@ -30,7 +30,7 @@ from giantleap.service.telemetry.logs import log_fields
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import Tracing
 from giantleap.service.worker.batch_runner import BatchRun
-from giantleap.service.worker.batching import plan_batch, slice_items
+from giantleap.service.worker.batching import items_together, plan_batch, slice_items
 from giantleap.service.worker.bundles import BundleCache
 from giantleap.service.worker.drain import Drain
 from giantleap.service.worker.items import to_items, to_job_error
@@ -138,8 +138,8 @@ class Worker:
 
     def _run_loaded(self, claims: Sequence[Claim], load_s: float = 0.0, is_last: bool = True) -> None:
         """Run claims in batches. With the last of them the next claims come, if these are the last (`is_last`)."""
-        budgets = self._settings.batch_items, self._settings.batch_budget_latent_px
-        batches = plan_batch(claims, self._bundles.grids, *budgets)
+        items = items_together(self._device.kind, len(claims), self._settings.batch_items)
+        batches = plan_batch(claims, self._bundles.grids, items, self._settings.batch_budget_latent_px)
         for number, batch in enumerate(batches, 1):
             if self._drain.is_requested():
                 self._consumer.release(batch)

@@ -1,5 +1,7 @@
 """Batch sizes: the rows and tables of the report, and one worker's batches as arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.batching.report import to_batch_seconds, to_markdown, to_row
@@ -11,7 +13,8 @@ from giantleap.service.jobs.job import GenerateParams
 PARAMS = GenerateParams("", "", 2, 64, 64, 8, 1.0, 0, 1, "png")
 GRID = LatentGrid(stride_px=8, window=4)
 ITEM_LATENT_PX = 64
-WIDE = Policy(8, 10**9)
+WIDE = Policy("cuda", 8, 10**9)
+WIDE_CPU = replace(WIDE, kind="cpu")
 GAINS_S = {1: 1.0, 2: 1.5, 4: 2.0, 8: 3.0}
 NO_GAIN_S = {size: float(size) for size in GAINS_S}
 
@@ -80,7 +83,10 @@ def test_a_lone_job_waits_for_no_other() -> None:
     assert served.mean_latency_s == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("policy", "size"), [(WIDE, 8), (Policy(4, 10**9), 4), (Policy(8, 4 * ITEM_LATENT_PX), 4)])
+@pytest.mark.parametrize(
+    ("policy", "size"),
+    [(WIDE, 8), (WIDE_CPU, 8), (Policy("cuda", 4, 10**9), 4), (Policy("cuda", 8, 4 * ITEM_LATENT_PX), 4)],
+)
 def test_at_full_load_batches_are_as_large_as_the_settings_allow(policy: Policy, size: int) -> None:
     served = simulate([0.0] * 64, GAINS_S, policy, PARAMS, GRID)
     assert served.images_per_s == pytest.approx(size / GAINS_S[size])
@@ -91,6 +97,14 @@ def test_batches_that_gain_lower_the_latency_at_low_load_and_others_raise_it() -
     assert gains["best_fixed_size"] == 8
     assert gains["throughput_over_best"] == none["throughput_over_best"] == 1.0
     assert gains["latency_over_single"] < 1.0 < none["latency_over_single"]
+
+
+def test_a_cpu_runs_jobs_one_by_one_unless_a_full_claim_waits() -> None:
+    few = simulate([0.0] * 7, GAINS_S, WIDE_CPU, PARAMS, GRID)
+    assert few.mean_latency_s == pytest.approx(4.0)
+    low = evaluate(NO_GAIN_S, WIDE_CPU, PARAMS, GRID)
+    assert low["latency_over_single"] == pytest.approx(1.0, abs=0.01)
+    assert low["throughput_over_best"] == 1.0
 
 
 def test_random_arrivals_have_the_rate_and_are_the_same_each_time() -> None:

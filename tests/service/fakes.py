@@ -290,7 +290,10 @@ def open_worker(
     max_finishing: int = MAX_FINISHING,
     marker: ImageMarker | None = None,
 ) -> tuple[Worker, Metrics]:
-    """A worker with one route under a name, on the grid of the pocket bundle; no job is too large for its device."""
+    """A worker with one route under a name, on the grid of the pocket bundle.
+
+    No job is too large for its device, which batches like a GPU.
+    """
     bundle = bundle or read_bundle(POCKET_BUNDLE)
     metrics = Metrics(CollectorRegistry())
     if bundles is None:
@@ -298,7 +301,7 @@ def open_worker(
         bundles.grids[name] = LatentGrid(bundle.latent_space.stride_px, bundles.load(name).window)
     worker = Worker(
         bundles=bundles,
-        device=device or Device("cpu", 1, 0, {each: {} for each in (bundle.name, *bundles.bundles)}),
+        device=device or Device("cuda", 1, 0, {each: {} for each in (bundle.name, *bundles.bundles)}),
         consumer=consumer,
         metrics=metrics,
         tracing=tracing or Tracing(),

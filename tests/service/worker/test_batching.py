@@ -11,7 +11,7 @@ from giantleap.models.pixels.image_formats import FileOptions
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobs.grid import LatentGrid, count_items, output_latent_px
 from giantleap.service.jobs.job import JobParams
-from giantleap.service.worker.batching import batch_key, plan_batch, slice_items
+from giantleap.service.worker.batching import batch_key, items_together, plan_batch, slice_items
 from tests.service.fakes import GENERATE, UPSCALE, make_claim
 
 GRIDS = {"tiny": LatentGrid(stride_px=8, window=4), "other": LatentGrid(stride_px=16, window=8)}
@@ -120,6 +120,11 @@ def test_a_job_of_many_images_counts_each_and_may_exceed_the_budget_alone() -> N
     claims = [make_claim("one"), make_claim("four", many), make_claim("two", replace(GENERATE, num_images=2))]
     batches = plan_batch(claims, GRIDS, 3, WIDE)
     assert [[c.job.id for c in batch] for batch in batches] == [["one", "two"], ["four"]]
+
+
+def test_a_cpu_batches_only_full_claims_and_a_gpu_whatever_waits() -> None:
+    assert [items_together("cpu", waiting, 8) for waiting in (1, 2, 7, 8)] == [1, 1, 1, 8]
+    assert [items_together("cuda", waiting, 8) for waiting in (1, 2, 7, 8)] == [8, 8, 8, 8]
 
 
 def test_a_slice_holds_what_the_budget_allows_and_at_least_one_item() -> None:

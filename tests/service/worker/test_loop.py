@@ -17,6 +17,7 @@ from PIL import Image
 from giantleap.models.filters.chain import FilterChain
 from giantleap.models.filters.image_filter import ImageContext
 from giantleap.models.generation.items import image_seed
+from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.job import JobParams
 from giantleap.service.jobs.verification import verify_image
 from giantleap.service.settings import read_settings
@@ -26,10 +27,16 @@ from giantleap.service.worker.process import choose_gpu, run_worker
 from tests.service.fakes import GENERATE, UPSCALE, FakeConsumer, FakeRoute, make_claim, open_worker
 
 
-def run_all(route: FakeRoute, consumer: FakeConsumer, filters: FilterChain | None = None, **changes: Any) -> Metrics:
+def run_all(
+    route: FakeRoute,
+    consumer: FakeConsumer,
+    filters: FilterChain | None = None,
+    device: Device | None = None,
+    **changes: Any,
+) -> Metrics:
     stop = threading.Event()
     consumer.on_empty = stop.set
-    worker, metrics = open_worker(route, consumer, read_settings(**changes), stop=stop, filters=filters)
+    worker, metrics = open_worker(route, consumer, read_settings(**changes), stop=stop, filters=filters, device=device)
     worker.run()
     return metrics
 
@@ -95,6 +102,14 @@ def test_a_filter_fails_the_job_of_the_image_that_it_refuses_and_no_other() -> N
     refused, failed = ("blocked_by_filter", False), ("filter_failed", False)
     assert errors == {"dark": refused, "black": failed, "half": refused}
     assert sample(metrics, "giantleap_job_failures_total", bundle="tiny", code="blocked_by_filter") == 2
+
+
+@pytest.mark.parametrize(("batch_items", "batches"), [(4, [1, 1, 1]), (3, [3])])
+def test_a_cpu_runs_jobs_together_only_where_a_full_claim_waits(batch_items: int, batches: list[int]) -> None:
+    consumer, route = FakeConsumer([make_claim(name) for name in "abc"]), FakeRoute()
+    run_all(route, consumer, device=Device("cpu", 1, 0, {"pocket": {}, "tiny": {}}), batch_items=batch_items)
+    assert route.batches == batches
+    assert list(consumer.finished) == ["a", "b", "c"]
 
 
 def test_every_stage_is_timed_and_reported() -> None:
