@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from giantleap.cli.demo import running_service
 from giantleap.models.bundle.bundle import write_bundle
 from giantleap.models.bundle.descriptor import About
 from giantleap.models.bundle.digests import file_hashes
 from giantleap.models.latent_space import LATENT_SPACES
+from tests.running_service import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "a-long-random-text"
@@ -24,10 +24,6 @@ def url(tiny_bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     about = About(name="klein", title="Tiny", license="Apache-2.0", provenance="Random weights.")
     bundle = saved(klein, tiny_flux2_klein(), LATENT_SPACES["flux2"], bundle=about)
     write_bundle(klein, bundle.descriptor.model_copy(update={"files": file_hashes(klein)}))
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("GIANTLEAP_BUNDLE", f"{ROOT / 'bundles' / 'pocket'},{tiny_bundle_dir},{klein}")
-        environment.setenv("GIANTLEAP_DEVICE", "cpu")
-        environment.setenv("GIANTLEAP_WEBHOOK_SECRET", SECRET)
-        environment.setenv("GIANTLEAP_WEBHOOK_ALLOW_PRIVATE", "true")
-        with running_service() as url:
-            yield url
+    pocket = ROOT / "bundles" / "pocket"
+    with serving(pocket, tiny_bundle_dir, klein, webhook_secret=SECRET, webhook_allow_private=True) as url:
+        yield url

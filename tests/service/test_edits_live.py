@@ -11,11 +11,11 @@ import openai
 import pytest
 from PIL import Image
 
-from giantleap.cli.demo import running_service
 from giantleap.models.bundle.bundle import write_bundle
 from giantleap.models.bundle.digests import file_hashes
 from giantleap.models.latent_space import LATENT_SPACES
 from tests.models.generation.test_generator_families import saved
+from tests.running_service import serving
 from tests.service.jobs.test_edit_inputs import to_file, to_text
 from tests.tiny_pipelines import tiny_flux2_klein
 
@@ -30,11 +30,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directory: Path = tmp_path_factory.mktemp("klein")
     bundle = saved(directory, tiny_flux2_klein(), LATENT_SPACES["flux2"])
     write_bundle(directory, bundle.descriptor.model_copy(update={"files": file_hashes(directory)}))
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("GIANTLEAP_BUNDLE", str(directory))
-        environment.setenv("GIANTLEAP_DEVICE", "cpu")
-        with running_service() as url:
-            yield url
+    with serving(directory) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

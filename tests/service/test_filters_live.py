@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import httpx
 import numpy as np
@@ -26,12 +27,13 @@ LATENT = np.random.default_rng(0).standard_normal((1, 24, 32, 32)).astype("<f4")
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     site = tmp_path_factory.mktemp("site")
-    with pytest.MonkeyPatch.context() as environment:
-        install(site, "size_filter", {"small": "size_filter:Small"}, SOURCE, environment)
-        environment.setenv("PYTHONPATH", str(site), prepend=":")
-        environment.setenv("GIANTLEAP_FILTERS", "small")
-        with running_service() as url, httpx.Client(base_url=url, timeout=300) as client:
-            yield client
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as environment:  # for the start alone: other tests run in this process
+            install(site, "size_filter", {"small": "size_filter:Small"}, SOURCE, environment)
+            environment.setenv("PYTHONPATH", str(site), prepend=":")
+            environment.setenv("GIANTLEAP_FILTERS", "small")
+            url = stack.enter_context(running_service())
+        yield stack.enter_context(httpx.Client(base_url=url, timeout=300))
 
 
 def photo() -> bytes:

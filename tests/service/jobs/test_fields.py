@@ -20,7 +20,7 @@ def integers_of(schema: dict[str, Any]) -> list[str]:
 
 
 CASES: list[tuple[type[BaseModel], dict[str, Any], tuple[str, ...]]] = [
-    (GenerateRequest, {"prompt": "a"}, ("width", "height", "steps", "seed", "num_images", "previews")),
+    (GenerateRequest, {"prompt": "a"}, ("width", "height", "steps", "seed", "num_images", "previews", "quality")),
     (ImagesRequest, {"prompt": "a"}, ("n", "partial_images", "num_inference_steps", "seed")),
 ]
 FIELDS = [(model, base, name) for model, base, names in CASES for name in names]
