@@ -68,8 +68,8 @@ class Source:
         else:
             found = self._system.find(self._root) if self._system.isdir(self._root) else [self._root]
         hidden = re.compile(r"(^|/)[._][^/]*")
-        kept = [path for path in found if not hidden.search(path.removeprefix(self._root))]
-        return sorted(path for path in kept if path.lower().endswith(_SUFFIXES) and self._system.isfile(path))
+        visible = [path for path in found if not hidden.search(path.removeprefix(self._root))]
+        return sorted(path for path in visible if path.lower().endswith(_SUFFIXES) and self._system.isfile(path))
 
     def refuse_output(self, store: Store) -> None:
         """Refuse an output among the inputs, which the next run would read.

@@ -92,8 +92,11 @@ def check_storage_warnings(answer: Answer) -> list[Finding]:
     enable = "give --redis-url, or set GIANTLEAP_REDIS_URL"
     if "warnings" not in answer.fields:
         return [skipped("redis", "the API says nothing of its Redis", enable)]
-    said = [fail("redis", *warning.rsplit("; ", 1)) for warning in answer.fields["warnings"] if "; " in warning]
-    return [*said, skipped("redis", "version, memory, fsync, role and clock of Redis are not seen from here", enable)]
+    warnings = [fail("redis", *warning.rsplit("; ", 1)) for warning in answer.fields["warnings"] if "; " in warning]
+    return [
+        *warnings,
+        skipped("redis", "version, memory, fsync, role and clock of Redis are not seen from here", enable),
+    ]
 
 
 def is_loopback(host: str) -> bool:

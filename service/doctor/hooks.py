@@ -102,10 +102,10 @@ def check_counted(url: str, before: Sums, after: Sums) -> Finding:
     host = urlsplit(url).hostname
     if not before or not after:
         return skipped("webhook", f"sent to {host}; whether it was taken is not seen", "give a key of scope metrics")
-    grown = {outcome for outcome in _OUTCOMES if after.get(name := f"webhooks {outcome}", 0) > before.get(name, 0)}
-    if "delivered" in grown:
+    increased = {outcome for outcome in _OUTCOMES if after.get(name := f"webhooks {outcome}", 0) > before.get(name, 0)}
+    if "delivered" in increased:
         return ok("webhook", f"{host} took one")
-    if grown:
+    if increased:
         return fail("webhook", f"{host} did not take one", "open the way from the API to it; it must answer 2xx")
     return warn(
         "webhook", f"no delivery to {host} was counted within {WITHIN_S:.0f} s", "of several API hosts give --url one"

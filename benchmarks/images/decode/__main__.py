@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from benchmarks.images.decode.run import measure
 
         rows = measure(case, options.methods, options.px or [512, 1024], options.largest_run_px)
-        kept = {name: earlier[name] for name in ("pocket",) if name in earlier}
-        record = {**asdict(case), "machine": read_machine(), "rows": rows, **kept}
+        others = {name: earlier[name] for name in ("pocket",) if name in earlier}
+        record = {**asdict(case), "machine": read_machine(), "rows": rows, **others}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -84,7 +84,7 @@ export class History {
 
   /** The growth for each minute. */
   perMinute(read) {
-    const grown = this.growth(read);
-    return grown === null ? null : (60 * grown) / this.span;
+    const increase = this.growth(read);
+    return increase === null ? null : (60 * increase) / this.span;
   }
 }

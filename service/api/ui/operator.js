@@ -67,9 +67,9 @@ function workerItem({device, role, memory_bytes: memory, loaded_bytes: used, bun
 
 function drawWorkers(metrics, history, workers) {
   const busy = groups(metrics, BUSY, ["device"]).map(([[device]]) => {
-    const grown = history.growth((each) => sum(each, BUSY, {device}));
-    const share = grown === null ? 0 : Math.min(grown / history.span, 1); // a long batch is counted at its end
-    return barRow(device ? `busy: ${device}` : "busy", share, grown === null ? "–" : percent(share), "generate-stage");
+    const increase = history.growth((each) => sum(each, BUSY, {device}));
+    const share = increase === null ? 0 : Math.min(increase / history.span, 1); // a long batch is counted at its end
+    return barRow(device ? `busy: ${device}` : "busy", share, increase === null ? "–" : percent(share), "generate-stage");
   });
   const empty = make("p", {class: "warning"}, "No worker is ready: jobs wait until one is.");
   const items = workers.length ? make("ul", {class: "workers"}, ...workers.map(workerItem)) : empty;

@@ -69,8 +69,10 @@ def test_a_worker_knows_that_a_claim_was_lost_while_it_waited(
     worker = open_consumer(visibility_timeout_s=1.0)
     put()
     [ahead] = worker.claim_ahead(1)
+    assert worker.holds(ahead)
     redis_client.hset(Keys(settings.key_prefix).job(ahead.job.id), "worker", "another")
     wait_until(lambda: not worker.holds(ahead))
+    assert worker.complete(ahead, [FILE], {}, []) is None
 
 
 def test_jobs_that_were_started_before_are_left_for_a_claim_that_can_run_them_alone(
