@@ -5,11 +5,14 @@ It does as little as possible, so that the server dominates the times; every com
 """
 
 import asyncio
+import contextlib
 import random
+import select
+import socket
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 
@@ -24,12 +27,16 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The result of a run: times of all 200 responses, the other responses, and the duration."""
+    """The result of a run: times of all 200 responses, the other responses, the duration, the client's processor time.
+
+    The processor time is that of an open loop only.
+    """
 
     times_ms: list[float]
     refused: list[Response]
     duration_s: float
     offered: int = 0
+    cpu_s: float = 0.0
 
     @property
     def per_s(self) -> float:
@@ -95,14 +102,19 @@ class Connection(asyncio.Protocol):
         self._transport.write(request)
         head = await self._waiting
         time_ms = 1000 * (time.perf_counter() - started_s)
-        lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-        return Response(int(lines[0].split(" ")[1]), headers, time_ms)
+        return to_response(head, time_ms)
 
     def close(self) -> None:
         """Close the connection."""
         if self._transport is not None:
             self._transport.close()
+
+
+def to_response(head: bytes, time_ms: float) -> Response:
+    """Read the head of a response."""
+    lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+    return Response(int(lines[0].split(" ")[1]), headers, time_ms)
 
 
 def _content_length(head: bytes) -> int:
@@ -164,34 +176,85 @@ def _to_load(responses: Sequence[Response], duration_s: float) -> Load:
     return Load(good, [response for response in responses if response.status != 200], duration_s, len(responses))
 
 
-async def run_open(port: int, request: bytes, per_s: float, seconds: float, seed: int) -> Load:
-    """Run an open loop: requests arrive as a Poisson process of rate `per_s`, independent of responses."""
-    free: list[Connection] = await open_connections(port, 16)
-    opened = list(free)
-    responses: list[Response] = []
-    tasks: list[asyncio.Task[None]] = []
+def run_open(port: int, request: bytes, per_s: float, seconds: float, seed: int) -> Load:
+    """Run an open loop: requests arrive as a Poisson process of rate `per_s`, independent of responses.
+
+    A time starts when its request was due, so that a late client counts as a slow server. One thread with plain sockets
+    and prepared bytes sends and receives; responses are read apart after the run.
+
+    Raises:
+        ConnectionError: The server closed a connection.
+        ValueError: A response has no Content-Length.
+    """
     moments = random.Random(seed)
+    due_s = [moments.expovariate(per_s)]
+    while due_s[-1] < seconds:
+        due_s.append(due_s[-1] + moments.expovariate(per_s))
+    with contextlib.closing(OpenLoop(port, request)) as loop:
+        cpu_s, started_s = time.process_time(), time.perf_counter()
+        answers = loop.run(due_s)
+        duration_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
+    return replace(_to_load([to_response(*answer) for answer in answers], duration_s), cpu_s=cpu_s)
 
-    async def send() -> None:
-        if not free:
-            fresh = await open_connections(port, 1)
-            free.extend(fresh)
-            opened.extend(fresh)
-        connection = free.pop()
-        responses.append(await connection.ask(request))
-        free.append(connection)
 
-    started_s = time.perf_counter()
-    due_s = 0.0
-    while due_s < seconds:
-        due_s += moments.expovariate(per_s)
-        await asyncio.sleep(max(0.0, due_s - (time.perf_counter() - started_s)))
-        tasks.append(asyncio.create_task(send()))
-    await asyncio.gather(*tasks)
-    duration_s = time.perf_counter() - started_s
-    for connection in opened:
-        connection.close()
-    return _to_load(responses, duration_s)
+class OpenLoop:
+    """Keep-alive connections to a port, as many as there are responses to wait for."""
+
+    def __init__(self, port: int, request: bytes) -> None:
+        self._port = port
+        self._request = request
+        self._poll = select.epoll()
+        self._sockets: dict[int, socket.socket] = {}
+        self._free = [self._connect() for _ in range(16)]
+        self._received: dict[int, bytes] = {}
+        self._due_s: dict[int, float] = {}
+
+    def run(self, due_s: Sequence[float]) -> list[tuple[bytes, float]]:
+        """Send a request at each of the times, from now; returns head and time in ms of each response."""
+        answers: list[tuple[bytes, float]] = []
+        started_s, sent = time.perf_counter(), 0
+        while sent < len(due_s) or self._due_s:
+            now_s = time.perf_counter() - started_s
+            while sent < len(due_s) and due_s[sent] <= now_s:
+                self._send(due_s[sent])
+                sent += 1
+            for number, _ in self._poll.poll(due_s[sent] - now_s if sent < len(due_s) else None):
+                head = self._receive(number)
+                if head:
+                    time_s = time.perf_counter() - started_s - self._due_s.pop(number)
+                    answers.append((head, 1000 * time_s))
+        return answers
+
+    def close(self) -> None:
+        """Close the connections."""
+        for connection in self._sockets.values():
+            connection.close()
+        self._poll.close()
+
+    def _connect(self) -> int:
+        connection = socket.create_connection(("127.0.0.1", self._port))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sockets[connection.fileno()] = connection
+        self._poll.register(connection, select.EPOLLIN)
+        return connection.fileno()
+
+    def _send(self, due_s: float) -> None:
+        number = self._free.pop() if self._free else self._connect()
+        self._due_s[number] = due_s
+        self._sockets[number].sendall(self._request)
+
+    def _receive(self, number: int) -> bytes:
+        """The head of a response that is complete, else nothing."""
+        part = self._sockets[number].recv(65536)
+        if not part:
+            raise ConnectionResetError("the server closed the connection")
+        received = self._received.pop(number, b"") + part
+        head, found, body = received.partition(b"\r\n\r\n")
+        if found and len(body) >= _content_length(head):
+            self._free.append(number)
+            return head
+        self._received[number] = received
+        return b""
 
 
 def median_of(runs: Sequence[float]) -> float:

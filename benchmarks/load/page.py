@@ -134,6 +134,12 @@ def _overload(figures: dict[str, Any], where: str) -> str:
         )
         + f"\n\nThe p99 ratio is {figures['p99_ratio']:.2f}. {100 * figures['refused_share']:.1f} % were refused with "
         f"429, all {figures['refusals_with_retry_after']} of them with an integer `Retry-After`."
+        + (
+            f" A time starts when its request was due; the client took {figures['client_ms']:.3f} ms of processor time "
+            "per request."
+            if "client_ms" in figures
+            else ""
+        )
     )
 
 

@@ -20,6 +20,8 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from giantleap.service.api.middleware.early_refusal import EarlyRefusal
+from giantleap.service.errors import QueueFull
+from giantleap.service.jobqueue.admission.gate import Ticket
 from giantleap.service.settings import Settings
 
 MAX_HEAD_BYTES = 128 << 10
@@ -89,6 +91,11 @@ class BoundedHttp(HttpToolsProtocol):
     head_timeout_s = HEAD_TIMEOUT_S
     early_refusal: EarlyRefusal | None = None
     _refused = False  # the request that is being read was answered from its head
+    _ticket: Ticket | None = None  # of the request that is being answered
+    _between = True  # requests, at the start of the next one
+    _held = b""  # the start of a request that waits to be let in, for this:
+    _awaited: "asyncio.Future[Ticket | QueueFull] | None" = None
+    _known: Ticket | QueueFull | None = None  # to the request of which the head is being read
     _pending_bytes = 0  # received since the parser last completed a head or a part of a body
     _timer: TimerHandle | None = None
 
@@ -102,22 +109,30 @@ class BoundedHttp(HttpToolsProtocol):
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
+        """Stop the timer, and give the ticket back."""
         self._stop_timer()
+        self._settle()
+        if self._awaited is not None:
+            self._awaited.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what was received; close the connection when a head is too large."""
+        """Parse what was received, unless it must wait; close the connection when a head is too large."""
+        if not self._hold(data):
+            self._read(data)
+
+    def _read(self, data: bytes) -> None:
         self._pending_bytes += len(data)
         super().data_received(data)  # calls the methods below
         if self._pending_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            if self.cycle is None or self.cycle.response_complete:  # else another response is still being sent
+            if not self._owes_response():
                 self.transport.write(_REFUSAL)
             self.transport.close()
 
     def on_message_begin(self) -> None:
         """Start the timer of the next head, unless it runs."""
         super().on_message_begin()
+        self._between = False
         if self._timer is None:
             self._start_timer()
 
@@ -127,13 +142,15 @@ class BoundedHttp(HttpToolsProtocol):
         self._stop_timer()
         if self.parser.should_upgrade():
             return
-        refusal = self._find_refusal()
-        self._refused = refusal is not None
-        if refusal is None:
-            super().on_headers_complete()
-        else:
-            self.transport.write(refusal)
+        answer = self._find_answer()
+        self._refused = isinstance(answer, bytes)
+        if isinstance(answer, bytes):
+            self.transport.write(answer)
             self._start_timer()  # of the rest of the body, which is discarded
+        else:
+            if answer is not None:
+                self._ticket = self.scope["state"]["ticket"] = answer
+            super().on_headers_complete()
         self.headers = []  # for the fields of a trailer, which must not become headers (RFC 9110, 6.5.1)
 
     def on_body(self, body: bytes) -> None:
@@ -144,21 +161,74 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The body is complete, unless it is not yet known that there is one."""
+        self._between = not self.parser.should_upgrade()
         if self._refused:
             self._stop_timer()
             self.on_response_complete()
         elif not self.parser.should_upgrade():
             super().on_message_complete()
 
-    def _find_refusal(self) -> bytes | None:
-        """The early refusal of a plain request on a connection that stays open and owes no other response."""
+    def on_response_complete(self) -> None:
+        """The response was sent: give the ticket back, if it was never used."""
+        self._settle()
+        super().on_response_complete()
+
+    def _settle(self) -> None:
+        if self._ticket is not None:
+            self._ticket.settle()
+            self._ticket = None
+
+    def _hold(self, data: bytes) -> bool:
+        """Keep the start of a request for a new job while it is not known whether the queue takes one more."""
+        if self._held:  # the transport may deliver once more after it was paused
+            self._held += data
+            return True
+        if self.early_refusal is None or not self._between or self._owes_response():
+            return False
+        self._awaited = self.early_refusal.wait(data)
+        if self._awaited is None:
+            return False
+        self._held = data
+        self.flow.pause_reading()
+        self._awaited.add_done_callback(self._release)
+        return True
+
+    def _release(self, awaited: "asyncio.Future[Ticket | QueueFull]") -> None:
+        """Read what was held, with the answer that is now known."""
+        if awaited.cancelled():
+            return
+        self._known = awaited.result()
+        self._read_held()
+        if isinstance(self._known, Ticket):  # the head is not complete, or the middlewares decide
+            self._known.settle()
+        self._known = None
+
+    def _read_held(self) -> None:
+        held, self._held = self._held, b""
+        if held and not self.transport.is_closing():
+            self.flow.resume_reading()
+            self._read(held)
+
+    def shutdown(self) -> None:
+        """Close the connection when what it has received is answered."""
+        if self._held and self._awaited is not None:
+            self._awaited.cancel()
+            self._read_held()
+        super().shutdown()
+
+    def _owes_response(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _find_answer(self) -> bytes | Ticket | None:
+        """The early answer to a plain request on a connection that stays open and owes no other response."""
         if self.early_refusal is None or self.parser.get_method() != b"POST":
             return None
         if self.expect_100_continue or self.parser.get_http_version() != "1.1" or not self.parser.should_keep_alive():
             return None
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._owes_response():
             return None
-        return self.early_refusal.respond(self.url, self.headers, self.server_state.default_headers)
+        known, self._known = self._known, None
+        return self.early_refusal.respond(self.url, self.headers, self.server_state.default_headers, known)
 
     def head_without_offer(self) -> bytes:
         """The head that was read last, without its Upgrade headers."""

@@ -29,6 +29,7 @@ from giantleap.service.errors import (
     UnsupportedMediaType,
     WaitTimeout,
 )
+from giantleap.service.jobqueue.admission.gate import Ticket
 from giantleap.service.jobqueue.arguments import SMALL_BODY_BYTES
 from giantleap.service.jobqueue.client import cancel_tasks
 from giantleap.service.jobqueue.producer import Enqueued
@@ -223,7 +224,12 @@ async def submit_job(
     pixel_steps = count_pixel_steps(job.params, state.bundles[job.bundle].bundle)
     budget = caller.megapixel_steps_per_minute
     charge = None if budget is None else Charge(pixel_steps, budget)
-    enqueued = await state.producer.enqueue(owned, blob, options.idempotency_key, caller.max_jobs, charge)
+    ticket: Ticket | None = getattr(request.state, "ticket", None)
+    try:
+        enqueued = await state.producer.enqueue(owned, blob, options.idempotency_key, caller.max_jobs, charge)
+    finally:
+        if ticket is not None:
+            ticket.settle()
     if enqueued.created:
         state.metrics.count_work(job.params.kind, job.bundle, pixel_steps)
     return enqueued

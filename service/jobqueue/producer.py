@@ -21,8 +21,9 @@ import redis
 
 from giantleap.service.errors import InvalidRequest, NotFound, NotReady, QueueFull
 from giantleap.service.jobqueue import scripts
+from giantleap.service.jobqueue.admission.gate import QueueGate
 from giantleap.service.jobqueue.arguments import body_sha256, enqueue_arguments
-from giantleap.service.jobqueue.backpressure import QueueGate, retry_after_s, to_refusal
+from giantleap.service.jobqueue.backpressure import retry_after_s, to_refusal
 from giantleap.service.jobqueue.client import COMMAND_S, AsyncRedis, await_reply, cancel_tasks, check_client
 from giantleap.service.jobqueue.completions import CompletionListener
 from giantleap.service.jobqueue.events import read_events
@@ -93,7 +94,7 @@ class JobProducer:
         self._completions = CompletionListener(redis, self._keys.done_channel)
         self._refusal: tuple[int, float] = (1, -math.inf)
         self.gate = QueueGate(self.stats, self._completions, settings.queue_limit)
-        """Refuses new jobs while the queue is full."""
+        """Lets as many requests for new jobs pass at once as the queue takes, and refuses them while it is full."""
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -191,6 +192,8 @@ class JobProducer:
             "idempotency": None if idempotency_key is None else idempotency_digest(idempotency_key, job.owner),
         }
         reply = await self._send_job(job, body, arguments)
+        if reply.jobs is not None:
+            self.gate.put_jobs(reply.jobs)
         if reply.status in ("created", "existing"):
             return Enqueued(
                 reply.job_id,

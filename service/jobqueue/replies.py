@@ -57,13 +57,17 @@ class StoredJob:
 
 @dataclass(frozen=True, slots=True)
 class EnqueueReply:
-    """What became of a job; where it was refused `amount` is what is in use, `wait_us` until its work is allowed."""
+    """What became of a job; where it was refused `amount` is what is in use, `wait_us` until its work is allowed.
+
+    `jobs` are those in the queue, with the one that was created.
+    """
 
     status: Literal["created", "existing", "mismatch", "full", "full_px", "busy", "work", "storage", "upload"]
     job_id: str
     created_at_s: float | None = None
     queue_position: int | None = None
     estimated_start_s: float | None = None
+    jobs: int | None = None
     amount: int = 0
     wait_us: int = 0
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 
 from giantleap.service.errors import GiantleapError, InvalidRequest, QueueFull
+from giantleap.service.jobqueue.admission.gate import Ticket
 from giantleap.service.jobqueue.producer import Enqueued, Page
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.grid import Charge
@@ -64,13 +65,27 @@ def stay_queued(job: Job) -> JobRecord:
 
 
 class OpenGate:
-    """The gate of a queue that refuses nobody before it is asked."""
+    """The gate of a queue that refuses nobody; counts the tickets, and those that are not settled."""
 
-    def known_refusal(self) -> QueueFull | None:
-        return None
+    def __init__(self) -> None:
+        self.taken = 0
+        self.tickets = 0
 
-    async def admit(self) -> QueueFull | None:
-        return None
+    def must_wait(self) -> bool:
+        return False
+
+    def ask(self) -> Ticket | QueueFull | None:
+        self.taken += 1
+        self.tickets += 1
+        return Ticket(self._take_back)
+
+    async def admit(self) -> Ticket | QueueFull:
+        answer = self.ask()
+        assert answer is not None
+        return answer
+
+    def _take_back(self) -> None:
+        self.tickets -= 1
 
 
 @dataclass

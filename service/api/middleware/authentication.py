@@ -30,10 +30,12 @@ from giantleap.service.errors import (
     GiantleapError,
     HeadersTooLarge,
     PayloadTooLarge,
+    QueueFull,
     RateLimited,
     Unauthorized,
     UnsupportedMediaType,
 )
+from giantleap.service.jobqueue.admission.gate import Ticket
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.media_types import read_media_type
 from giantleap.service.links import UrlSigner
@@ -81,7 +83,7 @@ class AuthenticationMiddleware:
             check_headers(request)
             check_site(request, self.origins)
             request.state.caller = caller = self._authenticate(request)
-            refusal = await self.producer.gate.admit() if makes_new_job(request) else None
+            refusal = await self._admit(request)
             if refusal is None:
                 await self._acquire_rate_limit(caller, request)
         except GiantleapError as error:
@@ -89,6 +91,9 @@ class AuthenticationMiddleware:
         else:
             next_app = self.app if refusal is None else problem_response(refusal, request)
             await next_app(scope, limit_json(request, receive), send)
+        finally:
+            if (ticket := _ticket_of(request)) is not None:
+                ticket.settle()
 
     def _authenticate(self, request: Request) -> Caller:
         path = route_path(request.scope)
@@ -109,6 +114,15 @@ class AuthenticationMiddleware:
             require_scope(caller, scope)
         return caller
 
+    async def _admit(self, request: Request) -> QueueFull | None:
+        """Take a ticket for what makes a new job, unless the server's protocol has; the refusal if there is none."""
+        if _ticket_of(request) is None and makes_new_job(request):
+            answer = await self.producer.gate.admit()
+            if isinstance(answer, QueueFull):
+                return answer
+            request.state.ticket = answer
+        return None
+
     async def _acquire_rate_limit(self, caller: Caller, request: Request) -> None:
         if caller.requests_per_minute is None or not is_counted(request.method, route_path(request.scope)):
             return
@@ -119,6 +133,11 @@ class AuthenticationMiddleware:
                 "Retry-After",
                 retry_after_s=math.ceil(wait_s),
             )
+
+
+def _ticket_of(request: Request) -> Ticket | None:
+    ticket: Ticket | None = getattr(request.state, "ticket", None)
+    return ticket
 
 
 def find_caller_of(keys: KeyRing, presented: Collection[str]) -> Caller:

@@ -3,6 +3,9 @@
 `giantleap.service.api.server.BoundedHttp` writes it before any middleware runs and before the body is read: under
 overload nine of ten requests end here, and each must cost a small part of an accepted one. The response is the one that
 the middlewares would give. Where that is not certain, as for an unknown key or a page of another site, they decide.
+
+What is not refused takes its ticket here too, and what must wait for one waits unread: of the many requests that arrive
+at once when a place gets free, one passes.
 """
 
 import asyncio
@@ -28,12 +31,14 @@ from giantleap.service.api.paths import route_path
 from giantleap.service.api.problems import problem_response
 from giantleap.service.auth import KeyRing, Scope, presented_keys, require_scope
 from giantleap.service.errors import GiantleapError, QueueFull
+from giantleap.service.jobqueue.admission.gate import Ticket
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 _LOG_EVERY_S = 1.0
+_LINE_BYTES = 1024  # of a request; a longer one is not for a new job
 _ID = "0" * 32  # where a response has the id of its request
 _CREATING = frozenset({Scope.GENERATE, Scope.UPSCALE})
 # With one of these the middlewares decide: the job may be there already, or the request may be wrong in another way.
@@ -88,22 +93,41 @@ class EarlyRefusal:
         self._templates: dict[str, _Template] = {}
         self._unlogged: Counter[str] = Counter()
 
-    def respond(self, target: bytes, headers: Sequence[Header], more_headers: Sequence[Header]) -> bytes | None:
-        """The refusal of a POST as it goes over the wire; None where the middlewares decide.
+    def wait(self, data: bytes) -> asyncio.Future[Ticket | QueueFull] | None:
+        """What a request must wait for before it is read, by its start: the answer of the gate to a new job."""
+        if not self._gate.must_wait():
+            return None
+        method, _, rest = data[:_LINE_BYTES].partition(b" ")
+        target, found, _ = rest.partition(b" ")
+        if method != b"POST" or not found or scope_of("POST", self._path_of(target)) not in _CREATING:
+            return None
+        return self._gate.wait()
+
+    def respond(
+        self,
+        target: bytes,
+        headers: Sequence[Header],
+        more_headers: Sequence[Header],
+        known: Ticket | QueueFull | None = None,
+    ) -> bytes | Ticket | None:
+        """The refusal of a POST as it goes over the wire, or its ticket; None where the middlewares decide.
 
         Args:
             target: The path and query of the request.
             headers: Of the request, with names in lower case.
             more_headers: What the server adds to every response.
+            known: The answer of the gate, if the request has waited for it. A ticket that is not returned is settled.
         """
-        refusal = self._gate.known_refusal()
-        if refusal is None:
-            return None
         started_s = time.perf_counter()
-        path = route_path({"path": target.partition(b"?")[0].decode("latin-1"), "root_path": self._root_path})
+        path = self._path_of(target)
         scope = scope_of("POST", path)
         if scope not in _CREATING or not self._is_plain(target, headers) or not self._may(headers, scope):
+            if isinstance(known, Ticket):
+                known.settle()
             return None
+        refusal = known or self._gate.ask()
+        if not isinstance(refusal, QueueFull):
+            return refusal
         template = self._template(refusal, path)
         given = next((value.decode("latin-1") for name, value in headers if name == b"x-request-id"), None)
         response = template.to_bytes(read_request_id(given), more_headers)
@@ -113,6 +137,9 @@ class EarlyRefusal:
             asyncio.get_running_loop().call_later(_LOG_EVERY_S, self._log)
         self._unlogged[template.route] += 1
         return response
+
+    def _path_of(self, target: bytes) -> str:
+        return route_path({"path": target.partition(b"?")[0].decode("latin-1"), "root_path": self._root_path})
 
     def _is_plain(self, target: bytes, headers: Sequence[Header]) -> bool:
         """Whether nothing in the head is refused for another reason, and the body is cheap to discard."""

@@ -9,8 +9,8 @@
 --          input_key (of an input in the result store; input_bytes is 0 then)
 -- ARGV[3]  the job as JSON, stored as it is
 -- Reply    status: created, existing, mismatch, full, full_px, busy, work, storage, or upload (the input has not
---          arrived); job_id; created_at_s; queue_position; estimated_start_s; for a refusal amount (what is in use)
---          or wait_us
+--          arrived); job_id; created_at_s; queue_position; estimated_start_s; jobs (in the queue, with a created one);
+--          for a refusal amount (what is in use) or wait_us
 -- @include arguments
 -- @include config
 -- @include free_expired
@@ -121,4 +121,5 @@ local rank = push(id)
 local start_s = estimate_start_s(id, rank)
 return cjson.encode({
   status = 'created', job_id = id, created_at_s = now_s, queue_position = rank, estimated_start_s = start_s,
+  jobs = depth + 1,
 })

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.load.client import Load, run_closed, run_open, to_request
+from benchmarks.load.client import Load, OpenLoop, run_closed, run_open, to_request
 from benchmarks.load.compare import format_errors
 from benchmarks.load.overload import pinned_to_one_core
 from benchmarks.load.page import PAGE, to_markdown
@@ -89,9 +89,31 @@ def test_pinning_holds_for_the_block_and_for_what_it_starts() -> None:
 
 async def test_open_run_keeps_refusals_apart_with_their_headers() -> None:
     async with serve(refuse_every=2) as port:
-        load = await run_open(port, to_request("/", b"", {}), per_s=200, seconds=0.5, seed=1)
+        load = await asyncio.to_thread(run_open, port, to_request("/", b"", {}), per_s=200, seconds=0.5, seed=1)
     assert load.offered == len(load.times_ms) + len(load.refused) > 20
     assert {(response.status, response.headers["retry-after"]) for response in load.refused} == {(429, "3")}
+    assert load.cpu_s > 0
+
+
+async def test_a_time_of_the_open_run_starts_when_the_request_was_due() -> None:
+    requests = 20
+
+    async def answer_all_at_the_end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        waiting.append(writer)
+        if len(waiting) == requests:
+            for each in waiting:
+                each.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    waiting: list[asyncio.StreamWriter] = []
+    async with await asyncio.start_server(answer_all_at_the_end, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        poll = OpenLoop(port, to_request("/", b"", {}))
+        answers = await asyncio.to_thread(poll.run, [-60.0] * requests)  # a minute late
+        poll.close()
+        for writer in waiting:
+            writer.close()
+    assert len(answers) == requests and min(time_ms for _, time_ms in answers) >= 60_000
 
 
 def test_quantile_is_the_nearest_rank() -> None:

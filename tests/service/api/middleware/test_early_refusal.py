@@ -13,6 +13,7 @@ from giantleap.service.api.middleware import early_refusal
 from giantleap.service.api.server import server_config
 from giantleap.service.auth import new_key
 from giantleap.service.errors import QueueFull
+from giantleap.service.jobqueue.admission.gate import Ticket
 from giantleap.service.settings import read_settings
 from tests.service.compat_fakes import build_app
 from tests.service.fake_producer import FakeProducer, OpenGate
@@ -28,13 +29,14 @@ class FullGate(OpenGate):
     """The gate of a full queue; counts what the middlewares ask, which is what was not refused earlier."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.refusal = QueueFull("6 jobs are in the queue, 6 are allowed", retry_after_s=7)
         self.admissions = 0
 
-    def known_refusal(self) -> QueueFull | None:
+    def ask(self) -> Ticket | QueueFull | None:
         return self.refusal
 
-    async def admit(self) -> QueueFull | None:
+    async def admit(self) -> Ticket | QueueFull:
         self.admissions += 1
         return self.refusal
 

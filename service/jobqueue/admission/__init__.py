@@ -1,0 +1,1 @@
+"""Which requests for a new job may ask a crowded queue at all."""

@@ -1,0 +1,197 @@
+"""A request for a new job holds a ticket until it has asked the queue, and gives it back however it ends."""
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from giantleap.service.api.server import server_config
+from giantleap.service.errors import QueueFull
+from giantleap.service.jobqueue.admission.gate import Ticket
+from giantleap.service.settings import read_settings
+from tests.service.compat_fakes import build_app
+from tests.service.fake_producer import FakeProducer, OpenGate, stay_queued
+from tests.service.live_server import serve
+from tests.waiting import wait_until
+
+HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 15\r\n"
+BODY = b'{"prompt": "a"}'
+FULL = QueueFull("6 jobs are in the queue, 6 are allowed", retry_after_s=7)
+
+
+class UnsureGate(OpenGate):
+    """The gate of a queue of which nothing is known until `answer`; then it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unsure = False
+        self.waits: list[asyncio.Future[Ticket | QueueFull]] = []
+
+    def must_wait(self) -> bool:
+        return self.unsure
+
+    def wait(self) -> asyncio.Future[Ticket | QueueFull]:
+        self.waits.append(asyncio.get_running_loop().create_future())
+        return self.waits[-1]
+
+    def answer(self, refusal: QueueFull | None = None) -> None:
+        """From any thread: everybody who waits passes, or is refused."""
+        self.unsure = False
+        waits, self.waits = self.waits, []
+        for wait in waits:
+            wait.get_loop().call_soon_threadsafe(self._answer, wait, refusal)
+
+    def _answer(self, wait: asyncio.Future[Ticket | QueueFull], refusal: QueueFull | None) -> None:
+        if not wait.done():
+            answer = refusal or self.ask()
+            assert answer is not None
+            wait.set_result(answer)
+
+
+@pytest.fixture
+def gate() -> UnsureGate:
+    return UnsureGate()
+
+
+@pytest.fixture
+def producer(gate: UnsureGate) -> FakeProducer:
+    return FakeProducer(gate=gate)
+
+
+@pytest.fixture
+def url(producer: FakeProducer, bundle_dirs: tuple[Path, ...]) -> Iterator[str]:
+    with serve(server_config(build_app(producer, bundle_dirs), read_settings(bundle=bundle_dirs))) as url:
+        yield url
+
+
+def connect(url: str) -> socket.socket:
+    host, _, port = url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def read_response(client: socket.socket) -> bytes:
+    received = b""
+    while not received.endswith(b"}"):
+        part = client.recv(65536)
+        assert part, received
+        received += part
+    return received
+
+
+def all_settled(gate: UnsureGate) -> Callable[[], bool]:
+    return lambda: gate.tickets == 0 and gate.taken > 0
+
+
+def post(url: str, content: bytes, **headers: str) -> httpx.Response:
+    sent = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.post(f"{url}/generate", content=content, headers=sent, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        (BODY, {}, 200),
+        (BODY, {"Sec_Fetch_Site": "none"}, 200),
+        (b"{", {}, 400),
+        (b'{"prompt": "a", "width": 3}', {}, 422),
+        (BODY, {"Content_Type": "text/plain"}, 415),
+        (BODY, {"Prefer": "wait=x"}, 400),
+    ],
+    ids=["a job", "taken by the middleware", "no JSON", "no such size", "no such type", "a bad header"],
+)
+def test_a_ticket_is_given_back(
+    url: str, gate: UnsureGate, content: bytes, headers: dict[str, str], status: int
+) -> None:
+    assert post(url, content, **headers).status_code == status
+    wait_until(all_settled(gate), "the ticket is given back")
+    assert gate.taken == 1
+
+
+def test_a_ticket_is_given_back_when_the_queue_has_the_job(url: str, gate: UnsureGate, producer: FakeProducer) -> None:
+    producer.end = stay_queued
+    with connect(url) as client:
+        client.sendall(HEAD + b"\r\n" + BODY)
+        wait_until(lambda: producer.waits == 1, "the request waits for its job")
+        assert gate.taken == 1 and gate.tickets == 0
+
+
+def test_a_ticket_is_given_back_when_the_client_leaves_before_its_body_is_there(url: str, gate: UnsureGate) -> None:
+    with connect(url) as client:
+        client.sendall(HEAD + b"\r\n" + BODY[:4])
+        wait_until(lambda: gate.tickets == 1, "the request has a ticket")
+    wait_until(all_settled(gate), "the ticket is given back")
+
+
+def test_a_request_waits_unread_until_it_may_pass(url: str, gate: UnsureGate, producer: FakeProducer) -> None:
+    gate.unsure = True
+    with connect(url) as client:
+        client.sendall(HEAD + b"\r\n" + BODY[:4])
+        wait_until(lambda: len(gate.waits) == 1, "the request waits")
+        client.sendall(BODY[4:])
+        assert not producer.jobs
+        gate.answer()
+        assert read_response(client).startswith(b"HTTP/1.1 200 ")
+        client.sendall(HEAD + b"\r\n" + BODY)
+        assert read_response(client).startswith(b"HTTP/1.1 200 ")
+    wait_until(all_settled(gate), "both tickets are given back")
+    assert len(producer.jobs) == 2
+
+
+def test_a_request_that_waited_is_refused_when_the_queue_is_full(url: str, gate: UnsureGate) -> None:
+    gate.unsure = True
+    with connect(url) as client:
+        client.sendall(HEAD + b"\r\n" + BODY)
+        wait_until(lambda: len(gate.waits) == 1, "the request waits")
+        gate.answer(FULL)
+        response = read_response(client)
+        assert response.startswith(b"HTTP/1.1 429 ") and b"\r\nretry-after: 7\r\n" in response
+        client.sendall(HEAD + b"\r\n" + BODY)
+        assert read_response(client).startswith(b"HTTP/1.1 200 ")
+    assert gate.taken == 1
+
+
+@pytest.mark.parametrize("more", [b"Idempotency-Key: k\r\n\r\n" + BODY, b"X-A: "], ids=["not new", "incomplete"])
+def test_a_ticket_that_a_request_has_waited_for_in_vain_is_given_back(
+    url: str, gate: UnsureGate, producer: FakeProducer, more: bytes
+) -> None:
+    gate.unsure = True
+    with connect(url) as client:
+        client.sendall(HEAD + more)
+        wait_until(lambda: len(gate.waits) == 1, "the request waits")
+        gate.answer()
+        wait_until(all_settled(gate), "the ticket is given back")
+        if more.endswith(b": "):
+            client.sendall(b"b\r\n\r\n" + BODY)
+        assert read_response(client).startswith(b"HTTP/1.1 200 ")
+    assert len(producer.jobs) == 1
+
+
+def test_who_has_left_while_waiting_leaves_no_ticket(url: str, gate: UnsureGate) -> None:
+    gate.unsure = True
+    with connect(url) as client:
+        client.sendall(HEAD + b"\r\n" + BODY)
+        wait_until(lambda: len(gate.waits) == 1, "the request waits")
+    gate.answer()
+    wait_until(all_settled(gate), "the ticket is given back")
+
+
+def test_reading_does_not_wait(url: str, gate: UnsureGate) -> None:
+    gate.unsure = True
+    assert httpx.get(f"{url}/livez", timeout=60).status_code == 200
+    assert httpx.post(f"{url}/jobs/none/cancel", timeout=60).status_code in (404, 422)
+    assert not gate.waits
+
+
+def test_what_waits_is_answered_when_the_server_stops(bundle_dirs: tuple[Path, ...], gate: UnsureGate) -> None:
+    gate.unsure = True
+    config = server_config(build_app(FakeProducer(gate=gate), bundle_dirs), read_settings(bundle=bundle_dirs))
+    with serve(config) as url:
+        client = connect(url)
+        client.sendall(HEAD + b"\r\n" + BODY)
+        wait_until(lambda: len(gate.waits) == 1, "the request waits")
+        gate.unsure = False
+    with client:
+        assert client.recv(65536).startswith(b"HTTP/1.1 ")
