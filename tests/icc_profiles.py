@@ -39,13 +39,13 @@ def rgb_profile(matrix: Floats, to_linear: Callable[[Floats], Floats]) -> bytes:
     return _profile(b"mntr", b"RGB ", b"XYZ ", columns | curves)
 
 
-def grey_profile(to_linear: Callable[[Floats], Floats]) -> bytes:
-    """The profile of a grey display: a curve."""
+def gray_profile(to_linear: Callable[[Floats], Floats]) -> bytes:
+    """The profile of a gray display: a curve."""
     return _profile(b"mntr", b"GRAY", b"XYZ ", {b"kTRC": _curve(to_linear)})
 
 
 def cmyk_profile(lightness: Callable[[tuple[int, ...]], float]) -> bytes:
-    """The profile of a printer with grey inks: a table from the 16 corners of ink to a lightness of 0 to 100."""
+    """The profile of a printer with gray inks: a table from the 16 corners of ink to a lightness of 0 to 100."""
     corners = [tuple(number >> shift & 1 for shift in (3, 2, 1, 0)) for number in range(16)]
     table = b"".join(bytes((round(2.55 * lightness(corner)), 128, 128)) for corner in corners)
     same = bytes(range(256))

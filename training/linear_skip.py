@@ -39,7 +39,7 @@ def fit_linear_skip(net: Lua, store: PairsStore, tile_count: int) -> None:
         fit = SkipFit(net.spec.channels, scale)
         for start in range(0, len(tiles), TILES_AT_ONCE):
             pairs = store.read(tiles[start : start + TILES_AT_ONCE], (1, scale))
-            fit.add(_normalised(net, pairs[scale]), _normalised(net, pairs[1]))
+            fit.add(_normalized(net, pairs[scale]), _normalized(net, pairs[1]))
         weight, bias = fit.solve()
         conv = cast(LinearSkip, net.skips[f"x{scale}"]).conv
         conv.weight.copy_(weight)
@@ -77,5 +77,5 @@ class SkipFit:
         return weight.float(), solution[:, -1].float()
 
 
-def _normalised(net: Lua, latent: Tensor) -> Tensor:
-    return net.normalise(latent)
+def _normalized(net: Lua, latent: Tensor) -> Tensor:
+    return net.normalize(latent)

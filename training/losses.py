@@ -143,7 +143,7 @@ def patch_variances(images: Tensor, patch_px: int = 3) -> Tensor:
     """Unbiased variance of the luma's Scharr gradients in each patch, horizontal and vertical as two channels.
 
     Patches do not overlap; what remains at the right and the bottom is left out. The Scharr kernels are not
-    normalised, and the border is padded with zeros.
+    normalized, and the border is padded with zeros.
 
     Ref: arXiv 2403.10695, section 2; luma as in arXiv 2511.10629, A.1.
 
@@ -181,7 +181,7 @@ def eagle(
 
     Ref: arXiv 2403.10695 and arXiv 2511.10629, Eq. 19 and 20, with the mean over frequencies where the latter says
     l1 norm: with its weight of 5e-5 the sum would outweigh the pixel L1 ten thousand times. The transform is not
-    normalised, as in the published code.
+    normalized, as in the published code.
 
     Shape:
         both [batch, 3, height, width], in [-1, 1]; height and width at least `patch_px`.

@@ -47,7 +47,7 @@ class TransferError(ValueError):
 
 @dataclass(frozen=True)
 class LatentMaps:
-    """Affine maps between the latents of two VAEs, each as the networks see them: normalised where they normalise.
+    """Affine maps between the latents of two VAEs, each as the networks see them: normalized where they normalize.
 
     Args:
         to_old, old_offset: Of a latent pixel of the new VAE to one of the old.
@@ -82,7 +82,7 @@ def transfer(
     Args:
         net: The trained network. It is left as it is.
         channels: Of the other VAE.
-        mean, std: Of each channel of its latents. Used by a network that normalises, else left out.
+        mean, std: Of each channel of its latents. Used by a network that normalizes, else left out.
         start: Of the new convolutions.
         maps: For "fit", of `match_latents`.
         seed: For "fresh".
@@ -184,7 +184,7 @@ def match_latents(net: Lua, old: Vae, new: Vae, large: Tensor, mean: Tensor, std
     """Fits the maps between two VAEs: the new one decodes its latents, the old one encodes the pictures.
 
     Args:
-        net: The network trained on the old VAE, whose normalisation counts.
+        net: The network trained on the old VAE, whose normalization counts.
         old, new: The VAEs.
         large: Latents of the new one.
         mean, std: As in `transfer`.
@@ -221,10 +221,10 @@ def _pixels(latent: Tensor) -> Tensor:
 def _fit(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Least squares of y by x with an offset; **Shape** [n, a], [n, b] -> [b, a], [b]."""
     x_mean, y_mean = x.double().mean(dim=0), y.double().mean(dim=0)
-    centred = x.double() - x_mean
-    gram = centred.T @ centred
+    centered = x.double() - x_mean
+    gram = centered.T @ centered
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.double)
-    weight = torch.linalg.solve(gram + ridge, centred.T @ (y.double() - y_mean)).T
+    weight = torch.linalg.solve(gram + ridge, centered.T @ (y.double() - y_mean)).T
     return weight.float(), (y_mean - weight @ x_mean).float()
 
 

@@ -67,7 +67,7 @@ class PublishedForward(nn.Module):
         net, spec, w = self.net, self.net.spec, self.net.spec.window
         height, width = latent.shape[-2:]
         padded = F.pad(latent, (0, -width % w, 0, -height % w), mode="reflect")
-        x = net.normalise(padded)
+        x = net.normalize(padded)
         shallow = net.conv_first(x)
         size = (x.shape[-2], x.shape[-1])
         tokens = net.patch_embed(shallow.flatten(2).transpose(1, 2))

@@ -38,10 +38,10 @@ class Corners:
         References:
             arXiv 2012.09161, section 3: pixel-centered coordinates, features mirrored outside the border.
         """
-        centre = (torch.arange(points, device=like.device) + 0.5) * (side / points) - 0.5
-        before = centre.floor()
+        center = (torch.arange(points, device=like.device) + 0.5) * (side / points) - 0.5
+        before = center.floor()
         spots = torch.stack([before, before + 1.0])
-        offset = centre - spots
+        offset = center - spots
         index = spots.long().clamp(0, side - 1)  # a point is at most half a pixel outside, and the mirror of -1 is 0
         return cls(index, (2.0 * offset).to(like.dtype), (1.0 - offset.abs()).to(like.dtype))
 

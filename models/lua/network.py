@@ -27,7 +27,7 @@ from giantleap.models.lua.swin import (
 
 __all__ = ["PRESETS", "Lua", "LuaSpec", "pad_to_window", "preset"]
 
-LINEAR_SKIP_KERNEL = 5  # the bicubic enlargement by 2 and 4 reads so many neighbours
+LINEAR_SKIP_KERNEL = 5  # the bicubic enlargement by 2 and 4 reads so many neighbors
 MASK_CACHE_BYTES = 64 * 2**20  # at window 8, the masks of four latents of 256x256
 
 
@@ -63,7 +63,7 @@ class ScaleHead(nn.Module):
 
 
 class LinearSkip(nn.Module):
-    """A linear enlargement: each latent pixel's square of `scale` x `scale` pixels from its 5 x 5 neighbours.
+    """A linear enlargement: each latent pixel's square of `scale` x `scale` pixels from its 5 x 5 neighbors.
 
     Starts as the bicubic enlargement of each channel. Borders are repeated, as bicubic enlargement does.
     """
@@ -86,7 +86,7 @@ class LinearSkip(nn.Module):
 
 
 def _bicubic_kernels(scale: int) -> Tensor:
-    """What each neighbour adds to each place of a pixel's square in torch's bicubic enlargement; [scale**2, 5, 5]."""
+    """What each neighbor adds to each place of a pixel's square in torch's bicubic enlargement; [scale**2, 5, 5]."""
     side = LINEAR_SKIP_KERNEL
     with torch.device("cpu"):  # the network may be built on "meta"
         impulses = F.pad(torch.eye(side**2).view(side**2, 1, side, side), (side,) * 4)
@@ -201,7 +201,7 @@ class Lua(nn.Module):
         return self._core(latent, (scale,))[scale]
 
     def _core(self, latent: Tensor, scales: Sequence[float]) -> dict[float, Tensor]:
-        x = self.normalise(latent)
+        x = self.normalize(latent)
         features = self.forward_features(x)
         upscaled: dict[float, Tensor] = {}
         for scale in scales:
@@ -219,7 +219,7 @@ class Lua(nn.Module):
         return upscaled
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The backbone, on a normalised latent whose sides are multiples of the window.
+        """The backbone, on a normalized latent whose sides are multiples of the window.
 
         Shape:
             [batch, channels, height, width] -> [batch, embed_dim, height, width].
@@ -244,7 +244,7 @@ class Lua(nn.Module):
             return build_biases(blocks, nh, nw)
         return self.bias_cache.get(blocks, nh, nw)
 
-    def normalise(self, latent: Tensor) -> Tensor:
+    def normalize(self, latent: Tensor) -> Tensor:
         """What the first convolution and the skip see of a latent; the same shape."""
         if self.spec.latent_norm:
             return (latent - self.latent_mean.view(-1, 1, 1)) / self.latent_std.view(-1, 1, 1)

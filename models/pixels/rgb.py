@@ -1,4 +1,4 @@
-"""Reads any picture that Pillow opens as upright sRGB: color profiles applied, 16-bit grey unclipped, on white.
+"""Reads any picture that Pillow opens as upright sRGB: color profiles applied, 16-bit gray unclipped, on white.
 
 Requests (`service/jobs/images.py`), training pairs and evaluations (`training/`) use it. It imports no torch, which the
 API process does not have.
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, JpegImagePlugin, PngImagePlugin
 
 MAX_JPEG_PX = 178_956_970  # where `Image.open` stops
-_MAX_GREY = 2**16 - 1
+_MAX_GRAY = 2**16 - 1
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _JPEG_START = b"\xff\xd8\xff"
 # What Pillow raises on damaged, truncated or oversized pictures.
@@ -188,8 +188,8 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None, Image.T
     image.load()  # a PNG may store its orientation after the pixels
     turn = _TURNS.get(_orientation(image))
     if image.mode == "F":
-        raise ValueError("grey values in floating point have no known range")
-    color, alpha = _split_deep_grey(image) if image.mode.startswith("I") else _split_alpha(image)
+        raise ValueError("gray values in floating point have no known range")
+    color, alpha = _split_deep_gray(image) if image.mode.startswith("I") else _split_alpha(image)
     return color, deep_alpha or alpha, turn
 
 
@@ -235,14 +235,14 @@ def _orientation(image: Image.Image) -> object:
         return None
 
 
-def _split_deep_grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The values of 16-bit grey as "I;16", which Pillow would clip at 255 elsewhere, and the mask of what is shown."""
-    grey = np.asarray(image).astype(np.int64)
-    if grey.size and not 0 <= int(grey.min()) <= int(grey.max()) <= _MAX_GREY:
-        raise ValueError(f"grey values from {grey.min()} to {grey.max()}: only up to {_MAX_GREY} are read")
+def _split_deep_gray(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The values of 16-bit gray as "I;16", which Pillow would clip at 255 elsewhere, and the mask of what is shown."""
+    gray = np.asarray(image).astype(np.int64)
+    if gray.size and not 0 <= int(gray.min()) <= int(gray.max()) <= _MAX_GRAY:
+        raise ValueError(f"gray values from {gray.min()} to {gray.max()}: only up to {_MAX_GRAY} are read")
     clear = image.info.get("transparency")
-    alpha = None if clear is None else Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8))
-    return Image.fromarray(grey.astype(np.uint16)), alpha
+    alpha = None if clear is None else Image.fromarray(np.where(gray == clear, 0, 255).astype(np.uint8))
+    return Image.fromarray(gray.astype(np.uint16)), alpha
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -250,8 +250,8 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if "A" not in image.getbands() and "transparency" not in image.info:
         return image.convert({"1": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")), None
     shown = image.convert("RGBA")
-    is_grey = image.mode in ("1", "L", "LA")
-    return shown.getchannel("R") if is_grey else shown.convert("RGB"), shown.getchannel("A")
+    is_gray = image.mode in ("1", "L", "LA")
+    return shown.getchannel("R") if is_gray else shown.convert("RGB"), shown.getchannel("A")
 
 
 def _to_srgb(color: Image.Image, profile: bytes | None) -> Image.Image:
@@ -275,7 +275,7 @@ def _apply(color: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image
         raise ValueError(f"a profile of {space} does not fit a picture of {color.mode}")
     if color.mode in ("RGB", "CMYK"):
         return _transform(color, profile)
-    # Grey by a table of all levels: littlecms' own has few points, which miss the dark ones of a linear profile.
+    # Gray by a table of all levels: littlecms' own has few points, which miss the dark ones of a linear profile.
     color = color if space == "GRAY" else _to_8_bits(color)
     levels = np.arange(2**16 if color.mode == "I;16" else 2**8, dtype=np.uint16 if color.mode == "I;16" else np.uint8)
     ramp = Image.fromarray(levels.reshape(256, -1))

@@ -108,7 +108,7 @@ def _problem(module: nn.Module) -> str | None:
         usual_layer = module.use_conv and not module.use_conv_transpose and module.interpolate and module.norm is None
         if usual_layer and module.name == "conv" and getattr(module.conv, "kernel_size", None) == (3, 3):
             return None
-        return "is not a nearest-neighbour doubling and a 3x3 convolution"
+        return "is not a nearest-neighbor doubling and a 3x3 convolution"
     if isinstance(module, Attention):
         return _attention_problem(module)
     return None
@@ -133,7 +133,7 @@ def _attention_problem(attention: Attention) -> str | None:
     if attention.group_norm is None or attention.spatial_norm is not None:
         return "has no group norm of its own"
     if attention.norm_q is not None or attention.norm_k is not None or attention.fused_projections:
-        return "normalises or fuses its projections"
+        return "normalizes or fuses its projections"
     if not attention.residual_connection or attention.rescale_output_factor != 1.0 or not attention.scale_qk:
         return "has no plain residual connection"
     return None

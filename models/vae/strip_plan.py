@@ -202,7 +202,7 @@ def _exact_elements(
         incoming, stage_width = shape.stage_input(stage), width << stage
         pixels = (height << stage) * stage_width
         strip = strip_rows[stage] * stage_width
-        # Two maps while a block runs: its input or shortcut, and the hidden one. Working strips: one normalised and
+        # Two maps while a block runs: its input or shortcut, and the hidden one. Working strips: one normalized and
         # one padded copy, or the padded copy and the convolution's output.
         live = 2 * channels if stage and incoming == channels else max(incoming, 2 * channels)
         halo = 2 * stage_width

@@ -112,11 +112,11 @@ class Normalization:
 
     def apply(self, rows: Tensor) -> Tensor:
         """Shape: [1, channels, rows, width] -> the same."""
-        # With fixed statistics a batch normalisation is this formula, in float32 inside for every dtype.
+        # With fixed statistics a batch normalization is this formula, in float32 inside for every dtype.
         return F.batch_norm(rows, self.mean, self.variance, self.weight, self.bias, False, 0.0, self.eps)
 
     def activate(self, rows: Tensor, into: Tensor) -> None:
-        """Write SiLU of the normalised rows to a slice of the same shape."""
+        """Write SiLU of the normalized rows to a slice of the same shape."""
         torch.ops.aten.silu.out(self.apply(rows), out=into)
 
 

@@ -80,7 +80,7 @@ class Run:
         self._frozen = asyncio.Event()
 
     def execute(self, kills: int, harms: int, store_harms: int = 0, left_after_s: float | None = None) -> Verdict:
-        """Everything from the first start to the judgement; stops all of it.
+        """Everything from the first start to the judgment; stops all of it.
 
         With `left_after_s` it also waits so long until nothing is left in the result store: `left` names the rest.
         """

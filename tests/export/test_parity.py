@@ -108,6 +108,6 @@ def test_sampled_latents_have_the_statistics_of_real_ones_and_are_smooth() -> No
     latents = sample_latents((8, CHANNELS, 64, 64), mean, std, seed=0)
     assert torch.allclose(latents.mean((0, 2, 3)), mean, atol=0.1)
     assert torch.allclose(latents.std((0, 2, 3)), std, rtol=0.1)
-    neighbours = (latents[..., 1:] - latents[..., :-1]).std() / latents.std()
-    assert neighbours < 1.2  # 1.41 for white noise
+    neighbors = (latents[..., 1:] - latents[..., :-1]).std() / latents.std()
+    assert neighbors < 1.2  # 1.41 for white noise
     assert torch.equal(latents, sample_latents((8, CHANNELS, 64, 64), mean, std, seed=0))

@@ -70,7 +70,7 @@ def test_values_outside_the_picture_range_still_have_a_gradient(loss: Loss) -> N
     prediction, target = (images(0) * 3.0).requires_grad_(), images(1)
     (gradient,) = torch.autograd.grad(loss(prediction, target), prediction)
     outside = prediction.detach().abs() > 1.0
-    # L1 of differences cancels exactly at half of the pixels, where both neighbours pull.
+    # L1 of differences cancels exactly at half of the pixels, where both neighbors pull.
     assert float((gradient[outside] != 0.0).float().mean()) > 0.3
 
 
@@ -163,7 +163,7 @@ def test_blur_reflects_its_borders() -> None:
 
 
 def test_patch_variance_by_hand() -> None:
-    # A ramp of one grey level a pixel has a Scharr gradient of 32 everywhere but at the border, which sees zeros.
+    # A ramp of one gray level a pixel has a Scharr gradient of 32 everywhere but at the border, which sees zeros.
     ramp = torch.arange(9.0).expand(1, 3, 9, 9)
     variances = patch_variances(ramp * 1.0)
     assert variances.shape == (1, 2, 3, 3)

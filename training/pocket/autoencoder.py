@@ -67,7 +67,7 @@ def picture_loss(decoded: Tensor, images: Tensor) -> Tensor:
 
 
 def start(pools: PicturePools, channels: int, seed: int) -> AutoencoderDC:
-    """The network at the PCA of crops in their own colours."""
+    """The network at the PCA of crops in their own colors."""
     rng = np.random.default_rng((seed, 1))
     crops = pools.crops(rng, PCA_CROPS, 96)
     network = make_autoencoder(channels)

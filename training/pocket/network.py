@@ -25,7 +25,7 @@ LIFT = 1.25  # added before the decoder's last ReLU and taken away after it; pic
 
 @dataclass(frozen=True)
 class BlockPca:
-    """Principal components of 4 x 4 colour blocks.
+    """Principal components of 4 x 4 color blocks.
 
     Args:
         axes: orthonormal, by falling variance, [channels, 3, 4, 4].
@@ -113,7 +113,7 @@ def _start_encoder(encoder: Any, axes: Tensor, mean: Tensor) -> None:
     first, second, last = encoder.conv_in.conv, encoder.down_blocks[1][-1].conv, encoder.conv_out
     _clear(first)[:3].copy_(torch.eye(3))
     _clear(second)[:SIGNALS, :SIGNALS].copy_(torch.eye(SIGNALS))
-    # The shortcut of the second block adds the mean of each two neighbouring values to the first 24 of 48.
+    # The shortcut of the second block adds the mean of each two neighboring values to the first 24 of 48.
     shortcut = torch.eye(PIXELS, dtype=torch.double)
     for place in range(PIXELS // 2):
         shortcut[place, 2 * place : 2 * place + 2] += 0.5

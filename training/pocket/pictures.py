@@ -43,7 +43,7 @@ CUTS, CANDIDATES = 3, 3
 WEIGHTS = {"umang_by_Abhishek_Mudgal.jpg": 0.1, "seeding_by_Clements_Engelhardt.jpg": 0.5}
 HELD_OUT_SCENES = 8
 HELD_OUT_SEED = 20261130
-PERMUTED_SHARE = 0.3  # of the crops have their colour channels permuted
+PERMUTED_SHARE = 0.3  # of the crops have their color channels permuted
 GAIN = (0.75, 1.1)
 
 
@@ -64,7 +64,7 @@ class PicturePools:
     pools: tuple[Pixels, ...]
 
     def crops(self, rng: np.random.Generator, count: int, size_px: int) -> Tensor:
-        """Cuts random crops with random flips, transposes, colour permutations and gains.
+        """Cuts random crops with random flips, transposes, color permutations and gains.
 
         Shape:
             returns [count, 3, size_px, size_px] in [-1, 1], channels last.

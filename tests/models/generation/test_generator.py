@@ -90,7 +90,7 @@ def test_a_batch_that_raised_leaves_nothing_behind(generator: Generator) -> None
     torch.testing.assert_close(draw(generator, ITEM)[0], before, rtol=0, atol=0)
 
 
-def test_a_canceled_item_leaves_its_neighbour_unchanged(generator: Generator) -> None:
+def test_a_canceled_item_leaves_its_neighbor_unchanged(generator: Generator) -> None:
     both = draw(generator, ITEM, OTHERS[0])
     gone, stays = generator.generate([ITEM, OTHERS[0]], is_canceled=lambda index: index == 0)
     assert gone is None and stays is not None

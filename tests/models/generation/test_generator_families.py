@@ -255,13 +255,13 @@ def test_the_decoded_latent_is_the_image_of_the_stock_pipeline(family: Family) -
 
 
 def test_a_negative_prompt_draws_as_in_the_stock_pipeline_or_is_refused(family: Family) -> None:
-    item = replace(family.item, negative_prompt="grey")
+    item = replace(family.item, negative_prompt="gray")
     if not family.generator.takes_negative_prompt:
         with pytest.raises(ValueError, match="Pipeline takes no negative prompt"):
             draw(family.generator, item)
         return
     image = decode(family.pipeline, draw(family.generator, item)[0])
-    torch.testing.assert_close(image, stock_image(family, negative_prompt="grey"), rtol=0, atol=1e-4)
+    torch.testing.assert_close(image, stock_image(family, negative_prompt="gray"), rtol=0, atol=1e-4)
 
 
 def test_a_batch_of_two_equals_two_singles(family: Family) -> None:
@@ -377,7 +377,7 @@ def test_a_negative_prompt_in_the_batch_does_not_change_the_item_without() -> No
         output_type="latent",
     ).images
     assert (made.case.space.to_raw(empty)[0] - alone).abs().max() > 1, "an empty text is not the same as none"
-    batched = draw(made.generator, made.item, replace(made.item, negative_prompt="grey"))[0]
+    batched = draw(made.generator, made.item, replace(made.item, negative_prompt="gray"))[0]
     check_close(batched, alone)
 
 

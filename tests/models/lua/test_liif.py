@@ -47,11 +47,11 @@ def published_values(head: LiifHead, features: Tensor, scale: float) -> Tensor:
             y, x = -1 + (2 * i + 1) / rows, -1 + (2 * j + 1) / columns
             below, right = math.floor(((y + 1) * height - 1) / 2), math.floor(((x + 1) * width - 1) / 2)
             corners = [(below + a, right + b) for a in (0, 1) for b in (0, 1)]
-            centres = [(-1 + (2 * r + 1) / height, -1 + (2 * c + 1) / width) for r, c in corners]
-            areas = [abs((y - v) * (x - u)) for v, u in centres]
-            for corner, centre, opposite in zip(corners, centres, reversed(areas), strict=True):
+            centers = [(-1 + (2 * r + 1) / height, -1 + (2 * c + 1) / width) for r, c in corners]
+            areas = [abs((y - v) * (x - u)) for v, u in centers]
+            for corner, center, opposite in zip(corners, centers, reversed(areas), strict=True):
                 r, c = min(max(corner[0], 0), height - 1), min(max(corner[1], 0), width - 1)
-                place = [(y - centre[0]) * height, (x - centre[1]) * width, 2 / rows * height, 2 / columns * width]
+                place = [(y - center[0]) * height, (x - center[1]) * width, 2 / rows * height, 2 / columns * width]
                 value = decoder(torch.cat([unfolded[0, :, r, c], torch.tensor(place)]))
                 out[0, :, i, j] += opposite / sum(areas) * value
     return out
@@ -154,7 +154,7 @@ def test_corners_reach_from_border_to_border() -> None:
     assert corners.weight.sum(dim=0).tolist() == pytest.approx([1.0] * 6)
 
 
-def test_one_set_of_weights_answers_alike_at_neighbouring_scales() -> None:
+def test_one_set_of_weights_answers_alike_at_neighboring_scales() -> None:
     """The enlarged latent is one function of the place: twice as dense a grid shows the same one."""
     head, features = head_of(random_lua(SPEC)), torch.randn(1, 12, 8, 8)
     with torch.no_grad():

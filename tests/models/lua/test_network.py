@@ -50,8 +50,8 @@ def plain_linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
 
 
 def plain_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5)
+    centered = x - x.mean(-1, keepdim=True)
+    scaled = centered / torch.sqrt((centered**2).mean(-1, keepdim=True) + 1e-5)
     return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
@@ -285,11 +285,11 @@ def test_image_mean_is_subtracted_and_added_back() -> None:
     mean = (0.4488, 0.4371, 0.4040)
     spec = LuaSpec(3, 12, (2,), 2, window=4, num_feat=8, scales=(2,))
     plain = random_lua(spec)
-    centred = Lua(LuaSpec(3, 12, (2,), 2, window=4, num_feat=8, scales=(2,), image_mean=mean)).eval()
-    centred.load_state_dict(plain.state_dict())
+    centered = Lua(LuaSpec(3, 12, (2,), 2, window=4, num_feat=8, scales=(2,), image_mean=mean)).eval()
+    centered.load_state_dict(plain.state_dict())
     image, offset = torch.rand(1, 3, 8, 8), torch.tensor(mean).view(-1, 1, 1)
     with torch.no_grad():
-        assert (centred(image, 2) - plain(image - offset, 2) - offset).abs().max() <= 1e-5
+        assert (centered(image, 2) - plain(image - offset, 2) - offset).abs().max() <= 1e-5
 
 
 def test_no_buffer_depends_on_a_size() -> None:

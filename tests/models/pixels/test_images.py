@@ -79,7 +79,7 @@ def test_equal_pixels_give_equal_bytes(pixels: Tensor) -> None:
 @pytest.mark.parametrize(
     "bad",
     [torch.zeros(4, 4, 3), torch.zeros(4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8)],
-    ids=["float", "grey", "channels first"],
+    ids=["float", "gray", "channels first"],
 )
 def test_what_is_no_image_is_refused(bad: Tensor) -> None:
     with pytest.raises(ValueError, match="uint8"):

@@ -16,7 +16,7 @@ from tests.icc_profiles import (
     SRGB,
     Floats,
     cmyk_profile,
-    grey_profile,
+    gray_profile,
     linear_to_srgb,
     rgb_profile,
     shown_in_srgb,
@@ -41,7 +41,7 @@ def shown(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
-def test_grey_of_16_bits_keeps_its_upper_eight(form: str) -> None:
+def test_gray_of_16_bits_keeps_its_upper_eight(form: str) -> None:
     found = shown(reopened(Image.fromarray(RAMP.astype(np.uint16)), form))
     np.testing.assert_array_equal(found, np.repeat((RAMP.astype(np.uint16) >> 8)[..., None], 3, axis=2))
 
@@ -52,7 +52,7 @@ def test_what_is_transparent_is_white(mode: str) -> None:
     assert shown(reopened(clear)).min() == 255
 
 
-def test_grey_and_cmyk_are_shown() -> None:
+def test_gray_and_cmyk_are_shown() -> None:
     assert shown(reopened(Image.new("L", (4, 4), 77))).tolist() == [[[77] * 3] * 4] * 4
     assert shown(reopened(Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "TIFF")).max() == 0
 
@@ -61,7 +61,7 @@ def test_grey_and_cmyk_are_shown() -> None:
     "values", [RAMP.astype(np.float32), (RAMP * 2).astype(np.int32), (RAMP - 9).astype(np.int32)], ids=str
 )
 def test_values_without_a_known_range_are_refused(values: Any) -> None:
-    with pytest.raises(ValueError, match="grey values"):
+    with pytest.raises(ValueError, match="gray values"):
         to_rgb(reopened(Image.fromarray(values), "TIFF"))
 
 
@@ -112,12 +112,12 @@ def test_a_profile_applies_to_the_colors_of_every_mode_and_not_to_what_is_transp
 
 
 @pytest.mark.parametrize("depth", [8, 16])
-def test_grey_of_a_linear_profile_is_shown_at_its_depth(depth: int) -> None:
+def test_gray_of_a_linear_profile_is_shown_at_its_depth(depth: int) -> None:
     values = np.array([[0, 80, 1000, 65535]], np.uint16)
     image = Image.fromarray(values if depth == 16 else (values >> 8).astype(np.uint8))
     stored = values / 65535 if depth == 16 else (values >> 8) / 255
     expected = np.rint(255 * linear_to_srgb(stored)).astype(int)
-    found = shown(reopened(image, icc_profile=grey_profile(linear)))[..., 0].astype(int)
+    found = shown(reopened(image, icc_profile=gray_profile(linear)))[..., 0].astype(int)
     assert np.abs(found - expected).max() <= 2
 
 
@@ -132,8 +132,8 @@ def test_inks_are_shown_as_their_profile_says() -> None:
 
 @pytest.mark.parametrize(
     "profile",
-    [rgb_profile(SRGB, srgb_to_linear), b"no profile", rgb_profile(DISPLAY_P3, linear)[:200], grey_profile(linear)],
-    ids=["sRGB", "damaged", "cut off", "for grey"],
+    [rgb_profile(SRGB, srgb_to_linear), b"no profile", rgb_profile(DISPLAY_P3, linear)[:200], gray_profile(linear)],
+    ids=["sRGB", "damaged", "cut off", "for gray"],
 )
 def test_a_profile_of_srgb_or_one_that_cannot_be_used_changes_no_value(profile: bytes) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -141,7 +141,7 @@ def test_a_profile_of_srgb_or_one_that_cannot_be_used_changes_no_value(profile: 
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
-def test_transparent_grey_is_white_at_every_depth(depth: int) -> None:
+def test_transparent_gray_is_white_at_every_depth(depth: int) -> None:
     """The second of two pixels is transparent; one whose lower byte differs is not."""
     row = b"\x01\x00\x01\x02" if depth == 16 else bytes([0, 1]) if depth == 8 else bytes([1 << (8 - 2 * depth)])
     clear = 0x0102 if depth == 16 else 1

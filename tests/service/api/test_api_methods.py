@@ -165,7 +165,7 @@ async def test_sizes_of_a_method_are_its_own(client: httpx.AsyncClient) -> None:
     assert_refused(await generate(client, method="lua", width=130, height=128), "width", "128x128 and 160x128")
 
 
-async def test_a_decode_that_changes_the_image_is_labelled(client: httpx.AsyncClient, producer: FakeProducer) -> None:
+async def test_a_decode_that_changes_the_image_is_labeled(client: httpx.AsyncClient, producer: FakeProducer) -> None:
     response = await generate(client, decode="tiled")
     assert response.headers["x-decode"] == response.json()["decode"] == producer.jobs[0].params.decode == "tiled"
     assert_refused(await generate(client, decode="tiny"), "decode", "exact, tiled")

@@ -31,7 +31,7 @@ def redis_url(request: pytest.FixtureRequest, start_server: Any) -> str:
 
 
 def snapshot(client: redis.Redis, settings: Settings) -> dict[bytes, bytes | None]:
-    """Every key of one test with its serialised value."""
+    """Every key of one test with its serialized value."""
     return {key: client.dump(key) for key in client.scan_iter(match=f"{{{settings.key_prefix}}}*")}
 
 

@@ -196,7 +196,7 @@ async def test_job_that_kills_its_worker_each_time_is_capped_and_the_queue_goes_
 
 
 async def wait_until_empty(producer: JobProducer, within_s: float = 30.0) -> None:
-    """A cancelled producer leaves jobs that landed without its knowing: they end after the last one it knows of."""
+    """A canceled producer leaves jobs that landed without its knowing: they end after the last one it knows of."""
     deadline_s = time.monotonic() + within_s
     while (left := await producer.stats()) and left.processing + left.delayed + sum(left.queued.values()):
         assert time.monotonic() < deadline_s, f"left in the queue: {left}"

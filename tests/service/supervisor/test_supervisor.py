@@ -84,7 +84,7 @@ def test_the_parts_ask_for_a_redis(command: str) -> None:
     assert ended.returncode == EXIT_BAD_CONFIGURATION and "GIANTLEAP_REDIS_URL" in ended.stderr
 
 
-def test_a_misspelt_setting_is_refused() -> None:
+def test_a_misspelled_setting_is_refused() -> None:
     ended = _giantleap("models", GIANTLEAP_QUEU_LIMIT="3")
     assert ended.returncode == EXIT_BAD_CONFIGURATION and "GIANTLEAP_QUEU_LIMIT" in ended.stderr
 

@@ -172,7 +172,7 @@ def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits() -> None:
     assert route.freed == 3, "the cache is given back after each failure"
 
 
-def test_a_job_that_never_fits_fails_retryably_and_its_neighbours_succeed() -> None:
+def test_a_job_that_never_fits_fails_retryably_and_its_neighbors_succeed() -> None:
     consumer = FakeConsumer([make_claim("a"), make_claim("huge", named("huge", "huge")), make_claim("c")])
     metrics = run_all(FakeRoute(), consumer)
     assert set(consumer.finished) == {"a", "c"}
@@ -223,7 +223,7 @@ def test_a_canceled_job_stops_after_the_step_at_which_it_was_seen() -> None:
     assert sample(metrics, "giantleap_jobs_total", kind="generate", bundle="tiny", status="canceled") == 1
 
 
-def test_a_canceled_job_does_not_disturb_its_neighbours() -> None:
+def test_a_canceled_job_does_not_disturb_its_neighbors() -> None:
     both = [make_claim("gone"), make_claim("stays", replace(GENERATE, seed=7))]
     consumer = FakeConsumer(both, cancel_after_polls={"gone": 1})
     route = FakeRoute()

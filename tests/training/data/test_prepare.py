@@ -284,10 +284,10 @@ def test_deep_and_transparent_pictures_are_trained_on_as_a_viewer_shows_them(
 ) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
-    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    gray = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     clear = Image.new("RGBA", (64, 64), (200, 10, 10, 0))
     for name, image, plain in (
-        ("a", Image.fromarray(grey), Image.fromarray((grey >> 8).astype(np.uint8))),
+        ("a", Image.fromarray(gray), Image.fromarray((gray >> 8).astype(np.uint8))),
         ("b", clear, Image.new("RGB", (64, 64), "white")),
     ):
         image.save(folder / f"{name}-as-given.png")

@@ -170,10 +170,10 @@ def test_pairs_are_measured_against_the_decoded_large_latent(
 
 
 def test_targets_are_pictures_as_a_viewer_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    Image.fromarray(grey).save(tmp_path / "deep.png")
+    gray = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(gray).save(tmp_path / "deep.png")
     found = to_levels(read_picture(tmp_path / "deep.png", None, 32))
-    assert torch.equal(found, torch.from_numpy((grey >> 8).astype(np.uint8)).expand(1, 3, 64, 64))
+    assert torch.equal(found, torch.from_numpy((gray >> 8).astype(np.uint8)).expand(1, 3, 64, 64))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
     with pytest.raises(EvaluationError, match=r"deep\.png: more pixels"):
         read_picture(tmp_path / "deep.png", None, 32)

@@ -115,14 +115,14 @@ def _pattern(rng: np.random.Generator, dy: Floats, dx: Floats, radius_px: float,
 def _paint(rng: np.random.Generator, canvas: Floats, radius_px: float, palette: Palette, noise: list[Floats]) -> None:
     """Paint one leaf on the canvas, in place."""
     size_px = canvas.shape[0]
-    centre_y, centre_x = rng.uniform(-0.3 * radius_px, size_px + 0.3 * radius_px, 2)
+    center_y, center_x = rng.uniform(-0.3 * radius_px, size_px + 0.3 * radius_px, 2)
     reach = radius_px + 2.0
-    top, bottom = max(0, int(centre_y - reach)), min(size_px, int(centre_y + reach) + 1)
-    left, right = max(0, int(centre_x - reach)), min(size_px, int(centre_x + reach) + 1)
+    top, bottom = max(0, int(center_y - reach)), min(size_px, int(center_y + reach) + 1)
+    left, right = max(0, int(center_x - reach)), min(size_px, int(center_x + reach) + 1)
     if top >= bottom or left >= right:
         return
-    dy = (np.arange(top, bottom, dtype=np.float32) - np.float32(centre_y))[:, None]
-    dx = (np.arange(left, right, dtype=np.float32) - np.float32(centre_x))[None, :]
+    dy = (np.arange(top, bottom, dtype=np.float32) - np.float32(center_y))[:, None]
+    dx = (np.arange(left, right, dtype=np.float32) - np.float32(center_x))[None, :]
     dy, dx = np.broadcast_arrays(dy, dx)
     softness_px = 1.0 if rng.random() < 0.7 else float(rng.uniform(1.0, 1.0 + 0.1 * radius_px))
     cover = np.clip(_inside(rng, dy, dx, radius_px) / np.float32(softness_px) + 0.5, 0.0, 1.0)

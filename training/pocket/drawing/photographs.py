@@ -131,8 +131,8 @@ def cut_crop(rng: np.random.Generator, photograph: Pixels, size_px: int) -> Pixe
         side = min(height, width, round(size_px * np.exp(rng.uniform(0.0, np.log(MAX_ZOOM)))))
         top, left = int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1))
         window = photograph[top : top + side, left : left + side]
-        grey = window.mean(axis=2)
-        detail = float(np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean())
+        gray = window.mean(axis=2)
+        detail = float(np.abs(np.diff(gray, axis=0)).mean() + np.abs(np.diff(gray, axis=1)).mean())
         if detail > best_detail:
             best, best_detail = window, detail
     square = Image.fromarray(np.ascontiguousarray(best))

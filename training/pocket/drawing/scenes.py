@@ -26,7 +26,7 @@ PALETTE: dict[str, tuple[float, float, float]] = {
     "black": (0.08, 0.08, 0.09),
 }
 HEIGHT_OF_SIZE = {"small": 0.29, "medium": 0.38, "large": 0.48}  # in frame heights
-CENTRE_OF_POSITION = {"left": 0.26, "centre": 0.50, "right": 0.74}  # in frame widths
+CENTER_OF_POSITION = {"left": 0.26, "centre": 0.50, "right": 0.74}  # in frame widths
 FOCAL = 1.6  # focal length in frame heights
 AMBIENT = 0.5
 SHADOW = 0.58
@@ -37,7 +37,7 @@ class Scene:
     """One picture: its six slots and the jitters."""
 
     slots: Slots
-    centre_x: float  # of the object, 0..1 across the frame
+    center_x: float  # of the object, 0..1 across the frame
     foot_y: float  # where the object's center line meets the floor, 0 top .. 1 bottom
     height: float  # of the object in frame heights
     yaw: float  # of the cube, radians
@@ -52,7 +52,7 @@ def draw_scene(rng: np.random.Generator, slots: Slots | None = None) -> Scene:
     slots = slots or draw_slots(rng)
     return Scene(
         slots=slots,
-        centre_x=CENTRE_OF_POSITION[str(slots.position)] + rng.uniform(-0.03, 0.03),
+        center_x=CENTER_OF_POSITION[str(slots.position)] + rng.uniform(-0.03, 0.03),
         foot_y=0.77 + rng.uniform(-0.02, 0.02),
         height=HEIGHT_OF_SIZE[str(slots.size)] * rng.uniform(0.95, 1.05),
         yaw=rng.uniform(0.25, 1.32),
@@ -65,7 +65,7 @@ def draw_scene(rng: np.random.Generator, slots: Slots | None = None) -> Scene:
 
 def plain_scene(slots: Slots) -> Scene:
     """Return the scene of these slots without jitter."""
-    x, height = CENTRE_OF_POSITION[str(slots.position)], HEIGHT_OF_SIZE[str(slots.size)]
+    x, height = CENTER_OF_POSITION[str(slots.position)], HEIGHT_OF_SIZE[str(slots.size)]
     return Scene(slots, x, 0.77, height, 0.785, 0.39, -0.6, -0.6, 1.0)
 
 
@@ -101,17 +101,17 @@ def _cast(shape: str, scenes: list[Scene], side: int) -> tuple[Tensor, Tensor]:
     horizon, foot = _column(scenes, "horizon_y"), _column(scenes, "foot_y")
     depth = FOCAL / (foot - horizon)
     height = _column(scenes, "height") * depth / FOCAL
-    centre = (_column(scenes, "centre_x") - 0.5) * depth / FOCAL
+    center = (_column(scenes, "center_x") - 0.5) * depth / FOCAL
     light = torch.stack([_column(scenes, "light_x"), torch.ones(len(scenes), 1, 1), _column(scenes, "light_z")])
     light = light / light.norm(dim=0)
     full = torch.zeros(len(scenes), side, side)
     ray = (u - 0.5 + full, horizon - v + full, full + FOCAL)
     yaw = _column(scenes, "yaw")
 
-    t, normal = hit(shape, (-centre, torch.ones_like(centre), -depth), ray, height, yaw)
+    t, normal = hit(shape, (-center, torch.ones_like(center), -depth), ray, height, yaw)
     floor_t = torch.where(ray[1] < -1e-4, -1.0 / ray[1].clamp(max=-1e-4), torch.inf)
     finite_t = torch.where(floor_t.isfinite(), floor_t, 0.0)
-    point = (ray[0] * finite_t - centre, full, ray[2] * finite_t - depth)
+    point = (ray[0] * finite_t - center, full, ray[2] * finite_t - depth)
     shadow_t, _ = hit(shape, point, (light[0] + full, light[1] + full, light[2] + full), height, yaw)
 
     lit = torch.where(shadow_t.isfinite(), SHADOW, 1.0) * (0.88 + 0.12 * ((v - horizon) / (1 - horizon)).clamp(0, 1))

@@ -114,7 +114,7 @@ def place_solid(plain: Scene, finish: Finish) -> Solid:
     return Solid(
         shape=str(plain.slots.shape),
         color=PALETTE[str(plain.slots.color)],
-        x=(plain.centre_x - 0.5) * depth / FOCAL,
+        x=(plain.center_x - 0.5) * depth / FOCAL,
         z=depth,
         height=plain.height * depth / FOCAL,
         yaw=plain.yaw,

@@ -49,12 +49,12 @@ def test_floor_sky_and_object_have_their_colors(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mask_has_the_requested_position_and_size(shape: str) -> None:
-    centres, areas = [], []
+    centers, areas = [], []
     for position, size in (("left", "small"), ("centre", "medium"), ("right", "large")):
         _, mask = render([plain_scene(replace(SLOTS, shape=shape, position=position, size=size))], 64)
-        centres.append(float((mask[0, 0].sum(0) * torch.arange(64)).sum() / mask.sum() / 64))
+        centers.append(float((mask[0, 0].sum(0) * torch.arange(64)).sum() / mask.sum() / 64))
         areas.append(float(mask.mean()))
-    assert np.allclose(centres, (0.26, 0.5, 0.74), atol=0.03)
+    assert np.allclose(centers, (0.26, 0.5, 0.74), atol=0.03)
     assert 0.02 < areas[0] < areas[1] < areas[2] < 0.25
 
 
