@@ -40,27 +40,27 @@ NEEDS_RESTART = (
 
 
 class Settings(BaseSettings):
-    """Settings of one process. A misspelt `GIANTLEAP_*` variable is an error, never ignored."""
+    """Settings of one process. A misspelled `GIANTLEAP_*` variable is an error, never ignored."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
     settings_file: Path | None = Field(
-        None, description="TOML file of settings, read by `serve` and `api` again at SIGHUP; none: variables only."
+        None, description="TOML file of settings; `serve` and `api` read it again on SIGHUP; none: variables only."
     )
     redis_url: str | None = Field(None, repr=False, description="Redis to use; none: `serve` starts an embedded one.")
-    key_prefix: str = Field("giantleap", description="First part of every Redis key.", pattern=r"^[a-z0-9-]{1,32}$")
+    key_prefix: str = Field("giantleap", description="Prefix of every Redis key.", pattern=r"^[a-z0-9-]{1,32}$")
     data_dir: Path = Field(
         Path.home() / ".giantleap",
-        description="Where the embedded Redis keeps its append-only file, `serve` its results.",
+        description="Directory of the embedded Redis' append-only file, of results of `serve`, and of pulled bundles.",
     )
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, description="Port the API listens on.", ge=0, le=65535)
-    api_processes: int = Field(1, description="API processes that `serve` and `api` start.", ge=1, le=64)
-    worker_processes: int = Field(1, description="Worker processes that `serve` starts.", ge=1, le=64)
+    api_processes: int = Field(1, description="Number of API processes that `serve` and `api` start.", ge=1, le=64)
+    worker_processes: int = Field(1, description="Number of worker processes that `serve` starts.", ge=1, le=64)
     role: WorkerRole = Field(
         WorkerRole.ALL,
-        description="What a worker runs: `all`, or in pools of their own `generate` and `decode` (upscale and decode); "
-        "`serve` runs workers of role `all` only.",
+        description="Stages that a worker runs: `all`, or for split pools `generate` or `decode` (upscale and decode); "
+        "`serve` runs role `all` only.",
     )
 
     bundle: Annotated[tuple[Path, ...], NoDecode] = Field(
@@ -69,43 +69,45 @@ class Settings(BaseSettings):
     )
     model_aliases: Annotated[dict[str, str], NoDecode] = Field(
         {},
-        description="Other names of bundles, for clients that name fixed models: `dall-e-3=pocket,gpt-image-1=pocket`.",
+        description="Aliases of bundles, for clients with fixed model names: `dall-e-3=pocket,gpt-image-1=pocket`.",
     )
     engine: EngineName = Field(
-        "torch", description="What runs LUA: torch, torch-compile, or onnx, tensorrt, aoti on exported artifacts."
+        "torch",
+        description="Engine that runs LUA: torch, torch-compile, or onnx, tensorrt, aoti on exported artifacts.",
     )
     engine_dir: Path | None = Field(
         None,
-        description="Artifacts of `giantleap export`, of several bundles each in a directory of its name; "
+        description="Directory of `giantleap export`; several bundles: one subdirectory each, by name; "
         "none: `exports/BUNDLE-ENGINE-fp32` in the data directory.",
     )
     device: str = Field(
         "auto",
-        description="cpu, cuda or cuda:N; auto: worker i of `serve` takes GPU i where there are any.",
+        description="cpu, cuda or cuda:N; auto: worker i of `serve` uses GPU i, or the CPU where there is no GPU.",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute type of the pipeline; auto: float32 on a CPU, on a GPU the bundle's or bfloat16."
+        "auto", description="Data type of the pipeline; auto: float32 on a CPU; on a GPU the bundle's, else bfloat16."
     )
     bundle_memory_bytes: int | None = Field(
-        None, description="Most bytes of bundles that a worker has loaded at once; none: it loads all.", ge=1
+        None, description="Maximum bytes of bundles loaded in a worker at once; none: it loads all.", ge=1
     )
     loaded_first_s: float = Field(
-        30.0, description="How long after a load jobs of loaded bundles go first; then the oldest job does.", ge=0
+        30.0, description="Time after a load in which jobs of loaded bundles go first; then the oldest job does.", ge=0
     )
     lora_dir: Path | None = Field(
-        None, description="Directory of LoRA files (.safetensors) that requests may name, read at start; none: no LoRA."
+        None,
+        description="Directory of LoRA files (.safetensors) that requests may name, read at start; none: no LoRAs.",
     )
     lora_memory_bytes: int = Field(
-        1 << 30, description="Most bytes of LoRA files that a worker keeps on the device for the next job.", ge=0
+        1 << 30, description="Maximum bytes of LoRA weights that a worker caches on the device.", ge=0
     )
     modes: Annotated[dict[str, str], NoDecode] = Field(
         {},
-        description="Modes in place of those of every bundle, as `offload=model,quantize.transformer=bnb4` "
+        description="Memory modes that override those of every bundle: `offload=model,quantize.transformer=bnb4` "
         "(`memory-modes.md`).",
     )
     device_memory_bytes: int | None = Field(
-        None, description="Memory that jobs may take of the device; none: 95 % of a GPU's, 75 % of the machine's.", ge=1
+        None, description="Device memory that jobs may use; none: 95 % of a GPU's, 75 % of the machine's.", ge=1
     )
     torch_threads: int = Field(
         0,
@@ -114,61 +116,61 @@ class Settings(BaseSettings):
         ge=0,
     )
 
-    queue_limit: int = Field(256, description="Most jobs queued and running at once; over it: 429.", ge=1)
+    queue_limit: int = Field(256, description="Maximum jobs queued and running at once; above it: 429.", ge=1)
     queue_limit_latent_px: int | None = Field(
         None,
-        description="Most latent pixels (after upscaling) queued and running at once, over it: 429; one job may exceed "
-        "it alone. None: no such limit.",
+        description="Maximum latent pixels (after upscaling) queued and running at once; above it: 429. A single job "
+        "may exceed it. None: no such limit.",
         ge=1,
     )
     job_ttl_s: int = Field(3600, description="How long a finished job and its results stay readable.", ge=1)
-    blob_budget_bytes: int = Field(1 << 30, description="Most bytes of inputs and results in Redis.", ge=1)
+    blob_budget_bytes: int = Field(1 << 30, description="Maximum bytes of inputs and results in Redis.", ge=1)
     result_store: str | None = Field(
         None,
-        description="Where results and large inputs lie: `redis`, `file:///path` or `s3://bucket/prefix`; none: "
-        "`results` in the data directory where `serve` starts its own Redis, else `redis`.",
+        description="Store of results and large inputs: `redis`, `file:///path` or `s3://bucket/prefix`; none: "
+        "`results` in the data directory if `serve` starts its own Redis, else `redis`.",
         pattern=r"^(redis|file:///[^?#]+|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_=-][A-Za-z0-9._=-]*)*/?)$",
     )
     result_urls: Literal["api", "presigned"] = Field(
         "api",
-        description="How a GET of a result is answered: with its bytes, or, of S3, with a redirect to a presigned URL.",
+        description="Response to a GET of a result; `api`: its bytes; `presigned`: a redirect to a URL of S3.",
     )
     visibility_timeout_s: float = Field(
-        30.0, description="A claimed job without a heartbeat for so long goes to another worker.", ge=0.5
+        30.0, description="Time without a heartbeat after which another worker may claim a job.", ge=0.5
     )
     step_timeout_s: float = Field(
         1800.0,
-        description="A worker whose batch makes no progress (a denoising step, a stage) for so long ends itself.",
+        description="Time without progress (a denoising step, a stage) after which a worker exits.",
         ge=60,  # one call of a Redis that does not answer, with its retries, takes more than half of it
     )
-    max_deliveries: int = Field(3, description="Starts of a job before it is dead-lettered.", ge=1)
-    retry_backoff_s: float = Field(2.0, description="First delay of a retry; doubles with each one.", ge=0)
+    max_deliveries: int = Field(3, description="Maximum starts of a job; then it is dead-lettered.", ge=1)
+    retry_backoff_s: float = Field(2.0, description="Delay of the first retry; doubles with each one.", ge=0)
     idempotency_ttl_s: int = Field(86400, description="How long an Idempotency-Key is remembered.", ge=1)
-    event_limit: int = Field(512, description="Entries kept in a job's event stream.", ge=16)
+    event_limit: int = Field(512, description="Maximum entries in a job's event stream.", ge=16)
 
-    batch_items: int = Field(8, description="Most images in one batch.", ge=1)
+    batch_items: int = Field(8, description="Maximum images in one batch.", ge=1)
     batch_budget_latent_px: int = Field(
         131_072,
-        description="Most latent pixels (after upscaling) in one batch; one item may exceed it alone.",
+        description="Maximum latent pixels (after upscaling) in one batch; a single item may exceed it.",
         ge=1,
     )
-    max_image_px: int = Field(16_777_216, description="Most pixels of one final image.", ge=1)
-    max_num_images: int = Field(4, description="Most images of one job.", ge=1)
-    max_body_bytes: int = Field(64 << 20, description="Largest request body.", ge=1)
+    max_image_px: int = Field(16_777_216, description="Maximum pixels of one final image.", ge=1)
+    max_num_images: int = Field(4, description="Maximum images of one job.", ge=1)
+    max_body_bytes: int = Field(64 << 20, description="Maximum size of a request body.", ge=1)
     api_keys_file: Path | None = Field(
-        None, description="TOML file of API keys (`giantleap keys new`); none: everybody may use the service."
+        None, description="TOML file of API keys (`giantleap keys new`); none: anyone may use the service."
     )
     api_url: str | None = Field(
         None,
-        description="Service that `giantleap jobs` and `status` use; none: the one on this machine.",
+        description="URL of the service for `giantleap jobs`, `status` and `doctor`; none: the one on this machine.",
         pattern=r"^https?://[^?#\s]+$",
     )
     api_key: SecretStr | None = Field(
-        None, description="API key that `giantleap jobs` and `status` send.", min_length=1
+        None, description="API key that `giantleap jobs`, `status` and `doctor` send.", min_length=1
     )
     ui: bool = Field(True, description="Serve the page for browsers at `/ui`.")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Sites whose pages may call the API, such as https://app.example.org, comma-separated."
+        (), description="Origins whose pages may call the API, such as https://app.example.org, comma-separated."
     )
     url_secret: SecretStr | None = Field(
         None,
@@ -178,7 +180,7 @@ class Settings(BaseSettings):
     url_ttl_s: int = Field(3600, description="How long a signed URL is valid.", ge=1, le=7 * 86_400)
     forwarded_allow_ips: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Addresses or networks of proxies whose `X-Forwarded-Proto` and `-For` are believed, "
+        description="Addresses or networks of proxies whose `X-Forwarded-Proto` and `-For` are trusted, "
         "comma-separated, or `*`; none: `FORWARDED_ALLOW_IPS`, else 127.0.0.1.",
     )
     root_path: str = Field(
@@ -186,8 +188,8 @@ class Settings(BaseSettings):
         description="Path below which a proxy publishes the API, such as /giantleap; it may strip the path or not.",
         pattern=r"^(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*$",
     )
-    max_prompt_chars: int = Field(2000, description="Longest prompt.", ge=1)
-    wait_timeout_s: float = Field(300.0, description="Longest wait of a synchronous request; then 504.", gt=0)
+    max_prompt_chars: int = Field(2000, description="Maximum length of a prompt.", ge=1)
+    wait_timeout_s: float = Field(300.0, description="Maximum wait of a synchronous request; then 504.", gt=0)
 
     webhook_secret: SecretStr | None = Field(
         None, description="Key that signs webhooks; none: a request with a webhook is refused.", min_length=1
@@ -197,8 +199,8 @@ class Settings(BaseSettings):
     )
     webhook_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Hosts that webhooks may go to, comma-separated: hooks.example.org, or .example.org for all names "
-        "below it. Their addresses are checked all the same.",
+        description="Hosts that webhooks may go to, comma-separated: hooks.example.org, or .example.org for all its "
+        "subdomains. Their addresses are checked too.",
     )
 
     filters: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -211,17 +213,20 @@ class Settings(BaseSettings):
     )
     c2pa_key: Path | None = Field(None, description="PEM file of that certificate's private key.")
     watermark: int | None = Field(
-        None, description="Number that a mark in the pixels of every image holds; none: no mark.", ge=0, le=65_535
+        None,
+        description="Number to embed as a watermark in the pixels of every image; none: no watermark.",
+        ge=0,
+        le=65_535,
     )
 
     metrics_port: int = Field(0, description="Port of a worker's own /metrics; 0: none.", ge=0, le=65535)
     measure_protocol: bool = Field(
         False, description="Measure the paper's timing protocol in the worker before it is ready."
     )
-    drain_grace_s: float = Field(30.0, description="On SIGTERM, how long running work may take to end.", ge=0)
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
+    drain_grace_s: float = Field(30.0, description="Time that running work may take to end after SIGTERM.", ge=0)
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Minimum level logged.")
     log_format: Literal["auto", "json", "text"] = Field(
-        "auto", description="How a log line looks; auto: text where standard error is a terminal, else JSON."
+        "auto", description="Format of log lines; auto: text if standard error is a terminal, else JSON."
     )
     otlp_endpoint: str | None = Field(
         None,

@@ -36,21 +36,27 @@ def batch(
     source: Annotated[
         str, typer.Argument(metavar="INPUT", help="File, folder, pattern or URL: prompts, latents or images.")
     ],
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// URL; the same again resumes.")],
-    scale: Annotated[float | None, typer.Option(help="Enlargement: 1, 2 or 4.")] = None,
+    output: Annotated[
+        str, typer.Argument(metavar="OUTPUT", help="Folder or s3:// URL; run again with the same one to resume.")
+    ],
+    scale: Annotated[float | None, typer.Option(help="Scale factor; default: the bundle's.")] = None,
     method: MethodOption = None,
-    size: Annotated[str | None, typer.Option(help="Of the images of prompts, px: WIDTHxHEIGHT.")] = None,
-    seed: Annotated[int, typer.Option(help="Each row's own seed comes from this and its key.", min=0)] = 0,
-    scaled: Annotated[bool, typer.Option(help="Latents are scaled, as a pipeline returns them, and not raw.")] = False,
+    size: Annotated[str | None, typer.Option(help="Final size of generated images, px: WIDTHxHEIGHT.")] = None,
+    seed: Annotated[
+        int, typer.Option(help="Base seed; a row without its own derives one from this and its key.", min=0)
+    ] = 0,
+    scaled: Annotated[bool, typer.Option(help="Latents are scaled, as a pipeline returns them; default: raw.")] = False,
     out: Annotated[OutputKind, typer.Option(help="What to write.")] = "images",
-    output_format: Annotated[ImageFormat, typer.Option("--format", help="Of images.")] = "png",
-    batch_size: Annotated[int, typer.Option(help="Most rows that run together.", min=1)] = 8,
+    output_format: Annotated[ImageFormat, typer.Option("--format", help="Image format.")] = "png",
+    batch_size: Annotated[int, typer.Option(help="Maximum rows per batch.", min=1)] = 8,
     shard_rows: Annotated[int, typer.Option(help="Rows that a process claims at once.", min=1)] = 256,
-    lease: Annotated[float, typer.Option(help="Seconds until the shard of a dead process is taken again.", min=1)] = 60,
+    lease: Annotated[
+        float, typer.Option(help="Seconds until another process takes over the shard of a dead one.", min=1)
+    ] = 60,
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Draw or enlarge many rows without a service. Start it as often as you like; exit code 4: some rows failed."""
+    """Generate or upscale many rows without a service, in any number of processes. Exit code 4: rows failed."""
     settings = settings_from(bundle=bundle, device=device)
     width_px, height_px = _read_size(size)
     import_torch()

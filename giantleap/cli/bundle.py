@@ -32,9 +32,9 @@ from giantleap.models.bundle.names import list_bundles as list_directories
 if TYPE_CHECKING:
     from giantleap.models.route import Route
 
-app = typer.Typer(no_args_is_help=True, help="Bundles: list, describe, download and check them.")
+app = typer.Typer(no_args_is_help=True, help="List, describe, download, make and check bundles.")
 
-TO_HELP = "Directory to write; by default bundles/NAME in GIANTLEAP_DATA_DIR, where its name is enough to find it."
+TO_HELP = "Directory to write; default: bundles/NAME in GIANTLEAP_DATA_DIR, where commands find it by name."
 NameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="Name of a bundle, or its directory.", autocompletion=complete_bundle)
 ]
@@ -42,7 +42,7 @@ NameArgument = Annotated[
 
 @app.command("list")
 def list_bundles() -> None:
-    """List the bundles that are shipped or pulled, with their methods."""
+    """List shipped and pulled bundles with their methods."""
     for directory in list_directories(pulled_dir()):
         bundle = read_bundle_or_stop(directory)
         place = "on the hub" if isinstance(bundle.pipeline, str) else str(directory)
@@ -106,15 +106,15 @@ def make(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new bundle.")],
     lua: Annotated[Path, typer.Option(help="LUA weights: .safetensors, .pth or .pt.")],
     base: Annotated[
-        str, typer.Option("--from", help="Bundle whose VAE they were trained for; its other parts are copied.")
+        str, typer.Option("--from", help="Bundle whose VAE the weights were trained for; its other parts are copied.")
     ] = "pocket",
     to: Annotated[Path | None, typer.Option(help=TO_HELP)] = None,
-    title: Annotated[str | None, typer.Option(help="Title; by default that of the other bundle.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title; default: that of the source bundle.")] = None,
     license_name: Annotated[
-        str | None, typer.Option("--license", help="License; by default that of the other bundle.")
+        str | None, typer.Option("--license", help="License; default: that of the source bundle.")
     ] = None,
 ) -> None:
-    """Make a bundle of another one and your LUA weights, ready to serve."""
+    """Make a bundle from another bundle and your LUA weights."""
     source = read_bundle_or_stop(bundle_directory(base))
     target = pulled_dir() / name if to is None else to
     check_input_files(lua)
@@ -140,10 +140,10 @@ def make(
 @app.command()
 def check(
     name: NameArgument,
-    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}; by default the bundle's.")] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}; default: the bundle's.")] = None,
     device: DeviceOption = None,
 ) -> None:
-    """Compare a bundle's files with their digests, load it and draw one image with one denoising step."""
+    """Compare a bundle's files with their digests, load it and generate one image with one denoising step."""
     settings = settings_from(device=device)
     bundle = read_bundle_or_stop(bundle_directory(name))
     stop_if_on_hub(bundle)

@@ -1,6 +1,6 @@
-"""Run by `make demo`: starts the whole service, posts one prompt at x2 and at x4, writes the images, stops it.
+"""Run by `make demo`: start the service, post one prompt at x2 and at x4, write the images, stop the service.
 
-It uses the service over HTTP only, by its client.
+It uses the service over HTTP, through the Python client.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def _draw_both(out: Path, prompt: str, seed: int) -> None:
     with running_service() as url:
         for scale in (2, 4):
             path = out / f"demo_x{scale}.png"
-            print(f"drawing {path} over HTTP ...", flush=True)
+            print(f"generating {path} over HTTP ...", flush=True)
             with working(f"{path}: generate, upscale, decode"):
                 image, stages = draw(url, prompt, scale, seed)
             path.write_bytes(image)

@@ -17,14 +17,14 @@ def doctor(
     url: UrlOption = None,
     redis_url: RedisOption = None,
     webhook_url: Annotated[
-        str | None, typer.Option(help="Receiver to send a webhook to; none: one that is opened on this machine.")
+        str | None, typer.Option(help="URL to send a test webhook to; default: a receiver on this machine.")
     ] = None,
-    timeout: Annotated[int, typer.Option(help="Seconds that a test job may take.", min=1)] = 120,
+    timeout: Annotated[int, typer.Option(help="Maximum seconds of a test job.", min=1)] = 120,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per finding.")] = False,
 ) -> None:
     """Check an installation: address, key, Redis, workers, images, proxy, metrics, webhooks. Exit code 1: one failed.
 
-    It sends the key in GIANTLEAP_API_KEY and makes a few small jobs.
+    It sends the key in GIANTLEAP_API_KEY and submits a few small jobs.
     """
     try:  # without a log, which would show each request
         given = {"api_url": url, "redis_url": redis_url}

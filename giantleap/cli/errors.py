@@ -23,7 +23,7 @@ EXIT_ROWS_FAILED: Final = 4
 EXIT_INTERRUPTED: Final = 130
 EXIT_CODES: Final = (
     "Exit codes: 0 success; 1 failure, such as a full disk: try again; 2 wrong usage, input or configuration; "
-    "3 a training diverged; 4 rows of a batch failed; 75 a worker's step hung; 130 interrupted."
+    "3 training diverged; 4 rows of a batch failed; 75 a worker made no progress; 130 interrupted."
 )
 
 # typer has a copy of click or click itself, by its version.
@@ -90,7 +90,7 @@ def _to_usage_line(error: Any) -> str:
     if isinstance(error.__cause__, ValidationError) and error.param is not None:  # typer converts values by pydantic
         message = f"{'/'.join(error.param.opts)} {explain(error.__cause__.errors()[0])}"
     message = message[:1].lower() + message[1:].rstrip(".")
-    return f"{message}; `{path} --help` shows what it takes"
+    return f"{message}; `{path} --help` shows its usage"
 
 
 def _end(line: str, code: int) -> NoReturn:

@@ -17,21 +17,23 @@ from giantleap.models.bundle.bundle import BundleError
 from giantleap.models.engines.base import ArtifactEngineName
 from giantleap.service.settings import Settings
 
-app = typer.Typer(invoke_without_command=True, help="Artifacts for onnxruntime, TensorRT and AOTInductor.")
+app = typer.Typer(invoke_without_command=True, help="Export networks for ONNX Runtime, TensorRT and AOTInductor.")
 
-EngineOption = Annotated[ArtifactEngineName, typer.Option(help="The engine that will run them.")]
+EngineOption = Annotated[ArtifactEngineName, typer.Option(help="Engine to export for.")]
 PrecisionOption = Annotated[Precision, typer.Option(help="Type that the network computes in.")]
-ScaleOption = Annotated[list[int] | None, typer.Option("--scale", help="Scale heads; by default all of the bundle.")]
+ScaleOption = Annotated[
+    list[int] | None, typer.Option("--scale", help="Scale heads, repeatable; default: all of the bundle.")
+]
 PartOption = Annotated[
-    list[str] | None, typer.Option("--part", help="lua, decoder (ONNX only) or both; by default lua.")
+    list[str] | None, typer.Option("--part", help="lua or decoder (ONNX only), repeatable; default: lua.")
 ]
 OutOption = Annotated[
     Path | None,
-    typer.Option(help="Directory to write; by default exports/BUNDLE-ENGINE-PRECISION in GIANTLEAP_DATA_DIR."),
+    typer.Option(help="Directory to write; default: exports/BUNDLE-ENGINE-PRECISION in GIANTLEAP_DATA_DIR."),
 ]
-MaxBatchOption = Annotated[int, typer.Option(help="TensorRT: largest batch.", min=1, max=64)]
-WorkspaceOption = Annotated[int, typer.Option(help="TensorRT: memory for kernels, in MiB.", min=1)]
-CompatibilityOption = Annotated[Compatibility, typer.Option(help="TensorRT: which other GPUs may run the plan.")]
+MaxBatchOption = Annotated[int, typer.Option(help="TensorRT: maximum batch size.", min=1, max=64)]
+WorkspaceOption = Annotated[int, typer.Option(help="TensorRT: workspace memory, in MiB.", min=1)]
+CompatibilityOption = Annotated[Compatibility, typer.Option(help="TensorRT: hardware compatibility of the plan.")]
 
 
 @app.callback()
@@ -48,7 +50,7 @@ def export(
     workspace_mib: WorkspaceOption = 4096,
     compatibility: CompatibilityOption = "none",
 ) -> None:
-    """Write one graph per scale head and keep them if they agree with PyTorch at several batches and sizes."""
+    """Write one graph per scale head, after a comparison with PyTorch at several batch sizes and sizes."""
     if context.invoked_subcommand is not None:
         return
     settings = settings_from(bundle=bundle, device=device)
@@ -76,11 +78,11 @@ def export(
 
 @app.command()
 def check(
-    directory: Annotated[Path, typer.Argument(help="An earlier export.")],
+    directory: Annotated[Path, typer.Argument(help="Directory of an export.")],
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Compare an export with its bundle, with this machine, and each artifact with PyTorch again."""
+    """Compare an export with its bundle, this machine and PyTorch."""
     check_input_directories(directory)
     if not (directory / FILE).is_file():
         stop(f"{directory} holds no exported artifacts: {FILE} is missing; write some with: giantleap export --out DIR")

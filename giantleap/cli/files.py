@@ -29,7 +29,9 @@ IMAGE_FORMATS: "Final[Mapping[str, ImageFormat]]" = {".png": "png", ".jpg": "jpe
 
 LoraOption = Annotated[
     list[str] | None,
-    typer.Option(help="LoRA: a .safetensors file, or a name in GIANTLEAP_LORA_DIR; NAME:0.8 sets its weight. Repeat."),
+    typer.Option(
+        help="LoRA: a .safetensors file, or a name in GIANTLEAP_LORA_DIR; NAME:0.8 sets its weight; repeatable."
+    ),
 ]
 
 

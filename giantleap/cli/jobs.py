@@ -19,12 +19,12 @@ from giantleap.service.settings import format_errors, read_settings
 if TYPE_CHECKING:
     from giantleap_client import Client, Job
 
-UrlOption = Annotated[str | None, typer.Option("--url", help="Address of the service [GIANTLEAP_API_URL].")]
+UrlOption = Annotated[str | None, typer.Option("--url", help="URL of the service [GIANTLEAP_API_URL].")]
 JobArgument = Annotated[str, typer.Argument(help="Id of the job.")]
-LimitOption = Annotated[int, typer.Option(help="Most jobs to list.", min=1, max=100)]
+LimitOption = Annotated[int, typer.Option(help="Maximum number of jobs.", min=1, max=100)]
 
-app = typer.Typer(no_args_is_help=True, help="Jobs of a running service.")
-dead = typer.Typer(no_args_is_help=True, help="Jobs that failed for good; needs a key with the scope admin.")
+app = typer.Typer(no_args_is_help=True, help="List, show, cancel and delete jobs of a running service.")
+dead = typer.Typer(no_args_is_help=True, help="Dead letters: jobs that failed permanently. Needs a key of scope admin.")
 app.add_typer(dead, name="dead")
 
 _TIMEOUT_S = 30.0
@@ -32,7 +32,7 @@ _TIMEOUT_S = 30.0
 
 @app.command("list")
 def list_jobs(
-    status: Annotated[str | None, typer.Option(help="Only jobs of this state.")] = None,
+    status: Annotated[str | None, typer.Option(help="Only jobs with this status.")] = None,
     limit: LimitOption = 20,
     url: UrlOption = None,
 ) -> None:
@@ -51,7 +51,7 @@ def show(job_id: JobArgument, url: UrlOption = None) -> None:
 
 @app.command()
 def cancel(job_id: JobArgument, url: UrlOption = None) -> None:
-    """Cancel a job: at once where it waits, at its next step where it runs."""
+    """Cancel a job. A running job stops at its next step."""
     with _job(job_id, url) as job:
         state = job.cancel()["status"]
     typer.echo(f"{job_id}  {state if state == 'canceled' else 'cancel requested'}")
@@ -66,7 +66,7 @@ def delete(job_id: JobArgument, url: UrlOption = None) -> None:
 
 @dead.command("list")
 def list_dead(limit: LimitOption = 20, url: UrlOption = None) -> None:
-    """List the jobs that failed for good, the latest first."""
+    """List jobs that failed permanently, newest first."""
     for letter in _read("dead-letters", url, "dead_letters", {"limit": limit}):
         retry = "can be retried" if letter["blocked_reason"] is None else letter["blocked_reason"]
         typer.echo(f"{letter['id']}  {letter['failed_at']}  {letter['error']['code']}  {retry}")
@@ -74,20 +74,20 @@ def list_dead(limit: LimitOption = 20, url: UrlOption = None) -> None:
 
 @dead.command()
 def retry(job_id: JobArgument, url: UrlOption = None) -> None:
-    """Enqueue a job again, under a new id, which is printed."""
+    """Enqueue a job again and print its new id."""
     typer.echo(_read(f"dead-letters/{_quote(job_id)}/retry", url, "id", method="POST"))
 
 
 @dead.command()
 def drop(job_id: JobArgument, url: UrlOption = None) -> None:
-    """Take a job off the list."""
+    """Remove a job from the list."""
     with _client(url) as client:
         client.send("DELETE", f"dead-letters/{_quote(job_id)}")
     typer.echo(f"{job_id}  dropped")
 
 
 def status(url: UrlOption = None) -> None:
-    """Print whether a service is ready, its queue and its workers. Exit code 1 where it is not ready."""
+    """Print readiness, queue and workers of a service. Exit code 1: not ready."""
     from giantleap_client import GiantleapError
 
     version, reasons = _read("version", url, "version"), ""
@@ -167,7 +167,7 @@ def _job(job_id: str, url: str | None) -> "Iterator[Job]":
         try:
             job = client.job(job_id)
         except ValueError:
-            stop(f"{job_id!r} is no id of a job; `giantleap jobs list` shows them")
+            stop(f"{job_id!r} is not a job id; `giantleap jobs list` shows them")
         yield job
 
 
@@ -180,7 +180,7 @@ def _read(
     try:
         return json.loads(content)[member]
     except (ValueError, KeyError, TypeError):
-        _fail("the address answers and is no Giantleap service; check --url")
+        _fail("the server at this address is not a Giantleap service; check --url")
 
 
 def _quote(job_id: str) -> str:

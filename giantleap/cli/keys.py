@@ -1,4 +1,4 @@
-"""`giantleap keys`: create an API key, list those of the file, which has digests only: a lost key is replaced."""
+"""`giantleap keys`: create and list API keys. The file holds digests only, so a lost key cannot be recovered."""
 
 import re
 from pathlib import Path
@@ -10,23 +10,23 @@ from giantleap.cli.files import check_output_file
 from giantleap.cli.options import settings_from, stop
 from giantleap.service.auth import NAME_PATTERN, KeysFileError, Scope, add_entry, new_key, read_keys
 
-app = typer.Typer(no_args_is_help=True, help="API keys of GIANTLEAP_API_KEYS_FILE.")
+app = typer.Typer(no_args_is_help=True, help="Create and list API keys (GIANTLEAP_API_KEYS_FILE).")
 
 
 @app.command()
 def new(
     name: Annotated[str, typer.Option(help="Owner of the key; its jobs belong to this name.")],
-    scope: Annotated[list[Scope], typer.Option(help="What the key may do; repeat for several.")],
+    scope: Annotated[list[Scope], typer.Option(help="Permission of the key, repeatable.")],
     requests_per_minute: Annotated[
-        int | None, typer.Option(help="Limit of requests for work per minute.", min=1)
+        int | None, typer.Option(help="Maximum requests per minute (POST and PUT).", min=1)
     ] = None,
-    max_jobs: Annotated[int | None, typer.Option(help="Limit of jobs queued and running at once.", min=1)] = None,
+    max_jobs: Annotated[int | None, typer.Option(help="Maximum jobs queued and running at once.", min=1)] = None,
     megapixel_steps_per_minute: Annotated[
-        int | None, typer.Option(help="Limit of work per minute, in megapixels times steps.", min=1)
+        int | None, typer.Option(help="Maximum work per minute, in megapixels x steps.", min=1)
     ] = None,
-    add: Annotated[bool, typer.Option("--add", help="Add it to GIANTLEAP_API_KEYS_FILE, for its owner only.")] = False,
+    add: Annotated[bool, typer.Option("--add", help="Append its entry to GIANTLEAP_API_KEYS_FILE (mode 600).")] = False,
 ) -> None:
-    """Create a key: print it once to standard output; --add stores its entry, else standard error shows it."""
+    """Create a key and print it, once. Its entry is added to the file (--add) or printed to standard error."""
     if not re.fullmatch(NAME_PATTERN, name):
         stop(
             f"invalid name {name!r}: use 1 to 64 letters, digits, dots, dashes and underscores, first a letter or digit"

@@ -57,17 +57,22 @@ if TYPE_CHECKING:
 
 
 OutOption = Annotated[
-    Path, typer.Option("-o", "--out", help="Image to write: .png, .jpg or .webp; - for a PNG on standard output.")
+    Path,
+    typer.Option(
+        "-o",
+        "--out",
+        help="File to write: .png, .jpg or .webp; `upscale` also .safetensors; - writes a PNG to standard output.",
+    ),
 ]
 EmbedOption = Annotated[
-    bool, typer.Option("--embed-parameters", help="Write prompt, seed and so on into the file's metadata.")
+    bool, typer.Option("--embed-parameters", help="Write prompt, seed and other parameters into the file's metadata.")
 ]
 CompressionOption = Annotated[
-    Compression | None, typer.Option(help="fast, the default, or small: fewer bytes, several times the time.")
+    Compression | None, typer.Option(help="fast (default), or small: a smaller file, several times slower.")
 ]
-QualityOption = Annotated[int | None, typer.Option(help="Of .jpg and .webp, 1 to 100; by default 95.")]
+QualityOption = Annotated[int | None, typer.Option(help="Quality of .jpg and .webp, 1 to 100; default: 95.")]
 LuaOption = Annotated[
-    Path | None, typer.Option(help="LUA weights in place of the bundle's own: .safetensors, .pth or .pt.")
+    Path | None, typer.Option(help="LUA weights to use instead of the bundle's: .safetensors, .pth or .pt.")
 ]
 
 
@@ -77,7 +82,7 @@ InputArgument = Annotated[
 
 
 def models(bundle: BundleOption = None) -> None:
-    """Print the bundles that the settings name: methods, latents, sizes and defaults."""
+    """Print methods, latent space, sizes and defaults of the bundles in GIANTLEAP_BUNDLE."""
     for each in read_bundles(settings_from(bundle=bundle)):
         space, defaults = each.latent_space, each.defaults
         typer.echo(f"{each.name}  {each.about.title}  ({each.about.license})")
@@ -90,20 +95,22 @@ def models(bundle: BundleOption = None) -> None:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the image shows; - reads it from standard input.")],
+    prompt: Annotated[str, typer.Argument(help="Prompt; - reads it from standard input.")],
     out: OutOption,
-    scale: Annotated[float | None, typer.Option(help="Enlargement of the base image: 1, 2 or 4.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Scale factor; default: the bundle's.")] = None,
     method: MethodOption = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same image.", min=0)] = 0,
-    negative_prompt: Annotated[str | None, typer.Option(help="What the image must not show.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.", min=0)] = 0,
+    negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
     width: Annotated[int | None, typer.Option(help="Width of the final image, px.")] = None,
     height: Annotated[int | None, typer.Option(help="Height of the final image, px.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.", min=0)] = None,
-    init_image: Annotated[Path | None, typer.Option(help="Image to start from: .png, .jpg or .webp.")] = None,
-    strength: Annotated[float | None, typer.Option(help="How far the result may differ from it, 0 to 1.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="White where the initial image is drawn anew.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Image that the prompt talks about. Repeat.")] = None,
+    init_image: Annotated[Path | None, typer.Option(help="Start image: .png, .jpg or .webp.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Share of the steps to run from the start image, 0 to 1.")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="Mask of the start image: white is generated again.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Reference image, repeatable.")] = None,
     refine_strength: RefineStrengthOption = None,
     refine_steps: RefineStepsOption = None,
     decode: DecodeOption = "exact",
@@ -115,7 +122,7 @@ def generate(
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Make one image without a service: generate, upscale, decode."""
+    """Generate one image without a service: generate, upscale, decode."""
     image_format(out)
     check_output_file(out)
     files = (init_image, mask, *(image or ()))
@@ -144,7 +151,7 @@ def generate(
 def _draw_to_file(
     settings: Settings, served: Bundle, fields: Mapping[str, object], seed: int, loras: LocalLoras, out: Path
 ) -> None:
-    """Plan a request of these fields, load the bundle and draw one image."""
+    """Plan a request of these fields, load the bundle and generate one image."""
     from giantleap.service.jobs.edits.inputs import to_input
     from giantleap.service.jobs.planning import plan_generate
     from giantleap.service.jobs.requests import GenerateRequest
@@ -215,9 +222,9 @@ def _draw(route: "Route", item: "GenerationItem", params: "GenerateParams", stag
 def upscale(
     file: InputArgument,
     out: OutOption,
-    scale: Annotated[float | None, typer.Option(help="Enlargement: 2 or 4.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Scale factor; default: the bundle's.")] = None,
     method: MethodOption = None,
-    scaled: Annotated[bool, typer.Option(help="The latent is scaled, as a pipeline returns it, and not raw.")] = False,
+    scaled: Annotated[bool, typer.Option(help="The latent is scaled, as a pipeline returns it; default: raw.")] = False,
     width: Annotated[int | None, typer.Option(help="Width of the image of a packed latent, px.")] = None,
     height: Annotated[int | None, typer.Option(help="Height of the image of a packed latent, px.")] = None,
     decode: DecodeOption = "exact",
@@ -227,7 +234,7 @@ def upscale(
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Enlarge a latent or an image without a service, and decode it unless the output ends in .safetensors."""
+    """Upscale a latent or an image without a service; an output named .safetensors is the latent, not decoded."""
     as_latent = out.suffix == LATENT
     output_format = "png" if as_latent else image_format(out)
     check_output_file(out)

@@ -73,7 +73,7 @@ def options_of_all(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Enlarge a diffusion latent, decode it once. docs/ and README.md say more."""
+    """Upscale diffusion latents and decode them once. See README.md and docs/."""
 
 
 @app.command()
@@ -83,9 +83,11 @@ def serve(
     redis_url: RedisOption = None,
     bundle: BundleOption = None,
     device: DeviceOption = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where the embedded Redis keeps its file.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Directory of the embedded Redis and of results [GIANTLEAP_DATA_DIR].")
+    ] = None,
 ) -> None:
-    """Run everything on this machine: Redis unless a URL is given, the API and the workers. Ctrl-C stops all."""
+    """Run the API, the workers and, unless a URL is given, Redis on this machine. Ctrl-C stops all."""
     options = {"host": host, "port": port, "redis_url": redis_url, "bundle": bundle, "device": device}
     from giantleap.service.supervisor.supervisor import serve as serve_all
 
@@ -197,7 +199,7 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
 
 def _stop_not_listening(settings: Settings, error: OSError) -> NoReturn:
     reason = error.strerror or str(error)
-    stop(f"cannot listen on {settings.host}:{settings.port}: {reason}; --host and --port choose another address")
+    stop(f"cannot listen on {settings.host}:{settings.port}: {reason}; choose another address with --host and --port")
 
 
 @app.command()
@@ -241,10 +243,10 @@ def worker(
 @app.command("settings")
 def print_settings(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print docs/settings.md: defaults and meanings.")
+        bool, typer.Option("--markdown", help="Print docs/settings.md: every setting with default and meaning.")
     ] = False,
 ) -> None:
-    """Print the settings in force and where each comes from; secrets are masked."""
+    """Print the effective settings and the source of each; secrets are masked."""
     if markdown:
         typer.echo(to_markdown(), nl=False)
         return

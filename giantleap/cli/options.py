@@ -40,10 +40,13 @@ BundleOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or auto [GIANTLEAP_DEVICE].")]
 RoleOption = Annotated[
-    str | None, typer.Option(help="`all`, or one half of the route: `generate` or `decode` [GIANTLEAP_ROLE].")
+    str | None,
+    typer.Option(help="Stages to run: `all`, `generate`, or `decode` (upscale and decode) [GIANTLEAP_ROLE]."),
 ]
-MethodOption = Annotated[Method | None, typer.Option(help="How images become large; none: the bundle's default.")]
-DecodeOption = Annotated[DecodeName, typer.Option(help="exact, or a decode that changes the image: tiled, tiny.")]
+MethodOption = Annotated[Method | None, typer.Option(help="How to upscale; default: the bundle's method.")]
+DecodeOption = Annotated[
+    DecodeName, typer.Option(help="exact; tiled and tiny need less time or memory and change the image.")
+]
 LifelineOption = Annotated[int | None, typer.Option(hidden=True)]
 
 
@@ -101,9 +104,9 @@ def open_bundle_route(settings: Settings, bundle: Bundle) -> "Route":
 
 
 RefineStrengthOption = Annotated[
-    float | None, typer.Option(help="Sample the enlarged latent again: share of the noise, 0 to 0.5; start with 0.15.")
+    float | None, typer.Option(help="Refine pass: share of the noise schedule to run again, 0 to 0.5; start with 0.15.")
 ]
-RefineStepsOption = Annotated[int | None, typer.Option(help="Denoising steps of the refine pass; by default 4.")]
+RefineStepsOption = Annotated[int | None, typer.Option(help="Denoising steps of the refine pass; default: 4.")]
 
 
 def to_refine(strength: float | None, steps: int | None) -> dict[str, float] | None:
@@ -113,7 +116,7 @@ def to_refine(strength: float | None, steps: int | None) -> dict[str, float] | N
 
 
 def advance(bar: "tqdm[NoReturn]", done: int, total: int = 0) -> None:
-    """Set a progress bar to `done`; `total` is what callers report and the bar knows already."""
+    """Set a progress bar to `done`; `total` is unused, but callers of a progress function pass it."""
     bar.update(done - bar.n)
 
 
@@ -125,7 +128,7 @@ def to_message(error: Exception) -> str:
 
 
 def stop_if_on_hub(bundle: Bundle) -> None:
-    """End the command where the weights are not on disk: commands that serve or draw download nothing."""
+    """End the command if the weights are not on disk: commands that serve or generate download nothing."""
     if isinstance(bundle.pipeline, str):
         stop(f"bundle {bundle.name} is on the hub: fetch it with `giantleap bundle pull {bundle.name}` first")
 

@@ -1,4 +1,4 @@
-"""`giantleap provenance`: say what an image carries of how it was made; make a certificate for trying signatures."""
+"""`giantleap provenance`: read the provenance marks of an image; make a test certificate for signatures."""
 
 import os
 from pathlib import Path
@@ -11,12 +11,12 @@ from giantleap.cli.options import settings_from, stop
 from giantleap.models.messages import install_hint
 from giantleap.service.errors import EXIT_FAILURE, GiantleapError
 
-app = typer.Typer(no_args_is_help=True, help="Marks of generated images: XMP and C2PA manifests.")
+app = typer.Typer(no_args_is_help=True, help="Provenance marks of images: XMP, C2PA manifests, watermark.")
 
 
 @app.command()
 def verify(file: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP image; - reads standard input.")]) -> None:
-    """Say what an image carries; the exit code is 1 where its manifest does not match it."""
+    """Print the provenance marks of an image. Exit code 1: its manifest is not valid."""
     from giantleap.service.jobs.verification import verify_image
 
     check_input_files(file)
@@ -46,9 +46,9 @@ def verify(file: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP image;
 @app.command()
 def dev_cert(
     out: Annotated[Path, typer.Option(help="Directory for c2pa-cert.pem and c2pa-key.pem.")] = Path(),
-    days: Annotated[int, typer.Option(help="How long it is valid.", min=1, max=3650)] = 365,
+    days: Annotated[int, typer.Option(help="Days of validity.", min=1, max=3650)] = 365,
 ) -> None:
-    """Make a certificate and its key for trying: nobody trusts it, and viewers say so."""
+    """Make a test certificate and its key. Viewers show it as untrusted."""
     try:
         from giantleap.models.provenance.dev_certificate import make_dev_certificate
     except ImportError:

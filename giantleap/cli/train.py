@@ -64,26 +64,26 @@ StoredOption = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option
 @app.command()
 def prepare(
     bundle: BundleOption,
-    out: Annotated[Path, typer.Option(help="Directory for the pairs; an unfinished one is continued.")],
-    source: Annotated[
-        Path | None, typer.Argument(help="Folder with pictures and .tar files, or one .tar file.")
-    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for the pairs; an interrupted run continues there.")],
+    source: Annotated[Path | None, typer.Argument(help="Folder of images and .tar files, or one .tar file.")] = None,
     hf_dataset: Annotated[
-        str | None, typer.Option(help="Instead of a folder: a data set on the hub, or its path.")
+        str | None, typer.Option(help="Data set instead of a folder: a name on the hub, or a path.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
     image_column: Annotated[str, typer.Option(help="Image column of the data set.")] = "image",
     hf_config: Annotated[str | None, typer.Option(help="Configuration of a data set that has several.")] = None,
     hf_revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a data set on the hub.")] = None,
-    min_side_px: Annotated[int, typer.Option(min=1, help="Skip pictures with a shorter side.")] = 1440,
+    min_side_px: Annotated[int, typer.Option(min=1, help="Skip images with a shorter side.")] = 1440,
     tile_px: Annotated[int, typer.Option(min=1, help="Side of a tile.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Tiles encoded at once.")] = 8,
-    pictures_per_shard: Annotated[int, typer.Option(min=1, help="Pictures that an interruption costs at most.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Tiles to encode at once.")] = 8,
+    pictures_per_shard: Annotated[
+        int, typer.Option(min=1, help="Images per shard; an interruption repeats at most one shard.")
+    ] = 64,
     store: StoredOption = "float32",
     precision: PrecisionOption = "float32",
     device: DeviceOption = "auto",
 ) -> None:
-    """Cut photographs into tiles, downscale and encode them to latents; a second run resumes an interrupted one."""
+    """Cut photographs into tiles, downscale and encode them to latents. Run it again to resume."""
     if (source is None) == (hf_dataset is None):
         stop("give either a folder or .tar file, or --hf-dataset, not both")
     if source is not None and not source.exists():
@@ -123,13 +123,13 @@ def prepare(
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Option(help="TOML file; docs/training.md names every key.")],
+    config: Annotated[Path, typer.Option(help="TOML file; docs/training.md lists its keys.")],
     out: Annotated[Path, typer.Option(help="Directory of the run.")],
     resume: Annotated[bool, typer.Option(help="Resume from the last checkpoint in --out, if there is one.")] = False,
     stop_after: Annotated[int | None, typer.Option(min=1, help="Stop after this many updates.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Train all stages; interrupt it at any time and continue with --resume."""
+    """Train all stages. Interrupt it at any time and continue with --resume."""
     check_input_files(config)
 
     from giantleap.training.run_config import ConfigError, read_config
@@ -158,7 +158,7 @@ def run(
 
 @app.command()
 def transfer(
-    source: Annotated[str, typer.Option("--from", help="Bundle with LUA weights, or a file of them.")],
+    source: Annotated[str, typer.Option("--from", help="Bundle with LUA weights, or a weight file.")],
     to_bundle: Annotated[str, typer.Option(help="Name or directory of the bundle with the other VAE.")],
     pairs: Annotated[Path, typer.Option(help="Pairs of the other VAE, as `prepare` writes them.")],
     out: Annotated[Path, typer.Option(help="Directory of the run.")],
@@ -169,7 +169,7 @@ def transfer(
         ),
     ] = "fit",
     config: Annotated[
-        Path | None, typer.Option(help="TOML file as for `run`, without bundle, pairs and lua; by default a short run.")
+        Path | None, typer.Option(help="TOML file as for `run`, without bundle, pairs and lua; default: a short run.")
     ] = None,
     resume: Annotated[bool, typer.Option(help="Resume from the last checkpoint in --out, if there is one.")] = False,
     stop_after: Annotated[int | None, typer.Option(min=1, help="Stop after this many updates.")] = None,
@@ -197,9 +197,9 @@ def transfer(
 def statistics(
     lua: Annotated[Path, typer.Option(help="Weights without statistics, in any supported layout.")],
     pairs: Annotated[Path, typer.Option(help="Pairs of the same VAE, as `prepare` writes them.")],
-    out: Annotated[Path, typer.Option(help="File to write, in this project's layout; may be the same.")],
+    out: Annotated[Path, typer.Option(help="File to write, in this project's layout; may be the input.")],
 ) -> None:
-    """Write latent statistics into the header of weights, for `clamp_sigmas`; `run` does so itself."""
+    """Write latent statistics into the header of a weight file, for `clamp_sigmas`; `run` does it already."""
     check_input_files(lua)
     check_input_directories(pairs)
     check_output_file(out)
@@ -221,27 +221,31 @@ def statistics(
 def evaluate(
     bundle: BundleOption,
     out: Annotated[Path, typer.Option(help="Directory for the report, the sheet and the plots.")],
-    images: Annotated[Path | None, typer.Option(help="Folder of pictures; captions in .txt files beside them.")] = None,
-    pairs: Annotated[Path | None, typer.Option(help="Instead of a folder: pairs as `prepare` writes them.")] = None,
-    lua: Annotated[list[Path] | None, typer.Option(help="Weights, repeatable; by default the bundle's.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images; captions in .txt files of the same name.")
+    ] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Pairs of `prepare`, instead of images.")] = None,
+    lua: Annotated[list[Path] | None, typer.Option(help="LUA weights, repeatable; default: the bundle's.")] = None,
     inception: Annotated[Path | None, typer.Option(help="Weights of torch-fidelity's Inception, for FID, KID.")] = None,
     lpips: Annotated[Path | None, typer.Option(help="Weights of torchvision's AlexNet, for LPIPS.")] = None,
-    clip: Annotated[str | None, typer.Option(help="Directory or hub id of a CLIP, for the CLIP score.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Limit of pictures or tiles.")] = None,
-    crop_px: Annotated[int | None, typer.Option(min=1, help="Cut pictures to a center square first.")] = None,
+    clip: Annotated[str | None, typer.Option(help="Directory or hub id of a CLIP model, for the CLIP score.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of images or tiles.")] = None,
+    crop_px: Annotated[
+        int | None, typer.Option(min=1, help="Crop images to a center square of this side first.")
+    ] = None,
     patch_px: Annotated[int, typer.Option(min=1, help="Side of the crops of patch FID and KID.")] = 1024,
-    patches: Annotated[int, typer.Option(min=1, help="Crops per picture.")] = 1,
-    kid_subsets: Annotated[int, typer.Option(min=1, help="Number of subsets.")] = 100,
-    kid_subset_size: Annotated[int, typer.Option(min=2, help="Samples in each.")] = 1000,
+    patches: Annotated[int, typer.Option(min=1, help="Crops per image.")] = 1,
+    kid_subsets: Annotated[int, typer.Option(min=1, help="Subsets of KID.")] = 100,
+    kid_subset_size: Annotated[int, typer.Option(min=2, help="Samples per subset of KID.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of crops and subsets.")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
-    """Compare weights with bicubic upscaling; metrics that cannot be measured are named with the reason."""
+    """Compare weights with bicubic upscaling; a metric that cannot be measured is reported with the reason."""
     if find_spec("torchmetrics") is None:  # checked before pictures are encoded: metrics come last
         stop(f"torchmetrics is missing: {install_hint('train')}")
     source = pairs if images is None else images
     if source is None or None not in (images, pairs):
-        stop("give either pictures (--images) or pairs (--pairs)")
+        stop("give either --images or --pairs")
     check_input_directories(source)
     check_input_files(*(lua or ()), inception, lpips)
     directory = _find_local_bundle(bundle)
@@ -293,7 +297,7 @@ def _find_weights_or_bundle(name: str) -> Path:
 
 
 def _print_result(written: Path, out: Path, bundle: Path) -> None:
-    """What a run reached, and the commands that use it."""
+    """The scores of a run, and the commands that use its weights."""
     from giantleap.training.run_log import read_last_scores
 
     typer.echo(f"wrote {written}")
@@ -302,7 +306,7 @@ def _print_result(written: Path, out: Path, bundle: Path) -> None:
     if written.name != WEIGHTS:
         typer.echo("stopped before its end; continue with --resume")
         return
-    typer.echo(f'see it: giantleap generate "..." -o out.png --bundle {bundle} --lua {written}')
+    typer.echo(f'try it: giantleap generate "..." -o out.png --bundle {bundle} --lua {written}')
     typer.echo(f"serve it: giantleap bundle make NAME --from {bundle} --lua {written}")
 
 

@@ -71,7 +71,7 @@ def create_app(settings: Settings, producer: JobProducer | None = None, tracing:
 
     app = FastAPI(
         title="Giantleap",
-        summary="Draws a small latent, enlarges it, decodes it once.",
+        summary="Generates a latent, upscales it with LUA, decodes it once.",
         version=version("giantleap"),
         lifespan=partial(_opened, state, client, sender, spans),
         docs_url=None,  # `page.docs_router` instead

@@ -29,42 +29,48 @@ Responses = dict[int | str, dict[str, Any]]
 
 IMAGE_TYPES = tuple(CONTENT_TYPES.values())
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_WHOLE_NUMBER = {"schema": {"type": "integer"}, "description": "Seconds after which to try again."}
+_WHOLE_NUMBER = {"schema": {"type": "integer"}, "description": "Seconds to wait before a retry."}
 _TEXT = {"type": "string"}
 
 _INTRODUCTION = """
-A POST makes a job and waits for it. `Accept` chooses between the file and the job as JSON; `Prefer: respond-async`
-answers at once with `Location`. Sizes are pixels of the final image unless a name says `base`, durations seconds, times
-RFC 3339 in UTC. Where the service has API keys, send one as `Authorization: Bearer KEY` or `X-API-Key`.
+A POST creates a job and waits for its result. `Accept` selects the file or the job as JSON; `Prefer: respond-async`
+returns 202 at once, with `Location`. Sizes are pixels of the final image unless a name says `base`, durations seconds,
+times RFC 3339 in UTC. If the service has API keys, send one as `Authorization: Bearer KEY` or `X-API-Key`.
 
-Every error is a problem document (RFC 9457); decide by its `code`, which never changes. Paths below `/v1`, `/v2` and
-`/remote_vae` speak the protocols of other services, errors included.
+Every error is a problem document (RFC 9457) with a stable `code`. Paths below `/v1`, `/v2` and `/remote_vae` follow the
+protocols of other services, errors included.
 """
 _TAGS = {
-    "create": "Make a job: draw a prompt, or enlarge a latent or an image.",
-    "jobs": "Follow a job, fetch its files, cancel or delete it.",
-    "operators": "Jobs that failed for good. With API keys: only for the scope admin.",
+    "create": "Create a job: generate from a prompt, or upscale a latent or an image.",
+    "jobs": "Follow a job, download its results, cancel or delete it.",
+    "operators": "Dead letters: jobs that failed permanently. With API keys: scope admin only.",
     "service": "Bundles, probes and metrics.",
-    "OpenAI": "Images as the `openai` client asks for them.",
-    "KServe v2": "Latents by the Open Inference Protocol, as `tritonclient` speaks it.",
-    "remote VAE": "Decode and encode as `diffusers.utils.remote_utils` asks for it.",
+    "OpenAI": "OpenAI's images API, for the `openai` client.",
+    "KServe v2": "Upscale latents by the Open Inference Protocol, for `tritonclient`.",
+    "remote VAE": "Remote decode and encode, for `diffusers.utils.remote_utils`.",
 }
 _JOB_HEADERS = {
-    "X-Job-Id": {"schema": _TEXT, "description": "The job."},
-    "X-Method": {"schema": _TEXT, "description": "How the image became large."},
-    "X-Decode": {"schema": _TEXT, "description": "exact, or how the image differs from that."},
-    "X-Seed": {"schema": {"type": "integer"}, "description": "Seed of the first image; not of an upscale."},
-    "X-Warnings": {"schema": _TEXT, "description": "JSON list, where there are any: unknown words of the prompt."},
+    "X-Job-Id": {"schema": _TEXT, "description": "Id of the job."},
+    "X-Method": {"schema": _TEXT, "description": "Method that upscaled the image."},
+    "X-Decode": {"schema": _TEXT, "description": "exact, tiled or tiny."},
+    "X-Seed": {"schema": {"type": "integer"}, "description": "Seed of the first image; absent for an upscale."},
+    "X-Warnings": {
+        "schema": _TEXT,
+        "description": "JSON list of warnings, such as unknown words of the prompt; absent if empty.",
+    },
 }
-_TIMES = {"schema": _TEXT, "description": "Milliseconds of each stage: queue;dur=1.7, generate;dur=350.8, ..."}
+_TIMES = {
+    "schema": _TEXT,
+    "description": "Duration of each stage in milliseconds: queue;dur=1.7, generate;dur=350.8, ...",
+}
 _PROBLEM = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _JOB_ID = "9ffc72bd-eedb-4a4b-8709-584d01415be4"
 _PROMPT = "a red sphere on a green floor under a blue sky"
 _REQUESTS: dict[str, dict[str, Any]] = {
-    "smallest": {"prompt": _PROMPT},
-    "four times as large": {"prompt": _PROMPT, "scale": 4, "seed": 7},
-    "a size of its own": {"prompt": _PROMPT, "scale": 2, "width": 384, "height": 256, "output_format": "webp"},
-    "two drawings, no hurry": {"prompt": _PROMPT, "num_images": 2, "priority": "low", "method": "bicubic"},
+    "minimal": {"prompt": _PROMPT},
+    "x4 with a seed": {"prompt": _PROMPT, "scale": 4, "seed": 7},
+    "a custom size": {"prompt": _PROMPT, "scale": 2, "width": 384, "height": 256, "output_format": "webp"},
+    "two images at low priority": {"prompt": _PROMPT, "num_images": 2, "priority": "low", "method": "bicubic"},
 }
 _EXAMPLES: tuple[errors.GiantleapError, ...] = (
     errors.MalformedRequest("the body is not valid JSON"),
@@ -119,7 +125,7 @@ def file_content(*media_types: str) -> dict[str, Any]:
 
 
 REDIRECT: Final[dict[str, Any]] = {
-    "description": "The file lies at the presigned URL in Location (`GIANTLEAP_RESULT_URLS=presigned`)."
+    "description": "The file is at the presigned URL in Location (`GIANTLEAP_RESULT_URLS=presigned`)."
 }
 
 
@@ -153,7 +159,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
     schemas.update(problem.pop("$defs", {}))
     schemas["Problem"] = problem
     schemes = document["components"].setdefault("securitySchemes", {})
-    schemes["bearer"] = {"type": "http", "scheme": "bearer", "description": "An API key, where the service has keys."}
+    schemes["bearer"] = {"type": "http", "scheme": "bearer", "description": "An API key, if the service requires one."}
     schemes["header"] = {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."}
     # FastAPI announces its own error form wherever there is a parameter; that form is never sent.
     for name in ("HTTPValidationError", "ValidationError"):
@@ -213,7 +219,7 @@ def _describe_errors(path: str, operation: dict[str, Any], form: dict[str, Any])
 
 
 def _describe_job_headers(responses: dict[str, Any]) -> None:
-    responses["200"]["description"] = "The file where Accept names an image type, else the job, which has ended."
+    responses["200"]["description"] = "The file if Accept names an image type, else the finished job."
     responses["200"]["headers"] = {**_JOB_HEADERS, "Server-Timing": _TIMES}
     location = {"schema": _TEXT, "description": "Path of the job."}
     responses["202"]["headers"] = {"Location": location, **_JOB_HEADERS}

@@ -24,191 +24,210 @@ from giantleap.service.settings import Settings
 
 
 class FieldProblem(BaseModel):
-    """One field that is not valid; its value is never repeated."""
+    """An invalid field. Its value is never repeated."""
 
-    field: str = Field(description="Its name; fields of a field are parted by dots.", examples=["steps"])
-    reason: str = Field(description="What came and what is allowed.")
+    field: str = Field(description="Name of the field; nested names are joined by dots.", examples=["steps"])
+    reason: str = Field(description="What was sent and what is allowed.")
 
 
 class Problem(BaseModel):
     """An error (RFC 9457). `code` is stable; `instance` is the X-Request-Id to look for in the log."""
 
     type: str = Field(description="The code as a URN.", examples=["urn:giantleap:problem:queue_full"])
-    title: str = Field(description="What the code means; the same for each error of this code.")
+    title: str = Field(description="Meaning of the code; the same for every error with this code.")
     status: int = Field(description="The HTTP status.")
-    detail: str = Field(description="What came, what is allowed, what to do.")
-    code: str = Field(description="What to decide by; it never changes.", examples=["queue_full"])
-    instance: str = Field(description="The X-Request-Id of the answer, under which the log has the request.")
+    detail: str = Field(description="What was sent, what is allowed, what to do.")
+    code: str = Field(description="Stable, machine-readable code of the error.", examples=["queue_full"])
+    instance: str = Field(description="The X-Request-Id of the response and of the log lines of the request.")
     retryable: bool = Field(description="Whether the same request may succeed later.")
     errors: list[FieldProblem] | None = Field(None, description="Only with code invalid_request.")
-    job_id: str | None = Field(None, description="The job that the error is about, where there is one.")
+    job_id: str | None = Field(None, description="Id of the job that the error is about, if any.")
     status_url: str | None = Field(None, description="Path of that job.")
-    needed_bytes: int | None = Field(None, description="Of does_not_fit: what the job needs.")
-    device_bytes: int | None = Field(None, description="Of does_not_fit: what the largest device has.")
-    largest: dict[str, int] | None = Field(None, description="Of does_not_fit: width and height that would fit.")
-    needed_megapixel_steps: float | None = Field(None, description="Of work_limited, over_budget: work of the job.")
-    megapixel_steps_per_minute: int | None = Field(None, description="Of work_limited, over_budget: the key's budget.")
-    reasons: list[str] | None = Field(None, description="Of /readyz: each reason.")
+    needed_bytes: int | None = Field(None, description="Only with does_not_fit: memory that the job needs.")
+    device_bytes: int | None = Field(None, description="Only with does_not_fit: memory of the largest device.")
+    largest: dict[str, int] | None = Field(
+        None, description="Only with does_not_fit: largest width and height that fit."
+    )
+    needed_megapixel_steps: float | None = Field(
+        None, description="Only with work_limited, over_budget: work of the job."
+    )
+    megapixel_steps_per_minute: int | None = Field(
+        None, description="Only with work_limited, over_budget: budget of the key."
+    )
+    reasons: list[str] | None = Field(None, description="Only of /readyz: each reason.")
 
 
 class ResultBody(BaseModel):
-    """One file that a job made."""
+    """One result file of a job."""
 
-    url: str = Field(description="Path of the file; signed, where the service signs: then it needs no key.")
+    url: str = Field(description="Path of the file; a signed path needs no API key.")
     content_type: str = Field(description="An image type, or application/x-safetensors.")
-    size_bytes: int = Field(description="Length of the file.")
-    seed: int | None = Field(description="Gives this image again; null for an upscale that is not refined.")
-    width: int | None = Field(description="Pixels.")
-    height: int | None = Field(description="Pixels.")
+    size_bytes: int = Field(description="Size of the file.")
+    seed: int | None = Field(description="Seed that reproduces this image; null for an upscale without a refine pass.")
+    width: int | None = Field(description="Width in pixels; null for a latent.")
+    height: int | None = Field(description="Height in pixels; null for a latent.")
 
 
 class JobBody(BaseModel):
     """A job. It never holds the prompt."""
 
     id: str = Field(description="A UUID in lower case.")
-    status: JobState = Field(description="queued and processing go on; succeeded, failed and canceled are final.")
-    kind: Literal["generate", "upscale"] = Field(description="The route that made it.")
-    bundle: str = Field(description="What runs it.")
-    method: Method = Field(description="How the image is enlarged: always the requested method.")
-    decode: DecodeName = Field(description="exact, or how the image differs from that.")
-    scale: int | float = Field(description="Enlargement of each side.")
-    priority: Priority = Field(description="high is claimed before low.")
-    seed: int | None = Field(description="Seed of the first image; null for an upscale that is not refined.")
-    created_at: str = Field(description="When it was accepted, RFC 3339 in UTC.", examples=["2026-11-20T13:45:00.123Z"])
-    started_at: str | None = Field(description="When a worker claimed it; null before.")
-    finished_at: str | None = Field(description="When it reached its final state; null before.")
-    queue_position: int | None = Field(description="Jobs that are claimed before this one; null once claimed.")
-    estimated_start_s: float | None = Field(
-        None, description="Seconds until it starts, from the jobs before it; null where it does not wait or none ended."
+    status: JobState = Field(description="queued, processing; final: succeeded, failed, canceled.")
+    kind: Literal["generate", "upscale"] = Field(description="Route that created the job.")
+    bundle: str = Field(description="Bundle that runs the job.")
+    method: Method = Field(
+        description="Upscaling method: the requested one or the bundle's default, never a substitute."
     )
-    cancel_requested: bool = Field(description="It will stop after the step that runs.")
-    stages: dict[str, float] = Field(description="Seconds spent in each stage, the queue included.")
-    warnings: list[str] = Field(description="For example words of the prompt that the bundle does not know.")
-    results: list[ResultBody] = Field(description="Its files; empty until it has succeeded.")
-    result_url: str | None = Field(description="The first result; null until the job has succeeded.")
-    status_url: str = Field(description="GET: this document as it is then.")
-    events_url: str = Field(description="GET: its progress as server-sent events; signed as the results are.")
-    cancel_url: str = Field(description="POST: cancel it.")
-    error: dict[str, Any] | None = Field(description="A problem, where status is failed.")
+    decode: DecodeName = Field(description="exact, tiled or tiny.")
+    scale: int | float = Field(description="Scale factor of each side.")
+    priority: Priority = Field(description="high is claimed before low.")
+    seed: int | None = Field(description="Seed of the first image; null for an upscale without a refine pass.")
+    created_at: str = Field(description="Time of acceptance, RFC 3339 in UTC.", examples=["2026-11-20T13:45:00.123Z"])
+    started_at: str | None = Field(description="Time of the first claim by a worker; null before.")
+    finished_at: str | None = Field(description="Time of the final state; null before.")
+    queue_position: int | None = Field(description="Number of jobs ahead in the queue; null once claimed.")
+    estimated_start_s: float | None = Field(
+        None, description="Estimated seconds until the start; null if the job does not wait or no estimate exists."
+    )
+    cancel_requested: bool = Field(description="Whether a cancel was requested; the job stops after the running step.")
+    stages: dict[str, float] = Field(description="Seconds spent in each stage, including the queue.")
+    warnings: list[str] = Field(description="Warnings, such as words of the prompt that the bundle does not know.")
+    results: list[ResultBody] = Field(description="Result files; empty until the job has succeeded.")
+    result_url: str | None = Field(description="Path of the first result; null until the job has succeeded.")
+    status_url: str = Field(description="GET: the current state of the job.")
+    events_url: str = Field(description="GET: progress as server-sent events; signed like results.")
+    cancel_url: str = Field(description="POST: cancel the job.")
+    error: dict[str, Any] | None = Field(description="Problem document if status is failed, else null.")
 
 
 class JobsBody(BaseModel):
     """A page of the caller's jobs, newest first."""
 
     jobs: list[JobBody] = Field(description="Newest first.")
-    next_cursor: str | None = Field(description="Send it as cursor for the next page; null on the last one.")
+    next_cursor: str | None = Field(description="Pass it as `cursor` to get the next page; null on the last page.")
 
 
 class DeadLetterBody(BaseModel):
-    """A job that failed for good."""
+    """A job that failed permanently."""
 
-    id: str = Field(description="The job.")
-    bundle: str = Field(description="What ran it.")
-    deliveries: int = Field(description="How often it was started.")
-    failed_at: str = Field(description="RFC 3339 in UTC.")
-    owner: str | None = Field(description="Name of its API key; null without keys, or once its record has expired.")
-    error: dict[str, Any] = Field(description="A problem.")
-    blocked_reason: str | None = Field(description="Why it cannot be retried; null where it can.")
+    id: str = Field(description="Id of the job.")
+    bundle: str = Field(description="Bundle that ran the job.")
+    deliveries: int = Field(description="Number of starts.")
+    failed_at: str = Field(description="Time of the failure, RFC 3339 in UTC.")
+    owner: str | None = Field(description="Name of the API key; null without keys or after the job record has expired.")
+    error: dict[str, Any] = Field(description="Problem document.")
+    blocked_reason: str | None = Field(description="Why the job cannot be retried; null if it can.")
 
 
 class DeadLettersBody(BaseModel):
-    """The jobs that failed for good."""
+    """Jobs that failed permanently."""
 
-    dead_letters: list[DeadLetterBody] = Field(description="The latest first.")
+    dead_letters: list[DeadLetterBody] = Field(description="Newest first.")
 
 
 class Version(BaseModel):
-    """What runs here."""
+    """The running version."""
 
-    version: str = Field(description="Of Giantleap.", examples=["0.1.0"])
+    version: str = Field(description="Version of Giantleap.", examples=["0.1.0"])
 
 
 class LatentSpaceBody(BaseModel):
     """The latents that /upscale takes for a bundle: scaled = (raw - shift) * scale, or (raw - mean) / std * scale."""
 
-    name: str = Field(description="What latent_space of /upscale is compared with.")
-    channels: int = Field(description="Of a raw latent.")
+    name: str = Field(description="Name to send as `latent_space` to /upscale.")
+    channels: int = Field(description="Channels of a raw latent.")
     stride: int = Field(description="Image pixels per latent pixel.")
-    scale: float = Field(description="Factor of a scaled latent.")
-    shift: float = Field(description="Taken from a raw latent before the factor.")
+    scale: float = Field(description="Factor applied to a raw latent to scale it.")
+    shift: float = Field(description="Subtracted from a raw latent before the factor is applied.")
     packing: Packing = Field(
-        description="flux: 2 x 2 patches become tokens; rows: pixels do; frame: a video of one frame; none: as it is."
+        description="Packing of scaled latents; flux: 2 x 2 patches as tokens; rows: latent pixels as tokens; frame: a "
+        "video of one frame; none: not packed."
     )
-    mean: list[float] | None = Field(description="Per channel, in place of shift; null where there is none.")
-    std: list[float] | None = Field(description="Per channel, divides before the factor; null where there is none.")
+    mean: list[float] | None = Field(description="Mean of each channel, used instead of shift; null if not used.")
+    std: list[float] | None = Field(
+        description="Standard deviation of each channel; divides before the factor; null if not used."
+    )
 
 
 class LoraBody(BaseModel):
     """A LoRA that requests for a bundle may name."""
 
-    name: str = Field(description="What loras of a request are compared with.")
-    base: str | None = Field(description="The model that it was made for, as its file says; null where it does not.")
-    rank: int = Field(description="The largest of its layers.")
-    size_bytes: int = Field(description="Of its file.")
-    sha256: str = Field(description="Of its file.")
+    name: str = Field(description="Name to send in `loras`.")
+    base: str | None = Field(description="Base model according to the file; null if it does not say.")
+    rank: int = Field(description="Largest rank of its layers.")
+    size_bytes: int = Field(description="Size of the file.")
+    sha256: str = Field(description="SHA-256 of the file.")
 
 
 class ModelBody(BaseModel):
-    """A bundle that jobs may name, with what a request gets that does not say, and what it may ask for."""
+    """A bundle with its defaults and limits."""
 
-    name: str = Field(description="What a request's bundle is compared with.")
-    title: str = Field(description="What it draws, in a line.")
-    license: str = Field(description="Of the base model.")
-    provenance: str = Field(description="Where its weights come from.")
-    method: Method = Field(description="The method by default.")
-    methods: dict[Method, list[int | float]] = Field(
-        description="The methods that the bundle has, with their enlargements."
+    name: str = Field(description="Name to send as `bundle`.")
+    title: str = Field(description="One-line description.")
+    license: str = Field(description="License of the base model.")
+    provenance: str = Field(description="Origin of the weights.")
+    method: Method = Field(description="Default method.")
+    methods: dict[Method, list[int | float]] = Field(description="Available methods with their scale factors.")
+    unavailable: dict[Method, str] = Field(description="Unavailable methods with the reason.")
+    decodes: list[DecodeName] = Field(description="Available decodes.")
+    from_image: bool = Field(description="Whether `init_image` is supported.")
+    mask: bool = Field(description="Whether `mask` is supported.")
+    max_images_in: int = Field(
+        description="Maximum number of reference images (`images` of /generate); 0: not supported."
     )
-    unavailable: dict[Method, str] = Field(description="The other methods, with the reason.")
-    decodes: list[DecodeName] = Field(description="The ways to decode that it has.")
-    from_image: bool = Field(description="Whether init_image is taken.")
-    mask: bool = Field(description="Whether a mask is taken with it.")
-    max_images_in: int = Field(description="Most reference images, images of /generate; 0: none.")
-    negative_prompt: bool = Field(description="Whether a negative prompt is taken.")
-    refine: bool = Field(description="Whether an enlarged latent can be refined.")
-    refine_unavailable: str | None = Field(description="Why not; null if it can.")
-    previews: bool = Field(description="Whether previews can be made on the way.")
-    scales: list[int | float] = Field(description="Every enlargement, by whatever method.")
-    steps: int = Field(description="Denoising steps by default.")
-    max_steps: int = Field(description="Most denoising steps.")
-    guidance_scale: float = Field(description="Weight of the prompt by default.")
-    scale: int | float = Field(description="Enlargement by default.")
-    base_width: int = Field(description="Pixels of the base image by default; the final one is `scale` times as wide.")
-    base_height: int = Field(description="Pixels, as base_width.")
-    min_base: int = Field(description="Smallest side of the base image, pixels.")
-    max_base: int = Field(description="Largest side of the base image, pixels.")
-    max_direct: int | None = Field(description="Largest side of an image that method direct draws, pixels.")
+    negative_prompt: bool = Field(description="Whether `negative_prompt` is supported.")
+    refine: bool = Field(description="Whether `refine` is supported.")
+    refine_unavailable: str | None = Field(description="Why `refine` is not supported; null if it is.")
+    previews: bool = Field(description="Whether `previews` is supported.")
+    scales: list[int | float] = Field(description="All scale factors of all methods.")
+    steps: int = Field(description="Default number of denoising steps.")
+    max_steps: int = Field(description="Maximum number of denoising steps.")
+    guidance_scale: float = Field(description="Default guidance scale.")
+    scale: int | float = Field(description="Default scale factor.")
+    base_width: int = Field(
+        description="Default width of the base image, pixels; the final image is `scale` times as wide."
+    )
+    base_height: int = Field(description="Default height of the base image, pixels.")
+    min_base: int = Field(description="Minimum side of the base image, pixels.")
+    max_base: int = Field(description="Maximum side of the base image, pixels.")
+    max_direct: int | None = Field(
+        description="Maximum side of an image of method `direct`, pixels; null if unavailable."
+    )
     multiple: int = Field(description="Sides of the base image are multiples of this, pixels.")
-    max_image_pixels: int = Field(description="Most pixels, width x height, of a final image.")
-    max_images: int = Field(description="Most images of one job.")
-    max_prompt_chars: int = Field(description="Longest prompt.")
-    closed_vocabulary: bool = Field(description="Words that are not in the vocabulary have no meaning; they are named.")
-    latent_space: LatentSpaceBody = Field(description="Its latents.")
-    loras: list[LoraBody] = Field(description="The LoRAs that fit it.")
-    engine: str = Field(description="What runs LUA.")
-    modes: dict[str, str] = Field(
-        description="How its weights are stored, moved, compiled and skipped; empty: plainly."
+    max_image_pixels: int = Field(description="Maximum pixels (width x height) of a final image.")
+    max_images: int = Field(description="Maximum number of images of one job.")
+    max_prompt_chars: int = Field(description="Maximum length of a prompt.")
+    closed_vocabulary: bool = Field(
+        description="Whether unknown words of a prompt have no meaning; `warnings` lists them."
     )
-    loaded: bool = Field(description="Whether a worker has it in memory; if none has, a job waits for the load.")
+    latent_space: LatentSpaceBody = Field(description="Latent space of the bundle.")
+    loras: list[LoraBody] = Field(description="LoRAs that fit the bundle.")
+    engine: str = Field(description="Engine that runs LUA.")
+    modes: dict[str, str] = Field(description="Memory modes: storage, offload, compilation and cache; empty: none.")
+    loaded: bool = Field(
+        description="Whether a worker has the bundle in memory; if not, a job waits until it is loaded."
+    )
 
 
 class Ready(BaseModel):
-    """Whether requests should be sent here, and if not, why."""
+    """Readiness of this process."""
 
-    ready: bool = Field(description="true: send requests here.")
-    reasons: list[str] = Field(description="Why not; empty where ready.")
-    warnings: list[str] = Field(description="How Redis may lose accepted jobs; empty where it is set up well.")
+    ready: bool = Field(description="Whether requests are accepted and run.")
+    reasons: list[str] = Field(description="Why the service is not ready; empty if it is.")
+    warnings: list[str] = Field(
+        description="Faults of the Redis configuration that may lose accepted jobs; empty if none."
+    )
 
 
 class WorkerBody(BaseModel):
-    """A live worker: its device, what it runs and what it has in memory."""
+    """A live worker."""
 
-    device: DeviceKind = Field(description="What it computes on.")
-    role: WorkerRole = Field(description="The stages that it runs.")
-    memory_bytes: int = Field(description="What weights and activations may use of the device.")
-    loaded_bytes: int = Field(description="In use once its bundles are loaded, or as many as may be at once.")
-    bundles: list[str] = Field(description="The bundles whose jobs it takes.")
-    loaded: list[str] = Field(description="Those of them that are in memory now.")
+    device: DeviceKind = Field(description="Device type.")
+    role: WorkerRole = Field(description="Stages that it runs.")
+    memory_bytes: int = Field(description="Device memory available for weights and activations.")
+    loaded_bytes: int = Field(description="Memory in use once its bundles, or as many as fit at once, are loaded.")
+    bundles: list[str] = Field(description="Bundles whose jobs it claims.")
+    loaded: list[str] = Field(description="Bundles in memory now.")
 
 
 def to_worker_body(device: Device) -> WorkerBody:

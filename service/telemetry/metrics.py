@@ -42,46 +42,60 @@ class Metrics:
         self.registry = registry if registry is not None else CollectorRegistry()
         self._rejections = self._counter("rejections", "Requests refused, by reason.", "reason")
         self._work = self._counter(
-            "megapixel_steps", "Work of the accepted jobs, as budgets count it.", "kind", "bundle"
+            "megapixel_steps",
+            "Work of accepted jobs in megapixel-steps, the unit of the keys' budgets.",
+            "kind",
+            "bundle",
         )
-        self._http_requests = self._counter("http_requests", "HTTP requests answered.", "route", "method", "code")
-        self._http_seconds = self._histogram("http_request_duration_seconds", "Time to answer.", "route", "method")
-        self._http_open = self._gauge("http_requests_open", "HTTP requests being answered now.", "livesum")
+        self._http_requests = self._counter("http_requests", "HTTP responses sent.", "route", "method", "code")
+        self._http_seconds = self._histogram("http_request_duration_seconds", "Time to respond.", "route", "method")
+        self._http_open = self._gauge("http_requests_open", "HTTP requests in progress.", "livesum")
 
         self._jobs = self._counter("jobs", "Jobs that reached a final state.", "kind", "bundle", "status")
         self._job_seconds = self._histogram(
-            "job_duration_seconds", "From acceptance to the final state: waiting and running.",
+            "job_duration_seconds", "Time from acceptance to the final state.",
             "kind", "bundle", "method", "scale", "status",
         )  # fmt: skip
-        self._wait_seconds = self._histogram("queue_wait_seconds", "From acceptance to the claim.", "priority")
+        self._wait_seconds = self._histogram(
+            "queue_wait_seconds", "Time from acceptance to the first claim.", "priority"
+        )
         self._stage_seconds = self._histogram(
             "stage_duration_seconds", "Time of one stage of one batch, device synchronized at both ends.",
             "stage", "bundle", "method", "scale", "engine", "warmup",
         )  # fmt: skip
-        self._images = self._counter("images", "Images made.", "bundle", "scale")
-        self._pixels = self._counter("pixels", "Pixels of the images made.", "bundle", "scale")
+        self._images = self._counter("images", "Images produced.", "bundle", "scale")
+        self._pixels = self._counter("pixels", "Pixels of the images produced.", "bundle", "scale")
         self._batch_items = self._histogram("batch_items", "Images in one batch.", "kind", buckets=BATCH_BUCKETS)
-        self._fenced = self._counter("fenced", "Finished jobs that were dropped because another worker owns them.")
+        self._fenced = self._counter("fenced", "Finished jobs whose result was dropped because the lease was lost.")
         self._retries = self._counter("retries", "Jobs handed back for another attempt.", "bundle")
-        self._failures = self._counter("job_failures", "Attempts that failed, by the error's code.", "bundle", "code")
+        self._failures = self._counter("job_failures", "Failed attempts, by error code.", "bundle", "code")
         self._filtered = self._counter(
-            "filtered_images", "Final images that a filter saw, by outcome.", "filter", "outcome"
+            "filtered_images", "Final images that a filter checked, by outcome.", "filter", "outcome"
         )
-        self._webhooks = self._counter("webhooks", "Attempts to deliver a webhook, by what came of them.", "outcome")
+        self._webhooks = self._counter("webhooks", "Attempts to deliver a webhook, by outcome.", "outcome")
 
         self._make_bundle_metrics()
         self._make_device_metrics()
         self._protocol = self._gauge(
-            "protocol_seconds", "The paper's timing protocol: batch 1 after warm-ups; never traffic.",
+            "protocol_seconds", "Timing protocol of the paper at start: batch 1, after warm-ups; not from traffic.",
             "livemostrecent", "bundle", "method", "scale", "image_px", "stage", "statistic",
         )  # fmt: skip
-        self._build = self._gauge("build_info", "Versions of the running code.", "livemax", "version", "python")
+        self._build = self._gauge(
+            "build_info", "Versions of Giantleap and Python; always 1.", "livemax", "version", "python"
+        )
         self._engine = self._gauge(
-            "engine_info", "What runs the networks.", "livemax", "bundle", "engine", "device", "dtype", "torch"
+            "engine_info",
+            "Engine, device and data type of a bundle; always 1.",
+            "livemax",
+            "bundle",
+            "engine",
+            "device",
+            "dtype",
+            "torch",
         )
         self._started = self._gauge(
             "process_start_time_seconds",
-            "When the youngest process of its role started, Unix time: each change is a start.",
+            "Start of the newest process of a role, Unix time.",
             "livemostrecent",
             "role",
         )
@@ -89,25 +103,25 @@ class Metrics:
 
     def _make_bundle_metrics(self) -> None:
         self._load_seconds = self._histogram("bundle_load_seconds", "Time to load a bundle.", "bundle")
-        self._load_failures = self._counter("bundle_load_failures", "Loads that failed.", "bundle")
-        self._evictions = self._counter("bundle_evictions", "Bundles that made room for others.", "bundle")
-        self._loaded = self._gauge("bundle_loaded", "Workers of this host that have it in memory.", "livesum", "bundle")
-        self._bundle_bytes = self._gauge("bundle_bytes", "Memory of a loaded bundle, as measured.", "livemax", "bundle")
+        self._load_failures = self._counter("bundle_load_failures", "Failed loads of a bundle.", "bundle")
+        self._evictions = self._counter("bundle_evictions", "Bundles dropped from memory to load another.", "bundle")
+        self._loaded = self._gauge(
+            "bundle_loaded", "Workers of this host that have the bundle in memory.", "livesum", "bundle"
+        )
+        self._bundle_bytes = self._gauge("bundle_bytes", "Measured memory of a loaded bundle.", "livemax", "bundle")
 
     def _make_device_metrics(self) -> None:
         self._busy_seconds = self._counter(
-            "device_busy_seconds", "Time in which stages ran on the device: all but load and encode.", "device"
+            "device_busy_seconds", "Time in which the device ran stages (all but load and encode).", "device"
         )
         self._peak_bytes = self._gauge(
             "peak_memory_bytes",
-            "Peak memory of the last batch; source says what was measured.",
+            "Peak memory of the last batch; `source` is what was measured.",
             "livemax",
             "device",
             "source",
         )
-        self._device_bytes = self._gauge(
-            "device_memory_bytes", "Memory of the device that jobs may take.", "livemax", "device"
-        )
+        self._device_bytes = self._gauge("device_memory_bytes", "Device memory that jobs may use.", "livemax", "device")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"giantleap_{name}", text, labels, registry=self.registry)
@@ -270,26 +284,30 @@ class QueueCollector(Collector):
             return
         yield from _depths(stats)
         yield _family("queue_oldest_age_seconds", "Age of the oldest waiting job.", stats.oldest_age_s)
-        yield _family("queue_limit", "Most jobs queued and running at once.", stats.limit)
-        yield _family("queue_processing", "Jobs that a worker has claimed.", stats.processing)
-        yield _family("queue_delayed", "Jobs that wait for their next attempt.", stats.delayed)
+        yield _family("queue_limit", "Maximum jobs queued and running at once.", stats.limit)
+        yield _family("queue_processing", "Jobs claimed by a worker.", stats.processing)
+        yield _family("queue_delayed", "Jobs waiting for a retry.", stats.delayed)
         yield _family("queue_dead_lettered", "Jobs in the dead-letter stream.", stats.dead_lettered)
         yield _family("workers_live", "Workers that are ready and alive.", stats.live_workers)
-        by_stage = GaugeMetricFamily("giantleap_stage_workers_live", "Those that run this stage.", labels=("stage",))
+        by_stage = GaugeMetricFamily(
+            "giantleap_stage_workers_live", "Live workers that run a stage.", labels=("stage",)
+        )
         for stage in ("generate", "upscale", "decode"):
             others = stats.decode_workers if stage == "generate" else stats.generate_workers
             by_stage.add_metric((stage,), stats.live_workers - others)
         yield by_stage
         yield _family("blob_bytes", "Bytes of inputs and results in Redis.", stats.blob_bytes)
-        yield _family("blob_budget_bytes", "Most bytes of inputs and results in Redis.", stats.blob_budget_bytes)
+        yield _family("blob_budget_bytes", "Maximum bytes of inputs and results in Redis.", stats.blob_budget_bytes)
 
 
 def _depths(stats: QueueStats) -> Iterator[Metric]:
     """Waiting jobs by bundle and priority: all of them, and those in the finish queues."""
     labels = ("bundle", "priority")
-    depth = GaugeMetricFamily("giantleap_queue_depth", "Jobs that wait to be claimed.", labels=labels)
+    depth = GaugeMetricFamily("giantleap_queue_depth", "Jobs waiting to be claimed.", labels=labels)
     finish = GaugeMetricFamily(
-        "giantleap_finish_queue_depth", "Those of them that wait for upscale and decode only.", labels=labels
+        "giantleap_finish_queue_depth",
+        "Jobs in `giantleap_queue_depth` that wait only for upscale and decode.",
+        labels=labels,
     )
     for bundle, priority in sorted({(to_bundle(queue), priority) for queue, priority in stats.queued}):
         left = stats.queued.get((f"{bundle}{FINISH}", priority), 0)
@@ -313,7 +331,7 @@ class RestartCollector(Collector):
         for role, text in (("worker", "Workers"), ("api", "API processes")):
             family = CounterMetricFamily(
                 f"giantleap_{role}_restarts",
-                f"{text} of this host that ended by themselves, by reason.",
+                f"{text} of this host that exited unexpectedly, by reason.",
                 labels=("reason",),
             )
             for reason in _ENDS:  # also zeros: a rate needs the value before the first increase

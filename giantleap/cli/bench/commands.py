@@ -37,9 +37,9 @@ from giantleap.service.errors import GiantleapError
 
 app = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
 
-ScaleOption = Annotated[list[float] | None, typer.Option(help="Scales to time, repeatable; by default all.")]
-WarmupsOption = Annotated[int, typer.Option(help="Runs before those that count.", min=0)]
-RunsOption = Annotated[int, typer.Option(help="Runs that count.", min=1)]
+ScaleOption = Annotated[list[float] | None, typer.Option(help="Scale factor to measure, repeatable; default: all.")]
+WarmupsOption = Annotated[int, typer.Option(help="Warm-up runs, not measured.", min=0)]
+RunsOption = Annotated[int, typer.Option(help="Measured runs.", min=1)]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Also write the results as JSON lines; - for standard output.")
 ]
@@ -58,7 +58,7 @@ def protocol(
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Time the route by the paper's protocol: batch 1, one device, warm-ups, then the median per stage."""
+    """Measure the stages by the paper's protocol: batch 1, one device, warm-ups, then the median per stage."""
     check_output_file(json_out)
     settings = settings_from(bundle=bundle, device=device)
     served = read_bundles(settings)[0]
@@ -91,14 +91,14 @@ def protocol(
 @app.command()
 def engines(
     scale: ScaleOption = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Also torch-compile, which takes minutes.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Include torch-compile, which takes minutes.")] = False,
     warmups: WarmupsOption = 3,
     runs: RunsOption = 10,
     json_out: JsonOption = None,
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Time every engine that runs LUA here, in turns, with its error: a table for choosing GIANTLEAP_ENGINE."""
+    """Measure time and error of every engine that runs LUA on this machine, to choose GIANTLEAP_ENGINE."""
     check_output_file(json_out)
     settings = settings_from(bundle=bundle, device=device)
     served = read_bundles(settings)[0]
@@ -123,9 +123,11 @@ def engines(
 
 @app.command()
 def paper(
-    out: Annotated[Path, typer.Option(help="Directory of the results; a run goes on with what is there.")],
-    captions: Annotated[Path | None, typer.Option(help="JSON list of prompts, used in turn; none: one prompt.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Methods, repeatable; by default all.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the results; run again with the same one to resume.")],
+    captions: Annotated[
+        Path | None, typer.Option(help="JSON list of prompts, used in turn; default: one prompt.")
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Method to measure, repeatable; default: all.")] = None,
     scale: ScaleOption = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first image.", min=0)] = 42,
@@ -133,16 +135,16 @@ def paper(
     runs: RunsOption = 20,
     refine_strength: RefineStrengthOption = None,
     refine_steps: RefineStepsOption = None,
-    images: Annotated[int, typer.Option(help="Images for FID, KID and CLIP, if more than the runs.", min=0)] = 0,
-    reference: Annotated[Path | None, typer.Option(help="Folder of true pictures, for FID and KID.")] = None,
+    images: Annotated[int, typer.Option(help="Minimum number of images for FID, KID and CLIP.", min=0)] = 0,
+    reference: Annotated[Path | None, typer.Option(help="Folder of real images, for FID and KID.")] = None,
     inception: Annotated[Path | None, typer.Option(help="Weights of torch-fidelity's Inception, for FID, KID.")] = None,
-    clip: Annotated[Path | None, typer.Option(help="Directory of a CLIP, for the CLIP score.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="Directory of a CLIP model, for the CLIP score.")] = None,
     patch_px: Annotated[int, typer.Option(help="Side of the crops of patch FID and KID.", min=1)] = 1024,
     kid_subset_size: Annotated[int, typer.Option(help="Images in each subset of KID.", min=2)] = 1000,
     bundle: BundleOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Measure every method at every scale as Table 1 of the paper: JSON, Markdown tables and a sheet of crops."""
+    """Measure every method at every scale, as Table 1 of the paper. Writes JSON, Markdown and a sheet of crops."""
     if find_spec("torchmetrics") is None:  # checked before hours of images
         stop(f"torchmetrics is missing: {install_hint('bench')}")
     check_output_directory(out)

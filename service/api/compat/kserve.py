@@ -60,7 +60,7 @@ class InputParameters(JsonRequest):
 
 
 class InferInput(JsonRequest):
-    """The tensor to enlarge."""
+    """The latent to upscale."""
 
     name: Literal["latent"]
     datatype: Literal["FP32", "FP16", "BF16"]
@@ -83,7 +83,7 @@ class InferOutput(JsonRequest):
 
 
 class InferParameters(JsonRequest):
-    """How to enlarge; each as in the query of /upscale."""
+    """How to upscale; each as in the query of /upscale."""
 
     scale: Scale | None = None
     method: str | None = None
@@ -92,15 +92,15 @@ class InferParameters(JsonRequest):
     decode: str | None = None
     width: Integer | None = None
     height: Integer | None = None
-    output_format: FormatName | None = Field(default=None, description="Of the output image; png if left out.")
+    output_format: FormatName | None = Field(default=None, description="Format of the output image; default: png.")
     compression: str | None = None
     quality: Integer | None = None
     priority: Integer = Field(default=0, ge=0, le=2, description="0 and 1: high; 2: low.")
     timeout: Integer | None = Field(
-        default=None, ge=1, le=MAX_CANCEL_AFTER_S * 10**6, description="Deadline, microseconds, as Cancel-After."
+        default=None, ge=1, le=MAX_CANCEL_AFTER_S * 10**6, description="Deadline in microseconds, like Cancel-After."
     )
     binary_data_output: bool = Field(
-        default=False, description="Send outputs as bytes where they do not say themselves."
+        default=False, description="Send outputs as bytes unless an output sets `binary_data`."
     )
 
 
@@ -124,7 +124,7 @@ class TensorMetadata(BaseModel):
 
     name: str
     datatype: str
-    shape: list[int] = Field(description="-1: any number.")
+    shape: list[int] = Field(description="Shape; -1: any size.")
 
 
 class ServerMetadata(BaseModel):
@@ -186,26 +186,26 @@ class Inference:
 
 @router.get("")
 async def get_server() -> ServerMetadata:
-    """What this server is, and the extensions that it knows."""
+    """Name, version and extensions of this server."""
     return ServerMetadata(name="giantleap", version=version("giantleap"), extensions=["binary_tensor_data"])
 
 
 @router.get("/health/live")
 async def get_live() -> ServerLive:
-    """This process answers."""
+    """Liveness of this process."""
     return ServerLive(live=True)
 
 
 @router.get("/health/ready", responses=describe_responses({}, 503, model=KServeError))
 async def get_ready(state: AppStateDep) -> ServerReady:
-    """Requests are accepted and run."""
+    """Readiness of the service."""
     await _require_ready(state)
     return ServerReady(ready=True)
 
 
 @router.get("/models/{model}", responses=describe_responses({}, 404, model=KServeError))
 async def get_model(model: str, state: AppStateDep) -> ModelMetadata:
-    """The tensors of a bundle: raw latents, and files of images."""
+    """Inputs and outputs of a bundle: raw latents, and image files."""
     bundle = find_bundle(state, model).bundle
     latent = TensorMetadata(name="latent", datatype="FP32", shape=[-1, bundle.latent_space.channels, -1, -1])
     image = TensorMetadata(name="image", datatype="BYTES", shape=[-1])
@@ -214,7 +214,7 @@ async def get_model(model: str, state: AppStateDep) -> ModelMetadata:
 
 @router.get("/models/{model}/ready", responses=describe_responses({}, 404, 503, model=KServeError))
 async def get_model_ready(model: str, state: AppStateDep) -> ModelReady:
-    """Requests for this bundle are accepted and run."""
+    """Readiness of a bundle."""
     find_bundle(state, model)
     await _require_ready(state)
     return ModelReady(name=model, ready=True)
@@ -242,7 +242,7 @@ async def post_infer(
     state: AppStateDep,
     options: CompatOptionsDep,
     inference_header_content_length: Annotated[
-        int | None, Header(ge=0, description="Bytes of the JSON, where a tensor follows it.")
+        int | None, Header(ge=0, description="Length of the JSON in bytes, if a tensor follows it.")
     ] = None,
 ) -> Response:
     """Enlarge a latent: to the larger latent, or decoded once to images."""

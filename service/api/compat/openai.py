@@ -76,36 +76,36 @@ _SIZE = Pattern(
 
 
 class ImagesRequest(JsonRequest):
-    """A prompt to draw, with OpenAI's field names; the last nine fields are our own."""
+    """A request to generate, with OpenAI's field names; the last nine fields are extensions."""
 
-    prompt: str = Field(description="What to draw.")
-    model: str | None = Field(default=None, max_length=128, description="A bundle; the first one if left out.")
-    n: Integer | None = Field(default=None, description="Images of this request; 1 if left out.")
+    prompt: str = Field(description="Prompt.")
+    model: str | None = Field(default=None, max_length=128, description="Name of a bundle; default: the first one.")
+    n: Integer | None = Field(default=None, description="Number of images; default: 1.")
     size: Annotated[str, _SIZE] | None = Field(
         default=None, description="WIDTHxHEIGHT of the final image, pixels; auto: the bundle's."
     )
-    response_format: Literal["b64_json", "url"] | None = Field(default=None, description="Both if left out.")
-    output_format: FormatName | None = Field(default=None, description="png if left out.")
-    quality: Literal["auto", "standard"] | None = Field(default=None, description="The bundle's steps.")
-    background: Literal["auto", "opaque"] | None = Field(default=None, description="Images are opaque.")
-    stream: bool | None = Field(default=None, description="Answer as events.")
+    response_format: Literal["b64_json", "url"] | None = Field(default=None, description="Default: both.")
+    output_format: FormatName | None = Field(default=None, description="Default: png.")
+    quality: Literal["auto", "standard"] | None = Field(default=None, description="Accepted; changes nothing.")
+    background: Literal["auto", "opaque"] | None = Field(default=None, description="Accepted; images are opaque.")
+    stream: bool | None = Field(default=None, description="Send the response as server-sent events.")
     partial_images: Integer | None = Field(
-        default=None, ge=0, le=3, description="At most so many previews, small JPEGs, are sent before each image."
+        default=None, ge=0, le=3, description="Maximum number of previews (small JPEGs) per image, sent with `stream`."
     )
     output_compression: Integer | None = Field(
-        default=None, ge=0, le=100, description="The quality of JPEG and WebP, 95 if left out; of PNG only 100."
+        default=None, ge=0, le=100, description="Quality of JPEG and WebP; default: 95. PNG: only 100."
     )
-    moderation: Literal["auto", "low"] | None = Field(default=None, description="Prompts are not moderated.")
-    style: Literal["vivid"] | None = Field(default=None, description="vivid, its default; it changes nothing.")
+    moderation: Literal["auto", "low"] | None = Field(default=None, description="Accepted; prompts are not moderated.")
+    style: Literal["vivid"] | None = Field(default=None, description="Accepted; changes nothing.")
     user: str | None = Field(default=None, max_length=512, description="Ignored.")
     safety_identifier: str | None = Field(default=None, max_length=512, description="Ignored.")
     negative_prompt: str | None = None
     num_inference_steps: Integer | None = None
     guidance_scale: float | None = None
     seed: Integer | None = None
-    scale: Scale | None = Field(default=None, description="Enlargement of the base latent.")
+    scale: Scale | None = Field(default=None, description="Scale factor.")
     method: Method | None = None
-    refine: RefineRequest | None = Field(default=None, description="Sample the enlarged latent again.")
+    refine: RefineRequest | None = Field(default=None, description="Refine pass; default: none.")
     loras: Loras = LORAS_FIELD
     compression: Compression | None = CompressionField
 
@@ -129,7 +129,7 @@ class ImageData(BaseModel):
     """One image."""
 
     b64_json: str | None = None
-    url: str | None = Field(default=None, description="Readable until the job's time to live has passed.")
+    url: str | None = Field(default=None, description="Valid until the job's time to live has passed.")
     seed: int | None = None
 
 
@@ -148,7 +148,7 @@ class OpenAIModel(BaseModel):
 
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(default=0, description="Not known: 0.")
+    created: int = Field(default=0, description="Always 0: not known.")
     owned_by: str = "giantleap"
 
 
@@ -161,7 +161,7 @@ class OpenAIModels(BaseModel):
 
 @router.get("/models")
 async def list_models(state: AppStateDep) -> OpenAIModels:
-    """The bundles that requests may name, the default first, and the aliases of the settings."""
+    """List bundles, the default first, and their aliases."""
     return OpenAIModels(data=[OpenAIModel(id=name) for name in (*state.bundles, *state.settings.model_aliases)])
 
 
@@ -185,7 +185,7 @@ async def get_model(model: str, state: AppStateDep) -> OpenAIModel:
 async def post_generation(
     request: Request, body: ImagesRequest, state: AppStateDep, options: CompatOptionsDep
 ) -> Response:
-    """Draw a prompt; the images come as base64 text, by URL, or as an event."""
+    """Generate images from a prompt; returned as base64, by URL, or as events."""
     job, _ = plan_job(body, state, options)
     return await respond(request, state, body, job, None, options)
 
@@ -229,7 +229,7 @@ async def get_content(
     state: AppStateDep,
     index: Annotated[int, Query(ge=0, le=9999, description="Which image, from 0.")] = 0,
 ) -> Response:
-    """The file of an image that was answered by URL."""
+    """Download an image that was returned by URL."""
     return await result_response(request, state, record, index)
 
 

@@ -47,10 +47,12 @@ _JSON_FIELDS = frozenset(
 
 
 class EditsRequest(ImagesRequest):
-    """The fields of an edit beside its files: those of a generation, and two more."""
+    """The fields of an edit other than its files: those of a generation, and two more."""
 
-    input_fidelity: Literal["low"] | None = Field(default=None, description="Its default; it changes nothing.")
-    strength: float | None = Field(default=None, description="How far to leave the image, as of /generate.")
+    input_fidelity: Literal["low"] | None = Field(default=None, description="Accepted; changes nothing.")
+    strength: float | None = Field(
+        default=None, description="Share of the steps to run from the image, as in /generate."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def _form_body() -> dict[str, Any]:
     openapi_extra=_form_body(),
 )
 async def post_edit(request: Request, state: AppStateDep, options: CompatOptionsDep) -> Response:
-    """Edit images after a prompt; what is transparent in the mask is drawn anew."""
+    """Edit images with a prompt; transparent areas of the mask are generated again."""
     require_media_type(request, FORM_TYPE)
     form = await read_form(request)
     job, blob = await asyncio.to_thread(plan_edit, form, state, options)

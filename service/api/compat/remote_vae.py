@@ -82,17 +82,19 @@ class DecodeQuery(ScalingQuery):
 
     shape: list[int] = Field(min_length=1, max_length=5)
     dtype: Literal["float32", "float16", "bfloat16"]
-    do_scaling: bool = Field(default=False, description="The latent is scaled as the bundle's pipeline does it.")
+    do_scaling: bool = Field(
+        default=False, description="Whether the latent is scaled as the bundle's pipeline returns it."
+    )
     output_type: Literal["pil", "pt"] = Field(default="pil", description="A file, or the bytes of a tensor.")
-    image_format: FormatName = Field(default="jpeg", description="Of output_type pil; jpg is jpeg.")
+    image_format: FormatName = Field(default="jpeg", description="File format with output_type pil; jpg is jpeg.")
     input_tensor_type: Literal["binary"] = Field(default="binary", description="Older clients send it.")
     output_tensor_type: Literal["binary"] = Field(default="binary", description="Older clients send it.")
     partial_postprocess: bool = Field(
-        default=False, description="Of output_type pt: uint8 [B, H, W, 3]; else float16 [B, 3, H, W] in [-1, 1]."
+        default=False, description="With output_type pt: uint8 [B, H, W, 3]; else float16 [B, 3, H, W] in [-1, 1]."
     )
-    height: int | None = Field(default=None, description="Of the image of a packed tensor, pixels.")
+    height: int | None = Field(default=None, description="Height of the image of a packed latent, pixels.")
     width: int | None = None
-    scale: Scale = Field(default=1, description="Enlarge the latent before its decode.")
+    scale: Scale = Field(default=1, description="Scale factor of the upscale before the decode.")
     method: Literal["lua", "bicubic", "swinir"] | None = None
     decode: DecodeName = "exact"
 
@@ -106,7 +108,7 @@ class DecodeQuery(ScalingQuery):
 async def post_decode(
     bundle: str, request: Request, query: Annotated[DecodeQuery, Query()], state: AppStateDep, options: CompatOptionsDep
 ) -> Response:
-    """Decode a latent once, as it is or enlarged."""
+    """Decode a latent, after upscaling it if a scale is given."""
     served = find_bundle(state, bundle)
     require_media_type(request, TENSOR_TYPE, OCTETS_TYPE)
     body = await request.body()

@@ -43,7 +43,7 @@ from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 router = APIRouter(tags=["create"])
 
 _PROBLEMS = (400, 406, 409, 413, 415, 422, 429, 503, 504)
-_ACCEPTED = {"model": JobBody, "description": "Queued; Location is where to follow it."}
+_ACCEPTED = {"model": JobBody, "description": "Queued; follow the job at Location."}
 _VARY = {"Vary": "Accept, Prefer"}
 
 
@@ -57,7 +57,7 @@ def _responses(*file_types: str) -> dict[int | str, dict[str, Any]]:
 async def post_generate(
     request: Request, body: GenerateRequest, options: SubmitOptionsDep, state: AppStateDep
 ) -> Response:
-    """Draw a prompt: generate a small latent, enlarge it, decode it once."""
+    """Generate an image from a prompt: generate a latent, upscale it, decode it once."""
     served = state.select_bundle(body.bundle)
     response_type, output_format = _choose_format(options.accept, body.output_format)
     if response_type != JSON_TYPE and body.num_images != 1:
@@ -83,7 +83,7 @@ async def post_generate(
 async def post_upscale(
     request: Request, query: Annotated[UpscaleQuery, Query()], options: SubmitOptionsDep, state: AppStateDep
 ) -> Response:
-    """Enlarge a latent (safetensors or .npy) or an image; decode it once, or answer the larger latent."""
+    """Upscale a latent (safetensors or .npy) or an image; return the decoded image or the larger latent."""
     body, content_type, fields = await read_upload(request, len(UpscaleQuery.model_fields))
     query = _with_fields(query, fields)
     served = state.select_bundle(query.bundle)
@@ -123,7 +123,7 @@ async def put_job(
     options: SubmitOptionsDep,
     state: AppStateDep,
 ) -> Response:
-    """Make a job under a UUID of your own: JSON as of /generate, a latent or an image as of /upscale."""
+    """Create a job under a UUID of your own: JSON as in /generate, a latent or an image as in /upscale."""
     if not JOB_ID.fullmatch(job_id):
         raise InvalidFields(("job_id", "is not a UUID in lower case, such as uuidgen makes"))
     if options.idempotency_key is not None:

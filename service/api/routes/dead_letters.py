@@ -19,7 +19,7 @@ async def list_dead_letters(
     state: AppStateDep,
     limit: Annotated[int, Query(ge=1, le=MAX_PER_PAGE, description="Most jobs to list.")] = 20,
 ) -> DeadLettersBody:
-    """The jobs that failed for good, the latest first, and whether each can be retried."""
+    """List jobs that failed permanently, newest first, and whether each can be retried."""
     letters = await state.dead_letters.list(limit)
     return DeadLettersBody(dead_letters=[to_dead_letter_body(letter) for letter in letters])
 
@@ -31,7 +31,7 @@ async def list_dead_letters(
     responses=describe_responses({}, 404, 409, 422, 429, 503),
 )
 async def retry_dead_letter(request: Request, job_id: JobId, state: AppStateDep) -> Response:
-    """Enqueue the job again, as a new job of the same owner; it leaves the list."""
+    """Enqueue a dead letter again, as a new job of the same owner, and remove it from the list."""
     retry = await state.dead_letters.retry(job_id)
     record = JobRecord(
         retry.job,
@@ -44,6 +44,6 @@ async def retry_dead_letter(request: Request, job_id: JobId, state: AppStateDep)
 
 @router.delete("/{job_id}", status_code=204, responses=describe_responses({}, 404, 503))
 async def drop_dead_letter(job_id: JobId, state: AppStateDep) -> Response:
-    """Take the job off the list. Its record stays until it expires; DELETE /jobs/{job_id} removes it too."""
+    """Remove a dead letter from the list. Its record stays until it expires; DELETE /jobs/{job_id} removes it too."""
     await state.dead_letters.drop(job_id)
     return Response(status_code=204)

@@ -16,34 +16,34 @@ router = APIRouter(tags=["service"])
 
 @router.get("/models")
 async def get_models(state: AppStateDep) -> list[ModelBody]:
-    """The bundles that jobs may name, the default first."""
+    """List bundles with defaults and limits, the default first."""
     loaded = {name for device in state.producer.devices for name in device.loaded}
     return [to_model_body(served, state.settings, name in loaded) for name, served in state.bundles.items()]
 
 
 @router.get("/workers", responses=describe_responses({}, 503))
 async def get_workers(state: AppStateDep) -> list[WorkerBody]:
-    """The live workers of all hosts."""
+    """List the live workers of all hosts."""
     await state.producer.read_devices()
     return [to_worker_body(device) for device in state.producer.devices]
 
 
 @router.get("/livez")
 async def get_live() -> dict[str, bool]:
-    """This process answers."""
+    """Liveness: this process responds."""
     return {"live": True}
 
 
 @router.get("/version")
 async def get_version() -> Version:
-    """The version that runs here."""
+    """Get the running version."""
     return Version(version=version("giantleap"))
 
 
 @router.get("/health", response_model=Ready, responses=describe_responses({}, 503), name="get_health")
 @router.get("/readyz", response_model=Ready, responses=describe_responses({}, 503))
 async def get_ready(request: Request, state: AppStateDep) -> Ready | Response:
-    """Jobs are accepted and run: Redis answers, workers of all stages live, this process is not stopping."""
+    """Readiness: Redis responds, every stage has a live worker, this process is not stopping."""
     reasons, warnings = await state.unready_reasons(), list(state.producer.warnings)
     if not reasons:
         return Ready(ready=True, reasons=[], warnings=warnings)
@@ -52,7 +52,7 @@ async def get_ready(request: Request, state: AppStateDep) -> Ready | Response:
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def get_metrics(state: AppStateDep) -> Response:
-    """Prometheus metrics of all processes of this host, and the queue as it is now."""
+    """Get Prometheus metrics of all processes of this host and of the queue."""
     try:
         stats = await state.producer.stats()
     except NotReady:

@@ -37,11 +37,13 @@ async def list_jobs(
     request: Request,
     state: AppStateDep,
     caller: CallerDep,
-    status: Annotated[JobState | None, Query(description="Only jobs of this state.")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PER_PAGE, description="Most jobs of one page.")] = 20,
-    cursor: Annotated[str | None, Query(pattern=CURSOR_PATTERN, description="next_cursor of the page before.")] = None,
+    status: Annotated[JobState | None, Query(description="Only jobs with this status.")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PER_PAGE, description="Maximum number of jobs per page.")] = 20,
+    cursor: Annotated[
+        str | None, Query(pattern=CURSOR_PATTERN, description="next_cursor of the previous page.")
+    ] = None,
 ) -> JobsBody:
-    """The caller's own jobs, newest first, as long as their records live."""
+    """List the caller's jobs, newest first, until their records expire."""
     page = await state.producer.list_jobs(caller.name, status, limit, cursor)
     bodies = [to_job_body(record, links_of(request)) for record in page.records]
     return JobsBody(jobs=bodies, next_cursor=page.next_cursor)
@@ -49,7 +51,7 @@ async def list_jobs(
 
 @router.get("/jobs/{job_id}", response_model=JobBody, responses=describe_responses({}, 404, 503))
 async def get_job(request: Request, record: RecordDep) -> Response:
-    """The job's state."""
+    """Get a job."""
     return job_response(request, record)
 
 
@@ -64,10 +66,12 @@ async def get_result(
     request: Request,
     record: RecordDep,
     state: AppStateDep,
-    index: Annotated[int, Query(ge=0, le=9999, description="Which result, from 0.")] = 0,
-    prefer: Annotated[str | None, Header(description="return=representation: the bytes, never a redirect.")] = None,
+    index: Annotated[int, Query(ge=0, le=9999, description="Index of the result, from 0.")] = 0,
+    prefer: Annotated[
+        str | None, Header(description="return=representation: return the bytes, never a redirect.")
+    ] = None,
 ) -> Response:
-    """The bytes of one result, or a redirect to them. 409 before the job has succeeded; its problem where it failed."""
+    """Download one result. 409 before the job has succeeded; the job's problem if it failed."""
     return await result_response(request, state, record, index, prefers_bytes(prefer))
 
 
@@ -81,7 +85,7 @@ async def get_events(
     state: AppStateDep,
     last_event_id: Annotated[str | None, Header(description="Resume after this event.")] = None,
 ) -> Response:
-    """Progress as server-sent events: queued, started, step, preview, progress, stage, retrying; done ends it."""
+    """Stream progress as server-sent events: queued, started, step, preview, progress, stage, retrying, done."""
     after = state.producer.events(record.job.id, read_last_event_id(last_event_id))
     events = await open_events(after, record.state.final)
     if events is None:
@@ -96,24 +100,24 @@ async def get_events(
     responses=describe_responses({200: {"content": file_content(ZIP_TYPE)}}, 404, 409, 422, 503),
 )
 async def get_results(record: RecordDep, state: AppStateDep) -> Response:
-    """All results as one zip file: 0.png, 1.png, ... The same errors as for one result."""
+    """Download all results as one zip file: 0.png, 1.png, ... The errors are those of a single result."""
     return await results_response(state, record)
 
 
 @router.delete(
     "/jobs/{job_id}",
     response_model=JobBody,
-    responses=describe_responses({204: {"description": "Deleted: it had ended."}}, 404, 503),
+    responses=describe_responses({204: {"description": "Deleted."}}, 404, 503),
 )
 async def delete_job(request: Request, record: RecordDep, state: AppStateDep) -> Response:
-    """Delete the job with its results where it has ended; cancel it where it has not, and answer its state."""
+    """Delete a job: with its results if it has ended (204), else cancel it (200, with its state)."""
     canceled = await state.producer.delete(record.job.id)
     return Response(status_code=204) if canceled is None else job_response(request, canceled)
 
 
 @router.post("/jobs/{job_id}/cancel", response_model=JobBody, responses=describe_responses({}, 404, 409, 503))
 async def cancel_job(request: Request, record: RecordDep, state: AppStateDep) -> Response:
-    """Cancel the job: at once where it waits, at the next step or strip where it runs. Safe to repeat."""
+    """Cancel a job: at once if it waits, at the next step or strip if it runs. Safe to repeat."""
     canceled = await state.producer.cancel(record.job.id)
     if canceled is None:
         raise NotFound(UNKNOWN_JOB)

@@ -26,7 +26,7 @@ _CACHED: Final = {"Cache-Control": "no-cache"}
 
 @router.get("/")
 async def get_root(request: Request) -> Response:
-    """Lead browsers to the page."""
+    """Redirect browsers to the page."""
     if "text/html" not in request.headers.get("accept", ""):
         raise NotFound("there is nothing at /; /docs describes the API")
     return RedirectResponse(UI_PATH.removeprefix("/"), headers={"Vary": "Accept"})

@@ -23,40 +23,42 @@ _FORM = {
 
 
 class XmpBody(BaseModel):
-    """What an XMP packet says; anyone can write and remove one."""
+    """The content of the XMP packet, which anyone can write or remove."""
 
-    digital_source_type: str | None = Field(description="IPTC's URL of how the image was made.")
-    creator_tool: str | None = Field(description="The program that made it.")
-    parameters: str | None = Field(description="Prompt, seed and so on, where the request asked for them.")
+    digital_source_type: str | None = Field(description="IPTC digital source type, a URL.")
+    creator_tool: str | None = Field(description="Program that made the image.")
+    parameters: str | None = Field(description="Prompt, seed and other parameters, if the request embedded them.")
 
 
 class ManifestBody(BaseModel):
-    """What a C2PA manifest says."""
+    """The content of the C2PA manifest."""
 
     state: ManifestState = Field(
-        description="none; valid: signature and file match; trusted: and a list here has the certificate; invalid; "
-        "remote: elsewhere, not fetched; not_checked: no c2pa-python here."
+        description="none: there is no manifest; valid: signature and file match; trusted: valid, and on the "
+        "trust list here; invalid; remote: elsewhere, not fetched; not_checked: c2pa-python is not installed."
     )
     signed_by: str | None = Field(description="Owner and issuer of the certificate.")
-    generator: str | None = Field(description="What wrote the manifest.")
-    digital_source_type: str | None = Field(description="As of XMP, and signed.")
-    problems: list[str] = Field(description="C2PA's codes of what does not match.")
+    generator: str | None = Field(description="Program that wrote the manifest.")
+    digital_source_type: str | None = Field(description="IPTC digital source type, signed.")
+    problems: list[str] = Field(description="C2PA status codes of what does not match.")
 
 
 class WatermarkBody(BaseModel):
-    """A mark that was found in the pixels; anyone can put one in."""
+    """The watermark in the pixels, which anyone can embed."""
 
-    number: int = Field(description="GIANTLEAP_WATERMARK of the service that drew the image.")
-    score: float = Field(description="Standard deviations above chance.")
+    number: int = Field(description="GIANTLEAP_WATERMARK of the service that made the image.")
+    score: float = Field(description="Score of the match, in standard deviations above chance.")
 
 
 class VerifyBody(BaseModel):
-    """What an image carries of how it was made."""
+    """The provenance marks of an image."""
 
-    generated: bool = Field(description="A mark says that a model made it, at least in part; false: nothing is known.")
-    xmp: XmpBody = Field(description="Its XMP packet.")
-    manifest: ManifestBody = Field(description="Its C2PA manifest.")
-    watermark: WatermarkBody | None = Field(description="The mark in its pixels; null: none was found.")
+    generated: bool = Field(
+        description="Whether a mark says that a model made the image, at least in part; false: not known."
+    )
+    xmp: XmpBody = Field(description="XMP packet.")
+    manifest: ManifestBody = Field(description="C2PA manifest.")
+    watermark: WatermarkBody | None = Field(description="Watermark; null: none was found.")
 
 
 @router.post(
@@ -67,7 +69,7 @@ class VerifyBody(BaseModel):
     },
 )
 async def post_verify(request: Request, state: AppStateDep) -> VerifyBody:
-    """Say what a PNG, JPEG or WebP carries of how it was made. Nothing is stored."""
+    """Read the provenance marks of a PNG, JPEG or WebP image. Nothing is stored."""
     body, content_type, fields = await read_upload(request, max_fields=1)
     if fields:
         raise InvalidFields(*((name[:64], "is not known here; send the image alone") for name in fields))
