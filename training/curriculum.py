@@ -99,11 +99,14 @@ def loss_terms(
         picture_map: Of `fit_picture_map`; needed where `weights.linear_square` is above 0.
         square_floor: Of `log_square`.
 
-    **Shape** upscaled and large [batch, channels, h, w]; decoded and target [batch, 3, height_px, width_px]; scalars.
+    Shape:
+        upscaled and large [batch, channels, h, w]; decoded and target [batch, 3, height_px, width_px]; scalars.
 
-    **Ref** arXiv 2511.10629, Eq. 16 to 18.
+    References:
+        arXiv 2511.10629, Eq. 16 to 18.
 
-    **Raises** ValueError: a picture is missing that a weight asks for.
+    Raises:
+        ValueError: a picture is missing that a weight asks for.
     """
     terms: dict[str, Tensor] = {}
     if weights.latent_l1:

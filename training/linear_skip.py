@@ -58,7 +58,8 @@ class SkipFit:
     def add(self, small: Tensor, large: Tensor) -> None:
         """Adds tiles.
 
-        **Shape** [tiles, channels, h, w] and [tiles, channels, scale * h, scale * w].
+        Shape:
+            [tiles, channels, h, w] and [tiles, channels, scale * h, scale * w].
         """
         margin = LINEAR_SKIP_KERNEL // 2
         padded = F.pad(small.double(), (margin,) * 4, mode="replicate")

@@ -28,7 +28,8 @@ def fit_picture_map(vae: Vae, store: PairsStore, seed: int, count: int = 12) -> 
         store: The pairs; the first `count` tiles are used.
         seed: Of the disturbances.
 
-    **Shape** returns [3 * stride**2, channels, 3, 3], a convolution's weight.
+    Shape:
+        returns [3 * stride**2, channels, 3, 3], a convolution's weight.
     """
     generator = torch.Generator().manual_seed(seed)
     tiles = store.read(range(min(count, len(store))))

@@ -53,7 +53,8 @@ class LatentMaps:
         to_old, old_offset: Of a latent pixel of the new VAE to one of the old.
         to_new, new_offset: The way back.
 
-    **Shape** [old, new], [old], [new, old] and [new] channels.
+    Shape:
+        [old, new], [old], [new, old] and [new] channels.
     """
 
     to_old: Tensor
@@ -87,12 +88,15 @@ def transfer(
         maps: For "fit", of `match_latents`.
         seed: For "fresh".
 
-    **Shape** mean and std [channels].
+    Shape:
+        mean and std [channels].
 
-    **Ref** arXiv 2511.10629, section 3.2, changes the first convolution only; with another number of channels the last
-    ones cannot stay either.
+    References:
+        arXiv 2511.10629, section 3.2, changes the first convolution only; with another number of channels the last
+        ones cannot stay either.
 
-    **Raises** TransferError: the network enlarges pictures, or the maps are missing or of other channels.
+    Raises:
+        TransferError: the network enlarges pictures, or the maps are missing or of other channels.
     """
     if net.spec.image_mean is not None:
         raise TransferError("this network enlarges RGB pictures, not latents: there is no VAE to transfer it from")
@@ -183,17 +187,19 @@ def _copy_bias(into: nn.Conv2d, of: nn.Conv2d, more: Tensor | float = 0.0) -> No
 def match_latents(net: Lua, old: Vae, new: Vae, large: Tensor, mean: Tensor, std: Tensor) -> LatentMaps:
     """Fits the maps between two VAEs: the new one decodes its latents, the old one encodes the pictures.
 
+    The fit is least squares with a ridge, by normal equations in double precision.
+
     Args:
         net: The network trained on the old VAE, whose normalization counts.
         old, new: The VAEs.
         large: Latents of the new one.
         mean, std: As in `transfer`.
 
-    **Shape** large [tiles, channels, h, w].
+    Shape:
+        large [tiles, channels, h, w].
 
-    **Ref** least squares with a ridge, by normal equations in double precision.
-
-    **Raises** TransferError: the VAEs have another stride, or the old one's latents are not of the network's channels.
+    Raises:
+        TransferError: the VAEs have another stride, or the old one's latents are not of the network's channels.
     """
     of_new, of_old = [], []
     for latent in large.split(1):
@@ -219,7 +225,11 @@ def _pixels(latent: Tensor) -> Tensor:
 
 
 def _fit(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Least squares of y by x with an offset; **Shape** [n, a], [n, b] -> [b, a], [b]."""
+    """Least squares of y by x with an offset.
+
+    Shape:
+        [n, a], [n, b] -> [b, a], [b].
+    """
     x_mean, y_mean = x.double().mean(dim=0), y.double().mean(dim=0)
     centered = x.double() - x_mean
     gram = centered.T @ centered

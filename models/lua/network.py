@@ -80,7 +80,11 @@ class LinearSkip(nn.Module):
             nn.init.zeros_(cast(Tensor, self.conv.bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        """**Shape** [batch, channels, height, width] -> [batch, channels, scale * height, scale * width]."""
+        """Enlarge a latent.
+
+        Shape:
+            [batch, channels, height, width] -> [batch, channels, scale * height, scale * width].
+        """
         y: Tensor = self.shuffle(self.conv(x))
         return y
 

@@ -80,7 +80,11 @@ class Attention:
 
 
 def _grouped(x: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """**Shape** x [64, groups * in], weight [groups * out, in, 1, 1] -> [64, groups * out]."""
+    """A matrix product per group.
+
+    Shape:
+        x [64, groups * in], weight [groups * out, in, 1, 1] -> [64, groups * out].
+    """
     maps = x.view(1, 8, 8, -1).permute(0, 3, 1, 2)
     y: Tensor = torch.ops.mkldnn._convolution_pointwise(
         maps, weight, None, [0, 0], [1, 1], [1, 1], groups, "none", [], ""
@@ -91,7 +95,8 @@ def _grouped(x: Tensor, weight: Tensor, groups: int) -> Tensor:
 class Winograd:
     """A 3x3 convolution by F(4x4, 3x3) of Lavin and Gray (arXiv 1509.09308, section 4.3): a quarter of the products.
 
-    **Shape** [1, WIDTH, MAP_SIDE, MAP_SIDE] -> the same, channels last.
+    Shape:
+        [1, WIDTH, MAP_SIDE, MAP_SIDE] -> the same, channels last.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:

@@ -5,6 +5,7 @@
 """
 
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -32,8 +33,10 @@ from giantleap.cli.options import (
     to_message,
     to_refine,
 )
+from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.messages import install_hint
 from giantleap.service.errors import GiantleapError
+from giantleap.service.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
 
@@ -60,9 +63,7 @@ def protocol(
 ) -> None:
     """Measure the stages by the paper's protocol: batch 1, one device, warm-ups, then the median per stage."""
     check_output_file(json_out)
-    settings = settings_from(bundle=bundle, device=device)
-    served = read_bundles(settings)[0]
-    stop_if_on_hub(served)
+    settings, served = _read_bundle(bundle, device)
 
     from tqdm import tqdm
 
@@ -84,8 +85,7 @@ def protocol(
         timed = tqdm(time_runs(route, plan), total=warmups + runs, desc=f"x{factor}", unit="run")
         results.append(to_result(route, plan, list(timed)))
     typer.echo(to_table(results))
-    if json_out is not None:
-        write_output(json_out, "".join(f"{result.to_json()}\n" for result in results).encode())
+    _write_lines(json_out, [result.to_json() for result in results])
 
 
 @app.command()
@@ -100,9 +100,7 @@ def engines(
 ) -> None:
     """Measure time and error of every engine that runs LUA on this machine, to choose GIANTLEAP_ENGINE."""
     check_output_file(json_out)
-    settings = settings_from(bundle=bundle, device=device)
-    served = read_bundles(settings)[0]
-    stop_if_on_hub(served)
+    settings, served = _read_bundle(bundle, device)
 
     from giantleap.cli.bench.engines import measure_engines, to_table
     from giantleap.models.device import choose_device
@@ -117,8 +115,7 @@ def engines(
     except (ValueError, GiantleapError) as error:
         stop(to_message(error))
     typer.echo(to_table(rows))
-    if json_out is not None:
-        write_output(json_out, "".join(f"{json.dumps(row.to_record())}\n" for row in rows).encode())
+    _write_lines(json_out, [json.dumps(row.to_record()) for row in rows])
 
 
 @app.command()
@@ -150,9 +147,7 @@ def paper(
     check_output_directory(out)
     check_input_directories(reference, clip)
     check_input_files(inception)
-    settings = settings_from(bundle=bundle, device=device)
-    served = read_bundles(settings)[0]
-    stop_if_on_hub(served)
+    settings, served = _read_bundle(bundle, device)
 
     from giantleap.cli.demo import PROMPT
     from giantleap.cli.paper.measure import measure_table
@@ -176,3 +171,16 @@ def paper(
     except (ValueError, GiantleapError) as error:
         stop(to_message(error))
     typer.echo(page)
+
+
+def _read_bundle(name: str | None, device: str | None) -> tuple[Settings, Bundle]:
+    """The settings, and the first bundle that they name; one whose weights are on the hub ends the command."""
+    settings = settings_from(bundle=name, device=device)
+    served = read_bundles(settings)[0]
+    stop_if_on_hub(served)
+    return settings, served
+
+
+def _write_lines(path: Path | None, lines: Sequence[str]) -> None:
+    if path is not None:
+        write_output(path, "".join(f"{line}\n" for line in lines).encode())

@@ -33,16 +33,38 @@ LARGE = bytes(LARGE_INPUT_BYTES)
 PAST_S = 7200.0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredQueue:
+    """A queue with its store: what every test here needs of both."""
+
+    settings: Settings
+    store: ResultStore
+    make_job: JobMaker
+    open_producer: ProducerOpener
+    open_consumer: ConsumerOpener
+
+    def names(self) -> list[str]:
+        """The names of everything in the store."""
+        batches = self.store.list_expired(self.settings.key_prefix, time.time() + 1e8)
+        return sorted(name for batch in batches for name in batch)
+
+    def sweeper(self, producer: JobProducer) -> Sweeper:
+        return Sweeper(producer, AsyncResultStore(self.store, 1 << 20), self.settings)
+
+    def put_old(self, job_id: str) -> str:
+        """An object of a job whose time has passed long ago."""
+        [key] = new_keys(self.settings.key_prefix, job_id, "result", 1, 60, time.time() - PAST_S)
+        self.store.put(key, b"x", "image/png")
+        return key
+
+
 @pytest.fixture
-def store(settings: Settings) -> ResultStore:
-    opened = open_store(settings)
-    assert opened is not None
-    return opened
-
-
-def names(store: ResultStore, settings: Settings) -> list[str]:
-    """The names of everything in the store."""
-    return sorted(name for batch in store.list_expired(settings.key_prefix, time.time() + 1e8) for name in batch)
+def queue(
+    settings: Settings, make_job: JobMaker, open_producer: ProducerOpener, open_consumer: ConsumerOpener
+) -> StoredQueue:
+    store = open_store(settings)
+    assert store is not None
+    return StoredQueue(settings, store, make_job, open_producer, open_consumer)
 
 
 def take(worker: JobConsumer) -> Claim:
@@ -50,125 +72,87 @@ def take(worker: JobConsumer) -> Claim:
     return claim
 
 
-def sweeper(producer: JobProducer, store: ResultStore, settings: Settings) -> Sweeper:
-    return Sweeper(producer, AsyncResultStore(store, 1 << 20), settings)
-
-
-def put_old(store: ResultStore, settings: Settings, job_id: str) -> str:
-    """An object of a job whose time has passed long ago."""
-    [key] = new_keys(settings.key_prefix, job_id, "result", 1, 60, time.time() - PAST_S)
-    store.put(key, b"x", "image/png")
-    return key
-
-
-async def test_results_lie_in_the_store_and_their_keys_in_the_record(
-    open_producer: ProducerOpener,
-    open_consumer: ConsumerOpener,
-    make_job: JobMaker,
-    settings: Settings,
-    store: ResultStore,
-) -> None:
-    job, worker = make_job(num_images=2), open_consumer()
-    async with open_producer() as producer:
+async def test_results_lie_in_the_store_and_their_keys_in_the_record(queue: StoredQueue) -> None:
+    job, worker = queue.make_job(num_images=2), queue.open_consumer()
+    async with queue.open_producer() as producer:
         await producer.enqueue(job)
         assert worker.complete(take(worker), RESULTS, {}, []) is JobState.SUCCEEDED
         record = await producer.wait(job.id, 5, job)
         keys = [file.key for file in record.results]
         assert [await producer.read_result(job.id, index, key) for index, key in enumerate(keys)] == [b"png", b"webp"]
-        assert names(store, settings) == sorted(map(str, keys))
+        assert queue.names() == sorted(map(str, keys))
         assert await producer.read_result(job.id, 0) is None, "Redis has none of it"
         assert (await producer.stats()).blob_bytes == 0
 
 
 @pytest.mark.parametrize(("body", "is_stored"), [(LARGE, True), (LARGE[1:], False)], ids=["large", "small"])
 async def test_a_large_input_lies_in_the_store_until_the_job_has_ended(
-    open_producer: ProducerOpener,
-    open_consumer: ConsumerOpener,
-    make_job: JobMaker,
-    settings: Settings,
-    store: ResultStore,
-    body: bytes,
-    is_stored: bool,
+    queue: StoredQueue, body: bytes, is_stored: bool
 ) -> None:
-    worker = open_consumer()
-    async with open_producer() as producer:
-        job = make_job()
+    worker = queue.open_consumer()
+    async with queue.open_producer() as producer:
+        job = queue.make_job()
         await producer.enqueue(job, body)
-        assert len(names(store, settings)) == is_stored
+        assert len(queue.names()) == is_stored
         assert (await producer.stats()).blob_bytes == (0 if is_stored else len(body))
         assert await producer.read_input(job.id) == body
         claim = take(worker)
         assert claim.body == body
         worker.complete(claim, [], {}, [])
-        assert names(store, settings) == []
+        assert queue.names() == []
         assert (await producer.stats()).blob_bytes == 0
 
 
-async def test_an_input_of_a_job_that_was_not_added_is_deleted(
-    open_producer: ProducerOpener, make_job: JobMaker, settings: Settings, store: ResultStore
-) -> None:
-    job = make_job()
-    async with open_producer(queue_limit=1) as producer:
+async def test_an_input_of_a_job_that_was_not_added_is_deleted(queue: StoredQueue) -> None:
+    job = queue.make_job()
+    async with queue.open_producer(queue_limit=1) as producer:
         assert (await producer.enqueue(job, LARGE, "key")).created
-        kept = names(store, settings)
+        kept = queue.names()
         assert not (await producer.enqueue(dataclasses.replace(job), LARGE, "key")).created
         for _ in range(2):  # the second is refused before its body is sent
             with pytest.raises(QueueFull):
-                await producer.enqueue(make_job(), LARGE)
-        assert names(store, settings) == kept and len(kept) == 1
+                await producer.enqueue(queue.make_job(), LARGE)
+        assert queue.names() == kept and len(kept) == 1
 
 
 async def test_a_worker_that_is_late_leaves_no_file_and_overwrites_none(
-    open_producer: ProducerOpener,
-    open_consumer: ConsumerOpener,
-    make_job: JobMaker,
-    settings: Settings,
-    store: ResultStore,
-    redis_client: redis.Redis,
+    queue: StoredQueue, redis_client: redis.Redis
 ) -> None:
-    frozen, other = open_consumer(lease=False, consumer="frozen"), open_consumer(consumer="other")
-    async with open_producer() as producer:
-        job = make_job()
+    frozen, other = queue.open_consumer(lease=False, consumer="frozen"), queue.open_consumer(consumer="other")
+    async with queue.open_producer() as producer:
+        job = queue.make_job()
         await producer.enqueue(job)
         late = take(frozen)
-        stream = Keys(settings.key_prefix).stream(late.lane)
+        stream = Keys(queue.settings.key_prefix).stream(late.lane)
         pending: list[Any] = redis_client.xpending_range(stream, "workers", "-", "+", 1)
         owner = pending[0]["consumer"]
         redis_client.xclaim(stream, "workers", owner, 0, [late.message_id], idle=60_000, justid=True)
         assert other.complete(take(other), RESULTS[:1], {}, []) is JobState.SUCCEEDED
-        before = names(store, settings)
+        before = queue.names()
         assert frozen.complete(late, [(RESULTS[0][0], b"late")], {}, []) is None
         record = await producer.get(job.id)
-        assert record is not None and names(store, settings) == before == [record.results[0].key]
+        assert record is not None and queue.names() == before == [record.results[0].key]
         assert await producer.read_result(job.id, 0, record.results[0].key) == b"png"
 
 
-async def test_a_deleted_job_has_no_file(
-    open_producer: ProducerOpener,
-    open_consumer: ConsumerOpener,
-    make_job: JobMaker,
-    settings: Settings,
-    store: ResultStore,
-) -> None:
-    worker = open_consumer(max_deliveries=1)
-    async with open_producer(max_deliveries=1) as producer:
-        job, failed = make_job(), make_job()
+async def test_a_deleted_job_has_no_file(queue: StoredQueue) -> None:
+    worker = queue.open_consumer(max_deliveries=1)
+    async with queue.open_producer(max_deliveries=1) as producer:
+        job, failed = queue.make_job(), queue.make_job()
         await producer.enqueue(job)
         worker.complete(take(worker), RESULTS, {}, [])
         await producer.enqueue(failed, LARGE)
         worker.fail(take(worker), JobError("job_failed", "no"))
-        assert len(names(store, settings)) == 3, "the input of a job that failed is there for another attempt"
+        assert len(queue.names()) == 3, "the input of a job that failed is there for another attempt"
         assert await producer.delete(failed.id) is None and await producer.delete(job.id) is None
-        assert names(store, settings) == []
+        assert queue.names() == []
         assert await producer.get(job.id) is None and await producer.delete(job.id) is None
 
 
-async def test_a_dead_letter_with_a_stored_input_runs_again(
-    open_producer: ProducerOpener, open_consumer: ConsumerOpener, make_job: JobMaker
-) -> None:
-    worker = open_consumer()
-    async with open_producer() as producer:
-        job: Job = make_job()
+async def test_a_dead_letter_with_a_stored_input_runs_again(queue: StoredQueue) -> None:
+    worker = queue.open_consumer()
+    async with queue.open_producer() as producer:
+        job: Job = queue.make_job()
         assert isinstance(job.params, GenerateParams)
         job = dataclasses.replace(job, params=dataclasses.replace(job.params, strength=0.5))
         await producer.enqueue(job, LARGE)
@@ -179,65 +163,51 @@ async def test_a_dead_letter_with_a_stored_input_runs_again(
         assert take(worker).body == LARGE
 
 
-async def test_the_sweeper_deletes_orphans_whose_time_has_passed_and_nothing_else(
-    open_producer: ProducerOpener,
-    open_consumer: ConsumerOpener,
-    make_job: JobMaker,
-    settings: Settings,
-    store: ResultStore,
-) -> None:
+async def test_the_sweeper_deletes_orphans_whose_time_has_passed_and_nothing_else(queue: StoredQueue) -> None:
     """Orphans: of a job that never was, of one that ended otherwise, of an earlier attempt at one that has ended."""
-    worker = open_consumer()
-    async with open_producer() as producer:
-        done, canceled, running = make_job(), make_job(), make_job()
+    worker = queue.open_consumer()
+    async with queue.open_producer() as producer:
+        done, canceled, running = queue.make_job(), queue.make_job(), queue.make_job()
         await producer.enqueue(done)
         claim = take(worker)
-        old = [(dataclasses.replace(RESULTS[0][0], key=put_old(store, settings, done.id)), b"")]
+        old = [(dataclasses.replace(RESULTS[0][0], key=queue.put_old(done.id)), b"")]
         worker._files = None  # the record names an object whose time has passed
         worker.complete(claim, old, {}, [])
         await producer.enqueue(canceled)
         await producer.cancel(canceled.id)
         await producer.enqueue(running)
-        kept = [old[0][0].key or "", put_old(store, settings, running.id)]
-        [fresh] = new_keys(settings.key_prefix, "no-job", "input", 1, 60, time.time())
-        store.put(fresh, b"x", "image/png")
-        orphans = [put_old(store, settings, each) for each in ("no-job", done.id, canceled.id)]
-        assert await sweeper(producer, store, settings).sweep() == len(orphans)
-        assert names(store, settings) == sorted([*kept, fresh])
+        kept = [old[0][0].key or "", queue.put_old(running.id)]
+        [fresh] = new_keys(queue.settings.key_prefix, "no-job", "input", 1, 60, time.time())
+        queue.store.put(fresh, b"x", "image/png")
+        orphans = [queue.put_old(each) for each in ("no-job", done.id, canceled.id)]
+        assert await queue.sweeper(producer).sweep() == len(orphans)
+        assert queue.names() == sorted([*kept, fresh])
 
 
-async def test_results_expire_with_their_records(
-    open_producer: ProducerOpener,
-    open_consumer: ConsumerOpener,
-    make_job: JobMaker,
-    settings: Settings,
-    store: ResultStore,
-) -> None:
-    worker = open_consumer(job_ttl_s=1)
-    async with open_producer(job_ttl_s=1) as producer:
-        job = make_job()
+async def test_results_expire_with_their_records(queue: StoredQueue) -> None:
+    worker = queue.open_consumer(job_ttl_s=1)
+    async with queue.open_producer(job_ttl_s=1) as producer:
+        job = queue.make_job()
         await producer.enqueue(job)
-        worker._files = JobFiles(store, settings.model_copy(update={"job_ttl_s": 1}))
+        worker._files = JobFiles(queue.store, queue.settings.model_copy(update={"job_ttl_s": 1}))
         worker.complete(take(worker), RESULTS, {}, [])
         record = await producer.get(job.id)
         assert record is not None and record.results[0].key is not None
-        swept = sweeper(producer, store, settings)
+        swept = queue.sweeper(producer)
         while await producer.get(job.id) is not None:
             await swept.sweep()
             assert await producer.read_result(job.id, 0, record.results[0].key) == b"png" or not await producer.get(
                 job.id
             ), "as long as there is a record, there are its bytes"
-        while names(store, settings):
+        while queue.names():
             await swept.sweep()
 
 
-async def test_one_sweeper_works_at_a_time(
-    open_producer: ProducerOpener, settings: Settings, store: ResultStore
-) -> None:
-    async with open_producer() as producer:
-        first, second = (sweeper(producer, store, settings) for _ in range(2))
+async def test_one_sweeper_works_at_a_time(queue: StoredQueue) -> None:
+    async with queue.open_producer() as producer:
+        first, second = (queue.sweeper(producer) for _ in range(2))
         assert await first.sweep() == 0
-        put_old(store, settings, "no-job")
+        queue.put_old("no-job")
         assert await second.sweep() == 0, "it is the other's turn"
         assert await first.sweep() == 1
 
@@ -303,13 +273,11 @@ async def test_while_the_store_is_away_jobs_are_retried_and_none_is_lost_or_star
 
 
 @pytest.mark.parametrize("store_url", ["file"], indirect=True)
-async def test_a_file_that_was_never_finished_is_an_orphan(
-    open_producer: ProducerOpener, settings: Settings, store: ResultStore, tmp_path: Path
-) -> None:
-    put_old(store, settings, "no-job")
+async def test_a_file_that_was_never_finished_is_an_orphan(queue: StoredQueue, tmp_path: Path) -> None:
+    queue.put_old("no-job")
     [path] = [path for path in tmp_path.rglob("*result-*") if path.is_file()]
     path.rename(path.with_name(path.name + PART_SUFFIX))
     (path.parent / "somebody's").write_text("x")
-    async with open_producer() as producer:
-        assert await sweeper(producer, store, settings).sweep() == 1
+    async with queue.open_producer() as producer:
+        assert await queue.sweeper(producer).sweep() == 1
     assert [each.name for each in tmp_path.rglob("*") if each.is_file()] == ["somebody's"]
