@@ -163,7 +163,7 @@ def _warn_of_store(settings: Settings) -> None:
     try:
         check_store(open_store(settings))
     except StoreUnavailable as error:
-        log.warning("requests for results get 503 until the result store is there: %s", error.detail)
+        log.warning("the result store is unavailable; requests for results get 503 until it is back: %s", error.detail)
 
 
 def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -> None:
@@ -187,7 +187,7 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            log.info("API listens on http://%s:%d, described under /docs; jobs wait for a worker", host, settings.port)
+            log.info("API listens on http://%s:%d, docs at /docs; jobs wait until a worker is ready", host, settings.port)
             notify_ready(ready_fd)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

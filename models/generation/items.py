@@ -28,7 +28,7 @@ class GenerationItem:
         guidance_scale: In the pipeline's own scale: 1 is none, for Z-Image 0.
         init_image: Start image in place of noise, [3, height_px, width_px], in [-1, 1].
         strength: How far to depart from `init_image`, above 0 and up to 1.
-        mask: [1, height_px, width_px]: 1 where `init_image` is drawn anew, 0 where it stays; None for all of it.
+        mask: [1, height_px, width_px]: 1 where `init_image` is generated again, 0 where it stays; None for all of it.
         references: Images that the prompt talks about, of any size, each [height_px, width_px, 3], uint8, on the CPU.
         refine: How to sample the enlarged latent again (`giantleap.models.generation.refine`); None leaves it out.
         loras: LoRA adapters that act on this image.

@@ -68,7 +68,7 @@ def with_images(
         pipeline: Of the family. Its networks are shared, not copied.
         family: Of the pipeline.
         items: That `check_images` accepts, alike in whether they have images and a mask; one, if it has references.
-        stride_px: Image pixels per latent pixel. A latent pixel of which the mask covers a part is drawn anew.
+        stride_px: Image pixels per latent pixel. A latent pixel of which the mask covers a part is generated again.
     """
     first = items[0]
     if first.references:

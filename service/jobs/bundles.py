@@ -93,7 +93,7 @@ def choose_loras(requested: Sequence[LoraRequest], served: ServedBundle) -> tupl
     names = [each.name for each in requested]
     for index, name in enumerate(names):
         if name in names[:index]:
-            faults.append((f"loras.{index}.name", "is there twice; send each LoRA once, with the sum of its weights"))
+            faults.append((f"loras.{index}.name", "is given twice; send each LoRA once, with the sum of its weights"))
         elif name in served.misfits:
             faults.append((f"loras.{index}.name", f"does not fit bundle {served.bundle.name}: {served.misfits[name]}"))
         elif name not in served.loras:

@@ -77,7 +77,7 @@ export function maskPainter(url) {
   const stage = make("div", {class: "mask-stage"}, image, canvas);
   const brush = make("input", {type: "range", min: 1, max: 50, value: DEFAULT_BRUSH, ariaLabel: "Size of the brush"});
   const clear = make("button", {type: "button"}, "Clear");
-  const file = make("input", {type: "file", accept: "image/png,image/jpeg,image/webp", ariaLabel: "Mask file, white where it is drawn anew"});
+  const file = make("input", {type: "file", accept: "image/png,image/jpeg,image/webp", ariaLabel: "Mask file: white areas are generated again"});
   paintOn(canvas, brush);
   clear.addEventListener("click", () => canvas.getContext("2d").clearRect(0, 0, canvas.width, canvas.height));
   file.addEventListener("change", () => file.files.length && load(canvas, file.files[0]));
@@ -86,7 +86,7 @@ export function maskPainter(url) {
     event.stopPropagation(); // a mask, not another image
     if (event.dataTransfer.files.length) load(canvas, event.dataTransfer.files[0]);
   });
-  const hint = make("small", {}, "Paint what is to be drawn anew, or choose or drop a mask file (white there, black elsewhere).");
+  const hint = make("small", {}, "Paint the area to generate again, or choose or drop a mask file (white there, black elsewhere).");
   const element = make("div", {class: "mask-view"}, hint, stage, make("div", {class: "tools"}, brush, clear), file);
   return {element, toBlob: () => toBlob(canvas)};
 }

@@ -1,4 +1,4 @@
-// The operator's view: what GET /metrics and GET /workers tell, read again every few seconds while the tab is seen.
+// The operator's view: GET /metrics and GET /workers, read every few seconds while the tab is visible.
 
 import * as api from "./api.js";
 import {barRow, sparkline} from "./charts.js";
@@ -40,9 +40,9 @@ function drawTiles(metrics, history, workers) {
     tile("Running", reachable ? count(sum(metrics, "giantleap_queue_processing")) : "–", reachable ? `waiting and running: at most ${count(limit)}` : "",
       history.values((each) => sum(each, "giantleap_queue_processing"))),
     tile("Workers", workers ? count(workers.length) : "–", workers ? `bundles in memory: ${new Set(workers.flatMap((each) => each.loaded)).size}` : ""),
-    rateTile("Jobs a minute", history, metrics, (each) => sum(each, JOBS)),
-    rateTile("Failed a minute", history, metrics, (each) => sum(each, JOBS, {status: "failed"})),
-    rateTile("Refused a minute", history, metrics, (each) => sum(each, "giantleap_rejections_total")),
+    rateTile("Jobs per minute", history, metrics, (each) => sum(each, JOBS)),
+    rateTile("Failed per minute", history, metrics, (each) => sum(each, JOBS, {status: "failed"})),
+    rateTile("Refused per minute", history, metrics, (each) => sum(each, "giantleap_rejections_total")),
   );
 }
 
@@ -130,15 +130,15 @@ async function refresh(history) {
     drawFaults(metrics);
     $("service").textContent = workers?.length ? "Ready" : "Not ready";
     $("service").className = workers?.length ? "ready" : "unready";
-    $("updated").textContent = `Read at ${new Date().toLocaleTimeString()}, again every ${EVERY_MS / 1000} s while this tab is seen.`;
+    $("updated").textContent = `Updated at ${new Date().toLocaleTimeString()}, every ${EVERY_MS / 1000} s while this tab is visible.`;
   } catch (error) {
-    $("service").textContent = "Not read";
+    $("service").textContent = "Not updated";
     $("service").className = "unready";
     showError(error);
   }
 }
 
-/** Resolves after a while in which the tab was seen, or once it is seen again. */
+/** Resolves after a while in which the tab was visible, or once it is visible again. */
 async function pause() {
   await api.wait(EVERY_MS);
   while (document.hidden) await new Promise((resolve) => document.addEventListener("visibilitychange", resolve, {once: true}));

@@ -39,7 +39,7 @@ function caption(job, images, link) {
 }
 
 function figure(job, images, alt, link) {
-  const pictures = images.map((url) => make("a", {href: url, target: "_blank", title: "Show it alone"}, make("img", {class: "picture", src: url, alt})));
+  const pictures = images.map((url) => make("a", {href: url, target: "_blank", title: "Open in a new tab"}, make("img", {class: "picture", src: url, alt})));
   return make("figure", {}, make("div", {class: images.length > 1 ? "gallery" : ""}, ...pictures), caption(job, images, link));
 }
 

@@ -7,7 +7,7 @@ import {maskPainter} from "./mask.js";
 const NPY = "application/x-npy";
 const SAFETENSORS = "application/x-safetensors";
 const TYPES = {npy: NPY, safetensors: SAFETENSORS, latent: SAFETENSORS};
-const USES = {enlarge: "Enlarge it", start: "Draw from it", edit: "Draw a part of it anew", refer: "Draw with it as a reference"};
+const USES = {enlarge: "upscale it", start: "start from it", edit: "edit a part of it", refer: "refer to it"};
 
 export const MISSING = "This request starts from a file, which a link does not hold: choose it or drop it here.";
 
@@ -48,7 +48,7 @@ export function setFiles(chosen, use = "") {
 /** Show the files and, to edit one, where to paint. */
 export function drawSource(model, use) {
   const size = bytes(files.reduce((total, file) => total + file.size, 0));
-  const hint = wanted ? MISSING : "Or drop one here, to enlarge it or to draw from it.";
+  const hint = wanted ? MISSING : "Or drop one here, to upscale it or to start from it.";
   $("drop-hint").textContent = files.length ? size : hint;
   $("drop").classList.toggle("wanted", Boolean(wanted) && !files.length);
   $("drop-clear").hidden = !files.length && !wanted;

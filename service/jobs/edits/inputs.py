@@ -27,7 +27,7 @@ _MIDDLE = 128
 
 @dataclass(frozen=True, slots=True)
 class InputImages:
-    """The images of a job. The mask is [height_px, width_px] and true where the image is drawn anew."""
+    """The images of a job. The mask is [height_px, width_px] and true where the image is generated again."""
 
     init_image: Pixels | None = None
     mask: np.typing.NDArray[np.bool_] | None = None
@@ -59,7 +59,7 @@ def to_input(request: GenerateRequest, params: GenerateParams, max_px: int) -> b
             raise InvalidRequest(f"is of {_px(image.size)}, the init_image of {_px(size)}; send both of one size")
         mask = image.convert("L").point(lambda level: 255 * (level >= _MIDDLE))
         if mask.getextrema() == (0, 0):
-            raise InvalidRequest("is black everywhere; make white what is to be drawn anew")
+            raise InvalidRequest("is black everywhere; paint the area to generate again white")
         # A line must not disappear: what is marked a little is marked.
         marked = mask.resize(params.base_size_px, Image.Resampling.BOX).point(lambda level: 255 * (level > 0))
     return _pack({_INIT_IMAGE: fitted, _MASK: _to_png(marked)})
@@ -81,14 +81,14 @@ def read_input(blob: bytes, params: GenerateParams) -> InputImages:
 
 
 def to_mask(body: bytes, max_px: int) -> bytes:
-    """A mask in OpenAI's convention, whose transparent part is drawn anew, in ours: white there, black elsewhere.
+    """A mask in OpenAI's convention, whose transparent area is generated again, in ours: white there, black elsewhere.
 
     Raises:
         GiantleapError: As `open_alpha`, or nothing in it is transparent.
     """
     alpha = open_alpha(body, max_px)
     if alpha is None or not (np.asarray(alpha) < _MIDDLE).any():
-        raise InvalidRequest("has no transparent part; make transparent what is to be drawn anew")
+        raise InvalidRequest("has no transparent area; make the area to generate again transparent")
     return _to_png(alpha.point(lambda level: 255 * (level < _MIDDLE)))
 
 

@@ -36,7 +36,7 @@ RIGHT = (torch.arange(WIDTH_PX) >= WIDTH_PX // 2).float().expand(1, HEIGHT_PX, W
 
 @pytest.fixture(scope="module", params=MASKED)
 def masked(request: pytest.FixtureRequest) -> Family:
-    """A family with an item whose right half is drawn anew."""
+    """A family with an item whose right half is generated again."""
     made = build(request.param)
     return replace(made, item=replace(made.item, steps=4, init_image=to_signed(PIXELS), mask=RIGHT))
 

@@ -147,5 +147,5 @@ def test_a_mask_of_openai_may_have_a_palette_and_a_turn() -> None:
 
 @pytest.mark.parametrize("mask", [Image.fromarray(PIXELS), Image.new("RGBA", (64, 48), "white")], ids=["RGB", "opaque"])
 def test_a_mask_of_openai_without_a_transparent_part_is_refused(mask: Image.Image) -> None:
-    with pytest.raises(InvalidRequest, match="no transparent part"):
+    with pytest.raises(InvalidRequest, match="no transparent area"):
         to_mask(to_file(mask), MAX_PX)

@@ -120,7 +120,7 @@ def test_a_stream_completes_with_each_image(client: openai.OpenAI, producer: Fil
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"mask": IMAGE}, "mask", "no transparent part"),
+        ({"mask": IMAGE}, "mask", "no transparent area"),
         ({"mask": to_png(PIXELS[:64], HOLE[:64])}, "mask", "send both of one size"),
         ({"image": IMAGE[:60]}, "image", "damaged"),
         ({"image": IMAGE[:60], "size": "128x128"}, "image", "damaged"),
