@@ -38,7 +38,7 @@ from giantleap.models.generation.refine import refine_latent
 from giantleap.models.lua.clamp import LatentClamp
 from giantleap.models.lua.network import pad_to_window
 from giantleap.models.lua.spec import scaled_size
-from giantleap.models.methods.draw import Tools, draw_items
+from giantleap.models.methods.sampling import Tools, sample_items
 from giantleap.models.upscaler import open_lua
 from giantleap.models.vae.autoencoder import Vae, read_tiny, read_vae_model
 from giantleap.models.vae.compiled import compile_decoder
@@ -210,7 +210,9 @@ class Route:
         if method in NEEDS_DECODER and not self.role.loads_decoder:
             raise ValueError(f"method {method} decodes while it generates; a worker of role {self.role} has no decoder")
         tools = Tools(self.vae, self.upscale)
-        return draw_items(self.generator, tools, items, method, round(scale), on_step, is_canceled, on_part, on_preview)
+        return sample_items(
+            self.generator, tools, items, method, round(scale), on_step, is_canceled, on_part, on_preview
+        )
 
     def encode_image(self, pixels: NDArray[np.uint8], on_part: PartCallback | None = None) -> Tensor:
         """Encode an image to its raw latent; see `encode_pixels`."""

@@ -20,7 +20,7 @@ from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image
 from safetensors.numpy import load, save
 
-from giantleap.cli.demo import PROMPT, draw, running_service
+from giantleap.cli.demo import PROMPT, generate, running_service
 from giantleap.models.bundle.descriptor import REDIFFUSION
 
 BASE_PX = 128
@@ -40,7 +40,7 @@ def _read_png(content: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("scale", [2, 4])
 def test_a_prompt_becomes_an_image_of_the_right_size_and_colors(url: str, scale: int) -> None:
-    content, stages = draw(url, PROMPT, scale, seed=7)
+    content, stages = generate(url, PROMPT, scale, seed=7)
     image = _read_png(content)
     assert image.shape == (BASE_PX * scale, BASE_PX * scale, 3)
     strip = image.shape[0] // 10
@@ -51,7 +51,7 @@ def test_a_prompt_becomes_an_image_of_the_right_size_and_colors(url: str, scale:
 
 
 def test_the_same_seed_draws_the_same_image_at_x2_and_x4(url: str) -> None:
-    small, large = (_read_png(draw(url, PROMPT, scale, seed=11)[0]) for scale in (2, 4))
+    small, large = (_read_png(generate(url, PROMPT, scale, seed=11)[0]) for scale in (2, 4))
     shrunk = large.reshape(BASE_PX * 2, 2, BASE_PX * 2, 2, 3).mean(axis=(1, 3))
     assert np.abs(shrunk - small).mean() < 16, "both are enlargements of one base latent"
 
@@ -59,7 +59,7 @@ def test_the_same_seed_draws_the_same_image_at_x2_and_x4(url: str) -> None:
 def test_every_method_of_the_bundle_draws_and_those_that_it_lacks_say_why(url: str) -> None:
     """Those that change the network are followed by a plain drawing, which is as it was."""
     (model,) = httpx.get(f"{url}/models").json()
-    plain = draw(url, PROMPT, 2, seed=3)[0]
+    plain = generate(url, PROMPT, 2, seed=3)[0]
     for method in REDIFFUSION:
         for height, refine in ((192, {}), (256, {}), (192, REFINE), (256, REFINE)):
             size = {"scale": 2, "width": 256, "height": height}
@@ -70,7 +70,7 @@ def test_every_method_of_the_bundle_draws_and_those_that_it_lacks_say_why(url: s
             else:
                 assert answer.status_code == 200 and _read_png(answer.content).shape == (height, 256, 3)
                 assert answer.headers["X-Method"] == method
-    assert draw(url, PROMPT, 2, seed=3)[0] == plain
+    assert generate(url, PROMPT, 2, seed=3)[0] == plain
 
 
 def test_a_raw_latent_comes_back_twice_as_large(url: str) -> None:
@@ -91,7 +91,7 @@ def test_the_openai_client_draws(url: str) -> None:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60) as client:
         answer = client.images.generate(prompt=PROMPT, size="256x256", extra_body={"seed": 7})
         (event,) = client.images.generate(prompt=PROMPT, size="256x256", stream=True, extra_body={"seed": 7})
-    content, _ = draw(url, PROMPT, 2, seed=7)
+    content, _ = generate(url, PROMPT, 2, seed=7)
     for text in ((answer.data or [])[0].b64_json, event.b64_json):
         assert np.array_equal(_read_png(base64.b64decode(text or "")), _read_png(content))
 
@@ -107,7 +107,7 @@ def test_the_triton_client_enlarges_a_latent(url: str) -> None:
 
 
 def test_diffusers_remote_vae_encodes_and_decodes_back(url: str) -> None:
-    image = Image.open(io.BytesIO(draw(url, PROMPT, 1, seed=7)[0])).convert("RGB")
+    image = Image.open(io.BytesIO(generate(url, PROMPT, 1, seed=7)[0])).convert("RGB")
     latent = remote_encode(f"{url}/remote_vae/pocket/encode", image)
     assert latent.shape == (1, 24, BASE_PX // 4, BASE_PX // 4)
     back = remote_decode(f"{url}/remote_vae/pocket/decode", latent, do_scaling=False, image_format="png")

@@ -31,7 +31,7 @@ class RowActor:
 
     A batch has a column `key`, and `prompt`, `latent` or `image` (files as bytes), and may have those of
     `giantleap.batch.rows.PROMPT_FIELDS`. The answer has a row for each with the fields of a manifest's entry. Rows that
-    a manifest of the output names as done when the actor starts are not drawn again.
+    a manifest of the output names as done when the actor starts are not run again.
 
     Args:
         output: Folder or s3:// URL that every node reaches.
@@ -54,13 +54,13 @@ class RowActor:
     def __call__(self, batch: Mapping[str, NDArray[Any]]) -> Columns:
         """The entries of a batch, in the order of their keys."""
         rows = [_read_row(batch, index) for index in range(len(next(iter(batch.values()))))]
-        drawn = [entry for entries in self._engine.run(rows, self._done) for entry in entries]
+        new = [entry for entries in self._engine.run(rows, self._done) for entry in entries]
         if len(self._manifest.entries) >= _MANIFEST_ROWS:
             self._manifest = self._open_manifest()
-        if drawn:
-            self._manifest.add(drawn)
+        if new:
+            self._manifest.add(new)
         done = [self._done[row.key] for row in rows if row.key in self._done]
-        entries = sorted([*done, *drawn], key=lambda entry: entry.key)
+        entries = sorted([*done, *new], key=lambda entry: entry.key)
         return {field.name: _to_column(entries, field.name) for field in fields(Entry)}
 
     def _open_manifest(self) -> Manifest:

@@ -1,4 +1,4 @@
-"""The loop of one process of a batch job: claim a shard, draw its rows, note them in its manifest, again."""
+"""The loop of one process of a batch job: claim a shard, run its rows, record them in its manifest, repeat."""
 
 import json
 import threading
@@ -52,7 +52,7 @@ class Runner:
         return None if self._source.has_tars else max(0, sum(sizes) - len(self._done))
 
     def run(self) -> Iterator[list[Entry]]:
-        """What becomes of the rows that this process draws; it waits for shards of others until they are done."""
+        """Yield the results of the rows that this process runs, then wait until the shards of others are done."""
         while not self._stop.is_set():
             claim = self._claims.take(list(self._shards))
             if claim is not None:

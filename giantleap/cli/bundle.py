@@ -159,14 +159,14 @@ def check(
         where = choose_device(settings.device)
         with working(f"loading bundle {bundle.name}"):
             route = Route.open(bundle, where, choose_dtype(settings.dtype, where, bundle.dtype))
-        _draw_once(route, bundle, chosen, typer.echo)
+        _generate_once(route, bundle, chosen, typer.echo)
     except (ValueError, OSError, CheckpointError) as error:
         named = f"bundle {bundle.name}: "
         stop(named + to_line(error).removeprefix(named))
     _print_missing(bundle)
 
 
-def _draw_once(route: "Route", bundle: Bundle, method: Method, report: Callable[[str], object]) -> None:
+def _generate_once(route: "Route", bundle: Bundle, method: Method, report: Callable[[str], object]) -> None:
     from giantleap.models.generation.items import GenerationItem
 
     defaults = bundle.defaults
@@ -179,8 +179,8 @@ def _draw_once(route: "Route", bundle: Bundle, method: Method, report: Callable[
     item = GenerationItem("", "", 0, width_px, height_px, steps, defaults.guidance_scale)
     shown = ShownStages(route.clock())
     with shown.measure("generate"):
-        drawn = route.generate([item], method, scale)
-    latents = [latent for latent in drawn if latent is not None]
+        generated = route.generate([item], method, scale)
+    latents = [latent for latent in generated if latent is not None]
     _, images = route.upscale_and_decode(latents, scale, method, "exact", shown)
     if not images or images[0] is None:
         raise ValueError("the decoded image holds values that are not finite")

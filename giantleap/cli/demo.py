@@ -79,7 +79,7 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     raise RuntimeError(f"the service was not ready within {_START_TIMEOUT_S:.0f} s")
 
 
-def draw(url: str, prompt: str, scale: int, seed: int) -> tuple[bytes, dict[str, float]]:
+def generate(url: str, prompt: str, scale: int, seed: int) -> tuple[bytes, dict[str, float]]:
     """One PNG from a running service, and its stage times in seconds."""
     with Client(url) as client:
         result = client.generate(prompt, scale=scale, seed=seed)
@@ -96,7 +96,7 @@ def main() -> None:
     try:
         check_output_directory(options.out)
         options.out.mkdir(parents=True, exist_ok=True)
-        _draw_both(options.out, options.prompt, options.seed)
+        _generate_both(options.out, options.prompt, options.seed)
     except typer.Exit as ended:
         sys.exit(ended.exit_code)
     except (OSError, RuntimeError, GiantleapError) as error:
@@ -105,7 +105,7 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
 
 
-def _draw_both(out: Path, prompt: str, seed: int) -> None:
+def _generate_both(out: Path, prompt: str, seed: int) -> None:
     os.environ.setdefault("GIANTLEAP_LOG_LEVEL", "warning")  # or the service's log hides the lines below
     print("starting Redis, the API and a worker that loads bundle pocket ...", flush=True)
     with running_service() as url:
@@ -113,7 +113,7 @@ def _draw_both(out: Path, prompt: str, seed: int) -> None:
             path = out / f"demo_x{scale}.png"
             print(f"generating {path} over HTTP ...", flush=True)
             with working(f"{path}: generate, upscale, decode"):
-                image, stages = draw(url, prompt, scale, seed)
+                image, stages = generate(url, prompt, scale, seed)
             path.write_bytes(image)
             times = "  ".join(f"{name} {duration_s:.3f} s" for name, duration_s in stages.items())
             print(f"{path}  x{scale}  {times}", flush=True)

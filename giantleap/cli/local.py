@@ -145,17 +145,17 @@ def generate(
     }
     settings = settings_from(bundle=bundle, device=device)
     served = _read_bundle(settings, lua)
-    _draw_to_file(settings, served, fields | _read_images(*files), seed, read_loras(lora, served, settings), out)
+    _generate_to_file(settings, served, fields | _read_images(*files), seed, read_loras(lora, served, settings), out)
 
 
-def _draw_to_file(
+def _generate_to_file(
     settings: Settings, served: Bundle, fields: Mapping[str, object], seed: int, loras: LocalLoras, out: Path
 ) -> None:
     """Plan a request of these fields, load the bundle and generate one image."""
     from giantleap.service.jobs.edits.inputs import to_input
     from giantleap.service.jobs.planning import plan_generate
     from giantleap.service.jobs.requests import GenerateRequest
-    from giantleap.service.worker.items import draw_item
+    from giantleap.service.worker.items import build_generation_item
 
     try:
         request = GenerateRequest.model_validate(fields)
@@ -167,8 +167,8 @@ def _draw_to_file(
     writer = _open_writer(settings)
     route = open_bundle_route(settings, served)
     route.generator.adapters.offer(dict(loras.paths), budget_bytes=0)
-    item, stages = draw_item(params, 0, blob or b""), ShownStages(route.clock())
-    latents, refine = [_draw(route, item, params, stages)], [item] if item.refine else []
+    item, stages = build_generation_item(params, 0, blob or b""), ShownStages(route.clock())
+    latents, refine = [_generate_latent(route, item, params, stages)], [item] if item.refine else []
     _, images = route.upscale_and_decode(latents, params.scale, params.method, params.decode, stages, refine)
     writer.write(out, params, served.name, images[0], stages)
 
@@ -204,7 +204,7 @@ def _read_bundle(settings: Settings, lua: Path | None) -> Bundle:
         stop(to_message(error))
 
 
-def _draw(route: "Route", item: "GenerationItem", params: "GenerateParams", stages: ShownStages) -> "Tensor":
+def _generate_latent(route: "Route", item: "GenerationItem", params: "GenerateParams", stages: ShownStages) -> "Tensor":
     """Generate the item's raw latent and show the steps in a progress bar."""
     from tqdm import tqdm
 

@@ -187,7 +187,9 @@ def _run_api_process(settings: Settings, listen_fd: int, ready_fd: int | None) -
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
-            log.info("API listens on http://%s:%d, docs at /docs; jobs wait until a worker is ready", host, settings.port)
+            log.info(
+                "API listens on http://%s:%d, docs at /docs; jobs wait until a worker is ready", host, settings.port
+            )
             notify_ready(ready_fd)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -39,7 +39,7 @@ from giantleap.models.bundle.digests import file_hash, weight_files
 from giantleap.models.bundle.errors import BundleError, MethodError, SizeError
 from giantleap.models.bundle.modes import Modes
 from giantleap.models.bundle.paths import DESCRIPTOR, check_paths, check_vae, find_descriptor, inside
-from giantleap.models.bundle.redrawing import refused_pipeline
+from giantleap.models.bundle.rediffusion import refused_pipeline
 from giantleap.models.latent_space import LatentSpace, read_vae_statistics
 from giantleap.models.lua.spec import SPEC_KEY, LuaSpec, is_whole, scaled_size
 from giantleap.models.lua.statistics import StatisticsError, read_statistics
@@ -193,7 +193,7 @@ class Bundle:
 
     @property
     def max_side_px(self) -> int:
-        """Longest side of an image that the base model draws at once."""
+        """Longest side of an image that the base model generates at once."""
         return self.limits.max_direct_px or self.limits.max_base_px
 
     @cached_property
@@ -286,7 +286,7 @@ class Bundle:
         more = f"{scaled_size(more_width, factor)}x{scaled_size(more_height, factor)}"
         nearest = less if less == more else f"{less} and {more}"
         min_px, max_px = (scaled_size(nearest_sides(side, limits, method)[0], factor) for side in (0, sys.maxsize))
-        way = "drawn directly" if method == "direct" else f"at scale {scale}"
+        way = "generated directly" if method == "direct" else f"at scale {scale}"
         raise SizeError(
             f"{width_px}x{height_px} px {way}: bundle {self.name} reaches sides from {min_px} to {max_px} px "
             f"in steps of {scaled_size(limits.multiple_px, factor)}; nearest: {nearest}"

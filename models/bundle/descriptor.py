@@ -33,7 +33,7 @@ NO_NEGATIVE_PROMPT = frozenset(
     {"FluxPipeline", "FluxKontextPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "SanaSprintPipeline"}
 )
 HAS_UNET = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
-DRAWS_AGAIN = HAS_UNET | {"SanaPipeline"}
+SAMPLES_AGAIN = HAS_UNET | {"SanaPipeline"}
 IMAGE_TO_IMAGE = frozenset(
     {
         "StableDiffusionPipeline",
@@ -340,7 +340,7 @@ class Descriptor(_Section):
         if method == "swinir" and self.swinir is None:
             return f"bundle {name} has no SwinIR weights: name files in [swinir] of its bundle.toml"
         if method == "direct" and self.limits.max_direct_px is None:
-            return f"the base model of bundle {name} draws no large images: limits.max_direct_px is not set"
+            return f"the base model of bundle {name} generates no large images: limits.max_direct_px is not set"
         return ""
 
     @property
@@ -375,7 +375,7 @@ class Descriptor(_Section):
 
 
 def takes_mask(pipeline_class: str, channels: int) -> bool:
-    """Whether a pipeline of this class, with so many channels in a raw latent, draws a masked part of an image anew."""
+    """Whether a pipeline of this class, with so many channels in a raw latent, supports a mask."""
     return pipeline_class in INPAINTING and (pipeline_class not in HAS_UNET or channels == UNET_INPAINT_CHANNELS)
 
 

@@ -107,7 +107,9 @@ class Modes(BaseModel):
         """The warning for clients about a cache, which changes images; empty without one."""
         if self.cache == "none":
             return ""
-        return f"drawn with the step cache {self.cache} at threshold {self.cache_threshold:g}, which changes the image"
+        return (
+            f"generated with the step cache {self.cache} at threshold {self.cache_threshold:g}, which changes the image"
+        )
 
     def with_values(self, given: Mapping[str, str]) -> Self:
         """These modes with other values, named as in `named`.

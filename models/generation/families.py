@@ -56,9 +56,9 @@ class Family:
     Args:
         truncated_tokens: Number of tokens of a prompt that are cut off; negative if there is room left.
         image_pipeline: Its image-to-image class; None if diffusers has none.
-        inpaint_pipeline: Its class that draws the masked part of an image anew; None if diffusers has none.
+        inpaint_pipeline: Its class for masks (inpainting); None if diffusers has none.
         max_mask_px: Pixels of an image above which that class would change its size; None for any.
-        max_references: The most reference images that it draws after.
+        max_references: Maximum number of reference images.
         guidance: The argument that takes `GenerationItem.guidance_scale`.
         no_negative: The negative prompt that stands for none; None if the class takes no negative prompt.
         returns_raw: Whether `output_type="latent"` returns raw latents already.

@@ -1,1 +1,1 @@
-"""Re-diffusion: large images by sampling again, to compare with LUA. `models/methods/draw.py` chooses the method."""
+"""Re-diffusion: large images by sampling again, to compare with LUA. `sampling.py` chooses the method."""

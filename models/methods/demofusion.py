@@ -27,7 +27,7 @@ def cosine_factor(t: float) -> float:
     return (1 + math.cos(math.pi * (1000 - t) / 1000)) / 2
 
 
-def draw_demofusion(
+def sample_demofusion(
     predict: Predict,
     stepper: Stepper,
     x: Tensor,
@@ -59,12 +59,12 @@ def draw_demofusion(
     height, width = x.shape[-2:]
     for factor in range(2, scale + 1):
         large = F.interpolate(x, size=(factor * height, factor * width), mode="bicubic")
-        x = draw_again(predict, stepper, large, view, factor, window, stride_px, noise, progress)
+        x = sample_phase(predict, stepper, large, view, factor, window, stride_px, noise, progress)
         x = restandardize(x, anchor)
     return x
 
 
-def draw_again(
+def sample_phase(
     predict: Predict,
     stepper: Stepper,
     large: Tensor,
@@ -76,7 +76,7 @@ def draw_again(
     progress: Progress,
     first: int = 0,
 ) -> Tensor:
-    """One phase: noise an enlarged latent and denoise it from step `first` on. Arguments as of `draw_demofusion`."""
+    """One phase: noise an enlarged latent and denoise it from step `first` on. Arguments as of `sample_demofusion`."""
     fixed = noise.normal(large.shape)
     x = stepper.add_noise(large, fixed, first)
     grid = WindowGrid(large.shape[-2], large.shape[-1], window)

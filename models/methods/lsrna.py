@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from giantleap.models.methods.demofusion import draw_again, restandardize
+from giantleap.models.methods.demofusion import restandardize, sample_phase
 from giantleap.models.methods.passes import first_step
 from giantleap.models.methods.steppers import Stepper, sample
 from giantleap.models.methods.views import NoiseSource, Predict, Progress, View
@@ -21,7 +21,7 @@ from giantleap.models.methods.views import NoiseSource, Predict, Progress, View
 _MAX_STD = 1.2
 
 
-def draw_lsrna(
+def sample_lsrna(
     predict: Predict,
     stepper: Stepper,
     x: Tensor,
@@ -34,7 +34,7 @@ def draw_lsrna(
     noise: NoiseSource,
     progress: Progress,
 ) -> Tensor:
-    """Sample at the base size, enlarge the latent, sample again. Arguments not named here as of `draw_demofusion`.
+    """Sample at the base size, enlarge the latent, sample again. Arguments not named here as of `sample_demofusion`.
 
     Args:
         view: Of the base image.
@@ -47,7 +47,7 @@ def draw_lsrna(
     large = large + noise.normal(large.shape) * _MAX_STD * strength
     final = replace(view, height_px=scale * view.height_px, width_px=scale * view.width_px)
     first = first_step(len(stepper.timesteps))
-    x = draw_again(predict, stepper, large, final, scale, window, stride_px, noise, progress, first)
+    x = sample_phase(predict, stepper, large, final, scale, window, stride_px, noise, progress, first)
     return restandardize(x, anchor)
 
 

@@ -67,7 +67,7 @@ def undilated_from(scale: float, steps: int) -> int:
 
 
 def network_pixel_steps(method: Method, scale: float, steps: int, final_px: int) -> int:
-    """Pixels that the network sees while it draws one image, summed over all steps.
+    """Pixels that the network sees while it generates one image, summed over all steps.
 
     Windows count wherever they overlap, as large as the base image: the base model's own size where that is square. A
     step with guidance, which some networks run twice, counts once.

@@ -16,7 +16,7 @@ from giantleap.models.methods.steppers import Stepper, sample
 from giantleap.models.methods.views import NoiseSource, Predict, Progress, View
 
 
-def draw_rectifiedhr(
+def sample_rectifiedhr(
     predict: Predict,
     stepper: Stepper,
     x: Tensor,

@@ -171,7 +171,7 @@ class _Examination:
         else:
             images.cancel(self._service, submitted.fields["id"])
             yield skipped(
-                "image", "no worker would draw it: image, marks, URLs and times are not known", "start a worker"
+                "image", "no worker would generate it: image, marks, URLs and times are not known", "start a worker"
             )
 
     def _check_events(self, submitted: Answer) -> Iterator[Finding]:

@@ -98,7 +98,7 @@ def check_image(facts: ImageFacts, settings: Settings) -> Iterator[Finding]:
     if size != (facts.width_px, facts.height_px):
         yield fail("image", f"the image has {size[0]}x{size[1]} px, not {facts.width_px}x{facts.height_px}", _LOG)
     else:
-        yield ok("image", f"an image of {size[0]}x{size[1]} px was drawn and read")
+        yield ok("image", f"an image of {size[0]}x{size[1]} px was generated and read")
     yield from check_marks(marks, settings)
 
 

@@ -57,15 +57,15 @@ class Workload:
         pixels_only = self.source == "image" and enlarges_pixels and not refines
         stages: dict[str, int] = {}
         if self.source in ("prompt", "prompt and image") and role.loads_pipeline:
-            stages["generate"] = final_px if self.draws_again else base_px
+            stages["generate"] = final_px if self.samples_again else base_px
         encodes_here = role.loads_pipeline if self.source == "prompt and image" else role.loads_decoder
         if self.source in ("image", "prompt and image") and encodes_here and not pixels_only:
             stages["encode"] = base_px
-        if self.draws_again and self.method in NEEDS_DECODER and role.loads_pipeline:
+        if self.samples_again and self.method in NEEDS_DECODER and role.loads_pipeline:
             stages["encode"] = final_px
         if not role.loads_decoder:
             return stages
-        if enlarges and not self.draws_again:
+        if enlarges and not self.samples_again:
             stages[stage_name(self.method, self.scale)] = base_px
         if self.refine_side_px is not None:
             stages["refine"] = self._latent_px(1, self.refine_side_px)
@@ -76,7 +76,7 @@ class Workload:
         return stages
 
     @property
-    def draws_again(self) -> bool:
+    def samples_again(self) -> bool:
         """Whether generation ends at the final size, one image at a time."""
         return self.method in REDIFFUSION and self.scale > 1
 
@@ -134,7 +134,7 @@ def required_bytes(work: Workload, bundle: str, device: Device, items: int = 1) 
         one_by_one = (
             stage.startswith(_SEQUENTIAL)
             or (stage == work.decode and device.kind == "cpu")
-            or (stage == "generate" and work.draws_again)
+            or (stage == "generate" and work.samples_again)
         )
         stage_bytes = peak.peak_bytes(latent_px if one_by_one else latent_px * items)
         if peak.tile_px is not None and latent_px > peak.tile_px:

@@ -54,8 +54,8 @@ class GenerateParams:
     """Images to generate from a prompt.
 
     Sizes are those of the final image; `base_size_px` is the size that the base model generates. With a `strength`
-    generation starts from an image, of which with `mask` only a part is drawn anew; or it draws after a number of
-    `images`. The job's input blob has them (`giantleap.service.jobs.edits.inputs`). `refine` is a second, short
+    generation starts from an image, of which with `mask` only a part is generated again; `images` is the number of
+    reference images. The job's input blob has them (`giantleap.service.jobs.edits.inputs`). `refine` is a second, short
     sampling of the enlarged latent. With `embed_parameters` the files name the prompt and the seed.
     """
 

@@ -1,6 +1,6 @@
 """Runs the items of one batch through a route on the device; one item never fails another.
 
-What it draws is left on the CPU: `giantleap.service.worker.pipeline.finishing` encodes it.
+Its output stays on the CPU: `giantleap.service.worker.pipeline.finishing` encodes it.
 """
 
 import logging

@@ -98,10 +98,10 @@ def to_generation_item(item: Item) -> GenerationItem:
     params = item.claim.job.params
     if isinstance(params, UpscaleParams):
         return _to_refine_item(params, item.index)
-    return draw_item(params, item.index, item.claim.body or b"")
+    return build_generation_item(params, item.index, item.claim.body or b"")
 
 
-def draw_item(params: GenerateParams, index: int, blob: bytes) -> GenerationItem:
+def build_generation_item(params: GenerateParams, index: int, blob: bytes) -> GenerationItem:
     """The input of the generator for image `index` of a job with an input blob."""
     width_px, height_px = params.base_size_px
     generation = GenerationItem(

@@ -89,7 +89,7 @@ class AsyncClient:
     async def generate(
         self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Result:
-        """Draw a prompt."""
+        """Generate from a prompt."""
         return await self.run(generate_request(prompt, **options), timeout_s=timeout_s)
 
     async def upscale(

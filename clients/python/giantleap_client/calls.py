@@ -43,7 +43,7 @@ class Call:
 
 
 def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> Request:
-    """A prompt to draw.
+    """A request to generate.
 
     Raises:
         TypeError: An image is of another kind.

@@ -92,7 +92,7 @@ class Client:
         self._http.close()
 
     def generate(self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]) -> Result:
-        """Draw a prompt.
+        """Generate from a prompt.
 
         Raises:
             GiantleapError: It was refused, failed, or did not end in time, after which the service drops it.
@@ -121,7 +121,7 @@ class Client:
 
         Args:
             request: What to make.
-            job_id: A UUID in lower case; the same id with the same request is the same job. Drawn if left out.
+            job_id: A UUID in lower case; the same id with the same request is the same job. Default: random.
             cancel_after_s: The job fails unless it has ended so long after it was accepted.
 
         Raises:

@@ -136,7 +136,7 @@ def measure_engines(
         raise ValueError(f"bundle {bundle.name} has no LUA: {bundle.unavailable_reason('lua')}")
     engines, reasons = open_engines(bundle, settings, device, compiled=compiled)
     route = Route.open(bundle, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    latent = _draw(route, bundle)
+    latent = _generate_latent(route, bundle)
     size = f"{latent.shape[-2]}x{latent.shape[-1]}"
     rows = []
     for scale in scales:
@@ -181,7 +181,7 @@ def _split(label: str) -> tuple[str, str]:
     return engine, dtype or "artifact"
 
 
-def _draw(route: Route, bundle: Bundle) -> Tensor:
+def _generate_latent(route: Route, bundle: Bundle) -> Tensor:
     defaults = bundle.defaults
     item = GenerationItem(
         "", "", 0, defaults.base_width_px, defaults.base_height_px, defaults.steps, defaults.guidance_scale

@@ -130,7 +130,7 @@ class Table:
         for run in range(-plan.warmups, plan.images):
             number = max(run, 0)
             base = self._read_base(number) if has_bases and 0 <= run < plan.runs else None
-            for row, stages_s, image in self._draw(shared, rows, number):
+            for row, stages_s, image in self._measure_rows(shared, rows, number):
                 if 0 <= run < plan.runs:
                     row.stages_s.append(stages_s | {"total": sum(stages_s.values())})
                     row.peak = self._route.peak_memory()
@@ -143,7 +143,9 @@ class Table:
         for row in rows:
             row.write(self._out)
 
-    def _draw(self, cell: Cell, rows: Sequence[_Row], number: int) -> Iterator[tuple[_Row, dict[str, float], Tensor]]:
+    def _measure_rows(
+        self, cell: Cell, rows: Sequence[_Row], number: int
+    ) -> Iterator[tuple[_Row, dict[str, float], Tensor]]:
         """Generate once, and run the other stages for every row."""
         defaults, route, plan = self._bundle.defaults, self._route, self._plan
         factor = cell.scale if cell.method == "direct" else 1

@@ -1,7 +1,7 @@
 """OpenAI image edits over the same jobs: a multipart form of images, a mask and the fields of a generation.
 
-With a mask, its transparent area of the image is generated again. Without one, a bundle that takes reference images draws
-after them, and another one starts from the image. `docs/compatibility.md` lists the fields.
+With a mask, its transparent area is generated again. Without one, a bundle that takes reference images uses the images
+as references, and another one starts from the image. `docs/compatibility.md` lists the fields.
 """
 
 import asyncio
@@ -113,11 +113,15 @@ async def read_form(request: Request) -> EditForm:
             else:
                 values[name] = _to_value(name, part)
     if unknown := [name for name, _ in files if name not in (*_IMAGE_FIELDS, _MASK_FIELD)]:
-        raise InvalidFields(*((name[:64], "is not a file field of an edit; send image, image[] and mask") for name in unknown))
+        raise InvalidFields(
+            *((name[:64], "is not a file field of an edit; send image, image[] and mask") for name in unknown)
+        )
     images = tuple(content for name, content in files if name in _IMAGE_FIELDS)
     masks = [content for name, content in files if name == _MASK_FIELD]
     if not images or len(masks) > 1:
-        raise InvalidFields(("mask", "is given twice; send it once") if images else ("image", "is missing; send one or more files"))
+        raise InvalidFields(
+            ("mask", "is given twice; send it once") if images else ("image", "is missing; send one or more files")
+        )
     return EditForm(validate_as(EditsRequest, values), images, masks[0] if masks else None)
 
 

@@ -1,4 +1,4 @@
-// A mask over an image: painted, or from a file. What is painted is drawn anew: white in the mask, black elsewhere.
+// A mask over an image: painted, or from a file. The painted area is generated again: white in the mask, black elsewhere.
 
 import {make} from "./dom.js";
 

@@ -10,13 +10,13 @@ from giantleap.service.jobs.requests import GenerateRequest
 
 
 def supports_mask(bundle: Bundle) -> bool:
-    """Whether the pipeline draws a part of an image anew; True for one on the hub, which is not known."""
+    """Whether the pipeline supports a mask; True for one on the hub, which is not known."""
     kind = bundle.pipeline_class
     return kind is None or takes_mask(kind, bundle.latent_space.channels)
 
 
 def max_references(bundle: Bundle) -> int:
-    """Most reference images that the pipeline draws after; 0 for one on the hub, which is not known."""
+    """Maximum number of reference images of the pipeline; 0 for one on the hub, which is not known."""
     return REFERENCES.get(bundle.pipeline_class or "", 0)
 
 

@@ -196,7 +196,7 @@ def test_direct_draws_the_final_size_itself_whatever_the_scale() -> None:
         whole.base_size(288, 48, 3, "direct")
     with pytest.raises(
         SizeError,
-        match=r"289x48 px drawn directly: .* sides from 32 to 288 px in steps of 16; nearest: 288x48",
+        match=r"289x48 px generated directly: .* sides from 32 to 288 px in steps of 16; nearest: 288x48",
     ):
         whole.base_size(289, 48, 2, "direct")
 

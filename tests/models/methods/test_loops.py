@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from giantleap.models.methods.demofusion import draw_again, draw_demofusion, restandardize
-from giantleap.models.methods.lsrna import draw_lsrna, edge_strength
+from giantleap.models.methods.demofusion import restandardize, sample_demofusion, sample_phase
+from giantleap.models.methods.lsrna import edge_strength, sample_lsrna
 from giantleap.models.methods.passes import first_step, plan_stages
-from giantleap.models.methods.rectifiedhr import draw_rectifiedhr
+from giantleap.models.methods.rectifiedhr import sample_rectifiedhr
 from giantleap.models.methods.steppers import DdimStepper, FlowStepper, Stepper, sample
 from giantleap.models.methods.views import Progress, View
 from tests.models.methods.tiny_unets import NO_PROGRESS, noise_of
@@ -68,14 +68,14 @@ def test_a_phase_of_demofusion_ends_at_the_enlarged_latent_with_the_last_noise(
     fixed = noise_of(1).normal(large.shape)
     oracle = NoiseOracle(fixed, factor)
     view = View(8 * factor * height, 8 * factor * width, 7.5)
-    drawn = draw_again(oracle, sdxl_stepper(), large, view, factor, WINDOW, STRIDE_PX, noise_of(1), NO_PROGRESS)
+    drawn = sample_phase(oracle, sdxl_stepper(), large, view, factor, WINDOW, STRIDE_PX, noise_of(1), NO_PROGRESS)
     torch.testing.assert_close(drawn, FINAL_SIGNAL * large + FINAL_NOISE * fixed, rtol=0, atol=5e-5)
 
 
 def test_a_phase_of_demofusion_by_flow_matching_ends_at_the_enlarged_latent() -> None:
     large = noise_of(5).normal((1, 4, 32, 48))
     oracle = NoiseOracle(noise_of(1).normal(large.shape) - large, 2)
-    drawn = draw_again(
+    drawn = sample_phase(
         oracle, flow_stepper(), large, View(256, 384, 3.0), 2, WINDOW, STRIDE_PX, noise_of(1), NO_PROGRESS
     )
     torch.testing.assert_close(drawn, large, rtol=0, atol=1e-5)
@@ -90,9 +90,9 @@ def shrink(x: Tensor, t: Tensor, view: View) -> Tensor:
 def test_one_times_the_base_size_is_a_plain_run_bit_for_bit(stepper: Stepper) -> None:
     start, view = noise_of(2).normal((1, 4, 16, 24)), View(128, 192, 5.0)
     plain, _ = sample(shrink, stepper, start, view, NO_PROGRESS)
-    fused = draw_demofusion(shrink, stepper, start, view, 1, WINDOW, STRIDE_PX, noise_of(1), NO_PROGRESS)
+    fused = sample_demofusion(shrink, stepper, start, view, 1, WINDOW, STRIDE_PX, noise_of(1), NO_PROGRESS)
     stages = plan_stages(6, 1)
-    grown = draw_rectifiedhr(
+    grown = sample_rectifiedhr(
         shrink, stepper, start, view, stages, lambda clean, growth: clean, noise_of(1), NO_PROGRESS
     )
     assert torch.equal(fused, plain) and torch.equal(grown, plain)
@@ -101,7 +101,7 @@ def test_one_times_the_base_size_is_a_plain_run_bit_for_bit(stepper: Stepper) ->
 def run_demofusion(seed: int, progress: Progress = NO_PROGRESS) -> Tensor:
     start = noise_of(2).normal((1, 4, 16, 24))
     view = View(384, 576, 5.0)
-    return draw_demofusion(shrink, sdxl_stepper(4), start, view, 3, WINDOW, STRIDE_PX, noise_of(seed), progress)
+    return sample_demofusion(shrink, sdxl_stepper(4), start, view, 3, WINDOW, STRIDE_PX, noise_of(seed), progress)
 
 
 def test_demofusion_repeats_with_its_seed_whatever_others_draw() -> None:
@@ -181,7 +181,7 @@ def test_rectifiedhr_grows_from_the_clean_latent_and_tells_the_network_its_size(
 
     start = stepper.add_noise(base, noise_of(0).normal(base.shape), 0)
     stages = plan_stages(50, 4)
-    drawn = draw_rectifiedhr(
+    drawn = sample_rectifiedhr(
         oracle,
         stepper,
         start,
@@ -205,7 +205,7 @@ def test_without_guidance_rectifiedhr_raises_none() -> None:
         return x
 
     start = noise_of(0).normal((1, 4, 16, 24))
-    draw_rectifiedhr(
+    sample_rectifiedhr(
         predict, sdxl_stepper(6), start, View(128, 192, 1.0), plan_stages(6, 2), resize, noise_of(1), NO_PROGRESS
     )
     assert seen == {1.0}
@@ -224,7 +224,7 @@ def test_lsrna_enlarges_once_and_samples_the_last_steps_of_the_final_size() -> N
     def draw(image: Tensor) -> Tensor:
         start = noise_of(2).normal((1, 4, 16, 24))
         view = View(128, 192, 5.0)
-        return draw_lsrna(
+        return sample_lsrna(
             predict,
             sdxl_stepper(),
             start,

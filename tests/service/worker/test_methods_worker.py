@@ -9,7 +9,7 @@ import torch
 
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.bundle.descriptor import REDIFFUSION, Rediffusion
-from giantleap.models.methods.draw import count_steps
+from giantleap.models.methods.sampling import count_steps
 from giantleap.models.route import Route
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.settings import read_settings

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from giantleap.models.bundle.descriptor import REDIFFUSION, Rediffusion
-from giantleap.models.bundle.redrawing import refused_pipeline
+from giantleap.models.bundle.rediffusion import refused_pipeline
 from giantleap.models.methods.denoiser import Denoiser
 from giantleap.models.methods.hidiffusion import hidiffusion, plan_hidiffusion
 from giantleap.models.methods.steppers import open_stepper

@@ -1,6 +1,6 @@
 """What a re-diffusion method needs of a pipeline, read from its configuration: a job it cannot serve is not queued.
 
-Nothing here imports torch. A part without a configuration file is not judged.
+Nothing here imports torch. A part without a configuration file is not checked.
 """
 
 import json
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from giantleap.models.bundle.descriptor import DRAWS_AGAIN, HAS_UNET, REDIFFUSION, Method
+from giantleap.models.bundle.descriptor import HAS_UNET, REDIFFUSION, SAMPLES_AGAIN, Method
 
 _BLOCKS = {
     "down_block_types": {"DownBlock2D", "CrossAttnDownBlock2D"},
@@ -55,7 +55,7 @@ def _refused_class(method: Method, pipeline_class: str | None) -> str:
         return ""
     if pipeline_class is None:
         return f"{method} depends on the class of the pipeline, which is known once the bundle is pulled"
-    known = HAS_UNET if method in ("hidiffusion", "scalecrafter") else DRAWS_AGAIN
+    known = HAS_UNET if method in ("hidiffusion", "scalecrafter") else SAMPLES_AGAIN
     if pipeline_class in known:
         return ""
     where = "works inside a UNet" if known is HAS_UNET else "has a sampling loop of its own"

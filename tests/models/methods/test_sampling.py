@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from giantleap.models.adapters.files import read_file
-from giantleap.models.bundle.descriptor import DRAWS_AGAIN, HAS_UNET, NO_NEGATIVE_PROMPT, REDIFFUSION, Rediffusion
+from giantleap.models.bundle.descriptor import HAS_UNET, NO_NEGATIVE_PROMPT, REDIFFUSION, SAMPLES_AGAIN, Rediffusion
 from giantleap.models.bundle.modes import Modes
 from giantleap.models.generation.generator import Generator
 from giantleap.models.generation.items import GenerationItem
 from giantleap.models.generation.previews import preview_steps
-from giantleap.models.methods.draw import Tools, count_steps, draw_items
 from giantleap.models.methods.passes import network_pixel_steps
+from giantleap.models.methods.sampling import Tools, count_steps, sample_items
 from giantleap.models.vae.autoencoder import Vae
 from tests.lora_files import write_lora
 from tests.models.methods.tiny_unets import ITEM, PIPELINES, WIDE, open_generator
@@ -38,7 +38,7 @@ def tools_of(generator: Generator) -> Tools:
 
 
 def draw(generator: Generator, method: Rediffusion, *items: GenerationItem, scale: int = 2, **calls: Any) -> Any:
-    return draw_items(generator, tools_of(generator), items, method, scale, **calls)
+    return sample_items(generator, tools_of(generator), items, method, scale, **calls)
 
 
 def weights(generator: Generator) -> list[Tensor]:
@@ -189,13 +189,13 @@ def test_what_a_method_cannot_do_is_refused(generators: dict[str, Generator]) ->
         draw(generator, "demofusion", start)
     with pytest.raises(ValueError, match="items of one batch must share"):
         draw(generator, "demofusion", ITEM, WIDE)
-    with pytest.raises(ValueError, match="does not draw again"):
+    with pytest.raises(ValueError, match="not a re-diffusion method"):
         draw(generator, "lua", ITEM)  # type: ignore[arg-type]
 
 
 def test_the_classes_that_draw_again_take_negative_prompts() -> None:
-    assert {type(open_generator(name).pipeline).__name__ for name in PIPELINES} == DRAWS_AGAIN
-    assert HAS_UNET < DRAWS_AGAIN and not NO_NEGATIVE_PROMPT & DRAWS_AGAIN
+    assert {type(open_generator(name).pipeline).__name__ for name in PIPELINES} == SAMPLES_AGAIN
+    assert HAS_UNET < SAMPLES_AGAIN and not NO_NEGATIVE_PROMPT & SAMPLES_AGAIN
 
 
 def test_blocks_that_are_compiled_ignore_hidiffusion_and_no_other_method() -> None:

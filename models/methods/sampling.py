@@ -1,4 +1,4 @@
-"""Draws an image by a re-diffusion method: opens network and scheduler, runs the method's loop, gives a raw latent.
+"""Generates an image by a re-diffusion method: opens network and scheduler, runs the method's loop.
 
 Items run one by one: each has its own windows and shifts, so that a batch gives what each item gives alone.
 """
@@ -17,12 +17,12 @@ from giantleap.models.device import PartCallback
 from giantleap.models.generation.generator import Generator
 from giantleap.models.generation.items import CancelCheck, GenerationItem, StepCallback
 from giantleap.models.generation.previews import PreviewCallback, preview_steps
-from giantleap.models.methods.demofusion import draw_demofusion
+from giantleap.models.methods.demofusion import sample_demofusion
 from giantleap.models.methods.denoiser import Denoiser
 from giantleap.models.methods.hidiffusion import hidiffusion, plan_hidiffusion
-from giantleap.models.methods.lsrna import draw_lsrna
+from giantleap.models.methods.lsrna import sample_lsrna
 from giantleap.models.methods.passes import first_step, plan_stages
-from giantleap.models.methods.rectifiedhr import draw_rectifiedhr
+from giantleap.models.methods.rectifiedhr import sample_rectifiedhr
 from giantleap.models.methods.scalecrafter import plan_scalecrafter, scalecrafter
 from giantleap.models.methods.steppers import FlowStepper, Stepper, open_stepper, sample
 from giantleap.models.methods.views import NoiseSource, Progress, View
@@ -46,7 +46,7 @@ class Tools:
     enlarge: Callable[[Tensor, float], Tensor]
 
 
-def draw_items(
+def sample_items(
     generator: Generator,
     tools: Tools,
     items: Sequence[GenerationItem],
@@ -57,7 +57,7 @@ def draw_items(
     on_part: PartCallback | None = None,
     on_preview: PreviewCallback | None = None,
 ) -> list[Tensor | None]:
-    """Draw images `scale` times as large as their items. Arguments not named here as of `Generator.generate`.
+    """Generate images `scale` times as large as their items. Arguments not named here as of `Generator.generate`.
 
     Args:
         tools: VAE and enlarger.
@@ -95,11 +95,11 @@ def draw_items(
     progress = Progress(end_step, lambda: None if on_part is None else on_part(None))
     for index, item in enumerate(items):
         done = index * steps
-        drawn: Tensor | None = None
+        latent: Tensor | None = None
         if is_canceled is None or not is_canceled(index):
             with suppress(_CanceledError), generator.cleared():
-                drawn = _Drawing(generator, tools, item, scale, progress).draw(method)
-        latents.append(drawn)
+                latent = _Sampling(generator, tools, item, scale, progress).run(method)
+        latents.append(latent)
     return latents
 
 
@@ -110,7 +110,7 @@ def count_steps(method: Method, scale: int, steps: int) -> int:
     return 2 * steps - first_step(steps) if method == "lsrna" else steps
 
 
-class _Drawing:
+class _Sampling:
     """One image on its way."""
 
     def __init__(
@@ -127,7 +127,7 @@ class _Drawing:
         self._noise = NoiseSource(torch.Generator("cpu").manual_seed(item.seed), device)
 
     @torch.no_grad()
-    def draw(self, method: Method) -> Tensor:
+    def run(self, method: Method) -> Tensor:
         """The raw latent, [channels, h, w], float32."""
         self._adapters.activate(self._item.loras)
         denoiser = Denoiser.open(self._pipeline, self._item)
@@ -145,19 +145,19 @@ class _Drawing:
         if method == "rectifiedhr":
             # The authors' guidance is for networks that predict noise; flow matching has no published one.
             stages = plan_stages(self._item.steps, scale, raises_guidance=not isinstance(stepper, FlowStepper))
-            return draw_rectifiedhr(denoiser, stepper, self._start(1), base, stages, self._grow, noise, progress)
+            return sample_rectifiedhr(denoiser, stepper, self._start(1), base, stages, self._grow, noise, progress)
         if method == "demofusion":
-            return draw_demofusion(denoiser, stepper, self._start(1), final, scale, *places, noise, progress)
+            return sample_demofusion(denoiser, stepper, self._start(1), final, scale, *places, noise, progress)
         if method == "lsrna":
             models = (self._decode, self._enlarge)
-            return draw_lsrna(denoiser, stepper, self._start(1), base, scale, *places, *models, noise, progress)
+            return sample_lsrna(denoiser, stepper, self._start(1), base, scale, *places, *models, noise, progress)
         unet, x = self._network, self._start(scale)
         if method == "hidiffusion":
             plan = plan_hidiffusion(unet, x.shape[-2], x.shape[-1], self._item.steps)
             with hidiffusion(unet, plan, noise) as state:
                 return sample(denoiser, stepper, x, final, progress, begin=state.begin)[0]
         if method != "scalecrafter":
-            raise ValueError(f"method {method} does not draw again; it enlarges what the generator drew")
+            raise ValueError(f"method {method} is not a re-diffusion method")
         with scalecrafter(plan_scalecrafter(unet, scale, self._item.steps), denoiser) as crafted:
             return sample(crafted, stepper, x, final, progress, noise=noise, begin=crafted.begin)[0]
 
