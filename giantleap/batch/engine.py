@@ -22,10 +22,10 @@ from giantleap.service.worker.batch_runner import BatchRun
 from giantleap.service.worker.batching import plan_batch
 from giantleap.service.worker.drain import Drain
 from giantleap.service.worker.items import (
-    Drawn,
     Item,
     Outcome,
     Output,
+    RawOutput,
     encode,
     to_items,
     to_job_error,
@@ -131,8 +131,8 @@ class RowEngine:
         items = to_items(batch)
         return [self._encode(*pair) for pair in zip(items, run.run(items, len(batch)), strict=True)]
 
-    def _encode(self, item: Item, result: Outcome | Drawn) -> Outcome:
-        if not isinstance(result, Drawn):
+    def _encode(self, item: Item, result: Outcome | RawOutput) -> Outcome:
+        if not isinstance(result, RawOutput):
             return result
         try:
             if self._options.out == "latents":

@@ -37,7 +37,7 @@ def choose_refine(bundle: Bundle, values: Mapping[str, float] | None) -> Refinem
 
 def with_refine(query: UpscaleQuery, params: UpscaleParams, bundle: Bundle, seed: int) -> UpscaleParams:
     """The parameters with the refine pass of the query, where it has one."""
-    refinement = to_refinement(query.refine_strength, query.refine_steps) if asks_to_refine(query) else None
+    refinement = to_refinement(query.refine_strength, query.refine_steps) if requests_refine(query) else None
     if refinement is None:
         return params
     default = bundle.defaults.guidance_scale
@@ -51,7 +51,7 @@ def with_refine(query: UpscaleQuery, params: UpscaleParams, bundle: Bundle, seed
     )
 
 
-def asks_to_refine(query: UpscaleQuery) -> bool:
+def requests_refine(query: UpscaleQuery) -> bool:
     """Whether the query of /upscale names the refine pass."""
     return query.refine_strength is not None or query.refine_steps is not None
 
@@ -98,7 +98,7 @@ def refine_checks(
 
 def query_checks(query: UpscaleQuery) -> tuple[Check, ...]:
     """A refine pass of /upscale needs a prompt, and the fields of a prompt need a refine pass."""
-    if asks_to_refine(query):
+    if requests_refine(query):
         return ((query.prompt is None, "prompt", "is required to refine: describe the image"),)
     extra = [name for name in _ONLY_WITH_REFINE if getattr(query, name) is not None]
     return tuple((True, name, "applies to a refine pass; send refine_strength or leave it out") for name in extra)

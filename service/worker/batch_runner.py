@@ -18,10 +18,10 @@ from giantleap.service.jobs.job import UpscaleParams
 from giantleap.service.telemetry.tracing import BatchTrace
 from giantleap.service.worker.drain import Drain
 from giantleap.service.worker.items import (
-    Drawn,
     Item,
     Latent,
     Outcome,
+    RawOutput,
     check_image,
     has_input_image,
     read_latent,
@@ -69,7 +69,7 @@ class BatchRun:
         self._filters = filters
         self._to_latents = to_latents
 
-    def run(self, items: Sequence[Item], slice_size: int) -> list[Outcome | Drawn]:
+    def run(self, items: Sequence[Item], slice_size: int) -> list[Outcome | RawOutput]:
         """What became of each item, in order; at most `slice_size` of them are on the device at once."""
         slices = [items[start : start + slice_size] for start in range(0, len(items), slice_size)]
         return [outcome for part in slices for outcome in self._run_isolated(part)]
@@ -78,7 +78,7 @@ class BatchRun:
         """What sees the items encoded, in another thread: its clock must not wait for the device."""
         return self._observe(items, StageClock(torch.device("cpu"), self.clock.stages_s))
 
-    def _run_isolated(self, items: Sequence[Item]) -> list[Outcome | Drawn]:
+    def _run_isolated(self, items: Sequence[Item]) -> list[Outcome | RawOutput]:
         """Run items together; after a failure in halves if memory ran out, else one by one."""
         try:
             return self._run_together(items)
@@ -95,10 +95,10 @@ class BatchRun:
             return [failure]
         return self.run(items, (len(items) + 1) // 2 if halve else 1)
 
-    def _run_together(self, items: Sequence[Item]) -> list[Outcome | Drawn]:
+    def _run_together(self, items: Sequence[Item]) -> list[Outcome | RawOutput]:
         self._observe(items).poll()
         running = [index for index, item in enumerate(items) if not self._flags.is_stopped(item)]
-        outcomes: dict[int, Outcome | Drawn] = {}
+        outcomes: dict[int, Outcome | RawOutput] = {}
         if running and has_input_image(items[0].claim.job.params):
             outcomes = dict(zip(running, self._upscale_images([items[index] for index in running]), strict=True))
         elif running:
@@ -126,7 +126,7 @@ class BatchRun:
                 on_preview=PreviewSender(items, self._route.previewer, self._filters, self._consumer).send,
             )
 
-    def _decode(self, items: Sequence[Item], latents: list[Tensor]) -> Sequence[Outcome | Drawn]:
+    def _decode(self, items: Sequence[Item], latents: list[Tensor]) -> Sequence[Outcome | RawOutput]:
         """From base latents to pixels by the stages of the batch's method, or to latents for a worker that decodes."""
         if not self._route.role.loads_decoder:
             return [Latent(latent.float().cpu()) for latent in latents]
@@ -138,7 +138,7 @@ class BatchRun:
         )
         return self._take(items, upscaled, images)
 
-    def _upscale_images(self, items: Sequence[Item]) -> Sequence[Outcome | Drawn]:
+    def _upscale_images(self, items: Sequence[Item]) -> Sequence[Outcome | RawOutput]:
         """From clients' images to pixels."""
         params, observer = items[0].claim.job.params, self._observe(items)
         decode = params.decode if self._wants_images(items) else None
@@ -149,13 +149,13 @@ class BatchRun:
 
     def _take(
         self, items: Sequence[Item], latents: Sequence[Tensor], images: Sequence[Tensor | None]
-    ) -> Sequence[Outcome | Drawn]:
+    ) -> Sequence[Outcome | RawOutput]:
         """What is to be encoded, off the device. Filters, which may use it, see the images here: a part of `encode`."""
         self._watchdog.progress("encode", [item.claim.job.id for item in items])
         with self.clock.measure("encode"):
             if self._wants_images(items):
                 return [check_image(item, image, self._filters) for item, image in zip(items, images, strict=True)]
-            return [Drawn(latent.cpu()) for latent in latents]
+            return [RawOutput(latent.cpu()) for latent in latents]
 
     def _wants_images(self, items: Sequence[Item]) -> bool:
         return not self._to_latents and wants_image(items[0].claim.job.params)

@@ -55,8 +55,8 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """What the device made of one item, on the CPU: pixels [height_px, width_px, 3], uint8, or a latent."""
+class RawOutput:
+    """The output of one item before encoding, on the CPU: pixels [height_px, width_px, 3], uint8, or a latent."""
 
     values: Tensor
 
@@ -168,7 +168,7 @@ def to_latents_blob(latents: Sequence[Latent]) -> bytes:
     return safetensors.torch.save({LATENT_TENSOR: torch.stack([latent.values for latent in latents]).contiguous()})
 
 
-def check_image(item: Item, pixels: Tensor | None, filters: FilterChain) -> Drawn | JobError:
+def check_image(item: Item, pixels: Tensor | None, filters: FilterChain) -> RawOutput | JobError:
     """The pixels of one item; an error if they were not finite, or a filter, which may use the device, refuses them."""
     if pixels is None:
         return to_job_error(JobFailed("the decoded image has values that are not finite; try another seed or input"))
@@ -176,14 +176,14 @@ def check_image(item: Item, pixels: Tensor | None, filters: FilterChain) -> Draw
         filters.check(pixels, to_context(item.claim.job.params, item.claim.job.bundle, pixels))
     except (ImageRefused, FilterFailed) as error:
         return to_job_error(error)
-    return Drawn(pixels)
+    return RawOutput(pixels)
 
 
-def encode(item: Item, drawn: Drawn, marker: ImageMarker) -> Output | JobError:
+def encode(item: Item, raw: RawOutput, marker: ImageMarker) -> Output | JobError:
     """The result file of one item."""
     if wants_image(item.claim.job.params):
-        return to_image_output(item, drawn.values, marker)
-    return to_latent_output(item, drawn.values)
+        return to_image_output(item, raw.values, marker)
+    return to_latent_output(item, raw.values)
 
 
 def to_image_output(item: Item, pixels: Tensor, marker: ImageMarker) -> Output:

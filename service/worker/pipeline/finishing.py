@@ -17,7 +17,7 @@ from giantleap.service.jobs.job import JobError
 from giantleap.service.telemetry.logs import log_fields
 from giantleap.service.telemetry.metrics import Metrics
 from giantleap.service.telemetry.tracing import BatchTrace, trace_id_of
-from giantleap.service.worker.items import Drawn, Item, Outcome, encode, to_job_error
+from giantleap.service.worker.items import Item, Outcome, RawOutput, encode, to_job_error
 from giantleap.service.worker.progress import BatchObserver
 from giantleap.service.worker.settlement import BatchSummary, JobSettler
 from giantleap.service.worker.watchdog import Watchdog
@@ -32,7 +32,7 @@ class RanBatch:
     Args:
         claims: Its jobs.
         items: Their images.
-        results: What became of each item; encoding replaces what was drawn, so that its memory is free.
+        results: The result of each item; encoding replaces raw outputs, so that their memory is free.
         warnings: For the client of each job.
         load_s: Seconds that its bundle took to load for it.
         observer: Sees the encoding; it has the seconds of each stage.
@@ -42,7 +42,7 @@ class RanBatch:
 
     claims: Sequence[Claim]
     items: Sequence[Item]
-    results: list[Outcome | Drawn]
+    results: list[Outcome | RawOutput]
     warnings: Sequence[Sequence[str]]
     load_s: float
     observer: BatchObserver
@@ -133,16 +133,16 @@ class BatchFinisher:
         return outcomes
 
     def _encode_items(self, batch: RanBatch) -> Sequence[Outcome]:
-        any_drawn = any(isinstance(each, Drawn) for each in batch.results)
-        with batch.observer.measure("encode") if any_drawn else nullcontext():
+        any_raw = any(isinstance(each, RawOutput) for each in batch.results)
+        with batch.observer.measure("encode") if any_raw else nullcontext():
             for index, each in enumerate(batch.results):
-                if isinstance(each, Drawn):
+                if isinstance(each, RawOutput):
                     batch.results[index] = self._encode_item(batch.items[index], each)
-        return [each for each in batch.results if not isinstance(each, Drawn)]
+        return [each for each in batch.results if not isinstance(each, RawOutput)]
 
-    def _encode_item(self, item: Item, drawn: Drawn) -> Outcome:
+    def _encode_item(self, item: Item, raw: RawOutput) -> Outcome:
         try:
-            return encode(item, drawn, self._marker)
+            return encode(item, raw, self._marker)
         except Exception as error:
             log.warning("an image of job %s was not encoded", item.claim.job.id, exc_info=error)
             return to_job_error(error)
