@@ -1,4 +1,4 @@
-"""What is wrong with a value that a pydantic model refused, in the project's words and without the value."""
+"""Messages for values that a pydantic model refused, in the project's words and without the value."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -31,7 +31,7 @@ def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is what Git LFS leaves in place of a large file that was not fetched."""
+    """Whether a file is a pointer of Git LFS to a large file that was not fetched."""
     with path.open("rb") as file:
         return file.read(len(_LFS_START)) == _LFS_START
 

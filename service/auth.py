@@ -72,7 +72,7 @@ class Caller:
 
 ANONYMOUS = Caller()
 URL_HOLDER: Final = Caller(scopes=frozenset({Scope.ADMIN}))
-"""Whoever sends a signed URL, whoever owns the job: the signature covers the path, so it opens nothing else."""
+"""The caller with a signed URL, of any owner: the signature covers the path, so it gives access to nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +263,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def presented_keys(headers: Sequence[tuple[bytes, bytes]]) -> set[str]:
-    """What may be keys in a request's headers: `Authorization: Bearer KEY` and `X-API-Key: KEY`.
+    """The possible keys in a request's headers: `Authorization: Bearer KEY` and `X-API-Key: KEY`.
 
     Other schemes of Authorization are those of proxies.
     """

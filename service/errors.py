@@ -28,7 +28,7 @@ class GiantleapError(Exception):
 
     code: str = "internal_error"
     reason: str | None = None
-    """What the metrics count, where one code has several causes."""
+    """The label of the metrics, if one code has several causes."""
     status: int = 500
     title: str = "Internal error"
     retryable: bool = False

@@ -87,7 +87,7 @@ class StageConfig(_Values):
     random_head_share: float = Field(default=0.4, ge=0.0, le=1.0)
 
     def micro_batches(self, world_size: int) -> int:
-        """Parts of one update that each of so many processes runs.
+        """Number of micro-batches per update in each process.
 
         Raises:
             ConfigError: The effective batch cannot be shared evenly.
@@ -187,7 +187,7 @@ class LuaConfig(_Values):
         return self
 
     def to_spec(self, channels: int) -> LuaSpec:
-        """The shape of a network that starts afresh, for latents of so many channels.
+        """The spec of an untrained network for latents of this many channels.
 
         Raises:
             ConfigError: There is no such preset, or the fields make no network.

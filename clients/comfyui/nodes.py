@@ -53,7 +53,7 @@ class UpscaleLatent(_Upscale):
     def upscale(
         self, samples: dict[str, Any], scale: float, url: str, bundle: str, method: str, timeout_s: float
     ) -> tuple[dict[str, Any]]:
-        """Enlarge; what else the LATENT holds, such as a mask of noise, stays."""
+        """Upscale the samples; other entries of the LATENT, such as a noise mask, are kept."""
         options: UpscaleOptions = {"scale": scale, "output": "latent"}
         result, space = _send(samples["samples"], url, bundle, method, timeout_s, options)
         raw = torch.stack([result.tensor(index).float() for index in range(len(result))])

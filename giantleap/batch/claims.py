@@ -1,4 +1,4 @@
-"""Which process works on which shard: marker files in the output, so that processes need no coordinator.
+"""Claims of shards by marker files in the output, so that processes need no coordinator.
 
 The marker `SHARD.0003` is the fourth claim of a shard. Creating it is atomic, so that one process gets it. Its owner
 writes it again each quarter of the lease; where it is older than the lease, the owner is dead, and another process

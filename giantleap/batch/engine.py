@@ -1,4 +1,4 @@
-"""Draws rows with the service's own batch code, without a queue: plan, group, run, write, one entry per row."""
+"""Runs rows with the service's batch code, without a queue: plan, group, run, write, one entry per row."""
 
 import hashlib
 import threading
@@ -36,7 +36,7 @@ from giantleap.service.worker.watchdog import Watchdog
 
 
 class _NoReports:
-    """Nobody follows the progress of rows or cancels them (`giantleap.service.worker.progress.Reports`)."""
+    """Reports of a batch job, which nobody follows or cancels (`giantleap.service.worker.progress.Reports`)."""
 
     def emit(self, claim: Claim, name: str, data: Mapping[str, object], image: bytes | None = None) -> None:
         """Nothing."""
@@ -108,7 +108,7 @@ class RowEngine:
                 yield entries
 
     def _plan(self, rows: Sequence[Row]) -> tuple[list[Claim], list[Entry]]:
-        """The jobs that the rows are, and the entries of those that are none."""
+        """Convert rows to jobs; rows that are not valid become entries with an error."""
         claims: dict[str, Claim] = {}
         refused = []
         for number, row in enumerate(rows):

@@ -103,7 +103,7 @@ class Source:
         return shards
 
     def read(self, shard: Shard) -> Iterator[Row]:
-        """The rows of a shard; what cannot be read is a row with an error."""
+        """The rows of a shard; an unreadable one is a row with an error."""
         path = shard.paths[0]
         if path.lower().endswith(MEDIA):
             yield from (self._read_file(path, key) for path, key in zip(shard.paths, shard.keys, strict=True))
@@ -137,7 +137,7 @@ class Source:
             return containers.count_parquet(file, path) if path.lower().endswith(".parquet") else sum(1 for _ in file)
 
     def _media_keys(self, paths: Sequence[str]) -> list[str]:
-        """The names without their ends, but of those that differ in nothing else with them."""
+        """The names without suffixes; names that differ only in the suffix keep it."""
         stems = Counter(map(self._stem, paths))
         return [self._stem(path) if stems[self._stem(path)] == 1 else self._relative(path) for path in paths]
 

@@ -1,4 +1,4 @@
-"""What became of each row: JSON lines in the output, a file for each claim of a shard, which nobody else writes."""
+"""The outcome of each row: JSON lines in the output, one file per claim of a shard, written by its owner only."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -11,7 +11,7 @@ FOLDER: Final = "_batch/manifest"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What became of a row: an output or an error.
+    """The outcome of a row: an output or an error.
 
     Attributes:
         key: Of the row.
@@ -32,7 +32,7 @@ class Entry:
 
 @dataclass
 class Manifest:
-    """The entries of one writer, which are written whole each time, so that no line is ever cut off."""
+    """The entries of one writer; the file is rewritten as a whole, so that no line is ever cut off."""
 
     store: Store
     name: str

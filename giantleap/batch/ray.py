@@ -27,7 +27,7 @@ _MANIFEST_ROWS: Final = 1000
 
 
 class RowActor:
-    """Draws batches of rows; the bundle is loaded once, when the actor starts.
+    """Runs batches of rows; the bundle is loaded once, when the actor starts.
 
     A batch has a column `key`, and `prompt`, `latent` or `image` (files as bytes), and may have those of
     `giantleap.batch.rows.PROMPT_FIELDS`. The answer has a row for each with the fields of a manifest's entry. Rows that

@@ -1,4 +1,4 @@
-"""A row of a batch job, and the parameters of the job of the service that it is: the same checks, the same errors."""
+"""A row of a batch job, converted to the parameters of a service job: the same checks, the same errors."""
 
 import hashlib
 import re
@@ -20,9 +20,9 @@ from giantleap.service.jobs.requests import GenerateRequest, UpscaleQuery
 from giantleap.service.settings import Settings
 
 PROMPT_FIELDS: Final = ("negative_prompt", "seed", "width", "height", "steps", "guidance_scale")
-"""What a row may say itself of a prompt."""
+"""Options that a row with a prompt may set."""
 BODY_FIELDS: Final = ("width", "height")
-"""What a row may say itself of a latent, where it is packed: the size of its image."""
+"""Options that a row with a packed latent may set: the size of its image."""
 _KEY: Final = re.compile(r"(?!/|_batch/)[^\x00-\x1f\x7f\\]{1,200}")
 
 OutputKind = Literal["images", "latents"]
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
-    """What all rows of a job have in common, which the outputs depend on.
+    """The options of all rows of a job, on which the outputs depend.
 
     Attributes:
         scale: None for the bundle's default; so `method`.
@@ -73,16 +73,16 @@ class BatchOptions:
 
     @property
     def suffix(self) -> str:
-        """The end of the names of outputs."""
+        """The suffix of output files."""
         return ".safetensors" if self.out == "latents" else {"jpeg": ".jpg"}.get(self.format, f".{self.format}")
 
     def to_job(self, bundle: Bundle) -> dict[str, Any]:
-        """What the output records, so that no other job writes into it."""
+        """The record in the output that keeps other jobs from writing into it."""
         return {"bundle": bundle.name, **asdict(self)}
 
 
 def check_options(options: BatchOptions, bundle: Bundle) -> None:
-    """Refuse what would fail in every row.
+    """Refuse options that would fail in every row.
 
     Raises:
         BatchError: The bundle lacks the method or the scale, or the method makes no latents.
@@ -102,7 +102,7 @@ def row_seed(seed: int, key: str) -> int:
 
 
 def plan_row(row: Row, options: BatchOptions, bundle: Bundle, settings: Settings) -> tuple[JobParams, bytes | None]:
-    """The parameters of the job that a row is, and its input.
+    """Convert a row to the parameters and the input of a job.
 
     Raises:
         BatchError: The row cannot be read, or the service would refuse it.

@@ -85,7 +85,7 @@ class Runner:
 
 
 def open_job(store: Store, job: dict[str, Any]) -> None:
-    """Write what the outputs depend on into the output.
+    """Record the options in the output.
 
     Raises:
         BatchError: It holds outputs of other options.

@@ -59,7 +59,7 @@ def running_service(*options: str) -> Iterator[str]:
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Poll `/readyz` until it answers 200, and show what it waits for.
+    """Poll `/readyz` until it answers 200, and show the reason for the wait.
 
     Raises:
         RuntimeError: the service ended, or was not ready in time.

@@ -44,7 +44,7 @@ _REASONS: Final = {
 
 
 class OneLineErrors(TyperGroup):
-    """The `giantleap` command: whatever ends it, standard error gets one line."""
+    """The `giantleap` command, which reports every error as one line on standard error."""
 
     def main(
         self,

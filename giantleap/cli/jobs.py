@@ -139,7 +139,7 @@ def to_local_url(host: str, port: int) -> str:
 
 @contextmanager
 def _client(url: str | None) -> "Iterator[Client]":
-    """A client of the service; what it refuses, or its silence, ends the command with one line."""
+    """A client of the service; an error response, or none, ends the command with one line."""
     from giantleap_client import Client, GiantleapError
 
     try:  # without a log, which would show each request
@@ -184,7 +184,7 @@ def _read(
 
 
 def _quote(job_id: str) -> str:
-    """An argument as one part of a path, whatever it holds."""
+    """An argument, escaped as one part of a path."""
     return quote(job_id, safe="")
 
 

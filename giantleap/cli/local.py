@@ -283,7 +283,7 @@ def upscale(
 
 @dataclass(frozen=True, slots=True)
 class _Writer:
-    """What stands between the pixels of an image and its file."""
+    """Filters, marks and writes images."""
 
     filters: "FilterChain"
     marker: "ImageMarker"

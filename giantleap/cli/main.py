@@ -144,7 +144,7 @@ def _read_twice(options: Mapping[str, object]) -> tuple[Settings, Callable[[], S
 
 
 def _check(settings: Settings) -> None:
-    """Check at start what the child processes would stop at, one after the other."""
+    """Check at start the configuration that would otherwise stop each child process."""
     from giantleap.models.filters.image_filter import FilterSetupError, find_filters
     from giantleap.service.jobs.marking import open_manifest_signer
 

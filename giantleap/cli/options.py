@@ -1,4 +1,4 @@
-"""What several commands share: options, settings and bundles read from them, and how a command ends on a wrong one.
+"""Shared parts of commands: options, reading settings and bundles, and ending on invalid ones.
 
 Modules that are slow to import (torch, the route) are imported inside the functions that need them.
 """

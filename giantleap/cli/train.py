@@ -333,7 +333,7 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _set_threads() -> None:
-    """Set the number of threads; the processes of `torchrun` share what is free."""
+    """Set the number of threads; the processes of `torchrun` share the free processors."""
     from giantleap.models.engines.threads import set_threads
 
     set_threads(settings_from().torch_threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

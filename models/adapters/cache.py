@@ -26,7 +26,7 @@ _LOAD_ERRORS: Final = (
     TypeError,
     ValueError,
 )
-"""What diffusers, peft and torch raise for files that they cannot put onto a model."""
+"""Errors of diffusers, peft and torch for files that do not fit a model."""
 
 
 class AdapterCache:
@@ -67,7 +67,7 @@ class AdapterCache:
         return tuple(use.name for use in (*self._sizes_bytes, *self._places) if use is not None)
 
     def activate(self, uses: Sequence[AdapterUse]) -> None:
-        """Load what is missing, and make these adapters, at their weights, the only ones that act.
+        """Load missing adapters, and activate these, at their weights, and no others.
 
         Raises:
             AdapterError: A file is not there, is not the one that the job was planned with, or does not fit.

@@ -50,7 +50,7 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """One LoRA of a job: the file that the API read, by its digest, and the weight of what it adds."""
+    """One LoRA of a job: the file that the API read, by its digest, and its weight."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -65,7 +65,7 @@ class AdapterUse:
 
     @property
     def at_full_weight(self) -> Self:
-        """The same file at weight 1: what is loaded, whatever the weight."""
+        """The same file at weight 1: a loaded adapter serves every weight."""
         return replace(self, weight=1.0)
 
 
@@ -186,7 +186,7 @@ def read_denoiser(pipeline: Path) -> dict[str, Shape]:
 
 
 def misfit(adapter: AdapterFile, pipeline_class: str, denoiser: Mapping[str, Shape]) -> str:
-    """Why a LoRA cannot run in a pipeline, as far as its file says; empty where nothing speaks against it.
+    """Why a LoRA cannot run in a pipeline, as far as its file says; empty if there is no reason.
 
     Layers are compared where they are named as in diffusers, or as by kohya for diffusers' names. Others are loaded by
     diffusers, which renames them, and are refused there.

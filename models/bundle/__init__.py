@@ -1,1 +1,1 @@
-"""Bundles: what can be served, how a descriptor is read and its weights are pulled."""
+"""Bundles: reading descriptors, checking them, and pulling weights."""

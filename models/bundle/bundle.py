@@ -68,7 +68,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle as read from its directory. What its files say is read once: every request asks for it.
+    """A bundle as read from its directory. Its files are read once, because every request needs them.
 
     Args:
         directory: Where `bundle.toml` is.

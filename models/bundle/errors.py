@@ -6,7 +6,7 @@ class BundleError(ValueError):
 
 
 class SizeError(BundleError):
-    """A size or scale that a bundle does not reach; the message names what it reaches."""
+    """A size or scale that a bundle does not support; the message names supported ones."""
 
 
 class MethodError(BundleError):

@@ -1,4 +1,4 @@
-"""Turns what libraries raise while they load a part of a bundle into one line that names the bundle."""
+"""Turns errors of libraries while a part of a bundle is loaded into one line that names the bundle."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`[modes]` of `bundle.toml`: how a loaded pipeline trades memory, time and exactness, and what excludes what.
+"""`[modes]` of `bundle.toml`: how a pipeline trades memory, time and exactness, and which modes exclude each other.
 
 Nothing here imports torch: an API process refuses what cannot work before a job is queued.
 `giantleap.models.generation.modes` applies the modes and checks what depends on the machine.
@@ -165,7 +165,7 @@ class Modes(BaseModel):
 
 
 def _to_line(place: Sequence[int | str], reason: str) -> str:
-    """A fault of a mode. What is unknown is not repeated: a setting may hold a secret by mistake."""
+    """An invalid mode. The message does not repeat unknown text, because a setting may hold a secret by mistake."""
     if place and place[0] not in Modes.model_fields:
         return f"a name is not that of a mode; there are {', '.join(Modes.model_fields)}"
     return f"{place[0]} {reason}" if place else reason

@@ -217,7 +217,7 @@ class _Pull:
         write_bundle(self.directory, Descriptor.model_validate(values))
 
     def _copy_own_files(self) -> None:
-        """Copy and verify what is beside the descriptor: LUA and SwinIR weights, a VAE."""
+        """Copy and verify the files beside the descriptor: LUA and SwinIR weights, a VAE."""
         descriptor = self.bundle.descriptor
         own = descriptor.files | ({} if descriptor.lua is None else {descriptor.lua.file: descriptor.lua.sha256})
         for source in (descriptor.vae, descriptor.tiny_vae):

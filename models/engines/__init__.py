@@ -1,1 +1,1 @@
-"""What runs a network: eager PyTorch, torch.compile, ONNX Runtime, TensorRT, AOTInductor."""
+"""Engines run a network: eager PyTorch, torch.compile, ONNX Runtime, TensorRT, AOTInductor."""

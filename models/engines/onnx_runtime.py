@@ -108,7 +108,7 @@ def _engine_errors(action: str) -> Iterator[None]:
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:
-    """Every error of onnxruntime, which share no base class, and what its Python part raises."""
+    """All errors of onnxruntime, which share no base class, and those of its Python part."""
     from onnxruntime.capi import onnxruntime_pybind11_state as binding
 
     own = [value for value in vars(binding).values() if isinstance(value, type) and issubclass(value, Exception)]

@@ -74,7 +74,7 @@ class Grids:
 
 
 class PackedBlock:
-    """A `SwinBlock` on tokens; the module's docstring states what is folded into what."""
+    """A `SwinBlock` on tokens; the module's docstring lists the folded operations."""
 
     def __init__(self, block: SwinBlock, layout: Layout) -> None:
         attn, mlp = block.attn, block.mlp

@@ -78,7 +78,7 @@ def set_threads(setting: int, processes: int = 1) -> int:
 
 
 def read_processors(sample_s: float = SAMPLE_S) -> Processors:
-    """Look for `sample_s` at what the machine and the control group of this process use; this thread sleeps."""
+    """Sample the processor use of the machine and of this process' control group; sleeps for `sample_s`."""
     quota = min(read_quotas(), key=lambda each: each.processors, default=None)
     before, used_before_s = _processor_times(), _used_s(quota)
     started_s = time.monotonic()

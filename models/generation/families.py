@@ -1,4 +1,4 @@
-"""What differs between the pipeline classes of diffusers that generate: `FAMILIES`."""
+"""Differences between the supported pipeline classes of diffusers: `FAMILIES`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

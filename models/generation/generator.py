@@ -198,7 +198,7 @@ class Generator:
 
     @contextmanager
     def cleared(self) -> Iterator[None]:
-        """What one call of the pipeline or its network runs in: afterwards no step is remembered, no weight left.
+        """Context of one call of the pipeline or its network: afterwards no step is cached and no weight left.
 
         The pipelines themselves do this only at the end of a call that is not canceled.
         """

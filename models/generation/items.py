@@ -52,7 +52,7 @@ class GenerationItem:
 
     @property
     def shared(self) -> tuple[object, ...]:
-        """What the items of one batch must have in common."""
+        """The values that must be equal for all items of a batch."""
         strength = None if self.init_image is None else self.strength
         images = (strength, self.mask is None, len(self.references))
         return self.width_px, self.height_px, self.steps, self.guidance_scale, *images, self.loras

@@ -1,4 +1,4 @@
-"""What generation starts from besides noise: an image, an image with a mask, or images that the prompt talks about.
+"""Sources of a generation besides noise: an image, an image with a mask, or reference images.
 
 `with_images` gives the pipeline that takes them, around the same networks, and its arguments.
 """

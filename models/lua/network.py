@@ -90,7 +90,7 @@ class LinearSkip(nn.Module):
 
 
 def _bicubic_kernels(scale: int) -> Tensor:
-    """What each neighbor adds to each place of a pixel's square in torch's bicubic enlargement; [scale**2, 5, 5]."""
+    """The weight of each neighbor for each place of a pixel's square in torch's bicubic upscaling; [scale**2, 5, 5]."""
     side = LINEAR_SKIP_KERNEL
     with torch.device("cpu"):  # the network may be built on "meta"
         impulses = F.pad(torch.eye(side**2).view(side**2, 1, side, side), (side,) * 4)
@@ -249,7 +249,7 @@ class Lua(nn.Module):
         return self.bias_cache.get(blocks, nh, nw)
 
     def normalize(self, latent: Tensor) -> Tensor:
-        """What the first convolution and the skip see of a latent; the same shape."""
+        """Normalize a latent for the first convolution and the skip; the same shape."""
         if self.spec.latent_norm:
             return (latent - self.latent_mean.view(-1, 1, 1)) / self.latent_std.view(-1, 1, 1)
         return latent if self.spec.image_mean is None else latent - self.image_mean.view(-1, 1, 1)

@@ -98,7 +98,7 @@ class LuaSpec:
 
     @property
     def has_skip(self) -> bool:
-        """Whether an enlargement of the input is added to what the heads give."""
+        """Whether an enlargement of the input is added to the output of the heads."""
         return self.bicubic_skip or self.linear_skip
 
     @property

@@ -78,7 +78,7 @@ class HiDiffusion:
         self.skip_sizes: dict[int, tuple[int, int]] = {}
 
     def begin(self, index: int) -> None:
-        """Set what the step changes."""
+        """Set the state of a step."""
         self.pools, self.strides = index in self._plan.pool, index in self._plan.stride
 
     def draw_shift(self, window: Sequence[int]) -> tuple[int, int]:

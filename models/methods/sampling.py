@@ -111,7 +111,7 @@ def count_steps(method: Method, scale: int, steps: int) -> int:
 
 
 class _Sampling:
-    """One image on its way."""
+    """The sampling of one image."""
 
     def __init__(
         self, generator: Generator, tools: Tools, item: GenerationItem, scale: int, progress: Progress

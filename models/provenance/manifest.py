@@ -1,4 +1,4 @@
-"""C2PA manifests, by the `c2pa-python` of the extra `provenance`: signs images, and reads what others signed.
+"""C2PA manifests, by the `c2pa-python` of the extra `provenance`: signs images, and reads signed ones.
 
 Nothing is fetched: no time stamp, no revocation list, and no manifest that a file names by its address.
 """

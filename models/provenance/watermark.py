@@ -120,7 +120,7 @@ def _read(luma: Floats) -> tuple[float, int | None]:
 
 
 def _fold(luma: Floats) -> Floats:
-    """The sum of all tiles of what the image has beside its local mean, edges clipped."""
+    """The sum of all tiles of the image minus its local mean, edges clipped."""
     detail = np.clip(luma - _box_mean(luma, 8), -_CLIP, _CLIP)
     padded = np.pad(detail, [(0, -side % _TILE) for side in detail.shape])
     folded: Floats = padded.reshape(len(padded) // _TILE, _TILE, -1, _TILE).sum((0, 2))

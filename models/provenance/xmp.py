@@ -1,4 +1,4 @@
-"""The XMP packet of an image: how it was made (IPTC's digital source type), by what, and on request from what prompt.
+"""The XMP packet of an image: IPTC's digital source type, the program and, on request, the parameters.
 
 Nothing here imports torch: the API process reads packets.
 """

@@ -65,7 +65,7 @@ def has_hook(module: nn.Module) -> bool:
 
 
 def convolution_problem(conv: nn.Conv2d) -> str | None:
-    """What sets a convolution apart from one of 1x1 or 3x3 that keeps the size; None if nothing does."""
+    """How a convolution differs from one of 1x1 or 3x3 that keeps the size; None if it does not."""
     side = conv.kernel_size[0]
     usual = ((side, side), (1, 1), (side // 2, side // 2), (1, 1), 1, "zeros")
     settings = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)

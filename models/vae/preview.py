@@ -105,7 +105,7 @@ class Previewer:
 
 
 def open_previewer(bundle: Bundle, tiny: AutoencoderTiny | None) -> Previewer | None:
-    """What makes the previews of a bundle: its tiny VAE, which is loaded, else its map; None if it has neither.
+    """The decoder of a bundle's previews: its tiny VAE, which is loaded, else its map; None if it has neither.
 
     Raises:
         BundleError: The map cannot be read.

@@ -1,4 +1,4 @@
-"""The HTTP API of one process: its middlewares, routes and error handlers, and what it opens for its lifetime."""
+"""The HTTP API of one process: its middlewares, routes, error handlers and resources."""
 
 import asyncio
 import signal

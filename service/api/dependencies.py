@@ -1,4 +1,4 @@
-"""What routes receive from FastAPI: the state of the process, the caller, and the job that a path names.
+"""Dependencies of routes: the state of the process, the caller, and the job that a path names.
 
 All are coroutines, since FastAPI runs a plain function in a thread.
 """

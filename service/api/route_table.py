@@ -64,7 +64,7 @@ def table_of(request: Request) -> RouteTable:
 
 
 async def refuse_unknown_parameters(request: Request) -> None:
-    """Dependency of every route: what has no effect must not pass in silence.
+    """Dependency of every route: refuse parameters without an effect.
 
     Raises:
         InvalidFields: The query has a parameter that the operation does not know, or one twice.

@@ -60,7 +60,7 @@ class Sweeper:
                 _LOG.warning("results not swept: %s", error.detail)
 
     async def sweep(self) -> int:
-        """Deletes what has expired and no job names, if it is this sweeper's turn; returns the number of files.
+        """Deletes expired files that no job names, if it is this sweeper's turn; returns their number.
 
         Raises:
             NotReady: Redis does not answer.

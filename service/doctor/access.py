@@ -7,7 +7,7 @@ from giantleap.service.doctor.findings import Finding, fail, ok, skipped, warn
 from giantleap.service.doctor.probe import Answer
 
 NEEDED_SCOPES: Final = ("generate", "upscale", "metrics")
-"""What the doctor uses; each of its paths is refused before the body is read if the key lacks it."""
+"""Paths and scopes that the doctor needs; each path is refused before the body is read if the key lacks it."""
 
 
 def check_key(has_key: bool, without: Answer, with_key: Answer) -> Finding:

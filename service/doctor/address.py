@@ -1,4 +1,4 @@
-"""Checks of the address: who answers there, over what, in which version, and whether it is ready."""
+"""Checks of the address: the server, its protocol and version, and its readiness."""
 
 import ipaddress
 from email.utils import parsedate_to_datetime
@@ -78,7 +78,7 @@ def to_clock_finding(check: str, name: str, at_s: float, sent_s: float, received
 
 
 def check_readiness(answer: Answer) -> list[Finding]:
-    """What /readyz says."""
+    """Check /readyz."""
     reasons = answer.fields.get("reasons", [])
     if answer.status == 200 and answer.fields.get("ready") is True:
         return [ok("readiness", "the service takes and runs jobs")]
@@ -88,7 +88,7 @@ def check_readiness(answer: Answer) -> list[Finding]:
 
 
 def check_storage_warnings(answer: Answer) -> list[Finding]:
-    """What the API says of its Redis, where the doctor has no URL of it."""
+    """Check the API's warnings about its Redis, if the doctor has no Redis URL."""
     enable = "give --redis-url, or set GIANTLEAP_REDIS_URL"
     if "warnings" not in answer.fields:
         return [skipped("redis", "the API says nothing of its Redis", enable)]

@@ -23,7 +23,7 @@ _POLL_S: Final = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the operator gave.
+    """Options of an examination.
 
     Args:
         url: Address of the service.
@@ -60,7 +60,7 @@ def examine(options: Options) -> Iterator[Finding]:
 
 
 class _Examination:
-    """The order of the checks; holds what the later ones need of the earlier."""
+    """Runs the checks in order and keeps results that later ones need."""
 
     def __init__(self, service: Service, options: Options) -> None:
         self._service = service

@@ -39,7 +39,7 @@ class Finding:
         return " ".join(f"{self.level:<7}  {self.check:<10}  {self.found}{advice}".splitlines())
 
     def without(self, secrets: Collection[str]) -> "Finding":
-        """The finding with each secret masked: an address that is no Giantleap may echo what it was sent."""
+        """The finding with each secret masked: another server at the address may echo the request."""
         found, advice = self.found, self.advice
         for secret in secrets:
             found, advice = found.replace(secret, HIDDEN), advice.replace(secret, HIDDEN)

@@ -28,7 +28,7 @@ class Received:
 
 @dataclass
 class Receiver:
-    """A receiver on loopback that keeps what comes."""
+    """A webhook receiver on loopback that stores deliveries."""
 
     url: str
     deliveries: list[Received] = field(default_factory=list)

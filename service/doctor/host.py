@@ -1,4 +1,4 @@
-"""Checks of what this machine sees itself: the disk of the data directory, and the store of results."""
+"""Checks on this machine: the disk of the data directory, and the result store."""
 
 import shutil
 from dataclasses import replace

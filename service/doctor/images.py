@@ -1,4 +1,4 @@
-"""Runs small jobs, and checks what comes of them: an image, its marks, an enlarged latent, the time of each stage."""
+"""Runs small jobs, and checks their results: an image, its marks, an enlarged latent, the time of each stage."""
 
 import time
 from collections.abc import Iterator
@@ -103,7 +103,7 @@ def check_image(facts: ImageFacts, settings: Settings) -> Iterator[Finding]:
 
 
 def check_marks(marks: ImageMarks, settings: Settings) -> Iterator[Finding]:
-    """Whether the image still says that it is generated; what the settings here ask for must be there."""
+    """Whether the image still has its provenance marks, including those that the settings here require."""
     restore = "let the proxy pass results unchanged: an image optimizer strips marks"
     if marks.xmp.digital_source_type is None:
         yield fail("marks", "the image has no XMP that says how it was made", restore)

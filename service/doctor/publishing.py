@@ -1,4 +1,4 @@
-"""Checks of what stands between client and service: published URLs, streams of events, large bodies."""
+"""Checks of the path between client and service: published URLs, event streams, large bodies."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def check_absolute_url(base_url: str, answer: Answer) -> Finding:
 
 @dataclass(frozen=True, slots=True)
 class StreamFacts:
-    """What came of a stream of events while its job was live.
+    """The facts of an event stream while its job was live.
 
     Args:
         came: Whether an event came within `FIRST_EVENT_S`.

@@ -1,4 +1,4 @@
-"""Reads Redis as the service does, and checks that it keeps what it accepted and has room."""
+"""Reads Redis as the service does, and checks its persistence and free memory."""
 
 import time
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ _OLDEST_MAJOR: Final = 7
 
 @dataclass(frozen=True, slots=True)
 class RedisFacts:
-    """What was read of a server.
+    """Facts about a server.
 
     Args:
         server: How it is and treats its data.
@@ -47,7 +47,7 @@ class RedisFacts:
 
 
 def read_redis(url: str, settings: Settings) -> RedisFacts | Finding:
-    """The facts, or why there are none. Writes nothing but what each scrape of the metrics does."""
+    """The facts, or why there are none. It writes only what each scrape of the metrics writes."""
     try:
         with open_redis(url, max_outage_s=0, timeout_s=_TIMEOUT_S) as client:
             runner = ScriptRunner(client, settings)

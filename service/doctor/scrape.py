@@ -1,4 +1,4 @@
-"""Reads /metrics, and checks that Prometheus gets what the alert rules need."""
+"""Reads /metrics, and checks that it has the metrics of the alert rules."""
 
 from collections.abc import Iterator
 from typing import Final

@@ -21,7 +21,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BaseLatents:
-    """What another worker did of a job before it transferred it; the body of the claim holds the latents.
+    """The work of another worker on a job before its transfer; the body of the claim holds the latents.
 
     Args:
         stages_s: Seconds by stage.
@@ -118,7 +118,7 @@ class Leases:
         self._thread.start()
 
     def close(self) -> None:
-        """Stops the thread. What is held becomes stale."""
+        """Stops the thread. Held claims become stale."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -147,7 +147,7 @@ class Leases:
 
     @contextmanager
     def settling(self, claim: Claim) -> Iterator[None]:
-        """While a script settles a claim, the claim may look lost; the reply of the script tells what became of it."""
+        """While a script settles a claim, the claim may look lost; the reply of the script has the outcome."""
         with self._lock:
             self._settling.add(claim.key)
         try:

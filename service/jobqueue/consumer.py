@@ -107,7 +107,7 @@ class JobConsumer:
             _LOG.warning("could not unregister (%s); the heartbeat will expire", name_fault(error))
 
     def announce(self, device: Device) -> None:
-        """Publishes what has changed of the device. Effects: a heartbeat; if Redis is unavailable, the next one."""
+        """Publishes changes of the device. Effects: a heartbeat; if Redis is unavailable, the next one."""
         self._worker["device"] = device.to_json()
         try:
             self._scripts.run(scripts.RENEW, {**self._worker, "claims": []})
@@ -127,13 +127,13 @@ class JobConsumer:
         Effects: one atomic script per attempt. Each job returned is in state processing and counted as started, and
         its lease is renewed until it is ended or released. Canceled jobs and jobs started too often are closed on the
         way. If Redis is unavailable or refuses, it waits and retries, and returns nothing after `block_s` or at a
-        stop. What a lost reply claimed comes with the next claim. The caller must end every job by `complete`,
+        stop. Jobs claimed by a lost reply come with the next claim. The caller must end every job by `complete`,
         `transfer`, `fail`, `cancel`, `release` or `drop`.
         """
         return self._claimer.claim(max_jobs, block_s, loaded)
 
     def claim_ahead(self, max_jobs: int, loaded: LoadedBundles | None = None) -> list[Claim]:
-        """At most `max_jobs` jobs for a device that is still busy; at once, and mostly either so many or none.
+        """At most `max_jobs` jobs for a device that is still busy; returns at once, mostly with all of them or none.
 
         None unless as many wait for each live worker: a job is not held here while another worker has nothing to do.
         None either while a job waits that was started before: it goes to a worker that can run it alone.
@@ -304,7 +304,7 @@ class JobConsumer:
     def _discard_unnamed(
         self, claim: Claim, uploaded: Sequence[str], reply: SettleReply, keeps_input: bool = False
     ) -> None:
-        """Deletes what was uploaded for nothing; else the input, which has been used up."""
+        """Deletes uploads that the record does not name; after a success the input, which is no longer needed."""
         unnamed = list(uploaded)
         if reply.status == "done":
             unnamed = [claim.input_key] if claim.input_key and not keeps_input else []

@@ -48,7 +48,7 @@ from giantleap.service.jobs.job import Priority
 FINISH = "+finish"
 """Suffix of the name of a finish queue; no bundle has a plus sign in its name."""
 LOW_FIRST_EVERY = 8
-"""One claim of so many takes low priority first, so that a steady flow of high priority does not starve it."""
+"""Every eighth claim takes low priority first, so that a steady flow of high priority does not starve it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Keys:
 
 
 def idempotency_digest(caller_key: str, owner: str = "") -> str:
-    """What identifies an idempotency key of an owner. Neither may hold a space, so the pair is unique."""
+    """The identity of an idempotency key of an owner. Neither may hold a space, so the pair is unique."""
     pair = f"{owner} {caller_key}" if owner else caller_key
     return hashlib.sha256(pair.encode()).hexdigest()
 

@@ -41,7 +41,7 @@ def upload_results(key: str, blobs: Sequence[bytes]) -> list[Command]:
 
 @dataclass(frozen=True, slots=True)
 class ScriptCall:
-    """What every script gets of a deployment: KEYS[1] and ARGV[1]."""
+    """KEYS[1] and ARGV[1] of every script: the values of a deployment."""
 
     tag: str
     config: str

@@ -41,7 +41,7 @@ _LUA = resources.files(__package__) / "lua"
 
 @dataclass(frozen=True, slots=True)
 class LuaScript(Generic[Reply]):
-    """A script and what it replies."""
+    """A script and its reply."""
 
     name: str
     text: str = field(repr=False)

@@ -1,4 +1,4 @@
-"""The Redis server of a deployment: whether this process may use it, and whether it keeps what it accepted."""
+"""The Redis server of a deployment: whether this process may use it, and whether it may lose accepted jobs."""
 
 import logging
 
@@ -15,7 +15,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def find_warnings(server: ServerReply) -> tuple[str, ...]:
-    """What is wrong with a server that works: it may lose jobs that it accepted."""
+    """Warnings about a working server that may lose accepted jobs."""
     warnings = []
     if server.maxmemory_policy not in (None, "noeviction"):
         warnings.append(

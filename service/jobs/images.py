@@ -80,7 +80,7 @@ def read_image(body: bytes, max_px: int) -> Pixels:
 
 @contextmanager
 def _opened(body: bytes, max_px: int) -> Iterator[Image.Image]:
-    """The image of a file, not decoded yet; turns what Pillow raises on a damaged one into an error of the request."""
+    """The image of a file, not decoded yet; turns Pillow's errors for a damaged file into an error of the request."""
     try:
         opened, frames = open_picture(body, _FORMATS)
         with opened as image:

@@ -1,4 +1,4 @@
-"""What the files of a job can hold, what they say of how they were made, and who signs it.
+"""Limits of the files of a job, their provenance, and its signer.
 
 `giantleap.models.pixels.images` and `giantleap.models.provenance` write them.
 """
@@ -50,7 +50,7 @@ def to_origin(params: JobParams, bundle: str, seed: int | None) -> Origin:
 
 
 def to_parameters(params: GenerateParams, bundle: str, seed: int | None) -> str:
-    """What makes this image again, as JSON in ASCII, which XML can hold whatever the prompt is."""
+    """The parameters that reproduce this image, as JSON in ASCII, which XML can hold for any prompt."""
     values = {
         "prompt": params.prompt,
         "negative_prompt": params.negative_prompt,
@@ -70,7 +70,7 @@ def to_parameters(params: GenerateParams, bundle: str, seed: int | None) -> str:
 
 
 def file_checks(params: JobParams, bundle: Bundle) -> tuple[Check, ...]:
-    """Whether files of the format hold such an image, what they say of it, and take the options."""
+    """Check that the file format supports the size of the image and the file options."""
     work, name = to_workload(params, bundle), params.output_format
     longest_px, max_px = max(work.width_px, work.height_px), MAX_SIDE_PX[name]
     others = ", ".join(each for each, side_px in MAX_SIDE_PX.items() if longest_px <= side_px)

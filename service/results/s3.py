@@ -1,4 +1,4 @@
-"""Results as objects of a bucket of S3 or a server that speaks its protocol.
+"""Results as objects of a bucket of S3 or of a compatible server.
 
 Keys, region and endpoint come from the usual environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`,
 `AWS_ENDPOINT`, a web identity or the role of the machine), which obstore reads; none of it is a setting or logged.

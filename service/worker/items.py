@@ -1,4 +1,4 @@
-"""The images of a batch: what goes into the route for each of them, and what comes out.
+"""The items of a batch: their inputs for the route, and their outputs.
 
 `giantleap.service.worker.batch_runner` runs them; `giantleap.service.worker.settlement` ends their jobs.
 """

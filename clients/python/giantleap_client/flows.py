@@ -1,4 +1,4 @@
-"""What both clients do, without I/O: a flow yields the next step and is sent its outcome.
+"""The logic of both clients without I/O: a flow yields the next step and receives its outcome.
 
 A driver performs the steps: open a response, read a chunk of it, pause. Everything that is decided (retries,
 deadlines, resuming) is here, once for the synchronous and the asynchronous client.

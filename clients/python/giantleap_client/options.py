@@ -1,4 +1,4 @@
-"""What `generate` and `upscale` take besides the prompt or the source. The service checks the values."""
+"""Options of `generate` and `upscale` besides the prompt or the source. The service checks the values."""
 
 from typing import Literal, TypedDict
 

@@ -53,7 +53,7 @@ def to_body(source: Source) -> tuple[bytes, str]:
 
 
 def sniff_type(head: bytes) -> str:
-    """The media type of a file by its first bytes; what is neither an image nor .npy counts as safetensors."""
+    """The media type of a file by its first bytes; neither an image nor .npy: safetensors."""
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return _PNG_TYPE
     if head.startswith(b"\xff\xd8\xff"):

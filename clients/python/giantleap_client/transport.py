@@ -1,4 +1,4 @@
-"""What both drivers need of httpx: the request of a step, and its failures as values without text."""
+"""The use of httpx by both drivers: the request of a step, and its failures as values without text."""
 
 from typing import Any
 

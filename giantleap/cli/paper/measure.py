@@ -98,7 +98,7 @@ class Table:
         return read_cell(self._out, cell, self._plan.conditions(self._route, self._bundle, cell))
 
     def measure_missing(self) -> None:
-        """Measure what is not there yet. A refined cell shares the generation of its plain twin.
+        """Measure missing cells. A refined cell shares the generation of its plain twin.
 
         Raises:
             PaperBenchError: The directory holds results of other conditions.
@@ -179,14 +179,14 @@ class Table:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: it is whole, or as it was."""
+    """Write a file atomically."""
     draft = path.with_name(f".{path.name}")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
 
 
 def write_image(image: Image.Image, path: Path) -> None:
-    """Write an image in one step; its directory is made."""
+    """Write an image atomically; create its directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}")
     image.save(draft, format="PNG")
@@ -194,7 +194,7 @@ def write_image(image: Image.Image, path: Path) -> None:
 
 
 def measure_table(route: Route, bundle: Bundle, plan: TablePlan, out: Path) -> str:
-    """Measure what is not there yet, and write `paper.json`, `paper.md` and `sheet.png`.
+    """Measure missing cells, and write `paper.json`, `paper.md` and `sheet.png`.
 
     Returns:
         The page in Markdown.

@@ -1,4 +1,4 @@
-"""What `giantleap bench paper` measures: cells of the table, captions, and the conditions that all of them share."""
+"""The plan of `giantleap bench paper`: cells of the table, captions, and their common conditions."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ class PaperBenchError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What all cells of a table share; a cell measured under others is not used again.
+    """Conditions of all cells of a table; a cell measured under others is not reused.
 
     Args:
         bundle: Name.
@@ -64,7 +64,7 @@ BASE = Cell("direct", 1)
 
 @dataclass(frozen=True, slots=True)
 class TablePlan:
-    """What is measured.
+    """A table to measure.
 
     Args:
         cells: From `plan_cells`.

@@ -51,7 +51,7 @@ _COLUMNS = (
 
 
 def to_markdown(cells: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> str:
-    """The measured cells as a page: conditions, times, scores, what is not comparable.
+    """The measured cells as a page: conditions, times, scores, and limits of the comparison.
 
     Args:
         cells: Records of `giantleap.cli.paper.measure`, at least one.

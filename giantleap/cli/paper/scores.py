@@ -26,7 +26,7 @@ _BASE_FACTOR = 2  # the comparison is at twice the base size, where also small b
 
 @dataclass(frozen=True, slots=True)
 class ScorePlan:
-    """What pictures are compared with.
+    """What images are scored against.
 
     Args:
         images: How many images of a cell are compared, at least those of its runs.

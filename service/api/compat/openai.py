@@ -111,7 +111,7 @@ class ImagesRequest(JsonRequest):
 
 
 class OpenAIErrorFields(BaseModel):
-    """What went wrong."""
+    """Details of an error."""
 
     message: str
     type: str = Field(examples=["invalid_request_error"])

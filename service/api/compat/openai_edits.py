@@ -126,7 +126,7 @@ async def read_form(request: Request) -> EditForm:
 
 
 def _to_value(name: str, text: str) -> object:
-    """The value of a field of the form; what is not JSON stays text, which is then refused."""
+    """The value of a form field; text that is not JSON stays text, which is then refused."""
     try:
         return _JSON.validate_json(text) if name in _JSON_FIELDS else text
     except ValueError:

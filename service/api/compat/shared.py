@@ -1,4 +1,4 @@
-"""What the compatible protocols share: bundles by path, requests by other names, results as one batch.
+"""Shared code of the compatible protocols: bundles by path, requests by other names, results as one batch.
 
 Their routes make jobs through `giantleap.service.api.submission` as the native ones do.
 """

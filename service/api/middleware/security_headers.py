@@ -106,7 +106,7 @@ def _policy(path: str) -> bytes:
 
 
 async def _discard_body(receive: Receive) -> None:
-    """Receive and discard what is left of a body, for a while."""
+    """Receive and discard the rest of a body, for a limited time."""
     try:
         async with asyncio.timeout(_LINGER_S):
             while True:

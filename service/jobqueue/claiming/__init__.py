@@ -1,1 +1,1 @@
-"""How a worker gets jobs: the claim with its inputs, and what it does while Redis is away."""
+"""Claiming: a claim with its inputs, and retries while Redis is unavailable."""

@@ -82,5 +82,5 @@ class Outages:
 
 
 def _backoff_s(failures: int) -> float:
-    """Pause after so many failures in a row: doubles to a cap; jitter keeps many workers apart."""
+    """The pause after a number of failures in a row: doubles to a cap; jitter spreads many workers."""
     return float(min(_BACKOFF_CAP_S, 0.05 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0))

@@ -23,7 +23,7 @@ def max_references(bundle: Bundle) -> int:
 def edit_checks(
     request: GenerateRequest, params: GenerateParams, bundle: Bundle, others: Sequence[Bundle] = ()
 ) -> tuple[Check, ...]:
-    """What images ask for that the bundle or the job's other fields exclude.
+    """Faults of image fields that the bundle or other fields exclude.
 
     Args:
         request: Of the client.

@@ -19,7 +19,7 @@ from giantleap.service.jobs.job import GenerateParams
 from giantleap.service.jobs.requests import GenerateRequest
 
 MAX_REFERENCE_PX = 1024 * 1024
-"""A reference image is scaled down to so many pixels, above which the pipelines would scale it down themselves."""
+"""Maximum pixels of a reference image, which is scaled down to it; above, the pipelines would do so themselves."""
 _MIN_REFERENCE_SIDE_PX, _MAX_REFERENCE_ASPECT = 64, 8
 _INIT_IMAGE, _MASK, _REFERENCE = "init_image", "mask", "image_{}"
 _MIDDLE = 128
