@@ -255,7 +255,8 @@ def open_keys(settings: Settings) -> KeyRing | None:
     return None if settings.api_keys_file is None else KeyRing.open(settings.api_keys_file)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -286,7 +287,7 @@ def check_auth_config(settings: Settings) -> None:
     """
     if settings.api_keys_file is not None:
         read_keys(settings.api_keys_file)
-    elif not _is_loopback(settings.host):
+    elif not is_loopback(settings.host):
         log.warning(
             "listening on %s without API keys: anyone who can connect may use it; set GIANTLEAP_API_KEYS_FILE",
             settings.host,

@@ -13,6 +13,7 @@ import redis
 
 from giantleap.models.worker_role import WorkerRole
 from giantleap.service.jobqueue import scripts
+from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_async_redis, open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.keys import Keys
@@ -214,3 +215,16 @@ def document(bundle_dirs: tuple[Path, ...]) -> dict[str, Any]:
 
     found: dict[str, Any] = json.loads(json.dumps(build_app(FileProducer(), bundle_dirs).openapi()))
     return found
+
+
+@pytest.fixture
+def make_stale(redis_client: redis.Redis, settings: Settings) -> Callable[[Claim], None]:
+    """Ages a claim past any visibility timeout, as if its worker had been silent for a minute."""
+
+    def age(claim: Claim) -> None:
+        stream = Keys(settings.key_prefix).stream(claim.lane)
+        pending: list[Any] = redis_client.xpending_range(stream, "workers", claim.message_id, claim.message_id, 1)
+        owner, message = pending[0]["consumer"], claim.message_id
+        redis_client.xclaim(stream, "workers", owner, 0, [message], idle=60_000, justid=True)
+
+    return age

@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,19 +19,12 @@ import typer
 from giantleap.cli.errors import EXIT_INTERRUPTED, to_line
 from giantleap.cli.files import check_output_directory
 from giantleap.cli.progress import working
+from giantleap.service.supervisor.embedded_redis import free_port
 from giantleap_client import Client, GiantleapError
 
 PROMPT = "a large yellow cone on the left and a large white sphere on the right, on a green floor under a blue sky"
 _START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 60.0
-
-
-def free_port() -> int:
-    """A loopback port that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
 """Checks of the address: the server, its protocol and version, and its readiness."""
 
-import ipaddress
 from email.utils import parsedate_to_datetime
 from typing import Final
 from urllib.parse import urlsplit
 
+from giantleap.service.auth import is_loopback
 from giantleap.service.doctor.findings import Finding, fail, ok, skipped, warn
 from giantleap.service.doctor.probe import Answer
 
@@ -97,14 +97,6 @@ def check_storage_warnings(answer: Answer) -> list[Finding]:
         *warnings,
         skipped("redis", "version, memory, fsync, role and clock of Redis are not seen from here", enable),
     ]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _advise(reason: str) -> str:

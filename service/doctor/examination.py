@@ -12,6 +12,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
+from giantleap.service.auth import is_loopback
 from giantleap.service.doctor import access, address, hooks, host, images, publishing, redis_server, scrape, workers
 from giantleap.service.doctor.findings import Finding, Level, skipped
 from giantleap.service.doctor.probe import Answer, Service
@@ -93,7 +94,7 @@ class _Examination:
             yield from self._check_workers(facts)
             yield from self._check_jobs()
             yield from self._check_webhook()
-        local = address.is_loopback(urlsplit(self._options.url).hostname or "")
+        local = is_loopback(urlsplit(self._options.url).hostname or "")
         yield host.check_disk(settings.data_dir, local)
         yield host.check_results(settings, local)
 
@@ -217,7 +218,7 @@ class _Examination:
             yield access.skip_for_scope("webhook", "generate")
         elif self._options.webhook_url is not None:
             yield self._send_webhook(self._options.webhook_url)
-        elif not address.is_loopback(urlsplit(self._options.url).hostname or ""):
+        elif not is_loopback(urlsplit(self._options.url).hostname or ""):
             yield skipped("webhook", "the service is on another machine", "give --webhook-url with a receiver")
         else:
             secret = self._options.settings.webhook_secret

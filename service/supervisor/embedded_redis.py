@@ -95,7 +95,7 @@ class EmbeddedRedis:
         password = _read_password(data_dir)
         with _lock(data_dir) as lock:
             for attempt in range(1, _PORT_ATTEMPTS + 1):
-                chosen = port or _free_port()
+                chosen = port or free_port()
                 config = _write_config(data_dir, chosen, password, self._appendfsync)
                 self._reaper = _start_reaper(server, config, data_dir, lock)
                 self.url = f"redis://:{password}@127.0.0.1:{chosen}/0"
@@ -145,7 +145,8 @@ def _lock(data_dir: Path) -> IO[str]:
     return file
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A loopback port that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

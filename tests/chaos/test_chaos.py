@@ -26,8 +26,9 @@ from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE
 from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.results.store import open_store
 from giantleap.service.settings import read_settings
+from giantleap.service.supervisor.embedded_redis import free_port
 from tests.chaos.files import StoredFiles
-from tests.chaos.harness import ROOT, Clients, ProcessManager, free_port
+from tests.chaos.harness import ROOT, Clients, ProcessManager
 from tests.chaos.judge import Verdict, judge
 from tests.chaos.stores import OneServer, Replicated, Store
 from tests.chaos.stores import open_store as open_redis_of

@@ -140,8 +140,8 @@ def test_passwords_come_from_the_environment_file_and_are_in_no_command_line() -
 @pytest.mark.deploy
 def test_redis_starts_with_the_password_of_its_file_and_hides_it(tmp_path: Path) -> None:
     """The container's own command line, with the paths of a test: the server asks for the password."""
-    from giantleap.cli.demo import free_port
     from giantleap.service.settings import read_settings
+    from giantleap.service.supervisor.embedded_redis import free_port
     from tests.redis_fixtures import server_binary
 
     redis, port = SERVICES["redis"], free_port()

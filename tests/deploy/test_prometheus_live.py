@@ -10,9 +10,9 @@ import httpx
 import pytest
 import yaml
 
-from giantleap.cli.demo import free_port
 from giantleap.service.api.app import create_app
 from giantleap.service.settings import read_settings
+from giantleap.service.supervisor.embedded_redis import free_port
 from tests.service.fake_producer import FakeProducer
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle

@@ -37,19 +37,6 @@ def make_upscale(make_job: Any) -> Callable[..., Job]:
     return make
 
 
-@pytest.fixture
-def make_stale(redis_client: redis.Redis, settings: Settings) -> Callable[[Claim], None]:
-    """Ages a claim past any visibility timeout, as if its worker had been silent for a minute."""
-
-    def age(claim: Claim) -> None:
-        stream = Keys(settings.key_prefix).stream(claim.lane)
-        pending: list[Any] = redis_client.xpending_range(stream, "workers", claim.message_id, claim.message_id, 1)
-        owner, message = pending[0]["consumer"], claim.message_id
-        redis_client.xclaim(stream, "workers", owner, 0, [message], idle=60_000, justid=True)
-
-    return age
-
-
 def take_one(worker: JobConsumer) -> Claim:
     [claim] = worker.claim(1, 5.0)
     return claim

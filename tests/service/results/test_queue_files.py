@@ -2,12 +2,10 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-import redis
 
 from giantleap.service.api.sweeper import Sweeper
 from giantleap.service.errors import QueueFull, StoreUnavailable
@@ -15,7 +13,6 @@ from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobqueue.dead_letters import DeadLetters
-from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import GenerateParams, Job, JobError, JobState, ResultFile
 from giantleap.service.results.concurrent import AsyncResultStore
@@ -116,17 +113,14 @@ async def test_an_input_of_a_job_that_was_not_added_is_deleted(queue: StoredQueu
 
 
 async def test_a_worker_that_is_late_leaves_no_file_and_overwrites_none(
-    queue: StoredQueue, redis_client: redis.Redis
+    queue: StoredQueue, make_stale: Callable[[Claim], None]
 ) -> None:
     frozen, other = queue.open_consumer(lease=False, consumer="frozen"), queue.open_consumer(consumer="other")
     async with queue.open_producer() as producer:
         job = queue.make_job()
         await producer.enqueue(job)
         late = take(frozen)
-        stream = Keys(queue.settings.key_prefix).stream(late.lane)
-        pending: list[Any] = redis_client.xpending_range(stream, "workers", "-", "+", 1)
-        owner = pending[0]["consumer"]
-        redis_client.xclaim(stream, "workers", owner, 0, [late.message_id], idle=60_000, justid=True)
+        make_stale(late)
         assert other.complete(take(other), RESULTS[:1], {}, []) is JobState.SUCCEEDED
         before = queue.names()
         assert frozen.complete(late, [(RESULTS[0][0], b"late")], {}, []) is None

@@ -21,7 +21,7 @@ import httpx
 import psutil
 import pytest
 
-from giantleap.cli.demo import free_port
+from giantleap.service.supervisor.embedded_redis import free_port
 
 pytestmark = pytest.mark.slow
 TIMEOUT_S = 180.0

@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from giantleap.cli.demo import free_port
 from giantleap.service.errors import BadConfiguration
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import Job, JobState, Priority, UpscaleParams
 from giantleap.service.settings import Settings
+from giantleap.service.supervisor.embedded_redis import free_port
 from giantleap.service.worker.process import run_worker
 
 TIMEOUT_S = 120.0
