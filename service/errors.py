@@ -48,7 +48,7 @@ class MalformedRequest(GiantleapError):
 class Unauthorized(GiantleapError):
     """A request without a known API key."""
 
-    code, status, title = "unauthorized", 401, "An API key is needed"
+    code, status, title = "unauthorized", 401, "An API key is required"
 
 
 class Forbidden(GiantleapError):
@@ -142,7 +142,7 @@ class QueueFull(GiantleapError):
 class RateLimited(GiantleapError):
     """The key's limit of requests per minute is reached."""
 
-    code, status, title, retryable = "rate_limited", 429, "The key's requests come too fast", True
+    code, status, title, retryable = "rate_limited", 429, "The key's rate limit is reached", True
 
 
 class TooManyJobs(GiantleapError):
@@ -154,7 +154,7 @@ class TooManyJobs(GiantleapError):
 class WorkLimited(GiantleapError):
     """The key's budget of work per minute is used up. Both amounts in megapixel-steps, as of `OverBudget`."""
 
-    code, status, title, retryable = "work_limited", 429, "The key's work comes too fast", True
+    code, status, title, retryable = "work_limited", 429, "The key's work budget is used up", True
 
     def __init__(self, detail: str, *, needed: float, per_minute: int, retry_after_s: int | None = None) -> None:
         super().__init__(detail, retry_after_s=retry_after_s)
@@ -163,7 +163,7 @@ class WorkLimited(GiantleapError):
 
 
 class OverBudget(WorkLimited):
-    """A job that is more work than the key's budget of a whole minute: no wait helps."""
+    """A job that is more work than the key's budget of a whole minute: a retry does not help."""
 
     code, status, title, retryable = "over_budget", 422, "The job is larger than the key's budget", False
 
@@ -199,7 +199,7 @@ class WaitTimeout(DeadlinePassed):
 
 
 class JobFailed(GiantleapError):
-    """A job that ran and failed for good; the job record keeps the `code` of the cause."""
+    """A job that ran and failed permanently; the job record keeps the `code` of the cause."""
 
     code, status, title = "job_failed", 500, "The job failed"
 
