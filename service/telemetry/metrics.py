@@ -80,6 +80,9 @@ class Metrics:
             "protocol_seconds", "Timing protocol of the paper at start: batch 1, after warm-ups; not from traffic.",
             "livemostrecent", "bundle", "method", "scale", "image_px", "stage", "statistic",
         )  # fmt: skip
+        self._make_process_metrics()
+
+    def _make_process_metrics(self) -> None:
         self._build = self._gauge(
             "build_info", "Versions of Giantleap and Python; always 1.", "livemax", "version", "python"
         )
