@@ -146,8 +146,13 @@ def choose_dtype(name: str, device: torch.device, preferred: str | None = None) 
 
 def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
     """Log a warning where a processor only emulates a type: bfloat16 was 50 times slower than float32 there."""
-    if dtype == torch.bfloat16 and device.type == "cpu" and not has_fast_bfloat16():
+    if is_emulated(dtype, device):
         log.warning("this processor has no arithmetic for bfloat16 (AVX512-BF16 or AMX): float32 is far faster on it")
+
+
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device computes in a type only by way of float32, slower than in float32 itself."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and not has_fast_bfloat16()
 
 
 def has_fast_bfloat16() -> bool:

@@ -51,7 +51,7 @@ def check_queue(queue: QueueFacts) -> Iterator[Finding]:
 
 
 def check_devices(texts: Sequence[str], bundles: Collection[str], version: str | None) -> Iterator[Finding]:
-    """Whether the live workers are of one version and run every stage of every bundle.
+    """Whether the live workers are of one version, run every stage of every bundle, and none in a type that is slow.
 
     Args:
         texts: Their devices as JSON.
@@ -81,6 +81,10 @@ def check_devices(texts: Sequence[str], bundles: Collection[str], version: str |
         yield fail("roles", f"{reason}: its jobs wait for ever", _START.replace("worker`", "worker` of that role"))
     if not missing:
         yield ok("roles", f"every stage of {', '.join(sorted(bundles))} has a worker")
+    emulated = [device.emulated_dtype for device in devices if device.emulated_dtype is not None]
+    if emulated:
+        found = f"{len(emulated)} workers compute in {emulated[0]}, which their processors only emulate"
+        yield warn("dtype", found, "set GIANTLEAP_DTYPE=float32 for them: it is far faster there")
 
 
 def skip_devices() -> Finding:

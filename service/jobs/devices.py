@@ -64,6 +64,7 @@ class Device:
         role: Role of the worker.
         loaded: The bundles that are in memory now.
         version: Of Giantleap in the worker; None: older than this field.
+        emulated_dtype: The compute type, where it is one that the processor only emulates, far slower than float32.
     """
 
     kind: DeviceKind
@@ -73,6 +74,7 @@ class Device:
     role: WorkerRole = WorkerRole.ALL
     loaded: tuple[str, ...] = ()
     version: str | None = None
+    emulated_dtype: str | None = None
 
     def to_json(self) -> str:
         """One line of JSON."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.bundle.descriptor import DecodeName, Method
-from giantleap.models.device import is_out_of_memory, synchronize
+from giantleap.models.device import is_emulated, is_out_of_memory, synchronize
 from giantleap.models.generation.items import GenerationItem
 from giantleap.models.live_storage import LiveStorage
 from giantleap.models.pixels.images import to_pixels
@@ -53,7 +53,16 @@ def measure_device(
     reserved_bytes = 0 if settings.lora_dir is None else settings.lora_memory_bytes
     loaded_bytes = _used_bytes(device) + reserved_bytes + missing_bytes
     log.info("worker measured memory", extra={"fields": {"memory_bytes": memory_bytes, "loaded_bytes": loaded_bytes}})
-    return Device(kind, memory_bytes, loaded_bytes, peaks, settings.role, version=version("giantleap"))
+    is_slow = settings.dtype == "bfloat16" and is_emulated(torch.bfloat16, device)
+    return Device(
+        kind,
+        memory_bytes,
+        loaded_bytes,
+        peaks,
+        settings.role,
+        version=version("giantleap"),
+        emulated_dtype="bfloat16" if is_slow else None,
+    )
 
 
 def measure_stages(route: Route, bundle: Bundle) -> dict[str, StagePeak]:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from giantleap.service.doctor.findings import HIDDEN, Finding, Level, fail
 from giantleap.service.doctor.probe import Answer, Service
 from giantleap.service.doctor.requests import are_models, to_latent_request, to_long_body, to_small_body
 from giantleap.service.jobqueue.replies import ServerReply
+from giantleap.service.jobs.devices import Device
 
 GIB = 1 << 30
 SERVER: dict[str, Any] = {
@@ -97,6 +99,15 @@ def test_a_queue_that_does_not_move_and_dead_letters_are_found() -> None:
     alive, queue, dead = workers.check_queue(stuck)
     assert (alive.level, queue.level, dead.level) == (Level.OK, Level.FAIL, Level.WARN)
     assert "the first for 90 s" in queue.found and "dead list" in dead.advice
+
+
+def test_a_worker_whose_type_is_emulated_is_found() -> None:
+    slow = Device("cpu", GIB, 0, {"a": {}}, version="0.1.0", emulated_dtype="bfloat16")
+    found = list(workers.check_devices([slow.to_json()], ["a"], "0.1.0"))
+    assert [(each.check, each.level) for each in found][-1] == ("dtype", Level.WARN)
+    assert "GIANTLEAP_DTYPE=float32" in found[-1].advice
+    plain = replace(slow, emulated_dtype=None)
+    assert all(each.level is Level.OK for each in workers.check_devices([plain.to_json()], ["a"], "0.1.0"))
 
 
 def test_no_line_holds_a_secret_even_where_the_address_echoes_it() -> None:

@@ -108,3 +108,13 @@ def test_a_device_is_what_the_settings_say_or_the_usable_part_of_the_machine(pea
     assert set(given.bundles) == {"pocket"}
     found = measure_device(CPU, {"pocket": peaks}, read_settings())
     assert found.memory_bytes == usable_bytes("cpu", machine_memory_bytes())
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_a_device_says_that_it_computes_in_a_type_that_is_emulated(
+    monkeypatch: pytest.MonkeyPatch, has_units: bool
+) -> None:
+    monkeypatch.setattr("giantleap.models.device.has_fast_bfloat16", lambda: has_units)
+    emulated = measure_device(CPU, {}, read_settings(dtype="bfloat16")).emulated_dtype
+    assert emulated == (None if has_units else "bfloat16")
+    assert measure_device(CPU, {}, read_settings()).emulated_dtype is None
