@@ -17,10 +17,15 @@ _EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def read_processor(cpuinfo: str) -> dict[str, Any]:
-    """The name of the processor and which extensions that matter to torch it has, from the text of /proc/cpuinfo."""
-    lines = dict(re.findall(r"^(model name|flags)\s*: (.*)$", cpuinfo, re.MULTILINE))
-    flags = lines.get("flags", "").split()
-    return {"model": lines.get("model name", "unknown"), "extensions": [name for name in _EXTENSIONS if name in flags]}
+    """The name of the processor and which extensions that matter to torch it has, from the text of /proc/cpuinfo.
+
+    Virtual machines shorten the name to `AMD EPYC`; family and model tell the generations apart (25, 17: Zen 4).
+    """
+    lines = dict(re.findall(r"^(model name|cpu family|model|flags)\s*: (.*)$", cpuinfo, re.MULTILINE))
+    flags, name = lines.get("flags", "").split(), lines.get("model name", "unknown")
+    if "cpu family" in lines and "model" in lines:
+        name += f" (family {lines['cpu family']}, model {lines['model']})"
+    return {"model": name, "extensions": [extension for extension in _EXTENSIONS if extension in flags]}
 
 
 def describe_cpu(machine: Mapping[str, Any]) -> str:

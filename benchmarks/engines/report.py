@@ -3,7 +3,7 @@
 Nothing here imports torch. `benchmarks/engines/run.py` measures.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,11 @@ from benchmarks.machine import describe_cpu
 
 RESULTS = Path("benchmarks/results/engines.json")
 PAGE = Path("docs/engines.md")
-MARKS = ("<!-- benchmarks.engines -->\n", "<!-- end -->\n")
+MARKS = {  # of the block of the page that each report fills
+    RESULTS: "<!-- benchmarks.engines -->\n",
+    RESULTS.with_name("engines_avx2.json"): "<!-- benchmarks.engines avx2 -->\n",
+}
+END = "<!-- end -->\n"
 MAX_ERROR = 1e-4  # of float32 variants, absolute; the published forward's deviation is printed beside it
 MIN_PSNR_DB = 45.0
 TARGETS = {  # minimum speed-up over the published forward in float32, by case and variant
@@ -23,6 +27,7 @@ TARGETS = {  # minimum speed-up over the published forward in float32, by case a
     ("latent 64", "onnx float32"): 1.9,
     ("latent 128", "onnx float32"): 1.9,
 }
+PRECISIONS = ("float32", "bfloat16")
 VARIANTS = (
     "published float32", "published bfloat16", "module float32", "torch float32", "torch bfloat16", "onnx float32",
 )  # fmt: skip
@@ -42,6 +47,12 @@ CASES = {
     "latent 128": Case(16, 128),
     "pixels 64": Case(3, 64),
 }
+
+
+def choose_variants(precisions: Sequence[str], has_graph: bool) -> list[str]:
+    """The variants in these precisions; the baseline, the published form in float32, always comes first."""
+    variants = VARIANTS if has_graph else VARIANTS[:-1]
+    return [name for name in variants if name == VARIANTS[0] or name.split()[-1] in precisions]
 
 
 @dataclass(frozen=True)
@@ -89,14 +100,16 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     ]
     for row in record["rows"]:
         target = "" if row["target"] is None else f"{row['target']:.1f}, {'met' if row['met'] else 'missed'}"
-        cells = (f"{row['median_ms']:.0f}", f"{row['ratio']:.2f}", target, f"{row['max_error']:.0e}")
+        shown_ms = row["median_cpu_ms" if CASES[row["case"]].threads == 1 else "median_ms"]
+        cells = (f"{shown_ms:.0f}", f"{row['ratio']:.2f}", target, f"{row['max_error']:.0e}")
         lines.append(f"| {row['case']} | {row['variant']} | {' | '.join(cells)} |")
-    lines += ["", "Images of the pocket bundle, against LUA in float32 (target: 45 dB):", ""]
+    if record["pocket"]:
+        lines += ["", "Images of the pocket bundle, against LUA in float32 (target: 45 dB):", ""]
     lines += [f"- x{each['scale']}, {each['variant']}: {each['psnr_db']:.1f} dB" for each in record["pocket"]]
     return "\n".join(lines) + "\n"
 
 
-def write_page(record: Mapping[str, Any], page: Path) -> None:
-    """Replace the table between the page's marks."""
-    before, rest = page.read_text().split(MARKS[0])
-    page.write_text(before + MARKS[0] + to_markdown(record) + MARKS[1] + rest.split(MARKS[1])[1])
+def write_page(record: Mapping[str, Any], page: Path, mark: str) -> None:
+    """Replace the table between a mark of the page and the next end."""
+    before, rest = page.read_text().split(mark)
+    page.write_text(before + mark + to_markdown(record) + END + rest.split(END, 1)[1])

@@ -25,7 +25,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.engines.published_swinir import PublishedForward
-from benchmarks.engines.report import CASES, MAX_ERROR, MIN_PSNR_DB, TARGETS, VARIANTS, Case, Row, line
+from benchmarks.engines.report import (
+    CASES,
+    MAX_ERROR,
+    MIN_PSNR_DB,
+    TARGETS,
+    VARIANTS,
+    Case,
+    Row,
+    choose_variants,
+    line,
+)
 from benchmarks.machine import read_machine
 from giantleap.export.graphs import LuaGraph, trace
 from giantleap.export.manifest import INPUT, OUTPUTS
@@ -207,15 +217,23 @@ def measure_pocket() -> list[dict[str, Any]]:
 
 
 def measure(
-    cases: Sequence[str], runs: int, warmups: int, onnx: bool, report_line: Callable[[str], None]
+    cases: Sequence[str],
+    precisions: Sequence[str],
+    runs: int,
+    warmups: int,
+    onnx: bool,
+    pocket: bool,
+    report_line: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure these cases and the pocket bundle.
 
     Args:
         cases: Names from `CASES`.
+        precisions: Some of `PRECISIONS`.
         runs: Counted runs per variant.
         warmups: Runs per variant that are thrown away first.
         onnx: Whether to export and run ONNX graphs at full depth, which takes minutes.
+        pocket: Whether to compare images of the pocket bundle.
         report_line: Receives each printed line as soon as it is known.
     """
     rows: list[Row] = []
@@ -223,17 +241,16 @@ def measure(
         folder = Path(scratch)
         for name in cases:
             channels = CASES[name].channels
-            exports = onnx and channels != RGB_CHANNELS
-            if exports and not graph_path(folder, channels).exists():
+            variants = choose_variants(precisions, has_graph=onnx and channels != RGB_CHANNELS)
+            if VARIANTS[-1] in variants and not graph_path(folder, channels).exists():
                 _run_in_process(write_graph, folder, channels)
-            variants = VARIANTS if exports else VARIANTS[:-1]
             measured = measure_case(name, variants, folder, warmups, runs)
             rows += measured
             for row in measured:
                 report_line(line(row))
     torch.set_num_threads(1)
-    pocket = measure_pocket()
-    for image in pocket:
+    images = measure_pocket() if pocket else []
+    for image in images:
         report_line(f"pocket x{image['scale']} {image['variant']:<16} decoded image {image['psnr_db']:.1f} dB")
     machine = read_machine() | {
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "onnx")},
@@ -242,7 +259,7 @@ def measure(
         "warmups": warmups,
         "preset": "medium",
     }
-    return {"machine": machine, "rows": [asdict(row) for row in rows], "pocket": pocket}
+    return {"machine": machine, "rows": [asdict(row) for row in rows], "pocket": images}
 
 
 def _run_in_process(work: Callable[..., None], *arguments: object) -> None:
