@@ -90,11 +90,13 @@ def peer_python(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def run_server(command: list[str], environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+def run_server(
+    command: list[str], environment: dict[str, str], directory: Path = ROOT
+) -> Iterator["subprocess.Popen[bytes]"]:
     """Run a server; the end of its output is shown only if the block fails."""
     with (
         tempfile.TemporaryFile() as output,
-        run_process(command, environment=environment, directory=ROOT, output=output) as process,
+        run_process(command, environment=environment, directory=directory, output=output) as process,
     ):
         try:
             yield process
