@@ -6,7 +6,6 @@
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,15 +37,23 @@ def commands(tool: str, source: Path, output: Path) -> list[list[str]]:
 
 
 def measure(tool: str, source: Path, output: Path, rows: int) -> dict[str, float]:
-    """Images per second of one run."""
+    """Images per second of one run.
+
+    Raises:
+        RuntimeError: A process failed, or an image is missing; the message has the end of what was printed.
+    """
     started_s = time.time()
     with ExitStack() as stack:
-        lines = commands(tool, source, output)
-        running = [stack.enter_context(run_process(line, output=subprocess.DEVNULL)) for line in lines]
+        printed = stack.enter_context(tempfile.TemporaryFile())
+        running = [
+            stack.enter_context(run_process(line, output=printed.fileno())) for line in commands(tool, source, output)
+        ]
         codes = [process.wait() for process in running]
+        printed.seek(0)
+        end = printed.read()[-2000:].decode(errors="replace")
     written_s = sorted(path.stat().st_mtime for path in output.glob("*.png"))
     if any(codes) or len(written_s) != rows:
-        raise RuntimeError(f"{tool}: exit codes {codes}, {len(written_s)} of {rows} images")
+        raise RuntimeError(f"{tool}: exit codes {codes}, {len(written_s)} of {rows} images; it printed:\n{end}")
     whole, steady = rows / (written_s[-1] - started_s), (rows - BATCH_SIZE) / (written_s[-1] - written_s[0])
     return {"images_per_s": round(whole, 3), "images_per_s_without_start": round(steady, 3)}
 
