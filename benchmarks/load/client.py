@@ -246,8 +246,13 @@ class OpenLoop:
     def _receive(self, number: int) -> bytes:
         """The head of a response that is complete, else nothing."""
         part = self._sockets[number].recv(65536)
-        if not part:
+        if not part and number in self._due_s:
             raise ConnectionResetError("the server closed the connection")
+        if not part:  # it was idle for too long
+            self._free.remove(number)
+            self._poll.unregister(number)
+            self._sockets.pop(number).close()
+            return b""
         received = self._received.pop(number, b"") + part
         head, found, body = received.partition(b"\r\n\r\n")
         if found and len(body) >= _content_length(head):

@@ -19,6 +19,8 @@ from giantleap.service.jobs.job import QueueStats
 TICKET_S = 1.0
 """For how long a ticket counts: a body that comes slowly, or a Redis that hangs, must not stop others for longer."""
 
+_UNDECIDED = (Answer.WAIT, Answer.READ)
+
 
 class Ticket:
     """The place of one request until it has asked the queue, or never will. To settle it again does nothing."""
@@ -69,11 +71,12 @@ class QueueGate:
 
     def ask(self) -> Ticket | QueueFull | None:
         """A ticket, the refusal of a queue that is known to be full, or None where one must wait. Costs little."""
-        return None if self.must_wait() else self._answer(self._decide())
+        decision = self._decide()
+        return None if self._waiting or decision in _UNDECIDED else self._answer(decision)
 
     def must_wait(self) -> bool:
-        """Whether it is not known yet what `ask` would say, or others wait for that already."""
-        return bool(self._waiting) or self._decide() in (Answer.WAIT, Answer.READ)
+        """Whether `ask` would return None: the answer is not known yet, or others wait for theirs."""
+        return bool(self._waiting) or self._decide() in _UNDECIDED
 
     def wait(self) -> asyncio.Future[Ticket | QueueFull]:
         """The answer, when it is known; who does not want it any longer cancels it."""
@@ -116,11 +119,12 @@ class QueueGate:
             decision = self._decide()
             if decision is Answer.READ:
                 self._start_read()
-            if decision in (Answer.WAIT, Answer.READ):
+            if decision in _UNDECIDED:
+                self._places.put_crowd(self._clock())
                 return
-            # In a crowd the newest passes, which has waited least; the others are refused as soon as the queue is full.
-            crowded = self._places.is_crowded(self._clock())
-            waiting = self._waiting.pop() if crowded else self._waiting.popleft()
+            # If not all can pass, the newest do, which have waited least; the others are refused by a full queue.
+            too_many = len(self._waiting) > self._places.limit
+            waiting = self._waiting.pop() if too_many else self._waiting.popleft()
             if not waiting.done():
                 waiting.set_result(self._answer(decision))
 

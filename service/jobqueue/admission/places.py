@@ -12,7 +12,7 @@ STATE_S = 0.05
 STATISTICS_S = 0.25
 """For how long the time that a refusal names counts; the number of jobs also comes with the replies to them."""
 CROWD_S = 1.0
-"""For how long after the queue was full requests pass only into places that are known to be free."""
+"""For how long after the queue was full, or requests had to wait, they pass only into places known to be free."""
 
 
 class Answer(Enum):
@@ -43,7 +43,7 @@ class Places:
     _ended: int = 0
     _state_s: float = -math.inf
     _statistics_s: float = -math.inf
-    _full_s: float = -math.inf
+    _crowd_s: float = -math.inf
 
     def decide(self, now_s: float, ended: int) -> Answer:
         """The answer to one request.
@@ -62,8 +62,8 @@ class Places:
         return Answer.ADMIT if self.tickets < free else Answer.WAIT
 
     def is_crowded(self, now_s: float) -> bool:
-        """Whether the queue was full a moment ago."""
-        return now_s < self._full_s + CROWD_S
+        """Whether more requests than places were seen a moment ago."""
+        return now_s < self._crowd_s + CROWD_S
 
     def is_aging(self, now_s: float) -> bool:
         """Whether the queue should be read again, so that a newer state is there before this one no longer counts."""
@@ -73,9 +73,13 @@ class Places:
         """Takes the number of jobs in the queue from the reply to one of them."""
         self._free, self._ended = self.limit - jobs, ended
         if self._free <= 0:
-            self._full_s = now_s
+            self.put_crowd(now_s)
         if now_s < self._statistics_s + STATISTICS_S:
             self._state_s = now_s
+
+    def put_crowd(self, now_s: float) -> None:
+        """Takes that the queue is full, or that requests must wait."""
+        self._crowd_s = now_s
 
     def put_state(self, jobs: int, now_s: float, ended: int) -> None:
         """Takes the state of the queue as it was read, or as it refused a job."""
@@ -83,5 +87,5 @@ class Places:
         self.put_jobs(jobs, now_s, ended)
 
     def open(self) -> None:
-        """Forgets that the queue was full: nothing can be known of it now."""
-        self._full_s = -math.inf
+        """Forgets the crowd: nothing can be known of the queue now."""
+        self._crowd_s = -math.inf

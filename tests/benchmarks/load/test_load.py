@@ -95,6 +95,27 @@ async def test_open_run_keeps_refusals_apart_with_their_headers() -> None:
     assert load.cpu_s > 0
 
 
+async def test_the_open_run_goes_on_when_the_server_closes_an_idle_connection() -> None:
+    opened: list[asyncio.StreamWriter] = []
+
+    async def answer_one_and_close_the_others(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            for other in opened:
+                if other is not writer:
+                    other.close()
+                    await other.wait_closed()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer_one_and_close_the_others, "127.0.0.1", 0) as server:
+        poll = OpenLoop(server.sockets[0].getsockname()[1], to_request("/", b"", {}))
+        answers = await asyncio.to_thread(poll.run, [0.0])
+        poll.close()
+    assert len(answers) == 1
+
+
 async def test_a_time_of_the_open_run_starts_when_the_request_was_due() -> None:
     requests = 20
 
@@ -162,7 +183,7 @@ def report() -> dict[str, Any]:
         "date": "2026-11-21T15:00:00+00:00", "machine": "a machine", "python": "3.11", "redis_server": "7.0.15",
         "peers": {"ray": "2.60.0"}, "load_average_before": [0.1, 0.2, 0.3], "load_average_after": [1.0, 1.0, 1.0],
         "rounds": 3, "seconds": 3.0, "warm_up": 200, "overload": overload,
-        "overload_pinned": overload | {"p99_ratio": 2.5, "repetitions": 5},
+        "overload_pinned": overload | {"p99_ratio": 2.5, "repetitions": 5, "client_ms": 0.05},
         "refusals": {
             "clients": 8, "accepted": 900, "refused": 9000,
             "accepted_api_ms": 0.8, "refused_api_ms": 0.04, "ratio": 0.05,
@@ -183,6 +204,7 @@ def test_page_says_by_how_much_a_target_is_missed() -> None:
     page = to_markdown(report())
     assert "| accepted p99 under overload over unloaded p99 | <= 2 | 1.6 | met |" in page
     assert "| accepted p99 under overload over unloaded p99, all on one core | <= 2 | 2.5 | 25 % |" in page
+    assert page.count("the client took 0.050 ms of processor time per request") == 1
     assert "| processor time of a refused request over an accepted one, API | <= 0.1 | 0.05 | met |" in page
     assert "| smallest ratio beside Ray Serve (p50, no-op, 1 client) | >= 1 | 4 | met |" in page
     slow = report()

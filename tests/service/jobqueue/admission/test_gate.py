@@ -96,15 +96,22 @@ async def test_as_many_pass_as_there_are_places_and_what_follows_waits_for_a_tic
     queue = Queue(jobs=LIMIT - 2)
     gate = queue.old_gate()
     waits = [gate.wait() for _ in range(5)]
-    await asyncio.wait(waits[3:])
-    assert [wait.done() for wait in waits] == [False, False, False, True, True], "the newest have waited least"
+    await asyncio.wait(waits[:2])
+    assert [wait.done() for wait in waits] == [True, True, False, False, False]
     assert gate.tickets == 2 and gate.must_wait()
-    tickets = [wait.result() for wait in waits[3:]]
+    tickets = [wait.result() for wait in waits[:2]]
     for ticket, jobs in zip(tickets, (LIMIT - 1, LIMIT), strict=True):
         assert isinstance(ticket, Ticket)
         gate.put_jobs(jobs)
         ticket.settle()
-    assert all(isinstance(wait.result(), QueueFull) for wait in waits[:3]) and gate.tickets == 0
+    assert all(isinstance(wait.result(), QueueFull) for wait in waits[2:]) and gate.tickets == 0
+
+
+async def test_of_more_than_can_pass_the_newest_do() -> None:
+    gate = Queue(jobs=LIMIT - 1).old_gate()
+    waits = [gate.wait() for _ in range(LIMIT + 1)]
+    await waits[-1]
+    assert [wait.done() for wait in waits] == [False] * LIMIT + [True]
 
 
 async def test_the_place_of_a_request_that_failed_is_for_the_next() -> None:
@@ -125,16 +132,19 @@ async def test_who_has_left_gets_no_ticket() -> None:
     assert isinstance(await staying, Ticket) and gate.tickets == 1
 
 
-async def test_without_a_crowd_requests_pass_in_their_order() -> None:
-    gate = Queue().open_gate()
+async def test_a_burst_on_an_open_gate_waits_for_tickets_and_then_for_the_state_of_the_queue() -> None:
+    queue = Queue(jobs=2)
+    gate = queue.open_gate()
     tickets = [take(gate) for _ in range(LIMIT)]
     first, second = gate.wait(), gate.wait()
-    tickets[0].settle()
-    assert first.done() and not second.done()
+    for ticket in tickets[:3]:
+        assert queue.reads == 0
+        ticket.settle()
+    assert isinstance(await first, Ticket) and not second.done() and queue.reads == 1, "2 jobs and 4 tickets"
 
 
 async def test_a_ticket_counts_for_a_limited_time() -> None:
-    gate = Queue().open_gate()
+    gate = Queue(jobs=1).open_gate()
     tickets = [take(gate) for _ in range(LIMIT)]
     following = gate.wait()
     assert not following.done()

@@ -58,6 +58,12 @@ def test_a_crowd_has_gone_when_the_queue_was_not_full_for_a_second() -> None:
     assert not places.is_crowded(NOW_S + CROWD_S + 0.01)
 
 
+def test_requests_that_wait_are_a_crowd_too() -> None:
+    places = Places(LIMIT)
+    places.put_crowd(NOW_S)
+    assert places.decide(NOW_S, 0) is Answer.READ
+
+
 def test_the_reply_to_a_job_renews_the_state_but_not_for_ever_without_the_statistics() -> None:
     places = places_of(LIMIT)
     places.put_jobs(LIMIT, NOW_S + STATISTICS_S - 0.01, 0)
