@@ -29,6 +29,36 @@ Responses = dict[int | str, dict[str, Any]]
 
 IMAGE_TYPES = tuple(CONTENT_TYPES.values())
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
+_OPTIONAL_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+_SUBMIT_HEADERS = {
+    "idempotency-key": "Posting again with the same key finds the first job.",
+    "cancel-after": "Seconds after which the job fails unless it has ended.",
+    "accept": "An image type for the file itself, else JSON.",
+    "prefer": "respond-async, or wait=N seconds.",
+}
+SUBMIT_PARAMETERS: Final[list[dict[str, Any]]] = [
+    {
+        "name": "cancel_on_disconnect",
+        "in": "query",
+        "required": False,
+        "schema": {"type": "boolean", "default": False, "title": "Cancel On Disconnect"},
+        "description": "Cancel the job when the client goes away while it waits.",
+    },
+    *(
+        {"name": name, "in": "header", "required": False, "schema": _OPTIONAL_TEXT, "description": text}
+        for name, text in _SUBMIT_HEADERS.items()
+    ),
+]
+"""Of the routes that make a job: what `giantleap.service.api.submission.read_submit_options` reads."""
+UPSCALE_PARAMETERS: Final[list[dict[str, Any]]] = [
+    {"name": name, "in": "query", "required": False, "schema": schema, "description": schema.get("description", "")}
+    for name, schema in UpscaleQuery.model_json_schema()["properties"].items()
+]
+"""The query of /upscale."""
+GENERATE_CONTENT: Final[dict[str, Any]] = {
+    JSON_TYPE: {"schema": {"$ref": f"#/components/schemas/{GenerateRequest.__name__}"}}
+}
+"""The body of /generate."""
 _WHOLE_NUMBER = {"schema": {"type": "integer"}, "description": "Seconds to wait before a retry."}
 _TEXT = {"type": "string"}
 
@@ -155,9 +185,10 @@ def describe(app: FastAPI) -> dict[str, Any]:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas.update(problem.pop("$defs", {}))
-    schemas["Problem"] = problem
+    for model in (Problem, GenerateRequest):
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(schema.pop("$defs", {}))
+        schemas[model.__name__] = schema
     schemes = document["components"].setdefault("securitySchemes", {})
     schemes["bearer"] = {"type": "http", "scheme": "bearer", "description": "An API key, if the service requires one."}
     schemes["header"] = {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."}

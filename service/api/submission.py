@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ParamSpec, TypeVar
 
-from fastapi import Depends, Header, Query, Request
+from fastapi import Depends, Header, Request
+from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 
 from giantleap.service.api.dependencies import AppState, get_caller, state_of
@@ -45,6 +46,7 @@ from giantleap.service.webhooks.targets import TargetRefused, find_addresses, re
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _RANDOM_SEEDS = 2**53  # random seeds stay exact in clients whose numbers are doubles
 _STOP_CHECK_S = 0.5
+_FLAG = TypeAdapter(bool)
 _SCOPES = {"generate": Scope.GENERATE, "upscale": Scope.UPSCALE}
 
 Result = TypeVar("Result")
@@ -98,46 +100,44 @@ async def read_compat_options(
         MalformedRequest: A header cannot be read.
         NotReady: This process is stopping.
     """
-    if state_of(request).stopping.is_set():
-        raise NotReady("this process is stopping; try again", retry_after_s=1)
-    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
-        raise MalformedRequest("Idempotency-Key must be 1 to 255 printable ASCII characters without spaces")
-    return SubmitOptions(
-        idempotency_key=idempotency_key,
-        cancel_after_s=read_cancel_after(cancel_after),
-        cancel_on_disconnect=idempotency_key is None,
-        cancel_on_timeout=idempotency_key is None,
-    )
+    options = _to_options(state_of(request), idempotency_key, cancel_after)
+    unfindable = idempotency_key is None
+    return replace(options, cancel_on_disconnect=unfindable, cancel_on_timeout=unfindable)
 
 
 CompatOptionsDep = Annotated[SubmitOptions, Depends(read_compat_options)]
 
 
-async def read_submit_options(
-    request: Request,
-    options: CompatOptionsDep,
-    accept: Annotated[str | None, Header(description="An image type for the file itself, else JSON.")] = None,
-    prefer: Annotated[str | None, Header(description="respond-async, or wait=N seconds.")] = None,
-    cancel_on_disconnect: Annotated[
-        bool, Query(description="Cancel the job when the client goes away while it waits.")
-    ] = False,
-) -> SubmitOptions:
+def read_submit_options(request: Request) -> SubmitOptions:
     """The options of a native route, whose client can find its job again by its id.
+
+    `giantleap.service.api.openapi.SUBMIT_PARAMETERS` describes them. FastAPI spends much time on parameters of its own,
+    which compatible routes have.
 
     Raises:
         MalformedRequest: A header cannot be read.
+        InvalidFields: `cancel_on_disconnect` is neither true nor false.
         NotReady: This process is stopping.
     """
+    state, headers = state_of(request), request.headers
+    try:
+        cancel_on_disconnect = _FLAG.validate_python(request.query_params.get("cancel_on_disconnect", False))
+    except ValidationError as error:
+        raise InvalidFields(("cancel_on_disconnect", "must be true or false")) from error
     return replace(
-        options,
-        accept=accept,
-        preference=read_preference(prefer, state_of(request).settings.wait_timeout_s),
+        _to_options(state, headers.get("idempotency-key"), headers.get("cancel-after")),
+        accept=headers.get("accept"),
+        preference=read_preference(headers.get("prefer"), state.settings.wait_timeout_s),
         cancel_on_disconnect=cancel_on_disconnect,
-        cancel_on_timeout=False,
     )
 
 
-SubmitOptionsDep = Annotated[SubmitOptions, Depends(read_submit_options)]
+def _to_options(state: AppState, idempotency_key: str | None, cancel_after: str | None) -> SubmitOptions:
+    if state.stopping.is_set():
+        raise NotReady("this process is stopping; try again", retry_after_s=1)
+    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
+        raise MalformedRequest("Idempotency-Key must be 1 to 255 printable ASCII characters without spaces")
+    return SubmitOptions(idempotency_key=idempotency_key, cancel_after_s=read_cancel_after(cancel_after))
 
 
 def require_media_type(request: Request, *allowed: str) -> None:

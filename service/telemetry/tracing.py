@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Self
 
 from opentelemetry.context import Context
 from opentelemetry.trace import (
+    INVALID_SPAN,
     Link,
     NoOpTracer,
     Span,
@@ -97,10 +98,12 @@ class Tracing:
 
         Inside the context, `current_traceparent` is that of this request.
         """
-        parent = _to_context(header)
-        tracer = self._tracer if record else NoOpTracer()
-        span = tracer.start_span(name, parent, SpanKind.SERVER)
-        traceparent = _to_traceparent(set_span_in_context(span, Context())) or _to_traceparent(parent)
+        span = INVALID_SPAN
+        if self._provider is not None and record:
+            span = self._tracer.start_span(name, _to_context(header), SpanKind.SERVER)
+            traceparent = _to_traceparent(set_span_in_context(span, Context()))
+        else:
+            traceparent = None if header is None else read_traceparent(header)
         traceparent = traceparent or _new_traceparent()
         token = _CURRENT.set(traceparent)
         try:

@@ -8,24 +8,32 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
 from giantleap.models.pixels.image_formats import CONTENT_TYPES, ImageFormat
-from giantleap.service.api.dependencies import JOB_ID, AppState, AppStateDep, JobId, links_of
+from giantleap.service.api.dependencies import JOB_ID, AppState, JobId, links_of, state_of
 from giantleap.service.api.negotiation import choose_media_type
-from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content, upload_request_body
+from giantleap.service.api.openapi import (
+    GENERATE_CONTENT,
+    IMAGE_TYPES,
+    SUBMIT_PARAMETERS,
+    UPSCALE_PARAMETERS,
+    describe_responses,
+    file_content,
+    upload_request_body,
+)
 from giantleap.service.api.responses import file_response, job_response
 from giantleap.service.api.schemas import JobBody
 from giantleap.service.api.submission import (
     SubmitOptions,
-    SubmitOptionsDep,
     check_webhook,
     get_job,
     new_job,
-    require_json,
+    read_submit_options,
+    require_media_type,
     require_success,
     run_in_thread_if_large,
     submit_job,
@@ -52,12 +60,23 @@ def _responses(*file_types: str) -> dict[int | str, dict[str, Any]]:
 
 
 @router.post(
-    "/generate", response_model=JobBody, responses=_responses(*IMAGE_TYPES), dependencies=[Depends(require_json)]
+    "/generate",
+    response_model=JobBody,
+    responses=_responses(*IMAGE_TYPES),
+    openapi_extra={"parameters": SUBMIT_PARAMETERS, "requestBody": {"required": True, "content": GENERATE_CONTENT}},
 )
-async def post_generate(
-    request: Request, body: GenerateRequest, options: SubmitOptionsDep, state: AppStateDep
-) -> Response:
+async def post_generate(request: Request) -> Response:
     """Generate an image from a prompt: generate a latent, upscale it, decode it once."""
+    return await _generate(request, read_submit_options(request))
+
+
+async def _generate(request: Request, options: SubmitOptions) -> Response:
+    require_media_type(request, JSON_TYPE)
+    try:
+        body = GenerateRequest.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise validation_problem(error.errors(include_url=False, include_input=False)) from error
+    state = state_of(request)
     served = state.select_bundle(body.bundle)
     response_type, output_format = _choose_format(options.accept, body.output_format)
     if response_type != JSON_TYPE and body.num_images != 1:
@@ -78,14 +97,20 @@ async def post_generate(
     "/upscale",
     response_model=JobBody,
     responses=_responses(*IMAGE_TYPES, SAFETENSORS_TYPE),
-    openapi_extra=upload_request_body(),
+    openapi_extra={"parameters": UPSCALE_PARAMETERS + SUBMIT_PARAMETERS} | upload_request_body(),
 )
-async def post_upscale(
-    request: Request, query: Annotated[UpscaleQuery, Query()], options: SubmitOptionsDep, state: AppStateDep
-) -> Response:
+async def post_upscale(request: Request) -> Response:
     """Upscale a latent (safetensors or .npy) or an image; return the decoded image or the larger latent."""
+    return await _upscale(request, read_submit_options(request))
+
+
+async def _upscale(request: Request, options: SubmitOptions) -> Response:
+    state = state_of(request)
+    values = _upscale_values(request)
+    query = _to_query(values)  # refused before the body is read
     body, content_type, fields = await read_upload(request, len(UpscaleQuery.model_fields))
-    query = _with_fields(query, fields)
+    if fields:
+        query = _with_fields(values, fields)
     served = state.select_bundle(query.bundle)
     response_type, output_format = _choose_format(options.accept, query.output_format, query.output)
     plan = partial(state.prepare_upscale, query, body, content_type, served, output_format)
@@ -104,59 +129,63 @@ async def post_upscale(
     return await _respond(request, state, job, blob, options, response_type)
 
 
-def _put_request_body() -> dict[str, object]:
+def _put_extra() -> dict[str, object]:
     described = upload_request_body()
-    described["requestBody"]["content"][JSON_TYPE] = {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}
-    return described
+    described["requestBody"]["content"] |= GENERATE_CONTENT
+    return {"parameters": UPSCALE_PARAMETERS + SUBMIT_PARAMETERS} | described
 
 
 @router.put(
     "/jobs/{job_id}",
     response_model=JobBody,
     responses=_responses(*IMAGE_TYPES, SAFETENSORS_TYPE),
-    openapi_extra=_put_request_body(),
+    openapi_extra=_put_extra(),
 )
-async def put_job(
-    request: Request,
-    job_id: JobId,
-    query: Annotated[UpscaleQuery, Query()],
-    options: SubmitOptionsDep,
-    state: AppStateDep,
-) -> Response:
+async def put_job(request: Request, job_id: JobId) -> Response:
     """Create a job under a UUID of your own: JSON as in /generate, a latent or an image as in /upscale."""
     if not JOB_ID.fullmatch(job_id):
         raise InvalidFields(("job_id", "is not a UUID in lower case, such as uuidgen makes"))
+    options = replace(read_submit_options(request), job_id=job_id)
     if options.idempotency_key is not None:
         raise MalformedRequest("Idempotency-Key is not taken with PUT; the id in the path has the same effect")
-    options = replace(options, job_id=job_id)
     if read_media_type(request.headers.get("content-type")) != JSON_TYPE:
-        return await post_upscale(request, query, options, state)
-    if names := sorted(query.model_fields_set):
+        return await _upscale(request, options)
+    if names := sorted(_upscale_values(request)):
         raise InvalidFields(*((name, "is in the query; with a JSON body it belongs in the body") for name in names))
+    return await _generate(request, options)
+
+
+def _upscale_values(request: Request) -> dict[str, str]:
+    """The options of /upscale in the query."""
+    return {name: value for name, value in request.query_params.items() if name in UpscaleQuery.model_fields}
+
+
+def _to_query(values: Mapping[str, str]) -> UpscaleQuery:
+    """The options of /upscale from their texts.
+
+    Raises:
+        InvalidFields: A value is not valid.
+    """
     try:
-        body = GenerateRequest.model_validate_json(await request.body())
+        return UpscaleQuery.model_validate(values)
     except ValidationError as error:
         raise validation_problem(error.errors(include_url=False, include_input=False)) from error
-    return await post_generate(request, body, options, state)
 
 
-def _with_fields(query: UpscaleQuery, fields: Mapping[str, str]) -> UpscaleQuery:
+def _with_fields(values: Mapping[str, str], fields: Mapping[str, str]) -> UpscaleQuery:
     """The options of the query and of a form together.
 
     Raises:
         InvalidFields: A field is unknown, not valid, or in the query too.
     """
     faults = [
-        (name[:64], "is in the query too; send it once" if name in query.model_fields_set else "is not a known field")
+        (name[:64], "is in the query too; send it once" if name in values else "is not a known field")
         for name in fields
-        if name in query.model_fields_set or name not in UpscaleQuery.model_fields
+        if name in values or name not in UpscaleQuery.model_fields
     ]
     if faults:
         raise InvalidFields(*faults)
-    try:
-        return UpscaleQuery.model_validate(query.model_dump(exclude_unset=True) | dict(fields))
-    except ValidationError as error:
-        raise validation_problem(error.errors(include_url=False, include_input=False)) from error
+    return _to_query({**values, **fields})
 
 
 def _choose_format(

@@ -31,6 +31,13 @@ def test_an_unknown_parameter_is_refused_by_name_on_every_route(
     assert not producer.records, "nothing was enqueued"
 
 
+@pytest.mark.parametrize("path", ["/generate", "/upscale"])
+def test_cancel_on_disconnect_is_true_or_false(live: tuple[FileProducer, str], path: str) -> None:
+    answer = httpx.post(f"{live[1]}{path}?cancel_on_disconnect=maybe", json={"prompt": "a"}, timeout=60)
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == [{"field": "cancel_on_disconnect", "reason": "must be true or false"}]
+
+
 @pytest.mark.parametrize(
     "target", ["/generate?width=320", "/jobs?page=2", f"/jobs/{JOB}/result?format=jpeg", "/upscale?scal=2"]
 )
