@@ -23,8 +23,8 @@ after: {load}. Medians of {rounds} rounds of {seconds:g} s, after {warm_up} warm
 `benchmarks/results/load.json`.
 
 A **durable no-op** is a waiting `POST /generate`: parsed, written with `appendfsync always`, claimed and completed by a
-worker process, returned. A latent is `POST /upscale` in float16 with as many bytes back. CPU is the processor time per
-request of all server processes, Redis and worker included.
+worker process, returned. A latent is `POST /upscale` in float16 with as many bytes back{store}. CPU is the
+processor time per request of all server processes, Redis and worker included.
 
 ## Targets
 
@@ -68,6 +68,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         rounds=report["rounds"],
         seconds=report["seconds"],
         warm_up=report["warm_up"],
+        store=", results and inputs from 512 KiB in files" if report.get("result_store") == "file" else "",
         command="with `--peers`" if report["peers"] else "without peers",
         aims=_table(["", "target", "reached", "missed by"], [_judge(*aim) for aim in _aims(report)]),
         ours=_table(["", *columns.values()], rows),

@@ -182,6 +182,7 @@ def measure(with_peers: bool, rounds: int, seconds: float) -> dict[str, Any]:
         "rounds": rounds,
         "seconds": seconds,
         "warm_up": WARM_UP,
+        "result_store": "file",
         "medians": medians,
         "refusals": refusals,
         "overload": overload,

@@ -1,7 +1,8 @@
 """Start the systems that `benchmarks.load` measures: the service without work, or a peer's server.
 
-The service is the real one: an embedded Redis that syncs every write to disk before its reply, `giantleap api`, and a
-process that claims and completes jobs as a worker does. A peer runs in its own environment, requests in memory.
+The service is the one that `giantleap serve` gives on one host: an embedded Redis that syncs every write to disk before
+its reply, results in files, `giantleap api`, and a process that claims and completes jobs as a worker does. A peer runs
+in its own environment, requests in memory.
 """
 
 import argparse
@@ -29,8 +30,10 @@ from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import ResultFile, UpscaleParams
 from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
+from giantleap.service.results.jobs import open_files
 from giantleap.service.settings import Settings, read_settings, to_environment
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
+from giantleap.service.supervisor.supervisor import to_child_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".peers"
@@ -53,7 +56,11 @@ def run_service(workers: int = 1, work_ms: float = 0.0, **changes: object) -> It
         data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="giantleap-load-")))
         redis = EmbeddedRedis(appendfsync="always")
         stack.callback(redis.stop)
-        settings = read_settings(redis_url=redis.start(data_dir), key_prefix="load", port=free_port(), **changes)
+        settings = to_child_settings(
+            read_settings(data_dir=data_dir, key_prefix="load", port=free_port(), **changes),
+            redis.start(data_dir),
+            is_embedded=True,
+        )
         environment = {**os.environ, **to_environment(settings)}
         api = [sys.executable, "-m", "giantleap", "api"]
         worker = [sys.executable, "-m", "benchmarks.load.service", str(workers), str(work_ms)]
@@ -158,7 +165,11 @@ def work(settings: Settings, workers: int, work_ms: float) -> None:
     def run() -> None:
         dice = random.Random(uuid.uuid4().hex)
         consumer = JobConsumer(
-            open_redis(settings.redis_url or ""), settings, (bundle,), f"load-{uuid.uuid4().hex[:8]}"
+            open_redis(settings.redis_url or ""),
+            settings,
+            (bundle,),
+            f"load-{uuid.uuid4().hex[:8]}",
+            files=open_files(settings),
         )
         consumer.open()
         while True:

@@ -29,7 +29,6 @@ from giantleap.service.jobqueue.runner import Command, ScriptRunner, upload_resu
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.job import JobError, JobState, ResultFile
 from giantleap.service.results.jobs import JobFiles
-from giantleap.service.results.store import LARGE_INPUT_BYTES
 from giantleap.service.settings import Settings
 
 _NO_STAGES: Mapping[str, float] = MappingProxyType({})
@@ -242,7 +241,7 @@ class JobConsumer:
             NotReady: Redis did not answer for two minutes.
         """
         key = None
-        if self._files is not None and latents is not None and len(latents) >= LARGE_INPUT_BYTES:
+        if self._files is not None and latents is not None and len(latents) >= self._files.large_input_bytes:
             key = self._files.put_input(claim.job.id, latents)
         arguments = {
             "stages": json.dumps(dict(stages)),

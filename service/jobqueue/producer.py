@@ -37,7 +37,7 @@ from giantleap.service.jobs.grid import Charge
 from giantleap.service.jobs.job import Job, JobEvent, JobRecord, JobState, QueueStats
 from giantleap.service.results.concurrent import AsyncResultStore, require_files
 from giantleap.service.results.keys import new_keys
-from giantleap.service.results.store import INPUT_GRACE_S, INPUT_TYPE, LARGE_INPUT_BYTES
+from giantleap.service.results.store import INPUT_GRACE_S, INPUT_TYPE
 from giantleap.service.settings import Settings
 
 MAX_PER_PAGE = 100
@@ -224,7 +224,7 @@ class JobProducer:
             reply = await await_reply(self._scripts.run(scripts.ENQUEUE, {"upload": ""} | arguments, value=text))
             if not body or reply.status != "upload":
                 return reply
-        if self._files is not None and len(body) >= LARGE_INPUT_BYTES:
+        if self._files is not None and len(body) >= self._files.large_input_bytes:
             return await self._send_with_file(job, body, arguments, self._files)
         upload = uuid.uuid4().hex
         before = upload_input(self._keys.upload(upload), body)

@@ -41,6 +41,7 @@ class AsyncResultStore:
 
     def __init__(self, store: ResultStore, max_bytes: int) -> None:
         self.store = store
+        self.large_input_bytes = store.large_input_bytes
         self._transfer_s = 2 * _CALL_S + max_bytes / _TRANSFER_BYTES_PER_S
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="result-store")
 

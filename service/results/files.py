@@ -22,11 +22,13 @@ class FileStore:
     Args:
         root: The directory; made with the first file, for its owner only.
         key_prefix: First part of every key.
+        large_input_bytes: Smaller inputs stay in Redis. The default is by `python -m benchmarks.load.inputs`.
     """
 
-    def __init__(self, root: Path, key_prefix: str) -> None:
+    def __init__(self, root: Path, key_prefix: str, large_input_bytes: int = 512 << 10) -> None:
         self._root = root
         self._key_prefix = key_prefix
+        self.large_input_bytes = large_input_bytes
 
     def put(self, key: str, content: bytes, content_type: str) -> None:
         """As `ResultStore.put`; the type is that of the record."""

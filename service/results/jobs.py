@@ -24,6 +24,7 @@ class JobFiles:
 
     def __init__(self, store: ResultStore, settings: Settings) -> None:
         self._store = store
+        self.large_input_bytes = store.large_input_bytes
         self._prefix = settings.key_prefix
         self._ttl_s = settings.job_ttl_s
 

@@ -47,6 +47,8 @@ class S3ResultStore:
         key_prefix: First part of every key.
     """
 
+    large_input_bytes = 1 << 20
+
     def __init__(self, bucket: str, prefix: str, key_prefix: str) -> None:
         self._key_prefix = key_prefix
         endpoint = next((os.environ[name] for name in _ENDPOINTS if name in os.environ), "")

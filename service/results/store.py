@@ -14,8 +14,6 @@ from giantleap.service.results.files import FileStore
 from giantleap.service.results.s3 import S3ResultStore
 from giantleap.service.settings import Settings
 
-LARGE_INPUT_BYTES = 1 << 20
-"""Inputs from this size on go to the store; smaller ones cost Redis less than a request to a store."""
 INPUT_TYPE = "application/octet-stream"
 """Type of the object of an input."""
 INPUT_GRACE_S = 60
@@ -24,6 +22,10 @@ INPUT_GRACE_S = 60
 
 class ResultStore(Protocol):
     """Whole objects by key. Every method raises `StoreUnavailable` where the store does not do it."""
+
+    @property
+    def large_input_bytes(self) -> int:
+        """Inputs from this size on go to the store; a smaller one costs less in Redis, in the write of its job."""
 
     def put(self, key: str, content: bytes, content_type: str) -> None:
         """Stores an object. On return it is safe; before that nobody can read any part of it."""
