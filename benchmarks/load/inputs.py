@@ -89,7 +89,7 @@ async def measure(settings: Settings, server: psutil.Process, seconds: float) ->
 
 def _cpu_ms(server: psutil.Process) -> float:
     times = server.cpu_times()
-    return 1000 * (time.process_time() + times.user + times.system)
+    return 1000 * float(time.process_time() + times.user + times.system)
 
 
 def _row(cpu_ms: float, times_ms: Sequence[float]) -> str:

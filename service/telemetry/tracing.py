@@ -98,7 +98,7 @@ class Tracing:
 
         Inside the context, `current_traceparent` is that of this request.
         """
-        span = INVALID_SPAN
+        span: Span = INVALID_SPAN
         if self._provider is not None and record:
             span = self._tracer.start_span(name, _to_context(header), SpanKind.SERVER)
             traceparent = _to_traceparent(set_span_in_context(span, Context()))
