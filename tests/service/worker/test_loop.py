@@ -109,7 +109,7 @@ def test_a_cpu_runs_jobs_together_only_where_a_full_claim_waits(batch_items: int
     consumer, route = FakeConsumer([make_claim(name) for name in "abc"]), FakeRoute()
     run_all(route, consumer, device=Device("cpu", 1, 0, {"pocket": {}, "tiny": {}}), batch_items=batch_items)
     assert route.batches == batches
-    assert list(consumer.finished) == ["a", "b", "c"]
+    assert sorted(consumer.finished) == ["a", "b", "c"], "batches that finish at once end in any order"
 
 
 def test_every_stage_is_timed_and_reported() -> None:
