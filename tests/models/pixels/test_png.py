@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from giantleap.models.pixels.png import to_png, to_small_png
+from tests.png_files import SIGNATURE, to_chunk
 
 PACKET = "<x:xmpmeta>\N{SNOWMAN}</x:xmpmeta>".encode()
 
@@ -69,6 +70,12 @@ def test_metadata_is_read_back(encode: Callable[[NDArray[np.uint8], bytes], byte
     with Image.open(io.BytesIO(encode(noise(8, 8), PACKET))) as image:
         assert image.info["XML:com.adobe.xmp"] == PACKET.decode()
         assert np.array_equal(np.asarray(image), noise(8, 8))
+
+
+@pytest.mark.parametrize("packet", [None, PACKET])
+def test_a_file_is_its_signature_and_its_chunks(packet: bytes | None) -> None:
+    file = to_png(noise(33, 65), packet)
+    assert file == SIGNATURE + b"".join(to_chunk(*chunk) for chunk in read_chunks(file))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 1), (33, 65)])
