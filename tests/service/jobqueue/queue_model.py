@@ -72,7 +72,7 @@ class ModelJob:
 
 @dataclass
 class ModelWorker:
-    """One worker: what it knows to hold, by job id with the claim, and what it cannot read."""
+    """One worker: what it knows to hold, by job id with the claim, what it cannot read, and if its heartbeat is old."""
 
     consumer: str
     role: str
@@ -80,6 +80,7 @@ class ModelWorker:
     held: dict[str, dict[str, object]] = field(default_factory=dict)
     unreadable: set[str] = field(default_factory=set)
     dropped: set[str] = field(default_factory=set)
+    is_silent: bool = False
 
 
 class Model:

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import hypothesis
@@ -113,6 +113,8 @@ class QueueMachine(RuleBasedStateMachine):
                 "enqueue",
                 "claim",
                 "claim",
+                "claim ahead",
+                "settle",
                 "settle",
                 "settle",
                 "settle",
@@ -135,6 +137,11 @@ class QueueMachine(RuleBasedStateMachine):
         elif what == "claim":
             loaded = draw(None, None, [], [BUNDLE])
             self.claim(draw(*self.workers), draw(1, 2, 3), is_lost=draw(False, False, False, True), loaded=loaded)
+        elif what == "claim ahead":
+            worker, loaded = draw(*self.workers), draw(None, None, [], [BUNDLE])
+            if draw(False, True):
+                self.silence(each for each in self.workers if each is not worker)
+            self.claim(worker, draw(1, 1, 2), draw(False, False, True), loaded, ahead=True)
         elif what == "happen":
             self.happen(draw)
         elif self._claims() and what == "settle":
@@ -186,18 +193,41 @@ class QueueMachine(RuleBasedStateMachine):
 
     # --- workers
 
-    def claim(self, worker: ModelWorker, max_jobs: int, is_lost: bool, loaded: list[str] | None = None) -> None:
-        """A worker claims. `is_lost`: it never gets the reply. `loaded`: what it has in memory of several bundles."""
+    def claim(
+        self,
+        worker: ModelWorker,
+        max_jobs: int,
+        is_lost: bool,
+        loaded: list[str] | None = None,
+        ahead: bool = False,
+    ) -> None:
+        """A worker claims.
+
+        Args:
+            worker: Who claims.
+            max_jobs: At most so many.
+            is_lost: It never gets the reply.
+            loaded: What it has in memory of several bundles.
+            ahead: Its device is busy.
+        """
         may_take = {job.id for job in self.model.live() if self._may_take(worker, job)}
         resumed = {job.id for job in self.model.live() if self._is_lost_claim(worker, job)}
         arguments = {"consumer": worker.consumer, "max_jobs": max_jobs, "lanes": self._lanes(worker)}
-        arguments |= {"held": [*worker.held, *worker.unreadable], "dropped": [*worker.dropped]}
+        arguments |= {"held": [*worker.held, *worker.unreadable], "dropped": [*worker.dropped], "ahead": ahead or None}
         if loaded is not None:
             arguments |= {"loaded": loaded, "loaded_first": bool(max_jobs % 2)}
+        has_stale = ahead and self._has_stale(worker)
         reply: ClaimReply = self.run_script("claim", arguments)
         assert len(reply.claims) <= max_jobs
         self._end_overdue()
         self._return_due()
+        must_take = may_take
+        if ahead:
+            must_take = {job_id for job_id in may_take - resumed if self.model.jobs[job_id].deliveries == 0}
+            may_take = must_take | resumed
+            if not self._may_claim_ahead(worker, max_jobs) or (has_stale and not reply.claims):
+                must_take = set()
+                assert not reply.claims, "what is claimed ahead is not missed by a worker without work"
         for row in reply.claims:
             assert row.id in may_take, "only what waits, is stale or was this worker's"
             job = self.model.jobs[row.id]
@@ -208,7 +238,22 @@ class QueueMachine(RuleBasedStateMachine):
             worker.dropped.discard(row.id)
             if not is_lost:
                 self._hold(worker, job, row.lane, row.message)
-        self._close_met(worker, may_take - {row.id for row in reply.claims}, is_all=len(reply.claims) < max_jobs)
+        left = {row.id for row in reply.claims}
+        self._close_met(worker, may_take - left, must_take - left if len(left) < max_jobs else set())
+
+    def _may_claim_ahead(self, worker: ModelWorker, max_jobs: int) -> bool:
+        """Whether enough jobs wait for every live worker, and none that was started waits for one that is ready."""
+        reachable = [job for job in self.model.live() if self.seen.lanes[job.id] in self._lanes(worker)]
+        waiting = sum(job.state == "queued" for job in reachable)
+        started = any(job.is_stale and job.id not in worker.held for job in reachable)
+        alive = sum(not each.is_silent for each in self.workers)
+        return waiting >= max_jobs * max(1, alive) and not started
+
+    def _has_stale(self, worker: ModelWorker) -> bool:
+        """Whether a message of its lanes is older than a lease: of a job that was returned or whose worker died."""
+        streams = [self.keys.stream(lane) for lane in self._lanes(worker)]
+        known = [stream for stream in streams if self.client.exists(stream) and self.client.xinfo_groups(stream)]
+        return any(self.client.xpending_range(each, "workers", "-", "+", 1, idle=HOUR_MS) for each in known)
 
     def _hold(self, worker: ModelWorker, job: ModelJob, lane: str, message: str) -> None:
         claim: dict[str, object] = {"lane": lane, "message": message, "id": job.id, "delivery": job.deliveries}
@@ -234,8 +279,14 @@ class QueueMachine(RuleBasedStateMachine):
             if job.is_due:
                 job.state, job.has_message, job.is_due = "queued", True, False
 
-    def _close_met(self, worker: ModelWorker, left: set[str], is_all: bool) -> None:
-        """What a claim closed on the way: overdue jobs, canceled or worn out ones, messages of jobs that had ended."""
+    def _close_met(self, worker: ModelWorker, left: set[str], missed: set[str]) -> None:
+        """What a claim closed on the way: overdue jobs, canceled or worn out ones, messages of jobs that had ended.
+
+        Args:
+            worker: Who claimed.
+            left: What it could have taken and did not.
+            missed: What of it should have been taken, if the worker reads its lane.
+        """
         seen = self.seen = Snapshot(self.client, self.keys)
         for job in self.model.known():
             if job.is_live and seen.states.get(job.id) in FINAL:
@@ -245,10 +296,9 @@ class QueueMachine(RuleBasedStateMachine):
                 job.fail() if wanted == "failed" else job.end(wanted)
                 job.worker = ""
         lanes = self._lanes(worker)
-        if is_all:
-            for job in self.model.live():
-                reachable = job.id in left and self.seen.lanes[job.id] in lanes
-                assert not reachable, f"{job.id} could be claimed and was not"
+        for job in self.model.live():
+            reachable = job.id in missed and self.seen.lanes[job.id] in lanes
+            assert not reachable, f"{job.id} could be claimed and was not"
         for job in self.model.jobs.values():
             if job.has_message and not job.is_live and job.id not in seen.messages:
                 job.has_message, job.worker = False, ""
@@ -389,9 +439,18 @@ class QueueMachine(RuleBasedStateMachine):
     def restart(self, worker: ModelWorker) -> None:
         """A worker dies with all it holds, and another takes its place."""
         index = self.workers.index(worker)
+        self.silence([worker])
         self.workers[index] = self._new_worker(index)
 
+    def silence(self, workers: Iterable[ModelWorker]) -> None:
+        """The heartbeats of workers are too old, as if they were gone."""
+        for worker in workers:
+            worker.is_silent = True
+            for name in ("workers", f"workers:{worker.role}"):
+                self.client.zrem(f"{self.keys.tag}:{name}", worker.consumer)
+
     def renew(self, worker: ModelWorker) -> None:
+        worker.is_silent = False
         arguments = {"consumer": worker.consumer, "device": "", "role": worker.role}
         reply = self.run_script("renew", {**arguments, "claims": list(worker.held.values())})
         lost = {job_id for job_id, claim in worker.held.items() if not self._owns(worker, job_id, claim)}
@@ -529,6 +588,8 @@ def test_hundreds_of_steps_in_any_order_leave_every_job_one_place_or_one_end(red
             "enqueue", "if args.upload ~= '' then redis.call('UNLINK', upload) end", "", id="a trace of a refusal"
         ),
         pytest.param("release", "redis.call('HINCRBY', job_key(id), 'deliveries', -1)", "", id="a start counted"),
+        pytest.param("claim", "waiting >= left * math.max(1, live_workers())", "waiting >= left", id="too much ahead"),
+        pytest.param("claim", "args.ahead and not may_claim_ahead()", "args.ahead", id="nothing ahead"),
         pytest.param("transfer", "#latents - held_bytes)\n", "#latents)\n", id="bytes counted twice"),
     ],
 )
