@@ -15,6 +15,7 @@ from giantleap.models.bundle.bundle import write_bundle
 from giantleap.models.bundle.descriptor import PreviewFile
 from giantleap.models.bundle.digests import file_hashes
 from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.models.pixels.image_formats import FileOptions
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.edits.inputs import read_input
@@ -77,13 +78,16 @@ def test_loras_a_refine_pass_and_a_format_are_sent_and_come_back_from_the_link(v
         "(weight => { weight.value = '0.4'; weight.dispatchEvent(new Event('input')); })"
         "(document.querySelector('[data-lora=oil]'))"
     )
+    assert not page.run("document.getElementById('quality-row').checkVisibility()"), "a PNG keeps every pixel"
     values = {"prompt": "a cube", "refine": "0.2", "refine_steps": "6", "output_format": "webp", "num_images": "1"}
+    values |= {"compression": "small", "quality": "80"}
     for field, value in values.items():
         page.fill(field, value)
     params, _ = send(visit)
     assert isinstance(params, GenerateParams) and params.refine is not None
     assert [(each.name, each.weight) for each in params.loras] == [("ink", 1.0), ("oil", 0.4)]
     assert (params.refine.strength, params.refine.steps, params.output_format) == (0.2, 6, "webp")
+    assert params.file == FileOptions("small", 80)
     link = page.run("document.querySelector('a.link').href")
     page.send("Page.reload")
     page.open(link)
@@ -151,8 +155,9 @@ def test_previews_are_shown_while_it_draws(visit: Visit) -> None:
 def test_a_dropped_image_is_enlarged_and_refined_after_a_prompt(visit: Visit) -> None:
     page = visit.page
     drop(page, to_file(PIXELS), "small.png")
-    page.fill("refine", "0.3")
-    page.fill("prompt", "a cube")
+    for field, value in {"refine": "0.3", "prompt": "a cube", "output_format": "jpeg", "quality": "80"}.items():
+        page.fill(field, value)
     params, _ = send(visit)
     assert isinstance(params, UpscaleParams) and params.refine is not None
+    assert (params.output_format, params.file) == ("jpeg", FileOptions("fast", 80))
     assert (params.refine.strength, params.prompt) == (0.3, "a cube")

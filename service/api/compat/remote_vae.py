@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from giantleap.models.bundle.descriptor import DecodeName
 from giantleap.models.latent_space import LatentSpace, LatentSpaceError
-from giantleap.models.pixels.image_formats import ImageFormat
+from giantleap.models.pixels.image_formats import Compression, ImageFormat
 from giantleap.service.api.compat.shared import find_bundle, stack_latents, validate_as
 from giantleap.service.api.dependencies import AppState, AppStateDep
 from giantleap.service.api.openapi import IMAGE_TYPES, describe_responses, file_content
@@ -35,11 +35,11 @@ from giantleap.service.api.submission import (
 )
 from giantleap.service.errors import InvalidFields, InvalidRequest, UnsupportedMediaType
 from giantleap.service.jobs.bundles import ServedBundle
-from giantleap.service.jobs.fields import FormatName
+from giantleap.service.jobs.fields import FormatName, Integer
 from giantleap.service.jobs.job import JobRecord, UpscaleParams
 from giantleap.service.jobs.latents import read_latent, to_blob, wrap_tensor
 from giantleap.service.jobs.media_types import OCTETS_TYPE, SAFETENSORS_TYPE
-from giantleap.service.jobs.requests import Scale, UpscaleQuery
+from giantleap.service.jobs.requests import CompressionField, QualityField, Scale, UpscaleQuery
 
 router = APIRouter(prefix=REMOTE_VAE_PATH, tags=["remote VAE"])
 
@@ -78,7 +78,7 @@ class EncodeQuery(ScalingQuery):
 
 
 class DecodeQuery(ScalingQuery):
-    """The query of `remote_decode`, and our own scale, method and decode."""
+    """The query of `remote_decode`, and our own scale, method, decode, compression and quality."""
 
     shape: list[int] = Field(min_length=1, max_length=5)
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -97,6 +97,8 @@ class DecodeQuery(ScalingQuery):
     scale: Scale = Field(default=1, description="Scale factor of the upscale before the decode.")
     method: Literal["lua", "bicubic", "swinir"] | None = None
     decode: DecodeName = "exact"
+    compression: Compression | None = CompressionField
+    quality: Integer | None = QualityField
 
 
 @router.post(
@@ -149,7 +151,8 @@ def plan_decode(
         except LatentSpaceError as error:
             raise InvalidFields(("shape", str(error))) from error
         tensor, size = to_blob(raw), {}
-    values = {"scale": query.scale, "method": query.method, "decode": query.decode, "scaled": scaled}
+    values = {name: getattr(query, name) for name in ("scale", "method", "decode", "compression", "quality")}
+    values["scaled"] = scaled
     return state.prepare_upscale(
         validate_as(UpscaleQuery, values | size), tensor, SAFETENSORS_TYPE, served, file_format
     )

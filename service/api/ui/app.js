@@ -158,7 +158,7 @@ function listen() {
     run?.cancel();
   });
   for (const name of ["bundle", "method", "compare", "use"]) $(name).addEventListener("change", () => drawForm(models));
-  for (const name of ["scale", "refine"]) $(name).addEventListener("change", () => drawLimits(modelOf(models)));
+  for (const name of ["scale", "refine", "output_format"]) $(name).addEventListener("change", () => drawLimits(modelOf(models)));
   $("key").addEventListener("change", () => {
     api.key.set($("key").value.trim());
     loadModels();

@@ -4,11 +4,12 @@ import {$, fill} from "./dom.js";
 import {drawLoras} from "./loras.js";
 import {drawSource, getWantedUse, usesFor} from "./source.js";
 
-const NUMBERS = ["scale", "width", "height", "steps", "seed", "guidance_scale", "strength", "num_images", "refine", "refine_steps", "previews"];
-const TEXTS = ["bundle", "prompt", "negative_prompt", "use", "method", "compare", "decode", "output_format", "loras"];
+const NUMBERS = ["scale", "width", "height", "steps", "seed", "guidance_scale", "strength", "num_images", "quality", "refine", "refine_steps", "previews"];
+const TEXTS = ["bundle", "prompt", "negative_prompt", "use", "method", "compare", "decode", "output_format", "compression", "loras"];
 const FIELDS = [...TEXTS, ...NUMBERS];
 const UPLOAD_METHODS = ["lua", "bicubic", "swinir"];
 const FORMATS = ["png", "jpeg", "webp"];
+const COMPRESSIONS = ["fast", "small"];
 const STRENGTHS = {start: 0.6, edit: 1};
 
 /** @typedef {Object<string, string>} Request The fields that are set, by name. */
@@ -40,6 +41,7 @@ function effective(model, use) {
     height: draws,
     steps: draws,
     guidance_scale: prompted,
+    quality: $("output_format").value !== "png",
     num_images: draws && model.max_images > 1 && !$("compare").value,
     refine: refines,
     refine_steps: refines,
@@ -65,6 +67,7 @@ export function drawForm(models, wanted = {}) {
   fill($("scale"), scales[0].filter((scale) => scales.every((each) => each.includes(scale))), wanted.scale, model.scale);
   fill($("decode"), model.decodes, wanted.decode, "exact");
   fill($("output_format"), FORMATS, wanted.output_format, "png");
+  fill($("compression"), COMPRESSIONS, wanted.compression, "fast");
   drawLoras(model.loras);
   drawSource(model, use);
   drawLimits(model, use);

@@ -5,7 +5,7 @@ import {isNumber} from "./form.js";
 import {toLoras} from "./loras.js";
 import {getFiles, getMask, typeOf} from "./source.js";
 
-const UPLOAD_FIELDS = ["bundle", "method", "scale", "decode", "output_format"];
+const UPLOAD_FIELDS = ["bundle", "method", "scale", "decode", "output_format", "compression", "quality"];
 const REFINE_FIELDS = {refine: "refine_strength", refine_steps: "refine_steps", prompt: "prompt", negative_prompt: "negative_prompt", seed: "seed", guidance_scale: "guidance_scale"};
 
 /** A file as a data: URL, which holds it as base64. */

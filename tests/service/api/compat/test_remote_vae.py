@@ -13,6 +13,7 @@ from diffusers.utils.remote_utils import remote_decode, remote_encode
 from PIL import Image
 
 from giantleap.models.latent_space import LATENT_SPACES
+from giantleap.models.pixels.image_formats import FileOptions
 from giantleap.service.api.compat.remote_vae import to_tensor
 from giantleap.service.errors import QueueFull
 from giantleap.service.jobs.job import UpscaleParams
@@ -277,3 +278,9 @@ def test_an_unpacked_scaled_latent_of_a_packed_space_is_decoded(
 @pytest.mark.parametrize(("name", "kind"), [("jpg", "image/jpeg"), ("jpeg", "image/jpeg"), ("webp", "image/webp")])
 def test_formats_have_their_usual_names(url: str, producer: FileProducer, name: str, kind: str) -> None:
     assert post(url, image_format=name).headers["content-type"] == kind
+
+
+def test_a_file_is_compressed_as_the_query_says(url: str, producer: FileProducer) -> None:
+    assert post(url, image_format="webp", compression="small", quality=80).status_code == 200
+    assert producer.jobs[-1].params.file == FileOptions("small", 80)
+    assert_error(post(url, image_format="png", quality=80), 422, "quality", "a png keeps every pixel")
