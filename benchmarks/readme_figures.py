@@ -1,4 +1,4 @@
-"""Write the figures of the README, the operations and methods pages and the adapter's log from `benchmarks/results/`.
+"""Write the figures of the README, the operations and methods pages and the logs from `benchmarks/results/`.
 
 Run `python -m benchmarks.readme_figures` after a report has changed: it replaces the blocks between the marks. A test
 compares pages and reports.
@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from benchmarks.batching.report import to_markdown
+from benchmarks.images import encode
 from giantleap.cli.paper.report import PAPER_S
 from giantleap.models.bundle.descriptor import METHODS
 
@@ -21,6 +22,7 @@ README = ROOT / "README.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 METHODS_PAGE = ROOT / "docs" / "methods.md"
 ADAPTER_LOG = ROOT / "docs" / "lab" / "lua-training.md"
+ENCODE_LOG = ROOT / "docs" / "lab" / "encode.md"
 _END = "<!-- end -->\n"
 
 
@@ -75,6 +77,15 @@ def to_paper_blocks(results: Path) -> dict[str, str]:
         results: Directory with `paper.json`.
     """
     return {"paper": to_paper_table(_read(results / "paper.json"))}
+
+
+def to_encode_blocks(results: Path) -> dict[str, str]:
+    """Return the block of `docs/lab/encode.md`: how image files are written.
+
+    Args:
+        results: Directory with `encode.json`.
+    """
+    return {"encode": encode.to_markdown(_read(results / "encode.json"))}
 
 
 def to_summary(
@@ -206,6 +217,7 @@ def main() -> None:
     OPERATIONS.write_text(put_blocks(OPERATIONS.read_text(), to_operations_blocks(RESULTS)))
     METHODS_PAGE.write_text(put_blocks(METHODS_PAGE.read_text(), to_paper_blocks(RESULTS)))
     ADAPTER_LOG.write_text(put_blocks(ADAPTER_LOG.read_text(), to_method_blocks(RESULTS)))
+    ENCODE_LOG.write_text(put_blocks(ENCODE_LOG.read_text(), to_encode_blocks(RESULTS)))
 
 
 if __name__ == "__main__":

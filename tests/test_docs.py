@@ -16,12 +16,14 @@ import typer
 
 from benchmarks.readme_figures import (
     ADAPTER_LOG,
+    ENCODE_LOG,
     METHODS_PAGE,
     OPERATIONS,
     README,
     RESULTS,
     put_blocks,
     to_blocks,
+    to_encode_blocks,
     to_method_blocks,
     to_operations_blocks,
     to_paper_blocks,
@@ -273,6 +275,7 @@ def test_the_table_of_bundles_is_that_of_the_descriptors() -> None:
         (OPERATIONS, to_operations_blocks),
         (ADAPTER_LOG, to_method_blocks),
         (METHODS_PAGE, to_paper_blocks),
+        (ENCODE_LOG, to_encode_blocks),
     ],
 )
 def test_a_page_has_the_figures_of_the_reports(page: Path, blocks: Callable[[Path], dict[str, str]]) -> None:
