@@ -88,14 +88,15 @@ def compiler_fault(device: torch.device) -> str:
     """Why this machine cannot compile a network for a device; empty if it can."""
     if device.type == "cuda":
         missing = importlib.util.find_spec("triton") is None
-        return "on a GPU needs the package triton, which comes with torch for CUDA" if missing else ""
+        return "on a GPU needs the package triton, which comes with torch for CUDA: install it" if missing else ""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError) as error:
-        return f"on a CPU needs a C++ compiler: {str(error).strip().partition(chr(10))[0]}"
+        line = str(error).strip().partition("\n")[0]
+        return f"on a CPU needs a C++ compiler: {line}; install one (Debian: g++) or leave it out"
     return ""
 
 

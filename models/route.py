@@ -133,7 +133,7 @@ class Route:
         if not role.loads_decoder:
             vae.drop_decoder()
         elif bundle.modes.compile_vae:
-            compile_decoder(vae)
+            compile_decoder(vae, _served_latents(bundle))
         scales = bundle.scales_of("lua")[1:]
         previewer = open_previewer(bundle, tiny)
         return cls(bundle.name, generator, lua, pixel, vae, device, dtype, clamp, scales, role, previewer)
@@ -153,6 +153,11 @@ class Route:
     def engine(self) -> str:
         """Name of the engine that runs LUA; `torch` if there is no LUA."""
         return "torch" if self.lua is None else self.lua.name
+
+    @property
+    def decoder(self) -> str:
+        """What decodes whole images: `plain`, or `compiled`."""
+        return "plain" if self.vae.compiled is None else "compiled"
 
     @property
     def window(self) -> int:
@@ -372,3 +377,11 @@ class Route:
     def free_cache(self) -> None:
         """Release memory that no tensor uses."""
         free_cache(self.device)
+
+
+def _served_latents(bundle: Bundle) -> list[tuple[int, int]]:
+    """Height and width of latents to decode: the smallest, and those of the default size at every scale."""
+    space, defaults, smallest_px = bundle.latent_space, bundle.defaults, bundle.limits.min_base_px
+    height, width = space.latent_size(defaults.base_height_px, defaults.base_width_px)
+    scaled = [(scaled_size(height, scale), scaled_size(width, scale)) for scale in bundle.scales]
+    return [space.latent_size(smallest_px, smallest_px), *scaled]

@@ -86,7 +86,7 @@ def open_method(case: GpuFigures, vae: Any, device: torch.device, plan: DecodePl
         vae.to(memory_format=torch.channels_last)
         return lambda latents: decode_plain(vae, latents.contiguous(memory_format=torch.channels_last))
     if case.method == "compiled":
-        return open_compiled(vae, device, getattr(torch, case.dtype))
+        return open_compiled(vae, device)
     return partial(run_decode, vae, case.family, case.method)
 
 

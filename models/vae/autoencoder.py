@@ -1,12 +1,13 @@
 """One autoencoder of a known family: raw latents to images and back, in a precision that it does not overflow in.
 
-`Vae` chooses the decode of the class, the number type and, for "exact", between the whole decode and strips. The
-decodes are in `models/vae/decode.py`, their memory in `models/vae/strip_plan.py`; `models/vae/dc_strips.py` has both
-for AutoencoderDC.
+`Vae` chooses the decode of the class, the number type and, for "exact", between the whole decode, the compiled one and
+strips. The decodes are in `models/vae/decode.py`, their memory in `models/vae/strip_plan.py`; `models/vae/dc_strips.py`
+has both for AutoencoderDC, `models/vae/compiled.py` the compiled decode.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers.models.auto_model import AutoModel
@@ -34,6 +35,11 @@ from giantleap.models.vae.decode import (
 from giantleap.models.vae.decoder_check import UnknownDecoderError, check_decoder
 from giantleap.models.vae.strip_plan import DecoderShape, plan_decode, prefers_strips
 
+if TYPE_CHECKING:
+    from giantleap.models.vae.compiled import CompiledDecoder
+
+DecodeWay = Literal["whole", "strips", "compiled", "recompiled", "tiled", "tiny"]
+"""How an image was decoded; `recompiled`: compiled, and the compiler ran for it, since its size was of another kind."""
 FREE_SHARE = 0.8  # of a GPU's free memory that a decode may plan with: estimates are within a quarter
 
 
@@ -70,6 +76,10 @@ class Vae:
         budget_bytes: Memory that a decode may use beyond weights and latents; above it "exact" works in strips if it
             can. None for the free memory of a GPU, and for no limit on a CPU.
 
+    Attributes:
+        compiled: The compiled decoder (`giantleap.models.vae.compiled.compile_decoder`); None for none.
+        on_decode: Called after each decode with its way and the number of images.
+
     Raises:
         VaeError: The model is of another class, its latents are not those of the space, or `tiny` does not fit.
     """
@@ -92,6 +102,8 @@ class Vae:
         self.dtype = choose_vae_dtype(
             model.config.get("force_upcast"), latent_space.channels, model.dtype if dtype is None else dtype
         )
+        self.compiled: CompiledDecoder | None = None
+        self.on_decode: Callable[[DecodeWay, int], None] = _ignore
         self._shape = _strip_shape(model)
         self._dc_strips = DcStrips.of(model, self.dtype)
         self._restore_dtype()
@@ -128,18 +140,27 @@ class Vae:
             raise VaeError("this process only generates latents and has no VAE decoder")
         if how not in self.decodes:
             raise VaeError(f"decode {how!r}: this VAE has {', '.join(self.decodes)}{_missing_reason(how)}")
+        image, way = self._decode(raw, how, on_part)
+        self.on_decode(way, len(raw))
+        return image.float()
+
+    def _decode(self, raw: Tensor, how: DecodeName, on_part: PartCallback | None) -> tuple[Tensor, DecodeWay]:
         if how == "tiny" and self.tiny is not None:
-            return decode_tiny(self.tiny, raw.to(self.tiny.device, self.tiny.dtype), self.latent_space, on_part).float()
+            latents = raw.to(self.tiny.device, self.tiny.dtype)
+            return decode_tiny(self.tiny, latents, self.latent_space, on_part), "tiny"
         raw = self._prepare(raw)
         if how == "tiled":
-            return decode_tiled(self.model, raw, on_part).float()
-        budget_bytes = self._budget_bytes()
-        if not self.works_in_strips(tuple(raw.shape), budget_bytes):
-            return decode_plain(self.model, raw, on_part).float()
+            return decode_tiled(self.model, raw, on_part), "tiled"
+        shape, budget_bytes = tuple(raw.shape), self._budget_bytes()
+        if self.compiled is not None and self.works_compiled(shape, budget_bytes):
+            image, is_new = self.compiled.decode(raw, on_part)
+            return image, "recompiled" if is_new else "compiled"
+        if not self.works_in_strips(shape, budget_bytes):
+            return decode_plain(self.model, raw, on_part), "whole"
         if self._dc_strips is not None:
             rows = self._dc_strips.choose_rows(*raw.shape[2:], batch=len(raw), budget_bytes=budget_bytes)
-            return self._dc_strips.decode(self.model, raw, rows, on_part)[:, :3].float()
-        return decode_exact(self.model, raw, budget_bytes, on_part=on_part).float()
+            return self._dc_strips.decode(self.model, raw, rows, on_part)[:, :3], "strips"
+        return decode_exact(self.model, raw, budget_bytes, on_part=on_part), "strips"
 
     @torch.inference_mode()
     def decode_in_strips(self, raw: Tensor) -> Tensor:
@@ -194,6 +215,18 @@ class Vae:
         dtype = str(self.dtype).removeprefix("torch.")
         return prefers_strips(self._shape, height, width, dtype, batch=batch, device=device, budget_bytes=budget_bytes)
 
+    def works_compiled(self, shape: tuple[int, ...], budget_bytes: int | None = None) -> bool:
+        """Whether "exact" decodes latents of this shape by the compiled decoder, which takes one image at a time.
+
+        It needs the memory of the whole decode. Strips that are only faster give way for an AutoencoderDC whose memory
+        is limited by a budget; of the other classes nothing was measured, and without a limit strips save memory.
+        """
+        if self.compiled is None:
+            return False
+        if self._dc_strips is not None and budget_bytes is not None:
+            return not self._dc_strips.needs_strips(*shape[2:], budget_bytes=budget_bytes)
+        return not self.works_in_strips((1, *shape[1:]), budget_bytes)
+
     def _budget_bytes(self) -> int | None:
         if self.budget_bytes is not None or self.device.type != "cuda":
             return self.budget_bytes
@@ -208,6 +241,10 @@ class Vae:
         # SDXL's img2img pipeline leaves the VAE in the type of the prompt embeddings, which may be float16.
         if self.model.dtype != self.dtype:
             self.model.to(self.dtype)
+
+
+def _ignore(_way: DecodeWay, _images: int) -> None:
+    pass
 
 
 def read_vae_model(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Any:

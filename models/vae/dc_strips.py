@@ -118,13 +118,17 @@ class DcStrips:
             device: Its type, "cpu" or "cuda".
             budget_bytes: Memory that the decode may use beyond weights and latents; None for no limit.
         """
-        latent_px = batch * height * width
-        if budget_bytes is not None and self.whole_decode.bytes_per_px * latent_px > budget_bytes:
-            return True
-        if self.whole_decode.elements_per_px * latent_px > MAX_ELEMENTS:
+        if self.needs_strips(height, width, batch=batch, budget_bytes=budget_bytes):
             return True
         image_px = height * width * (self.map_scale * self.row_px) ** 2
         return device == "cpu" and self.dtype == torch.float32 and image_px >= STRIPS_FAST_PX
+
+    def needs_strips(self, height: int, width: int, *, batch: int = 1, budget_bytes: int | None = None) -> bool:
+        """Whether the whole decode exceeds the budget or makes a tensor that a kernel cannot index."""
+        latent_px = batch * height * width
+        if budget_bytes is not None and self.whole_decode.bytes_per_px * latent_px > budget_bytes:
+            return True
+        return self.whole_decode.elements_per_px * latent_px > MAX_ELEMENTS
 
     def peak_bytes(self, height: int, width: int, rows: int, *, batch: int = 1) -> int:
         """Memory of a decode in strips of `rows` rows beyond weights and latents."""

@@ -12,7 +12,7 @@ _LAYERS = (nn.Conv2d, nn.Conv3d, nn.Linear)
 
 @contextmanager
 def report_layers(network: nn.Module, on_part: PartCallback | None, once: bool = True) -> Iterator[None]:
-    """Call `on_part` after each convolution and linear layer of a network; of a compiled one at the end.
+    """Call `on_part` after each convolution and linear layer of a network.
 
     Args:
         network: Called inside the context.
@@ -21,10 +21,6 @@ def report_layers(network: nn.Module, on_part: PartCallback | None, once: bool =
     """
     if on_part is None:
         yield
-        return
-    if network._compiled_call_impl is not None:  # hooks of its layers would be ignored, or compiled into it
-        yield
-        on_part(1.0 if once else None)
         return
     layers = [layer for layer in network.modules() if isinstance(layer, _LAYERS)]
     done = 0

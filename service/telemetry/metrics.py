@@ -88,10 +88,11 @@ class Metrics:
         )
         self._engine = self._gauge(
             "engine_info",
-            "Engine, device and data type of a bundle; always 1.",
+            "Engine, decoder, device and data type of a bundle; always 1.",
             "livemax",
             "bundle",
             "engine",
+            "decoder",
             "device",
             "dtype",
             "torch",
@@ -105,6 +106,7 @@ class Metrics:
         self._build.labels(version("giantleap"), platform.python_version()).set(1)
 
     def _make_bundle_metrics(self) -> None:
+        self._decoded = self._counter("decoded_images", "Images decoded, by way, warm-ups included.", "bundle", "way")
         self._load_seconds = self._histogram("bundle_load_seconds", "Time to load a bundle.", "bundle")
         self._load_failures = self._counter("bundle_load_failures", "Failed loads of a bundle.", "bundle")
         self._evictions = self._counter("bundle_evictions", "Bundles dropped from memory to load another.", "bundle")
@@ -193,6 +195,10 @@ class Metrics:
         self._images.labels(bundle, str(scale)).inc(images)
         self._pixels.labels(bundle, str(scale)).inc(pixels)
 
+    def count_decoded(self, bundle: str, way: str, images: int) -> None:
+        """Counts decoded images; `way` is a `giantleap.models.vae.autoencoder.DecodeWay`."""
+        self._decoded.labels(bundle, way).inc(images)
+
     def count_fenced(self) -> None:
         """Counts a finished job that was dropped because its lease was lost."""
         self._fenced.inc()
@@ -246,9 +252,9 @@ class Metrics:
         """Sets one figure of the paper's timing protocol; `image_px` is the final size, as in `1024x1024`."""
         self._protocol.labels(bundle, method, str(scale), image_px, stage, statistic).set(value_s)
 
-    def set_engine(self, bundle: str, engine: str, device: str, dtype: str) -> None:
-        """Records the engine that runs a bundle in this process."""
-        self._engine.labels(bundle, engine, device, dtype, version("torch")).set(1)
+    def set_engine(self, bundle: str, engine: str, decoder: str, device: str, dtype: str) -> None:
+        """Records the engine and the decoder (`plain` or `compiled`) that run a bundle in this process."""
+        self._engine.labels(bundle, engine, decoder, device, dtype, version("torch")).set(1)
 
     def render(self, stats: QueueStats | None) -> bytes:
         """All metrics of this host in the text exposition format (`CONTENT_TYPE`).

@@ -9,6 +9,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -112,6 +113,7 @@ class BundleCache:
         started_s = time.monotonic()
         route = self._open_route(self.bundles[name])
         route.vae.budget_bytes = self._decode_budget_bytes
+        route.vae.on_decode = partial(self._metrics.count_decoded, name)
         self._routes[name] = route
         load_s = time.monotonic() - started_s
         self._metrics.observe_load(name, load_s)

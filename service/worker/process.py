@@ -189,7 +189,8 @@ def _warm(bundle: Bundle, route: Route, metrics: Metrics) -> None:
     warmed = warm(route, bundle.defaults.base_width_px, bundle.defaults.base_height_px, steps=2)
     for (method, scale), stages_s in warmed.items():
         metrics.observe_stages(bundle.name, method, scale, route.engine, stages_s, warmup=True)
-    metrics.set_engine(bundle.name, route.engine, str(route.device), str(route.dtype).removeprefix("torch."))
+    dtype = str(route.dtype).removeprefix("torch.")
+    metrics.set_engine(bundle.name, route.engine, route.decoder, str(route.device), dtype)
 
 
 def _publish_protocol(route: Route, bundle: Bundle, metrics: Metrics, stop: threading.Event) -> None:

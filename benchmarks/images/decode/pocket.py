@@ -3,6 +3,7 @@
 Each way is compared with the plain decode of the same latents. A way that does not run here is a row with its reason.
 """
 
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from giantleap.models.engines.base import Artifact
 from giantleap.models.engines.compiled import require_compiler
 from giantleap.models.engines.onnx_runtime import open_graph
 from giantleap.models.vae.autoencoder import read_vae_model
+from giantleap.models.vae.compiled import CompiledDecoder
 from giantleap.models.vae.dc_strips import DcStrips
 from giantleap.models.vae.decode import decode_exact, decode_plain
 
@@ -53,17 +55,14 @@ def open_exact(vae: Any, dtype: torch.dtype) -> Decode:
     return lambda latents: strips.decode(vae, latents, strips.choose_rows(*latents.shape[2:]))
 
 
-def open_compiled(vae: Any, device: torch.device, dtype: torch.dtype) -> Decode:
-    """The whole decoder through `torch.compile`, in channels-last; every size is compiled when it is first decoded.
+def open_compiled(vae: Any, device: torch.device) -> Decode:
+    """The compiled decoder that a worker has, of a copy of the VAE; a size of another kind is compiled when it comes.
 
     Raises:
         EngineError: There is no compiler for the device.
     """
     require_compiler(device)
-    graph: Any = DecoderGraph(vae, dtype)
-    graph.to(memory_format=torch.channels_last)
-    compiled: Decode = torch.compile(graph, fullgraph=True, dynamic=False)
-    return lambda latents: compiled(latents.contiguous(memory_format=torch.channels_last))
+    return CompiledDecoder(copy.deepcopy(vae)).compile
 
 
 def open_onnx(vae: Any, channels: int, folder: Path) -> Decode:
@@ -82,7 +81,7 @@ def open_ways(vae: Any, channels: int, folder: Path) -> tuple[dict[str, Decode],
     openers: dict[str, Callable[[], Decode]] = {
         "plain": lambda: partial(decode_plain, vae),
         "exact": lambda: open_exact(vae, torch.float32),
-        "compiled": lambda: open_compiled(vae, CPU, torch.float32),
+        "compiled": lambda: open_compiled(vae, CPU),
         "onnxruntime": lambda: open_onnx(vae, channels, folder),
     }
     ways: dict[str, Decode] = {}

@@ -201,7 +201,7 @@ async def test_a_worker_alone_answers_for_itself_on_its_metrics_port(
     for scale in (1, 2, 4):
         warm = f'{{bundle="tiny",engine="torch",method="lua",scale="{scale}",stage="decode",warmup="true"}} 1.0'
         assert f"giantleap_stage_duration_seconds_count{warm}" in text
-    assert 'giantleap_engine_info{bundle="tiny",device="cpu",dtype="float32",engine="torch"' in text
+    assert 'giantleap_engine_info{bundle="tiny",decoder="plain",device="cpu",dtype="float32",engine="torch"' in text
 
 
 def read_metrics(settings: Settings, awaited: str) -> str:
