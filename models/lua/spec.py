@@ -162,7 +162,7 @@ PRESETS: Mapping[str, LuaSpec] = MappingProxyType(
     {
         "medium": LuaSpec(16, 180, (6,) * 6, 6, window=8, num_feat=64),
         "release": LuaSpec(16, 360, (6,) * 6, 12, window=16, num_feat=256),
-        "pocket": LuaSpec(24, 48, (4, 4), 6, window=8, num_feat=64, linear_skip=True, latent_norm=True),
+        "pocket": LuaSpec(24, 96, (4, 4), 3, window=8, num_feat=64, linear_skip=True, latent_norm=True),
     }
 )
 

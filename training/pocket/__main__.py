@@ -60,9 +60,9 @@ def bundle(
 def pictures(
     out: Path = RUNS / "pictures",
     pool: PoolFolder = RUNS / "pool",
-    count: Annotated[int, typer.Option(help="Pictures of 256 x 256 px.")] = 1600,
-    still_lifes: Annotated[int, typer.Option(help="Still lifes of 512 px more; each gives four pictures.")] = 300,
-    studio_scenes: Annotated[int, typer.Option(help="Calm scenes of 512 px more; each gives four pictures.")] = 220,
+    count: Annotated[int, typer.Option(help="Pictures of 256 x 256 px.")] = 4800,
+    still_lifes: Annotated[int, typer.Option(help="Still lifes of 512 px more; each gives 16 pictures.")] = 300,
+    studio_scenes: Annotated[int, typer.Option(help="Calm scenes of 512 px more; each gives 16 pictures.")] = 220,
     seed: Annotated[int, typer.Option(help="Fixes the pictures.")] = 0,
 ) -> None:
     """Write the pictures that `giantleap train prepare` encodes; the held-out ones come last by name."""
