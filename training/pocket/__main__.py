@@ -61,14 +61,15 @@ def pictures(
     out: Path = RUNS / "pictures",
     pool: PoolFolder = RUNS / "pool",
     count: Annotated[int, typer.Option(help="Pictures of 256 x 256 px.")] = 4800,
-    still_lifes: Annotated[int, typer.Option(help="Still lifes of 512 px more; each gives 16 pictures.")] = 300,
-    studio_scenes: Annotated[int, typer.Option(help="Calm scenes of 512 px more; each gives 16 pictures.")] = 220,
+    still_lifes: Annotated[int, typer.Option(help="Still lifes of 512 px more; each gives four pictures.")] = 300,
+    studio_scenes: Annotated[int, typer.Option(help="Calm scenes of 512 px more; each gives four pictures.")] = 220,
+    orientations: Annotated[int, typer.Option(min=1, max=8, help="Of each picture of a scene.")] = 4,
     seed: Annotated[int, typer.Option(help="Fixes the pictures.")] = 0,
 ) -> None:
     """Write the pictures that `giantleap train prepare` encodes; the held-out ones come last by name."""
     torch.set_num_threads(1)
-    write_scenes(out, "drawn", still_lifes, seed)
-    write_scenes(out, "calm", studio_scenes, seed)
+    write_scenes(out, "drawn", still_lifes, seed, orientations)
+    write_scenes(out, "calm", studio_scenes, seed, orientations)
     write_pictures(out, pool, count, seed)
 
 

@@ -40,7 +40,7 @@ STILL_LIFE_SHARE, LEAF_SHARE = 0.12, 0.12  # of the pictures for the adapter; th
 LARGE_PX = 512  # of the scenes that are cut: a scene of 128 px at x4
 CUTS, CANDIDATES = 3, 3
 # Codes of a mirrored picture are other codes: shown one way only, the adapter learns scenes by heart (1 dB less at x2).
-ORIENTATIONS, SHOWN_ORIENTATIONS = 8, 4
+ORIENTATIONS = 8
 # An adapter learns nothing from smooth pictures: one is a drawn gradient, one is mostly out of focus.
 WEIGHTS = {"umang_by_Abhishek_Mudgal.jpg": 0.1, "seeding_by_Clements_Engelhardt.jpg": 0.5}
 HELD_OUT_SCENES = 8
@@ -164,8 +164,8 @@ def write_pictures(out: Path, folder: Path, count: int, seed: int) -> None:
         _write_png(out / f"held_out_scene_{index:02d}.png", to_pixels(draw_held_out_scene(index, CROP_PX)))
 
 
-def write_scenes(out: Path, kind: SceneKind, count: int, seed: int) -> None:
-    """Writes scenes of 512 px as four pictures each, in four of eight orientations.
+def write_scenes(out: Path, kind: SceneKind, count: int, seed: int, orientations: int = 4) -> None:
+    """Writes scenes of 512 px as four pictures each, in so many of eight orientations.
 
     A picture is the whole at half its size, or a detailed part. The whole is a scene of 128 px and its x2, the parts
     are what x4 makes of such a scene.
@@ -175,16 +175,16 @@ def write_scenes(out: Path, kind: SceneKind, count: int, seed: int) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     for index in tqdm(range(count), desc=f"scenes ({kind})", unit="img"):
-        last, rng = out / f"{kind}_{index:05d}_whole_3.png", np.random.default_rng((seed, 3, index))
+        last = out / f"{kind}_{index:05d}_whole_{orientations - 1}.png"
+        rng, turns = np.random.default_rng((seed, 3, index)), np.random.default_rng((seed, 4, index))
         if last.is_file():
             continue
         scene = draw_still_life(rng) if kind == "drawn" else draw_studio(rng, draw_prompt(rng))
         image = render_still_life(scene, LARGE_PX)
         parts = {str(cut): _cut_detail(rng, to_pixels(image)) for cut in range(CUTS)}
         parts["whole"] = to_pixels(shrink(image[None], LARGE_PX // CROP_PX)[0].clamp(0.0, 1.0))
-        turns = np.random.default_rng((seed, 4, index))
         for name, picture in parts.items():
-            for number, turn in enumerate(turns.choice(ORIENTATIONS, SHOWN_ORIENTATIONS, replace=False)):
+            for number, turn in enumerate(turns.choice(ORIENTATIONS, orientations, replace=False)):
                 _write_png(out / f"{kind}_{index:05d}_{name}_{number}.png", orient(picture, int(turn)))
 
 
