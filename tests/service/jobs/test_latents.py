@@ -67,6 +67,12 @@ def test_every_version_of_npy_is_read(version: tuple[int, int]) -> None:
     np.testing.assert_array_equal(read_latent(buffer.getvalue(), NPY_TYPE), LATENT)
 
 
+def test_npy_of_python_2_is_read() -> None:
+    header = "{'descr': '<f4', 'fortran_order': False, 'shape': (4L, 2L, 2L)}"
+    data = np.arange(16, dtype=np.float32)
+    np.testing.assert_array_equal(read_latent(npy_with(header, data.tobytes()), NPY_TYPE), data.reshape(4, 2, 2))
+
+
 def test_bfloat16_is_read_exactly() -> None:
     exact = np.array([[[1.0, -2.5], [0.15625, 3e38]]], np.float32)
     upper = (exact.view(np.uint32) >> 16).astype("<u2")
