@@ -70,7 +70,7 @@ def test_serve_says_when_its_port_is_taken(tmp_path: Path) -> None:
         ended = _giantleap("serve", "--port", str(taken.getsockname()[1]), "--data-dir", str(tmp_path))
     assert ended.returncode == EXIT_BAD_CONFIGURATION
     assert "cannot listen" in ended.stderr and "Traceback" not in ended.stderr
-    assert "Address already in use; --host and --port" in ended.stderr
+    assert "Address already in use; choose another address with --host and --port" in ended.stderr
 
 
 def test_the_command_tells_its_version() -> None:
