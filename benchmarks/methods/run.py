@@ -30,7 +30,7 @@ def time_methods(route: Route, bundle: Bundle, warmups: int, runs: int) -> list[
     defaults = bundle.defaults
     size = (defaults.base_width_px, defaults.base_height_px)
     plans = [
-        ProtocolPlan(scale, *size, defaults.steps, method, warmups, runs)
+        ProtocolPlan(scale, *size, defaults.steps, defaults.guidance_scale, method, warmups, runs)
         for method in enlarging_methods(bundle)
         for scale in bundle.scales_of(method)[1:]
     ]

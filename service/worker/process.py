@@ -198,7 +198,8 @@ def _publish_protocol(route: Route, bundle: Bundle, metrics: Metrics, stop: thre
     defaults, method = bundle.defaults, bundle.defaults.method
     for scale in route.scales_of(method):
         log.info("worker measuring protocol", extra={"fields": {"bundle": bundle.name, "scale": scale}})
-        plan = ProtocolPlan(scale, defaults.base_width_px, defaults.base_height_px, defaults.steps, method)
+        size_px = (defaults.base_width_px, defaults.base_height_px)
+        plan = ProtocolPlan(scale, *size_px, defaults.steps, defaults.guidance_scale, method)
         runs_s = []
         for stages_s in time_runs(route, plan):
             if stop.is_set():  # a run of a large model takes seconds, all of them minutes

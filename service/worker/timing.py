@@ -23,7 +23,6 @@ from giantleap.models.runs import run_once
 
 WARMUPS = 20
 RUNS = 20
-_GUIDANCE_SCALE = 3.0
 _SEED = 42
 
 
@@ -36,6 +35,7 @@ class ProtocolPlan:
         width_px: Of the base image; the final one is `scale` times as wide.
         height_px: Of the base image.
         steps: Denoising steps.
+        guidance_scale: Of the bundle; above 1 many pipelines take twice as long.
         method: How the image is enlarged.
         warmups: Runs that are discarded first.
         runs: Runs that count.
@@ -46,6 +46,7 @@ class ProtocolPlan:
     width_px: int
     height_px: int
     steps: int
+    guidance_scale: float
     method: Method = "lua"
     warmups: int = WARMUPS
     runs: int = RUNS
@@ -78,6 +79,7 @@ class ProtocolResult:
     scale: float
     image_px: str
     steps: int
+    guidance_scale: float
     warmups: int
     runs: int
     refine: Refinement | None
@@ -101,7 +103,8 @@ def time_runs(route: Route, plan: ProtocolPlan) -> Iterator[Mapping[str, float]]
     """
     if plan.scale not in route.scales_of(plan.method):
         raise ValueError(f"scale {plan.scale}: this bundle has {route.scales_of(plan.method)} by method {plan.method}")
-    item = GenerationItem("", "", _SEED, plan.width_px, plan.height_px, plan.steps, _GUIDANCE_SCALE, refine=plan.refine)
+    size_px = (plan.width_px, plan.height_px)
+    item = GenerationItem("", "", _SEED, *size_px, plan.steps, plan.guidance_scale, refine=plan.refine)
     for _ in range(plan.warmups + plan.runs):
         yield run_once(route, item, plan.scale, plan.method)[0].stages_s
 
@@ -115,6 +118,7 @@ def to_result(route: Route, plan: ProtocolPlan, runs_s: Sequence[Mapping[str, fl
         scale=plan.scale,
         image_px=f"{scaled_size(plan.width_px, plan.scale)}x{scaled_size(plan.height_px, plan.scale)}",
         steps=plan.steps,
+        guidance_scale=plan.guidance_scale,
         warmups=plan.warmups,
         runs=plan.runs,
         refine=plan.refine,

@@ -81,7 +81,9 @@ def protocol(
     defaults, results = served.defaults, []
     for factor in scales:
         base_px = (defaults.base_width_px, defaults.base_height_px)
-        plan = ProtocolPlan(factor, *base_px, steps or defaults.steps, chosen, warmups, runs, refine)
+        plan = ProtocolPlan(
+            factor, *base_px, steps or defaults.steps, defaults.guidance_scale, chosen, warmups, runs, refine
+        )
         timed = tqdm(time_runs(route, plan), total=warmups + runs, desc=f"x{factor}", unit="run")
         results.append(to_result(route, plan, list(timed)))
     typer.echo(to_table(results))

@@ -75,7 +75,7 @@ def test_warm_ups_are_thrown_away_and_the_median_is_that_of_the_runs() -> None:
     warmups = [9.0, 9.0, 9.0] * 2
     runs = [1.0, 0.1, 0.5, 3.0, 0.2, 0.5, 2.0, 0.3, 0.5]
     route = TimedRoute(iter(warmups + runs))
-    result = measure(route, ProtocolPlan(2, 64, 32, 4, warmups=2, runs=3))
+    result = measure(route, ProtocolPlan(2, 64, 32, 4, 1.5, warmups=2, runs=3))
     assert result.stages["generate"].median_s == 2.0
     assert result.stages["upscale"].median_s == 0.2
     assert result.stages["decode"].median_s == 0.5
@@ -86,20 +86,21 @@ def test_warm_ups_are_thrown_away_and_the_median_is_that_of_the_runs() -> None:
 
 def test_every_run_is_batch_one_at_the_planned_size() -> None:
     route = TimedRoute(iter([1.0] * 15))
-    result = measure(route, ProtocolPlan(4, 64, 32, 7, warmups=2, runs=3))
+    result = measure(route, ProtocolPlan(4, 64, 32, 7, 1.5, warmups=2, runs=3))
     assert len(route.generated) == 5 and route.scaled == [4] * 5
-    assert {(item.width_px, item.height_px, item.steps) for item in route.generated} == {(64, 32, 7)}
+    planned = {(item.width_px, item.height_px, item.steps, item.guidance_scale) for item in route.generated}
+    assert planned == {(64, 32, 7, 1.5)} and result.guidance_scale == 1.5
     assert result.image_px == "256x128"
 
 
 def test_twenty_warm_ups_are_the_default() -> None:
     route = TimedRoute(iter([1.0] * 3 * 21))
-    assert measure(route, ProtocolPlan(2, 64, 64, 4, runs=1)).warmups == 20
+    assert measure(route, ProtocolPlan(2, 64, 64, 4, 1.5, runs=1)).warmups == 20
     assert len(route.generated) == 21
 
 
 def test_json_and_table_hold_the_figures_and_the_conditions() -> None:
-    result = measure(TimedRoute(iter([0.25] * 6)), ProtocolPlan(2, 64, 64, 4, warmups=1, runs=1))
+    result = measure(TimedRoute(iter([0.25] * 6)), ProtocolPlan(2, 64, 64, 4, 1.5, warmups=1, runs=1))
     stored = json.loads(result.to_json())
     assert stored["stages"]["total"]["median_s"] == 0.75
     assert stored["warmups"] == 1 and stored["dtype"] == "float32" and stored["torch_version"]
@@ -115,14 +116,14 @@ def test_p95_is_the_nearest_rank(count: int, rank: int) -> None:
 def test_an_unknown_scale_and_an_empty_measurement_are_refused() -> None:
     route = TimedRoute(iter([]))
     with pytest.raises(ValueError, match="scale 3"):
-        measure(route, ProtocolPlan(3, 64, 64, 4))
+        measure(route, ProtocolPlan(3, 64, 64, 4, 1.5))
     with pytest.raises(ValueError, match="runs is 0"):
-        ProtocolPlan(2, 64, 64, 4, runs=0)
+        ProtocolPlan(2, 64, 64, 4, 1.5, runs=0)
 
 
 def test_a_refine_pass_is_a_row_of_its_own() -> None:
     route = TimedRoute(iter([1.0] * 8))
-    plan = ProtocolPlan(2, 64, 32, 4, warmups=1, runs=1, refine=Refinement(0.15, 4))
+    plan = ProtocolPlan(2, 64, 32, 4, 1.5, warmups=1, runs=1, refine=Refinement(0.15, 4))
     result = measure(route, plan)
     assert list(result.stages) == ["generate", "upscale", "refine", "decode", "total"]
     assert json.loads(result.to_json())["refine"] == {"strength": 0.15, "steps": 4}
