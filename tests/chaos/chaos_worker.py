@@ -64,8 +64,8 @@ def main(journal: str) -> None:
         try:
             ended = consumer.complete(claim, [(ResultFile("image/png", len(content)), content)], {}, ())
         except StoreUnavailable as error:
-            consumer.fail(claim, JobError(error.code, error.detail, error.retryable))
-            note("unstored", claim)
+            state = consumer.fail(claim, JobError(error.code, error.detail, error.retryable))
+            note("refused" if state is None else "unstored", claim)
             return
         note("accepted" if ended else "refused", claim)
 
