@@ -73,7 +73,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         aims=_table(["", "target", "reached", "missed by"], [_judge(*aim) for aim in _aims(report)]),
         ours=_table(["", *columns.values()], rows),
         refusals=_refusals(report["refusals"]) if "refusals" in report else "",
-        overload="\n\n".join(_overload(*each) for each in _overloads(report)),
+        overload=_overload(_overloads(report)),
         peers=_peers(report) if report["peers"] else "",
     )
 
@@ -120,27 +120,26 @@ def _refusals(figures: dict[str, Any]) -> str:
     )
 
 
-def _overload(figures: dict[str, Any], where: str) -> str:
+def _overload(runs: list[tuple[dict[str, Any], str]]) -> str:
+    figures = runs[0][0]
     times = f", medians of {figures['repetitions']} repetitions" if "repetitions" in figures else ""
+    client_ms = max((each.get("client_ms", 0.0) for each, _ in runs), default=0.0)
+    client = f"; the client takes {client_ms:.3f} ms of processor time per request" if client_ms else ""
+    rows = [
+        [
+            f"{figures['workers']} workers{where}",
+            *(figures[f"{kind}_{rank}_ms"] for kind in ("unloaded", "accepted") for rank in ("p50", "p99")),
+            round(figures["p99_ratio"], 2),
+            f"{100 * figures['refused_share']:.1f} %",
+        ]
+        for figures, where in runs
+    ]
+    heads = ["", "unloaded p50 ms", "p99 ms", "accepted p50 ms", "p99 ms", "p99 ratio", "refused"]
     return (
-        f"{figures['workers']} workers of {figures['work_ms']:g} ms per job, ± {100 * figures['work_spread']:.0f} %, "
-        f"complete {figures['capacity_per_s']:g} jobs/s; {figures['offered_per_s']:g} jobs/s were offered, with a "
-        f"queue limit of {figures['queue_limit']}{times}{where}.\n\n"
-        + _table(
-            ["", "p50 ms", "p99 ms"],
-            [
-                ["one client, no other load", figures["unloaded_p50_ms"], figures["unloaded_p99_ms"]],
-                ["accepted under overload", figures["accepted_p50_ms"], figures["accepted_p99_ms"]],
-            ],
-        )
-        + f"\n\nThe p99 ratio is {figures['p99_ratio']:.2f}. {100 * figures['refused_share']:.1f} % were refused with "
-        f"429, all {figures['refusals_with_retry_after']} of them with an integer `Retry-After`."
-        + (
-            f" A time starts when its request was due; the client took {figures['client_ms']:.3f} ms of processor time "
-            "per request."
-            if "client_ms" in figures
-            else ""
-        )
+        f"Workers take {figures['work_ms']:g} ms per job, ± {100 * figures['work_spread']:.0f} %, and complete "
+        f"{figures['capacity_per_s']:g} jobs/s; {figures['offered_per_s']:g} were offered, with a queue limit of "
+        f"{figures['queue_limit']}{times}. Every refusal is a 429 with an integer `Retry-After`. A time starts when "
+        f"its request was due{client}.\n\n{_table(heads, rows)}"
     )
 
 

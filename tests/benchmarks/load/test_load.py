@@ -195,7 +195,8 @@ def report() -> dict[str, Any]:
 def test_page_has_the_figures_and_the_ratios() -> None:
     page = to_markdown(report())
     assert "| Ray Serve | no-op, 1 client | 6 | 9 | 150 | 1.25 | 4.00 | 4.00 |" in page
-    assert "The p99 ratio is 1.60. 90.0 % were refused" in page
+    assert "| 4 workers | 102 | 110 | 140 | 176 | 1.6 | 90.0 % |" in page
+    assert "| 4 workers, all on one core | 102 | 110 | 140 | 176 | 2.5 | 90.0 % |" in page
     assert "| no-op, 1 client | 1.5 | 3 | 600 | 1.25 | 0.75 | 0.2 | 0.3 |" in page
     assert "{" not in page and "Ray Serve 2.60.0" in page
 
@@ -204,7 +205,7 @@ def test_page_says_by_how_much_a_target_is_missed() -> None:
     page = to_markdown(report())
     assert "| accepted p99 under overload over unloaded p99 | <= 2 | 1.6 | met |" in page
     assert "| accepted p99 under overload over unloaded p99, all on one core | <= 2 | 2.5 | 25 % |" in page
-    assert page.count("the client took 0.050 ms of processor time per request") == 1
+    assert page.count("the client takes 0.050 ms of processor time per request") == 1
     assert "| processor time of a refused request over an accepted one, API | <= 0.1 | 0.05 | met |" in page
     assert "| smallest ratio beside Ray Serve (p50, no-op, 1 client) | >= 1 | 4 | met |" in page
     slow = report()
