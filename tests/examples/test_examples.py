@@ -21,6 +21,7 @@ from tests.random_lua import random_lua
 from tests.waiting import wait_until
 
 EXAMPLES = ROOT / "examples"
+FILES = [path for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("webhooks/*")) if path.is_file()]
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -28,7 +29,7 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-@pytest.mark.parametrize("path", [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("webhooks/*")], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_an_example_says_how_it_is_run(path: Path) -> None:
     text = path.read_text() if path.suffix == ".sh" else ast.get_docstring(ast.parse(path.read_text()))
     assert text is not None and f" {path.relative_to(ROOT)}" in text
