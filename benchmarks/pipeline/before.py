@@ -133,7 +133,7 @@ def to_rate(records: Sequence[Mapping[str, Any]]) -> float:
 
 
 def to_run(records: Sequence[Mapping[str, Any]]) -> Run:
-    """What is kept of the jobs of a run."""
+    """The rate and the stage times of a run."""
     stages_s: Mapping[str, float] = records[0]["stages"]
     return Run(to_rate(records), {name: seconds for name, seconds in stages_s.items() if name != "queue"})
 

@@ -1,6 +1,7 @@
 """A real uvicorn in a thread, on a loopback port of its own, for what only sockets show: streams, leaving, crowds."""
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -38,3 +39,18 @@ def serve(config: uvicorn.Config) -> Iterator[str]:
         server.should_exit = True
         thread.join(_TIMEOUT_S)
         assert not thread.is_alive(), "the server did not stop"
+
+
+def connect(url: str) -> socket.socket:
+    host, _, port = url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def read_response(client: socket.socket) -> bytes:
+    """Read one response whose body is a JSON object; head and body may come in parts."""
+    response = b""
+    while not response.endswith(b"}"):
+        part = client.recv(65536)
+        assert part, response
+        response += part
+    return response

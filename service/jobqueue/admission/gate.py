@@ -23,7 +23,7 @@ _UNDECIDED = (Answer.WAIT, Answer.READ)
 
 
 class Ticket:
-    """The place of one request until it has asked the queue, or never will. To settle it again does nothing."""
+    """The place of one request until the queue has answered it, or it has ended. Settling twice does nothing."""
 
     def __init__(self, give_back: Callable[[], None]) -> None:
         self._give_back: Callable[[], None] | None = give_back

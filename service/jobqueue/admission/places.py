@@ -28,13 +28,13 @@ class Answer(Enum):
 class Places:
     """What one process knows of the free places of a queue.
 
-    Each request that passes holds a ticket until it has asked the queue: no more pass at once than there are places,
+    Each request that passes holds a ticket until the queue has answered it: no more pass at once than there are places,
     and what follows waits, at little cost, until it is known whether there is a place for it. Nobody is refused for the
     ticket of another, who may yet fail.
 
     Attributes:
         limit: Of the jobs in the queue.
-        tickets: Requests that have passed and not yet asked the queue.
+        tickets: Requests that have passed and wait for the queue's answer.
     """
 
     limit: int

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI, Request
 
 from giantleap.service.api.server import HEAD_TIMEOUT_S, MAX_HEAD_BYTES, BoundedHttp
-from tests.service.live_server import live_server
+from tests.service.live_server import connect, live_server, read_response
 from tests.waiting import wait_until
 
 
@@ -33,11 +33,6 @@ def url() -> Iterator[str]:
         yield url
 
 
-def connect(url: str) -> socket.socket:
-    host, _, port = url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=60)
-
-
 def read_to_end(client: socket.socket) -> bytes:
     response = b""
     try:
@@ -45,16 +40,6 @@ def read_to_end(client: socket.socket) -> bytes:
             response += part
     except ConnectionResetError:  # closed while more was on its way
         pass
-    return response
-
-
-def read_response(client: socket.socket) -> bytes:
-    """Read one response of the echo; its head and its JSON object may come in parts."""
-    response = b""
-    while not response.endswith(b"}"):
-        part = client.recv(65536)
-        assert part, response
-        response += part
     return response
 
 

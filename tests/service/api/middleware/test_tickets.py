@@ -1,7 +1,6 @@
-"""A request for a new job holds a ticket until it has asked the queue, and gives it back however it ends."""
+"""A request for a new job holds a ticket until the queue has answered it, and gives it back however it ends."""
 
 import asyncio
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from giantleap.service.jobqueue.admission.gate import Ticket
 from giantleap.service.settings import read_settings
 from tests.service.compat_fakes import build_app
 from tests.service.fake_producer import FakeProducer, OpenGate, stay_queued
-from tests.service.live_server import serve
+from tests.service.live_server import connect, read_response, serve
 from tests.waiting import wait_until
 
 HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 15\r\n"
@@ -67,20 +66,6 @@ def url(producer: FakeProducer, bundle_dirs: tuple[Path, ...]) -> Iterator[str]:
         yield url
 
 
-def connect(url: str) -> socket.socket:
-    host, _, port = url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=60)
-
-
-def read_response(client: socket.socket) -> bytes:
-    received = b""
-    while not received.endswith(b"}"):
-        part = client.recv(65536)
-        assert part, received
-        received += part
-    return received
-
-
 def all_settled(gate: UnsureGate) -> Callable[[], bool]:
     return lambda: gate.tickets == 0 and gate.taken > 0
 
@@ -123,6 +108,7 @@ def test_a_ticket_is_given_back_when_the_client_leaves_before_its_body_is_there(
         client.sendall(HEAD + b"\r\n" + BODY[:4])
         wait_until(lambda: gate.tickets == 1, "the request has a ticket")
     wait_until(all_settled(gate), "the ticket is given back")
+    assert gate.taken == 1
 
 
 def test_a_request_waits_unread_until_it_may_pass(url: str, gate: UnsureGate, producer: FakeProducer) -> None:
@@ -176,6 +162,7 @@ def test_who_has_left_while_waiting_leaves_no_ticket(url: str, gate: UnsureGate)
         wait_until(lambda: len(gate.waits) == 1, "the request waits")
     gate.answer()
     wait_until(all_settled(gate), "the ticket is given back")
+    assert gate.taken == 1 and gate.tickets == 0
 
 
 def test_reading_does_not_wait(url: str, gate: UnsureGate) -> None:
