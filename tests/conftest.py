@@ -20,14 +20,16 @@ pytest_plugins = ("tests.redis_fixtures", "tests.s3_server")
 
 @pytest.fixture(autouse=True)
 def root_log_handlers() -> Iterator[None]:
-    """A command that runs within a test, or a fixture, sends the process' logs to a stream that is gone after it."""
+    """A command that runs within a test, or a fixture, sends the process' logs to a stream that is gone after it.
+
+    It sets the level too. A fixture of the session does so before this one runs: so it is set here, and not restored.
+    """
     root = logging.getLogger()
-    level = root.level
+    root.setLevel(logging.WARNING)
     root.handlers[:] = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
     before = list(root.handlers)
     yield
     root.handlers[:] = before
-    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

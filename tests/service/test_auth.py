@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,16 +33,6 @@ def digest(key: str) -> str:
 
 def entry(key: str, name: str = "alice", more: str = "") -> str:
     return ENTRY.replace("alice", name).format(sha256=digest(key)) + more
-
-
-@pytest.fixture(autouse=True)
-def logs_as_before() -> Iterator[None]:
-    """The commands set up the logs of their process, which is that of the tests here."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture

@@ -32,6 +32,16 @@ def root() -> Iterator[logging.Logger]:
     logger.setLevel(level)
 
 
+@pytest.fixture(scope="module")
+def earlier_command() -> None:
+    """What a fixture of several tests does when it calls a command of `giantleap`."""
+    logging.getLogger().setLevel(logging.DEBUG)
+
+
+def test_a_test_starts_with_the_default_level(earlier_command: None) -> None:
+    assert logging.getLogger().level == logging.WARNING
+
+
 def _line(formatter: logging.Formatter, message: str, **fields: object) -> str:
     record = logging.LogRecord("giantleap.service.worker.loop", logging.INFO, __file__, 1, message, None, None)
     record.fields = fields
