@@ -60,10 +60,15 @@ class Kind:
 
 
 def kinds() -> dict[str, Kind]:
-    """The kinds of jobs; encoding weighs most in the last, which generates nothing."""
-    file = io.BytesIO()
+    """The kinds of jobs; encoding weighs most in uploads, which generate nothing."""
     photograph: Callable[[], NDArray[np.uint8]] = skimage.data.astronaut
-    Image.fromarray(photograph()).resize((256, 256), Image.Resampling.LANCZOS).save(file, "PNG")
+
+    def upload(side_px: int) -> Kind:
+        file = io.BytesIO()
+        Image.fromarray(photograph()).resize((side_px, side_px), Image.Resampling.LANCZOS).save(file, "PNG")
+        files = {"image": ("image.png", file.getvalue(), "image/png")}
+        return Kind(4 * side_px, "/upscale", {"params": {"scale": 4}, "files": files})
+
     return {
         **{
             f"generate at {side_px // 4} px, x4 to {side_px} px": Kind(
@@ -71,9 +76,7 @@ def kinds() -> dict[str, Kind]:
             )
             for side_px in (512, 768)
         },
-        "upload 256 px, x4 to 1024 px": Kind(
-            1024, "/upscale", {"params": {"scale": 4}, "files": {"image": ("image.png", file.getvalue(), "image/png")}}
-        ),
+        **{f"upload {side_px} px, x4 to {4 * side_px} px": upload(side_px) for side_px in (128, 256)},
     }
 
 
