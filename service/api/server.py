@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from giantleap.service.api.middleware.early_refusal import EarlyRefusal
 from giantleap.service.errors import QueueFull
-from giantleap.service.jobqueue.admission.gate import Ticket
+from giantleap.service.jobqueue.admission.gate import Permit
 from giantleap.service.settings import Settings
 
 MAX_HEAD_BYTES = 128 << 10
@@ -90,12 +90,12 @@ class BoundedHttp(HttpToolsProtocol):
 
     head_timeout_s = HEAD_TIMEOUT_S
     early_refusal: EarlyRefusal | None = None
-    _refused = False  # the request that is being read was answered from its head
-    _ticket: Ticket | None = None  # of the request that is being answered
-    _between = True  # requests, at the start of the next one
-    _held = b""  # the start of a request that waits to be let in, for this:
-    _awaited: "asyncio.Future[Ticket | QueueFull] | None" = None
-    _known: Ticket | QueueFull | None = None  # to the request of which the head is being read
+    _refused = False  # the current request was answered from its head
+    _permit: Permit | None = None  # of the current request
+    _is_idle = True  # between two requests
+    _held = b""  # start of a request that waits for this decision:
+    _awaited: "asyncio.Future[Permit | QueueFull] | None" = None
+    _known: Permit | QueueFull | None = None  # the decision that the current request has waited for
     _pending_bytes = 0  # received since the parser last completed a head or a part of a body
     _timer: TimerHandle | None = None
 
@@ -109,15 +109,15 @@ class BoundedHttp(HttpToolsProtocol):
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer, and give the ticket back."""
+        """Stop the timer and release the permit."""
         self._stop_timer()
-        self._settle()
+        self._release_permit()
         if self._awaited is not None:
             self._awaited.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what was received, unless it must wait; close the connection when a head is too large."""
+        """Parse what was received, unless the request must wait; close the connection if its head is too large."""
         if not self._hold(data):
             self._read(data)
 
@@ -125,14 +125,14 @@ class BoundedHttp(HttpToolsProtocol):
         self._pending_bytes += len(data)
         super().data_received(data)  # calls the methods below
         if self._pending_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            if not self._owes_response():
+            if not self._has_pending_response():
                 self.transport.write(_REFUSAL)
             self.transport.close()
 
     def on_message_begin(self) -> None:
         """Start the timer of the next head, unless it runs."""
         super().on_message_begin()
-        self._between = False
+        self._is_idle = False
         if self._timer is None:
             self._start_timer()
 
@@ -142,14 +142,14 @@ class BoundedHttp(HttpToolsProtocol):
         self._stop_timer()
         if self.parser.should_upgrade():
             return
-        answer = self._find_answer()
+        answer = self._respond_early()
         self._refused = isinstance(answer, bytes)
         if isinstance(answer, bytes):
             self.transport.write(answer)
             self._start_timer()  # of the rest of the body, which is discarded
         else:
             if answer is not None:
-                self._ticket = self.scope["state"]["ticket"] = answer
+                self._permit = self.scope["state"]["permit"] = answer
             super().on_headers_complete()
         self.headers = []  # for the fields of a trailer, which must not become headers (RFC 9110, 6.5.1)
 
@@ -161,7 +161,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The body is complete, unless it is not yet known that there is one."""
-        self._between = not self.parser.should_upgrade()
+        self._is_idle = not self.parser.should_upgrade()
         if self._refused:
             self._stop_timer()
             self.on_response_complete()
@@ -169,38 +169,38 @@ class BoundedHttp(HttpToolsProtocol):
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """The response was sent: give the ticket back, if it was never used."""
-        self._settle()
+        """The response was sent: release the permit, if nothing else did."""
+        self._release_permit()
         super().on_response_complete()
 
-    def _settle(self) -> None:
-        if self._ticket is not None:
-            self._ticket.settle()
-            self._ticket = None
+    def _release_permit(self) -> None:
+        if self._permit is not None:
+            self._permit.release()
+            self._permit = None
 
     def _hold(self, data: bytes) -> bool:
-        """Keep the start of a request for a new job while it is not known whether the queue takes one more."""
+        """Buffer the start of a request for a new job that must wait for a decision; False if it need not."""
         if self._held:  # the transport may deliver once more after it was paused
             self._held += data
             return True
-        if self.early_refusal is None or not self._between or self._owes_response():
+        if self.early_refusal is None or not self._is_idle or self._has_pending_response():
             return False
         self._awaited = self.early_refusal.wait(data)
         if self._awaited is None:
             return False
         self._held = data
         self.flow.pause_reading()
-        self._awaited.add_done_callback(self._release)
+        self._awaited.add_done_callback(self._resume)
         return True
 
-    def _release(self, awaited: "asyncio.Future[Ticket | QueueFull]") -> None:
-        """Read what was held, with the answer that is now known."""
+    def _resume(self, awaited: "asyncio.Future[Permit | QueueFull]") -> None:
+        """Parse the buffered request with its decision."""
         if awaited.cancelled():
             return
         self._known = awaited.result()
         self._read_held()
-        if isinstance(self._known, Ticket):  # the head is not complete, or the middlewares decide
-            self._known.settle()
+        if isinstance(self._known, Permit):  # not taken over: the head is incomplete, or the middlewares decide
+            self._known.release()
         self._known = None
 
     def _read_held(self) -> None:
@@ -210,22 +210,22 @@ class BoundedHttp(HttpToolsProtocol):
             self._read(held)
 
     def shutdown(self) -> None:
-        """Close the connection when what it has received is answered."""
+        """Close the connection after the responses to what it has received."""
         if self._held and self._awaited is not None:
             self._awaited.cancel()
             self._read_held()
         super().shutdown()
 
-    def _owes_response(self) -> bool:
+    def _has_pending_response(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _find_answer(self) -> bytes | Ticket | None:
-        """The early answer to a plain request on a connection that stays open and owes no other response."""
+    def _respond_early(self) -> bytes | Permit | None:
+        """Ask for an early response, on a kept-alive connection with no other response pending."""
         if self.early_refusal is None or self.parser.get_method() != b"POST":
             return None
         if self.expect_100_continue or self.parser.get_http_version() != "1.1" or not self.parser.should_keep_alive():
             return None
-        if self._owes_response():
+        if self._has_pending_response():
             return None
         known, self._known = self._known, None
         return self.early_refusal.respond(self.url, self.headers, self.server_state.default_headers, known)

@@ -30,7 +30,7 @@ from giantleap.service.errors import (
     UnsupportedMediaType,
     WaitTimeout,
 )
-from giantleap.service.jobqueue.admission.gate import Ticket
+from giantleap.service.jobqueue.admission.gate import Permit
 from giantleap.service.jobqueue.arguments import SMALL_BODY_BYTES
 from giantleap.service.jobqueue.client import cancel_tasks
 from giantleap.service.jobqueue.producer import Enqueued
@@ -224,12 +224,12 @@ async def submit_job(
     pixel_steps = count_pixel_steps(job.params, state.bundles[job.bundle].bundle)
     budget = caller.megapixel_steps_per_minute
     charge = None if budget is None else Charge(pixel_steps, budget)
-    ticket: Ticket | None = getattr(request.state, "ticket", None)
+    permit: Permit | None = getattr(request.state, "permit", None)
     try:
         enqueued = await state.producer.enqueue(owned, blob, options.idempotency_key, caller.max_jobs, charge)
     finally:
-        if ticket is not None:
-            ticket.settle()
+        if permit is not None:
+            permit.release()
     if enqueued.created:
         state.metrics.count_work(job.params.kind, job.bundle, pixel_steps)
     return enqueued

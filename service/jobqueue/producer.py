@@ -193,7 +193,7 @@ class JobProducer:
         }
         reply = await self._send_job(job, body, arguments)
         if reply.jobs is not None:
-            self.gate.put_jobs(reply.jobs)
+            self.gate.record_jobs(reply.jobs)
         if reply.status in ("created", "existing"):
             return Enqueued(
                 reply.job_id,
@@ -211,7 +211,7 @@ class JobProducer:
             reply, job, len(body or b""), max_live, charge, settings=self._settings, retry_s=await self._retry_after_s()
         )
         if isinstance(refusal, QueueFull) and reply.status == "full":
-            self.gate.close(refusal)
+            self.gate.record_full(refusal)
         raise refusal
 
     async def _send_job(self, job: Job, body: bytes | None, arguments: dict[str, Any]) -> EnqueueReply:
@@ -396,7 +396,7 @@ class JobProducer:
         )
 
     async def _retry_after_s(self) -> int:
-        """When a refused caller may try again, by the queue of a moment ago: refusing a crowd must be cheap."""
+        """Seconds until a retry may succeed, from cached statistics: refusals must be cheap."""
         now_s = asyncio.get_running_loop().time()
         if now_s >= self._refusal[1]:
             self._refusal = (retry_after_s(await self.stats()), now_s + _REFUSAL_CACHE_S)

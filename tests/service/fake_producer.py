@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 
 from giantleap.service.errors import GiantleapError, InvalidRequest, QueueFull
-from giantleap.service.jobqueue.admission.gate import Ticket
+from giantleap.service.jobqueue.admission.gate import Permit
 from giantleap.service.jobqueue.producer import Enqueued, Page
 from giantleap.service.jobs.devices import Device
 from giantleap.service.jobs.grid import Charge
@@ -65,27 +65,27 @@ def stay_queued(job: Job) -> JobRecord:
 
 
 class OpenGate:
-    """The gate of a queue that refuses nobody; counts the tickets, and those that are not settled."""
+    """The gate of a queue that is never full; counts all permits, and those that are not released."""
 
     def __init__(self) -> None:
         self.taken = 0
-        self.tickets = 0
+        self.permits = 0
 
     def must_wait(self) -> bool:
         return False
 
-    def ask(self) -> Ticket | QueueFull | None:
+    def try_admit(self) -> Permit | QueueFull | None:
         self.taken += 1
-        self.tickets += 1
-        return Ticket(self._take_back)
+        self.permits += 1
+        return Permit(self._take_back_permit)
 
-    async def admit(self) -> Ticket | QueueFull:
-        answer = self.ask()
+    async def admit(self) -> Permit | QueueFull:
+        answer = self.try_admit()
         assert answer is not None
         return answer
 
-    def _take_back(self) -> None:
-        self.tickets -= 1
+    def _take_back_permit(self) -> None:
+        self.permits -= 1
 
 
 @dataclass

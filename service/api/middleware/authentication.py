@@ -35,7 +35,7 @@ from giantleap.service.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
-from giantleap.service.jobqueue.admission.gate import Ticket
+from giantleap.service.jobqueue.admission.gate import Permit
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.media_types import read_media_type
 from giantleap.service.links import UrlSigner
@@ -92,8 +92,8 @@ class AuthenticationMiddleware:
             next_app = self.app if refusal is None else problem_response(refusal, request)
             await next_app(scope, limit_json(request, receive), send)
         finally:
-            if (ticket := _ticket_of(request)) is not None:
-                ticket.settle()
+            if (permit := _permit_of(request)) is not None:
+                permit.release()
 
     def _authenticate(self, request: Request) -> Caller:
         path = route_path(request.scope)
@@ -115,12 +115,12 @@ class AuthenticationMiddleware:
         return caller
 
     async def _admit(self, request: Request) -> QueueFull | None:
-        """Take a ticket for what makes a new job, unless the server's protocol has; the refusal if there is none."""
-        if _ticket_of(request) is None and makes_new_job(request):
+        """Get a permit for a new job, unless the server's protocol has one; return the refusal if there is none."""
+        if _permit_of(request) is None and makes_new_job(request):
             answer = await self.producer.gate.admit()
             if isinstance(answer, QueueFull):
                 return answer
-            request.state.ticket = answer
+            request.state.permit = answer
         return None
 
     async def _acquire_rate_limit(self, caller: Caller, request: Request) -> None:
@@ -135,9 +135,9 @@ class AuthenticationMiddleware:
             )
 
 
-def _ticket_of(request: Request) -> Ticket | None:
-    ticket: Ticket | None = getattr(request.state, "ticket", None)
-    return ticket
+def _permit_of(request: Request) -> Permit | None:
+    permit: Permit | None = getattr(request.state, "permit", None)
+    return permit
 
 
 def find_caller_of(keys: KeyRing, presented: Collection[str]) -> Caller:

@@ -1,11 +1,11 @@
-"""The response to a request for a new job while the queue is full, made from the head of the request alone.
+"""Refuses new jobs while the queue is full, from the head of the request alone.
 
-`giantleap.service.api.server.BoundedHttp` writes it before any middleware runs and before the body is read: under
-overload nine of ten requests end here, and each must cost a small part of an accepted one. The response is the one that
-the middlewares would give. Where that is not certain, as for an unknown key or a page of another site, they decide.
+`giantleap.service.api.server.BoundedHttp` writes the response before any middleware runs and before the body is read:
+under overload nine of ten requests end here, and each must cost a small part of an accepted one. The response equals
+that of the middlewares. Requests for which that is not certain, such as those with an unknown key or from a page of
+another site, are left to them.
 
-What is not refused takes its ticket here too, and what must wait for one waits unread: of the many requests that arrive
-at once when a place gets free, one passes.
+Requests that are not refused get their permit here. A request that must wait for one is not parsed meanwhile.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from giantleap.service.api.paths import route_path
 from giantleap.service.api.problems import problem_response
 from giantleap.service.auth import KeyRing, Scope, presented_keys, require_scope
 from giantleap.service.errors import GiantleapError, QueueFull
-from giantleap.service.jobqueue.admission.gate import Ticket
+from giantleap.service.jobqueue.admission.gate import Permit
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.telemetry.metrics import Metrics
 
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 
 _LOG_EVERY_S = 1.0
 _LINE_BYTES = 1024  # of a request; a longer one is not for a new job
-_ID = "0" * 32  # where a response has the id of its request
+_ID = "0" * 32  # placeholder of the request id in a template
 _CREATING = frozenset({Scope.GENERATE, Scope.UPSCALE})
-# With one of these the middlewares decide: the job may be there already, or the request may be wrong in another way.
+# Requests with one of these headers are left to the middlewares: they may repeat a job, or fail for another reason.
 _UNDECIDED = frozenset({b"idempotency-key", b"origin", b"sec-fetch-site", b"content-encoding"})
 
 
@@ -93,8 +93,12 @@ class EarlyRefusal:
         self._templates: dict[str, _Template] = {}
         self._unlogged: Counter[str] = Counter()
 
-    def wait(self, data: bytes) -> asyncio.Future[Ticket | QueueFull] | None:
-        """What a request must wait for before it is read, by its start: the answer of the gate to a new job."""
+    def wait(self, data: bytes) -> asyncio.Future[Permit | QueueFull] | None:
+        """Return the decision to wait for before a request for a new job is parsed; None if there is none.
+
+        Args:
+            data: The start of the request.
+        """
         if not self._gate.must_wait():
             return None
         method, _, rest = data[:_LINE_BYTES].partition(b" ")
@@ -108,24 +112,24 @@ class EarlyRefusal:
         target: bytes,
         headers: Sequence[Header],
         more_headers: Sequence[Header],
-        known: Ticket | QueueFull | None = None,
-    ) -> bytes | Ticket | None:
-        """The refusal of a POST as it goes over the wire, or its ticket; None where the middlewares decide.
+        known: Permit | QueueFull | None = None,
+    ) -> bytes | Permit | None:
+        """Refuse or admit a POST: the bytes of the response, a permit, or None if the middlewares decide.
 
         Args:
             target: The path and query of the request.
             headers: Of the request, with names in lower case.
             more_headers: What the server adds to every response.
-            known: The answer of the gate, if the request has waited for it. A ticket that is not returned is settled.
+            known: The decision, if the request has waited for it. A permit that is not returned is released.
         """
         started_s = time.perf_counter()
         path = self._path_of(target)
         scope = scope_of("POST", path)
         if scope not in _CREATING or not self._is_plain(target, headers) or not self._may(headers, scope):
-            if isinstance(known, Ticket):
-                known.settle()
+            if isinstance(known, Permit):
+                known.release()
             return None
-        refusal = known or self._gate.ask()
+        refusal = known or self._gate.try_admit()
         if not isinstance(refusal, QueueFull):
             return refusal
         template = self._template(refusal, path)

@@ -1,7 +1,7 @@
-"""Refuses a crowd by what is known of a full queue, without a request to Redis for each caller.
+"""Admission control: rejects new jobs from a cached state while the queue is full, without a Redis call per request.
 
-`giantleap.service.jobqueue.admission.places` decides; this reads the queue for it and wakes who waits. The requests
-come from `giantleap.service.api.middleware.early_refusal`, and those that it leaves from the authentication.
+`giantleap.service.jobqueue.admission.slots` decides. This module refreshes the state and resolves waiting requests. The
+callers are `giantleap.service.api.middleware.early_refusal` and, for requests that it passes on, the authentication.
 """
 
 import asyncio
@@ -10,43 +10,43 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 from giantleap.service.errors import NotReady, QueueFull
-from giantleap.service.jobqueue.admission.places import Answer, Places
+from giantleap.service.jobqueue.admission.slots import Decision, Slots
 from giantleap.service.jobqueue.backpressure import queue_full, retry_after_s
 from giantleap.service.jobqueue.client import cancel_tasks
 from giantleap.service.jobqueue.completions import CompletionListener
 from giantleap.service.jobs.job import QueueStats
 
-TICKET_S = 1.0
-"""For how long a ticket counts: a body that comes slowly, or a Redis that hangs, must not stop others for longer."""
+PERMIT_S = 1.0
+"""Lifetime of a permit: a slow request body or a hanging Redis blocks other requests for no longer than this."""
 
-_UNDECIDED = (Answer.WAIT, Answer.READ)
+_UNDECIDED = (Decision.WAIT, Decision.REFRESH)
 
 
-class Ticket:
-    """The place of one request until the queue has answered it, or it has ended. Settling twice does nothing."""
+class Permit:
+    """One request that was admitted and has no reply of the queue yet. Releasing it twice has no effect."""
 
-    def __init__(self, give_back: Callable[[], None]) -> None:
-        self._give_back: Callable[[], None] | None = give_back
-        self._timer = asyncio.get_running_loop().call_later(TICKET_S, self.settle)
+    def __init__(self, on_release: Callable[[], None]) -> None:
+        self._on_release: Callable[[], None] | None = on_release
+        self._timer = asyncio.get_running_loop().call_later(PERMIT_S, self.release)
 
-    def settle(self) -> None:
-        """Gives the place back."""
-        if self._give_back is not None:
+    def release(self) -> None:
+        """Free the slot for another request."""
+        if self._on_release is not None:
             self._timer.cancel()
-            self._give_back()
-            self._give_back = None
+            self._on_release()
+            self._on_release = None
 
 
 class QueueGate:
-    """The places of one queue as one process knows them. `enqueue.lua` has the last word in any case.
+    """Admission to one queue, per process. `enqueue.lua` enforces the limit in any case.
 
-    Without a crowd it reads nothing, and as many requests pass at once as the queue takes jobs.
+    Without contention the state is never read: up to `limit` requests are in flight at once.
 
     Args:
-        read_stats: Reads the queue; `NotReady` opens the gate.
-        completions: Counts the jobs that end.
-        limit: Of the jobs in the queue.
-        clock: Seconds.
+        read_stats: Reads the queue. If it raises `NotReady`, all waiting requests are admitted.
+        completions: Counts finished jobs.
+        limit: Maximum number of jobs in the queue.
+        clock: Monotonic time in seconds.
     """
 
     def __init__(
@@ -58,103 +58,103 @@ class QueueGate:
     ) -> None:
         self._read_stats = read_stats
         self._completions = completions
-        self._places = Places(limit)
+        self._slots = Slots(limit)
         self._clock = clock
         self._refusal: QueueFull | None = None
-        self._waiting: deque[asyncio.Future[Ticket | QueueFull]] = deque()
-        self._reading: asyncio.Task[None] | None = None
+        self._waiting: deque[asyncio.Future[Permit | QueueFull]] = deque()
+        self._refresh_task: asyncio.Task[None] | None = None
 
     @property
-    def tickets(self) -> int:
-        """How many are not settled."""
-        return self._places.tickets
+    def permits(self) -> int:
+        """Number of permits that are not released."""
+        return self._slots.permits
 
-    def ask(self) -> Ticket | QueueFull | None:
-        """A ticket, the refusal of a queue that is known to be full, or None where one must wait. Costs little."""
+    def try_admit(self) -> Permit | QueueFull | None:
+        """Decide at once: a permit, a refusal, or None if the request must `wait`."""
         decision = self._decide()
-        return None if self._waiting or decision in _UNDECIDED else self._answer(decision)
+        return None if self._waiting or decision in _UNDECIDED else self._apply(decision)
 
     def must_wait(self) -> bool:
-        """Whether `ask` would return None: the answer is not known yet, or others wait for theirs."""
+        """Whether `try_admit` would return None: the state is unknown, or earlier requests are waiting."""
         return bool(self._waiting) or self._decide() in _UNDECIDED
 
-    def wait(self) -> asyncio.Future[Ticket | QueueFull]:
-        """The answer, when it is known; who does not want it any longer cancels it."""
-        answer: asyncio.Future[Ticket | QueueFull] = asyncio.get_running_loop().create_future()
-        self._waiting.append(answer)
-        self._serve()
-        return answer
+    def wait(self) -> asyncio.Future[Permit | QueueFull]:
+        """Return a future of the decision. Cancel it to withdraw the request."""
+        decision: asyncio.Future[Permit | QueueFull] = asyncio.get_running_loop().create_future()
+        self._waiting.append(decision)
+        self._resolve_waiting()
+        return decision
 
-    async def admit(self) -> Ticket | QueueFull:
-        """As `ask`, when it is known."""
-        return self.ask() or await self.wait()
+    async def admit(self) -> Permit | QueueFull:
+        """Decide, waiting if necessary."""
+        return self.try_admit() or await self.wait()
 
-    def put_jobs(self, jobs: int) -> None:
-        """Takes the number of jobs in the queue, the one that it has just accepted included."""
-        self._places.put_jobs(jobs, self._clock(), self._completions.ended)
+    def record_jobs(self, jobs: int) -> None:
+        """Record the number of jobs in the queue, as its reply to an accepted job states it."""
+        self._slots.record_jobs(jobs, self._clock(), self._completions.ended)
 
-    def close(self, refusal: QueueFull) -> None:
-        """Takes the refusal of a full queue, which has just arrived."""
-        self._put_state(self._places.limit, refusal)
+    def record_full(self, refusal: QueueFull) -> None:
+        """Record that the queue has just refused a job."""
+        self._put_state(self._slots.limit, refusal)
 
     async def stop(self) -> None:
-        """Ends a read that is under way."""
-        if self._reading is not None:
-            await cancel_tasks((self._reading,))
+        """Cancel a refresh in progress."""
+        if self._refresh_task is not None:
+            await cancel_tasks((self._refresh_task,))
 
-    def _decide(self) -> Answer:
-        return self._places.decide(self._clock(), self._completions.ended)
+    def _decide(self) -> Decision:
+        return self._slots.decide(self._clock(), self._completions.ended)
 
-    def _answer(self, decision: Answer) -> Ticket | QueueFull:
-        if decision is Answer.REFUSE and self._refusal is not None:
-            if self._places.is_aging(self._clock()):
-                self._start_read()
+    def _apply(self, decision: Decision) -> Permit | QueueFull:
+        if decision is Decision.REFUSE and self._refusal is not None:
+            if self._slots.needs_refresh(self._clock()):
+                self._start_refresh()
             return self._refusal
-        self._places.tickets += 1
-        return Ticket(self._take_back)
+        self._slots.permits += 1
+        return Permit(self._release_permit)
 
-    def _serve(self) -> None:
-        """Answers all who wait, as far as the answers are known."""
+    def _resolve_waiting(self) -> None:
+        """Resolve waiting requests until one cannot be decided yet."""
         while self._waiting:
             decision = self._decide()
-            if decision is Answer.READ:
-                self._start_read()
+            if decision is Decision.REFRESH:
+                self._start_refresh()
             if decision in _UNDECIDED:
-                self._places.put_crowd(self._clock())
+                self._slots.record_contention(self._clock())
                 return
-            # If not all can pass, the newest do, which have waited least; the others are refused by a full queue.
-            too_many = len(self._waiting) > self._places.limit
+            # Beyond the limit most will be refused: admit the newest, so that an accepted job has waited little.
+            too_many = len(self._waiting) > self._slots.limit
             waiting = self._waiting.pop() if too_many else self._waiting.popleft()
             if not waiting.done():
-                waiting.set_result(self._answer(decision))
+                waiting.set_result(self._apply(decision))
 
-    def _take_back(self) -> None:
-        self._places.tickets -= 1
-        self._serve()
+    def _release_permit(self) -> None:
+        self._slots.permits -= 1
+        self._resolve_waiting()
 
-    def _start_read(self) -> None:
-        if self._reading is None:
-            self._reading = asyncio.create_task(self._read(), name="queue-gate")
+    def _start_refresh(self) -> None:
+        if self._refresh_task is None:
+            self._refresh_task = asyncio.create_task(self._refresh(), name="queue-gate-refresh")
 
-    async def _read(self) -> None:
+    async def _refresh(self) -> None:
         stats = None
         try:
             stats = await self._read_stats()
         except NotReady:
             pass
-        finally:  # however it ends, nobody waits for it any longer
-            self._reading = None
+        finally:  # also if it was canceled or failed: nothing waits for it then
+            self._refresh_task = None
             if stats is None:
-                self._places.open()
-                self._serve()
+                self._slots.open()
+                self._resolve_waiting()
         if stats is not None:
             jobs = sum(stats.queued.values()) + stats.processing + stats.delayed
-            limit = self._places.limit
+            limit = self._slots.limit
             self._put_state(jobs, queue_full(f"{max(jobs, limit)} jobs", limit, retry_after_s(stats)))
 
     def _put_state(self, jobs: int, refusal: QueueFull) -> None:
         known = self._refusal
         if known is None or (known.detail, known.retry_after_s) != (refusal.detail, refusal.retry_after_s):
-            self._refusal = refusal  # else the same one, of which the response is known
-        self._places.put_state(jobs, self._clock(), self._completions.ended)
-        self._serve()
+            self._refusal = refusal  # keep an equal one: its response is cached by identity
+        self._slots.record_state(jobs, self._clock(), self._completions.ended)
+        self._resolve_waiting()

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load, save
 
 from giantleap.service.api.app import create_app
-from giantleap.service.jobqueue.admission import places
+from giantleap.service.jobqueue.admission import slots
 from giantleap.service.jobqueue.claims import Claim
 from giantleap.service.jobqueue.consumer import JobConsumer
 from giantleap.service.jobs.job import GenerateParams, ResultFile
@@ -123,7 +123,7 @@ async def refused_unread(url: str, headers: str) -> bytes:
 async def test_a_full_queue_refuses_new_jobs_before_their_body_is_read(
     overload_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "STATE_S", 600.0)
+    monkeypatch.setattr(slots, "STATE_S", 600.0)
     settings = overload_settings.model_copy(update={"queue_limit": 1})
     first, key = {"prompt": "a", "seed": 1}, {"Prefer": "respond-async", "Idempotency-Key": "first"}
     with live_server(create_app(settings)) as url:
@@ -148,7 +148,7 @@ async def test_a_queue_that_was_full_is_checked_again_after_a_moment(overload_se
             assert (await client.post("/generate", json={"prompt": "a"})).status_code == 429
             with paper_worker(settings):
                 while (await client.get(first.json()["status_url"])).json()["status"] != "succeeded":
-                    await asyncio.sleep(places.STATE_S)
+                    await asyncio.sleep(slots.STATE_S)
                 assert (await client.post("/generate", json={"prompt": "a", "seed": 2})).status_code == 200
 
 

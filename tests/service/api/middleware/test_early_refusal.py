@@ -13,7 +13,7 @@ from giantleap.service.api.middleware import early_refusal
 from giantleap.service.api.server import server_config
 from giantleap.service.auth import new_key
 from giantleap.service.errors import QueueFull
-from giantleap.service.jobqueue.admission.gate import Ticket
+from giantleap.service.jobqueue.admission.gate import Permit
 from giantleap.service.settings import read_settings
 from tests.service.compat_fakes import build_app
 from tests.service.fake_producer import FakeProducer, OpenGate
@@ -33,10 +33,10 @@ class FullGate(OpenGate):
         self.refusal = QueueFull("6 jobs are in the queue, 6 are allowed", retry_after_s=7)
         self.admissions = 0
 
-    def ask(self) -> Ticket | QueueFull | None:
+    def try_admit(self) -> Permit | QueueFull | None:
         return self.refusal
 
-    async def admit(self) -> Ticket | QueueFull:
+    async def admit(self) -> Permit | QueueFull:
         self.admissions += 1
         return self.refusal
 

@@ -1,4 +1,4 @@
-"""A request for a new job holds a ticket until the queue has answered it, and gives it back however it ends."""
+"""A request for a new job holds a permit until the queue has answered it, and gives it back however it ends."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import pytest
 
 from giantleap.service.api.server import server_config
 from giantleap.service.errors import QueueFull
-from giantleap.service.jobqueue.admission.gate import Ticket
+from giantleap.service.jobqueue.admission.gate import Permit
 from giantleap.service.settings import read_settings
 from tests.service.compat_fakes import build_app
 from tests.service.fake_producer import FakeProducer, OpenGate, stay_queued
@@ -27,12 +27,12 @@ class UnsureGate(OpenGate):
     def __init__(self) -> None:
         super().__init__()
         self.unsure = False
-        self.waits: list[asyncio.Future[Ticket | QueueFull]] = []
+        self.waits: list[asyncio.Future[Permit | QueueFull]] = []
 
     def must_wait(self) -> bool:
         return self.unsure
 
-    def wait(self) -> asyncio.Future[Ticket | QueueFull]:
+    def wait(self) -> asyncio.Future[Permit | QueueFull]:
         self.waits.append(asyncio.get_running_loop().create_future())
         return self.waits[-1]
 
@@ -43,9 +43,9 @@ class UnsureGate(OpenGate):
         for wait in waits:
             wait.get_loop().call_soon_threadsafe(self._answer, wait, refusal)
 
-    def _answer(self, wait: asyncio.Future[Ticket | QueueFull], refusal: QueueFull | None) -> None:
+    def _answer(self, wait: asyncio.Future[Permit | QueueFull], refusal: QueueFull | None) -> None:
         if not wait.done():
-            answer = refusal or self.ask()
+            answer = refusal or self.try_admit()
             assert answer is not None
             wait.set_result(answer)
 
@@ -66,8 +66,8 @@ def url(producer: FakeProducer, bundle_dirs: tuple[Path, ...]) -> Iterator[str]:
         yield url
 
 
-def all_settled(gate: UnsureGate) -> Callable[[], bool]:
-    return lambda: gate.tickets == 0 and gate.taken > 0
+def all_released(gate: UnsureGate) -> Callable[[], bool]:
+    return lambda: gate.permits == 0 and gate.taken > 0
 
 
 def post(url: str, content: bytes, **headers: str) -> httpx.Response:
@@ -87,27 +87,27 @@ def post(url: str, content: bytes, **headers: str) -> httpx.Response:
     ],
     ids=["a job", "taken by the middleware", "no JSON", "no such size", "no such type", "a bad header"],
 )
-def test_a_ticket_is_given_back(
+def test_a_permit_is_given_back(
     url: str, gate: UnsureGate, content: bytes, headers: dict[str, str], status: int
 ) -> None:
     assert post(url, content, **headers).status_code == status
-    wait_until(all_settled(gate), "the ticket is given back")
+    wait_until(all_released(gate), "the permit is released")
     assert gate.taken == 1
 
 
-def test_a_ticket_is_given_back_when_the_queue_has_the_job(url: str, gate: UnsureGate, producer: FakeProducer) -> None:
+def test_a_permit_is_given_back_when_the_queue_has_the_job(url: str, gate: UnsureGate, producer: FakeProducer) -> None:
     producer.end = stay_queued
     with connect(url) as client:
         client.sendall(HEAD + b"\r\n" + BODY)
         wait_until(lambda: producer.waits == 1, "the request waits for its job")
-        assert gate.taken == 1 and gate.tickets == 0
+        assert gate.taken == 1 and gate.permits == 0
 
 
-def test_a_ticket_is_given_back_when_the_client_leaves_before_its_body_is_there(url: str, gate: UnsureGate) -> None:
+def test_a_permit_is_given_back_when_the_client_leaves_before_its_body_is_there(url: str, gate: UnsureGate) -> None:
     with connect(url) as client:
         client.sendall(HEAD + b"\r\n" + BODY[:4])
-        wait_until(lambda: gate.tickets == 1, "the request has a ticket")
-    wait_until(all_settled(gate), "the ticket is given back")
+        wait_until(lambda: gate.permits == 1, "the request has a permit")
+    wait_until(all_released(gate), "the permit is released")
     assert gate.taken == 1
 
 
@@ -122,7 +122,7 @@ def test_a_request_waits_unread_until_it_may_pass(url: str, gate: UnsureGate, pr
         assert read_response(client).startswith(b"HTTP/1.1 200 ")
         client.sendall(HEAD + b"\r\n" + BODY)
         assert read_response(client).startswith(b"HTTP/1.1 200 ")
-    wait_until(all_settled(gate), "both tickets are given back")
+    wait_until(all_released(gate), "both permits are released")
     assert len(producer.jobs) == 2
 
 
@@ -140,7 +140,7 @@ def test_a_request_that_waited_is_refused_when_the_queue_is_full(url: str, gate:
 
 
 @pytest.mark.parametrize("more", [b"Idempotency-Key: k\r\n\r\n" + BODY, b"X-A: "], ids=["not new", "incomplete"])
-def test_a_ticket_that_a_request_has_waited_for_in_vain_is_given_back(
+def test_a_permit_that_a_request_has_waited_for_in_vain_is_given_back(
     url: str, gate: UnsureGate, producer: FakeProducer, more: bytes
 ) -> None:
     gate.unsure = True
@@ -148,21 +148,21 @@ def test_a_ticket_that_a_request_has_waited_for_in_vain_is_given_back(
         client.sendall(HEAD + more)
         wait_until(lambda: len(gate.waits) == 1, "the request waits")
         gate.answer()
-        wait_until(all_settled(gate), "the ticket is given back")
+        wait_until(all_released(gate), "the permit is released")
         if more.endswith(b": "):
             client.sendall(b"b\r\n\r\n" + BODY)
         assert read_response(client).startswith(b"HTTP/1.1 200 ")
     assert len(producer.jobs) == 1
 
 
-def test_who_has_left_while_waiting_leaves_no_ticket(url: str, gate: UnsureGate) -> None:
+def test_who_has_left_while_waiting_leaves_no_permit(url: str, gate: UnsureGate) -> None:
     gate.unsure = True
     with connect(url) as client:
         client.sendall(HEAD + b"\r\n" + BODY)
         wait_until(lambda: len(gate.waits) == 1, "the request waits")
     gate.answer()
-    wait_until(all_settled(gate), "the ticket is given back")
-    assert gate.taken == 1 and gate.tickets == 0
+    wait_until(all_released(gate), "the permit is released")
+    assert gate.taken == 1 and gate.permits == 0
 
 
 def test_reading_does_not_wait(url: str, gate: UnsureGate) -> None:
