@@ -1,4 +1,4 @@
-"""The settings as text: those in force, with secrets masked, and the page of all of them."""
+"""The settings as text: effective values with secrets masked, and the page of all settings."""
 
 import re
 
@@ -31,7 +31,7 @@ _PAGE_DEFAULTS = {
 
 
 def explain_settings() -> list[tuple[str, str, str]]:
-    """Variable, value and origin of each setting in force: `environment`, the settings file, or `default`.
+    """Variable, effective value and origin of each setting: `environment`, the settings file, or `default`.
 
     Secrets are masked, and so are user and password in URLs.
 
@@ -69,7 +69,7 @@ def to_markdown() -> str:
         [
             "# Settings",
             "",
-            "Every setting is an environment variable; `giantleap settings` prints the values in force, and",
+            "Every setting is an environment variable; `giantleap settings` prints the effective values, and",
             "`giantleap settings --markdown` this page. A variable with this prefix and another name stops the process",
             "at start.",
             "",

@@ -139,7 +139,7 @@ def train(
     if recorder is not None and run.done == config.total_steps:
         recorder.write_weights(out / "lua.safetensors", config.stages[-1])
     if place.world_size > 1:
-        dist.barrier()  # nobody leaves before everything is written
+        dist.barrier()  # no process leaves before everything is written
     return out / "lua.safetensors" if run.done == config.total_steps else checkpoints_in(run.checkpoints)[-1]
 
 

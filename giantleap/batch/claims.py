@@ -66,7 +66,7 @@ class Claims:
         return {shard: self._state_of(newest.get(shard)) for shard in shards}
 
     def take(self, shards: Sequence[str]) -> Claim | None:
-        """Claim the first shard that nobody works on or has finished; None if there is none now."""
+        """Claim the first shard that is neither claimed nor finished; None if there is none."""
         newest, now_s = self._read(), None
         for shard in shards:
             last, state = newest.get(shard), self._state_of(newest.get(shard))

@@ -36,7 +36,7 @@ from giantleap.service.worker.watchdog import Watchdog
 
 
 class _NoReports:
-    """Reports of a batch job, which nobody follows or cancels (`giantleap.service.worker.progress.Reports`)."""
+    """Reports of a batch job, which cannot be followed or canceled (`giantleap.service.worker.progress.Reports`)."""
 
     def emit(self, claim: Claim, name: str, data: Mapping[str, object], image: bytes | None = None) -> None:
         """Nothing."""

@@ -1,4 +1,4 @@
-"""How many threads torch computes with on a CPU: the processors of this process that nobody else uses at start.
+"""Number of threads for torch on a CPU: the processors of this process that are idle at start.
 
 Threads of one operator wait for each other at its end. Where another process holds a processor, each operator waits
 until the scheduler takes that processor from it: two threads beside two busy loops took 3 to 12 times as long as one.

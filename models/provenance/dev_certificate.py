@@ -1,4 +1,4 @@
-"""A certificate for trying C2PA signatures out: of an authority made on the spot, which nobody trusts."""
+"""A certificate for trying out C2PA signatures, issued by a generated authority that no verifier trusts."""
 
 from datetime import UTC, datetime, timedelta
 

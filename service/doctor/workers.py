@@ -36,7 +36,7 @@ def to_queue_facts(stats: StatsReply) -> QueueFacts:
 
 
 def check_queue(queue: QueueFacts) -> Iterator[Finding]:
-    """Whether somebody works, and the jobs move."""
+    """Check that workers are alive and that jobs make progress."""
     if queue.live_workers == 0:
         yield fail("workers", f"no worker is alive; {queue.waiting} jobs wait", _START)
     else:

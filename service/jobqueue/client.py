@@ -276,7 +276,7 @@ async def cancel_tasks(tasks: Sequence[asyncio.Task[Any]]) -> None:
         await asyncio.wait(unfinished, timeout=_CANCEL_AGAIN_S)
     for task in tasks:
         if not task.cancelled():
-            task.exception()  # retrieved, because asyncio logs an exception that nobody retrieves
+            task.exception()  # asyncio logs exceptions that are never retrieved
 
 
 async def await_reply(command: Coroutine[Any, Any, Value], within_s: float = COMMAND_S) -> Value:
@@ -305,6 +305,6 @@ async def await_reply(command: Coroutine[Any, Any, Value], within_s: float = COM
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:
-    """Retrieves the exception of a task that nobody waits for any more: asyncio logs it otherwise."""
+    """Retrieve the exception of an abandoned task, which asyncio would log otherwise."""
     if not task.cancelled():
         task.exception()

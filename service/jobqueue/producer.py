@@ -248,7 +248,7 @@ class JobProducer:
         return reply
 
     async def acquire_rate_limit(self, owner: str, per_minute: int) -> float:
-        """Pays for one request of an owner who may send so many a minute.
+        """Charge one request to the rate limit of its owner.
 
         Effects: one atomic script. Its key expires when the owner sends nothing. A refused request costs nothing. A
         repeat after a lost reply pays twice.

@@ -57,7 +57,7 @@ class StoredJob:
 
 @dataclass(frozen=True, slots=True)
 class EnqueueReply:
-    """What became of a job; where it was refused `amount` is what is in use, `wait_us` until its work is allowed.
+    """The outcome of a new job. If refused, `amount` is the amount in use, `wait_us` the time until its work is allowed.
 
     `jobs` are those in the queue, with the one that was created.
     """
@@ -215,7 +215,7 @@ class ClaimReply:
 
 @dataclass(frozen=True, slots=True)
 class SettleReply:
-    """What became of a worker's write. `lost`: the claim is another worker's, or a deadline has ended the job."""
+    """The outcome of a worker's write. `lost`: the claim is another worker's, or a deadline has ended the job."""
 
     status: Literal["done", "retried", "canceled", "lost", "no_room", "no_upload"]
 

@@ -28,7 +28,7 @@ class LatentGrid:
 
 
 def count_items(params: JobParams) -> int:
-    """How many images a job asks for."""
+    """Number of images of a job."""
     return params.num_images if isinstance(params, GenerateParams) else params.batch_items
 
 

@@ -246,7 +246,7 @@ def _to_link(traceparent: str | None) -> Link | None:
 
 
 def _new_traceparent() -> str:
-    """A trace that is not sampled, for the log lines of a request that nobody traces."""
+    """A trace that is not sampled, for the log lines of an untraced request."""
     return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00"
 
 

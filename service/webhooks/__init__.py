@@ -1,1 +1,1 @@
-"""Signed webhooks: which hosts may be called, and who calls them."""
+"""Signed webhooks: allowed hosts and delivery."""

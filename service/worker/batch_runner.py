@@ -70,7 +70,7 @@ class BatchRun:
         self._to_latents = to_latents
 
     def run(self, items: Sequence[Item], slice_size: int) -> list[Outcome | RawOutput]:
-        """What became of each item, in order; at most `slice_size` of them are on the device at once."""
+        """The outcome of each item, in order; at most `slice_size` of them are on the device at once."""
         slices = [items[start : start + slice_size] for start in range(0, len(items), slice_size)]
         return [outcome for part in slices for outcome in self._run_isolated(part)]
 

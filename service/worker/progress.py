@@ -21,7 +21,7 @@ _PROGRESS_S = 1.0
 
 
 class Reports(Protocol):
-    """Where progress of jobs goes, and who knows which of them nobody wants: the queue's `JobConsumer`."""
+    """Publishes the progress of jobs and knows which of them are canceled: the queue's `JobConsumer`."""
 
     def emit(self, claim: Claim, name: str, data: Mapping[str, object], image: bytes | None = None) -> None:
         """Add a progress event, of a preview with its image."""

@@ -1,8 +1,8 @@
 """Commands that make the pocket bundle: `python -m giantleap.training.pocket COMMAND`.
 
 In order: `autoencoder`, `bundle`, `pictures`; then the public trainer makes the adapter, as for any bundle:
-`giantleap train prepare` and `giantleap train run` with `training/pocket/adapter.toml`; then `swinir`,
-`scenes`, `text`, and `pack`.
+`giantleap train prepare` and `giantleap train run` with `training/pocket/adapter.toml` and `adapter_long.toml`; then
+`swinir`, `scenes`, `text`, and `pack`.
 """
 
 import shutil

@@ -39,7 +39,7 @@ HALF_SHARE = 0.35
 STILL_LIFE_SHARE, LEAF_SHARE = 0.12, 0.12  # of the pictures for the adapter; the rest are photographs
 LARGE_PX = 512  # of the scenes that are cut: a scene of 128 px at x4
 CUTS, CANDIDATES = 3, 3
-# Codes of a mirrored picture are other codes: shown one way only, the adapter learns scenes by heart (1 dB less at x2).
+# Codes of a mirrored picture are other codes: shown one way only, the adapter memorizes scenes (1 dB less at x2).
 ORIENTATIONS = 8
 # An adapter learns nothing from smooth pictures: one is a drawn gradient, one is mostly out of focus.
 WEIGHTS = {"umang_by_Abhishek_Mudgal.jpg": 0.1, "seeding_by_Clements_Engelhardt.jpg": 0.5}

@@ -20,7 +20,9 @@ from giantleap.training.pocket.network import SCALING_FACTOR, make_autoencoder
 from giantleap.training.pocket.swinir import swinir_spec, write_swinir
 from giantleap.training.pocket.text import Recipe, TextToLatent, write_pipeline
 from giantleap.training.pocket.tokenizer import open_sana_tokenizer
+from giantleap.training.run_config import check_config, read_toml
 
+RUN_FILES = sorted(Path("training/pocket").glob("*.toml"))
 SPEC = LuaSpec(24, 12, (2,), 2, window=4, num_feat=8, scales=(2, 4))
 
 
@@ -112,3 +114,9 @@ def test_the_shipped_bundle_draws_the_colors_of_a_prompt() -> None:
         )
     )
     assert [int(color.argmax()) for color in (thing, ground, sky)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)
+def test_the_run_files_of_the_adapter_are_valid_and_in_the_page(path: Path) -> None:
+    assert check_config(read_toml(path), str(path)).held_out_tiles == 28
+    assert f"giantleap train run --config {path}" in Path("docs/training.md").read_text()
