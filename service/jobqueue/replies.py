@@ -57,7 +57,7 @@ class StoredJob:
 
 @dataclass(frozen=True, slots=True)
 class EnqueueReply:
-    """The outcome of a new job. If refused, `amount` is the amount in use, `wait_us` the time until its work is allowed.
+    """The outcome of a new job. If refused, `amount` is the amount in use, `wait_us` the time until it is allowed.
 
     `jobs` are those in the queue, with the one that was created.
     """
