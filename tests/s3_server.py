@@ -2,12 +2,10 @@
 
 import json
 import os
-import socket
 import subprocess
 import sysconfig
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -15,6 +13,8 @@ import obstore
 import pytest
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
+
+from tests.ports import free_ports
 
 BUCKET = "results"
 _SECRET = "s3-test-secret"
@@ -32,7 +32,7 @@ class S3Server:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
-        ports = _free_ports(2 * len(_PORTS))
+        ports = free_ports(2 * len(_PORTS))
         self._ports = dict(zip(_PORTS, ports, strict=False))
         self._grpc_ports = dict(zip(_PORTS, ports[len(_PORTS) :], strict=True))
         self.environment = {
@@ -100,14 +100,6 @@ class S3Server:
             self._process.kill()
             self._process.wait()
             self._process = None
-
-
-def _free_ports(number: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from giantleap.service.jobs.job import ResultFile, UpscaleParams
 from giantleap.service.jobs.media_types import SAFETENSORS_TYPE
 from giantleap.service.results.jobs import open_files
 from giantleap.service.settings import Settings, read_settings, to_environment
-from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
+from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, free_port
 from giantleap.service.supervisor.supervisor import to_child_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,14 +128,6 @@ def await_answer(processes: list["subprocess.Popen[bytes]"], port: int, path: st
             return
         time.sleep(0.1)
     raise TimeoutError(f"no 200 from {path} at port {port} within {_START_TIMEOUT_S:.0f} s")
-
-
-def free_port() -> int:
-    """Return a free TCP port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def used_cpu_s(root: psutil.Process | None = None) -> dict[str, float]:

@@ -29,9 +29,10 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.load.service import await_answer, free_port, run_server
+from benchmarks.load.service import await_answer, run_server
 from benchmarks.machine import read_machine
 from benchmarks.startup import Checkout
+from giantleap.service.supervisor.embedded_redis import free_port
 
 BUNDLE = Path("bundles/pocket")
 PROMPT = "a large green cone on a purple floor under an orange sky, in the centre"

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import redis
 
 from giantleap.service.jobqueue.client import open_redis
 from giantleap.service.supervisor.embedded_redis import EmbeddedRedis, find_server
+from tests.ports import free_ports
 
 _UP_S = 60.0
 SERVICE = "queue"
@@ -70,7 +70,7 @@ class Replicated:
     _sentinels: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        ports = _free_ports(6)
+        ports = free_ports(6)
         self._server_ports, self._sentinel_ports = ports[:3], ports[3:]
         self.url = (
             "redis+sentinel://" + ",".join(f"127.0.0.1:{port}" for port in self._sentinel_ports) + f"/{SERVICE}/0"
@@ -158,14 +158,6 @@ def _await(what: str, is_true: Callable[[], bool]) -> None:
     while not is_true():
         assert time.monotonic() < deadline_s, f"{what}: not within {_UP_S:.0f} s"
         time.sleep(0.1)
-
-
-def _free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def open_store(store: Store) -> redis.Redis:

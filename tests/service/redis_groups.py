@@ -1,8 +1,6 @@
 """Groups of real Redis servers for tests: a cluster of three, a master and replica under three sentinels."""
 
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import redis
 
 from giantleap.service.supervisor.embedded_redis import find_server
+from tests.ports import free_ports
 from tests.waiting import wait_until
 
 SLOTS = 16384
@@ -47,22 +46,6 @@ class Server:
             return bool(self.client.ping())
         except (redis.ConnectionError, redis.TimeoutError):
             return False
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports free together with those of the cluster bus, 10,000 higher; all below the range of outgoing connections."""
-    found: list[int] = []
-    for port in range(11_000 + time.monotonic_ns() // 1000 % 10_000, 22_000):
-        try:
-            for each in (port, port + 10_000):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", each))
-        except OSError:
-            continue
-        found.append(port)
-        if len(found) == number:
-            return found
-    raise AssertionError("no free ports")
 
 
 @contextmanager

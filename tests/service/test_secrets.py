@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,17 +16,12 @@ from safetensors.numpy import save
 
 from giantleap.service.auth import new_key
 from giantleap.service.settings import read_settings
+from giantleap.service.supervisor.embedded_redis import free_port
 from tests.service.compat_fakes import LATENT
 from tests.service.paper_bundle import write_paper_bundle
 
 PROMPT = "a marmalade-zeppelin over a green floor"
 WORD = "marmalade"
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def ask_everything(url: str, key: str, wrong_key: str) -> set[int]:

@@ -29,6 +29,7 @@ from giantleap.models.vae.strip_plan import (
     plan_decode,
     prefers_strips,
 )
+from tests.tensors import largest_difference
 from tests.tiny_pipelines import tiny_dc_vae
 
 CPU = torch.device("cpu")
@@ -103,11 +104,6 @@ def own_decode(family: Family, model: Any, raw: Tensor) -> Tensor:
     """As the family's pipeline calls the class."""
     image: Tensor = model.decode(raw[:, :, None] if family.frames else raw, return_dict=False)[0]
     return image[:, :, 0] if family.frames else image
-
-
-def largest_difference(left: Tensor, right: Tensor) -> float:
-    assert left.shape == right.shape and left.isfinite().all() and right.isfinite().all()
-    return float((left.double() - right.double()).abs().max())
 
 
 @every_family

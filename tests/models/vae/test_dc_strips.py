@@ -20,6 +20,7 @@ from giantleap.models.vae.dc_strips import DcStrips
 from giantleap.models.vae.decode import decode_plain
 from giantleap.models.vae.decoder_check import UnknownDecoderError
 from giantleap.models.vae.strip_plan import DecodeBudgetError
+from tests.tensors import largest_difference
 from tests.tiny_pipelines import tiny_dc_vae
 
 TOLERANCE = 1e-5
@@ -52,11 +53,6 @@ def cut_of(vae: Any, dtype: torch.dtype = torch.float32) -> DcStrips:
 def latents_of(vae: Any, height: int, width: int, batch: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, vae.config.latent_channels, height, width, generator=generator)
-
-
-def largest_difference(left: Tensor, right: Tensor) -> float:
-    assert left.shape == right.shape and left.isfinite().all() and right.isfinite().all()
-    return float((left.double() - right.double()).abs().max())
 
 
 @pytest.mark.parametrize("config", [SHUFFLES, SANA], ids=["shuffles", "sana"])

@@ -22,6 +22,7 @@ from giantleap.models.vae.strip_plan import (
     plan_decode,
 )
 from giantleap.models.vae.strips import StripMap, phase_kernels
+from tests.tensors import largest_difference
 
 TOLERANCE = 1e-4
 
@@ -59,11 +60,6 @@ def decode_in_strips(vae: AutoencoderKL, latents: Tensor, strip_bytes: int) -> T
     height, width = latents.shape[2:]
     plan = plan_decode(DecoderShape.from_config(vae.config), height, width, "float32", strip_bytes=strip_bytes)
     return decode_exact(vae, latents, plan=plan)
-
-
-def largest_difference(left: Tensor, right: Tensor) -> float:
-    assert left.shape == right.shape and left.isfinite().all() and right.isfinite().all()
-    return float((left.double() - right.double()).abs().max())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 2), (17, 33)])

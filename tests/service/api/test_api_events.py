@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from giantleap.service.api.sse import read_last_event_id, stream_events, to_bloc
 from giantleap.service.errors import MalformedRequest, NotReady
 from giantleap.service.jobs.job import GenerateParams, Job, JobEvent, Priority
 from giantleap.service.settings import Settings, read_settings
+from giantleap.service.supervisor.embedded_redis import free_port
 from tests.service.fake_producer import FakeProducer, stay_queued, succeed
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
@@ -209,10 +209,11 @@ async def _lines(url: str) -> AsyncIterator[str]:
             yield line
 
 
-async def test_sigterm_ends_streams_and_waits_at_once(settings: Settings, bundle_dir: Path, free_port: int) -> None:
-    argv = [sys.executable, "-c", SERVE, str(bundle_dir), str(settings.redis_url), settings.key_prefix, str(free_port)]
+async def test_sigterm_ends_streams_and_waits_at_once(settings: Settings, bundle_dir: Path) -> None:
+    port = free_port()
+    argv = [sys.executable, "-c", SERVE, str(bundle_dir), str(settings.redis_url), settings.key_prefix, str(port)]
     process = subprocess.Popen(argv)
-    url = f"http://127.0.0.1:{free_port}"
+    url = f"http://127.0.0.1:{port}"
     try:
         async with httpx.AsyncClient(base_url=url, timeout=60) as caller:
             deadline_s = time.monotonic() + 90
@@ -236,11 +237,3 @@ async def test_sigterm_ends_streams_and_waits_at_once(settings: Settings, bundle
     finally:
         process.kill()
         process.wait()
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

@@ -9,7 +9,8 @@ import pytest
 from giantleap.service.doctor.findings import Finding, Level
 from giantleap.service.doctor.redis_server import RedisFacts, check_redis, read_redis
 from giantleap.service.settings import Settings, read_settings
-from tests.service.redis_groups import Server, free_ports
+from tests.ports import free_ports
+from tests.service.redis_groups import Server
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -12,8 +12,9 @@ from giantleap.service.jobqueue import scripts
 from giantleap.service.jobqueue.server import check_url
 from giantleap.service.jobs.job import JobError, JobState, Priority, ResultFile
 from giantleap.service.settings import Settings
+from tests.ports import free_ports
 from tests.redis_fixtures import ConsumerOpener, ProducerOpener
-from tests.service.redis_groups import Server, free_ports
+from tests.service.redis_groups import Server
 
 ROOT = Path(__file__).resolve().parents[3]
 RULE = next(line for line in (ROOT / "deploy/redis/giantleap.acl").read_text().splitlines() if line.startswith("user "))

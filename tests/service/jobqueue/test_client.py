@@ -18,7 +18,8 @@ from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.producer import JobProducer
 from giantleap.service.jobs.job import Job, JobError, JobState, ResultFile
 from giantleap.service.settings import Settings, read_settings
-from tests.service.redis_groups import Server, cluster, free_ports, is_whole
+from tests.ports import free_ports
+from tests.service.redis_groups import Server, cluster, is_whole
 from tests.waiting import wait_until
 
 SECRET = "open-sesame"

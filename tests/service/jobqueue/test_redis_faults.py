@@ -22,10 +22,11 @@ from giantleap.service.jobqueue.keys import Keys
 from giantleap.service.jobqueue.server import check_url
 from giantleap.service.jobs.job import JobState, ResultFile
 from giantleap.service.settings import Settings
+from tests.ports import free_ports
 from tests.redis_fixtures import ProducerOpener
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import write_paper_bundle
-from tests.service.redis_groups import Server, free_ports
+from tests.service.redis_groups import Server
 from tests.waiting import wait_until
 
 PNG = ResultFile("image/png", 3)

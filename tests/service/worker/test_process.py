@@ -11,7 +11,8 @@ from giantleap.cli.main import app
 from giantleap.service.errors import EXIT_BAD_CONFIGURATION, BadConfiguration
 from giantleap.service.settings import read_settings
 from giantleap.service.worker.process import run_worker
-from tests.service.redis_groups import Server, free_ports
+from tests.ports import free_ports
+from tests.service.redis_groups import Server
 from tests.waiting import wait_until
 
 
