@@ -24,9 +24,10 @@ import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+from redis.asyncio.sentinel import SentinelConnectionPool as AsyncSentinelConnectionPool
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import Sentinel, SentinelConnectionPool
 
 from giantleap.service.errors import BadConfiguration, NotReady
 from giantleap.service.jobqueue.faults import REDIS_UNAVAILABLE, to_bad_configuration, to_not_ready
@@ -165,6 +166,24 @@ def _read_hosts(text: str, default_port: int) -> tuple[tuple[str, int], ...]:
     return tuple(hosts)
 
 
+class _SentinelPool(SentinelConnectionPool):
+    """Closes its connections to the sentinels too, which redis-py leaves open."""
+
+    def close(self) -> None:
+        super().close()
+        for sentinel in self.sentinel_manager.sentinels:
+            sentinel.close()
+
+
+class _AsyncSentinelPool(AsyncSentinelConnectionPool):
+    """As `_SentinelPool`, for asyncio."""
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        for sentinel in self.sentinel_manager.sentinels:
+            await sentinel.aclose()
+
+
 def open_redis(
     url: str,
     max_outage_s: float = _MAX_OUTAGE_S,
@@ -193,7 +212,8 @@ def open_redis(
     options["retry_on_error"] = [redis.ConnectionError]
     if address.kind == "sentinel":
         sentinel = Sentinel(address.hosts, sentinel_kwargs=_sentinel_options(address, Retry(NoBackoff(), 0)))
-        master: redis.Redis = sentinel.master_for(address.service, db=address.db, ssl=address.tls, **options)
+        options |= {"db": address.db, "ssl": address.tls, "connection_pool_class": _SentinelPool}
+        master: redis.Redis = sentinel.master_for(address.service, **options)
         return master
     try:
         return redis.Redis.from_url(url, **options)
@@ -240,7 +260,8 @@ def open_async_redis(url: str) -> AsyncRedis:
     options["retry_on_error"] = [redis.ConnectionError, redis.TimeoutError]
     if address.kind == "sentinel":
         sentinel = AsyncSentinel(address.hosts, sentinel_kwargs=_sentinel_options(address, AsyncRetry(NoBackoff(), 0)))
-        master: redis.asyncio.Redis = sentinel.master_for(address.service, db=address.db, ssl=address.tls, **options)
+        options |= {"db": address.db, "ssl": address.tls, "connection_pool_class": _AsyncSentinelPool}
+        master: redis.asyncio.Redis = sentinel.master_for(address.service, **options)
         return master
     try:
         return redis.asyncio.Redis.from_url(url, **options)

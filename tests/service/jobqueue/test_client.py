@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import redis
 
 from giantleap.service.errors import BadConfiguration, NotReady
 from giantleap.service.jobqueue.claims import Claim
@@ -23,6 +24,7 @@ from tests.service.redis_groups import Server, cluster, is_whole
 from tests.waiting import wait_until
 
 SECRET = "open-sesame"
+EMPTY = {b"HELLO": b"%0\r\n", b"SENTINEL": b"*0\r\n"}  # replies in RESP3
 
 
 @pytest.mark.parametrize("url", ["redis://h:1/2", "rediss://h", "unix:///run/redis.sock?db=1"])
@@ -43,6 +45,38 @@ def test_a_sentinel_url_names_hosts_service_database_and_logins() -> None:
     assert address.hosts == (("a", 26379), ("b", 7000), ("::1", 26379))
     assert address.login == {"username": "me", "password": "p@ss"}
     assert address.sentinel_login == {"password": "s"}
+
+
+@asynccontextmanager
+async def ignorant_sentinel() -> AsyncIterator[tuple[str, list[asyncio.Event]]]:
+    """A sentinel that knows no master: its URL, and an event for each connection, set when the client has closed it."""
+    closed: list[asyncio.Event] = []
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        closed.append(asyncio.Event())
+        ended = closed[-1]
+        while received := await reader.read(4096):
+            for command in received.split(b"\r\n*"):
+                writer.write(next((reply for name, reply in EMPTY.items() if name in command), b"+OK\r\n"))
+        writer.close()
+        ended.set()
+
+    async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
+        yield f"redis+sentinel://127.0.0.1:{server.sockets[0].getsockname()[1]}/jobs", closed
+
+
+async def test_a_closed_client_has_no_connection_to_a_sentinel() -> None:
+    async with ignorant_sentinel() as (url, closed):
+        client = open_async_redis(url)
+        with pytest.raises(redis.ConnectionError):
+            await client.ping()
+        await client.aclose()
+        for_threads = open_redis(url)
+        with pytest.raises(redis.ConnectionError):
+            await asyncio.to_thread(for_threads.ping)
+        for_threads.close()
+        assert len(closed) >= 2
+        await asyncio.wait_for(asyncio.gather(*(each.wait() for each in closed)), timeout=10)
 
 
 def test_a_cluster_url_names_hosts_and_login() -> None:
