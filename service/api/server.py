@@ -220,7 +220,7 @@ class BoundedHttp(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _respond_early(self) -> bytes | Permit | None:
-        """Ask for an early response, on a kept-alive connection with no other response pending."""
+        """Ask for an early response, on a keep-alive connection with no other response pending."""
         if self.early_refusal is None or self.parser.get_method() != b"POST":
             return None
         if self.expect_100_continue or self.parser.get_http_version() != "1.1" or not self.parser.should_keep_alive():

@@ -1,7 +1,9 @@
-"""A request for a new job holds a permit until the queue has answered it, and gives it back however it ends."""
+"""A request for a new job holds a permit until the queue has answered it, and releases it however it ends."""
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -70,6 +72,16 @@ def all_released(gate: UnsureGate) -> Callable[[], bool]:
     return lambda: gate.permits == 0 and gate.taken > 0
 
 
+@contextmanager
+def waiting_request(url: str, gate: UnsureGate, content: bytes) -> Iterator[socket.socket]:
+    """A connection of which the request, so far `HEAD` and the content, waits for its decision."""
+    gate.unsure = True
+    with connect(url) as client:
+        client.sendall(HEAD + content)
+        wait_until(lambda: len(gate.waits) == 1, "the request waits")
+        yield client
+
+
 def post(url: str, content: bytes, **headers: str) -> httpx.Response:
     sent = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
     return httpx.post(f"{url}/generate", content=content, headers=sent, timeout=60)
@@ -87,15 +99,13 @@ def post(url: str, content: bytes, **headers: str) -> httpx.Response:
     ],
     ids=["a job", "taken by the middleware", "no JSON", "no such size", "no such type", "a bad header"],
 )
-def test_a_permit_is_given_back(
-    url: str, gate: UnsureGate, content: bytes, headers: dict[str, str], status: int
-) -> None:
+def test_a_permit_is_released(url: str, gate: UnsureGate, content: bytes, headers: dict[str, str], status: int) -> None:
     assert post(url, content, **headers).status_code == status
     wait_until(all_released(gate), "the permit is released")
     assert gate.taken == 1
 
 
-def test_a_permit_is_given_back_when_the_queue_has_the_job(url: str, gate: UnsureGate, producer: FakeProducer) -> None:
+def test_a_permit_is_released_when_the_queue_has_the_job(url: str, gate: UnsureGate, producer: FakeProducer) -> None:
     producer.end = stay_queued
     with connect(url) as client:
         client.sendall(HEAD + b"\r\n" + BODY)
@@ -103,7 +113,7 @@ def test_a_permit_is_given_back_when_the_queue_has_the_job(url: str, gate: Unsur
         assert gate.taken == 1 and gate.permits == 0
 
 
-def test_a_permit_is_given_back_when_the_client_leaves_before_its_body_is_there(url: str, gate: UnsureGate) -> None:
+def test_a_permit_is_released_when_the_client_disconnects_within_its_body(url: str, gate: UnsureGate) -> None:
     with connect(url) as client:
         client.sendall(HEAD + b"\r\n" + BODY[:4])
         wait_until(lambda: gate.permits == 1, "the request has a permit")
@@ -112,10 +122,7 @@ def test_a_permit_is_given_back_when_the_client_leaves_before_its_body_is_there(
 
 
 def test_a_request_waits_unread_until_it_may_pass(url: str, gate: UnsureGate, producer: FakeProducer) -> None:
-    gate.unsure = True
-    with connect(url) as client:
-        client.sendall(HEAD + b"\r\n" + BODY[:4])
-        wait_until(lambda: len(gate.waits) == 1, "the request waits")
+    with waiting_request(url, gate, b"\r\n" + BODY[:4]) as client:
         client.sendall(BODY[4:])
         assert not producer.jobs
         gate.answer()
@@ -127,10 +134,7 @@ def test_a_request_waits_unread_until_it_may_pass(url: str, gate: UnsureGate, pr
 
 
 def test_a_request_that_waited_is_refused_when_the_queue_is_full(url: str, gate: UnsureGate) -> None:
-    gate.unsure = True
-    with connect(url) as client:
-        client.sendall(HEAD + b"\r\n" + BODY)
-        wait_until(lambda: len(gate.waits) == 1, "the request waits")
+    with waiting_request(url, gate, b"\r\n" + BODY) as client:
         gate.answer(FULL)
         response = read_response(client)
         assert response.startswith(b"HTTP/1.1 429 ") and b"\r\nretry-after: 7\r\n" in response
@@ -140,13 +144,10 @@ def test_a_request_that_waited_is_refused_when_the_queue_is_full(url: str, gate:
 
 
 @pytest.mark.parametrize("more", [b"Idempotency-Key: k\r\n\r\n" + BODY, b"X-A: "], ids=["not new", "incomplete"])
-def test_a_permit_that_a_request_has_waited_for_in_vain_is_given_back(
+def test_a_permit_that_the_early_refusal_cannot_use_is_released(
     url: str, gate: UnsureGate, producer: FakeProducer, more: bytes
 ) -> None:
-    gate.unsure = True
-    with connect(url) as client:
-        client.sendall(HEAD + more)
-        wait_until(lambda: len(gate.waits) == 1, "the request waits")
+    with waiting_request(url, gate, more) as client:
         gate.answer()
         wait_until(all_released(gate), "the permit is released")
         if more.endswith(b": "):
@@ -155,11 +156,9 @@ def test_a_permit_that_a_request_has_waited_for_in_vain_is_given_back(
     assert len(producer.jobs) == 1
 
 
-def test_who_has_left_while_waiting_leaves_no_permit(url: str, gate: UnsureGate) -> None:
-    gate.unsure = True
-    with connect(url) as client:
-        client.sendall(HEAD + b"\r\n" + BODY)
-        wait_until(lambda: len(gate.waits) == 1, "the request waits")
+def test_a_client_that_disconnects_while_waiting_leaves_no_permit(url: str, gate: UnsureGate) -> None:
+    with waiting_request(url, gate, b"\r\n" + BODY):
+        pass
     gate.answer()
     wait_until(all_released(gate), "the permit is released")
     assert gate.taken == 1 and gate.permits == 0
