@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from tests.streams import close_stream
+
 
 @dataclass
 class Relay:
@@ -17,25 +19,39 @@ class Relay:
         cut_after: For each connection to come, how many bytes of the service's answers it passes on before it is cut;
             connections after the last one are whole.
         cuts: Connections that were cut.
+        writers: Connections to clients that are open.
     """
 
     target: tuple[str, int]
     cut_after: list[int] = field(default_factory=list)
     url: str = ""
     cuts: int = 0
+    writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.add(writer)
+        try:
+            await self._pass_both_ways(reader, writer)
+        finally:
+            await close_stream(writer)
+            self.writers.remove(writer)
+
+    async def _pass_both_ways(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         limit_bytes = self.cut_after.pop(0) if self.cut_after else None
         there_reader, there_writer = await asyncio.open_connection(*self.target)
         there = asyncio.create_task(_pass_on(reader, there_writer, None))
-        try:
-            if await _pass_on(there_reader, writer, limit_bytes):
-                self.cuts += 1
+        if await _pass_on(there_reader, writer, limit_bytes):
+            self.cuts += 1
+            writer.transport.abort()
+        await close_stream(there_writer)
+        await there
+
+    async def end(self) -> None:
+        """Cut every connection and wait until none is left: a socket that a closed loop leaves open is a warning."""
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for writer in self.writers:
                 writer.transport.abort()
-        finally:
-            there.cancel()
-            for each in (there_writer, writer):
-                each.close()
+            await asyncio.wait(others)
 
 
 async def _pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter, limit_bytes: int | None) -> bool:
@@ -68,10 +84,7 @@ def running_relay(url: str) -> Iterator[Relay]:
         started.set()
         await stop.wait()
         server.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await relay.end()
 
     thread = threading.Thread(target=loop.run_until_complete, args=(run(),), daemon=True)
     thread.start()

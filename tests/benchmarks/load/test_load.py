@@ -19,6 +19,7 @@ from benchmarks.load.overload import pinned_to_one_core
 from benchmarks.load.page import PAGE, to_markdown
 from benchmarks.load.run import FIGURES, summarize, to_form
 from benchmarks.load.service import part_of, used_cpu_s
+from tests.streams import close_stream
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "load.json"
 PARTS_MS = {"cpu_api_ms": 0.75, "cpu_worker_ms": 0.2, "cpu_redis_ms": 0.3}
@@ -48,8 +49,7 @@ async def serve(refuse_every: int) -> AsyncIterator[int]:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             await answer_one_in(reader, writer, refuse_every)
-        writer.close()
-        await writer.wait_closed()
+        await close_stream(writer)
 
     def start(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         handlers.add(asyncio.create_task(handle(reader, writer)))
@@ -104,10 +104,9 @@ async def test_the_open_run_goes_on_when_the_server_closes_an_idle_connection() 
             await reader.readuntil(b"\r\n\r\n")
             for other in opened:
                 if other is not writer:
-                    other.close()
-                    await other.wait_closed()
+                    await close_stream(other)
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-        writer.close()
+        await close_stream(writer)
 
     async with await asyncio.start_server(answer_one_and_close_the_others, "127.0.0.1", 0) as server:
         poll = OpenLoop(server.sockets[0].getsockname()[1], to_request("/", b"", {}))
@@ -133,7 +132,7 @@ async def test_a_time_of_the_open_run_starts_when_the_request_was_due() -> None:
         answers = await asyncio.to_thread(poll.run, [-60.0] * requests)  # a minute late
         poll.close()
         for writer in waiting:
-            writer.close()
+            await close_stream(writer)
     assert len(answers) == requests and min(time_ms for _, time_ms in answers) >= 60_000
 
 

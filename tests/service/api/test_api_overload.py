@@ -21,6 +21,7 @@ from giantleap.service.supervisor.embedded_redis import EmbeddedRedis
 from tests.service.live_server import live_server
 from tests.service.paper_bundle import CHANNELS, write_paper_bundle
 from tests.service.thread_worker import thread_worker
+from tests.streams import close_stream
 
 CLIENTS = 64
 QUEUE_LIMIT = 32
@@ -117,7 +118,7 @@ async def refused_unread(url: str, headers: str) -> bytes:
         await writer.drain()
         return await reader.readuntil(b"\r\n\r\n")
     finally:
-        writer.close()
+        await close_stream(writer)
 
 
 async def test_a_full_queue_refuses_new_jobs_before_their_body_is_read(

@@ -21,6 +21,7 @@ from giantleap.service.jobs.job import Job, JobError, JobState, ResultFile
 from giantleap.service.settings import Settings, read_settings
 from tests.ports import free_ports
 from tests.service.redis_groups import Server, cluster, is_whole
+from tests.streams import close_stream
 from tests.waiting import wait_until
 
 SECRET = "open-sesame"
@@ -58,7 +59,7 @@ async def ignorant_sentinel() -> AsyncIterator[tuple[str, list[asyncio.Event]]]:
         while received := await reader.read(4096):
             for command in received.split(b"\r\n*"):
                 writer.write(next((reply for name, reply in EMPTY.items() if name in command), b"+OK\r\n"))
-        writer.close()
+        await close_stream(writer)
         ended.set()
 
     async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
