@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from giantleap.training.data.pairs_store import replacing
+from giantleap.models.atomic_file import replacing
 from giantleap.training.pocket.drawing.leaves import read_leaf_pool
 from giantleap.training.pocket.drawing.photographs import cut_crop
 from giantleap.training.pocket.drawing.still_life import draw_still_life, render_still_life

@@ -19,6 +19,7 @@ MAX_FUNCTION_LINES = 60
 # From the bottom to the top. A part imports its own modules and the parts of the lines below its own, no others.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
+        "models.atomic_file",
         "models.constraints",
         "models.pixels.image_formats",
         "models.messages",

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from giantleap.training.data.pairs_store import replace_file
+from giantleap.models.atomic_file import replace_file
 from giantleap.training.optim import Ema
 from giantleap.training.stage_optimizer import StageOptimizer
 

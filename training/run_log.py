@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from giantleap.models.atomic_file import replace_file
 from giantleap.models.messages import install_hint
-from giantleap.training.data.pairs_store import replace_file
 from giantleap.training.run_config import ConfigError
 
 LOG_FILE = "log.jsonl"

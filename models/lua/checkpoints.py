@@ -6,8 +6,6 @@ files are read as well (`models/lua/released_layouts.py`), also as training loop
 and the expected value.
 """
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from giantleap.models.atomic_file import replace_file
 from giantleap.models.lua.network import Lua
 from giantleap.models.lua.released_layouts import CheckpointError, convert_state_dict
 from giantleap.models.lua.spec import SPEC_KEY, LuaSpec
@@ -39,7 +38,7 @@ def write_lua(path: Path, net: Lua, metadata: Mapping[str, str] | None = None) -
         raise CheckpointError(f"{path}: the metadata key {SPEC_KEY!r} is taken by the spec")
     weights = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
     _refuse_not_finite(path, weights)
-    _replace_file(path, save(weights, {**extra, SPEC_KEY: net.spec.to_json()}))
+    replace_file(path, save(weights, {**extra, SPEC_KEY: net.spec.to_json()}))
 
 
 def read_lua(path: Path, device: torch.device | str = "cpu") -> Lua:
@@ -95,18 +94,3 @@ def _refuse_not_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
     for key, value in weights.items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{path}: key {key}: found NaN or infinite values, expected finite numbers")
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp gives 0600
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from giantleap.models.atomic_file import replace_file
 from giantleap.training.data import pairs_store
 from giantleap.training.data import prepare as prepare_module
 
@@ -17,7 +18,7 @@ class Killed(BaseException):
 @contextmanager
 def killed_at_write(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever the block does with pairs ends in the middle of the file with this number, the first being 0."""
-    write, written = pairs_store.replace_file, 0
+    written = 0
 
     def write_or_die(path: Path, content: bytes) -> None:
         nonlocal written
@@ -25,7 +26,7 @@ def killed_at_write(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
             path.with_name(f".{path.name}.1.partial").write_bytes(content[: len(content) // 2])
             raise Killed
         written += 1
-        write(path, content)
+        replace_file(path, content)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(pairs_store, "replace_file", write_or_die)

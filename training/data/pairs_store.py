@@ -9,17 +9,18 @@ import bisect
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from giantleap.models.atomic_file import replace_file, replacing
 
 INDEX = "index.jsonl"
 SUMMARY = "summary.json"
@@ -30,27 +31,6 @@ LEVELS = (1, 2, 4)  # the tile, and its reduction for each scale head
 
 class PairsError(ValueError):
     """Pairs are missing, unfinished, damaged, or do not match the request."""
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for atomic replacement: it has the old or the new content, also after a power cut."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file atomically by this content."""
-    with replacing(path) as file:
-        file.write(content)
 
 
 def tensor_hash(tensor: Tensor) -> str:

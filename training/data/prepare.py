@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from giantleap.models.atomic_file import replace_file
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.pixels.rgb import DAMAGE, open_picture, to_rgb
 from giantleap.models.vae.autoencoder import Vae
@@ -37,7 +38,6 @@ from giantleap.training.data.pairs_store import (
     has_shard,
     has_tiles,
     read_skipped,
-    replace_file,
     tensor_hash,
     write_index,
     write_shard,

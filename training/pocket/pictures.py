@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from giantleap.models.atomic_file import replacing
 from giantleap.training.losses import shrink
 from giantleap.training.pocket.drawing.leaves import read_leaf_pool
 from giantleap.training.pocket.drawing.photographs import (
@@ -118,7 +119,8 @@ def read_scenes(folder: Path, count: int, seed: int) -> Pixels:
         folder.mkdir(parents=True, exist_ok=True)
         scenes = [draw_scene(np.random.default_rng((seed, index))) for index in range(count)]
         images = torch.cat([render([scene], CROP_PX)[0] for scene in scenes])
-        np.save(path, (images * 255.0).round().byte().permute(0, 2, 3, 1).numpy(), allow_pickle=False)
+        with replacing(path) as file:
+            np.save(file, (images * 255.0).round().byte().permute(0, 2, 3, 1).numpy(), allow_pickle=False)
     pool: Pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     return pool
 

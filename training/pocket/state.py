@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from giantleap.models.atomic_file import replacing
 from giantleap.training.optim import Budget, Ema, MuonAdamW
 
 
@@ -51,7 +52,6 @@ class TrainState:
         """Write the state; a crash half-way leaves the previous file whole."""
         self.saved_s = self.spent_s
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         content = {
             "network": self.network.state_dict(),
             "ema": self.ema.weights,
@@ -61,8 +61,8 @@ class TrainState:
             "numpy_rng": json.dumps(self.rng.bit_generator.state),
             "torch_rng": torch.get_rng_state(),
         }
-        torch.save(content, partial)
-        partial.rename(path)
+        with replacing(path) as file:
+            torch.save(content, file)
 
     def read(self, path: Path) -> None:
         """Restore the state in place.

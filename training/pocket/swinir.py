@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from giantleap.models.atomic_file import replace_file
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua, LuaSpec, ScaleHead
 from giantleap.models.lua.released_layouts import RGB_MEAN
@@ -145,11 +146,8 @@ def write_swinir(path: Path, net: Lua) -> None:
             else next(new + own.removeprefix(old) for old, new in moves.items() if own.startswith(old))
         )
         weights[name] = value.half().contiguous()
-    partial = path.with_suffix(".partial")
     provenance = {"trained_by": "python -m giantleap.training.pocket swinir", "license": "Apache-2.0"}
-    save_file(weights, partial, provenance)
-    partial.chmod(0o644)  # safetensors creates files with mode 600
-    partial.rename(path)
+    replace_file(path, save(weights, provenance))
 
 
 @torch.no_grad()

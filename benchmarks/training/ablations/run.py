@@ -28,12 +28,13 @@ from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.pictures import read_leaves, write_pictures
 from benchmarks.quality.photos import read_photos
 from benchmarks.quality.routes import psnr_db
+from giantleap.models.atomic_file import replace_file
 from giantleap.models.bundle.bundle import read_bundle
 from giantleap.models.lua.checkpoints import read_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.data.frozen_vae import read_vae, vae_hash
-from giantleap.training.data.pairs_store import PairsStore, replace_file
+from giantleap.training.data.pairs_store import PairsStore
 from giantleap.training.data.prepare import PrepareConfig, prepare
 from giantleap.training.evaluation.cases import shrink
 from giantleap.training.run import DistributedContext, train

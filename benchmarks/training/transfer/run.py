@@ -23,12 +23,13 @@ from benchmarks.machine import PHOTO_PACKAGES, read_machine
 from benchmarks.pictures import Pixels, read_leaves, write_pictures
 from benchmarks.quality.photos import read_photos
 from benchmarks.quality.routes import SCALES, psnr_db
+from giantleap.models.atomic_file import replace_file
 from giantleap.models.bundle.bundle import Bundle, read_bundle
 from giantleap.models.lua.checkpoints import read_lua, write_lua
 from giantleap.models.lua.network import Lua
 from giantleap.models.vae.autoencoder import Vae
 from giantleap.training.data.frozen_vae import read_vae
-from giantleap.training.data.pairs_store import PairsStore, replace_file
+from giantleap.training.data.pairs_store import PairsStore
 from giantleap.training.data.prepare import PrepareConfig, prepare
 from giantleap.training.evaluation.cases import shrink
 from giantleap.training.evaluation.held_out import evaluate

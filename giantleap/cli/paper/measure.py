@@ -21,6 +21,7 @@ from giantleap.cli.paper.plan import BASE, Cell, Conditions, PaperBenchError, Ta
 from giantleap.cli.paper.report import to_markdown
 from giantleap.cli.paper.scores import NO_BASE, CellScores, Scorer
 from giantleap.cli.paper.sheet import write_sheet
+from giantleap.models.atomic_file import replace_file, replacing
 from giantleap.models.bundle.bundle import Bundle
 from giantleap.models.device import PeakMemory
 from giantleap.models.generation.items import GenerationItem, image_seed
@@ -74,7 +75,7 @@ class _Row:
             "conditions": asdict(self.conditions),
         }
         write_image(self.first, out / f"{self.cell.name}.png")
-        write_text(out / f"{self.cell.name}.json", json.dumps(record, indent=2) + "\n")
+        replace_file(out / f"{self.cell.name}.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
 class Table:
@@ -178,19 +179,11 @@ class Table:
         return torch.from_numpy(np.array(Image.open(self._base_path(number)).convert("RGB")))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
 def write_image(image: Image.Image, path: Path) -> None:
     """Write an image atomically; create its directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}")
-    image.save(draft, format="PNG")
-    draft.replace(path)
+    with replacing(path) as file:
+        image.save(file, format="PNG")
 
 
 def measure_table(route: Route, bundle: Bundle, plan: TablePlan, out: Path) -> str:
@@ -213,8 +206,9 @@ def measure_table(route: Route, bundle: Bundle, plan: TablePlan, out: Path) -> s
         "load": round(os.getloadavg()[0], 1),
     }
     page = to_markdown(cells, machine)
-    write_text(out / "paper.json", json.dumps({"machine": machine, "cells": cells}, indent=2) + "\n")
-    write_text(out / "paper.md", page)
+    report = {"machine": machine, "cells": cells}
+    replace_file(out / "paper.json", (json.dumps(report, indent=2) + "\n").encode())
+    replace_file(out / "paper.md", page.encode())
     write_sheet(list(_sheet_rows(plan.cells, out)), out / "sheet.png")
     return page
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from tqdm import tqdm
 
+from giantleap.models.atomic_file import replacing
+
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
@@ -206,8 +208,7 @@ def read_leaf_pool(folder: Path, count: int, size_px: int, seed: int, processes:
             drawn = tqdm(pool.map(_draw_one, tasks, chunksize=4), total=count, desc="leaves", unit="img")
             for index, image in enumerate(drawn):
                 images[index] = image
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, images, allow_pickle=False)
-        partial.rename(path)
+        with replacing(path) as file:
+            np.save(file, images, allow_pickle=False)
     pool_images: Pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     return pool_images

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from giantleap.models.atomic_file import replacing
+
 Pixels = NDArray[np.uint8]
 
 PACKAGE = "lomiri-wallpapers-16.04"
@@ -159,8 +161,7 @@ def read_crops(
         crops = np.empty((count, size_px, size_px, 3), dtype=np.uint8)
         for index in tqdm(range(count), desc=f"crops of {name}", unit="img"):
             crops[index] = cut_crop(rng, images[rng.choice(len(images), p=areas / areas.sum())], size_px)
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, crops, allow_pickle=False)
-        partial.rename(path)
+        with replacing(path) as file:
+            np.save(file, crops, allow_pickle=False)
     pool: Pixels = np.load(path, mmap_mode="r", allow_pickle=False)
     return pool
