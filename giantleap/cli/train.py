@@ -58,6 +58,10 @@ DeviceOption = Annotated[
     ),
 ]
 PrecisionOption = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type that the VAE computes in.")]
+FilterOption = Annotated[
+    Literal["bicubic", "area", "mixed"],
+    typer.Option("--filter", help="How tiles are downscaled; mixed: by one filter and the other, image by image."),
+]
 StoredOption = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the latents on disk.")]
 
 
@@ -80,6 +84,7 @@ def prepare(
         int, typer.Option(min=1, help="Images per shard; an interruption repeats at most one shard.")
     ] = 64,
     store: StoredOption = "float32",
+    kernel: FilterOption = "bicubic",
     precision: PrecisionOption = "float32",
     device: DeviceOption = "auto",
 ) -> None:
@@ -100,7 +105,7 @@ def prepare(
     from giantleap.training.data.prepare import prepare as make_pairs
 
     pictures = source or HubSource(hf_dataset or "", split, image_column, hf_config, hf_revision)
-    config = PrepareConfig(pictures, directory, out, min_side_px, tile_px, batch, pictures_per_shard, store)
+    config = PrepareConfig(pictures, directory, out, min_side_px, tile_px, batch, pictures_per_shard, store, kernel)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     try:

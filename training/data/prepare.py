@@ -44,6 +44,9 @@ from giantleap.training.data.pairs_store import (
 )
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+Filter = Literal["bicubic", "area"]
+FILTERS: tuple[Filter, ...] = ("bicubic", "area")
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READERS = 4  # threads that read and decompress pictures while tiles are encoded
 READ_AHEAD = 8  # prefetched pictures
@@ -62,6 +65,8 @@ class PrepareConfig:
         batch: Tiles encoded at once.
         pictures_per_shard: Pictures per shard, the most that a kill can lose.
         dtype: Type of the latents on disk.
+        filter: How tiles are reduced; "mixed" takes the filters in turn, picture by picture. Cameras and renderers
+            average areas, so an adapter meets images of both.
 
     References: arXiv 2511.10629, section 4 (1440 px, tiles of 512 px, bicubic by 2 and 4).
     """
@@ -74,6 +79,7 @@ class PrepareConfig:
     batch: int = 8
     pictures_per_shard: int = 64
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    filter: Filter | Literal["mixed"] = "bicubic"
 
 
 class Source(Protocol):
@@ -220,20 +226,24 @@ def cut_tiles(picture: Image.Image, tile_px: int) -> dict[tuple[int, int], Tenso
     return tiles
 
 
-def shrink_tiles(tiles: Tensor, level: int) -> Tensor:
-    """Reduce [batch, 3, px, px] to [batch, 3, px / level, px / level]: antialiased bicubic, clamped."""
+def shrink_tiles(tiles: Tensor, level: int, kernel: Filter = "bicubic") -> Tensor:
+    """Reduce [batch, 3, px, px] to [batch, 3, px / level, px / level]: antialiased bicubic and clamped, or by area."""
     if level == 1:
         return tiles
+    if kernel == "area":
+        return F.avg_pool2d(tiles, level)
     return F.interpolate(tiles, scale_factor=1.0 / level, mode="bicubic", antialias=True).clamp(-1.0, 1.0)
 
 
-def encode_tiles(vae: Vae, tiles: Sequence[Tensor], config: PrepareConfig) -> dict[int, Tensor]:
+def encode_tiles(
+    vae: Vae, tiles: Sequence[Tensor], config: PrepareConfig, kernel: Filter = "bicubic"
+) -> dict[int, Tensor]:
     """Encode tiles and their reductions to posterior means, by level, on the CPU in the store's dtype."""
     parts: dict[int, list[Tensor]] = {level: [] for level in LEVELS}
     for start in range(0, len(tiles), config.batch):
         batch = torch.stack(list(tiles[start : start + config.batch])).to(vae.device)
         for level in LEVELS:
-            parts[level].append(vae.encode(shrink_tiles(batch, level)).to("cpu", DTYPES[config.dtype]))
+            parts[level].append(vae.encode(shrink_tiles(batch, level, kernel)).to("cpu", DTYPES[config.dtype]))
     return {level: torch.cat(batch) for level, batch in parts.items() if batch}
 
 
@@ -274,7 +284,7 @@ def prepare(
         ThreadPoolExecutor(READERS) as readers,
     ):
         for number in mine:
-            latents, lines = _make_shard(vae, groups[number], config, readers, bar)
+            latents, lines = _make_shard(vae, number, groups[number], config, readers, bar)
             write_shard(config.out, number, latents, lines)
             tiles += sum("skipped" not in line for line in lines)
             skipped += [line for line in lines if "skipped" in line]
@@ -291,12 +301,18 @@ def prepare(
 
 
 def _make_shard(
-    vae: Vae, sources: Sequence[Source], config: PrepareConfig, readers: ThreadPoolExecutor, bar: "tqdm[None]"
+    vae: Vae,
+    number: int,
+    sources: Sequence[Source],
+    config: PrepareConfig,
+    readers: ThreadPoolExecutor,
+    bar: "tqdm[None]",
 ) -> tuple[dict[int, Tensor], list[dict[str, Any]]]:
     """Return the latents and lines of one shard; they depend on the pictures alone."""
     parts: dict[int, list[Tensor]] = {level: [] for level in LEVELS}
     lines: list[dict[str, Any]] = []
-    for source, (picture, digest, fault) in _read_ahead(sources, readers):
+    first = number * config.pictures_per_shard
+    for index, (source, (picture, digest, fault)) in enumerate(_read_ahead(sources, readers), first):
         bar.update()
         head = {"source": source.name, "source_sha256": digest}
         if picture is None:
@@ -307,7 +323,8 @@ def _make_shard(
             lines.append({**head, "skipped": "small", "why": why, "side_px": min(picture.size)})
             continue
         tiles = cut_tiles(picture, config.tile_px)
-        latents = encode_tiles(vae, list(tiles.values()), config)
+        kernel = FILTERS[index % len(FILTERS)] if config.filter == "mixed" else config.filter
+        latents = encode_tiles(vae, list(tiles.values()), config, kernel)
         for place, (row, column) in enumerate(tiles):
             tile = {f"x{level}": latents[level][place] for level in LEVELS}
             if not all(bool(latent.isfinite().all()) for latent in tile.values()):
@@ -340,6 +357,7 @@ def _plan(config: PrepareConfig, sources: Sequence[Source], broken: Sequence[str
         "tile_px": config.tile_px,
         "pictures_per_shard": config.pictures_per_shard,
         "dtype": config.dtype,
+        "filter": config.filter,
     }
 
 

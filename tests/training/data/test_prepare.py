@@ -74,6 +74,23 @@ def test_latents_are_the_posterior_means_of_the_tile_and_of_the_shrunk_one(
         assert torch.allclose(latents[level], vae.encode(shrink_tiles(tile, level)), atol=1e-5)
 
 
+def test_pictures_take_mixed_filters_in_turn(pictures: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "out", filter="mixed"), CPU)
+    vae = read_vae(read_bundle(tiny_bundle_dir), CPU, torch.float32)
+    for number in range(8):  # in shards of three
+        pixels = np.asarray(Image.open(pictures / f"picture-{number}.png"))[:, 64:128]
+        tile = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+        means = tile.unflatten(-1, (-1, 4)).unflatten(-3, (-1, 4)).mean(dim=(-1, -3))
+        small = means if number % 2 else shrink_tiles(tile, 4)
+        assert torch.allclose(PairsStore.open(tmp_path / "out").read([2 * number + 1])[4], vae.encode(small), atol=1e-5)
+
+
+def test_pairs_of_another_filter_are_not_continued(pictures: Path, tiny_bundle_dir: Path, tmp_path: Path) -> None:
+    prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "out"), CPU)
+    with pytest.raises(PairsError, match="other filter"):
+        prepare(config_of(pictures, tiny_bundle_dir, tmp_path / "out", filter="area"), CPU)
+
+
 def test_an_autoencoder_without_a_posterior_gives_its_codes(pictures: Path, tmp_path: Path) -> None:
     prepare(config_of(pictures, SHIPPED / "pocket", tmp_path / "out"), CPU)
     model: Any = AutoencoderDC.from_pretrained(SHIPPED / "pocket" / "vae")
