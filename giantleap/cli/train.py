@@ -223,6 +223,28 @@ def statistics(
 
 
 @app.command()
+def average(
+    lua: Annotated[list[Path], typer.Argument(help="Weights of one network, such as `lua.safetensors` of two runs.")],
+    out: Annotated[Path, typer.Option(help="File to write, in this project's layout.")],
+) -> None:
+    """Average the weights of runs that continue from one another; measure the result with `evaluate`."""
+    for file in lua:
+        check_input_files(file)
+    check_output_file(out)
+
+    from giantleap.models.lua.checkpoints import write_lua
+    from giantleap.models.lua.released_layouts import CheckpointError
+    from giantleap.training.average import average_weights
+
+    _set_threads()
+    try:
+        write_lua(out, average_weights(lua))
+    except (CheckpointError, OSError) as error:
+        stop(to_line(error))
+    typer.echo(f"wrote {out}, the average of {len(lua)} files")
+
+
+@app.command()
 def evaluate(
     bundle: BundleOption,
     out: Annotated[Path, typer.Option(help="Directory for the report, the sheet and the plots.")],
