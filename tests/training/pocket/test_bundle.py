@@ -117,6 +117,5 @@ def test_the_shipped_bundle_draws_the_colors_of_a_prompt() -> None:
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)
-def test_the_run_files_of_the_adapter_are_valid_and_in_the_page(path: Path) -> None:
+def test_the_run_files_of_the_adapter_are_valid(path: Path) -> None:
     assert check_config(read_toml(path), str(path)).held_out_tiles == 28
-    assert f"giantleap train run --config {path}" in Path("docs/training.md").read_text()
