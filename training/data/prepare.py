@@ -65,8 +65,7 @@ class PrepareConfig:
         batch: Tiles encoded at once.
         pictures_per_shard: Pictures per shard, the most that a kill can lose.
         dtype: Type of the latents on disk.
-        filter: How tiles are reduced; "mixed" takes the filters in turn, picture by picture. Cameras and renderers
-            average areas, so an adapter meets images of both.
+        filter: How tiles are reduced: "area" as renderers do; "mixed" takes both filters in turn, picture by picture.
 
     References: arXiv 2511.10629, section 4 (1440 px, tiles of 512 px, bicubic by 2 and 4).
     """
